@@ -1,0 +1,214 @@
+"""The nouns of reading: a tensor known by its header, one opened container file, a whole checkpoint.
+
+Opening reads headers only. Bytes are asked for by range: `read_into(name, offset, buffer)` fills the
+buffer with the tensor's dense row-major little-endian bytes from `offset` on, whatever strides,
+storage offset or archive the file holds it in. Memory is the caller's buffer and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckpt_tool.errors import fail
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type: its safetensors name, bytes per element, and the numpy type that holds the
+    bits (`bits` moves them; `value` computes with them, None where numpy has no such number)."""
+
+    name: str
+    itemsize: int
+    bits: str
+    value: str | None
+    torch: str
+
+
+DTYPES: dict[str, DType] = {
+    d.name: d
+    for d in (
+        DType("F64", 8, "<u8", "<f8", "float64"),
+        DType("F32", 4, "<u4", "<f4", "float32"),
+        DType("F16", 2, "<u2", "<f2", "float16"),
+        DType("BF16", 2, "<u2", None, "bfloat16"),
+        DType("F8_E4M3", 1, "u1", None, "float8_e4m3fn"),
+        DType("F8_E5M2", 1, "u1", None, "float8_e5m2"),
+        DType("I64", 8, "<u8", "<i8", "int64"),
+        DType("I32", 4, "<u4", "<i4", "int32"),
+        DType("I16", 2, "<u2", "<i2", "int16"),
+        DType("I8", 1, "u1", "i1", "int8"),
+        DType("U64", 8, "<u8", "<u8", "uint64"),
+        DType("U32", 4, "<u4", "<u4", "uint32"),
+        DType("U16", 2, "<u2", "<u2", "uint16"),
+        DType("U8", 1, "u1", "u1", "uint8"),
+        DType("BOOL", 1, "u1", "?", "bool"),
+    )
+}
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its header tells it; `file` is the container's name inside the checkpoint."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Tells whether a file is still the one that was opened."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Fingerprint:
+        s = os.fstat(descriptor)
+        return cls(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of file bytes that carries a checksum of its own (a member of a torch zip, say).
+
+    `crc32` is None where the file does not say; such bytes are reported as unchecked."""
+
+    key: str
+    offset: int
+    size: int
+    crc32: int | None
+
+
+class TensorFile(ABC):
+    """One container file, opened: a mapping of tensor names to `TensorInfo`, headers already read."""
+
+    path: Path
+    name: str  # within the checkpoint, e.g. "consolidated.00.pth"
+    format: str  # "torch-zip", "torch-legacy", "safetensors"
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any]  # what is not a tensor: pickled args, safetensors __metadata__
+    imports: tuple[str, ...] = ()  # globals that a pickle named, "module.name"; none was imported
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the dense bytes of tensor `name` starting at byte `offset`. Thread-safe."""
+
+    @abstractmethod
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """(file descriptor, file offset) where the dense bytes of `name` lie in one plain run, else
+        None (strided views, say)."""
+
+    def records(self) -> Mapping[str, Record]:
+        """Checksummed runs by key; empty where the format has none."""
+        return {}
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Fail with `input-changed` if the file is not the one that was opened."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Document:
+    """A small file beside the weights (params.json, config.json, tokenizer.model); not read yet."""
+
+    name: str
+    path: Path
+    size: int
+
+    def read(self, limit: int = 16 << 20) -> bytes:
+        """The bytes; refuses a file larger than `limit` before reading any of it."""
+        if self.size > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        try:
+            with open(self.path, "rb") as f:
+                data = f.read(limit + 1)
+        except OSError as error:
+            fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
+        if len(data) > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found more", file=self.name)
+        return data
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as opened: its container files in natural order, and the documents beside them.
+
+    The same tensor name may stand in several files (model-parallel ranks); `find` lists them all.
+    """
+
+    path: Path
+    files: dict[str, TensorFile]
+    documents: dict[str, Document] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[TensorInfo]:
+        for file in self.files.values():
+            yield from file.tensors.values()
+
+    def names(self) -> list[str]:
+        """Every tensor name once, in the order of the files."""
+        return list(dict.fromkeys(t.name for t in self))
+
+    def find(self, name: str) -> list[TensorInfo]:
+        """The tensors called `name`, one for each file that holds one."""
+        return [f.tensors[name] for f in self.files.values() if name in f.tensors]
+
+    def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
+        self.files[tensor.file].read_into(tensor.name, offset, buffer)
+
+    def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start:stop` of a tensor as an array of its raw bits (`DTYPES[...].bits`); a scalar
+        counts as one row."""
+        dtype = DTYPES[tensor.dtype]
+        shape = tensor.shape or (1,)
+        stop = shape[0] if stop is None else stop
+        out = np.empty((stop - start, *shape[1:]), dtype=dtype.bits)
+        if out.size:
+            row = prod(shape[1:]) * dtype.itemsize
+            self.read_into(tensor, start * row, memoryview(out).cast("B"))
+        return out.reshape(tensor.shape) if not tensor.shape else out
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The document `name` parsed by the strict JSON reader; must hold an object."""
+        from ckpt_tool.checkpoint.strict_json import parse_object
+
+        return parse_object(self.documents[name].read(), file=name)
+
+    def check_unchanged(self) -> None:
+        for file in self.files.values():
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,108 @@
+"""What went wrong, as data: one `Problem` per fact, one `CkptToolError` per stage that found some.
+
+Every module of the project may import this one; it imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+NAME_LIMIT = 200  # a hostile file can hold names of any length; nobody reads more than this
+SHOWN_PROBLEMS = 20
+
+
+def printable(text: object, limit: int = NAME_LIMIT) -> str:
+    """`text` made safe for a terminal, a log and a report: control characters, bidirectional
+    marks, line separators and lone surrogates become escapes, and it is cut at `limit` characters."""
+    raw = str(text)
+    cut = raw[:limit]
+    shown = "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn") else _escape(c)
+        for c in cut
+    )
+    return shown if len(raw) <= limit else f"{shown}… ({len(raw)} characters)"
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that stands in the way.
+
+    `kind` is a kebab-case word for machines; `message` one sentence without a full stop, in the
+    form "expected X, found Y" where that fits; `file` and `where` (tensor or field) say where.
+    """
+
+    kind: str
+    message: str
+    file: str | None = None
+    where: str | None = None
+    hint: str | None = None
+
+    def line(self) -> str:
+        """`error[kind]: FILE: WHERE: message`, and the hint on a line of its own."""
+        places = [printable(p) for p in (self.file, self.where) if p is not None]
+        text = f"error[{self.kind}]: " + ": ".join([*places, printable(self.message, 2000)])
+        return text if self.hint is None else f"{text}\n  hint: {printable(self.hint, 1000)}"
+
+    def to_json(self) -> dict[str, str | None]:
+        return {
+            "kind": self.kind,
+            "message": printable(self.message, 2000),
+            "file": None if self.file is None else printable(self.file),
+            "where": None if self.where is None else printable(self.where),
+            "hint": self.hint,
+        }
+
+
+class CkptToolError(Exception):
+    """Work that could not be done; carries every problem its stage found. Exit code 2 unless said."""
+
+    def __init__(self, *problems: Problem, exit_code: int = 2) -> None:
+        if not problems:
+            raise ValueError("an error needs at least one problem")
+        super().__init__("\n".join(p.line() for p in problems))
+        self.problems = problems
+        self.exit_code = exit_code
+
+    @property
+    def kind(self) -> str:
+        return self.problems[0].kind
+
+    def text(self) -> str:
+        """The first problems, one a line, then a count of the rest."""
+        lines = [p.line() for p in self.problems[:SHOWN_PROBLEMS]]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"(+{len(self.problems) - SHOWN_PROBLEMS} more problems)")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, object]:
+        return {"error": self.kind, "problems": [p.to_json() for p in self.problems]}
+
+
+def fail(
+    kind: str, message: str, *, file: object = None, where: object = None, hint: str | None = None
+) -> NoReturn:
+    """Raise the error for one problem."""
+    raise CkptToolError(
+        Problem(
+            kind,
+            message,
+            None if file is None else str(file),
+            None if where is None else str(where),
+            hint,
+        )
+    )
+
+
+def fail_all(problems: Iterable[Problem]) -> None:
+    """Raise one error for all of `problems`; do nothing when there are none."""
+    found = tuple(problems)
+    if found:
+        raise CkptToolError(*found)

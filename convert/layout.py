@@ -1,0 +1,529 @@
+"""The layout algebra: how the elements of some tensors become the elements of others.
+
+A tensor is a *box* in a space of named axes, written out in some order of those axes. A `Step` says which
+boxes (source tensors) become which other boxes (target tensors) of the same space; swapping the two sides
+inverts it, so the two directions cannot disagree. A family writes `rule`s, rows of a table with templates
+for names; `expand` fills in layers, experts and model-parallel ranks.
+
+    rule("layers.{i}.attention.wq.weight", "model.layers.{i}.self_attn.q_proj.weight",
+         "(n half two) d -> (n two half) d", split="n")
+
+reads: the rows of the source are heads of pairs, those of the target heads of two halves, and
+model-parallel ranks share out the heads.
+
+`Step.blocks` cuts a step into pieces of bounded size. Each piece reads runs of elements, reorders them in
+memory and writes runs of elements; offsets and lengths count elements, so the caller's item size applies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.errors import Problem
+
+Dims = tuple[tuple[str, ...], ...]
+Box = dict[str, tuple[int, int]]
+
+# A run shorter than this is gathered through memory, a longer one is copied file to file.
+COPY_RUN = 32 * 1024  # bytes
+
+
+def parse_dims(text: str) -> Dims:
+    """`"(n half two) d"` to `(("n", "half", "two"), ("d",))`: one group of axes for each dimension."""
+    if not re.fullmatch(r"\s*((\(\s*[a-z]\w*(\s+[a-z]\w*)*\s*\)|[a-z]\w*)\s*)*", text):
+        raise ValueError(f"not a layout: {text!r}")
+    groups = tuple(tuple(g.strip("()").split()) for g in re.findall(r"\([^)]*\)|\w+", text))
+    axes = [a for g in groups for a in g]
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"an axis stands twice in {text!r}")
+    return groups
+
+
+def dims_text(dims: Dims) -> str:
+    return " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in dims)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor's place in a step: its axis order grouped into dimensions, and the ranges of those axes
+    of which it holds only a share (a rank's heads, one expert)."""
+
+    file: str
+    name: str
+    dtype: str
+    dims: Dims
+    ranges: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(a for g in self.dims for a in g)
+
+    def box(self, axes: Mapping[str, int]) -> Box:
+        box = {a: (0, axes[a]) for a in self.order}
+        box.update({a: (lo, hi) for a, lo, hi in self.ranges})
+        return box
+
+    def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
+        box = self.box(axes)
+        return tuple(prod(box[a][1] - box[a][0] for a in g) for g in self.dims)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Equal runs of neighbouring elements in one tensor: `length` elements at each of `offsets()`."""
+
+    base: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    length: int
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    def offsets(self) -> list[int]:
+        """Element offset of every run, in the order in which the runs stand in a dense buffer."""
+        at = np.array([self.base], dtype=np.int64)
+        for n, stride in zip(self.shape, self.strides, strict=True):
+            at = (at[:, None] + np.arange(n, dtype=np.int64) * stride).ravel()
+        return [int(o) for o in at]
+
+
+@dataclass(frozen=True)
+class Access:
+    """The share of one tensor (index `part` in its side of the step) that a block touches. `shape`
+    is the share as an array in the tensor's own axis order."""
+
+    part: int
+    runs: Runs
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One bounded piece of a step. `moves` lists (read, write, read slices, write slices, axis
+    permutation from the read's order to the write's)."""
+
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
+    moves: tuple[tuple[int, int, Slices, Slices, tuple[int, ...]], ...]
+
+    @property
+    def is_copy(self) -> bool:
+        """One run becomes one run with its elements in the same order: bytes can be copied as they are."""
+        if len(self.reads) != 1 or len(self.writes) != 1:
+            return False
+        read, write = self.reads[0], self.writes[0]
+        kept = [p for p in self.moves[0][4] if read.shape[p] > 1]
+        return read.runs.count == 1 and write.runs.count == 1 and kept == sorted(kept)
+
+    def shuffle(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Fill the flat `outputs` (one array per write) from the flat `inputs` (one per read)."""
+        sources = [x.reshape(a.shape) for x, a in zip(inputs, self.reads, strict=True)]
+        targets = [y.reshape(a.shape) for y, a in zip(outputs, self.writes, strict=True)]
+        for i, j, source_slices, target_slices, permutation in self.moves:
+            _assign(targets[j][target_slices], sources[i][source_slices].transpose(permutation))
+
+
+def _assign(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, in strips where the inner axes are exchanged: numpy walks a transposed
+    matrix a cache line per element otherwise (measured in docs/design-notes.md)."""
+    wide = [a for a in range(target.ndim) if target.shape[a] > 1]
+    inner = wide[-1] if wide else None
+    if inner is None or source.strides[inner] == source.itemsize:
+        target[...] = source
+        return
+    axis = min(wide, key=lambda a: source.strides[a])  # the source's innermost: strips run along it
+    for start in range(0, target.shape[axis], 16):
+        strip = tuple(slice(start, start + 16) if a == axis else slice(None) for a in range(target.ndim))
+        target[strip] = source[strip]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Source tensors become target tensors. With `compare` set (a reason: "tied", "replicated") nothing is
+    written: the target, produced by another step, must already hold these elements."""
+
+    axes: tuple[tuple[str, int], ...]
+    sources: tuple[Part, ...]
+    targets: tuple[Part, ...]
+    note: str = ""
+    compare: str = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.axes)
+
+    def inverse(self) -> Step:
+        """The way back: targets become sources. A comparison's inverse writes (each copy gets its bytes)."""
+        return replace(self, sources=self.targets, targets=self.sources, compare="")
+
+    def domain(self) -> Box:
+        """The part of the space this step is about: what both sides reach."""
+        hulls = []
+        for side in (self.sources, self.targets):
+            boxes = [p.box(self.sizes) for p in side]
+            hulls.append({a: (min(b[a][0] for b in boxes), max(b[a][1] for b in boxes)) for a in boxes[0]})
+        return {a: (max(h[a][0] for h in hulls), min(h[a][1] for h in hulls)) for a in hulls[0]}
+
+    def defects(self) -> list[str]:
+        """Why this step would lose or repeat elements; empty when each side tiles the domain exactly."""
+        found = []
+        names = {frozenset(p.order) for p in (*self.sources, *self.targets)}
+        if len(names) != 1 or not names <= {frozenset(self.sizes)}:
+            return ["the two sides do not name the same axes"]
+        domain = self.domain()
+        size = prod(hi - lo for lo, hi in domain.values())
+        for label, side in (("source", self.sources), ("target", self.targets)):
+            boxes = [_meet(p.box(self.sizes), domain) for p in side]
+            covered = sum(prod(hi - lo for lo, hi in b.values()) for b in boxes)
+            overlap = any(
+                all(hi > lo for lo, hi in _meet(a, b).values())
+                for k, a in enumerate(boxes)
+                for b in boxes[:k]
+            )
+            if overlap or covered != size:
+                found.append(f"the {label} tensors hold {covered} elements of {size}" + " twice" * overlap)
+        return found
+
+    def blocks(self, block_bytes: int = 256 * 1024, tile_bytes: int = 8 << 20) -> Iterator[Block]:
+        """Cut the step into blocks. A block that stays in one run on each side holds at most about
+        `block_bytes` (plain copies are not cut); one that must exchange inner axes (a transpose) at most
+        `tile_bytes`, since its runs get longer with its size."""
+        itemsize = DTYPES[self.sources[0].dtype].itemsize
+        domain = self.domain()
+        if all(hi > lo for lo, hi in domain.values()):
+            yield from self._walk(
+                domain, block_bytes // itemsize, tile_bytes // itemsize, COPY_RUN // itemsize
+            )
+
+    def _walk(self, box: Box, block: int, tile: int, copy_run: int) -> Iterator[Block]:
+        copies = self._copies(box, copy_run)
+        if copies is not None:
+            yield from copies
+            return
+        size = prod(hi - lo for lo, hi in box.values())
+        axis, aligned = self._cut_axis(box)
+        limit = block if aligned else tile
+        if size <= limit or axis is None:
+            yield self._block(box)
+            return
+        lo, hi = box[axis]
+        step = max(1, limit // (size // (hi - lo)))
+        edges = sorted(
+            {lo, hi, *(e for p in (*self.sources, *self.targets) for e in p.box(self.sizes)[axis])}
+        )
+        for left, right in zip(edges, edges[1:], strict=False):
+            if left < lo or right > hi:
+                continue
+            for start in range(left, right, step):
+                piece = {**box, axis: (start, min(right, start + step))}
+                yield from self._walk(piece, block, tile, copy_run)
+
+    def _copies(self, box: Box, copy_run: int) -> list[Block] | None:
+        """The box as plain copies, one for each run; None where runs would be short or out of order."""
+        found: list[Block] = []
+        for i, source in enumerate(self.sources):
+            for j, target in enumerate(self.targets):
+                shared = _meet(_meet(source.box(self.sizes), target.box(self.sizes)), box)
+                if any(hi <= lo for lo, hi in shared.values()):
+                    continue
+                wide = [a for a in source.order if shared[a][1] - shared[a][0] > 1]
+                if wide != [a for a in target.order if a in wide]:
+                    return None
+                read, write = self._runs(source, shared), self._runs(target, shared)
+                count, length = max(read.count, write.count), min(read.length, write.length)
+                if count > 1 and length < copy_run:
+                    return None
+                # the shorter run divides the longer: both end at the same axis boundary or inside it
+                starts = zip(_split(read, length), _split(write, length), strict=True)
+                identity = tuple(range(1))
+                whole = (slice(None),)
+                found += [
+                    Block(
+                        (Access(i, Runs(r, (), (), length), (length,)),),
+                        (Access(j, Runs(w, (), (), length), (length,)),),
+                        ((0, 0, whole, whole, identity),),
+                    )
+                    for r, w in starts
+                ]
+        return found
+
+    def _cut_axis(self, box: Box) -> tuple[str | None, bool]:
+        """The axis to cut `box` along, and whether every tensor keeps one run in each piece."""
+        orders = []
+        for part in (*self.sources, *self.targets):
+            shared = _meet(part.box(self.sizes), box)
+            if all(hi > lo for lo, hi in shared.values()):
+                orders.append([a for a in part.order if shared[a][1] - shared[a][0] > 1])
+        wide = [a for a in box if box[a][1] - box[a][0] > 1]
+        for axis in wide:
+            if all(not o or o[0] == axis or axis not in o for o in orders) and any(axis in o for o in orders):
+                return axis, True
+        first = next((o for o in orders if o), None)
+        return (first[0], False) if first else (wide[0] if wide else None, False)
+
+    def _block(self, box: Box) -> Block:
+        sides = []
+        for parts in (self.sources, self.targets):
+            accesses, boxes = [], []
+            for k, part in enumerate(parts):
+                shared = _meet(part.box(self.sizes), box)
+                if any(hi <= lo for lo, hi in shared.values()):
+                    continue
+                shape = tuple(shared[a][1] - shared[a][0] for a in part.order)
+                accesses.append(Access(k, self._runs(part, shared), shape))
+                boxes.append((part.order, shared))
+            sides.append((accesses, boxes))
+        (reads, read_boxes), (writes, write_boxes) = sides
+        moves = []
+        for i, (read_order, read_box) in enumerate(read_boxes):
+            for j, (write_order, write_box) in enumerate(write_boxes):
+                both = _meet(read_box, write_box)
+                if all(hi > lo for lo, hi in both.values()):
+                    cut = [
+                        tuple(slice(both[a][0] - b[a][0], both[a][1] - b[a][0]) for a in order)
+                        for order, b in ((read_order, read_box), (write_order, write_box))
+                    ]
+                    moves.append((i, j, cut[0], cut[1], tuple(read_order.index(a) for a in write_order)))
+        return Block(tuple(reads), tuple(writes), tuple(moves))
+
+    def _runs(self, part: Part, box: Box) -> Runs:
+        """Where the elements of `box` stand in `part`, which contains it."""
+        own = part.box(self.sizes)
+        strides, stride = {}, 1
+        for a in reversed(part.order):
+            strides[a] = stride
+            stride *= own[a][1] - own[a][0]
+        base = sum((box[a][0] - own[a][0]) * strides[a] for a in part.order)
+        length, outer = 1, list(part.order)
+        while outer:
+            a = outer.pop()
+            extent = box[a][1] - box[a][0]
+            length *= extent
+            if extent != own[a][1] - own[a][0]:
+                break
+        outer = [a for a in outer if box[a][1] - box[a][0] > 1]
+        return Runs(
+            base, tuple(box[a][1] - box[a][0] for a in outer), tuple(strides[a] for a in outer), length
+        )
+
+
+def _meet(a: Box, b: Box) -> Box:
+    return {k: (max(a[k][0], b[k][0]), min(a[k][1], b[k][1])) for k in a}
+
+
+def _split(runs: Runs, length: int) -> list[int]:
+    """Offsets of the runs after cutting each into pieces of `length`, which divides them."""
+    return [o + k for o in runs.offsets() for k in range(0, runs.length, length)]
+
+
+def apply(step: Step, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The targets of `step` from whole source arrays in memory: for tests and small tensors. Elements are
+    only moved; the result has the sources' numpy type."""
+    flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
+    out = [np.empty(prod(p.shape(step.sizes)), dtype=flat[0].dtype) for p in step.targets]
+    for block in step.blocks():
+        inputs = [_gather(flat[a.part], a) for a in block.reads]
+        outputs = [np.empty(a.numel, dtype=flat[0].dtype) for a in block.writes]
+        block.shuffle(inputs, outputs)
+        for access, values in zip(block.writes, outputs, strict=True):
+            for k, o in enumerate(access.runs.offsets()):
+                n = access.runs.length
+                out[access.part][o : o + n] = values[k * n : (k + 1) * n]
+    return [x.reshape(p.shape(step.sizes)) for x, p in zip(out, step.targets, strict=True)]
+
+
+def _gather(flat: np.ndarray, access: Access) -> np.ndarray:
+    n = access.runs.length
+    return np.concatenate([flat[o : o + n] for o in access.runs.offsets()])
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a family's table. `source` and `target` are name templates; see `rule`."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    left: Dims
+    right: Dims
+    cut: str | None
+    cut_sizes: tuple[int | str, ...]
+    split: str | None
+    compare: str
+    note: str
+
+
+def rule(
+    source: str | tuple[str, ...],
+    target: str | tuple[str, ...],
+    pattern: str,
+    *,
+    cut: str | tuple[str, tuple[int | str, ...]] | None = None,
+    split: str | None = None,
+    tied: bool = False,
+    note: str = "",
+) -> Rule:
+    """A row of a family's table, read left to right to convert and right to left to invert.
+
+    `pattern` is `"LAYOUT -> LAYOUT"`, or one layout where nothing is reordered. Several names on one side
+    are shares of the axis `cut=("s", (r, 1, 1))` (sizes, or names of axes sizes); a name that carries an
+    index the other side lacks (`{e}`) is one share of size 1 for each value: `cut="e"`. `split` names the
+    axis that model-parallel ranks of the source share out; without it they hold copies (compared). `tied`
+    rows do not write: their target comes from another row and must be equal.
+    """
+    left, _, right = pattern.partition("->")
+    axis, sizes = (cut, ()) if isinstance(cut, str) or cut is None else cut
+    made = Rule(
+        (source,) if isinstance(source, str) else source,
+        (target,) if isinstance(target, str) else target,
+        parse_dims(left),
+        parse_dims(right or left),
+        axis,
+        sizes,
+        split,
+        "tied" if tied else "",
+        note,
+    )
+    if {a for g in made.left for a in g} != {a for g in made.right for a in g}:
+        raise ValueError(f"{pattern!r}: the two sides name different axes")
+    return made
+
+
+def template_indices(names: Iterable[str]) -> list[str]:
+    return sorted({k for n in names for k in re.findall(r"\{(\w+)\}", n)})
+
+
+@dataclass
+class Expansion:
+    """The steps of a table with every index filled in, and what stood in the way."""
+
+    steps: list[Step] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def expand(
+    table: Iterable[Rule],
+    *,
+    axes: Mapping[str, int],
+    indices: Mapping[str, int],
+    original: Callable[[str], Sequence[tuple[str, str]]],
+    converted: Callable[[str], tuple[str, str] | None],
+) -> Expansion:
+    """Fill in a table, original side to the left. `axes` gives the size of every axis, `indices` how many
+    values each template index has (`{"i": 32}`). `original(name)` lists (file, dtype) of the tensor in
+    the order of the model-parallel ranks; `converted(name)` gives (file, dtype) on the Hugging Face side.
+    An empty answer becomes a `missing-tensor` problem."""
+    out = Expansion()
+    for row in table:
+        shared = [k for k in template_indices((*row.source, *row.target)) if k != row.cut]
+        values: list[dict[str, int]] = [{}]
+        for k in shared:
+            values = [{**v, k: n} for v in values for n in range(indices[k])]
+        for v in values:
+            _expand_row(row, v, axes, original, converted, out)
+    return out
+
+
+def _names(
+    row: Rule, side: tuple[str, ...], v: dict[str, int], axes: Mapping[str, int]
+) -> list[tuple[str, tuple[tuple[str, int, int], ...]]]:
+    """Tensor names of one side with the range of the cut axis that each holds."""
+    if row.cut is not None and any(f"{{{row.cut}}}" in n for n in side):
+        return [
+            (n.format(**v, **{row.cut: e}), ((row.cut, e, e + 1),))
+            for n in side
+            for e in range(axes[row.cut])
+        ]
+    if row.cut is not None and len(side) > 1:
+        sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
+        edges = np.cumsum([0, *sizes]).tolist()
+        return [(n.format(**v), ((row.cut, a, b),)) for n, a, b in zip(side, edges, edges[1:], strict=True)]
+    return [(n.format(**v), ()) for n in side]
+
+
+def _expand_row(
+    row: Rule,
+    v: dict[str, int],
+    axes: Mapping[str, int],
+    original: Callable[[str], Sequence[tuple[str, str]]],
+    converted: Callable[[str], tuple[str, str] | None],
+    out: Expansion,
+) -> None:
+    used = tuple((a, axes[a]) for g in row.left for a in g)
+    targets = []
+    for name, ranges in _names(row, row.target, v, axes):
+        found = converted(name)
+        if found is None:
+            out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
+            return
+        targets.append(Part(found[0], name, found[1], row.right, ranges))
+    by_rank: list[list[Part]] = []
+    for name, ranges in _names(row, row.source, v, axes):
+        places = original(name)
+        if not places:
+            out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
+            continue
+        for rank, (file, dtype) in enumerate(places):
+            if rank == len(by_rank):
+                by_rank.append([])
+            share = ranges + _share(row, rank, len(places), axes, name, out)
+            by_rank[rank].append(Part(file, name, dtype, row.left, share))
+    if not by_rank:
+        return
+    # Ranks whose shares repeat an earlier rank's (copies, or fewer key/value heads than ranks) are compared.
+    first: dict[tuple[tuple[str, int, int], ...], int] = {}
+    writers: list[Part] = []
+    copies: list[list[Part]] = []
+    for rank, parts in enumerate(by_rank):
+        key = parts[0].ranges
+        if key in first:
+            copies.append(parts)
+        else:
+            first[key] = rank
+            writers += parts
+    note = row.note or _describe(row)
+    out.steps.append(Step(used, tuple(writers), tuple(targets), note, row.compare))
+    out.steps += [Step(used, tuple(c), tuple(targets), note, row.compare or "replicated") for c in copies]
+
+
+def _share(
+    row: Rule, rank: int, ranks: int, axes: Mapping[str, int], name: str, out: Expansion
+) -> tuple[tuple[str, int, int], ...]:
+    if row.split is None or ranks == 1:
+        return ()
+    n = axes[row.split]
+    if n % ranks and ranks % n:
+        out.problems.append(
+            Problem(
+                "config-mismatch",
+                f"expected {n} {row.split} to divide by {ranks} ranks, found a rest",
+                where=name,
+            )
+        )
+        return ()
+    start = rank * n // ranks
+    return ((row.split, start, start + max(1, n // ranks)),)
+
+
+def _describe(row: Rule) -> str:
+    if row.left == row.right and row.cut is None:
+        return "rename"
+    change = f"{dims_text(row.left)} -> {dims_text(row.right)}"
+    return change if row.cut is None else f"{change}, cut {row.cut}"

@@ -1,0 +1,364 @@
+"""What a conversion will do, as data: which tensor is made from which, the config with the source of every
+value, the files to write. A plan is made and checked from headers alone; `execute` carries it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
+
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.errors import Problem, fail, fail_all
+
+PLAN_VERSION = 1
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for beyond input and output. `settings` are `--set` / `--config` values in
+    Hugging Face config names; `dtype` a safetensors dtype name to cast floating tensors to (lossy)."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    shards: int = 1  # model-parallel ranks to write, for --to original
+    drop: tuple[str, ...] = ()
+    strict_replicas: bool = False
+    tokenizer: str | None = None
+    family_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A config value and where it came from, in words: "params.json: norm_eps", "rows of
+    tok_embeddings.weight", "rule: rope_theta absent and sliding_window set (formats: 1e4)", "--set"."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A source tensor that is not carried over, and why."""
+
+    tensor: TensorInfo
+    reason: str
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A container to write: `format` is "safetensors" or "torch-zip"; tensors in file order."""
+
+    name: str
+    format: str
+    tensors: tuple[TensorInfo, ...]
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class OutputDocument:
+    """A small file to write, with its content and where it came from."""
+
+    name: str
+    content: bytes
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module docstring. `direction` is "to-hf" or "to-original"; sources are named by the
+    checkpoint's own file names, so a plan holds no path."""
+
+    family: str
+    direction: str
+    steps: tuple[Step, ...]
+    outputs: tuple[OutputFile, ...]
+    documents: tuple[OutputDocument, ...]
+    config: Mapping[str, Value]
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+    lossy: tuple[str, ...] = ()  # what the user asked for that loses bits, in words
+    strict_replicas: bool = False
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(t.nbytes for f in self.outputs for t in f.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "plan_version": PLAN_VERSION,
+            "family": self.family,
+            "direction": self.direction,
+            "config": {k: {"value": v.value, "source": v.source} for k, v in self.config.items()},
+            "steps": [_step_json(s) for s in self.steps],
+            "dropped": [
+                {"file": d.tensor.file, "name": d.tensor.name, "bytes": d.tensor.nbytes, "reason": d.reason}
+                for d in self.dropped
+            ],
+            "outputs": [
+                {
+                    "file": f.name,
+                    "format": f.format,
+                    "tensors": [
+                        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in f.tensors
+                    ],
+                }
+                for f in self.outputs
+            ],
+            "documents": [
+                {"file": d.name, "sha256": hashlib.sha256(d.content).hexdigest(), "source": d.source}
+                for d in self.documents
+            ],
+            "notes": list(self.notes),
+            "lossy": list(self.lossy),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's JSON: equal plans of equal inputs have equal digests."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    def part(p: Part) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "file": p.file,
+            "name": p.name,
+            "dtype": p.dtype,
+            "layout": dims_text(p.dims),
+        }
+        if p.ranges:
+            entry["ranges"] = {a: [lo, hi] for a, lo, hi in p.ranges}
+        return entry
+
+    made: dict[str, Any] = {
+        "axes": step.sizes,
+        "sources": [part(p) for p in step.sources],
+        "targets": [part(p) for p in step.targets],
+        "note": step.note,
+    }
+    if step.compare:
+        made["compare"] = step.compare
+    return made
+
+
+# --- from steps to a checked plan -----------------------------------------------------------------------
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """A sort key in which layer 10 comes after layer 9."""
+    return tuple(int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name))
+
+
+def assemble(
+    *,
+    family: str,
+    direction: str,
+    checkpoint: Checkpoint,
+    expansion: Expansion,
+    ignored: Mapping[str, str],
+    config: Mapping[str, Value],
+    documents: Iterable[OutputDocument],
+    options: Options,
+    outputs: Sequence[str] | None = None,
+    notes: Iterable[str] = (),
+    lossy: Iterable[str] = (),
+) -> Plan:
+    """A checked plan from a family's expanded table.
+
+    `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
+    target files are laid out here (size limit, index); for "to-original" each target part already names
+    its file, and `outputs` lists those files in order. Every problem of the stage is raised together:
+    missing tensors, tensors nothing claims, shapes and dtypes that disagree.
+    """
+    problems = list(expansion.problems)
+    steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
+    steps = [_cast(s, options.dtype) for s in steps]
+    lossy_words = list(lossy)
+    claimed: set[tuple[str, str]] = set()
+    for step in steps:
+        for defect in step.defects():
+            problems.append(Problem("shape-mismatch", defect, where=step.sources[0].name))
+        for part in step.sources:
+            problems += _shape_problems(part, step, checkpoint)
+            claimed.add((part.file, part.name))
+    dropped, uncovered = [], []
+    for tensor in checkpoint:
+        if (tensor.file, tensor.name) in claimed:
+            continue
+        reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
+        if reason is None and tensor.name in options.drop:
+            reason = "asked for with --drop"
+        if reason is None:
+            uncovered.append(tensor)
+        else:
+            dropped.append(Dropped(tensor, reason))
+    problems += _uncovered(uncovered, family)
+    problems += _mixed_dtypes(steps)
+    fail_all(problems)
+    if options.dtype is not None:
+        cast = {p.dtype for s in steps for p in s.sources} - {options.dtype}
+        if cast:
+            lossy_words.append(
+                f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {options.dtype}"
+            )
+    wanted: dict[tuple[str, str], TensorInfo] = {}
+    for step in steps:
+        if not step.compare:
+            for p in step.targets:
+                wanted.setdefault((p.file, p.name), TensorInfo(p.name, p.dtype, p.shape(step.sizes), p.file))
+    if direction == "to-hf":
+        files, index = place(list(wanted.values()), options.max_shard_bytes)
+        home = {t.name: f.name for f in files for t in f.tensors}
+        steps = [_placed(s, home) for s in steps]
+        documents = [*documents, *index]
+    else:
+        files = [
+            OutputFile(n, _format(n), tuple(t for t in wanted.values() if t.file == n), _metadata(n))
+            for n in (outputs or [])
+        ]
+    return Plan(
+        family=family,
+        direction=direction,
+        steps=tuple(steps),
+        outputs=tuple(files),
+        documents=tuple(documents),
+        config=dict(config),
+        dropped=tuple(dropped),
+        notes=tuple(notes),
+        lossy=tuple(lossy_words),
+        strict_replicas=options.strict_replicas,
+    )
+
+
+def _format(name: str) -> str:
+    return "safetensors" if name.endswith(".safetensors") else "torch-zip"
+
+
+def _metadata(name: str) -> tuple[tuple[str, str], ...]:
+    return (("format", "pt"),) if name.endswith(".safetensors") else ()
+
+
+def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list[OutputDocument]]:
+    """Tensors dealt out to `model*.safetensors` files of at most `limit` bytes each (a larger tensor gets a
+    file of its own), layers in natural order, and the index when there is more than one file."""
+    groups: list[list[TensorInfo]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    total = len(groups)
+    names = (
+        ["model.safetensors"]
+        if total == 1
+        else [f"model-{k:05d}-of-{total:05d}.safetensors" for k in range(1, total + 1)]
+    )
+    files = [
+        OutputFile(n, "safetensors", tuple(replace(t, file=n) for t in g), _metadata(n))
+        for n, g in zip(names, groups, strict=True)
+    ]
+    if total == 1:
+        return files, []
+    weight_map = {t.name: f.name for f in files for t in f.tensors}
+    text = json.dumps(
+        {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+            "weight_map": dict(sorted(weight_map.items())),
+        },
+        indent=2,
+    )
+    index = OutputDocument(
+        "model.safetensors.index.json", (text + "\n").encode(), "the list of output shards"
+    )
+    return files, [index]
+
+
+def _placed(step: Step, home: Mapping[str, str]) -> Step:
+    return replace(step, targets=tuple(replace(p, file=home[p.name]) for p in step.targets))
+
+
+def _cast(step: Step, dtype: str | None) -> Step:
+    """Targets of a step take the dtype of its sources, or `dtype` where the user asked for a cast and the
+    sources are floating."""
+    source = step.sources[0].dtype
+    to = dtype if dtype is not None and source in FLOATS else source
+    return replace(step, targets=tuple(replace(p, dtype=to) for p in step.targets))
+
+
+def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:
+    file = checkpoint.files.get(part.file)
+    found = None if file is None else file.tensors.get(part.name)
+    expected = part.shape(step.sizes)
+    if found is None or found.shape == expected:
+        return []
+    return [
+        Problem(
+            "shape-mismatch",
+            f"expected shape {expected} ({dims_text(part.dims)}), found {found.shape}",
+            file=part.file,
+            where=part.name,
+        )
+    ]
+
+
+def _mixed_dtypes(steps: list[Step]) -> list[Problem]:
+    """Tensors whose dtype differs from the checkpoint's common one: no silent cast, so they are refused."""
+    count: defaultdict[str, int] = defaultdict(int)
+    for step in steps:
+        for p in step.sources:
+            count[p.dtype] += 1
+    if len(count) < 2:
+        return []
+    common = max(count, key=lambda k: count[k])
+    return [
+        Problem(
+            "dtype-mismatch", f"expected {common} as in the other tensors, found {p.dtype}", p.file, p.name
+        )
+        for step in steps
+        for p in step.sources
+        if p.dtype != common
+    ]
+
+
+def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
+    """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
+    folded: dict[tuple[str, tuple[int, ...], str], list[TensorInfo]] = {}
+    for t in tensors:
+        folded.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", t.name), t.shape, t.dtype), []).append(t)
+    return [
+        Problem(
+            "uncovered-tensors",
+            f"expected a rule of family {family} for each tensor, found none for "
+            f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
+            file=group[0].file,
+            where=name if len(group) > 1 else group[0].name,
+            hint="--drop NAME leaves a tensor out, and records it",
+        )
+        for (name, shape, dtype), group in folded.items()
+    ]
+
+
+def config_document(config: Mapping[str, Value], name: str = "config.json") -> OutputDocument:
+    """config.json as `transformers` 4.x writes it (which 5.x reads too): sorted keys, indent 2."""
+    content = json.dumps({k: v.value for k, v in sorted(config.items())}, indent=2, ensure_ascii=True) + "\n"
+    return OutputDocument(name, content.encode(), "the plan's config values")
+
+
+def dtype_option(text: str) -> str:
+    """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what is not a float that numpy can cast."""
+    names = {d.name.lower(): d.name for d in DTYPES.values()} | {d.torch: d.name for d in DTYPES.values()}
+    found = names.get(text.lower())
+    if found not in ("F64", "F32", "F16", "BF16"):
+        fail("usage", f"expected float64, float32, float16 or bfloat16, found {text!r}", where="--dtype")
+    return found
