@@ -1,0 +1,108 @@
+"""A run of bytes of an open file: the whole file, or the place where an archive keeps a member.
+
+Everything is read with pread into the caller's memory; nothing is mapped, so a file that shrinks while it
+is read gives an error and not a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ckpt_tool.checkpoint.base import Fingerprint
+from ckpt_tool.errors import fail
+
+Window = tuple[int, int]  # (offset of the first byte in the file, number of bytes)
+
+
+class ByteRange:
+    """`size` bytes of the file at `path`, addressed from 0; `name` is how messages call it."""
+
+    def __init__(self, path: Path, name: str, window: Window | None = None) -> None:
+        self.path = path
+        self.name = name
+        try:
+            # O_NONBLOCK: a FIFO that took the file's place must not hang the opening.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            fail("read-failed", f"cannot be opened: {error.strerror}", file=name)
+        self.fingerprint = Fingerprint.of(self.descriptor)
+        self.base, self.size = (0, self.fingerprint.size) if window is None else window
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            self.close()
+            fail("wrong-format", "expected a regular file, found something else", file=name)
+        if self.base + self.size > self.fingerprint.size:
+            self.close()
+            fail(
+                "truncated",
+                f"expected at least {self.base + self.size} bytes, found {self.fingerprint.size}",
+                file=name,
+            )
+
+    def read_into(self, offset: int, buffer: memoryview, where: str | None = None) -> None:
+        """Fill `buffer` (bytes) from `offset` on; `where` names the tensor or member in an error."""
+        if offset < 0 or offset + len(buffer) > self.size:
+            raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside 0 to {self.size}")
+        done, at = 0, self.base + offset
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], at + done)
+            except OSError as error:
+                fail(
+                    "read-failed",
+                    f"cannot be read at byte {at + done}: {error.strerror}",
+                    file=self.name,
+                    where=where,
+                )
+            if count == 0:
+                fail(
+                    "input-changed",
+                    f"expected {len(buffer)} bytes at {at}, found the end of the file after {done}",
+                    file=self.name,
+                    where=where,
+                )
+            done += count
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes; the caller bounds `size`."""
+        if offset + size <= self.size and len(data := self._pread(offset, size)) == size:
+            return data  # the usual case, without a second copy
+        buffer = bytearray(size)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self.descriptor, size, self.base + offset)
+        except OSError as error:
+            at = self.base + offset
+            fail("read-failed", f"cannot be read at byte {at}: {error.strerror}", file=self.name)
+
+    def head(self, size: int) -> bytes:
+        """The first `size` bytes, or all there are."""
+        return self.read(0, min(size, self.size))
+
+    def check_unchanged(self) -> None:
+        """Fail with `input-changed` when the open file, or what its path leads to, is another than before."""
+        now = Fingerprint.of(self.descriptor)
+        try:
+            there: os.stat_result | None = os.stat(self.path)
+        except OSError:
+            there = None
+        same_place = there is not None and (there.st_dev, there.st_ino) == (now.device, now.inode)
+        if now != self.fingerprint or not same_place:
+            before = self.fingerprint
+            fail(
+                "input-changed",
+                f"expected the file as it was opened ({before.size} bytes, inode {before.inode}), "
+                f"found {now.size if same_place else 'another file'}",
+                file=self.name,
+                hint="nothing else may write to the input while it is read",
+            )
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

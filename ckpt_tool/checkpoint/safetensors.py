@@ -1,0 +1,241 @@
+"""safetensors: a reader that is stricter than the library's, and the layout of a file to be written.
+
+A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes. The header gives each
+tensor's dtype, shape and byte range; together the ranges cover the data exactly, without holes or overlap
+(https://github.com/huggingface/safetensors, "Format"). Accepted files read the same in the library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.checkpoint.strict_json import members
+from ckpt_tool.checkpoint.tensor_names import RESERVED, name_problems
+from ckpt_tool.errors import fail, fail_all, printable
+
+HEADER_LIMIT = 32 << 20
+TENSOR_LIMIT = 1_000_000
+DIMENSION_LIMIT = 64
+ELEMENT_LIMIT = 1 << 56  # elements of the non-empty dimensions; no file holds as many bytes
+
+# Element types that the format has and this project does not move.
+_OTHER_DTYPES = frozenset(
+    ("C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "U4", "I4")
+)
+_FIELDS = frozenset(("dtype", "shape", "data_offsets"))
+
+
+class SafetensorsFile(TensorFile):
+    """One safetensors file, opened: every tensor lies in one plain run of bytes."""
+
+    format = "safetensors"
+
+    def __init__(
+        self,
+        data: ByteRange,
+        data_start: int,
+        tensors: dict[str, TensorInfo],
+        begins: dict[str, int],
+        metadata: dict[str, str],
+    ) -> None:
+        self.path, self.name = data.path, data.name
+        self.tensors, self.metadata = tensors, metadata
+        self.fingerprint = data.fingerprint
+        self._bytes, self._data_start, self._begins = data, data_start, begins
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        if offset < 0 or offset + len(buffer) > self.tensors[name].nbytes:
+            raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside tensor {name}")
+        self._bytes.read_into(self._data_start + self._begins[name] + offset, buffer, name)
+
+    def extent(self, name: str) -> tuple[int, int]:
+        return self._bytes.descriptor, self._bytes.base + self._data_start + self._begins[name]
+
+    def check_unchanged(self) -> None:
+        self._bytes.check_unchanged()
+
+    def close(self) -> None:
+        self._bytes.close()
+
+
+def open_safetensors(
+    path: Path, name: str, *, window: Window | None = None, header_limit: int = HEADER_LIMIT
+) -> SafetensorsFile:
+    """Open `path`, or the part `window` of it, reading its header only; `name` is how it is called.
+
+    `header_limit` bytes is the longest header accepted. Kinds: `bad-safetensors`, `truncated`,
+    `trailing-data`, `header-limit`, `bad-name`, `unsupported-dtype`, `read-failed`.
+    """
+    data = ByteRange(path, name, window)
+    try:
+        return _read_header(data, header_limit)
+    except BaseException:
+        data.close()
+        raise
+
+
+def _read_header(data: ByteRange, limit: int) -> SafetensorsFile:
+    file = data.name
+    if data.size < 8:
+        fail("truncated", f"expected 8 bytes of header length, found {data.size} bytes", file=file)
+    size = int.from_bytes(data.head(8), "little")
+    available = data.size - 8
+    start = data.read(8, min(1, available))
+    if size <= available and size > limit:
+        fail("header-limit", f"expected a header of at most {limit} bytes, found {size}", file=file)
+    if size > available:
+        if size <= limit and start in (b"{", b"") and not _closes(data.read(8, available)):
+            fail("truncated", f"expected a header of {size} bytes, found the end of the file", file=file)
+        fail(
+            "bad-safetensors",
+            f"expected a header that fits the file ({available} bytes), found a length of {size}",
+            file=file,
+        )
+    if start != b"{":
+        fail("bad-safetensors", f"expected `{{` at byte 8, found {printable(ascii(start)[1:])}", file=file)
+    header = data.read(8, size)
+    if header.count(b'"data_offsets"') > TENSOR_LIMIT:
+        fail("header-limit", f"expected at most {TENSOR_LIMIT} tensors, found more", file=file)
+
+    tensors: dict[str, TensorInfo] = {}
+    begins: dict[str, int] = {}
+    metadata: dict[str, str] | None = None
+    entries = members(
+        header, file=file, kind="bad-safetensors", max_bytes=limit, max_depth=8, surrogates=True
+    )
+    del header
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes share one tuple
+    for name, entry in entries:
+        if name == RESERVED:
+            if metadata is not None:
+                fail("bad-safetensors", "expected one entry, found two", file=file, where=name)
+            metadata = _metadata(entry, file)
+            continue
+        if name in tensors:
+            fail("bad-safetensors", "expected each tensor once, found it twice", file=file, where=name)
+        dtype, shape, begin = _entry(entry, file, name)
+        tensors[name] = TensorInfo(name, dtype, shapes.setdefault(shape, shape), file)
+        begins[name] = begin
+    fail_all(name_problems(tensors, file=file))
+    _check_coverage(tensors, begins, available - size, file)
+    return SafetensorsFile(data, 8 + size, tensors, begins, metadata or {})
+
+
+def _closes(data: bytes) -> bool:
+    """Whether a JSON object that starts `data` also ends in it: then the file is not cut, its length lies."""
+    try:
+        json.JSONDecoder().raw_decode(data[:HEADER_LIMIT].decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _metadata(entry: Any, file: str) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+        fail("bad-safetensors", "expected an object of strings", file=file, where=RESERVED)
+    return entry
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _entry(entry: Any, file: str, name: str) -> tuple[str, tuple[int, ...], int]:
+    """(dtype, shape, first byte) of one tensor, its numbers checked against each other."""
+
+    def bad(message: str) -> NoReturn:
+        fail("bad-safetensors", message, file=file, where=name)
+
+    if not isinstance(entry, dict):
+        bad("expected an object with dtype, shape and data_offsets")
+    if entry.keys() != _FIELDS:
+        odd = sorted(entry.keys() ^ _FIELDS)[0]
+        bad(f"expected the fields dtype, shape, data_offsets, found {printable(odd)} missing or extra")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        if isinstance(dtype, str) and dtype in _OTHER_DTYPES:
+            fail("unsupported-dtype", f"expected a dtype known here, found {dtype}", file=file, where=name)
+        bad(f"expected a dtype of the format, found {printable(dtype, 40)}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        bad(f"expected a shape of integers from 0, found {printable(shape, 80)}")
+    if len(shape) > DIMENSION_LIMIT:
+        bad(f"expected at most {DIMENSION_LIMIT} dimensions, found {len(shape)}")
+    if prod(max(n, 1) for n in shape) > ELEMENT_LIMIT:
+        bad(f"expected a shape of at most 2^56 elements, found {printable(shape, 80)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        bad(f"expected data_offsets of two integers from 0, found {printable(offsets, 80)}")
+    begin, end = offsets
+    nbytes = prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        bad(f"expected {nbytes} bytes for {dtype} {tuple(shape)}, found data_offsets {begin} to {end}")
+    return dtype, tuple(shape), begin
+
+
+def _check_coverage(
+    tensors: Mapping[str, TensorInfo], begins: Mapping[str, int], size: int, file: str
+) -> None:
+    """The byte ranges, in order, must be the data section, each byte once."""
+    at, last = 0, None
+    for begin, end, name in sorted((b, b + tensors[n].nbytes, n) for n, b in begins.items()):
+        if begin != at:
+            word = "an overlap" if begin < at else "a hole"
+            fail(
+                "bad-safetensors",
+                f"expected data from byte {at} on, found {word}: {begin}",
+                file=file,
+                where=name,
+            )
+        at, last = end, name
+    if at != size:
+        kind = "truncated" if at > size else "trailing-data"
+        fail(kind, f"expected {at} bytes of tensor data, found {size}", file=file, where=last)
+
+
+@dataclass(frozen=True)
+class SafetensorsLayout:
+    """Where everything goes in a safetensors file that is still to be written.
+
+    `offsets` are absolute byte offsets of the tensors' data, `size` is the whole file's. Tensors are placed
+    by falling element size, so each starts at a multiple of it; equal sizes keep the order given.
+    """
+
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]]  # name, dtype, shape
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    size: int = field(init=False)
+    offsets: Mapping[str, int] = field(init=False)
+    header: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        fail_all(name_problems((name for name, _, _ in self.tensors), file="the output"))
+        ordered = sorted(self.tensors, key=lambda t: -DTYPES[t[1]].itemsize)
+        entries: dict[str, Any] = {RESERVED: dict(self.metadata)} if self.metadata else {}
+        begins: dict[str, int] = {}
+        at = 0
+        for name, dtype, shape in ordered:
+            if name in begins:
+                raise ValueError(f"tensor {name} is laid out twice")
+            end = at + prod(shape) * DTYPES[dtype].itemsize
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            begins[name] = at
+            at = end
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        object.__setattr__(self, "header", len(text).to_bytes(8, "little") + text)
+        object.__setattr__(self, "offsets", {name: start + begin for name, begin in begins.items()})
+        object.__setattr__(self, "size", start + at)
+
+    def header_writes(self) -> Iterator[tuple[int, bytes]]:
+        """(file offset, bytes) of everything but the tensors that is known before they are."""
+        yield 0, self.header
+
+    def finish(self, crcs: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
+        """What is written after the tensors, given their CRC32s: nothing, the format has no checksums."""
+        return ()

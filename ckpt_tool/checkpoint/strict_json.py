@@ -1,0 +1,368 @@
+"""JSON as RFC 8259 means it, and no more: the reader for every JSON file that comes with a checkpoint.
+
+The standard library accepts NaN, takes the last of two equal keys, counts `true` as 1 and runs out of stack
+on deep nesting. Here each of those is an error that names the field; sizes and depth have limits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn, overload
+
+from ckpt_tool.errors import fail, printable
+
+MAX_BYTES = 16 << 20
+MAX_DEPTH = 64
+MAX_INTEGER = 2**63 - 1
+
+_TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+_SHALLOW = re.compile(
+    r'\{(?:"[^"\\]*+"|[^"{}\[\]]|\[[^"{}\[\]]*+\])*+\}'
+)  # an object of scalars and flat lists
+_SPACE = re.compile(r"[ \t\n\r]*+")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class _Fault:
+    """Stands in the parsed value where something was refused, until its field is known."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Reader:
+    """One JSON text being parsed; knows how its errors are to be labelled.
+
+    The decoder's hooks do not know which field they are in, so a hook that refuses leaves a `_Fault` in the
+    value, and the field is found by walking the value afterwards.
+    """
+
+    def __init__(
+        self, data: bytes, file: str, kind: str, max_bytes: int, max_depth: int, surrogates: bool = False
+    ) -> None:
+        self.file, self.kind = file, kind
+        if len(data) > max_bytes:
+            self.refuse(f"expected at most {max_bytes} bytes of JSON, found {len(data)}")
+        if not data.strip(b" \t\r\n"):
+            self.refuse("expected JSON, found nothing")
+        if data.startswith(b"\xef\xbb\xbf"):
+            self.refuse("expected UTF-8 without a byte order mark, found one")
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+            self.refuse("expected UTF-8, found UTF-16 or UTF-32")
+        try:
+            self.text = data.decode()
+        except UnicodeDecodeError as error:
+            self.refuse(f"expected UTF-8, found byte 0x{data[error.start]:02x} at {error.start}")
+        self.look_for_surrogates = not surrogates and _SURROGATE_ESCAPE.search(self.text) is not None
+        self.max_depth = max_depth
+        self.faults = 0
+        self.decoder = json.JSONDecoder(
+            object_pairs_hook=self._object,
+            parse_constant=lambda text: self._fault(
+                f"expected a number, found {text}, which JSON does not have"
+            ),
+            parse_int=self._integer,
+            parse_float=self._float,
+        )
+
+    def _fault(self, message: str) -> _Fault:
+        self.faults += 1
+        return _Fault(message)
+
+    def _integer(self, text: str) -> int | _Fault:
+        if len(text) > 20 or abs(number := int(text)) > MAX_INTEGER:
+            return self._fault(f"expected an integer below 2^63, found {printable(text, 40)}")
+        return number
+
+    def _float(self, text: str) -> float | _Fault:
+        if math.isfinite(number := float(text)):
+            return number
+        return self._fault(f"expected a finite number, found {printable(text, 40)}")
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    found[key] = self._fault("expected each key once, found it twice in one object")
+                seen.add(key)
+        return found
+
+    def refuse(self, message: str, where: str | None = None) -> NoReturn:
+        fail(self.kind, message, file=self.file, where=where)
+
+    def refuse_at(self, position: int, expected: str) -> NoReturn:
+        line = self.text.count("\n", 0, position) + 1
+        column = position - self.text.rfind("\n", 0, position)
+        rest = self.text[position : position + 20]
+        found = f"`{printable(rest)}`" if rest else "the end of the file"
+        self.refuse(f"expected {expected}, found {found} at line {line}, column {column}")
+
+    def _check_depth(self, position: int) -> None:
+        """Refuse a value that nests too deep before the recursive decoder meets it."""
+        if self.text[position : position + 1] not in ("{", "[") or _SHALLOW.match(self.text, position):
+            return
+        depth = 0
+        for token in _TOKENS.finditer(self.text, position):
+            character = token[0][0]
+            if character in "[{":
+                depth += 1
+                if depth > self.max_depth:
+                    self.refuse_at(token.start(), f"at most {self.max_depth} levels of nesting")
+            elif character in "]}":
+                depth -= 1
+                if depth == 0:
+                    return
+
+    def skip(self, position: int) -> int:
+        match = _SPACE.match(self.text, position)
+        return match.end() if match else position
+
+    def value(self, position: int, field: str = "") -> tuple[Any, int]:
+        """The value that starts at `position`, and where it ends."""
+        self._check_depth(position)
+        try:
+            found, end = self.decoder.raw_decode(self.text, position)
+        except json.JSONDecodeError as error:
+            self.refuse_at(error.pos, _WORDS.get(error.msg, "JSON"))
+        if self.faults or self.look_for_surrogates:
+            self._check(found, field)
+        return found, end
+
+    def end(self, position: int) -> None:
+        if (rest := self.skip(position)) != len(self.text):
+            self.refuse_at(rest, "the end of the file")
+
+    def _check(self, found: Any, field: str) -> None:
+        """Report the first refused value below `found`, now that the path to it is known."""
+        if isinstance(found, _Fault):
+            self.refuse(found.message, field or None)
+        if isinstance(found, str):
+            if self.look_for_surrogates and not found.isascii() and _has_surrogate(found):
+                self.refuse("expected Unicode text, found a lone surrogate", field or None)
+        elif isinstance(found, dict):
+            for key, value in found.items():
+                inner = f"{field}.{key}" if field else key
+                self._check(key, inner)
+                self._check(value, inner)
+        elif isinstance(found, list):
+            for index, value in enumerate(found):
+                if type(value) is not int:
+                    self._check(value, f"{field}[{index}]")
+
+    def members(self) -> Iterator[tuple[str, Any]]:
+        """The keys and values of the outermost object, one at a time."""
+        text = self.text
+        self.max_depth -= 1  # this object is the first level
+        position = self.skip(0)
+        if text[position : position + 1] != "{":
+            self.refuse_at(position, "a JSON object")
+        position = self.skip(position + 1)
+        if text[position : position + 1] == "}":
+            return self.end(position + 1)
+        while True:
+            if text[position : position + 1] != '"':
+                self.refuse_at(position, "a key in double quotes")
+            key, position = self.value(position)
+            position = self.skip(position)
+            if text[position : position + 1] != ":":
+                self.refuse_at(position, "`:` after a key")
+            value, position = self.value(self.skip(position + 1), key)
+            yield key, value
+            position = self.skip(position)
+            mark = text[position : position + 1]
+            if mark == "}":
+                return self.end(position + 1)
+            if mark != ",":
+                self.refuse_at(position, "`,` or `}`")
+            position = self.skip(position + 1)
+
+
+_WORDS = {
+    "Expecting value": "a value",
+    "Expecting ',' delimiter": "`,`",
+    "Expecting ':' delimiter": "`:`",
+    "Expecting property name enclosed in double quotes": "a key in double quotes",
+    "Illegal trailing comma before end of object": "a key after `,`",
+    "Illegal trailing comma before end of array": "a value after `,`",
+    "Unterminated string starting at": "the end of a string",
+    "Invalid control character at": "a string without raw control characters",
+}
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def members(
+    data: bytes,
+    *,
+    file: str,
+    kind: str = "bad-config",
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    surrogates: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """The members of the JSON object in `data`, one at a time, so that a large one is never held twice.
+
+    A key that comes twice is yielded twice; with `surrogates`, lone surrogates are left in the text.
+    """
+    return _Reader(data, file, kind, max_bytes, max_depth, surrogates).members()
+
+
+def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:
+    """The JSON value in `data`, of any type."""
+    reader = _Reader(data, file, kind, MAX_BYTES, MAX_DEPTH)
+    value, end = reader.value(reader.skip(0))
+    reader.end(end)
+    return value
+
+
+def parse_object(data: bytes, *, file: str, kind: str = "bad-config") -> dict[str, Any]:
+    """The JSON object in `data`; anything else is refused."""
+    found: dict[str, Any] = {}
+    for key, value in members(data, file=file, kind=kind):
+        if key in found:
+            fail(kind, "expected each key once, found it twice in one object", file=file, where=key)
+        found[key] = value
+    return found
+
+
+def _get(obj: Mapping[str, Any], key: str, expected: str, file: str, optional: bool, within: str) -> Any:
+    """`obj[key]`; None when it is absent or null and may be."""
+    value = obj.get(key)
+    if value is None and not optional:
+        found = "null" if key in obj else "none"
+        fail("bad-config", f"expected {expected}, found {found}", file=file, where=within + key)
+    return value
+
+
+def _refuse(value: Any, key: str, expected: str, file: str, within: str) -> NoReturn:
+    shown = printable(json.dumps(value, ensure_ascii=False, default=repr), 60)
+    fail("bad-config", f"expected {expected}, found {shown}", file=file, where=within + key)
+
+
+@overload
+def integer(
+    obj: Mapping[str, Any],
+    key: str,
+    *,
+    file: str,
+    minimum: int = ...,
+    maximum: int = ...,
+    optional: Literal[False] = ...,
+    text_ok: bool = ...,
+    within: str = ...,
+) -> int: ...
+@overload
+def integer(
+    obj: Mapping[str, Any],
+    key: str,
+    *,
+    file: str,
+    minimum: int = ...,
+    maximum: int = ...,
+    optional: bool,
+    text_ok: bool = ...,
+    within: str = ...,
+) -> int | None: ...
+def integer(
+    obj: Mapping[str, Any],
+    key: str,
+    *,
+    file: str,
+    minimum: int = 1,
+    maximum: int = 2**31,
+    optional: bool = False,
+    text_ok: bool = False,
+    within: str = "",
+) -> int | None:
+    """`obj[key]` as an integer in `minimum..maximum`; neither `true` nor 32.0 is one.
+
+    With `optional`, an absent or null field gives None. With `text_ok`, "4096" counts as 4096. `within` is
+    put before the field in messages ("moe." for an object inside the file).
+    """
+    expected = f"an integer from {minimum} to {maximum}"
+    value = _get(obj, key, expected, file, optional, within)
+    if value is None:
+        return None
+    number = value
+    if text_ok and isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value, re.ASCII):
+        number = int(value)
+    if type(number) is not int or not minimum <= number <= maximum:
+        _refuse(value, key, expected, file, within)
+    return number
+
+
+@overload
+def number(
+    obj: Mapping[str, Any],
+    key: str,
+    *,
+    file: str,
+    optional: Literal[False] = ...,
+    positive: bool = ...,
+    within: str = ...,
+) -> float: ...
+@overload
+def number(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: bool, positive: bool = ..., within: str = ...
+) -> float | None: ...
+def number(
+    obj: Mapping[str, Any],
+    key: str,
+    *,
+    file: str,
+    optional: bool = False,
+    positive: bool = True,
+    within: str = "",
+) -> float | None:
+    """`obj[key]` as a finite float, above 0 unless `positive` is off; integers count, `true` does not."""
+    expected = "a finite number above 0" if positive else "a finite number"
+    value = _get(obj, key, expected, file, optional, within)
+    if value is None:
+        return None
+    plain = type(value) in (int, float) and math.isfinite(value)
+    if not plain or (positive and value <= 0):
+        _refuse(value, key, expected, file, within)
+    return float(value)
+
+
+@overload
+def string(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: Literal[False] = ..., within: str = ...
+) -> str: ...
+@overload
+def string(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: bool, within: str = ...
+) -> str | None: ...
+def string(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: bool = False, within: str = ""
+) -> str | None:
+    """`obj[key]` as text."""
+    value = _get(obj, key, "a string", file, optional, within)
+    if value is not None and not isinstance(value, str):
+        _refuse(value, key, "a string", file, within)
+    return value
+
+
+@overload
+def boolean(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: Literal[False] = ..., within: str = ...
+) -> bool: ...
+@overload
+def boolean(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: bool, within: str = ...
+) -> bool | None: ...
+def boolean(
+    obj: Mapping[str, Any], key: str, *, file: str, optional: bool = False, within: str = ""
+) -> bool | None:
+    """`obj[key]` as true or false; 0 and 1 are numbers."""
+    value = _get(obj, key, "true or false", file, optional, within)
+    if value is not None and not isinstance(value, bool):
+        _refuse(value, key, "true or false", file, within)
+    return value

@@ -1,0 +1,180 @@
+"""MixtralForCausalLM in the Hugging Face layout, as it lies on disk: one tensor per expert and matrix,
+`model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight` (transformers 5 stacks them only in memory).
+
+Source: transformers 4.37.2 (eager attention) and 5.23.0, models/mixtral.
+
+B batch, T tokens, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
+V vocabulary, E experts, A experts a token is sent to, W window. Linear weights are (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "num_local_experts",
+    "num_experts_per_tok",
+)  # in config.json
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    # per layer, how many keys a query sees, its own included; None sees all before it
+    windows: tuple[int | None, ...]
+    n_experts: int
+    n_experts_per_token: int
+    tied: bool  # the embedding table is also the output layer
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
+        changes the numbers and for what this pass does not compute."""
+        missing = [name for name in REQUIRED if config.get(name) is None]
+        if missing:
+            raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"expected `hidden_act` silu in config.json, found {config['hidden_act']}")
+        n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        window = config.get("sliding_window")
+        return cls(
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=int(config["num_key_value_heads"]),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // n_heads),
+            norm_eps=float(config["rms_norm_eps"]),
+            rope_theta=_theta(config),
+            windows=(None if window is None else int(window),) * n_layers,
+            n_experts=int(config["num_local_experts"]),
+            n_experts_per_token=int(config["num_experts_per_tok"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+def _theta(config: Mapping[str, Any]) -> float:
+    """`rope_theta` of transformers 4, or of `rope_parameters` in transformers 5; 1000000 where neither is
+    there, the default of MixtralConfig in both."""
+    newer = config.get("rope_parameters") or {}
+    scaling = newer or config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"expected rope_type `default` in config.json, found `{kind}`")
+    thetas = {float(facts["rope_theta"]) for facts in (config, newer) if facts.get("rope_theta") is not None}
+    if len(thetas) > 1:
+        raise ValueError(
+            f"expected one rope_theta in config.json, found {', '.join(map(str, sorted(thetas)))}"
+        )
+    return thetas.pop() if thetas else 1000000.0
+
+
+def forward(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+    x = embed(ids, ranks, c)
+    for i in range(c.n_layers):
+        x = layer(x, i, ranks, c)
+    return head(x, ranks, c)
+
+
+def embed(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+    (w,) = ranks
+    return w["model.embed_tokens.weight"][ids]
+
+
+def layer(x: Tensor, i: int, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+    (w,), p = ranks, f"model.layers.{i}."
+    x = x + attention(rms_norm(x, w[p + "input_layernorm.weight"], c), w, p + "self_attn.", c, c.windows[i])
+    return x + mixture(
+        rms_norm(x, w[p + "post_attention_layernorm.weight"], c), w, p + "block_sparse_moe.", c
+    )
+
+
+def head(x: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+    (w,) = ranks
+    output = w["model.embed_tokens.weight" if c.tied else "lm_head.weight"]
+    return wide(rms_norm(x, w["model.norm.weight"], c) @ output.T)
+
+
+def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None) -> Tensor:
+    B, T, _ = x.shape
+    N, K, H = c.n_heads, c.n_kv_heads, c.head_dim
+    q = (x @ w[p + "q_proj.weight"].T).view(B, T, N, H).transpose(1, 2)  # (B, N, T, H)
+    k = (x @ w[p + "k_proj.weight"].T).view(B, T, K, H).transpose(1, 2)  # (B, K, T, H)
+    v = (x @ w[p + "v_proj.weight"].T).view(B, T, K, H).transpose(1, 2)
+    cos, sin = rotation(x, c)
+    q = (q * cos + rotate_half(q) * sin).view(B, K, N // K, T, H)  # (B, K, N/K, T, H)
+    k = k * cos + rotate_half(k) * sin
+    scores = torch.einsum("bkgqh,bkth->bkgqt", q, k) * H**-0.5
+    seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)  # the last `window` keys, the query's own included
+    weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(x.dtype)
+    heads = torch.einsum("bkgqt,bkth->bqkgh", weights, v)
+    return heads.reshape(B, T, N * H) @ w[p + "o_proj.weight"].T
+
+
+def rotation(x: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, (T, H), equal in both halves of H; computed in the precision of
+    x, at least float32, and rounded to the dtype of x."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    steps = torch.arange(0, c.head_dim, 2, dtype=dtype, device=x.device)
+    frequencies = 1.0 / c.rope_theta ** (steps / c.head_dim)
+    angles = torch.arange(x.shape[1], dtype=dtype, device=x.device)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def mixture(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
+    """The sum of the chosen experts, each weighed in float32 (transformers 5) and then added in the dtype
+    of x."""
+    tokens = x.flatten(0, 1)  # (B*T, D)
+    chosen, share = route(tokens, w[p + "gate.weight"], c)
+    y = torch.zeros_like(tokens)
+    for e in sorted(set(chosen.flatten().tolist())):  # an expert nobody asks for is never read
+        rows, place = torch.where(chosen == e)
+        out = feed_forward(tokens[rows], w, f"{p}experts.{e}.") * share[rows, place, None]
+        y.index_add_(0, rows, out.to(y.dtype))
+    return y.view_as(x)
+
+
+def route(tokens: Tensor, gate: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+    """The most probable experts by a softmax over all, and their shares, made to sum to one; both (B*T,
+    A)."""
+    probabilities, chosen = wide(tokens @ gate.T).softmax(-1).topk(c.n_experts_per_token)
+    return chosen, probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str) -> Tensor:
+    gate, up = x @ w[p + "w1.weight"].T, x @ w[p + "w3.weight"].T  # (tokens, F)
+    return (silu(gate) * up) @ w[p + "w2.weight"].T
+
+
+def rms_norm(x: Tensor, weight: Tensor, c: Config) -> Tensor:
+    y = wide(x)
+    return weight * (y / (y.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()).to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
