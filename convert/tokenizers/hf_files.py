@@ -1,0 +1,131 @@
+"""The files of a Hugging Face tokenizer, written as JSON by ourselves: equal inputs give equal bytes, and
+only fields that tokenizers 0.15.2 (transformers 4.37) as well as 0.23 (transformers 5) read are used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_tool.convert.plan import Value
+
+# Both libraries read `tokenizer.json` as it stands under this class name, whatever the model type beside it.
+# Under `LlamaTokenizer` transformers 5 keeps only vocabulary and merges and builds the rest from class code,
+# whose Metaspace step adds no dummy prefix to text that begins with a space: " Hello" loses a token. Its own
+# name for the class that reads the file, `TokenizersBackend`, is unknown to transformers 4.
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+
+
+@dataclass(frozen=True)
+class TokenizerResult:
+    """A converted tokenizer: files by name, what the user should know, its number of ids (0 when the
+    download has no tokenizer), and what it says about config.json, in config names."""
+
+    documents: dict[str, bytes]
+    notes: list[str]
+    vocab_size: int
+    facts: dict[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that Hugging Face looks for in text before the model sees it; `control` ones are left out by
+    `skip_special_tokens`. `normalized`: looked for after the normalizer has run."""
+
+    id: int
+    text: str
+    control: bool = True
+    normalized: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "content": self.text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": self.normalized,
+            "special": self.control,
+        }
+
+
+def json_bytes(value: Any) -> bytes:
+    """UTF-8, one entry a line, keys in the order given, a newline at the end."""
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def bos_template(bos: AddedToken) -> dict[str, Any]:
+    """The post-processor that puts `bos` before each sequence."""
+
+    def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
+        return [
+            {"SpecialToken": {"id": bos.text, "type_id": type_id}},
+            {"Sequence": {"id": name, "type_id": type_id}},
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": sequence("A", 0) + sequence("B", 1),
+        "special_tokens": {bos.text: {"id": bos.text, "ids": [bos.id], "tokens": [bos.text]}},
+    }
+
+
+def tokenizer_json(
+    *,
+    vocab: Mapping[str, int],
+    merges: Iterable[tuple[str, str]],
+    added: Iterable[AddedToken],
+    normalizer: Any,
+    pre_tokenizer: Any,
+    post_processor: Any,
+    decoder: Any,
+    model: Mapping[str, Any],
+) -> bytes:
+    """tokenizer.json of a BPE model; `model` holds its options. A merge is written as one string, the only
+    form that tokenizers 0.15.2 reads, so no half may contain a space."""
+    return json_bytes(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": token.id, **token.to_json()} for token in added],
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": post_processor,
+            "decoder": decoder,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                **model,
+                "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+                "merges": [f"{left} {right}" for left, right in merges],
+            },
+        }
+    )
+
+
+def config_documents(
+    named: Mapping[str, str], added: Iterable[AddedToken], more: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """tokenizer_config.json and special_tokens_map.json; `named` maps "bos_token" and its like to text.
+
+    No chat template is written: none comes with an original download.
+    """
+    config: dict[str, Any] = {
+        "tokenizer_class": TOKENIZER_CLASS,
+        # The generic class of transformers 4 would hand token_type_ids to a model that takes none
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,  # on by default in transformers 4; rewrites " ." when decoding
+        "added_tokens_decoder": {str(token.id): token.to_json() for token in added},
+        **named,
+        **more,
+    }
+    return {
+        "tokenizer_config.json": json_bytes(dict(sorted(config.items()))),
+        "special_tokens_map.json": json_bytes(dict(sorted(named.items()))),
+    }
