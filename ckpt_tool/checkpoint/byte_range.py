@@ -6,6 +6,7 @@ is read gives an error and not a signal.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -26,7 +27,8 @@ class ByteRange:
             # O_NONBLOCK: a FIFO that took the file's place must not hang the opening.
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            fail("read-failed", f"cannot be opened: {error.strerror}", file=name)
+            kind = "limits" if error.errno in (errno.EMFILE, errno.ENFILE) else "read-failed"
+            fail(kind, f"cannot be opened: {error.strerror}", file=name)
         self.fingerprint = Fingerprint.of(self.descriptor)
         self.base, self.size = (0, self.fingerprint.size) if window is None else window
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
-from ckpt_tool.checkpoint.strict_json import members
+from ckpt_tool.checkpoint.strict_json import members, parse_object
 from ckpt_tool.checkpoint.tensor_names import RESERVED, name_problems
-from ckpt_tool.errors import fail, fail_all, printable
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 HEADER_LIMIT = 32 << 20
 TENSOR_LIMIT = 1_000_000
@@ -123,6 +123,7 @@ def _read_header(data: ByteRange, limit: int) -> SafetensorsFile:
         dtype, shape, begin = _entry(entry, file, name)
         tensors[name] = TensorInfo(name, dtype, shapes.setdefault(shape, shape), file)
         begins[name] = begin
+    del entries  # it holds the text
     fail_all(name_problems(tensors, file=file))
     _check_coverage(tensors, begins, available - size, file)
     return SafetensorsFile(data, 8 + size, tensors, begins, metadata or {})
@@ -183,16 +184,14 @@ def _check_coverage(
 ) -> None:
     """The byte ranges, in order, must be the data section, each byte once."""
     at, last = 0, None
-    for begin, end, name in sorted((b, b + tensors[n].nbytes, n) for n, b in begins.items()):
+    # Two stable sorts: by where they begin, and the empty ones first where several begin.
+    for name in sorted(sorted(tensors, key=lambda n: tensors[n].nbytes), key=begins.__getitem__):
+        begin = begins[name]
         if begin != at:
             word = "an overlap" if begin < at else "a hole"
-            fail(
-                "bad-safetensors",
-                f"expected data from byte {at} on, found {word}: {begin}",
-                file=file,
-                where=name,
-            )
-        at, last = end, name
+            message = f"expected its data from byte {at} on, found {word}: {begin}"
+            fail("bad-safetensors", message, file=file, where=name)
+        at, last = begin + tensors[name].nbytes, name
     if at != size:
         kind = "truncated" if at > size else "trailing-data"
         fail(kind, f"expected {at} bytes of tensor data, found {size}", file=file, where=last)
@@ -239,3 +238,70 @@ class SafetensorsLayout:
     def finish(self, crcs: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
         """What is written after the tensors, given their CRC32s: nothing, the format has no checksums."""
         return ()
+
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def index_document(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """The bytes of `model.safetensors.index.json`: which file holds each tensor, and the tensors' bytes."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """An index file as read: tensor name to file name, and the tensors' bytes where it says them."""
+
+    name: str
+    weight_map: Mapping[str, str]
+    total_size: int | None
+
+    def files(self) -> list[str]:
+        """The files named, each once, in order of first mention."""
+        return list(dict.fromkeys(self.weight_map.values()))
+
+    def problems(self, files: Mapping[str, TensorFile]) -> Iterator[Problem]:
+        """Where the opened `files` and the index contradict each other."""
+
+        def bad(message: str, where: str | None = None) -> Problem:
+            return Problem("bad-index", message, self.name, where)
+
+        for tensor, file in self.weight_map.items():
+            if file in files and tensor not in files[file].tensors:
+                yield bad(f"expected the tensor in {file}, found it missing there", tensor)
+        for file, opened in files.items():
+            for tensor in opened.tensors:
+                listed = self.weight_map.get(tensor)
+                if listed is None:
+                    yield bad(f"expected every tensor to be listed, found one in {file} that is not", tensor)
+                elif listed != file:
+                    yield bad(f"expected the tensor in {listed} only, found it in {file} as well", tensor)
+        total = sum(t.nbytes for opened in files.values() for t in opened.tensors.values())
+        safetensors_only = all(opened.format == self.name.split(".")[1] for opened in files.values())
+        if self.total_size not in (None, total) and safetensors_only:  # pickles may share storage
+            yield bad(f"expected tensors of {self.total_size} bytes, found {total}", "metadata.total_size")
+
+
+def read_index(data: bytes, *, name: str) -> WeightIndex:
+    """The index in `data`; refuses one whose file names are not plain names beside it (`bad-index`)."""
+    index = parse_object(data, file=name, kind="bad-index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        fail("bad-index", "expected an object of tensor names", file=name, where="weight_map")
+    problems: list[Problem] = []
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
+            message = f"expected the plain name of a file in the same folder, found {printable(file)}"
+            problems.append(Problem("bad-index", message, name, tensor))
+    fail_all(problems)
+    details = index.get("metadata", {})
+    size = details.get("total_size") if isinstance(details, dict) else None
+    if isinstance(size, float) and size.is_integer():
+        size = int(size)  # some writers put it down as 1.4e10
+    if size is not None and not _is_size(size):
+        found = printable(size)
+        fail(
+            "bad-index", f"expected a number of bytes, found {found}", file=name, where="metadata.total_size"
+        )
+    return WeightIndex(name, weight_map, size)

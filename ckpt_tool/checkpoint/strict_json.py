@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn, overload
 
@@ -19,9 +20,8 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
 
 _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
-_SHALLOW = re.compile(
-    r'\{(?:"[^"\\]*+"|[^"{}\[\]]|\[[^"{}\[\]]*+\])*+\}'
-)  # an object of scalars and flat lists
+# An object of scalars and flat lists.
+_SHALLOW = re.compile(r'\{(?:"[^"\\]*+"|[^"{}\[\]]|\[[^"{}\[\]]*+\])*+\}')
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -61,9 +61,7 @@ class _Reader:
         self.faults = 0
         self.decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
-            parse_constant=lambda text: self._fault(
-                f"expected a number, found {text}, which JSON does not have"
-            ),
+            parse_constant=self._constant,
             parse_int=self._integer,
             parse_float=self._float,
         )
@@ -71,6 +69,9 @@ class _Reader:
     def _fault(self, message: str) -> _Fault:
         self.faults += 1
         return _Fault(message)
+
+    def _constant(self, text: str) -> _Fault:
+        return self._fault(f"expected a number, found {text}, which JSON does not have")
 
     def _integer(self, text: str) -> int | _Fault:
         if len(text) > 20 or abs(number := int(text)) > MAX_INTEGER:
@@ -326,7 +327,7 @@ def number(
     value = _get(obj, key, expected, file, optional, within)
     if value is None:
         return None
-    plain = type(value) in (int, float) and math.isfinite(value)
+    plain = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
     if not plain or (positive and value <= 0):
         _refuse(value, key, expected, file, within)
     return float(value)

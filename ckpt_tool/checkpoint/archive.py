@@ -1,0 +1,155 @@
+"""A zip or tar(.gz) of a whole download, opened as if it were a folder; nothing is extracted.
+
+Members that lie in the archive as they are get read in place. Deflated ones are inflated into temporary files
+without a name (spool.py), only those that are needed, with their checksums compared on the way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path, PurePosixPath
+
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.folders import Folder, Place
+from ckpt_tool.checkpoint.spool import Spool
+from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
+from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
+from ckpt_tool.checkpoint.zip_reader import ZipArchive
+from ckpt_tool.errors import fail, printable
+
+
+class Members:
+    """The files of an archive: their names, and where each lies once it is asked for."""
+
+    def __init__(self, label: str, names: Collection[str], locate: Callable[[str], Place]) -> None:
+        self.label, self.names, self._locate = label, names, locate
+        self._places: dict[str, Place] = {}
+        self.held: list[ByteRange | Spool] = []  # open for as long as the members may be read
+
+    def place(self, name: str) -> Place:
+        if name not in self._places:
+            self._places[name] = self._locate(name)
+        return self._places[name]
+
+    def close(self) -> None:
+        for file in self.held:
+            file.close()
+
+
+class ArchiveFolder(Folder):
+    """One folder inside an archive; `prefix` is empty or ends in `/`."""
+
+    def __init__(self, members: Members, prefix: str = "") -> None:
+        self.members, self.prefix = members, prefix
+        self.label = f"{members.label}/{prefix}".rstrip("/")
+
+    def names(self) -> list[str]:
+        inside = [name[len(self.prefix) :] for name in self.members.names if name.startswith(self.prefix)]
+        return sorted(name for name in inside if "/" not in name.removeprefix("original/"))
+
+    def place(self, name: str) -> Place:
+        return self.members.place(self.prefix + name)
+
+    def outer(self) -> Folder | None:
+        if not self.prefix:
+            return None
+        parent = str(PurePosixPath(self.prefix).parent)
+        return ArchiveFolder(self.members, "" if parent == "." else parent + "/")
+
+    def close(self) -> None:
+        self.members.close()
+
+
+def needed(name: str) -> bool:
+    """Whether a member may be part of a checkpoint."""
+    last = PurePosixPath(name).name
+    return is_document(last) or is_weights(last)
+
+
+def open_archive(path: Path, name: str, format: str, *, spool_dir: Path | None = None) -> ArchiveFolder:
+    """The folder of the archive at `path` ("zip", "tar" or "tar.gz") that holds the weights.
+
+    Fails with `wrong-format` when no folder does, `ambiguous-input` when several do.
+    """
+    openers = {"zip": _open_zip, "tar": _open_tar, "tar.gz": _open_tar_gz}
+    members = openers[format](ByteRange(path, name), spool_dir)
+    try:
+        return ArchiveFolder(members, _root(members))
+    except BaseException:
+        members.close()
+        raise
+
+
+def _root(members: Members) -> str:
+    """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it."""
+    parents = {
+        str(PurePosixPath(name).parent) for name in members.names if is_weights(PurePosixPath(name).name)
+    }
+    prefixes = {"" if parent == "." else parent + "/" for parent in parents}
+    roots = sorted(
+        p for p in prefixes if not (p.endswith("original/") and p[: -len("original/")] in prefixes)
+    )
+    if not roots:
+        found = f"{len(members.names)} other files"
+        if {"pickle", "storages", "tensors"} <= set(members.names):
+            found = "a torch file of a version before 0.1.10"
+        fail("wrong-format", f"expected weights in the archive, found {found}", file=members.label)
+    if len(roots) > 1:
+        found = ", ".join(printable(root or "./", 60) for root in roots[:5])
+        fail(
+            "ambiguous-input",
+            f"expected weights in one folder of the archive, found some in {len(roots)}: {found}",
+            file=members.label,
+            hint="unpack the archive and give the folder that is meant",
+        )
+    return roots[0]
+
+
+def _open_zip(data: ByteRange, spool_dir: Path | None) -> Members:
+    with _closed_on_error(data):
+        archive = ZipArchive(data)
+
+    def locate(name: str) -> Place:
+        member = archive.members[name]
+        if member.stored:
+            window = (data.base + member.data, member.size)
+            return Place(data.path, member.size, window, lambda: deque(archive.blocks(member), maxlen=0))
+        # One file for each: a file that grows after it was opened counts as changed.
+        spool = Spool(spool_dir)
+        members.held.append(spool)
+        path = spool.path
+        for block in archive.blocks(member):
+            spool.write(block)
+        return Place(path, spool.size, (0, spool.size))
+
+    members = Members(data.name, [n for n in archive.members if not n.endswith("/")], locate)
+    members.held.append(data)
+    return members
+
+
+def _open_tar(data: ByteRange, spool_dir: Path | None) -> Members:
+    with closing(data):
+        found = read_tar(data)
+    places = {m.name: Place(m.path, m.size, (m.offset, m.size)) for m in found}
+    return Members(data.name, list(places), places.__getitem__)
+
+
+def _open_tar_gz(data: ByteRange, spool_dir: Path | None) -> Members:
+    spool = Spool(spool_dir)
+    with closing(data), _closed_on_error(spool):
+        found, names = read_tar_gz(data, needed, spool)
+    places = {m.name: Place(m.path, m.size, (m.offset, m.size)) for m in found}
+    members = Members(data.name, names, places.__getitem__)
+    members.held.append(spool)
+    return members
+
+
+@contextmanager
+def _closed_on_error(file: ByteRange | Spool) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.close()
+        raise

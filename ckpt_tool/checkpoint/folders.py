@@ -1,0 +1,146 @@
+"""Where a checkpoint's files lie: a directory, or an archive read as if it were one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_tool.checkpoint.base import Document
+from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.errors import fail
+
+CHECKED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """The bytes of one file: all of the file at `path`, or the part `window` of it."""
+
+    path: Path
+    size: int
+    window: Window | None = None
+    check: Callable[[], object] = lambda: None  # reads it through to compare the archive's checksum of it
+
+
+@dataclass(frozen=True)
+class ArchivedDocument(Document):
+    """A document that lies inside the file at `path`."""
+
+    window: Window = (0, 0)
+
+    def read(self, limit: int = 16 << 20) -> bytes:
+        if self.size > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        data = ByteRange(self.path, self.name, self.window)
+        try:
+            return data.read(0, self.size)
+        finally:
+            data.close()
+
+
+class Folder(ABC):
+    """Files by name, with `/` between the parts of a name."""
+
+    label: str  # how messages call it
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The files directly in it, and those in its folder `original`."""
+
+    def has(self, name: str) -> bool:
+        """Whether the file `name` is directly in it."""
+        return name in self.names()
+
+    @abstractmethod
+    def place(self, name: str) -> Place:
+        """Where the file `name` lies; it is a regular file."""
+
+    def outer(self) -> Folder | None:
+        """The folder around it, if there is one that may hold files of the same checkpoint."""
+        return None
+
+    def document(self, name: str, called: str | None = None) -> Document:
+        """The file `name` as a document, listed as `called`."""
+        place = self.place(name)
+        if place.window is None:
+            return Document(called or name, place.path, place.size)
+        if place.size <= CHECKED_BYTES:  # nobody reads a larger document
+            place.check()
+        return ArchivedDocument(called or name, place.path, place.size, place.window)
+
+    def close(self) -> None:
+        """Give back what it holds open."""
+        return None
+
+
+class Directory(Folder):
+    """A directory of the file system; links are followed for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.label = path, path.name or str(path)
+
+    def names(self) -> list[str]:
+        found = self._list(self.path)
+        if "original" in found and (self.path / "original").is_dir():
+            found += [f"original/{name}" for name in self._list(self.path / "original")]
+        return found
+
+    def _list(self, path: Path) -> list[str]:
+        try:
+            return sorted(os.listdir(path))
+        except OSError as error:
+            fail("read-failed", f"the folder cannot be listed: {error.strerror}", file=self.label)
+
+    def place(self, name: str) -> Place:
+        path = self.path / name
+        status = status_of(path, name)
+        if not stat.S_ISREG(status.st_mode):
+            fail("wrong-format", f"expected a file, found {kind_of(status)}", file=name)
+        return Place(path, status.st_size)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def outer(self) -> Folder | None:
+        parent = Path(os.path.abspath(self.path)).parent
+        return Directory(parent) if parent != self.path else None
+
+
+def status_of(path: Path, name: str) -> os.stat_result:
+    """What `path` leads to, links followed. Kinds: `not-found`, `bad-input` (a loop of links, a link to
+    nothing, no valid path), `read-failed`."""
+    try:
+        return os.stat(path)
+    except ValueError:
+        fail("bad-input", "expected a path, found a NUL character in it", file=name)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            fail("bad-input", "expected a file, found a loop of symbolic links", file=name)
+        if error.errno == errno.ENOENT and path.is_symlink():
+            fail(
+                "bad-input",
+                f"expected a file, found a link to {os.readlink(path)}, which is not there",
+                file=name,
+            )
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            fail("not-found", "expected a checkpoint, found nothing of that name", file=name)
+        if error.errno == errno.ENAMETOOLONG:
+            fail("bad-input", "expected a path, found one that is too long", file=name)
+        fail("read-failed", f"cannot be read: {error.strerror}", file=name)
+
+
+def kind_of(status: os.stat_result) -> str:
+    """What a path leads to, in words."""
+    tests = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    )
+    return next((words for test, words in tests if test(status.st_mode)), "a regular file")

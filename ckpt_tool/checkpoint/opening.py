@@ -1,0 +1,244 @@
+"""`open_checkpoint`: from a path to the tensors, whatever container or folder layout it is.
+
+Opening reads headers and nothing else; every problem of the files of one checkpoint is reported together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpt_tool.checkpoint.archive import open_archive
+from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
+from ckpt_tool.checkpoint.safetensors import (
+    HEADER_LIMIT,
+    INDEX_NAME,
+    WeightIndex,
+    open_safetensors,
+    read_index,
+)
+from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
+from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
+from ckpt_tool.checkpoint.torch_zip import open_torch_zip
+from ckpt_tool.checkpoint.weight_sets import (
+    Prefer,
+    WeightSet,
+    check_complete,
+    is_document,
+    is_tokenizer,
+    locate,
+    set_of,
+)
+from ckpt_tool.checkpoint.zip_reader import ZipArchive
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+
+HUB = "hf://"
+INDEX_BYTES = 64 << 20  # an index grows with the number of tensors; the largest published are near 5 MiB
+CHECKLIST_BYTES = 1 << 20
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What opening accepts beyond what the formats themselves say."""
+
+    safetensors_header: int = HEADER_LIMIT  # bytes
+
+
+@dataclass
+class OpenedCheckpoint(Checkpoint):
+    """A checkpoint together with the folder it came from, which may hold a temporary file open."""
+
+    folder: Folder | None = field(default=None, repr=False)
+
+    def close(self) -> None:
+        super().close()
+        if self.folder is not None:
+            self.folder.close()
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    prefer: Prefer | None = None,
+    limits: Limits | None = None,
+    spool_dir: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Open a folder, a weight file, a zip or tar(.gz) of a folder, or `hf://org/name[@rev]`.
+
+    `prefer` says which weights to take where a folder holds the original and the converted ones: without it
+    the originals are taken if params.json stands beside them. `spool_dir` (TMPDIR by default) takes the
+    inflated members of archives. A weight file that is one of a numbered set opens the whole set.
+    """
+    text = os.fspath(path)
+    if text.startswith(HUB):
+        from ckpt_tool.checkpoint.hub import fetch
+
+        local, notes = fetch(text, prefer=prefer)
+        checkpoint = _open_directory(local, prefer, limits or Limits())
+        checkpoint.notes[:0] = notes
+        return checkpoint
+    given = Path(text)
+    status = status_of(given, text)
+    limits = limits or Limits()
+    if stat.S_ISDIR(status.st_mode):
+        checkpoint = _open_directory(given, prefer, limits)
+    elif stat.S_ISREG(status.st_mode):
+        spool = None if spool_dir is None else Path(spool_dir)
+        checkpoint = _open_single(given, prefer, limits, spool)
+    else:
+        fail("wrong-format", f"expected a folder or a file, found {kind_of(status)}", file=text)
+    if given.is_symlink():
+        checkpoint.notes.append(f"{text} is a link to {given.resolve()}")
+    return checkpoint
+
+
+def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: Path | None) -> Checkpoint:
+    directory = Directory(path.parent)
+    numbered = set_of(path.name, [n for n in directory.names() if "/" not in n])
+    if numbered is not None:
+        check_complete(numbered, file=directory.label, expected=_checklist(directory))
+        checkpoint = _open_set(directory, numbered, directory.path, limits)
+        if len(numbered.files) > 1:
+            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} shards; all were opened")
+        return checkpoint
+    format = _format(Place(path, 0), path.name)
+    if format in ("zip", "tar", "tar.gz"):
+        return _open_folder(open_archive(path, path.name, format, spool_dir=spool_dir), path, prefer, limits)
+    single = WeightSet(path.name, (path.name,), None, "original")
+    return _open_set(directory, single, path, limits)
+
+
+def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
+    return _open_folder(Directory(path), path, prefer, limits)
+
+
+def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
+    try:
+        names = folder.names()
+        found = locate(
+            names, file=folder.label, prefer=prefer, checklist=lambda within: _checklist(folder, within)
+        )
+        if found is None and INDEX_NAME in names:
+            listed = read_index(folder.document(INDEX_NAME).read(INDEX_BYTES), name=INDEX_NAME).files()
+            fail_all(Problem("bad-index", f"expected {f}, found no such file", INDEX_NAME) for f in listed)
+        if found is None:
+            fail(
+                "wrong-format",
+                "expected weight files (consolidated.*, model*.safetensors, pytorch_model*.bin), found none",
+                file=folder.label,
+                hint="give the path of the weight file itself if it has another name",
+            )
+        within, chosen = found
+        return _open_set(folder, chosen, path, limits, within)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _open_set(
+    folder: Folder, chosen: WeightSet, path: Path, limits: Limits, within: str = ""
+) -> OpenedCheckpoint:
+    """Open the files of `chosen`, which lie in the part `within` of `folder`, and what belongs to them."""
+    notes = list(chosen.notes)
+    if within:
+        notes.append(f"the weights were found in {within}")
+    documents = _documents(folder, within, chosen.origin == "original", notes)
+    index = None
+    problems: list[Problem] = []
+    if chosen.index is not None:
+        index = read_index(documents[chosen.index].read(INDEX_BYTES), name=chosen.index)
+        for missing in [name for name in index.files() if name not in chosen.files]:
+            problems.append(Problem("bad-index", f"expected {missing}, found no such file", chosen.index))
+        for stray in [name for name in chosen.files if name not in index.files()]:
+            problems.append(
+                Problem("bad-index", f"expected only listed files, found {stray} too", chosen.index)
+            )
+    files: dict[str, TensorFile] = {}
+    try:
+        for name in chosen.files:
+            try:
+                files[name] = _open_file(folder.place(within + name), name, limits)
+            except CkptToolError as error:
+                problems.extend(error.problems)
+        if not problems:
+            problems.extend(_across(files, chosen, index))
+        fail_all(problems)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+    for file in files.values():
+        notes.extend(f"{file.name}: {note}" for note in file.notes)
+    return OpenedCheckpoint(path, files, documents, notes, folder)
+
+
+def _format(place: Place, name: str) -> str:
+    """The container format of one file: what `sniff` says, and "torch-zip" for a zip that torch wrote."""
+    with closing(ByteRange(place.path, name, place.window)) as data:
+        format = sniff(data)
+        return "torch-zip" if format == "zip" and _is_torch_zip(data) else format
+
+
+def _open_file(place: Place, name: str, limits: Limits) -> TensorFile:
+    format = _format(place, name)
+    if format == "torch-zip":  # the only one with checksums of its own
+        return open_torch_zip(place.path, name, window=place.window)
+    place.check()
+    match format:
+        case "torch-legacy":
+            return open_torch_legacy(place.path, name, window=place.window)
+        case "safetensors":
+            return open_safetensors(
+                place.path, name, window=place.window, header_limit=limits.safetensors_header
+            )
+        case _:
+            found = {"tar": "a tar", "tar.gz": "a gzip file", "zip": "a zip of other files"}[format]
+            fail("wrong-format", f"expected a torch or safetensors file, found {found}", file=name)
+
+
+def _across(files: dict[str, TensorFile], chosen: WeightSet, index: WeightIndex | None) -> Iterable[Problem]:
+    """What the opened files say against each other."""
+    if index is not None:
+        yield from index.problems(files)
+    elif "-of-" in chosen.label:  # whole tensors, spread over files; model-parallel shards repeat names
+        owner: dict[str, str] = {}
+        for name, file in files.items():
+            for tensor in file.tensors:
+                first = owner.setdefault(tensor, name)
+                if first != name:
+                    message = f"expected the tensor in one file, found it in {first} as well"
+                    yield Problem("shard-conflict", message, name, tensor)
+
+
+def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:
+    """The documents beside the weights, by their names there; those of an `original/` further in keep that
+    prefix. Llama 1 and 2 keep tokenizer.model one level above the weights, so it is looked for there too."""
+    inside = [name for name in folder.names() if name.startswith(within)]
+    called = {name.removeprefix(within): name for name in inside if is_document(name.rpartition("/")[2])}
+    found = {short: folder.document(name, short) for short, name in called.items()}
+    outer = folder if within else folder.outer()
+    if original and not any(map(is_tokenizer, found)) and outer is not None and outer.has(TOKENIZER):
+        found[TOKENIZER] = outer.document(TOKENIZER)
+        notes.append(f"{TOKENIZER} was taken from the folder above the weights")
+    return found
+
+
+def _checklist(folder: Folder, within: str = "") -> list[str]:
+    """The file names that the publisher's checklist.chk (`md5sum -c` format) lists."""
+    name = within + "checklist.chk"
+    if name not in folder.names():
+        return []
+    text = folder.document(name).read(CHECKLIST_BYTES).decode("utf-8", "replace")
+    return re.findall(r"^[0-9a-fA-F]{32}[ \t]+\*?([^\s/\\]+)[ \t]*$", text, re.MULTILINE)
+
+
+def _is_torch_zip(data: ByteRange) -> bool:
+    return check_zip_names(ZipArchive(data).members, data.name)

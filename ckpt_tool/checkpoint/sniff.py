@@ -1,0 +1,118 @@
+"""What a file is, from its first bytes; its name is not believed.
+
+Files that are something else entirely (a web page saved as weights, a git-lfs pointer, GGUF, ...) are refused
+here with what they look like, since every reader further down could only say that they are damaged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Literal, NoReturn
+
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.tar import BLOCK, is_tar_header
+from ckpt_tool.checkpoint.torch_legacy import is_legacy
+from ckpt_tool.errors import fail, printable
+
+Format = Literal["zip", "torch-legacy", "safetensors", "tar", "tar.gz"]
+
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # protocol 2 and the magic number of torch before 1.6
+GZIP = b"\x1f\x8b"
+
+_MAGICS = (
+    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file it stands for"),
+    (b"# xet version", "a Xet pointer, not the file it stands for"),
+    (b"GGUF", "a GGUF file (llama.cpp)"),
+    (b"lmgg", "a GGML file (llama.cpp)"),
+    (b"tjgg", "a GGML file (llama.cpp)"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
+    (b"\x93NUMPY", "a numpy array (.npy)"),
+    (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ\0", "an xz archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"%PDF-", "a PDF document"),
+    (b"\x7fELF", "a program"),
+)
+_HINTS = {
+    "a git-lfs pointer": "run `git lfs pull` where the repository was cloned",
+    "a Xet pointer": "download the file itself, with huggingface_hub or git-xet",
+    "a web page": "the download failed or needs a login; download the file again",
+    "an empty file": "the download failed; download the file again",
+}
+
+
+def sniff(data: ByteRange) -> Format:
+    """The container format of `data`; fails with `wrong-format` (what it looks like) or `truncated`."""
+    head = data.head(1024)
+    lowered = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
+    if not head:
+        _wrong("an empty file", data.name)
+    for magic, looks_like in _MAGICS:
+        if head.startswith(magic):
+            _wrong(looks_like, data.name)
+    if lowered.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error")):
+        _wrong("a web page", data.name)
+    if head.startswith(ZIP):
+        return "zip"
+    if is_legacy(head[:32]):
+        return "torch-legacy"
+    if head.startswith(GZIP):
+        return "tar.gz"
+    if is_tar_header(head[:BLOCK]) or head[257:262] == b"ustar":
+        return "tar"
+    if head[8:9] == b"{":
+        return "safetensors"
+    known = (*ZIP, LEGACY, GZIP)
+    if len(head) < len(LEGACY) and any(magic.startswith(head) for magic in known):
+        fail("truncated", f"expected a whole file, found its first {data.size} bytes", file=data.name)
+    named = _by_name(data.name)
+    if named is not None:
+        return named  # the reader of that format says what is wrong with it
+    _wrong(_looks_like(head), data.name)
+
+
+def _by_name(name: str) -> Format | None:
+    if name.endswith(".safetensors"):
+        return "safetensors"
+    return "tar" if name.endswith(".tar") else None
+
+
+def _looks_like(head: bytes) -> str:
+    if re.match(rb"\x08[\x01-\x14]\x12", head) and re.search(rb"pytorch|onnx|tf2onnx|keras", head):
+        return "an ONNX model"
+    if re.match(rb"\x80[\x02-\x05]", head):
+        return "a pickle that is not a torch file"
+    if not head.strip(b"\0"):
+        return "zeros"
+    try:
+        text = head[:64].decode().strip()
+    except UnicodeDecodeError:
+        text = ""
+    if text.startswith(("{", "[")):
+        return "a JSON text"
+    if text.isprintable() and text:
+        return f"text (`{printable(text, 30)}`)"
+    return f"bytes that start with {head[:8].hex(' ')}"
+
+
+def check_zip_names(names: Collection[str], name: str) -> bool:
+    """Whether a zip with these members is a torch file; fails with `wrong-format` for other known uses."""
+    tops = {member.partition("/")[2] for member in names}
+    if "constants.pkl" in tops and any(member.startswith("code/") for member in tops):
+        _wrong("a TorchScript archive", name)
+    if "data.pkl" in tops:
+        return True
+    if names and all(member.endswith(".npy") for member in names):
+        _wrong("numpy arrays (.npz)", name)
+    if "model.weights.h5" in names:
+        _wrong("a Keras model", name)
+    return False
+
+
+def _wrong(looks_like: str, name: str) -> NoReturn:
+    hint = next((h for what, h in _HINTS.items() if looks_like.startswith(what)), None)
+    fail("wrong-format", f"expected a checkpoint, found {looks_like}", file=name, hint=hint)

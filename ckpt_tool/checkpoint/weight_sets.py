@@ -1,0 +1,254 @@
+"""Which files of a folder are the checkpoint: decided from names, never by taking everything that fits `*`.
+
+A folder may hold the original weights, the same model already converted, and adapters, side by side (the Hub
+repositories of Mistral and Llama do), so only the names that publishers use are looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME
+from ckpt_tool.errors import Problem, fail, fail_all
+
+Prefer = Literal["original", "hf"]
+ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download
+
+_DOCUMENTS = frozenset(
+    (
+        "params.json",
+        "checklist.chk",
+        "tokenizer_checklist.chk",
+        "tekken.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "ckpt-tool.json",
+        "consolidated.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "latest_checkpointed_iteration.txt",
+        INDEX_NAME,
+    )
+)
+_TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.m\d{1,3})?", re.ASCII)
+TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """One way of naming a set of weight files; the groups are its number and, if told, how many there are."""
+
+    label: str
+    regex: re.Pattern[str]
+    first: int  # the lowest shard number
+    origin: Prefer
+    index: str | None = None
+
+
+def _pattern(label: str, regex: str, first: int, origin: Prefer, index: str | None = None) -> _Pattern:
+    return _Pattern(label, re.compile(regex, re.ASCII), first, origin, index)
+
+
+_PATTERNS = (
+    _pattern("consolidated.*.pth", r"consolidated\.(?P<number>\d{1,4})\.pth", 0, "original"),
+    _pattern("consolidated.*.pt", r"consolidated\.(?P<number>\d{1,4})\.pt", 0, "original"),
+    _pattern("consolidated.safetensors", r"consolidated\.safetensors", 0, "original"),
+    _pattern(
+        "consolidated-*-of-*.safetensors",
+        r"consolidated-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
+        1,
+        "original",
+        "consolidated.safetensors.index.json",
+    ),
+    _pattern("model_optim_rng.pt", r"model_optim_rng\.pt", 0, "original"),
+    _pattern("model.safetensors", r"model\.safetensors", 0, "hf"),
+    _pattern(
+        "model-*-of-*.safetensors",
+        r"model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
+        1,
+        "hf",
+        INDEX_NAME,
+    ),
+    _pattern("pytorch_model.bin", r"pytorch_model\.bin", 0, "hf"),
+    _pattern(
+        "pytorch_model-*-of-*.bin",
+        r"pytorch_model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.bin",
+        1,
+        "hf",
+        "pytorch_model.bin.index.json",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """The weight files of one model in the order of their numbers, and the index that lists them, if any."""
+
+    label: str
+    files: tuple[str, ...]
+    index: str | None
+    origin: Prefer
+    notes: tuple[str, ...] = ()
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its files are shards with numbers."""
+        return "*" in self.label
+
+
+def is_document(name: str) -> bool:
+    """Whether `name` (without folders) is a small file that belongs to a checkpoint."""
+    return name in _DOCUMENTS or _TOKENIZER_MODEL.fullmatch(name) is not None
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a document alone is enough to make a tokenizer of."""
+    return name in TOKENIZERS or _TOKENIZER_MODEL.fullmatch(name) is not None
+
+
+def is_weights(name: str) -> bool:
+    """Whether `name` (without folders) is named like a weight file."""
+    return any(p.regex.fullmatch(name) for p in _PATTERNS)
+
+
+def find_sets(names: Collection[str]) -> list[WeightSet]:
+    """Every set of weight files among `names` (of one folder), not yet checked for gaps."""
+    sets = []
+    for pattern in _PATTERNS:
+        matches = [m for name in names if (m := pattern.regex.fullmatch(name))]
+        if matches:
+            matches.sort(key=lambda m: (int(m.groupdict().get("number") or 0), m[0]))
+            index = pattern.index if pattern.index in names else None
+            sets.append(WeightSet(pattern.label, tuple(m[0] for m in matches), index, pattern.origin))
+    return sets
+
+
+def choose(
+    names: Collection[str], *, file: str, prefer: Prefer | None = None, expected: Iterable[str] = ()
+) -> WeightSet | None:
+    """The one set to open among `names`, complete; None when there is none (of the kind `prefer`).
+
+    `expected` are weight files that a checklist says there should be. Kinds: `ambiguous-input` when more
+    than one set could be meant, `missing-shard` when the set has gaps.
+    """
+    sets = find_sets(names)
+    original = [s for s in sets if s.origin == "original"]
+    converted = [s for s in sets if s.origin == "hf"]
+    notes: list[str] = []
+    if prefer is None and original and converted and "params.json" not in names:
+        _ambiguous([*original, *converted], file)
+    candidates = original or converted if prefer is None else original if prefer == "original" else converted
+    if original and converted and candidates:
+        left = converted if candidates is original else original
+        chosen = "the original" if candidates is original else "the Hugging Face"
+        notes.append(f"{chosen} weights were taken; {', '.join(s.label for s in left)} were left aside")
+    safe = [s for s in candidates if s.label.endswith(".safetensors")]
+    if candidates is converted and len(safe) == 1 and len(candidates) > 1:
+        notes.append("the safetensors weights were taken; pytorch_model*.bin were left aside")
+        candidates = safe
+    if len(candidates) > 1:
+        _ambiguous(candidates, file)
+    if not candidates:
+        return None
+    chosen_set = candidates[0]
+    check_complete(chosen_set, file=file, expected=expected)
+    return replace(chosen_set, notes=tuple(notes))
+
+
+def locate(
+    names: Collection[str],
+    *,
+    file: str,
+    prefer: Prefer | None = None,
+    checklist: Callable[[str], Iterable[str]] = lambda within: (),
+) -> tuple[str, WeightSet] | None:
+    """(where the weights are: "" or "original/", the set to open), from the names in a folder.
+
+    `prefer` is a wish: where only the other kind is there, that is taken. `checklist` gives the weight files
+    that the publisher's checklist in one of the two places lists.
+    """
+    here = [n for n in names if "/" not in n]
+    inner = [n.removeprefix(ORIGINAL_FOLDER) for n in names if n.startswith(ORIGINAL_FOLDER)]
+    places = (("", here), (ORIGINAL_FOLDER, inner))
+    for wish in dict.fromkeys((prefer, None)):
+        for within, inside in places:
+            label = f"{file}/{within}".rstrip("/")
+            chosen = choose(inside, file=label, prefer=wish, expected=checklist(within))
+            if chosen is None:
+                continue
+            if not within and chosen.origin == "hf" and any(s.origin == "original" for s in find_sets(inner)):
+                note = f"the folder {ORIGINAL_FOLDER} holds weights too; they were left aside"
+                chosen = replace(chosen, notes=(*chosen.notes, note))
+            return within, chosen
+    return None
+
+
+def set_of(name: str, names: Collection[str]) -> WeightSet | None:
+    """The set of numbered shards among `names` that the file `name` is one of."""
+    return next((s for s in find_sets(names) if s.numbered and name in s.files), None)
+
+
+def _ambiguous(sets: list[WeightSet], file: str) -> None:
+    found = " and ".join(s.label for s in sets)
+    fail(
+        "ambiguous-input",
+        f"expected one set of weights, found {found} side by side",
+        file=file,
+        hint="give the path of one of the weight files to say which set is meant",
+    )
+
+
+def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ()) -> None:
+    """Fail with `missing-shard` (which numbers) or `ambiguous-input` unless each shard is there once."""
+    if not found.numbered:
+        return
+    pattern = next(p for p in _PATTERNS if p.label == found.label)
+    matches = [m for name in found.files if (m := pattern.regex.fullmatch(name))]
+    listed = [m for name in expected if (m := pattern.regex.fullmatch(name))]
+    numbers = [int(m["number"]) for m in matches]
+    problems: list[Problem] = []
+    twice = sorted({n for n in numbers if numbers.count(n) > 1})
+    if twice:
+        both = ", ".join(m[0] for m in matches if int(m["number"]) in twice)
+        problems.append(Problem("ambiguous-input", f"expected each shard once, found {both}", file))
+    counts = {int(m["count"]) for m in matches if "count" in pattern.regex.groupindex}
+    if len(counts) > 1:
+        shown = ", ".join(str(c) for c in sorted(counts))
+        problems.append(
+            Problem(
+                "ambiguous-input", f"expected shards of one set, found sets of {shown} side by side", file
+            )
+        )
+    else:
+        last = max([*numbers, *(int(m["number"]) for m in listed)])
+        count = counts.pop() if counts else last - pattern.first + 1
+        wanted = range(pattern.first, pattern.first + count)
+        present = set(numbers)
+        missing = [n for n in wanted if n not in present]
+        stray = sorted(present - set(wanted))
+        if missing:
+            sample = matches[0]
+            names = ", ".join(_renumber(sample, n) for n in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            message = f"expected {count} shards, found {len(present & set(wanted))}: {names}{more} not there"
+            problems.append(Problem("missing-shard", message, file))
+        if stray:
+            message = f"expected shards up to {count}, found number {stray[-1]}"
+            problems.append(Problem("ambiguous-input", message, file))
+    fail_all(problems)
+
+
+def _renumber(sample: re.Match[str], number: int) -> str:
+    start, end = sample.span("number")
+    return f"{sample[0][:start]}{number:0{end - start}d}{sample[0][end:]}"

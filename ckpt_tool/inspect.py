@@ -1,0 +1,433 @@
+"""What a checkpoint holds, told from its headers: `ckpt-tool inspect`.
+
+Nothing in the file is run or imported. A file that is refused is looked at as far as that is safe: its
+format, and what its pickle wanted to import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.folders import Directory
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.pickle_records import describe
+from ckpt_tool.checkpoint.sniff import sniff
+from ckpt_tool.checkpoint.torch_legacy import legacy_imports
+from ckpt_tool.checkpoint.torch_zip import zip_imports
+from ckpt_tool.checkpoint.weight_sets import is_weights
+from ckpt_tool.errors import CkptToolError, Problem, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+KEPT_METADATA = 1000  # entries; a hostile file can hold millions
+SHOWN_METADATA = 20
+
+Recognise = Callable[[Checkpoint], list[tuple[str, bool, str]]]  # (family, is it its own, why)
+
+
+@dataclass(frozen=True)
+class FileView:
+    """One container file. `imports` are the globals that its pickle names; none was imported."""
+
+    name: str
+    format: str
+    tensors: int
+    nbytes: int
+    imports: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A number that a document states, beside what the tensors say; `agrees` is None where it states none."""
+
+    document: str
+    field: str
+    stated: int | None
+    found: int
+    tensor: str
+
+    @property
+    def agrees(self) -> bool | None:
+        return None if self.stated is None else self.stated == self.found
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """Tensors whose names differ only in their indices, `layers.{0..31}.norm.weight`. Each one is in `files`
+    files (model-parallel ranks) with this same shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    files: int
+
+
+@dataclass
+class Inspection:
+    """Everything `inspect` found. `refused` are the problems for which the checkpoint cannot be used."""
+
+    path: str
+    files: list[FileView] = field(default_factory=list)
+    tensors: list[TensorInfo] = field(default_factory=list)
+    documents: dict[str, int] = field(default_factory=dict)  # name to bytes
+    families: list[tuple[str, bool, str]] = field(default_factory=list)
+    config: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: list[Problem] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors in all files; replicated ones count in each."""
+        return sum(t.numel for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def dtypes(self) -> dict[str, tuple[int, int, int]]:
+        """Per dtype: tensors, elements, bytes."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for t in self.tensors:
+            tensors, elements, nbytes = found.get(t.dtype, (0, 0, 0))
+            found[t.dtype] = (tensors + 1, elements + t.numel, nbytes + t.nbytes)
+        return found
+
+    def to_json(self) -> dict[str, object]:
+        """The same as plain data; every name that comes from a file is printable."""
+        return {
+            "path": printable(self.path, 4096),
+            "files": [
+                {
+                    "name": printable(f.name),
+                    "format": f.format,
+                    "tensors": f.tensors,
+                    "bytes": f.nbytes,
+                    "imports": [printable(i) for i in f.imports],
+                    "metadata": {printable(k): printable(v) for k, v in f.metadata.items()},
+                }
+                for f in self.files
+            ],
+            "families": [
+                {"name": name, "recognised": own, "why": printable(why, 1000)}
+                for name, own, why in self.families
+            ],
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": {
+                name: {"tensors": tensors, "parameters": elements, "bytes": nbytes}
+                for name, (tensors, elements, nbytes) in self.dtypes().items()
+            },
+            "tensors": [
+                {
+                    "name": printable(t.name, 512),
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "file": printable(t.file),
+                }
+                for t in self.tensors
+            ],
+            "documents": {printable(name): size for name, size in self.documents.items()},
+            "config": [
+                {
+                    "document": c.document,
+                    "field": c.field,
+                    "stated": c.stated,
+                    "found": c.found,
+                    "tensor": printable(c.tensor),
+                    "agrees": c.agrees,
+                }
+                for c in self.config
+            ],
+            "notes": [printable(note, 1000) for note in self.notes],
+            "refused": [p.to_json() for p in self.refused],
+        }
+
+    def render(self, console: Console, *, everything: bool = False) -> None:
+        """Print it; with `everything`, each tensor on a line of its own."""
+        from rich.text import Text
+
+        console.print(Text(printable(self.path, 4096), style="bold"))
+        console.print(self._file_table())
+        for file in self.files:
+            if file.imports:
+                console.print(Text(f"{printable(file.name)} names these globals; none was imported:"))
+                console.print(Text("\n".join(f"  {printable(i)}" for i in file.imports)))
+            for key, value in islice(file.metadata.items(), SHOWN_METADATA):
+                console.print(Text(f"{printable(file.name)}: {printable(key)} = {printable(value, 100)}"))
+        for name, own, why in self.families:
+            mark = "is" if own else "is not"
+            console.print(Text(f"{mark} {name}: {printable(why, 1000)}", style="" if own else "dim"))
+        if self.tensors:
+            console.print(self._tensor_table(everything))
+            for dtype, (tensors, elements, nbytes) in self.dtypes().items():
+                console.print(Text(f"{dtype}: {elements:,} numbers in {tensors} tensors, {nbytes:,} bytes"))
+        if self.config:
+            console.print(self._config_table())
+        for name, size in self.documents.items():
+            console.print(Text(f"{printable(name)}: {size:,} bytes"))
+        for note in self.notes:
+            console.print(Text(f"note: {printable(note, 1000)}"))
+        for problem in self.refused:
+            console.print(Text(problem.line(), style="red"))
+
+    def _file_table(self) -> Table:
+        rows = [(printable(f.name), f.format, str(f.tensors), f"{f.nbytes:,}") for f in self.files]
+        return _table(("file", "format", "tensors", "bytes"), rows, right=("tensors", "bytes"))
+
+    def _tensor_table(self, everything: bool) -> Table:
+        if everything:
+            each = [(printable(t.name, 512), str(t.shape), t.dtype, printable(t.file)) for t in self.tensors]
+            return _table(("tensor", "shape", "dtype", "file"), each)
+        rows = [
+            (
+                printable(row.name, 512),
+                str(row.shape),
+                row.dtype,
+                f"x{row.count}" if row.count > 1 else "",
+                f"in {row.files} files" if row.files > 1 else "",
+            )
+            for row in fold(self.tensors)
+        ]
+        return _table(("tensor", "shape", "dtype", "count", "files"), rows)
+
+    def _config_table(self) -> Table:
+        words = {True: "yes", False: "NO", None: "not stated"}
+        rows = [
+            (c.document, c.field, "" if c.stated is None else str(c.stated), str(c.found), words[c.agrees])
+            for c in self.config
+        ]
+        return _table(
+            ("document", "field", "stated", "tensors say", "agree"), rows, right=("stated", "tensors say")
+        )
+
+
+def _table(columns: Iterable[str], rows: Iterable[tuple[str, ...]], right: tuple[str, ...] = ()) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None) -> Inspection:
+    """Look at a checkpoint. A file that is refused gives an `Inspection` with `refused` set, unless there is
+    nothing to show at all: then the error is raised."""
+    found = Inspection(os.fspath(path))
+    try:
+        checkpoint = open_checkpoint(path)
+    except CkptToolError as error:
+        found.refused = list(error.problems)
+        found.files = list(_look_at_refused(Path(found.path)))
+        if not found.files:
+            raise
+        return found
+    with checkpoint:
+        found.files = [_view(file) for file in checkpoint.files.values()]
+        found.tensors = list(checkpoint)
+        found.documents = {d.name: d.size for d in checkpoint.documents.values()}
+        found.notes = list(checkpoint.notes)
+        try:
+            found.config = list(_compare(checkpoint))
+            if recognise is not None:
+                found.families = recognise(checkpoint)
+        except CkptToolError as error:
+            found.refused = list(error.problems)
+    return found
+
+
+def _view(file: TensorFile) -> FileView:
+    nbytes = sum(t.nbytes for t in file.tensors.values())
+    items = islice(file.metadata.items(), KEPT_METADATA)
+    metadata = {str(k): v if isinstance(v, str) else describe(v) for k, v in items}
+    return FileView(file.name, file.format, len(file.tensors), nbytes, file.imports, metadata)
+
+
+def _look_at_refused(path: Path) -> Iterator[FileView]:
+    """The weight files at `path`, each as far as it can be read: format, size, imports."""
+    names = [path.name]
+    folder = Directory(path.parent)
+    if os.path.isdir(path):
+        folder, names = Directory(path), []
+        with suppress(CkptToolError):
+            names = [name for name in folder.names() if is_weights(name.rpartition("/")[2])]
+    for name in names:
+        candidate = folder.path / name
+        if not os.path.isfile(candidate):
+            continue
+        with suppress(CkptToolError), closing(ByteRange(candidate, name)) as data:
+            format = sniff(data)
+            yield FileView(name, format, 0, data.size, _imports(candidate, name, format))
+
+
+def _imports(path: Path, name: str, format: str) -> tuple[str, ...]:
+    try:
+        if format == "zip":
+            return zip_imports(path, name)
+        return legacy_imports(path, name) if format == "torch-legacy" else ()
+    except CkptToolError:
+        return ()
+
+
+# Folding names
+
+_INDEX = re.compile(r"(?<=\.)\d{1,6}(?=\.|$)|^\d{1,6}(?=\.)", re.ASCII)
+
+
+def fold(tensors: Iterable[TensorInfo]) -> list[TensorRow]:
+    """A row for tensors of equal shape and dtype whose names differ only in indices that form full ranges."""
+    groups: dict[tuple[str, str, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
+    for t in tensors:
+        indices = tuple(int(n) for n in _INDEX.findall(t.name))
+        seen = groups[_INDEX.sub("{}", t.name), t.dtype, t.shape]
+        seen[indices] = seen.get(indices, 0) + 1
+    rows = []
+    for (template, dtype, shape), seen in groups.items():
+        by_files: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for indices, files in seen.items():
+            by_files[files].append(indices)
+        for files, members in by_files.items():
+            for ranges, count in _boxes(members):
+                rows.append(TensorRow(_fill(template, ranges), dtype, shape, count, files))
+    return rows
+
+
+def _boxes(members: list[tuple[int, ...]]) -> Iterator[tuple[list[list[int]], int]]:
+    """Tuples of indices as full products: (the values of each index, how many tuples). Where they are none
+    (layers that hold different experts), first indices with the same further ones stay together."""
+    values = [sorted(set(column)) for column in zip(*members, strict=True)]
+    if prod(map(len, values)) == len(members):
+        yield values, len(members)
+        return
+    inner: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+    rest: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for first, *others in sorted(members):
+        rest[first].append(tuple(others))
+    for first, others_of in rest.items():
+        inner[tuple(others_of)].append(first)
+    for others_in_common, firsts in inner.items():
+        for ranges, count in _boxes(list(others_in_common)):
+            yield [firsts, *ranges], count * len(firsts)
+
+
+def _fill(template: str, ranges: list[list[int]]) -> str:
+    parts = template.split("{}")
+    return parts[0] + "".join(_range(r) + part for r, part in zip(ranges, parts[1:], strict=True))
+
+
+def _range(values: list[int]) -> str:
+    """`7`, `{0..31}` or `{0,2,4..6}`."""
+    if len(values) == 1:
+        return str(values[0])
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    shown = (f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs)
+    return "{" + ",".join(shown) + "}"
+
+
+# Numbers that documents and tensors both tell
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """`field` of `document` is told by a tensor: an axis of its shape (summed over the ranks that share it if
+    `split`), or with `axis` None the number of different indices that stand for `{}` in such names."""
+
+    document: str
+    field: str
+    tensor: str
+    axis: int | None = 0
+    split: bool = True
+    times: tuple[str, ...] = ()  # further fields whose product with `field` is meant
+
+
+_LAYER = "layers.0."
+_FACTS = (
+    _Fact("params.json", "dim", "norm.weight", split=False),
+    _Fact("params.json", "n_layers", "layers.{}.attention_norm.weight", None),
+    _Fact("params.json", "vocab_size", "output.weight"),
+    _Fact("params.json", "hidden_dim", _LAYER + "feed_forward.w1.weight"),
+    _Fact("params.json", "n_heads", _LAYER + "attention.wq.weight", times=("head_dim",)),
+    _Fact("params.json", "n_kv_heads", _LAYER + "attention.wk.weight", times=("head_dim",)),
+    _Fact("config.json", "hidden_size", "model.norm.weight", split=False),
+    _Fact("config.json", "num_hidden_layers", "model.layers.{}.input_layernorm.weight", None),
+    _Fact("config.json", "vocab_size", "model.embed_tokens.weight"),
+    _Fact("config.json", "intermediate_size", "model." + _LAYER + "mlp.gate_proj.weight"),
+    _Fact(
+        "config.json",
+        "num_attention_heads",
+        "model." + _LAYER + "self_attn.q_proj.weight",
+        times=("head_dim",),
+    ),
+    _Fact(
+        "config.json",
+        "num_key_value_heads",
+        "model." + _LAYER + "self_attn.k_proj.weight",
+        times=("head_dim",),
+    ),
+)
+
+
+def _compare(checkpoint: Checkpoint) -> Iterator[Comparison]:
+    documents: dict[str, Mapping[str, Any]] = {}
+    for name in {fact.document: None for fact in _FACTS}:
+        if name in checkpoint.documents:
+            document = checkpoint.json(name)
+            inner = document.get("model")  # some exports nest the numbers
+            documents[name] = inner if isinstance(inner, dict) else document
+    names = checkpoint.names()
+    for fact in _FACTS:
+        found = _measured(checkpoint, names, fact)
+        if fact.document not in documents or found is None:
+            continue
+        values = documents[fact.document]
+        stated = prod(_number(values, key) or 0 for key in (fact.field, *fact.times))
+        label = " x ".join((fact.field, *fact.times))
+        yield Comparison(fact.document, label, stated if stated > 0 else None, found, fact.tensor)
+
+
+def _measured(checkpoint: Checkpoint, names: list[str], fact: _Fact) -> int | None:
+    if fact.axis is None:
+        pattern = re.compile(re.escape(fact.tensor).replace(r"\{\}", r"(\d+)"), re.ASCII)
+        return len({m[1] for n in names if (m := pattern.fullmatch(n))}) or None
+    shapes = [t.shape for t in checkpoint.find(fact.tensor)]
+    if not shapes or any(len(shape) <= fact.axis for shape in shapes):
+        return None
+    sizes = [shape[fact.axis] for shape in shapes]
+    return sum(sizes) if fact.split else sizes[0]
+
+
+def _number(values: Mapping[str, Any], key: str) -> int | None:
+    """The field as an integer. A head width that is not stated follows from the model's width."""
+    value = values.get(key)
+    if type(value) is int:
+        return value
+    if key == "head_dim":
+        width = values.get("dim", values.get("hidden_size"))
+        heads = values.get("n_heads", values.get("num_attention_heads"))
+        if type(width) is int and type(heads) is int and heads > 0 and width % heads == 0:
+            return width // heads
+    return None

@@ -1,0 +1,62 @@
+"""Tiny originals and their conversions, made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
+settings.load_profile("suite")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+Written = Callable[[str], Path]
+SHARED_REAL = Path(__file__).parents[2] / "shared" / "real"
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """`originals(variant)`: the folder of that tiny original. Copy it before changing it."""
+    from ckpt_tool.fixtures.variants import VARIANTS
+
+    root = tmp_path_factory.mktemp("originals")
+    known: dict[str, Path] = {}
+
+    def written(variant: str) -> Path:
+        if variant not in known:
+            known[variant] = VARIANTS[variant].write(root / variant)
+        return known[variant]
+
+    return written
+
+
+@pytest.fixture(scope="session")
+def conversions(originals: Written, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """`conversions(variant)`: its conversion to the Hugging Face layout. Copy it before changing it."""
+    from ckpt_tool.api import Options, convert
+    from ckpt_tool.fixtures.variants import VARIANTS
+
+    root = tmp_path_factory.mktemp("conversions")
+
+    def converted(variant: str) -> Path:
+        folder = root / variant
+        if not folder.exists():
+            chosen = VARIANTS[variant]
+            options = Options(settings=chosen.settings)
+            convert(originals(variant), folder, family=chosen.family, options=options)
+        return folder
+
+    return converted
+
+
+@pytest.fixture(scope="session")
+def aidreams() -> Path:
+    """Real trained weights (4 layers, float32) in the layout of a Llama 2 download."""
+    folder = SHARED_REAL / "aidreams260K"
+    if not folder.is_dir():
+        pytest.skip("the real weights are not beside this checkout")
+    return folder
