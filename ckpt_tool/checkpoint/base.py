@@ -124,6 +124,15 @@ class TensorFile(ABC):
         """Checksummed runs by key; empty where the format has none."""
         return {}
 
+    def record_of(self, name: str) -> tuple[str, int] | None:
+        """(record key, first byte in the record) of a tensor that is one run of a record, else None."""
+        return None
+
+    def check_record(self, key: str) -> bool:
+        """Read a record through and compare its checksum: fails with `checksum` where it differs; False where
+        the file has none. For records whose bytes are not copied in order."""
+        raise KeyError(key)
+
     @abstractmethod
     def check_unchanged(self) -> None:
         """Fail with `input-changed` if the file is not the one that was opened."""
@@ -190,7 +199,7 @@ class Checkpoint:
         out = np.empty((stop - start, *shape[1:]), dtype=dtype.bits)
         if out.size:
             row = prod(shape[1:]) * dtype.itemsize
-            self.read_into(tensor, start * row, memoryview(out).cast("B"))
+            self.read_into(tensor, start * row, out.data.cast("B"))
         return out.reshape(tensor.shape) if not tensor.shape else out
 
     def json(self, name: str) -> dict[str, Any]:

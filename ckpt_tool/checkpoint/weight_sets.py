@@ -41,7 +41,7 @@ _DOCUMENTS = frozenset(
         INDEX_NAME,
     )
 )
-_TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.m\d{1,3})?", re.ASCII)
+_TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re.ASCII)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 

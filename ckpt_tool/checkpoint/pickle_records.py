@@ -1,0 +1,109 @@
+"""What a pickle becomes here: plain values, and these records. None of them can be called or compared deeply.
+
+Plain values are None, bool, int, float, str, bytes, list, tuple and dict (keys str, int or bytes). A value
+that the file holds once and refers to twice is one object with two owners, so walk a tree by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle asked to import. It was not."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Inert:
+    """An object that the pickle asked to make by calling `type` with `args`; nobody did.
+
+    `state` is what would have been set on it, `items` what would have been appended (pairs for a mapping),
+    `at` the byte of the pickle where it was asked for."""
+
+    type: Global
+    args: tuple[object, ...]
+    at: int
+    state: object = None
+    items: list[object] | None = None
+
+    @property
+    def fields(self) -> Mapping[str, object]:
+        """The attributes by name: an argparse.Namespace's arguments, say. Empty where it has none."""
+        parts = self.state if isinstance(self.state, tuple) else (self.state,)
+        return {k: v for part in parts if isinstance(part, dict) for k, v in part.items() if type(k) is str}
+
+    def __repr__(self) -> str:
+        return f"<inert {self.type}>"
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage as tensors name it. `numel` counts elements of `dtype`, a torch dtype name; an untyped
+    storage has dtype None and counts bytes. `view` is a legacy sub-range: (its own key, first element,
+    elements)."""
+
+    key: str
+    dtype: str | None
+    location: str
+    numel: int
+    view: tuple[str, int, int] | None = None
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class TensorRecord:
+    """A strided tensor; offset and strides count elements. Its numbers are as the file has them, unchecked.
+
+    `odd` says in words what makes it no dense tensor with a storage ("sparse", "meta"); then `storage` is
+    None and the numbers mean nothing. `at` is the byte of the pickle that made it."""
+
+    storage: StorageRef | None
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    at: int
+    odd: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<tensor {self.dtype} {self.shape}>"
+
+
+def describe(value: object) -> str:
+    """A few words for a message; never looks inside a container."""
+    match value:
+        case None | bool():
+            return str(value)
+        case int() | float():
+            return f"the number {value}"
+        case Global():
+            return f"the global {value}"
+        case Inert():
+            return f"an object made by {value.type}"
+        case TensorRecord():
+            return "a tensor"
+        case StorageRef():
+            return "a storage"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def children(value: object) -> Iterator[tuple[str, object]]:
+    """(step of a path, value) for everything directly inside `value`, except dict keys."""
+    if type(value) is dict:
+        for key, item in value.items():
+            yield f".{key}" if type(key) is str else f"[{key!r}]", item
+    elif type(value) is list or type(value) is tuple:
+        for i, item in enumerate(value):
+            yield f"[{i}]", item
+    elif type(value) is Inert:
+        yield "(arguments)", value.args
+        yield "(state)", value.state
+        yield "(items)", value.items

@@ -1,0 +1,259 @@
+"""From an unpickled tree to named tensors: what is a tensor, what is metadata, and what makes the file
+unsafe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.pickle_records import Global, Inert, TensorRecord, children, describe
+from ckpt_tool.checkpoint.tensor_names import name_problems
+from ckpt_tool.checkpoint.torch_globals import standing
+from ckpt_tool.checkpoint.unpickle import LIMITS, Machine, Pickled
+from ckpt_tool.errors import Problem, fail, fail_all, printable
+
+_DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
+_ELEMENT_LIMIT = 1 << 62
+_HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
+
+
+@dataclass
+class State:
+    """A checkpoint's tensors by name, and everything else as it stands."""
+
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    metadata: dict[str, object] = field(default_factory=dict)
+    imports: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_state(pickled: Pickled, *, file: str) -> State:
+    """The tensors of the dict that `pickled` holds; nested dicts that hold tensors join their keys with ".".
+
+    Lists and objects are metadata even where they hold tensors. Fails with every problem found:
+    `unsafe-pickle`, `bad-pickle` (a container inside itself), `pickle-limit` (nesting, a dict of tensors
+    reached twice), `wrong-format` (no dict), `bad-name`, `duplicate-tensor`, `unsupported-dtype`,
+    `unsupported-device`, `bad-view`.
+    """
+    root = pickled.value
+    paths = _survey(root, file)
+    fail_all(unsafe_problems(pickled, file, paths))
+    if type(root) is not dict:
+        kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
+        fail(kind, f"expected a dict of tensors, found {describe(root)}", file=file, hint=hint)
+    state = State(imports=tuple(map(str, pickled.imports)), notes=tuple(_notes(pickled)))
+    splitter = _Splitter(state, file)
+    splitter.split(root, "", state.metadata)
+    if not state.tensors:
+        splitter.problems += [
+            Problem("unsafe-pickle", f"expected a dict of tensors, found {describe(v)}", file, str(k), _HINT)
+            for k, v in root.items()
+            if type(v) is Inert and v.fields.keys() & {"_parameters", "_modules"}  # a whole torch module
+        ]
+    fail_all([*splitter.problems, *name_problems(state.tensors, file=file)])
+    fail_all(p for n, t in state.tensors.items() if (p := _tensor_problem(n, t, file)))
+    return state
+
+
+def unsafe_problems(
+    read: Pickled | Machine, file: str, paths: Mapping[Global, str] | None = None
+) -> list[Problem]:
+    """One problem for each global that may not stand in a checkpoint at all. `paths` says where it stands in
+    the tree; None for a pickle that broke off before it was one."""
+    problems = []
+    for g, at in read.imports.items():
+        called = g in read.called
+        if standing(g, called=called) != "refused":
+            continue
+        path = None if paths is None else paths.get(g)
+        where = (
+            "" if paths is None else " outside the result" if path is None else f" at {path or 'the root'}"
+        )
+        found = f"a {'call' if called else 'mention'} of {g}{where} (byte {at} of the pickle)"
+        problems.append(
+            Problem("unsafe-pickle", f"expected tensors and plain data, found {found}", file, path, _HINT)
+        )
+    return problems
+
+
+def _notes(pickled: Pickled) -> Iterator[str]:
+    foreign = [str(g) for g in pickled.imports if standing(g, called=g in pickled.called) == "foreign"]
+    if foreign:
+        shown = ", ".join(printable(g) for g in foreign[:8]) + (", ..." if len(foreign) > 8 else "")
+        yield f"kept as inert data, not imported: {shown}"
+
+
+def _survey(root: object, file: str) -> dict[Global, str]:
+    """Check nesting and self-reference, visiting each container once; where each global first stands."""
+    paths: dict[Global, str] = {}
+    heights: dict[int, int] = {}  # of finished containers, and 0 of those still open
+    steps: list[str] = []
+    open_: list[tuple[int, Iterator[tuple[str, object]]]] = []
+    highest: list[int] = []  # among the finished children of each open container
+
+    def enter(value: object) -> int | None:
+        """The height of `value`, or None when it was opened and has to be finished first."""
+        kind = type(value)
+        if kind is Global:
+            paths.setdefault(value, "".join(steps).lstrip("."))  # type: ignore[arg-type]
+            return 0
+        if kind is Inert:
+            paths.setdefault(value.type, "".join(steps).lstrip("."))  # type: ignore[attr-defined]
+        elif kind is not dict and kind is not list and kind is not tuple:
+            return 0
+        known = heights.get(id(value))
+        if known == 0:
+            fail(
+                "bad-pickle",
+                "expected a tree, found a container inside itself",
+                file=file,
+                where="".join(steps),
+            )
+        if known is not None:
+            return known
+        heights[id(value)] = 0
+        open_.append((id(value), children(value)))
+        highest.append(0)
+        return None
+
+    enter(root)
+    while open_:
+        identity, rest = open_[-1]
+        for step, item in rest:
+            steps.append(step)
+            height = enter(item)
+            if height is None:
+                break
+            steps.pop()
+            if height > highest[-1]:
+                highest[-1] = height
+        else:
+            open_.pop()
+            height = heights[identity] = 1 + highest.pop()
+            if open_:
+                steps.pop()
+                highest[-1] = max(highest[-1], height)
+        if len(open_) > LIMITS.nesting or (not open_ and heights[identity] > LIMITS.nesting):
+            limit = LIMITS.nesting
+            where = printable("".join(steps[:3]))
+            fail(
+                "pickle-limit",
+                f"expected at most {limit} nested containers, found more",
+                file=file,
+                where=where,
+            )
+    return paths
+
+
+class _Splitter:
+    """Parts a tree of dicts into tensors by name and metadata."""
+
+    def __init__(self, state: State, file: str) -> None:
+        self.state = state
+        self.file = file
+        self.problems: list[Problem] = []
+        self.holders: dict[int, bool] = {}  # dict -> whether dicts from it on lead to a tensor
+        self.placed: dict[int, str] = {}  # dict with tensors -> where it stands
+
+    def holds_tensors(self, value: dict[object, object]) -> bool:
+        known = self.holders.get(id(value))
+        if known is None:
+            known = any(
+                type(v) is TensorRecord or (type(v) is dict and self.holds_tensors(v)) for v in value.values()
+            )
+            self.holders[id(value)] = known
+        return known
+
+    def split(self, value: dict[object, object], prefix: str, metadata: dict[str, object]) -> None:
+        first = self.placed.setdefault(id(value), prefix)
+        if first != prefix:
+            message = f"expected a dict of tensors at one place, found it at `{first}` and `{prefix}`"
+            fail("pickle-limit", message, file=self.file, where=prefix)
+        direct = any(type(v) is TensorRecord for v in value.values())
+        for key, item in value.items():
+            name = prefix + self.text(key, prefix)
+            if type(item) is TensorRecord:
+                self.add(name, item)
+            elif type(item) is dict and self.holds_tensors(item):
+                rest: dict[str, object] = {}
+                self.split(item, name + ".", rest)
+                if rest:
+                    metadata[self.text(key, prefix)] = rest
+            else:
+                if direct and type(item) is Inert and standing(item.type, called=True) == "foreign":
+                    message = f"expected a tensor among tensors, found {describe(item)}"
+                    self.problems.append(Problem("unsafe-pickle", message, self.file, name, _HINT))
+                metadata[self.text(key, prefix)] = item
+
+    def add(self, name: str, tensor: TensorRecord) -> None:
+        first = self.state.tensors.setdefault(name, tensor)
+        if first is not tensor:
+            message = f"expected each name once, found it at bytes {first.at} and {tensor.at} of the pickle"
+            self.problems.append(Problem("duplicate-tensor", message, self.file, name))
+
+    def text(self, key: object, prefix: str) -> str:
+        if type(key) is bytes:
+            try:
+                return key.decode()
+            except UnicodeDecodeError:
+                fail(
+                    "bad-name", f"expected a name in UTF-8, found {key[:80]!r}", file=self.file, where=prefix
+                )
+        return str(key)
+
+
+def dtype_of(tensor: TensorRecord) -> str:
+    """The name in DTYPES of a tensor that `read_state` let through."""
+    return _DTYPE_NAMES[tensor.dtype]
+
+
+def _tensor_problem(name: str, t: TensorRecord, file: str) -> Problem | None:
+    if t.odd is not None or t.storage is None:
+        if t.odd == "meta" or (t.odd or "").startswith("of a device"):
+            message = f"expected a tensor with its data in the file, found one that is {t.odd}"
+            return Problem("unsupported-device", message, file, name)
+        return Problem("unsupported-dtype", f"expected a dense tensor, found one that is {t.odd}", file, name)
+    if t.dtype not in _DTYPE_NAMES:
+        known = ", ".join(_DTYPE_NAMES)
+        message = f"expected one of the dtypes {known}, found {printable(t.dtype, 40)}"
+        return Problem("unsupported-dtype", message, file, name)
+    if t.storage.location == "meta":
+        message = "expected a tensor with its data in the file, found one of the device meta"
+        return Problem("unsupported-device", message, file, name)
+    fault = view_fault(t)
+    return None if fault is None else Problem("bad-view", fault, file, name)
+
+
+def view_fault(t: TensorRecord) -> str | None:
+    """What is wrong with a tensor's place in its storage, or None. All arithmetic is exact."""
+    if t.storage is None:
+        return "expected a storage, found none"
+    shape, strides, offset = t.shape, t.strides, t.offset
+    if len(shape) != len(strides):
+        return f"expected as many strides as sizes, found sizes {shape} and strides {strides}"
+    if offset < 0 or min((0, *shape, *strides)) < 0:
+        return f"expected numbers from 0 on, found offset {offset}, sizes {shape}, strides {strides}"
+    numel = t.storage.numel
+    itemsize = DTYPES[_DTYPE_NAMES[t.dtype]].itemsize
+    if t.storage.dtype is None:
+        numel //= itemsize  # an untyped storage counts bytes
+    if t.storage.view is not None:
+        _, start, length = t.storage.view
+        if start < 0 or length < 0 or start + length > numel:
+            return f"expected a part of {numel} elements, found elements {start} to {start + length}"
+        numel = length
+    if prod(max(n, 1) for n in shape) > _ELEMENT_LIMIT:
+        return f"expected at most 2^62 elements, found sizes {shape}"
+    if prod(shape) == 0:
+        return None if offset <= numel else f"expected an offset of at most {numel} elements, found {offset}"
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    numbers = f"offset {offset}, sizes {shape}, strides {strides}"
+    if last >= numel:
+        return f"expected elements below {numel}, found {numbers}, which reach element {last}"
+    if any(n > 1 and step == 0 for n, step in zip(shape, strides, strict=True)):
+        return f"expected every element in the storage, found a broadcast view: {numbers}"
+    if prod(shape) > numel:
+        return f"expected at most the {numel} elements of the storage, found {numbers}"
+    return None

@@ -1,0 +1,677 @@
+"""A stack machine that reads pickles as data.
+
+It knows the opcodes of protocols 0 to 5, imports nothing and calls nothing: a global becomes its name, an
+object a record of what would have been called (pickle_records.py), and torch's rebuild functions become
+tensor records (torch_globals.py says which global means what). Python's own `pickle` module is not involved.
+
+The memory used is bounded by what the file's bytes can hold and by `Limits.memory`; no number in the file
+makes an allocation. Opcodes and their arguments: Python's Lib/pickletools.py, 3.11.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ckpt_tool.checkpoint.pickle_records import Global, Inert, StorageRef, TensorRecord, describe
+from ckpt_tool.checkpoint.torch_globals import MEANINGS, storage
+from ckpt_tool.errors import CkptToolError, fail
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pickle may ask for; beyond it the kind is `pickle-limit`."""
+
+    opcodes: int = 5_000_000
+    nesting: int = 200
+    memo: int = 1_000_000
+    string: int = 1 << 20  # bytes of one string, number or name
+    tensors: int = 1_000_000
+    integer_bits: int = 64
+    memory: int = 176 << 20  # bytes of the pickle and of all objects made from it, estimated
+
+
+LIMITS = Limits()
+
+
+class Cut(Exception):
+    """The data ended before the pickle did, and the caller has more of it."""
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """One pickle, read. `imports` maps each global to the byte that first names it, `called` lists those that
+    an object was to be made with; `storages` is by key; `end` is the byte after the pickle."""
+
+    value: object
+    imports: dict[Global, int]
+    called: frozenset[Global]
+    storages: dict[str, StorageRef]
+    end: int
+
+
+def read_pickle(
+    data: bytes,
+    *,
+    file: str,
+    limits: Limits = LIMITS,
+    base: int = 0,
+    more: bool = False,
+    cut: str = "bad-pickle",
+) -> Pickled:
+    """The pickle that starts at `data[0]`; what follows it is left alone.
+
+    `base` is the file offset of `data`, for messages. Where the data ends too early, `more` raises `Cut`,
+    else the error kind is `cut`. Kinds: `bad-pickle`, `unsafe-pickle` (a key that is no plain value, a call
+    of something that is no global, state that shadows a method), `pickle-limit`, `duplicate-tensor`,
+    `storage-conflict`.
+    """
+    return Machine(data, file=file, limits=limits, base=base, more=more, cut=cut).run()
+
+
+def scan_imports(data: bytes, *, file: str) -> tuple[str, ...]:
+    """Every global that a pickle names, "module.name" in order, up to its end or its first fault."""
+    return Machine(data, file=file).scan()
+
+
+class Machine:
+    """One reading of one pickle."""
+
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        file: str,
+        limits: Limits = LIMITS,
+        base: int = 0,
+        more: bool = False,
+        cut: str = "bad-pickle",
+    ) -> None:
+        self.data = data
+        self.file = file
+        self.limits = limits
+        self.base = base
+        self.more = more
+        self.cut_kind = cut
+        self.pos = 0  # of the next byte to read
+        self.start = 0  # of the opcode being executed
+        self.frame_end = 0
+        self.stack: list[object] = []
+        self.marked: list[list[object]] = []
+        self.memo: dict[int, object] = {}
+        self.imports: dict[Global, int] = {}
+        self.names: dict[Global, Global] = {}
+        self.called: set[Global] = set()
+        self.storages: dict[str, StorageRef] = {}
+        self.tensors = 0
+        self.memory = limits.memory - len(data)
+
+    def run(self) -> Pickled:
+        steps = [_OPCODES[code][1].__get__(self) if code in _OPCODES else self.unknown for code in range(256)]
+        data, end = self.data, len(self.data)
+        left = self.limits.opcodes
+        try:
+            while True:
+                at = self.start = self.pos
+                if at >= end:
+                    self.cut("the next opcode")
+                left -= 1
+                if left < 0:
+                    self.fault("pickle-limit", f"expected at most {self.limits.opcodes} opcodes, found more")
+                self.pos = at + 1
+                if steps[data[at]]():
+                    break
+        except IndexError:
+            self.fault("bad-pickle", "expected a value on the stack, found it empty")
+        if len(self.stack) != 1 or self.marked:
+            self.fault("bad-pickle", f"expected one value at the end, found {len(self.stack)}")
+        return Pickled(self.stack[0], self.imports, frozenset(self.called), self.storages, self.pos)
+
+    def scan(self) -> tuple[str, ...]:
+        """The globals that are named up to the end or the first fault, "module.name" in order."""
+        with suppress(CkptToolError):
+            self.run()
+        return tuple(map(str, self.imports))
+
+    def fault(self, kind: str, message: str) -> NoReturn:
+        name = "the end"
+        if self.start < len(self.data):
+            code = self.data[self.start]
+            name = _OPCODES[code][0] if code in _OPCODES else f"{code:#04x}"
+        fail(
+            kind, f"{message} (opcode {name} at byte {self.base + self.start} of the pickle)", file=self.file
+        )
+
+    @property
+    def at(self) -> int:
+        """Where the current opcode stands in the file."""
+        return self.base + self.start
+
+    def cut(self, what: str) -> NoReturn:
+        if self.more:
+            raise Cut
+        self.fault(
+            self.cut_kind, f"expected {what}, found the end of the data at byte {self.base + len(self.data)}"
+        )
+
+    def unknown(self) -> NoReturn:
+        self.fault(
+            "bad-pickle", f"expected an opcode of a torch pickle, found byte {self.data[self.start]:#04x}"
+        )
+
+    # Reading arguments
+
+    def take(self, size: int) -> bytes:
+        at = self.pos
+        self.pos = at + size
+        if self.pos > len(self.data):
+            self.cut(f"{size} bytes")
+        return self.data[at : self.pos]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def counted(self, width: int) -> bytes:
+        """Bytes after a length of `width` bytes."""
+        size = self.number(width)
+        if size > self.limits.string:
+            self.fault(
+                "pickle-limit", f"expected at most {self.limits.string} bytes in one value, found {size}"
+            )
+        self.spend(size)
+        return self.take(size)
+
+    def line(self) -> bytes:
+        end = self.data.find(b"\n", self.pos, self.pos + self.limits.string + 1)
+        if end < 0:
+            if len(self.data) - self.pos > self.limits.string:
+                self.fault(
+                    "pickle-limit", f"expected at most {self.limits.string} bytes in a line, found more"
+                )
+            self.cut("the end of a line")
+        text = self.data[self.pos : end]
+        self.pos = end + 1
+        return text
+
+    def text(self, raw: bytes) -> str:
+        try:
+            text = raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            self.fault("bad-pickle", f"expected UTF-8 text, found byte {raw[error.start]:#04x}")
+        if not text.isascii():
+            self.spend(4 * len(text))
+        return text
+
+    def bounded(self, value: int) -> int:
+        bits = self.limits.integer_bits
+        if not -(1 << (bits - 1)) <= value < 1 << bits:
+            self.fault("pickle-limit", f"expected integers of {bits} bits, found one of {value.bit_length()}")
+        return value
+
+    # The stack
+
+    def spend(self, size: int) -> None:
+        self.memory -= size
+        if self.memory < 0:
+            self.fault("pickle-limit", f"expected at most {self.limits.memory} bytes of objects, found more")
+
+    def push(self, value: object, cost: int = 16) -> None:
+        self.memory -= cost
+        if self.memory < 0:
+            self.spend(0)
+        self.stack.append(value)
+
+    def pop_mark(self) -> list[object]:
+        if not self.marked:
+            self.fault("bad-pickle", "expected a mark on the stack, found none")
+        items = self.stack
+        self.stack = self.marked.pop()
+        self.memory += 72
+        return items
+
+    def set_items(self, target: object, flat: list[object]) -> None:
+        """Set `flat`, key after value after key, on a dict or an inert mapping."""
+        if len(flat) % 2:
+            self.fault("bad-pickle", "expected as many values as keys, found one key more")
+        self.spend(64 * len(flat))
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if type(key) is not str and type(key) is not int and type(key) is not bytes:
+                found = describe(key)
+                self.fault("unsafe-pickle", f"expected a dict key of type str, int or bytes, found {found}")
+            if type(target) is dict:
+                if key in target:
+                    self.duplicate(key, target[key], value)
+                target[key] = value
+            elif type(target) is Inert:
+                target.items = target.items or []
+                target.items.append((key, value))
+            else:
+                self.fault("bad-pickle", f"expected a dict to put items in, found {describe(target)}")
+
+    def duplicate(self, key: object, first: object, second: object) -> NoReturn:
+        places = [v.at if isinstance(v, TensorRecord | Inert) else None for v in (first, second)]
+        shown = " and ".join("a plain value" if p is None else f"the one made at byte {p}" for p in places)
+        fail(
+            "duplicate-tensor",
+            f"expected each key once, found it again at byte {self.at} of the pickle: {shown}",
+            file=self.file,
+            where=key,
+        )
+
+    def append_items(self, target: object, items: list[object]) -> None:
+        self.spend(16 * len(items))
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is Inert:
+            target.items = target.items or []
+            target.items.extend(items)
+        else:
+            self.fault("bad-pickle", f"expected a list to append to, found {describe(target)}")
+
+    def remember(self, index: int) -> None:
+        if len(self.memo) >= self.limits.memo:
+            self.fault("pickle-limit", f"expected at most {self.limits.memo} memo entries, found more")
+        self.memory -= 128  # what it comes to is checked when the next value is pushed
+        self.memo[index] = self.stack[-1]
+
+    def recall(self, index: int) -> None:
+        if index not in self.memo:
+            self.fault("bad-pickle", f"expected memo entry {index}, found none of that number")
+        self.push(self.memo[index])
+
+    # Globals and objects
+
+    def find(self, module: str, name: str) -> None:
+        wanted = Global(module, name)
+        found = self.names.setdefault(wanted, wanted)
+        self.imports.setdefault(found, self.at)
+        self.push(found, 300 + len(module) + len(name) if found is wanted else 16)
+
+    def make(self, function: object, args: object) -> object:
+        """What a call stands for: a tensor or plain value where the function is known, else an inert
+        object."""
+        if type(function) is not Global:
+            self.fault(
+                "unsafe-pickle", f"expected a call of a named global, found a call of {describe(function)}"
+            )
+        if type(args) is not tuple:
+            self.fault("bad-pickle", f"expected a tuple of arguments, found {describe(args)}")
+        self.called.add(function)
+        self.spend(64 + 8 * len(args))  # the length too, as the same tuple may be passed many times
+        meaning = MEANINGS.get((function.module, function.name))
+        if meaning is None:
+            self.spend(96)
+            return Inert(function, args, self.at)
+        return meaning(self, function, args)
+
+    def count_tensor(self, dimensions: int) -> None:
+        self.tensors += 1
+        if self.tensors > self.limits.tensors:
+            self.fault("pickle-limit", f"expected at most {self.limits.tensors} tensors, found more")
+        self.spend(640 + 16 * dimensions)  # with what the reader keeps of it later
+
+    # Opcodes
+
+    def op_proto(self) -> None:
+        version = self.number(1)
+        if self.start != 0:
+            self.fault("bad-pickle", "expected the protocol at the start, found it again later")
+        if version > 5:
+            self.fault("bad-pickle", f"expected pickle protocol 0 to 5, found {version}")
+
+    def op_frame(self) -> None:
+        size = self.number(8)
+        if self.start < self.frame_end:
+            self.fault("bad-pickle", f"expected the frame to last until byte {self.frame_end}, found another")
+        if self.pos + size > len(self.data):
+            self.cut(f"a frame of {size} bytes")
+        self.frame_end = self.pos + size
+
+    def op_stop(self) -> bool:
+        return True
+
+    def op_unsupported(self) -> None:
+        self.fault("bad-pickle", "expected an opcode that torch files use, found one that they do not")
+
+    def op_mark(self) -> None:
+        if len(self.marked) >= self.limits.nesting:
+            self.fault("pickle-limit", f"expected at most {self.limits.nesting} open containers, found more")
+        self.spend(72)
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def op_pop(self) -> None:
+        if self.stack or not self.marked:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def op_pop_mark(self) -> None:
+        self.pop_mark()
+
+    def op_dup(self) -> None:
+        self.push(self.stack[-1])
+
+    def op_none(self) -> None:
+        self.push(None)
+
+    def op_newtrue(self) -> None:
+        self.push(True)
+
+    def op_newfalse(self) -> None:
+        self.push(False)
+
+    def op_binint(self) -> None:
+        self.push(int.from_bytes(self.take(4), "little", signed=True), 48)
+
+    def op_binint1(self) -> None:
+        self.push(self.take(1)[0])
+
+    def op_binint2(self) -> None:
+        self.push(self.number(2), 48)
+
+    def op_long1(self) -> None:
+        self.push(self.bounded(int.from_bytes(self.counted(1), "little", signed=True)), 48)
+
+    def op_long4(self) -> None:
+        raw = self.counted(4)
+        if len(raw) > 256:  # converting a long one costs time before `bounded` sees it
+            self.fault("pickle-limit", f"expected integers of 64 bits, found one of {8 * len(raw)}")
+        self.push(self.bounded(int.from_bytes(raw, "little", signed=True)), 48)
+
+    def op_int(self) -> None:
+        raw = self.line()
+        if raw in (b"00", b"01"):
+            self.push(raw == b"01")
+        else:
+            self.push(self.decimal(raw), 48)
+
+    def op_long(self) -> None:
+        self.push(self.decimal(self.line().removesuffix(b"L")), 48)
+
+    def decimal(self, raw: bytes) -> int:
+        if not _DECIMAL.fullmatch(raw):
+            self.fault("bad-pickle", f"expected a decimal integer of 64 bits, found {raw[:40]!r}")
+        return self.bounded(int(raw))
+
+    def op_float(self) -> None:
+        raw = self.line()
+        if not _FLOAT.fullmatch(raw):
+            self.fault("bad-pickle", f"expected a decimal number, found {raw[:40]!r}")
+        self.push(float(raw), 48)
+
+    def op_binfloat(self) -> None:
+        self.push(struct.unpack(">d", self.take(8))[0], 48)
+
+    def op_string(self) -> None:
+        raw = self.line()
+        if len(raw) < 2 or raw[:1] not in (b"'", b'"') or raw[-1:] != raw[:1]:
+            self.fault("bad-pickle", f"expected a quoted string, found {raw[:40]!r}")
+        try:
+            plain = codecs.escape_decode(raw[1:-1])[0]
+        except ValueError:
+            self.fault("bad-pickle", f"expected a string with whole escapes, found {raw[:40]!r}")
+        self.push(self.old_string(plain), 80 + len(raw))
+
+    def op_short_binstring(self) -> None:
+        self.push(self.old_string(self.counted(1)), 80)
+
+    def op_binstring(self) -> None:
+        self.push(self.old_string(self.counted(4)), 80)
+
+    def old_string(self, raw: bytes) -> str | bytes:
+        """A Python 2 str: text where it is UTF-8, as torch reads it, else bytes."""
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            return raw
+        if not text.isascii():
+            self.spend(4 * len(text))
+        return text
+
+    def op_unicode(self) -> None:
+        raw = self.line()
+        try:
+            self.push(raw.decode("raw-unicode-escape"), 80 + 4 * len(raw))
+        except UnicodeDecodeError:
+            self.fault("bad-pickle", f"expected text with whole escapes, found {raw[:40]!r}")
+
+    def op_short_binunicode(self) -> None:
+        self.push(self.text(self.counted(1)), 80)
+
+    def op_binunicode(self) -> None:
+        self.push(self.text(self.counted(4)), 80)
+
+    def op_binunicode8(self) -> None:
+        self.push(self.text(self.counted(8)), 80)
+
+    def op_short_binbytes(self) -> None:
+        self.push(self.counted(1), 48)
+
+    def op_binbytes(self) -> None:
+        self.push(self.counted(4), 48)
+
+    def op_binbytes8(self) -> None:
+        self.push(self.counted(8), 48)
+
+    def op_empty_list(self) -> None:
+        self.push([], 72)
+
+    def op_empty_dict(self) -> None:
+        self.push({}, 80)
+
+    def op_empty_tuple(self) -> None:
+        self.push(())
+
+    def op_empty_set(self) -> None:
+        self.push(Inert(Global("builtins", "set"), (), self.at), 200)
+
+    def op_list(self) -> None:
+        items = self.pop_mark()
+        self.push(items, 72)
+
+    def op_dict(self) -> None:
+        flat = self.pop_mark()
+        made: dict[object, object] = {}
+        self.set_items(made, flat)
+        self.push(made, 80)
+
+    def op_tuple(self) -> None:
+        items = self.pop_mark()
+        self.push(tuple(items), 64 + 8 * len(items))
+
+    def op_tuple1(self) -> None:
+        self.push((self.stack.pop(),), 72)
+
+    def op_tuple2(self) -> None:
+        second, first = self.stack.pop(), self.stack.pop()
+        self.push((first, second), 80)
+
+    def op_tuple3(self) -> None:
+        third, second, first = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.push((first, second, third), 88)
+
+    def op_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.push(Inert(Global("builtins", "frozenset"), (items,), self.at), 240)
+
+    def op_append(self) -> None:
+        item = self.stack.pop()
+        self.append_items(self.stack[-1], [item])
+
+    def op_appends(self) -> None:
+        items = self.pop_mark()
+        self.append_items(self.stack[-1], items)
+
+    def op_additems(self) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if type(target) is not Inert:
+            self.fault("bad-pickle", f"expected a set to add to, found {describe(target)}")
+        self.append_items(target, items)
+
+    def op_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items(self.stack[-1], [key, value])
+
+    def op_setitems(self) -> None:
+        flat = self.pop_mark()
+        self.set_items(self.stack[-1], flat)
+
+    def op_get(self) -> None:
+        self.recall(self.decimal(self.line()))
+
+    def op_binget(self) -> None:
+        self.recall(self.take(1)[0])
+
+    def op_long_binget(self) -> None:
+        self.recall(self.number(4))
+
+    def op_put(self) -> None:
+        self.remember(self.decimal(self.line()))
+
+    def op_binput(self) -> None:
+        self.remember(self.take(1)[0])
+
+    def op_long_binput(self) -> None:
+        self.remember(self.number(4))
+
+    def op_memoize(self) -> None:
+        self.remember(len(self.memo))
+
+    def op_global(self) -> None:
+        module = self.text(self.line())
+        self.find(module, self.text(self.line()))
+
+    def op_stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            found = f"{describe(module)} and {describe(name)}"
+            self.fault("bad-pickle", f"expected a module and a name as text, found {found}")
+        self.find(module, name)
+
+    def op_binpersid(self) -> None:
+        self.push(storage(self, self.stack.pop()), 160)
+
+    def op_reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.push(self.make(function, args))
+
+    def op_newobj_ex(self) -> None:
+        named, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        if type(named) is not dict or type(args) is not tuple:
+            self.fault("bad-pickle", "expected a tuple and a dict of arguments, found other types")
+        self.push(self.make(function, (*args, named) if named else args))
+
+    def op_inst(self) -> None:
+        module, name = self.text(self.line()), self.text(self.line())
+        args = tuple(self.pop_mark())
+        self.find(module, name)
+        self.push(self.make(self.stack.pop(), args))
+
+    def op_obj(self) -> None:
+        items = self.pop_mark()
+        function = items.pop(0)
+        self.push(self.make(function, tuple(items)))
+
+    def op_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is dict:
+            if state is not None and (type(state) is not dict or state.keys() - {"_metadata"}):
+                found = describe(state) if type(state) is not dict else ", ".join(map(repr, list(state)[:4]))
+                message = f"expected only `_metadata` as the state of an ordered dict, found {found[:200]}"
+                self.fault("unsafe-pickle", message)
+        elif type(target) is Inert and target.state is None:
+            for part in state if type(state) is tuple else (state,):
+                self.spend(16 * len(part) if type(part) is dict else 16)
+                for name in part if type(part) is dict else ():
+                    if type(name) is str and name.startswith("__") and name.endswith("__"):
+                        self.fault(
+                            "unsafe-pickle", f"expected plain attributes of an object, found `{name[:80]}`"
+                        )
+            target.state = state
+        else:
+            self.fault("unsafe-pickle", f"expected an object to give a state, found {describe(target)}")
+
+
+_DECIMAL = re.compile(rb"[+-]?[0-9]{1,24}")
+_FLOAT = re.compile(rb"[+-]?([0-9]{1,20}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?|[+-]?(inf|nan)")
+
+# Opcode byte -> its name in pickletools and what it does here. Those marked `op_unsupported` are legal
+# pickle, but stand for tables or buffers that are not in the file, or are written by no version of torch.
+_OPCODES: dict[int, tuple[str, Callable[[Machine], object]]] = {
+    ord("("): ("MARK", Machine.op_mark),
+    ord("."): ("STOP", Machine.op_stop),
+    ord("0"): ("POP", Machine.op_pop),
+    ord("1"): ("POP_MARK", Machine.op_pop_mark),
+    ord("2"): ("DUP", Machine.op_dup),
+    ord("F"): ("FLOAT", Machine.op_float),
+    ord("I"): ("INT", Machine.op_int),
+    ord("J"): ("BININT", Machine.op_binint),
+    ord("K"): ("BININT1", Machine.op_binint1),
+    ord("L"): ("LONG", Machine.op_long),
+    ord("M"): ("BININT2", Machine.op_binint2),
+    ord("N"): ("NONE", Machine.op_none),
+    ord("P"): ("PERSID", Machine.op_unsupported),
+    ord("Q"): ("BINPERSID", Machine.op_binpersid),
+    ord("R"): ("REDUCE", Machine.op_reduce),
+    ord("S"): ("STRING", Machine.op_string),
+    ord("T"): ("BINSTRING", Machine.op_binstring),
+    ord("U"): ("SHORT_BINSTRING", Machine.op_short_binstring),
+    ord("V"): ("UNICODE", Machine.op_unicode),
+    ord("X"): ("BINUNICODE", Machine.op_binunicode),
+    ord("a"): ("APPEND", Machine.op_append),
+    ord("b"): ("BUILD", Machine.op_build),
+    ord("c"): ("GLOBAL", Machine.op_global),
+    ord("d"): ("DICT", Machine.op_dict),
+    ord("}"): ("EMPTY_DICT", Machine.op_empty_dict),
+    ord("e"): ("APPENDS", Machine.op_appends),
+    ord("g"): ("GET", Machine.op_get),
+    ord("h"): ("BINGET", Machine.op_binget),
+    ord("i"): ("INST", Machine.op_inst),
+    ord("j"): ("LONG_BINGET", Machine.op_long_binget),
+    ord("l"): ("LIST", Machine.op_list),
+    ord("]"): ("EMPTY_LIST", Machine.op_empty_list),
+    ord("o"): ("OBJ", Machine.op_obj),
+    ord("p"): ("PUT", Machine.op_put),
+    ord("q"): ("BINPUT", Machine.op_binput),
+    ord("r"): ("LONG_BINPUT", Machine.op_long_binput),
+    ord("s"): ("SETITEM", Machine.op_setitem),
+    ord("t"): ("TUPLE", Machine.op_tuple),
+    ord(")"): ("EMPTY_TUPLE", Machine.op_empty_tuple),
+    ord("u"): ("SETITEMS", Machine.op_setitems),
+    ord("G"): ("BINFLOAT", Machine.op_binfloat),
+    ord("B"): ("BINBYTES", Machine.op_binbytes),
+    ord("C"): ("SHORT_BINBYTES", Machine.op_short_binbytes),
+    0x80: ("PROTO", Machine.op_proto),
+    0x81: ("NEWOBJ", Machine.op_reduce),  # makes the same record
+    0x82: ("EXT1", Machine.op_unsupported),
+    0x83: ("EXT2", Machine.op_unsupported),
+    0x84: ("EXT4", Machine.op_unsupported),
+    0x85: ("TUPLE1", Machine.op_tuple1),
+    0x86: ("TUPLE2", Machine.op_tuple2),
+    0x87: ("TUPLE3", Machine.op_tuple3),
+    0x88: ("NEWTRUE", Machine.op_newtrue),
+    0x89: ("NEWFALSE", Machine.op_newfalse),
+    0x8A: ("LONG1", Machine.op_long1),
+    0x8B: ("LONG4", Machine.op_long4),
+    0x8C: ("SHORT_BINUNICODE", Machine.op_short_binunicode),
+    0x8D: ("BINUNICODE8", Machine.op_binunicode8),
+    0x8E: ("BINBYTES8", Machine.op_binbytes8),
+    0x8F: ("EMPTY_SET", Machine.op_empty_set),
+    0x90: ("ADDITEMS", Machine.op_additems),
+    0x91: ("FROZENSET", Machine.op_frozenset),
+    0x92: ("NEWOBJ_EX", Machine.op_newobj_ex),
+    0x93: ("STACK_GLOBAL", Machine.op_stack_global),
+    0x94: ("MEMOIZE", Machine.op_memoize),
+    0x95: ("FRAME", Machine.op_frame),
+    0x96: ("BYTEARRAY8", Machine.op_binbytes8),
+    0x97: ("NEXT_BUFFER", Machine.op_unsupported),
+    0x98: ("READONLY_BUFFER", Machine.op_unsupported),
+}
