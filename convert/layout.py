@@ -20,6 +20,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -29,6 +31,7 @@ from ckpt_tool.errors import Problem
 
 Dims = tuple[tuple[str, ...], ...]
 Box = dict[str, tuple[int, int]]
+Place = tuple[Dims, tuple[tuple[str, int, int], ...]]
 
 # A run shorter than this is gathered through memory, a longer one is copied file to file.
 COPY_RUN = 32 * 1024  # bytes
@@ -139,16 +142,24 @@ class Block:
 
 
 def _assign(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, in strips where the inner axes are exchanged: numpy walks a transposed
-    matrix a cache line per element otherwise (measured in docs/design-notes.md)."""
+    """`target[...] = source`, where the inner axes are exchanged in strips of 16 along the target's innermost
+    one: a strip reads 16 rows of the source side by side and fills half a cache line of each target row.
+    numpy alone touches a cache line for every element (benchmarks/README.md: 0.5 against 1.5 to 2.6 GB/s)."""
     wide = [a for a in range(target.ndim) if target.shape[a] > 1]
     inner = wide[-1] if wide else None
     if inner is None or source.strides[inner] == source.itemsize:
         target[...] = source
         return
-    axis = min(wide, key=lambda a: source.strides[a])  # the source's innermost: strips run along it
-    for start in range(0, target.shape[axis], 16):
-        strip = tuple(slice(start, start + 16) if a == axis else slice(None) for a in range(target.ndim))
+    across = min(wide, key=lambda a: source.strides[a])  # the source's innermost
+    if len(wide) > 2 and target.shape[inner] * target.shape[across] >= 64 * 1024:
+        # matrix by matrix: among more axes numpy would not keep to one strip
+        outer = next(a for a in wide if a not in (inner, across))
+        for k in range(target.shape[outer]):
+            at = tuple(slice(k, k + 1) if a == outer else slice(None) for a in range(target.ndim))
+            _assign(target[at], source[at])
+        return
+    for start in range(0, target.shape[inner], 16):
+        strip = tuple(slice(start, start + 16) if a == inner else slice(None) for a in range(target.ndim))
         target[strip] = source[strip]
 
 
@@ -181,23 +192,8 @@ class Step:
 
     def defects(self) -> list[str]:
         """Why this step would lose or repeat elements; empty when each side tiles the domain exactly."""
-        found = []
-        names = {frozenset(p.order) for p in (*self.sources, *self.targets)}
-        if len(names) != 1 or not names <= {frozenset(self.sizes)}:
-            return ["the two sides do not name the same axes"]
-        domain = self.domain()
-        size = prod(hi - lo for lo, hi in domain.values())
-        for label, side in (("source", self.sources), ("target", self.targets)):
-            boxes = [_meet(p.box(self.sizes), domain) for p in side]
-            covered = sum(prod(hi - lo for lo, hi in b.values()) for b in boxes)
-            overlap = any(
-                all(hi > lo for lo, hi in _meet(a, b).values())
-                for k, a in enumerate(boxes)
-                for b in boxes[:k]
-            )
-            if overlap or covered != size:
-                found.append(f"the {label} tensors hold {covered} elements of {size}" + " twice" * overlap)
-        return found
+        sides = tuple(tuple((p.dims, p.ranges) for p in side) for side in (self.sources, self.targets))
+        return list(_defects(self.axes, sides))
 
     def blocks(self, block_bytes: int = 256 * 1024, tile_bytes: int = 8 << 20) -> Iterator[Block]:
         """Cut the step into blocks. A block that stays in one run on each side holds at most about
@@ -322,6 +318,28 @@ class Step:
         )
 
 
+@lru_cache(maxsize=1024)  # the layers of a model differ in names only
+def _defects(axes: tuple[tuple[str, int], ...], sides: tuple[tuple[Place, ...], ...]) -> tuple[str, ...]:
+    """See `Step.defects`; a place is a part's dims and ranges."""
+    sources, targets = (tuple(Part("", "", "", dims, ranges) for dims, ranges in side) for side in sides)
+    step = Step(axes, sources, targets)
+    found = []
+    names = {frozenset(p.order) for p in (*step.sources, *step.targets)}
+    if len(names) != 1 or not names <= {frozenset(step.sizes)}:
+        return ("the two sides do not name the same axes",)
+    domain = step.domain()
+    size = prod(hi - lo for lo, hi in domain.values())
+    for label, side in (("source", step.sources), ("target", step.targets)):
+        boxes = [_meet(p.box(step.sizes), domain) for p in side]
+        covered = sum(prod(hi - lo for lo, hi in b.values()) for b in boxes)
+        overlap = any(
+            all(hi > lo for lo, hi in _meet(a, b).values()) for k, a in enumerate(boxes) for b in boxes[:k]
+        )
+        if overlap or covered != size:
+            found.append(f"the {label} tensors hold {covered} elements of {size}" + " twice" * overlap)
+    return tuple(found)
+
+
 def _meet(a: Box, b: Box) -> Box:
     return {k: (max(a[k][0], b[k][0]), min(a[k][1], b[k][1])) for k in a}
 
@@ -429,15 +447,20 @@ def expand(
     """Fill in a table, original side to the left. `axes` gives the size of every axis, `indices` how many
     values each template index has (`{"i": 32}`). `original(name)` lists (file, dtype) of the tensor in
     the order of the model-parallel ranks; `converted(name)` gives (file, dtype) on the Hugging Face side.
-    An empty answer becomes a `missing-tensor` problem."""
+    An empty answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer
+    by layer, so that a layer's tensors stand together as they do in the files."""
     out = Expansion()
-    for row in table:
-        shared = [k for k in template_indices((*row.source, *row.target)) if k != row.cut]
-        values: list[dict[str, int]] = [{}]
-        for k in shared:
-            values = [{**v, k: n} for v in values for n in range(indices[k])]
-        for v in values:
-            _expand_row(row, v, axes, original, converted, out)
+    shared = [(row, template_indices((*row.source, *row.target))) for row in table]
+    for layered, rows in groupby(shared, key=lambda pair: "i" in pair[1]):
+        together = list(rows)
+        for outer in [{"i": n} for n in range(indices["i"])] if layered else [{}]:
+            for row, names in together:
+                values = [outer]
+                for k in names:
+                    if k not in ("i", row.cut):
+                        values = [{**v, k: n} for v in values for n in range(indices[k])]
+                for v in values:
+                    _expand_row(row, v, axes, original, converted, out)
     return out
 
 

@@ -87,6 +87,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     lossy: tuple[str, ...] = ()  # what the user asked for that loses bits, in words
     strict_replicas: bool = False
+    # Facts of the original that the Hugging Face layout has no place for (the text of params.json, how many
+    # ranks): the manifest keeps them under "original", for the way back.
+    original: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_out(self) -> int:
@@ -119,6 +122,7 @@ class Plan:
             ],
             "notes": list(self.notes),
             "lossy": list(self.lossy),
+            "original": dict(self.original),
         }
 
     def digest(self) -> str:
@@ -171,6 +175,7 @@ def assemble(
     outputs: Sequence[str] | None = None,
     notes: Iterable[str] = (),
     lossy: Iterable[str] = (),
+    original: Mapping[str, Any] | None = None,
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
@@ -236,6 +241,7 @@ def assemble(
         notes=tuple(notes),
         lossy=tuple(lossy_words),
         strict_replicas=options.strict_replicas,
+        original=original or {},
     )
 
 
@@ -335,18 +341,36 @@ def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
     """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
     folded: dict[tuple[str, tuple[int, ...], str], list[TensorInfo]] = {}
     for t in tensors:
-        folded.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", t.name), t.shape, t.dtype), []).append(t)
+        folded.setdefault((fold_key(t.name), t.shape, t.dtype), []).append(t)
     return [
         Problem(
             "uncovered-tensors",
             f"expected a rule of family {family} for each tensor, found none for "
             f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
             file=group[0].file,
-            where=name if len(group) > 1 else group[0].name,
+            where=folded_name([t.name for t in group]),
             hint="--drop NAME leaves a tensor out, and records it",
         )
-        for (name, shape, dtype), group in folded.items()
+        for (_, shape, dtype), group in folded.items()
     ]
+
+
+def fold_key(name: str) -> str:
+    """Equal for names that differ in numbers between dots only."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def folded_name(names: Sequence[str]) -> str:
+    """`layers.{2..3}.norm.weight` for names with equal `fold_key`."""
+    columns = [[p for k, p in enumerate(re.split(r"(?<=\.)(\d+)(?=\.)", n)) if k % 2] for n in names]
+    ranges = []
+    for column in zip(*columns, strict=True):
+        numbers = sorted({int(x) for x in column})
+        runs = [f"{numbers[0]}..{numbers[-1]}"] if numbers[-1] - numbers[0] == len(numbers) - 1 else []
+        shown = runs or [",".join(map(str, numbers[:8])) + ",..." * (len(numbers) > 8)]
+        ranges.append(str(numbers[0]) if len(numbers) == 1 else f"{{{shown[0]}}}")
+    fixed = re.split(r"(?<=\.)\d+(?=\.)", names[0])
+    return "".join(f + r for f, r in zip(fixed, [*ranges, ""], strict=True))
 
 
 def config_document(config: Mapping[str, Value], name: str = "config.json") -> OutputDocument:

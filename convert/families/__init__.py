@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from ckpt_tool.convert.plan import Options, Plan
-
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.plan import Options, Plan
 
 FAMILIES = ("mistral", "mixtral", "llama")
 

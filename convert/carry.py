@@ -1,0 +1,268 @@
+"""Moving the blocks of a plan: read, reorder, cast, look at, checksum, write - in buffers that are reused.
+
+A block of 256 KiB stays in the cache from the read to the write (benchmarks/README.md has the measurements),
+so each byte crosses the memory once in each direction. All calls that do work release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.crc32 import IntervalCrc
+from ckpt_tool.convert import disk
+from ckpt_tool.convert.casting import cast
+from ckpt_tool.convert.layout import Access, Block, Runs, Step
+from ckpt_tool.convert.values import Values
+
+CHUNK = 256 * 1024  # bytes moved at a time
+PIECE = 16 << 20  # bytes of one plain copy that one worker does in a row
+BATCH = 4 << 20  # bytes of small blocks handed to a worker together
+TILE = 4 << 20  # bytes of a block that exchanges inner axes
+
+Run = tuple[int, int, int]  # first byte, bytes, CRC32
+
+
+class Source:
+    """A tensor as one step reads it. `crc` is None where another step already takes its checksum."""
+
+    def __init__(self, info: TensorInfo, crc: IntervalCrc | None) -> None:
+        self.info, self.crc = info, crc
+        self.itemsize = DTYPES[info.dtype].itemsize
+        self.bits = np.dtype(DTYPES[info.dtype].bits)
+
+
+class Target:
+    """A tensor of an output file: its bytes start at `offset` of the open `descriptor`."""
+
+    def __init__(self, info: TensorInfo, descriptor: int, offset: int) -> None:
+        self.info, self.descriptor, self.offset = info, descriptor, offset
+        self.itemsize = DTYPES[info.dtype].itemsize
+        self.bits = np.dtype(DTYPES[info.dtype].bits)
+        self.crc = IntervalCrc()
+        self.values = Values(info.dtype)
+
+    def write(self, data: memoryview, start: int) -> None:
+        try:
+            disk.write_at(self.descriptor, data, self.offset + start)
+        except OSError as error:
+            raise disk.failure(error, self.info.file, offset=self.offset + start) from None
+
+    def read(self, buffer: memoryview, start: int) -> None:
+        """Bytes written earlier."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], self.offset + start + done)
+            except OSError as error:
+                at = self.offset + start + done
+                raise disk.failure(error, self.info.file, offset=at, doing="read back") from None
+            if count == 0:
+                raise disk.failure(OSError(0, "end of file"), self.info.file, offset=self.offset + start)
+            done += count
+
+
+@dataclass
+class Bound:
+    """A step with its tensors found."""
+
+    step: Step
+    sources: Sequence[Source]
+    targets: Sequence[Target]
+
+    @property
+    def casts(self) -> bool:
+        return self.step.sources[0].dtype != self.step.targets[0].dtype
+
+
+@dataclass
+class Lane:
+    """What one worker has for itself: buffers that grow to what is needed and stay, and its counts."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    _rooms: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def room(self, purpose: str, count: int, bits: np.dtype[Any]) -> np.ndarray:
+        """`count` elements of scratch memory, unset; valid until the purpose is asked for again."""
+        size = count * bits.itemsize
+        found = self._rooms.get(purpose)
+        if found is None or found.size < size:
+            found = self._rooms[purpose] = np.empty(max(size, CHUNK), dtype=np.uint8)
+        return found[:size].view(bits)
+
+
+class Carrier:
+    """Carries blocks from a checkpoint to output files; `lock` guards what the workers learn in common."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.lock = threading.Lock()
+
+    def carry(self, bound: Bound, block: Block, lane: Lane) -> None:
+        if block.is_copy:
+            self._copy(bound, block, lane)
+        else:
+            self._reorder(bound, block, lane)
+
+    def _copy(self, bound: Bound, block: Block, lane: Lane) -> None:
+        """One run to one run: chunk by chunk, one checksum for both sides unless the dtype changes."""
+        read, write = block.reads[0], block.writes[0]
+        source, target = bound.sources[read.part], bound.targets[write.part]
+        start_in, start_out = read.runs.base * source.itemsize, write.runs.base * target.itemsize
+        same = source.info.dtype == target.info.dtype
+        step = CHUNK // max(source.itemsize, target.itemsize)
+        room = lane.room("in", min(step, read.numel), source.bits)
+        cast_room = room if same else lane.room("cast", room.size, target.bits)
+        values = Values(target.info.dtype)
+        crc_in = crc_out = 0
+        for start in range(0, read.numel, step):
+            bits = room[: read.numel - start]
+            data = bits.data.cast("B")
+            self.checkpoint.read_into(source.info, start_in + start * source.itemsize, data)
+            crc_in = zlib.crc32(data, crc_in)
+            if not same:
+                bits = cast_room[: bits.size]
+                cast(room[: bits.size], source.info.dtype, target.info.dtype, bits)
+                data = bits.data.cast("B")
+                crc_out = zlib.crc32(data, crc_out)
+            place = values.look(bits)
+            if place is not None:
+                values.found_at(write.runs.base + start + place)
+            target.write(data, start_out + start * target.itemsize)
+        size_in, size_out = read.numel * source.itemsize, read.numel * target.itemsize
+        disk.start_writeback(target.descriptor, target.offset + start_out, size_out)
+        self._learn_source(source, [(start_in, size_in, crc_in)])
+        self._learn_target(target, [(start_out, size_out, crc_in if same else crc_out)], values)
+        lane.read_bytes += size_in
+        lane.written_bytes += size_out
+
+    def _reorder(self, bound: Bound, block: Block, lane: Lane) -> None:
+        for access, bits in self._gathered(bound, block, lane):
+            target = bound.targets[access.part]
+            values = Values(target.info.dtype)
+            offsets, length = access.runs.offsets(), access.runs.length
+            step = CHUNK // target.itemsize
+            for start in range(0, bits.size, step):
+                place = values.look(bits[start : start + step])
+                if place is not None:
+                    run, rest = divmod(start + place, length)
+                    values.found_at(offsets[run] + rest)
+            data, size = bits.data.cast("B"), length * target.itemsize
+            runs: list[Run] = []
+            for k, offset in enumerate(offsets):
+                part = data[k * size : (k + 1) * size]
+                runs.append((offset * target.itemsize, size, zlib.crc32(part)))
+                target.write(part, offset * target.itemsize)
+            if len(offsets) == 1:
+                disk.start_writeback(target.descriptor, target.offset + runs[0][0], size)
+            self._learn_target(target, runs, values)
+            lane.written_bytes += len(data)
+
+    def same(self, bound: Bound, block: Block, lane: Lane) -> bool:
+        """Whether the targets, already written, hold what the block would write."""
+        return all(np.array_equal(made, there) for made, there, _ in self.compared(bound, block, lane))
+
+    def compared(
+        self, bound: Bound, block: Block, lane: Lane
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Access]]:
+        """For each target: the bits the block would write, the bits that are there, and where."""
+        for access, bits in self._gathered(bound, block, lane):
+            target = bound.targets[access.part]
+            there = lane.room("there", bits.size, target.bits)
+            data, size = there.data.cast("B"), access.runs.length * target.itemsize
+            for k, offset in enumerate(access.runs.offsets()):
+                target.read(data[k * size : (k + 1) * size], offset * target.itemsize)
+            yield bits, there, access
+
+    def _gathered(self, bound: Bound, block: Block, lane: Lane) -> list[tuple[Access, np.ndarray]]:
+        """The block's writes with their bits, read from the sources, in order and in the targets' dtype."""
+        first_source, first_target = bound.sources[0], bound.targets[0]
+        source_bits, target_bits = first_source.bits, first_target.bits
+        inputs = _shares(lane.room("in", sum(a.numel for a in block.reads), source_bits), block.reads)
+        for access, bits in zip(block.reads, inputs, strict=True):
+            self._read(bound.sources[access.part], access, bits, lane)
+        if block.is_copy:
+            outputs = inputs
+        else:
+            outputs = _shares(lane.room("out", sum(a.numel for a in block.writes), source_bits), block.writes)
+            block.shuffle(inputs, outputs)
+        if bound.casts:
+            made = _shares(lane.room("cast", sum(a.numel for a in block.writes), target_bits), block.writes)
+            for a, b in zip(outputs, made, strict=True):
+                cast(a, first_source.info.dtype, first_target.info.dtype, b)
+            outputs = made
+        return list(zip(block.writes, outputs, strict=True))
+
+    def _read(self, source: Source, access: Access, bits: np.ndarray, lane: Lane) -> None:
+        data, size = bits.data.cast("B"), access.runs.length * source.itemsize
+        runs: list[Run] = []
+        for k, offset in enumerate(access.runs.offsets()):
+            part = data[k * size : (k + 1) * size]
+            self.checkpoint.read_into(source.info, offset * source.itemsize, part)
+            if source.crc is not None:
+                runs.append((offset * source.itemsize, size, zlib.crc32(part)))
+        self._learn_source(source, runs)
+        lane.read_bytes += len(data)
+
+    def _learn_source(self, source: Source, runs: Iterable[Run]) -> None:
+        if source.crc is not None:
+            for run in runs:
+                source.crc.add(*run)
+
+    def _learn_target(self, target: Target, runs: Iterable[Run], values: Values) -> None:
+        with self.lock:
+            target.values.merge(values)
+        for run in runs:
+            target.crc.add(*run)
+
+
+def _shares(room: np.ndarray, accesses: Sequence[Access]) -> list[np.ndarray]:
+    shares, at = [], 0
+    for access in accesses:
+        shares.append(room[at : at + access.numel])
+        at += access.numel
+    return shares
+
+
+def pieces(step: Step, *, copy_bytes: int = PIECE) -> Iterator[Block]:
+    """The blocks of a step, its plain copies cut into pieces of at most `copy_bytes`."""
+    longest = copy_bytes // DTYPES[step.sources[0].dtype].itemsize
+    for block in step.blocks(CHUNK, TILE):
+        if not block.is_copy or block.reads[0].numel <= longest:
+            yield block
+            continue
+        read, write = block.reads[0], block.writes[0]
+        for start in range(0, read.numel, longest):
+            n = min(longest, read.numel - start)
+            yield Block((_run(read, start, n),), (_run(write, start, n),), (_STRAIGHT,))
+
+
+_STRAIGHT = (0, 0, (slice(None),), (slice(None),), (0,))
+
+
+def _run(access: Access, start: int, length: int) -> Access:
+    return Access(access.part, Runs(access.runs.base + start, (), (), length), (length,))
+
+
+def batches(steps: Iterable[Bound], *, copy_bytes: int = PIECE) -> Iterator[list[tuple[Bound, Block]]]:
+    """The blocks of all steps in order, in bundles that are worth handing to a worker."""
+    batch: list[tuple[Bound, Block]] = []
+    size = 0
+    for bound in steps:
+        itemsize = bound.sources[0].itemsize
+        for block in pieces(bound.step, copy_bytes=copy_bytes):
+            batch.append((bound, block))
+            size += itemsize * sum(a.numel for a in block.reads)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch

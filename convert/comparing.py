@@ -1,0 +1,88 @@
+"""Tensors that should be copies of one another, and are not: how far apart, and whether that may pass.
+
+Model-parallel shards repeat the tensors that every rank needs. Published ones (Llama 3 70B) differ there in
+the last bits, since each rank trained its own copy: harmless, but recorded. A shard of another model, or two
+ranks exchanged, differ by the size of the values themselves: never harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, pieces
+from ckpt_tool.convert.casting import CASTABLE, cast
+
+# bfloat16 has 8 bits of precision: rounding alone moves a value by up to 0.4 %, a few steps of training drift
+# by a few of those. Norm weights of neighbouring layers, the most alike of what could be mixed up, differ by
+# more.
+LARGEST_RELATIVE_RMS = 1e-2  # root mean square of the differences, over that of the values
+LARGEST_RELATIVE_DELTA = 2.0**-4  # any single difference, over the largest value
+
+
+@dataclass
+class Difference:
+    """How a tensor differs from the copy of it that was kept: over all elements of one step."""
+
+    count: int = 0
+    elements: int = 0
+    max_delta: float = 0.0
+    largest: float = 0.0
+    _squares: float = field(default=0.0, repr=False)
+    _delta_squares: float = field(default=0.0, repr=False)
+
+    @property
+    def relative_rms(self) -> float:
+        if self._delta_squares == 0.0:
+            return 0.0
+        return float(np.sqrt(self._delta_squares / self._squares)) if self._squares else float("inf")
+
+    @property
+    def is_large(self) -> bool:
+        """Not what drift between copies explains; also where values are not numbers."""
+        return not (
+            self.relative_rms <= LARGEST_RELATIVE_RMS
+            and self.max_delta <= LARGEST_RELATIVE_DELTA * self.largest
+        )
+
+    def add(self, made: np.ndarray, there: np.ndarray, dtype: str) -> None:
+        a, b = _values(made, dtype), _values(there, dtype)
+        differ = made != there
+        self.count += int(np.count_nonzero(differ))
+        self.elements += made.size
+        with np.errstate(all="ignore"):
+            delta = np.where(differ, np.abs(a - b), 0.0)
+            delta[np.isnan(delta)] = np.inf
+            self.max_delta = max(self.max_delta, float(delta.max(initial=0.0)))
+            finite = np.abs(b[np.isfinite(b)])
+            self.largest = max(self.largest, float(finite.max(initial=0.0)))
+            self._squares += float(np.square(finite).sum())
+            self._delta_squares += float(np.square(delta).sum())
+
+
+def _values(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype in CASTABLE:
+        out = np.empty(bits.size, dtype="<u8")
+        cast(bits, dtype, "F64", out)
+        return out.view("<f8")
+    value = DTYPES[dtype].value
+    return (bits if value is None else bits.view(value)).astype("<f8")  # float8: bits stand for values
+
+
+def measure(carrier: Carrier, bound: Bound, lane: Lane) -> Difference:
+    """Compare a step with its targets, which are already written."""
+    found = Difference()
+    dtype = bound.step.targets[0].dtype
+    for made, there in _pairs(carrier, bound, lane):
+        found.add(made, there, dtype)
+    return found
+
+
+def _pairs(carrier: Carrier, bound: Bound, lane: Lane) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for block in pieces(bound.step, copy_bytes=CHUNK):
+        for made, there, _ in carrier.compared(bound, block, lane):
+            for start in range(0, made.size, CHUNK):
+                yield made[start : start + CHUNK], there[start : start + CHUNK]

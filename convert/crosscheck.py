@@ -1,0 +1,111 @@
+"""Config values against tensor shapes, from headers: each axis of a table's rows is a number in the config.
+
+A single tensor of another shape is that tensor's fault and is reported as such where plans are assembled.
+Here it is about numbers that fit none of the tensors they measure, and about ranks that do not fit each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.convert.layout import Part, Step
+from ckpt_tool.convert.plan import Value
+from ckpt_tool.errors import Problem
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """The config values `fields` give `expected` for dimension `dimension` of `part`, its header `found`;
+    `split` when ranks share that dimension out."""
+
+    fields: tuple[str, ...]
+    part: Part
+    dimension: int
+    expected: int
+    found: int
+    split: bool
+
+    def problem(self, config: Mapping[str, Value]) -> Problem:
+        values = " x ".join(f"{f} {config[f].value} ({config[f].source})" for f in self.fields)
+        share = ", shared by the ranks" if self.split else ""
+        return Problem(
+            "config-mismatch",
+            f"expected {self.expected} in dimension {self.dimension} of {self.part.name} "
+            f"from {values}{share}, found {self.found}",
+            file=self.part.file,
+            where=self.fields[0],
+            hint="--set NAME=VALUE overrides what the file or the rule says",
+        )
+
+
+def disagreements(
+    steps: Iterable[Step], checkpoint: Checkpoint, fields: Mapping[str, str], *, side: str = "sources"
+) -> list[Disagreement]:
+    """One for each combination of config values (`fields` names the value behind an axis) that no tensor on
+    the `side` of the steps confirms."""
+    confirmed: set[tuple[str, ...]] = set()
+    first: dict[tuple[str, ...], Disagreement] = {}
+    for step in steps:
+        sizes = step.sizes
+        for part in step.sources if side == "sources" else step.targets:
+            file = checkpoint.files.get(part.file)
+            tensor = None if file is None else file.tensors.get(part.name)
+            if tensor is None or len(tensor.shape) != len(part.dims):
+                continue
+            box = part.box(sizes)
+            for k, (group, found) in enumerate(zip(part.dims, tensor.shape, strict=True)):
+                measured = tuple(dict.fromkeys(fields[a] for a in group if a in fields))
+                expected = prod(box[a][1] - box[a][0] for a in group)
+                if expected == found:
+                    confirmed.add(measured)
+                elif measured not in first:
+                    split = any(a in group for a, _, _ in part.ranges)
+                    first[measured] = Disagreement(measured, part, k, expected, found, split)
+    return [d for measured, d in first.items() if measured not in confirmed and measured]
+
+
+def rank_problems(files: list[str], tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[Problem]:
+    """Where model-parallel ranks differ in names, shapes or dtypes from rank 0: every rank holds an equal
+    share, so they must not."""
+    base_file, base = files[0], tensors[files[0]]
+    problems = []
+    for rank, file in enumerate(files[1:], start=1):
+        here = tensors[file]
+        odd = sorted(base.keys() ^ here.keys())
+        if odd:
+            holder, other = (base_file, file) if odd[0] in base else (file, base_file)
+            problems.append(
+                Problem(
+                    "shard-conflict",
+                    f"expected the same tensors in rank 0 ({base_file}) and rank {rank}, found {odd[0]} "
+                    f"in {holder} and not in {other}{_and_more(len(odd) - 1)}",
+                    file=file,
+                    where=odd[0],
+                )
+            )
+        differing = [
+            (n, t, here[n])
+            for n, t in base.items()
+            if n in here and (t.shape, t.dtype) != (here[n].shape, here[n].dtype)
+        ]
+        if differing:
+            name, one, two = differing[0]
+            problems.append(
+                Problem(
+                    "shard-conflict",
+                    f"expected {one.shape} {one.dtype} in rank {rank} as in rank 0 ({base_file}), "
+                    f"found {two.shape} {two.dtype}{_and_more(len(differing) - 1)}",
+                    file=file,
+                    where=name,
+                    hint="the files of one download belong together; was one taken from another model?",
+                )
+            )
+    return problems
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count} more tensor{'s' * (count > 1)})" if count > 0 else ""

@@ -1,0 +1,567 @@
+"""Carrying out a plan: the only code that writes tensors.
+
+Output files that no step connects are independent groups. Each group is made by a few workers in blocks,
+forced to the disk and noted in a journal, so that a run that was stopped can go on; documents and the
+manifest come last, then one rename shows the result. What must be equal (copies on several ranks, tied
+tensors) is compared after it is written; checksums of the sources are compared with what was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from ckpt_tool import __version__
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.crc32 import IntervalCrc
+from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
+from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.convert import disk
+from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
+from ckpt_tool.convert.comparing import measure
+from ckpt_tool.convert.durable import Identity, Staging, locked, place_for, resumable
+from ckpt_tool.convert.layout import Block, Step
+from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
+from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
+from ckpt_tool.convert.source_checks import Key, check_records
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+
+T = TypeVar("T")
+REFRESH = 0.1  # seconds between two calls of `progress`
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `stage` is "copy", "check" or "finish"; bytes are of tensors in the output."""
+
+    stage: str
+    file: str
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did. Digests are of dense little-endian bytes: `targets` and `sources` are CRC32s by (file,
+    tensor), `sha256` of target tensors where asked for. `resumed` names files an earlier run had finished."""
+
+    out: Path
+    bytes_read: int
+    bytes_written: int
+    targets: Mapping[Key, int]
+    sources: Mapping[Key, int]
+    sha256: Mapping[Key, str]
+    findings: tuple[Finding, ...]
+    manifest: Mapping[str, Any]
+    resumed: tuple[str, ...] = ()
+
+
+class Layout(Protocol):
+    """A container that is still to be written, see `SafetensorsLayout`."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def offsets(self) -> Mapping[str, int]: ...
+
+    def header_writes(self) -> Iterable[tuple[int, bytes]]: ...
+
+    def finish(self, crcs: Mapping[str, int]) -> Iterable[tuple[int, bytes]]: ...
+
+
+def layout_of(output: OutputFile) -> Layout:
+    tensors = [(t.name, t.dtype, t.shape) for t in output.tensors]
+    if output.format == "torch-zip":
+        return TorchZipLayout(tensors)
+    return SafetensorsLayout(tensors, dict(output.metadata))
+
+
+def check_output(out: Path, source: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Fail with `output-conflict`, `output-exists` or `output-failed` before anything is opened."""
+    inputs = [] if os.fspath(source).startswith("hf://") else [Path(source)]
+    place_for(out, inputs, overwrite=overwrite)
+
+
+def execute(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    jobs: int = 2,
+    overwrite: bool = False,
+    resume: bool = False,
+    sha256: bool = False,
+    strict: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    extra_documents: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None = None,
+) -> Outcome:
+    """Write what `plan` says into the folder `out`, which appears complete or not at all.
+
+    `jobs` workers; `resume` goes on with what an interrupted run of the same plan left; `strict` refuses
+    values that are not finite instead of recording them; `extra_documents` makes more files from the
+    manifest. `progress` is called from the calling thread. Raises `CkptToolError` (kinds of durable.py,
+    `checksum`, `tied-mismatch`, `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
+    """
+    files = [f.path for f in checkpoint.files.values() if not f.path.is_relative_to("/proc")]
+    place = place_for(out, [checkpoint.path, *files], overwrite=overwrite)
+    digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
+    identity = Identity(__version__, plan.digest(), _fingerprints(checkpoint, digests))
+    with locked(place):
+        staging = Staging(place, identity, overwrite)
+        run = _Run(
+            plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None)
+        )
+        staging.begin(resume=resume)
+        try:
+            outcome = run.carry_out(extra_documents)
+            staging.publish()
+        except BaseException as error:
+            run.stop()
+            keep = resumable(error) and bool(staging.entries) and not staging.published
+            staging.leave(keep=keep)
+            _raise(error, keep)
+        finally:
+            run.stop()
+    return replace(outcome, out=out)
+
+
+def _raise(error: BaseException, kept: bool) -> None:
+    """`error` as the user should see it, with the hint to resume where something was kept."""
+    hint = "finished files are kept: run again with --resume to go on" if kept else None
+    if isinstance(error, CkptToolError) and kept:
+        problems = [replace(p, hint=p.hint or hint) for p in error.problems]
+        raise CkptToolError(*problems, exit_code=error.exit_code) from None
+    if isinstance(error, MemoryError):
+        fail("out-of-memory", "expected enough memory for the buffers, found the limit reached", hint=hint)
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        fail(
+            "limits", "expected to start a worker thread, found no room for one", hint="--jobs 1 needs fewer"
+        )
+    if kept and not isinstance(error, Exception):
+        # an exception that a signal handler raised may say which signal it was
+        number = getattr(error, "number", signal.SIGINT)
+        problem = Problem("interrupted", "stopped before the work was done", hint=hint)
+        raise CkptToolError(problem, exit_code=128 + int(number)) from None
+    raise error
+
+
+def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What tells one source from another without reading it: sizes and times of files, `digests` of their
+    headers."""
+    found: dict[str, Any] = {}
+    if checkpoint.path.is_file():
+        found["."] = _stamp(checkpoint.path)
+    for file in checkpoint.files.values():
+        inflated = file.path.is_relative_to("/proc")  # a temporary file: its times are of this run
+        found[file.name] = {**({} if inflated else _stamp(file.path)), "headers": digests[file.name]}
+    return found
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    status = os.stat(path)
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def groups(plan: Plan) -> list[tuple[list[OutputFile], list[int]]]:
+    """Output files that some step writes together or compares, with the indices of those steps."""
+    leader = {f.name: f.name for f in plan.outputs}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    for step in plan.steps:
+        first = find(step.targets[0].file)
+        for part in step.targets[1:]:
+            leader[find(part.file)] = first
+    found: dict[str, tuple[list[OutputFile], list[int]]] = {}
+    for file in plan.outputs:
+        found.setdefault(find(file.name), ([], []))[0].append(file)
+    for k, step in enumerate(plan.steps):
+        found[find(step.targets[0].file)][1].append(k)
+    return list(found.values())
+
+
+def _first_readers(steps: Iterable[Step]) -> set[tuple[int, int]]:
+    """(step, index of its source) of the first step that reads each tensor: only what it reads counts towards
+    the tensor's checksum, so that no byte counts twice."""
+    first: dict[Key, tuple[int, int]] = {}
+    for k, step in enumerate(steps):
+        for i, part in enumerate(step.sources):
+            first.setdefault((part.file, part.name), (k, i))
+    return set(first.values())
+
+
+@dataclass
+class _Run:
+    """One execution: the workers, and what has been learnt so far."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    staging: Staging
+    headers: Mapping[str, str]
+    jobs: int
+    sha256: bool
+    strict: bool
+    progress: Callable[[Progress], None]
+    targets: dict[str, dict[str, int]] = field(default_factory=dict)
+    sources: dict[Key, int] = field(default_factory=dict)
+    hashes: dict[Key, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.carrier = Carrier(self.checkpoint)
+        self.lanes = [Lane() for _ in range(self.jobs)]
+        self.pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="ckpt-tool")
+        self.stopping = threading.Event()
+        self.first_readers = _first_readers(self.plan.steps)
+        self.layouts = {f.name: layout_of(f) for f in self.plan.outputs}
+        self.resumed_bytes = 0
+        self.bytes_out = self.plan.bytes_out
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def carry_out(self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None) -> Outcome:
+        parts = groups(self.plan)
+        finished = [self._taken_up(files) for files, _ in parts]
+        missing = [f for (files, _), there in zip(parts, finished, strict=True) if not there for f in files]
+        self.staging.check_space(
+            sum(self.layouts[f.name].size for f in missing) + sum(len(d.content) for d in self.plan.documents)
+        )
+        for (files, steps), there in zip(parts, finished, strict=True):
+            if not there:
+                self._make(files, steps)
+        self._check_sources()
+        self._say("finish", "")
+        made = self._documents(extra)
+        self.checkpoint.check_unchanged()
+        return Outcome(
+            out=self.staging.place,
+            bytes_read=sum(lane.read_bytes for lane in self.lanes),
+            bytes_written=sum(lane.written_bytes for lane in self.lanes),
+            targets={(f, t): crc for f, crcs in self.targets.items() for t, crc in crcs.items()},
+            sources=dict(self.sources),
+            sha256=dict(self.hashes),
+            findings=tuple(self.findings),
+            manifest=made,
+            resumed=tuple(self.resumed),
+        )
+
+    # --- one group ---
+
+    def _make(self, files: list[OutputFile], indices: list[int]) -> None:
+        """Write, compare, check, force to the disk and note the files of one group."""
+        with contextlib.ExitStack() as stack:
+            opened: dict[str, int] = {}
+            for file in files:
+                opened[file.name] = self.staging.create(file.name, self.layouts[file.name].size)
+                stack.callback(os.close, opened[file.name])
+                self._write_all(file.name, opened[file.name], self.layouts[file.name].header_writes())
+            targets = {
+                (f.name, t.name): Target(t, opened[f.name], self.layouts[f.name].offsets[t.name])
+                for f in files
+                for t in f.tensors
+            }
+            crcs: dict[Key, IntervalCrc] = {}
+            bound = [self._bind(k, targets, crcs) for k in indices]
+            self._each(
+                batches(b for b in bound if not b.step.compare),
+                self._carry,
+                "copy",
+                files[0].name,
+            )
+            findings = self._look_at(targets)
+            findings += self._compare([b for b in bound if b.step.compare])
+            for file in files:
+                self.targets[file.name] = {t.name: _total(targets[file.name, t.name]) for t in file.tensors}
+                tail = self.layouts[file.name].finish(self.targets[file.name])
+                self._write_all(file.name, opened[file.name], tail)
+            if self.sha256:
+                self._hash(targets)
+            for file in files:
+                self.staging.seal(opened[file.name], file.name)
+        known = {}
+        for key, crc in crcs.items():
+            total = crc.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)
+            if total is not None:
+                known[key] = total
+        self.sources.update(known)
+        self.findings += findings
+        self.staging.record(
+            {
+                "files": {f.name: self.targets[f.name] for f in files},
+                "sources": [[*key, crc] for key, crc in known.items()],
+                "sha256": [[*key, self.hashes[key]] for key in targets if key in self.hashes],
+                "findings": [f.to_json() for f in findings],
+            }
+        )
+
+    def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
+        for bound, block in batch:
+            self.carrier.carry(bound, block, lane)
+
+    def _bind(self, index: int, targets: Mapping[Key, Target], crcs: dict[Key, IntervalCrc]) -> Bound:
+        step = self.plan.steps[index]
+        sources = []
+        for i, part in enumerate(step.sources):
+            info = self.checkpoint.files[part.file].tensors[part.name]
+            crc = None
+            if (index, i) in self.first_readers:
+                crc = crcs.setdefault((part.file, part.name), IntervalCrc())
+            sources.append(Source(info, crc))
+        return Bound(step, sources, [targets[p.file, p.name] for p in step.targets])
+
+    def _write_all(self, name: str, descriptor: int, writes: Iterable[tuple[int, bytes]]) -> None:
+        for offset, data in writes:
+            try:
+                disk.write_at(descriptor, data, offset)
+            except OSError as error:
+                raise disk.failure(error, name, offset=offset) from None
+
+    def _look_at(self, targets: Mapping[Key, Target]) -> list[Finding]:
+        """What is odd about the values; with `strict`, values that are not finite are refused."""
+        found = []
+        for (file, name), target in targets.items():
+            values = target.values
+            if values.non_finite:
+                shape = target.info.shape or (1,)
+                first = [int(k) for k in np.unravel_index(values.first or 0, shape)]
+                text = f"expected finite values, found {values.non_finite} that are not, the first at {first}"
+                details = {"count": values.non_finite, "first": first}
+                found.append(Finding("non-finite", text, file, name, details))
+            elif values.all_zero:
+                found.append(Finding("all-zero", "expected values, found only zeros", file, name))
+            elif values.denormal_only:
+                text = "expected values, found only denormal ones"
+                found.append(Finding("denormal-only", text, file, name))
+        if self.strict:
+            fail_all(
+                Problem("non-finite", f.message, f.file, f.tensor, "without --strict it is only recorded")
+                for f in found
+                if f.kind == "non-finite"
+            )
+        return found
+
+    def _compare(self, bound: list[Bound]) -> list[Finding]:
+        """Compare what must be equal with what was written; small differences of copies are findings."""
+        different: set[int] = set()
+        place = {id(b): k for k, b in enumerate(bound)}
+
+        def compare(batch: list[tuple[Bound, Block]], lane: Lane) -> None:
+            for b, block in batch:
+                if place[id(b)] not in different and not self.carrier.same(b, block, lane):
+                    different.add(place[id(b)])
+
+        self._each(batches(bound, copy_bytes=CHUNK), compare, "check", "")
+        verdicts = [self._judge(bound[k]) for k in sorted(different)]
+        fail_all(v for v in verdicts if isinstance(v, Problem))
+        return [v for v in verdicts if isinstance(v, Finding)]
+
+    def _judge(self, bound: Bound) -> Problem | Finding:
+        step = bound.step
+        part, target = step.sources[0], step.targets[0]
+        writers = (s.sources[0] for s in self.plan.steps if not s.compare and target in s.targets)
+        kept = next(writers, target)
+        found = measure(self.carrier, bound, self.lanes[0])
+        text = (
+            f"{found.count} of {found.elements} values differ, max |delta| {found.max_delta:.3g}, "
+            f"relative {found.relative_rms:.3g}"
+        )
+        if step.compare == "tied":
+            message = f"expected the values of {kept.name} as the config ties them, found {text}"
+            return Problem("tied-mismatch", message, part.file, part.name)
+        message = f"expected the copy in {kept.file}, found {text}"
+        if self.plan.strict_replicas or found.is_large:
+            hint = None if found.is_large else "without --strict-replicas it is only recorded"
+            return Problem("shard-conflict", message, part.file, part.name, hint)
+        details = {
+            "kept": kept.file,
+            "count": found.count,
+            "elements": found.elements,
+            "max_delta": found.max_delta,
+            "relative_rms": found.relative_rms,
+        }
+        return Finding("replica-difference", message, part.file, part.name, details)
+
+    def _hash(self, targets: Mapping[Key, Target]) -> None:
+        def work(key: Key, lane: Lane) -> None:
+            target, digest = targets[key], hashlib.sha256()
+            for data in _chunks(target, lane):
+                digest.update(data)
+            self.hashes[key] = digest.hexdigest()
+
+        self._each(iter(targets), work, "check", "")
+
+    # --- going on ---
+
+    def _taken_up(self, files: list[OutputFile]) -> bool:
+        """Whether an earlier run finished this group and every byte of it is still right; else what is left
+        of it is removed."""
+        names = [f.name for f in files]
+        entry = next((e for e in self.staging.entries if set(e.get("files", ())) == set(names)), None)
+        if entry is None:
+            self.staging.discard(names)
+            return False
+        wanted_hashes = {(f, t): h for f, t, h in entry["sha256"]}
+        complete = not self.sha256 or all((f.name, t.name) in wanted_hashes for f in files for t in f.tensors)
+        if not complete or not all(self._is_intact(f, entry["files"][f.name]) for f in files):
+            self.staging.discard(names)
+            self.staging.entries.remove(entry)
+            return False
+        self.targets.update(entry["files"])
+        self.sources.update({(f, t): crc for f, t, crc in entry["sources"]})
+        self.hashes.update(wanted_hashes if self.sha256 else {})
+        self.findings += [Finding.from_json(f) for f in entry["findings"]]
+        self.resumed += names
+        self.resumed_bytes += sum(t.nbytes for f in files for t in f.tensors)
+        return True
+
+    def _is_intact(self, file: OutputFile, crcs: Mapping[str, int]) -> bool:
+        layout = self.layouts[file.name]
+        try:
+            descriptor = self.staging.reopen(file.name)
+        except OSError:
+            return False
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
+            if os.fstat(descriptor).st_size != layout.size or set(crcs) != {t.name for t in file.tensors}:
+                return False
+            for offset, data in (*layout.header_writes(), *layout.finish(crcs)):
+                if os.pread(descriptor, len(data), offset) != data:
+                    return False
+            wrong: list[str] = []
+
+            def work(info: TensorInfo, lane: Lane) -> None:
+                crc = 0
+                for data in _chunks(Target(info, descriptor, layout.offsets[info.name]), lane):
+                    crc = zlib.crc32(data, crc)
+                if crc != crcs[info.name]:
+                    wrong.append(info.name)
+
+            self._each(iter(file.tensors), work, "check", file.name)
+            return not wrong
+
+    # --- the end ---
+
+    def _check_sources(self) -> None:
+        """Checksums of source tensors that no step read whole and in full, and of the files' records."""
+        unread = {
+            (p.file, p.name): self.checkpoint.files[p.file].tensors[p.name]
+            for s in self.plan.steps
+            for p in s.sources
+            if (p.file, p.name) not in self.sources
+        }
+
+        def read(key: Key, lane: Lane) -> None:
+            info, crc = unread[key], 0
+            for start in range(0, info.nbytes, CHUNK):
+                room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
+                self.checkpoint.read_into(info, start, room)
+                crc = zlib.crc32(room, crc)
+                lane.read_bytes += len(room)
+            self.sources[key] = crc
+
+        self._each(iter(unread), read, "check", "")
+        found = check_records(self.checkpoint, self.sources)
+        problems = list(found.wrong)
+
+        def check(place: tuple[str, str], _: Lane) -> None:
+            try:
+                self.checkpoint.files[place[0]].check_record(place[1])
+            except CkptToolError as error:
+                problems.extend(error.problems)
+
+        self._each(iter(found.unread), check, "check", "")
+        fail_all(problems)
+        for file, count in found.unchecked.items():
+            text = f"expected a checksum for each record, found none for {count}: damage would not be noticed"
+            self.findings.append(Finding("unchecked-records", text, file, None, {"count": count}))
+
+    def _documents(
+        self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None
+    ) -> dict[str, Any]:
+        """Write the documents and, last of all files, the manifest."""
+
+        def made(documents: Iterable[OutputDocument]) -> dict[str, Any]:
+            return manifest(
+                self.plan,
+                self.checkpoint,
+                plan_digest=self.staging.identity.plan,
+                headers=self.headers,
+                sources=dict(sorted(self.sources.items())),
+                targets=self.targets,
+                sizes={name: layout.size for name, layout in self.layouts.items()},
+                sha256=self.hashes,
+                findings=self.findings,
+                documents=documents,
+            )
+
+        documents = list(self.plan.documents)
+        if extra is not None:
+            documents += extra(made(documents))
+        for document in documents:
+            self.staging.write(document.name, document.content)
+        content = made(documents)
+        self.staging.write(MANIFEST, as_document(content))
+        return content
+
+    # --- the workers ---
+
+    def _each(self, items: Iterator[T], work: Callable[[T, Lane], object], stage: str, file: str) -> None:
+        """`work` on every item, by all workers; the first failure stops them and is raised here."""
+        guard = threading.Lock()
+
+        def loop(lane: Lane) -> None:
+            while not self.stopping.is_set():
+                with guard:
+                    item = next(items, None)
+                if item is None:
+                    return
+                try:
+                    work(item, lane)
+                except BaseException:
+                    self.stopping.set()
+                    raise
+
+        futures = [self.pool.submit(loop, lane) for lane in self.lanes]
+        waiting = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, timeout=REFRESH, return_when=FIRST_EXCEPTION)
+            self._say(stage, file)
+        for future in futures:
+            future.result()
+
+    def _say(self, stage: str, file: str) -> None:
+        done = self.resumed_bytes + sum(lane.written_bytes for lane in self.lanes)
+        self.progress(Progress(stage, file, done, self.bytes_out))
+
+
+def _chunks(target: Target, lane: Lane) -> Iterator[memoryview]:
+    """The bytes of an output tensor in order; each piece is valid until the next."""
+    for start in range(0, target.info.nbytes, CHUNK):
+        data = lane.room("there", min(CHUNK, target.info.nbytes - start), np.dtype("u1")).data
+        target.read(data, start)
+        yield data
+
+
+def _total(target: Target) -> int:
+    crc = target.crc.value(target.info.nbytes)
+    if crc is None:
+        raise RuntimeError(f"the plan's steps left bytes of {target.info.name} unwritten")
+    return crc

@@ -1,0 +1,147 @@
+"""`ckpt-tool.json`: what a conversion read, did and wrote. It holds no times and no paths, so equal inputs
+give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_tool import __version__
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
+from ckpt_tool.convert.plan import OutputDocument, Plan
+
+MANIFEST = "ckpt-tool.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the data that the reader of the result should know, and that did not stop the work.
+
+    Kinds: `non-finite`, `all-zero`, `denormal-only`, `replica-difference`, `unchecked-records`. `details`
+    holds the numbers (counts, the first index, the largest difference, file names).
+    """
+
+    kind: str
+    message: str
+    file: str
+    tensor: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "message": self.message,
+            "file": self.file,
+            "tensor": self.tensor,
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Finding:
+        return cls(data["kind"], data["message"], data["file"], data["tensor"], data["details"])
+
+
+def headers_digest(file: TensorFile) -> str:
+    """SHA-256 of all that a file's headers say: tensors in order, and records with their checksums."""
+    digest = hashlib.sha256(file.format.encode())
+    for t in file.tensors.values():
+        digest.update(repr((t.name, t.dtype, t.shape)).encode("utf-8", "surrogatepass"))
+    for key, r in file.records().items():
+        digest.update(repr((key, r.size, r.crc32)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _source_entries(checkpoint: Checkpoint, headers: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "file": f.name,
+            "format": f.format,
+            "bytes": _bytes_of(f),
+            "tensors": len(f.tensors),
+            "headers_sha256": headers[f.name],
+        }
+        for f in checkpoint.files.values()
+    ]
+
+
+def _bytes_of(file: TensorFile) -> int:
+    """The bytes of a file's tensors: unlike the size of the file it does not depend on archives around it."""
+    return sum(t.nbytes for t in file.tensors.values())
+
+
+def manifest(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    plan_digest: str,
+    headers: Mapping[str, str],
+    sources: Mapping[tuple[str, str], int],
+    targets: Mapping[str, Mapping[str, int]],
+    sizes: Mapping[str, int],
+    sha256: Mapping[tuple[str, str], str],
+    findings: Iterable[Finding],
+    documents: Iterable[OutputDocument],
+) -> dict[str, Any]:
+    """The manifest. `headers` are the files' `headers_digest`; `sources` and `sha256` are by (file, tensor), `targets` CRC32s by file and tensor."""
+    entries = _source_entries(checkpoint, headers)
+    for entry in entries:
+        known = {name: crc for (file, name), crc in sources.items() if file == entry["file"]}
+        entry["crc32"] = {name: f"{crc:08x}" for name, crc in known.items()}
+    findings = list(findings)
+    tensors = []
+    for output in plan.outputs:
+        for t in output.tensors:
+            entry = {"name": t.name, "file": output.name, "dtype": t.dtype, "shape": list(t.shape)}
+            entry["crc32"] = f"{targets[output.name][t.name]:08x}"
+            if (output.name, t.name) in sha256:
+                entry["sha256"] = sha256[output.name, t.name]
+            tensors.append(entry)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "tool": "ckpt-tool",
+        "version": __version__,
+        "family": plan.family,
+        "direction": plan.direction,
+        "plan": plan_digest,
+        "options": _options(plan),
+        "config": {k: {"value": v.value, "source": v.source} for k, v in plan.config.items()},
+        "sources": entries,
+        "original": dict(plan.original),
+        "outputs": [{"file": f.name, "format": f.format, "bytes": sizes[f.name]} for f in plan.outputs],
+        "tensors": tensors,
+        "documents": [
+            {"file": d.name, "sha256": hashlib.sha256(d.content).hexdigest(), "source": d.source}
+            for d in documents
+        ],
+        "dropped": [
+            {"file": d.tensor.file, "tensor": d.tensor.name, "bytes": d.tensor.nbytes, "reason": d.reason}
+            for d in plan.dropped
+        ],
+        "lossy": list(plan.lossy),
+        "notes": list(plan.notes),
+        "replicas": [
+            {"name": f.tensor, "file": f.file, **f.details}
+            for f in findings
+            if f.kind == "replica-difference"
+        ],
+        "findings": [f.to_json() for f in findings],
+    }
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    """The options that made this plan, as far as it tells them."""
+    cast = {s.targets[0].dtype for s in plan.steps if s.sources[0].dtype != s.targets[0].dtype}
+    return {
+        "dtype": cast.pop() if len(cast) == 1 else None,
+        "drop": [d.tensor.name for d in plan.dropped if d.reason == "asked for with --drop"],
+        "strict_replicas": plan.strict_replicas,
+    }
+
+
+def as_document(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=True) + "\n").encode()

@@ -1,0 +1,217 @@
+"""Hyper-parameters with their provenance: every value of a config is a `Value` that says in words where it
+is from. What the user sets wins, then the checkpoint's own file, then a rule that the family documents;
+what none of them tells is asked for by name. Problems are collected, so that all are shown at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ckpt_tool.checkpoint import strict_json
+from ckpt_tool.convert.plan import Value
+from ckpt_tool.errors import CkptToolError, Problem, fail_all, printable
+
+SET = "--set"
+MAX_COUNT = 2**31
+UNKNOWN = Value(1, "unknown")  # stands in for a value that was refused, until `check` raises
+
+# Keys of a whole config.json given with --config that say nothing about the numbers: the dtype is that of the
+# tensors (or --dtype), the rest is bookkeeping.
+BOOKKEEPING = frozenset(
+    ("transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype", "_attn_implementation")
+)
+
+Read = Callable[[Mapping[str, Any], str, str], Any]  # (object, key, file) -> the typed value
+
+
+class Facts:
+    """The hyper-parameters of one checkpoint while a family collects them.
+
+    `document` is the parsed file that came with the weights (None when there is none), `file` its name;
+    objects inside it are read under dotted keys ("moe.num_experts"). `settings` are the user's, in Hugging
+    Face config names. Each getter takes that name and the file's own keys for the same thing.
+    """
+
+    def __init__(self, document: Mapping[str, Any] | None, file: str, settings: Mapping[str, Any]) -> None:
+        self.document = None if document is None else _flat(document)
+        self.file = file
+        self.settings = _one_rope(settings)
+        self.problems: list[Problem] = []
+        self.used: set[str] = set()
+
+    def integer(
+        self,
+        name: str,
+        *keys: str,
+        rule: Value | None = None,
+        ask: str = "an integer",
+        minimum: int = 1,
+        maximum: int = MAX_COUNT,
+        text_ok: bool = False,
+        kind: str = "config-mismatch",
+    ) -> Value:
+        """A count. Outside `minimum..maximum` is a problem of `kind`, another type a `bad-config`."""
+
+        def read(obj: Mapping[str, Any], key: str, file: str) -> int:
+            if type(obj[key]) is int and not minimum <= obj[key] <= maximum:
+                message = f"expected an integer from {minimum} to {maximum}, found {obj[key]}"
+                raise CkptToolError(Problem(kind, message, file, key))
+            return strict_json.integer(obj, key, file=file, minimum=minimum, maximum=maximum, text_ok=text_ok)
+
+        return self._take(name, keys, read, rule, ask)
+
+    def number(self, name: str, *keys: str, rule: Value | None = None, ask: str = "a number") -> Value:
+        """A finite number above 0."""
+
+        def read(obj: Mapping[str, Any], key: str, file: str) -> float:
+            return strict_json.number(obj, key, file=file)
+
+        return self._take(name, keys, read, rule, ask)
+
+    def boolean(self, name: str, *keys: str, rule: Value) -> Value:
+        def read(obj: Mapping[str, Any], key: str, file: str) -> bool:
+            return strict_json.boolean(obj, key, file=file)
+
+        return self._take(name, keys, read, rule, "true or false")
+
+    def token_ids(self, name: str, *keys: str, rule: Value) -> Value:
+        """One token id, or a list of them."""
+
+        def read(obj: Mapping[str, Any], key: str, file: str) -> int | list[int]:
+            many = obj[key] if isinstance(obj[key], list) else [obj[key]]
+            ids = [strict_json.integer({key: i}, key, file=file, minimum=0, maximum=MAX_COUNT) for i in many]
+            return ids if isinstance(obj[key], list) else ids[0]
+
+        return self._take(name, keys, read, rule, "a token id")
+
+    def anything(self, name: str, *keys: str, rule: Value | None = None, ask: str = "a value") -> Value:
+        """A value whose form the caller checks; null counts as given."""
+        return self._take(name, keys, lambda obj, key, _: obj[key], rule, ask, null=True)
+
+    def like(self, name: str, default: Any, why: str) -> Value:
+        """A value that does not change what the model computes: `default`, unless set to another of its
+        type."""
+        if isinstance(default, bool):
+            return self.boolean(name, rule=Value(default, why))
+
+        def read(obj: Mapping[str, Any], key: str, file: str) -> float:
+            return strict_json.number(obj, key, file=file, positive=False)
+
+        return self._take(name, (), read, Value(default, why), "a number")
+
+    def fixed(self, name: str, value: Any, why: str, *keys: str) -> Value:
+        """A value the family writes whatever the checkpoint; a setting or the file may only repeat it."""
+        self.used.update(keys)
+        for obj, key, file in self._places(name, keys, null=False):
+            if obj[key] != value:
+                self._problem("unsupported", f"expected {_shown(value)}, found {_shown(obj[key])}", file, key)
+        return Value(value, why)
+
+    def given(self, *keys: str) -> bool:
+        """Whether the file has one of `keys` with a value other than null."""
+        return self.document is not None and any(self.document.get(k) is not None for k in keys)
+
+    def refuse(self, kind: str, message: str, where: str, hint: str | None = None) -> None:
+        self._problem(kind, message, None if self.document is None else self.file, where, hint)
+
+    def check(self) -> None:
+        """Raise what was collected so far."""
+        fail_all(dict.fromkeys(self.problems))
+
+    def check_settings(self, known: Iterable[str]) -> None:
+        """Collect a problem for each setting that no getter knows."""
+        names = sorted(known)
+        for name in self.settings.keys() - {*names, *BOOKKEEPING}:
+            message = f"expected one of {', '.join(names)}, found {printable(name, 60)}"
+            self._problem("usage", message, SET, name)
+
+    def unused(self, ignored: Iterable[str]) -> list[str]:
+        """Notes on the file's fields that nothing read. A field that holds an object switches on some part of
+        a model (adapters, another rotary scaling, an image encoder), so it is refused and not noted."""
+        notes = []
+        for key, value in (self.document or {}).items():
+            if key in self.used or key in ignored or value in (None, False, "", [], {}):
+                continue
+            if "." in key or isinstance(value, dict):
+                message = f"expected a plain text model, found {key} = {_shown(value)}"
+                self._problem("unsupported", message, self.file, key)
+            else:
+                notes.append(f"{self.file}: {printable(key)} = {_shown(value)} is not used")
+        return notes
+
+    def _problem(
+        self, kind: str, message: str, file: str | None, where: str, hint: str | None = None
+    ) -> None:
+        self.problems.append(Problem(kind, message, file, where, hint))
+
+    def _places(
+        self, name: str, keys: tuple[str, ...], null: bool
+    ) -> list[tuple[Mapping[str, Any], str, str]]:
+        found: list[tuple[Mapping[str, Any], str, str]] = []
+        if name in self.settings:
+            found.append((self.settings, name, SET))
+        document = self.document or {}
+        found += [
+            (document, k, self.file) for k in keys if k in document and (null or document[k] is not None)
+        ]
+        return found
+
+    def _take(
+        self, name: str, keys: tuple[str, ...], read: Read, rule: Value | None, ask: str, null: bool = False
+    ) -> Value:
+        self.used.update(keys)
+        places = self._places(name, keys, null)
+        if not places:
+            if rule is not None:
+                return rule
+            where = keys[0] if keys and self.document is not None else name
+            file = None if self.document is None else self.file
+            self._problem("missing-fact", f"expected {ask}, found none", file, where, f"--set {name}=VALUE")
+            return UNKNOWN
+        obj, key, file = places[0]
+        inside = [(k, o[k]) for o, k, f in places if f == self.file]
+        if any(value != inside[0][1] for _, value in inside[1:]):
+            both = " and ".join(f"{k} = {_shown(v)}" for k, v in inside)
+            self._problem("bad-config", f"expected one value, found {both}", self.file, inside[0][0])
+        try:
+            return Value(read(obj, key, file), SET if file == SET else f"{file}: {key}")
+        except CkptToolError as error:
+            self.problems += error.problems
+            return UNKNOWN
+
+
+def _shown(value: Any) -> str:
+    return printable(json.dumps(value, default=repr), 60)
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with `model` (some exports nest everything under it) and `moe` opened up, and the rotary
+    values in one place."""
+    inner = document.get("model")
+    top = (
+        {**inner, **{k: v for k, v in document.items() if k != "model"}}
+        if isinstance(inner, dict)
+        else document
+    )
+    flat = dict(_one_rope(top))
+    moe = flat.pop("moe", None)
+    if isinstance(moe, dict):
+        flat.update({f"moe.{k}": v for k, v in moe.items()})
+    elif moe is not None:
+        flat["moe"] = moe
+    return flat
+
+
+def _one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 puts rope_theta and the scaling into one object, `rope_parameters`; 4 has two keys."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "rope_theta" in rope:
+        rest.setdefault("rope_theta", rope["rope_theta"])
+    rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
+    return rest

@@ -1,0 +1,73 @@
+"""The checksums that the source files carry, compared with what was read of them while copying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
+from ckpt_tool.checkpoint.crc32 import combine
+from ckpt_tool.errors import Problem
+
+Key = tuple[str, str]  # (file, tensor name)
+
+
+@dataclass
+class RecordCheck:
+    """The records of a checkpoint after a copy: `wrong` ones, those `unread` (not read in order by the copy,
+    so still to be read through) as (file, key), and for each file how many have no checksum."""
+
+    wrong: list[Problem] = field(default_factory=list)
+    unread: list[tuple[str, str]] = field(default_factory=list)
+    unchecked: dict[str, int] = field(default_factory=dict)
+
+
+def check_records(checkpoint: Checkpoint, crcs: Mapping[Key, int]) -> RecordCheck:
+    """Put together the CRC32 of each record from those of the tensors in it (`crcs`, whole tensors)."""
+    found = RecordCheck()
+    for file in checkpoint.files.values():
+        tensors = _tensors_by_record(file)
+        for key, record in file.records().items():
+            if record.size == 0:
+                continue
+            if record.crc32 is None:
+                found.unchecked[file.name] = found.unchecked.get(file.name, 0) + 1
+                continue
+            names = tensors.get(key, [])
+            crc = _joined(record, file, names, crcs)
+            if crc is None:
+                found.unread.append((file.name, key))
+            elif crc != record.crc32:
+                found.wrong.append(
+                    Problem(
+                        "checksum",
+                        f"expected CRC32 {record.crc32:08x} as the file says, found {crc:08x}",
+                        file.name,
+                        names[0][1],
+                        "the file is damaged: download it again",
+                    )
+                )
+    return found
+
+
+def _tensors_by_record(file: TensorFile) -> dict[str, list[tuple[int, str]]]:
+    """For each record the tensors that are runs of it, as (first byte, name)."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in file.tensors:
+        place = file.record_of(name)
+        if place is not None:
+            found.setdefault(place[0], []).append((place[1], name))
+    return found
+
+
+def _joined(
+    record: Record, file: TensorFile, names: list[tuple[int, str]], crcs: Mapping[Key, int]
+) -> int | None:
+    """The record's CRC32 if some of its tensors follow one another from its first byte to its last."""
+    at = crc = 0
+    for start, name in sorted(names):
+        known = crcs.get((file.name, name))
+        if start == at and known is not None and file.tensors[name].nbytes:
+            crc = combine(crc, known, file.tensors[name].nbytes)
+            at += file.tensors[name].nbytes
+    return crc if at == record.size else None
