@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from math import prod
 
@@ -63,7 +63,7 @@ class Part:
     dims: Dims
     ranges: tuple[tuple[str, int, int], ...] = ()
 
-    @property
+    @cached_property
     def order(self) -> tuple[str, ...]:
         return tuple(a for g in self.dims for a in g)
 

@@ -87,7 +87,8 @@ def manifest(
     findings: Iterable[Finding],
     documents: Iterable[OutputDocument],
 ) -> dict[str, Any]:
-    """The manifest. `headers` are the files' `headers_digest`; `sources` and `sha256` are by (file, tensor), `targets` CRC32s by file and tensor."""
+    """The manifest. `headers` are the source files' `headers_digest`, `sources` (CRC32) and `sha256` are by
+    (file, tensor), `targets` are CRC32s by file and tensor, `sizes` those of the output files."""
     entries = _source_entries(checkpoint, headers)
     for entry in entries:
         known = {name: crc for (file, name), crc in sources.items() if file == entry["file"]}

@@ -112,7 +112,14 @@ def tiktoken_case(
 def tekken_case(data: bytes) -> Case:
     file = tekken.read(data, "tekken.json")
     return tiktoken_case(
-        data, "tekken.json", "mistral", file.ranks, file.pattern, len(file.special), 1, [t.text for t in file.special]
+        data,
+        "tekken.json",
+        "mistral",
+        file.ranks,
+        file.pattern,
+        len(file.special),
+        1,
+        [t.text for t in file.special],
     )
 
 

@@ -125,6 +125,9 @@ def dimensions(download: Download, facts: Facts, *, ffn: Value | None = None) ->
     else:
         groups = Value(heads.value, f"rule: n_kv_heads absent from {facts.file}, as many as query heads")
     kv = facts.integer("num_key_value_heads", "n_kv_heads", "num_key_value_heads", rule=groups)
+    once = kept_facts(download.checkpoint).get("num_key_value_heads")
+    if isinstance(once, int) and once < kv.value == download.ranks and kv.source != SET:
+        kv = Value(once, "ckpt-tool.json: the heads whose copies n_kv_heads counts")
     facts.check()
     return {
         "hidden_size": width,
@@ -187,16 +190,13 @@ def _from(sizes: Mapping[str, Value], *fields: str) -> str:
     return f" ({'; '.join(known)})" if known else ""
 
 
-def _check_copies(sizes: Mapping[str, Value], ranks: int) -> None:
-    """Originals count what their ranks hold: fewer key/value heads than ranks can only be the user's word."""
+def _copies(sizes: Mapping[str, Value], ranks: int) -> list[str]:
+    """With fewer key/value heads than ranks each head is in several of them; the executor compares those."""
     kv = sizes["num_key_value_heads"]
-    if kv.value < ranks and kv.source != SET:
-        fail(
-            "config-mismatch",
-            f"expected at least one key/value head for each of {ranks} ranks, found {kv.value} ({kv.source})",
-            where="num_key_value_heads",
-            hint=f"if ranks hold copies of {kv.value} heads, --set num_key_value_heads={kv.value} says so",
-        )
+    if kv.value >= ranks:
+        return []
+    text = f"each of {kv.value} key/value heads ({kv.source}) is in {ranks // kv.value} of {ranks} ranks"
+    return [f"{text}: written once, the copies compared"]
 
 
 def _layer_problems(sizes: Mapping[str, Value], found: int) -> list[Problem]:
@@ -273,7 +273,6 @@ def to_hf(
     the one place that looks at it (5's repair of tokenizers saved by older versions) takes none as old.
     """
     _check_ranks(download, sizes)
-    _check_copies(sizes, download.ranks)
     fail_all(_division_problems(sizes, download.ranks, embedding))
     dtype = download.dtype
     expansion = expand(
@@ -301,7 +300,7 @@ def to_hf(
             *(OutputDocument(n, d, "the download's tokenizer") for n, d in tokenizer.documents.items()),
         ],
         options=options,
-        notes=[*notes, *tokenizer.notes],
+        notes=[*notes, *_copies(sizes, download.ranks), *tokenizer.notes],
         original=original,
     )
 
@@ -320,12 +319,16 @@ def dtype_value(download: Download, options: Options) -> Value:
 
 
 def tokenizer_of(
-    checkpoint: Checkpoint, options: Options, *, family: str, config: Mapping[str, Value]
+    download: Download, options: Options, *, family: str, config: Mapping[str, Value]
 ) -> TokenizerResult:
     """The tokenizer files beside the weights, or those the user points to, converted and compared with the
-    vocabulary."""
-    documents = _tokenizer_files(checkpoint, options)
-    return tokenizer_documents(documents, family=family, config={k: v.value for k, v in config.items()})
+    vocabulary (unless vocab_size is not the tensors': then that is the problem to tell, see `to_hf`)."""
+    documents = _tokenizer_files(download.checkpoint, options)
+    values = {k: v.value for k, v in config.items()}
+    words = _words(download, config["hidden_size"])
+    if words is not None and words.value != values["vocab_size"]:
+        del values["vocab_size"]
+    return tokenizer_documents(documents, family=family, config=values)
 
 
 def _tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
@@ -502,4 +505,5 @@ def to_original(
         options=options,
         outputs=list(files),
         notes=[*notes, *missing],
+        original={"num_key_value_heads": sizes["num_key_value_heads"].value},
     )

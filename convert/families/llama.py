@@ -136,7 +136,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
     notes = facts.unused(decoder.RUN_TIME)
     facts.check()
-    tokenizer = decoder.tokenizer_of(checkpoint, options, family="llama", config=config)
+    tokenizer = decoder.tokenizer_of(download, options, family="llama", config=config)
     config |= decoder.token_ids(facts, tokenizer, default_ids(llama3))
     facts.check()
     if sizes["vocab_size"].value == LLAMA3_WORDS and "eos_token_id" not in facts.settings:

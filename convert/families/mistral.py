@@ -112,7 +112,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
     notes = facts.unused(PARAMS)
     facts.check()
-    tokenizer = decoder.tokenizer_of(checkpoint, options, family="mistral", config=config)
+    tokenizer = decoder.tokenizer_of(download, options, family="mistral", config=config)
     ids = {
         "bos_token_id": Value(1, "rule: every Mistral tokenizer"),
         "eos_token_id": Value(2, "rule: every Mistral tokenizer"),

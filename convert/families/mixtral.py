@@ -115,7 +115,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     notes = facts.unused(decoder.RUN_TIME)
     facts.check()
     numbers = {k: config[k] for k in (*sizes, "num_experts_per_tok", "rope_theta", "sliding_window")}
-    tokenizer = decoder.tokenizer_of(checkpoint, options, family="mixtral", config=config)
+    tokenizer = decoder.tokenizer_of(download, options, family="mixtral", config=config)
     ids = {
         "bos_token_id": Value(1, "rule: Mistral tokenizers"),
         "eos_token_id": Value(2, "rule: Mistral tokenizers"),

@@ -1,0 +1,55 @@
+# `make demo` and `make test` do all their set-up themselves, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := ckpt_tool convert reference verify fixtures tests benchmarks
+
+.PHONY: setup demo test lint format types wheel check table bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/ckpt-tool demo --out ckpt-tool-demo --overwrite
+
+# Outside judges that must not mix with .venv: older releases of transformers, Mistral's own tokenizers.
+.judges/%/.ready: tests/judges/%.txt $(VENV)/.ready
+	rm -rf .judges/$*
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<
+	touch $@
+
+test: setup .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+format: setup
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+# mypy wants packages where they are imported from, so it sees the tree as it installs.
+types: setup
+	rm -rf build/types && mkdir -p build/types/ckpt_tool
+	ln -s $(addprefix $(CURDIR)/,$(wildcard ckpt_tool/*) convert reference verify fixtures) build/types/ckpt_tool/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ckpt_tool
+
+wheel: setup
+	rm -rf build/lib build/bdist* build/wheel build/installed && mkdir -p build/wheel
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/installed build/wheel/ckpt_tool-*.whl
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -m ckpt_tool families
+
+check: lint types wheel test
+
+# family x variant x (bits, parity, judge, round trip)
+table: setup
+	$(BIN)/python -m ckpt_tool table
+
+clean:
+	rm -rf build ckpt-tool-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m ckpt_tool` is `ckpt-tool`."""
+
+from ckpt_tool.cli import main
+
+main()

@@ -1,0 +1,219 @@
+"""Everything the command line does, as functions: open, recognise, plan, convert, verify.
+
+    from ckpt_tool.api import convert, verify
+
+    convert("Mistral-7B-v0.1", "out", family="mistral")
+    report = verify("out", source="Mistral-7B-v0.1")
+    assert report.status == "pass"
+
+Nothing here imports torch but `verify`, which does so when it runs the parity level.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.errors import Problem, fail, fail_all, printable
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.execute import Outcome, Progress
+    from ckpt_tool.verify.report import Report
+
+__all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
+
+Source = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did: the plan, what executing it measured, and the cheap verification levels."""
+
+    out: Path
+    plan: Plan
+    outcome: Outcome
+    report: Report | None = field(default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers and findings of the run, and the coverage report where it ran."""
+        return {
+            "out": printable(self.out),
+            "family": self.plan.family,
+            "direction": self.plan.direction,
+            "plan_digest": self.plan.digest(),
+            "bytes_read": self.outcome.bytes_read,
+            "bytes_written": self.outcome.bytes_written,
+            "dropped": [printable(d.tensor.name) for d in self.plan.dropped],
+            "lossy": list(self.plan.lossy),
+            "notes": [printable(n, 2000) for n in self.plan.notes],
+            "findings": [f.to_json() for f in self.outcome.findings],
+            "resumed": list(self.outcome.resumed),
+            "report": None if self.report is None else self.report.to_json(),
+        }
+
+
+def recognise(checkpoint: Checkpoint) -> list[tuple[str, bool, str]]:
+    """Each family's word on an original checkpoint: (name, whether it is its own, why)."""
+    return [(name, *family(name).recognise(checkpoint)) for name in FAMILIES]
+
+
+def choose(checkpoint: Checkpoint, name: str = "auto", to: str = "hf") -> Family:
+    """The family called `name`; for "auto" the only one that recognises the checkpoint. On the way back
+    (`to="original"`) the Hugging Face config's architecture and the manifest decide."""
+    if name != "auto":
+        if name not in FAMILIES:
+            fail(
+                "usage", f"expected a family ({', '.join(FAMILIES)}) or auto, found {name!r}", where="FAMILY"
+            )
+        return family(name)
+    if to == "original":
+        return _family_of_converted(checkpoint)
+    said = recognise(checkpoint)
+    own = [n for n, is_own, _ in said if is_own]
+    if len(own) == 1:
+        return family(own[0])
+    kind, found = ("unknown-family", "none") if not own else ("ambiguous-family", " and ".join(own))
+    reasons = "; ".join(f"{n}: {why}" for n, _, why in said)
+    fail(
+        kind,
+        f"expected one family to recognise this checkpoint, found {found} ({reasons})",
+        file=checkpoint.path.name,
+        hint="name the family instead of auto; `ckpt-tool inspect` shows what the files hold",
+    )
+
+
+def _family_of_converted(checkpoint: Checkpoint) -> Family:
+    if "config.json" not in checkpoint.documents:
+        fail(
+            "missing-file",
+            "expected config.json beside the weights (a Hugging Face folder), found none",
+            file=checkpoint.path.name,
+        )
+    config = checkpoint.json("config.json")
+    architectures = config.get("architectures") or []
+    made_by = None
+    if "ckpt-tool.json" in checkpoint.documents:
+        made_by = checkpoint.json("ckpt-tool.json").get("family")
+    own = [n for n in FAMILIES if set(family(n).architectures) & set(map(str, architectures))]
+    if made_by in own:
+        return family(made_by)
+    if len(own) == 1:
+        return family(own[0])
+    fail(
+        "unknown-family",
+        f"expected an architecture that one family writes, found {architectures}",
+        file="config.json",
+        where="architectures",
+    )
+
+
+def plan(
+    source: Source | Checkpoint,
+    *,
+    family: str = "auto",
+    to: str = "hf",
+    options: Options | None = None,
+) -> Plan:
+    """What converting `source` would do, from headers alone. `to` is "hf" or "original"."""
+    if not isinstance(source, Checkpoint):
+        with open_for(source, to) as checkpoint:
+            return plan(checkpoint, family=family, to=to, options=options)
+    chosen = choose(source, family, to)
+    make = chosen.plan if to == "hf" else chosen.plan_original
+    return make(source, options or Options())
+
+
+def open_for(source: Source, to: str = "hf") -> Checkpoint:
+    """`open_checkpoint`, preferring the side a conversion in that direction reads."""
+    return open_checkpoint(source, prefer="original" if to == "hf" else "hf")
+
+
+def convert(
+    source: Source,
+    out: Source,
+    *,
+    family: str = "auto",
+    to: str = "hf",
+    options: Options | None = None,
+    jobs: int = 2,
+    overwrite: bool = False,
+    resume: bool = False,
+    sha256: bool = False,
+    strict: bool = False,
+    check: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Conversion:
+    """Convert `source` into the folder `out`, crash-safely and in bounded memory.
+
+    `jobs` worker threads; `strict` refuses non-finite weights instead of recording them; `check` runs the
+    coverage level on the result. Raises `CkptToolError` with every problem of the stage that found some;
+    `out` then does not exist (or is what it was before).
+    """
+    from ckpt_tool.convert.execute import check_output, execute
+
+    target = Path(out)
+    check_output(target, source, overwrite=overwrite)
+    with open_for(source, to) as checkpoint:
+        made = plan(checkpoint, family=family, to=to, options=options)
+        if on_plan is not None:
+            on_plan(made)
+        outcome = execute(
+            made,
+            checkpoint,
+            target,
+            jobs=jobs,
+            overwrite=overwrite,
+            resume=resume,
+            sha256=sha256,
+            strict=strict,
+            progress=progress,
+        )
+    report = None
+    if check and to == "hf":
+        from ckpt_tool.verify import verify as run
+
+        report = run(target, levels=("coverage",))
+    return Conversion(target, made, outcome, report)
+
+
+def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
+    """Prove the converted folder `out` right; see `ckpt_tool.verify.verify`."""
+    from ckpt_tool.verify import verify as run
+
+    return run(out, source, **asked)
+
+
+def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:
+    """`--set KEY=VALUE` pairs over the values of a `--config` JSON file. A value is JSON where it parses as
+    such (`1e6`, `null`, `{"factor": 8}`), else text."""
+    from ckpt_tool.checkpoint.strict_json import parse_object
+
+    found: dict[str, Any] = {}
+    if file is not None:
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            fail("read-failed", f"cannot be read: {error.strerror}", file=file)
+        found.update(parse_object(data, file=Path(file).name))
+    problems = []
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            problems.append(Problem("usage", f"expected KEY=VALUE, found {pair!r}", where="--set"))
+            continue
+        try:
+            found[key.strip()] = json.loads(text)
+        except ValueError:
+            found[key.strip()] = text
+    if problems:
+        fail_all(problems)
+    return found

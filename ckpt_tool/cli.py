@@ -1,0 +1,499 @@
+"""The command line: a thin caller of `ckpt_tool.api`.
+
+Data goes to stdout (`--json`), progress and logs to stderr. Exit 0: done and everything asked for holds; 1:
+verification found a difference; 2: could not run; 130 and 128 + N: interrupted by a signal. Imports stay
+inside the commands, so that `--help` costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from ckpt_tool import __version__
+from ckpt_tool.errors import CkptToolError, Problem, fail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckpt_tool.convert.plan import Options
+    from ckpt_tool.verify.report import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to stop; raised in the main thread so that `finally` clauses clean up."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    raise Interrupted(number)
+
+
+def main() -> None:
+    """Entry point: runs the command and turns every way of failing into its exit code and one clear text."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    as_json = "--json" in sys.argv
+    try:
+        code = cli.main(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except CkptToolError as error:
+        if as_json:
+            print(json.dumps(error.to_json(), indent=2))
+        else:
+            _say(error.text())
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        _say(f"error[usage]: {error.format_message()}")
+        code = 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except Interrupted as stop:
+        _say(f"stopped by {signal.Signals(stop.number).name}")
+        code = 128 + stop.number
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more at exit
+        code = 141
+    except MemoryError:
+        _say(Problem("out-of-memory", "expected enough memory for the work, found the limit reached").line())
+        code = 2
+    except OSError as error:
+        _say(
+            Problem(
+                "system", f"{error.strerror or error}", file=error.filename and str(error.filename)
+            ).line()
+        )
+        code = 2
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _consoles() -> tuple[Console, Console]:
+    """Rich consoles on stdout and stderr."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, highlight=False), Console(stderr=True, highlight=False)
+
+
+# --- options shared by commands -------------------------------------------------------------------------
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorate in reversed(decorators):
+            function = decorate(function)
+        return function
+
+    return apply
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+source_option = click.option(
+    "--in", "source", required=True, metavar="PATH", help="Folder, file or hf://org/name."
+)
+how = _options(
+    click.option(
+        "--to", type=click.Choice(["hf", "original"]), default="hf", show_default=True, help="Direction."
+    ),
+    click.option(
+        "--set",
+        "pairs",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A fact the files lack (Hugging Face config name).",
+    ),
+    click.option("--config", "config", metavar="FILE", help="The same from a JSON file."),
+    click.option(
+        "--tokenizer", metavar="PATH", help="Tokenizer file or folder, when not beside the weights."
+    ),
+    click.option(
+        "--dtype", metavar="NAME", help="Cast floating tensors (lossy): float32, float16, bfloat16."
+    ),
+    click.option(
+        "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output shard."
+    ),
+    click.option(
+        "--shards",
+        type=click.IntRange(1, 1024),
+        default=1,
+        show_default=True,
+        help="Model-parallel ranks to write (--to original).",
+    ),
+    click.option(
+        "--container", type=click.Choice(["pth", "safetensors"]), help="Container to write (--to original)."
+    ),
+    click.option(
+        "--form", type=click.Choice(["A", "B", "C"]), help="Mixtral layout to write (--to original)."
+    ),
+    click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
+    click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
+)
+
+
+def _plan_options(asked: dict[str, Any]) -> Options:
+    from ckpt_tool.api import settings
+    from ckpt_tool.convert.plan import Options, dtype_option
+
+    return Options(
+        settings=settings(asked["pairs"], asked["config"]),
+        dtype=dtype_option(asked["dtype"]) if asked["dtype"] else None,
+        max_shard_bytes=byte_size(asked["max_shard_size"]),
+        shards=asked["shards"],
+        drop=asked["drop"],
+        strict_replicas=asked["strict_replicas"],
+        tokenizer=asked["tokenizer"],
+        family_options={k: asked[k] for k in ("container", "form") if asked[k]},
+    )
+
+
+def byte_size(text: str) -> int:
+    """`5GB`, `500MiB`, `1000000` to bytes."""
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
+    digits = text.strip().rstrip("KMGTIBkmgtib ")
+    unit = text.strip()[len(digits) :].strip().lower()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        fail("usage", f"expected a size such as 5GB or 500MiB, found {text!r}", where="--max-shard-size")
+    return size
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ckpt-tool")
+def cli() -> None:
+    """Turn original model checkpoints into Hugging Face ones and back, and prove the result right."""
+
+
+@cli.command()
+@click.argument("family")
+@source_option
+@click.option("--out", required=True, metavar="DIR", help="Folder to write; must not exist.")
+@how
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker threads.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output (atomically, at the end).")
+@click.option("--resume", is_flag=True, help="Go on from what an interrupted run left.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
+@click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
+@click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
+@click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
+@as_json
+def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
+    """Convert a checkpoint. FAMILY is a name from `ckpt-tool families`, or auto.
+
+    \b
+    ckpt-tool convert mistral --in mistral-7B-v0.1 --out Mistral-7B-v0.1-hf
+    ckpt-tool convert llama --to original --shards 8 --in Llama-2-70b-hf --out llama-2-70b
+    """
+    from ckpt_tool import api
+    from ckpt_tool.progress import following
+
+    options = _plan_options(asked)
+    if asked["dry_run"]:
+        return _show_plan(source, family, asked["to"], options, as_json)
+    screen, log = _consoles()
+
+    def on_plan(made: Any) -> None:
+        if asked["verbose"]:
+            from ckpt_tool.convert.render import plan_table
+
+            plan_table(made, log)
+
+    with following(log) as progress:
+        done = api.convert(
+            source,
+            out,
+            family=family,
+            to=asked["to"],
+            options=options,
+            jobs=asked["jobs"],
+            overwrite=asked["overwrite"],
+            resume=asked["resume"],
+            sha256=asked["sha256"],
+            strict=asked["strict"],
+            check=not asked["no_verify"],
+            progress=progress,
+            on_plan=on_plan,
+        )
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+    else:
+        from ckpt_tool.progress import conversion_summary
+
+        conversion_summary(done, screen, source)
+    return done.report.exit_code if done.report is not None else 0
+
+
+@cli.command()
+@click.argument("out", metavar="DIR")
+@click.option(
+    "--source", metavar="PATH", help="The original it was made from; without it only hashes are compared."
+)
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["coverage", "bits", "parity", "documented"]),
+    help="Levels to run (default: all).",
+)
+@click.option(
+    "--against",
+    type=click.Choice(["transformers"]),
+    help="Also compare with an implementation that is not ours.",
+)
+@click.option(
+    "--prompts", metavar="FILE", help="JSON file with rows of token ids to add to the fixed prompts."
+)
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@click.option("--junit", metavar="FILE", help="Write JUnit XML.")
+@click.option("--html", metavar="FILE", help="Write one self-contained HTML page.")
+@click.option("--markdown", metavar="FILE", help="Write Markdown.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    is_flag=False,
+    flag_value="-",
+    help="Write JSON to FILE (alone: to stdout).",
+)
+def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
+    """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
+
+    \b
+    ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
+    """
+    report = _run_verify(out, source, levels, asked)
+    return _write_report(report, asked)
+
+
+def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: dict[str, Any]) -> Report:
+    from ckpt_tool import api
+
+    _, log = _consoles()
+    chosen: dict[str, Any] = {"levels": levels} if levels else {}
+    quiet = not log.is_terminal
+
+    def follow(text: str) -> None:
+        if not quiet:
+            log.print(f"[dim]{text}[/dim]")
+
+    return api.verify(
+        out,
+        source,
+        against=asked["against"],
+        prompts=asked["prompts"],
+        compute_dtype=asked["compute_dtype"],
+        device=asked["device"],
+        checkpoint_id=asked["checkpoint_id"],
+        settings=api.settings(asked["pairs"]),
+        progress=follow,
+        **chosen,
+    )
+
+
+def _write_report(report: Report, asked: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    for key, text in (("junit", report.junit), ("html", report.html), ("markdown", report.markdown)):
+        if asked.get(key):
+            Path(asked[key]).write_text(text(), encoding="utf-8")
+    data = json.dumps(report.to_json(), indent=2)
+    if asked.get("json_file") == "-":
+        print(data)
+    else:
+        if asked.get("json_file"):
+            Path(asked["json_file"]).write_text(data + "\n", encoding="utf-8")
+        screen, _ = _consoles()
+        report.render(screen)
+    return report.exit_code
+
+
+@cli.command()
+@click.argument("out", metavar="DIR")
+@click.option("--source", metavar="PATH", required=True, help="The original it was made from.")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    is_flag=False,
+    flag_value="-",
+    help="Write JSON to FILE (alone: to stdout).",
+)
+def diagnose(out: str, source: str, **asked: Any) -> int:
+    """Find which known mistake explains the difference between DIR and its source."""
+    report = _run_verify(
+        out, source, ("parity",), {**asked, "against": None, "prompts": None, "checkpoint_id": None}
+    )
+    return _write_report(report, asked)
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
+@as_json
+def inspect(path: str, everything: bool, as_json: bool) -> int:
+    """Show what a checkpoint holds without loading it or running anything in it."""
+    from ckpt_tool import api
+    from ckpt_tool.inspect import inspect as look
+
+    found = look(path, recognise=api.recognise)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        found.render(_consoles()[0], everything=everything)
+    return 2 if found.refused else 0
+
+
+@cli.command()
+@click.argument("family")
+@source_option
+@how
+@as_json
+def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
+    """Print what converting would do, from headers alone: tensors, config values and their sources."""
+    return _show_plan(source, family, asked["to"], _plan_options(asked), as_json)
+
+
+def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
+    from ckpt_tool import api
+
+    made = api.plan(source, family=family, to=to, options=options)
+    if as_json:
+        print(json.dumps({**made.to_json(), "digest": made.digest()}, indent=2))
+    else:
+        from ckpt_tool.convert.render import plan_table
+
+        plan_table(made, _consoles()[0])
+    return 0
+
+
+@cli.command()
+@click.argument("file", metavar="PARITY.TOML")
+@click.option("--junit", metavar="FILE", help="Write JUnit XML.")
+@click.option("--html", metavar="FILE", help="Write one self-contained HTML page.")
+@click.option("--markdown", metavar="FILE", help="Write Markdown.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    is_flag=False,
+    flag_value="-",
+    help="Write JSON to FILE (alone: to stdout).",
+)
+def gate(file: str, **asked: Any) -> int:
+    """Run the conversions and verifications listed in a TOML file; for CI."""
+    from ckpt_tool.verify.gate import run_gate
+
+    return _write_report(run_gate(file), asked)
+
+
+@cli.command()
+@as_json
+def families(as_json: bool) -> int:
+    """List the families."""
+    from ckpt_tool.convert.families import FAMILIES, family
+
+    known = [family(n) for n in FAMILIES]
+    if as_json:
+        print(
+            json.dumps(
+                [{"name": f.name, "summary": f.summary, "architectures": f.architectures} for f in known]
+            )
+        )
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("family", "Hugging Face class", "originals"):
+        table.add_column(heading)
+    for f in known:
+        table.add_row(f.name, ", ".join(f.architectures), f.summary)
+    _consoles()[0].print(table)
+    return 0
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--out", metavar="DIR", help="Folder to write the tiny original into.")
+@as_json
+def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
+    """Write a tiny original checkpoint to try things on; without NAME, list them."""
+    from pathlib import Path
+
+    from ckpt_tool.fixtures.variants import VARIANTS
+
+    if name is None:
+        rows = [{"name": k, "family": v.family, "description": v.description} for k, v in VARIANTS.items()]
+        if as_json:
+            print(json.dumps(rows, indent=2))
+        else:
+            for row in rows:
+                print(f"{row['name']:<24} {row['family']:<10} {row['description']}")
+        return 0
+    if name not in VARIANTS:
+        fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME")
+    if out is None:
+        fail("usage", "expected --out DIR, found none", where="--out")
+    if Path(out).exists():
+        fail("output-exists", "expected no file or folder there, found one", file=out)
+    print(VARIANTS[name].write(Path(out)))
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--out", default="ckpt-tool-demo", show_default=True, metavar="DIR", help="Folder for the demo's files."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
+def demo(out: str, overwrite: bool) -> int:
+    """Write a tiny Mistral original, convert it, verify it, break a copy and watch that being caught."""
+    from pathlib import Path
+
+    from ckpt_tool.demo import run
+
+    return run(Path(out), overwrite=overwrite, screen=_consoles()[0])
+
+
+@cli.command()
+@click.option("--only", metavar="FAMILY", help="One family's variants.")
+@click.option("--no-judge", is_flag=True, help="Leave transformers out.")
+@as_json
+def table(only: str | None, no_judge: bool, as_json: bool) -> int:
+    """Convert, verify and round-trip every tiny variant; print family x variant x result."""
+    from ckpt_tool.table import run
+
+    return run(only=only, judge=not no_judge, as_json=as_json, screen=_consoles()[0])

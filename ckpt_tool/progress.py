@@ -1,0 +1,117 @@
+"""What a person sees while a conversion runs and when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ckpt_tool.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckpt_tool.api import Conversion
+    from ckpt_tool.convert.execute import Progress
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+STAGES = {"copy": "copying", "check": "checking", "finish": "finishing"}
+
+
+@contextmanager
+def following(log: Console) -> Iterator[Callable[[Progress], None]]:
+    """A callback for `convert(progress=...)`: a bar with bytes, speed and time left on a terminal, else a
+    plain line now and then. The bar appears with the first report, so errors come out clean."""
+    if not log.is_terminal:
+        yield _plain(log)
+        return
+    from rich import progress as bars
+
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        console=log,
+        transient=True,
+    )
+    task: list[bars.TaskID] = []
+
+    def follow(now: Progress) -> None:
+        if not task:
+            bar.start()
+            task.append(bar.add_task("", total=now.bytes_total))
+        text = f"{STAGES.get(now.stage, now.stage)} {printable(now.file, 60)}"
+        bar.update(task[0], completed=now.bytes_done, total=now.bytes_total, description=text)
+
+    try:
+        yield follow
+    finally:
+        bar.stop()
+
+
+def _plain(log: Console) -> Callable[[Progress], None]:
+    last = time.monotonic()
+
+    def follow(now: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_EVERY:
+            last = time.monotonic()
+            share = now.bytes_done / max(1, now.bytes_total)
+            stage = STAGES.get(now.stage, now.stage)
+            log.print(f"{stage} {printable(now.file)}: {share:.0%} of {size(now.bytes_total)}", markup=False)
+
+    return follow
+
+
+def size(count: float) -> str:
+    """Bytes for people: `14.5 GB` (10^9), `930 kB`, `12 bytes`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
+    """The lines after a conversion: what was written, what is odd about it, what to do next."""
+    plan, outcome = done.plan, done.outcome
+    tensors = sum(len(f.tensors) for f in plan.outputs)
+    moved = sum(s.note != "rename" for s in plan.steps if not s.compare)
+    compared = sum(bool(s.compare) for s in plan.steps)
+
+    def line(label: str, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        screen.print(Text(f"   {label:<10}", style="dim") + Text(text, style=style), soft_wrap=True)
+
+    line(
+        "wrote",
+        f"{printable(done.out)}: {tensors} tensors, {size(plan.bytes_out)}, {len(plan.outputs)} file(s)",
+    )
+    line("layout", f"{moved} steps reorder elements, {compared} compare copies, the rest are plain copies")
+    for dropped in plan.dropped[:5]:
+        line("dropped", f"{printable(dropped.tensor.name)}: {dropped.reason}")
+    if len(plan.dropped) > 5:
+        line("dropped", f"(+{len(plan.dropped) - 5} more, listed in ckpt-tool.json)")
+    for text in plan.lossy:
+        line("lossy", text, "yellow")
+    for note in plan.notes:
+        line("note", printable(note, 500))
+    for found in outcome.findings[:10]:
+        where = f"{found.file}: {found.tensor}" if found.tensor else found.file
+        line("found", f"{found.kind}: {printable(where)}: {printable(found.message, 500)}", "yellow")
+    if len(outcome.findings) > 10:
+        line("found", f"(+{len(outcome.findings) - 10} more, listed in ckpt-tool.json)", "yellow")
+    if done.report is not None:
+        bad = [f for f in done.report.findings if f.status == "fail"]
+        for finding in bad[:10]:
+            line("coverage", printable(f"{finding.where or ''} {finding.message}", 500), "red")
+        if not bad:
+            line("coverage", "every source and target tensor accounted for", "green")
+    if plan.direction == "to-hf":
+        line("next", f"ckpt-tool verify {printable(done.out)} --source {printable(source)}")

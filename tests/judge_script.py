@@ -1,0 +1,42 @@
+"""Runs under an older transformers release: loads converted folders, prints load reports, writes logits.
+
+    PYTHONPATH=JUDGE python judge_script.py OUT.npz FOLDER [FOLDER ...]
+
+Not a test module; tests/test_judges.py starts it.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def main(out: str, folders: list[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    arrays, reports = {}, {}
+    for folder in folders:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        vocab = model.config.vocab_size
+        ids = torch.from_numpy(np.load(Path(folder) / "judge_ids.npy")) % vocab
+        with torch.no_grad():
+            arrays[Path(folder).name] = model(ids).logits.numpy()
+        report = {
+            k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        }
+        if (Path(folder) / "tokenizer.json").exists():
+            texts = json.loads((Path(folder) / "judge_texts.json").read_text(encoding="utf-8"))
+            report["tokens"] = [AutoTokenizer.from_pretrained(folder)(t)["input_ids"] for t in texts]
+        reports[Path(folder).name] = report
+    np.savez(out, **arrays)
+    print(json.dumps(reports))
+
+
+main(sys.argv[1], sys.argv[2:])
