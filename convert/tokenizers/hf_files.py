@@ -85,6 +85,34 @@ def tokenizer_json(
 ) -> bytes:
     """tokenizer.json of a BPE model; `model` holds its options. A merge is written as one string, the only
     form that tokenizers 0.15.2 reads, so no half may contain a space."""
+    return tokenizer_file(
+        added=added,
+        normalizer=normalizer,
+        pre_tokenizer=pre_tokenizer,
+        post_processor=post_processor,
+        decoder=decoder,
+        model={
+            "type": "BPE",
+            "dropout": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            **model,
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": [f"{left} {right}" for left, right in merges],
+        },
+    )
+
+
+def tokenizer_file(
+    *,
+    added: Iterable[AddedToken],
+    normalizer: Any,
+    pre_tokenizer: Any,
+    post_processor: Any,
+    decoder: Any,
+    model: Mapping[str, Any],
+) -> bytes:
+    """tokenizer.json of a model of any type."""
     return json_bytes(
         {
             "version": "1.0",
@@ -95,15 +123,7 @@ def tokenizer_json(
             "pre_tokenizer": pre_tokenizer,
             "post_processor": post_processor,
             "decoder": decoder,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                **model,
-                "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-                "merges": [f"{left} {right}" for left, right in merges],
-            },
+            "model": model,
         }
     )
 

@@ -1,0 +1,73 @@
+"""Known mistakes, planted on disk: verification catches every one and names the first wrong layer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckpt_tool import api
+from ckpt_tool.fixtures.flaws import FLAWS, plant
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.report import Report
+
+Written = Callable[[str], Path]
+REPRESENTATIVES = ("mistral-7b-v0.1", "mixtral-a", "llama-3.1-8b")
+CASES = [
+    (v, f) for v in REPRESENTATIVES for f in FLAWS if VARIANTS[v].family == "mixtral" or not FLAWS[f].moe_only
+]
+
+
+def first_wrong(report: Report) -> str | int | None:
+    """The phase that the lockstep comparison names as the first to differ."""
+    (lockstep,) = (f for f in report.findings if f.check == "lockstep")
+    named = lockstep.data.get("first")
+    return int(named.removeprefix("layer ")) if named and named.startswith("layer ") else named
+
+
+@pytest.mark.parametrize(("variant", "flaw"), CASES)
+def test_planted_mistakes_are_caught(
+    variant: str, flaw: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(conversions(variant), broken)
+    planted = plant(broken, flaw)
+    settings = VARIANTS[variant].settings
+    parity = api.verify(broken, originals(variant), levels=("parity",), settings=settings)
+    bits = api.verify(broken, originals(variant), levels=("bits",), settings=settings)
+    if flaw in ("rope-theta", "norm-eps"):  # no tensor is touched, so only the forward pass can tell
+        assert parity.exit_code == 1
+    else:
+        assert bits.exit_code == 1
+    if planted.where is not None:
+        assert parity.exit_code == 1
+        assert first_wrong(parity) == planted.where
+
+
+def test_a_shard_of_another_model_is_caught(originals: Written, tmp_path: Path) -> None:
+    """The output's second shard comes from a conversion of another model of the same shape."""
+    variant = VARIANTS["mistral-7b-v0.3"]
+    other = variant.write(tmp_path / "other", seed=7)
+    options = api.Options(max_shard_bytes=100_000)
+    for name, source in (("good", originals(variant.id)), ("stranger", other)):
+        api.convert(source, tmp_path / name, options=options)
+    shards = sorted((tmp_path / "good").glob("model-*.safetensors"))
+    shutil.copy(tmp_path / "stranger" / shards[1].name, shards[1])
+    report = api.verify(tmp_path / "good", originals(variant.id))
+    assert report.exit_code == 1
+    failed = {f.level for f in report.findings if f.status == "fail"}
+    assert {"bits", "parity"} <= failed
+
+
+def test_without_the_source_the_hashes_tell(conversions: Written, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(conversions("mistral-7b-v0.1"), broken)
+    assert api.verify(broken, levels=("bits",)).exit_code == 0
+    plant(broken, "norm-one-ulp")
+    report = api.verify(broken, levels=("bits",))
+    assert report.exit_code == 1
+    assert any(
+        "post_attention_layernorm" in str(f.where) + f.message for f in report.findings if f.status == "fail"
+    )

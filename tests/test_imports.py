@@ -1,0 +1,100 @@
+"""The house rules about imports: who may know whom, and what stays unloaded until it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "ckpt_tool.checkpoint": ROOT / "ckpt_tool" / "checkpoint",
+    "ckpt_tool.convert": ROOT / "convert",
+    "ckpt_tool.reference": ROOT / "reference",
+    "ckpt_tool.verify": ROOT / "verify",
+    "ckpt_tool.fixtures": ROOT / "fixtures",
+}
+# package: the packages of this project it may import, besides itself and ckpt_tool.errors
+MAY_KNOW = {
+    "ckpt_tool.checkpoint": set(),
+    "ckpt_tool.reference": set(),
+    "ckpt_tool.fixtures": {"ckpt_tool.checkpoint"},
+    "ckpt_tool.convert": {"ckpt_tool.checkpoint"},
+    "ckpt_tool.verify": {
+        "ckpt_tool.checkpoint",
+        "ckpt_tool.convert",
+        "ckpt_tool.reference",
+        "ckpt_tool.fixtures",
+    },
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Every module that `file` imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide the direction"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_whom_they_may_know(package: str) -> None:
+    files = sorted(PACKAGES[package].rglob("*.py"))
+    assert files
+    for file in files:
+        for module in imported(file):
+            if not module.startswith("ckpt_tool"):
+                continue
+            home = ".".join(module.split(".")[:2])
+            allowed = {package, "ckpt_tool.errors"} | MAY_KNOW[package]
+            if module == "ckpt_tool":  # the version
+                continue
+            assert home in allowed, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_the_reference_knows_torch_and_the_standard_library_only() -> None:
+    for file in sorted((ROOT / "reference").glob("*.py")):
+        for module in imported(file):
+            top = module.split(".")[0]
+            known = (
+                top in sys.stdlib_module_names or top == "torch" or module.startswith("ckpt_tool.reference")
+            )
+            assert known, f"{file.name} imports {module}"
+
+
+def modules_after(code: str) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(run.stdout.split())
+
+
+def test_help_loads_neither_torch_nor_numpy() -> None:
+    loaded = modules_after(
+        "from ckpt_tool.cli import cli\n"
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()): cli.main(['--help'], standalone_mode=False)"
+    )
+    assert not loaded & {"torch", "numpy", "transformers", "rich"}
+
+
+def test_converting_loads_no_torch(tmp_path: Path) -> None:
+    loaded = modules_after(
+        "from pathlib import Path\n"
+        "from ckpt_tool.fixtures.variants import VARIANTS\n"
+        "from ckpt_tool.api import convert\n"
+        f"source = VARIANTS['mistral-7b-v0.1'].write(Path({str(tmp_path / 'in')!r}))\n"
+        f"convert(source, {str(tmp_path / 'out')!r})"
+    )
+    assert "ckpt_tool.convert.execute" in loaded
+    assert not loaded & {"torch", "transformers", "sentencepiece", "tokenizers", "huggingface_hub"}
