@@ -163,10 +163,15 @@ class Inspection:
 
         console.print(Text(printable(self.path, 4096), style="bold"))
         console.print(self._file_table())
+        alike: dict[tuple[str, ...], list[str]] = {}
         for file in self.files:
-            if file.imports:
-                console.print(Text(f"{printable(file.name)} names these globals; none was imported:"))
-                console.print(Text("\n".join(f"  {printable(i)}" for i in file.imports)))
+            alike.setdefault(file.imports, []).append(printable(file.name))
+        for imports, (first, *others) in alike.items():
+            if imports:
+                who = f"{first} and {len(others)} more files name" if others else f"{first} names"
+                console.print(Text(f"{who} these globals; none was imported:"))
+                console.print(Text("\n".join(f"  {printable(i)}" for i in imports)))
+        for file in self.files:
             for key, value in islice(file.metadata.items(), SHOWN_METADATA):
                 console.print(Text(f"{printable(file.name)}: {printable(key)} = {printable(value, 100)}"))
         for name, own, why in self.families:

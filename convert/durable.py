@@ -209,17 +209,20 @@ class Staging:
             fail("disk-full", f"expected {needed} bytes free, found {free}", file=self.place)
 
     def create(self, name: str, size: int) -> int:
-        """A new file of `size` bytes, `name` or `folder/name`; the descriptor is then the caller's."""
-        parts = name.split("/")
-        if not 1 <= len(parts) <= 2 or any(p in ("", ".", "..") for p in parts):
+        """A new file of `size` bytes, `name` or `name` in one or two folders; the descriptor is then
+        the caller's."""
+        *folders, last = name.split("/")
+        if len(folders) > 2 or any(p in ("", ".", "..") for p in (*folders, last)):
             raise ValueError(f"not the name of an output file: {name!r}")
         descriptor = -1
         try:
-            if len(parts) == 1:
-                descriptor = disk.create(self._folder, name)
-            else:
-                with self._inner(parts[0]) as inner:
-                    descriptor = disk.create(inner, parts[1])
+            with contextlib.ExitStack() as stack:
+                inner = self._folder
+                for folder in folders:
+                    around, inner = inner, stack.enter_context(_inner(inner, folder))
+                    disk.fsync(around)
+                descriptor = disk.create(inner, last)
+                if folders:
                     disk.fsync(inner)
             disk.reserve(descriptor, size)
         except OSError as error:
@@ -227,17 +230,6 @@ class Staging:
                 os.close(descriptor)
             raise disk.failure(error, name, doing=f"made with {size} bytes") from None
         return descriptor
-
-    @contextlib.contextmanager
-    def _inner(self, name: str) -> Iterator[int]:
-        """The folder `name` in the folder, made if need be."""
-        with contextlib.suppress(FileExistsError):
-            disk.mkdir(name, 0o777, dir_fd=self._folder)
-        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._folder)
-        try:
-            yield inner
-        finally:
-            os.close(inner)
 
     def reopen(self, name: str) -> int:
         """A finished file, for reading."""
@@ -359,9 +351,11 @@ class Staging:
         self._folder = _open_folder(self.path)
         os.ftruncate(self._journal, self._journal_size)
         kept = {name for entry in self.entries for name in entry.get("files", ())}
-        for name in os.listdir(self._folder):
-            if name not in kept:
-                _remove(self.path / name)
+        for folder, folders, files in os.walk(self.path):
+            for name in (*files, *(n for n in folders if os.path.islink(os.path.join(folder, n)))):
+                path = Path(folder, name)
+                if path.relative_to(self.path).as_posix() not in kept:
+                    os.unlink(path)
         return True
 
     def _mend_exchange(self) -> None:
@@ -395,6 +389,18 @@ class Staging:
             if descriptor >= 0:
                 os.close(descriptor)
         self._folder = self._journal = -1
+
+
+@contextlib.contextmanager
+def _inner(folder: int, name: str) -> Iterator[int]:
+    """The folder `name` in `folder`, made if need be."""
+    with contextlib.suppress(FileExistsError):
+        disk.mkdir(name, 0o777, dir_fd=folder)
+    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        yield inner
+    finally:
+        os.close(inner)
 
 
 def _open_folder(path: Path) -> int:

@@ -1,0 +1,91 @@
+"""Proving a conversion right, in levels that ask different questions.
+
+    coverage    is everything there, and does it fit?
+    bits        does the plan's inverse give the source back, byte for byte?
+    parity      does it compute the same, layer by layer, as the original layout's own reading?
+    documented  does it give the values its publishers documented?
+
+Torch is imported when a level that computes is asked for, not before.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ckpt_tool.errors import fail
+from ckpt_tool.verify.bits import bits
+from ckpt_tool.verify.coverage import coverage, scan
+from ckpt_tool.verify.prompts import Prompts
+from ckpt_tool.verify.report import Finding, Report, Reports
+from ckpt_tool.verify.subject import Subject, opened
+
+__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "verify"]
+
+LEVELS = ("coverage", "bits", "parity", "documented")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+JUDGES = ("transformers",)
+
+
+def verify(
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    levels: str | Iterable[str] = LEVELS,
+    against: str | None = None,
+    prompts: str | os.PathLike[str] | Prompts | None = None,
+    compute_dtype: str = "float32",
+    device: str = "cpu",
+    checkpoint_id: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Verify the converted checkpoint `out`, against the `source` it was made from if given.
+
+    `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
+    published name, to find documented values by. `settings` are facts that the source's files do not hold,
+    under their Hugging Face names; those recorded in the output's manifest are known already. Raises
+    `CkptToolError` for what cannot be opened; everything else is a finding."""
+    asked = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels))
+    for label, values, known in (
+        ("levels", asked, LEVELS),
+        ("against", (against,) if against else (), JUDGES),
+        ("compute_dtype", (compute_dtype,), DTYPES),
+    ):
+        for value in values:
+            if value not in known:
+                fail("usage", f"expected {' or '.join(known)}, found {value!r}", where=label)
+    began = time.monotonic()
+    tell = progress or (lambda text: None)
+    report = Report("ckpt-tool verify")
+    with opened(out, source, settings) as subject:
+        report.facts |= _facts(subject, out, source)
+        scans = []
+        if {"coverage", "bits"} & set(asked):
+            tell("reading the output")
+            scans = list(scan(subject.output))
+        if "coverage" in asked:
+            report.findings += coverage(subject, scans)
+        if "bits" in asked:
+            tell("bits: comparing with the source")
+            report.findings += bits(subject, scans)
+        if {"parity", "documented"} & set(asked) or against is not None:
+            from ckpt_tool.verify.compute import Asked, compute
+
+            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id)
+            report.findings += compute(subject, wanted, report.facts, tell)
+    report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
+    return report
+
+
+def _facts(
+    subject: Subject, out: str | os.PathLike[str], source: str | os.PathLike[str] | None
+) -> dict[str, str]:
+    total = sum(t.nbytes for t in subject.output)
+    made = {"output": f"{os.fspath(out)} ({sum(1 for _ in subject.output)} tensors, {total:,} bytes)"}
+    made["source"] = "none given" if source is None else os.fspath(source)
+    if subject.family is not None:
+        made["family"] = f"{subject.family.name}, {subject.direction}"
+    return made

@@ -1,0 +1,185 @@
+"""The gate: conversions and verifications from a file, bars of its own, one verdict."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.flaws import plant
+from ckpt_tool.verify.gate import read_gate, run_gate
+from ckpt_tool.verify.report import Reports
+
+Written = Callable[[str], Path]
+VARIANT = "mistral-float32"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "parity.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def states(reports: Reports, index: int = 0) -> dict[str, str]:
+    return {f.check: f.status for f in reports.reports[index].findings if f.level == "gate"}
+
+
+def test_a_gate_converts_verifies_and_holds_its_bars(originals: Written, tmp_path: Path) -> None:
+    shutil.copytree(originals(VARIANT), tmp_path / "download")
+    path = write(
+        tmp_path,
+        """
+        title = "nightly"
+
+        [bars]
+        catch_rate = 1.0
+
+        [[check]]
+        name = "tiny"
+        convert = "auto"
+        source = "download"
+        out = "converted"
+        require = ["bits", "parity"]
+
+        [check.bars]
+        nmse = 1e-10
+        top1 = 1.0
+        exactness = "bit-identical"
+        """,
+    )
+    reports = run_gate(path)
+    assert (reports.title, reports.status, reports.exit_code) == ("nightly", "pass", 0)
+    assert (tmp_path / "converted" / "config.json").exists()
+    assert reports.reports[0].title == "tiny"
+    assert states(reports) == dict.fromkeys(("require", "catch_rate", "nmse", "top1", "exactness"), "pass")
+
+
+def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    bad = shutil.copytree(conversions(VARIANT), tmp_path / "bad")
+    plant(bad, "rope-theta")
+    path = write(
+        tmp_path,
+        f"""
+        [[check]]
+        name = "bad"
+        out = "bad"
+        source = '{originals(VARIANT)}'
+
+        [[check]]
+        name = "absent"
+        out = "nowhere"
+
+        [[check]]
+        name = "good"
+        out = '{conversions(VARIANT)}'
+        levels = ["coverage", "bits"]
+        """,
+    )
+    reports = run_gate(path)
+    assert [(r.title, r.exit_code) for r in reports.reports] == [("bad", 1), ("absent", 2), ("good", 0)]
+    assert reports.exit_code == 1
+    assert "absent" in reports.junit()
+    (problem,) = reports.reports[1].findings
+    assert (problem.check, problem.status) == ("run", "fail")
+
+
+@pytest.mark.parametrize(
+    ("extra", "check"),
+    [
+        ("[check.bars]\nnmse = 1e-30", "nmse"),
+        ("[check.bars]\nexactness = 'identical after cast'\n", None),
+        ("require = ['documented']", "require"),
+        ("require = ['transformers']", "require"),
+    ],
+)
+def test_a_bar_of_the_gate_decides(
+    extra: str, check: str | None, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    path = write(
+        tmp_path,
+        f"[[check]]\nname = 'x'\nout = '{conversions(VARIANT)}'\nsource = '{originals(VARIANT)}'\n{extra}\n",
+    )
+    reports = run_gate(path)
+    found = states(reports)
+    if check is None:
+        assert set(found.values()) == {"pass"}
+        assert reports.exit_code == 0
+    else:
+        assert found[check] == "fail"
+        assert reports.exit_code == 1
+
+
+def test_a_bar_on_what_was_not_measured_fails(conversions: Written, tmp_path: Path) -> None:
+    out = conversions(VARIANT)
+    path = write(
+        tmp_path, f"[[check]]\nname = 'x'\nout = '{out}'\nlevels = ['bits']\n[check.bars]\nkl = 1.0\n"
+    )
+    reports = run_gate(path)
+    assert states(reports) == {"kl": "fail"}
+
+
+def problems(folder: Path, text: str) -> set[str | None]:
+    with pytest.raises(CkptToolError) as caught:
+        read_gate(write(folder, text))
+    assert {p.kind for p in caught.value.problems} == {"bad-config"}
+    return {p.where for p in caught.value.problems}
+
+
+def test_all_problems_of_a_file_are_told_together(tmp_path: Path) -> None:
+    text = """
+    titel = "x"
+    [[check]]
+    name = "a"
+    levels = ["bit"]
+    convert = "mistral"
+    devise = "cuda"
+    compute_dtype = "float8"
+    [check.bars]
+    nmse = -1
+    speed = 2
+    exactness = "nearly"
+    [[check]]
+    out = 3
+    """
+    assert problems(tmp_path, text) == {
+        "titel",
+        "a: out",
+        "a: source",
+        "a: levels",
+        "a: devise",
+        "a: compute_dtype",
+        "a: bars.nmse",
+        "a: bars.speed",
+        "a: bars.exactness",
+        "check 1: name",
+        "check 1: out",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "check = 3", "[[check]", "bars = 1\n[[check]]\nname='a'\nout='b'", "\ufeffx", "[check]\nname = 'a'"],
+)
+def test_what_is_no_gate_file_is_refused(text: str, tmp_path: Path) -> None:
+    assert problems(tmp_path, text)
+
+
+def test_equal_names_are_refused(tmp_path: Path) -> None:
+    assert problems(tmp_path, "[[check]]\nname='a'\nout='b'\n[[check]]\nname='a'\nout='c'\n") == {"a"}
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "[[check]]\nname='a'\nout='b/c'\nsource='/abs'\nprompts='p.json'\n")
+    _, (check,) = read_gate(path)
+    made: dict[str, Any] = {"out": check.out, "source": check.source, "prompts": check.prompts}
+    assert made == {
+        "out": str(tmp_path / "b" / "c"),
+        "source": "/abs",
+        "prompts": str(tmp_path / "p.json"),
+    }

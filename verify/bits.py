@@ -1,0 +1,281 @@
+"""Level 2: are they the same bits? The plan's inverse, applied to the output block by block, must give the
+source back byte for byte; where a cast was asked for, the source is cast forward and compared with the output
+instead. Checksums in the manifest are compared too, which needs no source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.convert.carry import pieces
+from ckpt_tool.convert.casting import CASTABLE, cast
+from ckpt_tool.convert.comparing import Difference as Drift
+from ckpt_tool.convert.layout import Access, Block, Step
+from ckpt_tool.verify.coverage import SHOWN, Scan, capped
+from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.subject import Subject
+
+LEVEL = "bits"
+DOCUMENT_LIMIT = 64 << 20  # bytes of a file beside the weights
+PIECE = 1 << 20  # bytes compared at a time where a block is one long run
+
+
+@dataclass
+class Difference:
+    """How one tensor differs from what it should be; `first` is the lowest element seen to differ."""
+
+    tensor: TensorInfo
+    against: TensorInfo
+    count: int = 0
+    first: int | None = None
+    values: tuple[float, float] = (0.0, 0.0)  # at `first`: expected, found
+    max_delta: float = 0.0
+    drift: Drift = field(
+        default_factory=Drift
+    )  # by which small differences between copies are told from others
+
+    def add(self, start: int, expected: np.ndarray, found: np.ndarray) -> None:
+        """Take in a run of raw bits that begins at element `start`."""
+        places = np.flatnonzero(expected != found)
+        if not places.size:
+            return
+        self.count += places.size
+        a, b = (_numbers(x[places], self.tensor.dtype) for x in (expected, found))
+        with np.errstate(invalid="ignore"):
+            delta = np.abs(a - b)
+        self.max_delta = max(self.max_delta, float(np.where(np.isnan(delta), np.inf, delta).max()))
+        if self.first is None or start + places[0] < self.first:
+            self.first = start + int(places[0])
+            self.values = float(a[0]), float(b[0])
+
+
+def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Raw bits as float64 numbers; as whole numbers where the type is none that numpy can cast."""
+    if dtype in CASTABLE:
+        out = np.empty(bits.size, dtype=DTYPES["F64"].bits)
+        cast(np.ascontiguousarray(bits), dtype, "F64", out)
+        return out.view("<f8")
+    return bits.astype("<f8")
+
+
+@dataclass
+class Comparison:
+    """What comparing all steps of a plan found."""
+
+    differences: list[Difference] = field(default_factory=list)
+    copies: list[Difference] = field(default_factory=list)  # small differences between copies of one tensor
+    compared: int = 0  # bytes of the source
+    cast: int = 0  # tensors compared after a cast
+    missing: list[str] = field(default_factory=list)
+
+
+def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
+    """Walk steps of the plan, which is there as is the source."""
+    assert subject.source is not None
+    result = Comparison()
+    for step in steps:
+        sources = [subject.source.files[p.file].tensors[p.name] for p in step.sources]
+        targets = [subject.target(p.file, p.name) for p in step.targets]
+        if any(t is None for t in targets):
+            result.missing += [p.name for p, t in zip(step.targets, targets, strict=True) if t is None]
+            continue
+        found = [t for t in targets if t is not None]
+        fits = all(t.shape == p.shape(step.sizes) for p, t in zip(step.targets, found, strict=True))
+        dtypes = {t.dtype for t in found}
+        if not fits or dtypes != {p.dtype for p in step.targets}:
+            result.missing += [f"{t.name} ({t.dtype} {t.shape})" for t in found]
+            continue
+        if dtypes == {t.dtype for t in sources}:
+            made = _compare_step(
+                step.inverse(), subject.output, found, subject.source, sources, bool(step.compare)
+            )
+        else:
+            made = _compare_step(
+                step, subject.source, sources, subject.output, found, bool(step.compare), found[0].dtype
+            )
+            result.cast += 1
+        for d in made:
+            (result.copies if step.compare and not d.drift.is_large else result.differences).append(d)
+        result.compared += sum(t.nbytes for t in sources)
+    return result
+
+
+def _compare_step(
+    step: Step,
+    made_from: Checkpoint,
+    inputs: Sequence[TensorInfo],
+    held_by: Checkpoint,
+    wanted: Sequence[TensorInfo],
+    is_copy: bool,
+    cast_to: str | None = None,
+) -> list[Difference]:
+    """`step` applied to `inputs` against what `wanted` hold; differences name the tensors of `wanted`."""
+    differences = [Difference(w, inputs[0]) for w in wanted]
+    for block in pieces(step, copy_bytes=PIECE):
+        made = _apply(block, made_from, inputs, cast_to)
+        for access, values in zip(block.writes, made, strict=True):
+            held = _read(held_by, wanted[access.part], access)
+            if is_copy:
+                differences[access.part].drift.add(values, held, wanted[access.part].dtype)
+            if not np.array_equal(values, held):
+                n = access.runs.length
+                right, left = (held, values) if cast_to is None else (values, held)  # the source is right
+                for k, start in enumerate(access.runs.offsets()):
+                    run = slice(k * n, (k + 1) * n)
+                    differences[access.part].add(start, right[run], left[run])
+    return [d for d in differences if d.count]
+
+
+def _apply(
+    block: Block, checkpoint: Checkpoint, inputs: Sequence[TensorInfo], cast_to: str | None
+) -> list[np.ndarray]:
+    dtype = inputs[0].dtype
+    read = [_read(checkpoint, inputs[a.part], a) for a in block.reads]
+    made = [np.empty(a.numel, dtype=DTYPES[dtype].bits) for a in block.writes]
+    block.shuffle(read, made)
+    if cast_to is None or cast_to == dtype:
+        return made
+    out = [np.empty(a.numel, dtype=DTYPES[cast_to].bits) for a in block.writes]
+    for a, b in zip(made, out, strict=True):
+        cast(a, dtype, cast_to, b)
+    return out
+
+
+def _read(checkpoint: Checkpoint, tensor: TensorInfo, access: Access) -> np.ndarray:
+    dtype = DTYPES[tensor.dtype]
+    out = np.empty(access.numel, dtype=dtype.bits)
+    data = out.data.cast("B")
+    size = access.runs.length * dtype.itemsize
+    for k, start in enumerate(access.runs.offsets()):
+        checkpoint.read_into(tensor, start * dtype.itemsize, data[k * size : (k + 1) * size])
+    return out
+
+
+# --- findings -------------------------------------------------------------------------------------------
+
+
+def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
+    return Finding(LEVEL, check, status, message, where, **more)
+
+
+def bits(subject: Subject, scans: list[Scan]) -> list[Finding]:
+    """The findings of this level; `scans` are those of the whole output."""
+    found = list(_checksums(subject, scans))
+    if subject.source is None:
+        return [finding("round trip", "skipped", "no source was given to compare with"), *found]
+    if subject.plan is None:
+        return [finding("round trip", "skipped", "the source could not be planned: see coverage"), *found]
+    result = compare(subject, subject.plan.steps)
+    return [*_round_trip(subject, result), *_accounting(subject, result), *found]
+
+
+def _round_trip(subject: Subject, result: Comparison) -> Iterator[Finding]:
+    assert subject.plan is not None
+    recorded = subject.manifest.drift if subject.manifest else frozenset()
+    wrong, notes = [_difference(d) for d in result.differences], []
+    for d in result.copies:
+        known = "recorded in the manifest" if d.tensor.name in recorded else "not recorded in a manifest"
+        text = (
+            f"{d.count:,} of {d.tensor.numel:,} elements differ from the copy that was taken, max |delta| "
+            f"{d.max_delta:.3g}, relative {d.drift.relative_rms:.2g}: drift between copies, {known}"
+        )
+        notes.append(finding("replicated", "note", text, f"{d.tensor.file}: {d.tensor.name}"))
+    for name in result.missing[:SHOWN]:
+        text = "expected a tensor of the planned shape and dtype to compare with, found none"
+        wrong.append(finding("round trip", "fail", text, name, data={"exactness": "differs"}))
+    yield from capped(wrong)
+    yield from capped(notes)
+    if wrong:
+        return
+    exactness = "identical after cast" if result.cast else "bit-identical"
+    dtypes = ", ".join(sorted({p.dtype for step in subject.plan.steps for p in step.targets}))
+    words = (
+        f"the output is the source cast to {dtypes}"
+        if result.cast
+        else "the plan's inverse gives the source back"
+    )
+    yield finding(
+        "round trip",
+        "pass",
+        f"{words}, byte for byte: {result.compared:,} bytes in {len(subject.plan.steps)} steps",
+        data={"exactness": exactness, "bytes": result.compared},
+    )
+
+
+def _difference(d: Difference) -> Finding:
+    assert d.first is not None
+    at = tuple(int(k) for k in np.unravel_index(d.first, d.tensor.shape or (1,)))
+    made_of = f"{d.tensor.file}: {d.tensor.name}"
+    expected, found = d.values
+    text = (
+        f"{d.against.name} differs from it in {d.count:,} of {d.tensor.numel:,} elements, the first at {at}: "
+        f"expected {expected!r}, found {found!r}, max |delta| {d.max_delta:.3g}"
+    )
+    data = {
+        "exactness": "differs",
+        "count": d.count,
+        "first": list(at),
+        "element": d.first,
+        "counterpart": d.against.name,
+        "max_delta": d.max_delta,
+    }
+    return finding("round trip", "fail", text, made_of, measured=d.max_delta, bar=0.0, data=data)
+
+
+def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
+    """Where every byte of the source files is: moved, compared as a copy, dropped, or not tensor data at
+    all."""
+    assert subject.plan is not None and subject.source is not None
+    copies = {(p.file, p.name) for s in subject.plan.steps if s.compare for p in s.sources}
+    moved = {(p.file, p.name) for s in subject.plan.steps if not s.compare for p in s.sources}
+    size = Counter[str]()
+    for t in subject.source:
+        key = (t.file, t.name)
+        size["used" if key in moved else "copies" if key in copies else "dropped"] += t.nbytes
+    planned_drop = sum(d.tensor.nbytes for d in subject.plan.dropped)
+    whole = sum(f.path.stat().st_size for f in subject.source.files.values() if f.path.is_file())
+    rest = whole - sum(size.values())
+    parts = [f"{size['used']:,} used"]
+    parts += [f"{size['copies']:,} in copies that were compared"] if size["copies"] else []
+    parts += [f"{size['dropped']:,} dropped with a reason"] if size["dropped"] else []
+    parts += (
+        [f"{rest:,} headers and padding"] if rest >= 0 else ["some read more than once, from shared storage"]
+    )
+    status: Status = "pass" if size["dropped"] == planned_drop else "fail"
+    text = f"of {whole:,} bytes in the source's files {', '.join(parts)}"
+    yield finding("bytes", status, text, data={**size, "files": whole, "rest": rest})
+
+
+def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
+    """The manifest's word on every tensor and document of the output; needs no source."""
+    if subject.manifest is None:
+        yield finding("checksums", "skipped", "the output has no manifest (ckpt-tool.json) with checksums")
+        return
+    crcs, wrong = dict(subject.manifest.crcs), []
+    for s in scans:
+        want = crcs.pop((s.tensor.file, s.tensor.name), None)
+        if want is None:
+            text = "expected a checksum in the manifest, found none"
+            wrong.append(finding("checksums", "fail", text, s.tensor.name))
+        elif want != s.crc32:
+            text = f"expected CRC32 {want:08x} as in the manifest, found {s.crc32:08x}"
+            wrong.append(finding("checksums", "fail", text, s.tensor.name, data={"exactness": "differs"}))
+    for _, name in crcs:
+        wrong.append(finding("checksums", "fail", "expected this tensor of the manifest, found none", name))
+    for name, sha256 in subject.manifest.documents.items():
+        document = subject.output.documents.get(name)
+        if document is None:
+            continue  # not among the files that opening knows
+        if hashlib.sha256(document.read(DOCUMENT_LIMIT)).hexdigest() != sha256:
+            text = "expected the SHA-256 that the manifest has for this file, found another"
+            wrong.append(finding("checksums", "fail", text, name))
+    yield from capped(wrong)
+    if not wrong:
+        text = f"CRC32 of all {len(scans)} tensors and SHA-256 of the files beside them are the manifest's"
+        yield finding("checksums", "pass", text)

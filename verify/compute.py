@@ -1,0 +1,135 @@
+"""The levels that run a model: which readings there are, and what each level makes of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.verify.against_transformers import against_transformers
+from ckpt_tool.verify.documented import documented
+from ckpt_tool.verify.parity import BROKEN, findings, lockstep
+from ckpt_tool.verify.prompts import Prompts, prompts_for
+from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.sides import Side, converted_side, original_side
+from ckpt_tool.verify.subject import Subject
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+TINY = 4_000_000  # weights
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller of `verify` asked for."""
+
+    levels: tuple[str, ...]
+    against: str | None
+    prompts: str | os.PathLike[str] | Prompts | None
+    dtype: str
+    device: str
+    checkpoint_id: str | None
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Both sides, as far as they can be read; `reason` says why there is no parity, and with which status."""
+
+    original: Side | None
+    converted: Side | None
+    reason: tuple[Status, str] | None
+
+
+def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -> list[Finding]:
+    """The findings of parity, documented values and the outside judge, as far as asked for."""
+    with _threads(subject):
+        threads = torch.get_num_threads()
+        facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
+        rows = prompts_for(subject.config, asked.prompts)
+        readings = _readings(subject, asked, rows)
+        found = []
+        if "parity" in asked.levels:
+            found += _parity(subject, readings, rows, tell)
+        if "documented" in asked.levels:
+            recorded = subject.manifest.checkpoint_id if subject.manifest else None
+            ids = [i for i in (asked.checkpoint_id or recorded,) if i]
+            found += documented(
+                subject, readings.converted, ids, dtype=asked.dtype, device=asked.device, progress=tell
+            )
+        if asked.against is not None:
+            found += _judged(subject, asked, readings, rows, tell)
+        return found
+
+
+@contextmanager
+def _threads(subject: Subject) -> Iterator[None]:
+    """One thread for a tiny model: waking others takes longer than the work, far longer on a busy machine."""
+    before = torch.get_num_threads()
+    if sum(t.numel for t in subject.output) < TINY:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> Readings:
+    dtype = getattr(torch, asked.dtype)
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        fail("usage", "expected a CUDA device, found none", where="device")
+    original = converted = None
+    reason: tuple[Status, str] | None = None
+    if subject.original is None:
+        reason = "skipped", "no source was given to compare with"
+    elif subject.family is None:
+        reason = "skipped", subject.problems[0].message
+    else:
+        try:
+            original = original_side(subject, dtype, asked.device)
+        except (ValueError, KeyError) as error:
+            reason = "skipped", f"the original cannot be read without more facts (--set): {error}"
+    if subject.hf is None:
+        reason = "skipped", "neither side is in the Hugging Face layout"
+    elif not rows:
+        reason = "fail", "expected vocab_size in config.json, found none: there are no prompts"
+    else:
+        try:
+            converted = converted_side(subject, dtype, asked.device)
+        except (ValueError, KeyError) as error:
+            reason = "fail", f"the converted model cannot be read: {error}"
+    if reason is None and asked.dtype in ("float16", "bfloat16") and any(map(subject.config.get, EXPERTS)):
+        why = "near-ties change the experts"
+        reason = "skipped", f"experts are compared in float32 or float64 only: in {asked.dtype} {why}"
+    return Readings(original, converted, reason)
+
+
+def _parity(subject: Subject, readings: Readings, rows: Mapping[str, list[int]], tell: Tell) -> list[Finding]:
+    original, converted = readings.original, readings.converted
+    if readings.reason is not None or original is None or converted is None:
+        status, text = readings.reason or ("skipped", "a side cannot be read")
+        return [Finding("parity", "lockstep", status, text)]
+    try:
+        result = lockstep(subject, original, converted, rows, tell)
+    except CkptToolError:
+        raise
+    except BROKEN as error:
+        text = f"the original's own pass cannot run: {type(error).__name__}: {error}"
+        return [Finding("parity", "lockstep", "skipped", text)]
+    return findings(result, original, converted, rows)
+
+
+def _judged(
+    subject: Subject, asked: Asked, readings: Readings, rows: Mapping[str, list[int]], tell: Tell
+) -> list[Finding]:
+    judge = readings.original or readings.converted
+    if judge is None or subject.family is None or not rows:
+        text = "neither side can be read, so there is nothing to hold transformers against"
+        return [Finding("transformers", "logits", "skipped", text)]
+    if readings.original is not None and readings.reason is not None and readings.reason[0] == "skipped":
+        return [Finding("transformers", "logits", "skipped", readings.reason[1])]
+    return against_transformers(subject, judge, rows, dtype=asked.dtype, device=asked.device, progress=tell)

@@ -1,0 +1,235 @@
+"""Level 1: is everything there, and does it fit? Every source and target tensor has its place, shapes and
+dtypes agree with the plan and config.json, values are numbers, and what changes the result has a source."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.convert.plan import Options
+from ckpt_tool.convert.values import Values
+from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.subject import Subject, values_with_sources
+
+LEVEL = "coverage"
+BLOCK = 1 << 20  # bytes looked at at a time
+UNDECIDED = ("missing-fact", "unknown-family")  # problems that say nothing about the output
+SHOWN = 20  # findings of one kind before the rest is counted
+
+# Values of config.json that no forward pass reads, or that only training, generation or the loader does.
+WITHOUT_EFFECT = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "_name_or_path",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "attention_dropout",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "max_position_embeddings",
+        "pretraining_tp",
+        "_attn_implementation",
+        "tokenizer_class",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of a tensor's bytes tells."""
+
+    tensor: TensorInfo
+    crc32: int
+    values: Values
+
+
+def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> Iterator[Scan]:
+    """Read every tensor once, block by block."""
+    for tensor in checkpoint:
+        values, crc = Values(tensor.dtype), 0
+        itemsize = DTYPES[tensor.dtype].itemsize
+        buffer = np.empty(min(BLOCK, tensor.nbytes) // itemsize, dtype=DTYPES[tensor.dtype].bits)
+        for start in range(0, tensor.numel, max(1, len(buffer))):
+            piece = buffer[: min(len(buffer), tensor.numel - start)]
+            data = piece.data.cast("B")
+            checkpoint.read_into(tensor, start * itemsize, data)
+            crc = zlib.crc32(data, crc)
+            at = values.look(piece)
+            if at is not None:
+                values.found_at(start + at)
+            if progress is not None:
+                progress(len(data))
+        yield Scan(tensor, crc, values)
+
+
+def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
+    """The findings of this level; `scans` are those of the whole output."""
+    findings = [*_planned(subject)] if subject.source is not None else [*_replanned(subject)]
+    return [*findings, *_values(subject, scans), *_config(subject)]
+
+
+def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
+    return Finding(LEVEL, check, status, message, where, **more)
+
+
+def capped(findings: list[Finding]) -> Iterator[Finding]:
+    """The first findings of a kind, and a count of the rest."""
+    yield from findings[:SHOWN]
+    if len(findings) > SHOWN:
+        first = findings[0]
+        yield Finding(first.level, first.check, first.status, f"{len(findings) - SHOWN} more of this kind")
+
+
+def _problems(check: str, problems: tuple[Problem, ...]) -> Iterator[Finding]:
+    made = []
+    for p in problems:
+        where = ": ".join(x for x in (p.file, p.where) if x) or None
+        status: Status = "skipped" if p.kind in UNDECIDED else "fail"
+        made.append(finding(check, status, p.message, where, data={"kind": p.kind}))
+    yield from capped(made)
+
+
+def _planned(subject: Subject) -> Iterator[Finding]:
+    """Against the plan that the family makes from the source."""
+    plan = subject.plan
+    if plan is None:
+        yield from _problems("plan", subject.problems)
+        return
+    assert subject.source is not None
+    total = sum(1 for _ in subject.source)
+    claimed = {(p.file, p.name) for s in plan.steps for p in s.sources}
+    dropped = "".join(f", {d.tensor.name} dropped ({d.reason})" for d in plan.dropped[:3])
+    more = f" and {len(plan.dropped) - 3} more" if len(plan.dropped) > 3 else ""
+    yield finding(
+        "source tensors",
+        "pass",
+        f"all {total} tensors of the source are accounted for: {len(claimed)} carried over{dropped}{more}",
+        data={"carried": len(claimed), "dropped": len(plan.dropped)},
+    )
+    wrong, expected = [], {}
+    for want in (t for f in plan.outputs for t in f.tensors):
+        found = subject.target(want.file, want.name)
+        if found is None:
+            wrong.append(finding("target tensors", "fail", "expected this tensor, found none", want.name))
+            continue
+        expected[found.file, found.name] = want
+        if found.shape != want.shape:
+            text = f"expected shape {want.shape}, found {found.shape}"
+            wrong.append(finding("target tensors", "fail", text, want.name))
+        if found.dtype != want.dtype:
+            text = f"expected dtype {want.dtype}, found {found.dtype}"
+            wrong.append(finding("target tensors", "fail", text, want.name))
+    for t in subject.output:
+        if (t.file, t.name) not in expected:
+            text = "expected only tensors of the plan, found this one too"
+            wrong.append(finding("target tensors", "fail", text, t.name))
+    yield from capped(wrong)
+    if not wrong:
+        text = (
+            f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and no others"
+        )
+        yield finding("target tensors", "pass", text)
+    if subject.undeclared_cast is not None:
+        text = f"expected the source's dtypes, found all floating tensors cast to {subject.undeclared_cast}"
+        yield finding("dtype", "fail", text + ", which nothing records as asked for")
+    for note in plan.lossy:
+        yield finding("dtype", "note", note)
+
+
+def _replanned(subject: Subject) -> Iterator[Finding]:
+    """Without the source: the family's table and the output's own config say which tensors there must be."""
+    if subject.family is None:
+        yield from _problems("plan", subject.problems)
+        return
+    try:
+        if subject.direction == "to-hf":  # a plan of the way back names and checks all of the output
+            subject.family.plan_original(subject.output, Options())
+        else:
+            subject.family.plan(subject.output, Options(settings=subject.settings))
+    except CkptToolError as error:
+        yield from _problems("target tensors", error.problems)
+        return
+    count = sum(1 for _ in subject.output)
+    yield finding(
+        "target tensors",
+        "pass",
+        f"all {count} tensors are those that family {subject.family.name} expects for this config",
+    )
+    yield finding("source tensors", "skipped", "no source was given to account for")
+
+
+def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
+    wrong, notes = [], []
+    for s in scans:
+        name, values = s.tensor.name, s.values
+        if values.non_finite:
+            assert values.first is not None
+            at = tuple(int(k) for k in np.unravel_index(values.first, s.tensor.shape or (1,)))
+            text = f"expected finite values, found {values.non_finite} that are not, the first at {at}"
+            data = {"kind": "non-finite", "count": values.non_finite, "first": list(at)}
+            wrong.append(finding("values", "fail", text, name, data=data))
+        elif values.all_zero and name.endswith("bias"):
+            notes.append(finding("values", "note", "all values are zero", name))
+        elif values.all_zero or values.denormal_only:
+            what = "only zeros" if values.all_zero else "only denormal values"
+            text = f"expected weights, found {what} ({s.tensor.numel} elements)"
+            wrong.append(finding("values", "fail", text, name, data={"kind": "non-finite"}))
+    yield from capped(wrong)
+    yield from capped(notes)
+    floating = sum(s.tensor.dtype in FLOATS for s in scans)
+    if not wrong:
+        yield finding(
+            "values", "pass", f"all values of {floating} floating tensors are finite; none is all zero"
+        )
+
+
+def _config(subject: Subject) -> Iterator[Finding]:
+    """Every number in config.json that changes the result against the value and source that the plan has for
+    it."""
+    if subject.hf is None or subject.direction != "to-hf":
+        return
+    known = values_with_sources(subject)
+    if not known:
+        reason = "neither the source nor a manifest says where the values come from"
+        yield finding("config", "skipped", reason)
+        return
+    wrong = []
+    relevant = [k for k in subject.config if k not in WITHOUT_EFFECT]
+    for key in dict.fromkeys([*relevant, *(k for k in known if k not in WITHOUT_EFFECT)]):
+        if key not in known:
+            if subject.config[key] not in (None, False, 0, 0.0):
+                text = f"expected a source for this value, found none ({subject.config[key]!r})"
+                wrong.append(finding("config", "fail", text, f"config.json: {key}"))
+            continue
+        want, source = known[key]
+        found = subject.config.get(key, "nothing")
+        if found != want:
+            text = f"expected {want!r} ({source}), found {found!r}"
+            data = {"expected": want, "found": found, "source": source}
+            wrong.append(finding("config", "fail", text, f"config.json: {key}", data=data))
+    yield from capped(wrong)
+    if not wrong:
+        yield finding(
+            "config",
+            "pass",
+            f"{len(relevant)} values that change the numbers have a source and the value it gives",
+            data={"sources": {k: known[k][1] for k in relevant if k in known}},
+        )

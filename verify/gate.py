@@ -1,0 +1,282 @@
+"""`ckpt-tool gate parity.toml`: conversions and verifications written down once, run by CI, one verdict.
+
+[bars]                          # for every check
+catch_rate = 1.0
+
+[[check]]
+name = "Mistral 7B v0.1"
+convert = "mistral"             # optional: convert `source` into `out` first
+source = "mistral-7B-v0.1"      # paths are relative to this file
+out = "out/mistral"
+against = "transformers"
+require = ["bits", "parity"]    # levels of which nothing may be skipped
+
+[check.bars]                    # stricter than the policy, never looser
+nmse = 1e-10
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
+from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.convert.plan import Options, dtype_option
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, verify
+from ckpt_tool.verify.report import Finding, Report, Reports
+
+LEVEL = "gate"
+SIZE_LIMIT = 1 << 20  # bytes of a gate file
+# Bars: the largest value that may be measured, or the smallest where more is better.
+LARGEST = ("nmse", "max_delta", "kl")
+SMALLEST = ("top1", "catch_rate")
+CLASSES = ("bit-identical", "identical after cast", "within noise floor")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One entry of a gate file; see the module docstring and docs/verification.md."""
+
+    name: str
+    out: str
+    source: str | None = None
+    convert: str | None = None
+    overwrite: bool = False
+    dtype: str | None = None
+    levels: tuple[str, ...] = LEVELS
+    require: tuple[str, ...] = ()
+    against: str | None = None
+    prompts: str | None = None
+    compute_dtype: str = "float32"
+    device: str = "cpu"
+    checkpoint_id: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    bars: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_gate(path: str | os.PathLike[str], *, progress: Callable[[str], None] | None = None) -> Reports:
+    """Run every check of a gate file. One that cannot run is told in its report, and the others go on; a file
+    that does not read as a gate file is an error of kind `bad-config`, with all its problems."""
+    title, checks = read_gate(Path(path))
+    reports = Reports(title, [])
+    for check in checks:
+        if progress is not None:
+            progress(f"gate: {check.name}")
+        reports.reports.append(run_check(check, progress))
+    return reports
+
+
+def run_check(check: Check, progress: Callable[[str], None] | None = None) -> Report:
+    try:
+        if check.convert is not None:
+            _convert(check)
+        report = verify(
+            check.out,
+            check.source,
+            levels=check.levels,
+            against=check.against,
+            prompts=check.prompts,
+            compute_dtype=check.compute_dtype,
+            device=check.device,
+            checkpoint_id=check.checkpoint_id,
+            settings=check.settings,
+            progress=progress,
+        )
+    except CkptToolError as error:
+        report = Report(check.name, could_not_run=True)
+        for p in error.problems:
+            where = ": ".join(x for x in (p.file, p.where) if x) or None
+            report.findings.append(Finding(LEVEL, "run", "fail", p.message, where, data={"kind": p.kind}))
+        return report
+    report.title = check.name
+    report.findings += [*_required(check, report), *_barred(check, report)]
+    return report
+
+
+def _convert(check: Check) -> None:
+    from ckpt_tool.convert.execute import check_output, execute
+
+    assert check.source is not None
+    out = Path(check.out)
+    check_output(out, check.source, overwrite=check.overwrite)
+    with open_checkpoint(check.source, prefer="original") as checkpoint:
+        chosen = _recognised(checkpoint) if check.convert == "auto" else str(check.convert)
+        dtype = None if check.dtype is None else dtype_option(check.dtype)
+        plan = family(chosen).plan(checkpoint, Options(settings=check.settings, dtype=dtype))
+        execute(plan, checkpoint, out, overwrite=check.overwrite)
+
+
+def _recognised(checkpoint: Checkpoint) -> str:
+    own = [name for name in FAMILIES if family(name).recognise(checkpoint)[0]]
+    if len(own) != 1:
+        found = " and ".join(own) or "none"
+        fail(
+            "unknown-family",
+            f"expected one family to recognise the source, found {found}",
+            file=checkpoint.path.name,
+        )
+    return own[0]
+
+
+# --- what a gate asks beyond the levels -----------------------------------------------------------------
+
+
+def _required(check: Check, report: Report) -> list[Finding]:
+    made = []
+    for level in check.require:
+        found = report.level(level)
+        skipped = [f for f in found if f.status == "skipped"]
+        if not found:
+            made.append(
+                Finding(LEVEL, "require", "fail", f"expected level {level} to run, found no result of it")
+            )
+        for f in skipped:
+            text = f"expected nothing of level {level} to be skipped, found {f.check}: {f.message}"
+            made.append(Finding(LEVEL, "require", "fail", text))
+        if found and not skipped:
+            made.append(Finding(LEVEL, "require", "pass", f"nothing of level {level} was skipped"))
+    return made
+
+
+def _barred(check: Check, report: Report) -> list[Finding]:
+    made = []
+    for name, bar in check.bars.items():
+        if name == "exactness":
+            allowed = CLASSES[: CLASSES.index(bar) + 1]
+            text = f"expected exactness {' or '.join(allowed)}, found {report.exactness or 'no comparison'}"
+            made.append(Finding(LEVEL, name, "pass" if report.exactness in allowed else "fail", text))
+            continue
+        values = [float(v) for f in report.findings if (v := _measured(f, name)) is not None]
+        if not values:
+            made.append(
+                Finding(LEVEL, name, "fail", "expected this to be measured, found no level that did", bar=bar)
+            )
+            continue
+        worst = max(values) if name in LARGEST else min(values)
+        holds = worst <= bar if name in LARGEST else worst >= bar
+        text = f"{'largest' if name in LARGEST else 'smallest'} of {len(values)} measurements"
+        made.append(Finding(LEVEL, name, "pass" if holds else "fail", text, measured=worst, bar=float(bar)))
+    return made
+
+
+def _measured(f: Finding, name: str) -> float | None:
+    """A finding's number for a bar of this name: those of whole passes, and the rate of the negative
+    control."""
+    if f.level not in ("parity", "transformers"):
+        return None
+    value = f.data.get("rate" if name == "catch_rate" else name)
+    return value if isinstance(value, int | float) else None
+
+
+# --- reading a gate file --------------------------------------------------------------------------------
+
+
+def read_gate(path: Path) -> tuple[str, list[Check]]:
+    """Title and checks; every problem of the file is raised together."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read(SIZE_LIMIT + 1)
+    except OSError as error:
+        fail("read-failed", f"cannot be read: {error.strerror}", file=path)
+    if len(data) > SIZE_LIMIT:
+        fail("bad-config", f"expected at most {SIZE_LIMIT} bytes, found more", file=path)
+    try:
+        content = tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        fail("bad-config", f"expected TOML, found none ({error})", file=path)
+    problems: list[Problem] = []
+
+    def refuse(where: str, message: str) -> None:
+        problems.append(Problem("bad-config", message, str(path), where))
+
+    for key in content.keys() - {"title", "bars", "check"}:
+        refuse(key, "expected title, bars or check, found an unknown key")
+    entries = content.get("check")
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        refuse("check", "expected one or more [[check]] tables, found none")
+        entries = []
+    defaults = content.get("bars", {})
+    checks = [_check(entry, k, defaults, path.parent, refuse) for k, entry in enumerate(entries)]
+    names = [c.name for c in checks if c is not None]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        refuse(name, "expected each name once, found it twice")
+    fail_all(problems)
+    return str(content.get("title", path.stem)), [c for c in checks if c is not None]
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "overwrite": bool,
+    "levels": list,
+    "require": list,
+    "settings": dict,
+    "bars": dict,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "convert": (*FAMILIES, "auto"),
+    "against": JUDGES,
+    "compute_dtype": DTYPES,
+}
+
+
+def _check(
+    entry: dict[str, Any], number: int, defaults: Any, folder: Path, refuse: Callable[[str, str], None]
+) -> Check | None:
+    where = str(entry.get("name", f"check {number}"))
+    known = {f.name for f in fields(Check)}
+    made, sound = dict(entry), True
+
+    def wrong(key: str, message: str) -> None:
+        nonlocal sound
+        sound = False
+        refuse(f"{where}: {key}", message)
+
+    for key, value in entry.items():
+        wanted = _TYPES.get(key, str)
+        if key not in known:
+            wrong(key, "expected a known key, found an unknown one")
+        elif not isinstance(value, wanted):
+            wrong(key, f"expected {getattr(wanted, '__name__', 'a value')}, found {type(value).__name__}")
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            wrong(key, f"expected {' or '.join(_CHOICES[key])}, found {value!r}")
+    for key in ("name", "out"):
+        if key not in entry:
+            wrong(key, "expected a value, found none")
+    if "convert" in entry and "source" not in entry:
+        wrong("source", "expected the source to convert, found none")
+    for key, allowed in (("levels", LEVELS), ("require", (*LEVELS, "transformers"))):
+        values = entry.get(key, [])
+        if isinstance(values, list):
+            for value in [v for v in values if v not in allowed]:
+                wrong(key, f"expected {' or '.join(allowed)}, found {value!r}")
+            made[key] = tuple(values) if key in entry else getattr(Check, key)
+    bars = entry.get("bars", {})
+    if isinstance(defaults, dict) and isinstance(bars, dict):
+        made["bars"] = {**defaults, **bars}
+        for key, value in made["bars"].items():
+            if (message := _bar_problem(key, value)) is not None:
+                wrong(f"bars.{key}", message)
+    elif not isinstance(defaults, dict):
+        wrong("bars", "expected a table of bars, found another value")
+    if not sound:
+        return None
+    for key in ("out", "source", "prompts"):
+        if key in made and not made[key].startswith(HUB):
+            made[key] = os.fspath(folder / made[key])
+    return Check(**made)
+
+
+def _bar_problem(key: str, value: Any) -> str | None:
+    if key == "exactness":
+        return None if value in CLASSES else f"expected {' or '.join(CLASSES)}, found {value!r}"
+    if key not in (*LARGEST, *SMALLEST):
+        return f"expected {', '.join((*LARGEST, *SMALLEST, 'exactness'))}, found an unknown bar"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        return f"expected a number from 0, found {value!r}"
+    return None

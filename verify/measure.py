@@ -1,0 +1,117 @@
+"""Distances between two results over all positions, and the bars they are held against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+MARGIN = 10.0  # times the noise floor, for |delta|; its square for NMSE
+CAPS = {"float64": 1e-18, "float32": 1e-10, "float16": 1e-4, "bfloat16": 1e-2}  # NMSE, whatever the noise
+ABSOLUTE_CAPS = {"float64": 1e-9}  # max |delta|
+CHUNK = 64  # positions whose distributions are held in float64 at once
+
+
+@dataclass(frozen=True)
+class Distance:
+    """`nmse` is MSE / var(reference); `worst` the position of `max_delta` in its prompt; `magnitude` max
+    |reference|."""
+
+    max_delta: float
+    nmse: float
+    worst: int
+    magnitude: float
+
+
+def distance(found: Tensor, reference: Tensor) -> Distance:
+    """Over all positions and channels of (B, T, C); infinite where anything is not finite or shapes
+    differ."""
+    magnitude = float(reference.abs().max())
+    if found.shape != reference.shape:
+        return Distance(math.inf, math.inf, 0, magnitude)
+    delta = (found - reference).abs()
+    if not bool(torch.isfinite(delta).all()):
+        bad = (~torch.isfinite(delta)).flatten(2).any(-1).any(0)
+        return Distance(math.inf, math.inf, int(bad.nonzero()[0]), magnitude)
+    per_position = delta.amax(dim=(0, -1))
+    mse, variance = float(delta.double().square().mean()), float(reference.double().var(correction=0))
+    nmse = 0.0 if mse == 0 else math.inf if variance == 0 else mse / variance
+    return Distance(float(delta.max()), nmse, int(per_position.argmax()), magnitude)
+
+
+@dataclass(frozen=True)
+class LogitDistance:
+    """`kl` is the largest KL(reference || found) of any position in nats, over the whole vocabulary; `top1`
+    the share of positions with the same most probable token, not counting ties nearer than the bar; `top5`
+    the mean share of the five most probable that both have; `loss` the difference of mean next-token cross
+    entropy."""
+
+    kl: float
+    top1: float
+    top5: float
+    loss: float
+    ties: int
+
+
+def logit_distance(found: Tensor, reference: Tensor, ids: Tensor, tie: float) -> LogitDistance:
+    """Logits (1, T, V) of one prompt. Two tokens whose reference logits are nearer than `tie` may change
+    places."""
+    kl, same, ties, shared = 0.0, 0, 0, 0.0
+    positions = reference.shape[1]
+    k = min(5, reference.shape[-1])
+    for start in range(0, positions, CHUNK):
+        p, q = (x[0, start : start + CHUNK].double() for x in (reference, found))
+        p_log, q_log = p.log_softmax(-1), q.log_softmax(-1)
+        divergence = (p_log.exp() * (p_log - q_log)).sum(-1).max()
+        kl = max(kl, float(divergence.nan_to_num(nan=math.inf)))
+        best, other = p.argmax(-1, keepdim=True), q.argmax(-1, keepdim=True)
+        near = (p.gather(-1, best) - p.gather(-1, other)).squeeze(-1) <= tie
+        agree = (best == other).squeeze(-1)
+        same += int((agree | near).sum())
+        ties += int((~agree & near).sum())
+        top_p, top_q = p.topk(k).indices, q.topk(k).indices
+        shared += float((top_p[:, :, None] == top_q[:, None, :]).any(-1).double().mean(-1).sum())
+    loss = abs(_loss(found, ids) - _loss(reference, ids)) if positions > 1 else 0.0
+    return LogitDistance(max(kl, 0.0), same / positions, shared / positions, loss, ties)
+
+
+def _loss(logits: Tensor, ids: Tensor) -> float:
+    return float(cross_entropy(logits[0, :-1].double(), ids[0, 1:]))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a phase may differ by: `nmse` and `max_delta`, both to be met; `noise` is the floor they came
+    from.
+
+    `bar` is MARGIN times the measured noise (MARGIN squared for NMSE), at least a few roundings of the
+    numbers themselves (a floor measured as zero must not forbid those), at most the cap of the policy."""
+
+    nmse: float
+    max_delta: float
+    noise: Distance
+
+    def holds(self, d: Distance) -> bool:
+        return d.nmse <= self.nmse and d.max_delta <= self.max_delta
+
+    def cannot_tell(self, d: Distance) -> bool:
+        """Over the cap, but no further from zero than noise alone: this precision cannot decide."""
+        return (
+            not self.holds(d) and d.nmse <= MARGIN**2 * self.noise.nmse and self.noise.nmse > self.nmse / 10
+        )
+
+
+def bar_for(noise: list[Distance], dtype: torch.dtype) -> Bar:
+    """The bar for one phase from the noise of every prompt."""
+    name = str(dtype).removeprefix("torch.")
+    eps = torch.finfo(dtype).eps
+    worst = max(noise, key=lambda d: d.nmse)
+    delta = max(d.max_delta for d in noise)
+    magnitude = max(d.magnitude for d in noise)
+    floor = Distance(delta, worst.nmse, worst.worst, magnitude)
+    nmse = min(CAPS[name], max(MARGIN**2 * worst.nmse, (4 * eps) ** 2))
+    absolute = min(ABSOLUTE_CAPS.get(name, math.inf), max(MARGIN * delta, 8 * eps * magnitude))
+    return Bar(nmse, absolute, floor)

@@ -1,0 +1,329 @@
+"""Known mistakes of converters, as changes to the converted side: planted to test the bar, undone to find a
+cause.
+
+Most follow from the family's own table, so no family is named here. Where a row reorders axes, a converter
+can forget to, can read the source in another order, or can cut it into another number of heads; where two
+tensors of a layer have one shape, it can exchange them. What remains are values of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckpt_tool.convert.layout import Step
+from ckpt_tool.convert.plan import Plan
+from ckpt_tool.verify.coverage import WITHOUT_EFFECT
+from ckpt_tool.verify.sides import Change, Phase, Tensors
+from ckpt_tool.verify.weights import layer_of
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """A row of the plan that changes the order of a converted tensor's elements: the axes as the original has
+    them (`left`) and as the converted tensor has them (`right`), with their sizes."""
+
+    name: str
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    sizes: dict[str, int]
+    group: tuple[str, ...]  # the axes of `left` that share its reordered dimension
+
+    @property
+    def rotary(self) -> bool:
+        return {"half", "two"} <= set(self.group)
+
+
+def reorders(plan: Plan | None, layer: int) -> list[Reorder]:
+    """Those of one layer, from the steps between the original and the Hugging Face layout."""
+    found = []
+    for step in plan.steps if plan else ():
+        to_hf = step if plan is not None and plan.direction == "to-hf" else step.inverse()
+        if not step.compare:
+            found += list(_reorders(to_hf, layer))
+    return found
+
+
+def _reorders(step: Step, layer: int) -> Iterator[Reorder]:
+    for target in step.targets:
+        left = step.sources[0].dims
+        if layer_of(target.name) != layer or tuple(a for g in left for a in g) == target.order:
+            continue
+        box = target.box(step.sizes)
+        sizes = {a: hi - lo for a, (lo, hi) in box.items()}
+        group = max(left, key=len)
+        yield Reorder(target.name, tuple(a for g in left for a in g), target.order, sizes, group)
+
+
+def relayout(x: Tensor, sizes: Sizes, stored: Iterable[str], wanted: Iterable[str]) -> Tensor:
+    """The elements of x, which lie in the axis order `stored`, in the order `wanted`; x keeps its shape."""
+    stored = list(stored)
+    split = x.reshape([sizes[a] for a in stored])
+    return split.permute([stored.index(a) for a in wanted]).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What a wrong converter took the original's axes for, and the words for it."""
+
+    words: str
+    order: tuple[str, ...]
+    sizes: dict[str, int]
+
+
+def beliefs(r: Reorder, others: Iterable[Reorder]) -> list[Belief]:
+    """The wrong ideas about one reordered tensor: first the likeliest."""
+    forgot = "rows not permuted for rotary" if r.rotary else "left in the original's order"
+    made = [Belief(forgot, r.right, r.sizes)]
+    head = r.group[0]
+    counts = {o.sizes[o.group[0]] for o in others if o.group} - {r.sizes[head]}
+    if len(r.group) > 1:
+        inner = r.group[1]
+        rows = r.sizes[head] * r.sizes[inner]
+        for count in sorted({*counts, 1, *(r.sizes[head] * k for k in (2, 4))} - {r.sizes[head]}):
+            if rows % count == 0 and rows // count > 1:
+                sizes = {**r.sizes, head: count, inner: rows // count}
+                words = f"permuted with {count} heads where there are {r.sizes[head]}"
+                made.append(Belief(words, r.left, sizes))
+    start = r.left.index(head) if len(r.group) > 1 else 0
+    for order in permutations(r.group):
+        believed = r.left[:start] + order + r.left[start + len(order) :]
+        if believed not in (r.left, r.right):
+            made.append(Belief(f"original read as ({' '.join(order)})", believed, r.sizes))
+    return made
+
+
+def planted(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
+    """The tensor as a converter with that belief writes it, from the right one."""
+
+    def make(w: Tensors) -> dict[str, Tensor]:
+        source = relayout(w[r.name], r.sizes, r.right, r.left)
+        return {r.name: relayout(source, b.sizes, b.order, r.right)}
+
+    return make
+
+
+def undone(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
+    """The right tensor from the one that a converter with that belief wrote."""
+
+    def make(w: Tensors) -> dict[str, Tensor]:
+        source = relayout(w[r.name], b.sizes, r.right, b.order)
+        return {r.name: relayout(source, r.sizes, r.left, r.right)}
+
+    return make
+
+
+def together(
+    makers: Iterable[Callable[[Tensors], dict[str, Tensor]]],
+) -> Callable[[Tensors], dict[str, Tensor]]:
+    made = list(makers)
+    return lambda w: {name: x for make in made for name, x in make(w).items()}
+
+
+def short(name: str) -> str:
+    """A tensor's name within its layer, without `weight`: `self_attn.q_proj`."""
+    parts = name.split(".")
+    index = next((k for k, p in enumerate(parts) if p.isdecimal()), -1)
+    return ".".join(p for p in parts[index + 1 :] if p != "weight") or name
+
+
+# --- exchanges ------------------------------------------------------------------------------------------
+
+
+def exchange(pairs: list[tuple[str, str]]) -> Callable[[Tensors], dict[str, Tensor]]:
+    """Each first tensor takes the place of its second, and the other way round."""
+
+    def make(w: Tensors) -> dict[str, Tensor]:
+        made = {}
+        for a, b in pairs:
+            if w[a].shape != w[b].shape:
+                raise ValueError(f"{a} and {b} differ in shape")
+            made[a], made[b] = w[b], w[a]
+        return made
+
+    return make
+
+
+def exchanges(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], layer: int) -> list[Change]:
+    """Experts that change places, and tensors of one shape whose names differ in one word (gate and up)."""
+    own = [n for n in names if layer_of(n) == layer and len(shapes[n]) > 1]
+    experts: dict[tuple[str, int], dict[str, str]] = {}
+    for name in own:
+        parts = name.split(".")
+        at = [k for k, p in enumerate(parts) if p.isdecimal()]
+        if len(at) > 1:
+            prefix, rest = ".".join(parts[: at[1]]), ".".join(parts[at[1] + 1 :])
+            experts.setdefault((prefix, int(parts[at[1]])), {})[rest] = name
+    made = []
+    keys = sorted(experts)
+    for i, a in enumerate(keys):
+        for b in keys[i + 1 :]:
+            if a[0] == b[0] and experts[a].keys() == experts[b].keys():
+                pairs = [(experts[a][k], experts[b][k]) for k in experts[a]]
+                made.append(Change(f"experts {a[1]} and {b[1]} exchanged", exchange(pairs)))
+    for i, x in enumerate(own):
+        for y in own[i + 1 :]:
+            p, q = x.split("."), y.split(".")
+            unlike = [(u, v) for u, v in zip(p, q, strict=False) if u != v]
+            one_word = len(p) == len(q) and len(unlike) == 1 and not unlike[0][0].isdecimal()
+            if one_word and shapes[x] == shapes[y]:
+                made.append(Change(f"{short(x)} and {short(y)} exchanged", exchange([(x, y)])))
+    return made
+
+
+# --- single tensors -------------------------------------------------------------------------------------
+
+
+def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Tensor]]:
+    """The transposed values in the shape they had; `back` undoes it (the same where the matrix is square)."""
+
+    def make(w: Tensors) -> dict[str, Tensor]:
+        x = w[name]
+        turned = x.reshape(x.shape[::-1]).mT if back else x.mT.reshape(x.shape)
+        return {name: turned.contiguous()}
+
+    return make
+
+
+def perturb(name: str) -> Callable[[Tensors], dict[str, Tensor]]:
+    """The largest element of a vector, one per cent larger."""
+
+    def make(w: Tensors) -> dict[str, Tensor]:
+        x = w[name].clone()
+        x[x.abs().argmax()] *= 1.01
+        return {name: x}
+
+    return make
+
+
+def roll_rows(name: str, by: int) -> Callable[[Tensors], dict[str, Tensor]]:
+    """Row k of the result is row k - by of the tensor: a vocabulary shifted up by `by`."""
+    return lambda w: {name: torch.roll(w[name], by, 0)}
+
+
+# --- what to plant, what to try -------------------------------------------------------------------------
+
+EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+TABLES = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
+
+
+def to_plant(
+    phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> list[Change]:
+    """The negative controls of one phase. `shapes` holds the tensors that the phase has read, so that an
+    expert that no token was sent to is not blamed for staying unseen."""
+    if isinstance(phase, str):
+        made = [Change(f"{short(n)}: vocabulary shifted by one", roll_rows(n, 1))
+                for n, s in shapes.items() if len(s) == 2 and any(t in n for t in TABLES)]  # fmt: skip
+        made += [
+            Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n, s in shapes.items() if len(s) == 1
+        ]
+        return made
+    found = [r for r in reorders(plan, phase) if r.name in shapes]
+    made = []
+    for r in found:
+        for b in beliefs(r, found):
+            if b.order == r.right or b.sizes != r.sizes:
+                made.append(Change(f"{short(r.name)} {b.words}", planted(r, b)))
+    swaps = exchanges(shapes, shapes, phase)
+    kinds = {"experts": [c for c in swaps if c.name.startswith("experts")][:1]}
+    kinds["others"] = [c for c in swaps if not c.name.startswith("experts")][:4]
+    made += [c for group in kinds.values() for c in group]
+    matrices = [n for n, s in shapes.items() if len(s) == 2]
+    square = [n for n in matrices if shapes[n][0] == shapes[n][1]] or matrices[-1:]
+    made += [Change(f"{short(n)} transposed", transpose(n)) for n in square[:2]]
+    made += [Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n, s in shapes.items() if len(s) == 1]
+    if phase > 0:
+        return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
+    theta = rope_theta(config)
+    if theta is not None:
+        made.append(Change("rope_theta ten times as large", config={"rope_theta": theta * 10}))
+    for key in EPS_KEYS:
+        if config.get(key):
+            made.append(Change(f"{key} ten times as large", config={key: config[key] * 10}))
+    return made
+
+
+def to_undo(
+    phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> list[Change]:
+    """What to try on a phase that differs: for each known mistake the change that would take it back."""
+    if isinstance(phase, str):
+        made = []
+        for n, s in shapes.items():
+            if len(s) == 2 and any(t in n for t in TABLES):
+                made += [
+                    Change(f"{short(n)}: vocabulary shifted by {by:+d}", roll_rows(n, -by))
+                    for by in (1, -1, 2, -2, 3, -3, 4, -4, 768, -768)
+                    if abs(by) < s[0]
+                ]
+        return [*made, *_config_changes(plan, config, head=phase == "head")]
+    found = [r for r in reorders(plan, phase) if r.name in shapes]
+    made = [Change(f"{short(r.name)} {b.words}", undone(r, b)) for r in found for b in beliefs(r, found)]
+    if len(found) > 1:
+        for rotary in ([r for r in found if r.rotary], [r for r in found if not r.rotary]):
+            if len(rotary) > 1:
+                names = " and ".join(short(r.name) for r in rotary)
+                first = [beliefs(r, found)[0] for r in rotary]
+                makers = [undone(r, b) for r, b in zip(rotary, first, strict=True)]
+                made.append(Change(f"{names} {first[0].words}", together(makers)))
+    made += [
+        Change(f"{short(r.name)} permuted twice", planted(r, Belief("", r.right, r.sizes))) for r in found
+    ]
+    made += exchanges(shapes, shapes, phase)
+    made += [
+        Change(f"{short(n)} transposed", transpose(n, back=True)) for n, s in shapes.items() if len(s) == 2
+    ]
+    return [*made, *_config_changes(plan, config)]
+
+
+def rope_theta(config: Mapping[str, Any]) -> float | None:
+    newer = config.get("rope_parameters")
+    found = config.get("rope_theta", newer.get("rope_theta") if isinstance(newer, Mapping) else None)
+    return None if found is None else float(found)
+
+
+def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = False) -> list[Change]:
+    """Other values of config.json: those that the source gives, then those that publishers have used."""
+    planned = plan.config if plan is not None and plan.direction == "to-hf" else {}
+    values: list[tuple[str, Any]] = [
+        (k, v.value) for k, v in planned.items() if k not in WITHOUT_EFFECT and config.get(k) != v.value
+    ]
+    values += [(k, v) for k in EPS_KEYS if k in config for v in (1e-5, 1e-6, 1e-12)]
+    if head:
+        values += [("tie_word_embeddings", True), ("tie_word_embeddings", False)]
+    else:
+        values += [("rope_theta", v) for v in (1e4, 5e5, 1e6, 1e8, 1e9) if rope_theta(config) is not None]
+        values += [("sliding_window", None), ("sliding_window", 4096)] if "sliding_window" in config else []
+        values += [
+            ("rope_scaling", v) for v in (None, _llama3(8.0), _llama3(32.0)) if "rope_scaling" in config
+        ]
+    now = {**config, "rope_theta": rope_theta(config)}
+    made: dict[str, Change] = {}
+    for key, v in values:
+        if now.get(key) != v:
+            name = f"{key} {_show(now.get(key))} where it should be {_show(v)}"
+            made.setdefault(name, Change(name, config={key: v}))
+    return list(made.values())
+
+
+def _llama3(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"factor {value.get('factor')}"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,91 @@
+"""Tensors of an opened checkpoint as a lazy mapping for a forward pass: read when asked for, in the dtype of
+the computation, and forgotten unless a `keep` block holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+
+PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
+
+
+class Weights(Mapping[str, Tensor]):
+    """`tensors` of `checkpoint`; floating ones come in `dtype`, all on `device`. `used` collects the names
+    that were ever asked for, so that a report can say what no pass has touched."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: str
+    ) -> None:
+        self.checkpoint, self.tensors, self.dtype, self.device = checkpoint, tensors, dtype, device
+        self.used: set[str] = set()
+        self._kept: dict[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        self.used.add(name)
+        if self._kept is None:
+            return self._load(info)
+        if name not in self._kept:
+            self._kept[name] = self._load(info)
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Hold every tensor read inside, so that several prompts share one reading of a layer."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _load(self, info: TensorInfo) -> Tensor:
+        stored = getattr(torch, DTYPES[info.dtype].torch)
+        wanted = self.dtype if stored.is_floating_point else stored
+        out = torch.empty(info.numel, dtype=wanted, device=self.device)
+        step = max(1, PIECE // stored.itemsize)
+        staging = torch.empty(min(step, info.numel), dtype=stored)
+        for start in range(0, info.numel, step):
+            piece = staging[: min(step, info.numel - start)]
+            buffer = piece.view(torch.uint8).numpy().data
+            self.checkpoint.read_into(info, start * stored.itemsize, buffer)
+            out[start : start + len(piece)] = piece
+        return out.view(info.shape)
+
+
+def ranks_of(checkpoint: Checkpoint) -> list[dict[str, TensorInfo]]:
+    """One mapping for each model-parallel rank. Files that share a name are ranks, each a mapping of its own;
+    files of different names are one model dealt out over several files, and so one mapping."""
+    files = [dict(f.tensors) for f in checkpoint.files.values() if f.tensors]
+    if len({name for f in files for name in f}) == sum(map(len, files)):
+        return [{name: info for f in files for name, info in f.items()}]
+    return files
+
+
+def largest(checkpoint: Checkpoint, itemsize: int) -> int:
+    """Bytes that the tensors of the heaviest layer take in a dtype of `itemsize` bytes: what a lockstep pass
+    holds."""
+    layers: dict[int | None, int] = {}
+    for info in checkpoint:
+        index = layer_of(info.name)
+        layers[index] = layers.get(index, 0) + prod(info.shape) * itemsize
+    return max(layers.values(), default=0)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to: the first number among the dotted components of its name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
