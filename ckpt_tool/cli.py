@@ -304,7 +304,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
 
     def follow(text: str) -> None:
         if not quiet:
-            log.print(f"[dim]{text}[/dim]")
+            log.print(text, style="dim", markup=False)
 
     return api.verify(
         out,

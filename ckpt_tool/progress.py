@@ -68,13 +68,10 @@ def _plain(log: Console) -> Callable[[Progress], None]:
 
 def size(count: float) -> str:
     """Bytes for people: `14.5 GB` (10^9), `930 kB`, `12 bytes`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} {units[0]}" if units[0] == "bytes" or count >= 100 else f"{count:.1f} {units[0]}"
 
 
 def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:

@@ -1,4 +1,4 @@
-"""transformers 4.37.2 and 4.57.6, each in a process of its own, load the outputs and agree with the originals.
+"""transformers 4.37.2 and 4.57.6, each in its own process, load the outputs and agree with the originals.
 
 The current 5.x release judges in test_end_to_end.py. Skipped where `make test` has not set the judges up.
 """

@@ -2,7 +2,7 @@
 against the original layout's own reading.
 
 Eager attention is asked for, since other kernels have deviated from the models: sdpa ignores the sliding
-window in transformers 4.37, flash kernels see one key more or less (formats/llama-mistral 3.6)."""
+window in transformers 4.37, flash kernels see one key more or less (transformers issues 28980, 29623)."""
 
 from __future__ import annotations
 

@@ -23,15 +23,15 @@ LEVEL = "documented"
 WORK_LIMIT = {"cpu": 3e13, "cuda": 3e16}  # floating-point operations for one entry: some minutes
 FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 PRECISION = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
-# |delta| allowed when float32 is held against half-precision values, by family, dtype and kind (expectations,
-# tolerance policy 4): wider than the spread between the documented variants.
+# |delta| allowed when float32 is held against half-precision values, by family, dtype and kind: wider than
+# the spread between the documented variants (docs/tolerances.md).
 WIDER = {
     ("mistral", "float16", "logits_slice"): 1e-2,
     ("mistral", "float16", "logits_mean"): 1e-2,
     ("llama", "float16", "logits_slice"): 0.15,
     ("llama", "float16", "logits_mean"): 5e-2,
 }
-FLOAT32_ATOL = 1e-3  # float32 against float32 of other hardware (tolerance policy 2)
+FLOAT32_ATOL = 1e-3  # float32 against float32 of other hardware
 
 
 class Skip(Exception):

@@ -357,11 +357,12 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding
 color:#1c1e21;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .4rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
 table{border-collapse:collapse;margin:.3rem 0 .8rem;width:100%}td,th{padding:.25rem .6rem;text-align:left;
-border-bottom:1px solid #dde1e6;vertical-align:top;overflow-wrap:anywhere}th{font-weight:600;color:#57606a}
+border-bottom:1px solid #dde1e6;vertical-align:top;overflow-wrap:break-word}
+th{font-weight:600;color:#57606a;white-space:nowrap}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .w{font-family:ui-monospace,monospace;
 font-size:.85rem}.s{font-weight:600;white-space:nowrap}.pass{color:#1a7f37}.fail{color:#cf222e}.skipped{color:#9a6700}
-.note{color:#0969da}table.d{width:auto;font-size:.85rem}
+.note{color:#0969da}table.d{width:auto;font-size:.85rem}table.d td{white-space:nowrap}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem}
 dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}td,th{border-color:#30363d}
