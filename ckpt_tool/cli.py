@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ckpt_tool.convert.plan import Options
-    from ckpt_tool.verify.report import Report
+    from ckpt_tool.verify.report import Report, Reports
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -142,8 +142,36 @@ how = _options(
     click.option(
         "--form", type=click.Choice(["A", "B", "C"]), help="Mixtral layout to write (--to original)."
     ),
+    click.option("--keep-padding", is_flag=True, help="Megatron: keep the rows that pad the vocabulary."),
+    click.option(
+        "--tensor-parallel",
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        help="Megatron: tensor-parallel ranks to write (--to original).",
+    ),
+    click.option(
+        "--pipeline-parallel",
+        type=click.IntRange(1, 1024),
+        metavar="M",
+        help="Megatron: pipeline stages to write (--to original).",
+    ),
+    click.option(
+        "--checkpoint-version",
+        type=click.Choice(["0", "1.0", "2.0", "3.0"]),
+        help="Megatron: order of query_key_value to write (--to original).",
+    ),
     click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
+)
+
+
+FAMILY_OPTIONS = (
+    "container",
+    "form",
+    "keep_padding",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "checkpoint_version",
 )
 
 
@@ -159,7 +187,7 @@ def _plan_options(asked: dict[str, Any]) -> Options:
         drop=asked["drop"],
         strict_replicas=asked["strict_replicas"],
         tokenizer=asked["tokenizer"],
-        family_options={k: asked[k] for k in ("container", "form") if asked[k]},
+        family_options={k: asked[k] for k in FAMILY_OPTIONS if asked[k]},
     )
 
 
@@ -320,7 +348,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
     )
 
 
-def _write_report(report: Report, asked: dict[str, Any]) -> int:
+def _write_report(report: Report | Reports, asked: dict[str, Any]) -> int:
     from pathlib import Path
 
     for key, text in (("junit", report.junit), ("html", report.html), ("markdown", report.markdown)):

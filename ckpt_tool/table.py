@@ -15,6 +15,7 @@ from ckpt_tool.convert.plan import Options
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ckpt_tool.fixtures.variants import Variant
     from ckpt_tool.verify.report import Report
@@ -157,7 +158,7 @@ def compare(a: Checkpoint, b: Checkpoint, but: str = "") -> list[str]:
     return found
 
 
-def _draw(made: list[Row]) -> object:
+def _draw(made: list[Row]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

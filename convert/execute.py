@@ -84,7 +84,7 @@ class Layout(Protocol):
 def layout_of(output: OutputFile) -> Layout:
     tensors = [(t.name, t.dtype, t.shape) for t in output.tensors]
     if output.format == "torch-zip":
-        return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside)
+        return TorchZipLayout(tensors)
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 

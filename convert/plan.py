@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
-
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
+from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
 from ckpt_tool.errors import Problem, fail, fail_all
 
 PLAN_VERSION = 1
@@ -277,17 +277,8 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
     if total == 1:
         return files, []
     weight_map = {t.name: f.name for f in files for t in f.tensors}
-    text = json.dumps(
-        {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
-            "weight_map": dict(sorted(weight_map.items())),
-        },
-        indent=2,
-    )
-    index = OutputDocument(
-        "model.safetensors.index.json", (text + "\n").encode(), "the list of output shards"
-    )
-    return files, [index]
+    content = index_document(weight_map, sum(t.nbytes for t in tensors))
+    return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")]
 
 
 def _placed(step: Step, home: Mapping[str, str]) -> Step:
@@ -380,7 +371,7 @@ def config_document(config: Mapping[str, Value], name: str = "config.json") -> O
 
 
 def dtype_option(text: str) -> str:
-    """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what is not a float that numpy can cast."""
+    """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what numpy cannot cast to."""
     names = {d.name.lower(): d.name for d in DTYPES.values()} | {d.torch: d.name for d in DTYPES.values()}
     found = names.get(text.lower())
     if found not in ("F64", "F32", "F16", "BF16"):
