@@ -15,7 +15,7 @@ from ckpt_tool.convert.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ckpt_tool", "convert", "verify", "fixtures")
-KIND = re.compile(r"""(?:\bfail|Problem|refuse)\(\s*"([a-z]+(?:-[a-z]+)*)",""")
+KIND = re.compile(r"""(?:\bfail|Problem|\.refuse)\(\s*"([a-z]+(?:-[a-z]+)*)",""")
 
 
 def kinds_in_code() -> set[str]:
