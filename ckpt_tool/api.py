@@ -127,8 +127,21 @@ def plan(
         with open_for(source, to) as checkpoint:
             return plan(checkpoint, family=family, to=to, options=options)
     chosen = choose(source, family, to)
+    options = options or Options()
+    _check_asked(chosen, to, options)
     make = chosen.plan if to == "hf" else chosen.plan_original
-    return make(source, options or Options())
+    return make(source, options)
+
+
+def _check_asked(chosen: Family, to: str, options: Options) -> None:
+    """Fail with `usage` for what this family, or this direction, does not have."""
+    other = options.family_options.get("architecture")
+    if other is not None and (to != "hf" or other not in chosen.targets):
+        known = ", ".join(("hf", *chosen.targets, "original"))
+        fail("usage", f"expected {known} for family {chosen.name}, found {other}", where="--to")
+    if options.gqa is not None and (to != "hf" or not chosen.pools):
+        able = ", ".join(n for n in FAMILIES if family(n).pools)
+        fail("usage", f"expected a conversion to Hugging Face of {able}, found another", where="--gqa")
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:

@@ -105,12 +105,29 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+report_files = _options(
+    click.option("--junit", metavar="FILE", help="Write JUnit XML."),
+    click.option("--html", metavar="FILE", help="Write one self-contained HTML page."),
+    click.option("--markdown", metavar="FILE", help="Write Markdown."),
+    click.option(
+        "--json",
+        "json_file",
+        metavar="FILE",
+        is_flag=False,
+        flag_value="-",
+        help="Write JSON to FILE (alone: to stdout).",
+    ),
+)
 source_option = click.option(
     "--in", "source", required=True, metavar="PATH", help="Folder, file or hf://org/name."
 )
 how = _options(
     click.option(
-        "--to", type=click.Choice(["hf", "original"]), default="hf", show_default=True, help="Direction."
+        "--to",
+        type=click.Choice(["hf", "gptj", "original"]),
+        default="hf",
+        show_default=True,
+        help="Direction; gptj: CodeGen in GPT-J's layout.",
     ),
     click.option(
         "--set",
@@ -140,7 +157,9 @@ how = _options(
         "--container", type=click.Choice(["pth", "safetensors"]), help="Container to write (--to original)."
     ),
     click.option(
-        "--form", type=click.Choice(["A", "B", "C"]), help="Mixtral layout to write (--to original)."
+        "--form",
+        type=click.Choice(["A", "B", "C", "hf", "mcore"]),
+        help="Layout to write (--to original): A, B, C of Mixtral; hf, mcore (Megatron-Core) of Qwen2.",
     ),
     click.option("--keep-padding", is_flag=True, help="Megatron: keep the rows that pad the vocabulary."),
     click.option(
@@ -159,6 +178,12 @@ how = _options(
         "--checkpoint-version",
         type=click.Choice(["0", "1.0", "2.0", "3.0"]),
         help="Megatron: order of query_key_value to write (--to original).",
+    ),
+    click.option(
+        "--gqa",
+        type=click.IntRange(1, 65536),
+        metavar="N",
+        help="Pool the key/value heads of a multi-head model to N (lossy).",
     ),
     click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
@@ -187,8 +212,18 @@ def _plan_options(asked: dict[str, Any]) -> Options:
         drop=asked["drop"],
         strict_replicas=asked["strict_replicas"],
         tokenizer=asked["tokenizer"],
-        family_options={k: asked[k] for k in FAMILY_OPTIONS if asked[k]},
+        gqa=asked["gqa"],
+        family_options={k: asked[k] for k in FAMILY_OPTIONS if asked[k]} | _architecture(asked["to"]),
     )
+
+
+def _architecture(to: str) -> dict[str, str]:
+    """`--to` names a direction, or another architecture's layout on the way to Hugging Face."""
+    return {} if to in ("hf", "original") else {"architecture": to}
+
+
+def _direction(to: str) -> str:
+    return "original" if to == "original" else "hf"
 
 
 def byte_size(text: str) -> int:
@@ -239,7 +274,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
     options = _plan_options(asked)
     if asked["dry_run"]:
-        return _show_plan(source, family, asked["to"], options, as_json)
+        return _show_plan(source, family, _direction(asked["to"]), options, as_json)
     screen, log = _consoles()
 
     def on_plan(made: Any) -> None:
@@ -253,7 +288,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             source,
             out,
             family=family,
-            to=asked["to"],
+            to=_direction(asked["to"]),
             options=options,
             jobs=asked["jobs"],
             overwrite=asked["overwrite"],
@@ -302,17 +337,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
-@click.option("--junit", metavar="FILE", help="Write JUnit XML.")
-@click.option("--html", metavar="FILE", help="Write one self-contained HTML page.")
-@click.option("--markdown", metavar="FILE", help="Write Markdown.")
-@click.option(
-    "--json",
-    "json_file",
-    metavar="FILE",
-    is_flag=False,
-    flag_value="-",
-    help="Write JSON to FILE (alone: to stdout).",
-)
+@report_files
 def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
 
@@ -373,14 +398,7 @@ def _write_report(report: Report | Reports, asked: dict[str, Any]) -> int:
     "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
 )
 @click.option("--device", default="cpu", show_default=True)
-@click.option(
-    "--json",
-    "json_file",
-    metavar="FILE",
-    is_flag=False,
-    flag_value="-",
-    help="Write JSON to FILE (alone: to stdout).",
-)
+@report_files
 def diagnose(out: str, source: str, **asked: Any) -> int:
     """Find which known mistake explains the difference between DIR and its source."""
     report = _run_verify(
@@ -413,7 +431,7 @@ def inspect(path: str, everything: bool, as_json: bool) -> int:
 @as_json
 def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
     """Print what converting would do, from headers alone: tensors, config values and their sources."""
-    return _show_plan(source, family, asked["to"], _plan_options(asked), as_json)
+    return _show_plan(source, family, _direction(asked["to"]), _plan_options(asked), as_json)
 
 
 def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
@@ -431,17 +449,7 @@ def _show_plan(source: str, family: str, to: str, options: Options, as_json: boo
 
 @cli.command()
 @click.argument("file", metavar="PARITY.TOML")
-@click.option("--junit", metavar="FILE", help="Write JUnit XML.")
-@click.option("--html", metavar="FILE", help="Write one self-contained HTML page.")
-@click.option("--markdown", metavar="FILE", help="Write Markdown.")
-@click.option(
-    "--json",
-    "json_file",
-    metavar="FILE",
-    is_flag=False,
-    flag_value="-",
-    help="Write JSON to FILE (alone: to stdout).",
-)
+@report_files
 def gate(file: str, **asked: Any) -> int:
     """Run the conversions and verifications listed in a TOML file; for CI."""
     from ckpt_tool.verify.gate import run_gate

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
+from ckpt_tool.checkpoint.megatron import arguments
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import describe
 from ckpt_tool.checkpoint.sniff import sniff
@@ -172,7 +172,9 @@ class Inspection:
                 console.print(Text(f"{who} these globals; none was imported:"))
                 console.print(Text("\n".join(f"  {printable(i)}" for i in imports)))
         for file in self.files:
-            for key, value in islice(file.metadata.items(), SHOWN_METADATA):
+            known = {} if file is self.files[0] else self.files[0].metadata  # ranks repeat almost all of it
+            told = [(k, v) for k, v in file.metadata.items() if known.get(k) != v]
+            for key, value in told[:SHOWN_METADATA]:
                 console.print(Text(f"{printable(file.name)}: {printable(key)} = {printable(value, 100)}"))
         for name, own, why in self.families:
             mark = "is" if own else "is not"
@@ -262,9 +264,15 @@ def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None)
 
 def _view(file: TensorFile) -> FileView:
     nbytes = sum(t.nbytes for t in file.tensors.values())
-    items = islice(file.metadata.items(), KEPT_METADATA)
-    metadata = {str(k): v if isinstance(v, str) else describe(v) for k, v in items}
+    args = arguments(file) or {}
+    items: list[tuple[object, object]] = [(k, v) for k, v in file.metadata.items() if k != "args" or not args]
+    items += [(f"args.{k}", v) for k, v in args.items()]
+    metadata = {str(k): v if isinstance(v, str) else _words(v) for k, v in items[:KEPT_METADATA]}
     return FileView(file.name, file.format, len(file.tensors), nbytes, file.imports, metadata)
+
+
+def _words(value: object) -> str:
+    return str(value) if isinstance(value, bool | int | float) else describe(value)
 
 
 def _look_at_refused(path: Path) -> Iterator[FileView]:

@@ -20,9 +20,11 @@ from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.casting import cast
 from ckpt_tool.convert.layout import Access, Block, Runs, Step
+from ckpt_tool.convert.pooling import mean
 from ckpt_tool.convert.values import Values
 
-CHUNK = 256 * 1024  # bytes moved at a time
+CHUNK = 256 * 1024  # bytes moved at a time by a plain copy
+BLOCK = 1 << 20  # bytes of a block that joins or cuts tensors: fewer, larger pieces (benchmarks/README.md)
 PIECE = 16 << 20  # bytes of one plain copy that one worker does in a row
 BATCH = 4 << 20  # bytes of small blocks handed to a worker together
 TILE = 4 << 20  # bytes of a block that exchanges inner axes
@@ -186,18 +188,22 @@ class Carrier:
         """The block's writes with their bits, read from the sources, in order and in the targets' dtype."""
         first_source, first_target = bound.sources[0], bound.targets[0]
         source_bits, target_bits = first_source.bits, first_target.bits
-        inputs = _shares(lane.room("in", sum(a.numel for a in block.reads), source_bits), block.reads)
+        from_dtype, to_dtype = first_source.info.dtype, first_target.info.dtype
+        written = [a.numel for a in block.writes]
+        inputs = _shares(lane, "in", [a.numel for a in block.reads], source_bits)
         for access, bits in zip(block.reads, inputs, strict=True):
             self._read(bound.sources[access.part], access, bits, lane)
-        if block.is_copy:
-            outputs = inputs
-        else:
-            outputs = _shares(lane.room("out", sum(a.numel for a in block.writes), source_bits), block.writes)
+        outputs = inputs
+        if not block.is_copy:
+            outputs = _shares(lane, "out", block.filled, source_bits)
             block.shuffle(inputs, outputs)
-        if bound.casts:
-            made = _shares(lane.room("cast", sum(a.numel for a in block.writes), target_bits), block.writes)
+        if bound.casts or block.mean:
+            made = _shares(lane, "cast", written, target_bits)
             for a, b in zip(outputs, made, strict=True):
-                cast(a, first_source.info.dtype, first_target.info.dtype, b)
+                if block.mean:
+                    mean(a, block.mean, from_dtype, to_dtype, b)
+                else:
+                    cast(a, from_dtype, to_dtype, b)
             outputs = made
         return list(zip(block.writes, outputs, strict=True))
 
@@ -224,18 +230,18 @@ class Carrier:
             target.crc.add(*run)
 
 
-def _shares(room: np.ndarray, accesses: Sequence[Access]) -> list[np.ndarray]:
-    shares, at = [], 0
-    for access in accesses:
-        shares.append(room[at : at + access.numel])
-        at += access.numel
+def _shares(lane: Lane, purpose: str, sizes: Sequence[int], bits: np.dtype[Any]) -> list[np.ndarray]:
+    room, shares, at = lane.room(purpose, sum(sizes), bits), [], 0
+    for size in sizes:
+        shares.append(room[at : at + size])
+        at += size
     return shares
 
 
 def pieces(step: Step, *, copy_bytes: int = PIECE) -> Iterator[Block]:
     """The blocks of a step, its plain copies cut into pieces of at most `copy_bytes`."""
     longest = copy_bytes // DTYPES[step.sources[0].dtype].itemsize
-    for block in step.blocks(CHUNK, TILE):
+    for block in step.blocks(BLOCK, TILE):
         if not block.is_copy or block.reads[0].numel <= longest:
             yield block
             continue

@@ -84,7 +84,8 @@ class Layout(Protocol):
 def layout_of(output: OutputFile) -> Layout:
     tensors = [(t.name, t.dtype, t.shape) for t in output.tensors]
     if output.format == "torch-zip":
-        return TorchZipLayout(tensors)
+        constants = {name: (dtype, shape, data) for name, dtype, shape, data in output.constants}
+        return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 

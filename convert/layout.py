@@ -27,10 +27,13 @@ from math import prod
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.convert.pooling import mean
 from ckpt_tool.errors import Problem
 
 Dims = tuple[tuple[str, ...], ...]
 Box = dict[str, tuple[int, int]]
+# Where a tensor of a table is: its file and dtype, and its name there where that is another than the table's.
+Home = tuple[str, str] | tuple[str, str, str]
 Place = tuple[Dims, tuple[tuple[str, int, int], ...]]
 
 # A run shorter than this is gathered through memory, a longer one is copied file to file.
@@ -118,16 +121,23 @@ Slices = tuple[slice, ...]
 @dataclass(frozen=True)
 class Block:
     """One bounded piece of a step. `moves` lists (read, write, read slices, write slices, axis
-    permutation from the read's order to the write's)."""
+    permutation from the read's order to the write's). Where each element written is the mean of several,
+    `mean` counts them, and `shuffle` fills an array of `mean` x elements for each write."""
 
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
     moves: tuple[tuple[int, int, Slices, Slices, tuple[int, ...]], ...]
+    mean: int = 0
+
+    @property
+    def filled(self) -> list[int]:
+        """How many elements `shuffle` puts into each of its outputs."""
+        return [a.numel * (self.mean or 1) for a in self.writes]
 
     @property
     def is_copy(self) -> bool:
         """One run becomes one run with its elements in the same order: bytes can be copied as they are."""
-        if len(self.reads) != 1 or len(self.writes) != 1:
+        if len(self.reads) != 1 or len(self.writes) != 1 or self.mean:
             return False
         read, write = self.reads[0], self.writes[0]
         kept = [p for p in self.moves[0][4] if read.shape[p] > 1]
@@ -135,8 +145,9 @@ class Block:
 
     def shuffle(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Fill the flat `outputs` (one array per write) from the flat `inputs` (one per read)."""
+        several = (self.mean,) if self.mean else ()
         sources = [x.reshape(a.shape) for x, a in zip(inputs, self.reads, strict=True)]
-        targets = [y.reshape(a.shape) for y, a in zip(outputs, self.writes, strict=True)]
+        targets = [y.reshape(several + a.shape) for y, a in zip(outputs, self.writes, strict=True)]
         for i, j, source_slices, target_slices, permutation in self.moves:
             _assign(targets[j][target_slices], sources[i][source_slices].transpose(permutation))
 
@@ -166,13 +177,15 @@ def _assign(target: np.ndarray, source: np.ndarray) -> None:
 @dataclass(frozen=True)
 class Step:
     """Source tensors become target tensors. With `compare` set (a reason: "tied", "replicated") nothing is
-    written: the target, produced by another step, must already hold these elements."""
+    written: the target, produced by another step, must already hold these elements. With `mean` the targets
+    lack that axis and hold the mean over it (pooling.py), which has no way back."""
 
     axes: tuple[tuple[str, int], ...]
     sources: tuple[Part, ...]
     targets: tuple[Part, ...]
     note: str = ""
     compare: str = ""
+    mean: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -180,19 +193,28 @@ class Step:
 
     def inverse(self) -> Step:
         """The way back: targets become sources. A comparison's inverse writes (each copy gets its bytes)."""
+        if self.mean:
+            raise ValueError(f"{self.targets[0].name}: a mean cannot be taken back")
         return replace(self, sources=self.targets, targets=self.sources, compare="")
+
+    @cached_property
+    def reached(self) -> tuple[Part, ...]:
+        """The targets in the whole space: with the axis that a mean runs over in front."""
+        if not self.mean:
+            return self.targets
+        return tuple(replace(p, dims=((self.mean,), *p.dims)) for p in self.targets)
 
     def domain(self) -> Box:
         """The part of the space this step is about: what both sides reach."""
         hulls = []
-        for side in (self.sources, self.targets):
+        for side in (self.sources, self.reached):
             boxes = [p.box(self.sizes) for p in side]
             hulls.append({a: (min(b[a][0] for b in boxes), max(b[a][1] for b in boxes)) for a in boxes[0]})
         return {a: (max(h[a][0] for h in hulls), min(h[a][1] for h in hulls)) for a in hulls[0]}
 
     def defects(self) -> list[str]:
         """Why this step would lose or repeat elements; empty when each side tiles the domain exactly."""
-        sides = tuple(tuple((p.dims, p.ranges) for p in side) for side in (self.sources, self.targets))
+        sides = tuple(tuple((p.dims, p.ranges) for p in side) for side in (self.sources, self.reached))
         return list(_defects(self.axes, sides))
 
     def blocks(self, block_bytes: int = 256 * 1024, tile_bytes: int = 8 << 20) -> Iterator[Block]:
@@ -207,7 +229,7 @@ class Step:
             )
 
     def _walk(self, box: Box, block: int, tile: int, copy_run: int) -> Iterator[Block]:
-        copies = self._copies(box, copy_run)
+        copies = None if self.mean else self._copies(box, copy_run)
         if copies is not None:
             yield from copies
             return
@@ -220,7 +242,7 @@ class Step:
         lo, hi = box[axis]
         step = max(1, limit // (size // (hi - lo)))
         edges = sorted(
-            {lo, hi, *(e for p in (*self.sources, *self.targets) for e in p.box(self.sizes)[axis])}
+            {lo, hi, *(e for p in (*self.sources, *self.reached) for e in p.box(self.sizes)[axis])}
         )
         for left, right in zip(edges, edges[1:], strict=False):
             if left < lo or right > hi:
@@ -259,13 +281,14 @@ class Step:
         return found
 
     def _cut_axis(self, box: Box) -> tuple[str | None, bool]:
-        """The axis to cut `box` along, and whether every tensor keeps one run in each piece."""
+        """The axis to cut `box` along, and whether every tensor keeps one run in each piece. What goes into
+        one mean stays together."""
         orders = []
-        for part in (*self.sources, *self.targets):
+        for part in (*self.sources, *self.reached):
             shared = _meet(part.box(self.sizes), box)
             if all(hi > lo for lo, hi in shared.values()):
-                orders.append([a for a in part.order if shared[a][1] - shared[a][0] > 1])
-        wide = [a for a in box if box[a][1] - box[a][0] > 1]
+                orders.append([a for a in part.order if shared[a][1] - shared[a][0] > 1 and a != self.mean])
+        wide = [a for a in box if box[a][1] - box[a][0] > 1 and a != self.mean]
         for axis in wide:
             if all(not o or o[0] == axis or axis not in o for o in orders) and any(axis in o for o in orders):
                 return axis, True
@@ -274,7 +297,7 @@ class Step:
 
     def _block(self, box: Box) -> Block:
         sides = []
-        for parts in (self.sources, self.targets):
+        for parts in (self.sources, self.reached):
             accesses, boxes = [], []
             for k, part in enumerate(parts):
                 shared = _meet(part.box(self.sizes), box)
@@ -295,7 +318,10 @@ class Step:
                         for order, b in ((read_order, read_box), (write_order, write_box))
                     ]
                     moves.append((i, j, cut[0], cut[1], tuple(read_order.index(a) for a in write_order)))
-        return Block(tuple(reads), tuple(writes), tuple(moves))
+        if self.mean:  # the elements are written without that axis
+            pairs = zip(writes, (b for _, b in write_boxes), strict=True)
+            writes = [Access(a.part, self._runs(self.targets[a.part], b), a.shape[1:]) for a, b in pairs]
+        return Block(tuple(reads), tuple(writes), tuple(moves), self.sizes.get(self.mean, 0))
 
     def _runs(self, part: Part, box: Box) -> Runs:
         """Where the elements of `box` stand in `part`, which contains it."""
@@ -331,7 +357,7 @@ def _defects(axes: tuple[tuple[str, int], ...], sides: tuple[tuple[Place, ...], 
     size = prod(hi - lo for lo, hi in domain.values())
     for label, side in (("source", step.sources), ("target", step.targets)):
         boxes = [_meet(p.box(step.sizes), domain) for p in side]
-        covered = sum(prod(hi - lo for lo, hi in b.values()) for b in boxes)
+        covered = sum(prod(max(0, hi - lo) for lo, hi in b.values()) for b in boxes)
         overlap = any(
             all(hi > lo for lo, hi in _meet(a, b).values()) for k, a in enumerate(boxes) for b in boxes[:k]
         )
@@ -349,15 +375,68 @@ def _split(runs: Runs, length: int) -> list[int]:
     return [o + k for o in runs.offsets() for k in range(0, runs.length, length)]
 
 
+def without_padding(step: Step, axis: str, kept: int) -> Step:
+    """`step` with targets that hold only the first `kept` of `axis`: what the sources hold beyond is padding
+    and not read."""
+    if step.sizes.get(axis, kept) == kept:
+        return step
+    return replace(step, targets=tuple(replace(p, ranges=(*p.ranges, (axis, 0, kept))) for p in step.targets))
+
+
+def with_padding(step: Step, axis: str, held: int) -> Step:
+    """`step` with sources that hold only the first `held` of `axis`: the targets' padding repeats them from
+    the first on."""
+    size = step.sizes.get(axis, held)
+    again = [
+        replace(p, ranges=(*p.ranges, (axis, start, start + held)))
+        for start in range(0, size, held)
+        for p in step.sources
+    ]
+    return step if size == held else replace(step, sources=tuple(again))
+
+
+def with_mean(step: Step, axis: str, groups: int) -> Step:
+    """`step` with targets that hold `groups` of `axis`, each the mean of as many neighbours in the sources.
+    The size of `axis` divides by `groups`, and a source holds whole groups or a share of one."""
+    each = step.sizes[axis] // groups
+
+    def range_in_groups(name: str, start: int, stop: int) -> tuple[tuple[str, int, int], ...]:
+        if name != axis:
+            return ((name, start, stop),)
+        group = start // each
+        if start % each == 0 and stop % each == 0:
+            return ((axis, group, stop // each),)
+        if stop > (group + 1) * each:
+            raise ValueError(f"{axis} {start} to {stop} are neither groups of {each} nor a part of one")
+        return ((axis, group, group + 1), ("mean", start - group * each, stop - group * each))
+
+    sources = tuple(
+        replace(
+            p,
+            dims=tuple(tuple(x for a in g for x in ((a, "mean") if a == axis else (a,))) for g in p.dims),
+            ranges=tuple(x for r in p.ranges for x in range_in_groups(*r)),
+        )
+        for p in step.sources
+    )
+    axes = (*((a, groups if a == axis else n) for a, n in step.axes), ("mean", each))
+    note = f"mean over {each} of {axis}"
+    return replace(step, axes=axes, sources=sources, note=note, mean="mean")
+
+
 def apply(step: Step, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The targets of `step` from whole source arrays in memory: for tests and small tensors. Elements are
-    only moved; the result has the sources' numpy type."""
+    only moved and the result has the sources' numpy type, but for a mean, which is made of raw bits of the
+    sources' dtype and comes in those of the targets'."""
     flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
-    out = [np.empty(prod(p.shape(step.sizes)), dtype=flat[0].dtype) for p in step.targets]
+    kind = np.dtype(DTYPES[step.targets[0].dtype].bits) if step.mean else flat[0].dtype
+    out = [np.empty(prod(p.shape(step.sizes)), dtype=kind) for p in step.targets]
     for block in step.blocks():
         inputs = [_gather(flat[a.part], a) for a in block.reads]
-        outputs = [np.empty(a.numel, dtype=flat[0].dtype) for a in block.writes]
+        outputs = [np.empty(n, dtype=flat[0].dtype) for n in block.filled]
         block.shuffle(inputs, outputs)
+        if block.mean:
+            dtypes = step.sources[0].dtype, step.targets[0].dtype
+            outputs = [mean(x, block.mean, *dtypes) for x in outputs]
         for access, values in zip(block.writes, outputs, strict=True):
             for k, o in enumerate(access.runs.offsets()):
                 n = access.runs.length
@@ -441,14 +520,15 @@ def expand(
     *,
     axes: Mapping[str, int],
     indices: Mapping[str, int],
-    original: Callable[[str], Sequence[tuple[str, str]]],
-    converted: Callable[[str], tuple[str, str] | None],
+    original: Callable[[str], Sequence[Home]],
+    converted: Callable[[str], Home | None],
 ) -> Expansion:
     """Fill in a table, original side to the left. `axes` gives the size of every axis, `indices` how many
-    values each template index has (`{"i": 32}`). `original(name)` lists (file, dtype) of the tensor in
-    the order of the model-parallel ranks; `converted(name)` gives (file, dtype) on the Hugging Face side.
-    An empty answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer
-    by layer, so that a layer's tensors stand together as they do in the files."""
+    values each template index has (`{"i": 32}`). `original(name)` lists where the tensor is in the order of
+    the model-parallel ranks; a file may have another name for it (pipeline stages count their own layers).
+    `converted(name)` says the same for the Hugging Face side, which has one file for a tensor. An empty
+    answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer by layer,
+    so that a layer's tensors stand together as they do in the files."""
     out = Expansion()
     shared = [(row, template_indices((*row.source, *row.target))) for row in table]
     for layered, rows in groupby(shared, key=lambda pair: "i" in pair[1]):
@@ -477,7 +557,9 @@ def _names(
     if row.cut is not None and len(side) > 1:
         sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
         edges = np.cumsum([0, *sizes]).tolist()
-        return [(n.format(**v), ((row.cut, a, b),)) for n, a, b in zip(side, edges, edges[1:], strict=True)]
+        return [
+            (n.format(**v), ((row.cut, a, b),)) for n, a, b in zip(side, edges[:-1], edges[1:], strict=True)
+        ]
     return [(n.format(**v), ()) for n in side]
 
 
@@ -485,8 +567,8 @@ def _expand_row(
     row: Rule,
     v: dict[str, int],
     axes: Mapping[str, int],
-    original: Callable[[str], Sequence[tuple[str, str]]],
-    converted: Callable[[str], tuple[str, str] | None],
+    original: Callable[[str], Sequence[Home]],
+    converted: Callable[[str], Home | None],
     out: Expansion,
 ) -> None:
     used = tuple((a, axes[a]) for g in row.left for a in g)
@@ -496,18 +578,19 @@ def _expand_row(
         if found is None:
             out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
             return
-        targets.append(Part(found[0], name, found[1], row.right, ranges))
+        file, dtype, *own = found
+        targets.append(Part(file, own[0] if own else name, dtype, row.right, ranges))
     by_rank: list[list[Part]] = []
     for name, ranges in _names(row, row.source, v, axes):
         places = original(name)
         if not places:
             out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
             continue
-        for rank, (file, dtype) in enumerate(places):
+        for rank, (file, dtype, *own) in enumerate(places):
             if rank == len(by_rank):
                 by_rank.append([])
             share = ranges + _share(row, rank, len(places), axes, name, out)
-            by_rank[rank].append(Part(file, name, dtype, row.left, share))
+            by_rank[rank].append(Part(file, own[0] if own else name, dtype, row.left, share))
     if not by_rank:
         return
     # Ranks whose shares repeat an earlier rank's (copies, or fewer key/value heads than ranks) are compared.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,9 +97,11 @@ def manifest(
     findings = list(findings)
     tensors = []
     for output in plan.outputs:
-        for t in output.tensors:
+        constants = {name: zlib.crc32(data) for name, _, _, data in output.constants}
+        for t in output.held:
             entry = {"name": t.name, "file": output.name, "dtype": t.dtype, "shape": list(t.shape)}
-            entry["crc32"] = f"{targets[output.name][t.name]:08x}"
+            crc = constants[t.name] if t.name in constants else targets[output.name][t.name]
+            entry["crc32"] = f"{crc:08x}"
             if (output.name, t.name) in sha256:
                 entry["sha256"] = sha256[output.name, t.name]
             tensors.append(entry)
@@ -141,6 +144,7 @@ def _options(plan: Plan) -> dict[str, Any]:
         "dtype": cast.pop() if len(cast) == 1 else None,
         "drop": [d.tensor.name for d in plan.dropped if d.reason == "asked for with --drop"],
         "strict_replicas": plan.strict_replicas,
+        **plan.asked,
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
+from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -24,7 +25,8 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 @dataclass(frozen=True)
 class Options:
     """What the user asked for beyond input and output. `settings` are `--set` / `--config` values in
-    Hugging Face config names; `dtype` a safetensors dtype name to cast floating tensors to (lossy)."""
+    Hugging Face config names; `dtype` a safetensors dtype name to cast floating tensors to (lossy); `gqa` the
+    key/value heads to pool those of a multi-head model to (lossy)."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
@@ -33,6 +35,7 @@ class Options:
     drop: tuple[str, ...] = ()
     strict_replicas: bool = False
     tokenizer: str | None = None
+    gqa: int | None = None
     family_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -55,12 +58,23 @@ class Dropped:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A container to write: `format` is "safetensors" or "torch-zip"; tensors in file order."""
+    """A container to write: `format` is "safetensors" or "torch-zip"; tensors in file order. A torch file may
+    nest its tensors in `dicts`, hold plain values `beside` them, and tensors that are the same for every
+    model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`."""
 
     name: str
     format: str
     tensors: tuple[TensorInfo, ...]
     metadata: tuple[tuple[str, str], ...] = ()
+    dicts: tuple[str, ...] = ()
+    beside: Mapping[str, object] = field(default_factory=dict)
+    constants: tuple[tuple[str, str, tuple[int, ...], bytes], ...] = ()
+
+    @property
+    def held(self) -> tuple[TensorInfo, ...]:
+        """All tensors of the file, constants last."""
+        known = (TensorInfo(name, dtype, shape, self.name) for name, dtype, shape, _ in self.constants)
+        return (*self.tensors, *known)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class Plan:
     # Facts of the original that the Hugging Face layout has no place for (the text of params.json, how many
     # ranks): the manifest keeps them under "original", for the way back.
     original: Mapping[str, Any] = field(default_factory=dict)
+    # Options beyond dtype and dropped tensors without which the same plan is not made again.
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_out(self) -> int:
@@ -113,6 +129,12 @@ class Plan:
                     "tensors": [
                         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in f.tensors
                     ],
+                    **({"dicts": list(f.dicts), "beside": _beside_json(f.beside)} if f.beside else {}),
+                    **(
+                        {"constants": [[n, d, s, c.hex()] for n, d, s, c in f.constants]}
+                        if f.constants
+                        else {}
+                    ),
                 }
                 for f in self.outputs
             ],
@@ -129,6 +151,10 @@ class Plan:
         """SHA-256 of the plan's JSON: equal plans of equal inputs have equal digests."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _beside_json(beside: Mapping[str, object]) -> dict[str, object]:
+    return {k: dict(v.fields) if isinstance(v, Namespace) else v for k, v in beside.items()}
 
 
 def _step_json(step: Step) -> dict[str, Any]:
@@ -151,6 +177,8 @@ def _step_json(step: Step) -> dict[str, Any]:
     }
     if step.compare:
         made["compare"] = step.compare
+    if step.mean:
+        made["mean"] = step.mean
     return made
 
 
@@ -242,7 +270,15 @@ def assemble(
         lossy=tuple(lossy_words),
         strict_replicas=options.strict_replicas,
         original=original or {},
+        asked=_asked(options, config),
     )
+
+
+def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
+    """`settings` are those that the config does not show."""
+    settings = {k: v for k, v in options.settings.items() if k not in config and v is not None}
+    found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
+    return {k: v for k, v in found.items() if v}
 
 
 def _format(name: str) -> str:

@@ -112,7 +112,8 @@ def _layout(step: Step) -> str:
 
 
 def _config(plan: Plan) -> Table:
-    name = "config.json" if plan.direction == "to-hf" else "params.json"
+    original = "params.json" if any(d.name == "params.json" for d in plan.documents) else "args"
+    name = "config.json" if plan.direction == "to-hf" else original
     table = _table(name, "field", "value", "from")
     for key, value in plan.config.items():
         table.add_row(Text(key), Text(printable(json.dumps(value.value))), Text(printable(value.source, 400)))

@@ -10,8 +10,17 @@ Every module has the same functions, so that two of them run in lockstep, layer 
 
 `ranks` holds one mapping of tensor names to tensors per model-parallel rank, one in all for a checkpoint
 that is not model-parallel. A tensor is read when it is needed and never kept, so a lazy mapping streams a
-large model. The pass computes in the dtype of the tensors it is given; angles, norms and softmax are never
-below float32, and float64 tensors make every step float64. `c.n_layers` counts the layers in every module.
+large model. Pipeline stages are joined before, so that layers are numbered through (`megatron.join_stages`).
+The pass computes in the dtype of the tensors it is given; angles, norms and softmax are never below float32,
+and float64 tensors make every step float64. `c.n_layers` counts the layers in every module.
+
+`embed` and `layer` of some take more if it is given: token types, positions, a mask. Those with several heads
+have them in `HEADS`; `losses` has the loss of each. What a checkpoint offers beyond ids -> logits, two
+functions of its module may tell, so that a verification goes through all of it:
+
+    inputs(ranks, c) -> names     of what `embed` and `layer` take besides: "token_types", "mask" (B, T) each
+    heads(ranks, c) -> heads      of the last layer's x beside `head`, each called as that is; by the names
+                                  that the output of the class in transformers has for them
 """
 
 from __future__ import annotations
@@ -25,13 +34,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Family -> the module that reads its original layout.
-ORIGINAL: dict[str, str] = {"llama": "llama", "mistral": "mistral", "mixtral": "mixtral"}
+ORIGINAL: dict[str, str] = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "megatron-bert": "megatron_bert",
+    "megatron-gpt2": "megatron_gpt2",
+    "opt": "opt",
+    "codegen": "codegen",
+    "qwen2": "qwen2",
+}
 
 # Architecture in config.json -> the module that reads its Hugging Face layout.
 CONVERTED: dict[str, str] = {
     "LlamaForCausalLM": "hf_llama",
     "MistralForCausalLM": "hf_mistral",
     "MixtralForCausalLM": "hf_mixtral",
+    "GPT2LMHeadModel": "hf_gpt2",
+    "MegatronBertModel": "hf_megatron_bert",
+    "MegatronBertForPreTraining": "hf_megatron_bert",
+    "MegatronBertForMaskedLM": "hf_megatron_bert",
+    "MegatronBertForCausalLM": "hf_megatron_bert",
+    "MegatronBertForNextSentencePrediction": "hf_megatron_bert",
+    "MegatronBertForSequenceClassification": "hf_megatron_bert",
+    "MegatronBertForMultipleChoice": "hf_megatron_bert",
+    "MegatronBertForTokenClassification": "hf_megatron_bert",
+    "MegatronBertForQuestionAnswering": "hf_megatron_bert",
+    "OPTModel": "hf_opt",
+    "OPTForCausalLM": "hf_opt",
+    "OPTForSequenceClassification": "hf_opt",
+    "OPTForQuestionAnswering": "hf_opt",
+    "CodeGenForCausalLM": "hf_codegen",
+    "GPTJForCausalLM": "hf_gptj",
+    "Qwen2Model": "hf_qwen2",
+    "Qwen2ForCausalLM": "hf_qwen2",
+    "Qwen2ForSequenceClassification": "hf_qwen2",
+    "Qwen2ForTokenClassification": "hf_qwen2",
+    "Qwen2ForQuestionAnswering": "hf_qwen2",
 }
 
 

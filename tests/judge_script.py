@@ -15,19 +15,23 @@ import torch
 
 
 def main(out: str, folders: list[str]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer, logging
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     arrays, reports = {}, {}
     for folder in folders:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        pretraining = AutoConfig.from_pretrained(folder).architectures == ["MegatronBertForPreTraining"]
+        auto = AutoModelForPreTraining if pretraining else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         vocab = model.config.vocab_size
         ids = torch.from_numpy(np.load(Path(folder) / "judge_ids.npy")) % vocab
         with torch.no_grad():
-            arrays[Path(folder).name] = model(ids).logits.numpy()
+            found = model(ids)
+            logits = found.prediction_logits if pretraining else found.logits
+            arrays[Path(folder).name] = logits.numpy()
         report = {
             k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
         }

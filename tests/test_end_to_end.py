@@ -102,7 +102,8 @@ def test_re_sharding_gives_back_the_same_model(
     api.convert(sharded, whole)
     api.convert(whole, back, to="original", family="llama", options=api.Options(shards=2))
     with api.open_checkpoint(originals(variant)) as a, api.open_checkpoint(back) as b:
-        assert table.compare(a, b, but=r".*freqs") == []
+        recomputed = {t.name for t in a if t.name.endswith("rope.freqs")}
+        assert table.compare(a, b, but=recomputed) == []
 
 
 def test_more_ranks_than_key_value_heads_and_back(conversions: Written, tmp_path: Path) -> None:

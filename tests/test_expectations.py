@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.expectations import FAMILIES, load, load_all, match, parse
+from ckpt_tool.fixtures.expectations import FAMILIES, Expectation, load, load_all, match, parse
 
 
 def raw(family: str) -> dict[str, Any]:
@@ -24,12 +24,14 @@ def raw(family: str) -> dict[str, Any]:
 def test_every_entry_of_a_family_is_read(family: str) -> None:
     entries = load(family)
     assert [e.id for e in entries] == [e["id"] for e in raw(family)["entries"]]
-    assert all(e.family == family and e.id.startswith(f"{family}.") for e in entries)
+    own = {family, "gpt2"} if family == "megatron_gpt2" else {family}
+    assert {e.family for e in entries} == own
+    assert all(e.id.startswith(f"{e.family}.") for e in entries)
 
 
 def test_ids_are_unique_over_all_families() -> None:
     ids = [e.id for e in load_all()]
-    assert len(ids) == len(set(ids)) == 19 + 13 + 57
+    assert len(ids) == len(set(ids)) == 19 + 13 + 57 + 4 + 17 + 15 + 7 + 15
 
 
 def test_a_family_without_documented_values_has_no_entries() -> None:
@@ -70,6 +72,15 @@ def test_mistral_fp32_slice_reads_as_documented() -> None:
         ("meta-llama/Llama-3.1-8B-Instruct", "llama", "llama.3_1_8b_instruct.french_revolution_cuda"),
         ("hf-internal-testing/Mixtral-tiny", "mixtral", "mixtral.tiny.logits_row0_sm7x"),
         ("CodeLlama-7b", "llama", "llama.code_7b.infill.greedy_ids"),
+        ("nvidia/megatron-gpt2-345m", "megatron_gpt2", "megatron_gpt2.345m.logits_diagonal"),
+        ("megatron_gpt2_345m_v0_0.zip", "megatron_gpt2", "megatron_gpt2.345m.logits_diagonal"),
+        ("megatron_bert_345m_v0_1_cased", "megatron_bert", "megatron_bert.cased_345m.nsp_random_pair"),
+        (
+            "megatron_bert_345m_v0_1_uncased.zip",
+            "megatron_bert",
+            "megatron_bert.uncased_345m.last_hidden_state",
+        ),
+        ("openai-community/gpt2", "gpt2", "gpt2.tokenizer.hello_world"),
     ],
 )
 def test_a_checkpoint_finds_its_entries(checkpoint: str, family: str, some: str) -> None:
@@ -80,7 +91,14 @@ def test_a_checkpoint_finds_its_entries(checkpoint: str, family: str, some: str)
 
 @pytest.mark.parametrize(
     "stranger",
-    ["someone/Mistral-7B-v0.1", "Llama-2-7b-chat", "mistralai/Mistral-7B-v0.2", "CodeLlama-7b-Python", ""],
+    [
+        "someone/Mistral-7B-v0.1",
+        "someone/gpt2",
+        "Llama-2-7b-chat",
+        "mistralai/Mistral-7B-v0.2",
+        "CodeLlama-7b-Python",
+        "",
+    ],
 )
 def test_another_model_finds_none(stranger: str) -> None:
     assert match([stranger]) == []
@@ -89,6 +107,40 @@ def test_another_model_finds_none(stranger: str) -> None:
 def test_several_ids_do_not_repeat_an_entry() -> None:
     once = match(["mistralai/Mistral-7B-v0.1"])
     assert match(["mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"]) == once
+
+
+def entry(family: str, id: str) -> Expectation:
+    (found,) = (e for e in load(family) if e.id == id)
+    return found
+
+
+def test_points_and_inequalities_are_read() -> None:
+    diagonal = entry("megatron_gpt2", "megatron_gpt2.345m.logits_diagonal").expected
+    assert diagonal.points is not None and len(diagonal.points) == len(diagonal.values) == 19
+    assert diagonal.points[-1] == (0, 8, 50256) and diagonal.shape == (1, 9, 50257)
+    pair = entry("megatron_bert", "megatron_bert.cased_345m.nsp_random_pair").expected
+    assert pair.values is None
+    assert (pair.more["left"], pair.more["op"], pair.more["right"]) == ([0, 0], "<", [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("family", "number", "change"),
+    [
+        ("megatron_gpt2", 0, {"points": [[0, 0, 0]]}),
+        ("megatron_gpt2", 0, {"points": []}),
+        ("megatron_gpt2", 0, {"points": [[0, 9, 0]] * 19}),
+        ("megatron_gpt2", 0, {"points": [[0, 0]] * 19}),
+        ("megatron_bert", 1, {"op": "!="}),
+        ("megatron_bert", 1, {"left": [0]}),
+        ("megatron_bert", 1, {"right": None}),
+    ],
+)
+def test_faulty_places_are_refused(family: str, number: int, change: dict[str, Any]) -> None:
+    data = raw(family)
+    data["entries"][number]["expected"] |= change
+    with pytest.raises(CkptToolError) as caught:
+        parse(data, file="x.json")
+    assert [p.where for p in caught.value.problems] == [data["entries"][number]["id"]]
 
 
 def broken(change: str) -> dict[str, Any]:

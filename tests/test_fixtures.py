@@ -18,19 +18,19 @@ import torch
 from ckpt_tool import reference
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.fixtures import headers, original, prompts, variants
-from ckpt_tool.fixtures.variants import VARIANTS, Variant
+from ckpt_tool.fixtures.variants import CONSOLIDATED, Consolidated
 
 Tensors = dict[str, torch.Tensor]
-BY_ID = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+BY_ID = pytest.mark.parametrize("variant", CONSOLIDATED.values(), ids=list(CONSOLIDATED))
 COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
-LLAMA = [v for v in VARIANTS.values() if v.family == "llama"]
+LLAMA = [v for v in CONSOLIDATED.values() if v.family == "llama"]
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every variant, written once; by id the path to convert."""
     root = tmp_path_factory.mktemp("originals")
-    return {v.id: v.write(root / v.id) for v in VARIANTS.values()}
+    return {v.id: v.write(root / v.id) for v in CONSOLIDATED.values()}
 
 
 @cache
@@ -50,12 +50,12 @@ def params(folder: Path) -> dict[str, Any]:
     return made
 
 
-def head_dim(variant: Variant) -> int:
+def head_dim(variant: Consolidated) -> int:
     true = variant.true_config
     return int(true.get("head_dim", true["hidden_size"] // true["num_attention_heads"]))
 
 
-def merged(variant: Variant, files: dict[str, Tensors]) -> Tensors:
+def merged(variant: Consolidated, files: dict[str, Tensors]) -> Tensors:
     """Whole tensors: ranks joined along the axis that the publisher split, disjoint files united."""
     ranks = list(files.values())
     if variant.family != "llama":
@@ -85,7 +85,7 @@ def merged(variant: Variant, files: dict[str, Tensors]) -> Tensors:
 
 
 @BY_ID
-def test_the_libraries_read_the_weights(variant: Variant, written: dict[str, Path]) -> None:
+def test_the_libraries_read_the_weights(variant: Consolidated, written: dict[str, Path]) -> None:
     files = load(written[variant.id])
     assert list(files) == list(variant.original.files)
     for name, tensors in files.items():
@@ -95,7 +95,7 @@ def test_the_libraries_read_the_weights(variant: Variant, written: dict[str, Pat
 
 
 @BY_ID
-def test_weights_are_large_enough_to_show_a_mistake(variant: Variant, written: dict[str, Path]) -> None:
+def test_weights_are_large_enough_to_show_a_mistake(variant: Consolidated, written: dict[str, Path]) -> None:
     for name, tensor in merged(variant, load(written[variant.id])).items():
         value = tensor.double()
         if name.endswith("rope.freqs"):
@@ -111,7 +111,7 @@ def test_weights_are_large_enough_to_show_a_mistake(variant: Variant, written: d
 
 
 @BY_ID
-def test_no_two_tensors_are_equal_unless_tied(variant: Variant, written: dict[str, Path]) -> None:
+def test_no_two_tensors_are_equal_unless_tied(variant: Consolidated, written: dict[str, Path]) -> None:
     whole = merged(variant, load(written[variant.id]))
     learned = {n: t for n, t in whole.items() if not n.endswith("rope.freqs")}
     digests = {
@@ -121,7 +121,7 @@ def test_no_two_tensors_are_equal_unless_tied(variant: Variant, written: dict[st
 
 
 @BY_ID
-def test_the_true_config_agrees_with_the_tensors(variant: Variant, written: dict[str, Path]) -> None:
+def test_the_true_config_agrees_with_the_tensors(variant: Consolidated, written: dict[str, Path]) -> None:
     true, whole = variant.true_config, merged(variant, load(written[variant.id]))
     head, width = head_dim(variant), true["hidden_size"]
     assert whole["tok_embeddings.weight"].shape == (true["vocab_size"], width)
@@ -136,7 +136,7 @@ def test_the_true_config_agrees_with_the_tensors(variant: Variant, written: dict
 
 
 @BY_ID
-def test_sizes_are_pairwise_different(variant: Variant) -> None:
+def test_sizes_are_pairwise_different(variant: Consolidated) -> None:
     true = variant.true_config
     sizes = [
         true[k]
@@ -158,14 +158,14 @@ def test_sizes_are_pairwise_different(variant: Variant) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral", "llama"])
 def test_a_family_has_a_deep_variant_and_unusual_numbers(family: str) -> None:
-    own = [v.true_config for v in VARIANTS.values() if v.family == family]
+    own = [v.true_config for v in CONSOLIDATED.values() if v.family == family]
     assert max(c["num_hidden_layers"] for c in own) >= 11
     assert len({c["rope_theta"] for c in own}) > 1 or family == "mixtral"
     assert any(c["num_key_value_heads"] != c["num_attention_heads"] for c in own)
 
 
 @BY_ID
-def test_logits_are_neither_flat_nor_wild(variant: Variant, written: dict[str, Path]) -> None:
+def test_logits_are_neither_flat_nor_wild(variant: Consolidated, written: dict[str, Path]) -> None:
     folder = written[variant.id]
     files, module = load(folder), reference.original(variant.family)
     ranks = list(files.values()) if variant.family == "llama" else [merged(variant, files)]
@@ -223,7 +223,7 @@ KEYS = {
 
 
 @BY_ID
-def test_params_json_has_the_published_keys(variant: Variant, written: dict[str, Path]) -> None:
+def test_params_json_has_the_published_keys(variant: Consolidated, written: dict[str, Path]) -> None:
     found = params(written[variant.id])
     assert set(found) == KEYS[variant.id]
     assert None not in found.values()
@@ -232,21 +232,21 @@ def test_params_json_has_the_published_keys(variant: Variant, written: dict[str,
 
 
 def test_params_json_says_what_the_publisher_says() -> None:
-    assert VARIANTS["llama-1-7b"].original.params["vocab_size"] == -1
-    assert VARIANTS["llama-1-7b"].original.params["norm_eps"] == 1e-6
-    assert VARIANTS["mistral-7b-v0.1"].original.params["sliding_window"] == 32
-    assert VARIANTS["llama-3.1-405b-mp16"].original.params["n_kv_heads"] == 16
-    assert VARIANTS["mixtral-a"].original.params["moe"] == {"num_experts_per_tok": 2, "num_experts": 8}
-    assert VARIANTS["code-llama-70b-python"].original.params["rope_theta"] == 10000.0
+    assert CONSOLIDATED["llama-1-7b"].original.params["vocab_size"] == -1
+    assert CONSOLIDATED["llama-1-7b"].original.params["norm_eps"] == 1e-6
+    assert CONSOLIDATED["mistral-7b-v0.1"].original.params["sliding_window"] == 32
+    assert CONSOLIDATED["llama-3.1-405b-mp16"].original.params["n_kv_heads"] == 16
+    assert CONSOLIDATED["mixtral-a"].original.params["moe"] == {"num_experts_per_tok": 2, "num_experts": 8}
+    assert CONSOLIDATED["code-llama-70b-python"].original.params["rope_theta"] == 10000.0
 
 
 # --- layouts --------------------------------------------------------------------------------------------
 
 
 def test_stacked_and_separate_experts_are_one_model(written: dict[str, Path]) -> None:
-    a = merged(VARIANTS["mixtral-a"], load(written["mixtral-a"]))
+    a = merged(CONSOLIDATED["mixtral-a"], load(written["mixtral-a"]))
     files = load(written["mixtral-b"])
-    b = merged(VARIANTS["mixtral-b"], files)
+    b = merged(CONSOLIDATED["mixtral-b"], files)
     assert len(files) == 8 and all(files.values())
     for layer in range(11):
         for w, turn in (("w1", False), ("w2", True), ("w3", False)):
@@ -276,7 +276,9 @@ def test_embeddings_are_split_as_each_generation_does(written: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("variant", LLAMA, ids=lambda v: v.id)
-def test_rotary_frequencies_are_there_where_published(variant: Variant, written: dict[str, Path]) -> None:
+def test_rotary_frequencies_are_there_where_published(
+    variant: Consolidated, written: dict[str, Path]
+) -> None:
     for rank in load(written[variant.id]).values():
         found = [n for n in rank if n.endswith("rope.freqs")]
         if variant.id.startswith("llama-1"):
@@ -291,7 +293,7 @@ def test_rotary_frequencies_are_there_where_published(variant: Variant, written:
 
 
 @BY_ID
-def test_the_tokenizer_has_as_many_ids_as_the_model(variant: Variant, written: dict[str, Path]) -> None:
+def test_the_tokenizer_has_as_many_ids_as_the_model(variant: Consolidated, written: dict[str, Path]) -> None:
     folder = written[variant.id]
     name = variant.tokenizer[0]
     path = next(p for p in (folder / name, folder.parent / name) if p.is_file())
@@ -310,7 +312,7 @@ def test_the_tokenizer_has_as_many_ids_as_the_model(variant: Variant, written: d
 
 
 @pytest.mark.parametrize("variant", LLAMA, ids=lambda v: v.id)
-def test_the_checklist_has_the_digests_of_the_files(variant: Variant, written: dict[str, Path]) -> None:
+def test_the_checklist_has_the_digests_of_the_files(variant: Consolidated, written: dict[str, Path]) -> None:
     folder = written[variant.id]
     lines = (folder / "checklist.chk").read_text().splitlines()
     listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
@@ -320,7 +322,7 @@ def test_the_checklist_has_the_digests_of_the_files(variant: Variant, written: d
 
 
 @BY_ID
-def test_our_own_reader_opens_it(variant: Variant, written: dict[str, Path]) -> None:
+def test_our_own_reader_opens_it(variant: Consolidated, written: dict[str, Path]) -> None:
     with open_checkpoint(written[variant.id]) as checkpoint:
         assert list(checkpoint.files) == list(variant.original.files)
         assert {t.name for t in checkpoint} == {h[0] for f in variant.original.headers.values() for h in f}
@@ -342,9 +344,9 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["mistral-7b-v0.3", "mixtral-b", "llama-1-13b", "llama-3.2-1b"])
 def test_equal_seeds_give_equal_bytes_and_others_do_not(name: str, tmp_path: Path) -> None:
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
-    VARIANTS[name].write(first)
-    VARIANTS[name].write(again, seed=0)
-    VARIANTS[name].write(other, seed=1)
+    CONSOLIDATED[name].write(first)
+    CONSOLIDATED[name].write(again, seed=0)
+    CONSOLIDATED[name].write(other, seed=1)
     assert digests(first) == digests(again)
     weights = [n for n in digests(first) if "consolidated" in n]
     assert weights and all(digests(first)[n] != digests(other)[n] for n in weights)
@@ -442,7 +444,7 @@ def test_headers_count_the_published_parameters(model: str) -> None:
 
 def test_every_published_size_has_headers() -> None:
     assert headers.REAL.keys() == PARAMETERS.keys()
-    assert {v.real for v in VARIANTS.values()} - {None} <= headers.REAL.keys()
+    assert {v.real for v in CONSOLIDATED.values()} - {None} <= headers.REAL.keys()
 
 
 # Size of one rank's file, derived from the 405B download: 8 and 16 files of these sizes.

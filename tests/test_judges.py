@@ -24,11 +24,13 @@ Written = Callable[[str], Path]
 PROMPT = [[1, 5, 9, 2, 7, 3, 11, 4, 8, 6, 12, 10] * 4]
 TEXTS = ["Hello world", " leading", "two  spaces", "line\nbreak", "naïve 北京 🙂"]
 
-# What 4.37.2 cannot express: a head_dim that is not dim / heads, and llama3 rotary scaling.
+# What 4.37.2 cannot express: a head_dim that is not dim / heads, llama3 rotary scaling, and windows in some
+# of Qwen2's layers only (its eager attention has them in every layer).
 BEYOND_437 = {
     v.id
     for v in VARIANTS.values()
     if v.true_config.get("rope_scaling") is not None
+    or v.true_config.get("use_sliding_window")
     or (
         v.true_config.get("head_dim") is not None
         and v.true_config["head_dim"] * v.true_config["num_attention_heads"] != v.true_config["hidden_size"]

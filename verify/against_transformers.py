@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ckpt_tool.verify import logits
 from ckpt_tool.verify.noise import ReversedSums
+from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding, Status, shown
-from ckpt_tool.verify.sides import Side
+from ckpt_tool.verify.sides import Sample, Side, tensors
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "transformers"
@@ -30,7 +34,7 @@ def finding(check: str, status: Status, message: str, **more: Any) -> Finding:
 def against_transformers(
     subject: Subject,
     reference: Side,
-    prompts: Mapping[str, list[int]],
+    prompts: Mapping[str, Prompt],
     *,
     dtype: str,
     device: str,
@@ -62,7 +66,7 @@ def against_transformers(
         known = bool(deviations) and _version(transformers.__version__) < (4, 43)
         return [finding("load", "skipped" if known else "fail", shown(text, 500)), *deviations]
     made = [_loading(transformers.__version__, info, said), *deviations]
-    return [*made, _logits(transformers.__version__, subject, model, reference, prompts, progress)]
+    return [*made, *_logits(transformers.__version__, subject, model, reference, prompts, progress)]
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -92,25 +96,31 @@ def _load(transformers: Any, subject: Subject, dtype: str, device: str, said: li
     chosen = getattr(transformers, architecture)
     word = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     transformers.utils.logging.disable_progress_bar()
-    listener = _Listener(said)
+    with _listening(said):
+        model, info = chosen.from_pretrained(
+            os.fspath(subject.hf.path),
+            attn_implementation="eager",
+            output_loading_info=True,
+            local_files_only=True,
+            **{word: getattr(torch, dtype)},
+        )
+    return model.to(device).eval(), info
+
+
+@contextmanager
+def _listening(said: list[str]) -> Iterator[None]:
+    """What the library logs or raises as a warning inside is added to `said`, and printed nowhere."""
     logger = logging.getLogger("transformers")
     before = logger.propagate, logger.handlers[:]
-    logger.handlers, logger.propagate = [listener], False
+    logger.handlers, logger.propagate = [_Listener(said)], False
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, info = chosen.from_pretrained(
-                os.fspath(subject.hf.path),
-                attn_implementation="eager",
-                output_loading_info=True,
-                local_files_only=True,
-                **{word: getattr(torch, dtype)},
-            )
+            yield
         own = [w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning)]
         said += [str(w.message) for w in own]
     finally:
         logger.propagate, logger.handlers = before
-    return model.to(device).eval(), info
 
 
 class _Listener(logging.Handler):
@@ -162,20 +172,56 @@ def _logits(
     subject: Subject,
     model: Any,
     reference: Side,
-    prompts: Mapping[str, list[int]],
+    prompts: Mapping[str, Prompt],
     progress: Callable[[str], None] | None,
-) -> Finding:
-    results = {}
+) -> list[Finding]:
     weights = reference.weights[0]
-    for name, row in prompts.items():
+    results: dict[str, dict[str, logits.Logits]] = {}
+    pooled: dict[str, list[logits.Pass]] = {}
+    said: list[str] = []
+    for name, prompt in prompts.items():
         if progress is not None:
             progress(f"transformers {version}: prompt {name}")
-        ids = torch.tensor([row], device=weights.device)
-        ours = reference.forward(ids)
+        ids, given = tensors(prompt, weights.device)
+        ours = reference.outputs(ids, given)
         with ReversedSums():
-            noisy = reference.forward(ids)
-        with torch.inference_mode():
-            theirs = model(input_ids=ids, use_cache=False).logits.to(ours.dtype)
-        results[name] = logits.compare(theirs, ours, noisy, ids, weights.dtype)
+            noisy = reference.outputs(ids, given)
+        with _listening(said), torch.inference_mode():
+            out = model(**_arguments(model, ids, given))
+        for head, wanted in ours.items():
+            found = _of(out, head).to(wanted.dtype)
+            one = logits.Pass(name, Sample(ids, wanted, given), found, noisy[head])
+            if wanted.ndim == 2:
+                pooled.setdefault(head, []).append(one)
+            else:
+                results.setdefault(head, {}).update(logits.by_prompt([one], weights.dtype))
+    results |= {head: logits.by_prompt(passes, weights.dtype) for head, passes in pooled.items()}
     side = "the original layout's reading" if subject.original is not None else "our reading (no source)"
-    return logits.finding(LEVEL, f"transformers {version}, eager, against {side}", results, weights.dtype)
+    text = f"transformers {version}, eager, against {side}"
+    made = [
+        logits.finding(LEVEL, text, found, weights.dtype, None if head == "head" else head)
+        for head, found in results.items()
+    ]
+    if said:
+        text = f"transformers {version} warns while it computes: {said[0]}"
+        made.append(finding("warnings", "note", shown(text, 400), data={"warnings": said[:20]}))
+    return made
+
+
+def _arguments(model: Any, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of a call of the model: the mask even if nothing is padded, since some warn without one; no cache."""
+    named = {
+        "attention_mask": given.get("mask", torch.ones_like(ids)),
+        "token_type_ids": given.get("token_types"),
+        "use_cache": False,
+    }
+    known = signature(model.forward).parameters
+    return {"input_ids": ids, **{k: v for k, v in named.items() if k in known and v is not None}}
+
+
+def _of(out: Any, head: str) -> Tensor:
+    """The logits of a head, by our name for it: the first one of a class is `logits` or, beside others,
+    `prediction_logits`."""
+    names = ("logits", "prediction_logits") if head == "head" else (head,)
+    found: Tensor = next(out[name] for name in names if name in out)
+    return found

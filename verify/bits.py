@@ -1,6 +1,7 @@
 """Level 2: are they the same bits? The plan's inverse, applied to the output block by block, must give the
-source back byte for byte; where a cast was asked for, the source is cast forward and compared with the output
-instead. Checksums in the manifest are compared too, which needs no source."""
+source back byte for byte; where a cast or a mean over heads was asked for, it is made from the source once
+more and compared with the output instead. Checksums in the manifest are compared too, which needs no
+source."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from ckpt_tool.convert.carry import pieces
 from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.layout import Access, Block, Step
+from ckpt_tool.convert.pooling import mean
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
@@ -72,6 +74,7 @@ class Comparison:
     copies: list[Difference] = field(default_factory=list)  # small differences between copies of one tensor
     compared: int = 0  # bytes of the source
     cast: int = 0  # tensors compared after a cast
+    pooled: int = 0  # tensors compared with the mean over the source's heads
     missing: list[str] = field(default_factory=list)
 
 
@@ -91,7 +94,7 @@ def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
         if not fits or dtypes != {p.dtype for p in step.targets}:
             result.missing += [f"{t.name} ({t.dtype} {t.shape})" for t in found]
             continue
-        if dtypes == {t.dtype for t in sources}:
+        if dtypes == {t.dtype for t in sources} and not step.mean:
             made = _compare_step(
                 step.inverse(), subject.output, found, subject.source, sources, bool(step.compare)
             )
@@ -99,7 +102,8 @@ def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
             made = _compare_step(
                 step, subject.source, sources, subject.output, found, bool(step.compare), found[0].dtype
             )
-            result.cast += 1
+            result.cast += not step.mean
+            result.pooled += bool(step.mean)
         for d in made:
             (result.copies if step.compare and not d.drift.is_large else result.differences).append(d)
         result.compared += sum(t.nbytes for t in sources)
@@ -137,8 +141,10 @@ def _apply(
 ) -> list[np.ndarray]:
     dtype = inputs[0].dtype
     read = [_read(checkpoint, inputs[a.part], a) for a in block.reads]
-    made = [np.empty(a.numel, dtype=DTYPES[dtype].bits) for a in block.writes]
+    made = [np.empty(n, dtype=DTYPES[dtype].bits) for n in block.filled]
     block.shuffle(read, made)
+    if block.mean:
+        return [mean(x, block.mean, dtype, cast_to or dtype) for x in made]
     if cast_to is None or cast_to == dtype:
         return made
     out = [np.empty(a.numel, dtype=DTYPES[cast_to].bits) for a in block.writes]
@@ -193,13 +199,14 @@ def _round_trip(subject: Subject, result: Comparison) -> Iterator[Finding]:
     yield from capped(notes)
     if wrong:
         return
-    exactness = "identical after cast" if result.cast else "bit-identical"
+    exactness = "identical after cast" if result.cast or result.pooled else "bit-identical"
     dtypes = ", ".join(sorted({p.dtype for step in subject.plan.steps for p in step.targets}))
-    words = (
-        f"the output is the source cast to {dtypes}"
-        if result.cast
-        else "the plan's inverse gives the source back"
-    )
+    words = "the plan's inverse gives the source back"
+    if result.cast:
+        words = f"the output is the source cast to {dtypes}"
+    if result.pooled:
+        pooled = f"the means over heads in {result.pooled} steps are those of the source"
+        words = f"{pooled}, and {words}" if result.cast else f"{pooled}; for the rest {words}"
     yield finding(
         "round trip",
         "pass",

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.fixtures.expectations import archived
 from ckpt_tool.verify.against_transformers import against_transformers
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.parity import BROKEN, findings, lockstep
-from ckpt_tool.verify.prompts import Prompts, prompts_for
+from ckpt_tool.verify.prompts import Prompt, Prompts, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
@@ -50,20 +51,30 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
     with _threads(subject):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
-        rows = prompts_for(subject.config, asked.prompts)
+        rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf))
         readings = _readings(subject, asked, rows)
+        sides = [s for s in (readings.original, readings.converted) if s is not None]
+        inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
+        prompts = with_inputs(rows, inputs, subject.config)
         found = []
         if "parity" in asked.levels:
-            found += _parity(subject, readings, rows, tell)
+            found += _parity(subject, readings, prompts, tell)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
-            ids = [i for i in (asked.checkpoint_id or recorded,) if i]
+            ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
             found += documented(
                 subject, readings.converted, ids, dtype=asked.dtype, device=asked.device, progress=tell
             )
         if asked.against is not None:
-            found += _judged(subject, asked, readings, rows, tell)
+            found += _judged(subject, asked, readings, prompts, tell)
         return found
+
+
+def _named(subject: Subject) -> str | None:
+    """The checkpoint that the source's file is published as, where its name and the vocabulary agree."""
+    if subject.source is None:
+        return None
+    return archived(subject.source.path.name, subject.config.get("vocab_size"))
 
 
 @contextmanager
@@ -108,28 +119,30 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
     return Readings(original, converted, reason)
 
 
-def _parity(subject: Subject, readings: Readings, rows: Mapping[str, list[int]], tell: Tell) -> list[Finding]:
+def _parity(subject: Subject, readings: Readings, prompts: Mapping[str, Prompt], tell: Tell) -> list[Finding]:
     original, converted = readings.original, readings.converted
     if readings.reason is not None or original is None or converted is None:
         status, text = readings.reason or ("skipped", "a side cannot be read")
         return [Finding("parity", "lockstep", status, text)]
     try:
-        result = lockstep(subject, original, converted, rows, tell)
+        result = lockstep(subject, original, converted, prompts, tell)
     except CkptToolError:
         raise
     except BROKEN as error:
         text = f"the original's own pass cannot run: {type(error).__name__}: {error}"
         return [Finding("parity", "lockstep", "skipped", text)]
-    return findings(result, original, converted, rows)
+    return findings(result, original, converted, prompts)
 
 
 def _judged(
-    subject: Subject, asked: Asked, readings: Readings, rows: Mapping[str, list[int]], tell: Tell
+    subject: Subject, asked: Asked, readings: Readings, prompts: Mapping[str, Prompt], tell: Tell
 ) -> list[Finding]:
     judge = readings.original or readings.converted
-    if judge is None or subject.family is None or not rows:
+    if judge is None or subject.family is None or not prompts:
         text = "neither side can be read, so there is nothing to hold transformers against"
         return [Finding("transformers", "logits", "skipped", text)]
     if readings.original is not None and readings.reason is not None and readings.reason[0] == "skipped":
         return [Finding("transformers", "logits", "skipped", readings.reason[1])]
-    return against_transformers(subject, judge, rows, dtype=asked.dtype, device=asked.device, progress=tell)
+    return against_transformers(
+        subject, judge, prompts, dtype=asked.dtype, device=asked.device, progress=tell
+    )

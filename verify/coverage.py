@@ -125,7 +125,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         data={"carried": len(claimed), "dropped": len(plan.dropped)},
     )
     wrong, expected = [], {}
-    for want in (t for f in plan.outputs for t in f.tensors):
+    for want in (t for f in plan.outputs for t in f.held):
         found = subject.target(want.file, want.name)
         if found is None:
             wrong.append(finding("target tensors", "fail", "expected this tensor, found none", want.name))

@@ -4,17 +4,17 @@ makes the difference vanish is the answer, with the numbers before and after."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ckpt_tool.verify.bits import compare
-from ckpt_tool.verify.measure import Bar, Distance, distance
+from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.mistakes import short, to_undo
 from ckpt_tool.verify.report import Finding, Table
-from ckpt_tool.verify.sides import Phase, Side, phase_text
+from ckpt_tool.verify.sides import Phase, Sample, Side, phase_text
 from ckpt_tool.verify.subject import Subject
 
 ROWS = 8  # wrong embedding rows that are looked up in the original's table
@@ -29,19 +29,21 @@ class Attempt:
     name: str
     after: Distance
     exact: bool
+    config: tuple[str, ...] = ()  # the values of config.json that were changed
 
 
 @dataclass
 class Diagnosis:
     """`before` is the distance as found, `attempts` all that were made, nearest first. `rows` says where in
     the embedding the rows stand that differ, `bits` which of the phase's tensors are not what the source
-    gives."""
+    gives, `foretold` the plan's notes about the value of config.json that explains the difference."""
 
     phase: Phase
     before: Distance
     attempts: list[Attempt]
     rows: str | None
     bits: str | None
+    foretold: tuple[str, ...] = ()
 
     @property
     def cause(self) -> str | None:
@@ -64,7 +66,8 @@ class Diagnosis:
             text = f"none of {len(self.attempts)} known mistakes explains the difference"
             if self.attempts and self.attempts[0].after.nmse < self.before.nmse / 10:
                 text += f"; nearest: {self.attempts[0].name}"
-        text += f"; {self.bits}" if self.bits else ""
+        text += "".join(f"; the plan says: {note}" for note in self.foretold)
+        text += f"; {self.bits}" if self.bits and not self.foretold else ""
         data = {"cause": self.cause, "also": explaining[1:], "rows": self.rows, "bits": self.bits}
         tables = (table,) if self.attempts else ()
         return Finding("diagnosis", "known mistakes", "note", text, where, data=data, tables=tables)
@@ -76,16 +79,15 @@ def diagnose(
     converted: Side,
     phase: Phase,
     shapes: Mapping[str, tuple[int, ...]],
-    inputs: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
+    samples: Mapping[str, Sample],
     bar: Bar,
 ) -> Diagnosis:
-    """`inputs` and `outputs` are the original's activations around the phase by prompt, `shapes` the
-    converted tensors that the phase read."""
-    order = sorted(inputs, key=lambda name: inputs[name].shape[1])
+    """`samples` has the original's activations around the phase by prompt, `shapes` the converted tensors
+    that the phase read."""
+    order = sorted(samples.values(), key=lambda s: s.tokens)
     probe, before = order[-1], Distance(0.0, 0.0, 0, 0.0)
-    for name in order:  # the shortest prompt that shows the difference is where attempts are made
-        probe, before = name, _measure(converted, phase, inputs[name], outputs[name])
+    for sample in order:  # the shortest prompt that shows the difference is where attempts are made
+        probe, before = sample, _measure(converted, phase, sample)
         if not bar.holds(before):
             break
     attempts = []
@@ -94,27 +96,28 @@ def diagnose(
             changed = converted.changed(change)
         except (KeyError, ValueError, IndexError, RuntimeError):
             continue  # does not apply here: another shape, no such tensor
-        after = _measure(changed, phase, inputs[probe], outputs[probe])
+        after = _measure(changed, phase, probe)
         exact = bar.holds(after) and all(
-            bar.holds(_measure(changed, phase, inputs[name], outputs[name]))
-            for name in order
-            if name != probe
+            bar.holds(_measure(changed, phase, s)) for s in order if s is not probe
         )
-        attempts.append(Attempt(change.name, after, exact))
-    attempts += _other_layers(original, converted, phase, inputs[probe], bar)
+        attempts.append(Attempt(change.name, after, exact, tuple(change.config)))
+    attempts += _other_layers(original, converted, phase, probe, bar)
     attempts.sort(key=lambda a: (not a.exact, a.after.nmse))
-    rows = _rows(original, converted, inputs) if phase == "embed" else None
-    return Diagnosis(phase, before, attempts, rows, _bits(subject, shapes))
+    rows = _rows(original, converted, samples.values()) if phase == "embed" else None
+    keys = {key for a in attempts if a.exact for key in a.config}
+    notes = subject.plan.notes if subject.plan is not None else ()
+    foretold = tuple(n for n in notes if keys & set(re.findall(r"\w+", n)))
+    return Diagnosis(phase, before, attempts, rows, _bits(subject, shapes), foretold)
 
 
-def _measure(side: Side, phase: Phase, x: Tensor, wanted: Tensor) -> Distance:
+def _measure(side: Side, phase: Phase, sample: Sample) -> Distance:
     try:
-        return distance(side.run(phase, x), wanted)
+        return sample.of(side.run(phase, sample.x, sample.given))
     except (KeyError, ValueError, IndexError, RuntimeError):
         return Distance(math.inf, math.inf, 0, 0.0)
 
 
-def _other_layers(original: Side, converted: Side, phase: Phase, x: Tensor, bar: Bar) -> list[Attempt]:
+def _other_layers(original: Side, converted: Side, phase: Phase, sample: Sample, bar: Bar) -> list[Attempt]:
     """Does this layer compute what another layer of the original computes? Neighbours, the first and the last
     are tried: each is read for it."""
     if not isinstance(phase, int):
@@ -122,7 +125,8 @@ def _other_layers(original: Side, converted: Side, phase: Phase, x: Tensor, bar:
     n = original.config.n_layers
     made = []
     for other in sorted({phase - 2, phase - 1, phase + 1, phase + 2, 0, n - 1} & set(range(n)) - {phase}):
-        d = _measure(converted, phase, x, original.run(other, x))
+        theirs = replace(sample, wanted=original.run(other, sample.x, sample.given))
+        d = _measure(converted, phase, theirs)
         made.append(Attempt(f"holds the weights of the original's layer {other}", d, bar.holds(d)))
     return made
 
@@ -150,11 +154,11 @@ def _bits(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> str | None
     return f"{len(names)} of {len(steps)} tensors differ from what the source gives: {shown}"
 
 
-def _rows(original: Side, converted: Side, inputs: Mapping[str, Tensor]) -> str | None:
+def _rows(original: Side, converted: Side, samples: Iterable[Sample]) -> str | None:
     """For tokens whose embedding differs: which of the original's rows the converted table holds instead."""
-    device = next(iter(inputs.values())).device
-    ids = torch.tensor(sorted({i for x in inputs.values() for i in x.flatten().tolist()}), device=device)
-    a, b = (side.run("embed", ids[None])[0] for side in (original, converted))
+    device = original.weights[0].device
+    ids = torch.tensor(sorted({i for s in samples for i in s.x.flatten().tolist()}), device=device)
+    a, b = (side.run("embed", ids[:, None])[:, 0] for side in (original, converted))
     wrong = (a != b).any(-1).nonzero().flatten()
     sought = wrong[:ROWS]
     vocabulary = int(converted.raw.get("vocab_size") or 0)
@@ -162,7 +166,7 @@ def _rows(original: Side, converted: Side, inputs: Mapping[str, Tensor]) -> str 
     for start in range(0, vocabulary, TABLE_BLOCK):
         block = torch.arange(start, min(start + TABLE_BLOCK, vocabulary), device=device)
         try:
-            table = original.run("embed", block[None])[0]
+            table = original.run("embed", block[:, None])[:, 0]
         except (IndexError, RuntimeError):
             break
         for k in sought.tolist():

@@ -4,9 +4,7 @@ did not run passes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +12,13 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.fixtures.expectations import Expectation, match
+from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
+from ckpt_tool.verify.prompts import tokenizer_of
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side
 from ckpt_tool.verify.subject import Subject
-from ckpt_tool.verify.weights import largest
 
 LEVEL = "documented"
-WORK_LIMIT = {"cpu": 3e13, "cuda": 3e16}  # floating-point operations for one entry: some minutes
 FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 PRECISION = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 # |delta| allowed when float32 is held against half-precision values, by family, dtype and kind: wider than
@@ -30,30 +28,16 @@ WIDER = {
     ("mistral", "float16", "logits_mean"): 1e-2,
     ("llama", "float16", "logits_slice"): 0.15,
     ("llama", "float16", "logits_mean"): 5e-2,
+    ("megatron_bert", "float16", "hidden_slice"): 2e-2,
+    ("megatron_gpt2", "float16", "logits_slice"): 2e-2,
 }
-FLOAT32_ATOL = 1e-3  # float32 against float32 of other hardware
-
-
-class Skip(Exception):
-    """Why an entry cannot be run here."""
-
-
-class Contradiction(Exception):
-    """What makes it plain, without running anything, that the checkpoint is not the documented one."""
-
-
-@dataclass(frozen=True)
-class Runner:
-    """The converted side, ready to answer entries; `tokenizer` encodes text, None where there is none."""
-
-    subject: Subject
-    side: Side
-    dtype: str
-    device: str
-    tokenizer: Any
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.side.forward(ids)
+FLOAT32_ATOL = {"hidden_slice": 5e-4}  # float32 against float32 of other hardware; the others:
+LOGITS_ATOL = 1e-3
+LOSS_BAR = 0.005 + 1e-4  # two digits are documented, and sums are added in another order
+UNSTATED = {
+    "metric": "a figure of quality over a data set, not of one prompt",
+    "encoding": "needs more of a tokenizer than encoding one text",
+}
 
 
 def finding(check: str, status: Status, message: str, **more: Any) -> Finding:
@@ -78,7 +62,7 @@ def documented(
     if not entries:
         return [finding("documented values", "skipped", f"nothing is documented for {', '.join(ids)}")]
     made, doubtful = [], [e.id for e in entries if not e.shown]
-    runner = None if side is None else Runner(subject, side, dtype, device, _tokenizer(subject))
+    runner = None if side is None else Runner(subject, side, dtype, device, tokenizer_of(subject.hf))
     for entry in (e for e in entries if e.shown):
         if progress is not None:
             progress(f"documented: {entry.id}")
@@ -90,36 +74,27 @@ def documented(
             made.append(finding(entry.id, "skipped", str(reason)))
         except Contradiction as reason:
             made.append(_verdict(entry, False, str(reason)))
+    words = runner.masked_word() if runner is not None else None
+    if words is not None:
+        made.append(finding("masked word", "note", f"{words}; no value is documented"))
     if doubtful:
         text = f"{len(doubtful)} documented values are doubtful or known wrong and never decide"
         made.append(finding("doubtful", "note", text, where=", ".join(doubtful[:4]), data={"ids": doubtful}))
     return made
 
 
-def _tokenizer(subject: Subject) -> Any:
-    """tokenizer.json of the Hugging Face side through the `tokenizers` library; None without either."""
-    if subject.hf is None or "tokenizer.json" not in subject.hf.documents:
-        return None
-    try:
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_str(subject.hf.documents["tokenizer.json"].read(64 << 20).decode())
-    except Exception:  # the library raises bare Exception for a file that it cannot read
-        return None
-
-
 def _run(entry: Expectation, runner: Runner | None, subject: Subject) -> Finding:
     if entry.head == "tokenizer":
-        return _encode(entry, _tokenizer(subject) if runner is None else runner.tokenizer)
+        return _encode(entry, tokenizer_of(subject.hf) if runner is None else runner.tokenizer)
     assert runner is not None
     kind = entry.expected.kind
-    if kind in ("logits_slice", "logits_mean"):
-        return _logits(entry, runner)
-    if kind == "loss":
-        return _loss(entry, runner)
-    if kind in ("token_ids", "text"):
-        return _generation(entry, runner)
-    raise Skip(f"values of kind {kind} are not run by this level")
+    if kind == "invariant":
+        raise Skip(f"a rule in words, about the library that generates: {entry.expected.more.get('rule')}")
+    if kind in UNSTATED:
+        raise Skip(UNSTATED[kind])
+    if kind == "text" and entry.head in ("masked_lm", "question_answering"):
+        return _words(entry, runner)
+    return RUN[kind](entry, runner)
 
 
 def _verdict(entry: Expectation, holds: bool, message: str, **more: Any) -> Finding:
@@ -132,48 +107,13 @@ def _verdict(entry: Expectation, holds: bool, message: str, **more: Any) -> Find
     return finding(entry.id, "note", f"{message}; {words}, and is {entry.status}: no gate", data=data, **more)
 
 
-def _rows(entry: Expectation, runner: Runner) -> list[list[int]]:
-    rows = entry.input_ids
-    if rows is None:
-        text = entry.input.get("text")
-        if not isinstance(text, str):
-            raise Skip("the entry gives no token ids and no single text")
-        if runner.tokenizer is None:
-            raise Skip("the entry gives text only, and the output has no tokenizer.json that can be read")
-        rows = [runner.tokenizer.encode(text).ids]
-    vocabulary, largest_id = int(runner.subject.config.get("vocab_size") or 0), max(map(max, rows))
-    if largest_id >= vocabulary:
-        raise Contradiction(f"expected a vocabulary that has token {largest_id}, found {vocabulary} words")
-    mask = entry.input.get("attention_mask")
-    if mask is not None and any(0 in row for row in mask):
-        raise Skip("the batch is padded, and this reading takes no mask")
-    return rows
-
-
-def _affordable(runner: Runner, tokens: int) -> None:
-    """Skip what would take too long or too much memory, with the numbers."""
-    assert runner.subject.hf is not None
-    parameters = sum(t.numel for t in runner.subject.hf)
-    work = 2.0 * parameters * tokens
-    kind = "cuda" if runner.device.startswith("cuda") else "cpu"
-    if work > WORK_LIMIT[kind]:
-        raise Skip(
-            f"too big: about {work / 1e12:,.0f} TFLOP on {kind} for {tokens} tokens through "
-            f"{parameters / 1e9:.1f} G weights, the limit is {WORK_LIMIT[kind] / 1e12:,.0f}"
-        )
-    need = largest(runner.subject.hf, torch.empty(0, dtype=getattr(torch, runner.dtype)).element_size())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if kind == "cpu" and need > free:
-        raise Skip(f"too big: one layer takes {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-
-
 def _tolerance(entry: Expectation, runner: Runner) -> tuple[float, float]:
     """(atol, rtol) for a documented number held against one computed in this dtype."""
     t = entry.tolerance
     if entry.dtype not in PRECISION:
         raise Skip(f"documented in {entry.dtype}, which cannot be computed here")
     if entry.dtype == runner.dtype == "float32":
-        return max(t.atol, FLOAT32_ATOL), t.rtol
+        return max(t.atol, FLOAT32_ATOL.get(entry.expected.kind, LOGITS_ATOL)), t.rtol
     if entry.dtype == runner.dtype:
         return t.atol, t.rtol
     wider = WIDER.get((entry.family, entry.dtype, entry.expected.kind))
@@ -182,41 +122,167 @@ def _tolerance(entry: Expectation, runner: Runner) -> tuple[float, float]:
     return max(wider, t.atol), t.rtol
 
 
-def _logits(entry: Expectation, runner: Runner) -> Finding:
+def _numbers(entry: Expectation, runner: Runner) -> Finding:
+    """A slice or single points of a result, or means over the vocabulary; at padded positions nothing."""
     atol, rtol = _tolerance(entry, runner)
-    rows = _rows(entry, runner)
-    _affordable(runner, sum(map(len, rows)))
-    if len({len(r) for r in rows}) > 1:
-        raise Skip("rows of different lengths")
-    logits = runner.forward(torch.tensor(rows, device=runner.device)).double().cpu()
     expected = entry.expected
+    batch = runner.batch(entry)
+    default = "last_hidden_state" if entry.head == "base_model" else "logits"
+    result = runner.result(entry, batch, default).double().cpu()
     if expected.kind == "logits_mean":
-        logits = logits.mean(-1)
+        result = result.mean(-1)
+    elif expected.reduce is not None:
+        raise Skip(f"documented after a reduction: {expected.reduce}")
+    real = torch.ones(result.shape, dtype=torch.bool)
+    if "mask" in batch.given and result.shape[:2] == batch.ids.shape:
+        real = (
+            batch.given["mask"].bool().cpu().view(*batch.ids.shape, *[1] * (result.ndim - 2)).expand_as(real)
+        )
+    values = torch.tensor(expected.values, dtype=torch.float64)
     try:
-        found = logits if expected.index is None else logits[expected.index]
-        values = torch.tensor(expected.values, dtype=torch.float64)
-        delta = (found.reshape(values.shape) - values).abs()
+        found, real = _part(result, entry), _part(real, entry)
+        delta = (found.reshape(values.shape) - values).abs()[real.reshape(values.shape)]
     except (IndexError, RuntimeError):
-        raise Skip(f"documented for a result of another shape than {tuple(logits.shape)}") from None
-    over = delta - (atol + rtol * values.abs())
-    worst = int(over.flatten().argmax())
-    bar = float((atol + rtol * values.abs()).flatten()[worst])
-    worst_delta = float(delta.flatten()[worst])
-    text = f"{values.numel()} documented values of {expected.kind}, computed in {runner.dtype}"
-    return _verdict(entry, bool((over <= 0).all()), text, measured=worst_delta, bar=bar)
+        raise Skip(f"documented for a result of another shape than {tuple(result.shape)}") from None
+    if not delta.numel():
+        raise Skip("documented at padded positions only")
+    bars = (atol + rtol * values.abs())[real.reshape(values.shape)]
+    worst = int((delta - bars).argmax())
+    text = f"{delta.numel()} documented values of {expected.kind}, computed in {runner.dtype}"
+    if delta.numel() < values.numel():
+        text += f"; {values.numel() - delta.numel()} at padded positions are left out"
+    return _verdict(
+        entry, bool((delta <= bars).all()), text, measured=float(delta[worst]), bar=float(bars[worst])
+    )
+
+
+def _part(x: Tensor, entry: Expectation) -> Tensor:
+    points, index = entry.expected.points, entry.expected.index
+    if points is not None:
+        return x[tuple(torch.tensor(p) for p in zip(*points, strict=True))]
+    return x if index is None else x[index]
 
 
 def _loss(entry: Expectation, runner: Runner) -> Finding:
-    rows = _rows(entry, runner)
-    _affordable(runner, sum(map(len, rows)))
-    if entry.labels is not None and entry.labels != rows:
-        raise Skip("the labels are not the input ids")
-    ids = torch.tensor(rows, device=runner.device)
-    found = reference.loss(runner.forward(ids), ids)
+    found = runner.loss(entry)
     want = float(entry.expected.values)
-    bar = max(0.005, entry.tolerance.atol)
+    bar = max(LOSS_BAR, entry.tolerance.atol)
     text = f"loss {found:.4f}, documented {want}"
     return _verdict(entry, abs(found - want) <= bar, text, measured=abs(found - want), bar=bar)
+
+
+def _inequality(entry: Expectation, runner: Runner) -> Finding:
+    result = runner.result(entry, runner.batch(entry)).double().cpu()
+    left, right, op = (entry.expected.more[k] for k in ("left", "right", "op"))
+    try:
+        a, b = float(result[tuple(left)]), float(result[tuple(right)])
+    except (IndexError, ValueError):
+        raise Skip(f"documented for a result of another shape than {tuple(result.shape)}") from None
+    text = f"expected {left} {op} {right}, found {a:.4g} and {b:.4g}"
+    return _verdict(entry, a < b if op == "<" else a > b, text, measured=abs(a - b), bar=0.0)
+
+
+def _labels(entry: Expectation, runner: Runner) -> Finding:
+    """Classes of the whole row or of each token, by their names; the words most likely in one place."""
+    _precise_enough(entry, runner)
+    expected = entry.expected
+    result = runner.result(entry, runner.batch(entry)).double().cpu()
+    op, position = str(expected.more.get("op", "argmax")), expected.more.get("position")
+    if position is not None:
+        return _likeliest(entry, runner, result[0, position])
+    if op != "argmax" or "index" in expected.more:
+        raise Skip(f"labels by another rule than argmax: {op}")
+    found = [runner.label(i) for i in result.argmax(-1).flatten().tolist()]
+    want = expected.values if isinstance(expected.values, list) else [expected.values]
+    return _same(entry, found, [str(w) for w in want])
+
+
+def _likeliest(entry: Expectation, runner: Runner, logits: Tensor) -> Finding:
+    values, more = entry.expected.values, entry.expected.more
+    want = more.get("derived_token_ids")
+    if want is None:
+        if runner.tokenizer is None:
+            raise Skip("the documented words have no ids, and the output has no tokenizer.json")
+        words = values if isinstance(values, list) else [values]
+        encoded = [runner.tokenizer.encode(w, add_special_tokens=False).ids for w in words]
+        if any(len(ids) != 1 for ids in encoded):
+            raise Skip("a documented word is not one token here")
+        want = [ids[0] for ids in encoded]
+    found = logits.topk(len(want)).indices.tolist()
+    return _same(entry, [str(i) for i in found], [str(i) for i in want])
+
+
+def _words(entry: Expectation, runner: Runner) -> Finding:
+    """The word in a masked place, or the answer to a question as the tokens from the first to the last."""
+    _precise_enough(entry, runner)
+    batch, more = runner.batch(entry), entry.expected.more
+    if entry.head == "masked_lm":
+        if not isinstance(more.get("position"), int):
+            raise Skip("the entry does not say where the masked word is")
+        return _likeliest(entry, runner, runner.result(entry, batch)[0, more["position"]].double().cpu())
+    made = runner.outputs(entry.head, batch)
+    first, last = (int(made[name][0].argmax()) for name in ("start_logits", "end_logits"))
+    span = more.get("derived_answer_span")
+    if span is not None:
+        return _same(entry, [str(first), str(last)], [str(k) for k in span])
+    if runner.tokenizer is None:
+        raise Skip("the documented answer has no positions, and the output has no tokenizer.json")
+    return _same(
+        entry, [runner.tokenizer.decode(batch.ids[0, first : last + 1].tolist())], [entry.expected.values]
+    )
+
+
+def _same(entry: Expectation, found: list[str], want: list[str]) -> Finding:
+    text = f"{', '.join(want[:8])}, as documented"
+    if found != want:
+        text = f"expected {', '.join(want[:8])}, found {', '.join(found[:8])}"
+    return _verdict(entry, found == want, text)
+
+
+def _scores(entry: Expectation, runner: Runner) -> Finding:
+    """Scores of the tokens of a greedy continuation, or of each token of the prompt given those before."""
+    atol, rtol = _tolerance(entry, runner)
+    more, rows = entry.expected.more, runner.unpadded(entry)
+    values = entry.expected.values
+    nested = values if isinstance(values[0], list) else [values]
+    if len(nested) != len(rows):
+        raise Skip(f"scores of {len(nested)} rows for {len(rows)} prompts")
+    worst, bar, holds = 0.0, 0.0, True
+    for row, wanted in zip(rows, nested, strict=True):
+        if entry.head == "generation":
+            if (entry.generate or {}).get("do_sample") or (entry.generate or {}).get("num_beams", 1) != 1:
+                raise Skip("not greedy")
+            runner.affordable((len(row) + len(wanted)) * len(wanted))
+            prompt = torch.tensor([row], device=runner.device)
+            ids = reference.generate(runner.forward, prompt, len(wanted))[0].tolist()
+            documented_ids = more.get("token_ids")
+            if documented_ids is not None and ids[len(row) :] != list(documented_ids):
+                text = f"expected the ids {documented_ids}, found {ids[len(row) :]}"
+                return _verdict(entry, False, text)
+        else:
+            ids = row
+        logits = (
+            runner.result(entry, Batch(torch.tensor([ids], device=runner.device), {}))[0, :-1].double().cpu()
+        )
+        if more.get("normalize_logits"):
+            logits = logits.log_softmax(-1)
+        scores = logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0][-len(wanted) :]
+        if len(scores) != len(wanted):
+            raise Skip(f"documented for {len(wanted)} tokens, the prompt has {len(scores)} after the first")
+        want = torch.tensor(wanted, dtype=torch.float64)
+        delta, bars = (scores - want).abs(), atol + rtol * want.abs()
+        holds &= bool((delta <= bars).all())
+        if float(delta.max()) >= worst:
+            worst, bar = float(delta.max()), float(bars[int(delta.argmax())])
+    text = f"{sum(map(len, nested))} documented scores, computed in {runner.dtype}"
+    return _verdict(entry, holds, text, measured=worst, bar=bar)
+
+
+def _precise_enough(entry: Expectation, runner: Runner) -> None:
+    if PRECISION[runner.dtype] < PRECISION.get(entry.dtype, 0):
+        raise Skip(
+            f"documented in {entry.dtype}, computed in {runner.dtype}: a lower precision may choose another"
+        )
 
 
 def _generation(entry: Expectation, runner: Runner) -> Finding:
@@ -227,17 +293,14 @@ def _generation(entry: Expectation, runner: Runner) -> Finding:
         raise Skip("sampled, not greedy")
     if entry.dtype not in PRECISION:
         raise Skip(f"documented in {entry.dtype}, which cannot be computed here")
-    if PRECISION[runner.dtype] < PRECISION[entry.dtype]:
-        raise Skip(
-            f"documented in {entry.dtype}, computed in {runner.dtype}: a lower precision may choose other ids"
-        )
-    rows = _rows(entry, runner)
+    _precise_enough(entry, runner)
+    rows = runner.unpadded(entry)
     steps = int(options.get("max_new_tokens") or 20)
     want = _wanted(entry, runner, rows)
     if entry.dtype != runner.dtype:
         steps = min(steps, FIRST_IDS)
     steps = min(steps, max(len(w) - len(r) for w, r in zip(want, rows, strict=True)))
-    _affordable(runner, sum(steps * len(r) + steps * steps // 2 for r in rows))
+    runner.affordable(sum(steps * len(r) + steps * steps // 2 for r in rows))
     shortest, asked = steps, 0
     for row, ids in zip(rows, want, strict=True):
         made = reference.generate(runner.forward, torch.tensor([row], device=runner.device), steps)[
@@ -278,6 +341,20 @@ def _wanted(entry: Expectation, runner: Runner, rows: list[list[int]]) -> list[l
             raise Skip("the documented text does not encode to a continuation of the prompt")
         made.append(ids)
     return made
+
+
+RUN: dict[str, Callable[[Expectation, Runner], Finding]] = {
+    "logits_slice": _numbers,
+    "hidden_slice": _numbers,
+    "logits_mean": _numbers,
+    "loss": _loss,
+    "inequality": _inequality,
+    "label": _labels,
+    "labels": _labels,
+    "token_ids": _generation,
+    "text": _generation,
+    "transition_scores": _scores,
+}
 
 
 def _encode(entry: Expectation, tokenizer: Any) -> Finding:

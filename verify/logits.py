@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, LogitDistance, bar_for, distance, logit_distance
 from ckpt_tool.verify.report import Finding, Status, Table, number
+from ckpt_tool.verify.sides import Sample
 
 CANNOT_TELL = "and so is noise alone: this dtype cannot decide, a wider --compute-dtype can"
 
@@ -40,8 +42,55 @@ def compare(found: Tensor, reference: Tensor, noisy: Tensor, ids: Tensor, dtype:
     return Logits(distance(found, reference), measured, bar, ids.shape[1])
 
 
-def finding(level: str, subject: str, results: Mapping[str, Logits], dtype: torch.dtype) -> Finding:
-    """The verdict, and the table behind it; `subject` says whose logits, against which."""
+@dataclass(frozen=True)
+class Pass:
+    """One head's logits of one prompt, `Sample.x` being its ids and `Sample.wanted` the reference's: those
+    found (None where there are none), and the reference's with reversed sums."""
+
+    name: str
+    sample: Sample
+    found: Tensor | None
+    noisy: Tensor
+
+
+def by_prompt(passes: list[Pass], dtype: torch.dtype) -> dict[str, Logits]:
+    """The comparison of each prompt; padding is left out. Where a head gives one result for each row, the
+    noise of a prompt is that of a few numbers, so all prompts share a bar."""
+    made: dict[str, Logits] = {}
+    variance = variance_of([p.sample.wanted for p in passes])
+    samples = [replace(p.sample, variance=variance) for p in passes]
+    shared = [s.of(p.noisy) for s, p in zip(samples, passes, strict=True)] if variance is not None else []
+    for p, s in zip(passes, samples, strict=True):
+        found = p.found
+        if found is None or found.shape != s.wanted.shape:
+            found = torch.full_like(s.wanted, math.nan)
+        wanted, real = s.real(s.wanted), s.real(found)
+        if shared:
+            bar = bar_for(shared, dtype)
+            measured = logit_distance(real, wanted, None, 2 * bar.max_delta)
+            made[p.name] = Logits(s.of(found), measured, bar, wanted.shape[1])
+        else:
+            ids = s.real(s.x[..., None])[..., 0]
+            made[p.name] = compare(real, wanted, s.real(p.noisy), ids, dtype)
+    return made
+
+
+def variance_of(results: list[Tensor]) -> float | None:
+    """Of all prompts where a head gives one result (C,) for each row, which is too few to have one alone."""
+    if any(y.ndim != 2 for y in results):
+        return None
+    return float(torch.cat(results).double().var(correction=0))
+
+
+def finding(
+    level: str,
+    subject: str,
+    results: Mapping[str, Logits],
+    dtype: torch.dtype,
+    where: str | None = None,
+) -> Finding:
+    """The verdict, and the table behind it; `subject` says whose logits, against which, `where` of which head
+    if it is not the first."""
     columns = (
         "prompt", "tokens", "NMSE", "bar", "noise", "|delta|", "|logit|", "at",
         "KL", "top-1", "top-5", "loss",
@@ -77,6 +126,6 @@ def finding(level: str, subject: str, results: Mapping[str, Logits], dtype: torc
     else:
         data["exactness"] = "within noise floor" if status == "pass" else "differs"
     return Finding(
-        level, "logits", status, text,
+        level, "logits", status, text, where,
         measured=worst.distance.nmse, bar=worst.bar.nmse, data=data, tables=(Table(columns, rows),),
     )  # fmt: skip

@@ -10,13 +10,21 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.errors import fail
 
 MANIFEST = "ckpt-tool.json"
-ASKED_FOR = ("--set", "--config")  # how the source of a value begins that the user gave
+ASKED_FOR = (
+    "--set",
+    "--config",
+    "--tokenizer",
+    "--keep-padding",
+)  # how the source of a value begins that the user gave
+
+_FORM = ("tensor_parallel", "pipeline_parallel", "checkpoint_version")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """`crcs` are CRC32s by (file, tensor), `documents` SHA-256 by file name, `config` (value, source) by
-    name, `drift` the tensors whose model-parallel copies differ, `checkpoint_id` a published name."""
+    name, `direction` "to-hf" or "to-original", `drift` the tensors whose model-parallel copies differ,
+    `checkpoint_id` a published name, `form` how a Megatron original was shared out, as family options."""
 
     family: str | None
     crcs: dict[tuple[str, str], int]
@@ -25,11 +33,15 @@ class Manifest:
     options: dict[str, Any]
     drift: frozenset[str]
     checkpoint_id: str | None
+    form: dict[str, Any]
+    direction: str | None
 
     @property
     def settings(self) -> dict[str, Any]:
         """The facts that the user gave when converting."""
-        return {k: value for k, (value, source) in self.config.items() if source.startswith(ASKED_FOR)}
+        asked = self.options.get("settings")
+        shown = {k: value for k, (value, source) in self.config.items() if source.startswith(ASKED_FOR)}
+        return {**(asked if isinstance(asked, dict) else {}), **shown}
 
 
 def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
@@ -56,4 +68,6 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         options=dict(data.get("options") or {}),
         drift=frozenset(str(r["name"]) for r in data.get("replicas") or []),
         checkpoint_id=data.get("checkpoint_id"),
+        direction=data.get("direction"),
+        form={k: v for k, v in (data.get("original") or {}).items() if k in _FORM and v is not None},
     )

@@ -26,9 +26,9 @@ class Distance:
     magnitude: float
 
 
-def distance(found: Tensor, reference: Tensor) -> Distance:
-    """Over all positions and channels of (B, T, C); infinite where anything is not finite or shapes
-    differ."""
+def distance(found: Tensor, reference: Tensor, variance: float | None = None) -> Distance:
+    """Over all positions and channels of (B, T, C); infinite where anything is not finite or shapes differ.
+    `variance` is given where these are too few numbers to have one of their own."""
     magnitude = float(reference.abs().max())
     if found.shape != reference.shape:
         return Distance(math.inf, math.inf, 0, magnitude)
@@ -37,7 +37,9 @@ def distance(found: Tensor, reference: Tensor) -> Distance:
         bad = (~torch.isfinite(delta)).flatten(2).any(-1).any(0)
         return Distance(math.inf, math.inf, int(bad.nonzero()[0]), magnitude)
     per_position = delta.amax(dim=(0, -1))
-    mse, variance = float(delta.double().square().mean()), float(reference.double().var(correction=0))
+    mse = float(delta.double().square().mean())
+    if variance is None:
+        variance = float(reference.double().var(correction=0))
     nmse = 0.0 if mse == 0 else math.inf if variance == 0 else mse / variance
     return Distance(float(delta.max()), nmse, int(per_position.argmax()), magnitude)
 
@@ -56,9 +58,9 @@ class LogitDistance:
     ties: int
 
 
-def logit_distance(found: Tensor, reference: Tensor, ids: Tensor, tie: float) -> LogitDistance:
-    """Logits (1, T, V) of one prompt. Two tokens whose reference logits are nearer than `tie` may change
-    places."""
+def logit_distance(found: Tensor, reference: Tensor, ids: Tensor | None, tie: float) -> LogitDistance:
+    """Logits (1, T, V) of one prompt; `ids` (1, T), or None where the logits are not of tokens. Two tokens
+    whose reference logits are nearer than `tie` may change places."""
     kl, same, ties, shared = 0.0, 0, 0, 0.0
     positions = reference.shape[1]
     k = min(5, reference.shape[-1])
@@ -74,7 +76,9 @@ def logit_distance(found: Tensor, reference: Tensor, ids: Tensor, tie: float) ->
         ties += int((~agree & near).sum())
         top_p, top_q = p.topk(k).indices, q.topk(k).indices
         shared += float((top_p[:, :, None] == top_q[:, None, :]).any(-1).double().mean(-1).sum())
-    loss = abs(_loss(found, ids) - _loss(reference, ids)) if positions > 1 else 0.0
+    loss = 0.0
+    if ids is not None and positions > 1:
+        loss = abs(_loss(found, ids) - _loss(reference, ids))
     return LogitDistance(max(kl, 0.0), same / positions, shared / positions, loss, ties)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations
 from typing import Any
 
@@ -52,11 +53,14 @@ def reorders(plan: Plan | None, layer: int) -> list[Reorder]:
 
 def _reorders(step: Step, layer: int) -> Iterator[Reorder]:
     for target in step.targets:
-        left = step.sources[0].dims
-        if layer_of(target.name) != layer or tuple(a for g in left for a in g) == target.order:
-            continue
+        left = tuple(tuple(a for a in g if a != step.mean) for g in step.sources[0].dims)
         box = target.box(step.sizes)
         sizes = {a: hi - lo for a, (lo, hi) in box.items()}
+        long = {a for a, size in sizes.items() if size > 1}  # the others have no order
+        if layer_of(target.name) != layer or [a for g in left for a in g if a in long] == [
+            a for a in target.order if a in long
+        ]:
+            continue
         group = max(left, key=len)
         yield Reorder(target.name, tuple(a for g in left for a in g), target.order, sizes, group)
 
@@ -81,6 +85,8 @@ def beliefs(r: Reorder, others: Iterable[Reorder]) -> list[Belief]:
     """The wrong ideas about one reordered tensor: first the likeliest."""
     forgot = "rows not permuted for rotary" if r.rotary else "left in the original's order"
     made = [Belief(forgot, r.right, r.sizes)]
+    if set(r.group) == THIRDS:
+        return made  # the rest is `Fused`
     head = r.group[0]
     counts = {o.sizes[o.group[0]] for o in others if o.group} - {r.sizes[head]}
     if len(r.group) > 1:
@@ -117,6 +123,109 @@ def undone(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
         return {r.name: relayout(source, r.sizes, r.left, r.right)}
 
     return make
+
+
+# --- query, key and value in one ------------------------------------------------------------------------
+
+THIRDS = {"t", "n", "h"}  # the axes: query, key and value; heads; channels of a head
+VERSIONS = {("t", "n", "h"): "0", ("n", "h", "t"): "1.0", ("n", "t", "h"): "2.0"}  # Megatron's
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A row of the plan by which the original's rows of query, key and value, which are one tensor there in
+    the axis order `order`, become `names`: side by side along `dim` these hold (t n h). Each of `ranks`
+    tensors of the original has its share of the heads."""
+
+    names: tuple[str, ...]
+    dim: int
+    order: tuple[str, ...]
+    sizes: dict[str, int]
+    ranks: int
+
+    def taken_for(self, order: tuple[str, ...], heads: int, ranks: int) -> Tensor:
+        """Which of the right rows stands where when the original is taken to be of another order or to have
+        another number of heads, on each of `ranks` shares: indices into (t n h)."""
+        n, h = self.sizes["n"], self.sizes["h"]
+        right = torch.arange(3 * n * h).view(3, ranks, n // ranks, h)
+        believed = {"t": 3, "n": heads // ranks, "h": n * h // heads}
+        shares = []
+        for rank in range(ranks):
+            stored = right[:, rank].permute([("t", "n", "h").index(a) for a in self.order]).reshape(-1)
+            split = stored.view([believed[a] for a in order])
+            shares.append(split.permute([order.index(a) for a in ("t", "n", "h")]))
+        return torch.cat(shares, dim=1).reshape(-1)
+
+    @cached_property
+    def mistakes(self) -> list[tuple[str, Tensor]]:
+        """Ways to misread the original that lead to other rows, each with its words."""
+        n = self.sizes["n"]
+        found: list[tuple[str, Tensor]] = []
+        orders = [o for o in VERSIONS if o != self.order] + [
+            o for o in permutations(("t", "n", "h")) if o not in VERSIONS and o != self.order
+        ]
+        for ranks in sorted({1, self.ranks}, reverse=True):
+            as_one = ", all ranks as one" if ranks != self.ranks else ""
+            for order in orders:
+                words = f"query, key and value read in the order ({' '.join(order)})"
+                if order in VERSIONS:
+                    words += f" of checkpoint_version {VERSIONS[order]}"
+                words += f" where it is ({' '.join(self.order)}){as_one}"
+                found.append((words, self.taken_for(order, n, ranks)))
+        for heads in (2 * n, n // 2, 1):
+            if heads > 0 and heads % self.ranks == 0 and (n * self.sizes["h"]) % heads == 0:
+                words = f"query, key and value of {n} heads read as of {heads}"
+                found.append((words, self.taken_for(self.order, heads, self.ranks)))
+        right, seen = torch.arange(3 * n * self.sizes["h"]), list[Tensor]()
+        kept = []
+        for words, rows in found:
+            if not any(torch.equal(rows, other) for other in [right, *seen]):
+                seen.append(rows)
+                kept.append((words, rows))
+        return kept
+
+    def with_rows(self, rows: Tensor) -> Callable[[Tensors], dict[str, Tensor]]:
+        """The tensors with the rows of the right ones in that order."""
+
+        def make(w: Tensors) -> dict[str, Tensor]:
+            parts = [w[name] for name in self.names]
+            whole = torch.cat(parts, dim=self.dim).index_select(self.dim, rows.to(parts[0].device))
+            pieces = torch.split(whole, [p.shape[self.dim] for p in parts], dim=self.dim)
+            return dict(zip(self.names, pieces, strict=True))
+
+        return make
+
+
+def fused(plan: Plan | None, layer: int) -> list[Fused]:
+    """Those of one layer: of the weight, and of the bias."""
+    made = []
+    for step in plan.steps if plan else ():
+        to_hf = step if plan is not None and plan.direction == "to-hf" else step.inverse()
+        if to_hf.compare or to_hf.mean or {layer_of(t.name) for t in to_hf.targets} != {layer}:
+            continue
+        group = next((g for g in to_hf.sources[0].dims if set(g) == THIRDS), None)
+        targets = sorted(to_hf.targets, key=lambda t: t.box(to_hf.sizes).get("t", (0, 0)))
+        dim = next((k for k, g in enumerate(targets[0].dims) if {"n", "h"} <= set(g)), None)
+        if group is None or dim is None or to_hf.sizes["t"] != 3:
+            continue
+        ranks = len({p.box(to_hf.sizes)["n"] for p in to_hf.sources})
+        names = tuple(t.name for t in targets)
+        made.append(Fused(names, dim, tuple(group), {a: to_hf.sizes[a] for a in "nh"}, ranks))
+    return made
+
+
+def misread(found: list[Fused], undo: bool = False) -> list[Change]:
+    """Each way to misread query, key and value, of the weight and the bias together, and of each alone."""
+    made: dict[str, list[tuple[Fused, Callable[[Tensors], dict[str, Tensor]]]]] = {}
+    for f in found:
+        for words, rows in f.mistakes:
+            made.setdefault(words, []).append((f, f.with_rows(rows.argsort() if undo else rows)))
+    changes = []
+    for words, makers in made.items():
+        changes.append(Change(words, together(make for _, make in makers)))
+        if undo and len(makers) > 1:
+            changes += [Change(f"{short(f.names[0])}: {words}", make) for f, make in makers]
+    return changes
 
 
 def together(
@@ -192,11 +301,12 @@ def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Te
 
 
 def perturb(name: str) -> Callable[[Tensors], dict[str, Tensor]]:
-    """The largest element of a vector, one per cent larger."""
+    """The largest element of a vector, one per cent larger; of query, key and value in one, the query's."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name].clone()
-        x[x.abs().argmax()] *= 1.01
+        part = x[: len(x) // 3] if name.endswith(FUSED_BIAS) else x
+        part[part.abs().argmax()] *= 1.01
         return {name: x}
 
     return make
@@ -210,6 +320,13 @@ def roll_rows(name: str, by: int) -> Callable[[Tensors], dict[str, Tensor]]:
 # --- what to plant, what to try -------------------------------------------------------------------------
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+# Without rotary positions a key's bias adds the same to all scores of a query, which softmax takes away; with
+# them its slowly turned channels still add nearly that.
+KEY_BIAS, FUSED_BIAS = (".self.key.bias", ".self_attn.k_proj.bias"), ".c_attn.bias"
+GELU_KEYS = ("hidden_act", "activation_function")
+OTHER_GELU = {"gelu": "gelu_new", "gelu_python": "gelu_new"} | dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu"
+)
 TABLES = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
 
 
@@ -219,11 +336,13 @@ def to_plant(
     """The negative controls of one phase. `shapes` holds the tensors that the phase has read, so that an
     expert that no token was sent to is not blamed for staying unseen."""
     if isinstance(phase, str):
-        made = [Change(f"{short(n)}: vocabulary shifted by one", roll_rows(n, 1))
-                for n, s in shapes.items() if len(s) == 2 and any(t in n for t in TABLES)]  # fmt: skip
+        made = [Change(*_of_matrix(n, s, undo=False)) for n, s in shapes.items() if len(s) == 2]
         made += [
             Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n, s in shapes.items() if len(s) == 1
         ]
+        made += _other_gelus(config)
+        if phase == "head" and config.get("tie_word_embeddings") is False:
+            made.append(Change("output layer tied to the embedding", config={"tie_word_embeddings": True}))
         return made
     found = [r for r in reorders(plan, phase) if r.name in shapes]
     made = []
@@ -231,6 +350,7 @@ def to_plant(
         for b in beliefs(r, found):
             if b.order == r.right or b.sizes != r.sizes:
                 made.append(Change(f"{short(r.name)} {b.words}", planted(r, b)))
+    made += misread(fused(plan, phase))[:2]
     swaps = exchanges(shapes, shapes, phase)
     kinds = {"experts": [c for c in swaps if c.name.startswith("experts")][:1]}
     kinds["others"] = [c for c in swaps if not c.name.startswith("experts")][:4]
@@ -238,7 +358,8 @@ def to_plant(
     matrices = [n for n, s in shapes.items() if len(s) == 2]
     square = [n for n in matrices if shapes[n][0] == shapes[n][1]] or matrices[-1:]
     made += [Change(f"{short(n)} transposed", transpose(n)) for n in square[:2]]
-    made += [Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n, s in shapes.items() if len(s) == 1]
+    seen = [n for n, s in shapes.items() if len(s) == 1 and not n.endswith(KEY_BIAS)]
+    made += [Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n in seen]
     if phase > 0:
         return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
     theta = rope_theta(config)
@@ -247,7 +368,28 @@ def to_plant(
     for key in EPS_KEYS:
         if config.get(key):
             made.append(Change(f"{key} ten times as large", config={key: config[key] * 10}))
-    return made
+    return made + _other_gelus(config)
+
+
+def _of_matrix(name: str, shape: tuple[int, ...], undo: bool) -> tuple[str, Callable[..., Any]]:
+    """What goes wrong with a matrix outside of the layers, or what takes it back: an embedding's rows
+    shifted, the two of token types or classes exchanged, another matrix transposed."""
+    if any(t in name for t in TABLES):
+        return f"{short(name)}: vocabulary shifted by one", roll_rows(name, -1 if undo else 1)
+    if shape[0] == 2:
+        return f"{short(name)}: the two rows exchanged", roll_rows(name, 1)
+    if "position" in name or "wpe" in name:
+        return f"{short(name)}: positions shifted by one", roll_rows(name, -1 if undo else 1)
+    return f"{short(name)} transposed", transpose(name, back=undo)
+
+
+def _other_gelus(config: Mapping[str, Any]) -> list[Change]:
+    """The tanh form where erf is meant, and the other way round."""
+    return [
+        Change(f"{key} {other} where it is {config[key]}", config={key: other})
+        for key in GELU_KEYS
+        if (other := OTHER_GELU.get(str(config.get(key))))
+    ]
 
 
 def to_undo(
@@ -263,6 +405,8 @@ def to_undo(
                     for by in (1, -1, 2, -2, 3, -3, 4, -4, 768, -768)
                     if abs(by) < s[0]
                 ]
+            elif len(s) == 2:
+                made.append(Change(*_of_matrix(n, s, undo=True)))
         return [*made, *_config_changes(plan, config, head=phase == "head")]
     found = [r for r in reorders(plan, phase) if r.name in shapes]
     made = [Change(f"{short(r.name)} {b.words}", undone(r, b)) for r in found for b in beliefs(r, found)]
@@ -273,6 +417,7 @@ def to_undo(
                 first = [beliefs(r, found)[0] for r in rotary]
                 makers = [undone(r, b) for r, b in zip(rotary, first, strict=True)]
                 made.append(Change(f"{names} {first[0].words}", together(makers)))
+    made += misread(fused(plan, phase), undo=True)
     made += [
         Change(f"{short(r.name)} permuted twice", planted(r, Belief("", r.right, r.sizes))) for r in found
     ]
@@ -296,6 +441,7 @@ def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = F
         (k, v.value) for k, v in planned.items() if k not in WITHOUT_EFFECT and config.get(k) != v.value
     ]
     values += [(k, v) for k in EPS_KEYS if k in config for v in (1e-5, 1e-6, 1e-12)]
+    values += [(k, v) for k in GELU_KEYS if (v := OTHER_GELU.get(str(config.get(k))))]
     if head:
         values += [("tie_word_embeddings", True), ("tie_word_embeddings", False)]
     else:

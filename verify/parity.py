@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,27 +22,31 @@ from ckpt_tool.verify.diagnose import Diagnosis, diagnose
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
+from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding, Status, Table, number
-from ckpt_tool.verify.sides import Change, Phase, Side, phase_text
+from ckpt_tool.verify.sides import Change, Phase, Sample, Side, phase_text, tensors
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "parity"
 EVERY_ROW = "every row"  # the sweep over the embedding, beside the prompts
-SWEEP = 512  # ids in a row of it
+SWEEP = 512  # ids at once
 DIAGNOSED = 3  # differing phases that are looked into
 BROKEN = (KeyError, IndexError, RuntimeError, ValueError)  # what a pass over tensors that do not fit raises
 
 
 @dataclass
 class Run:
-    """One prompt on its way through the phases: the original's activations, the converted side's own, and the
-    original's with reversed sums. `free` is None once the converted side could not go on."""
+    """One prompt on its way through the phases: its ids and further inputs, the original's activations, the
+    converted side's own, and the original's with reversed sums. `free` is None once the converted side could
+    not go on. `made` has these three for each head."""
 
     name: str
     ids: Tensor
+    given: dict[str, Tensor]
     x: Tensor
     free: Tensor | None
     noisy: Tensor
+    made: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,98 +92,103 @@ class Parity:
     steps: list[Step] = field(default_factory=list)
     controls: Controls = field(default_factory=Controls)
     diagnoses: list[Diagnosis] = field(default_factory=list)
-    logits: dict[str, logits.Logits] = field(default_factory=dict)
+    logits: dict[str, dict[str, logits.Logits]] = field(default_factory=dict)  # by head, by prompt
 
 
 def lockstep(
     subject: Subject,
     original: Side,
     converted: Side,
-    prompts: Mapping[str, list[int]],
+    prompts: Mapping[str, Prompt],
     progress: Callable[[str], None] | None = None,
 ) -> Parity:
     """Run both sides phase by phase over all prompts, one phase's weights in memory at a time."""
     result = Parity()
     weights = original.weights[0]
     runs = []
-    for name, row in prompts.items():
-        ids = torch.tensor([row], device=weights.device)
-        runs.append(Run(name, ids, ids, ids, ids))
+    for name, prompt in prompts.items():
+        ids, given = tensors(prompt, weights.device)
+        runs.append(Run(name, ids, given, ids, ids, ids))
     last = original.config.n_layers - 1
+    heads = ("head", *original.heads)
     for phase in original.phases:
         if progress is not None:
             progress(f"parity: {phase_text(phase)} of {original.config.n_layers} layers")
         with ExitStack() as stack:
             stack.enter_context(original.keep())
             stack.enter_context(converted.keep())
-            inputs = {r.name: r.x for r in runs}
-            step, shapes = _phase(original, converted, phase, runs, weights.dtype)
-            outputs = {r.name: r.x for r in runs}
+            step, shapes, samples = _phase(original, converted, phase, runs, weights.dtype)
             if phase == "embed":
-                _sweep(original, converted, step, inputs, outputs)
+                _sweep(original, converted, step, samples)
             result.steps.append(step)
             if not step.holds and len(result.diagnoses) < DIAGNOSED:
-                cause = diagnose(subject, original, converted, phase, shapes, inputs, outputs, step.bar)
+                cause = diagnose(subject, original, converted, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
-            elif phase in ("embed", 0, last, "head") and step.holds:
+            elif phase in ("embed", 0, last, *heads) and step.holds:
                 changes = to_plant(phase, subject.plan, shapes, subject.config)
-                _control(result.controls, converted, phase, changes, inputs, outputs, step.bar)
-    for r in runs:
-        found = torch.full_like(r.x, math.nan) if r.free is None or r.free.shape != r.x.shape else r.free
-        result.logits[r.name] = logits.compare(found, r.x, r.noisy, r.ids, weights.dtype)
+                _control(result.controls, converted, phase, changes, samples, step.bar)
+    for head in heads:
+        passes = []
+        for r in runs:
+            wanted, free, noisy = r.made[head]
+            passes.append(logits.Pass(r.name, Sample(r.ids, wanted, r.given), free, noisy))
+        result.logits[head] = logits.by_prompt(passes, weights.dtype)
     return result
 
 
 def _phase(
     original: Side, converted: Side, phase: Phase, runs: list[Run], dtype: torch.dtype
-) -> tuple[Step, dict[str, tuple[int, ...]]]:
-    """One phase for every prompt; moves the runs on. Also the shapes of the converted tensors that it
-    read."""
+) -> tuple[Step, dict[str, tuple[int, ...]], dict[str, Sample]]:
+    """One phase for every prompt; moves the runs on, unless it is a head. Also the shapes of the converted
+    tensors that it read, and the samples by prompt."""
     noise, distances, broken = [], {}, None
     before = converted.weights[0].used.copy()
     converted.weights[0].used.clear()
-    for r in runs:
-        y = original.run(phase, r.x)
+    wanted = [original.run(phase, r.x, r.given) for r in runs]
+    variance = logits.variance_of(wanted)
+    samples = {r.name: Sample(r.x, y, r.given, variance) for r, y in zip(runs, wanted, strict=True)}
+    for r, sample in zip(runs, samples.values(), strict=True):
         with ReversedSums():
-            noise.append(distance(original.run(phase, r.x), y))
-            r.noisy = original.run(phase, r.noisy)
+            noise.append(sample.of(original.run(phase, r.x, r.given)))
+            noisy = original.run(phase, r.noisy, r.given)
         try:
-            distances[r.name] = distance(converted.run(phase, r.x), y)
+            distances[r.name] = sample.of(converted.run(phase, r.x, r.given))
         except BROKEN as error:
             broken = f"{type(error).__name__}: {error}"
-            distances[r.name] = Distance(math.inf, math.inf, 0, float(y.abs().max()))
+            distances[r.name] = Distance(math.inf, math.inf, 0, float(sample.wanted.abs().max()))
+        free = None
         if r.free is not None:
-            try:
-                r.free = converted.run(phase, r.free)
-            except BROKEN:
-                r.free = None
-        r.x = y
+            with suppress(*BROKEN):
+                free = converted.run(phase, r.free, r.given)
+        if isinstance(phase, int) or phase == "embed":
+            r.x, r.free, r.noisy = sample.wanted, free, noisy
+        else:
+            r.made[phase] = sample.wanted, free, noisy
     used = converted.weights[0].used
     shapes = {n: i.shape for n, i in converted.weights[0].tensors.items() if n in used}
     used |= before
-    return Step(phase, bar_for(noise, dtype), distances, broken), shapes
+    return Step(phase, bar_for(noise, dtype), distances, broken), shapes, samples
 
 
-def _sweep(
-    original: Side, converted: Side, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> None:
-    """Every row of the embedding, whether a prompt uses it or not, in rows of a length that any model takes.
-    The first block that differs joins `inputs` and `outputs` for the diagnosis."""
+def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample]) -> None:
+    """Every row of the embedding, whether a prompt uses it or not, each as a prompt of its own. The first
+    block that differs joins the samples for the diagnosis."""
     vocabulary = int(converted.raw.get("vocab_size") or 0)
     device = original.weights[0].device
     for start in range(0, vocabulary, SWEEP):
-        ids = torch.arange(start, min(start + SWEEP, vocabulary), device=device).view(1, -1)
+        ids = torch.arange(start, min(start + SWEEP, vocabulary), device=device).view(-1, 1)
         try:
-            y = original.run("embed", ids)
-            d = distance(converted.run("embed", ids), y)
+            sample = Sample(ids, original.run("embed", ids))
+            found = converted.run("embed", ids)
+            d = distance(found.transpose(0, 1), sample.wanted.transpose(0, 1))
         except BROKEN as error:
             step.broken = step.broken or f"{type(error).__name__}: {error}"
             return
         worst = step.distances.get(EVERY_ROW)
         if worst is None or d.nmse > worst.nmse:
             step.distances[EVERY_ROW] = Distance(d.max_delta, d.nmse, start + d.worst, d.magnitude)
-        if not step.bar.holds(d) and EVERY_ROW not in inputs:
-            inputs[EVERY_ROW], outputs[EVERY_ROW] = ids, y
+        if not step.bar.holds(d) and EVERY_ROW not in samples:
+            samples[EVERY_ROW] = sample
 
 
 def _control(
@@ -187,8 +196,7 @@ def _control(
     converted: Side,
     phase: Phase,
     changes: list[Change],
-    inputs: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
+    samples: Mapping[str, Sample],
     bar: Bar,
 ) -> None:
     """Plant each mistake, run the phase on all prompts until one shows it."""
@@ -196,10 +204,12 @@ def _control(
         if not _alters(converted, change):
             continue
         changed = converted.changed(change)
+        if isinstance(phase, str) and change.config and not _reaches(converted, changed, phase, samples):
+            continue
         worst, caught = 0.0, False
-        for name in sorted(inputs, key=lambda n: inputs[n].shape[1]):
+        for sample in sorted(samples.values(), key=lambda s: s.tokens):
             try:
-                d = distance(changed.run(phase, inputs[name]), outputs[name])
+                d = sample.of(changed.run(phase, sample.x, sample.given))
             except BROKEN:
                 worst, caught = math.inf, True
                 break
@@ -220,6 +230,16 @@ def _alters(side: Side, change: Change) -> bool:
     return config != side.config or any(not torch.equal(x, side.ranks[0][n]) for n, x in made.items())
 
 
+def _reaches(side: Side, changed: Side, phase: Phase, samples: Mapping[str, Sample]) -> bool:
+    """Whether a phase depends on what was changed at all: a gelu is not in every head."""
+    first = min(samples.values(), key=lambda s: s.tokens)
+    try:
+        one, other = (s.run(phase, first.x, first.given) for s in (side, changed))
+    except BROKEN:
+        return True
+    return not torch.equal(one, other)
+
+
 # --- findings -------------------------------------------------------------------------------------------
 
 
@@ -227,17 +247,24 @@ def finding(check: str, status: Status, message: str, where: str | None = None, 
     return Finding(LEVEL, check, status, message, where, **more)
 
 
-def findings(
-    result: Parity, original: Side, converted: Side, prompts: Mapping[str, list[int]]
-) -> list[Finding]:
+def findings(result: Parity, original: Side, converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
     """The level's findings, with the diagnosis of what differs."""
     dtype = original.weights[0].dtype
-    whole = logits.finding(LEVEL, "logits of the whole pass", result.logits, dtype)
-    made = [_layers(result, str(dtype).removeprefix("torch.")), whole, _controls(result)]
+    whole = [
+        logits.finding(
+            LEVEL, f"{_of(head)} of the whole pass", found, dtype, None if head == "head" else head
+        )
+        for head, found in result.logits.items()
+    ]
+    made = [_layers(result, str(dtype).removeprefix("torch.")), *whole, _controls(result)]
     if original.config.n_layers != converted.config.n_layers:
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
         made.insert(0, finding("layers", "fail", text, data={"exactness": "differs"}))
     return [*made, *_unseen(converted, prompts), *(d.finding() for d in result.diagnoses)]
+
+
+def _of(head: str) -> str:
+    return "logits" if head == "head" else head.replace("_", " ")
 
 
 def _layers(result: Parity, dtype: str) -> Finding:
@@ -264,11 +291,13 @@ def _layers(result: Parity, dtype: str) -> Finding:
         text = (
             f"the first phase that differs{reason}, {others}; worst in prompt {prompt} at position {d.worst}"
         )
+        foretold = next((c.foretold for c in result.diagnoses if c.phase == first.phase), ())
+        text += "".join(f"; the plan foretells a difference: {note}" for note in foretold)
         return finding(
             "lockstep", "fail", text, phase_text(first.phase),
             measured=d.nmse, bar=first.bar.nmse, tables=(table,),
             data={"exactness": "differs", "first": phase_text(first.phase),
-                  "differing": [phase_text(s.phase) for s in failed]},
+                  "differing": [phase_text(s.phase) for s in failed], "foretold": list(foretold)},
         )  # fmt: skip
     if unsure:
         text = (
@@ -277,9 +306,11 @@ def _layers(result: Parity, dtype: str) -> Finding:
         return finding("lockstep", "skipped", text, tables=(table,))
     worst = max(result.steps, key=lambda s: s.worst[1].nmse)
     d = worst.worst[1]
+    layers = sum(isinstance(s.phase, int) for s in result.steps)
+    heads = "head" if len(result.logits) == 1 else f"{len(result.logits)} heads"
     exactness = "bit-identical" if d.max_delta == 0 else "within noise floor"
     text = (
-        f"embedding, {len(result.steps) - 2} layers and head agree on {len(result.logits)} prompts, {dtype}; "
+        f"embedding, {layers} layers and {heads} agree on {len(result.logits['head'])} prompts, {dtype}; "
         f"largest NMSE in {phase_text(worst.phase)} over a noise floor of {number(worst.bar.noise.nmse)}"
     )
     data = {"exactness": exactness, "phases": len(result.steps)}
@@ -308,11 +339,12 @@ def _controls(result: Parity) -> Finding:
     )
 
 
-def _unseen(converted: Side, prompts: Mapping[str, list[int]]) -> list[Finding]:
+def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
     """What these prompts cannot show; the bits level can."""
     made = []
     weights = converted.weights[0]
-    ids = {i for row in prompts.values() for i in row}
+    rows = [row for prompt in prompts.values() for row in prompt.ids]
+    ids = {i for row in rows for i in row}
     vocabulary = int(converted.raw.get("vocab_size") or 0)
     if len(ids) < vocabulary:
         text = (
@@ -326,7 +358,7 @@ def _unseen(converted: Side, prompts: Mapping[str, list[int]]) -> list[Finding]:
         text = f"{len(unread)} of {len(weights)} tensors were not read by any prompt ({why})"
         made.append(finding("unseen", "note", text, ", ".join(unread[:3]), data={"tensors": unread[:100]}))
     window = converted.raw.get("sliding_window")
-    longest = max(map(len, prompts.values()))
+    longest = max(map(len, rows))
     if isinstance(window, int) and longest <= window:
         text = f"the longest prompt has {longest} tokens and cannot see the sliding window of {window}"
         made.append(finding("unseen", "note", text))

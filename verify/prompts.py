@@ -1,12 +1,15 @@
-"""The prompts of one verification: the fixed ones, one longer than the sliding window, and the user's."""
+"""The prompts of one verification: the fixed ones, one longer than the sliding window, a sentence with a
+masked word, a padded batch for models that take one, and the user's."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse
 from ckpt_tool.errors import fail
 from ckpt_tool.fixtures.prompts import prompts as fixed
@@ -17,8 +20,73 @@ WINDOW_LIMIT = 8192  # tokens; a prompt longer than a wider window costs more th
 BEYOND = 64  # tokens after the first that no longer sees position 0
 
 
+MASKS = ("[MASK]", "<mask>")
+MASKED_TEXT = "The capital of France is {}."  # the example of most documentations of such models
+BATCH = 40  # tokens of the longer row of the padded batch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Rows of token ids of one length, run in one pass. `given` are further inputs of the same shape:
+    `token_types`, and `mask`, which is 1 for tokens and 0 for padding."""
+
+    ids: list[list[int]]
+    given: Mapping[str, list[list[int]]]
+
+
+def with_inputs(
+    rows: Mapping[str, list[int]], inputs: Iterable[str], config: Mapping[str, Any]
+) -> dict[str, Prompt]:
+    """Each row alone, and for a model that takes them two segments, and a batch of two rows of which one is
+    padded."""
+    made = {name: Prompt([row], {}) for name, row in rows.items()}
+    taken = set(inputs) - ({"token_types"} if config.get("type_vocab_size") in (0, 1) else set())
+    if not taken or not {"long", "other"} <= rows.keys():
+        return made
+    one, two = rows["long"][:BATCH], rows["other"]
+    padding = len(one) - len(two)
+    types, mask = (
+        [_halves(one), _halves(two) + [0] * padding],
+        [[1] * len(one), [1] * len(two) + [0] * padding],
+    )
+    if "token_types" in taken:
+        made["segments"] = Prompt([one], {"token_types": types[:1]})
+    if "mask" in taken and padding > 0:
+        pad = config.get("pad_token_id")
+        filled = two + [pad if isinstance(pad, int) else 0] * padding
+        given = {"token_types": types, "mask": mask}
+        made["padded"] = Prompt([one, filled], {k: v for k, v in given.items() if k in taken})
+    return made
+
+
+def _halves(row: list[int]) -> list[int]:
+    """Token types of two segments, of which the first is the shorter."""
+    first = len(row) // 3
+    return [0] * first + [1] * (len(row) - first)
+
+
+def masked_row(tokenizer: Any) -> dict[str, list[int]]:
+    """The prompt of a masked word for a tokenizer that has a token for it."""
+    word = (
+        None if tokenizer is None else next((m for m in MASKS if tokenizer.token_to_id(m) is not None), None)
+    )
+    return {} if word is None else {"masked": list(tokenizer.encode(MASKED_TEXT.format(word)).ids)}
+
+
+def tokenizer_of(checkpoint: Checkpoint | None) -> Any:
+    """tokenizer.json of the Hugging Face side through the `tokenizers` library; None without either."""
+    if checkpoint is None or "tokenizer.json" not in checkpoint.documents:
+        return None
+    try:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(checkpoint.documents["tokenizer.json"].read(64 << 20).decode())
+    except Exception:  # the library raises bare Exception for a file that it cannot read
+        return None
+
+
 def prompts_for(
-    config: Mapping[str, Any], more: str | os.PathLike[str] | Prompts | None
+    config: Mapping[str, Any], more: str | os.PathLike[str] | Prompts | None, tokenizer: Any = None
 ) -> dict[str, list[int]]:
     """Rows of token ids by name, for the vocabulary of `config`; none where it does not say its size."""
     vocabulary = config.get("vocab_size")
@@ -31,6 +99,9 @@ def prompts_for(
     if isinstance(window, int) and longest <= window < WINDOW_LIMIT:
         more_ids = window + BEYOND - longest
         rows["window"] = rows["long"] + [(17 + 7919 * k * k + 31 * k) % vocabulary for k in range(more_ids)]
+    rows |= {n: row for n, row in masked_row(tokenizer).items() if max(row, default=vocabulary) < vocabulary}
+    table = _positions(config)
+    rows = {name: row[:table] for name, row in rows.items()}
     given = _read(more) if isinstance(more, str | os.PathLike) else more
     if given is not None:
         named = given if isinstance(given, Mapping) else {f"given {k}": r for k, r in enumerate(given)}
@@ -38,8 +109,18 @@ def prompts_for(
             if not row or not all(type(i) is int and 0 <= i < vocabulary for i in row):
                 text = f"expected token ids from 0 to {vocabulary - 1}, found others"
                 fail("usage", text, where=f"prompt {name}")
+            if table is not None and len(row) > table:
+                text = f"expected at most {table} tokens, as many as there are positions, found {len(row)}"
+                fail("usage", text, where=f"prompt {name}")
             rows[name] = list(row)
     return rows
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """How many positions there are where they are rows of a table; None where they have no end."""
+    learned = config.get("position_embedding_type") == "absolute"
+    found = config.get("n_positions", config.get("max_position_embeddings") if learned else None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _read(path: str | os.PathLike[str]) -> Prompts:

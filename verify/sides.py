@@ -1,6 +1,7 @@
 """One side of a comparison: a reading of a layout (a module of reference/), its config, and lazy weights.
 
-A forward pass is a row of phases, "embed", layer 0, 1, ... and "head"; each can be run alone, on any input.
+A forward pass is a row of phases, "embed", layer 0, 1, ..., "head", and the heads that there are besides;
+each can be run alone, on any input.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +19,18 @@ import torch
 from torch import Tensor
 
 import ckpt_tool.reference as reference
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
+from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.verify.measure import Distance, distance
+from ckpt_tool.verify.pooled import pooled_original
+from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import Weights, ranks_of
 
-Phase = int | str  # a layer, or "embed" or "head"
+Phase = int | str  # a layer, or "embed", "head" or the name of a further head
 Tensors = Mapping[str, Tensor]
+NOTHING: Tensors = {}
 
 
 def phase_text(phase: Phase) -> str:
@@ -49,29 +58,53 @@ class Side:
     ranks: Sequence[Tensors] = ()
 
     @property
+    def heads(self) -> dict[str, Callable[..., Tensor]]:
+        """Those beside `head` that the tensors hold, by the names of their logits in transformers."""
+        found = getattr(self.module, "heads", None)
+        return {} if found is None else dict(found(self.ranks, self.config))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a pass takes besides token ids."""
+        found = getattr(self.module, "inputs", None)
+        return () if found is None else tuple(found(self.ranks, self.config))
+
+    @property
     def phases(self) -> list[Phase]:
-        return ["embed", *range(self.config.n_layers), "head"]
+        return ["embed", *range(self.config.n_layers), "head", *self.heads]
 
     @property
     def used(self) -> set[str]:
         return set().union(*(w.used for w in self.weights))
 
-    def run(self, phase: Phase, x: Tensor) -> Tensor:
-        """The output of one phase: x is ids (B, T) for "embed", else (B, T, D)."""
+    def run(self, phase: Phase, x: Tensor, given: Tensors = NOTHING) -> Tensor:
+        """The output of one phase: x is ids (B, T) for "embed", else (B, T, D). `given` are further inputs
+        (B, T) by name; a phase takes those it knows."""
+        m = self.module
         with torch.inference_mode():
             if phase == "embed":
-                out: Tensor = self.module.embed(x, self.ranks, self.config)
-            elif phase == "head":
-                out = self.module.head(x, self.ranks, self.config)
+                out: Tensor = m.embed(x, self.ranks, self.config, **taken(m.embed, given))
+            elif isinstance(phase, int):
+                out = m.layer(x, phase, self.ranks, self.config, **taken(m.layer, given))
             else:
-                out = self.module.layer(x, phase, self.ranks, self.config)
+                head = m.head if phase == "head" else m.heads(self.ranks, self.config)[phase]
+                out = head(x, self.ranks, self.config)
             return out
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
         """Logits (B, T, V), one phase after the other."""
+        return self.run("head", self.encode(ids, given))
+
+    def outputs(self, ids: Tensor, given: Tensors = NOTHING) -> dict[str, Tensor]:
+        """The logits of every head of one pass; those of `forward` are "head"."""
+        x = self.encode(ids, given)
+        return {name: self.run(name, x) for name in ("head", *self.heads)}
+
+    def encode(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
+        """The last layer's output (B, T, D)."""
         x = ids
-        for phase in self.phases:
-            x = self.run(phase, x)
+        for phase in ("embed", *range(self.config.n_layers)):
+            x = self.run(phase, x, given)
         return x
 
     @contextmanager
@@ -93,6 +126,48 @@ class Side:
         return replace(self, config=config, ranks=(ChainMap(made, own),))  # type: ignore[arg-type]
 
 
+def taken(function: Callable[..., Any], given: Tensors) -> dict[str, Tensor]:
+    """Those of `given` that the function has a parameter for."""
+    return {name: x for name, x in given.items() if name in _parameters(function)}
+
+
+@lru_cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(signature(function).parameters)
+
+
+def tensors(prompt: Prompt, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Its ids and its further inputs."""
+    given = {name: torch.tensor(rows, device=device) for name, rows in prompt.given.items()}
+    return torch.tensor(prompt.ids, device=device), given
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt at one phase: what goes in, and what the reference makes of it. `variance` is that of all
+    prompts where the phase gives one result for each row."""
+
+    x: Tensor
+    wanted: Tensor
+    given: Tensors = field(default_factory=dict)
+    variance: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[1]
+
+    def of(self, found: Tensor) -> Distance:
+        """How far `found` is from `wanted`, padding aside."""
+        return distance(self.real(found), self.real(self.wanted), self.variance)
+
+    def real(self, y: Tensor) -> Tensor:
+        """The positions of `y` that are not padding, row after row: (1, positions, C)."""
+        mask = self.given.get("mask")
+        if y.ndim == 2:
+            return y[None]
+        return y if mask is None or y.shape[:2] != mask.shape else y[mask.bool()][None]
+
+
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with other values, also where transformers 5 keeps the rotary ones."""
     made = {**config, **values}
@@ -109,14 +184,21 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
 
 
 def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
-    """The source's own reading. ValueError where the facts in its files and settings are not enough."""
+    """The source's own reading, of its pooled heads where the conversion was asked to pool them. ValueError
+    where the facts in its files and settings are not enough."""
     assert subject.original is not None and subject.family is not None
-    checkpoint = subject.original
+    checkpoint = pooled_original(subject.original, subject.plan)
     module = reference.original(subject.family.name)
-    ranks = ranks_of(checkpoint)
+    staged = subject.family.name.startswith("megatron-") or any(map(is_of_megatron, checkpoint.files))
+    ranks = ranks_of(checkpoint, stages=staged)
     shapes = {name: info.shape for name, info in ranks[0].items()}
-    config = module.Config.from_original(_facts(checkpoint), shapes, len(ranks), subject.settings)
-    return _side(module, config, checkpoint, dtype, device)
+    told = dict(subject.settings)
+    if checkpoint is not subject.original:
+        told["num_key_value_heads"] = subject.config["num_key_value_heads"]
+    if staged and subject.config.get("vocab_size"):
+        told.setdefault("vocab_size", subject.config["vocab_size"])  # rows of padding are not compared
+    config = module.Config.from_original(_facts(checkpoint), shapes, len(ranks), told)
+    return _side(module, config, checkpoint, ranks, dtype, device)
 
 
 def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
@@ -125,25 +207,28 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     (architecture, *_) = subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
     config = module.Config.from_hf(subject.config)
-    return _side(module, config, subject.hf, dtype, device, subject.config)
+    return _side(module, config, subject.hf, ranks_of(subject.hf), dtype, device, subject.config)
 
 
 def _side(
     module: ModuleType,
     config: Any,
     checkpoint: Checkpoint,
+    ranks: Sequence[Mapping[str, TensorInfo]],
     dtype: torch.dtype,
     device: str,
     raw: Mapping[str, Any] | None = None,
 ) -> Side:
-    weights = tuple(Weights(checkpoint, names, dtype, device) for names in ranks_of(checkpoint))
+    weights = tuple(Weights(checkpoint, names, dtype, device) for names in ranks)
     return Side(module, config, weights, raw or {}, weights)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the publisher says about the model: params.json, or what the weight files carry beside the
-    tensors."""
+    tensors, pickled args as plain values among it."""
     for name in ("params.json", "config.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
-    return {k: v for f in checkpoint.files.values() for k, v in f.metadata.items()}
+    first = next(iter(checkpoint.files.values()))
+    found = {k: plain(v) for f in checkpoint.files.values() for k, v in f.metadata.items()}
+    return {**found, **(arguments(first) or {})}

@@ -67,7 +67,9 @@ def opened(
 
 def _subject(out: Checkpoint, src: Checkpoint | None, settings: Mapping[str, Any]) -> Subject:
     manifest = read_manifest(out)
-    hf = next((c for c in (out, src) if c is not None and _is_hf(c)), None)
+    # some originals look like Hugging Face's layout too
+    back = manifest is not None and manifest.direction == "to-original"
+    hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and _is_hf(c)), None)
     original = next((c for c in (out, src) if c is not None and c is not hf), None)
     recorded = {} if manifest is None else manifest.settings
     subject = Subject(
@@ -88,7 +90,9 @@ def _subject(out: Checkpoint, src: Checkpoint | None, settings: Mapping[str, Any
 def _is_hf(checkpoint: Checkpoint) -> bool:
     if "config.json" not in checkpoint.documents:
         return False
-    return any(t.name.startswith(("model.", "transformer.", "lm_head")) for t in checkpoint)
+    return any(
+        t.name.startswith(("model.", "transformer.", "lm_head", "bert.", "embeddings.")) for t in checkpoint
+    )
 
 
 def values_with_sources(subject: Subject) -> dict[str, tuple[Any, str]]:
@@ -151,9 +155,13 @@ def _options(subject: Subject) -> Options:
         settings=subject.settings if subject.direction == "to-hf" else given,
         dtype=recorded.get("dtype"),
         drop=tuple(recorded.get("drop") or ()),
+        gqa=recorded.get("gqa"),
+        family_options=recorded.get("family_options") or {},
     )
     if subject.direction == "to-original":
-        made = replace(made, shards=len(subject.output.files))
+        form = subject.manifest.form if subject.manifest else {}
+        asked = {**made.family_options, **form}
+        made = replace(made, shards=len(subject.output.files), family_options=asked)
     return made
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Folder, Place
+from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
@@ -49,6 +50,11 @@ class ArchiveFolder(Folder):
         inside = [name[len(self.prefix) :] for name in self.members.names if name.startswith(self.prefix)]
         return sorted(name for name in inside if "/" not in name.removeprefix("original/"))
 
+    def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
+        """All of them: they are listed already."""
+        inside = [name[len(self.prefix) :] for name in self.members.names if name.startswith(self.prefix)]
+        return sorted(name for name in inside if "/" in name)
+
     def place(self, name: str) -> Place:
         return self.members.place(self.prefix + name)
 
@@ -83,7 +89,10 @@ def open_archive(path: Path, name: str, format: str, *, spool_dir: Path | None =
 
 
 def _root(members: Members) -> str:
-    """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it."""
+    """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it, and
+    Megatron's rank folders to the archive."""
+    if any(map(is_of_megatron, members.names)):
+        return ""
     parents = {
         str(PurePosixPath(name).parent) for name in members.names if is_weights(PurePosixPath(name).name)
     }

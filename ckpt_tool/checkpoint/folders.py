@@ -57,6 +57,10 @@ class Folder(ABC):
         return name in self.names()
 
     @abstractmethod
+    def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
+        """The files in the folders in it, down to `depth` levels, in folders whose names `enter` accepts."""
+
+    @abstractmethod
     def place(self, name: str) -> Place:
         """Where the file `name` lies; it is a regular file."""
 
@@ -88,6 +92,15 @@ class Directory(Folder):
         found = self._list(self.path)
         if "original" in found and (self.path / "original").is_dir():
             found += [f"original/{name}" for name in self._list(self.path / "original")]
+        return found
+
+    def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
+        found: list[str] = []
+        for name in self._list(self.path) if depth else []:
+            if enter(name) and (self.path / name).is_dir():
+                inner = Directory(self.path / name)
+                files = [n for n in inner._list(inner.path) if not (inner.path / n).is_dir()]
+                found += [f"{name}/{n}" for n in (*files, *inner.below(enter, depth - 1))]
         return found
 
     def _list(self, path: Path) -> list[str]:

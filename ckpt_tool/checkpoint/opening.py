@@ -10,13 +10,21 @@ import re
 import stat
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt_tool.checkpoint.archive import open_archive
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
+from ckpt_tool.checkpoint.megatron import (
+    TRACKER,
+    RankFolders,
+    find_ranks,
+    is_iteration_folder,
+    is_rank_folder,
+    may_hold_ranks,
+)
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_NAME,
@@ -33,8 +41,10 @@ from ckpt_tool.checkpoint.weight_sets import (
     check_complete,
     is_document,
     is_tokenizer,
+    is_weights,
     locate,
     set_of,
+    vocabulary_kind,
 )
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
@@ -102,6 +112,8 @@ def open_checkpoint(
 
 def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: Path | None) -> Checkpoint:
     directory = Directory(path.parent)
+    if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
+        return _open_ranks(*ranks, path, limits)
     numbered = set_of(path.name, [n for n in directory.names() if "/" not in n])
     if numbered is not None:
         check_complete(numbered, file=directory.label, expected=_checklist(directory))
@@ -117,12 +129,18 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
 
 
 def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
-    return _open_folder(Directory(path), path, prefer, limits)
+    directory = Directory(path)
+    if (ranks := _around_rank(directory)) is not None:
+        return _open_ranks(*ranks, path, limits)
+    return _open_folder(directory, path, prefer, limits)
 
 
 def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
     try:
         names = folder.names()
+        ranks = None if prefer == "hf" else _rank_folders(folder)
+        if ranks is not None:
+            return _open_ranks(folder, ranks, path, limits)
         found = locate(
             names, file=folder.label, prefer=prefer, checklist=lambda within: _checklist(folder, within)
         )
@@ -141,6 +159,56 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
     except BaseException:
         folder.close()
         raise
+
+
+def _rank_folders(folder: Folder) -> RankFolders | None:
+    """Megatron's rank folders in `folder`, unless there are other weights beside them."""
+    names = [*folder.names(), *folder.below(may_hold_ranks)]
+    if any(is_weights(n) for n in names if "/" not in n):
+        return None
+
+    def tracker(prefix: str) -> str | None:
+        name = prefix + TRACKER
+        return folder.document(name).read(1024).decode("ascii", "replace") if name in names else None
+
+    return find_ranks(names, label=folder.label, tracker=tracker)
+
+
+def _around_rank(directory: Directory) -> tuple[Folder, RankFolders] | None:
+    """The folder around `directory` and its rank folders, if `directory` is one of them."""
+    absolute = Path(os.path.abspath(directory.path))
+    outer = Directory(absolute.parent)
+    if not is_rank_folder(absolute.name):
+        return None
+    inside = [n for n in outer.below(is_rank_folder, 1) if is_weights(n.rpartition("/")[2])]
+    found = find_ranks(inside, label=outer.label, tracker=lambda _: None)
+    if found is not None and len(found.files) > 1:
+        note = f"{absolute.name} is one of {len(found.files)} ranks; all were opened"
+        found = replace(found, notes=(*found.notes, note))
+    return None if found is None else (outer, found)
+
+
+def _open_ranks(folder: Folder, ranks: RankFolders, path: Path, limits: Limits) -> Checkpoint:
+    chosen = WeightSet("mp_rank_*", ranks.files, None, "original", ranks.notes)
+    checkpoint = _open_set(folder, chosen, path, limits)
+    beside = [*folder.names(), *folder.below(may_hold_ranks)]
+    outer = folder.outer()
+    if (
+        isinstance(folder, Directory)
+        and outer is not None
+        and is_iteration_folder(folder.path.resolve().name)
+    ):
+        _add_documents(checkpoint, outer, [n for n in outer.names() if vocabulary_kind(n)])
+    _add_documents(checkpoint, folder, sorted(beside, key=lambda n: n.count("/")))
+    return checkpoint
+
+
+def _add_documents(checkpoint: Checkpoint, folder: Folder, names: Iterable[str]) -> None:
+    """The documents among `names`, listed without their folders; later ones come before earlier ones."""
+    for name in names:
+        short = name.rpartition("/")[2]
+        if is_document(short):
+            checkpoint.documents[short] = folder.document(name, short)
 
 
 def _open_set(

@@ -107,3 +107,22 @@ def children(value: object) -> Iterator[tuple[str, object]]:
         yield "(arguments)", value.args
         yield "(state)", value.state
         yield "(items)", value.items
+
+
+# Where omegaconf's containers and leaves keep what they wrap.
+_WRAPPED = ("_content", "_val")
+
+
+def plain(value: object, depth: int = 16) -> object:
+    """`value` in dicts, lists, numbers, strings, booleans and None: an inert object becomes the dict of its
+    attributes, one of omegaconf what it wraps. What is none of these, or deeper than `depth`, is left out."""
+    if depth == 0:
+        return None
+    if type(value) is Inert:
+        wrapped = next((key for key in _WRAPPED if key in value.fields), None)
+        return plain(value.fields if wrapped is None else value.fields[wrapped], depth - 1)
+    if isinstance(value, Mapping):
+        return {k: plain(v, depth - 1) for k, v in value.items() if type(k) is str}
+    if isinstance(value, list | tuple):
+        return [plain(v, depth - 1) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else None

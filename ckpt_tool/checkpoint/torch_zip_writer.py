@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.tensor_names import name_problems
@@ -43,6 +44,13 @@ _STORAGES = {
 
 
 @dataclass(frozen=True)
+class Namespace:
+    """An argparse.Namespace, to be written beside the tensors."""
+
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True)
 class _Part:
     """One member: its header at `header`, its data at `data`."""
 
@@ -58,22 +66,37 @@ class TorchZipLayout:
 
     `offsets` are file offsets of the tensors' first bytes, multiples of 64; the bytes are dense and
     little-endian. `size` is the whole file's. `root` names the folder inside the archive that torch gives
-    every member. Fails with `bad-name`.
+    every member. A tensor whose name starts with one of `dicts` and a dot stands in a dict of that name,
+    under the rest of its own: `a.b.c.d` with `dicts` `a` and `a.b` is at `["a"]["b"]["c.d"]`. `beside` are
+    plain values and `Namespace`s of the outermost dict. `constants` are further tensors whose bytes are known
+    already: name to (dtype, shape, bytes). Fails with `bad-name`.
     """
 
-    def __init__(self, tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, root: str = "archive") -> None:
-        fail_all(name_problems((name for name, _, _ in tensors), file=root))
-        if len({name for name, _, _ in tensors}) != len(tensors):
+    def __init__(
+        self,
+        tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+        *,
+        root: str = "archive",
+        dicts: Iterable[str] = (),
+        beside: Mapping[str, object] | None = None,
+        constants: Mapping[str, tuple[str, tuple[int, ...], bytes]] | None = None,
+    ) -> None:
+        known = constants or {}
+        listed = [*tensors, *((name, dtype, shape) for name, (dtype, shape, _) in known.items())]
+        fail_all(name_problems((name for name, _, _ in listed), file=root))
+        if len({name for name, _, _ in listed}) != len(listed):
             raise ValueError("a tensor name is given twice")
         self._parts: dict[str, _Part] = {}  # tensor name -> its member
         self._others: list[_Part] = []
         self._end = 0
         self._root = root
-        self._others.append(self._place("data.pkl", _pickle(tensors)))
+        self._others.append(self._place("data.pkl", _pickle(listed, dicts, beside or {})))
         self._others.append(self._place("byteorder", b"little"))
         for index, (name, dtype, shape) in enumerate(tensors):
             size = prod(shape) * DTYPES[dtype].itemsize
             self._parts[name] = self._place(f"data/{index}", None, size)
+        for index, (_, _, content) in enumerate(known.values(), len(tensors)):
+            self._others.append(self._place(f"data/{index}", content))
         self._others.append(self._place("version", b"3\n"))
         self.offsets = {name: part.data for name, part in self._parts.items()}
         self.directory_offset = self._end
@@ -143,11 +166,50 @@ def _central_header(part: _Part, crc: int) -> bytes:
 # STOP. Opcodes: Python's Lib/pickletools.py.
 
 
-def _pickle(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    items = []
+def _pickle(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], dicts: Iterable[str], beside: Mapping[str, object]
+) -> bytes:
+    tree: dict[str, Any] = dict(beside)
+    prefixes = sorted(set(dicts), key=len)
     for index, (name, dtype, shape) in enumerate(tensors):
-        items.append(_text(name) + _tensor(str(index), dtype, shape))
-    return b"\x80\x02}(" + b"".join(items) + b"u."
+        inner, done = tree, 0
+        for prefix in prefixes:
+            if name.startswith(prefix + ".") and prefix.startswith(name[:done]):
+                inner = inner.setdefault(prefix[done:], {})
+                done = len(prefix) + 1
+        if name[done:] in inner:
+            raise ValueError(f"{name}: something else stands there already")
+        inner[name[done:]] = _Pickled(_tensor(str(index), dtype, shape))
+    return b"\x80\x02" + _value(tree) + b"."
+
+
+class _Pickled(bytes):
+    """A value in its opcodes."""
+
+
+def _value(value: object) -> bytes:
+    match value:
+        case _Pickled():
+            return bytes(value)
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return _integer(value)
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            return _text(value)
+        case list() | tuple():
+            ends = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
+            return ends[0] + b"".join(map(_value, value)) + ends[1]
+        case Mapping():
+            items = b"".join(_text(str(k)) + _value(v) for k, v in value.items())
+            return b"}(" + items + b"u" if items else b"}"
+        case Namespace():
+            return _global("argparse", "Namespace") + b")\x81" + _value(value.fields) + b"b"
+    raise TypeError(f"expected a plain value, found a {type(value).__name__}")
 
 
 def _tensor(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -180,6 +242,9 @@ def _integers(numbers: Sequence[int]) -> bytes:
 
 
 def _integer(n: int) -> bytes:
+    if n < 0:
+        size = n.bit_length() // 8 + 1
+        return b"\x8a" + size.to_bytes(1, "little") + n.to_bytes(size, "little", signed=True)
     if n < 0x100:
         return b"K" + n.to_bytes(1, "little")
     if n < 0x10000:

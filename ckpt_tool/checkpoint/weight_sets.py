@@ -34,6 +34,7 @@ _DOCUMENTS = frozenset(
         "vocab.json",
         "merges.txt",
         "vocab.txt",
+        "dict.txt",
         "ckpt-tool.json",
         "consolidated.safetensors.index.json",
         "pytorch_model.bin.index.json",
@@ -42,6 +43,8 @@ _DOCUMENTS = frozenset(
     )
 )
 _TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re.ASCII)
+# vocab.txt, and as Megatron's documentation calls them: bert-large-cased-vocab.txt, gpt2-merges.txt
+_VOCABULARY = re.compile(r"([\w.-]{1,80}[-_.])?(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
@@ -71,7 +74,10 @@ _PATTERNS = (
         "original",
         "consolidated.safetensors.index.json",
     ),
-    _pattern("model_optim_rng.pt", r"model_optim_rng\.pt", 0, "original"),
+    _pattern("model_optim_rng.pt", r"model(_optim)?_rng\.pt", 0, "original"),
+    _pattern("reshard-model_part-*.pt", r"reshard-model_part-(?P<number>\d{1,4})\.pt", 0, "original"),
+    _pattern("reshard.pt", r"reshard\.pt", 0, "original"),
+    _pattern("restored.pt", r"restored\.pt", 0, "original"),
     _pattern("model.safetensors", r"model\.safetensors", 0, "hf"),
     _pattern(
         "model-*-of-*.safetensors",
@@ -109,12 +115,22 @@ class WeightSet:
 
 def is_document(name: str) -> bool:
     """Whether `name` (without folders) is a small file that belongs to a checkpoint."""
-    return name in _DOCUMENTS or _TOKENIZER_MODEL.fullmatch(name) is not None
+    return (
+        name in _DOCUMENTS
+        or _TOKENIZER_MODEL.fullmatch(name) is not None
+        or vocabulary_kind(name) is not None
+    )
 
 
 def is_tokenizer(name: str) -> bool:
     """Whether a document alone is enough to make a tokenizer of."""
     return name in TOKENIZERS or _TOKENIZER_MODEL.fullmatch(name) is not None
+
+
+def vocabulary_kind(name: str) -> str | None:
+    """vocab.txt, vocab.json or merges.txt, whatever publishers put before it; None for other names."""
+    found = _VOCABULARY.fullmatch(name)
+    return None if found is None else found["kind"]
 
 
 def is_weights(name: str) -> bool:

@@ -13,13 +13,24 @@ from importlib import import_module
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.plan import Options, Plan
 
-FAMILIES = ("mistral", "mixtral", "llama")
+FAMILIES = (
+    "mistral",
+    "mixtral",
+    "llama",
+    "megatron-bert",
+    "megatron-gpt2",
+    "opt",
+    "codegen",
+    "qwen2",
+)
 
 
 @dataclass(frozen=True)
 class Family:
     """`recognise(checkpoint)` says whether an original checkpoint is of this family, with the reason in
-    words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back."""
+    words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back. `targets` are
+    layouts of other architectures that `plan` can write instead (family option "architecture"), `pools` says
+    whether it can pool key/value heads (`Options.gqa`)."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -27,6 +38,8 @@ class Family:
     recognise: Callable[[Checkpoint], tuple[bool, str]]
     plan: Callable[[Checkpoint, Options], Plan]
     plan_original: Callable[[Checkpoint, Options], Plan]
+    targets: tuple[str, ...] = ()
+    pools: bool = False
 
 
 def family(name: str) -> Family:

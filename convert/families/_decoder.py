@@ -17,6 +17,7 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.families._download import Download, layer_count
+from ckpt_tool.convert.families._heads import pooled
 from ckpt_tool.convert.layout import Rule, Step, expand
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import (
@@ -199,7 +200,7 @@ def _copies(sizes: Mapping[str, Value], ranks: int) -> list[str]:
     return [f"{text}: written once, the copies compared"]
 
 
-def _layer_problems(sizes: Mapping[str, Value], found: int) -> list[Problem]:
+def layer_problems(sizes: Mapping[str, Value], found: int) -> list[Problem]:
     layers = sizes["num_hidden_layers"]
     if layers.value == found:
         return []
@@ -239,7 +240,7 @@ def _check_ranks(download: Download, sizes: Mapping[str, Value]) -> None:
     )
 
 
-def _dtype_problems(steps: Iterable[Step]) -> list[Problem]:
+def dtype_problems(steps: Iterable[Step]) -> list[Problem]:
     parts = [p for s in steps for p in s.sources]
     common = Counter(p.dtype for p in parts).most_common(1)
     odd = {p.dtype for p in parts if p.dtype.startswith("F8")} | {d for d, _ in common if d not in _FLOATS}
@@ -282,11 +283,17 @@ def to_hf(
         original=download.places,
         converted=lambda _: ("", dtype),
     )
-    layer_problems = _layer_problems(sizes, download.layers)
+    wrong_layers = layer_problems(sizes, download.layers)
     odd = disagreements(expansion.steps, download.checkpoint, FIELDS)
     if odd:
-        fail_all([*layer_problems, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = [*layer_problems, *_dtype_problems(expansion.steps)]
+        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
+    expansion.problems[:0] = [*wrong_layers, *dtype_problems(expansion.steps)]
+    lossy = []
+    if options.gqa is not None:
+        fewer = pooled(expansion.steps, options.gqa, sizes, ranks=download.ranks)
+        expansion.steps[:] = fewer.steps
+        config = {**config, "num_key_value_heads": fewer.heads}
+        lossy = [fewer.lossy]
     return assemble(
         family=family,
         direction="to-hf",
@@ -296,16 +303,17 @@ def to_hf(
         config=config,
         documents=[
             config_document(config),
-            _generation_config(config),
+            generation_config(config),
             *(OutputDocument(n, d, "the download's tokenizer") for n, d in tokenizer.documents.items()),
         ],
         options=options,
         notes=[*notes, *_copies(sizes, download.ranks), *tokenizer.notes],
+        lossy=lossy,
         original=original,
     )
 
 
-def _generation_config(config: Mapping[str, Value]) -> OutputDocument:
+def generation_config(config: Mapping[str, Value]) -> OutputDocument:
     """What transformers 4 derives from a config: the ids at which generation starts and ends."""
     ids = {k: config[k].value for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
     text = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
@@ -323,7 +331,7 @@ def tokenizer_of(
 ) -> TokenizerResult:
     """The tokenizer files beside the weights, or those the user points to, converted and compared with the
     vocabulary (unless vocab_size is not the tensors': then that is the problem to tell, see `to_hf`)."""
-    documents = _tokenizer_files(download.checkpoint, options)
+    documents = tokenizer_files(download.checkpoint, options)
     values = {k: v.value for k, v in config.items()}
     words = _words(download, config["hidden_size"])
     if words is not None and words.value != values["vocab_size"]:
@@ -331,7 +339,7 @@ def tokenizer_of(
     return tokenizer_documents(documents, family=family, config=values)
 
 
-def _tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
+def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
     if options.tokenizer is None:
         beside = checkpoint.documents.items()
         return {n: d.read(MAX_BYTES) for n, d in beside if is_tokenizer(n.rpartition("/")[2])}
@@ -483,13 +491,13 @@ def to_original(
         original=lambda name: [(f, dtype) for f in home(name)],
         converted=lambda name: (held[name].file, held[name].dtype) if name in held else None,
     )
-    layer_problems = _layer_problems(sizes, layer_count(held, r"model\.layers\.(\d+)\."))
+    wrong_layers = layer_problems(sizes, layer_count(held, r"model\.layers\.(\d+)\."))
     odd = disagreements(expansion.steps, checkpoint, FIELDS, side="targets")
     if odd:
-        fail_all([*layer_problems, *(d.problem(sizes) for d in odd)])
+        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
     inverted = [s.inverse() for s in expansion.steps]
-    expansion.problems[:0] = [*layer_problems, *_dtype_problems(inverted)]
-    tokenizers = original_tokenizer_documents(_tokenizer_files(checkpoint, options))
+    expansion.problems[:0] = [*wrong_layers, *dtype_problems(inverted)]
+    tokenizers = original_tokenizer_documents(tokenizer_files(checkpoint, options))
     missing = [] if tokenizers else ["no original tokenizer file is there; none was written"]
     return assemble(
         family=family,

@@ -251,4 +251,5 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
+    pools=True,
 )

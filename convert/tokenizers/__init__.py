@@ -1,8 +1,8 @@
 """Tokenizer files: from an original download to a Hugging Face folder, and back.
 
 The original file always stays in the folder, byte for byte, so the way back copies it. The Hugging Face
-side is made from it by recipe, without its library: `sentencepiece`, `tekken` and `tiktoken` hold one
-format each.
+side is made from it by recipe, without its library: `sentencepiece`, `tekken`, `tiktoken`, `wordpiece` and
+`gpt2` hold one format each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_tool.convert.tokenizers import sentencepiece, tekken, tiktoken
+from ckpt_tool.convert.tokenizers import gpt2, sentencepiece, tekken, tiktoken, wordpiece
 from ckpt_tool.convert.tokenizers.hf_files import TokenizerResult
 from ckpt_tool.errors import fail
 
@@ -19,6 +19,13 @@ __all__ = ["MAX_BYTES", "TokenizerResult", "original_tokenizer_documents", "toke
 
 MAX_BYTES = tekken.MAX_BYTES  # no tokenizer file may be larger; real ones go up to 19 MB
 _ORIGINAL = re.compile(r"tokenizer\.model(?:\.v[0-9]+(?:m[0-9]+)?)?|tekken\.json", re.ASCII)
+# Families whose vocabularies have names of their own, which publishers put the name of the model before:
+# bert-large-uncased-vocab.txt, gpt2-vocab.json
+_WORDPIECE = ("megatron-bert",)
+_BYTE_LEVEL = tuple(gpt2.USES)
+_VOCABULARY = re.compile(
+    r"(?P<model>(?:[\w.-]{1,80}[-_.])?)(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII
+)
 
 
 def tokenizer_documents(
@@ -26,13 +33,15 @@ def tokenizer_documents(
 ) -> TokenizerResult:
     """The tokenizer of a download as a Hugging Face folder holds it.
 
-    `documents` may hold other files; `tokenizer.model`, `tokenizer.model.vN` and `tekken.json` count.
-    `config` is params.json or config.json as far as known: `vocab_size` (absent or -1: not checked), the
-    context length, and whether rotary frequencies are scaled. Fails with `bad-tokenizer` for a file that is
-    none of the known formats, that contradicts itself or `vocab_size`, or when two different tokenizers are
-    there. Without any tokenizer the result is empty and a note says so.
+    `documents` may hold other files; `tokenizer.model`, `tokenizer.model.vN` and `tekken.json` count, for
+    megatron-bert `vocab.txt` and `*-vocab.txt`, for those of `gpt2.USES` `vocab.json` with `merges.txt`, also
+    with the same word before both. `config` is params.json or config.json as far as known: `vocab_size`
+    (absent or -1: not checked) or `padded_vocab_size`, the context length, whether rotary frequencies are
+    scaled, `tokenizer_type` of Megatron's args and `added_tokens` that follow the vocabulary (to ids). Fails
+    with `bad-tokenizer` for a file that is none of the known formats, that contradicts itself or the sizes,
+    or when two different tokenizers are there. Without any tokenizer the result is empty and a note says so.
     """
-    found = {name: data for name, data in documents.items() if _ORIGINAL.fullmatch(name)}
+    found = _candidates(documents, family)
     if not found:
         return TokenizerResult({}, ["the download has no tokenizer file; none was written"], 0)
     results = {
@@ -40,14 +49,18 @@ def tokenizer_documents(
         for name, data in sorted(found.items())
         if not any(data == found[other] and other > name for other in found)
     }
-    rows = config.get("vocab_size")
-    known = isinstance(rows, int) and not isinstance(rows, bool) and rows > 0
-    fitting = {name: r for name, r in results.items() if not known or r.vocab_size == rows}
+    rows, most = _count(config, "vocab_size"), _count(config, "padded_vocab_size")
+    fitting = {
+        name: r
+        for name, r in results.items()
+        if (rows is None or r.vocab_size == rows) and (most is None or r.vocab_size <= most)
+    }
     if not fitting:
         sizes = " and ".join(f"{r.vocab_size} in {name}" for name, r in results.items())
+        wanted = f"at most {most} ids" if rows is None else f"{rows} ids, as many as the embedding has rows"
         fail(
             "bad-tokenizer",
-            f"expected a tokenizer of {rows} ids, as many as the embedding has rows, found {sizes}",
+            f"expected a tokenizer of {wanted}, found {sizes}",
             file=next(iter(results)),
             hint="a tokenizer of another release is not a part of this one: ids mean other pieces",
         )
@@ -59,16 +72,51 @@ def tokenizer_documents(
         )
     name, result = next(iter(fitting.items()))
     for other in found.keys() - {name}:
-        if found[other] == found[name]:
-            result.documents[other] = found[other]
-        else:
-            result.notes.append(f"{other} is left out: it does not fit the vocabulary of {rows}")
+        if found[other] != found[name]:
+            result.notes.append(f"{other} is left out: it does not fit the vocabulary of {rows or most}")
+        elif _ORIGINAL.fullmatch(other):
+            result.documents[other] = found[other][0]
     return result
 
 
-def _convert(name: str, data: bytes, family: str, config: Mapping[str, Any]) -> TokenizerResult:
-    if len(data) > MAX_BYTES:
-        fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {len(data)}", file=name)
+def _candidates(documents: Mapping[str, bytes], family: str) -> dict[str, tuple[bytes, ...]]:
+    """The files of each tokenizer there is, under the name of the first."""
+    named = {name: m for name in documents if (m := _VOCABULARY.fullmatch(name))}
+    if family in _WORDPIECE:
+        return {name: (documents[name],) for name, m in named.items() if m["kind"] == "vocab.txt"}
+    if family in _BYTE_LEVEL:
+        found: dict[str, tuple[bytes, ...]] = {}
+        for model in {m["model"] for m in named.values() if m["kind"] != "vocab.txt"}:
+            vocab, merges = f"{model}vocab.json", f"{model}merges.txt"
+            for one, other in ((vocab, merges), (merges, vocab)):
+                if other not in documents:
+                    fail("bad-tokenizer", f"expected {other} beside it, found none", file=one)
+            found[vocab] = (documents[vocab], documents[merges])
+        return found
+    return {name: (data,) for name, data in documents.items() if _ORIGINAL.fullmatch(name)}
+
+
+def _count(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _convert(
+    name: str, contents: tuple[bytes, ...], family: str, config: Mapping[str, Any]
+) -> TokenizerResult:
+    for content in contents:
+        if len(content) > MAX_BYTES:
+            fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {len(content)}", file=name)
+    if family in _BYTE_LEVEL:
+        vocab, merges = contents
+        files = (name, name.removesuffix("vocab.json") + "merges.txt")
+        more = config.get("added_tokens")
+        return gpt2.convert(
+            vocab, merges, files=files, config=config, use=gpt2.USES[family], more_tokens=more
+        )
+    (data,) = contents
+    if family in _WORDPIECE:
+        return wordpiece.convert(data, file=name, config=config)
     if name == "tekken.json":
         return tekken.convert(data, file=name)
     if sentencepiece.looks_like(data):
@@ -89,12 +137,19 @@ def _convert(name: str, data: bytes, family: str, config: Mapping[str, Any]) -> 
     )
 
 
-def original_tokenizer_documents(hf_documents: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The original tokenizer files in a Hugging Face folder, under the names a download has them by.
+def original_tokenizer_documents(
+    hf_documents: Mapping[str, bytes], *, family: str | None = None
+) -> dict[str, bytes]:
+    """The original tokenizer files in a Hugging Face folder, under the names a download has them by; those
+    of WordPiece and GPT-2, which any folder may have, only for a `family` that uses them.
 
     Empty when the folder has none, as when it was made by another tool: an original cannot be rebuilt from
     tokenizer.json, which holds no scores.
     """
+    if family in _WORDPIECE or family in _BYTE_LEVEL:
+        names = ("vocab.txt",) if family in _WORDPIECE else ("vocab.json", "merges.txt")
+        held = all(name in hf_documents for name in names)
+        return {name: hf_documents[name] for name in names} if held else {}
     found = {name: data for name, data in hf_documents.items() if _ORIGINAL.fullmatch(name)}
     kept = hf_documents.get("original/tokenizer.model")
     if kept is not None:

@@ -1,0 +1,302 @@
+"""Megatron's checkpoint folders: which files are the ranks of one model, whether all of them are there and
+belong together, and what stands beside the tensors.
+
+    latest_checkpointed_iteration.txt                 `release`, or the number of an iteration
+    iter_0001000/mp_rank_01/model_optim_rng.pt        tensor-parallel rank 1
+    release/mp_rank_01_003/model_optim_rng.pt         tensor-parallel rank 1, pipeline stage 3
+
+Source: NVIDIA/Megatron-LM v1.0 to core_v0.9.0, checkpointing.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
+from ckpt_tool.checkpoint.pickle_records import Inert
+from ckpt_tool.errors import Problem, fail, fail_all, printable
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"  # the development versions of 2022 called it model_rng.pt
+_ITERATION = re.compile(r"iter_\d{7,}|release", re.ASCII)
+# A third number is an expert-parallel rank.
+_RANK = re.compile(r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3,5}))?(?P<expert>_\d{3,5})?", re.ASCII)
+_PATH = re.compile(rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/model(_optim)?_rng\.pt", re.ASCII)
+_SHOWN = 8
+
+# The arguments that say what a model computes and how it was shared out, in the order they are shown.
+ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "kv_channels",
+    "max_position_embeddings",
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+    "orig_vocab_size",
+    "tokenizer_type",
+    "model_parallel_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "layernorm_epsilon",
+    "norm_epsilon",
+    "bias_gelu_fusion",
+    "openai_gelu",
+    "onnx_safe",
+    "swiglu",
+    "attention_softmax_in_fp32",
+    "apply_query_key_layer_scaling",
+    "apply_residual_connection_post_layernorm",
+)
+
+
+@dataclass(frozen=True)
+class RankFolders:
+    """The weight files of one model as paths below the folder given, in the order of ranks, then stages."""
+
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def is_rank_folder(name: str) -> bool:
+    return _RANK.fullmatch(name) is not None
+
+
+def is_iteration_folder(name: str) -> bool:
+    return _ITERATION.fullmatch(name) is not None
+
+
+def may_hold_ranks(folder: str) -> bool:
+    """Whether to look into a folder of this name."""
+    return is_rank_folder(folder) or is_iteration_folder(folder)
+
+
+def is_of_megatron(path: str) -> bool:
+    """Whether a file at this path can only be part of a Megatron checkpoint."""
+    *folders, name = path.split("/")
+    return name == TRACKER or any(may_hold_ranks(f) and f != "release" for f in folders)
+
+
+def find_ranks(
+    names: Collection[str], *, label: str, tracker: Callable[[str], str | None]
+) -> RankFolders | None:
+    """The rank files among `names` (paths below a folder called `label`); None where there are none.
+
+    Of several iterations the one is taken that `tracker(prefix)` names, the text of
+    latest_checkpointed_iteration.txt in the part `prefix` of the folder. Kinds: `missing-shard`,
+    `ambiguous-input`, `bad-config`, `unsupported`.
+    """
+    found: dict[str, dict[str, re.Match[str]]] = {}
+    for name in names:
+        if m := _PATH.fullmatch(name):
+            found.setdefault(m["above"] or "", {})[name] = m
+    if not found:
+        if any(map(is_of_megatron, names)):
+            fail(
+                "missing-shard",
+                f"expected mp_rank_00/{FILE}, found no file of that name",
+                file=label,
+                hint=_hint(names),
+            )
+        return None
+    within, notes = _current(found, label, tracker)
+    matches = list(found[within].values())
+    if expert := next((m for m in matches if m["expert"]), None):
+        fail("unsupported", f"expected no expert-parallel ranks, found {expert['folder']}", file=label)
+    matches.sort(key=_place)
+    _check_grid(matches, label)
+    return RankFolders(tuple(m[0] for m in matches), tuple(notes))
+
+
+def _hint(names: Iterable[str]) -> str | None:
+    if any(n.endswith(("/.metadata", ".distcp")) for n in names):
+        return "this is a torch_dist checkpoint; Megatron's tools write it anew with --ckpt-format torch"
+    return None
+
+
+def _current(
+    found: Mapping[str, object], label: str, tracker: Callable[[str], str | None]
+) -> tuple[str, list[str]]:
+    """The iteration folder to read, as a prefix of names, and what to say about the others."""
+    named: dict[str, str] = {}
+    for above in found:
+        root = above.rstrip("/").rpartition("/")[0]
+        prefix = root + "/" if root else ""
+        text = tracker(prefix) if above else None
+        if text is None:
+            continue
+        text = text.strip()
+        number = re.fullmatch(r"[0-9]{1,12}", text)
+        if number is None and text != "release":
+            message = f"expected `release` or the number of an iteration, found {printable(text, 40)!r}"
+            fail("bad-config", message, file=prefix + TRACKER)
+        named[prefix] = prefix + ("release/" if number is None else f"iter_{int(text):07d}/")
+    if len(named) == 1:
+        ((prefix, within),) = named.items()
+        if within not in found:
+            there = ", ".join(sorted(found)[:_SHOWN])
+            fail(
+                "missing-shard",
+                f"expected {within} as {prefix}{TRACKER} says, found only {there}",
+                file=label,
+            )
+        others = sorted(a for a in found if a != within)
+        aside = f"{TRACKER} says {within.rstrip('/')}; {', '.join(others[:_SHOWN])} left aside"
+        return within, [aside] if others else []
+    if len(found) > 1:
+        fail(
+            "ambiguous-input",
+            f"expected one iteration, or {TRACKER} to say which, found {', '.join(sorted(found)[:_SHOWN])}",
+            file=label,
+            hint="give the folder of the iteration that is meant",
+        )
+    return next(iter(found)), []
+
+
+def _place(m: re.Match[str]) -> tuple[int, int]:
+    return int(m["rank"]), int(m["stage"] or 0)
+
+
+def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
+    """Every stage of every rank once."""
+    places = [_place(m) for m in matches]
+    staged = any(m["stage"] for m in matches)
+    twice = sorted({m["folder"] for m in matches if places.count(_place(m)) > 1})
+    if twice:
+        fail("ambiguous-input", f"expected each rank once, found {' and '.join(twice)}", file=label)
+    ranks, stages = 1 + max(t for t, _ in places), 1 + max(p for _, p in places)
+    if ranks * stages > 16 * len(places) + 64:
+        fail(
+            "missing-shard",
+            f"expected ranks numbered from 0 on, found {len(places)} up to {matches[-1]['folder']}",
+            file=label,
+        )
+    missing = [
+        folder_name(t, p, staged) for t in range(ranks) for p in range(stages) if (t, p) not in set(places)
+    ]
+    if missing:
+        sizes = f"{ranks} tensor-parallel ranks" + (f" x {stages} pipeline stages" if staged else "")
+        fail(
+            "missing-shard",
+            f"expected {sizes}, found {len(places)} of {ranks * stages}: {_list(missing)} not there",
+            file=label,
+        )
+
+
+def folder_name(rank: int, stage: int, staged: bool) -> str:
+    """`staged` where there is more than one pipeline stage."""
+    return f"mp_rank_{rank:02d}_{stage:03d}" if staged else f"mp_rank_{rank:02d}"
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+# --- once they are opened -------------------------------------------------------------------------------
+
+
+def grid(checkpoint: Checkpoint) -> list[list[str]]:
+    """The files as [tensor-parallel rank][pipeline stage]. A file that no rank folder names is alone."""
+    placed: dict[tuple[int, int], str] = {}
+    for name in checkpoint.files:
+        m = _PATH.fullmatch(name)
+        placed[(0, 0) if m is None else _place(m)] = name
+    ranks, stages = 1 + max(t for t, _ in placed), 1 + max(p for _, p in placed)
+    if len(placed) != len(checkpoint.files) or len(placed) != ranks * stages:
+        fail(
+            "ambiguous-input",
+            f"expected the ranks of one Megatron checkpoint, found {_list(list(checkpoint.files))}",
+            file=checkpoint.path.name,
+        )
+    return [[placed[t, p] for p in range(stages)] for t in range(ranks)]
+
+
+def arguments(file: TensorFile) -> dict[str, Any] | None:
+    """The plain values among the pickled args, those of ARGUMENTS first; None where there are no args."""
+    found = file.metadata.get("args")
+    if isinstance(found, Inert):
+        fields: Mapping[Any, Any] = found.fields
+    elif isinstance(found, dict):
+        fields = found
+    else:
+        return None
+    plain = {k: v for k, v in fields.items() if isinstance(k, str) and _is_plain(v)}
+    first = {k: plain[k] for k in ARGUMENTS if k in plain}
+    return {**first, **plain}
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def check_same_run(checkpoint: Checkpoint) -> None:
+    """Fail with `shard-conflict` where the files are of different iterations or versions, or of runs that
+    were shared out otherwise; with `missing-shard` where args speak of more ranks than there are."""
+    rows = grid(checkpoint)
+    names = [name for row in rows for name in row]
+    first = checkpoint.files[names[0]]
+    problems = []
+    for name in names[1:]:
+        file = checkpoint.files[name]
+        for key in ("iteration", "checkpoint_version"):
+            one, two = first.metadata.get(key), file.metadata.get(key)
+            if _is_plain(one) and _is_plain(two) and one != two:
+                message = f"expected {key} {one} as in {first.name}, found {two}"
+                problems.append(Problem("shard-conflict", message, name, key, _TOGETHER))
+        own, other = arguments(first), arguments(file)
+        if (own is None) != (other is None):
+            there, not_there = (first.name, name) if other is None else (name, first.name)
+            message = f"expected args in all ranks or none, found them in {there} and not in {not_there}"
+            problems.append(Problem("shard-conflict", message, name, "args", _TOGETHER))
+            continue
+        odd = [k for k in ARGUMENTS if own is not None and other is not None and own.get(k) != other.get(k)]
+        if odd and own is not None and other is not None:
+            message = f"expected {odd[0]} {own.get(odd[0])} as in {first.name}, found {other.get(odd[0])}"
+            problems.append(Problem("shard-conflict", message, name, f"args: {odd[0]}", _TOGETHER))
+    fail_all(problems)
+    args = arguments(first) or {}
+    ranks, stages = len(rows), len(rows[0])
+    told = {
+        "tensor_model_parallel_size": args.get("tensor_model_parallel_size", args.get("model_parallel_size")),
+        "pipeline_model_parallel_size": args.get("pipeline_model_parallel_size"),
+    }
+    for key, found in zip(told, (ranks, stages), strict=True):
+        wanted = told[key]
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted == found:
+            continue
+        if wanted > found:
+            check_complete(checkpoint, **{"ranks" if key.startswith("tensor") else "stages": wanted}, why=key)
+        message = f"expected {wanted} as args say, found {found}"
+        problems.append(Problem("shard-conflict", message, first.name, f"args: {key}", _TOGETHER))
+    fail_all(problems)
+
+
+_TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
+
+
+def check_complete(checkpoint: Checkpoint, *, ranks: int = 1, stages: int = 1, why: str) -> None:
+    """Fail with `missing-shard`, naming the folders that are not there, unless there are as many; `why` says
+    what the numbers are known from."""
+    rows = grid(checkpoint)
+    ranks, stages = max(ranks, len(rows)), max(stages, len(rows[0]))
+    if ranks * stages > 1 << 20:
+        fail("bad-config", f"expected a number of ranks, found {ranks} x {stages}", where=why)
+    missing = [
+        folder_name(t, p, stages > 1)
+        for t in range(ranks)
+        for p in range(stages)
+        if t >= len(rows) or p >= len(rows[0])
+    ]
+    if missing:
+        fail(
+            "missing-shard",
+            f"expected {ranks} tensor-parallel ranks x {stages} pipeline stages ({why}), found "
+            f"{len(rows)} x {len(rows[0])}: {_list(missing)} not there",
+            file=checkpoint.path.name,
+        )

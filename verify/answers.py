@@ -1,0 +1,234 @@
+"""What the converted model answers to the input of a documented value: rows of tokens through the head that
+the value is of, with what else the entry gives, and the loss of that head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckpt_tool import reference
+from ckpt_tool.fixtures.expectations import Expectation
+from ckpt_tool.reference import losses
+from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS
+from ckpt_tool.verify.sides import Side, taken
+from ckpt_tool.verify.subject import Subject
+from ckpt_tool.verify.weights import largest
+
+WORK_LIMIT = {"cpu": 3e13, "cuda": 3e16}  # floating-point operations for one entry: some minutes
+
+# What the heads with more than `logits` give, by the names of transformers and of the entries.
+RESULTS = {
+    "base_model": ("last_hidden_state", "pooler_output"),
+    "pretraining": ("prediction_logits", "seq_relationship_logits"),
+    "question_answering": ("start_logits", "end_logits"),
+}
+TEXT_INPUTS = {"text", "text_pair", "texts", "add_special_tokens", "padding", "padding_side", "max_length",
+               "pad_token_id", "input_ids", "attention_mask", "token_type_ids", "bos", "eos"}  # fmt: skip
+
+
+class Skip(Exception):
+    """Why an entry cannot be run here."""
+
+
+class Contradiction(Exception):
+    """What makes it plain, without running anything, that the checkpoint is not the documented one."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (B, T) and further inputs of that shape: `mask`, `token_types`."""
+
+    ids: Tensor
+    given: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The converted side, ready to answer entries; `tokenizer` encodes text, None where there is none."""
+
+    subject: Subject
+    side: Side
+    dtype: str
+    device: str
+    tokenizer: Any
+
+    def rows(self, entry: Expectation) -> list[list[int]]:
+        """The entry's token ids, or those of its text."""
+        unknown = set(entry.input) - TEXT_INPUTS
+        if unknown:
+            raise Skip(f"this reading does not take {', '.join(sorted(unknown))}")
+        rows = entry.input_ids
+        if rows is None:
+            rows = [list(self._encoded(entry).ids)]
+        vocabulary, largest_id = int(self.subject.config.get("vocab_size") or 0), max(map(max, rows))
+        if largest_id >= vocabulary:
+            raise Contradiction(
+                f"expected a vocabulary that has token {largest_id}, found {vocabulary} words"
+            )
+        return rows
+
+    def unpadded(self, entry: Expectation) -> list[list[int]]:
+        """Prompts to be continued, each alone and without its padding, which is the same when positions are
+        counted from the first token on."""
+        rows, mask = self.rows(entry), entry.input.get("attention_mask")
+        if mask is None:
+            return rows
+        return [[i for i, kept in zip(r, m, strict=True) if kept] for r, m in zip(rows, mask, strict=True)]
+
+    def batch(self, entry: Expectation) -> Batch:
+        """The entry's rows as one batch."""
+        rows = self.rows(entry)
+        self.affordable(sum(map(len, rows)))
+        if len({len(r) for r in rows}) > 1:
+            raise Skip("rows of different lengths")
+        types = entry.input.get("token_type_ids")
+        if types is None and entry.input_ids is None and "text_pair" in entry.input:
+            types = [list(self._encoded(entry).type_ids)]
+        mask = entry.input.get("attention_mask")
+        given = {}
+        if types is not None and any(map(any, types)):
+            given["token_types"] = torch.tensor(types, device=self.device)
+        if mask is not None and not all(map(all, mask)):
+            given["mask"] = torch.tensor(mask, device=self.device)
+        return Batch(torch.tensor(rows, device=self.device), given)
+
+    def _encoded(self, entry: Expectation) -> Any:
+        text, pair = entry.input.get("text"), entry.input.get("text_pair")
+        if not isinstance(text, str):
+            raise Skip("the entry gives no token ids and no single text")
+        if self.tokenizer is None:
+            raise Skip("the entry gives text only, and the output has no tokenizer.json that can be read")
+        special = entry.input.get("add_special_tokens", True)
+        return self.tokenizer.encode(text, pair, add_special_tokens=special)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.side.forward(ids)
+
+    def outputs(self, head: str, batch: Batch) -> dict[str, Tensor]:
+        """What a head gives, by the names of `RESULTS`, else as `logits`; Skip where the output has no such
+        head."""
+        side, module = self.side, self.side.module
+        known = getattr(module, "HEADS", {})
+        choices = head == "multiple_choice"  # the rows are the choices of one question
+        ids = batch.ids[None] if choices else batch.ids
+        given = {k: x[None] if choices else x for k, x in batch.given.items()}
+        run = module.encode if head in known else module.forward
+        if left := given.keys() - taken(run, given).keys():
+            words = {"mask": "the batch is padded, and this reading takes no mask",
+                     "token_types": "this reading takes no token types"}  # fmt: skip
+            raise Skip("; ".join(words[name] for name in sorted(left)))
+        with torch.inference_mode():
+            if head not in known:
+                if head != "causal_lm":
+                    raise Skip(f"no reading of {module.__name__.rpartition('.')[2]} for the head {head}")
+                return {"logits": module.forward(ids, side.ranks, side.config, **given)}
+            try:
+                found = known[head](
+                    module.encode(ids, side.ranks, side.config, **given), side.ranks, side.config
+                )
+            except KeyError as missing:
+                raise Skip(f"the output does not hold the head {head}: no tensor {missing}") from None
+            if head == "sequence_classification" and hasattr(module, "of_last_token"):
+                found = module.of_last_token(found, ids, self.subject.config.get("pad_token_id"))
+        parts = found if isinstance(found, tuple) else (found,)
+        return dict(zip(RESULTS.get(head, ("logits",)), parts, strict=False))
+
+    def result(self, entry: Expectation, batch: Batch, default: str = "logits") -> Tensor:
+        """The one that the entry is about."""
+        head = "causal_lm" if entry.head == "generation" else entry.head
+        found, name = self.outputs(head, batch), entry.expected.tensor or default
+        if name not in found:
+            raise Skip(f"the head {head} gives {', '.join(found)} here, not {name}")
+        return found[name]
+
+    def affordable(self, tokens: int) -> None:
+        """Skip what would take too long or too much memory, with the numbers."""
+        assert self.subject.hf is not None
+        parameters = sum(t.numel for t in self.subject.hf)
+        work = 2.0 * parameters * tokens
+        kind = "cuda" if self.device.startswith("cuda") else "cpu"
+        if work > WORK_LIMIT[kind]:
+            raise Skip(
+                f"too big: about {work / 1e12:,.0f} TFLOP on {kind} for {tokens} tokens through "
+                f"{parameters / 1e9:.1f} G weights, the limit is {WORK_LIMIT[kind] / 1e12:,.0f}"
+            )
+        need = largest(self.subject.hf, torch.empty(0, dtype=getattr(torch, self.dtype)).element_size())
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if kind == "cpu" and need > free:
+            raise Skip(
+                f"too big: one layer takes {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            )
+
+    def loss(self, entry: Expectation) -> float:
+        """The loss of the entry's head for its labels."""
+        batch = self.batch(entry)
+        made = self.outputs(entry.head, batch)
+        labels, head = entry.labels, entry.head
+        if head == "causal_lm":
+            if labels is not None and labels != batch.ids.tolist():
+                raise Skip("the labels are not the input ids")
+            return reference.loss(made["logits"], batch.ids)
+        if head == "question_answering":
+            first, last = self._labels(entry, "start_positions"), self._labels(entry, "end_positions")
+            return losses.span(made["start_logits"], made["end_logits"], first, last).item()
+        if head == "pretraining":
+            words, order = self._labels(entry, "labels"), self._labels(entry, "next_sentence_label")
+            lm, next_sentence = (made[name] for name in RESULTS[head])
+            return losses.pretraining(lm, next_sentence, words, order).item()
+        logits = made.get("logits")
+        if logits is None:
+            raise Skip(f"no loss is defined for the head {head}")
+        if head == "token_classification" and isinstance(labels, Mapping) and "labels" not in labels:
+            if "argmax" not in str(labels.get("rule")):
+                raise Skip(f"labels by a rule that is not known here: {labels.get('rule')}")
+            return losses.labelled(logits, logits.argmax(-1)).item()
+        name = "next_sentence_label" if head == "next_sentence_prediction" else "labels"
+        wanted = self._labels(entry, name)
+        if head == "sequence_classification":
+            return losses.classification(logits, wanted, self.subject.config.get("problem_type")).item()
+        return losses.labelled(logits, wanted).item()
+
+    def _labels(self, entry: Expectation, name: str) -> Tensor:
+        found = entry.labels.get(name) if isinstance(entry.labels, Mapping) else entry.labels
+        if found is None or name not in (
+            "labels",
+            *(entry.labels if isinstance(entry.labels, Mapping) else ()),
+        ):
+            raise Skip(f"the entry gives no {name}")
+        return torch.tensor(found, device=self.device)
+
+    def label(self, index: int) -> str:
+        """The class of that number, as config.json calls it."""
+        named = self.subject.config.get("id2label") or {}
+        return str(named.get(str(index), named.get(index, f"LABEL_{index}")))
+
+    def masked_word(self) -> str | None:
+        """What a masked language model says in the place of the masked word of a well-known example, in
+        words; None where there is no such head or token."""
+        if self.tokenizer is None or "masked_lm" not in getattr(self.side.module, "HEADS", {}):
+            return None
+        mask = next((m for m in MASKS if self.tokenizer.token_to_id(m) is not None), None)
+        if mask is None:
+            return None
+        text = MASKED_TEXT.format(mask)
+        ids = self.tokenizer.encode(text).ids
+        where = self.tokenizer.token_to_id(mask)
+        vocabulary = int(self.subject.config.get("vocab_size") or 0)
+        if where not in ids or max(ids) >= vocabulary:
+            return None
+        try:
+            self.affordable(len(ids))
+            logits = self.outputs("masked_lm", Batch(torch.tensor([ids], device=self.device), {}))["logits"]
+        except Skip:
+            return None
+        best = logits[0, ids.index(where)].double().softmax(-1).topk(min(5, vocabulary))
+        words = [
+            f"{self.tokenizer.id_to_token(i) or i} {p:.1%}"
+            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return f"{text} -> {', '.join(words)}"
