@@ -27,7 +27,7 @@ CHUNK = 256 * 1024  # bytes moved at a time by a plain copy
 BLOCK = 1 << 20  # bytes of a block that joins or cuts tensors: fewer, larger pieces (benchmarks/README.md)
 PIECE = 16 << 20  # bytes of one plain copy that one worker does in a row
 BATCH = 4 << 20  # bytes of small blocks handed to a worker together
-TILE = 4 << 20  # bytes of a block that exchanges inner axes
+TILE = 16 << 20  # bytes of a block that exchanges inner axes: its runs get longer with its size
 
 Run = tuple[int, int, int]  # first byte, bytes, CRC32
 
