@@ -540,7 +540,9 @@ def test_numbers_that_do_not_fit_are_refused(
 def test_groups_are_only_grouped_where_args_say_so() -> None:
     """num_query_groups is 1 in args that do not group queries."""
     checkpoint, _ = original("megatron-gpt2", told=args(num_query_groups=1, group_query_attention=False))
-    family("megatron-gpt2").plan(checkpoint, WITH_WORDS)
+    plan = family("megatron-gpt2").plan(checkpoint, WITH_WORDS)
+    fused = [s for s in plan.steps if any("c_attn.weight" in p.name for p in s.targets)]
+    assert fused and all({"t", "n", "h"} <= set(s.sizes) for s in fused)
 
 
 @pytest.mark.parametrize(

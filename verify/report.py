@@ -362,7 +362,7 @@ th{font-weight:600;color:#57606a;white-space:nowrap}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .w{font-family:ui-monospace,monospace;
 font-size:.85rem}.s{font-weight:600;white-space:nowrap}.pass{color:#1a7f37}.fail{color:#cf222e}.skipped{color:#9a6700}
-.note{color:#0969da}table.d{width:auto;font-size:.85rem}table.d td{white-space:nowrap}
+.note{color:#0969da}table.d{width:auto;font-size:.8rem}table.d td,table.d th{padding:.2rem .4rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem}
 dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}td,th{border-color:#30363d}
