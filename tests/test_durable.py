@@ -166,7 +166,12 @@ def test_output_names_are_names(name: str, tmp_path: Path) -> None:
     assert hidden(tmp_path) == []
 
 
-def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("supported", [True, False], ids=["renameat2", "plain rename"])
+def test_an_output_that_appears_meanwhile_is_not_replaced(
+    supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not supported:
+        monkeypatch.setattr(disk, "_renameat2", unsupported)
     staging = Staging(tmp_path / "out", ID)
     staging.begin(resume=False)
     (tmp_path / "out").mkdir()
@@ -197,13 +202,6 @@ def test_overwriting_exchanges_and_then_removes_the_old(
 
 def unsupported(*_: object) -> None:
     raise OSError(errno.EINVAL, "the file system does not know it")
-
-
-def test_without_renameat2_an_existing_output_is_still_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "_renameat2", unsupported)
-    test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path)
 
 
 def test_the_old_output_comes_back_if_the_machine_stopped_within_the_fallback(tmp_path: Path) -> None:

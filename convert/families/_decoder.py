@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
@@ -18,6 +17,7 @@ from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.families._download import Download, layer_count
 from ckpt_tool.convert.families._heads import pooled
+from ckpt_tool.convert.families._vocabulary import files_beside_or_asked
 from ckpt_tool.convert.layout import Rule, Step, expand
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import (
@@ -30,7 +30,6 @@ from ckpt_tool.convert.plan import (
     natural,
 )
 from ckpt_tool.convert.tokenizers import (
-    MAX_BYTES,
     TokenizerResult,
     original_tokenizer_documents,
     tokenizer_documents,
@@ -340,25 +339,13 @@ def tokenizer_of(
 
 
 def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
-    if options.tokenizer is None:
-        beside = checkpoint.documents.items()
-        return {n: d.read(MAX_BYTES) for n, d in beside if is_tokenizer(n.rpartition("/")[2])}
-    path = Path(options.tokenizer)
-    files = [p for p in sorted(path.iterdir()) if is_tokenizer(p.name)] if path.is_dir() else [path]
-    if not files:
-        fail("missing-file", "expected a tokenizer file in this folder, found none", file=path.name)
-    return {f.name if is_tokenizer(f.name) else "tokenizer.model": _read(f) for f in files}
-
-
-def _read(file: Path) -> bytes:
-    try:
-        if not file.is_file():
-            fail("missing-file", "expected a tokenizer file, found none", file=file.name, where="--tokenizer")
-        if file.stat().st_size > MAX_BYTES:
-            fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found more", file=file.name)
-        return file.read_bytes()
-    except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=file.name)
+    """A file that the user names may be called anything; it then counts as tokenizer.model."""
+    return files_beside_or_asked(
+        checkpoint,
+        options,
+        lambda name: is_tokenizer(name.rpartition("/")[2]),
+        lambda path: {path.name if is_tokenizer(path.name) else "tokenizer.model": path},
+    )
 
 
 def token_ids(facts: Facts, tokenizer: TokenizerResult, rules: Mapping[str, Value]) -> dict[str, Value]:

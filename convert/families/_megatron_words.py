@@ -12,10 +12,10 @@ from typing import NamedTuple
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer, vocabulary_kind
 from ckpt_tool.convert.families._megatron_names import Original
+from ckpt_tool.convert.families._vocabulary import files_beside_or_asked
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Value
-from ckpt_tool.convert.tokenizers import MAX_BYTES, TokenizerResult, tokenizer_documents
-from ckpt_tool.errors import fail
+from ckpt_tool.convert.tokenizers import TokenizerResult, tokenizer_documents
 
 
 class Published(NamedTuple):
@@ -113,21 +113,7 @@ def read_tokenizer(
 
 
 def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
-    if options.tokenizer is None:
-        beside = checkpoint.documents.items()
-        return {n: d.read(MAX_BYTES) for n, d in beside if _is_vocabulary(n)}
-    path = Path(options.tokenizer)
-    try:
-        found = {p.name: p for p in sorted(path.iterdir())} if path.is_dir() else _with_other_half(path)
-        found = {n: p for n, p in found.items() if _is_vocabulary(n)}
-        if not found:
-            fail("missing-file", "expected a vocabulary, found none", file=path.name, where="--tokenizer")
-        for name, file in found.items():
-            if file.stat().st_size > MAX_BYTES:
-                fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found more", file=name)
-        return {name: file.read_bytes() for name, file in found.items()}
-    except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path.name, where="--tokenizer")
+    return files_beside_or_asked(checkpoint, options, _is_vocabulary, _with_other_half)
 
 
 def _with_other_half(path: Path) -> dict[str, Path]:

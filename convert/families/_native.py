@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
+from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.families import _decoder as decoder
 from ckpt_tool.convert.families._download import Download, layer_count
+from ckpt_tool.convert.families._vocabulary import files_beside_or_asked, in_folder
+from ckpt_tool.convert.layout import Rule, expand
 from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts
-from ckpt_tool.convert.plan import Options, OutputDocument, Value
-from ckpt_tool.convert.tokenizers import MAX_BYTES
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, assemble, config_document
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 GENERATION = "generation_config.json"
@@ -103,26 +104,11 @@ def carried(facts: Facts, config: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
-    """The tokenizer files beside the weights, or those in the folder the user points to, and vocabularies
-    that another word stands before (`gpt2-vocab.json`)."""
-    if options.tokenizer is None:
-        beside = checkpoint.documents.items()
-        return {n: d.read(MAX_BYTES) for n, d in beside if _is_tokenizer(n)}
-    path = Path(options.tokenizer)
-    try:
-        files = sorted(path.iterdir() if path.is_dir() else path.parent.iterdir())
-        found = {f.name: f for f in files if f.is_file() and _is_tokenizer(f.name)}
-        if not found:
-            message = "expected tokenizer files in this folder, found none"
-            fail("missing-file", message, file=path.name, where="--tokenizer")
-        fail_all(
-            Problem("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found more", n)
-            for n, f in found.items()
-            if f.stat().st_size > MAX_BYTES
-        )
-        return {n: f.read_bytes() for n, f in found.items()}
-    except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path.name, where="--tokenizer")
+    """Vocabularies count too where another word stands before (`gpt2-vocab.json`); a file that the user names
+    stands for those of its folder, since one alone is no tokenizer."""
+    return files_beside_or_asked(
+        checkpoint, options, _is_tokenizer, lambda path: in_folder(path.parent, _is_tokenizer)
+    )
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -167,3 +153,52 @@ def weight_file(options: Options, once: Mapping[str, Any], otherwise: str) -> st
 
 def container_of(checkpoint: Checkpoint) -> str:
     return "safetensors" if next(iter(checkpoint.files)).endswith(".safetensors") else "pth"
+
+
+def to_one_file(
+    family: str,
+    checkpoint: Checkpoint,
+    options: Options,
+    *,
+    file: str,
+    rules: Iterable[Rule],
+    axes: Mapping[str, int],
+    layers: Value,
+    layer_number: str,
+    sizes: Mapping[str, Value],
+    fields: Mapping[str, str],
+    ignored: Mapping[str, str],
+    config: Mapping[str, Value],
+    dtype: str,
+) -> Plan:
+    """The way back to an original that is one `file` with a config.json and tokenizer files of its own.
+    `layer_number` finds a layer's number in a tensor's name; `sizes` are checked against the shapes."""
+    held = {t.name: t for t in checkpoint}
+    expansion = expand(
+        rules,
+        axes=axes,
+        indices={"i": layers.value},
+        original=lambda _: [(file, dtype)],
+        converted=lambda name: (held[name].file, held[name].dtype) if name in held else None,
+    )
+    counted = {"num_hidden_layers": layers}
+    wrong_layers = decoder.layer_problems(counted, layer_count(held, layer_number))
+    odd = disagreements(expansion.steps, checkpoint, fields, side="targets")
+    if odd:
+        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
+    expansion.problems[:0] = wrong_layers
+    return assemble(
+        family=family,
+        direction="to-original",
+        checkpoint=checkpoint,
+        expansion=expansion,
+        ignored=ignored,
+        config=config,
+        documents=[
+            config_document(config),
+            generation(checkpoint, config),
+            *copied(tokenizer_files(checkpoint, options)),
+        ],
+        options=options,
+        outputs=[file],
+    )

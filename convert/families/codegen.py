@@ -19,7 +19,7 @@ from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.families import Family, _native
 from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import Download, layer_count
+from ckpt_tool.convert.families._download import Download
 from ckpt_tool.convert.layout import Rule, expand, rule
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import (
@@ -342,34 +342,20 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check()
     full = with_width(sizes)
     file = _native.weight_file(options, once, "pth")
-    held = {t.name: t for t in checkpoint}
-    expansion = expand(
-        table(cores.value, architecture),
+    return _native.to_one_file(
+        "codegen",
+        checkpoint,
+        options,
+        file=file,
+        rules=table(cores.value, architecture),
         axes=axes_of(full, cores.value),
-        indices={"i": sizes["n_layer"].value},
-        original=lambda _: [(file, download.dtype)],
-        converted=lambda name: (held[name].file, held[name].dtype) if name in held else None,
-    )
-    counted = {"num_hidden_layers": sizes["n_layer"]}
-    wrong_layers = decoder.layer_problems(counted, layer_count(held, LAYER_NUMBER))
-    odd = disagreements(expansion.steps, checkpoint, FIELDS, side="targets")
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(full) for d in odd)])
-    expansion.problems[:0] = wrong_layers
-    return assemble(
-        family="codegen",
-        direction="to-original",
-        checkpoint=checkpoint,
-        expansion=expansion,
+        layers=sizes["n_layer"],
+        layer_number=LAYER_NUMBER,
+        sizes=full,
+        fields=FIELDS,
         ignored=IGNORED,
         config=config,
-        documents=[
-            config_document(config),
-            _native.generation(checkpoint, config),
-            *_native.copied(_native.tokenizer_files(checkpoint, options)),
-        ],
-        options=options,
-        outputs=[file],
+        dtype=download.dtype,
     )
 
 

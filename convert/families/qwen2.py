@@ -18,7 +18,7 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.families import Family, _native, _qwen2_core
 from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import Download, layer_count
+from ckpt_tool.convert.families._download import Download
 from ckpt_tool.convert.families._heads import pooled
 from ckpt_tool.convert.layout import Rule, expand, rule
 from ckpt_tool.convert.params import Facts
@@ -231,33 +231,20 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     tied = bool(sizes["tie_word_embeddings"].value)
     apart = HEAD in download.tensors
     file = _native.weight_file(options, once, "safetensors")
-    held = {t.name: t for t in checkpoint}
-    expansion = expand(
-        table(tied=tied and not apart, head=apart or not tied or bool(once.get("head"))),
+    return _native.to_one_file(
+        "qwen2",
+        checkpoint,
+        options,
+        file=file,
+        rules=table(tied=tied and not apart, head=apart or not tied or bool(once.get("head"))),
         axes=axes_of(sizes),
-        indices={"i": sizes["num_hidden_layers"].value},
-        original=lambda _: [(file, download.dtype)],
-        converted=lambda name: (held[name].file, held[name].dtype) if name in held else None,
-    )
-    wrong_layers = decoder.layer_problems(sizes, layer_count(held, LAYER_NUMBER))
-    odd = disagreements(expansion.steps, checkpoint, FIELDS, side="targets")
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = wrong_layers
-    return assemble(
-        family="qwen2",
-        direction="to-original",
-        checkpoint=checkpoint,
-        expansion=expansion,
+        layers=sizes["num_hidden_layers"],
+        layer_number=LAYER_NUMBER,
+        sizes=sizes,
+        fields=FIELDS,
         ignored=IGNORED,
         config=config,
-        documents=[
-            config_document(config),
-            _native.generation(checkpoint, config),
-            *_native.copied(_native.tokenizer_files(checkpoint, options)),
-        ],
-        options=options,
-        outputs=[file],
+        dtype=download.dtype,
     )
 
 
