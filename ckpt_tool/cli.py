@@ -310,9 +310,9 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
 @cli.command()
 @click.argument("out", metavar="DIR")
-@click.option(
-    "--source", metavar="PATH", help="The original it was made from; without it only hashes are compared."
-)
+@click.option("--source", metavar="PATH", help="The original it was made from.")
+@click.option("--no-source", is_flag=True, help="There is none: compare with the manifest only.")
+@click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")
 @click.option(
     "--level",
     "levels",
@@ -362,6 +362,8 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
     return api.verify(
         out,
         source,
+        no_source=asked.get("no_source", False),
+        accept=asked.get("accept", ()),
         against=asked["against"],
         prompts=asked["prompts"],
         compute_dtype=asked["compute_dtype"],

@@ -17,7 +17,9 @@ from typing import Any
 
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.bits import bits
+from ckpt_tool.verify.claims import Against, Claim
 from ckpt_tool.verify.coverage import coverage, scan
+from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.prompts import Prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
@@ -33,7 +35,9 @@ def verify(
     out: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
     *,
-    levels: str | Iterable[str] = LEVELS,
+    levels: str | Iterable[str] | None = None,
+    no_source: bool = False,
+    accept: Iterable[str] = (),
     against: str | None = None,
     prompts: str | os.PathLike[str] | Prompts | None = None,
     compute_dtype: str = "float32",
@@ -42,13 +46,20 @@ def verify(
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Verify the converted checkpoint `out`, against the `source` it was made from if given.
+    """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
+    source that the manifest records is used where it still lies there.
+
+    `levels` (None: all) and everything else that is asked for by name must run for the report to pass.
+    `no_source` says that there is none to compare with: the report passes then where the output is consistent
+    with its manifest. `accept` names differences that the plan or the report foretells, which then do not
+    fail.
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
     under their Hugging Face names; those recorded in the output's manifest are known already. Raises
     `CkptToolError` for what cannot be opened; everything else is a finding."""
-    asked = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels))
+    named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
+    asked = named or LEVELS
     for label, values, known in (
         ("levels", asked, LEVELS),
         ("against", (against,) if against else (), JUDGES),
@@ -62,19 +73,21 @@ def verify(
     report = Report("ckpt-tool verify")
     with opened(out, source, settings) as subject:
         report.facts |= _facts(subject, out, source)
+        report.claim = _claim(subject, named, against, checkpoint_id, no_source)
         scans = []
         if {"coverage", "bits"} & set(asked):
             tell("reading the output")
             scans = list(scan(subject.output))
         if "coverage" in asked:
             report.findings += coverage(subject, scans)
+            report.findings += documents(subject)
         if "bits" in asked:
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
         if {"parity", "documented"} & set(asked) or against is not None:
             from ckpt_tool.verify.compute import Asked, compute
 
-            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id)
+            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, tuple(accept))
             report.findings += compute(subject, wanted, report.facts, tell)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
@@ -89,3 +102,16 @@ def _facts(
     if subject.family is not None:
         made["family"] = f"{subject.family.name}, {subject.direction}"
     return made
+
+
+def _claim(
+    subject: Subject, levels: tuple[str, ...], against: str | None, checkpoint_id: str | None, no_source: bool
+) -> Claim:
+    """What the caller asked to be shown, by name."""
+    asked = [(level, f"level {level}") for level in levels]
+    if against is not None:
+        asked.append((against, f"--against {against}"))
+    if checkpoint_id is not None:
+        asked.append(("documented", f"--checkpoint-id {checkpoint_id}"))
+    found: Against = "manifest" if subject.manifest is not None else "nothing"
+    return Claim("source" if subject.source is not None else found, tuple(dict(asked).items()), no_source)

@@ -35,6 +35,7 @@ class Asked:
     dtype: str
     device: str
     checkpoint_id: str | None
+    accept: tuple[str, ...] = ()  # foretold differences that do not fail
 
 
 @dataclass(frozen=True)

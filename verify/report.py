@@ -22,10 +22,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ckpt_tool.errors import printable
+from ckpt_tool.verify.claims import Claim, Judgement, Verdict, exactness, judge
 
-Status = Literal["pass", "fail", "skipped", "note"]
-SCHEMA = 1
-COLOURS = {"pass": "green", "fail": "bold red", "skipped": "yellow", "note": "cyan"}
+# `skipped` did not run or had nothing to compare; `undecided` ran and could not be judged
+Status = Literal["pass", "fail", "skipped", "undecided", "note"]
+SCHEMA = 2
+COLOURS = {"pass": "green", "fail": "bold red", "skipped": "yellow", "undecided": "yellow", "note": "cyan"}
+EXIT_CODES: dict[str, int] = {"pass": 0, "fail": 1, "undecided": 2}
 
 
 @dataclass(frozen=True)
@@ -77,34 +80,38 @@ class Finding:
 
 @dataclass
 class Report:
-    """Every finding about one output. `facts` are the circumstances, in the order they are shown in."""
+    """Every finding about one output. `facts` are the circumstances, in the order they are shown in; `claim`
+    is what was asked to be shown, by which the verdict is judged."""
 
     title: str
     facts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     could_not_run: bool = False
+    claim: Claim = Claim()
 
     @property
-    def status(self) -> Status:
-        """`fail` with any failure; `pass` needs something that passed; else `skipped`, as nothing could
-        run."""
-        states = {f.status for f in self.findings}
-        return "fail" if "fail" in states else "pass" if "pass" in states else "skipped"
+    def judgement(self) -> Judgement:
+        return judge(self.findings, self.claim, self.could_not_run)
+
+    @property
+    def status(self) -> Verdict:
+        return self.judgement.verdict
+
+    @property
+    def headline(self) -> str:
+        """What was shown, or the cause of a failure, in one sentence."""
+        return self.judgement.headline
 
     @property
     def exit_code(self) -> int:
-        """0 all that ran holds, 1 a difference was found, 2 nothing could run."""
-        return 2 if self.could_not_run else {"pass": 0, "fail": 1}.get(self.status, 2)
+        """0 all that was asked for was shown, 1 a difference was found, 2 it could not be shown."""
+        return EXIT_CODES[self.status]
 
     @property
     def exactness(self) -> str | None:
-        """The class of the result: `bit-identical`, `identical after cast`, `within noise floor` or
-        `differs`; None where neither the bits nor the numbers were compared."""
-        classes = [f.data["exactness"] for f in self.findings if "exactness" in f.data]
-        if "differs" in classes or (classes and self.status == "fail"):
-            return "differs"
-        order = ("bit-identical", "identical after cast", "within noise floor")
-        return next((c for c in order if c in classes), None)
+        """The class of the result, see `claims.CLASSES`; None where neither the bits nor the numbers were
+        compared."""
+        return exactness(self.findings)
 
     def level(self, name: str) -> list[Finding]:
         return [f for f in self.findings if f.level == name]
@@ -115,6 +122,7 @@ class Report:
                 "schema": SCHEMA,
                 "title": self.title,
                 "status": self.status,
+                "headline": self.headline,
                 "exactness": self.exactness,
                 "facts": self.facts,
             }
@@ -142,15 +150,14 @@ class Reports:
     reports: list[Report]
 
     @property
-    def status(self) -> Status:
-        states = [r.status for r in self.reports]
-        return "fail" if "fail" in states else "skipped" if "skipped" in states or not states else "pass"
+    def status(self) -> Verdict:
+        states = {r.status for r in self.reports}
+        return "fail" if "fail" in states else "undecided" if "undecided" in states or not states else "pass"
 
     @property
     def exit_code(self) -> int:
-        """1 if any found a difference, else 2 if any could not run, else 0."""
-        codes = {r.exit_code for r in self.reports}
-        return 1 if 1 in codes else 2 if 2 in codes or not codes else 0
+        """1 if any found a difference, else 2 if any could not be shown, else 0."""
+        return EXIT_CODES[self.status]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -217,12 +224,17 @@ def _levels(report: Report) -> list[tuple[str, list[Finding]]]:
 
 def _counts(findings: Iterable[Finding]) -> str:
     states = [f.status for f in findings]
-    words = (("pass", "passed"), ("fail", "failed"), ("skipped", "skipped"), ("note", "noted"))
+    words = (
+        ("pass", "passed"), ("fail", "failed"), ("undecided", "undecided"), ("skipped", "skipped"),
+        ("note", "noted"),
+    )  # fmt: skip
     return ", ".join(f"{states.count(s)} {w}" for s, w in words if s in states)
 
 
 def _verdict(report: Report) -> str:
-    return report.status + (f" ({report.exactness})" if report.exactness else "")
+    """`pass (bit-identical): the bits and the numbers of its source`."""
+    known = f" ({report.exactness})" if report.exactness and report.status != "fail" else ""
+    return f"{report.status}{known}: {shown(report.headline)}"
 
 
 def _sentence(f: Finding) -> str:
@@ -302,7 +314,7 @@ def junit(reports: Sequence[Report]) -> str:
             text = shown(f.message) + (f" ({f.numbers()})" if f.numbers() else "")
             if f.status == "fail":
                 ET.SubElement(case, "failure", message=text).text = _table_text(f)
-            elif f.status == "skipped":
+            elif f.status in ("skipped", "undecided"):
                 ET.SubElement(case, "skipped", message=text)
             else:
                 ET.SubElement(case, "system-out").text = "\n".join(x for x in (text, _table_text(f)) if x)

@@ -1,0 +1,134 @@
+"""What a report may claim: the verdict, its exit code and one headline, from the findings and from what was
+asked for.
+
+A finding passes, fails, was skipped (did not run, or there was nothing to compare), or is undecided (it ran
+and could not be judged). A verdict passes only where something was shown: with a source the round trip or the
+lockstep run, without one nothing but the manifest, and that only where it was asked for (`no_source`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ckpt_tool.verify.report import Finding
+
+Verdict = Literal["pass", "fail", "undecided"]
+Against = Literal["source", "manifest", "nothing"]
+
+# The checks of which one must pass where there is a source; see verify.bits and verify.parity.
+PROOFS = (("bits", "round trip"), ("parity", "lockstep"))
+NOT_COMPARED = "not compared with a source"
+CLASSES = (
+    "differs",
+    "within the foretold difference",
+    "within noise floor",
+    "identical after cast",
+    "bit-identical",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a report was asked to show. `against` is what the output is compared with, `asked` the levels and
+    checks that were named by the user, each as (level, words for it): one of which nothing passed could not
+    be shown. `no_source`: the user knows that there is no source."""
+
+    against: Against = "source"
+    asked: tuple[tuple[str, str], ...] = ()
+    no_source: bool = False
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`headline` is one sentence without the verdict's word; `missing` says what was asked for and not
+    shown."""
+
+    verdict: Verdict
+    headline: str
+    missing: tuple[str, ...] = ()
+
+
+def judge(findings: Sequence[Finding], claim: Claim, could_not_run: bool = False) -> Judgement:
+    """The verdict over all findings."""
+    failures = [f for f in findings if f.status == "fail"]
+    if could_not_run:
+        return Judgement("undecided", _first(failures) or "could not run")
+    if failures:
+        return Judgement("fail", _cause(findings) or _first(failures))
+    missing = tuple(_not_shown(findings, claim))
+    undecided = [f for f in findings if f.status == "undecided"]
+    if undecided:
+        return Judgement("undecided", f"could not be judged: {_first(undecided)}", missing)
+    if missing:
+        return Judgement("undecided", missing[0], missing)
+    if claim.against == "source":
+        return Judgement("pass", _proved(findings))
+    consistent = any(f.status == "pass" for f in findings)
+    if claim.against == "manifest":
+        return Judgement("pass", f"consistent with its manifest; {NOT_COMPARED}")
+    return Judgement("pass" if consistent else "undecided", f"consistent in itself; {NOT_COMPARED}")
+
+
+def exactness(findings: Sequence[Finding]) -> str | None:
+    """The best class that was shown (`CLASSES`), the worst where anything failed; None where neither bits nor
+    numbers were compared."""
+    found = {str(f.data["exactness"]) for f in findings if "exactness" in f.data}
+    if "differs" in found or (found and any(f.status == "fail" for f in findings)):
+        return "differs"
+    if "within the foretold difference" in found:
+        return "within the foretold difference"
+    return next((c for c in reversed(CLASSES) if c in found), None)
+
+
+def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
+    """What keeps a report without failures from passing, in words."""
+    for level, words in claim.asked:
+        own = [f for f in findings if f.level == level]
+        if not any(f.status == "pass" for f in own):
+            reason = next((f.message for f in own if f.status == "skipped"), "nothing was measured")
+            yield f"{words} was asked for and did not run: {reason}"
+    if claim.against == "source":
+        proofs = [f for f in findings if (f.level, f.check) in PROOFS]
+        if not any(f.status == "pass" for f in proofs):
+            why = next((f.message for f in proofs if f.status == "skipped"), None)
+            why = why or next(
+                (f.message for f in findings if f.status == "skipped" and f.check in ("plan", "round trip")),
+                "neither level ran",
+            )
+            yield f"nothing was compared with the source, neither bits nor numbers: {why}"
+    elif not claim.no_source:
+        what = "consistent with its manifest" if claim.against == "manifest" else "no manifest"
+        yield f"{what}; {NOT_COMPARED} (--source PATH compares, --no-source accepts this)"
+
+
+def _proved(findings: Sequence[Finding]) -> str:
+    """Which proofs passed, and what stayed open."""
+    passed = {(f.level, f.check) for f in findings if f.status == "pass"}
+    words = {("bits", "round trip"): "the bits", ("parity", "lockstep"): "the numbers"}
+    shown = [words[p] for p in PROOFS if p in passed]
+    text = f"{' and '.join(shown)} of its source"
+    for level, check in PROOFS:
+        own = [f for f in findings if (f.level, f.check) == (level, check) and f.status == "skipped"]
+        if own:
+            text += f"; {level} not shown: {own[0].message}"
+    for f in findings:
+        if f.status == "skipped" and f.data.get("open"):
+            text += f"; {f.check} not compared: {f.message}"
+    return text
+
+
+def _cause(findings: Sequence[Finding]) -> str | None:
+    """The cause that a diagnosis found, where it is."""
+    for f in findings:
+        if f.level == "diagnosis" and f.data.get("cause"):
+            return f"{f.where}: {f.data['cause']}" if f.where else str(f.data["cause"])
+    return None
+
+
+def _first(findings: Sequence[Finding]) -> str:
+    if not findings:
+        return ""
+    f = findings[0]
+    return f"{f.where}: {f.message}" if f.where else f.message
