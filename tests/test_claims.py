@@ -105,6 +105,15 @@ def test_what_was_asked_for_by_name_and_did_not_run_is_said(
     assert statuses(report, "round trip") == ["pass"]
 
 
+def test_an_output_is_not_compared_with_itself(pair: Pair, tmp_path: Path) -> None:
+    _, out = pair("qwen2-window")  # its original is in the Hugging Face layout too
+    (tmp_path / "link").symlink_to(out)
+    for source in (out, tmp_path / "link"):
+        with pytest.raises(CkptToolError) as caught:
+            verify(out, source)
+        assert caught.value.kind == "usage"
+
+
 def test_a_level_that_is_only_part_of_all_may_be_skipped(pair: Pair) -> None:
     source, out = pair(PLAIN)
     report = verify(out, source)

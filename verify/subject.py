@@ -15,7 +15,7 @@ from ckpt_tool.checkpoint.base import FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.manifest import Manifest, read_manifest
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
@@ -81,9 +81,19 @@ def opened(
             src = find_source(out, manifest)
             if src is not None:
                 found = stack.enter_context(src).path
+        if src is not None:
+            _must_be_two(out, src)
         subject = _subject(out, src, manifest, settings or {})
         subject.found = found
         yield subject
+
+
+def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:
+    """A file compared with itself shows nothing."""
+    ours = {os.path.realpath(f.path) for f in out.files.values()}
+    same = next((f.name for f in src.files.values() if os.path.realpath(f.path) in ours), None)
+    if same is not None:
+        fail("usage", "expected a source apart from the output, found the same file", file=same)
 
 
 def _manifest_of(out: Checkpoint) -> Manifest | None:
