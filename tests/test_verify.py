@@ -23,11 +23,11 @@ from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.expectations import Expectation, parse
 from ckpt_tool.fixtures.flaws import Folder, plant
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import answers, documented, verify
 from ckpt_tool.verify.against_transformers import _deviations
+from ckpt_tool.verify.expectations import Expectation, parse
 from ckpt_tool.verify.measure import CAPS, bar_for, distance, logit_distance
 from ckpt_tool.verify.mistakes import Reorder, _reorders, beliefs, planted, transpose, undone
 from ckpt_tool.verify.noise import ReversedSums
