@@ -97,6 +97,8 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         line("dropped", f"(+{len(plan.dropped) - 5} more, listed in ckpt-tool.json)")
     for text in plan.lossy:
         line("lossy", text, "yellow")
+    for known in plan.foretold:
+        line("foretold", printable(f"{known.name}: {known.reason}", 500), "yellow")
     for note in plan.notes:
         line("note", printable(note, 500))
     for found in outcome.findings[:10]:

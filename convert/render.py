@@ -42,7 +42,8 @@ def plan_table(plan: Plan, console: Console) -> None:
     if plan.dropped:
         console.print(_dropped(plan.dropped))
     console.print(_outputs(plan))
-    for label, lines in (("note", plan.notes), ("lossy", plan.lossy)):
+    foretold = [f"{f.name}, in {', '.join(f.where)}: {f.reason}" for f in plan.foretold]
+    for label, lines in (("note", plan.notes), ("lossy", plan.lossy), ("foretold", foretold)):
         for line in lines:
             console.print(Text(f"{label}: {printable(line, 1000)}"))
 
