@@ -125,7 +125,7 @@ def execute(
         staging = Staging(place, identity, overwrite)
         run = _Run(
             plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None),
-            address or os.path.relpath(os.path.realpath(checkpoint.path), place),
+            address or _way(place, checkpoint.path),
         )  # fmt: skip
         staging.begin(resume=resume)
         try:
@@ -159,6 +159,16 @@ def _raise(error: BaseException, kept: bool) -> None:
         problem = Problem("interrupted", "stopped before the work was done", hint=hint)
         raise CkptToolError(problem, exit_code=128 + int(number)) from None
     raise error
+
+
+def _way(place: Path, source: Path) -> str | None:
+    """The path from the output to the source; None for one that is no UTF-8."""
+    path = os.path.relpath(os.path.realpath(source), place)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return None
+    return path
 
 
 def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -221,7 +231,7 @@ class _Run:
     sha256: bool
     strict: bool
     progress: Callable[[Progress], None]
-    origin: str  # the address of the source, or its path from the output
+    origin: str | None  # the address of the source, or its path from the output
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[Key, int] = field(default_factory=dict)
     hashes: dict[Key, str] = field(default_factory=dict)

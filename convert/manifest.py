@@ -87,9 +87,10 @@ def manifest(
     sha256: Mapping[tuple[str, str], str],
     findings: Iterable[Finding],
     documents: Iterable[OutputDocument],
-    source: str,
+    source: str | None,
 ) -> dict[str, Any]:
-    """The manifest. `source` is the address of the source, or its path from the output. `headers` are the
+    """The manifest. `source` is the address of the source, or its path from the output
+    where that is text. `headers` are the
     source files' `headers_digest`, `sources` (CRC32) and `sha256` are by (file, tensor), `targets` are CRC32s
     by file and tensor, `sizes` those of the output files."""
     entries = _source_entries(checkpoint, headers)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,11 @@ def source(originals: Written, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file; of the manifest all but the way to the source, which another place has another of."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    if "ckpt-tool.json" in found:
+        found["ckpt-tool.json"] = re.sub(rb'\n "source": .*', b"", found["ckpt-tool.json"])
+    return found
 
 
 def hidden(folder: Path) -> list[str]:

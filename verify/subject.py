@@ -13,6 +13,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem, fail
@@ -67,16 +68,16 @@ def opened(
     """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned.
     Without a `source` the one that the manifest records is opened where it still lies there."""
     with ExitStack() as stack:
-        out = open_checkpoint(output, prefer="hf")
+        out = _open(output, "hf")
         manifest = _manifest_of(out)
         back = manifest is not None and manifest.direction == "to-original"
         if back:
             out.close()
-            out = open_checkpoint(output, prefer="original")
+            out = _open(output, "original")
         stack.enter_context(out)
         src, found = None, None
         if source is not None:
-            src = stack.enter_context(open_checkpoint(source, prefer="hf" if back else "original"))
+            src = stack.enter_context(_open(source, "hf" if back else "original"))
         elif look_for_source and manifest is not None:
             src = find_source(out, manifest)
             if src is not None:
@@ -86,6 +87,16 @@ def opened(
         subject = _subject(out, src, manifest, settings or {})
         subject.found = found
         yield subject
+
+
+def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
+    """The weights of one layout where there are two, else those that are there."""
+    try:
+        return open_checkpoint(path, prefer=prefer)
+    except CkptToolError as error:
+        if error.kind != "wrong-format":
+            raise
+    return open_checkpoint(path)
 
 
 def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:
