@@ -232,7 +232,7 @@ def _counts(findings: Iterable[Finding]) -> str:
 
 
 def _verdict(report: Report) -> str:
-    """`pass (bit-identical): the bits and the numbers of its source`."""
+    """`pass (bit-identical): the bits and the numbers are those of its source`."""
     known = f" ({report.exactness})" if report.exactness and report.status != "fail" else ""
     return f"{report.status}{known}: {shown(report.headline)}"
 
