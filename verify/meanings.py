@@ -11,13 +11,14 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, differences, read, shown
-from ckpt_tool.convert.facts_classes import CLASSES
+from ckpt_tool.convert.facts_classes import CLASSES, IDENTITY, IDLE
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
 
 LEVEL = "coverage"
 CHECK = "config"
 Known = Mapping[str, tuple[Any, str]]
+WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
 def finding(status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
