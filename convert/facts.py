@@ -150,9 +150,7 @@ class _Reader:
         identity = {n: m for n, m in self.values.items() if n in IDENTITY}
         numbers = {n: m for n, m in self.values.items() if n not in IDENTITY}
         idle, unknown, refused = self._others()
-        return Reading(
-            model_type, numbers, identity, tuple(self.contradictions), idle, unknown, refused
-        )
+        return Reading(model_type, numbers, identity, tuple(self.contradictions), idle, unknown, refused)
 
     def value(self, name: str, default: Any) -> Meaning:
         """The value under any of its names; the class's own name wins where both are there, and say so."""
@@ -170,9 +168,7 @@ class _Reader:
     def contradict(self, name: str, first: tuple[str, str], second: tuple[str, str]) -> None:
         """Two keys (dotted where they are in an object), each with who reads it."""
         (a, by), (b, other) = first, second
-        self.contradictions.append(
-            Contradiction(name, (a, self.at(a), by), (b, self.at(b), other))
-        )
+        self.contradictions.append(Contradiction(name, (a, self.at(a), by), (b, self.at(b), other)))
 
     def at(self, path: str) -> Any:
         found: Any = self.config
@@ -251,7 +247,9 @@ class _Reader:
         for name, default in (("rope_theta", self.own.numbers["rope_theta"]), ("partial_rotary_factor", 1.0)):
             paths = [f"rope_scaling.{name}"] if old.get(name) is not None else []
             paths += [f"rope_parameters.{name}"] if new.get(name) is not None else []
-            paths += [name] if self.config.get(name) is not None else []
+            paths += (
+                [name] if self.config.get(name) is not None or (not paths and name in self.config) else []
+            )
             self.values[name] = self._one(name, paths, default)
         scalings = {"rope_scaling": self._scaling(old), "rope_parameters": self._scaling(new)}
         spoken = [k for k in scalings if self.config.get(k) is not None]
@@ -288,7 +286,9 @@ class _Reader:
         for path, value in zip(paths[1:], values[1:], strict=True):
             if not same(values[0], value):
                 by = "read by transformers 5", "read by transformers 4"
-                self.contradict(name, (paths[0], by[0]), (path, by[1] if path == name else "the other object"))
+                self.contradict(
+                    name, (paths[0], by[0]), (path, by[1] if path == name else "the other object")
+                )
         return Meaning(values[0], values[0], paths[0])
 
     def _told(self, path: str) -> Any:

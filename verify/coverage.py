@@ -123,9 +123,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
     yield from (f for f in explained if f.status != "fail")
     if not wrong:
         others = "no others" if not named else f"{len(named)} that are left over"
-        text = (
-            f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and {others}"
-        )
+        text = f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and {others}"
         yield finding("target tensors", "pass", text)
     if subject.undeclared_cast is not None:
         text = f"expected the source's dtypes, found all floating tensors cast to {subject.undeclared_cast}"

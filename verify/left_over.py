@@ -24,7 +24,12 @@ LEVEL = "coverage"
 CHECK = "left-over tensors"
 LARGEST = 1 << 26  # elements of a table that is computed anew
 BLOCK = 1 << 18  # elements compared at a time
-ROUNDING = {"F64": 1e-5, "F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}  # relative; frequencies are float32 at best
+ROUNDING = {
+    "F64": 1e-5,
+    "F32": 1e-5,
+    "F16": 2e-3,
+    "BF16": 1.6e-2,
+}  # relative; frequencies are float32 at best
 
 # An output layer -> what it shares its values with where the config ties them.
 TIED = {
