@@ -116,7 +116,7 @@ def shown(value: Any, limit: int = 200) -> str:
     """A value in a message: as JSON, with whole floats as integers."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
         return str(int(value))
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         text = ", ".join(f"{k} {shown(v)}" for k, v in value.items())
     else:
         try:

@@ -62,7 +62,8 @@ class RopeScaling:
             raise ValueError(f"expected {', '.join(missing)} beside rope_type `{kind}`, found none")
         numbers = [float(found[name]) for name in names]
         if kind == "llama3":
-            return cls(*numbers)
+            factor, low, high, context = numbers
+            return cls(factor, low, high, context)
         if kind in ("linear", "dynamic"):
             return cls(numbers[0], 1.0, 1.0, float(longest or 0), kind)
         slow, fast = (float(facts.get(name) or n) for name, n in (("beta_slow", 1), ("beta_fast", 32)))

@@ -61,9 +61,10 @@ class RopeScaling:
         if missing:
             raise ValueError(f"expected {', '.join(missing)} beside rope_type `{kind}`, found none")
         factor = float(facts["factor"])
+        context = float(context or 1)
         if kind == "llama3":
             return cls(factor, float(facts["low_freq_factor"]), float(facts["high_freq_factor"]), context)
-        made = cls(factor, original_context=float(context or 1), kind=kind)
+        made = cls(factor, original_context=context, kind=kind)
         return made if kind != "yarn" else made._yarn(facts)
 
     def _yarn(self, facts: Mapping[str, Any]) -> Self:

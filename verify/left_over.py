@@ -52,6 +52,7 @@ class Table:
     pattern: str
     words: str
     values: Callable[[Reading, tuple[int, ...]], np.ndarray | None]
+    turning: bool = False  # sines or cosines of positions
 
 
 def left_over(subject: Subject, unplanned: list[TensorInfo]) -> tuple[list[Finding], set[str]]:
@@ -128,9 +129,11 @@ def _table(output: Checkpoint, reading: Reading, t: TensorInfo, table: Table) ->
     if t.dtype == "F16":
         with np.errstate(over="ignore"):
             wanted = wanted.astype("<f2").astype("<f8")  # what masks scores becomes infinite
-    rounding = ROUNDING.get(t.dtype, 0.0)
+    rounding, small = ROUNDING.get(t.dtype, 0.0), 1e-3
+    if table.turning:  # angles grow with the position, and so does what rounding leaves of them
+        rounding, small = max(rounding, 2e-7 * t.numel / t.shape[-1]), 1.0
     with np.errstate(invalid="ignore"):
-        near = (found == wanted) | (np.abs(found - wanted) <= rounding * np.maximum(np.abs(wanted), 1e-3))
+        near = (found == wanted) | (np.abs(found - wanted) <= rounding * np.maximum(np.abs(wanted), small))
     if near.all():
         return None
     first = int(np.flatnonzero(~near)[0])
@@ -219,9 +222,9 @@ def _number(reading: Reading, name: str) -> float | None:
 
 TABLES = (
     Table(r"rotary_emb\.inv_freq", "the frequencies of rope_theta", _frequencies),
-    Table(r"rotary_emb\.cos_cached", "cosines of the rotary embedding", _angles(np.cos)),
-    Table(r"rotary_emb\.sin_cached", "sines of the rotary embedding", _angles(np.sin)),
-    Table(r"attn\.embed_positions", "sines and cosines of the rotary embedding", _sinusoids),
+    Table(r"rotary_emb\.cos_cached", "cosines of the rotary embedding", _angles(np.cos), turning=True),
+    Table(r"rotary_emb\.sin_cached", "sines of the rotary embedding", _angles(np.sin), turning=True),
+    Table(r"attn\.embed_positions", "sines and cosines of the rotary embedding", _sinusoids, turning=True),
     Table(r"attn\.(bias|causal_mask)", "the causal mask", _causal),
     Table(r"attn\.masked_bias", "what masked scores are set to", _hidden),
     Table(r"embeddings\.position_ids", "positions from 0 on", _counted),

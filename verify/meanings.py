@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
-from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, differences, read, shown
+from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, differences, read, same, shown
 from ckpt_tool.convert.facts_classes import CLASSES, IDENTITY, IDLE
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
@@ -77,8 +77,8 @@ def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Ite
         if want is not None and want.default and want.value == have:
             continue
         source = _source(key, want, known, name)
-        asked = "nothing" if want is None else shown(want.said)
-        text = f"expected {asked}{source}, found {'nothing' if have is None else have.text}"
+        asked, seen = _pair(want, have)
+        text = f"expected {asked}{source}, found {seen}"
         if key in ("model_type", "architectures") and have is not None and have.default:
             text = f"expected {asked}{source}, found nothing"
         where = f"config.json: {key if have is None or have.default else have.where}"
@@ -90,6 +90,17 @@ def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Ite
         }
         status: Status = "note" if _only_padding(key, want, found) else "fail"
         yield finding(status, text, where, data=data)
+
+
+def _pair(want: Meaning | None, have: Meaning | None) -> tuple[str, str]:
+    """What was expected and what was found, of objects the values that differ."""
+    if want is None or have is None:
+        return ("nothing" if want is None else shown(want.said)), ("nothing" if have is None else have.text)
+    if not (isinstance(want.value, Mapping) and isinstance(have.value, Mapping)):
+        return shown(want.said), have.text
+    keys = [k for k in {**want.value, **have.value} if not same(want.value.get(k), have.value.get(k))]
+    asked, seen = (shown({k: v.get(k, "absent") for k in keys}) for v in (want.value, have.value))
+    return asked, seen
 
 
 def _only_padding(key: str, want: Meaning | None, found: Reading) -> bool:
