@@ -165,3 +165,48 @@ def test_an_untied_head_is_no_left_over(conversions: Written, originals: Written
     report = verify(folder, originals("llama-2-7b"), levels=("coverage",))
     said = [f.message for f in report.findings if f.status == "fail"]
     assert any("expected false" in text and "found true" in text for text in said)
+
+
+PREFIXES = {
+    "gpt2-2019-tp2": "transformer.",
+    "codegen-350m-mono": "transformer.",
+    "llama-2-7b": "model.",
+    "opt-350m": "model.",
+    "bert-2019-tp2": "bert.",
+}
+
+
+@pytest.mark.parametrize("variant", PREFIXES)
+def test_names_without_the_models_prefix_are_read_with_it(
+    variant: str, conversions: Written, originals: Written, tmp_path: Path
+) -> None:
+    """As transformers reads them, and the first files of GPT-2 are; with a wrong value they fail."""
+    folder, prefix = tmp_path / "out", PREFIXES[variant]
+    shutil.copytree(conversions(variant), folder)
+    (folder / "ckpt-tool.json").unlink()
+    held = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix(prefix): x for name, x in held.items()}
+    assert bare.keys() != held.keys()
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = VARIANTS[variant].settings
+    report = verify(folder, originals(variant), settings=settings)
+    assert (report.status, report.exit_code) == ("pass", 0), report.headline
+    notes = [f.message for f in report.findings if f.check == "target tensors" and f.status == "note"]
+    assert notes == [f"tensors are named without `{prefix}`, which transformers adds when it loads them"]
+    last = max(n for n in bare if n.endswith("weight") and bare[n].ndim > 1)
+    bare[last].view(-1)[0] += 1
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    assert verify(folder, originals(variant), levels=("coverage", "bits"), settings=settings).exit_code == 1
+
+
+def test_a_tied_head_that_is_another_fails_without_a_source_too(conversions: Written, tmp_path: Path) -> None:
+    for by, code in ((0.0, 0), (0.5, 1)):
+        folder = tmp_path / str(by)
+        shutil.copytree(conversions("llama-3.2-1b"), folder)
+        (folder / "ckpt-tool.json").unlink()
+        held = load_file(folder / "model.safetensors")
+        save_file(
+            {**held, **head(WORDS, by=by)(held)}, folder / "model.safetensors", metadata={"format": "pt"}
+        )
+        report = verify(folder, levels=("coverage",), no_source=True)
+        assert report.exit_code == code, [f.message for f in report.findings]

@@ -16,6 +16,7 @@ from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.verify.left_over import is_table, left_over
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
+from ckpt_tool.verify.prefixed import NOTE
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
 
@@ -112,6 +113,8 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         if found.dtype != want.dtype:
             text = f"expected dtype {want.dtype}, found {found.dtype}"
             wrong.append(finding("target tensors", "fail", text, want.name))
+    for note in (n for n in subject.output.notes if n.startswith(NOTE.partition("{")[0])):
+        yield finding("target tensors", "note", note)
     unplanned = [t for t in subject.output if (t.file, t.name) not in expected]
     explained, named = left_over(subject, unplanned) if subject.direction == "to-hf" else ([], set())
     for t in unplanned:
@@ -151,6 +154,8 @@ def _replanned(subject: Subject) -> Iterator[Finding]:
         "pass",
         f"all {count} tensors are those that family {subject.family.name} expects for this config",
     )
+    if subject.direction == "to-hf":
+        yield from capped(left_over(subject, [*subject.output])[0])
     yield finding("source tensors", "skipped", "no source was given to account for")
 
 
