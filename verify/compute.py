@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import against_transformers
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
@@ -103,6 +104,8 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
     else:
         try:
             original = original_side(subject, dtype, asked.device)
+        except NotComputed as error:
+            reason = "skipped", f"the original is not computed here: {error}"
         except (ValueError, KeyError) as error:
             reason = "skipped", f"the original cannot be read without more facts (--set): {error}"
     if subject.hf is None:
@@ -112,6 +115,8 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
     else:
         try:
             converted = converted_side(subject, dtype, asked.device)
+        except NotComputed as error:
+            reason = reason or ("skipped", f"the converted model is not computed here: {error}")
         except (ValueError, KeyError) as error:
             reason = "fail", f"the converted model cannot be read: {error}"
     if reason is None and asked.dtype in ("float16", "bfloat16") and any(map(subject.config.get, EXPERTS)):

@@ -18,6 +18,7 @@ from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.manifest import Manifest, read_manifest
+from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
 
@@ -120,6 +121,7 @@ def _subject(
 ) -> Subject:
     # some originals look like Hugging Face's layout too
     back = manifest is not None and manifest.direction == "to-original"
+    out = out if back else with_prefix(out)
     hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and _is_hf(c)), None)
     original = next((c for c in (out, src) if c is not None and c is not hf), None)
     recorded = {} if manifest is None else manifest.settings
