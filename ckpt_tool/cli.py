@@ -1,8 +1,8 @@
 """The command line: a thin caller of `ckpt_tool.api`.
 
-Data goes to stdout (`--json`), progress and logs to stderr. A command returns 0 where everything that was
-asked for holds, 1 where verification found a difference; `ckpt_tool.program` turns every other end into an exit
-code. Imports stay inside the commands, so that `--help` costs nothing.
+Data goes to stdout (`--json`), progress and logs to stderr. A command returns 0 where all that was asked for
+holds, 1 where verification found a difference; `ckpt_tool.program` turns every other end into an exit code.
+Imports stay inside the commands, so that `--help` costs nothing.
 """
 
 from __future__ import annotations

@@ -103,17 +103,13 @@ def open_streams() -> None:
 
 
 def _fill(number: int) -> None:
-    if number == 1:
-        reader, writer = os.pipe()
-        if writer != 1:
-            os.dup2(writer, 1)
-            os.close(writer)
-        os.close(reader)
-    else:
-        opened = os.open(os.devnull, os.O_RDWR)
-        if opened != number:
-            os.dup2(opened, number)
-            os.close(opened)
+    """Give the closed descriptor `number` something: a pipe without a reader for stdout, else nothing."""
+    opened = os.pipe() if number == 1 else (os.open(os.devnull, os.O_RDWR),)
+    if opened[-1] != number:
+        os.dup2(opened[-1], number)  # which closes the reader, should it be there
+    for descriptor in opened:
+        if descriptor != number:
+            os.close(descriptor)
 
 
 def flush(code: int) -> int:
@@ -121,7 +117,8 @@ def flush(code: int) -> int:
     from here on, since the interpreter tries once more at its end."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except (OSError, ValueError) as error:
             code = CLOSED_PIPE if isinstance(error, BrokenPipeError) else code or 2
             _nowhere(number)
@@ -149,13 +146,13 @@ def _say(text: str) -> bool:
 
 def _is_closed_pipe(error: BaseException) -> bool:
     """Whether `error` is about a standard stream whose reader went away. Libraries turn that into an exit of
-    their own, whose context it then is."""
-    if not any(isinstance(e, BrokenPipeError) for e in _chain(error)):
-        return False
+    their own: rich while it leads stdout nowhere, click without a context."""
+    broken = any(isinstance(e, BrokenPipeError) for e in _chain(error))
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, select.POLLERR)
-    return isinstance(error, SystemExit) or any(event & select.POLLERR for _, event in poll.poll(0))
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    return (broken and gone) or (isinstance(error, SystemExit) and (broken or gone))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

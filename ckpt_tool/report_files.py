@@ -41,6 +41,8 @@ class ReportFiles:
         for option, file in self.files.items():
             try:
                 _write(file, forms[option]().encode("utf-8", "backslashreplace"))
+            except BrokenPipeError:
+                raise
             except OSError as error:
                 problems += disk.failure(error, file).problems
             except CkptToolError as error:
@@ -65,7 +67,7 @@ def _problems(option: str, file: str, read: list[str]) -> Iterator[Problem]:
     if os.path.isdir(real) or file.endswith("/"):
         yield problem("output-failed", "the name of a file", "a folder")
     elif _is_stream(file):
-        if not os.access(real, os.W_OK):
+        if not os.access(file, os.W_OK):
             yield problem("output-failed", "to be allowed to write into it", "that it is read-only")
     elif not os.path.isdir(folder):
         what = "a file" if os.path.lexists(folder) else "none"
@@ -77,7 +79,10 @@ def _problems(option: str, file: str, read: list[str]) -> Iterator[Problem]:
 
 
 def _is_stream(file: str) -> bool:
-    """Whether `file` is there and no regular file: /dev/null, /dev/stdout, a pipe of the shell."""
+    """Whether `file` is there and is written into, not replaced: /dev/null, /dev/stdout, a pipe of the
+    shell."""
+    if os.path.abspath(file).startswith(("/dev/", "/proc/")):
+        return os.path.exists(file)
     try:
         mode = os.stat(file).st_mode
     except OSError:
