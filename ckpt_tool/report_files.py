@@ -29,6 +29,8 @@ class ReportFiles:
         problems = [p for option, file in self.files.items() for p in _problems(option, file, read)]
         taken: dict[str, str] = {}
         for option, file in self.files.items():
+            if any(p.where == option for p in problems):
+                continue
             other = taken.setdefault(os.path.realpath(file), option)
             if other != option and not _is_stream(file):
                 text = f"expected a file of its own, found the file of {other}"
@@ -62,8 +64,11 @@ def _problems(option: str, file: str, read: list[str]) -> Iterator[Problem]:
     for path in read:
         if real == path:
             yield problem("output-conflict", "a file of its own", "an input")
-        elif path == folder and is_model_file(name):
-            yield problem("output-conflict", "a name that no model file has", f"one in the folder {path}")
+            return
+        around = os.path.dirname(path) if os.path.isfile(path) else path  # a shard is opened with its set
+        if is_model_file(name) and f"{folder}/".startswith(f"{around}/"):
+            yield problem("output-conflict", "a name that no model file has", f"one in the input {around}")
+            return
     if os.path.isdir(real) or file.endswith("/"):
         yield problem("output-failed", "the name of a file", "a folder")
     elif _is_stream(file):

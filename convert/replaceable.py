@@ -47,7 +47,7 @@ _MORE_DOCUMENTS = re.compile(
 _WEIGHTS = re.compile(r"[\w.-]+\.(safetensors|bin|pth|pt)", re.ASCII)
 # Weights by their ending, and yet the state of a training or a small file that stands for days of it.
 _TRAINING = re.compile(
-    r"(adapter|optimizer|scheduler|scaler|rng_state|training_args|trainer)\b.*|.*_adapter.*"
+    r"(adapter|lora|optimizer|scheduler|scaler|rng_state|training_args|trainer)[_.-].*|.*_(adapter|lora)[_.-].*"
 )
 
 
