@@ -48,18 +48,23 @@ class Identity:
     def to_json(self) -> dict[str, Any]:
         return {"version": self.version, "plan": self.plan, "source": dict(self.source)}
 
+    @staticmethod
+    def is_one(data: Mapping[str, Any]) -> bool:
+        """Whether this is the JSON of an identity."""
+        types = {"version": str, "plan": str, "source": dict}
+        return data.keys() == types.keys() and all(isinstance(data[k], t) for k, t in types.items())
+
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """In words, what in `other` (the JSON of another identity) is not as here."""
+        """In words, what in `other`, the JSON of an identity, is not as here."""
         found = [
-            f"{what} (it was {other.get(what)}, it is {mine})"
+            f"{what} (it was {printable(other[what])}, it is {mine})"
             for what, mine in (("version", self.version), ("plan", self.plan))
-            if other.get(what) != mine
+            if other[what] != mine
         ]
-        theirs = other.get("source")
-        if theirs != dict(self.source):
-            before = theirs if isinstance(theirs, dict) else {}
+        before = other["source"]
+        if before != dict(self.source):
             names = [n for n in sorted({*before, *self.source}) if before.get(n) != dict(self.source).get(n)]
-            found.append(f"source ({', '.join(names)})")
+            found.append(f"source ({', '.join(map(printable, names))})")
         return found
 
 
@@ -333,12 +338,16 @@ class Staging:
                 )
             return False
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        self._journal = os.open(self._journal_path, flags)
+        try:
+            self._journal = os.open(self._journal_path, flags)
+            self._folder = _open_folder(self.path)
+        except OSError:  # a link, a folder for a file: nothing that a run left
+            self._close()
+            return False
         lines = journal.read(self._journal)
         identity, self._journal_size = next(lines, ({}, 0))
-        if not identity:
-            os.close(self._journal)
-            self._journal = -1
+        if not Identity.is_one(identity):
+            self._close()
             return False
         differences = self.identity.differences(identity)
         if differences:
@@ -349,7 +358,6 @@ class Staging:
                 file=self.place,
                 hint="without --resume it is removed and the work starts from the beginning",
             )
-        self._folder = _open_folder(self.path)
         self._read_entries(lines, belongs)
         os.ftruncate(self._journal, self._journal_size)
         kept = {name for entry in self.entries for name in entry.files}

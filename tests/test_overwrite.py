@@ -53,7 +53,7 @@ def work(originals: Written, conversions: Written, tmp_path: Path, monkeypatch: 
 
 
 @pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_work(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is opened for converting: what is refused is refused before."""
 
     def opened(*_: Any, **__: Any) -> None:
