@@ -274,7 +274,7 @@ class Staging:
                 "output-changed",
                 f"expected the folder to replace as it was when the work began, found changes: {found}",
                 file=self.place,
-                hint="move it away and run again with --resume: only the end is left to do",
+                hint="move it away",
             )
 
     def _remove_old(self) -> None:

@@ -81,8 +81,9 @@ class Written:
         return {MANIFEST, *self.weights, *self.documents}
 
 
-def look(folder: Path, replace: Replace, *, shown: Path | None = None) -> Contents:
-    """What `folder` holds, if all of it may be replaced; `not-replaceable` otherwise."""
+def look(folder: Path, replace: Replace, *, shown: Path | None = None, read: bool = True) -> Contents:
+    """What `folder` holds, if all of it may be replaced; `not-replaceable` otherwise. Without `read` nothing
+    larger than the manifest is read, and changed weights are not found out."""
     said = folder if shown is None else shown
     found = contents_of(folder, said)
     if not found:
@@ -92,7 +93,7 @@ def look(folder: Path, replace: Replace, *, shown: Path | None = None) -> Conten
         if (strange := _strange_to_models(folder, found, written)) is not None:
             _refuse(said, f"expected weights, configs and tokenizer files and nothing else, found {strange}")
         return found
-    problem = _not_ours(folder, found, written)
+    problem = _not_ours(folder, found, written, read)
     if problem is not None:
         foreign = _strange_to_models(folder, found, written) is None
         hint = "--overwrite-foreign replaces a folder of weights, configs and tokenizer files"
@@ -106,7 +107,7 @@ def refuse_existing(place: Path, shown: Path, status: os.stat_result) -> NoRetur
     hint = "choose another --out"
     for option, replace in ways:
         with suppress(CkptToolError):
-            look(place, replace)
+            look(place, replace, read=False)
             hint = f"{option} replaces it"
             break
     what = "a folder" if stat.S_ISDIR(status.st_mode) else "a file"
@@ -228,7 +229,7 @@ def _manifest(folder: Path, found: Contents) -> Written | None:
         return None
 
 
-def _not_ours(folder: Path, found: Contents, written: Written | None) -> str | None:
+def _not_ours(folder: Path, found: Contents, written: Written | None, read: bool) -> str | None:
     """Why the folder is not an untouched output of this tool, in words."""
     if written is None:
         what = f"{MANIFEST} is none of its manifests" if MANIFEST in found else _listed(_outermost(found))
@@ -236,7 +237,7 @@ def _not_ours(folder: Path, found: Contents, written: Written | None) -> str | N
     strangers = _strangers(found, written.names)
     if strangers:
         return f"expected nothing but what {MANIFEST} lists, found {_listed(strangers)}"
-    altered = _altered(folder, found, written)
+    altered = _altered(folder, found, written) if read else []
     if altered:
         return (
             f"expected the files that {MANIFEST} lists as they were written, found {_listed(altered)} changed"
