@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.plan import Options
+from ckpt_tool.errors import fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,10 +39,13 @@ class Row:
 
 
 def run(*, only: str | None, judge: bool, as_json: bool, screen: Console) -> int:
-    """Print the table. 0 when every row passes."""
+    """Print the table. 0 when every row passes, 1 when a difference was found, 2 when a row shows neither."""
     from ckpt_tool.fixtures.variants import VARIANTS
 
     chosen = [v for v in VARIANTS.values() if only in (None, v.family)]
+    if not chosen:
+        known = ", ".join(sorted({v.family for v in VARIANTS.values()}))
+        fail("usage", f"expected one of {known}, found {only!r}", where="--only")
     made: list[Row] = []
     if as_json:
         made = list(rows(chosen, judge))
@@ -54,7 +58,8 @@ def run(*, only: str | None, judge: bool, as_json: bool, screen: Console) -> int
                 made.append(row)
                 live.update(_draw(made), refresh=screen.is_terminal)
             live.update(_draw(made), refresh=True)
-    return 0 if made and all(r.verdict == "pass" for r in made) else 1
+    verdicts = {r.verdict for r in made}
+    return 0 if verdicts <= {"pass"} else 1 if "FAIL" in verdicts else 2
 
 
 def rows(variants: list[Variant], judge: bool) -> Iterator[Row]:
@@ -80,7 +85,7 @@ def row(variant: Variant, scratch: Path, judge: bool) -> Row:
         parity_nmse=worst(report, "parity"),
         judge_nmse=worst(report, "transformers"),
         round_trip="equal" if not differences else differences[0],
-        verdict="pass" if report.exit_code == 0 and not differences else "FAIL",
+        verdict="FAIL" if differences or report.status == "fail" else report.status,
     )
 
 

@@ -17,14 +17,15 @@ from ckpt_tool.convert.plan import OutputDocument, Plan
 
 MANIFEST = "ckpt-tool.json"
 MANIFEST_VERSION = 1
+FINDINGS = ("non-finite", "all-zero", "denormal-only", "replica-difference", "unchecked-records")
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something about the data that the reader of the result should know, and that did not stop the work.
 
-    Kinds: `non-finite`, `all-zero`, `denormal-only`, `replica-difference`, `unchecked-records`. `details`
-    holds the numbers (counts, the first index, the largest difference, file names).
+    `kind` is one of `FINDINGS`; `details` holds the numbers (counts, the first index, the largest difference,
+    file names).
     """
 
     kind: str
@@ -41,10 +42,6 @@ class Finding:
             "tensor": self.tensor,
             "details": dict(self.details),
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Finding:
-        return cls(data["kind"], data["message"], data["file"], data["tensor"], data["details"])
 
 
 def headers_digest(file: TensorFile) -> str:

@@ -21,6 +21,7 @@ from ckpt_tool.verify.claims import Against, Claim
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
+from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.prompts import Prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
@@ -87,10 +88,13 @@ def verify(
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
         if {"parity", "documented"} & set(asked) or against is not None:
-            from ckpt_tool.verify.compute import Asked, compute
-
-            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, tuple(accept))
-            report.findings += compute(subject, wanted, report.facts, tell)
+            try:
+                from ckpt_tool.verify.compute import Asked, compute
+            except ImportError as error:  # without torch the levels above still say what they say
+                report.findings += not_computed(error, asked, against)
+            else:
+                wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, tuple(accept))
+                report.findings += compute(subject, wanted, report.facts, tell)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.verify import logits
+from ckpt_tool.verify.missing import not_run
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding, Status, shown
@@ -47,7 +48,7 @@ def against_transformers(
         try:
             import transformers
         except ImportError as error:
-            return [finding("import", "skipped", f"transformers is not installed ({error})")]
+            return [not_run(LEVEL, "import", error)]
     assert subject.hf is not None
     if (reason := _unaffordable(subject, dtype, device)) is not None:
         return [finding("load", "skipped", reason)]
