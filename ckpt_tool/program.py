@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ckpt_tool.errors import CkptToolError, Problem
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 1.0  # seconds in which the same signal again is still the first: a group of processes gets it twice
 TRACEBACK = "CKPT_TOOL_TRACEBACK"
 # The commands whose --json may name a file.
@@ -43,6 +44,9 @@ def main() -> NoReturn:
         code = flush(run(sys.argv[1:]))
     except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told
         code = 128 + getattr(stop, "number", signal.SIGINT)
+    if _came:
+        for number in SIGNALS:  # the interpreter's own end has no handlers: the code would be lost
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -63,7 +67,7 @@ def run(arguments: list[str]) -> int:
 def listen() -> None:
     """Turn signals that ask for an end into exceptions; one that is ignored (nohup, a job in the background)
     stays ignored. A second one, later than `GRACE`, ends the program at once, as a kill would."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
 
