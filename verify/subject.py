@@ -15,7 +15,7 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem
-from ckpt_tool.verify.manifest import Manifest, read_manifest
+from ckpt_tool.verify.manifest import MANIFEST, Manifest, read_manifest
 
 
 @dataclass
@@ -60,9 +60,23 @@ def opened(
 ) -> Iterator[Subject]:
     """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned."""
     with ExitStack() as stack:
-        out = stack.enter_context(open_checkpoint(output))
+        out = stack.enter_context(_open_output(output))
         src = None if source is None else stack.enter_context(open_checkpoint(source))
         yield _subject(out, src, settings or {})
+
+
+def _open_output(output: str | os.PathLike[str]) -> Checkpoint:
+    """The output, also where a second set of weights lies beside its own: the level coverage names that."""
+    try:
+        return open_checkpoint(output)
+    except CkptToolError as error:
+        if {p.kind for p in error.problems} != {"ambiguous-input"} or not os.path.isdir(output):
+            raise
+        made = open_checkpoint(output, prefer="hf")
+        if MANIFEST not in made.documents or made.json(MANIFEST).get("direction") != "to-original":
+            return made
+        made.close()
+        return open_checkpoint(output, prefer="original")
 
 
 def _subject(out: Checkpoint, src: Checkpoint | None, settings: Mapping[str, Any]) -> Subject:

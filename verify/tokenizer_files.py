@@ -14,6 +14,7 @@ from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.tokenizer_config import (
+    GENERIC,
     differences,
     listed,
     plain_class,
@@ -183,7 +184,7 @@ def _compare(
         for name in missing:
             result.fail(name, "expected this file, found none")
     elif missing:
-        _can_load(missing, held, result)
+        _can_load(missing, held, beside, result)
     for name in sorted(held - want.keys()):
         if name in recorded or name not in TOKENIZER_FILES or name in (JSON, CONFIG, MAP, ADDED):
             continue
@@ -217,7 +218,7 @@ def _ids(
         return expected
     compared = compare(expected, found)
     result.texts = compared.texts
-    if compared.differences and _is_built(want, expected, found):
+    if _is_built(want, expected, found, compared.differences):
         text = (
             "transformers 5 reads the source's files so: its class puts in a split of its own, "
             f"tokenizer.json has another ({compared.differences[0].message})"
@@ -231,21 +232,21 @@ def _ids(
     return expected
 
 
-def _is_built(want: Mapping[str, bytes], expected: Ids, found: Ids) -> bool:
+def _is_built(
+    want: Mapping[str, bytes], expected: Ids, found: Ids, differences: tuple[Difference, ...]
+) -> bool:
     """Whether all that differs is the split that transformers 5 builds for the source's class."""
+    if [d.where for d in differences] not in (["pre_tokenizer"], ["pre_tokenizer, decoder"]):
+        return False
     try:
         made_by = plain_class(Beside.parse(want.get(CONFIG, b"{}"), CONFIG).get("tokenizer_class"))
     except Damaged:
         return False
-    if made_by not in BUILT:
+    kinds = {(side.parsed.get("decoder") or {}).get("type") for side in (expected, found)}
+    if made_by not in BUILT or len(kinds) > 1:
         return False
     parts = (found.parsed.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
-    same = all(
-        expected.parsed.get(k) == found.parsed.get(k)
-        for k in ("added_tokens", "normalizer", "post_processor")
-    )
-    model = all(expected.model.get(k) == found.model.get(k) for k in ("type", "vocab", "merges"))
-    return same and model and len(parts) == 2 and parts[0].get("pattern") == {"Regex": BUILT[made_by]}
+    return len(parts) == 2 and parts[0].get("pattern") == {"Regex": BUILT[made_by]}
 
 
 def _copy(name: str, expected: bytes, beside: Beside, result: _Result) -> None:
@@ -275,15 +276,31 @@ def _lines(data: bytes) -> list[bytes]:
     return lines[1:] if lines[0].startswith(b"#version") else lines
 
 
-def _can_load(missing: list[str], held: set[str], result: _Result) -> None:
+def _can_load(missing: list[str], held: set[str], beside: Beside, result: _Result) -> None:
     """What is left without the `missing` files, which no manifest asks for: one that says it all, or not."""
     slow = {"tokenizer.model"} <= held or {"vocab.json", "merges.txt"} <= held or "vocab.txt" in held
     if JSON in missing and not slow:
         result.fail(JSON, "expected this file, found none, nor another that a tokenizer can be made of")
         return
+    if CONFIG in missing and JSON in held:
+        result.fail(CONFIG, "expected this file, found none: its class, limit and special tokens are lost")
+        missing = [n for n in missing if n != CONFIG]
+    if JSON in missing and _reads_json_only(beside):
+        result.fail(JSON, f"expected this file, found none; the class that {CONFIG} names reads no other")
+        return
+    if not missing:
+        return
     left = JSON if JSON in held else "the vocabulary"
     text = f"not there: {', '.join(sorted(missing))}; {left} is, and says what they say"
     result.notes.append(finding("note", text))
+
+
+def _reads_json_only(beside: Beside) -> bool:
+    try:
+        named = beside.json(CONFIG).get("tokenizer_class") if CONFIG in beside.names else ""
+    except Damaged:
+        return False
+    return named is None or plain_class(named) in GENERIC
 
 
 def _extra(name: str, ids: Ids | None, beside: Beside, result: _Result) -> None:
@@ -345,7 +362,9 @@ def _configs(
             said = roles(found[name])
             own = {k: v for k, v in wanted.items() if k in said}
             result.take(name, wrong_roles(own, said, made_by))
-    said = roles(found.get(CONFIG, {}), found.get(MAP, {}))
+    # with a table of added tokens in the config, transformers 4 does not read the map
+    alone = "added_tokens_decoder" in found.get(CONFIG, {})
+    said = roles(found.get(CONFIG, {}), {} if alone else found.get(MAP, {}))
     for role, token in wanted.items():
         if role not in said and token is not None:
             result.fail(f"{CONFIG}: {role}", f"expected {shown(token)}, found none")
@@ -362,8 +381,6 @@ def _configs(
         )
         if known:
             result.take(CONFIG, wrong_flags(known, found[CONFIG], CONFIG))
-    elif CONFIG in want and MAP in held:
-        result.notes.append(finding("note", f"{CONFIG} is not there; {MAP} names the special tokens"))
     _listed(expected, found, known, result)
     if ADDED in found:
         vocabulary = {} if ids is None else ids.vocabulary
