@@ -150,7 +150,7 @@ def _templates(
         return
     try:
         held = {n: beside.json(n) for n in (*TEMPLATES[1:], "tokenizer_config.json") if n in beside.names}
-        files = {n: beside.text(n) for n in beside.names if _is_template(n)}
+        files = {n: beside.text(n) for n in sorted(beside.names) if _is_template(n)}
     except Damaged as damage:
         yield finding("chat template", "fail", str(damage), damage.name)
         return
@@ -228,7 +228,7 @@ def _strangers(
     subject: Subject, beside: Beside, expected: Mapping[str, bytes], recorded: Mapping[str, str]
 ) -> Iterator[Finding]:
     known = _known(subject, beside, expected, recorded)
-    unknown = [s for s in strangers(beside.names, known) if not _is_sources(subject, s.name)]
+    unknown = [s for s in strangers(sorted(beside.names), known) if not _is_sources(subject, s.name)]
     loaded = [s for s in unknown if s.loaded is not None]
     yield from capped(
         [finding("strangers", "fail", f"expected no such file, found {s.loaded}", s.name) for s in loaded]
