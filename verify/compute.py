@@ -15,7 +15,7 @@ from ckpt_tool.verify.against_transformers import against_transformers
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import BROKEN, findings, lockstep
-from ckpt_tool.verify.prompts import Prompt, Prompts, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import Prompt, Prompts, cut, positions, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
@@ -53,13 +53,15 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
     with _threads(subject):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
-        rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf))
+        table = positions(subject.config, subject.hf, subject.original)
+        rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf), table=table)
         readings = _readings(subject, asked, rows)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
         inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
         prompts = with_inputs(rows, inputs, subject.config)
-        found = []
+        found: list[Finding] = []
         if "parity" in asked.levels:
+            found += cut(rows, subject.config, table)
             found += _parity(subject, readings, prompts, tell)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
