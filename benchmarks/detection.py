@@ -245,9 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variant in (v for family in families for v in PLANTED[family]):
             made(root, variant)
         if asked.right:
-            from right import main as right  # benchmarks/right.py, beside this file
+            from right import main as right  # beside this file
 
-            return right(root, families, asked.jobs, asked.json)
+            return int(right(root, families, asked.sample, asked.jobs, asked.json))
         kinds = [k for k in (*KINDS, *kinds_of_documents()) if asked.kind in k]
         listed = tasks(root, families, kinds, asked.sample)
         with ProcessPoolExecutor(asked.jobs) as pool:

@@ -25,9 +25,14 @@ def alteration(expected: np.ndarray, found: np.ndarray, dtype: str, sizes: froze
     places = np.flatnonzero(wrong)
     a, b = expected.reshape(-1)[places], found.reshape(-1)[places]
     at = place(wrong)
-    for words in (_zeros(b, at, dtype), _no_numbers(b, at, dtype), _bits(a, b, at, dtype)):
+    for words in (_zeros(b, at, dtype), _no_numbers(b, at, dtype)):
         if words:
             return words
+    rounded = _rounded(expected.reshape(-1), found.reshape(-1), dtype)
+    if rounded and places.size > 1:
+        return rounded
+    if words := _bits(a, b, at, dtype):
+        return words
     if np.array_equal(expected.byteswap(), found):
         return "bytes in the other order"
     return next(_wholes(expected, found, dtype, sizes), None)
@@ -94,13 +99,17 @@ def _bits(a: np.ndarray, b: np.ndarray, at: str, dtype: str) -> str | None:
     return None
 
 
-def _wholes(expected: np.ndarray, found: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[str]:
-    flat, wanted = expected.reshape(-1), found.reshape(-1)
+def _rounded(flat: np.ndarray, wanted: np.ndarray, dtype: str) -> str | None:
     for other in NARROWER[dtype]:
         if np.array_equal(recast(recast(flat, dtype, other), other, dtype), wanted):
-            yield f"rounded to {SPELLED[other]} on the way"
+            return f"rounded to {SPELLED[other]} on the way"
     if dtype == "F32" and np.array_equal(flat & np.uint32(0xFFFF0000), wanted):
-        yield "cut off to bfloat16 on the way"
+        return "cut off to bfloat16 on the way"
+    return None
+
+
+def _wholes(expected: np.ndarray, found: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[str]:
+    flat, wanted = expected.reshape(-1), found.reshape(-1)
     with np.errstate(all="ignore"):
         right, ours = (recast(x, dtype, "F64").view("<f8") for x in (flat, wanted))
         largest = int(np.abs(right).argmax())

@@ -137,7 +137,21 @@ class Evidence:
         """Those of each dimension, outer first, with their sizes."""
         step, part = self.where[name]
         box = part.box(step.sizes)
-        return [tuple((a, box[a][1] - box[a][0]) for a in g) for g in part.dims]
+        return [self._with_heads([(a, box[a][1] - box[a][0]) for a in g]) for g in part.dims]
+
+    def _with_heads(self, group: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+        """Where the table leaves all channels of attention in one axis `x`, config.json has the heads."""
+        wide = [(a, n) for a, n in group if n > 1]
+        heads = self.subject.config.get("num_attention_heads")
+        if (
+            len(wide) == 1
+            and wide[0][0] == "x"
+            and isinstance(heads, int)
+            and heads > 1
+            and wide[0][1] % heads == 0
+        ):
+            return (("n", heads), ("h", wide[0][1] // heads))
+        return tuple(group)
 
     def ranks(self, name: str, dim: int) -> int:
         """Into how many shares of that dimension the original is dealt out."""

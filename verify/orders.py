@@ -75,8 +75,11 @@ def beliefs(r: Reorder, others: Iterable[Reorder]) -> list[Belief]:
     if len(r.group) > 1:
         inner = r.group[1]
         rows = r.sizes[head] * r.sizes[inner]
-        for count in sorted({*counts, 1, *(r.sizes[head] * k for k in (2, 4))} - {r.sizes[head]}):
-            if rows % count == 0 and rows // count > 1:
+        for count in sorted(
+            {*counts, 1, *(r.sizes[head] * k for k in (2, 4)), *(r.sizes[head] // k for k in (2, 4))}
+            - {r.sizes[head]}
+        ):
+            if count and rows % count == 0 and rows // count > 1:
                 sizes = {**r.sizes, head: count, inner: rows // count}
                 words = f"permuted with {count} heads where there are {r.sizes[head]}"
                 made.append(Belief(words, r.left, sizes))

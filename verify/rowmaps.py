@@ -19,6 +19,7 @@ WORDS = {"n": "head", "k": "head", "e": "expert", "a": "group", "b": "group", "g
 WORDS |= {"s": "third", "v": "token", "p": "position", "rank": "rank", "two": "half"}
 PLURALS = {"half": "halves"}
 SHIFTED = {"v": "vocabulary", "p": "positions"}
+BARE = ("row", "column", "element", "token", "position")
 RUNS = 4  # runs of rows from elsewhere that are listed
 PERMUTED_AXES = 5
 
@@ -95,7 +96,7 @@ class Rows:
         has a name."""
         if (self.m < 0).any():
             return _filled_shift(self)
-        for find in (_shift, _blocks, _inside, _as_text, _shift_of_a_part, _runs, _axes, _any_order):
+        for find in (_shift, _blocks, _inside, _as_text, _shift_of_a_part, _runs, _axes, _listed, _any_order):
             if words := find(self):
                 return words
         return None
@@ -173,11 +174,10 @@ def _order_words(word: str, p: np.ndarray) -> str | None:
         return f"{plural(word)} in reverse order"
     if np.array_equal(p, as_text(n)):
         return f"{plural(word)} in the order of their numbers as text (10 before 2)"
-    if len(moved) <= RUNS and len(set(p.tolist())) < n:
+    several = word in BARE and len(moved) > 1  # runs of them are told as such
+    if len(moved) <= RUNS and len(set(p.tolist())) < n and not several:
         return ", ".join(f"{word} {i} holds {word} {p[i]}" for i in moved)
-    if word in ("row", "column", "token", "position") or n > 64:
-        return None
-    return f"{plural(word)} in the order {', '.join(map(str, p[:12].tolist()))}{', ...' if n > 12 else ''}"
+    return None
 
 
 def as_text(n: int) -> np.ndarray:
@@ -315,10 +315,19 @@ def _axes_permuted(rows: Rows, axes: Sequence[tuple[str, int]]) -> str | None:
     for order in permutations(range(len(axes))):
         if order != tuple(range(len(axes))) and rows.fits(shaped.transpose(order).reshape(-1)):
             names = [f"{a} {n}" for a, n in axes]
-            return (
-                f"blocks of {plural(rows.noun)} in the order ({', '.join(names[k] for k in order)}) where it is "
-                f"({', '.join(names)})"
-            )
+            read, right = ", ".join(names[k] for k in order), ", ".join(names)
+            return f"blocks of {plural(rows.noun)} in the order ({read}) where it is ({right})"
+    return None
+
+
+def _listed(rows: Rows) -> str | None:
+    """Heads or ranks in an order that has no name."""
+    for word, outer, blocks, size in rows.levels:
+        p = rows.m.reshape(-1, size)[:, 0] // size
+        order = (p[:, None] * size + np.arange(size)).reshape(-1)
+        if size > 1 and outer == 1 and rows.fits(order):
+            more = ", ..." if blocks > 12 else ""
+            return f"{plural(word)} in the order {', '.join(map(str, p[:12].tolist()))}{more}"
     return None
 
 
