@@ -23,7 +23,7 @@ from ckpt_tool.verify.rowmaps import Rows, as_text, hashes, located
 Written = Callable[[str], Path]
 assert flaws_values  # adds its kinds
 
-# One or two of each family; a kind is planted in the first that has what it needs, from a place that moves on.
+# One or two of each family; a kind is planted in the first that has what it needs, from a moving start.
 PLANTED = (
     "mistral-7b-v0.3",
     "qwen2-0.5b",

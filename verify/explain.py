@@ -24,6 +24,8 @@ from ckpt_tool.verify.rowmaps import Rows, hashes, span
 from ckpt_tool.verify.subject import Subject
 
 LIMIT = 1 << 30  # bytes of a tensor that is explained; a larger one is only located
+HEADS = ("num_attention_heads", "n_head")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 KEPT = 256 << 20  # bytes of made tensors kept for the next question
 Changed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by name: expected and found
 
@@ -140,18 +142,18 @@ class Evidence:
         return [self._with_heads([(a, box[a][1] - box[a][0]) for a in g]) for g in part.dims]
 
     def _with_heads(self, group: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """Where the table leaves all channels of attention in one axis `x`, config.json has the heads."""
+        """Heads and experts where the table's axes have other names, or one name is used for two things: `x`
+        is all channels of attention, of which config.json knows the heads; query heads come in groups; and
+        `e` is a width in models without experts."""
+        config = self.subject.config
         wide = [(a, n) for a, n in group if n > 1]
-        heads = self.subject.config.get("num_attention_heads")
-        if (
-            len(wide) == 1
-            and wide[0][0] == "x"
-            and isinstance(heads, int)
-            and heads > 1
-            and wide[0][1] % heads == 0
-        ):
+        heads = next((int(config[k]) for k in HEADS if isinstance(config.get(k), int)), 0)
+        if len(wide) == 1 and wide[0][0] == "x" and heads > 1 and wide[0][1] % heads == 0:
             return (("n", heads), ("h", wide[0][1] // heads))
-        return tuple(group)
+        if [a for a, _ in group] == ["g", "s", "h"]:
+            return (("n", group[0][1] * group[1][1]), group[2])
+        experts = {config.get(k) for k in EXPERTS}
+        return tuple(("width", n) if a == "e" and n not in experts else (a, n) for a, n in group)
 
     def ranks(self, name: str, dim: int) -> int:
         """Into how many shares of that dimension the original is dealt out."""
@@ -471,7 +473,7 @@ def _believed(x: np.ndarray, r: Reorder, b: Belief) -> np.ndarray:
 def _sizes(evidence: Evidence, name: str) -> frozenset[int]:
     """Sizes that a factor may follow from: the head's width, the model's."""
     config: Mapping[str, Any] = evidence.subject.config
-    heads = {int(config[k]) for k in ("num_attention_heads", "n_head") if isinstance(config.get(k), int)}
+    heads = {int(config[k]) for k in HEADS if isinstance(config.get(k), int)}
     width = {int(config[k]) for k in ("hidden_size", "n_embd") if isinstance(config.get(k), int)}
     inner = {w // h for w in width for h in heads if h and w % h == 0}
     inner |= {int(config["head_dim"])} if isinstance(config.get("head_dim"), int) else set()

@@ -88,7 +88,7 @@ class Rows:
             if size > 1 and (outer > 1 or known):
                 yield WORDS.get(axis, axis), outer, size, len(self) // outer // size
             outer *= size
-        if outer != len(self) or len(self.axes) < 2:
+        if len(self.axes) != 1 or self.axes[0][0] not in WORDS:
             yield self.noun, 1, len(self), 1
 
     def words(self) -> str | None:
