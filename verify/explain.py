@@ -139,20 +139,22 @@ class Evidence:
         """Those of each dimension, outer first, with their sizes."""
         step, part = self.where[name]
         box = part.box(step.sizes)
-        return [self._with_heads([(a, box[a][1] - box[a][0]) for a in g]) for g in part.dims]
+        layer = layer_of(name)
+        return [self._with_heads([(a, box[a][1] - box[a][0]) for a in g], layer) for g in part.dims]
 
-    def _with_heads(self, group: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    def _with_heads(self, group: list[tuple[str, int]], layer: int | None) -> tuple[tuple[str, int], ...]:
         """Heads and experts where the table's axes have other names, or one name is used for two things: `x`
-        is all channels of attention, of which config.json knows the heads; query heads come in groups; and
-        `e` is a width in models without experts."""
+        is all channels of attention, as is `e` in layers without experts, of which config.json knows the heads;
+        query heads come in groups."""
         config = self.subject.config
         wide = [(a, n) for a, n in group if n > 1]
         heads = next((int(config[k]) for k in HEADS if isinstance(config.get(k), int)), 0)
-        if len(wide) == 1 and wide[0][0] == "x" and heads > 1 and wide[0][1] % heads == 0:
-            return (("n", heads), ("h", wide[0][1] // heads))
-        if [a for a, _ in group] == ["g", "s", "h"]:
-            return (("n", group[0][1] * group[1][1]), group[2])
         experts = {config.get(k) for k in EXPERTS}
+        channels = wide[0][0] if len(wide) == 1 and layer is not None and wide[0][1] not in experts else ""
+        if channels in ("x", "e") and heads > 1 and wide[0][1] % heads == 0:
+            return (("n", heads), ("h", wide[0][1] // heads))
+        if [a for a, _ in group] in (["g", "s", "h"], ["k", "s", "h"]):
+            return (("n", group[0][1] * group[1][1]), group[2])
         return tuple(("width", n) if a == "e" and n not in experts else (a, n) for a, n in group)
 
     def ranks(self, name: str, dim: int) -> int:
