@@ -111,6 +111,7 @@ def _saved_again(variant: str, source: Path, out: Path) -> bool:
         return False
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         right = Path(temporary) / "right"
         _converted(variant, source, right)

@@ -3,7 +3,8 @@ where it accounts for every element that differs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import sqrt
 
 import numpy as np
@@ -17,25 +18,45 @@ NARROWER = {"F32": ("BF16", "F16"), "F64": ("F32", "BF16", "F16"), "BF16": ("F16
 SPELLED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
+CHUNK = 1 << 20  # elements looked at at a time
+SAMPLE = 4096  # differing elements by which most kinds are ruled out
+
+Holds = Callable[[np.ndarray, np.ndarray], np.ndarray]  # for each pair of right and found elements
+
+
 def alteration(expected: np.ndarray, found: np.ndarray, dtype: str, sizes: frozenset[int]) -> str | None:
-    """Raw bits of one shape; `sizes` are those that a factor may be the root of."""
+    """Raw bits of one shape that differ; `sizes` are those that a factor may be the root of."""
     if dtype not in CASTABLE:
         return None
-    wrong = expected != found
-    places = np.flatnonzero(wrong)
-    a, b = expected.reshape(-1)[places], found.reshape(-1)[places]
-    at = place(wrong)
-    for words in (_zeros(b, at, dtype), _no_numbers(b, at, dtype)):
-        if words:
-            return words
-    rounded = _rounded(expected.reshape(-1), found.reshape(-1), dtype)
-    if rounded and places.size > 1:
-        return rounded
-    if words := _bits(a, b, at, dtype):
-        return words
-    if np.array_equal(expected.byteswap(), found):
-        return "bytes in the other order"
-    return next(_wholes(expected, found, dtype, sizes), None)
+    right, ours = expected.reshape(-1), found.reshape(-1)
+    a, b = _sample(right, ours)
+    at = ""
+    for words, holds in _kinds(a, b, dtype, sizes):
+        if holds(a, b).all() and all(
+            holds(right[k : k + CHUNK], ours[k : k + CHUNK]).all() for k in range(0, right.size, CHUNK)
+        ):
+            at = at or place(expected != found)
+            return "all zeros" if words == "zeros" and at == "every element" else _told(words, at)
+    return None
+
+
+def _told(words: str, at: str) -> str:
+    """The place is of interest where the kind concerns single elements."""
+    if words == "sign flipped" and at == "every element":
+        return "negated"
+    return f"{words} in {at}" if words in SINGLE or words.startswith("bit ") else words
+
+
+def _sample(right: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first elements that differ."""
+    places: list[np.ndarray] = []
+    for start in range(0, right.size, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        places.append(start + np.flatnonzero(right[chunk] != ours[chunk]))
+        if sum(map(len, places)) >= SAMPLE:
+            break
+    kept = np.concatenate(places)[:SAMPLE]
+    return right[kept], ours[kept]
 
 
 def place(wrong: np.ndarray) -> str:
@@ -72,55 +93,65 @@ def _magnitude(bits: np.ndarray, dtype: str) -> np.ndarray:
     return made
 
 
-def _zeros(b: np.ndarray, at: str, dtype: str) -> str | None:
-    if _magnitude(b, dtype).any():
-        return None
-    return "all zeros" if at == "every element" else f"zeros in {at}"
+SINGLE = ("zeros", "NaN", "infinity", "sign flipped", "one unit in the last place off")
 
 
-def _no_numbers(b: np.ndarray, at: str, dtype: str) -> str | None:
-    infinity = ((1 << (_sign(dtype) - MANTISSA[dtype])) - 1) << MANTISSA[dtype]
-    size = _magnitude(b, dtype)
-    if (size > infinity).all():
-        return f"NaN in {at}"
-    return f"infinity in {at}" if (size == infinity).all() else None
+def _kinds(a: np.ndarray, b: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[tuple[str, Holds]]:
+    """The kinds in question for a sample of differing elements; the simplest first."""
+    top = ((1 << (_sign(dtype) - MANTISSA[dtype])) - 1) << MANTISSA[dtype]  # the bits of infinity
+    sign = a.dtype.type(1 << _sign(dtype))
+    yield "zeros", lambda x, y: (_magnitude(y, dtype) == 0) | (x == y)
+    yield "NaN", lambda x, y: (_magnitude(y, dtype) > top) | (x == y)
+    yield "infinity", lambda x, y: (_magnitude(y, dtype) == top) | (x == y)
+    rounded = list(_rounded(dtype))
+    if a.size > 1:
+        yield from rounded
+    yield "sign flipped", lambda x, y: ((x ^ y) == sign) | (x == y)
+    yield "one unit in the last place off", lambda x, y: _apart(x, y, sign) <= 1
+    bits = a[0] ^ b[0]
+    if int(bits).bit_count() == 1:
+        yield f"bit {int(bits).bit_length() - 1} flipped", lambda x, y: ((x ^ y) == bits) | (x == y)
+    yield "bytes in the other order", lambda x, y: x.byteswap() == y
+    yield from _scaled(a, b, dtype, sizes)
+    if a.size == 1:
+        yield from rounded
 
 
-def _bits(a: np.ndarray, b: np.ndarray, at: str, dtype: str) -> str | None:
-    turned = a ^ b
-    sign = turned.dtype.type(1 << _sign(dtype))
-    if (turned == sign).all():
-        return "negated" if at == "every element" else f"sign flipped in {at}"
-    apart = np.where(a > b, a - b, b - a)
-    if not (turned & sign).any() and (apart == 1).all():
-        return f"one unit in the last place off in {at}"
-    if int(turned.min()) == int(turned.max()) and int(turned[0]).bit_count() == 1:
-        return f"bit {int(turned[0]).bit_length() - 1} flipped in {at}"
-    return None
+def _apart(x: np.ndarray, y: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    """By how many units two elements differ; many where one is negative and the other not."""
+    units = np.where(x > y, x - y, y - x)
+    return np.asarray(np.where(((x ^ y) & sign) != 0, 2, units))
 
 
-def _rounded(flat: np.ndarray, wanted: np.ndarray, dtype: str) -> str | None:
+def _rounded(dtype: str) -> Iterator[tuple[str, Holds]]:
     for other in NARROWER[dtype]:
-        if np.array_equal(recast(recast(flat, dtype, other), other, dtype), wanted):
-            return f"rounded to {SPELLED[other]} on the way"
-    if dtype == "F32" and np.array_equal(flat & np.uint32(0xFFFF0000), wanted):
-        return "cut off to bfloat16 on the way"
-    return None
+        yield (
+            f"rounded to {SPELLED[other]} on the way",
+            lambda x, y, other=other: recast(recast(x, dtype, other), other, dtype) == y,  # type: ignore[misc]
+        )
+    if dtype == "F32":
+        yield "cut off to bfloat16 on the way", lambda x, y: (x & np.uint32(0xFFFF0000)) == y
 
 
-def _wholes(expected: np.ndarray, found: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[str]:
-    flat, wanted = expected.reshape(-1), found.reshape(-1)
+def _scaled(a: np.ndarray, b: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[tuple[str, Holds]]:
+    """Multiplied by a factor that a size gives; 1 added or taken away."""
+    right, ours = (recast(x, dtype, "F64").view("<f8") for x in (a, b))
+    largest = int(np.nan_to_num(np.abs(right)).argmax())
     with np.errstate(all="ignore"):
-        right, ours = (recast(x, dtype, "F64").view("<f8") for x in (flat, wanted))
-        largest = int(np.abs(right).argmax())
-        ratio = float(ours[largest] / right[largest]) if right[largest] else 0.0
-        for words, factor in _factors(sizes):
-            near = ratio != 0 and abs(factor / ratio - 1) < 0.01
-            if near and np.array_equal(recast((right * factor).view("<u8"), "F64", dtype), wanted):
-                yield f"multiplied by {words}"
-        for by in (1.0, -1.0):
-            if np.array_equal(recast((right + by).view("<u8"), "F64", dtype), wanted):
-                yield "1 added to every element" if by > 0 else "1 taken from every element"
+        ratio = float(ours[largest] / right[largest])
+    for words, factor in _factors(sizes):
+        if abs(factor - ratio) < 0.01 * abs(factor):
+            yield f"multiplied by {words}", partial(_computed, lambda v, f: v * f, factor, dtype)
+    for words, by in (("1 added to every element", 1.0), ("1 taken from every element", -1.0)):
+        yield words, partial(_computed, lambda v, f: v + f, by, dtype)
+
+
+def _computed(
+    make: Callable[[np.ndarray, float], np.ndarray], by: float, dtype: str, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        made = make(recast(x, dtype, "F64").view("<f8"), by)
+    return np.asarray(recast(made.view("<u8"), "F64", dtype) == y)
 
 
 def _factors(sizes: frozenset[int]) -> Iterator[tuple[str, float]]:

@@ -144,8 +144,8 @@ class Evidence:
 
     def _with_heads(self, group: list[tuple[str, int]], layer: int | None) -> tuple[tuple[str, int], ...]:
         """Heads and experts where the table's axes have other names, or one name is used for two things: `x`
-        is all channels of attention, as is `e` in layers without experts, of which config.json knows the heads;
-        query heads come in groups."""
+        is all channels of attention, as is `e` in layers without experts, of which config.json knows the
+        heads; query heads come in groups."""
         config = self.subject.config
         wide = [(a, n) for a, n in group if n > 1]
         heads = next((int(config[k]) for k in HEADS if isinstance(config.get(k), int)), 0)
