@@ -350,7 +350,11 @@ def _moved(origin: Mapping[str, str]) -> Iterator[Cause]:
     alone = [n for n in origin if n not in done]
     cyclic = [n for n in alone if origin[n] in alone]
     if len(cyclic) > 2:
-        yield Cause(f"{_listed(cyclic, 6)} hold {_listed([origin[n] for n in cyclic], 6)}", tuple(cyclic))
+        ordered = sorted(cyclic, key=_rank)
+        weights = [n for n in ordered if not n.endswith(".bias")] or ordered
+        words = f"{_listed(weights, 6)} hold {_listed([origin[n] for n in weights], 6)}"
+        words += ", weight and bias" if len(weights) * 2 == len(ordered) else ""
+        yield Cause(words, tuple(cyclic))
         alone = [n for n in alone if n not in cyclic]
     for n in alone:
         yield Cause(f"{short(n)} holds {short(origin[n])}", (n,))
