@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.bits import bits
+from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Claim
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
@@ -95,6 +96,7 @@ def verify(
             else:
                 wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, tuple(accept))
                 report.findings += compute(subject, wanted, report.facts, tell)
+        report.findings += by_bits(subject, report.findings)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import grid
+from ckpt_tool.verify.names import layer_of
 
 PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
 
@@ -90,8 +91,3 @@ def largest(checkpoint: Checkpoint, itemsize: int) -> int:
         index = layer_of(info.name)
         layers[index] = layers.get(index, 0) + prod(info.shape) * itemsize
     return max(layers.values(), default=0)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer a tensor belongs to: the first number among the dotted components of its name."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
