@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import Problem, fail, fail_all, printable
@@ -189,12 +189,13 @@ def convert(
             sha256=sha256,
             strict=strict,
             progress=progress,
+            address=os.fspath(source) if os.fspath(source).startswith(HUB) else None,
         )
     report = None
     if check and to == "hf":
         from ckpt_tool.verify import verify as run
 
-        report = run(target, levels=("coverage",))
+        report = run(target, levels=("coverage",), no_source=True)
     return Conversion(target, made, outcome, report)
 
 

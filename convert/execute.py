@@ -107,13 +107,15 @@ def execute(
     strict: bool = False,
     progress: Callable[[Progress], None] | None = None,
     extra_documents: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None = None,
+    address: str | None = None,
 ) -> Outcome:
     """Write what `plan` says into the folder `out`, which appears complete or not at all.
 
     `jobs` workers; `resume` goes on with what an interrupted run of the same plan left; `strict` refuses
     values that are not finite instead of recording them; `extra_documents` makes more files from the
-    manifest. `progress` is called from the calling thread. Raises `CkptToolError` (kinds of durable.py,
-    `checksum`, `tied-mismatch`, `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
+    manifest; `address` is where a source that is not on this machine came from. `progress` is called from the
+    calling thread. Raises `CkptToolError` (kinds of durable.py, `checksum`, `tied-mismatch`,
+    `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
     """
     files = [f.path for f in checkpoint.files.values() if not f.path.is_relative_to("/proc")]
     place = place_for(out, [checkpoint.path, *files], overwrite=overwrite)
@@ -122,8 +124,9 @@ def execute(
     with locked(place):
         staging = Staging(place, identity, overwrite)
         run = _Run(
-            plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None)
-        )
+            plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None),
+            address or os.path.relpath(os.path.realpath(checkpoint.path), place),
+        )  # fmt: skip
         staging.begin(resume=resume)
         try:
             outcome = run.carry_out(extra_documents)
@@ -218,6 +221,7 @@ class _Run:
     sha256: bool
     strict: bool
     progress: Callable[[Progress], None]
+    origin: str  # the address of the source, or its path from the output
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[Key, int] = field(default_factory=dict)
     hashes: dict[Key, str] = field(default_factory=dict)
@@ -511,6 +515,7 @@ class _Run:
                 sha256=self.hashes,
                 findings=self.findings,
                 documents=documents,
+                source=self.origin,
             )
 
         documents = list(self.plan.documents)

@@ -1,5 +1,5 @@
-"""`ckpt-tool.json`: what a conversion read, did and wrote. It holds no times and no paths, so equal inputs
-give equal bytes.
+"""`ckpt-tool.json`: what a conversion read, did and wrote. It holds no times, and no path but the way from
+the output to the source, so equal inputs in equal places give equal bytes.
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ def manifest(
     sha256: Mapping[tuple[str, str], str],
     findings: Iterable[Finding],
     documents: Iterable[OutputDocument],
+    source: str,
 ) -> dict[str, Any]:
-    """The manifest. `headers` are the source files' `headers_digest`, `sources` (CRC32) and `sha256` are by
-    (file, tensor), `targets` are CRC32s by file and tensor, `sizes` those of the output files."""
+    """The manifest. `source` is the address of the source, or its path from the output. `headers` are the
+    source files' `headers_digest`, `sources` (CRC32) and `sha256` are by (file, tensor), `targets` are CRC32s
+    by file and tensor, `sizes` those of the output files."""
     entries = _source_entries(checkpoint, headers)
     for entry in entries:
         known = {name: crc for (file, name), crc in sources.items() if file == entry["file"]}
@@ -114,6 +116,7 @@ def manifest(
         "plan": plan_digest,
         "options": _options(plan),
         "config": {k: {"value": v.value, "source": v.source} for k, v in plan.config.items()},
+        "source": source,
         "sources": entries,
         "original": dict(plan.original),
         "outputs": [{"file": f.name, "format": f.format, "bytes": sizes[f.name]} for f in plan.outputs],

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.expectations import FAMILIES, Expectation, load, load_all, match, parse
+from ckpt_tool.verify.expectations import FAMILIES, Expectation, load, load_all, match, parse
 
 
 def raw(family: str) -> dict[str, Any]:
-    text = resources.files("ckpt_tool.fixtures.expectations").joinpath(f"{family}.json").read_text("utf-8")
+    text = resources.files("ckpt_tool.verify.expectations").joinpath(f"{family}.json").read_text("utf-8")
     data: dict[str, Any] = json.loads(text)
     return data
 

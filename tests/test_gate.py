@@ -90,16 +90,16 @@ def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
 
 
 @pytest.mark.parametrize(
-    ("extra", "check"),
+    ("extra", "check", "status"),
     [
-        ("[check.bars]\nnmse = 1e-30", "nmse"),
-        ("[check.bars]\nexactness = 'identical after cast'\n", None),
-        ("require = ['documented']", "require"),
-        ("require = ['transformers']", "require"),
+        ("[check.bars]\nnmse = 1e-30", "nmse", "fail"),
+        ("[check.bars]\nexactness = 'identical after cast'\n", None, "pass"),
+        ("require = ['documented']", "require", "undecided"),
+        ("require = ['transformers']", "require", "undecided"),
     ],
 )
 def test_a_bar_of_the_gate_decides(
-    extra: str, check: str | None, originals: Written, conversions: Written, tmp_path: Path
+    extra: str, check: str | None, status: str, originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
     path = write(
         tmp_path,
@@ -111,17 +111,33 @@ def test_a_bar_of_the_gate_decides(
         assert set(found.values()) == {"pass"}
         assert reports.exit_code == 0
     else:
-        assert found[check] == "fail"
-        assert reports.exit_code == 1
+        assert found[check] == status
+        assert reports.exit_code == {"fail": 1, "undecided": 2}[status]
 
 
-def test_a_bar_on_what_was_not_measured_fails(conversions: Written, tmp_path: Path) -> None:
+def test_a_bar_on_what_was_not_measured_is_undecided(conversions: Written, tmp_path: Path) -> None:
     out = conversions(VARIANT)
     path = write(
         tmp_path, f"[[check]]\nname = 'x'\nout = '{out}'\nlevels = ['bits']\n[check.bars]\nkl = 1.0\n"
     )
     reports = run_gate(path)
-    assert states(reports) == {"kl": "fail"}
+    assert states(reports) == {"kl": "undecided"}
+    assert reports.exit_code == 2
+
+
+def test_without_a_source_a_check_passes_only_where_it_says_so(conversions: Written, tmp_path: Path) -> None:
+    out = shutil.copytree(conversions(VARIANT), tmp_path / "far" / "from" / "it")
+    for extra, code in (("", 2), ("no_source = true\n", 0)):
+        path = write(tmp_path, f"[[check]]\nname = 'x'\nout = '{out}'\n{extra}")
+        assert run_gate(path).exit_code == code
+
+
+def test_a_level_named_in_a_check_must_run(conversions: Written, originals: Written, tmp_path: Path) -> None:
+    sides = f"out = '{conversions(VARIANT)}'\nsource = '{originals(VARIANT)}'"
+    path = write(tmp_path, f"[[check]]\nname = 'x'\n{sides}\nlevels = ['bits', 'documented']\n")
+    (one,) = run_gate(path).reports
+    assert one.exit_code == 2
+    assert one.headline.startswith("level documented was asked for and did not run: no published name")
 
 
 def problems(folder: Path, text: str) -> set[str | None]:

@@ -34,7 +34,7 @@ def report(*findings: Finding, title: str = "a title") -> Report:
     return Report(title, {"output": "out"}, list(findings))
 
 
-def made(status: Status, check: str = "a check", **more: object) -> Finding:
+def made(status: Status, check: str = "round trip", **more: object) -> Finding:
     return Finding("bits", check, status, "a message", **more)  # type: ignore[arg-type]
 
 
@@ -50,7 +50,7 @@ def hostile_report() -> Report:
             tables=(Table((name,), ((name,),)),),
         )
         for name in HOSTILE
-        for status in ("pass", "fail", "skipped", "note")
+        for status in ("pass", "fail", "skipped", "undecided", "note")
     ]
     return Report(HOSTILE[0], {name: name for name in HOSTILE}, found)
 
@@ -69,8 +69,10 @@ def text(of: Report | Reports, width: int = 100) -> str:
     [
         (["pass", "note", "skipped"], "pass", 0),
         (["pass", "fail", "pass"], "fail", 1),
-        (["skipped", "note"], "skipped", 2),
-        ([], "skipped", 2),
+        (["pass", "undecided"], "undecided", 2),
+        (["undecided", "fail"], "fail", 1),
+        (["skipped", "note"], "undecided", 2),
+        ([], "undecided", 2),
     ],
 )
 def test_status_and_exit_code(states: list[Status], status: str, code: int) -> None:
@@ -136,11 +138,19 @@ def test_json_is_strict_even_for_numbers_that_are_none() -> None:
 def test_junit_counts_and_places_each_finding() -> None:
     root = ET.fromstring(report(made("pass"), made("fail"), made("skipped"), made("note")).junit())
     (suite,) = root
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "1", "1")
-    cases = suite.findall("testcase")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "2", "1")
+    *cases, verdict = suite.findall("testcase")
     assert [len(c.findall("failure")) for c in cases] == [0, 1, 0, 0]
     assert [len(c.findall("skipped")) for c in cases] == [0, 0, 1, 0]
     assert {c.get("classname") for c in cases} == {"verify.bits"}
+    assert [e.tag for e in verdict] == ["failure"]
+
+
+def test_junit_calls_what_was_not_shown_an_error() -> None:
+    (suite,) = ET.fromstring(report(made("skipped")).junit())
+    assert (suite.get("errors"), suite.get("failures")) == ("1", "0")
+    verdict = suite.findall("testcase")[-1]
+    assert [(e.tag, "nothing was compared" in e.get("message", "")) for e in verdict] == [("error", True)]
 
 
 def test_numbers_are_short() -> None:

@@ -263,7 +263,7 @@ def real(kind: str) -> Tokenizer:
 
 def _documented() -> list[Any]:
     """(vocabulary, text, text pair or None, ids) of the documented entries that give both text and ids."""
-    from ckpt_tool.fixtures.expectations import load
+    from ckpt_tool.verify.expectations import load
 
     found = []
     for entry in load("megatron_bert"):

@@ -23,11 +23,11 @@ from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.expectations import Expectation, parse
 from ckpt_tool.fixtures.flaws import Folder, plant
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import answers, documented, verify
 from ckpt_tool.verify.against_transformers import _deviations
+from ckpt_tool.verify.expectations import Expectation, parse
 from ckpt_tool.verify.measure import CAPS, bar_for, distance, logit_distance
 from ckpt_tool.verify.mistakes import Reorder, _reorders, beliefs, planted, transpose, undone
 from ckpt_tool.verify.noise import ReversedSums
@@ -278,8 +278,9 @@ def test_values_that_are_no_numbers_are_located(broken: Written, originals: Writ
 
 @pytest.mark.parametrize("variant", [DENSE, RANKS])
 def test_without_a_source_what_can_be_checked_is(variant: str, conversions: Written) -> None:
-    report = verify(conversions(variant))
+    report = verify(conversions(variant), no_source=True)
     assert report.exit_code == 0
+    assert report.headline == "consistent with its manifest; not compared with a source"
     states = {(f.level, f.check): f.status for f in report.findings}
     assert states["coverage", "target tensors"] == "pass"
     assert states["coverage", "config"] == "pass"
@@ -290,7 +291,7 @@ def test_without_a_source_what_can_be_checked_is(variant: str, conversions: Writ
 def test_without_a_source_a_tampered_config_is_caught(broken: Written) -> None:
     folder = broken(DENSE)
     plant(folder, "rope-theta")
-    report = verify(folder, levels=("coverage", "bits"))
+    report = verify(folder, levels=("coverage", "bits"), no_source=True)
     assert [f.where for f in failed(report, "coverage")] == ["config.json: rope_theta"]
     assert [f.where for f in failed(report, "bits")] == ["config.json"]
 

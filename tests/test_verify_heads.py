@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ckpt_tool import api
-from ckpt_tool.fixtures.expectations import Expectation, archived, parse
 from ckpt_tool.fixtures.megatron_bert import BERT_TWO_GELUS
 from ckpt_tool.reference import hf_megatron_bert
 from ckpt_tool.verify import documented, verify
+from ckpt_tool.verify.expectations import Expectation, archived, parse
 from ckpt_tool.verify.prompts import with_inputs
 from ckpt_tool.verify.report import Finding, Report
 

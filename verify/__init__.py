@@ -18,6 +18,7 @@ from typing import Any
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.claims import Against, Claim
+from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.prompts import Prompts
@@ -59,7 +60,7 @@ def verify(
     under their Hugging Face names; those recorded in the output's manifest are known already. Raises
     `CkptToolError` for what cannot be opened; everything else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
-    asked = named or LEVELS
+    asked = LEVELS if levels is None else named
     for label, values, known in (
         ("levels", asked, LEVELS),
         ("against", (against,) if against else (), JUDGES),
@@ -71,8 +72,8 @@ def verify(
     began = time.monotonic()
     tell = progress or (lambda text: None)
     report = Report("ckpt-tool verify")
-    with opened(out, source, settings) as subject:
-        report.facts |= _facts(subject, out, source)
+    with opened(out, source, settings, look_for_source=not no_source) as subject:
+        report.facts |= _facts(subject, out, source, no_source)
         report.claim = _claim(subject, named, against, checkpoint_id, no_source)
         scans = []
         if {"coverage", "bits"} & set(asked):
@@ -81,6 +82,7 @@ def verify(
         if "coverage" in asked:
             report.findings += coverage(subject, scans)
             report.findings += documents(subject)
+            report.findings += confirm(subject)
         if "bits" in asked:
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
@@ -94,11 +96,19 @@ def verify(
 
 
 def _facts(
-    subject: Subject, out: str | os.PathLike[str], source: str | os.PathLike[str] | None
+    subject: Subject, out: str | os.PathLike[str], source: str | os.PathLike[str] | None, no_source: bool
 ) -> dict[str, str]:
     total = sum(t.nbytes for t in subject.output)
     made = {"output": f"{os.fspath(out)} ({sum(1 for _ in subject.output)} tensors, {total:,} bytes)"}
-    made["source"] = "none given" if source is None else os.fspath(source)
+    recorded = subject.manifest.source if subject.manifest is not None else None
+    if source is not None:
+        made["source"] = os.fspath(source)
+    elif subject.found is not None:
+        made["source"] = f"{os.path.normpath(subject.found)} (as the manifest records, its headers unchanged)"
+    elif recorded is not None and not no_source:
+        made["source"] = f"none given; {recorded}, as the manifest records, is not there as it was"
+    else:
+        made["source"] = "none given"
     if subject.family is not None:
         made["family"] = f"{subject.family.name}, {subject.direction}"
     return made

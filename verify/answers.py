@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tool import reference
-from ckpt_tool.fixtures.expectations import Expectation
 from ckpt_tool.reference import losses
+from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS
 from ckpt_tool.verify.sides import Side, taken
 from ckpt_tool.verify.subject import Subject

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 Verdict = Literal["pass", "fail", "undecided"]
 Against = Literal["source", "manifest", "nothing"]
 
-# The checks of which one must pass where there is a source; see verify.bits and verify.parity.
-PROOFS = (("bits", "round trip"), ("parity", "lockstep"))
+# The checks of which one must pass where there is a source, with what each shows; see verify.bits,
+# verify.parity, verify.against_transformers.
+PROOFS = {
+    ("bits", "round trip"): "the bits",
+    ("parity", "lockstep"): "the numbers",
+    ("transformers", "logits"): "the numbers, by transformers",
+}
 NOT_COMPARED = "not compared with a source"
 CLASSES = (
     "differs",
@@ -106,12 +111,11 @@ def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
 def _proved(findings: Sequence[Finding]) -> str:
     """Which proofs passed, and what stayed open."""
     passed = {(f.level, f.check) for f in findings if f.status == "pass"}
-    words = {("bits", "round trip"): "the bits", ("parity", "lockstep"): "the numbers"}
-    shown = [words[p] for p in PROOFS if p in passed]
+    shown = [words for proof, words in PROOFS.items() if proof in passed]
     text = f"{' and '.join(shown)} of its source"
     for level, check in PROOFS:
         own = [f for f in findings if (f.level, f.check) == (level, check) and f.status == "skipped"]
-        if own:
+        if own and level != "transformers":
             text += f"; {level} not shown: {own[0].message}"
     for f in findings:
         if f.status == "skipped" and f.data.get("open"):

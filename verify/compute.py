@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_tool.errors import CkptToolError, fail
-from ckpt_tool.fixtures.expectations import archived
 from ckpt_tool.verify.against_transformers import against_transformers
 from ckpt_tool.verify.documented import documented
+from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import BROKEN, findings, lockstep
 from ckpt_tool.verify.prompts import Prompt, Prompts, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Status

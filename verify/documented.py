@@ -1,4 +1,4 @@
-"""Level 4: does it say what its publishers documented? Entries of fixtures/expectations that name this
+"""Level 4: does it say what its publishers documented? Entries of verify/expectations that name this
 checkpoint are run where that can be done offline; the others are skipped with the reason, and nothing that
 did not run passes."""
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tool import reference
-from ckpt_tool.fixtures.expectations import Expectation, match
 from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
+from ckpt_tool.verify.expectations import Expectation, match
 from ckpt_tool.verify.prompts import tokenizer_of
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side

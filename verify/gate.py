@@ -29,15 +29,15 @@ from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
-from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, verify
-from ckpt_tool.verify.report import Finding, Report, Reports
+from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, claims, verify
+from ckpt_tool.verify.report import Finding, Report, Reports, Status
 
 LEVEL = "gate"
 SIZE_LIMIT = 1 << 20  # bytes of a gate file
 # Bars: the largest value that may be measured, or the smallest where more is better.
 LARGEST = ("nmse", "max_delta", "kl")
 SMALLEST = ("top1", "catch_rate")
-CLASSES = ("bit-identical", "identical after cast", "within noise floor")
+CLASSES = tuple(c for c in reversed(claims.CLASSES) if c != "differs")  # the strictest first
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class Check:
     convert: str | None = None
     overwrite: bool = False
     dtype: str | None = None
-    levels: tuple[str, ...] = LEVELS
+    levels: tuple[str, ...] | None = None  # None: all, and what cannot run is skipped
     require: tuple[str, ...] = ()
     against: str | None = None
+    no_source: bool = False
+    accept: tuple[str, ...] = ()
     prompts: str | None = None
     compute_dtype: str = "float32"
     device: str = "cpu"
@@ -81,6 +83,8 @@ def run_check(check: Check, progress: Callable[[str], None] | None = None) -> Re
             check.out,
             check.source,
             levels=check.levels,
+            no_source=check.no_source,
+            accept=check.accept,
             against=check.against,
             prompts=check.prompts,
             compute_dtype=check.compute_dtype,
@@ -129,17 +133,20 @@ def _recognised(checkpoint: Checkpoint) -> str:
 
 
 def _required(check: Check, report: Report) -> list[Finding]:
+    """Of a level that was skipped nothing is known: undecided, no difference."""
     made = []
     for level in check.require:
         found = report.level(level)
         skipped = [f for f in found if f.status == "skipped"]
         if not found:
             made.append(
-                Finding(LEVEL, "require", "fail", f"expected level {level} to run, found no result of it")
+                Finding(
+                    LEVEL, "require", "undecided", f"expected level {level} to run, found no result of it"
+                )
             )
         for f in skipped:
             text = f"expected nothing of level {level} to be skipped, found {f.check}: {f.message}"
-            made.append(Finding(LEVEL, "require", "fail", text))
+            made.append(Finding(LEVEL, "require", "undecided", text))
         if found and not skipped:
             made.append(Finding(LEVEL, "require", "pass", f"nothing of level {level} was skipped"))
     return made
@@ -151,13 +158,13 @@ def _barred(check: Check, report: Report) -> list[Finding]:
         if name == "exactness":
             allowed = CLASSES[: CLASSES.index(bar) + 1]
             text = f"expected exactness {' or '.join(allowed)}, found {report.exactness or 'no comparison'}"
-            made.append(Finding(LEVEL, name, "pass" if report.exactness in allowed else "fail", text))
+            status: Status = "undecided" if report.exactness is None else "fail"
+            made.append(Finding(LEVEL, name, "pass" if report.exactness in allowed else status, text))
             continue
         values = [float(v) for f in report.findings if (v := _measured(f, name)) is not None]
         if not values:
-            made.append(
-                Finding(LEVEL, name, "fail", "expected this to be measured, found no level that did", bar=bar)
-            )
+            text = "expected this to be measured, found no level that did"
+            made.append(Finding(LEVEL, name, "undecided", text, bar=bar))
             continue
         worst = max(values) if name in LARGEST else min(values)
         holds = worst <= bar if name in LARGEST else worst >= bar
@@ -213,6 +220,8 @@ def read_gate(path: Path) -> tuple[str, list[Check]]:
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "overwrite": bool,
+    "no_source": bool,
+    "accept": list,
     "levels": list,
     "require": list,
     "settings": dict,
@@ -256,6 +265,11 @@ def _check(
             for value in [v for v in values if v not in allowed]:
                 wrong(key, f"expected {' or '.join(allowed)}, found {value!r}")
             made[key] = tuple(values) if key in entry else getattr(Check, key)
+    accept = entry.get("accept", [])
+    if isinstance(accept, list):
+        if not all(isinstance(name, str) for name in accept):
+            wrong("accept", "expected names of differences, found another value")
+        made["accept"] = tuple(accept)
     bars = entry.get("bars", {})
     if isinstance(defaults, dict) and isinstance(bars, dict):
         made["bars"] = {**defaults, **bars}

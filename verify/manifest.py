@@ -1,47 +1,65 @@
-"""What `ckpt-tool.json` in an output says about itself, read with distrust: the file may be anybody's."""
+"""What `ckpt-tool.json` in an output says about itself, read with distrust: the file may be anybody's.
+
+Each field has a type, and one that has another is `bad-config`. What the manifest says decides nothing that
+the source and config.json can say: it confirms them (verify.confirm)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.errors import fail
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.errors import fail, printable
 
 MANIFEST = "ckpt-tool.json"
-ASKED_FOR = (
-    "--set",
-    "--config",
-    "--tokenizer",
-    "--keep-padding",
-)  # how the source of a value begins that the user gave
+VERSION = 1
+# how the source of a value begins that the user gave
+ASKED_FOR = ("--set", "--config", "--tokenizer", "--keep-padding")
 
 _FORM = ("tensor_parallel", "pipeline_parallel", "checkpoint_version")
+_CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_DIRECTIONS = ("to-hf", "to-original")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the source as it was read: `headers` is the SHA-256 of all that its headers say."""
+
+    name: str
+    tensors: int
+    headers: str
 
 
 @dataclass(frozen=True)
 class Manifest:
     """`crcs` are CRC32s by (file, tensor), `documents` SHA-256 by file name, `config` (value, source) by
-    name, `direction` "to-hf" or "to-original", `drift` the tensors whose model-parallel copies differ,
-    `checkpoint_id` a published name, `form` how a Megatron original was shared out, as family options."""
+    name, `direction` "to-hf" or "to-original", `dropped` the source's tensors that were left out, `drift` the
+    tensors whose model-parallel copies differ, `checkpoint_id` a published name, `form` how a Megatron
+    original was shared out, as family options. `source` is where the source lay, from the output's folder."""
 
-    family: str | None
-    crcs: dict[tuple[str, str], int]
-    documents: dict[str, str]
-    config: dict[str, tuple[Any, str]]
-    options: dict[str, Any]
-    drift: frozenset[str]
-    checkpoint_id: str | None
-    form: dict[str, Any]
-    direction: str | None
+    family: str | None = None
+    direction: str | None = None
+    crcs: dict[tuple[str, str], int] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
+    config: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[SourceFile, ...] = ()
+    source: str | None = None
+    dropped: frozenset[str] = frozenset()
+    drift: frozenset[str] = frozenset()
+    lossy: tuple[str, ...] = ()
+    checkpoint_id: str | None = None
+    form: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The facts that the user gave when converting."""
-        asked = self.options.get("settings")
         shown = {k: value for k, (value, source) in self.config.items() if source.startswith(ASKED_FOR)}
-        return {**(asked if isinstance(asked, dict) else {}), **shown}
+        return {**self.options.get("settings", {}), **shown}
 
 
 def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
@@ -49,25 +67,127 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
     if MANIFEST not in checkpoint.documents:
         return None
     data = checkpoint.json(MANIFEST)
-    try:
-        return _manifest(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        fail(
-            "bad-config",
-            f"expected a manifest of ckpt-tool, found another content ({error!r})",
-            file=MANIFEST,
-        )
-
-
-def _manifest(data: Mapping[str, Any]) -> Manifest:
+    version = data.get("manifest_version", VERSION)
+    if version != VERSION:
+        _refuse("manifest_version", f"{VERSION}, the version that this release reads", version)
+    outputs = list(_objects(data, "tensors"))
     return Manifest(
-        family=data.get("family"),
-        crcs={(t["file"], t["name"]): int(t["crc32"], 16) for t in data.get("tensors") or []},
-        documents={d["file"]: d["sha256"] for d in data.get("documents") or []},
-        config={k: (v["value"], str(v["source"])) for k, v in (data.get("config") or {}).items()},
-        options=dict(data.get("options") or {}),
-        drift=frozenset(str(r["name"]) for r in data.get("replicas") or []),
-        checkpoint_id=data.get("checkpoint_id"),
-        direction=data.get("direction"),
-        form={k: v for k, v in (data.get("original") or {}).items() if k in _FORM and v is not None},
+        family=_text(data, "family", optional=True),
+        direction=_one_of(data, "direction", _DIRECTIONS),
+        crcs={(_text(t, "file", at), _text(t, "name", at)): _crc(t, "crc32", at) for at, t in outputs},
+        documents={
+            _text(d, "file", at): _matching(d, "sha256", _SHA256, "a SHA-256", at)
+            for at, d in _objects(data, "documents")
+        },
+        config=dict(_values(data)),
+        options=_options(_object(data, "options")),
+        sources=tuple(
+            SourceFile(_text(s, "file", at), _count(s, "tensors", at), _text(s, "headers_sha256", at))
+            for at, s in _objects(data, "sources")
+        ),
+        source=_text(data, "source", optional=True),
+        dropped=frozenset(_text(d, "tensor", at) for at, d in _objects(data, "dropped")),
+        drift=frozenset(_text(r, "name", at) for at, r in _objects(data, "replicas")),
+        lossy=tuple(_texts(data, "lossy")),
+        checkpoint_id=_text(data, "checkpoint_id", optional=True),
+        form=_form(_object(data, "original")),
     )
+
+
+# --- one field at a time ----------------------------------------------------------------------------------
+
+
+def _refuse(where: str, expected: str, found: object) -> NoReturn:
+    shown = printable(json.dumps(found, default=repr), 60)
+    fail("bad-config", f"expected {expected}, found {shown}", file=MANIFEST, where=where)
+
+
+def _object(obj: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = obj.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        _refuse(key, "an object", found)
+    return found
+
+
+def _objects(obj: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each entry of a list of objects, with the words for where it stands."""
+    found = obj.get(key)
+    if not isinstance(found, list | None):
+        _refuse(key, "a list of objects", found)
+    for k, entry in enumerate(found or []):
+        if not isinstance(entry, dict):
+            _refuse(f"{key}[{k}]", "an object", entry)
+        yield f"{key}[{k}].", entry
+
+
+def _text(obj: Mapping[str, Any], key: str, at: str = "", *, optional: bool = False) -> Any:
+    found = obj.get(key)
+    if not isinstance(found, str) and not (optional and found is None):
+        _refuse(at + key, "text", found)
+    return found
+
+
+def _texts(obj: Mapping[str, Any], key: str, at: str = "") -> list[str]:
+    found = obj.get(key)
+    if found is not None and not (isinstance(found, list) and all(isinstance(x, str) for x in found)):
+        _refuse(at + key, "a list of texts", found)
+    return found or []
+
+
+def _count(obj: Mapping[str, Any], key: str, at: str = "") -> int:
+    found = obj.get(key)
+    if type(found) is not int or found < 0:
+        _refuse(at + key, "a number from 0", found)
+    return found
+
+
+def _one_of(obj: Mapping[str, Any], key: str, known: tuple[str, ...], at: str = "") -> str | None:
+    found = obj.get(key)
+    if found is not None and found not in known:
+        _refuse(at + key, " or ".join(known), found)
+    return found
+
+
+def _matching(obj: Mapping[str, Any], key: str, form: re.Pattern[str], words: str, at: str) -> str:
+    found = obj.get(key)
+    if not isinstance(found, str) or not form.fullmatch(found):
+        _refuse(at + key, words, found)
+    return found
+
+
+def _crc(obj: Mapping[str, Any], key: str, at: str) -> int:
+    return int(_matching(obj, key, _CRC, "eight hexadecimal digits", at), 16)
+
+
+def _values(data: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, str]]]:
+    for name, entry in _object(data, "config").items():
+        if not isinstance(entry, dict) or "value" not in entry or not isinstance(entry.get("source"), str):
+            _refuse(f"config.{name}", "a value and its source", entry)
+        yield name, (entry["value"], entry["source"])
+
+
+def _options(found: Mapping[str, Any]) -> dict[str, Any]:
+    gqa = found.get("gqa")
+    if gqa is not None and (type(gqa) is not int or gqa < 1):
+        _refuse("options.gqa", "a number from 1", gqa)
+    asked = _object(found, "family_options")
+    for name, value in asked.items():
+        if not isinstance(value, str | bool | int):
+            _refuse(f"options.family_options.{name}", "text, a whole number, true or false", value)
+    return {
+        "dtype": _one_of(found, "dtype", tuple(DTYPES), "options."),
+        "drop": _texts(found, "drop", "options."),
+        "gqa": gqa,
+        "family_options": asked,
+        "settings": _object(found, "settings"),
+    }
+
+
+def _form(original: Mapping[str, Any]) -> dict[str, Any]:
+    found = {k: v for k, v in original.items() if k in _FORM and v is not None}
+    for name, value in found.items():
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            _refuse(f"original.{name}", "a number or a version", value)
+    return found

@@ -292,7 +292,8 @@ def _rich_table(table: Table) -> RichTable:
 
 
 def junit(reports: Sequence[Report]) -> str:
-    """One test suite for each report, one test case for each finding; notes are passing cases with output."""
+    """One test suite for each report, one test case for each finding, and one for the verdict, which is an
+    error where it could not be shown; notes are passing cases with output."""
     root = ET.Element("testsuites")
     for report in reports:
         states = [f.status for f in report.findings]
@@ -300,10 +301,10 @@ def junit(reports: Sequence[Report]) -> str:
             root,
             "testsuite",
             name=shown(report.title),
-            tests=str(len(states)),
-            failures=str(states.count("fail")),
-            skipped=str(states.count("skipped")),
-            errors="0",
+            tests=str(len(states) + 1),
+            failures=str(states.count("fail") + (report.status == "fail")),
+            skipped=str(states.count("skipped") + states.count("undecided")),
+            errors=str(int(report.status == "undecided")),
         )
         properties = ET.SubElement(suite, "properties")
         for key, value in report.facts.items():
@@ -318,6 +319,10 @@ def junit(reports: Sequence[Report]) -> str:
                 ET.SubElement(case, "skipped", message=text)
             else:
                 ET.SubElement(case, "system-out").text = "\n".join(x for x in (text, _table_text(f)) if x)
+        verdict = ET.SubElement(suite, "testcase", classname="verify", name="verdict")
+        if report.status != "pass":
+            kind = "failure" if report.status == "fail" else "error"
+            ET.SubElement(verdict, kind, message=shown(report.headline))
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.manifest import Manifest, read_manifest
+from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Subject:
     config: dict[str, Any]
     manifest: Manifest | None
     settings: dict[str, Any]  # facts the user gave, now or when converting
+    recorded: Recorded = field(default_factory=Recorded)  # those of the manifest, against the source
+    found: Path | None = None  # the source, where the manifest led to it
     family: Family | None = None
     plan: Plan | None = None
     problems: tuple[Problem, ...] = ()  # why there is no plan
@@ -57,16 +61,52 @@ def opened(
     output: str | os.PathLike[str],
     source: str | os.PathLike[str] | None,
     settings: Mapping[str, Any] | None = None,
+    *,
+    look_for_source: bool = True,
 ) -> Iterator[Subject]:
-    """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned."""
+    """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned.
+    Without a `source` the one that the manifest records is opened where it still lies there."""
     with ExitStack() as stack:
-        out = stack.enter_context(open_checkpoint(output))
-        src = None if source is None else stack.enter_context(open_checkpoint(source))
-        yield _subject(out, src, settings or {})
+        out = open_checkpoint(output, prefer="hf")
+        manifest = _manifest_of(out)
+        back = manifest is not None and manifest.direction == "to-original"
+        if back:
+            out.close()
+            out = open_checkpoint(output, prefer="original")
+        stack.enter_context(out)
+        src, found = None, None
+        if source is not None:
+            src = stack.enter_context(open_checkpoint(source, prefer="hf" if back else "original"))
+        elif look_for_source and manifest is not None:
+            src = find_source(out, manifest)
+            if src is not None:
+                found = stack.enter_context(src).path
+        if src is not None:
+            _must_be_two(out, src)
+        subject = _subject(out, src, manifest, settings or {})
+        subject.found = found
+        yield subject
 
 
-def _subject(out: Checkpoint, src: Checkpoint | None, settings: Mapping[str, Any]) -> Subject:
-    manifest = read_manifest(out)
+def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:
+    """A file compared with itself shows nothing."""
+    ours = {os.path.realpath(f.path) for f in out.files.values()}
+    same = next((f.name for f in src.files.values() if os.path.realpath(f.path) in ours), None)
+    if same is not None:
+        fail("usage", "expected a source apart from the output, found the same file", file=same)
+
+
+def _manifest_of(out: Checkpoint) -> Manifest | None:
+    try:
+        return read_manifest(out)
+    except BaseException:
+        out.close()
+        raise
+
+
+def _subject(
+    out: Checkpoint, src: Checkpoint | None, manifest: Manifest | None, settings: Mapping[str, Any]
+) -> Subject:
     # some originals look like Hugging Face's layout too
     back = manifest is not None and manifest.direction == "to-original"
     hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and _is_hf(c)), None)
@@ -83,7 +123,7 @@ def _subject(out: Checkpoint, src: Checkpoint | None, settings: Mapping[str, Any
     )
     _find_family(subject)
     if subject.family is not None and src is not None:
-        _make_plan(subject)
+        _make_plan(subject, settings)
     return subject
 
 
@@ -103,44 +143,47 @@ def values_with_sources(subject: Subject) -> dict[str, tuple[Any, str]]:
 
 
 def _find_family(subject: Subject) -> None:
-    """The family that the manifest names; else the one that knows the architecture and recognises the
-    source."""
-    name = subject.manifest.family if subject.manifest else None
-    if name in FAMILIES:
-        subject.family = family(name)
-        return
+    """The family that recognises the source and knows the architecture in config.json. The manifest's word
+    only decides between several that do."""
     known = [family(f) for f in FAMILIES]
-    architectures = subject.config.get("architectures") or []
-    fitting = [f for f in known if not architectures or set(architectures) & set(f.architectures)]
-    if subject.original is not None:
-        recognised = [(f, *f.recognise(subject.original)) for f in fitting]
-        fitting = [f for f, yes, _ in recognised if yes]
-        if not fitting:
-            reasons = "; ".join(f"{f.name}: {why}" for f, _, why in recognised)
-            subject.problems = (
-                Problem("unknown-family", f"expected a known family, found none ({reasons})"),
-            )
-    if len(fitting) == 1:
-        subject.family = fitting[0]
-    elif len(fitting) > 1:
-        names = ", ".join(f.name for f in fitting)
-        subject.problems = (Problem("unknown-family", f"expected one family, found {names}"),)
-    elif not subject.problems:
-        subject.problems = (
-            Problem("unknown-family", f"expected a known architecture, found {architectures}", "config.json"),
-        )
+    architectures = set(map(str, subject.config.get("architectures") or []))
+    fitting = [f for f in known if architectures & set(f.architectures)]
+    said = [] if subject.original is None else [(f, *f.recognise(subject.original)) for f in known]
+    recognised = [f for f, yes, _ in said if yes]
+    named = None if subject.manifest is None else subject.manifest.family
+    both = [f for f in fitting if f in recognised]
+    asked = [f for f in fitting if f.name == named]  # by a name that is not what the source looks like
+    candidates = both or asked or recognised or fitting
+    chosen = [f for f in candidates if f.name == named] or candidates
+    if len(chosen) == 1:
+        subject.family = chosen[0]
+        return
+    if chosen:
+        found = f"expected one family, found {', '.join(f.name for f in chosen)}"
+    elif said:
+        reasons = "; ".join(f"{f.name}: {why}" for f, _, why in said)
+        found = f"expected a known family, found none ({reasons})"
+    else:
+        found = f"expected a known architecture, found {', '.join(sorted(architectures)) or 'none'}"
+    subject.problems = (Problem("unknown-family", found),)
 
 
-def _make_plan(subject: Subject) -> None:
+def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
     assert subject.family is not None and subject.source is not None
-    plan = subject.family.plan if subject.direction == "to-hf" else subject.family.plan_original
+    make = subject.family.plan if subject.direction == "to-hf" else subject.family.plan_original
+    source = subject.source
+
+    def plan(options: Options) -> Plan:
+        return make(source, options)
+
     options = _options(subject)
     try:
-        subject.plan = plan(subject.source, options)
+        subject.recorded, options = settled(plan, options, given)
+        subject.plan = plan(options)
         cast = _cast_seen(subject, subject.plan)
         if cast is not None and options.dtype is None:
             subject.undeclared_cast = cast
-            subject.plan = plan(subject.source, replace(options, dtype=cast))
+            subject.plan = plan(replace(options, dtype=cast))
     except CkptToolError as error:
         subject.problems = error.problems
 

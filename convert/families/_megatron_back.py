@@ -111,7 +111,7 @@ def read_numbers(facts: Facts, names: Mapping[str, str], kept: Mapping[str, Any]
     gelu = Value(GELUS[act.value], act.source)
     head = kept.get("head_gelu")
     # what config.json could not say holds while it still says the same
-    same = kept.get("gelu") == gelu.value and head in ACTIVATION
+    same = kept.get("gelu") == gelu.value and isinstance(head, str) and head in ACTIVATION
     head_gelu = Value(head, "ckpt-tool.json: the LM head's gelu") if same else gelu
     return Numbers(sizes, words, words, eps, gelu, head_gelu)
 
@@ -122,7 +122,11 @@ def form_of(options: Options, numbers: Numbers, kept: Mapping[str, Any]) -> Form
     asked = options.family_options
     version = _version(asked.get("checkpoint_version"), kept)
     age = kept.get("age")
-    if age not in AGES or (asked.get("checkpoint_version") is not None and is_core(age) and version != 3.0):
+    if (
+        not isinstance(age, str)
+        or age not in AGES
+        or (asked.get("checkpoint_version") is not None and is_core(age) and version != 3.0)
+    ):
         age = "encoder" if version == 3.0 else "transformer"
     shards = options.shards if options.shards > 1 else None
     ranks = _count(asked.get("tensor_parallel") or shards, kept.get("tensor_parallel"))
@@ -140,7 +144,7 @@ def form_of(options: Options, numbers: Numbers, kept: Mapping[str, Any]) -> Form
     if kept.get("pipeline_parallel") != stages or layers % (stages * chunks):
         chunks = 1
     return Form(
-        age=str(age),
+        age=age,
         version=version,
         ranks=ranks,
         stages=stages,
@@ -158,7 +162,8 @@ def form_of(options: Options, numbers: Numbers, kept: Mapping[str, Any]) -> Form
 def _version(asked: Any, kept: Mapping[str, Any]) -> float | None:
     if asked is None:
         found = kept.get("checkpoint_version", 3.0)
-        return float(found) if found in VERSIONS else None if found is None else 3.0
+        known = isinstance(found, float | int) and found in VERSIONS
+        return float(found) if known else None if found is None else 3.0
     try:
         number = float(asked)
     except (TypeError, ValueError):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.convert.casting import cast
+from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.families import _decoder as decoder
@@ -46,7 +46,7 @@ from ckpt_tool.convert.plan import (
     natural,
 )
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 ARCHITECTURE = "OPTForCausalLM"
 RULES = Form(fused=True, projected=False, norm=True).table()
@@ -312,7 +312,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     facts = decoder.read_config(checkpoint, options, ARCHITECTURE)
     sizes = hf_dimensions(facts)
     held = _held(checkpoint)
-    once = decoder.kept_facts(checkpoint)
+    once = _kept(checkpoint)
     form = Form(
         fused=bool(once.get("fused", True)),
         projected="model.decoder.project_in.weight" in held,
@@ -362,6 +362,21 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     version = once.get("version", dtype)
     outputs = tuple(_as_saved(f, prefix, sizes, version, once) for f in made.outputs)
     return replace(made, outputs=outputs)
+
+
+def _kept(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the manifest says of the original's arrangement; `bad-config` where it cannot be that."""
+    once = decoder.kept_facts(checkpoint)
+    sound: dict[str, Callable[[Any], object]] = {
+        "prefix": lambda x: isinstance(x, str) and re.fullmatch(r"(?:[a-z_]{1,20}\.){0,3}", x, re.ASCII),
+        "head": lambda x: x in (None, "whole", "share"),
+        "version": lambda x: x is None or (isinstance(x, str) and x in CASTABLE),
+    }
+    for key, holds in sound.items():
+        if key in once and not holds(once[key]):
+            message = f"expected what a conversion of OPT records, found {once[key]!r}"
+            fail("bad-config", printable(message, 200), file="ckpt-tool.json", where=f"original.{key}")
+    return once
 
 
 def _held(checkpoint: Checkpoint) -> dict[str, TensorInfo]:

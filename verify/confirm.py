@@ -1,0 +1,82 @@
+"""Does the manifest tell the truth? Everything in it that the source and config.json say by themselves is
+compared with them; what only the manifest says is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckpt_tool.convert.manifest import headers_digest
+from ckpt_tool.errors import printable
+from ckpt_tool.verify.manifest import MANIFEST, Manifest
+from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.subject import Subject
+
+LEVEL, CHECK = "coverage", "manifest"
+SHOWN = 8
+
+
+def confirm(subject: Subject) -> list[Finding]:
+    """The findings about the manifest, where there is one."""
+    if subject.manifest is None:
+        return []
+    wrong = [*_family(subject, subject.manifest), *_settings(subject), *_plan(subject, subject.manifest)]
+    notes = [*_notes(subject, subject.manifest)]
+    if not wrong and subject.plan is not None:
+        text = "family, values, dropped tensors and losses are those that the source gives"
+        notes.insert(0, _finding("pass", text))
+    return [*wrong, *notes]
+
+
+def _finding(status: Status, message: str, where: str | None = None) -> Finding:
+    return Finding(LEVEL, CHECK, status, message, f"{MANIFEST}: {where}" if where else MANIFEST)
+
+
+def _family(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
+    if subject.family is not None and manifest.family not in (None, subject.family.name):
+        text = f"expected {subject.family.name} as the source and config.json tell, found {manifest.family}"
+        yield _finding("fail", text, "family")
+    if subject.hf is not None and manifest.direction not in (None, subject.direction):
+        text = f"expected {subject.direction} as the files tell, found {manifest.direction}"
+        yield _finding("fail", text, "direction")
+
+
+def _settings(subject: Subject) -> Iterator[Finding]:
+    for text in subject.recorded.contradicts:
+        yield _finding("fail", text, "options")
+    if subject.recorded.trusted:
+        facts = "; ".join(subject.recorded.trusted[:SHOWN])
+        text = f"facts that only the manifest tells, as given with --set when converting: {facts}"
+        yield _finding("note", text, "options")
+
+
+def _plan(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
+    plan = subject.plan
+    if plan is None:
+        return
+    for name, value in plan.config.items():
+        if name in manifest.config and manifest.config[name][0] != value.value:
+            found = manifest.config[name][0]
+            text = f"expected {value.value!r} ({value.source}), found {found!r}"
+            yield _finding("fail", printable(text, 300), f"config.{name}")
+    dropped = {d.tensor.name for d in plan.dropped}
+    if manifest.sources and dropped != manifest.dropped:
+        odd = ", ".join(sorted(dropped ^ manifest.dropped)[:SHOWN])
+        text = f"expected the {len(dropped)} tensors that the plan leaves out, found others: {odd}"
+        yield _finding("fail", text, "dropped")
+    if subject.undeclared_cast is None and tuple(plan.lossy) != manifest.lossy:
+        words = "; ".join(plan.lossy) or "nothing lossy"
+        text = f"expected {words}, found {'; '.join(manifest.lossy) or 'nothing lossy'}"
+        yield _finding("fail", printable(text, 300), "lossy")
+
+
+def _notes(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
+    if subject.source is not None and subject.found is None and manifest.sources:
+        recorded = {s.name: s.headers for s in manifest.sources}
+        given = {f.name: headers_digest(f) for f in subject.source.files.values()}
+        if recorded != given:
+            odd = sorted(n for n in recorded.keys() | given if recorded.get(n) != given.get(n))
+            text = f"the source given is not the one recorded: {', '.join(odd[:SHOWN])} differ"
+            yield _finding("note", text, "sources")
+    if manifest.options.get("drop"):
+        names = ", ".join(manifest.options["drop"][:SHOWN])
+        yield _finding("note", f"left out of the output as asked for with --drop: {names}", "options.drop")

@@ -1,0 +1,83 @@
+"""What a manifest records of a conversion, held against what the source says by itself: where the source
+lies, and the facts that the user gave with --set."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
+from ckpt_tool.checkpoint.weight_sets import Prefer
+from ckpt_tool.convert.manifest import headers_digest
+from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.errors import CkptToolError, printable
+from ckpt_tool.verify.manifest import Manifest
+
+# How the source of a value begins that a rule gave, and no file of the source: a user may know better.
+RULES = re.compile(r"(.*; )?(rule|default|family |the layout asked for|nothing tells|absent|unknown)")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Facts that the manifest records as given with --set, in words: those that the source `contradicts`, and
+    those that stand although nothing in the source says so (`trusted`)."""
+
+    contradicts: tuple[str, ...] = ()
+    trusted: tuple[str, ...] = ()
+
+
+def find_source(out: Checkpoint, manifest: Manifest) -> Checkpoint | None:
+    """The source that the manifest records, opened, where it lies there still: the same files with the same
+    headers. The hub is not asked, and what cannot be opened is not the source."""
+    if manifest.source is None or manifest.source.startswith(HUB) or not manifest.sources:
+        return None
+    folder = out.path if out.path.is_dir() else out.path.parent
+    prefer: Prefer = "original" if manifest.direction != "to-original" else "hf"
+    try:
+        found = open_checkpoint(folder / manifest.source, prefer=prefer)
+    except (CkptToolError, OSError, ValueError):
+        return None
+    recorded = {(s.name, s.headers) for s in manifest.sources}
+    if {(f.name, headers_digest(f)) for f in found.files.values()} == recorded:
+        return found
+    found.close()
+    return None
+
+
+def settled(
+    plan: Callable[[Options], Plan], options: Options, given: Mapping[str, Any]
+) -> tuple[Recorded, Options]:
+    """The options as the source lets them stand. Each recorded setting is left out once: where the source
+    then says another value, that one is used; `given` now by the user is not questioned. Raises what `plan`
+    raises."""
+    contradicts, trusted = [], []
+    kept = dict(options.settings)
+    for name in [n for n in options.settings if n not in given]:
+        rest = {k: v for k, v in options.settings.items() if k != name}
+        value, shown = options.settings[name], _shown(options.settings[name])
+        try:
+            alone = plan(replace(options, settings=rest)).config.get(name)
+        except CkptToolError:
+            trusted.append(f"{name} = {shown}: nothing in the source tells it")
+            continue
+        if alone is None:
+            trusted.append(f"{name} = {shown}")
+        elif alone.value == value:
+            continue
+        elif RULES.match(alone.source):
+            trusted.append(f"{name} = {shown} instead of {_shown(alone.value)} ({alone.source})")
+        else:
+            contradicts.append(
+                f"expected {_shown(alone.value)} ({alone.source}), found {name} = {shown}, recorded in the "
+                f"manifest as given by the user; --set {name}={shown} says that it is right"
+            )
+            del kept[name]
+    return Recorded(tuple(contradicts), tuple(trusted)), replace(options, settings=kept)
+
+
+def _shown(value: Any) -> str:
+    return printable(json.dumps(value, default=repr), 60)
