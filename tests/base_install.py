@@ -11,7 +11,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-VARIANTS = ("mistral-7b-v0.1", "mistral-nemo", "llama-3-8b", "bert-ngc-cased", "codegen-2b-multi", "qwen2-0.5b")
+VARIANTS = (
+    "mistral-7b-v0.1",
+    "mistral-nemo",
+    "llama-3-8b",
+    "bert-ngc-cased",
+    "codegen-2b-multi",
+    "qwen2-0.5b",
+)
 ABSENT = ("torch", "transformers", "sentencepiece", "tiktoken")
 
 
@@ -28,8 +35,8 @@ def main() -> None:
     if present := [name for name in ABSENT if find_spec(name) is not None]:
         raise SystemExit(f"expected a base installation, found {', '.join(present)}")
     for name in VARIANTS:
-        original, converted, back = f"{name}-original", f"{name}-hf", f"{name}-back"
-        ran(program, "fixtures", name, "--out", original)
+        converted, back = f"{name}-hf", f"{name}-back"
+        original = ran(program, "fixtures", name, "--out", f"{name}-original").strip()
         ran(program, "inspect", original)
         ran(program, "convert", "auto", "--in", original, "--out", converted)
         ran(program, "verify", converted, "--source", original, "--level", "coverage", "--level", "bits")
