@@ -18,6 +18,7 @@ from ckpt_tool.verify.prompts import Prompt, Prompts, prompts_for, tokenizer_of,
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
+from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -52,6 +53,8 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
     with _threads(subject):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
+        facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
+        tell(f"needs {facts['needs']}")
         rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf))
         readings = _readings(subject, asked, rows)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
