@@ -8,7 +8,6 @@ Imports stay inside the commands, so that `--help` costs nothing.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -36,10 +35,9 @@ def main() -> NoReturn:
 
 def _consoles() -> tuple[Console, Console]:
     """Rich consoles on stdout and stderr."""
-    from rich.console import Console
+    from ckpt_tool.terminal import consoles
 
-    width = None if sys.stdout.isatty() else 120
-    return Console(width=width, highlight=False), Console(stderr=True, highlight=False)
+    return consoles()
 
 
 # --- options shared by commands -------------------------------------------------------------------------
@@ -446,14 +444,10 @@ def families(as_json: bool) -> int:
             )
         )
         return 0
-    from rich.table import Table
+    from ckpt_tool.terminal import Column, table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("family", "Hugging Face class", "originals"):
-        table.add_column(heading)
-    for f in known:
-        table.add_row(f.name, ", ".join(f.architectures), f.summary)
-    _consoles()[0].print(table)
+    heads = (Column("family", whole=True), Column("Hugging Face class"), Column("originals"))
+    table(_consoles()[0], heads, [(f.name, ", ".join(f.architectures), f.summary) for f in known])
     return 0
 
 
@@ -473,8 +467,10 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
         if as_json:
             print(json.dumps(rows, indent=2))
         else:
-            for row in rows:
-                print(f"{row['name']:<24} {row['family']:<10} {row['description']}")
+            from ckpt_tool.terminal import Column, table
+
+            heads = (Column("fixture", whole=True), Column("family", whole=True), Column("original"))
+            table(_consoles()[0], heads, [(r["name"], r["family"], r["description"]) for r in rows])
         return 0
     if name not in VARIANTS:
         fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME")

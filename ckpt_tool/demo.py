@@ -30,9 +30,12 @@ OWN = re.compile(rf"{re.escape(MARKER)}|{re.escape(REPORT)}|{'|'.join(FOLDERS)}|
 
 def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     """Run the demo in `folder`. 0 when the good model passes and the broken one is caught."""
+    from rich.text import Text
+
     from ckpt_tool.fixtures.flaws import plant
     from ckpt_tool.fixtures.variants import VARIANTS
     from ckpt_tool.progress import conversion_summary
+    from ckpt_tool.terminal import paragraph, say
 
     _make_room(folder, overwrite)
     folder.mkdir(parents=True)
@@ -40,12 +43,13 @@ def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     original, converted, broken = (folder / n for n in FOLDERS)
 
     def heading(number: int, text: str) -> None:
-        screen.print(f"\n[bold]{number}. {text}[/bold]", soft_wrap=True)
+        say(screen)
+        paragraph(screen, text, first=Text(f"{number}. ", "bold"), style="bold")
 
     heading(1, f"A tiny original in the layout of {VARIANTS[VARIANT].description}: {original}")
     original = VARIANTS[VARIANT].write(original)
     for path in sorted(original.iterdir()):
-        screen.print(f"   {path.name}  {path.stat().st_size:,} bytes")
+        say(screen, f"   {path.name}  {path.stat().st_size:,} bytes")
 
     heading(2, f"ckpt-tool convert mistral --in {original} --out {converted}")
     conversion_summary(api.convert(original, converted, family="mistral"), screen, original)
@@ -62,15 +66,19 @@ def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     bad.render(screen)
 
     heading(5, "Where things are")
-    screen.print(f"   {original}  the original\n   {converted}  the result, with ckpt-tool.json")
-    screen.print(f"   {broken}  the broken copy\n   {folder / REPORT}  the report of step 3")
+    for place, what in (
+        (original, "the original"),
+        (converted, "the result, with ckpt-tool.json"),
+        (broken, "the broken copy"),
+        (folder / REPORT, "the report of step 3"),
+    ):
+        paragraph(screen, f"{place}  {what}", first="   ")
     as_it_should = good.exit_code == 0 and bad.exit_code == 1
-    words = (
-        "[green]The good conversion is proved, the broken one is caught.[/green]"
-        if as_it_should
-        else "[red]The demo did not go as it should: see above.[/red]"
-    )
-    screen.print(f"\n{words}")
+    say(screen)
+    if as_it_should:
+        say(screen, "The good conversion is proved, the broken one is caught.", "green")
+    else:
+        say(screen, "The demo did not go as it should: see above.", "red")
     return 0 if as_it_should else 1 if good.exit_code == 1 else 2
 
 

@@ -19,6 +19,7 @@ from ckpt_tool.verify.prompts import Prompt, Prompts, cut, positions, prompts_fo
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
+from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -53,6 +54,8 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
     with _threads(subject):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
+        facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
+        tell(f"needs {facts['needs']}")
         table = positions(subject.config, subject.hf, subject.original)
         rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf), table=table)
         readings = _readings(subject, asked, rows)

@@ -91,3 +91,9 @@ def largest(checkpoint: Checkpoint, itemsize: int) -> int:
         index = layer_of(info.name)
         layers[index] = layers.get(index, 0) + prod(info.shape) * itemsize
     return max(layers.values(), default=0)
+
+
+def needed(source: Checkpoint | None, output: Checkpoint, itemsize: int) -> str:
+    """What parity holds at once, in words, before it starts: the heaviest layer of each side."""
+    sides = [largest(c, itemsize) for c in (source, output) if c is not None]
+    return f"about {sum(sides) / 1e6:,.1f} MB for a layer of each side, besides torch and the activations"
