@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := ckpt_tool convert reference verify fixtures tests benchmarks
 
-.PHONY: setup demo test lint format types wheel check table bench clean
+.PHONY: setup demo test lint format types wheel base check table bench clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[hf,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 demo: setup
@@ -45,7 +45,14 @@ wheel: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/installed build/wheel/ckpt_tool-*.whl
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/python -m ckpt_tool families
 
-check: lint types wheel test
+# The wheel with its base dependencies alone, in an environment of its own: it converts and verifies without torch.
+base: wheel
+	rm -rf build/base build/base-work && $(PYTHON) -m venv build/base && mkdir -p build/base-work
+	build/base/bin/pip install -q --disable-pip-version-check -c constraints.txt build/wheel/ckpt_tool-*.whl
+	du -sh build/base
+	cd build/base-work && ../base/bin/python ../../tests/base_install.py ../base/bin/ckpt-tool
+
+check: lint types base test
 
 # family x variant x (bits, parity, judge, round trip)
 table: setup

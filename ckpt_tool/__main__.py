@@ -1,5 +1,5 @@
 """`python -m ckpt_tool` is `ckpt-tool`."""
 
-from ckpt_tool.cli import main
+from ckpt_tool.program import main
 
 main()

@@ -158,6 +158,7 @@ def convert(
     options: Options | None = None,
     jobs: int = 2,
     overwrite: bool = False,
+    overwrite_foreign: bool = False,
     resume: bool = False,
     sha256: bool = False,
     strict: bool = False,
@@ -168,13 +169,17 @@ def convert(
     """Convert `source` into the folder `out`, crash-safely and in bounded memory.
 
     `jobs` worker threads; `strict` refuses non-finite weights instead of recording them; `check` runs the
-    coverage level on the result. Raises `CkptToolError` with every problem of the stage that found some;
-    `out` then does not exist (or is what it was before).
+    coverage level on the result. `overwrite` replaces an empty folder or an untouched earlier output,
+    `overwrite_foreign` also a folder of other weights, configs and tokenizer files and nothing else. Raises
+    `CkptToolError` with every problem of the stage that found some; `out` then does not exist (or is what it
+    was before).
     """
     from ckpt_tool.convert.execute import check_output, execute
 
     target = Path(out)
-    check_output(target, source, overwrite=overwrite)
+    asked = options or Options()
+    beside = () if asked.tokenizer is None else (asked.tokenizer,)
+    check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
         made = plan(checkpoint, family=family, to=to, options=options)
         if on_plan is not None:
@@ -184,12 +189,13 @@ def convert(
             checkpoint,
             target,
             jobs=jobs,
-            overwrite=overwrite,
             resume=resume,
             sha256=sha256,
             strict=strict,
             progress=progress,
             address=os.fspath(source) if os.fspath(source).startswith(HUB) else None,
+            overwrite=overwrite,
+            overwrite_foreign=overwrite_foreign,
         )
     report = None
     if check and to == "hf":

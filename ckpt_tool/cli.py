@@ -1,95 +1,43 @@
 """The command line: a thin caller of `ckpt_tool.api`.
 
-Data goes to stdout (`--json`), progress and logs to stderr. Exit 0: done and everything asked for holds; 1:
-verification found a difference; 2: could not run; 130 and 128 + N: interrupted by a signal. Imports stay
-inside the commands, so that `--help` costs nothing.
+Data goes to stdout (`--json`), progress and logs to stderr. A command returns 0 where all that was asked for
+holds, 1 where verification found a difference; `ckpt_tool.program` turns every other end into an exit code.
+Imports stay inside the commands, so that `--help` costs nothing.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from ckpt_tool import __version__
-from ckpt_tool.errors import CkptToolError, Problem, fail
+from ckpt_tool.errors import fail, fail_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ckpt_tool.convert.plan import Options
+    from ckpt_tool.report_files import ReportFiles
     from ckpt_tool.verify.report import Report, Reports
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Interrupted(BaseException):
-    """A signal asked the program to stop; raised in the main thread so that `finally` clauses clean up."""
+def main() -> NoReturn:
+    """Entry point, see `ckpt_tool.program`."""
+    from ckpt_tool import program
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    raise Interrupted(number)
-
-
-def main() -> None:
-    """Entry point: runs the command and turns every way of failing into its exit code and one clear text."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    as_json = "--json" in sys.argv
-    try:
-        code = cli.main(standalone_mode=False) or 0
-        sys.stdout.flush()
-    except CkptToolError as error:
-        if as_json:
-            print(json.dumps(error.to_json(), indent=2))
-        else:
-            _say(error.text())
-        code = error.exit_code
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as error:
-        _say(f"error[usage]: {error.format_message()}")
-        code = 2
-    except KeyboardInterrupt:
-        _say("interrupted")
-        code = 130
-    except Interrupted as stop:
-        _say(f"stopped by {signal.Signals(stop.number).name}")
-        code = 128 + stop.number
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more at exit
-        code = 141
-    except MemoryError:
-        _say(Problem("out-of-memory", "expected enough memory for the work, found the limit reached").line())
-        code = 2
-    except OSError as error:
-        _say(
-            Problem(
-                "system", f"{error.strerror or error}", file=error.filename and str(error.filename)
-            ).line()
-        )
-        code = 2
-    sys.exit(code)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    program.main()
 
 
 def _consoles() -> tuple[Console, Console]:
     """Rich consoles on stdout and stderr."""
-    from rich.console import Console
+    from ckpt_tool.terminal import consoles
 
-    width = None if sys.stdout.isatty() else 120
-    return Console(width=width, highlight=False), Console(stderr=True, highlight=False)
+    return consoles()
 
 
 # --- options shared by commands -------------------------------------------------------------------------
@@ -254,7 +202,10 @@ def cli() -> None:
 @click.option("--out", required=True, metavar="DIR", help="Folder to write; must not exist.")
 @how
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker threads.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output (atomically, at the end).")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output (atomically, at the end).")
+@click.option(
+    "--overwrite-foreign", is_flag=True, help="Also a folder of other weights, configs and tokenizers."
+)
 @click.option("--resume", is_flag=True, help="Go on from what an interrupted run left.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
@@ -292,6 +243,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             options=options,
             jobs=asked["jobs"],
             overwrite=asked["overwrite"],
+            overwrite_foreign=asked["overwrite_foreign"],
             resume=asked["resume"],
             sha256=asked["sha256"],
             strict=asked["strict"],
@@ -344,8 +296,9 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     \b
     ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
     """
+    files = _report_files(asked, (out, source, asked["prompts"]))
     report = _run_verify(out, source, levels, asked)
-    return _write_report(report, asked)
+    return _write_report(report, asked, files)
 
 
 def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: dict[str, Any]) -> Report:
@@ -375,20 +328,33 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
     )
 
 
-def _write_report(report: Report | Reports, asked: dict[str, Any]) -> int:
-    from pathlib import Path
+def _report_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> ReportFiles:
+    """The files that reports are to be written to, checked before any work."""
+    from ckpt_tool.report_files import ReportFiles
 
-    for key, text in (("junit", report.junit), ("html", report.html), ("markdown", report.markdown)):
-        if asked.get(key):
-            Path(asked[key]).write_text(text(), encoding="utf-8")
+    named = {f"--{key}": asked.get(key) for key in ("junit", "html", "markdown")}
+    named["--json"] = None if asked.get("json_file") == "-" else asked.get("json_file")
+    files = ReportFiles({option: file for option, file in named.items() if file is not None})
+    files.check([i for i in inputs if i is not None])
+    return files
+
+
+def _write_report(report: Report | Reports, asked: dict[str, Any], files: ReportFiles) -> int:
+    """Files first: they are wanted also where nobody reads the terminal to its end."""
     data = json.dumps(report.to_json(), indent=2)
+    forms = {
+        "--junit": report.junit,
+        "--html": report.html,
+        "--markdown": report.markdown,
+        "--json": lambda: data + "\n",
+    }
+    problems = files.write(forms)
     if asked.get("json_file") == "-":
         print(data)
     else:
-        if asked.get("json_file"):
-            Path(asked["json_file"]).write_text(data + "\n", encoding="utf-8")
         screen, _ = _consoles()
         report.render(screen)
+    fail_all(problems)
     return report.exit_code
 
 
@@ -403,10 +369,11 @@ def _write_report(report: Report | Reports, asked: dict[str, Any]) -> int:
 @report_files
 def diagnose(out: str, source: str, **asked: Any) -> int:
     """Find which known mistake explains the difference between DIR and its source."""
+    files = _report_files(asked, (out, source))
     report = _run_verify(
         out, source, ("parity",), {**asked, "against": None, "prompts": None, "checkpoint_id": None}
     )
-    return _write_report(report, asked)
+    return _write_report(report, asked, files)
 
 
 @cli.command()
@@ -454,9 +421,13 @@ def _show_plan(source: str, family: str, to: str, options: Options, as_json: boo
 @report_files
 def gate(file: str, **asked: Any) -> int:
     """Run the conversions and verifications listed in a TOML file; for CI."""
-    from ckpt_tool.verify.gate import run_gate
+    from pathlib import Path
 
-    return _write_report(run_gate(file), asked)
+    from ckpt_tool.verify.gate import read_gate, run_gate
+
+    checks = read_gate(Path(file))[1]
+    files = _report_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
+    return _write_report(run_gate(file), asked, files)
 
 
 @cli.command()
@@ -473,14 +444,10 @@ def families(as_json: bool) -> int:
             )
         )
         return 0
-    from rich.table import Table
+    from ckpt_tool.terminal import Column, table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("family", "Hugging Face class", "originals"):
-        table.add_column(heading)
-    for f in known:
-        table.add_row(f.name, ", ".join(f.architectures), f.summary)
-    _consoles()[0].print(table)
+    heads = (Column("family", whole=True), Column("Hugging Face class"), Column("originals"))
+    table(_consoles()[0], heads, [(f.name, ", ".join(f.architectures), f.summary) for f in known])
     return 0
 
 
@@ -492,6 +459,7 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
     """Write a tiny original checkpoint to try things on; without NAME, list them."""
     from pathlib import Path
 
+    from ckpt_tool.convert.places import free_place
     from ckpt_tool.fixtures.variants import VARIANTS
 
     if name is None:
@@ -499,15 +467,16 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
         if as_json:
             print(json.dumps(rows, indent=2))
         else:
-            for row in rows:
-                print(f"{row['name']:<24} {row['family']:<10} {row['description']}")
+            from ckpt_tool.terminal import Column, table
+
+            heads = (Column("fixture", whole=True), Column("family", whole=True), Column("original"))
+            table(_consoles()[0], heads, [(r["name"], r["family"], r["description"]) for r in rows])
         return 0
     if name not in VARIANTS:
         fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME")
     if out is None:
         fail("usage", "expected --out DIR, found none", where="--out")
-    if Path(out).exists():
-        fail("output-exists", "expected no file or folder there, found one", file=out)
+    free_place(Path(out), (), make_parents=True)
     print(VARIANTS[name].write(Path(out)))
     return 0
 

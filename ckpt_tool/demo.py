@@ -6,12 +6,14 @@ back into interleaved rotary order, the classic mistake, and verification is see
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tool import api
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,32 +21,35 @@ if TYPE_CHECKING:
 VARIANT = "mistral-7b-v0.1"
 FLAW = "q-not-permuted"
 MARKER = ".ckpt-tool-demo"
+REPORT = "report.html"
+FOLDERS = ("original", "converted", "broken")
+AWAY = "move it away, or choose another --out"
+# what a demo writes, and what one that was stopped leaves of its conversion
+OWN = re.compile(rf"{re.escape(MARKER)}|{re.escape(REPORT)}|{'|'.join(FOLDERS)}|\.converted\.ckpt-tool.*")
 
 
 def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     """Run the demo in `folder`. 0 when the good model passes and the broken one is caught."""
+    from rich.text import Text
+
     from ckpt_tool.fixtures.flaws import plant
     from ckpt_tool.fixtures.variants import VARIANTS
     from ckpt_tool.progress import conversion_summary
+    from ckpt_tool.terminal import paragraph, say
 
-    if folder.exists():
-        # only a folder that an earlier demo made is ever removed
-        if not overwrite or not (folder / MARKER).is_file():
-            fail(
-                "output-exists", "expected no file or folder there, found one", file=folder, hint="--out DIR"
-            )
-        shutil.rmtree(folder)
+    _make_room(folder, overwrite)
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
-    original, converted, broken = (folder / n for n in ("original", "converted", "broken"))
+    original, converted, broken = (folder / n for n in FOLDERS)
 
     def heading(number: int, text: str) -> None:
-        screen.print(f"\n[bold]{number}. {text}[/bold]", soft_wrap=True)
+        say(screen)
+        paragraph(screen, text, first=Text(f"{number}. ", "bold"), style="bold")
 
     heading(1, f"A tiny original in the layout of {VARIANTS[VARIANT].description}: {original}")
     original = VARIANTS[VARIANT].write(original)
     for path in sorted(original.iterdir()):
-        screen.print(f"   {path.name}  {path.stat().st_size:,} bytes")
+        say(screen, f"   {path.name}  {path.stat().st_size:,} bytes")
 
     heading(2, f"ckpt-tool convert mistral --in {original} --out {converted}")
     conversion_summary(api.convert(original, converted, family="mistral"), screen, original)
@@ -52,7 +57,7 @@ def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     heading(3, f"ckpt-tool verify {converted} --source {original}")
     good = api.verify(converted, original, against=_judge())
     good.render(screen)
-    (folder / "report.html").write_text(good.html(), encoding="utf-8")
+    (folder / REPORT).write_text(good.html(), encoding="utf-8")
 
     shutil.copytree(converted, broken)
     flaw = plant(broken, FLAW)
@@ -61,16 +66,48 @@ def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     bad.render(screen)
 
     heading(5, "Where things are")
-    screen.print(f"   {original}  the original\n   {converted}  the result, with ckpt-tool.json")
-    screen.print(f"   {broken}  the broken copy\n   {folder / 'report.html'}  the report of step 3")
+    for place, what in (
+        (original, "the original"),
+        (converted, "the result, with ckpt-tool.json"),
+        (broken, "the broken copy"),
+        (folder / REPORT, "the report of step 3"),
+    ):
+        paragraph(screen, f"{place}  {what}", first="   ")
     as_it_should = good.exit_code == 0 and bad.exit_code == 1
-    words = (
-        "[green]The good conversion is proved, the broken one is caught.[/green]"
-        if as_it_should
-        else "[red]The demo did not go as it should: see above.[/red]"
-    )
-    screen.print(f"\n{words}")
-    return 0 if as_it_should else 1
+    say(screen)
+    if as_it_should:
+        say(screen, "The good conversion is proved, the broken one is caught.", "green")
+    else:
+        say(screen, "The demo did not go as it should: see above.", "red")
+    return 0 if as_it_should else 1 if good.exit_code == 1 else 2
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Remove an earlier demo, or an empty folder, where that is asked for; refuse what holds anything that a
+    demo does not write."""
+    from ckpt_tool.convert.places import free_place, place_for
+    from ckpt_tool.convert.replaceable import contents_of, look, remove
+
+    if not overwrite and not (folder / MARKER).is_file():
+        free_place(folder, (), make_parents=True)
+        return
+    place = place_for(folder, (), make_parents=True)
+    if not os.path.lexists(place):
+        return
+    if not overwrite:
+        fail(
+            "output-exists", "expected a free name, found a demo", file=folder, hint="--overwrite replaces it"
+        )
+    found = contents_of(place, folder)
+    strangers = [n for n in found if "/" not in n and not OWN.fullmatch(n)]
+    if found and (strangers or MARKER not in found):
+        what = strangers[0] if strangers else f"no {MARKER}"
+        fail("not-replaceable", f"expected an earlier demo, found {printable(what)}", file=folder, hint=AWAY)
+    for name in FOLDERS:
+        if name in found:
+            look(place / name, "models", shown=folder / name)
+    if not remove(place, found):
+        fail("not-replaceable", "expected an earlier demo, found a file that came meanwhile", file=folder)
 
 
 def _judge() -> str | None:

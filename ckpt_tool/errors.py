@@ -106,3 +106,19 @@ def fail_all(problems: Iterable[Problem]) -> None:
     found = tuple(problems)
     if found:
         raise CkptToolError(*found)
+
+
+EXTRAS = {"torch": "verify", "transformers": "hf"}
+PACKAGES = ("numpy", "click", "rich", "safetensors", "huggingface_hub", "tokenizers", "sentencepiece")
+
+
+def missing_package(error: ImportError) -> Problem | None:
+    """The problem of kind `missing-package` where an import failed of a package that an install may lack or
+    hold broken; None where it is another module that was not found."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS and name not in PACKAGES:
+        return None
+    found = "none" if isinstance(error, ModuleNotFoundError) else f"that it cannot be loaded ({error})"
+    wanted = f"'ckpt-tool[{EXTRAS[name]}]'" if name in EXTRAS else name
+    message = f"expected the package {name}, found {found}"
+    return Problem("missing-package", message, hint=f"pip install {wanted}")

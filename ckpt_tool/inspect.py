@@ -30,7 +30,6 @@ from ckpt_tool.errors import CkptToolError, Problem, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 KEPT_METADATA = 1000  # entries; a hostile file can hold millions
 SHOWN_METADATA = 20
@@ -159,47 +158,60 @@ class Inspection:
 
     def render(self, console: Console, *, everything: bool = False) -> None:
         """Print it; with `everything`, each tensor on a line of its own."""
-        from rich.text import Text
+        from ckpt_tool.terminal import paragraph, say
 
-        console.print(Text(printable(self.path, 4096), style="bold"))
-        console.print(self._file_table())
+        paragraph(console, printable(self.path, 4096), hang=2, style="bold")
+        self._file_table(console)
         alike: dict[tuple[str, ...], list[str]] = {}
         for file in self.files:
             alike.setdefault(file.imports, []).append(printable(file.name))
         for imports, (first, *others) in alike.items():
             if imports:
                 who = f"{first} and {len(others)} more files name" if others else f"{first} names"
-                console.print(Text(f"{who} these globals; none was imported:"))
-                console.print(Text("\n".join(f"  {printable(i)}" for i in imports)))
+                paragraph(console, f"{who} these globals; none was imported:", hang=2)
+                for name in imports:
+                    paragraph(console, printable(name), first="  ", hang=4)
         for file in self.files:
             known = {} if file is self.files[0] else self.files[0].metadata  # ranks repeat almost all of it
             told = [(k, v) for k, v in file.metadata.items() if known.get(k) != v]
+            if told:
+                paragraph(console, f"{printable(file.name)}:", hang=2)
             for key, value in told[:SHOWN_METADATA]:
-                console.print(Text(f"{printable(file.name)}: {printable(key)} = {printable(value, 100)}"))
+                paragraph(console, f"{printable(key)} = {printable(value, 100)}", first="  ", hang=4)
+            if len(told) > SHOWN_METADATA:
+                say(console, f"  (+{len(told) - SHOWN_METADATA} more, in --json)")
         for name, own, why in self.families:
-            mark = "is" if own else "is not"
-            console.print(Text(f"{mark} {name}: {printable(why, 1000)}", style="" if own else "dim"))
+            text = f"{'is' if own else 'is not'} {name}: {printable(why, 1000)}"
+            paragraph(console, text, hang=2, style="" if own else "dim")
         if self.tensors:
-            console.print(self._tensor_table(everything))
+            self._tensor_table(console, everything)
             for dtype, (tensors, elements, nbytes) in self.dtypes().items():
-                console.print(Text(f"{dtype}: {elements:,} numbers in {tensors} tensors, {nbytes:,} bytes"))
+                say(console, f"{dtype}: {elements:,} numbers in {tensors} tensors, {nbytes:,} bytes")
         if self.config:
-            console.print(self._config_table())
+            self._config_table(console)
         for name, size in self.documents.items():
-            console.print(Text(f"{printable(name)}: {size:,} bytes"))
+            paragraph(console, f"{printable(name)}: {size:,} bytes", hang=2)
         for note in self.notes:
-            console.print(Text(f"note: {printable(note, 1000)}"))
+            paragraph(console, printable(note, 1000), first="note: ")
         for problem in self.refused:
-            console.print(Text(problem.line(), style="red"))
+            say(console, problem.line(), "red")
 
-    def _file_table(self) -> Table:
+    def _file_table(self, console: Console) -> None:
+        from ckpt_tool.terminal import Column, table
+
         rows = [(printable(f.name), f.format, str(f.tensors), f"{f.nbytes:,}") for f in self.files]
-        return _table(("file", "format", "tensors", "bytes"), rows, right=("tensors", "bytes"))
+        heads = (Column("file"), Column("format", whole=True))
+        table(console, (*heads, Column("tensors", right=True), Column("bytes", right=True)), rows, indent=2)
 
-    def _tensor_table(self, everything: bool) -> Table:
+    def _tensor_table(self, console: Console, everything: bool) -> None:
+        from ckpt_tool.terminal import Column, table
+
+        heads = (Column("tensor"), Column("shape", whole=True), Column("dtype", whole=True))
         if everything:
             each = [(printable(t.name, 512), str(t.shape), t.dtype, printable(t.file)) for t in self.tensors]
-            return _table(("tensor", "shape", "dtype", "file"), each)
+            table(console, (*heads, Column("file")), each, indent=2)
+            return
+        folded = list(fold(self.tensors))
         rows = [
             (
                 printable(row.name, 512),
@@ -208,32 +220,25 @@ class Inspection:
                 f"x{row.count}" if row.count > 1 else "",
                 f"in {row.files} files" if row.files > 1 else "",
             )
-            for row in fold(self.tensors)
+            for row in folded
         ]
-        return _table(("tensor", "shape", "dtype", "count", "files"), rows)
+        more = [Column("count", whole=True)]
+        if any(row.files > 1 for row in folded):
+            more.append(Column("files", whole=True))
+        table(console, (*heads, *more), [row[: 3 + len(more)] for row in rows], indent=2)
 
-    def _config_table(self) -> Table:
+    def _config_table(self, console: Console) -> None:
+        from ckpt_tool.terminal import Column, table
+
         words = {True: "yes", False: "NO", None: "not stated"}
         rows = [
             (c.document, c.field, "" if c.stated is None else str(c.stated), str(c.found), words[c.agrees])
             for c in self.config
         ]
-        return _table(
-            ("document", "field", "stated", "tensors say", "agree"), rows, right=("stated", "tensors say")
+        heads = (Column("document"), Column("field"), Column("stated", right=True))
+        table(
+            console, (*heads, Column("tensors say", right=True), Column("agree", whole=True)), rows, indent=2
         )
-
-
-def _table(columns: Iterable[str], rows: Iterable[tuple[str, ...]], right: tuple[str, ...] = ()) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None) -> Inspection:

@@ -84,17 +84,21 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     def line(label: str, text: str, style: str = "") -> None:
         from rich.text import Text
 
-        screen.print(Text(f"   {label:<10}", style="dim") + Text(text, style=style), soft_wrap=True)
+        from ckpt_tool.terminal import paragraph
+
+        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
 
     line(
         "wrote",
         f"{printable(done.out)}: {tensors} tensors, {size(plan.bytes_out)}, {len(plan.outputs)} file(s)",
     )
     line("layout", f"{moved} steps reorder elements, {compared} compare copies, the rest are plain copies")
-    for dropped in plan.dropped[:5]:
-        line("dropped", f"{printable(dropped.tensor.name)}: {dropped.reason}")
-    if len(plan.dropped) > 5:
-        line("dropped", f"(+{len(plan.dropped) - 5} more, listed in ckpt-tool.json)")
+    reasons: dict[str, list[str]] = {}
+    for dropped in plan.dropped:
+        reasons.setdefault(dropped.reason, []).append(dropped.tensor.name)
+    for reason, (first, *others) in reasons.items():
+        more = f" and {len(others)} more, listed in ckpt-tool.json" if others else ""
+        line("dropped", f"{printable(first)}{more}: {printable(reason, 500)}")
     for text in plan.lossy:
         line("lossy", text, "yellow")
     for known in plan.foretold:

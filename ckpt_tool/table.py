@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.plan import Options
+from ckpt_tool.errors import fail
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from ckpt_tool.fixtures.variants import Variant
     from ckpt_tool.verify.report import Report
@@ -38,27 +38,27 @@ class Row:
 
 
 def run(*, only: str | None, judge: bool, as_json: bool, screen: Console) -> int:
-    """Print the table. 0 when every row passes."""
+    """Print the table. 0 when every row passes, 1 when a difference was found, 2 when a row shows neither."""
     from ckpt_tool.fixtures.variants import VARIANTS
 
     chosen = [v for v in VARIANTS.values() if only in (None, v.family)]
-    made: list[Row] = []
+    if not chosen:
+        known = ", ".join(sorted({v.family for v in VARIANTS.values()}))
+        fail("usage", f"expected one of {known}, found {only!r}", where="--only")
+    made = list(rows(chosen, judge, None if as_json else screen))
     if as_json:
-        made = list(rows(chosen, judge))
         print(json.dumps([asdict(r) for r in made], indent=2))
     else:
-        from rich.live import Live
-
-        with Live(_draw(made), console=screen, auto_refresh=False) as live:
-            for row in rows(chosen, judge):
-                made.append(row)
-                live.update(_draw(made), refresh=screen.is_terminal)
-            live.update(_draw(made), refresh=True)
-    return 0 if made and all(r.verdict == "pass" for r in made) else 1
+        draw(made, screen)
+    verdicts = {r.verdict for r in made}
+    return 0 if verdicts <= {"pass"} else 1 if "FAIL" in verdicts else 2
 
 
-def rows(variants: list[Variant], judge: bool) -> Iterator[Row]:
-    for variant in variants:
+def rows(variants: list[Variant], judge: bool, screen: Console | None = None) -> Iterator[Row]:
+    """One row after the other; a terminal is told which is being made."""
+    for k, variant in enumerate(variants, start=1):
+        if screen is not None and screen.is_terminal:
+            screen.print(f"{k} of {len(variants)}: {variant.id}", style="dim", soft_wrap=True)
         with tempfile.TemporaryDirectory(prefix="ckpt-tool-table-") as scratch:
             yield row(variant, Path(scratch), judge)
 
@@ -80,7 +80,7 @@ def row(variant: Variant, scratch: Path, judge: bool) -> Row:
         parity_nmse=worst(report, "parity"),
         judge_nmse=worst(report, "transformers"),
         round_trip="equal" if not differences else differences[0],
-        verdict="pass" if report.exit_code == 0 and not differences else "FAIL",
+        verdict="FAIL" if differences or report.status == "fail" else report.status,
     )
 
 
@@ -158,30 +158,32 @@ def compare(a: Checkpoint, b: Checkpoint, but: Container[str] = ()) -> list[str]
     return found
 
 
-def _draw(made: list[Row]) -> Table:
-    from rich.table import Table
+def draw(made: list[Row], screen: Console) -> None:
+    """The rows as a table."""
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for heading, justify in (
-        ("family", "left"),
-        ("variant", "left"),
-        ("ranks", "right"),
-        ("bits", "left"),
-        ("NMSE, our reference", "right"),
-        ("NMSE, transformers", "right"),
-        ("round trip", "left"),
-        ("verdict", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for r in made:
-        colour = "green" if r.verdict == "pass" else "red"
-        table.add_row(
+    from ckpt_tool.terminal import Column, table
+
+    columns = (
+        Column("family", whole=True),
+        Column("variant", whole=True),
+        Column("ranks", right=True, spare=1),
+        Column("bits", whole=True),
+        Column("NMSE", right=True),
+        Column("transformers", right=True),
+        Column("there and back"),
+        Column("verdict", whole=True),
+    )
+    cells: list[tuple[str | Text, ...]] = [
+        (
             r.family,
             r.variant,
             str(r.ranks),
             r.bits,
             *(f"{x:.1e}" if x is not None else "-" for x in (r.parity_nmse, r.judge_nmse)),
             r.round_trip,
-            f"[{colour}]{r.verdict}[/{colour}]",
+            Text(r.verdict, "green" if r.verdict == "pass" else "red"),
         )
-    return table
+        for r in made
+    ]
+    table(screen, columns, cells)

@@ -10,19 +10,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.convert import disk
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.convert import disk, journal
+from ckpt_tool.convert.journal import Entry
+from ckpt_tool.convert.replaceable import Contents, Replace, contents, look, refuse_existing, remove
+from ckpt_tool.errors import CkptToolError, fail, printable
 
+RESUMABLE = (
+    "disk-full",
+    "write-failed",
+    "limits",
+    "read-failed",
+    "out-of-memory",
+    "interrupted",
+    "output-changed",
+    "output-exists",
+)
 SPARE_BYTES = 64 << 20  # left free besides 1 % of what is written: metadata of the file system, other writers
 
 
@@ -38,70 +48,27 @@ class Identity:
     def to_json(self) -> dict[str, Any]:
         return {"version": self.version, "plan": self.plan, "source": dict(self.source)}
 
+    @staticmethod
+    def is_one(data: Mapping[str, Any]) -> bool:
+        """Whether this is the JSON of an identity."""
+        types = {"version": str, "plan": str, "source": dict}
+        return data.keys() == types.keys() and all(isinstance(data[k], t) for k, t in types.items())
+
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """In words, what in `other` (the JSON of another identity) is not as here."""
+        """In words, what in `other`, the JSON of an identity, is not as here."""
         found = [
-            f"{what} (it was {other.get(what)}, it is {mine})"
+            f"{what} (it was {printable(other[what])}, it is {mine})"
             for what, mine in (("version", self.version), ("plan", self.plan))
-            if other.get(what) != mine
+            if other[what] != mine
         ]
-        theirs = other.get("source")
-        if theirs != dict(self.source):
-            before = theirs if isinstance(theirs, dict) else {}
+        before = other["source"]
+        if before != dict(self.source):
             names = [n for n in sorted({*before, *self.source}) if before.get(n) != dict(self.source).get(n)]
-            found.append(f"source ({', '.join(names)})")
+            found.append(f"source ({', '.join(map(printable, names))})")
         return found
 
 
-# --- where the output may go ----------------------------------------------------------------------------
-
-
-def place_for(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> Path:
-    """`out` with its parent resolved, after everything that can be said before any work: kinds
-    `output-conflict`, `output-exists`, `output-failed`. `inputs` are the files and folders read."""
-    try:
-        absolute = Path(os.path.abspath(out))
-        if absolute.is_symlink():
-            fail("output-conflict", "expected a free name or a folder, found a symbolic link", file=out)
-        real = Path(os.path.realpath(absolute))
-        home = Path(os.path.realpath(Path.home())) if os.environ.get("HOME") else None
-        if real == Path(real.anchor) or real == home:
-            fail("output-conflict", "expected a folder of its own, found `/` or the home folder", file=out)
-        conflicts = (_conflict(out, real, Path(os.path.realpath(p)), p) for p in inputs)
-        fail_all(p for p in conflicts if p is not None)
-        if os.path.lexists(absolute) and not overwrite:
-            _refuse_existing(out)
-        parent = absolute.parent
-        if not parent.exists():
-            fail("output-failed", f"expected an existing folder {parent}, found none", file=out)
-        if not parent.is_dir():
-            fail("output-failed", f"expected {parent} to be a folder, found a file", file=out)
-        return parent.resolve() / absolute.name
-    except OSError as error:
-        fail("output-failed", f"cannot be made: {error.strerror or error}", file=out)
-    except RuntimeError as error:  # a loop of symbolic links
-        fail("output-failed", f"cannot be made: {error}", file=out)
-
-
-def _refuse_existing(out: Path) -> None:
-    fail(
-        "output-exists",
-        "expected a free name, found a file or folder",
-        file=out,
-        hint="--overwrite replaces it",
-    )
-
-
-def _conflict(out: Path, real: Path, source: Path, shown: Path) -> Problem | None:
-    if real == source:
-        relation = "the input itself"
-    elif source in real.parents:
-        relation = f"a place inside the input {shown}"
-    elif real in source.parents:
-        relation = f"a folder that holds the input {shown}"
-    else:
-        return None
-    return Problem("output-conflict", f"expected a place apart from the input, found {relation}", str(out))
+# --- one run at a time -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -145,14 +112,16 @@ class Staging:
     """The hidden folder of one run into `place`, for a caller who holds the lock.
 
     `begin`, then files by `create`, `seal` and `record`, then `write`, then `publish`; on any failure
-    `leave`. Errors are `disk-full`, `limits`, `write-failed`, `resume-mismatch`, `output-exists`.
+    `leave`. Errors are `disk-full`, `limits`, `write-failed`, `resume-mismatch`, `output-exists`,
+    `not-replaceable`, `output-changed`.
     """
 
     place: Path
     identity: Identity
-    overwrite: bool = False
-    entries: list[dict[str, Any]] = field(default_factory=list)  # the journal, oldest first
+    replace: Replace = "nothing"
+    entries: list[Entry] = field(default_factory=list)  # the journal, oldest first
     published: bool = False
+    _old: Contents | None = None  # of the folder that will be replaced, as it was when the run began
     _folder: int = -1
     _journal: int = -1
     _journal_size: int = 0
@@ -173,14 +142,17 @@ class Staging:
     def _aside(self) -> Path:
         return self.place.with_name(f".{self.place.name}.ckpt-tool-old")
 
-    def begin(self, *, resume: bool) -> None:
+    def begin(self, *, resume: bool, belongs: Callable[[Entry], bool] = lambda _: True) -> None:
         """Make the folder, or with `resume` take up what an interrupted run left: then `entries` is what its
-        journal says, still to be checked against the files, and files it does not name are gone."""
+        journal says up to the first line that is damaged or does not `belong`, still to be checked against
+        the files, and files it does not name are gone."""
         self._mend_exchange()
-        if os.path.lexists(self.place) and not self.overwrite:
-            _refuse_existing(self.place)
+        if os.path.lexists(self.place):
+            if self.replace == "nothing":
+                refuse_existing(self.place, self.place, os.lstat(self.place))
+            self._old = look(self.place, self.replace)
         try:
-            if resume and self._take_up():
+            if resume and self._take_up(belongs):
                 return
             for name in self._leftovers():
                 _remove(self.place.with_name(name))
@@ -242,11 +214,11 @@ class Staging:
         except OSError as error:
             raise disk.failure(error, name, doing="forced to the disk") from None
 
-    def record(self, entry: dict[str, Any]) -> None:
+    def record(self, entry: Entry) -> None:
         """Note in the journal that the files an entry speaks of are finished and on the disk."""
         try:
             disk.fsync(self._folder)
-            self._append(entry)
+            self._append(entry.to_json())
         except OSError as error:
             raise disk.failure(error, self._journal_path.name) from None
         self.entries.append(entry)
@@ -270,22 +242,50 @@ class Staging:
             os.close(descriptor)
 
     def publish(self) -> None:
-        """Give the folder its name. What stood there before, with `overwrite`, is then removed."""
+        """Give the folder its name. What stood there before and was looked at is then removed; a folder that
+        is no longer as it was then stays where it is, with `output-changed`."""
         replaces = False
         try:
             disk.fsync(self._folder)
-            replaces = self.overwrite and os.path.lexists(self.place)
+            replaces = self._old is not None and os.path.lexists(self.place)
+            if replaces:
+                self._check_old(self.place)
             self._rename(replaces)
         except FileExistsError:
-            _refuse_existing(self.place)
+            refuse_existing(self.place, self.place, os.lstat(self.place))
         except OSError as error:
             raise disk.failure(error, str(self.place), doing="published") from None
         self.published = True
         self._close()
         with contextlib.suppress(OSError):
             os.unlink(self._journal_path)
-            if replaces:
-                _remove(self.path)
+        if replaces:
+            self._remove_old()
+
+    def _check_old(self, folder: Path) -> None:
+        try:
+            now: Contents | None = contents(folder)
+        except (OSError, ValueError):
+            now = None
+        if now != self._old:
+            names = {*(now or {}).items()} ^ {*(self._old or {}).items()}
+            found = ", ".join(sorted({printable(name) for name, _ in names})[:3]) or "another"
+            fail(
+                "output-changed",
+                f"expected the folder to replace as it was when the work began, found changes: {found}",
+                file=self.place,
+                hint="move it away",
+            )
+
+    def _remove_old(self) -> None:
+        """Remove the folder that was replaced, which now has the hidden name. Should a file have come into it
+        at the last moment, that stays, beside the output."""
+        if remove(self.path, self._old or {}):
+            return
+        for k in range(1, 1000):
+            with contextlib.suppress(OSError):
+                disk.rename_new(self.path, self.place.with_name(f"{self.place.name}.replaced-{k}"))
+                return
 
     def _rename(self, replaces: bool) -> None:
         def swap() -> None:
@@ -293,6 +293,11 @@ class Staging:
 
         if replaces:
             swap()
+            try:
+                self._check_old(self.path)  # once more, now that nobody finds it under its name
+            except CkptToolError:
+                swap()
+                raise
         else:
             disk.rename_new(self.path, self.place)
         try:
@@ -319,7 +324,7 @@ class Staging:
         pattern = re.compile(re.escape(self._prefix) + r"[0-9a-f]{16}(\.journal)?")
         return [n for n in os.listdir(self.place.parent) if pattern.fullmatch(n)]
 
-    def _take_up(self) -> bool:
+    def _take_up(self, belongs: Callable[[Entry], bool]) -> bool:
         found = self._leftovers()
         if self.path.name not in found or self._journal_path.name not in found:
             others = [n for n in found if not n.endswith(".journal") and n != self.path.name]
@@ -332,13 +337,19 @@ class Staging:
                     hint="without --resume it is removed and the work starts from the beginning",
                 )
             return False
-        self._journal = os.open(self._journal_path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        lines, self._journal_size = _journal_lines(self._journal)
-        if not lines:
-            os.close(self._journal)
-            self._journal = -1
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            self._journal = os.open(self._journal_path, flags)
+            self._folder = _open_folder(self.path)
+        except OSError:  # a link, a folder for a file: nothing that a run left
+            self._close()
             return False
-        differences = self.identity.differences(lines[0])
+        lines = journal.read(self._journal)
+        identity, self._journal_size = next(lines, ({}, 0))
+        if not Identity.is_one(identity):
+            self._close()
+            return False
+        differences = self.identity.differences(identity)
         if differences:
             self._close()
             fail(
@@ -347,16 +358,30 @@ class Staging:
                 file=self.place,
                 hint="without --resume it is removed and the work starts from the beginning",
             )
-        self.entries = lines[1:]
-        self._folder = _open_folder(self.path)
+        self._read_entries(lines, belongs)
         os.ftruncate(self._journal, self._journal_size)
-        kept = {name for entry in self.entries for name in entry.get("files", ())}
+        kept = {name for entry in self.entries for name in entry.files}
         for folder, folders, files in os.walk(self.path):
             for name in (*files, *(n for n in folders if os.path.islink(os.path.join(folder, n)))):
                 path = Path(folder, name)
                 if path.relative_to(self.path).as_posix() not in kept:
                     os.unlink(path)
         return True
+
+    def _read_entries(
+        self, lines: Iterator[tuple[dict[str, Any], int]], belongs: Callable[[Entry], bool]
+    ) -> None:
+        """The journal's entries up to the first that cannot be believed; a file stands in one at most."""
+        self.entries = []
+        for content, end in lines:
+            try:
+                entry = Entry.from_json(content)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                return
+            if any(entry.files.keys() & known.files.keys() for known in self.entries) or not belongs(entry):
+                return
+            self.entries.append(entry)
+            self._journal_size = end
 
     def _mend_exchange(self) -> None:
         """The machine stopped while the fallback of `disk.exchange` was at work: the old output comes back,
@@ -371,8 +396,7 @@ class Staging:
     # --- small things ---
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        line = journal.line(entry)
         disk.write_at(self._journal, line, self._journal_size)
         disk.fdatasync(self._journal)
         self._journal_size += len(line)
@@ -407,21 +431,6 @@ def _open_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _journal_lines(descriptor: int) -> tuple[list[dict[str, Any]], int]:
-    """The lines whose own checksum is right, up to the first that is not, and their length in bytes."""
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        data = file.read()
-    lines: list[dict[str, Any]] = []
-    size = 0
-    for line in data.splitlines(keepends=True):
-        checksum, _, text = line.rstrip(b"\n").partition(b" ")
-        if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
-            break
-        lines.append(json.loads(text))
-        size += len(line)
-    return lines, size
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -430,7 +439,9 @@ def _remove(path: Path) -> None:
 
 
 def resumable(error: BaseException) -> bool:
-    """Whether running again could go on where this failure stopped: the disk or the user, not the data."""
+    """Whether running again could go on where this failure stopped: the disk, the machine or the user stopped
+    it, not the data."""
     if isinstance(error, CkptToolError):
-        return error.kind in ("disk-full", "write-failed", "limits", "read-failed", "out-of-memory")
-    return isinstance(error, KeyboardInterrupt)
+        return error.kind in RESUMABLE
+    # KeyboardInterrupt and what a signal or a closed pipe raises: as a kill would leave it
+    return isinstance(error, MemoryError | BrokenPipeError) or not isinstance(error, Exception)

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,10 +31,13 @@ from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
-from ckpt_tool.convert.durable import Identity, Staging, locked, place_for, resumable
+from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
+from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.layout import Block, Step
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
+from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
+from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.source_checks import Key, check_records
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
@@ -89,10 +93,23 @@ def layout_of(output: OutputFile) -> Layout:
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 
-def check_output(out: Path, source: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Fail with `output-conflict`, `output-exists` or `output-failed` before anything is opened."""
-    inputs = [] if os.fspath(source).startswith("hf://") else [Path(source)]
-    place_for(out, inputs, overwrite=overwrite)
+def replaced_by(overwrite: bool, overwrite_foreign: bool) -> Replace:
+    """What these two flags let an output replace; the second is enough alone."""
+    return "models" if overwrite_foreign else "outputs" if overwrite else "nothing"
+
+
+def check_output(
+    out: Path,
+    source: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    overwrite_foreign: bool = False,
+    beside: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Fail with `output-conflict`, `output-exists`, `not-replaceable` or `output-failed` before anything is
+    opened. `beside` are other files that are read."""
+    inputs = [Path(p) for p in (source, *beside) if not os.fspath(p).startswith("hf://")]
+    free_place(out, inputs, replace=replaced_by(overwrite, overwrite_foreign))
 
 
 def execute(
@@ -102,6 +119,7 @@ def execute(
     *,
     jobs: int = 2,
     overwrite: bool = False,
+    overwrite_foreign: bool = False,
     resume: bool = False,
     sha256: bool = False,
     strict: bool = False,
@@ -118,16 +136,17 @@ def execute(
     `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
     """
     files = [f.path for f in checkpoint.files.values() if not f.path.is_relative_to("/proc")]
-    place = place_for(out, [checkpoint.path, *files], overwrite=overwrite)
+    replace_what = replaced_by(overwrite, overwrite_foreign)
+    place = free_place(out, [checkpoint.path, *files], replace=replace_what)
     digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
     identity = Identity(__version__, plan.digest(), _fingerprints(checkpoint, digests))
     with locked(place):
-        staging = Staging(place, identity, overwrite)
+        staging = Staging(place, identity, replace_what)
         run = _Run(
             plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None),
-            address or os.path.relpath(os.path.realpath(checkpoint.path), place),
+            address or _way(place, checkpoint.path),
         )  # fmt: skip
-        staging.begin(resume=resume)
+        staging.begin(resume=resume, belongs=run.belongs)
         try:
             outcome = run.carry_out(extra_documents)
             staging.publish()
@@ -145,7 +164,7 @@ def _raise(error: BaseException, kept: bool) -> None:
     """`error` as the user should see it, with the hint to resume where something was kept."""
     hint = "finished files are kept: run again with --resume to go on" if kept else None
     if isinstance(error, CkptToolError) and kept:
-        problems = [replace(p, hint=p.hint or hint) for p in error.problems]
+        problems = [replace(p, hint="; ".join(h for h in (p.hint, hint) if h)) for p in error.problems]
         raise CkptToolError(*problems, exit_code=error.exit_code) from None
     if isinstance(error, MemoryError):
         fail("out-of-memory", "expected enough memory for the buffers, found the limit reached", hint=hint)
@@ -153,12 +172,22 @@ def _raise(error: BaseException, kept: bool) -> None:
         fail(
             "limits", "expected to start a worker thread, found no room for one", hint="--jobs 1 needs fewer"
         )
-    if kept and not isinstance(error, Exception):
-        # an exception that a signal handler raised may say which signal it was
-        number = getattr(error, "number", signal.SIGINT)
-        problem = Problem("interrupted", "stopped before the work was done", hint=hint)
+    number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "number", None)
+    if kept and number is not None:  # a signal handler's exception says which signal it was
+        name = signal.Signals(number).name
+        problem = Problem("interrupted", f"stopped by {name} before the work was done", hint=hint)
         raise CkptToolError(problem, exit_code=128 + int(number)) from None
     raise error
+
+
+def _way(place: Path, source: Path) -> str | None:
+    """The path from the output to the source; None for one that is no UTF-8."""
+    path = os.path.relpath(os.path.realpath(source), place)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return None
+    return path
 
 
 def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -221,7 +250,7 @@ class _Run:
     sha256: bool
     strict: bool
     progress: Callable[[Progress], None]
-    origin: str  # the address of the source, or its path from the output
+    origin: str | None  # the address of the source, or its path from the output
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[Key, int] = field(default_factory=dict)
     hashes: dict[Key, str] = field(default_factory=dict)
@@ -309,12 +338,12 @@ class _Run:
         self.sources.update(known)
         self.findings += findings
         self.staging.record(
-            {
-                "files": {f.name: self.targets[f.name] for f in files},
-                "sources": [[*key, crc] for key, crc in known.items()],
-                "sha256": [[*key, self.hashes[key]] for key in targets if key in self.hashes],
-                "findings": [f.to_json() for f in findings],
-            }
+            Entry(
+                {f.name: self.targets[f.name] for f in files},
+                known,
+                {key: self.hashes[key] for key in targets if key in self.hashes},
+                tuple(findings),
+            )
         )
 
     def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
@@ -415,24 +444,47 @@ class _Run:
 
     # --- going on ---
 
+    @cached_property
+    def _known(self) -> tuple[set[frozenset[str]], dict[str, set[Key]], set[Key]]:
+        """The names of each group of files, the tensors of each file, and all tensors of the source."""
+        return (
+            {frozenset(f.name for f in files) for files, _ in groups(self.plan)},
+            {f.name: {(f.name, t.name) for t in f.tensors} for f in self.plan.outputs},
+            {(f.name, t) for f in self.checkpoint.files.values() for t in f.tensors},
+        )
+
+    def belongs(self, entry: Entry) -> bool:
+        """Whether a line of the journal speaks of one group of this plan, of tensors it writes and reads."""
+        named, held, sources = self._known
+        if frozenset(entry.files) not in named:
+            return False
+        written = set().union(*(held[f] for f in entry.files))
+        return (
+            {(f, t) for f, crcs in entry.files.items() for t in crcs} == written
+            and entry.sources.keys() <= sources
+            and entry.sha256.keys() <= written
+            and {(f.file, f.tensor) for f in entry.findings} <= written | sources
+        )
+
     def _taken_up(self, files: list[OutputFile]) -> bool:
         """Whether an earlier run finished this group and every byte of it is still right; else what is left
         of it is removed."""
         names = [f.name for f in files]
-        entry = next((e for e in self.staging.entries if set(e.get("files", ())) == set(names)), None)
+        entry = next((e for e in self.staging.entries if e.files.keys() == set(names)), None)
         if entry is None:
             self.staging.discard(names)
             return False
-        wanted_hashes = {(f, t): h for f, t, h in entry["sha256"]}
-        complete = not self.sha256 or all((f.name, t.name) in wanted_hashes for f in files for t in f.tensors)
-        if not complete or not all(self._is_intact(f, entry["files"][f.name]) for f in files):
+        complete = not self.sha256 or entry.sha256.keys() == {
+            (f.name, t.name) for f in files for t in f.tensors
+        }
+        if not complete or not all(self._is_intact(f, entry.files[f.name]) for f in files):
             self.staging.discard(names)
             self.staging.entries.remove(entry)
             return False
-        self.targets.update(entry["files"])
-        self.sources.update({(f, t): crc for f, t, crc in entry["sources"]})
-        self.hashes.update(wanted_hashes if self.sha256 else {})
-        self.findings += [Finding.from_json(f) for f in entry["findings"]]
+        self.targets.update({f: dict(crcs) for f, crcs in entry.files.items()})
+        self.sources.update(entry.sources)
+        self.hashes.update(entry.sha256 if self.sha256 else {})
+        self.findings += entry.findings
         self.resumed += names
         self.resumed_bytes += sum(t.nbytes for f in files for t in f.tensors)
         return True

@@ -17,14 +17,15 @@ from ckpt_tool.convert.plan import OutputDocument, Plan
 
 MANIFEST = "ckpt-tool.json"
 MANIFEST_VERSION = 1
+FINDINGS = ("non-finite", "all-zero", "denormal-only", "replica-difference", "unchecked-records")
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something about the data that the reader of the result should know, and that did not stop the work.
 
-    Kinds: `non-finite`, `all-zero`, `denormal-only`, `replica-difference`, `unchecked-records`. `details`
-    holds the numbers (counts, the first index, the largest difference, file names).
+    `kind` is one of `FINDINGS`; `details` holds the numbers (counts, the first index, the largest difference,
+    file names).
     """
 
     kind: str
@@ -41,10 +42,6 @@ class Finding:
             "tensor": self.tensor,
             "details": dict(self.details),
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Finding:
-        return cls(data["kind"], data["message"], data["file"], data["tensor"], data["details"])
 
 
 def headers_digest(file: TensorFile) -> str:
@@ -87,9 +84,10 @@ def manifest(
     sha256: Mapping[tuple[str, str], str],
     findings: Iterable[Finding],
     documents: Iterable[OutputDocument],
-    source: str,
+    source: str | None,
 ) -> dict[str, Any]:
-    """The manifest. `source` is the address of the source, or its path from the output. `headers` are the
+    """The manifest. `source` is the address of the source, or its path from the output
+    where that is text. `headers` are the
     source files' `headers_digest`, `sources` (CRC32) and `sha256` are by (file, tensor), `targets` are CRC32s
     by file and tensor, `sizes` those of the output files."""
     entries = _source_entries(checkpoint, headers)

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.convert.durable import SPARE_BYTES
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan import Dropped, Plan, fold_key, folded_name
 from ckpt_tool.errors import printable
+from ckpt_tool.terminal import Column, paragraph, say, table
 
 SHOWN_FILES = 20
+MEMORY_BYTES = 250_000_000  # what converting stays below, for any number and size of tensors
 
 
 @dataclass
@@ -30,47 +31,44 @@ class _Row:
 
 
 def plan_table(plan: Plan, console: Console) -> None:
-    """Print what the plan does: tensors, config, what is left out, files, and what to know about it."""
+    """Print what the plan does: tensors, config, what is left out, files, what it needs and what to know."""
     way = "original to Hugging Face" if plan.direction == "to-hf" else "Hugging Face to original"
     tensors = sum(len(f.tensors) for f in plan.outputs)
-    console.print(
-        Text(f"{plan.family}, {way}: {tensors} tensors, {_size(plan.bytes_out)} in {len(plan.outputs)} file")
-        + Text("s" * (len(plan.outputs) != 1))
-    )
-    console.print(_steps(plan))
-    console.print(_config(plan))
-    if plan.dropped:
-        console.print(_dropped(plan.dropped))
-    console.print(_outputs(plan))
+    files = f"{len(plan.outputs)} file" + "s" * (len(plan.outputs) != 1)
+    say(console, f"{plan.family}, {way}: {tensors} tensors, {_size(plan.bytes_out)} in {files}")
+    for part in (_steps, _config, _dropped, _outputs):
+        part(plan, console)
+    paragraph(console, needs(plan), first="needs: ", hang=7)
     foretold = [f"{f.name}, in {', '.join(f.where)}: {f.reason}" for f in plan.foretold]
     for label, lines in (("note", plan.notes), ("lossy", plan.lossy), ("foretold", foretold)):
         for line in lines:
-            console.print(Text(f"{label}: {printable(line, 1000)}"))
+            paragraph(console, printable(line, 1000), first=f"{label}: ", hang=len(label) + 2)
 
 
-def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
-    for column in columns:
-        table.add_column(
-            column, overflow="fold", header_style="dim", justify="right" if column in right else "left"
-        )
-    return table
+def needs(plan: Plan) -> str:
+    """What converting takes, in words: bytes to write, room on the disk, memory."""
+    documents = sum(len(d.content) for d in plan.documents)
+    written = sum(sum(t.nbytes for t in f.tensors) for f in plan.outputs) + documents
+    free = written + written // 100 + SPARE_BYTES  # as the executor asks before it starts
+    memory = f"at most {MEMORY_BYTES // 10**6} MB of memory"
+    return f"{_size(written)} to write, {_size(free)} free where the output goes, {memory}"
 
 
-def _steps(plan: Plan) -> Table:
-    table = _table("Tensors", "steps", "source", "shape", "layout", "target", "shape ", right=("steps",))
+def _steps(plan: Plan, console: Console) -> None:
+    """Three lines for each rule: the source, the target, and how the axes move if they do."""
+    rows = []
     for row in _rows(plan.steps):
         step, sizes = row.first, row.first.sizes
         source, target = step.sources[0], step.targets[0]
-        table.add_row(
-            str(row.count),
-            _names(row.sources, step.sources, row.files),
-            _shape(source, sizes),
-            Text(_layout(step)),
-            _names(row.targets, step.targets, set()),
-            _shape(target, sizes),
-        )
-    return table
+        names = _names(row.sources, step.sources)
+        made = _names(row.targets, step.targets)
+        layout = _layout(step)
+        lines = [*names, *(f"-> {n}" for n in made), *([layout] if layout else [])]
+        shapes = [_shape(source, sizes), *[""] * (len(names) - 1), _shape(target, sizes)]
+        for k, line in enumerate(lines):
+            rows.append((str(row.count) if k == 0 else "", line, shapes[k] if k < len(shapes) else ""))
+    heads = (Column("steps", right=True), Column("source -> target"), Column("shape", whole=True))
+    table(console, heads, rows, title="Tensors")
 
 
 def _rows(steps: Iterable[Step]) -> list[_Row]:
@@ -89,64 +87,63 @@ def _rows(steps: Iterable[Step]) -> list[_Row]:
     return list(rows.values())
 
 
-def _names(names: list[list[str]], parts: Sequence[Part], files: set[str]) -> Text:
+def _names(names: list[list[str]], parts: Sequence[Part]) -> list[str]:
     """Folded names; with several parts under one name, how many files share it."""
     alike: dict[str, list[str]] = {}
     for group in names:
         alike.setdefault(fold_key(group[0]), []).extend(group)
-    text = "\n".join(printable(folded_name(list(dict.fromkeys(g)))) for g in alike.values())
+    folded = [printable(folded_name(list(dict.fromkeys(g)))) for g in alike.values()]
     ranks = len(parts) // max(1, len({p.name for p in parts}))
-    if ranks > 1:
-        text += f"  ({ranks} ranks)"
-    return Text(text)
+    return [*folded[:-1], f"{folded[-1]}  ({ranks} ranks)"] if ranks > 1 else folded
 
 
-def _shape(part: Part, sizes: dict[str, int]) -> Text:
-    return Text(f"{'x'.join(map(str, part.shape(sizes)))} {DTYPES[part.dtype].torch}")
+def _shape(part: Part, sizes: dict[str, int]) -> str:
+    return f"{'x'.join(map(str, part.shape(sizes)))} {DTYPES[part.dtype].torch}"
 
 
 def _layout(step: Step) -> str:
+    """How the axes move, and what is compared; nothing for a plain copy."""
     left, right = dims_text(step.sources[0].dims), dims_text(step.targets[0].dims)
-    change = left if left == right else f"{left} -> {right}"
+    change = "" if left == right else f"{left} -> {right}"
     words = {"tied": "compared: tied", "replicated": "compared: copies on other ranks"}
-    return f"{words[step.compare]}, {change}" if step.compare else change
+    return ", ".join(x for x in (words[step.compare] if step.compare else "", change) if x)
 
 
-def _config(plan: Plan) -> Table:
+def _config(plan: Plan, console: Console) -> None:
     original = "params.json" if any(d.name == "params.json" for d in plan.documents) else "args"
-    name = "config.json" if plan.direction == "to-hf" else original
-    table = _table(name, "field", "value", "from")
-    for key, value in plan.config.items():
-        table.add_row(Text(key), Text(printable(json.dumps(value.value))), Text(printable(value.source, 400)))
-    return table
+    rows = [
+        (key, printable(json.dumps(value.value)), printable(value.source, 400))
+        for key, value in plan.config.items()
+    ]
+    heads = (Column("field", whole=True), Column("value"), Column("from"))
+    table(console, heads, rows, title="config.json" if plan.direction == "to-hf" else original)
 
 
-def _dropped(dropped: Iterable[Dropped]) -> Table:
-    table = _table("Left out", "tensors", "name", "bytes", "why", right=("tensors", "bytes"))
+def _dropped(plan: Plan, console: Console) -> None:
+    if not plan.dropped:
+        return
     groups: dict[tuple[str, str], list[Dropped]] = {}
-    for d in dropped:
+    for d in plan.dropped:
         groups.setdefault((fold_key(d.tensor.name), d.reason), []).append(d)
+    rows = []
     for (_, reason), group in groups.items():
         names = list(dict.fromkeys(d.tensor.name for d in group))
-        table.add_row(
-            str(len(group)),
-            Text(printable(folded_name(names))),
-            _size(sum(d.tensor.nbytes for d in group)),
-            Text(printable(reason)),
-        )
-    return table
+        size = _size(sum(d.tensor.nbytes for d in group))
+        rows.append((str(len(group)), printable(folded_name(names)), size, printable(reason)))
+    heads = (Column("tensors", right=True), Column("name"), Column("size", right=True), Column("why"))
+    table(console, heads, rows, title="Left out")
 
 
-def _outputs(plan: Plan) -> Table:
-    table = _table("Files", "file", "tensors", "size", "what", right=("tensors", "size"))
-    for f in plan.outputs[:SHOWN_FILES]:
-        size = _size(sum(t.nbytes for t in f.tensors))
-        table.add_row(Text(f.name), str(len(f.tensors)), size, Text(f.format))
+def _outputs(plan: Plan, console: Console) -> None:
+    rows = [
+        (printable(f.name), str(len(f.tensors)), _size(sum(t.nbytes for t in f.tensors)), f.format)
+        for f in plan.outputs[:SHOWN_FILES]
+    ]
     if len(plan.outputs) > SHOWN_FILES:
-        table.add_row(Text(f"... and {len(plan.outputs) - SHOWN_FILES} more"), "", "", "")
-    for d in plan.documents:
-        table.add_row(Text(d.name), "", _size(len(d.content)), Text(printable(d.source)))
-    return table
+        rows.append((f"... and {len(plan.outputs) - SHOWN_FILES} more", "", "", ""))
+    rows += [(printable(d.name), "", _size(len(d.content)), printable(d.source)) for d in plan.documents]
+    heads = (Column("file"), Column("tensors", right=True), Column("size", right=True), Column("what"))
+    table(console, heads, rows, title="Files")
 
 
 def _size(count: int) -> str:

@@ -74,6 +74,10 @@ CONVERTED: dict[str, str] = {
 }
 
 
+class NotComputed(ValueError):
+    """What a config asks for is a model that no reading here computes; it may well be right."""
+
+
 def original(family: str) -> ModuleType:
     """The reading of `family` in its original layout; imports torch. ValueError if there is none."""
     return _module(ORIGINAL, family, "family")

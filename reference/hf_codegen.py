@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REQUIRED = (
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "rotary_dim",
-    "layer_norm_epsilon",
-    "activation_function",
-)  # in config.json
+REQUIRED = ("n_layer", "n_head", "n_embd")  # in config.json, under these names or those of other models
+GENERIC = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+DEFAULTS = {
+    "rotary_dim": 64,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}  # of CodeGenConfig
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 BLOCKS = 4
 
@@ -42,8 +41,9 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
-        missing = [name for name in REQUIRED if config.get(name) is None]
-        if missing:
+        generic = {name: config.get(other) for name, other in GENERIC.items()}
+        config = {**DEFAULTS, **generic, **config}
+        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
         if config.get("tie_word_embeddings"):
             raise ValueError("expected `tie_word_embeddings` false in config.json, found true")

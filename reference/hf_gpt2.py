@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REQUIRED = ("n_layer", "n_head", "layer_norm_epsilon", "activation_function")  # in config.json
+REQUIRED = ("n_layer", "n_head")  # in config.json, under these names or those of other models
+GENERIC = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+DEFAULTS = {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}  # of GPT2Config
 GELUS = {
     "gelu": "none",
     "gelu_python": "none",
@@ -38,8 +40,9 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
-        missing = [name for name in REQUIRED if config.get(name) is None]
-        if missing:
+        generic = {name: config.get(other) for name, other in GENERIC.items()}
+        config = {**DEFAULTS, **generic, **config}
+        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
         for name, wanted in (
             ("scale_attn_weights", True),

@@ -18,29 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")  # in config.json
+from ckpt_tool.reference import hf_rope
+from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotate_half
 
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
+DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}  # of LlamaConfig
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretched rotary frequencies; `original_context` in tokens."""
-
-    factor: float
-    low: float
-    high: float
-    original_context: float
-
-    @classmethod
-    def from_hf(cls, facts: Mapping[str, Any]) -> Self:
-        """`facts` is `rope_scaling` as in config.json; ValueError unless it is all of rope_type llama3."""
-        kind = facts.get("rope_type", facts.get("type"))
-        if kind != "llama3":
-            raise ValueError(f"expected rope_type `default` or `llama3`, found `{kind}`")
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        missing = [name for name in names if facts.get(name) is None]
-        if missing:
-            raise ValueError(f"expected {', '.join(missing)} beside rope_type `llama3`, found none")
-        return cls(*(float(facts[name]) for name in names))
+SILU = ("silu", "swish")  # one function
 
 
 @dataclass(frozen=True)
@@ -58,14 +42,16 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
-        missing = [name for name in REQUIRED if config.get(name) is None]
-        if missing:
+        config = {**DEFAULTS, **config}
+        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
-        for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        for name, wanted in (("attention_bias", False), ("mlp_bias", False)):
             if config.get(name, wanted) != wanted:
                 raise ValueError(f"expected `{name}` {wanted} in config.json, found {config[name]}")
+        if config["hidden_act"] not in SILU:
+            raise ValueError(f"expected `hidden_act` silu in config.json, found {config['hidden_act']}")
         n_heads = int(config["num_attention_heads"])
-        theta, scaling = _rope(config)
+        theta, scaling = rope(config, default=10000.0)
         return cls(
             n_layers=int(config["num_hidden_layers"]),
             n_heads=n_heads,
@@ -76,21 +62,6 @@ class Config:
             rope_scaling=scaling,
             tied=bool(config.get("tie_word_embeddings", False)),
         )
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 both in `rope_parameters`; a
-    config without theta is older than the key (4.33) and means 10000."""
-    newer = config.get("rope_parameters") or {}
-    thetas = {float(facts["rope_theta"]) for facts in (config, newer) if facts.get("rope_theta") is not None}
-    if len(thetas) > 1:
-        raise ValueError(
-            f"expected one rope_theta in config.json, found {', '.join(map(str, sorted(thetas)))}"
-        )
-    theta = thetas.pop() if thetas else 10000.0
-    scaling = newer or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return theta, None if kind == "default" else RopeScaling.from_hf(scaling)
 
 
 def forward(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
@@ -134,30 +105,7 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
 
 
 def rotation(x: Tensor, c: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, (T, H), equal in both halves of H; computed in the precision of
-    x, at least float32, and rounded to the dtype of x."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    steps = torch.arange(0, c.head_dim, 2, dtype=dtype, device=x.device)
-    frequencies = 1.0 / c.rope_theta ** (steps / c.head_dim)
-    if c.rope_scaling is not None:
-        frequencies = stretch(frequencies, c.rope_scaling)
-    angles = torch.arange(x.shape[1], dtype=dtype, device=x.device)[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def stretch(frequencies: Tensor, s: RopeScaling) -> Tensor:
-    """`keep` is the part of a frequency that is not divided by `factor`: 1 for waves that turn `high` times
-    or more within the original context, 0 for those that turn at most `low` times, and linear between."""
-    turns = s.original_context * frequencies / (2 * math.pi)
-    keep = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * (frequencies / s.factor)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
+    return hf_rope.rotation(x, c.rope_theta, c.head_dim, c.rope_scaling)
 
 
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str) -> Tensor:

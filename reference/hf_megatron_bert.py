@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")  # in config.json
+REQUIRED = ("num_hidden_layers", "num_attention_heads")  # in config.json
+DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of MegatronBertConfig
 GELUS = {
     "gelu": "none",
     "gelu_python": "none",
@@ -43,8 +44,8 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
-        missing = [name for name in REQUIRED if config.get(name) is None]
-        if missing:
+        config = {**DEFAULTS, **config}
+        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
         for name, wanted in (("position_embedding_type", "absolute"), ("add_cross_attention", False)):
             if config.get(name, wanted) != wanted:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-REQUIRED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-)  # in config.json
+from ckpt_tool.reference import hf_rope
+from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotate_half
+
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
+# What MistralConfig takes for other keys that are absent; null heads are as many as there are queries.
+DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+OR_NULL = {"num_key_value_heads": 8, "sliding_window": 4096}
+
+SILU = ("silu", "swish")  # one function
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Config:
     head_dim: int
     norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     # per layer, how many keys a query sees, its own included; None sees all before it
     windows: tuple[int | None, ...]
     tied: bool  # the embedding table is also the output layer
@@ -43,41 +46,25 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
-        missing = [name for name in REQUIRED if config.get(name) is None]
-        if "sliding_window" not in config:  # transformers takes 4096 then, which few models mean
-            missing.append("sliding_window (null for none)")
-        if missing:
+        config = {**DEFAULTS, **OR_NULL, **config}
+        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
-        if config.get("hidden_act", "silu") != "silu":
+        if config["hidden_act"] not in SILU:
             raise ValueError(f"expected `hidden_act` silu in config.json, found {config['hidden_act']}")
         n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         window = config["sliding_window"]
+        theta, scaling = rope(config, default=10000.0)
         return cls(
             n_layers=n_layers,
             n_heads=n_heads,
-            n_kv_heads=int(config["num_key_value_heads"]),
+            n_kv_heads=int(config["num_key_value_heads"] or n_heads),
             head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // n_heads),
             norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=_theta(config),
+            rope_theta=theta,
+            rope_scaling=scaling,
             windows=(None if window is None else int(window),) * n_layers,
             tied=bool(config.get("tie_word_embeddings", False)),
         )
-
-
-def _theta(config: Mapping[str, Any]) -> float:
-    """`rope_theta` of transformers 4, or of `rope_parameters` in transformers 5; 10000 where neither is
-    there, the default of MistralConfig in both."""
-    newer = config.get("rope_parameters") or {}
-    scaling = newer or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"expected rope_type `default` in config.json, found `{kind}`")
-    thetas = {float(facts["rope_theta"]) for facts in (config, newer) if facts.get("rope_theta") is not None}
-    if len(thetas) > 1:
-        raise ValueError(
-            f"expected one rope_theta in config.json, found {', '.join(map(str, sorted(thetas)))}"
-        )
-    return thetas.pop() if thetas else 10000.0
 
 
 def forward(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
@@ -123,20 +110,7 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int
 
 
 def rotation(x: Tensor, c: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, (T, H), equal in both halves of H; computed in the precision of
-    x, at least float32, and rounded to the dtype of x."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    steps = torch.arange(0, c.head_dim, 2, dtype=dtype, device=x.device)
-    frequencies = 1.0 / c.rope_theta ** (steps / c.head_dim)
-    angles = torch.arange(x.shape[1], dtype=dtype, device=x.device)[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
+    return hf_rope.rotation(x, c.rope_theta, c.head_dim, c.rope_scaling)
 
 
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str) -> Tensor:

@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REQUIRED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "activation_function",
-    "do_layer_norm_before",
-)  # in config.json
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
+DEFAULTS = {"activation_function": "relu", "do_layer_norm_before": True}  # of OPTConfig
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -49,8 +44,8 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
-        missing = [name for name in REQUIRED if config.get(name) is None]
-        if missing:
+        config = {**DEFAULTS, **config}
+        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
         for name, wanted in (("enable_bias", True), ("layer_norm_elementwise_affine", True)):
             if config.get(name, wanted) != wanted:

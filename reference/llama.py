@@ -21,27 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretched rotary frequencies; `original_context` in tokens."""
-
-    factor: float
-    low: float = 1.0
-    high: float = 4.0
-    original_context: float = 8192.0
-
-    @classmethod
-    def from_hf(cls, facts: Mapping[str, Any]) -> Self:
-        """`facts` is `rope_scaling` as in config.json; ValueError unless it is all of rope_type llama3."""
-        kind = facts.get("rope_type", facts.get("type"))
-        if kind != "llama3":
-            raise ValueError(f"expected rope_type `llama3`, found `{kind}`")
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        missing = [name for name in names if facts.get(name) is None]
-        if missing:
-            raise ValueError(f"expected {', '.join(missing)} beside rope_type `llama3`, found none")
-        return cls(*(float(facts[name]) for name in names))
+from ckpt_tool.reference.rope import RopeScaling, turns
 
 
 @dataclass(frozen=True)
@@ -124,7 +104,7 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     if "rope_scaling" in overrides:
         given = overrides["rope_scaling"]
-        return None if given is None else RopeScaling.from_hf(given)
+        return None if given is None else RopeScaling.from_hf(given, overrides.get("max_position_embeddings"))
     if not params.get("use_scaled_rope", False):
         return None
     # params.json has no factor. Meta's code says 8 for every model, but 3.2 1B and 3B were trained with 32
@@ -175,8 +155,8 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> 
     q = (x @ w[p + "wq.weight"].T).view(B, T, N, H)
     k = (x @ w[p + "wk.weight"].T).view(B, T, K, H)
     v = (x @ w[p + "wv.weight"].T).view(B, T, K, H)
-    turns = rotation(x, c)
-    q, k = rotate(q, turns), rotate(k, turns)
+    turned = rotation(x, c)
+    q, k = rotate(q, turned), rotate(k, turned)
     k, v = k.repeat_interleave(N // K, dim=2), v.repeat_interleave(N // K, dim=2)  # (B, T, N, H)
     scores = torch.einsum("bqnh,bknh->bnqk", q, k) / math.sqrt(H)
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
@@ -186,30 +166,13 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> 
 
 
 def rotation(x: Tensor, c: Config) -> Tensor:
-    """exp(i * position * frequency) for the positions and in the precision of x: complex (T, H/2)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even = torch.arange(0, c.head_dim, 2, dtype=dtype, device=x.device)
-    frequencies = 1.0 / c.rope_theta ** (even / c.head_dim)
-    if c.rope_scaling is not None:
-        frequencies = stretch(frequencies, c.rope_scaling)
-    angles = torch.outer(torch.arange(x.shape[1], dtype=dtype, device=x.device), frequencies)
-    return torch.polar(torch.ones_like(angles), angles)
+    return turns(x, c.rope_theta, c.head_dim, c.rope_scaling)
 
 
-def stretch(frequencies: Tensor, s: RopeScaling) -> Tensor:
-    """Waves shorter than original_context / high stay, those longer than original_context / low are slowed
-    down by `factor`, those between are blended."""
-    waves = 2 * math.pi / frequencies
-    blend = (s.original_context / waves - s.low) / (s.high - s.low)
-    between = (1 - blend) * frequencies / s.factor + blend * frequencies
-    slow = torch.where(waves > s.original_context / s.low, frequencies / s.factor, between)
-    return torch.where(waves < s.original_context / s.high, frequencies, slow)
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, turned: Tensor) -> Tensor:
     """Channels 2i and 2i+1 of every head are one complex number, turned by its position; x (B, T, N, H)."""
     pairs = torch.view_as_complex(wide(x).reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turned[:, None]).flatten(-2).to(x.dtype)
 
 
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str) -> Tensor:

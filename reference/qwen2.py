@@ -27,6 +27,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ckpt_tool.reference.rope import RopeScaling, turns
+
 # Facts under their Hugging Face names, and what Megatron's args call them; the first that is there counts.
 ARGS = {
     "num_hidden_layers": ("num_layers",),
@@ -94,6 +96,7 @@ class Config:
     head_dim: int
     norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     # per layer, how many keys a query sees, its own included; None sees all before it
     windows: tuple[int | None, ...]
     n_words: int  # rows of the vocabulary that count; those after are Megatron's padding
@@ -128,6 +131,7 @@ class Config:
             head_dim=int(facts.get("head_dim") or D // max(1, n_heads)),
             norm_eps=float(facts["rms_norm_eps"]),
             rope_theta=facts["rope_theta"],
+            rope_scaling=_scaling(facts),
             windows=_windows(facts),
             n_words=int(facts.get("vocab_size") or words * ranks),
             names=names,
@@ -154,14 +158,15 @@ def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _theta(facts: Mapping[str, Any]) -> float | None:
-    """transformers 5 keeps it in `rope_parameters`. ValueError for frequencies that are scaled."""
+    """transformers 5 keeps it in `rope_parameters`."""
     newer = facts.get("rope_parameters") or {}
-    scaling = newer or facts.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"expected rope_type `default`, found `{kind}`")
     theta = facts.get("rope_theta") if newer.get("rope_theta") is None else newer["rope_theta"]
     return None if theta is None else float(theta)
+
+
+def _scaling(facts: Mapping[str, Any]) -> RopeScaling | None:
+    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    return RopeScaling.from_hf(found, facts.get("max_position_embeddings"))
 
 
 def _windows(facts: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -297,8 +302,8 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, i: int, c: Config, S: 
     """The part of the sum over heads that this rank's heads contribute: (B, T, D)."""
     B, T, _ = x.shape
     q, k, v = project(x, w, p + c.names.attention, c, S)
-    turns = rotation(x, c)
-    q, k = rotate(q, turns), rotate(k, turns)
+    turned = rotation(x, c)
+    q, k = rotate(q, turned), rotate(k, turned)
     k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))  # (B, T, N/S, H)
     scores = torch.einsum("bqnh,bknh->bnqk", q, k) / math.sqrt(c.head_dim)
     weights = wide(scores.masked_fill(hidden(x, c.windows[i]), -math.inf)).softmax(-1).to(x.dtype)
@@ -327,17 +332,12 @@ def hidden(x: Tensor, window: int | None) -> Tensor:
 
 
 def rotation(x: Tensor, c: Config) -> Tensor:
-    """exp(i * position * frequency) for the positions and in the precision of x: complex (T, H/2)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even = torch.arange(0, c.head_dim, 2, dtype=dtype, device=x.device)
-    frequencies = c.rope_theta ** -(even / c.head_dim)
-    angles = torch.outer(torch.arange(x.shape[1], dtype=dtype, device=x.device), frequencies)
-    return torch.polar(torch.ones_like(angles), angles)
+    return turns(x, c.rope_theta, c.head_dim, c.rope_scaling)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, by: Tensor) -> Tensor:
     """Channels i and i + H/2 of every head are one complex number, turned by its position; x (B, T, N, H)."""
-    turned = torch.complex(*wide(x).chunk(2, dim=-1)) * turns[:, None]
+    turned = torch.complex(*wide(x).chunk(2, dim=-1)) * by[:, None]
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 

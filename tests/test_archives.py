@@ -188,7 +188,7 @@ def test_a_flipped_bit_in_the_weights_is_found(tmp_path: Path, writer: str) -> N
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 4
     path.write_bytes(whole)
-    assert refused(path).kind in ("checksum", "bad-zip")
+    assert refused(path).kind in ("checksum", "bad-zip", "zip-limit")  # a wrong length inflates to more
 
 
 def test_a_flipped_bit_in_a_tar_header_is_found(tmp_path: Path) -> None:

@@ -119,14 +119,14 @@ def test_a_level_that_is_only_part_of_all_may_be_skipped(pair: Pair) -> None:
     report = verify(out, source)
     assert statuses(report, "documented values") == ["skipped"]
     assert report.exit_code == 0
-    assert report.headline == "the bits and the numbers of its source"
+    assert report.headline == "the bits and the numbers are those of its source"
 
 
 def test_an_open_question_is_part_of_the_headline() -> None:
     proof = Finding("bits", "round trip", "pass", "equal")
     left = Finding("coverage", "tokenizer", "skipped", "the output has none", data={"open": True})
     assert judge([proof, left], Claim()).headline == (
-        "the bits of its source; tokenizer not compared: the output has none"
+        "the bits are those of its source; tokenizer not compared: the output has none"
     )
 
 

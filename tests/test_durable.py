@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,16 @@ import pytest
 
 from ckpt_tool.api import Options, convert
 from ckpt_tool.convert import disk, durable
-from ckpt_tool.convert.durable import Identity, Staging, locked, place_for
+from ckpt_tool.convert.durable import Identity, Staging, locked
+from ckpt_tool.convert.journal import Entry
+from ckpt_tool.convert.places import free_place
 from ckpt_tool.errors import CkptToolError
 
 CHILD = Path(__file__).with_name("crash_child.py")
 KILLS = int(os.environ.get("CKPT_TOOL_KILLS", "12"))  # the release run sets 60
 SHARDS = Options(max_shard_bytes=60_000)
 ID = Identity("1", "a" * 64, {"x": {"size": 1}})
+DONE = Entry({"done": {}})
 Written = Callable[[str], Path]
 
 
@@ -33,7 +37,11 @@ def source(originals: Written, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file; of the manifest all but the way to the source, which another place has another of."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    if "ckpt-tool.json" in found:
+        found["ckpt-tool.json"] = re.sub(rb'\n "source": .*', b"", found["ckpt-tool.json"])
+    return found
 
 
 def hidden(folder: Path) -> list[str]:
@@ -82,15 +90,14 @@ def test_places_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "n" * 300: "output-failed",
     }
     for name, kind in cases.items():
-        assert kind_of(lambda p=tmp_path / name: place_for(p, [source], overwrite=False)) == kind, name  # type: ignore[misc]
-    assert place_for(tmp_path / "file", [source], overwrite=True) == tmp_path / "file"
-    assert place_for(tmp_path / "in2", [source], overwrite=False) == tmp_path / "in2"
+        assert kind_of(lambda p=tmp_path / name: free_place(p, [source])) == kind, name  # type: ignore[misc]
+    assert free_place(tmp_path / "in2", [source]) == tmp_path / "in2"
 
 
 def test_a_linked_parent_is_resolved(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert place_for(tmp_path / "link" / "out", [], overwrite=False) == tmp_path / "real" / "out"
+    assert free_place(tmp_path / "link" / "out", []) == tmp_path / "real" / "out"
 
 
 def test_a_read_only_parent_is_refused_before_work(tmp_path: Path) -> None:
@@ -181,19 +188,17 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(
 
 
 @pytest.mark.parametrize("supported", [True, False], ids=["renameat2", "plain rename"])
-@pytest.mark.parametrize("old", ["file", "folder"])
+@pytest.mark.parametrize("old", [(), ("model.safetensors", "config.json")], ids=["empty", "weights"])
 def test_overwriting_exchanges_and_then_removes_the_old(
-    old: str, supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: tuple[str, ...], supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not supported:
         monkeypatch.setattr(disk, "_renameat2", unsupported)
     out = tmp_path / "out"
-    if old == "file":
-        out.write_text("old")
-    else:
-        out.mkdir()
-        (out / "old").write_text("old")
-    staging = Staging(out, ID, overwrite=True)
+    out.mkdir()
+    for name in old:
+        (out / name).write_text("old")
+    staging = Staging(out, ID, "models" if old else "outputs")
     staging.begin(resume=False)
     staging.write("new", b"new")
     staging.publish()
@@ -215,7 +220,7 @@ def interrupted(tmp_path: Path, identity: Identity = ID) -> None:
     staging = Staging(tmp_path / "out", identity)
     staging.begin(resume=False)
     staging.write("done", b"1")
-    staging.record({"files": {"done": {}}})
+    staging.record(DONE)
     staging.write("half", b"2")
     staging.leave(keep=True)
 
@@ -224,7 +229,7 @@ def test_resuming_keeps_finished_files_only(tmp_path: Path) -> None:
     interrupted(tmp_path)
     staging = Staging(tmp_path / "out", ID)
     staging.begin(resume=True)
-    assert staging.entries == [{"files": {"done": {}}}]
+    assert staging.entries == [DONE]
     assert contents(staging.path) == {"done": b"1"}
     staging.write("half", b"3")
     staging.publish()
@@ -268,11 +273,12 @@ def test_a_damaged_journal_is_believed_only_up_to_the_damage(damage: bytes, tmp_
     staging = Staging(tmp_path / "out", ID)
     staging.begin(resume=True)
     assert staging.entries == [] and contents(staging.path) == {}
-    staging.record({"files": {"again": {}}})
+    again = Entry({"again": {}})
+    staging.record(again)
     staging.leave(keep=True)
     staging = Staging(tmp_path / "out", ID)
     staging.begin(resume=True)
-    assert staging.entries == [{"files": {"again": {}}}]
+    assert staging.entries == [again]
     staging.leave(keep=False)
 
 
@@ -330,8 +336,8 @@ def test_with_overwrite_the_old_output_survives_errors(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    convert(source, out, options=Options(dtype="F32"), check=False)
+    old = contents(out)
     fsyncs = 0
 
     def last_fsync(descriptor: int) -> None:
@@ -346,9 +352,9 @@ def test_with_overwrite_the_old_output_survives_errors(
     with pytest.raises(CkptToolError) as caught:
         convert(source, out, overwrite=True, check=False)
     assert caught.value.kind == "write-failed"
-    assert contents(out) == {"old": b"old"}
+    assert contents(out) == old
     convert(source, out, overwrite=True, resume=True, check=False)
-    assert "old" not in contents(out) and hidden(tmp_path) == []
+    assert contents(out) != old and hidden(tmp_path) == []
 
 
 def test_nothing_is_renamed_while_something_is_unsynced(

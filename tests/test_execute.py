@@ -436,17 +436,19 @@ def test_records_without_a_checksum_are_said_to_be_unchecked(zipped: Path, tmp_p
 # --- the whole run --------------------------------------------------------------------------------------
 
 
-def test_equal_inputs_give_equal_bytes_without_times_and_paths(originals: Written, tmp_path: Path) -> None:
-    first, second = tmp_path / "a", tmp_path / "deep" / "b"
-    second.parent.mkdir()
-    copy = shutil.copytree(originals("llama-3-70b"), tmp_path / "elsewhere")
-    convert(originals("llama-3-70b"), first, check=False, jobs=1)
+def test_equal_inputs_in_equal_places_give_equal_bytes(originals: Written, tmp_path: Path) -> None:
+    first, second = tmp_path / "one" / "a", tmp_path / "deep" / "two" / "b"
+    for folder in (first.parent, second.parent):
+        folder.mkdir(parents=True)
+        shutil.copytree(originals("llama-3-70b"), folder / "download")
+    convert(first.parent / "download", first, check=False, jobs=1)
     time.sleep(0.01)
-    convert(copy, second, check=False, jobs=3)
+    convert(second.parent / "download", second, check=False, jobs=3)
     names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert names == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
     assert all((first / n).read_bytes() == (second / n).read_bytes() for n in names)
-    assert str(tmp_path) not in (first / "ckpt-tool.json").read_text()
+    manifest = (first / "ckpt-tool.json").read_text()
+    assert str(tmp_path) not in manifest and json.loads(manifest)["source"] == "../download"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""A difference that config.json cannot avoid: named by the plan, exact but for that, inside its bound, and passed
-only when it is accepted by name."""
+"""A difference that config.json cannot avoid: named by the plan, exact but for that, inside its bound, and
+passed only when it is accepted by name."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ MAY_KNOW = {
     },
 }
 
+MAY_PRINT = {"ckpt_tool.convert", "ckpt_tool.verify"}  # in render.py and report.py
+
 
 def imported(file: Path) -> set[str]:
     """Every module that `file` imports, at the top or inside functions."""
@@ -55,6 +57,8 @@ def test_packages_import_only_whom_they_may_know(package: str) -> None:
             home = ".".join(module.split(".")[:2])
             allowed = {package, "ckpt_tool.errors"} | MAY_KNOW[package]
             if module == "ckpt_tool":  # the version
+                continue
+            if home == "ckpt_tool.terminal" and package in MAY_PRINT:
                 continue
             assert home in allowed, f"{file.relative_to(ROOT)} imports {module}"
 

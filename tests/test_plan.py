@@ -299,21 +299,25 @@ def shown(plan: Plan) -> str:
 def test_a_plan_prints_one_row_for_each_rule(tmp_path: Path) -> None:
     text = shown(planned("llama-2-70b", tmp_path))
     lines = text.splitlines()
-    query = next(line for line in lines if "attention.wq" in line)
+    at, query = next((k, line) for k, line in enumerate(lines) if "attention.wq" in line)
     assert query.split()[0] == "2" and "layers.{0..1}.attention.wq.weight" in query and "(8 ranks)" in query
-    assert "(n half two) d -> (n two half) d" in query and "12x96 bfloat16" in query and "96x96" in query
-    assert any("copies on other ranks" in line and "norm.weight" in line for line in lines)
+    assert "12x96 bfloat16" in query
+    assert "-> model.layers.{0..1}.self_attn.q_proj.weight" in lines[at + 1] and "96x96" in lines[at + 1]
+    assert lines[at + 2].strip() == "(n half two) d -> (n two half) d"
+    copies = [k for k, line in enumerate(lines) if "copies on other ranks" in line]
+    assert any("norm.weight" in lines[k - 2] for k in copies)
+    assert any(line.startswith("needs: ") and "free where the output goes" in line for line in lines)
     assert any(line.startswith("rms_norm_eps") and "params.json: norm_eps" in line for line in lines)
     assert any("rope.freqs" in line and "recomputed from rope_theta" in line for line in lines)
     assert any(line.startswith("model.safetensors") for line in lines)
-    assert len(lines) < 80
+    assert len(lines) < 100
 
 
 def test_the_largest_plan_prints_as_a_page(tmp_path: Path) -> None:
     plan = family("llama").plan(opened(real_header("llama-3.1-405b-mp8"), tmp_path), Options())
     text = shown(plan)
     assert "405" not in text.splitlines()[0] and "811.71 GB" in text.splitlines()[0]
-    assert len(text.splitlines()) < 90
+    assert len(text.splitlines()) < 100
 
 
 def test_stacked_experts_and_lossy_casts_are_shown(tmp_path: Path) -> None:

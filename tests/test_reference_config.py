@@ -238,7 +238,7 @@ def test_scaling_factor_of_llama_3(
             "expected head counts that 1 ranks can share, found 32 and 3",
         ),
         ("llama", L2, MHA, 3, {}, "expected head counts that 3 ranks can share"),
-        ("llama", L2, MHA, 1, {"rope_scaling": {"rope_type": "yarn"}}, "`llama3`, found `yarn`"),
+        ("llama", L2, MHA, 1, {"rope_scaling": {"rope_type": "su"}}, "yarn, llama3, found `su`"),
         ("mistral", M1 | {"head_dim": 64}, GQA, 1, {}, r"wq.weight` of shape \(2048, 4096\), found \(4096"),
         ("mistral", M1 | {"_sliding_window": 9}, GQA, 1, {}, "expected one of `sliding_window`"),
         ("mistral", M1 | {"sliding_window": [1, 2, 3]}, GQA, 1, {}, "fills 32 layers, found 3 entries"),
@@ -312,8 +312,8 @@ def test_config_from_hf_takes_every_number() -> None:
         ("Llama", {"attention_bias": True}, "`attention_bias` False in config.json, found True"),
         (
             "Llama",
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "`default` or `llama3`.* found `linear`",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "one of default, linear, dynamic, yarn, llama3, found `longrope`",
         ),
         (
             "Llama",
@@ -325,8 +325,13 @@ def test_config_from_hf_takes_every_number() -> None:
             {"rope_parameters": {"rope_theta": 1.0}},
             "expected one rope_theta .* found 1.0, 30000.0",
         ),
-        ("Mistral", {"sliding_window": ...}, r"expected sliding_window \(null for none\) in config.json"),
-        ("Mistral", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type `default` .* found `yarn`"),
+        ("Mistral", {"rope_scaling": {"rope_type": "yarn"}}, "expected factor, .*beside rope_type `yarn`"),
+        (
+            "Llama",
+            {"rope_scaling": None, "rope_parameters": SCALING},
+            "expected one rotary scaling in config.json",
+        ),
+        ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("Mixtral", {"num_local_experts": None}, "expected num_local_experts in config.json"),
     ],
 )

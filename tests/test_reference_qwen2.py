@@ -548,10 +548,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ..
         "expected rope_theta in config.json or given by name, found none",
     ),
     "scaled": (
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "longrope", "factor": 4.0}},
         {},
         {},
-        "rope_type `default`, found `yarn`",
+        "rope_type to be one of linear, dynamic, yarn, llama3, found `longrope`",
     ),
     "heads": (
         {},
@@ -669,12 +669,13 @@ def test_where_the_numbers_come_from() -> None:
     ("change", "message"),
     [
         (
-            {"rms_norm_eps": None, "rope_theta": None},
-            "expected rms_norm_eps, rope_theta in config.json, found",
+            {"rms_norm_eps": None, "hidden_size": None},
+            "expected hidden_size, rms_norm_eps in config.json, found",
         ),
-        ({"num_key_value_heads": None}, "expected num_key_value_heads in config.json, found none"),
+        ({"rope_theta": None}, "expected a number as rope_theta in config.json, found null"),
         ({"hidden_act": "gelu"}, "expected `hidden_act` silu in config.json, found gelu"),
-        ({"rope_scaling": {"type": "yarn"}}, "expected rope_type `default` in config.json, found `yarn`"),
+        ({"rope_scaling": {"type": "su"}}, "expected rope_type to be one of default, .*found `su`"),
+        ({"rope_scaling": {"type": "yarn"}}, "expected factor beside rope_type `yarn`"),
         (
             {"rope_parameters": {"rope_theta": 1.0}},
             "expected one rope_theta in config.json, found 1.0, 70000.0",

@@ -583,10 +583,10 @@ def test_an_existing_output_is_left_alone(what: str, pth: Path, tmp_path: Path) 
 
 
 def test_overwrite_replaces_an_existing_output(pth: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    assert convert(tmp_path, pth, "--dtype", "float32").code == 0
+    before = (tmp_path / "out" / "config.json").read_bytes()
     assert convert(tmp_path, pth, "--overwrite").code == 0
-    assert not (tmp_path / "out" / "old").exists() and (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out" / "config.json").read_bytes() != before
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

@@ -29,12 +29,14 @@ from ckpt_tool.verify import answers, documented, verify
 from ckpt_tool.verify.against_transformers import _deviations
 from ckpt_tool.verify.expectations import Expectation, parse
 from ckpt_tool.verify.measure import CAPS, bar_for, distance, logit_distance
-from ckpt_tool.verify.mistakes import Reorder, _reorders, beliefs, planted, transpose, undone
+from ckpt_tool.verify.mistakes import planted, transpose, undone
+from ckpt_tool.verify.names import layer_of
 from ckpt_tool.verify.noise import ReversedSums
+from ckpt_tool.verify.orders import Reorder, _reorders, beliefs
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.sides import converted_side, original_side, with_values
 from ckpt_tool.verify.subject import opened
-from ckpt_tool.verify.weights import Weights, layer_of, ranks_of
+from ckpt_tool.verify.weights import Weights, ranks_of
 
 Written = Callable[[str], Path]
 BERT, GPT2 = "bert-v2-tp2", "gpt2-v2-tp2"
@@ -143,7 +145,7 @@ def test_the_cheap_levels_do_not_import_torch(originals: Written, conversions: W
         (DENSE, "transposed", "self_attn.o_proj transposed"),
         (DENSE, "rope-theta", "rope_theta 10000 where it should be 1e+06"),
         (DENSE, "norm-eps", "rms_norm_eps 0.0001 where it should be 1e-05"),
-        (DENSE, "embedding-rows", "token 5 has the row of token 6, token 6 has the row of token 5"),
+        (DENSE, "embedding-rows", "model.embed_tokens tokens 5 and 6 exchanged"),
         (DENSE, "layer-duplicated", "holds the weights of the original's layer 0"),
         (BERT, "qkv-order", f"{READ} (t n h) of checkpoint_version 0 where it is (n t h), all ranks as one"),
         (BERT, "qkv-bias-order", f"attention.self.query.bias: {READ} (t n h)"),
@@ -157,8 +159,8 @@ def test_the_cheap_levels_do_not_import_torch(originals: Written, conversions: W
         (BERT, "norm-eps", "layer_norm_eps 0.003 where it should be 0.0003"),
         (GPT2, "head-count", "n_head 3 where it should be 6"),
         (GPT2, "untied", "tie_word_embeddings False where it should be True"),
-        (BERT, "token-types", "token_type_embeddings: the two rows exchanged"),
-        (BERT, "next-sentence-classes", "cls.seq_relationship: the two rows exchanged"),
+        (BERT, "token-types", "token_type_embeddings rows 0 and 1 exchanged"),
+        (BERT, "next-sentence-classes", "cls.seq_relationship rows 0 and 1 exchanged"),
         (BERT, "vocabulary-shifted", "vocabulary shifted by +1"),
     ],
 )
@@ -631,7 +633,7 @@ def test_config_values_change_where_transformers_5_keeps_them() -> None:
 def test_the_family_table_and_the_plan_say_the_same(originals: Written) -> None:
     with open_checkpoint(originals(DENSE)) as checkpoint:
         plan = family("mistral").plan(checkpoint, Options())
-    from ckpt_tool.verify.mistakes import reorders
+    from ckpt_tool.verify.orders import reorders
 
     assert [r.name.rsplit(".", 2)[1] for r in reorders(plan, 2)] == ["q_proj", "k_proj"]
     assert reorders(None, 2) == []

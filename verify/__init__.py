@@ -18,10 +18,12 @@ from typing import Any
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits
+from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Claim
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
+from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.prompts import Prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
@@ -92,10 +94,14 @@ def verify(
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
         if {"parity", "documented"} & set(asked) or against is not None:
-            from ckpt_tool.verify.compute import Asked, compute
-
-            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted)
-            report.findings += compute(subject, wanted, report.facts, tell)
+            try:
+                from ckpt_tool.verify.compute import Asked, compute
+            except ImportError as error:  # without torch the levels above still say what they say
+                report.findings += not_computed(error, asked, against)
+            else:
+                wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted)
+                report.findings += compute(subject, wanted, report.facts, tell)
+        report.findings += by_bits(subject, report.findings)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ckpt_tool.convert.plan import Foretold
 from ckpt_tool.verify import foretold, logits
 from ckpt_tool.verify.measure import CAPS, MARGIN, Bar
+from ckpt_tool.verify.missing import not_run
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding, Status, shown
@@ -76,7 +77,7 @@ def against_transformers(
         try:
             import transformers
         except ImportError as error:
-            return [finding("import", "skipped", f"transformers is not installed ({error})")]
+            return [not_run(LEVEL, "import", error)]
     assert subject.hf is not None
     if (reason := _unaffordable(subject, dtype, device)) is not None:
         return [finding("load", "skipped", reason)]

@@ -22,7 +22,7 @@ Against = Literal["source", "manifest", "nothing"]
 PROOFS = {
     ("bits", "round trip"): "the bits",
     ("parity", "lockstep"): "the numbers",
-    ("transformers", "logits"): "the numbers, by transformers",
+    ("transformers", "logits"): "what transformers computes of it",
 }
 NOT_COMPARED = "not compared with a source"
 CLASSES = (
@@ -112,7 +112,7 @@ def _proved(findings: Sequence[Finding]) -> str:
     """Which proofs passed, and what stayed open."""
     passed = {(f.level, f.check) for f in findings if f.status == "pass"}
     shown = [words for proof, words in PROOFS.items() if proof in passed]
-    text = f"{' and '.join(shown)} of its source"
+    text = f"{', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]} are those of its source"
     for level, check in PROOFS:
         own = [f for f in findings if (f.level, f.check) == (level, check) and f.status == "skipped"]
         if own and level != "transformers":

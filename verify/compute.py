@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import BROKEN, findings, lockstep
-from ckpt_tool.verify.prompts import Prompt, Prompts, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import Prompt, Prompts, cut, positions, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
+from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -52,13 +54,17 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
     with _threads(subject):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
-        rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf))
+        facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
+        tell(f"needs {facts['needs']}")
+        table = positions(subject.config, subject.hf, subject.original)
+        rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf), table=table)
         readings = _readings(subject, asked, rows)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
         inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
         prompts = with_inputs(rows, inputs, subject.config)
-        found = []
+        found: list[Finding] = []
         if "parity" in asked.levels:
+            found += cut(rows, subject.config, table)
             found += _parity(subject, readings, prompts, tell, asked.accept)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
@@ -103,6 +109,8 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
     else:
         try:
             original = original_side(subject, dtype, asked.device)
+        except NotComputed as error:
+            reason = "skipped", f"the original is not computed here: {error}"
         except (ValueError, KeyError) as error:
             reason = "skipped", f"the original cannot be read without more facts (--set): {error}"
     if subject.hf is None:
@@ -112,6 +120,8 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
     else:
         try:
             converted = converted_side(subject, dtype, asked.device)
+        except NotComputed as error:
+            reason = reason or ("skipped", f"the converted model is not computed here: {error}")
         except (ValueError, KeyError) as error:
             reason = "fail", f"the converted model cannot be read: {error}"
     if reason is None and asked.dtype in ("float16", "bfloat16") and any(map(subject.config.get, EXPERTS)):

@@ -15,42 +15,18 @@ from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.verify.accepting import undeclared_cast
+from ckpt_tool.verify.left_over import is_table, left_over
+from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
+from ckpt_tool.verify.prefixed import NOTE
 from ckpt_tool.verify.report import Finding, Status
-from ckpt_tool.verify.subject import Subject, values_with_sources
+from ckpt_tool.verify.subject import Subject
+
+__all__ = ["WITHOUT_EFFECT", "Scan", "coverage", "scan"]
 
 LEVEL = "coverage"
 BLOCK = 1 << 20  # bytes looked at at a time
 UNDECIDED = ("missing-fact", "unknown-family")  # problems that say nothing about the output
 SHOWN = 20  # findings of one kind before the rest is counted
-
-# Values of config.json that no forward pass reads, or that only training, generation or the loader does.
-WITHOUT_EFFECT = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "initializer_range",
-        "_name_or_path",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "attention_dropout",
-        "hidden_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "max_position_embeddings",
-        "pretraining_tp",
-        "_attn_implementation",
-        "tokenizer_class",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,7 @@ def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) 
 def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
     """The findings of this level; `scans` are those of the whole output."""
     findings = [*_planned(subject)] if subject.source is not None else [*_replanned(subject)]
-    return [*findings, *_values(subject, scans), *_config(subject)]
+    return [*findings, *_values(subject, scans), *config(subject)]
 
 
 def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
@@ -138,15 +114,20 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         if found.dtype != want.dtype:
             text = f"expected dtype {want.dtype}, found {found.dtype}"
             wrong.append(finding("target tensors", "fail", text, want.name))
-    for t in subject.output:
-        if (t.file, t.name) not in expected:
+    for note in (n for n in subject.output.notes if n.startswith(NOTE.partition("{")[0])):
+        yield finding("target tensors", "note", note)
+    unplanned = [t for t in subject.output if (t.file, t.name) not in expected]
+    explained, named = left_over(subject, unplanned) if subject.direction == "to-hf" else ([], set())
+    for t in unplanned:
+        if t.name not in named:
             text = "expected only tensors of the plan, found this one too"
             wrong.append(finding("target tensors", "fail", text, t.name))
     yield from capped(wrong)
+    yield from capped([f for f in explained if f.status == "fail"])
+    yield from (f for f in explained if f.status != "fail")
     if not wrong:
-        text = (
-            f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and no others"
-        )
+        others = "no others" if not named else f"{len(named)} that are left over"
+        text = f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and {others}"
         yield finding("target tensors", "pass", text)
     yield from undeclared_cast(subject)
     for note in plan.lossy:
@@ -172,6 +153,8 @@ def _replanned(subject: Subject) -> Iterator[Finding]:
         "pass",
         f"all {count} tensors are those that family {subject.family.name} expects for this config",
     )
+    if subject.direction == "to-hf":
+        yield from capped(left_over(subject, [*subject.output])[0])
     yield finding("source tensors", "skipped", "no source was given to account for")
 
 
@@ -179,6 +162,8 @@ def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
     wrong, notes = [], []
     for s in scans:
         name, values = s.tensor.name, s.values
+        if is_table(name):
+            continue  # compared with what it should be, or told as a stranger
         if values.non_finite:
             assert values.first is not None
             at = tuple(int(k) for k in np.unravel_index(values.first, s.tensor.shape or (1,)))
@@ -197,38 +182,4 @@ def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
     if not wrong:
         yield finding(
             "values", "pass", f"all values of {floating} floating tensors are finite; none is all zero"
-        )
-
-
-def _config(subject: Subject) -> Iterator[Finding]:
-    """Every number in config.json that changes the result against the value and source that the plan has for
-    it."""
-    if subject.hf is None or subject.direction != "to-hf":
-        return
-    known = values_with_sources(subject)
-    if not known:
-        reason = "neither the source nor a manifest says where the values come from"
-        yield finding("config", "skipped", reason)
-        return
-    wrong = []
-    relevant = [k for k in subject.config if k not in WITHOUT_EFFECT]
-    for key in dict.fromkeys([*relevant, *(k for k in known if k not in WITHOUT_EFFECT)]):
-        if key not in known:
-            if subject.config[key] not in (None, False, 0, 0.0):
-                text = f"expected a source for this value, found none ({subject.config[key]!r})"
-                wrong.append(finding("config", "fail", text, f"config.json: {key}"))
-            continue
-        want, source = known[key]
-        found = subject.config.get(key, "nothing")
-        if found != want:
-            text = f"expected {want!r} ({source}), found {found!r}"
-            data = {"expected": want, "found": found, "source": source}
-            wrong.append(finding("config", "fail", text, f"config.json: {key}", data=data))
-    yield from capped(wrong)
-    if not wrong:
-        yield finding(
-            "config",
-            "pass",
-            f"{len(relevant)} values that change the numbers have a source and the value it gives",
-            data={"sources": {k: known[k][1] for k in relevant if k in known}},
         )

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from ckpt_tool.verify.bits import compare
+from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance
-from ckpt_tool.verify.mistakes import short, to_undo
+from ckpt_tool.verify.mistakes import to_undo
+from ckpt_tool.verify.names import layer_of, short
 from ckpt_tool.verify.report import Finding, Table
-from ckpt_tool.verify.sides import Phase, Sample, Side, phase_text
+from ckpt_tool.verify.sides import Change, Phase, Sample, Side, Tensors, phase_text
 from ckpt_tool.verify.subject import Subject
 
 ROWS = 8  # wrong embedding rows that are looked up in the original's table
@@ -34,20 +37,24 @@ class Attempt:
 
 @dataclass
 class Diagnosis:
-    """`before` is the distance as found, `attempts` all that were made, nearest first. `rows` says where in
-    the embedding the rows stand that differ, `bits` which of the phase's tensors are not what the source
-    gives, `foretold` the plan's notes about the value of config.json that explains the difference."""
+    """`before` is the distance as found, `attempts` all that were made, those that explain it first.
+    `explanation` is what the bits of the phase's tensors tell, `rows` where in the embedding the rows stand
+    that differ, `foretold` the plan's notes about the value of config.json that explains the difference."""
 
     phase: Phase
     before: Distance
     attempts: list[Attempt]
     rows: str | None
-    bits: str | None
+    explanation: Explanation | None
     foretold: tuple[str, ...] = ()
 
     @property
+    def explaining(self) -> list[str]:
+        return [a.name for a in self.attempts if a.exact]
+
+    @property
     def cause(self) -> str | None:
-        return next((a.name for a in self.attempts if a.exact), None) or self.rows
+        return next(iter(self.explaining), None) or self.rows
 
     def finding(self) -> Finding:
         table = Table(
@@ -58,19 +65,32 @@ class Diagnosis:
             ),
         )
         where = phase_text(self.phase)
-        explaining = [a.name for a in self.attempts if a.exact]
         if self.cause is not None:
-            also = [c for c in [*explaining, self.rows] if c not in (None, self.cause)]
+            also = [c for c in [*self.explaining, self.rows] if c not in (None, self.cause)]
             text = f"cause: {self.cause}" + (f" (as well: {'; '.join(map(str, also[:3]))})" if also else "")
         else:
             text = f"none of {len(self.attempts)} known mistakes explains the difference"
             if self.attempts and self.attempts[0].after.nmse < self.before.nmse / 10:
                 text += f"; nearest: {self.attempts[0].name}"
         text += "".join(f"; the plan says: {note}" for note in self.foretold)
-        text += f"; {self.bits}" if self.bits and not self.foretold else ""
-        data = {"cause": self.cause, "also": explaining[1:], "rows": self.rows, "bits": self.bits}
+        bits = self._bits()
+        text += f"; {bits}" if bits and not self.foretold else ""
+        differing = list(self.explanation.differing) if self.explanation is not None else []
+        data = {
+            "cause": self.cause, "also": self.explaining[1:], "rows": self.rows, "bits": bits,
+            "tensor": differing, "phase": where,
+        }  # fmt: skip
         tables = (table,) if self.attempts else ()
         return Finding("diagnosis", "known mistakes", "note", text, where, data=data, tables=tables)
+
+    def _bits(self) -> str | None:
+        e = self.explanation
+        if e is None:
+            return None
+        if e.differing:
+            return e.text
+        why = "a value of config.json is at fault"
+        return f"all {e.compared} tensors hold the bits that the source gives, so {why}"
 
 
 def diagnose(
@@ -83,31 +103,112 @@ def diagnose(
     bar: Bar,
 ) -> Diagnosis:
     """`samples` has the original's activations around the phase by prompt, `shapes` the converted tensors
-    that the phase read."""
+    that the phase read. What the bits tell comes first; values of config.json, and mistakes taken back one
+    at a time, are for what is left."""
     order = sorted(samples.values(), key=lambda s: s.tokens)
     probe, before = order[-1], Distance(0.0, 0.0, 0, 0.0)
     for sample in order:  # the shortest prompt that shows the difference is where attempts are made
         probe, before = sample, _measure(converted, phase, sample)
         if not bar.holds(before):
             break
-    attempts = []
-    for change in to_undo(phase, subject.plan, shapes, subject.config):
-        try:
-            changed = converted.changed(change)
-        except (KeyError, ValueError, IndexError, RuntimeError):
-            continue  # does not apply here: another shape, no such tensor
-        after = _measure(changed, phase, probe)
-        exact = bar.holds(after) and all(
-            bar.holds(_measure(changed, phase, s)) for s in order if s is not probe
+    evidence = Evidence(subject) if subject.plan is not None and subject.source is not None else None
+    explanation = explain(evidence, _all_of(phase, shapes, evidence)) if evidence is not None else None
+    side, bits = converted, None
+    attempts: list[Attempt] = []
+    if evidence is not None and explanation is not None and explanation.differing and evidence.forward:
+        bits = explanation.cause or f"{_counted(explanation)} put right"
+        side = converted.changed(Change(bits, _right(evidence, explanation, converted)))
+        after = _measure(side, phase, probe)
+        attempts.append(
+            Attempt(bits, after, _exact(side, phase, probe, order, bar) and explanation.cause is not None)
         )
-        attempts.append(Attempt(change.name, after, exact, tuple(change.config)))
-    attempts += _other_layers(original, converted, phase, probe, bar)
-    attempts.sort(key=lambda a: (not a.exact, a.after.nmse))
-    rows = _rows(original, converted, samples.values()) if phase == "embed" else None
+    elif explanation is not None and explanation.cause is not None:
+        bits = explanation.cause
+        attempts.append(Attempt(bits, Distance(0.0, 0.0, 0, 0.0), True))
+    if bits is None or not bar.holds(attempts[0].after):
+        attempts += _taken_back(
+            subject,
+            side,
+            phase,
+            shapes,
+            probe,
+            order,
+            bar,
+            bits if explanation and explanation.cause else None,
+        )
+        if bits is None:
+            attempts += _other_layers(original, converted, phase, probe, bar)
+    elif not attempts[0].exact:
+        attempts += _taken_back(subject, converted, phase, shapes, probe, order, bar, None)
+    place = {id(a): k for k, a in enumerate(attempts)}
+    attempts.sort(key=lambda a: (not a.exact, place[id(a)] if a.exact else a.after.nmse))
+    rows = None
+    if phase == "embed" and explanation is None:
+        rows = _rows(original, converted, samples.values())
     keys = {key for a in attempts if a.exact for key in a.config}
     notes = subject.plan.notes if subject.plan is not None else ()
     foretold = tuple(n for n in notes if keys & set(re.findall(r"\w+", n)))
-    return Diagnosis(phase, before, attempts, rows, _bits(subject, shapes), foretold)
+    return Diagnosis(phase, before, attempts, rows, explanation, foretold)
+
+
+def _all_of(phase: Phase, shapes: Mapping[str, tuple[int, ...]], evidence: Evidence) -> list[str]:
+    """The tensors of the phase: those that it read, and those of its layer that no token was sent to."""
+    if isinstance(phase, int):
+        return [n for n in evidence.where if layer_of(n) == phase]
+    return list(shapes)
+
+
+def _counted(explanation: Explanation) -> str:
+    names = [short(n) for n in explanation.differing]
+    return f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _right(
+    evidence: Evidence, explanation: Explanation, side: Side
+) -> Callable[[Tensors], dict[str, torch.Tensor]]:
+    """The tensors that differ, as the source gives them."""
+    (weights,) = side.weights
+
+    def make(w: Tensors) -> dict[str, torch.Tensor]:
+        made = {}
+        for name in explanation.differing:
+            dtype = getattr(torch, DTYPES[evidence.where[name][1].dtype].torch)
+            bits = np.ascontiguousarray(evidence.expected(name))
+            x = torch.frombuffer(bytearray(bits.tobytes()), dtype=dtype).view(bits.shape)
+            made[name] = x.to(weights.device, weights.dtype if dtype.is_floating_point else dtype)
+        return made
+
+    return make
+
+
+def _exact(side: Side, phase: Phase, probe: Sample, order: Iterable[Sample], bar: Bar) -> bool:
+    return all(bar.holds(_measure(side, phase, s)) for s in (probe, *(s for s in order if s is not probe)))
+
+
+def _taken_back(
+    subject: Subject,
+    side: Side,
+    phase: Phase,
+    shapes: Mapping[str, tuple[int, ...]],
+    probe: Sample,
+    order: Iterable[Sample],
+    bar: Bar,
+    besides: str | None,
+) -> list[Attempt]:
+    """Each known mistake taken back; `besides` is what the bits have explained already."""
+    attempts = []
+    for change in to_undo(phase, subject.plan, shapes, subject.config):
+        if besides is not None and not change.config:
+            continue
+        try:
+            changed = side.changed(change)
+        except (KeyError, ValueError, IndexError, RuntimeError):
+            continue  # does not apply here: another shape, no such tensor
+        after = _measure(changed, phase, probe)
+        exact = bar.holds(after) and _exact(changed, phase, probe, order, bar)
+        name = change.name if besides is None else f"{besides}; {change.name}"
+        attempts.append(Attempt(name, after, exact, tuple(change.config)))
+    return attempts
 
 
 def _measure(side: Side, phase: Phase, sample: Sample) -> Distance:
@@ -129,29 +230,6 @@ def _other_layers(original: Side, converted: Side, phase: Phase, sample: Sample,
         d = _measure(converted, phase, theirs)
         made.append(Attempt(f"holds the weights of the original's layer {other}", d, bar.holds(d)))
     return made
-
-
-def _bits(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Which of the tensors that the phase read hold other bits than the source gives."""
-    if subject.plan is None:
-        return None
-    forward = subject.direction == "to-hf"
-    steps = [
-        s
-        for s in subject.plan.steps
-        if {p.name for p in (s.targets if forward else s.sources)} & shapes.keys()
-    ]
-    result = compare(subject, steps)
-    if result.missing:
-        return None
-    if not result.differences:
-        why = "a value of config.json is at fault"
-        return f"all {len(steps)} tensors hold the bits that the source gives, so {why}"
-    names = [short(d.against.name if forward else d.tensor.name) for d in result.differences]
-    shown = ", ".join(
-        f"{n} ({d.count:,} elements)" for n, d in zip(names[:4], result.differences, strict=False)
-    )
-    return f"{len(names)} of {len(steps)} tensors differ from what the source gives: {shown}"
 
 
 def _rows(original: Side, converted: Side, samples: Iterable[Sample]) -> str | None:

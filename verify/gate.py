@@ -49,6 +49,7 @@ class Check:
     source: str | None = None
     convert: str | None = None
     overwrite: bool = False
+    overwrite_foreign: bool = False
     dtype: str | None = None
     levels: tuple[str, ...] | None = None  # None: all, and what cannot run is skipped
     require: tuple[str, ...] = ()
@@ -109,12 +110,13 @@ def _convert(check: Check) -> None:
 
     assert check.source is not None
     out = Path(check.out)
-    check_output(out, check.source, overwrite=check.overwrite)
+    replaces, foreign = check.overwrite, check.overwrite_foreign
+    check_output(out, check.source, overwrite=replaces, overwrite_foreign=foreign)
     with open_checkpoint(check.source, prefer="original") as checkpoint:
         chosen = _recognised(checkpoint) if check.convert == "auto" else str(check.convert)
         dtype = None if check.dtype is None else dtype_option(check.dtype)
         plan = family(chosen).plan(checkpoint, Options(settings=check.settings, dtype=dtype))
-        execute(plan, checkpoint, out, overwrite=check.overwrite)
+        execute(plan, checkpoint, out, overwrite=replaces, overwrite_foreign=foreign)
 
 
 def _recognised(checkpoint: Checkpoint) -> str:
@@ -222,6 +224,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "overwrite": bool,
     "no_source": bool,
     "accept": list,
+    "overwrite_foreign": bool,
     "levels": list,
     "require": list,
     "settings": dict,

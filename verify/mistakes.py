@@ -7,62 +7,20 @@ tensors of a layer have one shape, it can exchange them. What remains are values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import permutations
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
+from ckpt_tool.verify.names import layer_of, short
+from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
 from ckpt_tool.verify.sides import Change, Phase, Tensors
-from ckpt_tool.verify.weights import layer_of
 
 Sizes = Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Reorder:
-    """A row of the plan that changes the order of a converted tensor's elements: the axes as the original has
-    them (`left`) and as the converted tensor has them (`right`), with their sizes."""
-
-    name: str
-    left: tuple[str, ...]
-    right: tuple[str, ...]
-    sizes: dict[str, int]
-    group: tuple[str, ...]  # the axes of `left` that share its reordered dimension
-
-    @property
-    def rotary(self) -> bool:
-        return {"half", "two"} <= set(self.group)
-
-
-def reorders(plan: Plan | None, layer: int) -> list[Reorder]:
-    """Those of one layer, from the steps between the original and the Hugging Face layout."""
-    found = []
-    for step in plan.steps if plan else ():
-        to_hf = step if plan is not None and plan.direction == "to-hf" else step.inverse()
-        if not step.compare:
-            found += list(_reorders(to_hf, layer))
-    return found
-
-
-def _reorders(step: Step, layer: int) -> Iterator[Reorder]:
-    for target in step.targets:
-        left = tuple(tuple(a for a in g if a != step.mean) for g in step.sources[0].dims)
-        box = target.box(step.sizes)
-        sizes = {a: hi - lo for a, (lo, hi) in box.items()}
-        long = {a for a, size in sizes.items() if size > 1}  # the others have no order
-        if layer_of(target.name) != layer or [a for g in left for a in g if a in long] == [
-            a for a in target.order if a in long
-        ]:
-            continue
-        group = max(left, key=len)
-        yield Reorder(target.name, tuple(a for g in left for a in g), target.order, sizes, group)
 
 
 def relayout(x: Tensor, sizes: Sizes, stored: Iterable[str], wanted: Iterable[str]) -> Tensor:
@@ -70,39 +28,6 @@ def relayout(x: Tensor, sizes: Sizes, stored: Iterable[str], wanted: Iterable[st
     stored = list(stored)
     split = x.reshape([sizes[a] for a in stored])
     return split.permute([stored.index(a) for a in wanted]).reshape(x.shape)
-
-
-@dataclass(frozen=True)
-class Belief:
-    """What a wrong converter took the original's axes for, and the words for it."""
-
-    words: str
-    order: tuple[str, ...]
-    sizes: dict[str, int]
-
-
-def beliefs(r: Reorder, others: Iterable[Reorder]) -> list[Belief]:
-    """The wrong ideas about one reordered tensor: first the likeliest."""
-    forgot = "rows not permuted for rotary" if r.rotary else "left in the original's order"
-    made = [Belief(forgot, r.right, r.sizes)]
-    if set(r.group) == THIRDS:
-        return made  # the rest is `Fused`
-    head = r.group[0]
-    counts = {o.sizes[o.group[0]] for o in others if o.group} - {r.sizes[head]}
-    if len(r.group) > 1:
-        inner = r.group[1]
-        rows = r.sizes[head] * r.sizes[inner]
-        for count in sorted({*counts, 1, *(r.sizes[head] * k for k in (2, 4))} - {r.sizes[head]}):
-            if rows % count == 0 and rows // count > 1:
-                sizes = {**r.sizes, head: count, inner: rows // count}
-                words = f"permuted with {count} heads where there are {r.sizes[head]}"
-                made.append(Belief(words, r.left, sizes))
-    start = r.left.index(head) if len(r.group) > 1 else 0
-    for order in permutations(r.group):
-        believed = r.left[:start] + order + r.left[start + len(order) :]
-        if believed not in (r.left, r.right):
-            made.append(Belief(f"original read as ({' '.join(order)})", believed, r.sizes))
-    return made
 
 
 def planted(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
@@ -127,91 +52,18 @@ def undone(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
 
 # --- query, key and value in one ------------------------------------------------------------------------
 
-THIRDS = {"t", "n", "h"}  # the axes: query, key and value; heads; channels of a head
-VERSIONS = {("t", "n", "h"): "0", ("n", "h", "t"): "1.0", ("n", "t", "h"): "2.0"}  # Megatron's
 
+def with_rows(f: Fused, rows: np.ndarray) -> Callable[[Tensors], dict[str, Tensor]]:
+    """The tensors with the rows of the right ones in that order."""
 
-@dataclass(frozen=True)
-class Fused:
-    """A row of the plan by which the original's rows of query, key and value, which are one tensor there in
-    the axis order `order`, become `names`: side by side along `dim` these hold (t n h). Each of `ranks`
-    tensors of the original has its share of the heads."""
+    def make(w: Tensors) -> dict[str, Tensor]:
+        parts = [w[name] for name in f.names]
+        index = torch.from_numpy(rows).to(parts[0].device)
+        whole = torch.cat(parts, dim=f.dim).index_select(f.dim, index)
+        pieces = torch.split(whole, [p.shape[f.dim] for p in parts], dim=f.dim)
+        return dict(zip(f.names, pieces, strict=True))
 
-    names: tuple[str, ...]
-    dim: int
-    order: tuple[str, ...]
-    sizes: dict[str, int]
-    ranks: int
-
-    def taken_for(self, order: tuple[str, ...], heads: int, ranks: int) -> Tensor:
-        """Which of the right rows stands where when the original is taken to be of another order or to have
-        another number of heads, on each of `ranks` shares: indices into (t n h)."""
-        n, h = self.sizes["n"], self.sizes["h"]
-        right = torch.arange(3 * n * h).view(3, ranks, n // ranks, h)
-        believed = {"t": 3, "n": heads // ranks, "h": n * h // heads}
-        shares = []
-        for rank in range(ranks):
-            stored = right[:, rank].permute([("t", "n", "h").index(a) for a in self.order]).reshape(-1)
-            split = stored.view([believed[a] for a in order])
-            shares.append(split.permute([order.index(a) for a in ("t", "n", "h")]))
-        return torch.cat(shares, dim=1).reshape(-1)
-
-    @cached_property
-    def mistakes(self) -> list[tuple[str, Tensor]]:
-        """Ways to misread the original that lead to other rows, each with its words."""
-        n = self.sizes["n"]
-        found: list[tuple[str, Tensor]] = []
-        orders = [o for o in VERSIONS if o != self.order] + [
-            o for o in permutations(("t", "n", "h")) if o not in VERSIONS and o != self.order
-        ]
-        for ranks in sorted({1, self.ranks}, reverse=True):
-            as_one = ", all ranks as one" if ranks != self.ranks else ""
-            for order in orders:
-                words = f"query, key and value read in the order ({' '.join(order)})"
-                if order in VERSIONS:
-                    words += f" of checkpoint_version {VERSIONS[order]}"
-                words += f" where it is ({' '.join(self.order)}){as_one}"
-                found.append((words, self.taken_for(order, n, ranks)))
-        for heads in (2 * n, n // 2, 1):
-            if heads > 0 and heads % self.ranks == 0 and (n * self.sizes["h"]) % heads == 0:
-                words = f"query, key and value of {n} heads read as of {heads}"
-                found.append((words, self.taken_for(self.order, heads, self.ranks)))
-        right, seen = torch.arange(3 * n * self.sizes["h"]), list[Tensor]()
-        kept = []
-        for words, rows in found:
-            if not any(torch.equal(rows, other) for other in [right, *seen]):
-                seen.append(rows)
-                kept.append((words, rows))
-        return kept
-
-    def with_rows(self, rows: Tensor) -> Callable[[Tensors], dict[str, Tensor]]:
-        """The tensors with the rows of the right ones in that order."""
-
-        def make(w: Tensors) -> dict[str, Tensor]:
-            parts = [w[name] for name in self.names]
-            whole = torch.cat(parts, dim=self.dim).index_select(self.dim, rows.to(parts[0].device))
-            pieces = torch.split(whole, [p.shape[self.dim] for p in parts], dim=self.dim)
-            return dict(zip(self.names, pieces, strict=True))
-
-        return make
-
-
-def fused(plan: Plan | None, layer: int) -> list[Fused]:
-    """Those of one layer: of the weight, and of the bias."""
-    made = []
-    for step in plan.steps if plan else ():
-        to_hf = step if plan is not None and plan.direction == "to-hf" else step.inverse()
-        if to_hf.compare or to_hf.mean or {layer_of(t.name) for t in to_hf.targets} != {layer}:
-            continue
-        group = next((g for g in to_hf.sources[0].dims if set(g) == THIRDS), None)
-        targets = sorted(to_hf.targets, key=lambda t: t.box(to_hf.sizes).get("t", (0, 0)))
-        dim = next((k for k, g in enumerate(targets[0].dims) if {"n", "h"} <= set(g)), None)
-        if group is None or dim is None or to_hf.sizes["t"] != 3:
-            continue
-        ranks = len({p.box(to_hf.sizes)["n"] for p in to_hf.sources})
-        names = tuple(t.name for t in targets)
-        made.append(Fused(names, dim, tuple(group), {a: to_hf.sizes[a] for a in "nh"}, ranks))
-    return made
+    return make
 
 
 def misread(found: list[Fused], undo: bool = False) -> list[Change]:
@@ -219,7 +71,7 @@ def misread(found: list[Fused], undo: bool = False) -> list[Change]:
     made: dict[str, list[tuple[Fused, Callable[[Tensors], dict[str, Tensor]]]]] = {}
     for f in found:
         for words, rows in f.mistakes:
-            made.setdefault(words, []).append((f, f.with_rows(rows.argsort() if undo else rows)))
+            made.setdefault(words, []).append((f, with_rows(f, rows.argsort() if undo else rows)))
     changes = []
     for words, makers in made.items():
         changes.append(Change(words, together(make for _, make in makers)))
@@ -233,13 +85,6 @@ def together(
 ) -> Callable[[Tensors], dict[str, Tensor]]:
     made = list(makers)
     return lambda w: {name: x for make in made for name, x in make(w).items()}
-
-
-def short(name: str) -> str:
-    """A tensor's name within its layer, without `weight`: `self_attn.q_proj`."""
-    parts = name.split(".")
-    index = next((k for k, p in enumerate(parts) if p.isdecimal()), -1)
-    return ".".join(p for p in parts[index + 1 :] if p != "weight") or name
 
 
 # --- exchanges ------------------------------------------------------------------------------------------
@@ -407,7 +252,7 @@ def to_undo(
                 ]
             elif len(s) == 2:
                 made.append(Change(*_of_matrix(n, s, undo=True)))
-        return [*made, *_config_changes(plan, config, head=phase == "head")]
+        return [*_config_changes(plan, config, head=phase == "head"), *made]
     found = [r for r in reorders(plan, phase) if r.name in shapes]
     made = [Change(f"{short(r.name)} {b.words}", undone(r, b)) for r in found for b in beliefs(r, found)]
     if len(found) > 1:
@@ -425,7 +270,7 @@ def to_undo(
     made += [
         Change(f"{short(n)} transposed", transpose(n, back=True)) for n, s in shapes.items() if len(s) == 2
     ]
-    return [*made, *_config_changes(plan, config)]
+    return [*_config_changes(plan, config), *made]
 
 
 def rope_theta(config: Mapping[str, Any]) -> float | None:
@@ -440,6 +285,7 @@ def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = F
     values: list[tuple[str, Any]] = [
         (k, v.value) for k, v in planned.items() if k not in WITHOUT_EFFECT and config.get(k) != v.value
     ]
+    several = dict(values)
     values += [(k, v) for k in EPS_KEYS if k in config for v in (1e-5, 1e-6, 1e-12)]
     values += [(k, v) for k in GELU_KEYS if (v := OTHER_GELU.get(str(config.get(k))))]
     if head:
@@ -456,7 +302,10 @@ def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = F
         if now.get(key) != v:
             name = f"{key} {_show(now.get(key))} where it should be {_show(v)}"
             made.setdefault(name, Change(name, config={key: v}))
-    return list(made.values())
+    singles = list(made.values())
+    if len(several) > 1:
+        singles.append(Change(" and ".join(c.name for c in singles[: len(several)]), config=several))
+    return singles
 
 
 def _llama3(factor: float) -> dict[str, Any]:

@@ -4,15 +4,17 @@ masked word, a padded batch for models that take one, and the user's."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse
 from ckpt_tool.errors import fail
 from ckpt_tool.fixtures.prompts import prompts as fixed
+from ckpt_tool.verify.report import Finding
 
 Prompts = Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
 
@@ -23,6 +25,14 @@ BEYOND = 64  # tokens after the first that no longer sees position 0
 MASKS = ("[MASK]", "<mask>")
 MASKED_TEXT = "The capital of France is {}."  # the example of most documentations of such models
 BATCH = 40  # tokens of the longer row of the padded batch
+
+# Tables of positions by the end of their names in any layout, and the rows at their beginning that no token
+# has: fairseq keeps the first two for padding, and OPT with it.
+TABLES = {
+    "embed_positions.weight": 2,
+    "wpe.weight": 0,
+    "position_embeddings.weight": 0,  # also Megatron's `embedding.position_embeddings`
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ def with_inputs(
     if not taken or not {"long", "other"} <= rows.keys():
         return made
     one, two = rows["long"][:BATCH], rows["other"]
+    two = two[: max(1, len(one) * 2 // 3)]  # where a short table of positions cut both, still the shorter
     padding = len(one) - len(two)
     types, mask = (
         [_halves(one), _halves(two) + [0] * padding],
@@ -86,9 +97,14 @@ def tokenizer_of(checkpoint: Checkpoint | None) -> Any:
 
 
 def prompts_for(
-    config: Mapping[str, Any], more: str | os.PathLike[str] | Prompts | None, tokenizer: Any = None
+    config: Mapping[str, Any],
+    more: str | os.PathLike[str] | Prompts | None,
+    tokenizer: Any = None,
+    *,
+    table: int | None = None,
 ) -> dict[str, list[int]]:
-    """Rows of token ids by name, for the vocabulary of `config`; none where it does not say its size."""
+    """Rows of token ids by name, for the vocabulary of `config`; none where it does not say its size. The
+    fixed ones are cut to `table` tokens (None: what `config` says), longer ones of the user are refused."""
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return {}
@@ -100,7 +116,7 @@ def prompts_for(
         more_ids = window + BEYOND - longest
         rows["window"] = rows["long"] + [(17 + 7919 * k * k + 31 * k) % vocabulary for k in range(more_ids)]
     rows |= {n: row for n, row in masked_row(tokenizer).items() if max(row, default=vocabulary) < vocabulary}
-    table = _positions(config)
+    table = _positions(config) if table is None else table
     rows = {name: row[:table] for name, row in rows.items()}
     given = _read(more) if isinstance(more, str | os.PathLike) else more
     if given is not None:
@@ -116,11 +132,45 @@ def prompts_for(
     return rows
 
 
+def positions(config: Mapping[str, Any], *sides: Checkpoint | None) -> int | None:
+    """How many tokens a prompt may have: the rows of the shortest table of positions that a side holds, or
+    fewer where config.json says so; None where positions have no end. A config that claims more than the
+    table has is not believed."""
+    rows = [n for side in sides if side is not None for t in side if (n := _rows(t)) is not None]
+    said = _positions(config)
+    if rows and said is None:
+        claimed = config.get("max_position_embeddings")
+        said = claimed if type(claimed) is int and claimed > 0 else None
+    return min([*rows, *([] if said is None else [said])], default=None)
+
+
+def _rows(tensor: TensorInfo) -> int | None:
+    """The tokens that a table of positions has rows for; None for any other tensor."""
+    for name, unused in TABLES.items():
+        if tensor.name.endswith(name) and len(tensor.shape) == 2 and tensor.shape[0] > unused:
+            return tensor.shape[0] - unused
+    return None
+
+
 def _positions(config: Mapping[str, Any]) -> int | None:
-    """How many positions there are where they are rows of a table; None where they have no end."""
+    """What config.json says: CodeGen and GPT-J have n_positions rotary turns instead of a table."""
     learned = config.get("position_embedding_type") == "absolute"
     found = config.get("n_positions", config.get("max_position_embeddings") if learned else None)
-    return found if isinstance(found, int) and found > 0 else None
+    return found if type(found) is int and found > 0 else None
+
+
+def cut(rows: Mapping[str, list[int]], config: Mapping[str, Any], table: int | None) -> list[Finding]:
+    """A note of what the table of positions left of the fixed prompts."""
+    whole = prompts_for(config, None, table=sys.maxsize) if table is not None else {}
+    short = [
+        f"{n} {len(whole[n])} to {len(rows[n])}" for n in whole if n in rows and len(rows[n]) < len(whole[n])
+    ]
+    if not short:
+        return []
+    text = (
+        f"cut to the {table} positions there are: {', '.join(short)} tokens; what is longer was not compared"
+    )
+    return [Finding("parity", "prompts", "note", text, data={"positions": table})]
 
 
 def _read(path: str | os.PathLike[str]) -> Prompts:

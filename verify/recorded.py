@@ -17,8 +17,11 @@ from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, printable
 from ckpt_tool.verify.manifest import Manifest
 
-# How the source of a value begins that a rule gave, and no file of the source: a user may know better.
-RULES = re.compile(r"(.*; )?(rule|default|family |the layout asked for|nothing tells|absent|unknown)")
+# How the source of a value begins that a rule gave, or the shape of a table that may be padded, and no file
+# of the source says: a user may know better.
+RULES = re.compile(
+    r"(.*; )?(rule|default|family |the layout asked for|nothing tells|absent|unknown|rows of )"
+)
 
 
 @dataclass(frozen=True)

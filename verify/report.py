@@ -17,11 +17,11 @@ from itertools import groupby
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from ckpt_tool.errors import printable
+from ckpt_tool.terminal import Column, paragraph, say
+from ckpt_tool.terminal import table as terminal_table
 from ckpt_tool.verify.claims import Claim, Judgement, Verdict, exactness, judge
 
 # `skipped` did not run or had nothing to compare; `undecided` ran and could not be judged
@@ -232,7 +232,7 @@ def _counts(findings: Iterable[Finding]) -> str:
 
 
 def _verdict(report: Report) -> str:
-    """`pass (bit-identical): the bits and the numbers of its source`."""
+    """`pass (bit-identical): the bits and the numbers are those of its source`."""
     known = f" ({report.exactness})" if report.exactness and report.status != "fail" else ""
     return f"{report.status}{known}: {shown(report.headline)}"
 
@@ -246,46 +246,49 @@ def _sentence(f: Finding) -> str:
 # --- text -----------------------------------------------------------------------------------------------
 
 
+# Columns that a narrow terminal can do without, in the order in which they stay; JSON and HTML have them all.
+SPARE = ("top-1", "KL", "|delta|", "at", "|value|", "|logit|", "loss", "top-5", "noise")
+STATUS_WIDTH = 10
+CHECK_WIDTH = 24  # a longer name of a check pushes only its own sentence to the right
+
+
 def render(reports: Sequence[Report], console: Console) -> None:
     """The report as a person reads it in a terminal; the words carry the verdict, colour only repeats it."""
     for report in reports:
-        console.print(
-            Text.assemble((shown(report.title), "bold"), ": ", (_verdict(report), COLOURS[report.status]))
-        )
-        width = max((len(k) for k in report.facts), default=0)
+        title = Text(shown(report.title) + ": ", "bold")
+        paragraph(console, _verdict(report), first=title, hang=2, style=COLOURS[report.status])
+        width = max((len(shown(k)) for k in report.facts), default=0)
         for key, value in report.facts.items():
-            console.print(Text(f"  {shown(key):<{width}}  {shown(value)}"))
+            paragraph(console, shown(value), first=f"  {shown(key):<{width}}  ")
         for level, findings in _levels(report):
-            console.print(Text.assemble("\n", (level, "bold"), f"  {_counts(findings)}"))
+            say(console)
+            say(console, Text.assemble((level, "bold"), f"  {_counts(findings)}"))
+            width = min(CHECK_WIDTH, max(len(shown(f.check)) for f in findings))
             for f in findings:
-                grid = RichTable.grid(padding=(0, 1))
-                grid.add_column(no_wrap=True, width=9)
-                grid.add_column(no_wrap=True, width=max(len(shown(x.check)) for x in findings))
-                grid.add_column(overflow="fold")
-                grid.add_row(
-                    Text(f"  {f.status}", COLOURS[f.status]), Text(shown(f.check)), Text(_sentence(f))
-                )
-                console.print(grid)
+                head = Text.assemble((f"  {f.status:<{STATUS_WIDTH - 2}}", COLOURS[f.status]))
+                head.append(f"{shown(f.check):<{width}} ")
+                paragraph(console, _sentence(f), first=head, hang=STATUS_WIDTH + width + 1)
                 for table in f.tables:
-                    console.print(Padding(_rich_table(table), (0, 0, 0, 4)))
-                    if len(table.rows) > table.brief:
-                        more = len(table.rows) - table.brief
-                        console.print(
-                            Text(f"      and {more} more, in the JSON, Markdown and HTML reports", "dim")
-                        )
-        console.print()
+                    _render_table(table, console)
+        say(console)
 
 
-def _rich_table(table: Table) -> RichTable:
-    made = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    for k, name in enumerate(table.columns):
-        numeric = all(not isinstance(row[k], str) for row in table.rows)
-        made.add_column(
-            Text(shown(name)), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+def _render_table(shown_table: Table, console: Console) -> None:
+    columns = []
+    for k, name in enumerate(shown_table.columns):
+        numeric = all(not isinstance(row[k], str) for row in shown_table.rows)
+        spare = SPARE.index(name) + 1 if name in SPARE else 0
+        columns.append(
+            Column(shown(name), right=numeric, spare=spare, whole=name in ("at", "top-1", "top-5"))
         )
-    for row in table.rows[: table.brief]:
-        made.add_row(*(Text(cell(x)) for x in row))
-    return made
+    rows = [[cell(x) for x in row] for row in shown_table.rows[: shown_table.brief]]
+    missing = terminal_table(console, columns, rows, indent=4)
+    more = len(shown_table.rows) - len(rows)
+    parts = [f"and {more} more rows"] if more > 0 else []
+    parts += [", ".join(missing)] if missing else []
+    if parts:
+        text = "; ".join(parts) + ": in the JSON, Markdown and HTML reports"
+        paragraph(console, text, first=" " * 6, style="dim")
 
 
 # --- JUnit XML ------------------------------------------------------------------------------------------

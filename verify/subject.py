@@ -13,11 +13,13 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.manifest import Manifest, read_manifest
+from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
 
@@ -69,16 +71,16 @@ def opened(
     """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned.
     Without a `source` the one that the manifest records is opened where it still lies there."""
     with ExitStack() as stack:
-        out = open_checkpoint(output, prefer="hf")
+        out = _open(output, "hf")
         manifest = _manifest_of(out)
         back = manifest is not None and manifest.direction == "to-original"
         if back:
             out.close()
-            out = open_checkpoint(output, prefer="original")
+            out = _open(output, "original")
         stack.enter_context(out)
         src, found = None, None
         if source is not None:
-            src = stack.enter_context(open_checkpoint(source, prefer="hf" if back else "original"))
+            src = stack.enter_context(_open(source, "hf" if back else "original"))
         elif look_for_source and manifest is not None:
             src = find_source(out, manifest)
             if src is not None:
@@ -88,6 +90,16 @@ def opened(
         subject = _subject(out, src, manifest, settings or {})
         subject.found = found
         yield subject
+
+
+def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
+    """The weights of one layout where there are two, else those that are there."""
+    try:
+        return open_checkpoint(path, prefer=prefer)
+    except CkptToolError as error:
+        if error.kind != "wrong-format":
+            raise
+    return open_checkpoint(path)
 
 
 def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:
@@ -111,6 +123,7 @@ def _subject(
 ) -> Subject:
     # some originals look like Hugging Face's layout too
     back = manifest is not None and manifest.direction == "to-original"
+    out = out if back else with_prefix(out)
     hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and _is_hf(c)), None)
     original = next((c for c in (out, src) if c is not None and c is not hf), None)
     recorded = {} if manifest is None else manifest.settings

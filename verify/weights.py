@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import grid
+from ckpt_tool.verify.names import layer_of
 
 PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
 
@@ -92,6 +93,7 @@ def largest(checkpoint: Checkpoint, itemsize: int) -> int:
     return max(layers.values(), default=0)
 
 
-def layer_of(name: str) -> int | None:
-    """The layer a tensor belongs to: the first number among the dotted components of its name."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+def needed(source: Checkpoint | None, output: Checkpoint, itemsize: int) -> str:
+    """What parity holds at once, in words, before it starts: the heaviest layer of each side."""
+    sides = [largest(c, itemsize) for c in (source, output) if c is not None]
+    return f"about {sum(sides) / 1e6:,.1f} MB for a layer of each side, besides torch and the activations"

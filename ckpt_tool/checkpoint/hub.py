@@ -10,11 +10,12 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, Prefer, is_document, locate
-from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.errors import CkptToolError, fail, missing_package
 
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _BUFFER = 1 << 20
@@ -30,7 +31,10 @@ def fetch(address: str, *, prefer: Prefer | None = None) -> tuple[Path, list[str
     try:
         from huggingface_hub import HfApi, snapshot_download
     except ImportError as error:
-        _failed(address, error, "install huggingface_hub")
+        problem = missing_package(error)
+        if problem is None:
+            _failed(address, error)
+        raise CkptToolError(replace(problem, file=address)) from None
     started = time.time()
     try:
         info = HfApi().model_info(repo, revision=revision)
@@ -90,9 +94,9 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
-def _failed(address: str, error: Exception, hint: str | None = None) -> NoReturn:
+def _failed(address: str, error: Exception) -> NoReturn:
     if isinstance(error, CkptToolError):
         raise error
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
-    fail("download-failed", f"expected a download, found: {reason}", file=address, hint=hint)
+    fail("download-failed", f"expected a download, found: {reason}", file=address)

@@ -1,7 +1,8 @@
 """JSON as RFC 8259 means it, and no more: the reader for every JSON file that comes with a checkpoint.
 
 The standard library accepts NaN, takes the last of two equal keys, counts `true` as 1 and runs out of stack
-on deep nesting. Here each of those is an error that names the field; sizes and depth have limits.
+on deep nesting. Here each of those is an error that names the field; sizes, depth and what the parsed values
+take in memory have limits: a file of 16 MiB can hold five million empty objects, which take a gigabyte.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from ckpt_tool.errors import fail, printable
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
+MAX_HELD = 128 << 20  # bytes that the values of one file may take once parsed, by the estimate below
+
+# Upper estimates for CPython: what comes with each mark outside strings. A value in a list: its slot and the
+# value; a member: its key, its slot, and the pair and the decoder's record of keys while they are built.
+_COST = {",": 64, ":": 160, "[": 104, "{": 72}
+_MARKS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,:\[{]', re.DOTALL)
+_LONG = 1 << 20  # characters; a shorter value cannot come near the limit
 
 _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 # An object of scalars and flat lists.
@@ -41,9 +49,16 @@ class _Reader:
     """
 
     def __init__(
-        self, data: bytes, file: str, kind: str, max_bytes: int, max_depth: int, surrogates: bool = False
+        self,
+        data: bytes,
+        file: str,
+        kind: str,
+        max_bytes: int,
+        max_depth: int,
+        surrogates: bool = False,
+        held: bool = True,
     ) -> None:
-        self.file, self.kind = file, kind
+        self.file, self.kind, self.held = file, kind, held
         if len(data) > max_bytes:
             self.refuse(f"expected at most {max_bytes} bytes of JSON, found {len(data)}")
         if not data.strip(b" \t\r\n"):
@@ -59,6 +74,8 @@ class _Reader:
         self.look_for_surrogates = not surrogates and _SURROGATE_ESCAPE.search(self.text) is not None
         self.max_depth = max_depth
         self.faults = 0
+        if held:
+            self._check_memory(0, len(self.text))
         self.decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
             parse_constant=self._constant,
@@ -96,17 +113,40 @@ class _Reader:
     def refuse(self, message: str, where: str | None = None) -> NoReturn:
         fail(self.kind, message, file=self.file, where=where)
 
-    def refuse_at(self, position: int, expected: str) -> NoReturn:
+    def refuse_at(self, position: int, expected: str, found: str | None = None) -> NoReturn:
         line = self.text.count("\n", 0, position) + 1
         column = position - self.text.rfind("\n", 0, position)
         rest = self.text[position : position + 20]
-        found = f"`{printable(rest)}`" if rest else "the end of the file"
+        found = found or (f"`{printable(rest)}`" if rest else "the end of the file")
         self.refuse(f"expected {expected}, found {found} at line {line}, column {column}")
 
-    def _check_depth(self, position: int) -> None:
-        """Refuse a value that nests too deep before the recursive decoder meets it."""
-        if self.text[position : position + 1] not in ("{", "[") or _SHALLOW.match(self.text, position):
+    def _check_memory(self, start: int, end: int) -> None:
+        """Refuse text whose values would take more than `MAX_HELD` bytes, before any of them is made. Marks
+        in strings count for nothing; telling them apart takes time, and is not needed where all are few."""
+        text = self.text
+        if sum(text.count(mark, start, end) * cost for mark, cost in _COST.items()) <= MAX_HELD:
             return
+        taken = 0
+        for token in _MARKS.finditer(text, start, end):
+            taken += _COST.get(token[0], 0)
+            if taken > MAX_HELD:
+                self.refuse_at(
+                    token.start(), f"values that take at most {MAX_HELD >> 20} MiB of memory", "more"
+                )
+
+    def _check_value(self, position: int) -> None:
+        """Refuse a value that nests too deep before the recursive decoder meets it, and one that takes too
+        much memory where values are looked at one by one."""
+        end = self._end_of(position)
+        if not self.held and end - position > _LONG:
+            self._check_memory(position, end)
+
+    def _end_of(self, position: int) -> int:
+        """Where an object or a list ends, as far as its brackets tell; `position` for any other value."""
+        if self.text[position : position + 1] not in ("{", "["):
+            return position
+        if shallow := _SHALLOW.match(self.text, position):
+            return shallow.end()
         depth = 0
         for token in _TOKENS.finditer(self.text, position):
             character = token[0][0]
@@ -117,7 +157,8 @@ class _Reader:
             elif character in "]}":
                 depth -= 1
                 if depth == 0:
-                    return
+                    return token.end()
+        return len(self.text)
 
     def skip(self, position: int) -> int:
         match = _SPACE.match(self.text, position)
@@ -125,7 +166,7 @@ class _Reader:
 
     def value(self, position: int, field: str = "") -> tuple[Any, int]:
         """The value that starts at `position`, and where it ends."""
-        self._check_depth(position)
+        self._check_value(position)
         try:
             found, end = self.decoder.raw_decode(self.text, position)
         except json.JSONDecodeError as error:
@@ -199,6 +240,16 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def closes(data: bytes) -> bool:
+    """Whether the object or list that starts `data` also ends in it, as far as its brackets tell."""
+    depth = 0
+    for token in _TOKENS.finditer(data.decode("utf-8", "replace")):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if depth <= 0:
+            return depth == 0 and token[0] in "]}"
+    return False
+
+
 def members(
     data: bytes,
     *,
@@ -207,12 +258,14 @@ def members(
     max_bytes: int = MAX_BYTES,
     max_depth: int = MAX_DEPTH,
     surrogates: bool = False,
+    held: bool = True,
 ) -> Iterator[tuple[str, Any]]:
     """The members of the JSON object in `data`, one at a time, so that a large one is never held twice.
 
-    A key that comes twice is yielded twice; with `surrogates`, lone surrogates are left in the text.
+    A key that comes twice is yielded twice; with `surrogates`, lone surrogates are left in the text. Without
+    `held` the caller keeps little of each member, and the limit on memory is for each and not for all.
     """
-    return _Reader(data, file, kind, max_bytes, max_depth, surrogates).members()
+    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held).members()
 
 
 def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:

@@ -24,7 +24,7 @@ from ckpt_tool.convert.tokenizers.hf_files import (
 from ckpt_tool.errors import Problem, fail, fail_all
 
 MAX_BYTES = 32 << 20
-MAX_PIECES = 1_000_000
+MAX_PIECES = 500_000  # twice the largest published vocabulary
 MAX_PIECE_BYTES = 512
 SPACE = "▁"  # U+2581, how sentencepiece writes a space
 

@@ -1,0 +1,248 @@
+"""How the program ends: whatever happens becomes one exit code and one clear text.
+
+0 done and everything asked for holds; 1 verification found a difference, and nothing else; 2 could not run;
+128 + N stopped by signal N, of which 141 is a closed pipe. The standard library only is imported until the
+command runs, so that an interrupt while the rest is loading is told like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from ckpt_tool.errors import CkptToolError, Problem
+
+CLOSED_PIPE = 128 + signal.SIGPIPE
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 1.0  # seconds in which the same signal again is still the first: a group of processes gets it twice
+TRACEBACK = "CKPT_TOOL_TRACEBACK"
+# The commands whose --json may name a file.
+REPORTING = ("verify", "diagnose", "gate")
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to stop; raised in the main thread so that `finally` clauses clean up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main() -> NoReturn:
+    """Entry point of `ckpt-tool`."""
+    listen()
+    try:
+        code = flush(run(sys.argv[1:]))
+    except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told
+        code = 128 + getattr(stop, "number", signal.SIGINT)
+    if _came:
+        for number in SIGNALS:  # the interpreter's own end has no handlers: the code would be lost
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; what went wrong is told on stderr, or as JSON on stdout where that was asked."""
+    try:
+        open_streams()
+        from ckpt_tool.cli import cli
+
+        return int(cli.main(arguments, prog_name="ckpt-tool", standalone_mode=False) or 0)
+    except BaseException as error:
+        return ended(error, arguments)
+
+
+# --- signals --------------------------------------------------------------------------------------------
+
+
+def listen() -> None:
+    """Turn signals that ask for an end into exceptions; one that is ignored (nohup, a job in the background)
+    stays ignored. A second one, later than `GRACE`, ends the program at once, as a kill would."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)
+
+
+_came: list[tuple[int, float]] = []  # the first signal, and when it came
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    if _came:
+        if time.monotonic() - _came[0][1] > GRACE:
+            os._exit(128 + number)
+        return
+    _came.append((number, time.monotonic()))
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Interrupted(number)
+
+
+# --- streams --------------------------------------------------------------------------------------------
+
+
+def open_streams() -> None:
+    """Nothing that is opened later may get the number of a standard stream that was closed at the start: the
+    first file would be taken for it. stdout becomes a pipe that nobody reads, since its reader is gone."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            _fill(number)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot say ends nothing
+
+
+def _fill(number: int) -> None:
+    """Give the closed descriptor `number` something: a pipe without a reader for stdout, else nothing."""
+    opened = os.pipe() if number == 1 else (os.open(os.devnull, os.O_RDWR),)
+    if opened[-1] != number:
+        os.dup2(opened[-1], number)  # which closes the reader, should it be there
+    for descriptor in opened:
+        if descriptor != number:
+            os.close(descriptor)
+
+
+def flush(code: int) -> int:
+    """Write out what is buffered, and the exit code after that. A stream that cannot be written leads nowhere
+    from here on, since the interpreter tries once more at its end."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            code = CLOSED_PIPE if isinstance(error, BrokenPipeError) else code or 2
+            _nowhere(number)
+            if number == 1 and not isinstance(error, BrokenPipeError):
+                _say(f"error[write-failed]: stdout: cannot be written: {getattr(error, 'strerror', error)}")
+    return code
+
+
+def _nowhere(number: int) -> None:
+    opened = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(opened, number)
+    os.close(opened)
+
+
+def _say(text: str) -> bool:
+    """Whether `text` could be written to stderr."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _nowhere(2)
+        return False
+    return True
+
+
+def _is_closed_pipe(error: BaseException) -> bool:
+    """Whether `error` is about a standard stream whose reader went away. Libraries turn that into an exit of
+    their own: rich while it leads stdout nowhere, click without a context."""
+    broken = any(isinstance(e, BrokenPipeError) for e in _chain(error))
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, select.POLLERR)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    return (broken and gone) or (isinstance(error, SystemExit) and (broken or gone))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+# --- the end --------------------------------------------------------------------------------------------
+
+
+def ended(error: BaseException, arguments: list[str]) -> int:
+    """Tell what `error` was, and the exit code for it."""
+    from ckpt_tool.errors import CkptToolError
+
+    if _is_closed_pipe(error):
+        _nowhere(1)
+        return CLOSED_PIPE
+    if isinstance(error, SystemExit) and error.code in (None, 0):
+        return 0
+    told = error if isinstance(error, CkptToolError) else _as_told(error)
+    if TRACEBACK in os.environ or (told.kind in ("internal", "system") and _verbose(arguments)):
+        _say("".join(traceback.format_exception(error)).rstrip())
+    if not wants_json(arguments):
+        return told.exit_code if _say(told.text()) else CLOSED_PIPE
+    try:
+        print(json.dumps(told.to_json(), indent=2), flush=True)
+    except BrokenPipeError:
+        _nowhere(1)
+        return CLOSED_PIPE
+    except (OSError, ValueError):
+        _nowhere(1)
+        _say(told.text())
+    return told.exit_code
+
+
+def _as_told(error: BaseException) -> CkptToolError:
+    """Any other exception as one of ours."""
+    from ckpt_tool.errors import CkptToolError, Problem, missing_package
+
+    click = sys.modules.get("click")  # it may be what is missing
+    if _came or isinstance(error, KeyboardInterrupt | Interrupted):
+        # whatever a library made of a signal that came
+        number = signal.Signals(_came[0][0] if _came else getattr(error, "number", signal.SIGINT))
+        return CkptToolError(Problem("interrupted", f"stopped by {number.name}"), exit_code=128 + number)
+    if click is not None and isinstance(error, click.exceptions.Abort):
+        return CkptToolError(Problem("interrupted", "stopped by SIGINT"), exit_code=128 + signal.SIGINT)
+    if click is not None and isinstance(error, click.ClickException):
+        return CkptToolError(Problem("usage", error.format_message()))
+    if isinstance(error, MemoryError):
+        text = "expected enough memory for the work, found the limit reached"
+        return CkptToolError(Problem("out-of-memory", text))
+    if isinstance(error, ImportError) and (missing := missing_package(error)) is not None:
+        return CkptToolError(missing)
+    if isinstance(error, OSError) and error.errno is not None:
+        file = None if error.filename is None else os.fsdecode(error.filename)
+        return CkptToolError(Problem("system", error.strerror or str(error), file=file))
+    return CkptToolError(_defect(error))
+
+
+def _defect(error: BaseException) -> Problem:
+    from ckpt_tool.errors import Problem
+
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "ckpt_tool" in f.filename or f.filename.startswith(home)]
+    place = f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+    said = f": {error}" if str(error) else ""
+    return Problem(
+        "internal",
+        f"expected to go on, found {type(error).__name__}{said}{place}",
+        hint=f"a defect of ckpt-tool: please report the command, and what it prints with {TRACEBACK}=1",
+    )
+
+
+def _verbose(arguments: list[str]) -> bool:
+    return "--verbose" in arguments or "-v" in arguments
+
+
+def wants_json(arguments: list[str]) -> bool:
+    """Whether JSON on stdout was asked for; `--json FILE` of a report is not that."""
+    for k, argument in enumerate(arguments):
+        if argument in ("--json", "--json=-"):
+            after = arguments[k + 1] if k + 1 < len(arguments) else "-"
+            names_file = argument == "--json" and after != "-" and not after.startswith("-")
+            return not (names_file and any(command in arguments[:k] for command in REPORTING))
+    return False

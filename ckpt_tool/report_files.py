@@ -1,0 +1,121 @@
+"""The files that reports are written to: checked before any work, written complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ckpt_tool.convert import disk
+from ckpt_tool.convert.replaceable import is_model_file
+from ckpt_tool.errors import CkptToolError, Problem, fail_all
+
+NAME_BYTES = 255
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """`files` by the option that named them."""
+
+    files: Mapping[str, str]
+
+    def check(self, inputs: Iterable[str | os.PathLike[str]]) -> None:
+        """Fail with every problem of the files: no folder to write into, no permission, or a file that is
+        read, for which `inputs` are the files and folders that are."""
+        read = [os.path.realpath(p) for p in inputs if not os.fspath(p).startswith("hf://")]
+        problems = [p for option, file in self.files.items() for p in _problems(option, file, read)]
+        taken: dict[str, str] = {}
+        for option, file in self.files.items():
+            if any(p.where == option for p in problems):
+                continue
+            other = taken.setdefault(os.path.realpath(file), option)
+            if other != option and not _is_stream(file):
+                text = f"expected a file of its own, found the file of {other}"
+                problems.append(Problem("output-conflict", text, file, option))
+        fail_all(problems)
+
+    def write(self, forms: Mapping[str, Callable[[], str]]) -> list[Problem]:
+        """Write each file's form; what could not be written."""
+        problems: list[Problem] = []
+        for option, file in self.files.items():
+            try:
+                _write(file, forms[option]().encode("utf-8", "backslashreplace"))
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                problems += disk.failure(error, file).problems
+            except CkptToolError as error:
+                problems += error.problems
+        return problems
+
+
+def _problems(option: str, file: str, read: list[str]) -> Iterator[Problem]:
+    def problem(kind: str, expected: str, found: str) -> Problem:
+        return Problem(kind, f"expected {expected}, found {found}", file, option)
+
+    if not file or "\0" in file:
+        yield problem("output-failed", "the name of a file", "none")
+        return
+    real = os.path.realpath(file)
+    folder, name = os.path.split(real)
+    for path in read:
+        if real == path:
+            yield problem("output-conflict", "a file of its own", "an input")
+            return
+        around = os.path.dirname(path) if os.path.isfile(path) else path  # a shard is opened with its set
+        if is_model_file(name) and f"{folder}/".startswith(f"{around}/"):
+            yield problem("output-conflict", "a name that no model file has", f"one in the input {around}")
+            return
+    if os.path.isdir(real) or file.endswith("/"):
+        yield problem("output-failed", "the name of a file", "a folder")
+    elif _is_stream(file):
+        if not os.access(file, os.W_OK):
+            yield problem("output-failed", "to be allowed to write into it", "that it is read-only")
+    elif not os.path.isdir(folder):
+        what = "a file" if os.path.lexists(folder) else "none"
+        yield problem("output-failed", f"an existing folder {folder}", what)
+    elif len(os.fsencode(name)) > NAME_BYTES:
+        yield problem("output-failed", f"a name of at most {NAME_BYTES} bytes", str(len(os.fsencode(name))))
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield problem("output-failed", f"to be allowed to write into {folder}", "that it is read-only")
+
+
+def _is_stream(file: str) -> bool:
+    """Whether `file` is there and is written into, not replaced: /dev/null, /dev/stdout, a pipe of the
+    shell."""
+    if os.path.abspath(file).startswith(("/dev/", "/proc/")):
+        return os.path.exists(file)
+    try:
+        mode = os.stat(file).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _write(file: str, data: bytes) -> None:
+    """All of `data` in one step: whoever reads `file` sees it whole, or what was there before."""
+    if _is_stream(file):
+        with open(file, "wb") as stream:
+            stream.write(data)
+        return
+    folder, name = os.path.split(os.path.realpath(file))
+    # the name may be as long as names can be
+    hidden = os.path.join(folder, f".ckpt-tool-{secrets.token_hex(8)}")
+    descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            with suppress(FileNotFoundError):
+                os.fchmod(descriptor, stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode))
+            if data:
+                disk.write_at(descriptor, data, 0)
+            disk.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(hidden, os.path.join(folder, name))
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(hidden)
+        raise

@@ -1,0 +1,412 @@
+"""What a config.json says, by meaning and not by spelling: one reader for every release that wrote one.
+
+The same number is `rope_theta` in a file of transformers 4 and `rope_parameters.rope_theta` in one of 5, a
+window is a width and three other keys, an absent key stands for the default of the class. `read` gives each
+value once, under one name, and where the file says it; two files mean the same where their readings are
+equal. What a file says twice and differently is a `Contradiction`. How the values of a class are read, and
+which keys have none, is data (`convert.facts_classes`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_tool.convert.facts_classes import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    CLASSES,
+    DEFAULTS,
+    IDENTITY,
+    IDLE,
+    REFUSED,
+    Class,
+)
+
+ABSENT = object()  # of a key that is not in the file, where null is a value
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+KINDS = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """One value of a config. `value` is what compares, `said` how the file has it, `where` the key that says
+    it; of a `default` that the file does not say, `where` is the key that is absent."""
+
+    value: Any
+    said: Any
+    where: str
+    default: bool = False
+
+    @property
+    def text(self) -> str:
+        """The value as a reader would look for it in the file."""
+        if self.default:
+            return f"the default {shown(self.said)} ({self.where} absent)"
+        return shown(self.said)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Two keys of one file that say the same thing differently: (key, value, who reads it) each."""
+
+    name: str
+    first: tuple[str, Any, str]
+    second: tuple[str, Any, str]
+
+    @property
+    def text(self) -> str:
+        (a, x, by), (b, y, other) = self.first, self.second
+        return f"expected one value, found {a} {shown(x)} ({by}) and {b} {shown(y)} ({other})"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`numbers` change what the model computes, `identity` says what it is. `idle` are keys without effect,
+    with the reason, `unknown` keys on no list, `refused` keys that no plain reading of the weights can
+    honour, with the reason."""
+
+    model_type: str
+    numbers: Mapping[str, Meaning] = field(default_factory=dict)
+    identity: Mapping[str, Meaning] = field(default_factory=dict)
+    contradictions: tuple[Contradiction, ...] = ()
+    idle: Mapping[str, str] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Meaning]:
+        return {**self.identity, **self.numbers}
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The model_type whose class reads this config: what it says, else what its architecture belongs to; None
+    for one that is not known here."""
+    said = config.get("model_type")
+    if isinstance(said, str) and said in CLASSES:
+        return said
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    return next((m for stem, m in ARCHITECTURES.items() if first.startswith(stem)), None)
+
+
+def read(config: Mapping[str, Any], model_type: str) -> Reading:
+    """What `config` says when the class of `model_type` reads it; KeyError for an unknown class."""
+    reader = _Reader(dict(config), CLASSES[model_type])
+    return reader.read(model_type)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are one: 1 is 1.0, and neither is true."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and isinstance(b, float) and a != b:
+        return math.isclose(a, b, rel_tol=1e-15, abs_tol=0.0)  # one was worked out, in another order
+    return bool(a == b)
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """A value in a message: as JSON, with whole floats as integers."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
+        return str(int(value))
+    if isinstance(value, Mapping) and value:
+        text = ", ".join(f"{k} {shown(v)}" for k, v in value.items())
+    else:
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError):
+            text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class _Reader:
+    """One pass over a config; `used` are the keys that some value was read from."""
+
+    def __init__(self, config: dict[str, Any], own: Class) -> None:
+        self.own, self.used, self.contradictions = own, set[str](), list[Contradiction]()
+        self.config = config
+        self.values: dict[str, Meaning] = {}
+
+    def read(self, model_type: str) -> Reading:
+        for name, default in {**self.own.numbers, **self.own.identity}.items():
+            self.values[name] = self.value(name, default)
+        for name in ("model_type", "architectures"):
+            self.values[name] = self.value(name, None)
+        self._dtype()
+        self._labels()
+        self._derived()
+        if "rope_theta" in self.own.numbers:
+            self._rope()
+        if "sliding_window" in self.own.numbers:
+            self._windows()
+        self._canonical()
+        identity = {n: m for n, m in self.values.items() if n in IDENTITY}
+        numbers = {n: m for n, m in self.values.items() if n not in IDENTITY}
+        idle, unknown, refused = self._others()
+        return Reading(model_type, numbers, identity, tuple(self.contradictions), idle, unknown, refused)
+
+    def value(self, name: str, default: Any) -> Meaning:
+        """The value under any of its names; the class's own name wins where both are there, and say so."""
+        spelled = [k for k in (name, *self.own.aliases.get(name, ())) if k in self.config]
+        self.used |= set(spelled)
+        if not spelled:
+            return Meaning(default, default, name, default=True)
+        first, *others = spelled
+        for other in others:
+            if not same(self.config[first], self.config[other]):
+                by = "the key of the class", "its generic name"
+                self.contradict(name, (first, by[0]), (other, by[1]))
+        return Meaning(self.config[first], self.config[first], first)
+
+    def contradict(self, name: str, first: tuple[str, str], second: tuple[str, str]) -> None:
+        """Two keys (dotted where they are in an object), each with who reads it."""
+        (a, by), (b, other) = first, second
+        self.contradictions.append(Contradiction(name, (a, self.at(a), by), (b, self.at(b), other)))
+
+    def at(self, path: str) -> Any:
+        found: Any = self.config
+        for part in path.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    def number(self, name: str) -> Any:
+        """A value that others are worked out from; None where it is no number."""
+        found = self.values[name].value if name in self.values else None
+        return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+    def _dtype(self) -> None:
+        """`torch_dtype` until transformers 4.55, `dtype` since; each reads the other. Null and absent: what
+        the tensors are."""
+        made = []
+        for key in ("dtype", "torch_dtype"):
+            self.used.add(key)
+            if (said := self.config.get(key)) is not None:
+                value = said.removeprefix("torch.") if isinstance(said, str) else said
+                made.append(Meaning(value, said, key))
+        if len(made) == 2 and made[0].value != made[1].value:
+            since, until = "read by transformers 4.56 and later", "read by those before"
+            self.contradict("torch_dtype", ("dtype", since), ("torch_dtype", until))
+        self.values["torch_dtype"] = made[0] if made else Meaning(None, None, "dtype", default=True)
+
+    def _labels(self) -> None:
+        """Heads that classify have as many rows as `id2label` has entries, two without one."""
+        names = self.config.get("id2label")
+        self.used |= {"id2label", "label2id", "num_labels"}
+        count = self.config.get("num_labels")
+        if isinstance(names, Mapping):
+            self.values["num_labels"] = Meaning(len(names), len(names), "id2label")
+            if count is not None and not same(count, len(names)):
+                self.contradict("num_labels", ("num_labels", "a number"), ("id2label", "names"))
+            if any(v != f"LABEL_{k}" for k, v in names.items()):
+                plain = {str(k): v for k, v in names.items()}
+                self.values["id2label"] = Meaning(plain, plain, "id2label")
+        elif count is not None:
+            self.values["num_labels"] = Meaning(count, count, "num_labels")
+        else:
+            self.values["num_labels"] = Meaning(2, 2, "num_labels", default=True)
+
+    def _derived(self) -> None:
+        """Null or absent for what follows from other values."""
+        width, heads = self.number("hidden_size"), self.number("num_attention_heads")
+        follows: dict[str, tuple[Any, str]] = {}
+        if width is not None and heads:
+            follows["head_dim"] = width // heads, "hidden_size / num_attention_heads"
+        follows["num_key_value_heads"] = heads, "num_attention_heads"
+        follows["word_embed_proj_dim"] = width, "hidden_size"
+        if (inner := self.number("n_embd")) is not None:
+            follows["n_inner"] = 4 * inner, "4 x n_embd"
+        for name, (value, _) in follows.items():
+            m = self.values.get(name)
+            if m is not None and m.value is None and value is not None:
+                self.values[name] = Meaning(value, value, m.where, default=True)
+
+    def _canonical(self) -> None:
+        """One value for what has several names itself: activations, a list of one id."""
+        for name in ("hidden_act", "activation_function"):
+            if (m := self.values.get(name)) is not None and isinstance(m.value, str):
+                self.values[name] = Meaning(ACTIVATIONS.get(m.value, m.value), m.said, m.where, m.default)
+        for name in IDS:
+            m = self.values[name]
+            if isinstance(m.value, list) and len(m.value) == 1:
+                self.values[name] = Meaning(m.value[0], m.said, m.where, m.default)
+
+    # --- rotary embeddings ------------------------------------------------------------------------------
+
+    def _rope(self) -> None:
+        """transformers 4 reads `rope_theta` and `rope_scaling`; 5 reads the object under `rope_scaling`, or
+        `rope_parameters` where that is empty, and `rope_theta` where the object has none."""
+        self.used |= {"rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor"}
+        old, new = self._object("rope_scaling"), self._object("rope_parameters")
+        for name, default in (("rope_theta", self.own.numbers["rope_theta"]), ("partial_rotary_factor", 1.0)):
+            paths = [f"rope_scaling.{name}"] if old.get(name) is not None else []
+            paths += [f"rope_parameters.{name}"] if new.get(name) is not None else []
+            paths += (
+                [name] if self.config.get(name) is not None or (not paths and name in self.config) else []
+            )
+            self.values[name] = self._one(name, paths, default)
+        scalings = {"rope_scaling": self._scaling(old), "rope_parameters": self._scaling(new)}
+        spoken = [k for k in scalings if self.config.get(k) is not None]
+        if "rope_parameters" in spoken and self.config.get("rope_scaling", ABSENT) is None and new:
+            spoken.insert(0, "rope_scaling")  # an outspoken null
+        if len(spoken) == 2 and not same(scalings["rope_scaling"], scalings["rope_parameters"]):
+            by = "read by transformers 4", "read by transformers 5"
+            self.contradict("rope_scaling", ("rope_scaling", by[0]), ("rope_parameters", by[1]))
+        key = next((k for k in ("rope_scaling", "rope_parameters") if scalings[k] is not None), None)
+        if key is not None:
+            self.values["rope_scaling"] = Meaning(scalings[key], scalings[key], key)
+        else:
+            where = spoken[-1] if spoken else "rope_scaling"
+            absent = not spoken and "rope_scaling" not in self.config
+            self.values["rope_scaling"] = Meaning(None, None, where, default=absent)
+
+    def _object(self, key: str) -> Mapping[str, Any]:
+        """An object of rotary values; of one for each kind of layer, the one that all share."""
+        found = self.config.get(key)
+        if not isinstance(found, Mapping):
+            if found is not None:
+                self.values[key] = Meaning(found, found, key)  # no object: differs from every other
+            return {}
+        inner = [v for k, v in found.items() if k in KINDS and isinstance(v, Mapping)]
+        if inner and len(inner) == len(found) and all(same(v, inner[0]) for v in inner):
+            return dict(inner[0])
+        return found
+
+    def _one(self, name: str, paths: list[str], default: Any) -> Meaning:
+        """The one value that all `paths` say, the first of which is what transformers 5 reads."""
+        if not paths:
+            return Meaning(default, default, name, default=True)
+        values = [self._told(p) for p in paths]
+        for path, value in zip(paths[1:], values[1:], strict=True):
+            if not same(values[0], value):
+                by = "read by transformers 5", "read by transformers 4"
+                self.contradict(
+                    name, (paths[0], by[0]), (path, by[1] if path == name else "the other object")
+                )
+        return Meaning(values[0], values[0], paths[0])
+
+    def _told(self, path: str) -> Any:
+        found = self.at(path)
+        if found is None and "." in path:  # one object for each kind of layer
+            key, _, name = path.partition(".")
+            found = self._object(key).get(name)
+        return found
+
+    def _scaling(self, found: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What is done to the frequencies, with every value that it depends on; None for nothing."""
+        kind = found.get("rope_type") or found.get("type") or "default"
+        left = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+        given = {k: v for k, v in found.items() if k not in left and v is not None}
+        if not isinstance(kind, str) or kind == "default":
+            return {"rope_type": kind, **given} if given else None
+        if kind in ("linear", "dynamic") and same(given.get("factor"), 1):
+            return None
+        if kind in ("yarn", "llama3", "longrope"):
+            longest = self.values["max_position_embeddings"].value
+            given.setdefault("original_max_position_embeddings", longest)
+        return {"rope_type": kind, **(_yarn(given) if kind == "yarn" else given)}
+
+    # --- windows ----------------------------------------------------------------------------------------
+
+    def _windows(self) -> None:
+        """How wide the window is, and in which layers: `sliding_window` null for none."""
+        self.used |= {"layer_types", "use_sliding_window", "max_window_layers"}
+        width, layers = self.values["sliding_window"], self.number("num_hidden_layers")
+        count = layers if isinstance(layers, int) and 0 <= layers <= 10_000 else 0
+        kinds = self.config.get("layer_types")
+        if kinds is not None and (not isinstance(kinds, list) or len(kinds) != count):
+            text = f"{len(kinds)} kinds" if isinstance(kinds, list) else kinds
+            self.contradictions.append(
+                Contradiction(
+                    "layer_types",
+                    ("num_hidden_layers", layers, "the layers"),
+                    ("layer_types", text, "a kind for each"),
+                )
+            )
+            kinds = None
+        if not self.own.partial_windows:
+            self._whole(width, kinds)
+            return
+        on = self.config.get("use_sliding_window", False) is True
+        slid = None if kinds is None else [i for i, k in enumerate(kinds) if k == "sliding_attention"]
+        if not on or width.value is None:
+            where = "sliding_window" if on else "use_sliding_window"
+            if slid:
+                self.contradict("layer_types", ("layer_types", "since 4.51"), (where, "no window"))
+            said = where in self.config
+            self.values["sliding_window"] = Meaning(None, None, where, default=not said)
+            return
+        first = self.config.get("max_window_layers", self.own.idle_numbers["max_window_layers"])
+        from_first = list(range(first, count)) if isinstance(first, int) and first >= 0 else []
+        where = "max_window_layers" if slid is None else "layer_types"
+        if slid is not None and "max_window_layers" in self.config and slid != from_first:
+            by = "read by transformers 4.51 and later", "read by those before"
+            self.contradict("layers with a window", ("layer_types", by[0]), ("max_window_layers", by[1]))
+        chosen = from_first if slid is None else slid
+        if not chosen:
+            self.values["sliding_window"] = Meaning(None, None, where)
+            return
+        absent = slid is None and "max_window_layers" not in self.config
+        text = ranges(chosen)
+        self.values["layers with a window"] = Meaning(text, text, where, default=absent)
+
+    def _whole(self, width: Meaning, kinds: list[Any] | None) -> None:
+        """A class with one kind of attention in all layers: `layer_types` may only say that again."""
+        one = KINDS[width.value is not None]
+        if kinds is not None and any(k != one for k in kinds):
+            self.contradict("sliding_window", ("sliding_window", "read"), ("layer_types", "not read"))
+
+    # --- the rest ---------------------------------------------------------------------------------------
+
+    def _others(self) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
+        idle, unknown, refused = {}, {}, {}
+        for key, value in self.config.items():
+            if key in self.used:
+                continue
+            if key in REFUSED and value not in (None, False, {}):
+                refused[key] = REFUSED[key]
+            elif key in self.own.idle or key in IDLE:
+                idle[key] = self.own.idle.get(key) or IDLE[key]
+            elif value in (None, False, "", 0) or value in ([], {}) or same(value, DEFAULTS.get(key, ABSENT)):
+                idle[key] = "empty, or the default of every class"
+            else:
+                unknown[key] = value
+        return idle, unknown, refused
+
+
+def _yarn(given: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's values with the library's defaults; the two scales are the factor on cosines and sines."""
+    made = {"beta_fast": 32, "beta_slow": 1, "truncate": True, **given}
+    made |= {k: d for k, d in (("beta_fast", 32), ("beta_slow", 1)) if not made[k]}
+    one, all_dims = made.pop("mscale", None), made.pop("mscale_all_dim", None)
+    factor = made.get("factor")
+    if made.get("attention_factor") is None and isinstance(factor, int | float) and factor > 0:
+        scales = (one, all_dims) if one and all_dims else (1, 0)
+        over, under = (0.1 * s * math.log(factor) + 1.0 if factor > 1 else 1.0 for s in scales)
+        made["attention_factor"] = over / under
+    return made
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as text: 2-4, 7."""
+    made: list[list[int]] = []
+    for n in numbers:
+        if made and made[-1][-1] == n - 1:
+            made[-1].append(n)
+        else:
+            made.append([n])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in made)
+
+
+def differences(expected: Reading, found: Reading) -> Iterator[tuple[str, Meaning | None, Meaning | None]]:
+    """The values of two readings by one class that are not the same, by name."""
+    for name in dict.fromkeys([*expected.values, *found.values]):
+        want, have = expected.values.get(name), found.values.get(name)
+        if want is None or have is None or not same(want.value, have.value):
+            yield name, want, have

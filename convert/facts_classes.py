@@ -1,0 +1,326 @@
+"""The configuration classes of transformers as data: the keys that each reads, and what an absent key stands
+for.
+
+Source: the classes themselves in transformers 4.37.2, 4.57.6 and 5.23.0 (models/*/configuration_*.py and
+configuration_utils.py), which agree on every default here; tests/test_meanings.py holds the table against
+those that are installed. Defaults of null that follow from other values are worked out in `convert.facts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Class:
+    """`numbers` change what the model computes, `identity` are the ids and the length it is for, each with
+    the default; `aliases` other names of a key (attribute_map). `idle` are keys without effect on the
+    numbers in this class, with the reason, `idle_numbers` defaults of keys that are read into others."""
+
+    name: str
+    numbers: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
+    idle_numbers: Mapping[str, Any] = field(default_factory=dict)
+    partial_windows: bool = False  # some layers may have a window and others none
+
+
+IDENTITY = (
+    "model_type",
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_position_embeddings",
+    "n_positions",
+    "torch_dtype",
+)
+
+# Stem of an architecture -> model_type, for files that have no model_type.
+ARCHITECTURES = {
+    "Mistral": "mistral",
+    "Mixtral": "mixtral",
+    "Llama": "llama",
+    "Qwen2": "qwen2",
+    "GPT2": "gpt2",
+    "OPT": "opt",
+    "CodeGen": "codegen",
+    "GPTJ": "gptj",
+    "MegatronBert": "megatron-bert",
+}
+
+# Names of one function. Measured with transformers 5.23.0 in float64 over [-10, 10]: gelu_python is within
+# 1.8e-15 of gelu, gelu_pytorch_tanh within 8.9e-16 and gelu_fast within 9.2e-13 of gelu_new, swish is silu;
+# gelu and gelu_new are 4.7e-4 apart, gelu and quick_gelu 2.0e-2.
+ACTIVATIONS = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+}
+
+TRAINING = "for training only"
+LOADING = "says how to run or load, not what"
+GENERATION = "for generation only"
+
+IDLE: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+            "activation_dropout",
+            "attn_pdrop",
+            "classifier_dropout",
+            "dropout",
+            "embd_pdrop",
+            "hidden_dropout",
+            "hidden_dropout_prob",
+            "init_std",
+            "initializer_range",
+            "layerdrop",
+            "output_router_logits",
+            "problem_type",
+            "resid_pdrop",
+            "router_aux_loss_coef",
+            "router_jitter_noise",
+            "gradient_checkpointing",
+        ),
+        TRAINING,
+    ),
+    **dict.fromkeys(
+        (
+            "_attn_implementation",
+            "_attn_implementation_autoset",
+            "_flash_attn_2_enabled",
+            "_name_or_path",
+            "_commit_hash",
+            "attn_implementation",
+            "chunk_size_feed_forward",
+            "finetuning_task",
+            "keys_to_ignore_at_inference",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict",
+            "task_specific_params",
+            "tf_legacy_loss",
+            "tokenizer_class",
+            "torchscript",
+            "transformers_version",
+            "transformers.js_config",
+            "unsloth_fixed",
+            "unsloth_version",
+            "use_bfloat16",
+            "use_cache",
+        ),
+        LOADING,
+    ),
+    **dict.fromkeys(
+        (
+            "bad_words_ids",
+            "begin_suppress_tokens",
+            "diversity_penalty",
+            "do_sample",
+            "early_stopping",
+            "encoder_no_repeat_ngram_size",
+            "exponential_decay_length_penalty",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "length_penalty",
+            "max_length",
+            "min_length",
+            "no_repeat_ngram_size",
+            "num_beam_groups",
+            "num_beams",
+            "num_return_sequences",
+            "output_scores",
+            "prefix",
+            "remove_invalid_values",
+            "repetition_penalty",
+            "return_dict_in_generate",
+            "suppress_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+        ),
+        GENERATION,
+    ),
+}
+
+# Defaults of every class for keys that would have an effect with another value.
+DEFAULTS: dict[str, Any] = {
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+}
+
+REFUSED = {
+    "auto_map": "asks a loader to run code beside the weights",
+    "trust_remote_code": "asks a loader to run code beside the weights",
+    "custom_pipelines": "asks a loader to run code beside the weights",
+    "quantization_config": "says that the tensors are packed",
+    "compression_config": "says that the tensors are packed",
+}
+
+_DECODER = {"is_decoder": "not read: always causal"}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
+_GENERIC = {
+    "hidden_size": ("n_embd",),
+    "num_attention_heads": ("n_head",),
+    "num_hidden_layers": ("n_layer",),
+    "max_position_embeddings": ("n_positions",),
+}
+_GPT_NAMES = {own: (generic,) for generic, (own,) in _GENERIC.items()}
+_GPT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None}
+_SUMMARY = {
+    f"summary_{k}": "of a head that this architecture has not"
+    for k in ("type", "use_proj", "activation", "first_dropout", "last_dropout", "proj_to_labels")
+}
+_TENSOR_PARALLEL = {"pretraining_tp": "the same sums in parts"}
+
+_LLAMA_SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_MISTRAL_SIZES = {**_LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8}
+_GPT_SIZES = {
+    "vocab_size": 50400,
+    "n_embd": 4096,
+    "n_layer": 28,
+    "n_head": 16,
+    "n_inner": None,
+    "rotary_dim": 64,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+}
+_NOT_READ = {
+    **_SUMMARY,
+    **_DECODER,
+    "n_ctx": "not read",
+    "scale_attn_weights": "not read: always scaled",
+    "gradient_checkpointing": TRAINING,
+}
+
+CLASSES: dict[str, Class] = {
+    "llama": Class(
+        "LlamaConfig",
+        {**_LLAMA_SIZES, **_ROPE, "attention_bias": False, "mlp_bias": False},
+        {**_IDS, "max_position_embeddings": 2048},
+        idle={**_DECODER, **_TENSOR_PARALLEL},
+    ),
+    "mistral": Class(
+        "MistralConfig",
+        {**_MISTRAL_SIZES, **_ROPE, "sliding_window": 4096},
+        {**_IDS, "max_position_embeddings": 131072},
+        idle=_DECODER,
+    ),
+    "mixtral": Class(
+        "MixtralConfig",
+        {
+            **_MISTRAL_SIZES,
+            **_ROPE,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        {**_IDS, "max_position_embeddings": 131072},
+        aliases={"num_local_experts": ("num_experts",)},
+        idle=_DECODER,
+    ),
+    "qwen2": Class(
+        "Qwen2Config",
+        {
+            **_LLAMA_SIZES,
+            **_ROPE,
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+        },
+        {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 32768},
+        idle=_DECODER,
+        idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
+        partial_windows=True,
+    ),
+    "gpt2": Class(
+        "GPT2Config",
+        {
+            "vocab_size": 50257,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "n_inner": None,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+        {**_GPT_IDS, "n_positions": 1024},
+        aliases=_GPT_NAMES,
+        idle={
+            **_SUMMARY,
+            **_DECODER,
+            "n_ctx": "not read",
+            "reorder_and_upcast_attn": "the same sums in float32",
+        },
+    ),
+    "codegen": Class("CodeGenConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
+    "gptj": Class("GPTJConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
+    "opt": Class(
+        "OPTConfig",
+        {
+            "vocab_size": 50272,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "ffn_dim": 3072,
+            "word_embed_proj_dim": None,
+            "activation_function": "relu",
+            "do_layer_norm_before": True,
+            "_remove_final_layer_norm": False,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+            "tie_word_embeddings": True,
+        },
+        {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 2048},
+        idle=_DECODER,
+    ),
+    "megatron-bert": Class(
+        "MegatronBertConfig",
+        {
+            "vocab_size": 29056,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "type_vocab_size": 2,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "position_embedding_type": "absolute",
+            "is_decoder": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+        {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
+    ),
+}

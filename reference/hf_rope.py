@@ -1,0 +1,181 @@
+"""Rotary embeddings as transformers computes them: where config.json has their values, and what is done to
+the frequencies for longer texts. Two channels H/2 apart are a pair.
+
+Source: transformers 4.57.6 and 5.23.0, modeling_rope_utils.py (rope_type default, linear, dynamic, yarn and
+llama3); a dynamic one as in a forward pass of a fresh model.
+
+B batch, T tokens, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ckpt_tool.reference import NotComputed
+
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """`low` and `high` are turns within `original_context` tokens: waves that turn less than `low` times are
+    slowed down by `factor`, those that turn more than `high` times are left alone (llama3 and yarn).
+    `attention` multiplies cosines and sines."""
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_context: float = 8192.0
+    kind: str = "llama3"
+    attention: float = 1.0
+    truncate: bool = True  # yarn: to whole channels
+
+    @classmethod
+    def from_hf(cls, facts: Mapping[str, Any], longest: Any) -> Self | None:
+        """`facts` as in config.json, `longest` its max_position_embeddings; None for the default.
+        `NotComputed` for another kind, ValueError for one that lacks values."""
+        kind = facts.get("rope_type") or facts.get("type") or "default"
+        if kind == "default":
+            return None
+        if kind not in KINDS:
+            raise NotComputed(f"expected rope_type to be one of {', '.join(KINDS)}, found `{kind}`")
+        context = facts.get("original_max_position_embeddings") or longest
+        found = {**facts, "original_max_position_embeddings": context, "max_position_embeddings": longest}
+        names = {
+            "linear": ("factor",),
+            "dynamic": ("factor", "max_position_embeddings"),
+            "yarn": ("factor", "original_max_position_embeddings"),
+            "llama3": (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ),
+        }[kind]
+        if missing := [name for name in names if found.get(name) is None]:
+            raise ValueError(f"expected {', '.join(missing)} beside rope_type `{kind}`, found none")
+        numbers = [float(found[name]) for name in names]
+        if kind == "llama3":
+            factor, low, high, context = numbers
+            return cls(factor, low, high, context)
+        if kind in ("linear", "dynamic"):
+            return cls(numbers[0], 1.0, 1.0, float(longest or 0), kind)
+        slow, fast = (float(facts.get(name) or n) for name, n in (("beta_slow", 1), ("beta_fast", 32)))
+        truncate = bool(facts.get("truncate", True))
+        return cls(numbers[0], slow, fast, numbers[1], kind, _attention(facts, numbers[0]), truncate)
+
+
+def _attention(facts: Mapping[str, Any], factor: float) -> float:
+    """Of yarn: as given, else from the factor and, if there are both, the two scales."""
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if (given := facts.get("attention_factor")) is not None:
+        return float(given)
+    one, all_channels = facts.get("mscale"), facts.get("mscale_all_dim")
+    return scale(float(one)) / scale(float(all_channels)) if one and all_channels else scale(1.0)
+
+
+def rope(config: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
+    """Theta and the scaling. transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 both in
+    `rope_parameters`; a config without theta means that of its class, `default`. ValueError for two
+    values."""
+    longest = config.get("max_position_embeddings")
+    older, newer = (_one(config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
+    found = [facts["rope_theta"] for facts in (config, older, newer) if facts.get("rope_theta") is not None]
+    if not found and "rope_theta" in config:
+        raise ValueError("expected a number as rope_theta in config.json, found null")
+    thetas = set(map(float, found))
+    if len(thetas) > 1:
+        raise ValueError(
+            f"expected one rope_theta in config.json, found {', '.join(map(str, sorted(thetas)))}"
+        )
+    for facts in (config, older, newer):
+        if facts.get("partial_rotary_factor") not in (None, 1):
+            part = facts["partial_rotary_factor"]
+            raise NotComputed(f"expected whole heads to be turned, found partial_rotary_factor {part}")
+    scalings = {RopeScaling.from_hf(facts, longest) for facts in (older, newer) if facts}
+    if config.get("rope_scaling", {}) is None and newer:
+        scalings.add(None)
+    if len(scalings) > 1:
+        raise ValueError(
+            "expected one rotary scaling in config.json, found two in rope_scaling and rope_parameters"
+        )
+    return (thetas.pop() if thetas else default), (scalings.pop() if scalings else None)
+
+
+def _one(facts: Any) -> Mapping[str, Any]:
+    """The values for all layers, where they are given for each kind of layer."""
+    if not isinstance(facts, Mapping):
+        raise ValueError(f"expected rotary values as an object in config.json, found {facts!r}")
+    kinds = [v for v in facts.values() if isinstance(v, Mapping)]
+    if kinds and len(kinds) == len(facts):
+        if any(v != kinds[0] for v in kinds):
+            raise NotComputed("expected the same rotary values for all kinds of layers, found others")
+        return kinds[0]
+    return facts
+
+
+def rotation(x: Tensor, theta: float, width: int, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency for x (B, T, ...), each (T, H), equal in both halves of H; computed
+    in the precision of x, at least float32, and rounded to the dtype of x."""
+    dtype, T = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    steps = torch.arange(0, width, 2, dtype=dtype, device=x.device)
+    if scaling is not None and scaling.kind == "dynamic":
+        theta *= _growth(scaling, T) ** (width / (width - 2))
+    frequencies = 1.0 / theta ** (steps / width)
+    if scaling is not None:
+        frequencies = stretch(frequencies, theta, scaling)
+    angles = torch.arange(T, dtype=dtype, device=x.device)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    attention = 1.0 if scaling is None else scaling.attention
+    return (angles.cos() * attention).to(x.dtype), (angles.sin() * attention).to(x.dtype)
+
+
+def _growth(s: RopeScaling, length: int) -> float:
+    longest = max(float(length), s.original_context)
+    return s.factor * longest / s.original_context - (s.factor - 1)
+
+
+def stretch(frequencies: Tensor, theta: float, s: RopeScaling) -> Tensor:
+    """`keep` is the part of a frequency that is not divided by `factor`: 1 for waves that turn `high` times
+    or more within the original context, 0 for those that turn at most `low` times, and linear between, for
+    llama3 in the turns, for yarn in the number of the channel."""
+    if s.kind == "dynamic":
+        return frequencies
+    if s.kind == "linear":
+        return frequencies / s.factor
+    if s.kind == "llama3":
+        turns = s.original_context * frequencies / (2 * math.pi)
+        keep = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
+    else:
+        first, last = _channels(theta, 2 * len(frequencies), s)
+        number = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
+        keep = 1 - ((number - first) / (last - first)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * (frequencies / s.factor)
+
+
+def _channels(theta: float, width: int, s: RopeScaling) -> tuple[float, float]:
+    """The pairs of channels between which yarn goes from one end to the other."""
+
+    def pair(turns: float) -> float:
+        return width * math.log(s.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(s.high), pair(s.low)
+    if s.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    return (first, last + 0.001) if first == last else (first, last)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)

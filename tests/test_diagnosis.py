@@ -1,0 +1,250 @@
+"""Planted mistakes of every kind: caught, located and named, and nothing named that was not planted."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckpt_tool.fixtures import flaws_values
+from ckpt_tool.fixtures.flaws import Folder
+from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth, numbers, to_bits
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import Report, verify
+from ckpt_tool.verify.altered import alteration, place
+from ckpt_tool.verify.rowmaps import Rows, as_text, hashes, located
+
+Written = Callable[[str], Path]
+assert flaws_values  # adds its kinds
+
+# One or two of each family; a kind is planted in the first that has what it needs, from a moving start.
+PLANTED = (
+    "mistral-7b-v0.3",
+    "qwen2-0.5b",
+    "gpt2-v2-tp2",
+    "mixtral-c",
+    "opt-13b",
+    "bert-v2-tp2",
+    "llama-3-70b",
+    "codegen-350m-mono",
+    "opt-float32",
+    "llama-3.1-405b-mp16",
+    "mistral-7b-v0.1",
+    "bert-v1-bare",
+)
+CONFIG = [k for k in KINDS if k.startswith("config: ")]
+SEEN_BY_NO_PASS = ("config: end of text",)  # compared with the documents, not computed
+
+
+@pytest.fixture
+def tampered(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> Callable[[str], tuple[str, Path, Truth]]:
+    """`tampered(kind)`: the variant, its copy with the mistake in it, and what was planted."""
+
+    def plant(kind: str) -> tuple[str, Path, Truth]:
+        at = list(KINDS).index(kind) % len(PLANTED)
+        for variant in chain(PLANTED[at:], PLANTED[:at]):
+            folder = Path(shutil.copytree(conversions(variant), tmp_path / variant))
+            opened = Folder(folder)
+            try:
+                return variant, folder, KINDS[kind](opened, Roles(opened))
+            except NotHere:
+                continue
+            finally:
+                opened.checkpoint.close()
+        raise AssertionError(f"{kind} can be planted nowhere")
+
+    return plant
+
+
+def causes(report: Report) -> list[str]:
+    return [str(f.data["cause"]) for f in report.level("diagnosis") if f.data["cause"] is not None]
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in CONFIG])
+def test_altered_tensors_are_named_by_their_bits(
+    kind: str, tampered: Callable[[str], tuple[str, Path, Truth]], originals: Written
+) -> None:
+    variant, folder, truth = tampered(kind)
+    report = verify(folder, originals(variant), levels="bits", settings=VARIANTS[variant].settings)
+    assert report.exit_code == 1
+    found = causes(report)
+    assert found and all(truth.names(c) for c in found), (
+        truth,
+        [f.message for f in report.level("diagnosis")],
+    )
+    told = {t for f in report.level("diagnosis") for t in f.data["tensor"]}
+    assert told & set(truth.tensors)
+    assert report.headline.endswith(found[0])
+
+
+@pytest.mark.parametrize("kind", [k for k in CONFIG if k not in SEEN_BY_NO_PASS])
+def test_values_of_config_json_are_named(
+    kind: str, tampered: Callable[[str], tuple[str, Path, Truth]], originals: Written
+) -> None:
+    variant, folder, truth = tampered(kind)
+    report = verify(
+        folder, originals(variant), levels=("coverage", "parity"), settings=VARIANTS[variant].settings
+    )
+    assert report.exit_code == 1
+    assert set(truth.tensors) & {str(f.where) for f in report.findings if f.status == "fail"}
+    assert all(truth.names(c) for c in causes(report)), causes(report)
+
+
+def test_a_change_of_tensors_and_of_a_value_is_told_as_both(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions("mistral-7b-v0.3"), tmp_path / "out"))
+    opened = Folder(folder)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    opened.set(name, np.roll(opened.get(name), 1, 0))
+    opened.write_config(rope_theta=1e4)
+    opened.checkpoint.close()
+    report = verify(folder, originals("mistral-7b-v0.3"), levels="parity")
+    assert causes(report)[0] == (
+        "mlp.gate_proj rows shifted by +1; rope_theta 10000 where it should be 1e+06"
+    )
+
+
+def test_two_mistakes_in_one_layer_are_both_named(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions("mistral-7b-v0.3"), tmp_path / "out"))
+    opened = Folder(folder)
+    gate, down = ("model.layers.2.mlp.gate_proj.weight", "model.layers.2.mlp.down_proj.weight")
+    opened.set(gate, opened.get(gate)[::-1])
+    opened.set(down, np.roll(opened.get(down), 2, 0))
+    opened.checkpoint.close()
+    report = verify(folder, originals("mistral-7b-v0.3"), levels=("bits", "parity"))
+    assert sorted(causes(report)[0].split("; ")) == [
+        "mlp.down_proj rows shifted by +2",
+        "mlp.gate_proj rows in reverse order",
+    ]
+    assert len(report.level("diagnosis")) == 1
+
+
+def test_what_no_mistake_explains_is_located_and_not_named(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions("llama-3-70b"), tmp_path / "out"))
+    opened = Folder(folder)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    x = opened.get(name).copy()
+    x[13, 4:9] = np.arange(5) * 977 + 16000
+    opened.set(name, x)
+    opened.checkpoint.close()
+    settings = VARIANTS["llama-3-70b"].settings
+    report = verify(folder, originals("llama-3-70b"), levels=("bits", "parity"), settings=settings)
+    (found,) = report.level("diagnosis")
+    assert (found.where, found.data["cause"], found.data["tensor"]) == ("layer 1", None, [name])
+    assert "no known mistake explains self_attn.v_proj: 5 elements differ" in found.message
+    assert "in rows 13 to 13, columns 4 to 8, all in head 2" in found.message  # heads of six rows
+
+
+def test_a_named_order_with_one_more_element_changed_is_not_named(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions("mistral-7b-v0.3"), tmp_path / "out"))
+    opened = Folder(folder)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    x = np.roll(opened.get(name), 1, 0)
+    x[5, 5] ^= 1 << 9
+    opened.set(name, x)
+    opened.checkpoint.close()
+    assert causes(verify(folder, originals("mistral-7b-v0.3"), levels=("bits", "parity"))) == []
+
+
+def test_the_bits_are_explained_without_torch(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions("mistral-7b-v0.3"), tmp_path / "out"))
+    opened = Folder(folder)
+    opened.swap("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    opened.checkpoint.close()
+    code = (
+        "import sys; from ckpt_tool.verify import verify\n"
+        f"r = verify({str(folder)!r}, {str(originals('mistral-7b-v0.3'))!r}, levels=('coverage', 'bits'))\n"
+        "print(r.headline); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == "layer 1: mlp.gate_proj and mlp.up_proj exchanged\n[]\n", run.stderr
+
+
+# --- orders of rows -------------------------------------------------------------------------------------
+
+
+def rows_of(order: np.ndarray, *axes: tuple[str, int], ranks: int = 1) -> Rows:
+    right = hashes(np.arange(len(order) * 3, dtype=np.uint16).reshape(-1, 3))
+    return Rows(right, right[order], axes, ranks, "row")
+
+
+@pytest.mark.parametrize(
+    ("order", "axes", "ranks", "words"),
+    [
+        (np.roll(np.arange(12), 2), (("f", 12),), 1, "rows shifted by +2"),
+        (np.roll(np.arange(12), -1), (("p", 12),), 1, "positions shifted by -1"),
+        (np.roll(np.arange(12), 3), (("n", 4), ("h", 3)), 1, "heads rolled by 1"),
+        (np.arange(12).reshape(4, 3)[::-1].reshape(-1), (("n", 4), ("h", 3)), 1, "heads in reverse order"),
+        (np.array([0, 1, 2, 0, 1, 2, *range(6, 12)]), (("n", 4), ("h", 3)), 1, "head 1 holds head 0"),
+        (np.arange(12).reshape(2, 6)[::-1].reshape(-1), (("f", 12),), 2, "ranks 0 and 1 exchanged"),
+        (
+            np.arange(24).reshape(12, 2)[as_text(12)].reshape(-1),
+            (("f", 24),),
+            12,
+            "ranks in the order of their numbers as text (10 before 2)",
+        ),
+        (
+            np.array([0, 1, 2, 3, 5, 6, 7, 8, 8, 9, 10, 11]),
+            (("f", 12),),
+            3,
+            "a share of the rows off by one: rows 4 to 7 hold 5 to 8",
+        ),
+        (
+            np.arange(24).reshape(2, 3, 4)[:, [0, 2, 1]].reshape(-1),
+            (("a", 2), ("s", 3), ("x", 4)),
+            1,
+            "thirds 1 and 2 exchanged in each block of 3",
+        ),
+    ],
+)  # fmt: skip
+def test_an_order_of_rows_is_told(
+    order: np.ndarray, axes: tuple[tuple[str, int], ...], ranks: int, words: str
+) -> None:
+    assert rows_of(order, *axes, ranks=ranks).words() == words
+
+
+def test_rows_that_are_nobodys_have_no_order() -> None:
+    right = hashes(np.arange(36, dtype=np.uint16).reshape(12, 3))
+    found = right.copy()
+    found[4] += np.uint64(1)
+    assert Rows(right, found, (("f", 12),), 1, "row").words() is None
+
+
+def test_equal_rows_keep_their_places() -> None:
+    among = np.array([7, 7, 9, 7], np.uint64)
+    assert located(among, among).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_rounding_on_the_way_is_told(dtype: str) -> None:
+    drawn = to_bits(np.random.default_rng(0).standard_normal((40, 30)) * 1e-3, dtype)
+    other, name = ("F16", "float16") if dtype != "F16" else ("BF16", "bfloat16")
+    found = to_bits(numbers(to_bits(numbers(drawn, dtype), other), other), dtype)
+    assert not np.array_equal(drawn, found)
+    assert alteration(drawn, found, dtype, frozenset()) == f"rounded to {name} on the way"
+
+
+def test_places_are_told_as_rows_columns_or_elements() -> None:
+    wrong = np.zeros((6, 5), bool)
+    wrong[2, 3] = True
+    assert place(wrong) == "element (2, 3)"
+    wrong[2:4] = True
+    assert place(wrong) == "rows 2 to 3"
+    assert place(np.ones((6, 5), bool)) == "every element"

@@ -1,0 +1,289 @@
+"""The files beside the weights: every planted mistake is named through the command line, right ones pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tool.api import Options, convert
+from ckpt_tool.cli import main
+from ckpt_tool.fixtures.flaws_documents import HARMLESS, MISTAKES
+from ckpt_tool.fixtures.tokenizers import sentencepiece_model
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import verify
+from ckpt_tool.verify.report import Finding, Report
+
+ROOT = Path(__file__).parents[1]
+Written = Callable[[str], Path]
+CHECKS = ("tokenizer", "generation config", "chat template", "documents", "strangers")
+# One of each family, and of each format of tokenizer.
+WITH_TOKENIZER = (
+    "mistral-7b-v0.3",
+    "mistral-nemo",
+    "mixtral-a",
+    "llama-2-7b",
+    "llama-3-8b",
+    "bert-ngc-cased",
+    "gpt2-ngc-deflated",
+    "opt-13b",
+    "codegen-2b-multi",
+    "qwen2-0.5b",
+)
+LEAST = 55  # kinds of mistakes that each of them can have
+# Without a manifest a folder looks as if saved again by transformers, which leaves these out; and where an
+# original has no chat template, there is nothing to compare one with.
+SAID_ONLY = ("deleted: ", "chat: ")
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+    return to
+
+
+def run(
+    monkey: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: Path,
+    source: Path,
+    variant: str,
+) -> Any:
+    """Exit code and findings of `ckpt-tool verify` over the levels that need no torch."""
+    settings = [f"--set={k}={json.dumps(v)}" for k, v in VARIANTS[variant].settings.items()]
+    levels = ["--level", "coverage", "--level", "bits"]
+    command = ["verify", str(out), "--source", str(source), *levels, "--json", *settings]
+    monkey.setattr(sys, "argv", ["ckpt-tool", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, json.loads(capsys.readouterr().out)["findings"]
+
+
+def about_documents(report: Report, *states: str) -> list[Finding]:
+    return [f for f in report.findings if f.check in CHECKS and f.status in states]
+
+
+@pytest.mark.parametrize("variant", WITH_TOKENIZER)
+def test_every_mistake_beside_the_weights_is_named(
+    variant: str,
+    originals: Written,
+    conversions: Written,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    missed, planted = [], 0
+    for name, plant in MISTAKES.items():
+        out = copied(conversions(variant), tmp_path / "out")
+        where = plant(out)
+        if where is None:
+            continue
+        planted += 1
+        code, findings = run(monkeypatch, capsys, out, originals(variant), variant)
+        wrong = [f for f in findings if f["status"] == "fail" and f["check"] in CHECKS]
+        if code != 1 or not any(where in f"{f['where']} {f['message']}" for f in wrong):
+            missed.append((name, code, [f["message"] for f in wrong]))
+    assert missed == []
+    assert planted >= LEAST
+
+
+@pytest.mark.parametrize("variant", WITH_TOKENIZER)
+def test_without_a_manifest_what_acts_is_still_named(
+    variant: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    for name, plant in MISTAKES.items():
+        out = copied(conversions(variant), tmp_path / "out")
+        (out / "ckpt-tool.json").unlink()
+        where = plant(out)
+        if where is None:
+            continue
+        report = verify(out, originals(variant), levels="coverage", settings=VARIANTS[variant].settings)
+        wrong = about_documents(report, "fail")
+        if name.startswith(SAID_ONLY) and not wrong:
+            assert about_documents(report, "note", "skipped"), name
+        else:
+            assert any(where in f"{f.where} {f.message}" for f in wrong), name
+
+
+@pytest.mark.parametrize("variant", WITH_TOKENIZER)
+def test_harmless_files_beside_a_model_are_named_in_one_note(
+    variant: str,
+    originals: Written,
+    conversions: Written,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = copied(conversions(variant), tmp_path / "out")
+    planted = [where for plant in HARMLESS.values() if (where := plant(out)) is not None]
+    code, findings = run(monkeypatch, capsys, out, originals(variant), variant)
+    assert code == 0, [f for f in findings if f["status"] == "fail"]
+    (note,) = [f for f in findings if f["check"] == "strangers" and f["status"] == "note"]
+    assert len(planted) >= 10 and "README.md" in note["message"]
+
+
+# --- outputs saved again by a library -------------------------------------------------------------------
+
+SAVE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from transformers import AutoTokenizer, GenerationConfig, logging
+logging.set_verbosity_error()
+for folder, to in zip(sys.argv[1::2], sys.argv[2::2]):
+    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+    if (Path(folder) / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(folder).save_pretrained(to)
+"""
+
+
+@pytest.mark.parametrize("release", ["tf4.37", "tf4.57", "current"])
+def test_tokenizers_saved_again_by_transformers_pass(
+    release: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    judge = ROOT / ".judges" / release
+    if release != "current" and not judge.is_dir():
+        pytest.skip(f"{release} is not set up; `make test` does it")
+    pairs = [str(p) for v in WITH_TOKENIZER for p in (conversions(v), tmp_path / v)]
+    path = {} if release == "current" else {"PYTHONPATH": str(judge)}
+    command = [sys.executable, "-W", "ignore", "-c", SAVE, *pairs]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for variant in WITH_TOKENIZER:
+        out = tmp_path / variant
+        assert (out / "tokenizer.json").is_file()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(conversions(variant) / name, out)
+        report = verify(
+            out, originals(variant), levels=("coverage", "bits"), settings=VARIANTS[variant].settings
+        )
+        assert report.exit_code == 0, (variant, about_documents(report, "fail"))
+        assert any(f.check == "tokenizer" and f.status == "pass" for f in report.findings)
+
+
+def test_a_split_that_transformers_5_builds_for_the_class_is_told_with_the_text(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Qwen2Tokenizer of transformers 5 puts in a split of its own, whatever tokenizer.json says."""
+
+    def split(folder: Path, pattern: str) -> None:
+        document = json.loads((folder / "tokenizer.json").read_text())
+        document["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+
+    source = copied(originals("qwen2-0.5b"), tmp_path / "source")
+    out = copied(conversions("qwen2-0.5b"), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    split(source, r"\p{N}")
+    report = verify(out, source, levels=("coverage", "bits"))
+    assert report.exit_code == 0
+    (note,) = [f for f in about_documents(report, "note") if f.where == "tokenizer.json"]
+    assert "transformers 5" in note.message and "expected ids" in note.message
+    split(out, r"\p{L}")
+    assert verify(out, source, levels="coverage").exit_code == 1
+
+
+# --- what is not there ----------------------------------------------------------------------------------
+
+
+def test_weights_saved_without_a_tokenizer_pass_and_the_headline_says_so(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions("llama-2-7b"), tmp_path / "out")
+    for name in ("ckpt-tool.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        (out / name).unlink()
+    (out / "special_tokens_map.json").unlink()
+    report = verify(out, originals("llama-2-7b"), levels=("coverage", "bits"))
+    assert report.exit_code == 0
+    assert "the source has a tokenizer, the output has none" in report.headline
+
+
+def test_a_tokenizer_that_was_given_when_converting_is_not_called_a_mistake(
+    originals: Written, tmp_path: Path
+) -> None:
+    own = copied(originals("llama-2-7b"), tmp_path / "own")
+    words = VARIANTS["llama-2-7b"].true_config["vocab_size"]
+    (own / "tokenizer.model").write_bytes(sentencepiece_model(words))
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(sentencepiece_model(words, control=("[INST]",)))
+    out = tmp_path / "out"
+    convert(own, out, family="llama", options=Options(tokenizer=str(other)))
+    report = verify(out, own, levels=("coverage", "bits"))
+    assert report.exit_code == 0, about_documents(report, "fail")
+    assert "given when converting" in report.headline
+    MISTAKES["copy: tokenizer.model changed"](out)
+    assert verify(out, own, levels="coverage").exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_without_a_source_what_the_manifest_records_must_be_there(
+    name: str, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions("llama-2-7b"), tmp_path / "out")
+    assert verify(out, levels=("coverage", "bits"), no_source=True).exit_code == 0
+    (out / name).unlink()
+    report = verify(out, levels=("coverage", "bits"), no_source=True)
+    assert report.exit_code == 1 and name in report.headline
+
+
+def test_without_a_source_files_that_contradict_each_other_fail(conversions: Written, tmp_path: Path) -> None:
+    out = copied(conversions("gpt2-ngc-deflated"), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    MISTAKES["copy: ids of vocab.json exchanged"](out)
+    report = verify(out, levels="coverage", no_source=True)
+    assert [f.where for f in about_documents(report, "fail")] == ["vocab.json"]
+
+
+def test_a_name_in_the_manifest_that_leads_out_of_the_folder_is_not_followed(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions("llama-2-7b"), tmp_path / "out")
+    manifest = json.loads((out / "ckpt-tool.json").read_text())
+    manifest["documents"].append({"file": "../secret", "sha256": "0" * 64, "source": "x"})
+    (out / "ckpt-tool.json").write_text(json.dumps(manifest))
+    (tmp_path / "secret").write_text("x")
+    report = verify(out, originals("llama-2-7b"), levels="coverage")
+    (wrong,) = about_documents(report, "fail")
+    assert wrong.where == "../secret" and "found none" in wrong.message
+
+
+# --- the way back ---------------------------------------------------------------------------------------
+
+ORIGINALS = {
+    "llama-2-7b": ("params.json", "tokenizer.model"),
+    "opt-13b": ("gpt2-vocab.json", "gpt2-merges.txt"),
+    "codegen-2b-multi": ("config.json", "tokenizer.json"),
+    "mistral-nemo": ("tekken.json",),
+}
+
+
+@pytest.mark.parametrize("variant", list(ORIGINALS))
+def test_documents_of_an_original_are_compared_too(
+    variant: str, conversions: Written, tmp_path: Path
+) -> None:
+    back = tmp_path / "back"
+    convert(conversions(variant), back, family=VARIANTS[variant].family, to="original")
+    assert about_documents(verify(back, conversions(variant), levels="coverage"), "fail") == []
+    for name in ORIGINALS[variant]:
+        kept = (back / name).read_bytes()
+        (back / name).unlink()
+        report = verify(back, conversions(variant), levels="coverage")
+        assert name in {f.where for f in about_documents(report, "fail")}
+        (back / name).write_bytes(kept.replace(b"1", b"2") if name.endswith("json") else kept[:-1] + b"\x03")
+        report = verify(back, conversions(variant), levels="coverage")
+        assert any(name in str(f.where) for f in about_documents(report, "fail")), name
+        (back / name).write_bytes(kept)

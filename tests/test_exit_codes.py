@@ -1,0 +1,412 @@
+"""Exit 1 says that verification found a difference and nothing else: every other end has its own code, one
+clear text, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tool.fixtures.flaws import plant
+from ckpt_tool.program import wants_json
+
+Written = Callable[[str], Path]
+VARIANT = "mistral-float32"
+MAIN = "from ckpt_tool.program import main\nmain()\n"
+PROGRAM = [sys.executable, "-m", "ckpt_tool"]
+
+
+def run(*arguments: str, script: str | None = None, cwd: Path | None = None, **more: Any) -> Any:
+    """The finished program, or `script`, which ends by calling it."""
+    command = PROGRAM if script is None else [sys.executable, "-c", script]
+    more.setdefault("stdout", subprocess.PIPE)
+    more.setdefault("stderr", subprocess.PIPE)
+    done = subprocess.run([*command, *arguments], text=True, cwd=cwd, timeout=120, check=False, **more)
+    assert "Traceback" not in (done.stderr or ""), done.stderr
+    return done
+
+
+# --- what each command ends with ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(originals: Written, conversions: Written, tmp_path: Path) -> Path:
+    """A folder with `in`, its conversion `out` and a conversion with a mistake, `bad`."""
+    (tmp_path / "in").symlink_to(originals(VARIANT))
+    shutil.copytree(conversions(VARIANT), tmp_path / "out")
+    plant(Path(shutil.copytree(conversions(VARIANT), tmp_path / "bad")), "q-not-permuted")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        (0, "families"),
+        (0, "--version"),
+        (0, "convert --help"),
+        (0, "fixtures"),
+        (0, "inspect in"),
+        (0, "plan auto --in in"),
+        (0, "convert auto --in in --out new"),
+        (0, "convert auto --in in --out new --dry-run"),
+        (0, "verify out --source in --level bits"),
+        (0, "verify out --no-source --level coverage"),
+        (1, "verify bad --source in --level bits"),
+        (1, "diagnose bad --source in"),
+        (2, ""),
+        (2, "nonsense"),
+        (2, "convert"),
+        (2, "inspect nowhere"),
+        (2, "plan auto --in nowhere"),
+        (2, "plan auto --in in --max-shard-size much"),
+        (2, "convert auto --in in --out out"),
+        (2, "convert auto --in in --out nowhere/new --dry-run --to sideways"),
+        (2, "fixtures nonsense --out new"),
+        (2, "fixtures mistral-float32"),
+        (2, "fixtures mistral-float32 --out out"),
+        (2, "table --only nonsense"),
+        (2, "gate nowhere.toml"),
+        (2, "demo --out out"),
+        (2, "demo --out out --overwrite"),
+        (2, "verify nowhere --source in"),
+        (2, "verify out --level coverage"),
+        (2, "verify out --no-source --level coverage --junit nowhere/x"),
+    ],
+)
+def test_every_command_ends_with_0_1_or_2_by_one_rule(code: int, arguments: str, tiny: Path) -> None:
+    done = run(*arguments.split(), cwd=tiny)
+    assert done.returncode == code, (done.stdout[-500:], done.stderr[-500:])
+    if code == 2 and arguments:
+        assert "error[" in done.stderr or "undecided" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("convert a --json", True),
+        ("verify out --json", True),
+        ("verify out --json --level bits", True),
+        ("verify out --json -", True),
+        ("verify out --json=-", True),
+        ("verify out --json file", False),
+        ("verify out --json=file", False),
+        ("verify out", False),
+    ],
+)
+def test_errors_are_json_where_json_goes_to_stdout(arguments: str, wanted: bool) -> None:
+    assert wants_json(arguments.split()) is wanted
+
+
+# --- defects --------------------------------------------------------------------------------------------
+
+DEFECTS = {
+    "inspect in": "import ckpt_tool.inspect as m; m.inspect = broken",
+    "plan auto --in in": "import ckpt_tool.api as m; m.plan = broken",
+    "convert auto --in in --out new": "import ckpt_tool.convert.carry as m; m.Carrier.carry = broken",
+    "verify out --source in --level bits": "import ckpt_tool.verify as m; m.bits = broken",
+    "verify out --source in --level parity": "import ckpt_tool.verify.compute as m; m.lockstep = broken",
+    "families": "import ckpt_tool.convert.families as m; m.family = broken",
+    "fixtures mistral-float32 --out new": "import ckpt_tool.convert.places as m; m.free_place = broken",
+    "gate parity.toml": "import ckpt_tool.verify.gate as m; m.read_gate = broken",
+}
+RAISED = ["ZeroDivisionError('by a\\x1b[31m zero')", "SystemExit(1)", "RecursionError()", "Alien('panicked')"]
+
+
+def defect(place: str, raised: str) -> str:
+    return (
+        "class Alien(BaseException): pass\n"  # as libraries in other languages raise
+        f"def broken(*a, **k): raise {raised}\n{place}\n{MAIN}"
+    )
+
+
+@pytest.mark.parametrize("command", DEFECTS)
+def test_a_defect_is_an_error_of_its_own(command: str, tiny: Path) -> None:
+    script = defect(DEFECTS[command], RAISED[0])
+    done = run(*command.split(), script=script, cwd=tiny)
+    assert done.returncode == 2
+    first, second = done.stderr.strip().splitlines()
+    assert first.startswith(
+        "error[internal]: expected to go on, found ZeroDivisionError: by a\\x1b[31m zero ("
+    )
+    assert "CKPT_TOOL_TRACEBACK=1" in second and "report" in second
+    assert not [p for p in tiny.iterdir() if p.name not in ("in", "out", "bad")]
+
+
+@pytest.mark.parametrize("raised", RAISED[1:])
+def test_whatever_is_raised_is_no_difference(raised: str, tiny: Path) -> None:
+    script = defect(DEFECTS["inspect in"], raised)
+    done = run("inspect", "in", "--json", script=script, cwd=tiny)
+    assert done.returncode == 2 and json.loads(done.stdout)["error"] == "internal"
+
+
+@pytest.mark.parametrize("how", ["environment", "--verbose"])
+def test_the_traceback_is_there_for_who_asks(how: str, tiny: Path) -> None:
+    script = defect(DEFECTS["convert auto --in in --out new"], RAISED[0])
+    arguments = ["convert", "auto", "--in", "in", "--out", "new", *([how] if how != "environment" else [])]
+    environment = {**os.environ, **({"CKPT_TOOL_TRACEBACK": "1"} if how == "environment" else {})}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=tiny, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and "Traceback" in done.stderr and "in broken" in done.stderr
+
+
+# --- pipes and streams ----------------------------------------------------------------------------------
+
+TALKING = ["families", "fixtures --json", "inspect in --all", "plan auto --in in --json", "--help"]
+
+
+@pytest.mark.parametrize("command", [*TALKING, "convert auto --in in --out new", "verify bad --source in"])
+def test_a_pipe_that_nobody_reads_ends_with_141(command: str, tiny: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*command.split(), cwd=tiny, stdout=writer)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_head_takes_its_line_and_the_rest_goes_nowhere(tiny: Path) -> None:
+    text = " ".join([*PROGRAM, "inspect in --all | head -1; echo ${PIPESTATUS[0]}"])
+    done = subprocess.run(["bash", "-c", text], cwd=tiny, capture_output=True, text=True, check=False)
+    assert done.stdout == "in\n141\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["convert auto --in nowhere --out new", "nonsense"])
+def test_an_error_that_nobody_can_read_ends_with_141_too(command: str, tiny: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*command.split(), cwd=tiny, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 141 and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("closed", "command", "code"),
+    [
+        (">&-", "families", 141),
+        (">&-", "inspect in --json", 141),
+        (">&- 2>&-", "families --json", 141),
+        (">&- <&- 2>&-", "convert auto --in in --out new", 141),
+        ("2>&-", "families", 0),
+        ("2>&- <&-", "convert auto --in in --out new", 0),
+        ("2>&-", "inspect nowhere", 2),
+        ("<&-", "inspect nowhere", 2),
+        (">/dev/full", "families", 2),
+        (">/dev/full", "inspect in --json", 2),
+        ("2>/dev/full", "families", 0),
+    ],
+)
+def test_streams_that_are_closed_at_the_start(closed: str, command: str, code: int, tiny: Path) -> None:
+    text = f"{' '.join(PROGRAM)} {command} {closed}"
+    done = subprocess.run(["bash", "-c", text], cwd=tiny, capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    if "--out new" in command:  # no file of the output was taken for a stream
+        assert run("verify", "new", "--source", "in", "--level", "bits", cwd=tiny).returncode == 0
+
+
+# --- signals --------------------------------------------------------------------------------------------
+
+SLOW = """
+import time
+from ckpt_tool.convert import carry
+real = carry.Carrier.carry
+def slow(*a):
+    time.sleep(0.05)
+    real(*a)
+carry.Carrier.carry = slow
+"""
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+SHARDED = ["--max-shard-size", "60KB", "--jobs", "1", "--no-verify"]
+
+
+def started(source: Path, folder: Path, *more: str, ignored: int | None = None) -> subprocess.Popen[str]:
+    """A slow conversion with two finished shards."""
+
+    def ignore() -> None:
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
+    command = ["convert", "auto", "--in", str(source), "--out", str(folder / "out"), *SHARDED, *more]
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW + MAIN, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=ignore,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        journals = list(folder.glob(".*.journal"))
+        if journals and journals[0].read_bytes().count(b"\n") >= 3:
+            return child
+        time.sleep(0.01)
+    child.kill()
+    raise AssertionError(child.communicate())
+
+
+@pytest.mark.parametrize(("number", "code"), [*SIGNALS, (signal.SIGKILL, -9)])
+def test_a_signal_keeps_what_is_finished_for_resume(
+    number: signal.Signals, code: int, originals: Written, tmp_path: Path
+) -> None:
+    source = originals("mistral-7b-v0.3")
+    child = started(source, tmp_path)
+    child.send_signal(number)
+    out, errors = child.communicate(timeout=60)
+    assert child.returncode == code and out == "" and "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    if code > 0:
+        assert f"error[interrupted]: stopped by {number.name}" in errors and "--resume" in errors
+    again = ["convert", "auto", "--in", str(source), "--out", str(tmp_path / "out"), *SHARDED]
+    done = run(*again, "--resume", "--json")
+    assert done.returncode == 0 and len(json.loads(done.stdout)["resumed"]) >= 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert run("verify", str(tmp_path / "out"), "--source", str(source), "--level", "bits").returncode == 0
+
+
+def test_the_interrupt_is_told_as_json(originals: Written, tmp_path: Path) -> None:
+    child = started(originals("mistral-7b-v0.3"), tmp_path, "--json")
+    child.send_signal(signal.SIGTERM)
+    out, errors = child.communicate(timeout=60)
+    told = json.loads(out)
+    assert child.returncode == 143 and told["error"] == "interrupted" and errors == ""
+    assert "--resume" in told["problems"][0]["hint"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
+    number: signal.Signals, originals: Written, tmp_path: Path
+) -> None:
+    child = started(originals("mistral-7b-v0.3"), tmp_path, ignored=number)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0 and errors == "" and (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_group_that_gets_the_signal_twice_ends_as_with_one(originals: Written, tmp_path: Path) -> None:
+    child = started(originals("mistral-7b-v0.3"), tmp_path)
+    for _ in range(5):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 143 and "--resume" in errors
+
+
+WAITING = {
+    "while reading the output": "import ckpt_tool.verify as m\nm.scan = wait\n",
+    "while computing": "import ckpt_tool.verify.compute as m\nm.lockstep = wait\n",
+}
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("place", WAITING)
+def test_a_signal_ends_a_verification(place: str, number: signal.Signals, code: int, tiny: Path) -> None:
+    script = (
+        "import time\ndef wait(*a, **k):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+        + WAITING[place]
+        + MAIN
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "verify", "out", "--source", "in"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tiny,
+    )  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "waiting\n"
+    child.send_signal(number)
+    out, errors = child.communicate(timeout=60)
+    assert child.returncode == code and out == ""
+    assert errors.strip() == f"error[interrupted]: stopped by {number.name}"
+
+
+@pytest.mark.parametrize("module", ["click", "ckpt_tool.cli", "rich.console", "numpy"])
+def test_an_interrupt_while_the_program_is_loading(module: str, tiny: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n" + MAIN
+    )
+    done = run("inspect", "in", script=script, cwd=tiny)
+    assert done.returncode == 130 and done.stderr.strip() == "error[interrupted]: stopped by SIGINT"
+
+
+# --- packages that are not installed --------------------------------------------------------------------
+
+BLOCKER = """
+import os, sys
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in os.environ.get("BLOCKED", "").split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def without(packages: str, *arguments: str, cwd: Path) -> Any:
+    environment = {**os.environ, "BLOCKED": packages}
+    return run(*arguments, script=BLOCKER + MAIN, cwd=cwd, env=environment)
+
+
+def test_without_torch_the_bits_are_still_compared(tiny: Path) -> None:
+    done = without("torch", "verify", "out", "--source", "in", "--json", cwd=tiny)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["status"] == "pass"
+    assert "parity not shown" in report["headline"] and "'ckpt-tool[verify]'" in report["headline"]
+    (parity,) = [f for f in report["findings"] if f["level"] == "parity"]
+    assert parity["status"] == "skipped" and parity["data"]["kind"] == "missing-package"
+    assert {f["status"] for f in report["findings"] if f["level"] == "bits"} >= {"pass"}
+    assert without("torch", "verify", "bad", "--source", "in", cwd=tiny).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("packages", "asked", "extra"),
+    [
+        ("torch", "--level parity", "verify"),
+        ("torch", "--level documented --checkpoint-id x/y", "verify"),
+        ("torch", "--against transformers", "verify"),
+        ("transformers", "--against transformers", "hf"),
+    ],
+)
+def test_what_was_asked_for_by_name_and_needs_a_missing_package(
+    packages: str, asked: str, extra: str, tiny: Path
+) -> None:
+    done = without(packages, "verify", "out", "--source", "in", *asked.split(), "--json", cwd=tiny)
+    report = json.loads(done.stdout)
+    assert done.returncode == 2 and report["status"] == "undecided"
+    assert f"pip install 'ckpt-tool[{extra}]'" in report["headline"]
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("numpy", "inspect in"),
+        ("numpy", "convert auto --in in --out new"),
+        ("rich", "families"),
+        ("click", "families"),
+        ("huggingface_hub", "inspect hf://a/b"),
+        ("huggingface_hub", "convert auto --in hf://a/b --out new"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(package: str, command: str, tiny: Path) -> None:
+    done = without(package, *command.split(), cwd=tiny)
+    assert done.returncode == 2
+    first, hint = done.stderr.strip().splitlines()
+    assert first.startswith("error[missing-package]: ")
+    assert first.endswith(f"expected the package {package}, found none")
+    assert hint == f"  hint: pip install {package}"
+
+
+def test_converting_needs_none_of_the_large_packages(tiny: Path) -> None:
+    blocked = "torch,transformers,sentencepiece,huggingface_hub"
+    done = without(blocked, "convert", "auto", "--in", "in", "--out", "new", cwd=tiny)
+    assert done.returncode == 0 and (tiny / "new" / "tokenizer.json").exists()
+
+
+def test_an_import_that_fails_inside_is_a_defect_and_no_missing_package(tiny: Path) -> None:
+    done = without("ckpt_tool.inspect", "inspect", "in", cwd=tiny)  # blocks nothing: names are whole packages
+    assert done.returncode == 0
+    done = without("zlib", "inspect", "in", cwd=tiny)
+    assert done.returncode == 2 and "error[internal]" in done.stderr and "zlib" in done.stderr

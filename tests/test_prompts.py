@@ -1,0 +1,48 @@
+"""Prompts are cut to the table of positions, in every family that has one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tool.api import Options, convert
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import verify
+from ckpt_tool.verify.prompts import cut, positions, prompts_for
+
+
+@pytest.mark.parametrize("variant", ["opt-13b", "opt-350m", "gpt2-v2-tp2", "bert-v2-tp2"])
+@pytest.mark.parametrize("table", [16, 64])
+def test_parity_runs_on_a_short_table_and_says_what_was_cut(variant: str, table: int, tmp_path: Path) -> None:
+    chosen: Any = VARIANTS[variant]
+    tiny = replace(chosen, sizes=replace(chosen.sizes, positions=table))
+    source = tiny.write(tmp_path / "source")
+    convert(source, tmp_path / "out", family=tiny.family, options=Options(settings=tiny.settings))
+    report = verify(tmp_path / "out", source, levels="parity", settings=tiny.settings)
+    found = {f.check: f for f in report.findings if f.level == "parity"}
+    assert found["lockstep"].status == "pass", found["lockstep"].message
+    assert f"long 600 to {table}" in found["prompts"].message
+
+
+def test_a_config_that_claims_more_positions_than_the_table_has_is_not_believed() -> None:
+    class Side:
+        def __init__(self, name: str, rows: int) -> None:
+            self.tensor = type("T", (), {"name": name, "shape": (rows, 4)})()
+
+        def __iter__(self) -> Any:
+            return iter([self.tensor])
+
+    config = {"max_position_embeddings": 2048, "vocab_size": 300}
+    side: Any = Side("model.decoder.embed_positions.weight", 66)
+    assert positions(config, side, None) == 64  # two rows are for padding
+    assert positions({**config, "max_position_embeddings": 50}, side) == 50
+    assert positions(config, Side("model.norm.weight", 66)) is None  # type: ignore[arg-type]
+    assert positions({"n_positions": 32}) == 32
+    rows = prompts_for(config, None, table=64)
+    assert max(map(len, rows.values())) == 64
+    (note,) = cut(rows, config, 64)
+    assert note.status == "note" and "long 600 to 64" in note.message
+    assert cut(prompts_for(config, None), config, None) == []

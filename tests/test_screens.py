@@ -1,0 +1,172 @@
+"""What a person sees, at 80 and at 120 columns, compared with tests/golden; and what holds at any width.
+
+`CKPT_TOOL_GOLDEN=write pytest tests/test_screens.py` writes the golden files anew: read the difference.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from ckpt_tool.fixtures.flaws import plant
+from ckpt_tool.terminal import Column, consoles, paragraph, table, wrapped
+
+GOLDEN = Path(__file__).parent / "golden"
+# Measured numbers and times differ from run to run and from machine to machine; their width does not matter
+# here, so runs of blanks beside them are one blank.
+MASKS = (
+    (re.compile(r"\b\d+(\.\d+)?e[+-]\d+\b"), "#"),
+    (re.compile(r"^  seconds +.*$", re.M), "  seconds #"),
+    (re.compile(r"^  computed +.*$", re.M), "  computed #"),
+)
+SCREENS: dict[str, list[list[str]]] = {
+    "families": [["families"]],
+    "fixtures": [["fixtures"]],
+    "convert": [["convert", "auto", "--in", "bert/original.zip", "--out", "bert-hf"]],
+    "plan": [["plan", "auto", "--in", "original"]],
+    "plan-ranks": [["plan", "auto", "--in", "ranks"]],
+    "plan-training-state": [["plan", "auto", "--in", "bert/original.zip"]],
+    "inspect": [["inspect", "original"]],
+    "inspect-training-state": [["inspect", "bert/original.zip"]],
+    "verify": [["verify", "converted", "--source", "original", "--level", "coverage", "--level", "bits"]],
+    "verify-fail": [["verify", "broken", "--source", "original", "--level", "coverage", "--level", "bits"]],
+    "gate": [["gate", "parity.toml"]],
+    "errors": [
+        ["convert", "nonesuch", "--in", "original", "--out", "x"],
+        ["convert", "opt", "--in", "original", "--out", "x"],
+        ["convert", "mistral", "--in", "a/path/that/is/not/there/" + "x" * 90, "--out", "x"],
+    ],
+}
+GATE = """title = "screens"
+[[check]]
+name = "good"
+source = "original"
+out = "converted"
+levels = ["coverage", "bits"]
+[[check]]
+name = "broken"
+source = "original"
+out = "broken"
+levels = ["coverage", "bits"]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, originals: Callable[[str], Path]) -> Path:
+    import shutil
+
+    from ckpt_tool.api import convert
+
+    folder = tmp_path_factory.mktemp("screens")
+    shutil.copytree(originals("mistral-7b-v0.1"), folder / "original")
+    shutil.copytree(originals("llama-2-70b"), folder / "ranks")
+    (folder / "bert").mkdir()
+    shutil.copy(originals("bert-ngc-cased"), folder / "bert" / "original.zip")
+    convert(folder / "original", folder / "converted")
+    shutil.copytree(folder / "converted", folder / "broken")
+    plant(folder / "broken", "q-not-permuted")
+    (folder / "parity.toml").write_text(GATE)
+    return folder
+
+
+def ran(arguments: list[str], cwd: Path, columns: int | None, **more: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    if columns is not None:
+        environment["COLUMNS"] = str(columns)
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt_tool", *arguments],
+        cwd=cwd,
+        env={**environment, **more},
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr
+
+
+def masked(text: str) -> str:
+    for pattern, sign in MASKS:
+        text = pattern.sub(sign, text)
+    return text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_screens(screen: str, columns: int, place: Path) -> None:
+    import shutil
+
+    shutil.rmtree(place / "bert-hf", ignore_errors=True)
+    shown = "".join(ran(arguments, place, columns) for arguments in SCREENS[screen])
+    assert "\x1b" not in shown and "Traceback" not in shown
+    for line in shown.splitlines():
+        assert line == line.rstrip(), repr(line)
+        assert cell_len(line) <= columns or screen == "errors", line  # an error is one line, for machines
+    file = GOLDEN / f"{screen}-{columns}.txt"
+    if os.environ.get("CKPT_TOOL_GOLDEN") == "write":
+        file.write_text(masked(shown), encoding="utf-8")
+    assert masked(shown) == file.read_text(encoding="utf-8")
+
+
+def test_redirected_output_is_80_columns_wide_and_follows_columns(place: Path) -> None:
+    assert ran(["families"], place, None) == ran(["families"], place, 80) != ran(["families"], place, 120)
+
+
+def test_no_color_leaves_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert consoles()[0].color_system is None
+
+
+# --- the layout itself ----------------------------------------------------------------------------------
+
+NUMBERS = tuple(f"1.23e-{k:02d}" for k in range(10, 22))
+
+
+def drawn(width: int, columns: list[Column], rows: list[tuple[str, ...]]) -> tuple[list[str], list[str]]:
+    out = io.StringIO()
+    missing = table(Console(file=out, width=width), columns, rows)
+    return out.getvalue().splitlines(), missing
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160])
+def test_a_wide_table_of_numbers_loses_columns_and_breaks_no_number(width: int) -> None:
+    columns = [Column("phase", whole=True)]
+    columns += [Column(f"n{k}", right=True, spare=k) for k in range(12)]
+    lines, missing = drawn(width, columns, [("layer 10", *NUMBERS), ("head", *NUMBERS)])
+    assert all(len(line) <= width for line in lines)
+    kept = [n for k, n in enumerate(NUMBERS) if f"n{k}" not in missing]
+    assert lines[1].split() == ["layer", "10", *kept] and kept[0] == NUMBERS[0]
+    assert len(kept) + len(missing) == len(NUMBERS)
+
+
+@pytest.mark.parametrize("width", [20, 24, 30, 44])
+def test_names_fold_at_dots_and_ranges_stay_whole(width: int) -> None:
+    name = "model.layers.{0..31}.self_attn.q_proj.weight"
+    lines = wrapped(name, width)
+    assert "".join(lines) == name and all(len(line) <= width for line in lines)
+    assert any("{0..31}" in line for line in lines)
+    assert all(line.startswith(".") for line in lines[1:])
+
+
+@pytest.mark.parametrize("text", ["a  b", "", "\n", "日本語" * 30, "x" * 300, "1,234,567 1.5e-12 " * 9])
+def test_wrapping_loses_nothing_but_blanks_and_line_ends(text: str) -> None:
+    lines = wrapped(text, 24)
+    assert all(cell_len(line) <= 24 for line in lines)
+    assert "".join(lines).replace(" ", "") == re.sub(r"\s", "", text)
+    assert all(n in lines or any(n in line for line in lines) for n in re.findall(r"[\d.,e-]{5,}", text))
+
+
+def test_the_lines_of_a_paragraph_hang_below_its_text() -> None:
+    out = io.StringIO()
+    paragraph(Console(file=out, width=40), "words " * 20, first="  note      ")
+    first, *others = out.getvalue().splitlines()
+    assert first.startswith("  note      words") and others
+    assert all(line.startswith(" " * 12 + "words") and len(line) <= 40 for line in others)

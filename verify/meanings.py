@@ -1,0 +1,149 @@
+"""config.json against the plan: does it say the same, in whatever words?
+
+Both are read by one reader (`convert.facts`), so values are compared by what they mean to the class that
+reads them. Every key of the file is a value that is compared, has no effect, or is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS
+from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, differences, read, same, shown
+from ckpt_tool.convert.facts_classes import CLASSES, IDENTITY, IDLE
+from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.subject import Subject, values_with_sources
+
+LEVEL = "coverage"
+CHECK = "config"
+Known = Mapping[str, tuple[Any, str]]
+WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
+
+
+def finding(status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
+    return Finding(LEVEL, CHECK, status, message, where, **more)
+
+
+def config(subject: Subject) -> list[Finding]:
+    """The findings about the output's config.json."""
+    if subject.hf is None or subject.direction != "to-hf":
+        return []
+    known = values_with_sources(subject)
+    planned = {k: v for k, (v, _) in known.items()}
+    model_type = class_of(planned) or class_of(subject.config)
+    if model_type is None:
+        said = subject.config.get("model_type")
+        text = f"expected a model_type whose values are known here, found {shown(said)}"
+        return [finding("skipped", text, "config.json: model_type", data={"open": True})]
+    found = read(subject.config, model_type)
+    made = [*_in_itself(subject, found)]
+    if not known:
+        reason = "neither the source nor a manifest says where the values come from"
+        return [*made, finding("skipped", reason, data={"open": True})]
+    expected = read(planned, model_type)
+    made += _compared(expected, found, known, CLASSES[model_type].name)
+    made += _unknown(found, planned)
+    if not any(f.status == "fail" for f in made):
+        made.append(_passed(found, known))
+    return made
+
+
+def _in_itself(subject: Subject, found: Reading) -> Iterator[Finding]:
+    """What a file can get wrong without being compared: two values for one thing, code and packing, a dtype
+    that the tensors do not have."""
+    for c in found.contradictions:
+        data = {"name": c.name, "values": {k: v for k, v, _ in (c.first, c.second)}}
+        yield finding("fail", c.text, f"config.json: {c.name}", data=data)
+    for key, reason in found.refused.items():
+        text = f"expected a config for plain weights, found {key}, which {reason}"
+        yield finding("fail", text, f"config.json: {key}")
+    counts: Counter[str] = Counter()
+    for t in subject.output:
+        if t.dtype in FLOATS:
+            counts[DTYPES[t.dtype].torch] += t.numel
+    said = found.identity["torch_dtype"]
+    if counts and said.value is not None and said.value not in counts:
+        (most, _), *_ = counts.most_common(1)
+        text = f"expected {most} (dtype of the tensors), found {said.text}"
+        data = {"expected": most, "found": said.said}
+        yield finding("fail", text, f"config.json: {said.where}", data=data)
+
+
+def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Iterator[Finding]:
+    for key, want, have in differences(expected, found):
+        if key == "torch_dtype" and have is not None and have.value is None:
+            continue  # nothing said: a loader takes what the tensors have
+        if want is not None and want.default and want.value == have:
+            continue
+        source = _source(key, want, known, name)
+        asked, seen = _pair(want, have)
+        text = f"expected {asked}{source}, found {seen}"
+        if key in ("model_type", "architectures") and have is not None and have.default:
+            text = f"expected {asked}{source}, found nothing"
+        where = f"config.json: {key if have is None or have.default else have.where}"
+        data = {
+            "expected": None if want is None else want.said,
+            "found": None if have is None else have.said,
+            "source": source.strip(" ()"),
+            "name": key,
+        }
+        status: Status = "note" if _only_padding(key, want, found) else "fail"
+        yield finding(status, text, where, data=data)
+
+
+def _pair(want: Meaning | None, have: Meaning | None) -> tuple[str, str]:
+    """What was expected and what was found, of objects the values that differ."""
+    if want is None or have is None:
+        return ("nothing" if want is None else shown(want.said)), ("nothing" if have is None else have.text)
+    if not (isinstance(want.value, Mapping) and isinstance(have.value, Mapping)):
+        return shown(want.said), have.text
+    keys = [k for k in {**want.value, **have.value} if not same(want.value.get(k), have.value.get(k))]
+    asked, seen = (shown({k: v.get(k, "absent") for k in keys}) for v in (want.value, have.value))
+    return asked, seen
+
+
+def _only_padding(key: str, want: Meaning | None, found: Reading) -> bool:
+    """An id for padding where the original names none, within the vocabulary: no token of the model gets
+    another meaning. Llama's early configs had 0 or -1."""
+    if key != "pad_token_id" or want is None or want.value is not None:
+        return False
+    pad, words = found.identity[key].value, found.numbers["vocab_size"].value
+    return isinstance(pad, int) and isinstance(words, int) and -1 <= pad < words
+
+
+def _source(key: str, want: Meaning | None, known: Known, name: str) -> str:
+    """Where the plan has a value from, in brackets."""
+    if want is None:
+        return ""
+    for spelling in (want.where, key, want.where.partition(".")[0]):
+        if spelling in known:
+            return f" ({known[spelling][1]})"
+    return f" (the default of {name})"
+
+
+def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
+    for key, value in found.unknown.items():
+        if key in planned and planned[key] == value:
+            continue  # carried over from the source as it is
+        if key in planned:
+            text = f"expected {shown(planned[key])}, found {shown(value)}"
+        else:
+            text = f"expected a source for this value, found none ({shown(value)})"
+        yield finding("fail", text, f"config.json: {key}", data={"found": value})
+    for key in planned:
+        if key not in found.unknown and key in read(planned, found.model_type).unknown:
+            text = f"expected {shown(planned[key])} (carried over from the source), found nothing"
+            yield finding("fail", text, f"config.json: {key}", data={"expected": planned[key]})
+
+
+def _passed(found: Reading, known: Known) -> Finding:
+    said = {n: m for n, m in found.numbers.items() if not m.default or n in known}
+    text = f"{len(said)} values that change the numbers have a source and the value it gives"
+    data: dict[str, Any] = {"sources": {n: known[n][1] for n in said if n in known}}
+    elsewhere = {n: m.where for n, m in found.values.items() if m.where != n and not m.default}
+    if elsewhere:
+        data["said by"] = elsewhere
+    ids = [i for i in IDS if not found.identity[i].default]
+    data["identity"] = ["model_type", "architectures", *ids]
+    return finding("pass", text, data=data)

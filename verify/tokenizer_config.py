@@ -1,0 +1,180 @@
+"""tokenizer_config.json and what may stand beside it (special_tokens_map.json, added_tokens.json, chat
+templates) by meaning: which tokens have a role, what is put around a text, how long it may
+be, which class reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, flags, shown
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_ROLES = ("additional_special_tokens", "extra_special_tokens")
+NO_LIMIT = 1e29  # transformers writes int(1e30) for a tokenizer that knows none
+CODE = ("auto_map", "custom_pipelines")
+# The class that reads the file as it stands, under its names of transformers 4 and 5.
+GENERIC = frozenset(("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"))
+# Classes that are one another's, or that read such files alike, by the family of the model.
+CLASSES: Mapping[str, frozenset[str]] = {
+    "mistral": frozenset(("LlamaTokenizer", "MistralCommonTokenizer", "MistralCommonBackend")),
+    "mixtral": frozenset(("LlamaTokenizer", "MistralCommonTokenizer", "MistralCommonBackend")),
+    "llama": frozenset(("LlamaTokenizer", "CodeLlamaTokenizer")),
+    "megatron-bert": frozenset(("BertTokenizer",)),
+    "megatron-gpt2": frozenset(("GPT2Tokenizer",)),
+    "opt": frozenset(("GPT2Tokenizer",)),
+    "codegen": frozenset(("CodeGenTokenizer", "GPT2Tokenizer")),
+    "qwen2": frozenset(("Qwen2Tokenizer", "GPT2Tokenizer")),
+}
+# A role that a class fills in by itself where the files give it none (defaults of its constructor).
+FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "Qwen2Tokenizer": {"unk_token": ("<|endoftext|>",), "pad_token": ("<|endoftext|>",)},
+    "GPT2Tokenizer": {role: ("<|endoftext|>",) for role in ("bos_token", "eos_token", "unk_token")},
+    "CodeGenTokenizer": {role: ("<|endoftext|>",) for role in ("bos_token", "eos_token", "unk_token")},
+    "LlamaTokenizer": {"bos_token": ("<s>",), "eos_token": ("</s>",), "unk_token": ("<unk>",)},
+}
+# What an absent key stands for, for keys that act.
+DEFAULTS: Mapping[str, Any] = {
+    "padding_side": "right",
+    "truncation_side": "right",
+    "split_special_tokens": False,
+    "add_prefix_space": False,
+    "errors": "replace",
+    "strip_accents": None,
+    "do_basic_tokenize": True,
+    "never_split": None,
+    "tokenize_chinese_chars": True,
+    "do_lower_case": None,
+    "pad_token_type_id": 0,
+    "return_token_type_ids": None,
+}
+
+
+def differences(
+    expected: Mapping[str, Any], found: Mapping[str, Any], *, family: str | None, begins: bool, ends: bool
+) -> Iterator[Difference]:
+    """Keys of tokenizer_config.json that act and say another thing. `begins` and `ends` tell whether the
+    source's tokenizer.json puts tokens around a text, which `add_bos_token` and its like repeat."""
+    for key in CODE:
+        if found.get(key) and not expected.get(key):
+            yield Difference(key, f"expected no field that asks for code, found {shown(found[key])}")
+    for key, wanted in (("add_bos_token", begins), ("add_eos_token", ends)):
+        wanted = bool(expected[key]) if expected.get(key) is not None else wanted
+        if found.get(key) is not None and bool(found[key]) != wanted:
+            yield Difference(key, f"expected {shown(wanted)}, found {shown(found[key])}")
+    a, b = (_limit(side.get("model_max_length")) for side in (expected, found))
+    if a != b:
+        words = ["no limit" if x is None else str(x) for x in (a, b)]
+        yield Difference("model_max_length", f"expected {words[0]}, found {words[1]}")
+    key = "clean_up_tokenization_spaces"  # absent: yes in transformers 4, no in 5
+    if None not in (expected.get(key), found.get(key)) and bool(expected[key]) != bool(found[key]):
+        yield Difference(key, f"expected {shown(expected[key])}, found {shown(found[key])}")
+    for key, default in DEFAULTS.items():
+        x, y = (default if side.get(key) is None else side[key] for side in (expected, found))
+        if x != y:
+            yield Difference(key, f"expected {shown(x)}, found {shown(y)}")
+    yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), family)
+
+
+def _limit(value: Any) -> Any:
+    return None if value is None or (isinstance(value, int | float) and value >= NO_LIMIT) else value
+
+
+def plain_class(value: Any) -> str:
+    """A class under the name that transformers 5 has for it."""
+    return value.removesuffix("Fast") if isinstance(value, str) else ""
+
+
+def _class(expected: Any, found: Any, family: str | None) -> Iterator[Difference]:
+    a, b = plain_class(expected), plain_class(found)
+    if a == b or found is None:
+        return
+    alike = GENERIC | CLASSES.get(family or "", frozenset())
+    if not (b in alike and (a in alike or not a)):
+        yield Difference("tokenizer_class", f"expected {shown(expected)}, found {shown(found)}")
+
+
+# --- tokens with a role ---------------------------------------------------------------------------------
+
+
+def roles(*documents: Mapping[str, Any]) -> dict[str, str | None]:
+    """Which token has which role; of several documents the first that says so counts."""
+    found: dict[str, str | None] = {}
+    for document in documents:
+        for role in ROLES:
+            if role in document:
+                found.setdefault(role, content(document[role]))
+    return found
+
+
+def content(token: Any) -> str | None:
+    """The text of a token, written plainly or with its flags."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def wrong_roles(
+    expected: Mapping[str, str | None], found: Mapping[str, str | None], made_by: str
+) -> Iterator[Difference]:
+    """Roles that another token has. `made_by` is the class of the source's tokenizer, which fills some in."""
+    filled = FILLED.get(made_by, {})
+    for role in ROLES:
+        a, b = expected.get(role), found.get(role)
+        if a == b or (a is None and role not in expected and b in filled.get(role, ())):
+            continue
+        words = [shown(x) if x is not None else "none" for x in (a, b)]
+        yield Difference(role, f"expected {words[0]}, found {words[1]}")
+
+
+def listed(*documents: Mapping[str, Any]) -> set[str]:
+    """Further tokens that the documents call special; those with names of their own by their text."""
+    found: set[str] = set()
+    for document in documents:
+        for key in MORE_ROLES:
+            value = document.get(key)
+            entries = (
+                value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+            )
+            found |= {text for entry in entries if (text := content(entry)) is not None}
+    return found
+
+
+def wrong_flags(
+    known: Mapping[int, Mapping[str, Any]], document: Mapping[str, Any], where: str
+) -> Iterator[Difference]:
+    """Entries of `added_tokens_decoder` that are not those of `known`, the source's table by id."""
+    table = document.get("added_tokens_decoder")
+    if not isinstance(table, Mapping):
+        return
+    held: dict[int, dict[str, Any]] = {}
+    for key, entry in table.items():
+        if not key.isdecimal() or len(key) > 9 or not isinstance(entry, Mapping):
+            yield Difference(
+                f"added_tokens_decoder: {key}", f"expected an id and a token, found {shown(entry)}"
+            )
+            continue
+        held[int(key)] = {"content": entry.get("content"), **{f: _flag(entry, f) for f in FLAGS}}
+    yield from flags({i: known[i] for i in held if i in known}, held, where)
+
+
+def _flag(entry: Mapping[str, Any], name: str) -> Any:
+    """A flag, which is off where it is absent; `normalized` is on for a token that is not special."""
+    return entry.get(name, not entry.get("special", False) if name == "normalized" else False)
+
+
+def templates(documents: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Chat templates by name, with the file that counts for each: `files` (texts of .jinja by file name) come
+    before `documents` (parsed, by file name)."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, text in sorted(files.items()):
+        own = name.rpartition("/")[2].removesuffix(".jinja")
+        found["default" if own == "chat_template" else own] = (name, text)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        value = documents.get(name, {}).get("chat_template")
+        if isinstance(value, str):
+            found.setdefault("default", (name, value))
+        for entry in value if isinstance(value, list) else ():
+            if isinstance(entry, Mapping) and isinstance(entry.get("template"), str):
+                found.setdefault(str(entry.get("name")), (name, entry["template"]))
+    return found
