@@ -21,6 +21,7 @@ from ckpt_tool.convert.layout import Access, Block, Step
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.rounding import other_roundings
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "bits"
@@ -41,6 +42,13 @@ class Difference:
     drift: Drift = field(
         default_factory=Drift
     )  # by which small differences between copies are told from others
+    roundings: set[str] | None = None  # after a cast: other ways to round that give what was found
+
+    def round_otherwise(self, before: np.ndarray, source: str, found: np.ndarray) -> None:
+        """Take in what other roundings of a block make of it: raw bits `before` the cast, and as found."""
+        ways = other_roundings(before, source, self.tensor.dtype)
+        fitting = {words for words, bits in ways if np.array_equal(bits, found)}
+        self.roundings = fitting if self.roundings is None else self.roundings & fitting
 
     def add(self, start: int, expected: np.ndarray, found: np.ndarray) -> None:
         """Take in a run of raw bits that begins at element `start`."""
@@ -128,6 +136,9 @@ def _compare_step(
             if is_copy:
                 differences[access.part].drift.add(values, held, wanted[access.part].dtype)
             if not np.array_equal(values, held):
+                if cast_to is not None and not block.mean:
+                    before = _apply(block, made_from, inputs, None)[block.writes.index(access)]
+                    differences[access.part].round_otherwise(before, inputs[0].dtype, held)
                 n = access.runs.length
                 right, left = (held, values) if cast_to is None else (values, held)  # the source is right
                 for k, start in enumerate(access.runs.offsets()):
@@ -224,6 +235,8 @@ def _difference(d: Difference) -> Finding:
         f"{d.against.name} differs from it in {d.count:,} of {d.tensor.numel:,} elements, the first at {at}: "
         f"expected {expected!r}, found {found!r}, max |delta| {d.max_delta:.3g}"
     )
+    if d.roundings:
+        text += f"; every element is the source's, but {min(d.roundings)}"
     data = {
         "exactness": "differs",
         "count": d.count,
