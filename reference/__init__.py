@@ -1,12 +1,10 @@
 """One plain forward pass per architecture and layout: what the converted model is measured against.
 
-Every module has the same functions, so that two of them run in lockstep, layer by layer:
+Every module has the same functions, so that two of them run in lockstep, phase by phase:
 
     Config.from_original(params, shapes, ranks, overrides)   or   Config.from_hf(config)
-    embed(ids, ranks, c) -> x        ids (B, T) int64, x (B, T, D)
-    layer(x, i, ranks, c) -> x
-    head(x, ranks, c) -> logits      (B, T, V), float32 or higher
-    forward(ids, ranks, c) -> logits
+    phases(ranks, c, inputs) -> phases    named, in order; see phases.py
+    forward(ids, ranks, c) -> logits      (B, T, V), float32 or higher; ids (B, T) int64
 
 `ranks` holds one mapping of tensor names to tensors per model-parallel rank, one in all for a checkpoint
 that is not model-parallel. A tensor is read when it is needed and never kept, so a lazy mapping streams a
@@ -14,13 +12,14 @@ large model. Pipeline stages are joined before, so that layers are numbered thro
 The pass computes in the dtype of the tensors it is given; angles, norms and softmax are never below float32,
 and float64 tensors make every step float64. `c.n_layers` counts the layers in every module.
 
-`embed` and `layer` of some take more if it is given: token types, positions, a mask. Those with several heads
-have them in `HEADS`; `losses` has the loss of each. What a checkpoint offers beyond ids -> logits, two
-functions of its module may tell, so that a verification goes through all of it:
+**Two sides.** The original layouts share blocks.py, rope.py and decoder.py, written after the papers and the
+publishers' code; the Hugging Face layout shares hf_blocks.py, hf_rope.py and hf_decoder.py, written after the
+library. A side never uses what is of the other (tests/test_house_reference.py), so that a mistake in one of
+them does not agree with itself. A family adds its numbers, its traits and what is its own.
 
-    inputs(ranks, c) -> names     of what `embed` and `layer` take besides: "token_types", "mask" (B, T) each
-    heads(ranks, c) -> heads      of the last layer's x beside `head`, each called as that is; by the names
-                                  that the output of the class in transformers has for them
+Those with several heads have them in `HEADS`, by what they are for; each takes what `encode(ids, ranks, c)`
+gives, and losses.py has its loss. A pass that takes more than ids says so in `inputs(ranks, c)`:
+"token_types" and "mask", (B, T) each.
 """
 
 from __future__ import annotations

@@ -186,7 +186,9 @@ def test_a_toy_gives_the_numbers_others_computed(version: float) -> None:
     params, told = {"checkpoint_version": version}, {"num_attention_heads": 2, "hidden_act": "gelu"}
     state, bert = toy(True), original("megatron-bert")
     c = bert.Config.from_original(params, shapes_of(state), 1, told)
-    found, found_order = bert.pretraining(bert.encode(ids, [state], c, token_types=types), [state], c)
+    found, found_order = bert.HEADS["pretraining"](
+        bert.encode(ids, [state], c, token_types=types), [state], c
+    )
     assert found[0, 0, :4].tolist() == pytest.approx(lm, abs=6e-6)
     assert found.sum().item() == pytest.approx(lm_sum, abs=6e-5)
     assert found_order[0].tolist() == pytest.approx(order, abs=6e-6)
