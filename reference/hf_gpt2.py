@@ -90,7 +90,8 @@ def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None
     q, k, v = (split_heads(part, c.n_heads) for part in fused.chunk(3, dim=-1))  # (B, N, T, H)
     scores = wide(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5)
     x = x + conv1d(weigh(scores, v, unseen(x, mask)), w, p + "attn.c_proj.")
-    units = conv1d(layer_norm(x, w, p + "ln_2.", c.norm_eps), w, p + "mlp.c_fc.")
+    y = layer_norm(x, w, p + "ln_2.", c.norm_eps)
+    units = conv1d(y, w, p + "mlp.c_fc.")
     return x + conv1d(F.gelu(units, approximate=c.gelu), w, p + "mlp.c_proj.")
 
 
