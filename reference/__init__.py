@@ -42,6 +42,7 @@ ORIGINAL: dict[str, str] = {
     "opt": "opt",
     "codegen": "codegen",
     "qwen2": "qwen2",
+    "qwen3": "qwen3",
 }
 
 # Architecture in config.json -> the module that reads its Hugging Face layout.
@@ -70,6 +71,7 @@ CONVERTED: dict[str, str] = {
     "Qwen2ForSequenceClassification": "hf_qwen2",
     "Qwen2ForTokenClassification": "hf_qwen2",
     "Qwen2ForQuestionAnswering": "hf_qwen2",
+    "Qwen3ForCausalLM": "hf_qwen3",
 }
 
 

@@ -34,11 +34,11 @@ class Config(hf_decoder.Config):
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         c = cls.read(config, {}, ABSENT, theta=10000.0, biased=True)
         (architecture, *_) = config.get("architectures") or [""]
-        windows = _windows({"sliding_window": 4096, **ABSENT, **config}, c.n_layers)
+        windows = windows_of({"sliding_window": 4096, **ABSENT, **config}, c.n_layers)
         return replace(c, windows=windows, prefix=PREFIXES.get(architecture, "model."))
 
 
-def _windows(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
+def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
     """`use_sliding_window` turns the window on for the layers that `layer_types` calls sliding_attention;
     without that list they are those from `max_window_layers` on. So 4.57.6 and 5.23.0 have it; 4.37.2 has
     the window in every layer with eager attention, whatever the config says, in none with sdpa, and with

@@ -19,8 +19,8 @@ from typing import Any, Self
 
 from ckpt_tool.reference import decoder
 from ckpt_tool.reference.decoder import Names, embed, forward, head, layer, phases
-from ckpt_tool.reference.facts import Shapes, first, misshapen, only, refuse
-from ckpt_tool.reference.rope import RopeScaling
+from ckpt_tool.reference.facts import Shapes, misshapen, only, refuse
+from ckpt_tool.reference.published import AS_PUBLISHED, numbers, told
 
 __all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
@@ -32,7 +32,6 @@ ARGS = {
     "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
     "rope_theta": ("rotary_base",),
 }
-ASKED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta")
 
 # Facts with another value are of another model than Qwen2.
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -52,20 +51,6 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-AS_PUBLISHED = Names(
-    word="model.embed_tokens.weight",
-    block="model.layers.",
-    norm_1="input_layernorm.weight",
-    qkv=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-    out="self_attn.o_proj.weight",
-    norm_2="post_attention_layernorm.weight",
-    units=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    down="mlp.down_proj.weight",
-    final_norm="model.norm.weight",
-    output="lm_head.weight",
-)
-
-
 @dataclass(frozen=True)
 class Config(decoder.Config):
     @classmethod
@@ -75,30 +60,11 @@ class Config(decoder.Config):
         """`params` is config.json, or Megatron's pickled args as plain values; `shapes` those of rank 0,
         `overrides` facts from the user under their Hugging Face names, which win. ValueError with all that is
         missing, that disagrees and that this pass does not compute."""
-        facts = {**_in_hf_names(params), **overrides}
-        facts["rope_theta"] = first(_theta(overrides), _theta(facts))
-        if missing := [name for name in ASKED if facts.get(name) is None]:
-            raise ValueError(f"expected {', '.join(missing)} in config.json or given by name, found none")
+        facts = told(_in_hf_names(params), overrides)
         names, problems = _names(shapes, facts)
         if missing := [n for n in _wanted(names, int(facts["num_hidden_layers"])) if n not in shapes]:
             refuse([*problems, f"expected {', '.join(f'`{n}`' for n in missing[:4])}, found none"])
-        words, D = shapes[names.word]
-        n_heads = int(facts["num_attention_heads"])
-        c = cls(
-            n_layers=int(facts["num_hidden_layers"]),
-            dim=D,
-            n_heads=n_heads,
-            n_kv_heads=int(facts["num_key_value_heads"]),
-            head_dim=int(facts.get("head_dim") or D // max(1, n_heads)),
-            norm_eps=float(facts["rms_norm_eps"]),
-            rope_theta=facts["rope_theta"],
-            rope_scaling=_scaling(facts),
-            windows=_windows(facts),
-            names=names,
-            neighbours=False,
-            biased=True,
-            n_words=int(facts.get("vocab_size") or words * ranks),
-        )
+        c = cls(**numbers(facts, names, shapes, ranks), biased=True)
         refuse([*problems, *only(facts, COMPUTED), *_disagreements(c, facts, shapes, ranks)])
         return c
 
@@ -116,32 +82,6 @@ def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
     if "untie_embeddings_and_output_weights" in made:
         made["tie_word_embeddings"] = not made["untie_embeddings_and_output_weights"]
     return made
-
-
-def _theta(facts: Mapping[str, Any]) -> float | None:
-    """transformers 5 keeps it in `rope_parameters`."""
-    newer = facts.get("rope_parameters") or {}
-    theta = facts.get("rope_theta") if newer.get("rope_theta") is None else newer["rope_theta"]
-    return None if theta is None else float(theta)
-
-
-def _scaling(facts: Mapping[str, Any]) -> RopeScaling | None:
-    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    return RopeScaling.from_hf(found, facts.get("max_position_embeddings"))
-
-
-def _windows(facts: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """`max_window_layers` counts the layers at the beginning that see everything, if `use_sliding_window`;
-    `layer_types` says the same layer by layer and is newer. No published model uses it."""
-    n_layers, window = int(facts["num_hidden_layers"]), facts.get("sliding_window")
-    if not facts.get("use_sliding_window") or window is None:
-        return (None,) * n_layers
-    if facts.get("layer_types") is not None:
-        return tuple(int(window) if kind == "sliding_attention" else None for kind in facts["layer_types"])
-    if facts.get("max_window_layers") is None:
-        raise ValueError("expected max_window_layers or layer_types beside a window, found none")
-    full = min(n_layers, int(facts["max_window_layers"]))
-    return (None,) * full + (int(window),) * (n_layers - full)
 
 
 def _names(shapes: Iterable[str], facts: Mapping[str, Any]) -> tuple[Names, list[str]]:
