@@ -122,7 +122,8 @@ def weigh(scores: Tensor, v: Tensor, seen: Tensor, masked: float, times: int = 1
     """The values (B, T, N, H) as the scores, `times` what they are, weigh them, the heads side by side:
     (B, T, N * H). `masked` is the score of a key that is not seen: if it is finite, a query without any key
     sees all alike."""
-    weights = (wide(scores) * times).masked_fill(~seen, masked).softmax(-1).to(v.dtype)
+    scores = wide(scores) if times == 1 else wide(scores) * times
+    weights = scores.masked_fill(~seen, masked).softmax(-1).to(v.dtype)
     return torch.einsum("bnqk,bknh->bqnh", weights, v).flatten(2)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ckpt_tool.reference.blocks import (
     VERSION_2,
     Expert,
+    affine,
     all_reduce,
     join_words,
     mixture,
@@ -124,7 +125,7 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, i: int, c: Config, S: 
 
 def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, T, N/S, H), keys and values (B, T, K/S, H). With K < S ranks share a key and a value."""
-    made = [x @ w[p + stem + "weight"].T + (w[p + stem + "bias"] if c.biased else 0) for stem in c.names.qkv]
+    made = [affine(x, w, p + n) if c.biased else x @ w[p + n + "weight"].T for n in c.names.qkv]
     if len(made) == 1:
         return split_fused(made[0], c.n_heads // S, c.n_kv_heads // S, VERSION_2)
     q, k, v = (y.view(*y.shape[:2], -1, c.head_dim) for y in made)
