@@ -17,6 +17,9 @@ publishers' code; the Hugging Face layout shares hf_blocks.py, hf_rope.py and hf
 library. A side never uses what is of the other (tests/test_house_reference.py), so that a mistake in one of
 them does not agree with itself. A family adds its numbers, its traits and what is its own.
 
+A module is found by the folder: that of a family by its name, that of architectures by its `ARCHITECTURES`.
+`STAGED` says that an original may come in pipeline stages whatever its files are called.
+
 Those with several heads have them in `HEADS`, by what they are for; each takes what `encode(ids, ranks, c)`
 gives, and losses.py has its loss. A pass that takes more than ids says so in `inputs(ranks, c)`:
 "token_types" and "mask", (B, T) each.
@@ -26,74 +29,59 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Family -> the module that reads its original layout.
-ORIGINAL: dict[str, str] = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "mixtral": "mixtral",
-    "megatron-bert": "megatron_bert",
-    "megatron-gpt2": "megatron_gpt2",
-    "opt": "opt",
-    "codegen": "codegen",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}
-
-# Architecture in config.json -> the module that reads its Hugging Face layout.
-CONVERTED: dict[str, str] = {
-    "LlamaForCausalLM": "hf_llama",
-    "MistralForCausalLM": "hf_mistral",
-    "MixtralForCausalLM": "hf_mixtral",
-    "GPT2LMHeadModel": "hf_gpt2",
-    "MegatronBertModel": "hf_megatron_bert",
-    "MegatronBertForPreTraining": "hf_megatron_bert",
-    "MegatronBertForMaskedLM": "hf_megatron_bert",
-    "MegatronBertForCausalLM": "hf_megatron_bert",
-    "MegatronBertForNextSentencePrediction": "hf_megatron_bert",
-    "MegatronBertForSequenceClassification": "hf_megatron_bert",
-    "MegatronBertForMultipleChoice": "hf_megatron_bert",
-    "MegatronBertForTokenClassification": "hf_megatron_bert",
-    "MegatronBertForQuestionAnswering": "hf_megatron_bert",
-    "OPTModel": "hf_opt",
-    "OPTForCausalLM": "hf_opt",
-    "OPTForSequenceClassification": "hf_opt",
-    "OPTForQuestionAnswering": "hf_opt",
-    "CodeGenForCausalLM": "hf_codegen",
-    "GPTJForCausalLM": "hf_gptj",
-    "Qwen2Model": "hf_qwen2",
-    "Qwen2ForCausalLM": "hf_qwen2",
-    "Qwen2ForSequenceClassification": "hf_qwen2",
-    "Qwen2ForTokenClassification": "hf_qwen2",
-    "Qwen2ForQuestionAnswering": "hf_qwen2",
-    "Qwen3ForCausalLM": "hf_qwen3",
-}
-
 
 class NotComputed(ValueError):
     """What a config asks for is a model that no reading here computes; it may well be right."""
 
 
+def families() -> list[str]:
+    """Those that have a reading of their original layout, a module of their name with `Config.from_original`;
+    imports torch."""
+    return [stem.replace("_", "-") for stem in _stems("") if _reads(_module(stem), "from_original")]
+
+
+def architectures() -> dict[str, str]:
+    """Those that have a reading of the Hugging Face layout, as it says in its `ARCHITECTURES`: the module of
+    each; imports torch."""
+    return {name: stem for stem in _stems("hf_") for name in getattr(_module(stem), "ARCHITECTURES", ())}
+
+
 def original(family: str) -> ModuleType:
     """The reading of `family` in its original layout; imports torch. ValueError if there is none."""
-    return _module(ORIGINAL, family, "family")
+    stem = family.replace("-", "_")
+    if stem in _stems("") and _reads(module := _module(stem), "from_original"):
+        return module
+    raise ValueError(f"expected family to be one of {', '.join(families())}, found `{family}`")
 
 
 def converted(architecture: str) -> ModuleType:
     """The reading of `architecture` in the Hugging Face layout; imports torch. ValueError if there is
     none."""
-    return _module(CONVERTED, architecture, "architecture")
+    known = architectures()
+    if architecture not in known:
+        raise ValueError(f"expected architecture to be one of {', '.join(known)}, found `{architecture}`")
+    return _module(known[architecture])
 
 
-def _module(table: dict[str, str], name: str, kind: str) -> ModuleType:
-    if name not in table:
-        raise ValueError(f"expected {kind} to be one of {', '.join(table)}, found `{name}`")
-    return import_module(f"{__name__}.{table[name]}")
+def _stems(prefix: str) -> list[str]:
+    """Modules of one side: those of the Hugging Face layout begin with "hf_"."""
+    stems = sorted(module.name for module in iter_modules(__path__))
+    return [stem for stem in stems if stem.startswith("hf_") == bool(prefix)]
+
+
+def _reads(module: ModuleType, method: str) -> bool:
+    return hasattr(getattr(module, "Config", None), method)
+
+
+def _module(stem: str) -> ModuleType:
+    return import_module(f"{__name__}.{stem}")
 
 
 def loss(logits: Tensor, ids: Tensor) -> float:

@@ -86,7 +86,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return gate * torch.sigmoid(gate) * up
+    y = wide(gate)  # one function to those who train in 16 bits: rounded once
+    return (y * torch.sigmoid(y)).to(gate.dtype) * up
 
 
 def rotate_neighbours(x: Tensor, turned: Tensor) -> Tensor:

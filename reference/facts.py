@@ -40,6 +40,13 @@ def only(facts: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> I
             yield f"expected {f'`{name}` {values[0]}' if values else f'no `{name}`'}, found {told}"
 
 
+def disagreements(sizes: Mapping[str, int], told: Mapping[str, Any]) -> Iterator[str]:
+    """Where a size of the tensors is not what is told of it; None is nothing told."""
+    for size, found in sizes.items():
+        if told.get(size) is not None and int(told[size]) != found:
+            yield f"expected {size} {told[size]}, as told, found {found} in the tensors"
+
+
 def misshapen(shapes: Shapes, wanted: Shapes, each: str = " on each rank") -> Iterator[str]:
     for name, shape in wanted.items():
         if (found := tuple(shapes.get(name, ()))) != shape:

@@ -13,8 +13,9 @@ from typing import Any, Self
 from ckpt_tool.reference import hf_gptj
 from ckpt_tool.reference.hf_gptj import embed, forward, head, layer, phases
 
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
 
+ARCHITECTURES = ("CodeGenForCausalLM",)
 BLOCKS = 4
 
 

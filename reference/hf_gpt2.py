@@ -30,6 +30,7 @@ from ckpt_tool.reference.hf_blocks import (
 )
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
 
+ARCHITECTURES = ("GPT2LMHeadModel",)
 REQUIRED = ("n_layer", "n_head")  # in config.json, under these names or those of other models
 GENERIC = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 DEFAULTS = {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}  # of GPT2Config

@@ -11,7 +11,10 @@ from ckpt_tool.reference.hf_blocks import only
 from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.hf_rope import RopeScaling
 
-__all__ = ["Config", "RopeScaling", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "Config", "RopeScaling", "embed", "forward", "head", "layer", "phases"]
+
+
+ARCHITECTURES = ("LlamaForCausalLM",)
 
 
 @dataclass(frozen=True)

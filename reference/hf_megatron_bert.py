@@ -33,6 +33,17 @@ from ckpt_tool.reference.hf_blocks import (
 )
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
 
+ARCHITECTURES = (
+    "MegatronBertModel",
+    "MegatronBertForPreTraining",
+    "MegatronBertForMaskedLM",
+    "MegatronBertForCausalLM",
+    "MegatronBertForNextSentencePrediction",
+    "MegatronBertForSequenceClassification",
+    "MegatronBertForMultipleChoice",
+    "MegatronBertForTokenClassification",
+    "MegatronBertForQuestionAnswering",
+)
 REQUIRED = ("num_hidden_layers", "num_attention_heads")  # in config.json
 DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of MegatronBertConfig
 

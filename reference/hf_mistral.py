@@ -9,7 +9,10 @@ from typing import Any, Self
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
+
+
+ARCHITECTURES = ("MistralForCausalLM",)
 
 
 @dataclass(frozen=True)

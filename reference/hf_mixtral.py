@@ -11,7 +11,10 @@ from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import complete
 from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
+
+
+ARCHITECTURES = ("MixtralForCausalLM",)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,20 @@ from ckpt_tool.reference.hf_blocks import (
 )
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
 
-__all__ = ["HEADS", "Config", "embed", "encode", "forward", "head", "layer", "of_last_token", "phases"]
+__all__ = [
+    "ARCHITECTURES",
+    "HEADS",
+    "Config",
+    "embed",
+    "encode",
+    "forward",
+    "head",
+    "layer",
+    "of_last_token",
+    "phases",
+]
 
+ARCHITECTURES = ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering")
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
 DEFAULTS = {"activation_function": "relu", "do_layer_norm_before": True}  # of OPTConfig
 ACTIVATIONS = {"relu": "relu", **GELUS}

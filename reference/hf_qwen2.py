@@ -20,8 +20,26 @@ from ckpt_tool.reference.hf_blocks import linear, of_last_token, span_logits, wi
 from ckpt_tool.reference.hf_decoder import embed, final_norm, forward, head, layer, lm_logits, phases
 from ckpt_tool.reference.phases import Ranks, trunk
 
-__all__ = ["HEADS", "Config", "embed", "encode", "forward", "head", "layer", "of_last_token", "phases"]
+__all__ = [
+    "ARCHITECTURES",
+    "HEADS",
+    "Config",
+    "embed",
+    "encode",
+    "forward",
+    "head",
+    "layer",
+    "of_last_token",
+    "phases",
+]
 
+ARCHITECTURES = (
+    "Qwen2Model",
+    "Qwen2ForCausalLM",
+    "Qwen2ForSequenceClassification",
+    "Qwen2ForTokenClassification",
+    "Qwen2ForQuestionAnswering",
+)
 # What Qwen2Config takes for keys that are absent; null heads are as many as there are queries.
 ABSENT = {"num_key_value_heads": 32, "max_window_layers": 28}
 # Architecture -> what its tensors are named by, but for those of heads; the others have `model.`.

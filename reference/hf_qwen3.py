@@ -14,8 +14,9 @@ from ckpt_tool.reference.hf_blocks import only
 from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.hf_qwen2 import windows_of
 
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
 
+ARCHITECTURES = ("Qwen3ForCausalLM",)
 # What Qwen3Config takes for keys that are absent; null heads are as many as there are queries.
 ABSENT = {"num_key_value_heads": 32, "max_window_layers": 28}
 

@@ -19,15 +19,18 @@ from torch import Tensor
 
 from ckpt_tool.reference import megatron
 from ckpt_tool.reference.blocks import join_words, visible
+from ckpt_tool.reference.facts import Shapes
 from ckpt_tool.reference.megatron_layers import embedded, norm, transformed
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
+
+STAGED = True  # whatever its files are called: layers of a pipeline's stages are numbered apart
 
 
 @dataclass(frozen=True)
 class Config(megatron.Config):
     @classmethod
     def from_original(
-        cls, params: Mapping[str, Any], shapes: megatron.Shapes, ranks: int, overrides: Mapping[str, Any]
+        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
         """`params` are the pickled args as plain values and `checkpoint_version`, each absent where the file
         has none; `shapes` those of rank 0, stages joined; `overrides` facts from the user under their Hugging

@@ -35,7 +35,7 @@ from ckpt_tool.reference.blocks import (
     weigh,
     words,
 )
-from ckpt_tool.reference.facts import Shapes, first, misshapen, only, refuse
+from ckpt_tool.reference.facts import Shapes, disagreements, first, misshapen, only, refuse
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
 
 NORM_EPS = 1e-5
@@ -116,7 +116,8 @@ class Config:
             raise ValueError(f"expected {', '.join(f'`{name}`' for name in missing[:4])}, found none")
         sizes = _sizes(shapes, prefix, n_layers, ranks)
         known = PUBLISHED.get(tuple(sizes.values()))
-        problems = [*_disagreements(sizes, told, overrides), *only({**told, **overrides}, COMPUTED)]
+        said = {size: first(overrides.get(hf), told.get(own)) for size, (hf, own) in TOLD.items()}
+        problems = [*disagreements(sizes, said), *only({**told, **overrides}, COMPUTED)]
         heads = first(overrides.get("num_attention_heads"), told.get("decoder_attention_heads"))
         before = first(overrides.get("do_layer_norm_before"), told.get("decoder_normalize_before"))
         before = first(before, known[1] if known else None, True if normed else None)
@@ -164,12 +165,7 @@ def _stack(shapes: Iterable[str]) -> tuple[str, int]:
 
 
 def _missing(
-    shapes: Shapes,
-    prefix: str,
-    n_layers: int,
-    fused: bool,
-    projected: bool,
-    normed: bool,
+    shapes: Shapes, prefix: str, n_layers: int, fused: bool, projected: bool, normed: bool
 ) -> Iterator[str]:
     stems = ["self_attn.out_proj", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"]
     stems += ["self_attn.qkv_proj"] if fused else [f"self_attn.{n}_proj" for n in "kvq"]
@@ -192,16 +188,6 @@ def _sizes(shapes: Shapes, prefix: str, n_layers: int, ranks: int) -> dict[str, 
         "positions": positions - PAD - 1,
         "words": words * ranks,
     }
-
-
-def _disagreements(
-    sizes: Mapping[str, int], told: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> Iterator[str]:
-    for size, found in sizes.items():
-        hf_name, name = TOLD[size]
-        wanted = first(overrides.get(hf_name), told.get(name))
-        if wanted is not None and int(wanted) != found:
-            yield f"expected {size} {wanted}, as told, found {found} in the tensors"
 
 
 def _activation(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.reference import CONVERTED, ORIGINAL, blocks, hf_blocks
+from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -207,9 +207,29 @@ def test_every_reading_has_its_phases_in_order(conversions: Written, originals: 
                 layers = [p.index for p in phases if p.kind == "layer"]
                 assert layers == list(range(side.config.n_layers))
                 assert [p.name for p in phases if p.kind != "layer"][:2] == ["embed", "head"]
-    assert {reference.original(f).__name__ for f in ORIGINAL}.isdisjoint(
-        reference.converted(a).__name__ for a in CONVERTED
-    )
+
+
+def test_readings_are_found_by_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose decoder is Mistral's but for its theta, as two files that nobody lists."""
+    assert {"llama", "megatron-bert", "opt"} <= set(reference.families())
+    assert {"MegatronBertForMaskedLM", "GPTJForCausalLM"} <= set(reference.architectures())
+    assert not {"blocks", "decoder", "megatron", "rope"} & set(reference.families())
+    ours = (ROOM / "mistral.py").read_text(encoding="utf-8").replace("1e4 if", "2e4 if")
+    theirs = (ROOM / "hf_mistral.py").read_text(encoding="utf-8")
+    (tmp_path / "zephyr_one.py").write_text(ours, encoding="utf-8")
+    (tmp_path / "hf_zephyr.py").write_text(theirs.replace("MistralForC", "ZephyrForC"), encoding="utf-8")
+    monkeypatch.setattr(reference, "__path__", [*reference.__path__, str(tmp_path)])
+    try:
+        assert "zephyr-one" in reference.families() and "ZephyrForCausalLM" in reference.architectures()
+        params = {"dim": 4, "n_layers": 1, "n_heads": 1, "norm_eps": 1e-5, "sliding_window": 7}
+        shapes = {f"layers.0.attention.{n}.weight": (4, 4) for n in ("wq", "wk")}
+        found = reference.original("zephyr-one").Config.from_original(params, shapes, 1, {})
+        assert (found.rope_theta, found.windows) == (2e4, (7,))
+        assert reference.converted("ZephyrForCausalLM").__name__ == "ckpt_tool.reference.hf_zephyr"
+    finally:
+        for stem in ("zephyr_one", "hf_zephyr"):
+            sys.modules.pop(f"ckpt_tool.reference.{stem}", None)
+            vars(reference).pop(stem, None)
 
 
 # --- mutants ----------------------------------------------------------------------------------------------
@@ -362,7 +382,7 @@ MUTANTS = {
     ),
     "swiglu and gated: gate and up exchanged": Mutant(
         "mistral-7b-v0.1",
-        ("blocks.swiglu", "gate * torch.sigmoid(gate) * up", "up * torch.sigmoid(up) * gate"),
+        ("blocks.swiglu", "    y = wide(gate)", "    gate, up = up, gate\n    y = wide(gate)"),
         (
             "hf_blocks.gated",
             "F.silu(F.linear(x, w[gate])) * F.linear(x, w[up])",

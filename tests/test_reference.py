@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference import CONVERTED, ORIGINAL, converted, generate, hf_rope, loss, original, rope
+from ckpt_tool.reference import (
+    architectures,
+    converted,
+    families,
+    generate,
+    hf_rope,
+    loss,
+    original,
+    rope,
+)
 
 REAL = Path(__file__).parents[1].parent / "shared" / "real" / "aidreams260K"
 State = dict[str, Tensor]
@@ -491,11 +500,11 @@ def test_a_missing_tensor_raises_its_name() -> None:
 
 
 def test_every_module_has_the_same_functions() -> None:
-    modules = [original(f) for f in ORIGINAL] + [converted(a) for a in CONVERTED]
+    modules = [original(f) for f in families()] + [converted(a) for a in architectures()]
     for module in modules:
         assert all(callable(getattr(module, f)) for f in ("phases", "forward"))
         assert "n_layers" in module.Config.__dataclass_fields__
-    known = ", ".join(ORIGINAL)
+    known = ", ".join(families())
     with pytest.raises(ValueError, match=f"expected family to be one of {known}, found `gpt5`"):
         original("gpt5")
     with pytest.raises(ValueError, match="expected architecture to be one of .* found `GPTForCausalLM`"):

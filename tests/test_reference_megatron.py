@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ckpt_tool.reference import original
-from ckpt_tool.reference.megatron import VERSION_0, VERSION_1, VERSION_2, join_stages
+from ckpt_tool.reference.blocks import VERSION_0, VERSION_1, VERSION_2
+from ckpt_tool.reference.megatron import join_stages
 from tests.megatron_models import (
     AGES,
     EPS,

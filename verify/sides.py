@@ -186,7 +186,7 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     assert subject.original is not None and subject.family is not None
     checkpoint = pooled_original(subject.original, subject.plan)
     module = reference.original(subject.family.name)
-    staged = subject.family.name.startswith("megatron-") or any(map(is_of_megatron, checkpoint.files))
+    staged = getattr(module, "STAGED", False) or any(map(is_of_megatron, checkpoint.files))
     ranks = ranks_of(checkpoint, stages=staged)
     shapes = {name: info.shape for name, info in ranks[0].items()}
     told = dict(subject.settings)
