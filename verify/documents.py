@@ -38,7 +38,7 @@ def documents(subject: Subject) -> list[Finding]:
     found = [*_recorded(beside, recorded, subject)]
     expected = None if subject.plan is None else _expected(subject)
     if expected is None:
-        found += _alone(subject, beside)
+        found += _alone(subject, beside, recorded)
     else:
         found += tokenizer(subject, expected, beside, recorded)
         found += _generation(subject, expected, beside, recorded)
@@ -82,13 +82,24 @@ def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> 
         yield finding("documents", "pass", text)
 
 
-def _alone(subject: Subject, beside: Beside) -> Iterator[Finding]:
+def _as_written(beside: Beside, recorded: Mapping[str, str]) -> bool:
+    """Whether every tokenizer file has the bytes that the conversion wrote, which agreed with each other
+    then: no library has to read them once more."""
+    names = [n for n in beside.names if is_tokenizer_file(n)]
+    try:
+        return all(hashlib.sha256(beside.read(n)).hexdigest() == recorded.get(n) for n in names)
+    except Damaged:
+        return False
+
+
+def _alone(subject: Subject, beside: Beside, recorded: Mapping[str, str]) -> Iterator[Finding]:
     """Without a source: do the files read, and agree with each other and with config.json?"""
     if subject.direction != "to-hf":
         return
-    yield from capped(
-        [finding("tokenizer", "fail", text, where) for where, text in consistent(subject, beside)]
-    )
+    if not _as_written(beside, recorded):
+        yield from capped(
+            [finding("tokenizer", "fail", text, where) for where, text in consistent(subject, beside)]
+        )
     if GENERATION in beside.names:
         try:
             fields = beside.json(GENERATION)
@@ -255,7 +266,11 @@ def _known(
         return known
     if expected or not recorded:
         known |= {n for n in beside.names if _is_template(n) or n in TEMPLATES}
-    return known if recorded else known | {GENERATION, *TOKENIZER_FILES}
+    if recorded:
+        return known
+    if subject.plan is None:  # nothing to compare with: the original's own file is one of the model's
+        known |= {n for n in beside.names if is_tokenizer_file(n)}
+    return known | {GENERATION, *TOKENIZER_FILES}
 
 
 def _names(found: list[Stranger]) -> str:
