@@ -101,6 +101,8 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         line("dropped", f"{printable(first)}{more}: {printable(reason, 500)}")
     for text in plan.lossy:
         line("lossy", text, "yellow")
+    for known in plan.foretold:
+        line("foretold", printable(f"{known.name}: {known.reason}", 500), "yellow")
     for note in plan.notes:
         line("note", printable(note, 500))
     for found in outcome.findings[:10]:

@@ -129,6 +129,7 @@ def manifest(
         ],
         "lossy": list(plan.lossy),
         "notes": list(plan.notes),
+        **({"foretold": [f.to_json() for f in plan.foretold]} if plan.foretold else {}),
         "replicas": [
             {"name": f.tensor, "file": f.file, **f.details}
             for f in findings

@@ -49,6 +49,26 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Foretold:
+    """A difference that the target layout cannot avoid: config.json has one value for what the original
+    computes in two ways. `values` are those of config.json by which the phases `where` (as `verify` names
+    them) would compute what the original does; `name` is what a user accepts it by."""
+
+    name: str
+    reason: str
+    values: Mapping[str, Any]
+    where: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "reason": self.reason,
+            "values": dict(self.values),
+            "where": list(self.where),
+        }
+
+
+@dataclass(frozen=True)
 class Dropped:
     """A source tensor that is not carried over, and why."""
 
@@ -104,6 +124,7 @@ class Plan:
     # Facts of the original that the Hugging Face layout has no place for (the text of params.json, how many
     # ranks): the manifest keeps them under "original", for the way back.
     original: Mapping[str, Any] = field(default_factory=dict)
+    foretold: tuple[Foretold, ...] = ()
     # Options beyond dtype and dropped tensors without which the same plan is not made again.
     asked: Mapping[str, Any] = field(default_factory=dict)
 
@@ -145,6 +166,7 @@ class Plan:
             "notes": list(self.notes),
             "lossy": list(self.lossy),
             "original": dict(self.original),
+            **({"foretold": [f.to_json() for f in self.foretold]} if self.foretold else {}),
         }
 
     def digest(self) -> str:
@@ -204,6 +226,7 @@ def assemble(
     notes: Iterable[str] = (),
     lossy: Iterable[str] = (),
     original: Mapping[str, Any] | None = None,
+    foretold: Iterable[Foretold] = (),
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
@@ -270,6 +293,7 @@ def assemble(
         lossy=tuple(lossy_words),
         strict_replicas=options.strict_replicas,
         original=original or {},
+        foretold=tuple(foretold),
         asked=_asked(options, config),
     )
 

@@ -39,7 +39,8 @@ def plan_table(plan: Plan, console: Console) -> None:
     for part in (_steps, _config, _dropped, _outputs):
         part(plan, console)
     paragraph(console, needs(plan), first="needs: ", hang=7)
-    for label, lines in (("note", plan.notes), ("lossy", plan.lossy)):
+    foretold = [f"{f.name}, in {', '.join(f.where)}: {f.reason}" for f in plan.foretold]
+    for label, lines in (("note", plan.notes), ("lossy", plan.lossy), ("foretold", foretold)):
         for line in lines:
             paragraph(console, printable(line, 1000), first=f"{label}: ", hang=len(label) + 2)
 

@@ -181,3 +181,29 @@ HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor
     "token_classification": lambda y, ranks, c: classified(y, ranks),
     "question_answering": lambda y, ranks, c: span_logits(y, ranks[0]),
 }
+
+
+# The two forms of gelu are nowhere further apart than 4.7324e-4, which they are at -2.699 and 2.699.
+GELU_GAP = 4.74e-4
+
+
+def gelu_bound(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
+    """How far the logits (B, T, V) of `head` can move when its gelu takes the other form, each of them.
+
+    What leaves the gelu moves by at most GELU_GAP in each of D channels, so by GELU_GAP sqrt(D) in length.
+    The layer norm subtracts the mean and divides by s = sqrt(variance + eps), which moves by at most GELU_GAP
+    on the way; its derivative is a contraction over s. A logit is the product with a row of the output layer,
+    so by Cauchy-Schwarz it moves by at most the length of gamma times that row, times that of the move."""
+    (w,), p = ranks, "cls.predictions."
+    y = final_norm(x, ranks, c)
+    z = wide(F.gelu(linear(y, w, p + "transform.dense."), approximate=c.gelu))
+    s = (z.var(-1, correction=0, keepdim=True) + c.norm_eps).sqrt() - GELU_GAP
+    moved = (GELU_GAP * z.shape[-1] ** 0.5 / s).where(s > 0, torch.inf)  # (B, T, 1)
+    table = c.prefix + "embeddings.word_embeddings.weight" if c.tied else p + "decoder.weight"
+    rows = wide(w[table] * w[p + "transform.LayerNorm.weight"])  # (V, D)
+    reach: Tensor = moved * torch.linalg.vector_norm(rows, dim=-1)
+    return reach
+
+
+# By phase: what a difference in the value of config.json that the phase shares with others may come to.
+bounds: dict[str, Callable[[Tensor, Ranks, Config], Tensor]] = {"head": gelu_bound}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckpt_tool.errors import fail
+from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Claim
@@ -71,11 +72,14 @@ def verify(
         for value in values:
             if value not in known:
                 fail("usage", f"expected {' or '.join(known)}, found {value!r}", where=label)
+    accepted = tuple(accept)
+    check_names(accepted)
     began = time.monotonic()
     tell = progress or (lambda text: None)
     report = Report("ckpt-tool verify")
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         report.facts |= _facts(subject, out, source, no_source)
+        subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source)
         scans = []
         if {"coverage", "bits"} & set(asked):
@@ -85,6 +89,7 @@ def verify(
             report.findings += coverage(subject, scans)
             report.findings += documents(subject)
             report.findings += confirm(subject)
+        report.findings += unneeded(subject, accepted)
         if "bits" in asked:
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
@@ -94,7 +99,7 @@ def verify(
             except ImportError as error:  # without torch the levels above still say what they say
                 report.findings += not_computed(error, asked, against)
             else:
-                wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, tuple(accept))
+                wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted)
                 report.findings += compute(subject, wanted, report.facts, tell)
         report.findings += by_bits(subject, report.findings)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"

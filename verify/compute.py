@@ -11,7 +11,7 @@ import torch
 
 from ckpt_tool.errors import CkptToolError, fail
 from ckpt_tool.reference import NotComputed
-from ckpt_tool.verify.against_transformers import against_transformers
+from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import BROKEN, findings, lockstep
@@ -65,7 +65,7 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         found: list[Finding] = []
         if "parity" in asked.levels:
             found += cut(rows, subject.config, table)
-            found += _parity(subject, readings, prompts, tell)
+            found += _parity(subject, readings, prompts, tell, asked.accept)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
@@ -126,11 +126,17 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
             reason = "fail", f"the converted model cannot be read: {error}"
     if reason is None and asked.dtype in ("float16", "bfloat16") and any(map(subject.config.get, EXPERTS)):
         why = "near-ties change the experts"
-        reason = "skipped", f"experts are compared in float32 or float64 only: in {asked.dtype} {why}"
+        reason = "undecided", f"experts are compared in float32 or float64 only: in {asked.dtype} {why}"
     return Readings(original, converted, reason)
 
 
-def _parity(subject: Subject, readings: Readings, prompts: Mapping[str, Prompt], tell: Tell) -> list[Finding]:
+def _parity(
+    subject: Subject,
+    readings: Readings,
+    prompts: Mapping[str, Prompt],
+    tell: Tell,
+    accepted: tuple[str, ...],
+) -> list[Finding]:
     original, converted = readings.original, readings.converted
     if readings.reason is not None or original is None or converted is None:
         status, text = readings.reason or ("skipped", "a side cannot be read")
@@ -142,7 +148,7 @@ def _parity(subject: Subject, readings: Readings, prompts: Mapping[str, Prompt],
     except BROKEN as error:
         text = f"the original's own pass cannot run: {type(error).__name__}: {error}"
         return [Finding("parity", "lockstep", "skipped", text)]
-    return findings(result, original, converted, prompts)
+    return findings(result, original, converted, prompts, accepted)
 
 
 def _judged(
@@ -152,8 +158,9 @@ def _judged(
     if judge is None or subject.family is None or not prompts:
         text = "neither side can be read, so there is nothing to hold transformers against"
         return [Finding("transformers", "logits", "skipped", text)]
-    if readings.original is not None and readings.reason is not None and readings.reason[0] == "skipped":
-        return [Finding("transformers", "logits", "skipped", readings.reason[1])]
+    if readings.original is not None and readings.reason is not None and readings.reason[0] != "fail":
+        return [Finding("transformers", "logits", *readings.reason)]
+    judged = Judged(judge, None if judge is readings.converted else readings.converted, asked.accept)
     return against_transformers(
-        subject, judge, prompts, dtype=asked.dtype, device=asked.device, progress=tell
+        subject, judged, prompts, dtype=asked.dtype, device=asked.device, progress=tell
     )

@@ -14,6 +14,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.verify.accepting import undeclared_cast
 from ckpt_tool.verify.left_over import is_table, left_over
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
 from ckpt_tool.verify.prefixed import NOTE
@@ -128,9 +129,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         others = "no others" if not named else f"{len(named)} that are left over"
         text = f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and {others}"
         yield finding("target tensors", "pass", text)
-    if subject.undeclared_cast is not None:
-        text = f"expected the source's dtypes, found all floating tensors cast to {subject.undeclared_cast}"
-        yield finding("dtype", "fail", text + ", which nothing records as asked for")
+    yield from undeclared_cast(subject)
     for note in plan.lossy:
         yield finding("dtype", "note", note)
 

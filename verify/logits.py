@@ -114,14 +114,14 @@ def finding(
         f"worst prompt {name}"
     )
     over = [x for x in results.values() if not x.holds]
-    status: Status = "pass" if not over else "skipped" if all(x.cannot_tell for x in over) else "fail"
+    status: Status = "pass" if not over else "undecided" if all(x.cannot_tell for x in over) else "fail"
     data: dict[str, Any] = {
         "top1": top1,
         "kl": kl,
         "nmse": worst.distance.nmse,
         "max_delta": worst.distance.max_delta,
     }
-    if status == "skipped":
+    if status == "undecided":
         text = f"{text}; over the cap {CAPS[str(dtype).removeprefix('torch.')]:g} for {dtype}, {CANNOT_TELL}"
     else:
         data["exactness"] = "within noise floor" if status == "pass" else "differs"

@@ -15,6 +15,11 @@ ABSOLUTE_CAPS = {"float64": 1e-9}  # max |delta|
 CHUNK = 64  # positions whose distributions are held in float64 at once
 
 
+def wider(dtype: str) -> list[str]:
+    """The precisions that a computation in `dtype` may be judged by, narrowest first."""
+    return {"float64": [], "float32": ["float64"]}.get(dtype, ["float32", "float64"])
+
+
 @dataclass(frozen=True)
 class Distance:
     """`nmse` is MSE / var(reference); `worst` the position of `max_delta` in its prompt; `magnitude` max

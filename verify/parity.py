@@ -9,7 +9,7 @@ caught at that bar."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt_tool.verify import logits
+from ckpt_tool.verify import foretold, logits
 from ckpt_tool.verify.diagnose import Diagnosis, diagnose
-from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
+from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance, wider
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt
@@ -74,15 +74,24 @@ class Step:
         return max(self.distances.items(), key=lambda item: (item[1].nmse, item[1].max_delta))
 
 
-@dataclass
-class Controls:
-    """Mistakes planted in memory: (phase, name, NMSE it caused, caught)."""
+@dataclass(frozen=True)
+class Planted:
+    """One mistake planted in memory, and the NMSE it caused. One that was not caught is `blind` when another
+    precision shows that it is too small for this one: `seen_in` names that precision, None where none sees
+    it."""
 
-    planted: list[tuple[Phase, str, float, bool]] = field(default_factory=list)
+    phase: Phase
+    name: str
+    nmse: float
+    caught: bool
+    blind: bool = False
+    seen_in: str | None = None
 
     @property
-    def caught(self) -> int:
-        return sum(caught for *_, caught in self.planted)
+    def words(self) -> str:
+        if self.caught:
+            return "yes"
+        return f"blind; {self.seen_in or 'no precision'} sees it" if self.blind else "NO"
 
 
 @dataclass
@@ -90,7 +99,8 @@ class Parity:
     """All that the lockstep run measured."""
 
     steps: list[Step] = field(default_factory=list)
-    controls: Controls = field(default_factory=Controls)
+    controls: list[Planted] = field(default_factory=list)
+    foretold: list[foretold.Met] = field(default_factory=list)
     diagnoses: list[Diagnosis] = field(default_factory=list)
     logits: dict[str, dict[str, logits.Logits]] = field(default_factory=dict)  # by head, by prompt
 
@@ -110,6 +120,7 @@ def lockstep(
         ids, given = tensors(prompt, weights.device)
         runs.append(Run(name, ids, given, ids, ids, ids))
     last = original.config.n_layers - 1
+    expected = foretold.expected(subject)
     heads = ("head", *original.heads)
     for phase in original.phases:
         if progress is not None:
@@ -117,16 +128,21 @@ def lockstep(
         with ExitStack() as stack:
             stack.enter_context(original.keep())
             stack.enter_context(converted.keep())
-            step, shapes, samples = _phase(original, converted, phase, runs, weights.dtype)
+            known = expected.get(phase)
+            side = foretold.taken_back(converted, known)
+            step, shapes, samples = _phase(original, side, phase, runs, weights.dtype)
             if phase == "embed":
-                _sweep(original, converted, step, samples)
+                _sweep(original, side, step, samples)
             result.steps.append(step)
+            if known is not None and step.broken is None:
+                met = foretold.measure(known, converted, phase, samples, step.bar, step.holds)
+                result.foretold.append(met)
             if not step.holds and len(result.diagnoses) < DIAGNOSED:
-                cause = diagnose(subject, original, converted, phase, shapes, samples, step.bar)
+                cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
             elif phase in ("embed", 0, last, *heads) and step.holds:
-                changes = to_plant(phase, subject.plan, shapes, subject.config)
-                _control(result.controls, converted, phase, changes, samples, step.bar)
+                changes = to_plant(phase, subject.plan, shapes, side.raw)
+                result.controls += _control(side, phase, changes, samples, step.bar)
     for head in heads:
         passes = []
         for r in runs:
@@ -192,14 +208,15 @@ def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sampl
 
 
 def _control(
-    controls: Controls,
     converted: Side,
     phase: Phase,
     changes: list[Change],
     samples: Mapping[str, Sample],
     bar: Bar,
-) -> None:
-    """Plant each mistake, run the phase on all prompts until one shows it."""
+) -> list[Planted]:
+    """Plant each mistake, run the phase on all prompts until one shows it; those that none shows are looked
+    at in wider precisions."""
+    made, missed = [], []
     for change in changes:
         if not _alters(converted, change):
             continue
@@ -217,7 +234,55 @@ def _control(
             caught = not bar.holds(d)
             if caught:
                 break
-        controls.planted.append((phase, change.name, worst, caught))
+        if caught:
+            made.append(Planted(phase, change.name, worst, True))
+        else:
+            missed.append((change, worst))
+    return made + _missed(converted, phase, missed, samples)
+
+
+def _missed(
+    side: Side, phase: Phase, missed: list[tuple[Change, float]], samples: Mapping[str, Sample]
+) -> list[Planted]:
+    """What wider precisions make of mistakes that this one did not show. A mistake that moves the result by
+    more than the cap of this precision should have been seen: the bar is at fault and not the precision."""
+    if not missed:
+        return []
+    name = str(side.weights[0].dtype).removeprefix("torch.")
+    seen: dict[str, tuple[str, float]] = {}
+    for dtype in wider(name):
+        with ExitStack() as stack:
+            wide = side.computed_in(getattr(torch, dtype))
+            stack.enter_context(wide.keep())
+            for change, _ in missed:
+                if change.name not in seen:
+                    effect, shown = _effect(wide, change, phase, samples)
+                    if shown:
+                        seen[change.name] = dtype, effect
+    made = []
+    for change, nmse in missed:
+        seen_in, effect = seen.get(change.name, (None, nmse))
+        made.append(Planted(phase, change.name, nmse, False, effect <= 2 * CAPS[name], seen_in))
+    return made
+
+
+def _effect(side: Side, change: Change, phase: Phase, samples: Mapping[str, Sample]) -> tuple[float, bool]:
+    """By how much a mistake moves the phase, against the side itself, and whether that is over the bar that
+    its own noise makes. Up to the first prompt that shows it."""
+    changed, dtype, worst = side.changed(change), side.weights[0].dtype, 0.0
+    for s in sorted(samples.values(), key=lambda s: s.tokens):
+        x = s.x.to(dtype) if s.x.is_floating_point() else s.x
+        try:
+            sample = Sample(x, side.run(phase, x, s.given), s.given, s.variance)
+            with ReversedSums():
+                bar = bar_for([sample.of(side.run(phase, x, s.given))], dtype)
+            d = sample.of(changed.run(phase, x, s.given))
+        except BROKEN:
+            continue  # this precision has no such operation
+        worst = max(worst, d.nmse)
+        if not bar.holds(d):
+            return worst, True
+    return worst, False
 
 
 def _alters(side: Side, change: Change) -> bool:
@@ -247,8 +312,15 @@ def finding(check: str, status: Status, message: str, where: str | None = None, 
     return Finding(LEVEL, check, status, message, where, **more)
 
 
-def findings(result: Parity, original: Side, converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
-    """The level's findings, with the diagnosis of what differs."""
+def findings(
+    result: Parity,
+    original: Side,
+    converted: Side,
+    prompts: Mapping[str, Prompt],
+    accepted: Collection[str] = (),
+) -> list[Finding]:
+    """The level's findings, with the diagnosis of what differs; `accepted` are the names of foretold
+    differences."""
     dtype = original.weights[0].dtype
     whole = [
         logits.finding(
@@ -256,7 +328,8 @@ def findings(result: Parity, original: Side, converted: Side, prompts: Mapping[s
         )
         for head, found in result.logits.items()
     ]
-    made = [_layers(result, str(dtype).removeprefix("torch.")), *whole, _controls(result)]
+    made = [_layers(result, str(dtype).removeprefix("torch.")), *whole]
+    made += [*foretold.findings(LEVEL, result.foretold, accepted), *_controls(result, dtype)]
     if original.config.n_layers != converted.config.n_layers:
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
         made.insert(0, finding("layers", "fail", text, data={"exactness": "differs"}))
@@ -291,19 +364,17 @@ def _layers(result: Parity, dtype: str) -> Finding:
         text = (
             f"the first phase that differs{reason}, {others}; worst in prompt {prompt} at position {d.worst}"
         )
-        foretold = next((c.foretold for c in result.diagnoses if c.phase == first.phase), ())
-        text += "".join(f"; the plan foretells a difference: {note}" for note in foretold)
         return finding(
             "lockstep", "fail", text, phase_text(first.phase),
             measured=d.nmse, bar=first.bar.nmse, tables=(table,),
             data={"exactness": "differs", "first": phase_text(first.phase),
-                  "differing": [phase_text(s.phase) for s in failed], "foretold": list(foretold)},
+                  "differing": [phase_text(s.phase) for s in failed]},
         )  # fmt: skip
     if unsure:
         text = (
             f"{phase_text(unsure[0].phase)} is over the cap {CAPS[dtype]:g} for {dtype}, {logits.CANNOT_TELL}"
         )
-        return finding("lockstep", "skipped", text, tables=(table,))
+        return finding("lockstep", "undecided", text, tables=(table,))
     worst = max(result.steps, key=lambda s: s.worst[1].nmse)
     d = worst.worst[1]
     layers = sum(isinstance(s.phase, int) for s in result.steps)
@@ -313,30 +384,51 @@ def _layers(result: Parity, dtype: str) -> Finding:
         f"embedding, {layers} layers and {heads} agree on {len(result.logits['head'])} prompts, {dtype}; "
         f"largest NMSE in {phase_text(worst.phase)} over a noise floor of {number(worst.bar.noise.nmse)}"
     )
+    if result.foretold:
+        names = ", ".join(dict.fromkeys(m.foretold.name for m in result.foretold))
+        text += f"; with {names} taken back in {', '.join(phase_text(m.phase) for m in result.foretold)}"
     data = {"exactness": exactness, "phases": len(result.steps)}
     return finding("lockstep", "pass", text, measured=d.nmse, bar=worst.bar.nmse, data=data, tables=(table,))
 
 
-def _controls(result: Parity) -> Finding:
-    planted = result.controls.planted
+def _controls(result: Parity, dtype: torch.dtype) -> list[Finding]:
+    planted = result.controls
     if not planted:
         reason = "no phase agreed, so there is no right side to plant a mistake in"
-        return finding("negative control", "skipped", reason)
-    hardest = sorted(planted, key=lambda row: (row[3], row[2]))
+        return [finding("negative control", "skipped", reason)]
+    hardest = sorted(planted, key=lambda p: (p.caught, p.nmse))
     table = Table(
         ("planted in", "mistake (smallest effect first)", "NMSE", "caught"),
-        tuple((phase_text(p), name, x, "yes" if c else "NO") for p, name, x, c in hardest),
+        tuple((phase_text(p.phase), p.name, p.nmse, p.words) for p in hardest),
         brief=6,
     )
-    missed = [f"{name} ({phase_text(p)})" for p, name, _, c in planted if not c]
-    rate = result.controls.caught / len(planted)
-    text = f"{result.controls.caught} of {len(planted)} planted mistakes are caught at these bars"
+    caught = sum(p.caught for p in planted)
+    missed = [p for p in planted if not p.caught and not p.blind]
+    blind = [p for p in planted if p.blind]
+    text = f"{caught} of {len(planted)} planted mistakes are caught at these bars"
     if missed:
-        text += f"; not caught: {', '.join(missed[:5])}"
-    status: Status = "pass" if not missed else "fail"
-    return finding(
-        "negative control", status, text, measured=rate, bar=1.0, data={"rate": rate}, tables=(table,)
-    )
+        text += f"; not caught: {_named(missed)}"
+    if blind:
+        text += f"; {_precision(blind, str(dtype).removeprefix('torch.'))}"
+    rate = caught / len(planted)
+    status: Status = "fail" if missed else "undecided" if blind else "pass"
+    data = {"rate": rate, "blind": [[phase_text(p.phase), p.name, p.seen_in] for p in blind]}
+    return [finding("negative control", status, text, measured=rate, bar=1.0, data=data, tables=(table,))]
+
+
+def _named(planted: list[Planted]) -> str:
+    more = f" and {len(planted) - 3} more" if len(planted) > 3 else ""
+    return ", ".join(f"{p.name} ({phase_text(p.phase)})" for p in planted[:3]) + more
+
+
+def _precision(blind: list[Planted], dtype: str) -> str:
+    """Which mistakes a precision is too coarse for, and which one is not."""
+    seen = [p.seen_in for p in blind if p.seen_in is not None]
+    text = f"{dtype} cannot see {len(blind)}: {_named(blind)}"
+    if not seen:
+        return f"{text}; nor can a wider one: they have no effect on these prompts"
+    widest = max(seen, key=wider(dtype).index)
+    return f"{text}; --compute-dtype {widest} sees {'them' if len(blind) > 1 else 'it'}"
 
 
 def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:

@@ -23,6 +23,7 @@ import ckpt_tool.reference.phases as protocol
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance
 from ckpt_tool.verify.pooled import pooled_original
 from ckpt_tool.verify.prompts import Prompt
@@ -117,10 +118,16 @@ class Side:
         (own,) = self.ranks
         with torch.inference_mode():
             made = change.tensors(own)
-        config = self.config
+        config, raw = self.config, self.raw
         if change.config:
-            config = type(self.config).from_hf(with_values(self.raw, change.config))
-        return replace(self, config=config, ranks=(ChainMap(made, own),))  # type: ignore[arg-type]
+            raw = with_values(raw, change.config)
+            config = type(self.config).from_hf(raw)
+        return replace(self, config=config, raw=raw, ranks=(ChainMap(made, own),))  # type: ignore[arg-type]
+
+    def computed_in(self, dtype: torch.dtype) -> Side:
+        """This side's own weights, computed in another dtype."""
+        weights = tuple(Weights(w.checkpoint, w.tensors, dtype, w.device) for w in self.weights)
+        return replace(self, weights=weights, ranks=weights)
 
 
 def taken(function: Callable[..., Any], given: Tensors) -> dict[str, Tensor]:
@@ -181,16 +188,17 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
 
 
 def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
-    """The source's own reading, of its pooled heads where the conversion was asked to pool them. ValueError
-    where the facts in its files and settings are not enough."""
+    """The original's own reading, of its pooled heads where the conversion was asked to pool them, of weights
+    cast as it was asked to cast them. ValueError where the facts in its files and settings are not enough."""
     assert subject.original is not None and subject.family is not None
-    checkpoint = pooled_original(subject.original, subject.plan)
+    pooled = pooled_original(subject.original, subject.plan)
+    checkpoint = cast_forward(pooled, subject.plan) if subject.direction == "to-hf" else pooled
     module = reference.original(subject.family.name)
     staged = getattr(module, "STAGED", False) or any(map(is_of_megatron, checkpoint.files))
     ranks = ranks_of(checkpoint, stages=staged)
     shapes = {name: info.shape for name, info in ranks[0].items()}
     told = dict(subject.settings)
-    if checkpoint is not subject.original:
+    if pooled is not subject.original:
         told["num_key_value_heads"] = subject.config["num_key_value_heads"]
     if staged and subject.config.get("vocab_size"):
         told.setdefault("vocab_size", subject.config["vocab_size"])  # rows of padding are not compared
@@ -204,7 +212,8 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     (architecture, *_) = subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
     config = module.Config.from_hf(subject.config)
-    return _side(module, config, subject.hf, ranks_of(subject.hf), dtype, device, subject.config)
+    checkpoint = subject.hf if subject.direction == "to-hf" else cast_forward(subject.hf, subject.plan)
+    return _side(module, config, checkpoint, ranks_of(checkpoint), dtype, device, subject.config)
 
 
 def _side(

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.checkpoint.base import FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem, fail
+from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.manifest import Manifest, read_manifest
 from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
@@ -39,7 +40,8 @@ class Subject:
     family: Family | None = None
     plan: Plan | None = None
     problems: tuple[Problem, ...] = ()  # why there is no plan
-    undeclared_cast: str | None = None
+    undeclared_cast: str | None = None  # the dtype, where nothing records that it was asked for
+    accepted: tuple[str, ...] = ()  # names of differences that do not fail
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -193,10 +195,10 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
     try:
         subject.recorded, options = settled(plan, options, given)
         subject.plan = plan(options)
-        cast = _cast_seen(subject, subject.plan)
+        cast = cast_seen(subject.plan, subject.target)
         if cast is not None and options.dtype is None:
             subject.undeclared_cast = cast
-            subject.plan = plan(replace(options, dtype=cast))
+            subject.plan = as_found(subject.plan, plan(replace(options, dtype=cast)), subject.target)
     except CkptToolError as error:
         subject.problems = error.problems
 
@@ -219,15 +221,3 @@ def _options(subject: Subject) -> Options:
         asked = {**made.family_options, **form}
         made = replace(made, shards=len(subject.output.files), family_options=asked)
     return made
-
-
-def _cast_seen(subject: Subject, plan: Plan) -> str | None:
-    """The dtype that all floating tensors of the output share where the plan expects another one."""
-    pairs = [
-        (t.dtype, found.dtype)
-        for f in plan.outputs
-        for t in f.tensors
-        if (found := subject.target(t.file, t.name)) is not None and t.dtype in FLOATS
-    ]
-    dtypes = {b for _, b in pairs}
-    return dtypes.pop() if len(dtypes) == 1 and any(a != b for a, b in pairs) else None

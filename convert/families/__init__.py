@@ -30,7 +30,8 @@ class Family:
     """`recognise(checkpoint)` says whether an original checkpoint is of this family, with the reason in
     words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back. `targets` are
     layouts of other architectures that `plan` can write instead (family option "architecture"), `pools` says
-    whether it can pool key/value heads (`Options.gqa`)."""
+    whether it can pool key/value heads (`Options.gqa`), `foretold` names the differences that its plans may
+    foretell."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -40,6 +41,7 @@ class Family:
     plan_original: Callable[[Checkpoint, Options], Plan]
     targets: tuple[str, ...] = ()
     pools: bool = False
+    foretold: tuple[str, ...] = ()
 
 
 def family(name: str) -> Family:

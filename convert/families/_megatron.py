@@ -20,7 +20,15 @@ from ckpt_tool.convert.families._megatron_names import Original, is_core
 from ckpt_tool.convert.families._megatron_words import PUBLISHED, count_words, read_tokenizer
 from ckpt_tool.convert.layout import Rule, Step, expand, without_padding
 from ckpt_tool.convert.params import SET, Facts
-from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, assemble, config_document
+from ckpt_tool.convert.plan import (
+    Foretold,
+    Options,
+    OutputDocument,
+    Plan,
+    Value,
+    assemble,
+    config_document,
+)
 from ckpt_tool.convert.tokenizers import TokenizerResult
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -385,6 +393,7 @@ def to_hf(
     tokenizer: TokenizerResult,
     documents: Sequence[OutputDocument],
     notes: Iterable[str],
+    foretold: Iterable[Foretold] = (),
 ) -> Plan:
     """The plan of a family's table."""
     dtype = dtype_of(original)
@@ -417,6 +426,7 @@ def to_hf(
         options=options,
         notes=[*numbers.notes, *notes, *tokenizer.notes],
         original=kept(original, numbers),
+        foretold=foretold,
     )
 
 
@@ -458,15 +468,19 @@ def kept(original: Original, numbers: Numbers) -> dict[str, Any]:
     }
 
 
-def gelu_notes(numbers: Numbers) -> list[str]:
+TWO_GELUS = "megatron-bert-two-gelus"
+
+
+def two_gelus(gelu: Value, head_gelu: Value) -> tuple[Foretold, ...]:
     """MegatronBert has one hidden_act; the feed-forward, which is in every layer, decides it."""
-    if numbers.gelu.value == numbers.head_gelu.value:
-        return []
-    one, two = numbers.gelu, numbers.head_gelu
-    return [
-        f"the feed-forward's gelu is the {one.value} form ({one.source}), the LM head's the {two.value} form "
-        f"({two.source}); hidden_act is one value for both, so the LM head's differs, by at most 4.8e-4"
-    ]
+    if gelu.value == head_gelu.value:
+        return ()
+    reason = (
+        f"the feed-forward's gelu is the {gelu.value} form ({gelu.source}), the LM head's the "
+        f"{head_gelu.value} form ({head_gelu.source}); hidden_act is one value for both, so the LM head's "
+        "differs, by at most 4.8e-4 as it leaves the gelu"
+    )
+    return (Foretold(TWO_GELUS, reason, {"hidden_act": ACTIVATION[head_gelu.value]}, ("head",)),)
 
 
 def generation_config(config: Mapping[str, Value]) -> OutputDocument:

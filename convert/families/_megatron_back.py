@@ -23,7 +23,7 @@ from ckpt_tool.convert.families._megatron_names import AGES, DICTS, FIRST, VERSI
 from ckpt_tool.convert.families._megatron_words import DIVISOR
 from ckpt_tool.convert.layout import Rule, expand, with_padding
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, assemble
+from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -230,6 +230,7 @@ def to_original(
     form: Form,
     more_args: Mapping[str, Value],
     notes: Iterable[str],
+    foretold: Iterable[Foretold] = (),
 ) -> Plan:
     held = _held(checkpoint)
     common = Counter(t.dtype for t in held.values()).most_common(1)
@@ -269,6 +270,7 @@ def to_original(
             OutputDocument(TRACKER, tracker.encode(), "names the folder of the ranks"),
             *(OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()),
         ],
+        foretold=foretold,
         options=options,
         outputs=files,
         notes=notes,

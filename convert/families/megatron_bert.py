@@ -132,8 +132,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     }
     facts.check_settings(config)
     facts.check()
-    notes = megatron.gelu_notes(numbers)
-    notes += padding_notes(numbers.words, numbers.rows, "the embedding and the LM head's bias")
+    notes = padding_notes(numbers.words, numbers.rows, "the embedding and the LM head's bias")
     if (original.args or {}).get("attention_softmax_in_fp32"):
         notes.append(
             "args: attention_softmax_in_fp32, which MegatronBert does not have: the same in float32, another "
@@ -154,6 +153,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         tokenizer=tokenizer,
         documents=(),
         notes=notes,
+        foretold=megatron.two_gelus(numbers.gelu, numbers.head_gelu),
     )
 
 
@@ -184,6 +184,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         form=form,
         more_args={"bert_binary_head": Value(binary, "tensors of the model")},
         notes=(),
+        foretold=megatron.two_gelus(numbers.gelu, numbers.head_gelu),
     )
 
 
@@ -194,4 +195,5 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
+    foretold=(megatron.TWO_GELUS,),
 )

@@ -1,0 +1,65 @@
+"""Differences that a user may accept by name: those that the plan of a family foretells, and casts that
+nothing records as asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS
+from ckpt_tool.convert.casting import CASTABLE
+from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.errors import fail
+from ckpt_tool.verify.casted import loses
+from ckpt_tool.verify.report import Finding
+from ckpt_tool.verify.subject import Subject
+
+
+def cast_name(dtype: str) -> str:
+    """`cast-to-bfloat16` for BF16."""
+    return f"cast-to-{DTYPES[dtype].torch}"
+
+
+def known_names() -> list[str]:
+    """All that can be accepted, whatever the checkpoint."""
+    foretold = [name for f in FAMILIES for name in family(f).foretold]
+    return sorted({*foretold, *map(cast_name, CASTABLE)})
+
+
+def check_names(accept: Collection[str]) -> None:
+    """Raises `usage` for a name that nothing is called."""
+    known = known_names()
+    for name in accept:
+        if name not in known:
+            fail("usage", f"expected {' or '.join(known)}, found {name!r}", where="--accept")
+
+
+def undeclared_cast(subject: Subject) -> Iterator[Finding]:
+    """What a cast is that nothing records as asked for. One to a wider dtype keeps every value and needs no
+    acceptance: whether they are kept, the bits show."""
+    to, plan = subject.undeclared_cast, subject.plan
+    if to is None or plan is None:
+        return
+    held = [t for f in plan.outputs for t in f.tensors if t.dtype in FLOATS]
+    count = sum(t.dtype == to for t in held)
+    which = f"all {count}" if count == len(held) else f"{count} of {len(held)}"
+    name, data = cast_name(to), {"cast": DTYPES[to].torch}
+    text = f"{which} floating tensors are cast to {DTYPES[to].torch}, which nothing records as asked for"
+    if not loses(plan):
+        yield Finding("coverage", "dtype", "note", f"{text}: it holds every value of the source", data=data)
+    elif name in subject.accepted:
+        yield Finding("coverage", "dtype", "note", f"{text}; accepted as {name}", data=data)
+    else:
+        text = f"expected the source's dtypes, found a cast: {text}; --accept {name} accepts it"
+        yield Finding("coverage", "dtype", "fail", text, data={**data, "exactness": "differs"})
+
+
+def unneeded(subject: Subject, accept: Collection[str]) -> list[Finding]:
+    """A note for each accepted name that this output does not need."""
+    needed = {f.name for f in subject.plan.foretold} if subject.plan is not None else set()
+    if subject.undeclared_cast is not None:
+        needed.add(cast_name(subject.undeclared_cast))
+    return [
+        Finding("coverage", "accept", "note", f"nothing here is called {name}: --accept had no effect")
+        for name in dict.fromkeys(accept)
+        if name not in needed
+    ]

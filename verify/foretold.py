@@ -1,0 +1,134 @@
+"""Differences that the plan foretells, measured: where config.json has one value for what the original
+computes in two ways, the phase is compared with that value as it would have to be, and must agree then at the
+ordinary bar. What the difference itself may be is bounded for these weights by the layout's own reading (its
+`bounds`, see docs/tolerances.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ckpt_tool.convert.plan import Foretold
+from ckpt_tool.verify.measure import Bar, Distance
+from ckpt_tool.verify.report import Finding, Status, Table, number
+from ckpt_tool.verify.sides import Change, Phase, Sample, Side, phase_text
+from ckpt_tool.verify.subject import Subject
+
+
+@dataclass(frozen=True)
+class Raw:
+    """How far one prompt's result is from the original's as config.json has it. `bound` is the largest that
+    the bound allows at any place, `share` the largest part of it that was used, `inside` whether every place
+    is within its bound and the ordinary bar besides."""
+
+    distance: Distance
+    bound: float
+    share: float
+    inside: bool
+
+
+@dataclass(frozen=True)
+class Met:
+    """A foretold difference at one phase, by prompt; `alone` when the phase agrees with it taken back."""
+
+    foretold: Foretold
+    phase: Phase
+    raw: dict[str, Raw]
+    bar: Bar
+    alone: bool
+
+    @property
+    def differs(self) -> bool:
+        return any(not self.bar.holds(r.distance) for r in self.raw.values())
+
+    @property
+    def inside(self) -> bool:
+        return all(r.inside for r in self.raw.values())
+
+    @property
+    def worst(self) -> Raw:
+        return max(self.raw.values(), key=lambda r: (r.distance.max_delta, r.share))
+
+
+def expected(subject: Subject) -> dict[Phase, Foretold]:
+    """The foretold difference of each phase that has one."""
+    return {} if subject.plan is None else {p: f for f in subject.plan.foretold for p in f.where}
+
+
+def taken_back(side: Side, known: Foretold | None) -> Side:
+    """The side with the values of config.json that the phase would need."""
+    return side if known is None else side.changed(Change(known.name, config=known.values))
+
+
+def bound_of(side: Side, phase: Phase, x: Tensor) -> Tensor | None:
+    """By how much the result of the phase may be off at each place; None where the reading has no bound."""
+    found = getattr(side.module, "bounds", {}).get(phase)
+    return None if found is None else found(x, side.ranks, side.config)
+
+
+def raw(side: Side, phase: Phase, sample: Sample, found: Tensor, slack: float) -> Raw:
+    """`found` against the sample's reference and the bound for its input; `slack` is for rounding."""
+    bound = bound_of(side, phase, sample.x)
+    distance = sample.of(found)
+    if bound is None or found.shape != sample.wanted.shape or not math.isfinite(distance.max_delta):
+        return Raw(distance, math.nan, math.inf, False)
+    delta, bound = sample.real((found - sample.wanted).abs()), sample.real(bound)
+    inside = bool((delta <= bound + slack).all())
+    return Raw(distance, float(bound.max()), float((delta / (bound + slack)).max()), inside)
+
+
+def measure(
+    known: Foretold, side: Side, phase: Phase, samples: Mapping[str, Sample], bar: Bar, alone: bool
+) -> Met:
+    """`side` is the converted one as config.json has it, `bar` the phase's ordinary one."""
+    made = {
+        name: raw(side, phase, s, side.run(phase, s.x, s.given), bar.max_delta) for name, s in samples.items()
+    }
+    return Met(known, phase, made, bar, alone)
+
+
+def findings(level: str, met: Iterable[Met], accepted: Collection[str]) -> list[Finding]:
+    return [_finding(level, m, m.foretold.name in accepted) for m in met]
+
+
+def _finding(level: str, m: Met, accepted: bool) -> Finding:
+    name, where = m.foretold.name, phase_text(m.phase)
+    columns = ("prompt", "NMSE", "|delta|", "bound", "of it", "|value|", "")
+    rows = tuple(
+        (
+            prompt, r.distance.nmse, r.distance.max_delta, r.bound, f"{r.share:.1%}", r.distance.magnitude,
+            "inside" if r.inside else "outside",
+        )
+        for prompt, r in m.raw.items()
+    )  # fmt: skip
+    worst = m.worst
+    size = (
+        f"largest |delta| {number(worst.distance.max_delta)} of values up to "
+        f"{number(worst.distance.magnitude)}"
+    )
+    status: Status = "fail"
+    data = {"foretold": name, "max_delta": worst.distance.max_delta, "bound": worst.bound}
+    if not m.alone:
+        status, text = "note", f"{name} does not explain what differs here ({m.foretold.reason})"
+    elif not m.differs:
+        status, text = "note", f"{name} was foretold, and nothing differs"
+    elif not m.inside:
+        text = f"{name}: expected at most the bound computed for these weights, found more: {size}"
+        data["exactness"] = "differs"
+    elif not accepted:
+        text = (
+            f"differs as foretold: {m.foretold.reason}; {size}, inside the bound for these weights; all else "
+            f"agrees; --accept {name} accepts it"
+        )
+        data["exactness"] = "differs"
+    else:
+        status = "pass"
+        text = f"{name}, as accepted: {m.foretold.reason}; {size}, inside the bound for these weights"
+        data["exactness"] = "within the foretold difference"
+    return Finding(
+        level, "foretold", status, text, where,
+        measured=worst.distance.max_delta, bar=worst.bound, data=data, tables=(Table(columns, rows),),
+    )  # fmt: skip
