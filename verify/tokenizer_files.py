@@ -173,6 +173,9 @@ def _compare(
     recorded: Mapping[str, str],
     result: _Result,
 ) -> None:
+    if held == want.keys() and all(_same_bytes(n, data, beside) for n, data in want.items()):
+        result.compared += want  # the usual case, which needs no library
+        return
     ids = _ids(subject, want, held, beside, result)
     for name, data in want.items():
         if name in (JSON, CONFIG, MAP, ADDED):
@@ -190,6 +193,13 @@ def _compare(
             continue
         _extra(name, ids, beside, result)
     _configs(subject, want, held, beside, ids, result)
+
+
+def _same_bytes(name: str, data: bytes, beside: Beside) -> bool:
+    try:
+        return beside.read(name) == data
+    except Damaged:
+        return False  # told where the file is compared by itself
 
 
 def _ids(
