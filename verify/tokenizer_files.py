@@ -352,7 +352,12 @@ def _configs(
     ids: Ids | None,
     result: _Result,
 ) -> None:
-    expected = {n: Beside.parse(want[n], n) for n in (CONFIG, MAP, ADDED) if n in want}
+    try:
+        expected = {n: Beside.parse(want[n], n) for n in (CONFIG, MAP, ADDED) if n in want}
+    except Damaged as damage:
+        text = f"the source's cannot be read: {damage}"
+        result.notes.append(finding("skipped", text, damage.name, data={"open": True}))
+        return
     found: dict[str, dict[str, Any]] = {}
     for name in (CONFIG, MAP, ADDED):
         if name in held:
@@ -406,7 +411,10 @@ def _configs(
 def _around(ids: Ids | None) -> tuple[bool, bool]:
     if ids is None:
         return False, False
-    before, after = ids.frame()
+    try:
+        before, after = ids.frame()
+    except Unreadable:
+        return False, False
     return bool(before), bool(after)
 
 
