@@ -82,12 +82,10 @@ def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> 
         yield finding("documents", "pass", text)
 
 
-def _as_written(beside: Beside, recorded: Mapping[str, str]) -> bool:
-    """Whether every tokenizer file has the bytes that the conversion wrote, which agreed with each other
-    then: no library has to read them once more."""
-    names = [n for n in beside.names if is_tokenizer_file(n)]
+def _as_recorded(name: str, beside: Beside, recorded: Mapping[str, str]) -> bool:
+    """Whether the file has the bytes that the manifest has the SHA-256 of."""
     try:
-        return all(hashlib.sha256(beside.read(n)).hexdigest() == recorded.get(n) for n in names)
+        return recorded.get(name) == hashlib.sha256(beside.read(name)).hexdigest()
     except Damaged:
         return False
 
@@ -96,10 +94,10 @@ def _alone(subject: Subject, beside: Beside, recorded: Mapping[str, str]) -> Ite
     """Without a source: do the files read, and agree with each other and with config.json?"""
     if subject.direction != "to-hf":
         return
-    if not _as_written(beside, recorded):
-        yield from capped(
-            [finding("tokenizer", "fail", text, where) for where, text in consistent(subject, beside)]
-        )
+    held = [n for n in beside.names if is_tokenizer_file(n)]
+    if not all(_as_recorded(n, beside, recorded) for n in held):  # else the conversion has compared them
+        wrong = [finding("tokenizer", "fail", text, where) for where, text in consistent(subject, beside)]
+        yield from capped(wrong)
     if GENERATION in beside.names:
         try:
             fields = beside.json(GENERATION)
@@ -182,7 +180,7 @@ def _templates(
     for name in more:
         place = found[name][0]
         native = subject.source is not None and "tokenizer_config.json" in subject.source.documents
-        if place in recorded and hashlib.sha256(beside.read(place)).hexdigest() == recorded[place]:
+        if _as_recorded(place, beside, recorded):
             continue  # given when converting
         if native or recorded:
             message = "expected none, as the source has none, found a chat template"
