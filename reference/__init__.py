@@ -1,12 +1,10 @@
 """One plain forward pass per architecture and layout: what the converted model is measured against.
 
-Every module has the same functions, so that two of them run in lockstep, layer by layer:
+Every module has the same functions, so that two of them run in lockstep, phase by phase:
 
     Config.from_original(params, shapes, ranks, overrides)   or   Config.from_hf(config)
-    embed(ids, ranks, c) -> x        ids (B, T) int64, x (B, T, D)
-    layer(x, i, ranks, c) -> x
-    head(x, ranks, c) -> logits      (B, T, V), float32 or higher
-    forward(ids, ranks, c) -> logits
+    phases(ranks, c, inputs) -> phases    named, in order; see phases.py
+    forward(ids, ranks, c) -> logits      (B, T, V), float32 or higher; ids (B, T) int64
 
 `ranks` holds one mapping of tensor names to tensors per model-parallel rank, one in all for a checkpoint
 that is not model-parallel. A tensor is read when it is needed and never kept, so a lazy mapping streams a
@@ -14,85 +12,76 @@ large model. Pipeline stages are joined before, so that layers are numbered thro
 The pass computes in the dtype of the tensors it is given; angles, norms and softmax are never below float32,
 and float64 tensors make every step float64. `c.n_layers` counts the layers in every module.
 
-`embed` and `layer` of some take more if it is given: token types, positions, a mask. Those with several heads
-have them in `HEADS`; `losses` has the loss of each. What a checkpoint offers beyond ids -> logits, two
-functions of its module may tell, so that a verification goes through all of it:
+**Two sides.** The original layouts share blocks.py, rope.py and decoder.py, written after the papers and the
+publishers' code; the Hugging Face layout shares hf_blocks.py, hf_rope.py and hf_decoder.py, written after the
+library. A side never uses what is of the other (tests/test_house_reference.py), so that a mistake in one of
+them does not agree with itself. A family adds its numbers, its traits and what is its own.
 
-    inputs(ranks, c) -> names     of what `embed` and `layer` take besides: "token_types", "mask" (B, T) each
-    heads(ranks, c) -> heads      of the last layer's x beside `head`, each called as that is; by the names
-                                  that the output of the class in transformers has for them
+A module is found by the folder: that of a family by its name, that of architectures by its `ARCHITECTURES`.
+`STAGED` says that an original may come in pipeline stages whatever its files are called.
+
+Those with several heads have them in `HEADS`, by what they are for; each takes what `encode(ids, ranks, c)`
+gives, and losses.py has its loss. A pass that takes more than ids says so in `inputs(ranks, c)`:
+"token_types" and "mask", (B, T) each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Family -> the module that reads its original layout.
-ORIGINAL: dict[str, str] = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "mixtral": "mixtral",
-    "megatron-bert": "megatron_bert",
-    "megatron-gpt2": "megatron_gpt2",
-    "opt": "opt",
-    "codegen": "codegen",
-    "qwen2": "qwen2",
-}
-
-# Architecture in config.json -> the module that reads its Hugging Face layout.
-CONVERTED: dict[str, str] = {
-    "LlamaForCausalLM": "hf_llama",
-    "MistralForCausalLM": "hf_mistral",
-    "MixtralForCausalLM": "hf_mixtral",
-    "GPT2LMHeadModel": "hf_gpt2",
-    "MegatronBertModel": "hf_megatron_bert",
-    "MegatronBertForPreTraining": "hf_megatron_bert",
-    "MegatronBertForMaskedLM": "hf_megatron_bert",
-    "MegatronBertForCausalLM": "hf_megatron_bert",
-    "MegatronBertForNextSentencePrediction": "hf_megatron_bert",
-    "MegatronBertForSequenceClassification": "hf_megatron_bert",
-    "MegatronBertForMultipleChoice": "hf_megatron_bert",
-    "MegatronBertForTokenClassification": "hf_megatron_bert",
-    "MegatronBertForQuestionAnswering": "hf_megatron_bert",
-    "OPTModel": "hf_opt",
-    "OPTForCausalLM": "hf_opt",
-    "OPTForSequenceClassification": "hf_opt",
-    "OPTForQuestionAnswering": "hf_opt",
-    "CodeGenForCausalLM": "hf_codegen",
-    "GPTJForCausalLM": "hf_gptj",
-    "Qwen2Model": "hf_qwen2",
-    "Qwen2ForCausalLM": "hf_qwen2",
-    "Qwen2ForSequenceClassification": "hf_qwen2",
-    "Qwen2ForTokenClassification": "hf_qwen2",
-    "Qwen2ForQuestionAnswering": "hf_qwen2",
-}
-
 
 class NotComputed(ValueError):
     """What a config asks for is a model that no reading here computes; it may well be right."""
 
 
+def families() -> list[str]:
+    """Those that have a reading of their original layout, a module of their name with `Config.from_original`;
+    imports torch."""
+    return [stem.replace("_", "-") for stem in _stems("") if _reads(_module(stem), "from_original")]
+
+
+def architectures() -> dict[str, str]:
+    """Those that have a reading of the Hugging Face layout, as it says in its `ARCHITECTURES`: the module of
+    each; imports torch."""
+    return {name: stem for stem in _stems("hf_") for name in getattr(_module(stem), "ARCHITECTURES", ())}
+
+
 def original(family: str) -> ModuleType:
     """The reading of `family` in its original layout; imports torch. ValueError if there is none."""
-    return _module(ORIGINAL, family, "family")
+    stem = family.replace("-", "_")
+    if stem in _stems("") and _reads(module := _module(stem), "from_original"):
+        return module
+    raise ValueError(f"expected family to be one of {', '.join(families())}, found `{family}`")
 
 
 def converted(architecture: str) -> ModuleType:
     """The reading of `architecture` in the Hugging Face layout; imports torch. ValueError if there is
     none."""
-    return _module(CONVERTED, architecture, "architecture")
+    known = architectures()
+    if architecture not in known:
+        raise ValueError(f"expected architecture to be one of {', '.join(known)}, found `{architecture}`")
+    return _module(known[architecture])
 
 
-def _module(table: dict[str, str], name: str, kind: str) -> ModuleType:
-    if name not in table:
-        raise ValueError(f"expected {kind} to be one of {', '.join(table)}, found `{name}`")
-    return import_module(f"{__name__}.{table[name]}")
+def _stems(prefix: str) -> list[str]:
+    """Modules of one side: those of the Hugging Face layout begin with "hf_"."""
+    stems = sorted(module.name for module in iter_modules(__path__))
+    return [stem for stem in stems if stem.startswith("hf_") == bool(prefix)]
+
+
+def _reads(module: ModuleType, method: str) -> bool:
+    return hasattr(getattr(module, "Config", None), method)
+
+
+def _module(stem: str) -> ModuleType:
+    return import_module(f"{__name__}.{stem}")
 
 
 def loss(logits: Tensor, ids: Tensor) -> float:

@@ -15,14 +15,26 @@ width, V vocabulary, M cores. Linear weights are (out, in).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
-from math import pi
 from typing import Any, Self
 
-import torch
 from torch import Tensor
+
+from ckpt_tool.reference.blocks import (
+    activate,
+    affine,
+    all_reduce,
+    layer_norm,
+    products,
+    rotate_neighbours,
+    visible,
+    weigh,
+    wide,
+)
+from ckpt_tool.reference.facts import Shapes, first, misshapen, refuse
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
+from ckpt_tool.reference.rope import turns
 
 MASKED = -1e9  # the score of a key that is not to be seen
 THETA = 10000.0  # fixed in the code
@@ -57,11 +69,7 @@ class Config:
 
     @classmethod
     def from_original(
-        cls,
-        params: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-        ranks: int,
-        overrides: Mapping[str, Any],
+        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
         """`params` is config.json, `shapes` those of all tensors, `overrides` facts from the user under their
         Hugging Face names, and `mp_num`; they win. ValueError with all that is missing, that disagrees and
@@ -69,7 +77,7 @@ class Config:
         if ranks != 1:
             raise ValueError(f"expected one rank (CodeGen's files are not model-parallel), found {ranks}")
         facts: dict[str, Any] = {
-            name: next((f[key] for f in (overrides, params) for key in keys if f.get(key) is not None), None)
+            name: first(*(f.get(key) for f in (overrides, params) for key in keys))
             for name, keys in FACTS.items()
         }
         if missing := [FACTS[name][0] for name, value in facts.items() if value is None]:
@@ -94,111 +102,62 @@ class Config:
         problems = []
         if c.rotary_dim % 2 or not 0 < c.rotary_dim <= c.head_dim:
             problems.append(f"expected an even rotary_dim up to {c.head_dim}, found {c.rotary_dim}")
-        for name, wanted in (("qkv_proj", (3 * D, D)), ("out_proj", (D, D))):
-            name = f"transformer.h.0.attn.{name}.weight"
-            if (found := tuple(shapes.get(name, ()))) != wanted:
-                problems.append(f"expected `{name}` of shape {wanted}, found {found}")
+        wanted = {
+            f"transformer.h.0.attn.{n}.weight": (r, D) for n, r in (("qkv_proj", 3 * D), ("out_proj", D))
+        }
+        problems += misshapen(shapes, wanted, each="")
         numbers = {int(n.split(".")[2]) for n in shapes if n.startswith("transformer.h.")}
         if numbers != set(range(c.n_layers)):
             problems.append(f"expected layers 0 to {c.n_layers - 1}, found {len(numbers)} of them")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
         return c
 
 
-def forward(
-    ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config, *, mask: Tensor | None = None
-) -> Tensor:
+def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
+    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+
+
+def forward(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
     """Logits (B, T, V). `mask` (B, T) is 1 for tokens and 0 for padding, by default there is none."""
-    x = embed(ids, ranks, c)
-    for i in range(c.n_layers):
-        x = layer(x, i, ranks, c, mask)
-    return head(x, ranks, c)
+    logits: Tensor = run(phases(ranks, c, given(mask=mask)), ids)
+    return logits
 
 
-def embed(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     (w,) = ranks
     return w["transformer.wte.weight"][ids]
 
 
-def layer(
-    x: Tensor, i: int, ranks: Sequence[Mapping[str, Tensor]], c: Config, mask: Tensor | None = None
-) -> Tensor:
+def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
     """Attention and feed-forward both start from the one norm, side by side."""
     (w,), p = ranks, f"transformer.h.{i}."
-    y = norm(x, w, p + "ln_1.", c)
+    y = layer_norm(x, w, p + "ln_1.", c.norm_eps)
     return x + attention(y, w, p + "attn.", c, mask) + feed_forward(y, w, p + "mlp.", c)
 
 
-def head(x: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """The output layer has weights and a bias of its own."""
     (w,) = ranks
-    return wide(linear(norm(x, w, "transformer.ln_f.", c), w, "lm_head."))
+    return wide(affine(layer_norm(x, w, "transformer.ln_f.", c.norm_eps), w, "lm_head."))
 
 
 def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, mask: Tensor | None) -> Tensor:
     """Every core has the rows of its queries, then of its values, then of its keys, in `qkv_proj`, and the
     columns of its heads in `out_proj`."""
-    T, M = x.shape[1], c.mp_num
-    seen = torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).tril()
-    if mask is not None:
-        seen = seen & mask.bool()[:, None, None, :]
-    turns = rotation(x, c)
+    turned, seen = turns(x, THETA, c.rotary_dim, None), visible(x, mask=mask)
     fused, out = w[p + "qkv_proj.weight"], w[p + "out_proj.weight"]
-    cores = zip(fused.chunk(M, 0), out.chunk(M, 1), strict=True)
-    return all_reduce(core(x, rows, columns, turns, seen, c) for rows, columns in cores)
+    cores = zip(fused.chunk(c.mp_num, 0), out.chunk(c.mp_num, 1), strict=True)
+    return all_reduce(core(x, rows, columns, turned, seen, c) for rows, columns in cores)
 
 
-def core(x: Tensor, rows: Tensor, columns: Tensor, turns: Tensor, seen: Tensor, c: Config) -> Tensor:
+def core(x: Tensor, rows: Tensor, columns: Tensor, turned: Tensor, seen: Tensor, c: Config) -> Tensor:
     """The part of the sum over heads that N/M heads contribute: (B, T, D). `rows` (3 D/M, D), `columns`
     (D, D/M). Queries and keys are float32 from the rotation on."""
     B, T, _ = x.shape
     q, v, k = ((x @ part.T).view(B, T, -1, c.head_dim) for part in rows.chunk(3, 0))  # (B, T, N/M, H)
-    q, k = rotate(q, turns, c), rotate(k, turns, c)
-    scores = torch.einsum("bqnh,bknh->bnqk", q, k) / c.head_dim**0.5
-    weights = scores.masked_fill(~seen, MASKED).softmax(-1).to(x.dtype)
-    return torch.einsum("bnqk,bknh->bqnh", weights, v).reshape(B, T, -1) @ columns.T
-
-
-def rotation(x: Tensor, c: Config) -> Tensor:
-    """exp(i * position * frequency) for the positions and in the precision of x: complex (T, R/2)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even = torch.arange(0, c.rotary_dim, 2, dtype=dtype, device=x.device)
-    frequencies = THETA ** -(even / c.rotary_dim)
-    angles = torch.outer(torch.arange(x.shape[1], dtype=dtype, device=x.device), frequencies)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, turns: Tensor, c: Config) -> Tensor:
-    """Channels 2i and 2i+1 of every head below R are one complex number, turned by its position; the others
-    stay. x (B, T, N, H), the result at least float32."""
-    y = wide(x)
-    turned, rest = y[..., : c.rotary_dim], y[..., c.rotary_dim :]
-    pairs = torch.view_as_complex(turned.reshape(*turned.shape[:-1], -1, 2))
-    return torch.cat([torch.view_as_real(pairs * turns[:, None]).flatten(-2), rest], dim=-1)
+    q, k = rotate_neighbours(q, turned), rotate_neighbours(k, turned)
+    return weigh(products(q, k) / c.head_dim**0.5, v, seen, MASKED) @ columns.T
 
 
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
-    y = wide(linear(x, w, p + "fc_in."))
-    bent = torch.erf(y * 0.5**0.5) if c.gelu == "erf" else torch.tanh((2 / pi) ** 0.5 * (y + 0.044715 * y**3))
-    return linear((0.5 * y * (1 + bent)).to(x.dtype), w, p + "fc_out.")
-
-
-def linear(x: Tensor, w: Mapping[str, Tensor], stem: str) -> Tensor:
-    return x @ w[stem + "weight"].T + w[stem + "bias"]
-
-
-def norm(x: Tensor, w: Mapping[str, Tensor], stem: str, c: Config) -> Tensor:
-    y = wide(x)
-    y = y - y.mean(-1, keepdim=True)
-    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + c.norm_eps)
-    return (y * w[stem + "weight"] + w[stem + "bias"]).to(x.dtype)
-
-
-def all_reduce(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it has."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return affine(activate(affine(x, w, p + "fc_in."), c.gelu), w, p + "fc_out.")

@@ -1,158 +1,35 @@
-"""MixtralForCausalLM in the Hugging Face layout, as it lies on disk: one tensor per expert and matrix,
-`model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight` (transformers 5 stacks them only in memory).
-
-Source: transformers 4.37.2 (eager attention) and 5.23.0, models/mixtral.
-
-B batch, T tokens, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
-V vocabulary, E experts, A experts a token is sent to, W window. Linear weights are (out, in).
-"""
+"""MixtralForCausalLM in the Hugging Face layout (hf_decoder), its experts in
+`model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-from torch.nn.functional import silu
+from ckpt_tool.reference import hf_decoder
+from ckpt_tool.reference.hf_blocks import complete
+from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 
-from ckpt_tool.reference import hf_rope
-from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotate_half
+__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
 
-REQUIRED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)  # in config.json
-# What MixtralConfig takes for other keys that are absent; null heads are as many as there are queries.
-DEFAULTS = {"rms_norm_eps": 1e-5, "hidden_act": "silu", "num_local_experts": 8, "num_experts_per_tok": 2}
-OR_NULL = {"num_key_value_heads": 8}
-SILU = ("silu", "swish")  # one function
+
+ARCHITECTURES = ("MixtralForCausalLM",)
 
 
 @dataclass(frozen=True)
-class Config:
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    # per layer, how many keys a query sees, its own included; None sees all before it
-    windows: tuple[int | None, ...]
-    n_experts: int
-    n_experts_per_token: int
-    tied: bool  # the embedding table is also the output layer
-
+class Config(hf_decoder.Config):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
-        changes the numbers and for what this pass does not compute."""
+        """A newer name of `num_local_experts` is `num_experts`."""
         generic = {"num_local_experts": config["num_experts"]} if "num_experts" in config else {}
-        config = {**DEFAULTS, **OR_NULL, **generic, **config}
-        if missing := [name for name in (*REQUIRED, *DEFAULTS) if config.get(name) is None]:
-            raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
-        if config["hidden_act"] not in SILU:
-            raise ValueError(f"expected `hidden_act` silu in config.json, found {config['hidden_act']}")
-        n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-        window = config.get("sliding_window")
-        theta, scaling = rope(config, default=1000000.0)
-        return cls(
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=int(config["num_key_value_heads"] or n_heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // n_heads),
-            norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            windows=(None if window is None else int(window),) * n_layers,
-            n_experts=int(config["num_local_experts"]),
-            n_experts_per_token=int(config["num_experts_per_tok"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
+        own = {"num_local_experts": 8, "num_experts_per_tok": 2}
+        counts = complete({**generic, **config}, (), own)
+        return cls.read(
+            config,
+            {"rms_norm_eps": 1e-5},
+            {"num_key_value_heads": 8, "sliding_window": None},
+            theta=1000000.0,
+            n_experts=int(counts["num_local_experts"]),
+            n_experts_per_token=int(counts["num_experts_per_tok"]),
         )
-
-
-def forward(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
-    x = embed(ids, ranks, c)
-    for i in range(c.n_layers):
-        x = layer(x, i, ranks, c)
-    return head(x, ranks, c)
-
-
-def embed(ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
-    (w,) = ranks
-    return w["model.embed_tokens.weight"][ids]
-
-
-def layer(x: Tensor, i: int, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
-    (w,), p = ranks, f"model.layers.{i}."
-    x = x + attention(rms_norm(x, w[p + "input_layernorm.weight"], c), w, p + "self_attn.", c, c.windows[i])
-    return x + mixture(
-        rms_norm(x, w[p + "post_attention_layernorm.weight"], c), w, p + "block_sparse_moe.", c
-    )
-
-
-def head(x: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
-    (w,) = ranks
-    output = w["model.embed_tokens.weight" if c.tied else "lm_head.weight"]
-    return wide(rms_norm(x, w["model.norm.weight"], c) @ output.T)
-
-
-def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None) -> Tensor:
-    B, T, _ = x.shape
-    N, K, H = c.n_heads, c.n_kv_heads, c.head_dim
-    q = (x @ w[p + "q_proj.weight"].T).view(B, T, N, H).transpose(1, 2)  # (B, N, T, H)
-    k = (x @ w[p + "k_proj.weight"].T).view(B, T, K, H).transpose(1, 2)  # (B, K, T, H)
-    v = (x @ w[p + "v_proj.weight"].T).view(B, T, K, H).transpose(1, 2)
-    cos, sin = rotation(x, c)
-    q = (q * cos + rotate_half(q) * sin).view(B, K, N // K, T, H)  # (B, K, N/K, T, H)
-    k = k * cos + rotate_half(k) * sin
-    scores = torch.einsum("bkgqh,bkth->bkgqt", q, k) * H**-0.5
-    seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-    if window is not None:
-        seen = seen.triu(1 - window)  # the last `window` keys, the query's own included
-    weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(x.dtype)
-    heads = torch.einsum("bkgqt,bkth->bqkgh", weights, v)
-    return heads.reshape(B, T, N * H) @ w[p + "o_proj.weight"].T
-
-
-def rotation(x: Tensor, c: Config) -> tuple[Tensor, Tensor]:
-    return hf_rope.rotation(x, c.rope_theta, c.head_dim, c.rope_scaling)
-
-
-def mixture(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
-    """The sum of the chosen experts, each weighed in float32 (transformers 5) and then added in the dtype
-    of x."""
-    tokens = x.flatten(0, 1)  # (B*T, D)
-    chosen, share = route(tokens, w[p + "gate.weight"], c)
-    y = torch.zeros_like(tokens)
-    for e in sorted(set(chosen.flatten().tolist())):  # an expert nobody asks for is never read
-        rows, place = torch.where(chosen == e)
-        out = feed_forward(tokens[rows], w, f"{p}experts.{e}.") * share[rows, place, None]
-        y.index_add_(0, rows, out.to(y.dtype))
-    return y.view_as(x)
-
-
-def route(tokens: Tensor, gate: Tensor, c: Config) -> tuple[Tensor, Tensor]:
-    """The most probable experts by a softmax over all, and their shares, made to sum to one; both (B*T,
-    A)."""
-    probabilities, chosen = wide(tokens @ gate.T).softmax(-1).topk(c.n_experts_per_token)
-    return chosen, probabilities / probabilities.sum(-1, keepdim=True)
-
-
-def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str) -> Tensor:
-    gate, up = x @ w[p + "w1.weight"].T, x @ w[p + "w3.weight"].T  # (tokens, F)
-    return (silu(gate) * up) @ w[p + "w2.weight"].T
-
-
-def rms_norm(x: Tensor, weight: Tensor, c: Config) -> Tensor:
-    y = wide(x)
-    return weight * (y / (y.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()).to(x.dtype)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it has."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

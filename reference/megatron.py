@@ -24,8 +24,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from ckpt_tool.reference.blocks import VERSION_0, VERSION_1, VERSION_2
+from ckpt_tool.reference.facts import Shapes, disagreements, misshapen, refuse
+
 T = TypeVar("T")
-Shapes = Mapping[str, tuple[int, ...]]
 
 # Stems: names without their last word, `weight` or `bias`. The first that is there is the one.
 LAYER_STEMS = {
@@ -73,9 +75,6 @@ TOLD = {
     "heads": ("num_attention_heads", "num_attention_heads", "n_head"),
 }
 NORM_FROM_ZERO = ("apply_layernorm_1p", "layernorm_zero_centered_gamma")
-
-# Orders of the rows of a fused query_key_value: t is q, k, v; n the head; h the channel; g the group.
-VERSION_0, VERSION_1, VERSION_2 = "t n h", "n h t", "g t h"
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,8 @@ class Config:
         head_dim = int(params.get("kv_channels") or dim // max(1, n_heads))
         n_words = int(overrides.get("vocab_size") or words)
         qkv = VERSION_2 if core or version >= 2 else VERSION_1 if version == 1 else VERSION_0
-        problems = [*_disagreements(sizes, params, overrides), *_not_computed(params)]
+        told = {size: _told(params, overrides, *TOLD[size]) for size in sizes}
+        problems = [*disagreements(sizes, told), *_not_computed(params)]
         if not n_heads:
             problems.append("expected `num_attention_heads` in args or given by name, found neither")
         else:
@@ -154,8 +154,7 @@ class Config:
             problems.append(f"expected a checkpoint_version that can group queries, found {version}")
         if n_words > words:
             problems.append(f"expected at least {n_words} words, as told, found {words} in the tensors")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
         gelu = overrides.get("hidden_act", overrides.get("activation_function"))
         return cls(
             n_layers=n_layers,
@@ -258,15 +257,6 @@ def _sizes(shapes: Shapes, names: Names, n_layers: int, ranks: int) -> dict[str,
     }
 
 
-def _disagreements(
-    sizes: Mapping[str, int], params: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> Iterator[str]:
-    for size, found in sizes.items():
-        told = _told(params, overrides, *TOLD[size])
-        if told is not None and int(told) != found:
-            yield f"expected {size} {told}, as told, found {found} in the tensors"
-
-
 def _not_computed(params: Mapping[str, Any]) -> Iterator[str]:
     for name in ("swiglu", "squared_relu", "num_experts", "qk_layernorm"):
         if params.get(name):
@@ -279,13 +269,12 @@ def _misshapen(
     if n_heads % n_groups or n_groups % ranks:
         yield f"expected head counts that {ranks} ranks can share, found {n_heads} in {n_groups} groups"
     first, dim = f"{names.block}0.", shapes[names.word + "weight"][1]
-    for name, wanted in (
-        (names.qkv, ((n_heads + 2 * n_groups) * head_dim // ranks, dim)),
-        (names.dense, (dim, n_heads * head_dim // ranks)),
-        (names.fc2, (dim, shapes[first + names.fc1 + "weight"][0])),
-    ):
-        if (found := tuple(shapes[first + name + "weight"])) != wanted:
-            yield f"expected `{first}{name}weight` of shape {wanted} on each rank, found {found}"
+    wanted = {
+        names.qkv: ((n_heads + 2 * n_groups) * head_dim // ranks, dim),
+        names.dense: (dim, n_heads * head_dim // ranks),
+        names.fc2: (dim, shapes[first + names.fc1 + "weight"][0]),
+    }
+    yield from misshapen(shapes, {f"{first}{name}weight": shape for name, shape in wanted.items()})
 
 
 def read_names(shapes: Iterable[str]) -> tuple[Names, int]:
@@ -328,8 +317,7 @@ def read_names(shapes: Iterable[str]) -> tuple[Names, int]:
             stems[role] = re.sub(r"(weight|bias)$", "", found_names[0])
         elif role in MODEL_STEMS:
             problems.append(f"expected {' or '.join(endings)}, found none")
-    if problems:
-        raise ValueError("; ".join(problems))
+    refuse(problems)
     return Names(block=prefix, **stems), len(layers)
 
 

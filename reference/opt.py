@@ -17,14 +17,26 @@ width, V vocabulary, S ranks. Linear weights are (out, in).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from math import pi
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from ckpt_tool.reference.blocks import (
+    activate,
+    affine,
+    all_reduce,
+    join_words,
+    layer_norm,
+    products,
+    visible,
+    weigh,
+    words,
+)
+from ckpt_tool.reference.facts import Shapes, disagreements, first, misshapen, only, refuse
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
 
 NORM_EPS = 1e-5
 PAD = 1  # the row of padding in the table of positions; the first token has the row after it
@@ -89,11 +101,7 @@ class Config:
 
     @classmethod
     def from_original(
-        cls,
-        params: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-        ranks: int,
-        overrides: Mapping[str, Any],
+        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
         """`params` are the pickled settings as plain values: `cfg` and `args` as in the file, or what is in
         one of them, or nothing; `shapes` those of rank 0, `overrides` facts from the user under their Hugging
@@ -101,17 +109,18 @@ class Config:
         with all that is missing, that disagrees, and that this pass does not compute."""
         told = _settings(params)
         prefix, n_layers = _stack(shapes)
-        first = f"{prefix}layers.0."
-        fused = first + "self_attn.qkv_proj.weight" in shapes
+        start = f"{prefix}layers.0."
+        fused = start + "self_attn.qkv_proj.weight" in shapes
         projected, normed = f"{prefix}project_in_dim.weight" in shapes, f"{prefix}layer_norm.weight" in shapes
         if missing := list(_missing(shapes, prefix, n_layers, fused, projected, normed)):
             raise ValueError(f"expected {', '.join(f'`{name}`' for name in missing[:4])}, found none")
         sizes = _sizes(shapes, prefix, n_layers, ranks)
         known = PUBLISHED.get(tuple(sizes.values()))
-        problems = [*_disagreements(sizes, told, overrides), *_not_computed({**told, **overrides})]
-        heads = _first(overrides.get("num_attention_heads"), told.get("decoder_attention_heads"))
-        before = _first(overrides.get("do_layer_norm_before"), told.get("decoder_normalize_before"))
-        before = _first(before, known[1] if known else None, True if normed else None)
+        said = {size: first(overrides.get(hf), told.get(own)) for size, (hf, own) in TOLD.items()}
+        problems = [*disagreements(sizes, said), *only({**told, **overrides}, COMPUTED)]
+        heads = first(overrides.get("num_attention_heads"), told.get("decoder_attention_heads"))
+        before = first(overrides.get("do_layer_norm_before"), told.get("decoder_normalize_before"))
+        before = first(before, known[1] if known else None, True if normed else None)
         activation, unknown = _activation(told, overrides, known is not None)
         problems += unknown
         if before is None:
@@ -124,13 +133,12 @@ class Config:
                 f"expected {'a' if before else 'no'} final norm, as norms come "
                 f"{'before' if before else 'after'} a branch, found {'one' if normed else 'none'}"
             )
-        n_heads = int(_first(heads, known[0] if known else 0))
+        n_heads = int(first(heads, known[0] if known else 0))
         if n_heads:
-            problems += _misshapen(shapes, first, fused, sizes, n_heads, ranks)
+            problems += _misshapen(shapes, start, fused, sizes, n_heads, ranks)
         else:
             problems.append("expected `num_attention_heads` in the settings or given by name, found neither")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
         return cls(n_layers, n_heads, bool(before), activation, fused, projected, prefix)
 
 
@@ -145,10 +153,6 @@ def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in told.items() if v is not None and not (isinstance(v, str) and "${" in v)}
 
 
-def _first(*values: Any) -> Any:
-    return next((v for v in values if v is not None), None)
-
-
 def _stack(shapes: Iterable[str]) -> tuple[str, int]:
     """What all names begin with, and the number of layers."""
     layers: dict[str, set[int]] = {}
@@ -161,12 +165,7 @@ def _stack(shapes: Iterable[str]) -> tuple[str, int]:
 
 
 def _missing(
-    shapes: Mapping[str, tuple[int, ...]],
-    prefix: str,
-    n_layers: int,
-    fused: bool,
-    projected: bool,
-    normed: bool,
+    shapes: Shapes, prefix: str, n_layers: int, fused: bool, projected: bool, normed: bool
 ) -> Iterator[str]:
     stems = ["self_attn.out_proj", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"]
     stems += ["self_attn.qkv_proj"] if fused else [f"self_attn.{n}_proj" for n in "kvq"]
@@ -177,7 +176,7 @@ def _missing(
     yield from (prefix + name for name in wanted if prefix + name not in shapes)
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]], prefix: str, n_layers: int, ranks: int) -> dict[str, int]:
+def _sizes(shapes: Shapes, prefix: str, n_layers: int, ranks: int) -> dict[str, int]:
     """In the order of PUBLISHED."""
     words, E = shapes[prefix + "embed_tokens.weight"]
     positions, D = shapes[prefix + "embed_positions.weight"]
@@ -189,22 +188,6 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], prefix: str, n_layers: int, ra
         "positions": positions - PAD - 1,
         "words": words * ranks,
     }
-
-
-def _disagreements(
-    sizes: Mapping[str, int], told: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> Iterator[str]:
-    for size, found in sizes.items():
-        hf_name, name = TOLD[size]
-        wanted = _first(overrides.get(hf_name), told.get(name))
-        if wanted is not None and int(wanted) != found:
-            yield f"expected {size} {wanted}, as told, found {found} in the tensors"
-
-
-def _not_computed(facts: Mapping[str, Any]) -> Iterator[str]:
-    for name, values in COMPUTED.items():
-        if name in facts and facts[name] not in values:
-            yield f"expected `{name}` {values[0]}, found {facts[name]}"
 
 
 def _activation(
@@ -225,58 +208,39 @@ def _activation(
 
 
 def _misshapen(
-    shapes: Mapping[str, tuple[int, ...]],
-    first: str,
-    fused: bool,
-    sizes: Mapping[str, int],
-    n_heads: int,
-    ranks: int,
+    shapes: Shapes, start: str, fused: bool, sizes: Mapping[str, int], n_heads: int, ranks: int
 ) -> Iterator[str]:
     D, F = sizes["width"], sizes["feed-forward width"]
     if n_heads % ranks or D % n_heads:
         yield f"expected heads that {ranks} ranks and {D} channels can share, found {n_heads}"
     rows = {"qkv_proj": 3 * D} if fused else {f"{n}_proj": D for n in "kvq"}
-    for name, wanted in (
-        *((f"self_attn.{n}.weight", (r // ranks, D)) for n, r in rows.items()),
-        ("self_attn.out_proj.weight", (D, D // ranks)),
-        ("fc2.weight", (D, F // ranks)),
-    ):
-        if (found := tuple(shapes[first + name])) != wanted:
-            yield f"expected `{first}{name}` of shape {wanted} on each rank, found {found}"
+    wanted = {f"{start}self_attn.{n}.weight": (r // ranks, D) for n, r in rows.items()}
+    wanted |= {f"{start}self_attn.out_proj.weight": (D, D // ranks), f"{start}fc2.weight": (D, F // ranks)}
+    yield from misshapen(shapes, wanted)
 
 
-def forward(
-    ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config, *, mask: Tensor | None = None
-) -> Tensor:
+def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
+    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+
+
+def forward(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
     """Logits (B, T, V). `mask` (B, T) is 1 for tokens and 0 for padding, by default there is none."""
-    x = embed(ids, ranks, c, mask=mask)
-    for i in range(c.n_layers):
-        x = layer(x, i, ranks, c, mask)
-    return head(x, ranks, c)
+    logits: Tensor = run(phases(ranks, c, given(mask=mask)), ids)
+    return logits
 
 
-def embed(
-    ids: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config, *, mask: Tensor | None = None
-) -> Tensor:
-    """Each rank holds V/S whole words. Tokens are counted from row 2 of the table of positions, past any
-    padding, which has row 1."""
-    parts, first = [], 0
-    for w in ranks:
-        table = w[c.prefix + "embed_tokens.weight"]  # (V/S, E)
-        own = (first <= ids) & (ids < first + len(table))
-        parts.append(torch.where(own[..., None], table[torch.where(own, ids - first, 0)], 0))
-        first += len(table)
-    x, real = all_reduce(parts), torch.ones_like(ids) if mask is None else mask.long()
+def embed(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
+    """Tokens are counted from row 2 of the table of positions, past any padding, which has row 1."""
+    x = words(ids, [w[c.prefix + "embed_tokens.weight"] for w in ranks])
+    real = torch.ones_like(ids) if mask is None else mask.long()
     if c.projected:
         x = x @ ranks[0][c.prefix + "project_in_dim.weight"].T  # (B, T, D)
     return x + ranks[0][c.prefix + "embed_positions.weight"][real.cumsum(1) * real + PAD]
 
 
-def layer(
-    x: Tensor, i: int, ranks: Sequence[Mapping[str, Tensor]], c: Config, mask: Tensor | None = None
-) -> Tensor:
+def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
     """Each rank normalises with its own copy of the norm weights, as it does in the original."""
-    p, S, seen = f"{c.prefix}layers.{i}.", len(ranks), visible(x, mask)
+    p, S, seen = f"{c.prefix}layers.{i}.", len(ranks), visible(x, mask=mask)
     y = [norm(x, w, p + "self_attn_layer_norm.") if c.pre_norm else x for w in ranks]
     heads = [attention(z, w, p + "self_attn.", c, S, seen) for z, w in zip(y, ranks, strict=True)]
     x = x + all_reduce(heads) + ranks[0][p + "self_attn.out_proj.bias"]
@@ -287,21 +251,18 @@ def layer(
     return x if c.pre_norm else norm(x, ranks[0], p + "final_layer_norm.")
 
 
-def head(x: Tensor, ranks: Sequence[Mapping[str, Tensor]], c: Config) -> Tensor:
+def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """The words are the output layer; `output_projection`, where a file has it, is a copy of them."""
     parts = []
     for w in ranks:
         y = norm(x, w, c.prefix + "layer_norm.") if c.pre_norm else x
         y = y @ w[c.prefix + "project_out_dim.weight"].T if c.projected else y  # (B, T, E)
         parts.append(y @ w[c.prefix + "embed_tokens.weight"].T)  # (B, T, V/S)
-    return wide(torch.cat(parts, dim=-1))
+    return join_words(parts)
 
 
-def visible(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which keys (last axis) a query (the axis before) sees: (B or 1, 1, T, T)."""
-    T = x.shape[1]
-    seen = torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).tril()
-    return seen if mask is None else seen & mask.bool()[:, None, None, :]
+def norm(x: Tensor, w: Mapping[str, Tensor], stem: str) -> Tensor:
+    return layer_norm(x, w, stem, NORM_EPS)
 
 
 def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int, seen: Tensor) -> Tensor:
@@ -309,48 +270,13 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int, see
     holds the keys of its heads, then their values, then their queries, whatever its name says."""
     B, T, _ = x.shape
     if c.fused:
-        k, v, q = linear(x, w, p + "qkv_proj.").view(B, T, 3, c.n_heads // S, -1).unbind(2)
+        k, v, q = affine(x, w, p + "qkv_proj.").view(B, T, 3, c.n_heads // S, -1).unbind(2)
     else:
-        k, v, q = (linear(x, w, f"{p}{n}_proj.").view(B, T, c.n_heads // S, -1) for n in "kvq")
-    scores = torch.einsum("bqnh,bknh->bnqk", q * q.shape[-1] ** -0.5, k)
+        k, v, q = (affine(x, w, f"{p}{n}_proj.").view(B, T, c.n_heads // S, -1) for n in "kvq")
     hidden = torch.finfo(x.dtype).min  # -inf would leave padding before the first token without any key
-    weights = wide(scores.masked_fill(~seen, hidden)).softmax(-1).to(x.dtype)
-    heads = torch.einsum("bnqk,bknh->bqnh", weights, v)
-    return heads.reshape(B, T, -1) @ w[p + "out_proj.weight"].T
+    return weigh(products(q * q.shape[-1] ** -0.5, k), v, seen, hidden) @ w[p + "out_proj.weight"].T
 
 
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
     """The part of the sum over hidden units that this rank's F/S units contribute: (B, T, D)."""
-    return activate(linear(x, w, p + "fc1."), c.activation) @ w[p + "fc2.weight"].T
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return x.clamp(min=0)
-    y = wide(x)
-    bent = (
-        torch.erf(y * 0.5**0.5)
-        if activation == "erf"
-        else torch.tanh((2 / pi) ** 0.5 * (y + 0.044715 * y**3))
-    )
-    return (0.5 * y * (1 + bent)).to(x.dtype)
-
-
-def linear(x: Tensor, w: Mapping[str, Tensor], stem: str) -> Tensor:
-    return x @ w[stem + "weight"].T + w[stem + "bias"]
-
-
-def norm(x: Tensor, w: Mapping[str, Tensor], stem: str) -> Tensor:
-    y = wide(x)
-    y = y - y.mean(-1, keepdim=True)
-    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)
-    return (y * w[stem + "weight"] + w[stem + "bias"]).to(x.dtype)
-
-
-def all_reduce(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if that is what it has."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return activate(affine(x, w, p + "fc1."), c.activation) @ w[p + "fc2.weight"].T

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckpt_tool import api
+from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.fixtures import flaws_values
-from ckpt_tool.fixtures.flaws import Folder
+from ckpt_tool.fixtures.flaws import Folder, half_split, interleaved
 from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth, numbers, to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import Report, verify
@@ -175,6 +177,32 @@ def test_the_bits_are_explained_without_torch(
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout == "layer 1: mlp.gate_proj and mlp.up_proj exchanged\n[]\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "cause"),
+    [
+        ("attention.wq", lambda x: half_split(x, 6), "self_attn.q_proj rows not permuted for rotary"),
+        ("attention.wq", lambda x: interleaved(x, 6), "self_attn.q_proj permuted twice"),
+        ("feed_forward.w1", lambda x: np.roll(x, 1, 0), "mlp.gate_proj rows shifted by +1"),
+    ],
+)
+def test_a_mistake_on_the_way_back_is_named(
+    name: str, change: Callable[[np.ndarray], np.ndarray], cause: str, conversions: Written, tmp_path: Path
+) -> None:
+    """An original written with its rows left in the order of the Hugging Face layout, or permuted twice."""
+    out, converted = tmp_path / "back", conversions("mistral-7b-v0.3")
+    api.convert(converted, out, to="original", family="mistral")
+    with open_checkpoint(out) as held:
+        (tensor,) = held.find(f"layers.1.{name}.weight")
+        file = held.files[tensor.file]
+        extent, data = file.extent(tensor.name), np.ascontiguousarray(change(held.read(tensor))).tobytes()
+        path = file.path
+    assert extent is not None
+    with path.open("r+b") as stream:
+        stream.seek(extent[1])
+        stream.write(data)
+    assert causes(verify(out, converted, levels="bits")) == [cause]
 
 
 # --- orders of rows -------------------------------------------------------------------------------------

@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference import CONVERTED, ORIGINAL, converted, generate, loss, original
+from ckpt_tool.reference import (
+    architectures,
+    converted,
+    families,
+    generate,
+    hf_rope,
+    loss,
+    original,
+    rope,
+)
 
 REAL = Path(__file__).parents[1].parent / "shared" / "real" / "aidreams260K"
 State = dict[str, Tensor]
@@ -402,8 +411,9 @@ def test_angles_are_exact_in_float64_and_near_in_float32(layout: str) -> None:
         (torch.float32, 2e-4),
     ):  # float32: half a unit of 599 is 3e-5
         x = torch.zeros(1, 600, 1, dtype=dtype)
-        cos, sin = theirs.rotation(x, d)
-        for found in (ours.rotation(x, c)[at], torch.complex(cos, sin)[at, : H // 2]):
+        cos, sin = hf_rope.rotation(x, d.rope_theta, d.head_dim, d.rope_scaling)
+        turned = rope.turns(x, c.rope_theta, c.head_dim, c.rope_scaling)
+        for found in (turned[at], torch.complex(cos, sin)[at, : H // 2]):
             assert (found - expected).abs().max() < bound
 
 
@@ -490,11 +500,11 @@ def test_a_missing_tensor_raises_its_name() -> None:
 
 
 def test_every_module_has_the_same_functions() -> None:
-    modules = [original(f) for f in ORIGINAL] + [converted(a) for a in CONVERTED]
+    modules = [original(f) for f in families()] + [converted(a) for a in architectures()]
     for module in modules:
-        assert all(callable(getattr(module, f)) for f in ("embed", "layer", "head", "forward"))
+        assert all(callable(getattr(module, f)) for f in ("phases", "forward"))
         assert "n_layers" in module.Config.__dataclass_fields__
-    known = ", ".join(ORIGINAL)
+    known = ", ".join(families())
     with pytest.raises(ValueError, match=f"expected family to be one of {known}, found `gpt5`"):
         original("gpt5")
     with pytest.raises(ValueError, match="expected architecture to be one of .* found `GPTForCausalLM`"):

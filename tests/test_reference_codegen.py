@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference import converted, loss, original
+from ckpt_tool.reference import converted, hf_blocks, loss, original
+from ckpt_tool.reference.blocks import layer_norm, rotate_neighbours
+from ckpt_tool.reference.rope import turns
 
 State = dict[str, Tensor]
 
@@ -387,25 +389,24 @@ def test_the_branches_stand_side_by_side() -> None:
     state = tiny.fused()
     c = ours.Config.from_original(tiny.config(), shapes_of(state), 1, {})
     x, p = ours.embed(ids(), [state], c), "transformer.h.0."
-    after = x + ours.attention(ours.norm(x, state, p + "ln_1.", c), state, p + "attn.", c, None)
-    after = after + ours.feed_forward(ours.norm(after, state, p + "ln_1.", c), state, p + "mlp.", c)
+    normed = layer_norm(x, state, p + "ln_1.", c.norm_eps)
+    after = x + ours.attention(normed, state, p + "attn.", c, None)
+    normed = layer_norm(after, state, p + "ln_1.", c.norm_eps)
+    after = after + ours.feed_forward(normed, state, p + "mlp.", c)
     assert nmse(ours.layer(x, 0, [state], c), after) > 0.01
 
 
-@pytest.mark.parametrize("module", [theirs, gptj])
-def test_pairs_of_neighbours_are_turned_and_the_rest_stays(module: Any) -> None:
-    tiny = CASES["tiny"]
-    c = ours.Config.from_original(tiny.config(), shapes_of(tiny.fused()), 1, {})
-    d = module.Config.from_hf(tiny.config())
+def test_pairs_of_neighbours_are_turned_and_the_rest_stays() -> None:
     x = torch.randn(1, 30, 1, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = x[0, 29, 0].clone()
     for i in range(2):
         a, b = expected[2 * i : 2 * i + 2].tolist()
         turned = complex(a, b) * cmath.exp(29j * 10000 ** (-2 * i / 4))
         expected[2 * i : 2 * i + 2] = torch.tensor([turned.real, turned.imag], dtype=torch.float64)
-    found = ours.rotate(x, ours.rotation(x[..., 0], c), c)[0, 29, 0]
+    found = rotate_neighbours(x, turns(x[..., 0], 10000.0, 4, None))[0, 29, 0]
     assert (found - expected).abs().max() < 1e-12
-    assert (module.rotate(x.transpose(1, 2), d)[0, 0, 29] - expected).abs().max() < 1e-12
+    found = hf_blocks.rotate_neighbours(x.transpose(1, 2), 4, torch.float64)[0, 0, 29]
+    assert (found - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ckpt_tool.reference import original
-from ckpt_tool.reference.megatron import VERSION_0, VERSION_1, VERSION_2, join_stages
+from ckpt_tool.reference.blocks import VERSION_0, VERSION_1, VERSION_2
+from ckpt_tool.reference.megatron import join_stages
 from tests.megatron_models import (
     AGES,
     EPS,
@@ -186,7 +187,9 @@ def test_a_toy_gives_the_numbers_others_computed(version: float) -> None:
     params, told = {"checkpoint_version": version}, {"num_attention_heads": 2, "hidden_act": "gelu"}
     state, bert = toy(True), original("megatron-bert")
     c = bert.Config.from_original(params, shapes_of(state), 1, told)
-    found, found_order = bert.pretraining(bert.encode(ids, [state], c, token_types=types), [state], c)
+    found, found_order = bert.HEADS["pretraining"](
+        bert.encode(ids, [state], c, token_types=types), [state], c
+    )
     assert found[0, 0, :4].tolist() == pytest.approx(lm, abs=6e-6)
     assert found.sum().item() == pytest.approx(lm_sum, abs=6e-5)
     assert found_order[0].tolist() == pytest.approx(order, abs=6e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ckpt_tool.reference import converted, original
-from ckpt_tool.reference.megatron import VERSION_0
+from ckpt_tool.reference.blocks import VERSION_0
 from tests.megatron_models import (
     EPS,
     FAMILIES,

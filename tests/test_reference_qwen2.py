@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference import converted, loss, losses, original
+from ckpt_tool.reference import converted, hf_rope, loss, losses, original, rope
+from ckpt_tool.reference.blocks import rotate_halves
 from ckpt_tool.reference.megatron import join_stages
 
 State = dict[str, Tensor]
@@ -489,10 +490,11 @@ def test_channels_half_a_head_apart_are_turned_by_exact_angles() -> None:
     expected = [cmath.exp(599j * tiny.theta ** (-2 * i / 6)) for i in range(3)]
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-4)):
         x = torch.ones(1, 600, 1, 6, dtype=dtype)
-        cos, sin = theirs.rotation(x[..., 0], d)
-        for turns in (ours.rotation(x[..., 0], c)[599], torch.complex(cos, sin)[599, :3]):
+        cos, sin = hf_rope.rotation(x[..., 0], d.rope_theta, d.head_dim, d.rope_scaling)
+        turned = rope.turns(x[..., 0], c.rope_theta, c.head_dim, c.rope_scaling)
+        for turns in (turned[599], torch.complex(cos, sin)[599, :3]):
             assert (turns - torch.tensor(expected, dtype=torch.complex128)).abs().max() < bound
-        turned_ones = ours.rotate(x, ours.rotation(x[..., 0], c))[0, 599, 0]
+        turned_ones = rotate_halves(x, turned)[0, 599, 0]
         assert (turned_ones[:3] - cos[599, :3] + sin[599, :3]).abs().max() < bound
         assert (turned_ones[3:] - cos[599, :3] - sin[599, :3]).abs().max() < bound
 

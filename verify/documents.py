@@ -38,7 +38,7 @@ def documents(subject: Subject) -> list[Finding]:
     found = [*_recorded(beside, recorded, subject)]
     expected = None if subject.plan is None else _expected(subject)
     if expected is None:
-        found += _alone(subject, beside)
+        found += _alone(subject, beside, recorded)
     else:
         found += tokenizer(subject, expected, beside, recorded)
         found += _generation(subject, expected, beside, recorded)
@@ -82,13 +82,22 @@ def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> 
         yield finding("documents", "pass", text)
 
 
-def _alone(subject: Subject, beside: Beside) -> Iterator[Finding]:
+def _as_recorded(name: str, beside: Beside, recorded: Mapping[str, str]) -> bool:
+    """Whether the file has the bytes that the manifest has the SHA-256 of."""
+    try:
+        return recorded.get(name) == hashlib.sha256(beside.read(name)).hexdigest()
+    except Damaged:
+        return False
+
+
+def _alone(subject: Subject, beside: Beside, recorded: Mapping[str, str]) -> Iterator[Finding]:
     """Without a source: do the files read, and agree with each other and with config.json?"""
     if subject.direction != "to-hf":
         return
-    yield from capped(
-        [finding("tokenizer", "fail", text, where) for where, text in consistent(subject, beside)]
-    )
+    held = [n for n in beside.names if is_tokenizer_file(n)]
+    if not all(_as_recorded(n, beside, recorded) for n in held):  # else the conversion has compared them
+        wrong = [finding("tokenizer", "fail", text, where) for where, text in consistent(subject, beside)]
+        yield from capped(wrong)
     if GENERATION in beside.names:
         try:
             fields = beside.json(GENERATION)
@@ -171,7 +180,7 @@ def _templates(
     for name in more:
         place = found[name][0]
         native = subject.source is not None and "tokenizer_config.json" in subject.source.documents
-        if place in recorded and hashlib.sha256(beside.read(place)).hexdigest() == recorded[place]:
+        if _as_recorded(place, beside, recorded):
             continue  # given when converting
         if native or recorded:
             message = "expected none, as the source has none, found a chat template"
@@ -255,7 +264,11 @@ def _known(
         return known
     if expected or not recorded:
         known |= {n for n in beside.names if _is_template(n) or n in TEMPLATES}
-    return known if recorded else known | {GENERATION, *TOKENIZER_FILES}
+    if recorded:
+        return known
+    if subject.plan is None:  # nothing to compare with: the original's own file is one of the model's
+        known |= {n for n in beside.names if is_tokenizer_file(n)}
+    return known | {GENERATION, *TOKENIZER_FILES}
 
 
 def _names(found: list[Stranger]) -> str:

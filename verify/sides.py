@@ -1,7 +1,7 @@
 """One side of a comparison: a reading of a layout (a module of reference/), its config, and lazy weights.
 
-A forward pass is a row of phases, "embed", layer 0, 1, ..., "head", and the heads that there are besides;
-each can be run alone, on any input.
+A forward pass is a row of phases, "embed", layer 0, 1, ..., "head", and the heads that there are besides
+(reference/phases.py); each can be run alone, on any input.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import ckpt_tool.reference as reference
+import ckpt_tool.reference.phases as protocol
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
@@ -58,11 +59,15 @@ class Side:
     raw: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[Tensors] = ()
 
+    def reading(self, given: Tensors = NOTHING) -> dict[Phase, protocol.Phase]:
+        """The phases of the module for these further inputs."""
+        found = self.module.phases(self.ranks, self.config, given)
+        return {p.name if p.index is None else p.index: p for p in found}
+
     @property
-    def heads(self) -> dict[str, Callable[..., Tensor]]:
-        """Those beside `head` that the tensors hold, by the names of their logits in transformers."""
-        found = getattr(self.module, "heads", None)
-        return {} if found is None else dict(found(self.ranks, self.config))
+    def heads(self) -> list[str]:
+        """Those beside "head" that the tensors hold, by the names of their logits in transformers."""
+        return [p.name for p in self.reading().values() if p.kind == "head" and p.name != "head"]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -72,24 +77,17 @@ class Side:
 
     @property
     def phases(self) -> list[Phase]:
-        return ["embed", *range(self.config.n_layers), "head", *self.heads]
+        return list(self.reading())
 
     @property
     def used(self) -> set[str]:
         return set().union(*(w.used for w in self.weights))
 
     def run(self, phase: Phase, x: Tensor, given: Tensors = NOTHING) -> Tensor:
-        """The output of one phase: x is ids (B, T) for "embed", else (B, T, D). `given` are further inputs
-        (B, T) by name; a phase takes those it knows."""
-        m = self.module
+        """The output of one phase: x is ids (B, T) for the first, else what the phase before gave. `given`
+        are further inputs (B, T) by name. KeyError for a phase that this side does not have."""
         with torch.inference_mode():
-            if phase == "embed":
-                out: Tensor = m.embed(x, self.ranks, self.config, **taken(m.embed, given))
-            elif isinstance(phase, int):
-                out = m.layer(x, phase, self.ranks, self.config, **taken(m.layer, given))
-            else:
-                head = m.head if phase == "head" else m.heads(self.ranks, self.config)[phase]
-                out = head(x, self.ranks, self.config)
+            out: Tensor = self.reading(given)[phase].run(x)
             return out
 
     def forward(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
@@ -98,15 +96,14 @@ class Side:
 
     def outputs(self, ids: Tensor, given: Tensors = NOTHING) -> dict[str, Tensor]:
         """The logits of every head of one pass; those of `forward` are "head"."""
-        x = self.encode(ids, given)
-        return {name: self.run(name, x) for name in ("head", *self.heads)}
+        with torch.inference_mode():
+            return protocol.outputs(list(self.reading(given).values()), ids)
 
     def encode(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
         """The last layer's output (B, T, D)."""
-        x = ids
-        for phase in ("embed", *range(self.config.n_layers)):
-            x = self.run(phase, x, given)
-        return x
+        with torch.inference_mode():
+            out: Tensor = protocol.trunk(list(self.reading(given).values()), ids)
+            return out
 
     @contextmanager
     def keep(self) -> Iterator[None]:
@@ -197,7 +194,7 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     pooled = pooled_original(subject.original, subject.plan)
     checkpoint = cast_forward(pooled, subject.plan) if subject.direction == "to-hf" else pooled
     module = reference.original(subject.family.name)
-    staged = subject.family.name.startswith("megatron-") or any(map(is_of_megatron, checkpoint.files))
+    staged = getattr(module, "STAGED", False) or any(map(is_of_megatron, checkpoint.files))
     ranks = ranks_of(checkpoint, stages=staged)
     shapes = {name: info.shape for name, info in ranks[0].items()}
     told = dict(subject.settings)

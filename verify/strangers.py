@@ -1,7 +1,7 @@
 """The files of an output folder by name, and what those that nobody planned are to a loader.
 
-Known from transformers 4.37 to 5.23 (from_pretrained, peft, custom_generate), vLLM 0.11 (which of several
-sets of weights it takes) and safetensors; a file that no loader looks for is named, not failed."""
+The rules are those of from_pretrained (transformers, peft) and of servers that choose among several sets of
+weights; a file that no loader looks for is named, not failed."""
 
 from __future__ import annotations
 

@@ -81,7 +81,12 @@ class Ids:
 
     def frame(self) -> tuple[list[int], list[int]]:
         """The ids that are put before and after every text."""
-        plain, framed = self.encode("a", False), self.encode("a", True)
+        try:
+            plain, framed = self.encode("a", False), self.encode("a", True)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # as above
+            raise Unreadable(first_line(error)) from error
         at = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0)
         return framed[:at], framed[at + len(plain) :]
 

@@ -1,0 +1,166 @@
+"""What the readings of original layouts share, after the papers and the publishers' own code: two channels
+are one complex number that is turned, every model-parallel rank computes its own heads, hidden units and
+words, and the partial results are added or joined. Heads stand beside the tokens: (batch, tokens, heads,
+channels).
+
+Nothing here is used by a reading of the Hugging Face layout, and nothing of theirs is used here: a mistake in
+a block that both sides shared would agree with itself.
+
+Source: Vaswani et al. 2017; Ba et al. 2016; Zhang and Sennrich 2019 (arXiv 1910.07467); Su et al. 2021 (arXiv
+2104.09864); Shazeer 2020 (arXiv 2002.05202); Shoeybi et al. 2019 (arXiv 1909.08053); Jiang et al. 2024 (arXiv
+2401.04088).
+
+B batch, T tokens, D model width, N query heads, K key/value heads (G groups of them in Megatron), H head
+width, F feed-forward width, V vocabulary, S ranks, E experts, A experts a token is sent to. Linear weights
+are (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+# Orders of the rows of a fused query, key and value: t is which of them; n the head; h the channel; g the
+# group of heads that share a key and a value.
+VERSION_0, VERSION_1, VERSION_2 = "t n h", "n h t", "g t h"
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def all_reduce(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
+
+
+def words(ids: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """The rows of tables that hold V/S whole words each: every rank gives zeros for the words of others."""
+    if len(tables) == 1:
+        return tables[0][ids]
+    parts, first = [], 0
+    for table in tables:  # (V/S, D)
+        own = (first <= ids) & (ids < first + len(table))
+        parts.append(torch.where(own[..., None], table[torch.where(own, ids - first, 0)], 0))
+        first += len(table)
+    return all_reduce(parts)
+
+
+def join_words(parts: Iterable[Tensor], n_words: int | None = None) -> Tensor:
+    """Logits (B, T, V) of the parts (B, T, V/S) that the ranks have, without those of padding."""
+    return wide(torch.cat(list(parts), dim=-1))[..., :n_words]
+
+
+def affine(x: Tensor, w: Tensors, stem: str) -> Tensor:
+    return x @ w[stem + "weight"].T + w[stem + "bias"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float, from_zero: bool = False) -> Tensor:
+    """`from_zero`: what is stored is the weight less one."""
+    y, gamma = wide(x), wide(w[stem + "weight"])
+    y = y - y.mean(-1, keepdim=True)
+    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * (gamma + 1 if from_zero else gamma) + w[stem + "bias"]).to(x.dtype)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """relu, or gelu as it is defined ("erf") or approximated ("tanh")."""
+    if name == "relu":
+        return x.clamp(min=0)
+    y = wide(x)
+    if name == "erf":
+        bent = torch.erf(y / math.sqrt(2))
+    else:
+        bent = torch.tanh(math.sqrt(2 / math.pi) * y * (1 + 0.044715 * y * y))
+    return (0.5 * y * (1 + bent)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = wide(gate)  # one function to those who train in 16 bits: rounded once
+    return (y * torch.sigmoid(y)).to(gate.dtype) * up
+
+
+def rotate_neighbours(x: Tensor, turned: Tensor) -> Tensor:
+    """Channels 2i and 2i+1 of every head are one complex number, turned by its position; those beyond the
+    last of `turned` (T, pairs) stay. x (B, T, N, H), the result at least float32."""
+    y = wide(x)
+    moved, rest = y[..., : 2 * turned.shape[1]], y[..., 2 * turned.shape[1] :]
+    pairs = torch.view_as_complex(moved.reshape(*moved.shape[:-1], -1, 2))
+    return torch.cat([torch.view_as_real(pairs * turned[:, None]).flatten(-2), rest], dim=-1)
+
+
+def rotate_halves(x: Tensor, turned: Tensor) -> Tensor:
+    """Channels i and i + H/2 of every head are one complex number; else as `rotate_neighbours`."""
+    both = torch.complex(*wide(x).chunk(2, dim=-1)) * turned[:, None]
+    return torch.cat([both.real, both.imag], dim=-1)
+
+
+def visible(x: Tensor, *, window: int | None = None, mask: Tensor | None = None) -> Tensor:
+    """Which keys (last axis) a query (the axis before) sees, (B or 1, 1, T, T): none that come later, none
+    `window` or more tokens back, none that are padding, where `mask` (B, T) is 0."""
+    position = torch.arange(x.shape[1], device=x.device)
+    back = position[:, None] - position[None, :]
+    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+    return seen[None, None] if mask is None else seen & mask.bool()[:, None, None, :]
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """Of every query with every key: (B, N, T, T)."""
+    return torch.einsum("bqnh,bknh->bnqk", q, k)
+
+
+def weigh(scores: Tensor, v: Tensor, seen: Tensor, masked: float, times: int = 1) -> Tensor:
+    """The values (B, T, N, H) as the scores, `times` what they are, weigh them, the heads side by side:
+    (B, T, N * H). `masked` is the score of a key that is not seen: if it is finite, a query without any key
+    sees all alike."""
+    scores = wide(scores) if times == 1 else wide(scores) * times
+    weights = scores.masked_fill(~seen, masked).softmax(-1).to(v.dtype)
+    return torch.einsum("bnqk,bknh->bqnh", weights, v).flatten(2)
+
+
+def split_fused(x: Tensor, n_heads: int, n_groups: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, T, N, H), key and value (B, T, G, H) out of what a rank's fused tensor gives, (B, T, (N + 2G)
+    * H), for the heads and groups of that rank. A group of VERSION_2 has its queries, its key, its value."""
+    B, T, _ = x.shape
+    if order == VERSION_2:
+        M = n_heads // n_groups
+        groups = x.view(B, T, n_groups, M + 2, -1)
+        return groups[..., :M, :].flatten(2, 3), groups[..., M, :], groups[..., M + 1, :]
+    if order == VERSION_0:
+        q, k, v = x.view(B, T, 3, n_heads, -1).unbind(2)
+    else:
+        q, k, v = x.view(B, T, n_heads, -1, 3).unbind(4)
+    return q, k, v
+
+
+Expert = tuple[Tensor, Tensor, Tensor]  # w1 (F, D), w2 (D, F), w3 (F, D)
+
+
+def mixture(x: Tensor, gate: Tensor, n_experts: int, top: int, expert: Callable[[int], Expert]) -> Tensor:
+    """The sum of the chosen experts, added in the order of the experts; x (B, T, D)."""
+    tokens = x.flatten(0, 1)  # (B*T, D)
+    chosen, share = route(tokens, gate, top)
+    y = torch.zeros_like(tokens)
+    for e in range(n_experts):
+        rows, place = (chosen == e).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            continue  # an expert nobody asks for is never read
+        w1, w2, w3 = expert(e)
+        y[rows] += share[rows, place, None] * (swiglu(tokens[rows] @ w1.T, tokens[rows] @ w3.T) @ w2.T)
+    return y.view_as(x)
+
+
+def route(tokens: Tensor, gate: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The experts with the highest logits, and their shares: a softmax over those alone; both (B*T, A)."""
+    logits, chosen = torch.topk(tokens @ gate.T, top)
+    return chosen, wide(logits).softmax(-1).to(tokens.dtype)

@@ -1,0 +1,158 @@
+"""The decoder of Llama and those after it, as its publishers store it: norms by root mean square before each
+branch, queries and keys turned by their positions, keys and values shared by groups of queries, gated units
+or experts. A family says in its own module which numbers, names and traits it has.
+
+Source: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), Jiang et al. 2023 and 2024 (arXiv 2310.06825,
+2401.04088), Yang et al. 2024 (arXiv 2407.10671). The model-parallel ranks stay apart as they do there: each
+computes its own heads, hidden units and words, and the partial results are added or joined.
+
+B batch, T tokens, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
+V vocabulary, S ranks. Linear weights are (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ckpt_tool.reference.blocks import (
+    VERSION_2,
+    Expert,
+    affine,
+    all_reduce,
+    join_words,
+    mixture,
+    products,
+    rms_norm,
+    rotate_halves,
+    rotate_neighbours,
+    split_fused,
+    swiglu,
+    visible,
+    weigh,
+    words,
+)
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run
+from ckpt_tool.reference.rope import RopeScaling, turns
+
+
+@dataclass(frozen=True)
+class Names:
+    """Of one layout. Those of a layer follow `block`, its number and a dot. `qkv` and `units` are stems: one
+    of a fused tensor or one for each of its parts."""
+
+    word: str
+    block: str
+    norm_1: str
+    qkv: tuple[str, ...]
+    out: str
+    norm_2: str
+    units: tuple[str, ...]  # gate, then up
+    down: str
+    final_norm: str
+    output: str  # the words themselves where they are the output layer too
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layers: int
+    dim: int
+    n_heads: int  # of the whole model, as all counts here
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    # per layer, how many keys a query sees, its own included; None sees all before it
+    windows: tuple[int | None, ...]
+    names: Names = field(repr=False)
+    neighbours: bool = True  # a turned pair is two channels beside each other, not half a head apart
+    biased: bool = False  # query, key and value have a bias
+    head_norms: tuple[str, ...] = ()  # of query and key, which are normalised head by head before they turn
+    n_words: int | None = None  # rows of the vocabulary that count; those after are padding
+    n_experts: int = 0
+    n_experts_per_token: int = 0
+    stacked: bool = False  # all experts of a layer in one tensor
+
+
+def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
+    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+
+
+def forward(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
+    logits: Tensor = run(phases(ranks, c), ids)
+    return logits
+
+
+def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
+    """Each rank holds D/S columns of every word (Llama 1, 2, Code Llama) or V/S whole words."""
+    tables = [w[c.names.word] for w in ranks]
+    if all(table.shape[1] != c.dim for table in tables):
+        return torch.cat([table[ids] for table in tables], dim=-1)  # (B, T, S * D/S)
+    return words(ids, tables)
+
+
+def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
+    """Each rank normalises with its own copy of the norm weights, as it does in the originals."""
+    p, n, S = f"{c.names.block}{i}.", c.names, len(ranks)
+    x = x + all_reduce(attention(rms_norm(x, w[p + n.norm_1], c.norm_eps), w, p, i, c, S) for w in ranks)
+    branch = experts if c.n_experts else feed_forward
+    return x + all_reduce(branch(rms_norm(x, w[p + n.norm_2], c.norm_eps), w, p, c) for w in ranks)
+
+
+def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
+    n = c.names
+    parts = (rms_norm(x, w[n.final_norm], c.norm_eps) @ w[n.output].T for w in ranks)  # (B, T, V/S) each
+    return join_words(parts, c.n_words)
+
+
+def attention(x: Tensor, w: Mapping[str, Tensor], p: str, i: int, c: Config, S: int) -> Tensor:
+    """The part of the sum over heads that this rank's heads contribute: (B, T, D)."""
+    q, k, v = project(x, w, p, c, S)
+    if c.head_norms:
+        q, k = (rms_norm(y, w[p + n], c.norm_eps) for y, n in zip((q, k), c.head_norms, strict=True))
+    turned = turns(x, c.rope_theta, c.head_dim, c.rope_scaling)
+    rotate = rotate_neighbours if c.neighbours else rotate_halves
+    q, k = (rotate(y, turned).to(x.dtype) for y in (q, k))
+    k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
+    scores = products(q, k) / math.sqrt(c.head_dim)
+    return weigh(scores, v, visible(x, window=c.windows[i]), -math.inf) @ w[p + c.names.out].T
+
+
+def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, T, N/S, H), keys and values (B, T, K/S, H). With K < S ranks share a key and a value."""
+    made = [affine(x, w, p + n) if c.biased else x @ w[p + n + "weight"].T for n in c.names.qkv]
+    if len(made) == 1:
+        return split_fused(made[0], c.n_heads // S, c.n_kv_heads // S, VERSION_2)
+    q, k, v = (y.view(*y.shape[:2], -1, c.head_dim) for y in made)
+    return q, k, v
+
+
+def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
+    """The part of the sum over hidden units that this rank's F/S units contribute: (B, T, D). A fused tensor
+    has the gates of its units, then their ups."""
+    made = [x @ w[p + name].T for name in c.names.units]
+    gate, up = made[0].chunk(2, dim=-1) if len(made) == 1 else made
+    return swiglu(gate, up) @ w[p + c.names.down].T
+
+
+def experts(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
+    """Out of one tensor for each matrix, or of three (E*F, D), in which w2 alone lies as (in, out)."""
+    if c.stacked:
+        p += "block_sparse_moe."
+        stacks = [w[p + name].chunk(c.n_experts) for name in ("w1", "w2", "w3")]  # each E times (F, D)
+    else:
+        p += "feed_forward."
+
+    def expert(e: int) -> Expert:
+        if c.stacked:
+            w1, w2, w3 = (stack[e] for stack in stacks)
+            return w1, w2.T, w3
+        w1, w2, w3 = (w[f"{p}experts.{e}.{name}.weight"] for name in ("w1", "w2", "w3"))
+        return w1, w2, w3
+
+    return mixture(x, w[p + "gate.weight"], c.n_experts, c.n_experts_per_token, expert)

@@ -1,0 +1,58 @@
+"""How the readings of original layouts look up what a publisher's settings say, and say what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def first(*values: Any) -> Any:
+    """The first that is told."""
+    return next((v for v in values if v is not None), None)
+
+
+def fact(
+    name: str, hf_name: str, params: Mapping[str, Any], overrides: Mapping[str, Any], default: Any = None
+) -> Any:
+    """The user's word before that of params.json, under the publisher's name or that of Hugging Face."""
+    found = first(overrides.get(hf_name), params.get(name), params.get(hf_name), default)
+    if found is None:
+        raise ValueError(f"expected `{name}` in params.json or `{hf_name}` given by name, found neither")
+    return found
+
+
+def settings(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`overrides` in the names of transformers 4: 5 keeps theta and scaling in `rope_parameters`."""
+    newer = overrides.get("rope_parameters")
+    if newer is None:
+        return overrides
+    scaled = newer.get("rope_type", "default") != "default"
+    return {"rope_theta": newer.get("rope_theta"), "rope_scaling": newer if scaled else None, **overrides}
+
+
+def only(facts: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
+    """What is told and is of another model; no values at all stand for a fact that may not be told."""
+    for name, values in computed.items():
+        told = facts.get(name)
+        if told is not None and told not in values:
+            yield f"expected {f'`{name}` {values[0]}' if values else f'no `{name}`'}, found {told}"
+
+
+def disagreements(sizes: Mapping[str, int], told: Mapping[str, Any]) -> Iterator[str]:
+    """Where a size of the tensors is not what is told of it; None is nothing told."""
+    for size, found in sizes.items():
+        if told.get(size) is not None and int(told[size]) != found:
+            yield f"expected {size} {told[size]}, as told, found {found} in the tensors"
+
+
+def misshapen(shapes: Shapes, wanted: Shapes, each: str = " on each rank") -> Iterator[str]:
+    for name, shape in wanted.items():
+        if (found := tuple(shapes.get(name, ()))) != shape:
+            yield f"expected `{name}` of shape {shape}{each}, found {found}"
+
+
+def refuse(problems: Iterator[str] | list[str]) -> None:
+    if found := list(problems):
+        raise ValueError("; ".join(found))

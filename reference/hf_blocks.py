@@ -1,0 +1,180 @@
+"""What the readings of the Hugging Face layout share, as transformers documents and computes it: its reading
+of config.json, its norms, its heads side by side, (batch, heads, tokens, channels).
+
+Nothing here is used by a reading of an original layout, and nothing of theirs is used here: a mistake in a
+block that both sides shared would agree with itself.
+
+Source: transformers 4.37.2 and 5.23.0 (eager attention).
+
+B batch, T tokens, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
+V vocabulary, E experts, A experts a token is sent to, L labels. Linear weights are (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Tensors = Mapping[str, Tensor]
+# Names of config.json for the two forms, as torch calls them.
+GELUS = {
+    "gelu": "none",
+    "gelu_python": "none",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}
+
+
+# --- config.json ------------------------------------------------------------------------------------------
+
+
+def complete(
+    config: Mapping[str, Any],
+    required: tuple[str, ...],
+    defaults: Mapping[str, Any],
+    or_null: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`config` with what its class takes for keys that are absent; those of `or_null` may be null as well.
+    ValueError for others that are not there or null."""
+    made = {**defaults, **(or_null or {}), **config}
+    if missing := [name for name in (*required, *defaults) if made.get(name) is None]:
+        raise ValueError(f"expected {', '.join(missing)} in config.json, found none")
+    return made
+
+
+def only(config: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
+    """ValueError where a value is there that the pass does not compute."""
+    for name, wanted in computed.items():
+        if config.get(name, wanted) != wanted:
+            raise ValueError(f"expected `{name}` {wanted} in config.json, found {config[name]}")
+
+
+def one_of(config: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
+    if (found := config[name]) not in known:
+        raise ValueError(f"expected `{name}` to be one of {', '.join(known)}, found {found}")
+    return known[found]
+
+
+# --- blocks -----------------------------------------------------------------------------------------------
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear(x: Tensor, w: Tensors, stem: str, bias: bool = True) -> Tensor:
+    return F.linear(x, w[stem + "weight"], w[stem + "bias"] if bias else None)
+
+
+def conv1d(x: Tensor, w: Tensors, stem: str) -> Tensor:
+    """GPT-2's own: the weight is (in, out)."""
+    return x @ w[stem + "weight"] + w[stem + "bias"]
+
+
+def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[stem + "weight"], w[stem + "bias"], eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = wide(x)
+    return weight * (y / (y.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def split_heads(x: Tensor, n: int) -> Tensor:
+    """(B, T, n * H) -> (B, n, T, H)."""
+    return x.view(*x.shape[:2], n, -1).transpose(1, 2)
+
+
+def unseen(x: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    """Which keys (last axis) a query (the axis before) does not see, (B or 1, 1, T, T): later ones, and
+    padding, where `mask` (B, T) is 0."""
+    T = x.shape[1]
+    hidden = torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).triu(1)
+    hidden = hidden if causal else torch.zeros_like(hidden)
+    return hidden if mask is None else hidden | (mask == 0)[:, None, None, :]
+
+
+def weigh(scores: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """The values (B, N, T, H) as the scores (B, N, T, T) weigh them, the heads side by side: (B, T, D). What
+    is hidden has the lowest score that v's dtype has, so that a query without any key sees all alike."""
+    weights = scores.masked_fill(hidden, torch.finfo(v.dtype).min).softmax(-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """q (B, N, T, H), k and v (B, K, T, H), each shared by N/K queries: (B, T, N * H). A query sees itself
+    and what was before it, with a window that many keys."""
+    (B, _, T, H), K = q.shape, k.shape[1]
+    scores = torch.einsum("bkgqh,bkth->bkgqt", q.view(B, K, -1, T, H), k) * H**-0.5
+    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)  # the last `window` keys, the query's own included
+    weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(q.dtype)
+    return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
+
+
+def gated(x: Tensor, w: Tensors, gate: str, up: str, down: str) -> Tensor:
+    return F.linear(F.silu(F.linear(x, w[gate])) * F.linear(x, w[up]), w[down])
+
+
+def mixture(x: Tensor, w: Tensors, p: str, top: int) -> Tensor:
+    """The sum of the chosen experts, each weighed in float32 (transformers 5) and then added in the dtype
+    of x."""
+    tokens = x.flatten(0, 1)  # (B*T, D)
+    chosen, share = route(tokens, w[p + "gate.weight"], top)
+    y = torch.zeros_like(tokens)
+    for e in sorted(set(chosen.flatten().tolist())):  # an expert nobody asks for is never read
+        rows, place = torch.where(chosen == e)
+        names = (f"{p}experts.{e}.{name}.weight" for name in ("w1", "w3", "w2"))
+        out = gated(tokens[rows], w, *names) * share[rows, place, None]
+        y.index_add_(0, rows, out.to(y.dtype))
+    return y.view_as(x)
+
+
+def route(tokens: Tensor, gate: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The most probable experts by a softmax over all, and their shares, made to sum to one; both (B*T,
+    A)."""
+    probabilities, chosen = wide(tokens @ gate.T).softmax(-1).topk(top)
+    return chosen, probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def rotate_neighbours(x: Tensor, width: int, keep: torch.dtype) -> Tensor:
+    """Pairs of neighbours among the first `width` channels are turned by position / 10000 ** (2i / width):
+    (a, b) -> (a cos - b sin, b cos + a sin), with sines and cosines rounded to `keep`; x (B, N, T, H)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    steps = torch.arange(0, width, 2, dtype=dtype, device=x.device)
+    angles = torch.arange(x.shape[2], dtype=dtype, device=x.device)[:, None] / 10000 ** (steps / width)
+    sin, cos = angles.sin().to(keep), angles.cos().to(keep)  # (T, R/2)
+    a, b = x[..., :width:2], x[..., 1:width:2]
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return torch.cat([turned, x[..., width:].to(turned.dtype)], dim=-1)
+
+
+# --- heads ------------------------------------------------------------------------------------------------
+
+
+def span_logits(y: Tensor, w: Tensors) -> tuple[Tensor, Tensor]:
+    """Question answering: logits of the first and of the last token of the answer, (B, T) each."""
+    first, last = wide(linear(y, w, "qa_outputs.")).unbind(-1)
+    return first, last
+
+
+def of_last_token(logits: Tensor, ids: Tensor, pad: int | None) -> Tensor:
+    """(B, L) of the last id of each row that is not `pad`; of the last one where there is no id for padding.
+    transformers 4.37.2 looks for the first padding instead, which is the same but for padding on the left."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = places[-1:].expand(len(ids)) if pad is None else (places * (ids != pad)).argmax(-1)
+    return logits[torch.arange(len(ids), device=ids.device), last]
