@@ -24,7 +24,7 @@ from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.missing import not_computed
-from ckpt_tool.verify.prompts import Prompts
+from ckpt_tool.verify.prompts import Prompts, read_prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
 
@@ -74,6 +74,8 @@ def verify(
                 fail("usage", f"expected {' or '.join(known)}, found {value!r}", where=label)
     accepted = tuple(accept)
     check_names(accepted)
+    if isinstance(prompts, str | os.PathLike):
+        prompts = read_prompts(prompts)  # before anything large is in memory
     began = time.monotonic()
     tell = progress or (lambda text: None)
     report = Report("ckpt-tool verify")

@@ -118,7 +118,7 @@ def prompts_for(
     rows |= {n: row for n, row in masked_row(tokenizer).items() if max(row, default=vocabulary) < vocabulary}
     table = _positions(config) if table is None else table
     rows = {name: row[:table] for name, row in rows.items()}
-    given = _read(more) if isinstance(more, str | os.PathLike) else more
+    given = read_prompts(more) if isinstance(more, str | os.PathLike) else more
     if given is not None:
         named = given if isinstance(given, Mapping) else {f"given {k}": r for k, r in enumerate(given)}
         for name, row in named.items():
@@ -173,7 +173,7 @@ def cut(rows: Mapping[str, list[int]], config: Mapping[str, Any], table: int | N
     return [Finding("parity", "prompts", "note", text, data={"positions": table})]
 
 
-def _read(path: str | os.PathLike[str]) -> Prompts:
+def read_prompts(path: str | os.PathLike[str]) -> Prompts:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
