@@ -22,11 +22,12 @@ from ckpt_tool import api, reference
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import Global, Inert
-from ckpt_tool.convert.families import _megatron as megatron
+from ckpt_tool.convert.dialects import megatron
+from ckpt_tool.convert.dialects.megatron_names import AGES, Run, age_of, own_names
 from ckpt_tool.convert.families import family
-from ckpt_tool.convert.families._megatron_names import AGES, Original, age_of, own_names
 from ckpt_tool.convert.layout import Part, Step, apply, with_padding, without_padding
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.megatron_bert import BERT_TWO_GELUS, BERT_VARIANTS
 from ckpt_tool.fixtures.megatron_gpt2 import GPT2_VARIANTS
@@ -427,9 +428,8 @@ def test_gelus_and_epsilons_are_those_of_the_reference(name: str) -> None:
                 continue
             sizes = {k: v for k, v in args().items() if "gelu" not in k and "eps" not in k}
             params = {**sizes, **told} if has_args else None
-            found = Original(
-                checkpoint, age, [[""]], 1, L, {}, params, version or 0.0, version is not None, None
-            )
+            source = Source(checkpoint, {}, 1, L, params)
+            found = Run(source, age, [[""]], 1, version or 0.0, version is not None, None)
             heads = {} if has_args else {"num_attention_heads": N}
             both = {**(params or {}), **({} if version is None else {"checkpoint_version": version})}
             c = module.Config.from_original(both, shapes, 1, heads)

@@ -1,7 +1,5 @@
-"""The families: each module is one row of the table in DESIGN terms, found here by name.
-
-A family module defines `FAMILY`, a `Family`. Adding one means a module here, one in reference/, one in
-fixtures/, and its name in `FAMILIES`.
+"""The families: each module of this folder is one, found by its file. A family module defines `FAMILY`, a
+`Family`, and adding one changes no other file of this package.
 """
 
 from __future__ import annotations
@@ -9,20 +7,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.plan import Options, Plan
 
-FAMILIES = (
-    "mistral",
-    "mixtral",
-    "llama",
-    "megatron-bert",
-    "megatron-gpt2",
-    "opt",
-    "codegen",
-    "qwen2",
-)
+
+def names() -> tuple[str, ...]:
+    """The name of every family, which is that of its file with dashes."""
+    files = [f.stem for folder in __path__ for f in Path(folder).glob("[a-z]*.py")]
+    return tuple(sorted(f.replace("_", "-") for f in files))
+
+
+FAMILIES = names()
 
 
 @dataclass(frozen=True)

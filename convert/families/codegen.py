@@ -16,22 +16,16 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.convert.crosscheck import disagreements
-from ckpt_tool.convert.families import Family, _native
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import Download
-from ckpt_tool.convert.layout import Rule, expand, rule
+from ckpt_tool.convert.dialects import published
+from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import (
-    Options,
-    OutputDocument,
-    Plan,
-    Value,
-    assemble,
-    config_document,
-)
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
+from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
 from ckpt_tool.convert.tokenizers import tokenizer_documents
-from ckpt_tool.errors import fail, fail_all
+from ckpt_tool.convert.weave import Table, Written, to_hf
+from ckpt_tool.errors import fail
 
 ARCHITECTURE, GPTJ = "CodeGenForCausalLM", "GPTJForCausalLM"
 TYPES = {ARCHITECTURE: "codegen", GPTJ: "gptj"}
@@ -107,7 +101,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
             False,
             "no transformer.h.0.attn.qkv_proj.weight; these may be Hugging Face names of another model",
         )
-    found = _native.model_type_of(checkpoint)
+    found = published.model_type_of(checkpoint)
     if found not in (None, "codegen"):
         return False, f"config.json is that of {found}"
     return True, "transformer.h.0.attn.qkv_proj.weight is of CodeGen alone"
@@ -116,7 +110,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
 # --- numbers --------------------------------------------------------------------------------------------
 
 
-def dimensions(facts: Facts, download: Download) -> dict[str, Value]:
+def dimensions(facts: Facts, download: Source) -> dict[str, Value]:
     """Sizes that the tables need, and what else changes the numbers. The defaults of CodeGenConfig are those
     of no published model, so nothing is taken from there."""
     layers = Value(download.layers, "layers in the tensor names") if download.layers else None
@@ -201,53 +195,45 @@ def axes_of(sizes: Mapping[str, Value], cores: int) -> dict[str, int]:
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     architecture = GPTJ if options.family_options.get("architecture") == "gptj" else ARCHITECTURE
     refuse_others(checkpoint)
-    download = _native.open_files(checkpoint, LAYER_NUMBER)
-    facts = _native.read_config(
-        checkpoint, options, model_type="codegen", architectures=(ARCHITECTURE,), names=NAMES
-    )
+    download = whole_tensors(checkpoint, LAYER_NUMBER)
+    facts = read_config(checkpoint, own_names(options), (ARCHITECTURE,), model_type="codegen")
     sizes = dimensions(facts, download)
     cores = cores_of(facts, sizes)
     config: dict[str, Value] = {
         "architectures": Value([architecture], "the layout asked for"),
         "model_type": Value(TYPES[architecture], "the layout asked for"),
         **sizes,
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
     }
     ids = {
         name: facts.token_ids(name, name, rule=Value(END_OF_TEXT, "rule: <|endoftext|> of GPT-2"))
         for name in ("bos_token_id", "eos_token_id")
     }
     config |= ids
-    config |= _native.carried(facts, config)
+    config |= published.carried(facts, config)
     facts.check_settings({*config, *NAMES.values(), "mp_num"})
     facts.check()
     full = with_width(sizes)
-    expansion = expand(
-        table(cores.value, architecture),
-        axes=axes_of(full, cores.value),
-        indices={"i": sizes["n_layer"].value},
-        original=download.places,
-        converted=lambda _: ("", download.dtype),
-    )
-    counted = {"num_hidden_layers": sizes["n_layer"]}
-    wrong_layers = decoder.layer_problems(counted, download.layers)
-    odd = disagreements(expansion.steps, checkpoint, FIELDS)
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(full) for d in odd)])
-    expansion.problems[:0] = [*wrong_layers, *decoder.dtype_problems(expansion.steps)]
     tokenizer, more_notes = tokenizer_of(checkpoint, options, full)
-    return assemble(
-        family="codegen",
-        direction="to-hf",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=IGNORED,
-        config=config,
-        documents=[config_document(config), _native.generation(checkpoint, config), *tokenizer],
-        options=options,
-        notes=[*id_notes(ids), *block_notes(cores), *more_notes],
-        original={"container": _native.container_of(checkpoint), "mp_num": cores.value},
+    beside = Written(
+        "codegen",
+        config,
+        [published.generation(checkpoint, config), *tokenizer],
+        IGNORED,
+        [*id_notes(ids), *block_notes(cores), *more_notes],
+        {"container": published.container_of(checkpoint), "mp_num": cores.value},
     )
+    return to_hf(rows_of(full, cores.value, architecture), download, options, beside)
+
+
+def rows_of(sizes: Mapping[str, Value], cores: int, architecture: str) -> Table:
+    return Table(table(cores, architecture), axes_of(sizes, cores), FIELDS, sizes, sizes["n_layer"])
+
+
+def own_names(options: Options) -> dict[str, Any]:
+    """The user's settings under the family's names."""
+    own = {generic: name for name, generic in NAMES.items()}
+    return {own.get(k, k): v for k, v in options.settings.items()}
 
 
 def refuse_others(checkpoint: Checkpoint) -> None:
@@ -278,9 +264,9 @@ def tokenizer_of(
     checkpoint: Checkpoint, options: Options, sizes: Mapping[str, Value]
 ) -> tuple[list[OutputDocument], list[str]]:
     """The tokenizer files as they are; made of vocab.json and merges.txt where there is no tokenizer.json."""
-    files = _native.tokenizer_files(checkpoint, options)
+    files = published.tokenizer_files(checkpoint, options)
     if "tokenizer.json" in files:
-        return _native.copied(files), []
+        return published.copied(files), []
     known: dict[str, Any] = {
         "padded_vocab_size": sizes["vocab_size"].value,
         "n_positions": sizes["n_positions"].value,
@@ -304,7 +290,7 @@ def tokenizer_of(
         )
     result = tokenizer_documents(files, family="codegen", config=known)
     made = [OutputDocument(n, d, "the download's vocabulary") for n, d in result.documents.items()]
-    kept = [d for d in _native.copied(files) if d.name == "added_tokens.json"]
+    kept = [d for d in published.copied(files) if d.name == "added_tokens.json"]
     return [*made, *kept], [*notes, *result.notes]
 
 
@@ -326,49 +312,35 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     facts = back_config(checkpoint, options)
     named = facts.document or {}
     architecture = GPTJ if named.get("model_type") == "gptj" else ARCHITECTURE
-    download = _native.open_files(checkpoint, LAYER_NUMBER)
+    download = whole_tensors(checkpoint, LAYER_NUMBER)
     sizes = dimensions(facts, download)
-    once = decoder.kept_facts(checkpoint)
+    once = kept_facts(checkpoint)
     cores = Value(once.get("mp_num", BLOCKS), "ckpt-tool.json") if "mp_num" not in facts.settings else None
     cores = cores_of(facts, sizes) if cores is None or type(cores.value) is not int else cores
     config: dict[str, Value] = {
         "architectures": Value([ARCHITECTURE], "family codegen"),
         "model_type": Value("codegen", "family codegen"),
         **sizes,
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
     }
-    config |= _native.carried(facts, config)
+    config |= published.carried(facts, config)
     facts.check_settings({*config, *NAMES.values(), "mp_num"})
     facts.check()
     full = with_width(sizes)
-    file = _native.weight_file(options, once, "pth")
-    return _native.to_one_file(
-        "codegen",
-        checkpoint,
+    file = published.weight_file(options, once, "pth")
+    return published.to_one_file(
+        rows_of(full, cores.value, architecture),
+        download,
         options,
-        file=file,
-        rules=table(cores.value, architecture),
-        axes=axes_of(full, cores.value),
-        layers=sizes["n_layer"],
-        layer_number=LAYER_NUMBER,
-        sizes=full,
-        fields=FIELDS,
-        ignored=IGNORED,
-        config=config,
-        dtype=download.dtype,
+        published.written("codegen", download, options, config, IGNORED),
+        file,
     )
 
 
 def back_config(checkpoint: Checkpoint, options: Options) -> Facts:
-    found = _native.model_type_of(checkpoint)
+    found = published.model_type_of(checkpoint)
     architecture = GPTJ if found == "gptj" else ARCHITECTURE
-    return _native.read_config(
-        checkpoint,
-        options,
-        model_type=TYPES[architecture],
-        architectures=(architecture,),
-        names=NAMES,
-    )
+    return read_config(checkpoint, own_names(options), (architecture,), model_type=TYPES[architecture])
 
 
 FAMILY = Family(

@@ -8,19 +8,20 @@ read them.
 from __future__ import annotations
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.families import Family
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import (
-    Download,
+from ckpt_tool.convert.dialects import consolidated as decoder
+from ckpt_tool.convert.dialects.consolidated import (
     equal_names,
     feed_forward,
     foreign,
     open_download,
     params_keys,
 )
+from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.source import Source, dtype_value
 
 ARCHITECTURE = "LlamaForCausalLM"
 S, T = "layers.{i}.", "model.layers.{i}."
@@ -114,22 +115,14 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     scaling = rope_scaling(facts, scaled, small)
     tie = tied_head(facts, download, sizes, scaling, small)
     llama3 = scaling.value is not None or sizes["vocab_size"].value == LLAMA3_WORDS
-    no_bias = "the original's projections have no biases"
     config: dict[str, Value] = {
-        "architectures": facts.fixed("architectures", [ARCHITECTURE], "family llama"),
-        "model_type": facts.fixed("model_type", "llama", "family llama"),
-        "hidden_act": facts.fixed("hidden_act", "silu", "the original's feed_forward"),
-        "attention_bias": facts.fixed("attention_bias", False, no_bias),
-        "mlp_bias": facts.fixed("mlp_bias", False, no_bias),
-        "pretraining_tp": facts.fixed(
-            "pretraining_tp", 1, "one process; more would imitate the rounding of ranks"
-        ),
+        **fixed_values(facts),
         **sizes,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "max_position_embeddings": context(facts, download, sizes, theta, scaling),
         "tie_word_embeddings": tie,
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
         **{name: facts.like(name, v, "default of LlamaConfig") for name, v in FREE.items()},
     }
     numbers = {k: v for k, v in config.items() if k in NUMBERS}
@@ -139,17 +132,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     tokenizer = decoder.tokenizer_of(download, options, family="llama", config=config)
     config |= decoder.token_ids(facts, tokenizer, default_ids(llama3))
     facts.check()
-    if sizes["vocab_size"].value == LLAMA3_WORDS and "eos_token_id" not in facts.settings:
-        notes.append(
-            "eos_token_id is the base model's, which the files do not tell from an instruct model: "
-            "for one, --set eos_token_id=[128001,128008,128009]"
-        )
-    kv, ranks = sizes["num_key_value_heads"], download.ranks
-    if ranks == kv.value and ranks > 8 and llama3:
-        notes.append(
-            f"{kv.value} key/value heads are kept as {kv.source} has them; if pairs of ranks hold the same "
-            f"head, --set num_key_value_heads={kv.value // 2} stores each once and compares the copies"
-        )
+    notes += untold(facts, download, sizes, llama3)
     axis = decoder.embedding_axis(download, sizes["hidden_size"].value)
     return decoder.to_hf(
         "llama",
@@ -163,8 +146,42 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         embedding=axis,
         tokenizer=tokenizer,
         notes=notes,
-        original=decoder.kept(facts, download, numbers, **({"embedding": axis} if ranks > 1 else {})),
+        original=decoder.kept(
+            facts, download, numbers, **({"embedding": axis} if download.ranks > 1 else {})
+        ),
     )
+
+
+def fixed_values(facts: Facts) -> dict[str, Value]:
+    """What is the same for every Llama."""
+    no_bias = "the original's projections have no biases"
+    return {
+        "architectures": facts.fixed("architectures", [ARCHITECTURE], "family llama"),
+        "model_type": facts.fixed("model_type", "llama", "family llama"),
+        "hidden_act": facts.fixed("hidden_act", "silu", "the original's feed_forward"),
+        "attention_bias": facts.fixed("attention_bias", False, no_bias),
+        "mlp_bias": facts.fixed("mlp_bias", False, no_bias),
+        "pretraining_tp": facts.fixed(
+            "pretraining_tp", 1, "one process; more would imitate the rounding of ranks"
+        ),
+    }
+
+
+def untold(facts: Facts, download: Source, sizes: dict[str, Value], llama3: bool) -> list[str]:
+    """What the files leave open and the user may know."""
+    notes = []
+    if sizes["vocab_size"].value == LLAMA3_WORDS and "eos_token_id" not in facts.settings:
+        notes.append(
+            "eos_token_id is the base model's, which the files do not tell from an instruct model: "
+            "for one, --set eos_token_id=[128001,128008,128009]"
+        )
+    kv, ranks = sizes["num_key_value_heads"], download.ranks
+    if ranks == kv.value and ranks > 8 and llama3:
+        notes.append(
+            f"{kv.value} key/value heads are kept as {kv.source} has them; if pairs of ranks hold the same "
+            f"head, --set num_key_value_heads={kv.value // 2} stores each once and compares the copies"
+        )
+    return notes
 
 
 NUMBERS = (
@@ -177,19 +194,19 @@ NUMBERS = (
 )
 
 
-def words(download: Download) -> int:
+def words(download: Source) -> int:
     rows = download.size("output.weight", 0)
     return 0 if rows is None else int(rows.value)
 
 
-def default_theta(facts: Facts, download: Download) -> Value:
+def default_theta(facts: Facts, download: Source) -> Value:
     """Llama 1 and 2 have 1e4 in their code and Code Llama as its default; Llama 3's code defaults to 5e5."""
     if facts.given("use_scaled_rope") or words(download) == LLAMA3_WORDS:
         return Value(5e5, "rule: rope_theta absent from params.json of a Llama 3: 5e5")
     return Value(1e4, "rule: rope_theta absent from params.json of a Llama 1, 2 or Code Llama: 1e4")
 
 
-def feed_forward_width(facts: Facts, download: Download) -> Value | None:
+def feed_forward_width(facts: Facts, download: Source) -> Value | None:
     """The original's arithmetic: two thirds of 4 x dim, times ffn_dim_multiplier, up to a multiple of
     multiple_of; int() cuts off at both steps. None when params.json does not say, and shapes decide."""
     if not facts.given("multiple_of"):
@@ -225,9 +242,7 @@ def rope_scaling(facts: Facts, scaled: Value, small: bool) -> Value:
     )
 
 
-def tied_head(
-    facts: Facts, download: Download, sizes: dict[str, Value], scaling: Value, small: bool
-) -> Value:
+def tied_head(facts: Facts, download: Source, sizes: dict[str, Value], scaling: Value, small: bool) -> Value:
     """Only 3.2 1B and 3B tie the head to the embedding; their files hold it twice, and both are compared."""
     tied = small and scaling.value is not None and sizes["vocab_size"].value == LLAMA3_WORDS
     why = "the shape of 3.2 1B or 3B" if tied else "only 3.2 1B and 3B tie the head"
@@ -242,7 +257,7 @@ def tied_head(
     return found
 
 
-def context(facts: Facts, download: Download, sizes: dict[str, Value], theta: Value, scaling: Value) -> Value:
+def context(facts: Facts, download: Source, sizes: dict[str, Value], theta: Value, scaling: Value) -> Value:
     """The length each generation was published for. Generations are told apart by what their files differ in:
     Llama 1 by float16 or its tables of frequencies, Code Llama by theta 1e6 or its 32016 words."""
     if scaling.value is not None:
@@ -272,7 +287,7 @@ def default_ids(llama3: bool) -> dict[str, Value]:
 
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
-    facts = decoder.read_config(checkpoint, options, ARCHITECTURE)
+    facts = read_config(checkpoint, options.settings, (ARCHITECTURE,))
     theta = facts.number("rope_theta", "rope_theta", rule=Value(1e4, "rule: default of LlamaConfig"))
     scaling = facts.anything("rope_scaling", "rope_scaling", rule=Value(None, "rule: default of LlamaConfig"))
     tie = facts.boolean(
@@ -289,7 +304,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         )
     facts.check_settings({*sizes, "rope_theta", "rope_scaling", "tie_word_embeddings"})
     facts.check()
-    original = decoder.kept_facts(checkpoint)
+    original = kept_facts(checkpoint)
     llama3 = scaled or sizes["vocab_size"].value == LLAMA3_WORDS
     ranks = options.shards
     files = [f"consolidated.{k:02d}.pth" for k in range(ranks)]

@@ -6,14 +6,15 @@ Source: NVIDIA/Megatron-LM v1.0 to core_v0.9.0 (model/bert_model.py, core/models
 from __future__ import annotations
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.dialects import megatron
+from ckpt_tool.convert.dialects import megatron_back as back
+from ckpt_tool.convert.dialects import megatron_names as names
+from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.dialects.megatron_words import padding_notes
 from ckpt_tool.convert.families import Family
-from ckpt_tool.convert.families import _megatron as megatron
-from ckpt_tool.convert.families import _megatron_back as back
-from ckpt_tool.convert.families import _megatron_names as names
-from ckpt_tool.convert.families._decoder import kept_facts
-from ckpt_tool.convert.families._megatron_words import padding_notes
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.source import dtype_value
 
 ARCHITECTURE = "MegatronBertForPreTraining"
 WITHOUT_BINARY_HEAD = "MegatronBertForMaskedLM"
@@ -101,15 +102,15 @@ def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    original = names.open_original(checkpoint)
-    facts = megatron.read_facts(original, options)
-    tie = megatron.tie(original, facts)
+    run = names.open_run(checkpoint)
+    facts = megatron.read_facts(run, options)
+    tie = megatron.tie(run, facts)
     if not tie.value:
         facts.refuse("unsupported", "expected the embedding as output layer, found another", "output_layer")
     numbers, tokenizer = megatron.read_numbers(
-        original, facts, options, family="megatron-bert", gelu_of_version_0="erf"
+        run, facts, options, family="megatron-bert", gelu_of_version_0="erf"
     )
-    binary = "binary_head.weight" in original.tensors
+    binary = "binary_head.weight" in run.tensors
     heads = Value(
         [ARCHITECTURE if binary else WITHOUT_BINARY_HEAD],
         f"{'a' if binary else 'no'} binary_head in the file",
@@ -127,13 +128,13 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
             "pad_token_id", rule=tokenizer.facts.get("pad_token_id", Value(0, "rule: BERT's vocabularies"))
         ),
         "tie_word_embeddings": facts.fixed("tie_word_embeddings", True, tie.source),
-        "torch_dtype": megatron.dtype_value(original, options),
+        "torch_dtype": dtype_value(run.source, options),
         **{name: facts.like(name, v, "default of MegatronBertConfig") for name, v in FREE.items()},
     }
     facts.check_settings(config)
     facts.check()
     notes = padding_notes(numbers.words, numbers.rows, "the embedding and the LM head's bias")
-    if (original.args or {}).get("attention_softmax_in_fp32"):
+    if (run.args or {}).get("attention_softmax_in_fp32"):
         notes.append(
             "args: attention_softmax_in_fp32, which MegatronBert does not have: the same in float32, another "
             "rounding in float16"
@@ -141,11 +142,11 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     copies = ("word_embeddings_for_head.weight", "output_layer.weight")
     return megatron.to_hf(
         "megatron-bert",
-        original,
+        run,
         options,
         rules=table(
-            megatron.fused_order(original.version, names.is_core(original.age)),
-            copy=next((c for c in copies if c in original.tensors), None),
+            megatron.fused_order(run.version, names.is_core(run.age)),
+            copy=next((c for c in copies if c in run.tensors), None),
             binary=binary,
         ),
         numbers=numbers,
@@ -159,7 +160,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     architectures = (ARCHITECTURE, WITHOUT_BINARY_HEAD)
-    facts = back.read_config(checkpoint, options, architectures, {})
+    facts = read_config(checkpoint, options.settings, architectures)
     kept = kept_facts(checkpoint)
     for name, value in (
         ("position_embedding_type", "absolute"),
@@ -178,6 +179,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         "megatron-bert",
         checkpoint,
         options,
+        layer=r"bert\.encoder\.layer\.(\d+)\.",
         rules=table(form.order, copy=stages, binary=binary),
         ignored=IGNORED_HF,
         numbers=numbers,

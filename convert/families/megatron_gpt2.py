@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.dialects import megatron
+from ckpt_tool.convert.dialects import megatron_back as back
+from ckpt_tool.convert.dialects import megatron_names as names
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.megatron_words import padding_notes
 from ckpt_tool.convert.families import Family
-from ckpt_tool.convert.families import _megatron as megatron
-from ckpt_tool.convert.families import _megatron_back as back
-from ckpt_tool.convert.families import _megatron_names as names
-from ckpt_tool.convert.families._decoder import kept_facts
-from ckpt_tool.convert.families._megatron_words import padding_notes
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.source import dtype_value
 
 ARCHITECTURE = "GPT2LMHeadModel"
 S, T = "layers.{i}.", "transformer.h.{i}."
@@ -85,11 +86,11 @@ def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    original = names.open_original(checkpoint)
-    facts = megatron.read_facts(original, options, megatron.GPT2_NAMES)
-    tie = megatron.tie(original, facts)
+    run = names.open_run(checkpoint)
+    facts = megatron.read_facts(run, options, megatron.GPT2_NAMES)
+    tie = megatron.tie(run, facts)
     numbers, tokenizer = megatron.read_numbers(
-        original, facts, options, family="megatron-gpt2", gelu_of_version_0="tanh"
+        run, facts, options, family="megatron-gpt2", gelu_of_version_0="tanh"
     )
     known = numbers.words.source != numbers.rows.source
     end = Value(numbers.words.value - 1, "rule: GPT-2's last word is <|endoftext|>")
@@ -112,10 +113,10 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         "scale_attn_weights": facts.fixed("scale_attn_weights", True, "the scores of the original"),
         "scale_attn_by_inverse_layer_idx": facts.fixed("scale_attn_by_inverse_layer_idx", False, scaling),
         "reorder_and_upcast_attn": facts.boolean(
-            "reorder_and_upcast_attn", rule=softmax_in_float32(original.args or {})
+            "reorder_and_upcast_attn", rule=softmax_in_float32(run.args or {})
         ),
         "tie_word_embeddings": tie,
-        "torch_dtype": megatron.dtype_value(original, options),
+        "torch_dtype": dtype_value(run.source, options),
         **ids,
         **{name: facts.like(name, v, "default of GPT2Config") for name, v in FREE.items()},
     }
@@ -124,17 +125,17 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     heads = ("word_embeddings_for_head.weight", "output_layer.weight")
     return megatron.to_hf(
         "megatron-gpt2",
-        original,
+        run,
         options,
         rules=table(
-            megatron.fused_order(original.version, names.is_core(original.age)),
-            head=next((h for h in heads if h in original.tensors), None),
+            megatron.fused_order(run.version, names.is_core(run.age)),
+            head=next((h for h in heads if h in run.tensors), None),
             tied=bool(tie.value),
         ),
         numbers=numbers,
         config=config,
         tokenizer=tokenizer,
-        documents=[megatron.generation_config(config)],
+        documents=[generation_config(config)],
         notes=padding_notes(numbers.words, numbers.rows, "the embedding"),
     )
 
@@ -148,7 +149,7 @@ def softmax_in_float32(args: Mapping[str, Any]) -> Value:
 
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
-    facts = back.read_config(checkpoint, options, (ARCHITECTURE,), megatron.GPT2_NAMES)
+    facts = read_config(checkpoint, megatron.generic(options.settings, megatron.GPT2_NAMES), (ARCHITECTURE,))
     kept = kept_facts(checkpoint)
     for name, value in (
         ("scale_attn_weights", True),
@@ -167,6 +168,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         "megatron-gpt2",
         checkpoint,
         options,
+        layer=r"transformer\.h\.(\d+)\.",
         rules=table(form.order, head=head if tied else "output_layer.weight", tied=tied),
         ignored=IGNORED_HF,
         numbers=numbers,

@@ -10,18 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.families import Family
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import (
+from ckpt_tool.convert.dialects import consolidated as decoder
+from ckpt_tool.convert.dialects.consolidated import (
     equal_names,
     feed_forward,
     foreign,
     open_download,
     params_keys,
 )
+from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.source import dtype_value
 
 ARCHITECTURE = "MistralForCausalLM"
 S, T = "layers.{i}.", "model.layers.{i}."
@@ -105,7 +107,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         "tie_word_embeddings": facts.boolean(
             "tie_word_embeddings", rule=Value(False, "rule: no Mistral model ties its head")
         ),
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
         **{name: facts.like(name, v, "default of MistralConfig") for name, v in FREE.items()},
     }
     numbers = {k: config[k] for k in (*sizes, "rope_theta", "sliding_window", "tie_word_embeddings")}
@@ -189,7 +191,7 @@ def context(facts: Facts, sizes: dict[str, Value]) -> Value:
 
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
-    facts = decoder.read_config(checkpoint, options, ARCHITECTURE)
+    facts = read_config(checkpoint, options.settings, (ARCHITECTURE,))
     sizes = decoder.hf_dimensions(facts)
     theta = facts.number("rope_theta", "rope_theta", rule=Value(1e4, "rule: default of MistralConfig"))
     window = facts.anything(
@@ -204,7 +206,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         )
     facts.check_settings({*sizes, "rope_theta", "sliding_window", "tie_word_embeddings", "rope_scaling"})
     facts.check()
-    original = decoder.kept_facts(checkpoint)
+    original = kept_facts(checkpoint)
     files = weight_files(options, original)
     numbers = {**sizes, "rope_theta": theta, "sliding_window": window, "tie_word_embeddings": tie}
     params: dict[str, Value] = {

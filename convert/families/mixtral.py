@@ -9,16 +9,18 @@ Hugging Face names in B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.dialects import consolidated as decoder
+from ckpt_tool.convert.dialects.consolidated import feed_forward, foreign, open_download
+from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.families import Family
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import feed_forward, foreign, open_download
 from ckpt_tool.convert.families.mistral import rope_theta, sliding_window
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.source import dtype_value
 from ckpt_tool.errors import fail
 
 ARCHITECTURE = "MixtralForCausalLM"
@@ -102,7 +104,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         "sliding_window": window,
         "max_position_embeddings": context(facts, sizes),
         "tie_word_embeddings": facts.fixed("tie_word_embeddings", False, "rule: no Mixtral ties its head"),
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
         **{name: facts.like(name, v, "default of MixtralConfig") for name, v in FREE.items()},
     }
     if chosen.value > experts.value:
@@ -155,7 +157,7 @@ def context(facts: Facts, sizes: dict[str, Value]) -> Value:
 
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
-    facts = decoder.read_config(checkpoint, options, ARCHITECTURE)
+    facts = read_config(checkpoint, options.settings, (ARCHITECTURE,))
     experts = facts.integer("num_local_experts", "num_local_experts")
     chosen = facts.integer("num_experts_per_tok", "num_experts_per_tok")
     theta = facts.number("rope_theta", "rope_theta", rule=Value(1e6, "rule: default of MixtralConfig"))
@@ -171,7 +173,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     numbers = {**sizes, "num_experts_per_tok": chosen, "rope_theta": theta, "sliding_window": window}
     facts.check_settings({*numbers, "rope_scaling"})
     facts.check()
-    original = decoder.kept_facts(checkpoint)
+    original = kept_facts(checkpoint)
     form = str(options.family_options.get("form", original.get("form", "C")))
     if form not in ("A", "B", "C"):
         fail("usage", f"expected form A, B or C, found {form!r}", where="--form")
@@ -188,21 +190,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
             return [files[int(name.split(".")[1]) * len(files) // layers]]
         return [files[0] if name.startswith("tok_embeddings") else files[-1]]
 
-    params: dict[str, Value] = {
-        "dim": sizes["hidden_size"],
-        "n_layers": sizes["num_hidden_layers"],
-        "head_dim": sizes["head_dim"],
-        "hidden_dim": sizes["intermediate_size"],
-        "n_heads": sizes["num_attention_heads"],
-        "n_kv_heads": sizes["num_key_value_heads"],
-        "norm_eps": sizes["rms_norm_eps"],
-        "vocab_size": sizes["vocab_size"],
-        "rope_theta": theta,
-        "moe.num_experts_per_tok": chosen,
-        "moe.num_experts": experts,
-    }
-    if window.value is not None:
-        params["sliding_window"] = window
+    params = native_params(numbers)
     document, notes = decoder.params_document(params, original, numbers)
     return decoder.to_original(
         "mixtral",
@@ -217,6 +205,26 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         document=document,
         notes=notes,
     )
+
+
+def native_params(numbers: Mapping[str, Value]) -> dict[str, Value]:
+    """params.json as Mistral AI writes it."""
+    params: dict[str, Value] = {
+        "dim": numbers["hidden_size"],
+        "n_layers": numbers["num_hidden_layers"],
+        "head_dim": numbers["head_dim"],
+        "hidden_dim": numbers["intermediate_size"],
+        "n_heads": numbers["num_attention_heads"],
+        "n_kv_heads": numbers["num_key_value_heads"],
+        "norm_eps": numbers["rms_norm_eps"],
+        "vocab_size": numbers["vocab_size"],
+        "rope_theta": numbers["rope_theta"],
+        "moe.num_experts_per_tok": numbers["num_experts_per_tok"],
+        "moe.num_experts": numbers["num_local_experts"],
+    }
+    if numbers["sliding_window"].value is not None:
+        params["sliding_window"] = numbers["sliding_window"]
+    return params
 
 
 def weight_files(form: str) -> list[str]:

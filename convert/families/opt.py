@@ -9,44 +9,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.convert.casting import CASTABLE, cast
-from ckpt_tool.convert.crosscheck import disagreements
-from ckpt_tool.convert.families import Family
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import layer_count
-from ckpt_tool.convert.families._native import tokenizer_files
-from ckpt_tool.convert.families._opt_names import (
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.convert.casting import cast
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.metaseq import (
     IGNORED,
     IGNORED_HF,
     PROJECTIONS,
     VERSION,
     Form,
-    Original,
+    form_of,
     is_converted,
     open_original,
     prefix_of,
 )
-from ckpt_tool.convert.layout import expand
+from ckpt_tool.convert.dialects.published import tokenizer_files
+from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import (
-    Options,
-    OutputDocument,
-    OutputFile,
-    Plan,
-    Value,
-    assemble,
-    config_document,
-    natural,
-)
+from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, Value, natural
+from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
-from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
+from ckpt_tool.errors import Problem, fail_all
 
 ARCHITECTURE = "OPTForCausalLM"
 RULES = Form(fused=True, projected=False, norm=True).table()
@@ -113,11 +103,11 @@ def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
 # --- numbers --------------------------------------------------------------------------------------------
 
 
-def dimensions(original: Original, facts: Facts) -> dict[str, Value]:
+def dimensions(original: Source, facts: Facts) -> dict[str, Value]:
     """Sizes by Hugging Face name: what settings or user say, else what the tensors have."""
-    d = original.download
+    d = original
     rows = d.size("embed_positions.weight", 0, shared=False)
-    fused = "qkv_proj" if original.form.fused else "k_proj"
+    fused = "qkv_proj" if form_of(original).fused else "k_proj"
     measured = {
         "num_hidden_layers": ("decoder_layers", Value(d.layers, "layers in the tensor names")),
         "hidden_size": ("decoder_embed_dim", d.size("embed_positions.weight", 1, shared=False)),
@@ -170,16 +160,16 @@ def activation(facts: Facts, table: str | None) -> Value:
     return found
 
 
-def norms_first(original: Original, facts: Facts, table: str | None) -> Value:
+def norms_first(original: Source, facts: Facts, table: str | None) -> Value:
     """A model whose norms come before each branch has one more at the end; without it some readers of old
     files computed nonsense (metaseq #164), so its absence must be meant."""
-    there = original.form.norm
+    there = form_of(original).norm
     name = "do_layer_norm_before"
     told = facts.boolean(name, "decoder_normalize_before", rule=Value(None, ""))
     if told.value is None:
         if there:
             return Value(True, "rule: layer_norm.weight is there, which only such a model has")
-        if table is not None or original.form.projected:
+        if table is not None or form_of(original).projected:
             return Value(False, table or "rule: no layer_norm.weight, and projections as 350m has them")
         message = "expected the norm after the last layer, found none"
         hint = f"--set {name}=false for a model that normalises after each branch, as 350m does"
@@ -226,8 +216,8 @@ def axes_of(sizes: Mapping[str, Value]) -> dict[str, int]:
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     original = open_original(checkpoint)
-    download = original.download
-    facts = Facts(original.settings, "cfg", options.settings)
+    download = original
+    facts = Facts(original.told, "cfg", options.settings)
     check_computed(facts)
     sizes = dimensions(original, facts)
     no_field = "metaseq's decoder of OPT has no other"
@@ -243,7 +233,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         "tie_word_embeddings": facts.fixed(
             "tie_word_embeddings", True, "metaseq: share_decoder_input_output_embed"
         ),
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
         "prefix": Value("</s>", "every text begins with it (metaseq, hub_utils)"),
         **{name: facts.like(name, v, "default of OPTConfig") for name, v in FREE.items()},
     }
@@ -259,43 +249,30 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         config[name] = facts.token_ids(name, rule=tokenizer.facts.get(name, by_rule))
     facts.check()
     fail_all(share_problems(sizes, download.ranks))
-    dtype = download.dtype
-    expansion = expand(
-        original.form.table(),
-        axes=axes_of(sizes),
-        indices={"i": sizes["num_hidden_layers"].value},
-        original=original.homes,
-        converted=lambda _: ("", dtype),
-    )
-    wrong_layers = decoder.layer_problems(sizes, download.layers)
-    odd = disagreements(expansion.steps, checkpoint, FIELDS)
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = [*wrong_layers, *decoder.dtype_problems(expansion.steps)]
-    return assemble(
-        family="opt",
-        direction="to-hf",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=IGNORED,
-        config=config,
-        documents=[
-            config_document(config),
-            decoder.generation_config(config),
+    beside = Written(
+        "opt",
+        config,
+        [
+            generation_config(config),
             *(OutputDocument(n, d, "the download's vocabulary") for n, d in tokenizer.documents.items()),
         ],
-        options=options,
-        notes=tokenizer.notes,
-        original=kept(original),
+        IGNORED,
+        tokenizer.notes,
+        kept(original),
     )
+    return to_hf(rows_of(form_of(original), sizes), original, options, beside)
 
 
-def kept(original: Original) -> dict[str, Any]:
+def rows_of(form: Form, sizes: Mapping[str, Value]) -> Table:
+    return Table(form.table(), axes_of(sizes), FIELDS, sizes, sizes["num_hidden_layers"])
+
+
+def kept(original: Source) -> dict[str, Any]:
     """How the files were, for the way back."""
-    versions = original.download.tensors.get(VERSION, ())
-    form = original.form
+    versions = original.tensors.get(VERSION, ())
+    form = form_of(original)
     return {
-        "files": sorted(original.download.checkpoint.files, key=natural),
+        "files": sorted(original.checkpoint.files, key=natural),
         "prefix": original.prefix,
         "fused": form.fused,
         "head": form.head,
@@ -309,14 +286,14 @@ def kept(original: Original) -> dict[str, Any]:
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     """Parts as metaseq's training of `options.shards` model-parallel ranks would have saved them, with the
     names and the arrangement of the original where the manifest knows them."""
-    facts = decoder.read_config(checkpoint, options, ARCHITECTURE)
+    facts = read_config(checkpoint, options.settings, (ARCHITECTURE,))
     sizes = hf_dimensions(facts)
-    held = _held(checkpoint)
-    once = _kept(checkpoint)
+    source = converted_model(checkpoint)
+    once = kept_facts(checkpoint)
     form = Form(
         fused=bool(once.get("fused", True)),
-        projected="model.decoder.project_in.weight" in held,
-        norm="model.decoder.final_layer_norm.weight" in held,
+        projected="model.decoder.project_in.weight" in source.tensors,
+        norm="model.decoder.final_layer_norm.weight" in source.tensors,
         head=once.get("head"),
     )
     if form.norm != sizes["do_layer_norm_before"].value:
@@ -327,67 +304,35 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     fail_all(share_problems(sizes, options.shards))
     files = part_names(options.shards, once)
     prefix = once.get("prefix", "model.decoder.")
-    dtype = next(iter(held.values())).dtype if held else "F16"
-    expansion = expand(
-        form.table(),
-        axes=axes_of(sizes),
-        indices={"i": sizes["num_hidden_layers"].value},
-        original=lambda name: [(f, dtype, prefix + name) for f in files],
-        converted=lambda name: (held[name].file, held[name].dtype, held[name].name) if name in held else None,
-    )
-    wrong_layers = decoder.layer_problems(sizes, layer_count(held, r"model\.decoder\.layers\.(\d+)\."))
-    odd = disagreements(expansion.steps, checkpoint, FIELDS, side="targets")
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = [
-        *wrong_layers,
-        *decoder.dtype_problems(s.inverse() for s in expansion.steps),
-    ]
     vocabulary = original_tokenizer_documents(tokenizer_files(checkpoint, options), family="opt")
-    notes = [] if vocabulary else ["no vocabulary file is there; none was written"]
-    made = assemble(
-        family="opt",
-        direction="to-original",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=IGNORED_HF,
-        config=sizes,
-        documents=[
-            OutputDocument(f"gpt2-{n}", d, "the vocabulary in the folder") for n, d in vocabulary.items()
-        ],
-        options=options,
-        outputs=files,
-        notes=notes,
+    beside = Written(
+        "opt",
+        sizes,
+        [OutputDocument(f"gpt2-{n}", d, "the vocabulary in the folder") for n, d in vocabulary.items()],
+        IGNORED_HF,
+        [] if vocabulary else ["no vocabulary file is there; none was written"],
     )
-    version = once.get("version", dtype)
+    made = to_original(
+        rows_of(form, sizes),
+        source,
+        options,
+        beside,
+        files=files,
+        homes=lambda name: [(f, source.dtype, prefix + name) for f in files],
+    )
+    version = once.get("version", source.dtype)
     outputs = tuple(_as_saved(f, prefix, sizes, version, once) for f in made.outputs)
     return replace(made, outputs=outputs)
 
 
-def _kept(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the manifest says of the original's arrangement; `bad-config` where it cannot be that."""
-    once = decoder.kept_facts(checkpoint)
-    sound: dict[str, Callable[[Any], object]] = {
-        "prefix": lambda x: isinstance(x, str) and re.fullmatch(r"(?:[a-z_]{1,20}\.){0,3}", x, re.ASCII),
-        "head": lambda x: x in (None, "whole", "share"),
-        "version": lambda x: x is None or (isinstance(x, str) and x in CASTABLE),
-    }
-    for key, holds in sound.items():
-        if key in once and not holds(once[key]):
-            message = f"expected what a conversion of OPT records, found {once[key]!r}"
-            fail("bad-config", printable(message, 200), file="ckpt-tool.json", where=f"original.{key}")
-    return once
-
-
-def _held(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def converted_model(checkpoint: Checkpoint) -> Source:
     """Tensors by the names that OPTForCausalLM has; those of OPTModel lack the first word."""
     bare = not any(n.startswith("model.") for n in checkpoint.names())
-    held: dict[str, TensorInfo] = {}
-    for tensor in checkpoint:
-        name = f"model.{tensor.name}" if bare and tensor.name.startswith("decoder.") else tensor.name
-        if held.setdefault(name, tensor) is not tensor:
-            fail("duplicate-tensor", "expected each tensor in one file, found it in two", where=tensor.name)
-    return held
+
+    def full(name: str) -> str:
+        return f"model.{name}" if bare and name.startswith("decoder.") else name
+
+    return whole_tensors(checkpoint, r"model\.decoder\.layers\.(\d+)\.", full)
 
 
 def hf_dimensions(facts: Facts) -> dict[str, Value]:

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.crosscheck import disagreements
-from ckpt_tool.convert.families import Family, _native, _qwen2_core
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families._download import Download
-from ckpt_tool.convert.families._heads import pooled
-from ckpt_tool.convert.layout import Rule, expand, rule
+from ckpt_tool.convert.dialects import consolidated as decoder
+from ckpt_tool.convert.dialects import megatron_core, published
+from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import Options, Plan, Value, assemble, config_document
-from ckpt_tool.errors import fail, fail_all
+from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
+from ckpt_tool.convert.weave import Table, to_hf
+from ckpt_tool.errors import fail
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 T = "model.layers.{i}."
@@ -62,12 +64,12 @@ IGNORED = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recompute
 
 def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
     names = set(checkpoint.names())
-    if _qwen2_core.prefix_of(names) is not None:
-        return _qwen2_core.recognise(names)
+    if megatron_core.prefix_of(names) is not None:
+        return megatron_core.recognise(names)
     if "model.layers.0.self_attn.q_proj.bias" not in names:
         why = "no model.layers.0.self_attn.q_proj.bias; these may be Hugging Face names of another model"
         return False, why
-    found = _native.model_type_of(checkpoint)
+    found = published.model_type_of(checkpoint)
     if found not in (None, "qwen2"):
         return False, f"Hugging Face names, but config.json is that of {found}"
     if found is None and "model.layers.0.self_attn.o_proj.bias" in names:
@@ -157,59 +159,35 @@ FIELDS = {a: f for a, f in decoder.FIELDS.items() if a in "nkdfv"}
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    if _qwen2_core.prefix_of(checkpoint.names()) is not None:
-        return _qwen2_core.plan(checkpoint, options)
+    if megatron_core.prefix_of(checkpoint.names()) is not None:
+        return megatron_core.plan(checkpoint, options)
     own, why = recognise(checkpoint)
     if not own:
         fail("unsupported", f"expected Qwen2, found {why}", file=checkpoint.path.name)
-    download = _native.open_files(checkpoint, LAYER_NUMBER)
-    facts = _native.read_config(checkpoint, options, model_type="qwen2", architectures=(ARCHITECTURE,))
+    download = whole_tensors(checkpoint, LAYER_NUMBER)
+    facts = read_config(checkpoint, options.settings, (ARCHITECTURE,), model_type="qwen2")
     sizes = dimensions(facts)
     check_heads(facts, sizes)
     config: dict[str, Value] = {
         "architectures": Value([ARCHITECTURE], "family qwen2"),
         "model_type": Value("qwen2", "family qwen2"),
         **sizes,
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
     }
-    config |= _native.carried(facts, config)
+    config |= published.carried(facts, config)
     facts.check_settings({*config, "head_dim", "sliding_window", "max_window_layers", "layer_types"})
     facts.check()
     tied = bool(sizes["tie_word_embeddings"].value)
     head = HEAD in download.tensors
-    expansion = expand(
-        table(tied=tied, head=head or not tied),
-        axes=axes_of(sizes),
-        indices={"i": sizes["num_hidden_layers"].value},
-        original=download.places,
-        converted=lambda _: ("", download.dtype),
-    )
-    wrong_layers = decoder.layer_problems(sizes, download.layers)
-    odd = disagreements(expansion.steps, checkpoint, FIELDS)
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = [*wrong_layers, *decoder.dtype_problems(expansion.steps)]
-    lossy = []
-    if options.gqa is not None:
-        fewer = pooled(expansion.steps, options.gqa, sizes)
-        expansion.steps[:] = fewer.steps
-        config["num_key_value_heads"] = fewer.heads
-        lossy = [fewer.lossy]
-    tokenizer = _native.copied(_native.tokenizer_files(checkpoint, options))
-    notes = [] if tokenizer else ["the download has no tokenizer file; none was written"]
-    return assemble(
-        family="qwen2",
-        direction="to-hf",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=IGNORED,
-        config=config,
-        documents=[config_document(config), _native.generation(checkpoint, config), *tokenizer],
-        options=options,
-        notes=notes,
-        lossy=lossy,
-        original={"container": _native.container_of(checkpoint), "head": head},
-    )
+    beside = published.written("qwen2", download, options, config, IGNORED)
+    if len(beside.documents) == 1:
+        beside = replace(beside, notes=["the download has no tokenizer file; none was written"])
+    beside = replace(beside, original={"container": published.container_of(checkpoint), "head": head})
+    return to_hf(rows_of(sizes, tied=tied, head=head or not tied), download, options, beside)
+
+
+def rows_of(sizes: Mapping[str, Value], *, tied: bool, head: bool) -> Table:
+    return Table(table(tied=tied, head=head), axes_of(sizes), FIELDS, sizes, sizes["num_hidden_layers"])
 
 
 # --- the way back ---------------------------------------------------------------------------------------
@@ -217,47 +195,37 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     """The published layout in one file, or Megatron-Core's: as `form` asks, else as the original was."""
-    facts = _native.read_config(checkpoint, options, model_type="qwen2", architectures=(ARCHITECTURE,))
+    facts = read_config(checkpoint, options.settings, (ARCHITECTURE,), model_type="qwen2")
     sizes = dimensions(facts)
     check_heads(facts, sizes)
-    once = decoder.kept_facts(checkpoint)
+    once = kept_facts(checkpoint)
     form = options.family_options.get("form", once.get("form", "hf"))
     if form not in ("hf", "mcore"):
         fail("usage", f"expected hf or mcore for family qwen2, found {form}", where="--form")
-    download = _native.open_files(checkpoint, LAYER_NUMBER)
+    download = whole_tensors(checkpoint, LAYER_NUMBER)
     if form == "mcore":
-        return _qwen2_core.plan_original(checkpoint, options, download, facts, sizes)
+        return megatron_core.plan_original(checkpoint, options, download, facts, sizes)
     config = _config(facts, sizes, download, options)
     tied = bool(sizes["tie_word_embeddings"].value)
     apart = HEAD in download.tensors
-    file = _native.weight_file(options, once, "safetensors")
-    return _native.to_one_file(
-        "qwen2",
-        checkpoint,
+    file = published.weight_file(options, once, "safetensors")
+    return published.to_one_file(
+        rows_of(sizes, tied=tied and not apart, head=apart or not tied or bool(once.get("head"))),
+        download,
         options,
-        file=file,
-        rules=table(tied=tied and not apart, head=apart or not tied or bool(once.get("head"))),
-        axes=axes_of(sizes),
-        layers=sizes["num_hidden_layers"],
-        layer_number=LAYER_NUMBER,
-        sizes=sizes,
-        fields=FIELDS,
-        ignored=IGNORED,
-        config=config,
-        dtype=download.dtype,
+        published.written("qwen2", download, options, config, IGNORED),
+        file,
     )
 
 
-def _config(
-    facts: Facts, sizes: Mapping[str, Value], download: Download, options: Options
-) -> dict[str, Value]:
+def _config(facts: Facts, sizes: Mapping[str, Value], download: Source, options: Options) -> dict[str, Value]:
     config: dict[str, Any] = {
         "architectures": Value([ARCHITECTURE], "family qwen2"),
         "model_type": Value("qwen2", "family qwen2"),
         **sizes,
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
     }
-    config |= _native.carried(facts, config)
+    config |= published.carried(facts, config)
     facts.check_settings(config)
     facts.check()
     return config

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer, vocabulary_kind
-from ckpt_tool.convert.families._megatron_names import Original
-from ckpt_tool.convert.families._vocabulary import files_beside_or_asked
+from ckpt_tool.convert.dialects.megatron_names import Run
+from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Value
 from ckpt_tool.convert.tokenizers import TokenizerResult, tokenizer_documents
@@ -35,7 +35,7 @@ LARGEST_RANKS = 64  # over which a vocabulary was padded, when args do not say
 
 
 def count_words(
-    original: Original,
+    run: Run,
     facts: Facts,
     options: Options,
     rows: Value,
@@ -54,7 +54,7 @@ def count_words(
         where = "--tokenizer" if options.tokenizer is not None else "the tokenizer beside the weights"
         words = Value(tokenizer.vocab_size, f"{where}: its number of ids")
         _check_padding(facts, words, rows)
-    elif known is not None and original.args is None:
+    elif known is not None and run.args is None:
         words = Value(known.words, f"rule: the sizes are those of {known.name}")
     else:
         words = Value(rows.value, rows.source)
@@ -99,16 +99,16 @@ def _check_padding(facts: Facts, words: Value, rows: Value) -> None:
 
 
 def read_tokenizer(
-    original: Original, options: Options, *, family: str, rows: Value, positions: Value
+    run: Run, options: Options, *, family: str, rows: Value, positions: Value
 ) -> TokenizerResult:
     """The vocabulary files beside the weights, or those the user points to, converted."""
-    args = original.args or {}
+    args = run.args or {}
     config = {
         "padded_vocab_size": rows.value,
         "max_position_embeddings": positions.value,
         "tokenizer_type": args.get("tokenizer_type"),
     }
-    files = tokenizer_files(original.checkpoint, options)
+    files = tokenizer_files(run.source.checkpoint, options)
     return tokenizer_documents(files, family=family, config=config)
 
 

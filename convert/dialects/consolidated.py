@@ -2,39 +2,42 @@
 and the same names and shapes for attention, norms, embeddings and output head. Each family keeps its own
 table of rows and its own rules for what params.json leaves unsaid.
 
-Counts below are those of the whole model; S model-parallel ranks each hold a share of the split axes.
+Two ways of sharing a model out to files are told apart by their tensor names: model-parallel ranks hold the
+same names, each a share of the tensor; otherwise files hold whole tensors under names of their own. Counts
+below are those of the whole model; S model-parallel ranks each hold a share of the split axes.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer
-from ckpt_tool.convert.crosscheck import disagreements
-from ckpt_tool.convert.families._download import Download, layer_count
-from ckpt_tool.convert.families._heads import pooled
-from ckpt_tool.convert.families._vocabulary import files_beside_or_asked
-from ckpt_tool.convert.layout import Rule, Step, expand
+from ckpt_tool.convert.crosscheck import rank_problems
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
+from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
+from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.params import SET, Facts
-from ckpt_tool.convert.plan import (
-    Options,
-    OutputDocument,
-    Plan,
-    Value,
-    assemble,
-    config_document,
-    natural,
-)
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
+from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
     TokenizerResult,
     original_tokenizer_documents,
     tokenizer_documents,
 )
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.convert.weave import Table, Written
+from ckpt_tool.convert.weave import to_hf as woven_to_hf
+from ckpt_tool.convert.weave import to_original as woven_to_original
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+
+_NOT_PLAIN_TEXT = (
+    (r"(model\.)?vision_|patch_merger\.|pre_mm_projector_norm|text_model\.", "an image encoder"),
+    (r".*lora_[AB]", "LoRA factors, which must be merged into the weights first"),
+)
+_CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 
 # Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all;
 # old transformers wrote one for each layer.
@@ -63,7 +66,89 @@ RUN_TIME = (
     "eval_batch_size",
 )
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+
+# --- recognising ----------------------------------------------------------------------------------------
+
+
+def foreign(names: Sequence[str]) -> str | None:
+    """Why tensors of these names are no plain text model in an original layout; None when they may be."""
+    if any(_CONVERTED.match(n) for n in names):
+        return "the tensors have Hugging Face names already"
+    for pattern, what in _NOT_PLAIN_TEXT:
+        if name := next((n for n in names if re.match(pattern, n)), None):
+            return f"not a plain text model: holds {what} ({name})"
+    return None
+
+
+def feed_forward(names: Sequence[str]) -> str | None:
+    """Which feed-forward the tensors are of: "dense", "experts" (one tensor each), "stacked" experts."""
+    held = set(names)
+    if "layers.0.feed_forward.experts.0.w1.weight" in held or "layers.0.feed_forward.gate.weight" in held:
+        return "experts"
+    if "layers.0.block_sparse_moe.w1" in held or "layers.0.block_sparse_moe.gate.weight" in held:
+        return "stacked"
+    return "dense" if "layers.0.feed_forward.w1.weight" in held else None
+
+
+def params_keys(checkpoint: Checkpoint) -> set[str]:
+    """The fields of params.json that hold a value; none when it is missing or cannot be read (planning says
+    why)."""
+    if "params.json" not in checkpoint.documents:
+        return set()
+    try:
+        params = checkpoint.json("params.json")
+    except CkptToolError:
+        return set()
+    inner = params.get("model")
+    return {k for k, v in (inner if isinstance(inner, dict) else params).items() if v is not None}
+
+
+def equal_names(checkpoint: Checkpoint) -> bool:
+    """Several files that hold the same names: model-parallel ranks."""
+    sets = [set(f.tensors) for f in checkpoint.files.values()]
+    return len(sets) > 1 and all(s == sets[0] for s in sets)
+
+
+# --- the original's files -------------------------------------------------------------------------------
+
+
+def open_download(checkpoint: Checkpoint) -> Source:
+    """Sort out the files. Fails for what is no plain text original (`already-converted`, `unsupported`) and
+    for ranks that do not belong together (`shard-conflict`)."""
+    names = checkpoint.names()
+    label = checkpoint.path.name
+    if reason := foreign(names):
+        if any(_CONVERTED.match(n) for n in names):
+            fail(
+                "already-converted",
+                f"expected an original layout, found Hugging Face names such as {names[0]}",
+                file=label,
+                hint="nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back",
+            )
+        fail("unsupported", f"expected a plain text model, found one that is {reason}", file=label)
+    if not names:
+        fail("missing-tensor", "expected the tensors of a model, found none", file=label)
+    files = sorted(checkpoint.files, key=natural)
+    by_file = {f: checkpoint.files[f].tensors for f in files}
+    tensors: dict[str, tuple[TensorInfo, ...]] = {}
+    for file in files:
+        for name, tensor in by_file[file].items():
+            tensors[name] = (*tensors.get(name, ()), tensor)
+    repeated = sum(len(ts) > 1 for ts in tensors.values())
+    ranks = len(files) if repeated > len(tensors) // 2 else 1
+    if ranks > 1:
+        fail_all(rank_problems(files, by_file))
+    else:
+        fail_all(
+            Problem(
+                "duplicate-tensor",
+                f"expected each tensor in one file, found it in {' and '.join(t.file for t in ts)} too",
+                where=n,
+            )
+            for n, ts in tensors.items()
+            if len(ts) > 1
+        )
+    return Source(checkpoint, tensors, ranks, layer_count(names, r"layers\.(\d+)\."))
 
 
 # --- numbers --------------------------------------------------------------------------------------------
@@ -79,7 +164,7 @@ def read_params(checkpoint: Checkpoint, options: Options) -> Facts:
     return facts
 
 
-def dimensions(download: Download, facts: Facts, *, ffn: Value | None = None) -> dict[str, Value]:
+def dimensions(download: Source, facts: Facts, *, ffn: Value | None = None) -> dict[str, Value]:
     """The sizes and the epsilon that all these families have, in Hugging Face names; `ffn` is the family's
     own rule for the feed-forward width. Raises what is missing or malformed so far."""
     width = facts.integer(
@@ -141,13 +226,13 @@ def dimensions(download: Download, facts: Facts, *, ffn: Value | None = None) ->
     }
 
 
-def _words(download: Download, width: Value) -> Value | None:
+def _words(download: Source, width: Value) -> Value | None:
     table = download.tensors.get("tok_embeddings.weight", ())
     whole = bool(table) and table[0].shape[-1:] != (width.value,)  # ranks hold columns of every row
     return download.size("output.weight", 0) or download.size("tok_embeddings.weight", 0, shared=not whole)
 
 
-def embedding_axis(download: Download, width: int) -> str:
+def embedding_axis(download: Source, width: int) -> str:
     """The axis of tok_embeddings that ranks share: "v" where each holds all columns of some rows (Llama 3),
     "d" where each holds some columns of all rows (Llama 1, 2, Code Llama)."""
     table = download.tensors.get("tok_embeddings.weight", ())
@@ -199,23 +284,7 @@ def _copies(sizes: Mapping[str, Value], ranks: int) -> list[str]:
     return [f"{text}: written once, the copies compared"]
 
 
-def layer_problems(sizes: Mapping[str, Value], found: int) -> list[Problem]:
-    layers = sizes["num_hidden_layers"]
-    if layers.value == found:
-        return []
-    fewer = layers.value < found
-    left = f"{layers.value}..{found - 1}" if found - layers.value > 1 else str(layers.value)
-    which = f"{found}: layer {left} left over" if fewer else f"{found}"
-    return [
-        Problem(
-            "uncovered-tensors" if fewer else "missing-tensor",
-            f"expected {layers.value} layers ({layers.source}), found tensors of {which}",
-            where="num_hidden_layers",
-        )
-    ]
-
-
-def _check_ranks(download: Download, sizes: Mapping[str, Value]) -> None:
+def _check_ranks(download: Source, sizes: Mapping[str, Value]) -> None:
     """Fail when query heads and feed-forward width both say that there are more files, or fewer."""
     rows = {
         "attention.wq": sizes["num_attention_heads"].value * sizes["head_dim"].value,
@@ -239,23 +308,12 @@ def _check_ranks(download: Download, sizes: Mapping[str, Value]) -> None:
     )
 
 
-def dtype_problems(steps: Iterable[Step]) -> list[Problem]:
-    parts = [p for s in steps for p in s.sources]
-    common = Counter(p.dtype for p in parts).most_common(1)
-    odd = {p.dtype for p in parts if p.dtype.startswith("F8")} | {d for d, _ in common if d not in _FLOATS}
-    return [
-        Problem("unsupported-dtype", f"expected {', '.join(_FLOATS)}, found {p.dtype}", p.file, p.name)
-        for p in parts
-        if p.dtype in odd
-    ]
-
-
 # --- original to Hugging Face ---------------------------------------------------------------------------
 
 
 def to_hf(
     family: str,
-    download: Download,
+    download: Source,
     options: Options,
     *,
     rules: Iterable[Rule],
@@ -274,59 +332,32 @@ def to_hf(
     """
     _check_ranks(download, sizes)
     fail_all(_division_problems(sizes, download.ranks, embedding))
-    dtype = download.dtype
-    expansion = expand(
-        rules,
-        axes=axes_of(sizes),
-        indices={"i": sizes["num_hidden_layers"].value, "e": axes_of(sizes).get("e", 0)},
-        original=download.places,
-        converted=lambda _: ("", dtype),
-    )
-    wrong_layers = layer_problems(sizes, download.layers)
-    odd = disagreements(expansion.steps, download.checkpoint, FIELDS)
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = [*wrong_layers, *dtype_problems(expansion.steps)]
-    lossy = []
-    if options.gqa is not None:
-        fewer = pooled(expansion.steps, options.gqa, sizes, ranks=download.ranks)
-        expansion.steps[:] = fewer.steps
-        config = {**config, "num_key_value_heads": fewer.heads}
-        lossy = [fewer.lossy]
-    return assemble(
-        family=family,
-        direction="to-hf",
-        checkpoint=download.checkpoint,
-        expansion=expansion,
-        ignored=IGNORED,
-        config=config,
-        documents=[
-            config_document(config),
-            generation_config(config),
-            *(OutputDocument(n, d, "the download's tokenizer") for n, d in tokenizer.documents.items()),
-        ],
-        options=options,
-        notes=[*notes, *_copies(sizes, download.ranks), *tokenizer.notes],
-        lossy=lossy,
-        original=original,
+    return woven_to_hf(
+        table_of(rules, sizes),
+        download,
+        options,
+        Written(
+            family,
+            config,
+            [
+                generation_config(config),
+                *(OutputDocument(n, d, "the download's tokenizer") for n, d in tokenizer.documents.items()),
+            ],
+            IGNORED,
+            [*notes, *_copies(sizes, download.ranks), *tokenizer.notes],
+            original,
+        ),
     )
 
 
-def generation_config(config: Mapping[str, Value]) -> OutputDocument:
-    """What transformers 4 derives from a config: the ids at which generation starts and ends."""
-    ids = {k: config[k].value for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
-    text = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
-    return OutputDocument("generation_config.json", text.encode(), "token ids of config.json")
-
-
-def dtype_value(download: Download, options: Options) -> Value:
-    if options.dtype is not None:
-        return Value(DTYPES[options.dtype].torch, "--dtype")
-    return Value(DTYPES[download.dtype].torch, "dtype of the tensors")
+def table_of(rules: Iterable[Rule], sizes: Mapping[str, Value]) -> Table:
+    axes = axes_of(sizes)
+    indices = {"e": axes.get("e", 0)}
+    return Table(tuple(rules), axes, FIELDS, sizes, sizes["num_hidden_layers"], indices=indices)
 
 
 def tokenizer_of(
-    download: Download, options: Options, *, family: str, config: Mapping[str, Value]
+    download: Source, options: Options, *, family: str, config: Mapping[str, Value]
 ) -> TokenizerResult:
     """The tokenizer files beside the weights, or those the user points to, converted and compared with the
     vocabulary (unless vocab_size is not the tensors': then that is the problem to tell, see `to_hf`)."""
@@ -359,7 +390,7 @@ def token_ids(facts: Facts, tokenizer: TokenizerResult, rules: Mapping[str, Valu
     return found
 
 
-def kept(facts: Facts, download: Download, numbers: Mapping[str, Value], **more: Any) -> dict[str, Any]:
+def kept(facts: Facts, download: Source, numbers: Mapping[str, Value], **more: Any) -> dict[str, Any]:
     """What the Hugging Face layout does not say, for the manifest: the text of params.json together with the
     numbers it stood for (it is used again only while config.json still says the same)."""
     text = None
@@ -375,22 +406,6 @@ def kept(facts: Facts, download: Download, numbers: Mapping[str, Value], **more:
 
 
 # --- Hugging Face to original ---------------------------------------------------------------------------
-
-
-def read_config(checkpoint: Checkpoint, options: Options, architecture: str) -> Facts:
-    """config.json of a converted model of this architecture."""
-    if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
-    document = checkpoint.json("config.json")
-    named = document.get("architectures") or [architecture]
-    if named != [architecture]:
-        fail(
-            "unsupported",
-            f"expected {architecture}, found {json.dumps(named)[:100]}",
-            file="config.json",
-            where="architectures",
-        )
-    return Facts(document, "config.json", options.settings)
 
 
 def hf_dimensions(facts: Facts) -> dict[str, Value]:
@@ -410,14 +425,6 @@ def hf_dimensions(facts: Facts) -> dict[str, Value]:
     facts.fixed("hidden_act", "silu", "the only activation of the original", "hidden_act")
     facts.check()
     return sizes
-
-
-def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `kept` left in the manifest of an output of ours; empty for other folders."""
-    if "ckpt-tool.json" not in checkpoint.documents:
-        return {}
-    found = checkpoint.json("ckpt-tool.json").get("original")
-    return found if isinstance(found, dict) else {}
 
 
 def params_document(
@@ -463,42 +470,22 @@ def to_original(
 ) -> Plan:
     """The plan of the way back. `files` are the weight files to write, `home(name)` those that hold the
     tensor `name`: all of them, in rank order, where ranks share it."""
-    ranks = len(home("norm.weight"))
-    fail_all(_division_problems(sizes, ranks, embedding))
-    held = {t.name: t for t in checkpoint}
-    if any(t.name in held and t is not held[t.name] for t in checkpoint):
-        twice = sorted(n for n, c in Counter(t.name for t in checkpoint).items() if c > 1)
-        fail("duplicate-tensor", "expected each tensor in one file, found it in two", where=twice[0])
-    common = Counter(t.dtype for t in held.values()).most_common(1)
-    dtype = common[0][0] if common else "BF16"
-    expansion = expand(
-        rules,
-        axes=axes_of(sizes),
-        indices={"i": sizes["num_hidden_layers"].value, "e": axes_of(sizes).get("e", 0)},
-        original=lambda name: [(f, dtype) for f in home(name)],
-        converted=lambda name: (held[name].file, held[name].dtype) if name in held else None,
-    )
-    wrong_layers = layer_problems(sizes, layer_count(held, r"model\.layers\.(\d+)\."))
-    odd = disagreements(expansion.steps, checkpoint, FIELDS, side="targets")
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    inverted = [s.inverse() for s in expansion.steps]
-    expansion.problems[:0] = [*wrong_layers, *dtype_problems(inverted)]
+    fail_all(_division_problems(sizes, len(home("norm.weight")), embedding))
+    source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
     tokenizers = original_tokenizer_documents(tokenizer_files(checkpoint, options))
     missing = [] if tokenizers else ["no original tokenizer file is there; none was written"]
-    return assemble(
-        family=family,
-        direction="to-original",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=IGNORED_HF,
-        config=params,
-        documents=[
-            document,
-            *(OutputDocument(n, d, "the tokenizer in the folder") for n, d in tokenizers.items()),
-        ],
-        options=options,
-        outputs=list(files),
-        notes=[*notes, *missing],
-        original={"num_key_value_heads": sizes["num_key_value_heads"].value},
+    return woven_to_original(
+        table_of(rules, sizes),
+        source,
+        options,
+        Written(
+            family,
+            params,
+            [document, *(OutputDocument(n, d, "the tokenizer in the folder") for n, d in tokenizers.items())],
+            IGNORED_HF,
+            [*notes, *missing],
+            {"num_key_value_heads": sizes["num_key_value_heads"].value},
+        ),
+        files=files,
+        homes=lambda name: [(f, source.dtype) for f in home(name)],
     )

@@ -8,23 +8,24 @@ Args are those that reading the folder again needs, and those that Megatron's lo
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.megatron import FILE, TRACKER, folder_name
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
-from ckpt_tool.convert.families._megatron import ACTIVATION, GELUS, Numbers, fused_order, generic
-from ckpt_tool.convert.families._megatron_names import AGES, DICTS, FIRST, VERSIONS, is_core, own_names
-from ckpt_tool.convert.families._megatron_words import DIVISOR
-from ckpt_tool.convert.layout import Rule, expand, with_padding
+from ckpt_tool.convert.dialects.megatron import ACTIVATION, GELUS, Numbers, fused_order
+from ckpt_tool.convert.dialects.megatron_names import AGES, DICTS, FIRST, VERSIONS, is_core, own_names
+from ckpt_tool.convert.dialects.megatron_words import DIVISOR
+from ckpt_tool.convert.layout import Home, Rule
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble
+from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
+from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
+from ckpt_tool.convert.weave import Written
+from ckpt_tool.convert.weave import to_original as woven_to_original
 from ckpt_tool.errors import Problem, fail, fail_all
 
 RELEASE = "release"
@@ -53,8 +54,23 @@ class Form:
         return RELEASE if self.release else f"iter_{self.iteration:07d}"
 
     @property
+    def tracker(self) -> str:
+        return RELEASE if self.release else str(self.iteration)
+
+    @property
     def order(self) -> str:
         return fused_order(self.version or 0.0, is_core(self.age))
+
+    def kept(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "age": self.age,
+            "checkpoint_version": self.version,
+            "tensor_parallel": self.ranks,
+            "pipeline_parallel": self.stages,
+            "virtual_stages": self.chunks,
+            "rows": self.rows,
+        }
 
     def files(self) -> list[list[str]]:
         """[rank][stage]."""
@@ -63,24 +79,6 @@ class Form:
             [f"{self.folder}/{folder_name(t, p, staged)}/{FILE}" for p in range(self.stages)]
             for t in range(self.ranks)
         ]
-
-
-def read_config(
-    checkpoint: Checkpoint, options: Options, architectures: Sequence[str], names: Mapping[str, str]
-) -> Facts:
-    """config.json of a converted model of one of these architectures; `names`: see GPT2_NAMES."""
-    if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
-    document = checkpoint.json("config.json")
-    named = document.get("architectures") or list(architectures[:1])
-    if len(named) != 1 or named[0] not in architectures:
-        fail(
-            "unsupported",
-            f"expected {' or '.join(architectures)}, found {json.dumps(named)[:100]}",
-            file="config.json",
-            where="architectures",
-        )
-    return Facts(document, "config.json", generic(options.settings, names))
 
 
 def read_numbers(facts: Facts, names: Mapping[str, str], kept: Mapping[str, Any]) -> Numbers:
@@ -199,12 +197,12 @@ def _check_shares(numbers: Numbers, ranks: int, stages: int, rows: int) -> None:
     )
 
 
-def homes_of(form: Form, layers: int, dtype: str) -> Callable[[str], list[tuple[str, str, str]]]:
+def homes_of(form: Form, layers: int, dtype: str) -> Callable[[str], list[Home]]:
     """Where each tensor of the tables goes, and what it is called there."""
     files, names = form.files(), own_names(form.age)
     each = layers // (form.stages * form.chunks)
 
-    def homes(name: str) -> list[tuple[str, str, str]]:
+    def homes(name: str) -> list[Home]:
         layer = re.search(r"(?<=layers\.)\d+", name)
         if layer is not None:
             part, local = divmod(int(layer[0]), each)
@@ -224,31 +222,20 @@ def to_original(
     checkpoint: Checkpoint,
     options: Options,
     *,
+    layer: str,
     rules: Iterable[Rule],
     ignored: Mapping[str, str],
     numbers: Numbers,
     form: Form,
     more_args: Mapping[str, Value],
     notes: Iterable[str],
-    foretold: Iterable[Foretold] = (),
+    foretold: Sequence[Foretold] = (),
 ) -> Plan:
-    held = _held(checkpoint)
-    common = Counter(t.dtype for t in held.values()).most_common(1)
-    dtype = common[0][0] if common else "F16"
-    layers = numbers.sizes["num_hidden_layers"].value
-    axes = {**numbers.axes(), "v": form.rows}
-    expansion = expand(
-        rules,
-        axes=axes,
-        indices={"i": layers},
-        original=homes_of(form, layers, options.dtype or dtype),
-        converted=lambda name: (held[name].file, held[name].dtype) if name in held else None,
-    )
+    """The plan of a family's table; `layer` finds a layer's number in a name of the converted model."""
+    source = whole_tensors(checkpoint, layer)
+    dtype = options.dtype or source.dtype
     words = numbers.words.value
-    expansion.steps[:] = [with_padding(s.inverse(), "v", words).inverse() for s in expansion.steps]
-    args = _args(numbers, form, options.dtype or dtype, more_args)
-    files = [f for stage in zip(*form.files(), strict=True) for f in stage]
-    tracker = RELEASE if form.release else str(form.iteration)
+    args = _args(numbers, form, dtype, more_args)
     documents = {n: d.read(MAX_BYTES) for n, d in checkpoint.documents.items() if _may_be_vocabulary(n)}
     vocabulary = original_tokenizer_documents(documents, family=family)
     notes = list(notes)
@@ -259,29 +246,25 @@ def to_original(
         )
     if not vocabulary:
         notes.append("no original tokenizer file is there; none was written")
-    plan = assemble(
-        family=family,
-        direction="to-original",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=ignored,
-        config=args,
-        documents=[
-            OutputDocument(TRACKER, tracker.encode(), "names the folder of the ranks"),
+    written = Written(
+        family,
+        args,
+        [
+            OutputDocument(TRACKER, form.tracker.encode(), "names the folder of the ranks"),
             *(OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()),
         ],
-        foretold=foretold,
-        options=options,
-        outputs=files,
-        notes=notes,
-        original={
-            "age": form.age,
-            "checkpoint_version": form.version,
-            "tensor_parallel": form.ranks,
-            "pipeline_parallel": form.stages,
-            "virtual_stages": form.chunks,
-            "rows": form.rows,
-        },
+        ignored,
+        notes,
+        form.kept(),
+        foretold,
+    )
+    plan = woven_to_original(
+        numbers.table(rules, form.rows),
+        source,
+        options,
+        written,
+        files=[f for stage in zip(*form.files(), strict=True) for f in stage],
+        homes=homes_of(form, numbers.sizes["num_hidden_layers"].value, dtype),
     )
     beside: dict[str, object] = {"args": Namespace({k: v.value for k, v in args.items()})}
     if form.version is not None:
@@ -295,14 +278,6 @@ def to_original(
 
 def _may_be_vocabulary(name: str) -> bool:
     return name in ("vocab.txt", "vocab.json", "merges.txt")
-
-
-def _held(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    held = {t.name: t for t in checkpoint}
-    twice = sorted(n for n, count in Counter(t.name for t in checkpoint).items() if count > 1)
-    if twice:
-        fail("duplicate-tensor", "expected each tensor in one file, found it in two", where=twice[0])
-    return held
 
 
 def _args(numbers: Numbers, form: Form, dtype: str, more: Mapping[str, Value]) -> dict[str, Value]:

@@ -2,7 +2,7 @@
 
 The tables of the families use one set of names for all ages, with layers numbered through the whole model:
 those of the checkpoints up to v2.0 without the dicts around them. `AGES` says what each age calls the same
-tensors, and `open_original` where they are: in which file of which pipeline stage, under which name there.
+tensors, and `open_run` where they are: in which file of which pipeline stage, under which name there.
 
 Source: NVIDIA/Megatron-LM v1.0, v2.0, v2.5, 23.06 and core_v0.9.0 (model/language_model.py, transformer.py,
 bert_model.py; core/models).
@@ -19,6 +19,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, check_complete, check_same_run, grid
 from ckpt_tool.convert.crosscheck import rank_problems
+from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 VERSIONS = (0.0, 1.0, 2.0, 3.0)
@@ -146,31 +147,25 @@ def own_names(age: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Original:
-    """A Megatron checkpoint, sorted out. `tensors` holds each name of the tables once for every
-    tensor-parallel rank. `args` is None where the file has none; `version` 0 where it does not say."""
+class Run:
+    """A Megatron checkpoint, sorted out, and what its files say of the run. `source.told` are the pickled
+    args, None where the file has none; `version` is 0 where it does not say."""
 
-    checkpoint: Checkpoint
+    source: Source
     age: str
     files: list[list[str]]  # [rank][stage]
     chunks: int
-    layers: int
-    tensors: Mapping[str, tuple[TensorInfo, ...]]
-    args: Mapping[str, Any] | None
     version: float
     says_version: bool
     iteration: int | None
 
     @property
-    def ranks(self) -> int:
-        return len(self.files)
+    def args(self) -> Mapping[str, Any] | None:
+        return self.source.told
 
-    def homes(self, name: str) -> list[tuple[str, str, str]]:
-        return [(t.file, t.dtype, t.name) for t in self.tensors.get(name, ())]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one rank's share."""
-        return self.tensors[name][0].shape
+    @property
+    def tensors(self) -> Mapping[str, tuple[TensorInfo, ...]]:
+        return self.source.tensors
 
 
 def age_of(names: Iterable[str]) -> str | None:
@@ -207,7 +202,7 @@ def recognise(checkpoint: Checkpoint, bert: bool) -> tuple[bool, str]:
     return True, f"Megatron names of the age `{age}`" + (f", with {heads[0]}" if heads else "")
 
 
-def open_original(checkpoint: Checkpoint) -> Original:
+def open_run(checkpoint: Checkpoint) -> Run:
     """Sort out the files. Kinds: `already-converted`, `unsupported` (names of no known age), `missing-shard`,
     `shard-conflict`, `config-mismatch` (an unknown checkpoint_version)."""
     names = checkpoint.names()
@@ -233,20 +228,11 @@ def open_original(checkpoint: Checkpoint) -> Original:
     tensors = {n: tuple(rank.tensors[n] for rank in ranks) for n in ranks[0].tensors}
     first = checkpoint.files[files[0][0]]
     version = _version(first)
-    found = Original(
-        checkpoint,
-        age,
-        files,
-        ranks[0].chunks,
-        ranks[0].layers,
-        tensors,
-        arguments(first),
-        version or 0.0,
-        version is not None,
-        _iteration(first),
-    )
-    _check_shares(found)
-    return found
+    told = arguments(first)
+    source = Source(checkpoint, tensors, len(files), ranks[0].layers, told, "", len(files[0]))
+    _check_shares(source)
+    iteration = _iteration(first)
+    return Run(source, age, files, ranks[0].chunks, version or 0.0, version is not None, iteration)
 
 
 def _iteration(file: TensorFile) -> int | None:
@@ -337,16 +323,16 @@ def _rank_problems(files: list[list[str]], own: list[dict[str, dict[str, TensorI
         yield from rank_problems(column, {f: own[t][f] for t, f in enumerate(column)})
 
 
-def _check_shares(found: Original) -> None:
+def _check_shares(source: Source) -> None:
     """Fail with `missing-shard` where a last stage is not there, or where the output projection of attention,
     of which each rank holds its heads' columns, says that there are more ranks."""
-    if "final_layernorm.weight" not in found.tensors and "word_embeddings.weight" in found.tensors:
+    if "final_layernorm.weight" not in source.tensors and "word_embeddings.weight" in source.tensors:
         why = "no file holds the final norm, which is on the last stage"
-        check_complete(found.checkpoint, stages=len(found.files[0]) + 1, why=why)
-    shape = found.tensors["layers.0.attention.dense.weight"][0].shape
-    if len(shape) != 2 or not shape[1] or (found.args or {}).get("kv_channels"):
+        check_complete(source.checkpoint, stages=source.stages + 1, why=why)
+    shape = source.tensors["layers.0.attention.dense.weight"][0].shape
+    if len(shape) != 2 or not shape[1] or (source.told or {}).get("kv_channels"):
         return
     wanted = shape[0] // shape[1]
-    if shape[0] == wanted * shape[1] and wanted > found.ranks:
+    if shape[0] == wanted * shape[1] and wanted > source.ranks:
         why = f"each holds {shape[1]} of {shape[0]} columns of attention.dense"
-        check_complete(found.checkpoint, ranks=wanted, why=why)
+        check_complete(source.checkpoint, ranks=wanted, why=why)

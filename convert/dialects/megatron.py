@@ -8,29 +8,21 @@ model/transformer.py, tokenizer/tokenizer.py). Counts are those of the whole mod
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
-from ckpt_tool.convert.families._megatron_names import Original, is_core
-from ckpt_tool.convert.families._megatron_words import PUBLISHED, count_words, read_tokenizer
-from ckpt_tool.convert.layout import Rule, Step, expand, without_padding
+from ckpt_tool.convert.dialects.megatron_names import Run, is_core
+from ckpt_tool.convert.dialects.megatron_words import PUBLISHED, count_words, read_tokenizer
+from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.params import SET, Facts
-from ckpt_tool.convert.plan import (
-    Foretold,
-    Options,
-    OutputDocument,
-    Plan,
-    Value,
-    assemble,
-    config_document,
-)
+from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.tokenizers import TokenizerResult
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.convert.weave import Table, Written
+from ckpt_tool.convert.weave import to_hf as woven_to_hf
+from ckpt_tool.errors import fail
 
 IGNORED = {
     r"optimizer\..*": "state of the optimizer: only training needs it",
@@ -60,6 +52,13 @@ ARGS = {  # generic name -> name in args
 }
 
 
+FIELDS = {  # the config value behind each axis
+    "n": "num_attention_heads",
+    "d": "hidden_size",
+    "e": "hidden_size",
+    "f": "intermediate_size",
+    "p": "max_position_embeddings",
+}
 GELUS = {  # what transformers calls them
     "gelu": "erf",
     "gelu_python": "erf",
@@ -117,6 +116,12 @@ class Numbers:
             "two": 2,
         }
 
+    def table(self, rules: Iterable[Rule], rows: int) -> Table:
+        """The rows filled in; `rows` counts those of the vocabulary in the original, padding included."""
+        axes = {**self.axes(), "v": rows}
+        layers = self.sizes["num_hidden_layers"]
+        return Table(tuple(rules), axes, FIELDS, self.sizes, layers, self.words.value)
+
 
 def fused_order(version: float, core: bool) -> str:
     """The order of the rows of query_key_value: t is query, key, value; n the head; h the channel. A rank
@@ -130,9 +135,9 @@ def fused_order(version: float, core: bool) -> str:
 # --- numbers of an original -----------------------------------------------------------------------------
 
 
-def read_facts(original: Original, options: Options, names: Mapping[str, str] | None = None) -> Facts:
+def read_facts(run: Run, options: Options, names: Mapping[str, str] | None = None) -> Facts:
     """The pickled args and the user's settings; `names` are other names for those, see GPT2_NAMES."""
-    return Facts(original.args, "args", generic(options.settings, names or {}))
+    return Facts(run.args, "args", generic(options.settings, names or {}))
 
 
 def generic(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -146,20 +151,20 @@ def generic(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 
 def read_numbers(
-    original: Original, facts: Facts, options: Options, *, family: str, gelu_of_version_0: str
+    run: Run, facts: Facts, options: Options, *, family: str, gelu_of_version_0: str
 ) -> tuple[Numbers, TokenizerResult]:
     """The numbers, and the tokenizer that says how many words there are. Sizes are what the tensors have;
     what args or the user say otherwise is a problem. Raises what is missing or malformed."""
     _refuse_unsupported(facts)
-    if "position_embeddings.weight" not in original.tensors:
+    if "position_embeddings.weight" not in run.tensors:
         fail("missing-tensor", "expected this tensor, found none", where="position_embeddings.weight")
     found = {
-        "num_hidden_layers": Value(original.layers, "layers in the tensor names"),
-        "hidden_size": _measured(original, "word_embeddings.weight", 1, shared=False),
-        "intermediate_size": _measured(original, "layers.0.mlp.dense_h_to_4h.weight", 0),
-        "max_position_embeddings": _measured(original, "position_embeddings.weight", 0, shared=False),
+        "num_hidden_layers": Value(run.source.layers, "layers in the tensor names"),
+        "hidden_size": _measured(run, "word_embeddings.weight", 1, shared=False),
+        "intermediate_size": _measured(run, "layers.0.mlp.dense_h_to_4h.weight", 0),
+        "max_position_embeddings": _measured(run, "position_embeddings.weight", 0, shared=False),
     }
-    rows = _measured(original, "word_embeddings.weight", 0)
+    rows = _measured(run, "word_embeddings.weight", 0)
     sizes = {n: facts.integer(n, ARGS[n], rule=v) for n, v in found.items()}
     told_rows = facts.integer("padded_vocab_size", "padded_vocab_size", rule=rows)
     for name, value in found.items():
@@ -171,23 +176,23 @@ def read_numbers(
         "num_attention_heads", "num_attention_heads", rule=rule, ask="the number of attention heads"
     )
     eps = _epsilon(facts)
-    gelu, head_gelu = _gelus(original, facts, gelu_of_version_0)
+    gelu, head_gelu = _gelus(run, facts, gelu_of_version_0)
     facts.check()
     sizes["num_attention_heads"] = heads
-    _check_heads(original, facts, sizes)
+    _check_heads(run, facts, sizes)
     facts.check()
     tokenizer = read_tokenizer(
-        original, options, family=family, rows=rows, positions=sizes["max_position_embeddings"]
+        run, options, family=family, rows=rows, positions=sizes["max_position_embeddings"]
     )
-    words = count_words(original, facts, options, rows, tokenizer, known)
-    return Numbers(sizes, rows, words, eps, gelu, head_gelu, _notes(original)), tokenizer
+    words = count_words(run, facts, options, rows, tokenizer, known)
+    return Numbers(sizes, rows, words, eps, gelu, head_gelu, _notes(run)), tokenizer
 
 
-def _measured(original: Original, name: str, dimension: int, *, shared: bool = True) -> Value:
-    shape = original.shape(name)
+def _measured(run: Run, name: str, dimension: int, *, shared: bool = True) -> Value:
+    shape = run.tensors[name][0].shape
     if len(shape) != 2:
         fail("shape-mismatch", f"expected a matrix, found {shape}", where=name)
-    count = original.ranks if shared else 1
+    count = run.source.ranks if shared else 1
     over = f" over {count} ranks" if count > 1 else ""
     return Value(shape[dimension] * count, f"{('rows', 'columns')[dimension]} of {name}{over}")
 
@@ -214,14 +219,14 @@ def _refuse_unsupported(facts: Facts) -> None:
     facts.check()
 
 
-def _check_heads(original: Original, facts: Facts, sizes: Mapping[str, Value]) -> None:
+def _check_heads(run: Run, facts: Facts, sizes: Mapping[str, Value]) -> None:
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    args = original.args or {}
+    args = run.args or {}
     if width.value % heads.value:
         message = f"expected hidden_size {width.value} to divide by {heads.value} heads ({heads.source}), "
         facts.refuse("config-mismatch", message + "found a rest", "num_attention_heads")
-    elif heads.value % original.ranks:
-        message = f"expected {heads.value} heads ({heads.source}) to divide by {original.ranks} ranks, "
+    elif heads.value % run.source.ranks:
+        message = f"expected {heads.value} heads ({heads.source}) to divide by {run.source.ranks} ranks, "
         facts.refuse("config-mismatch", message + "found a rest", "num_attention_heads")
     elif args.get("kv_channels") not in (None, width.value // heads.value):
         message = f"expected heads of {width.value // heads.value} channels, found {args['kv_channels']}"
@@ -238,7 +243,7 @@ def _epsilon(facts: Facts) -> Value:
     return facts.number("layer_norm_eps", key, rule=rule)
 
 
-def _gelus(original: Original, facts: Facts, of_version_0: str) -> tuple[Value, Value]:
+def _gelus(run: Run, facts: Facts, of_version_0: str) -> tuple[Value, Value]:
     """Which gelu the feed-forward and the LM head of BERT compute."""
     if "hidden_act" in facts.settings:
         name = facts.settings["hidden_act"]
@@ -246,7 +251,7 @@ def _gelus(original: Original, facts: Facts, of_version_0: str) -> tuple[Value, 
             facts.refuse("unsupported", f"expected one of {', '.join(GELUS)}, found {name!r}", "hidden_act")
         both = Value(GELUS.get(name, "erf"), SET)
         return both, both
-    return feed_forward_gelu(original, of_version_0), lm_head_gelu(original)
+    return feed_forward_gelu(run, of_version_0), lm_head_gelu(run)
 
 
 def activation(numbers: Numbers, facts: Facts) -> Value:
@@ -256,7 +261,7 @@ def activation(numbers: Numbers, facts: Facts) -> Value:
     return Value(ACTIVATION[numbers.gelu.value], numbers.gelu.source)
 
 
-def feed_forward_gelu(original: Original, of_version_0: str) -> Value:
+def feed_forward_gelu(run: Run, of_version_0: str) -> Value:
     """The code of each age:
 
     - Megatron-Core has the fused kernel, which is the tanh form, unless bias_gelu_fusion is off; it does not
@@ -266,14 +271,14 @@ def feed_forward_gelu(original: Original, of_version_0: str) -> Value:
       from 2023 on (args with swiglu) onnx_safe comes before the fusion.
     - no args at all: `of_version_0`, erf for versions 1 and 2 (nobody had the fusion by default), tanh for 3.
     """
-    args = original.args or {}
+    args = run.args or {}
     fused, openai = args.get("bias_gelu_fusion"), args.get("openai_gelu")
-    if is_core(original.age):
+    if is_core(run.age):
         if fused is None:
             return Value("tanh", "rule: Megatron-Core fuses bias and gelu by default, in the tanh form")
         return Value("tanh" if fused else "erf", "args: bias_gelu_fusion (Megatron-Core)")
     if fused is None and openai is None:
-        return _gelu_by_version(original, of_version_0)
+        return _gelu_by_version(run, of_version_0)
     if openai:
         return Value("tanh", "args: openai_gelu")
     if args.get("onnx_safe") and "swiglu" in args:
@@ -283,43 +288,43 @@ def feed_forward_gelu(original: Original, of_version_0: str) -> Value:
     return Value("erf", "args: neither openai_gelu nor bias_gelu_fusion")
 
 
-def _gelu_by_version(original: Original, of_version_0: str) -> Value:
-    if original.version == 0 and _has_args(original):
+def _gelu_by_version(run: Run, of_version_0: str) -> Value:
+    if run.version == 0 and _has_args(run):
         return Value("tanh", "rule: args of version 0 without openai_gelu are of before April 2020: tanh")
-    if original.version == 0:
+    if run.version == 0:
         why = "as the published GPT-2" if of_version_0 == "tanh" else "which the file does not tell"
         return Value(of_version_0, f"rule: version 0 without args: {of_version_0}, {why}")
-    if original.version < 3:
-        return Value("erf", f"rule: version {original.version} without flags: erf, the fusion was opt-in")
+    if run.version < 3:
+        return Value("erf", f"rule: version {run.version} without flags: erf, the fusion was opt-in")
     return Value("tanh", "rule: version 3.0 without flags: the fused kernel was the default, the tanh form")
 
 
-def lm_head_gelu(original: Original) -> Value:
+def lm_head_gelu(run: Run) -> Value:
     """Never the fused one: erf, or tanh with openai_gelu and before there was that flag."""
-    args = original.args or {}
-    if is_core(original.age):
+    args = run.args or {}
+    if is_core(run.age):
         return Value("erf", "rule: Megatron-Core's LM head")
     if "openai_gelu" in args:
         return Value("tanh" if args["openai_gelu"] else "erf", "args: openai_gelu")
-    if original.version == 0 and _has_args(original):
+    if run.version == 0 and _has_args(run):
         return Value("tanh", "rule: args of version 0 without openai_gelu are of before April 2020: tanh")
     return Value("erf", "rule: the LM head is never fused")
 
 
-def _has_args(original: Original) -> bool:
-    return "num_layers" in (original.args or {})
+def _has_args(run: Run) -> bool:
+    return "num_layers" in (run.args or {})
 
 
-def _notes(original: Original) -> list[str]:
+def _notes(run: Run) -> list[str]:
     """What neither architecture can say, and what was not said by the file."""
     notes = []
-    args = original.args or {}
-    if not original.says_version and not is_core(original.age):
+    args = run.args or {}
+    if not run.says_version and not is_core(run.age):
         notes.append(
             "no checkpoint_version is in the file, which makes it 0: query_key_value holds all queries, then "
             "all keys, then all values (files of two weeks of September 2020 are of 1.0 and do not say so)"
         )
-    if args.get("apply_residual_connection_post_layernorm") and not is_core(original.age):
+    if args.get("apply_residual_connection_post_layernorm") and not is_core(run.age):
         notes.append(
             "args: apply_residual_connection_post_layernorm adds the normalised input to each branch, which "
             "the Hugging Face model cannot do: its results differ"
@@ -329,9 +334,9 @@ def _notes(original: Original) -> list[str]:
             "args: apply_query_key_layer_scaling divides the scores by the layer's number and multiplies "
             "them again: nothing but another rounding in float16"
         )
-    if listed := _listed_tensors(original.checkpoint):
+    if listed := _listed_tensors(run.source.checkpoint):
         notes.append(f"{listed} tensors in lists of the optimizer are left out: only training needs them")
-    if original.args and original.args.get("orig_vocab_size"):
+    if run.args and run.args.get("orig_vocab_size"):
         notes.append("args: orig_vocab_size tells which rows of the vocabulary are padding")
     return notes
 
@@ -355,23 +360,12 @@ def _listed_tensors(checkpoint: Checkpoint) -> int:
 # --- original to Hugging Face ---------------------------------------------------------------------------
 
 
-def dtype_of(original: Original) -> str:
-    """The safetensors name of the dtype that most tensors of the model have."""
-    return Counter(t.dtype for ts in original.tensors.values() for t in ts).most_common(1)[0][0]
-
-
-def dtype_value(original: Original, options: Options) -> Value:
-    if options.dtype is not None:
-        return Value(DTYPES[options.dtype].torch, "--dtype")
-    return Value(DTYPES[dtype_of(original)].torch, "dtype of the tensors")
-
-
-def tie(original: Original, facts: Facts) -> Value:
+def tie(run: Run, facts: Facts) -> Value:
     """Whether the output layer is the embedding: unless args say that it is not, or there is an output layer
     of its own where no stage needs a copy of the embedding."""
     name = "output_layer.weight"
-    there = name in original.tensors
-    apart = there and (not is_core(original.age) or len(original.files[0]) == 1)
+    there = name in run.tensors
+    apart = there and (not is_core(run.age) or len(run.files[0]) == 1)
     if facts.given("untie_embeddings_and_output_weights"):
         untied = facts.boolean("untied", "untie_embeddings_and_output_weights", rule=Value(False, ""))
         found = Value(not untied.value, untied.source)
@@ -384,7 +378,7 @@ def tie(original: Original, facts: Facts) -> Value:
 
 def to_hf(
     family: str,
-    original: Original,
+    run: Run,
     options: Options,
     *,
     rules: Iterable[Rule],
@@ -393,51 +387,25 @@ def to_hf(
     tokenizer: TokenizerResult,
     documents: Sequence[OutputDocument],
     notes: Iterable[str],
-    foretold: Iterable[Foretold] = (),
+    foretold: Sequence[Foretold] = (),
 ) -> Plan:
     """The plan of a family's table."""
-    dtype = dtype_of(original)
-    axes = numbers.axes()
-    expansion = expand(
-        rules,
-        axes=axes,
-        indices={"i": original.layers},
-        original=original.homes,
-        converted=lambda _: ("", dtype),
-    )
-    words = numbers.words.value
-    expansion.steps[:] = [without_padding(s, "v", words) for s in expansion.steps]
-    fail_all(_dtype_problems(expansion.steps))
-    return assemble(
-        family=family,
-        direction="to-hf",
-        checkpoint=original.checkpoint,
-        expansion=expansion,
-        ignored=IGNORED,
-        config=config,
-        documents=[
-            config_document(config),
+    beside = Written(
+        family,
+        config,
+        [
             *documents,
             *(
                 OutputDocument(n, d, "the tokenizer beside the weights")
                 for n, d in tokenizer.documents.items()
             ),
         ],
-        options=options,
-        notes=[*numbers.notes, *notes, *tokenizer.notes],
-        original=kept(original, numbers),
-        foretold=foretold,
+        IGNORED,
+        [*numbers.notes, *notes, *tokenizer.notes],
+        kept(run, numbers),
+        foretold,
     )
-
-
-def _dtype_problems(steps: Iterable[Step]) -> list[Problem]:
-    floats = ("F64", "F32", "F16", "BF16")
-    return [
-        Problem("unsupported-dtype", f"expected {', '.join(floats)}, found {p.dtype}", p.file, p.name)
-        for s in steps
-        for p in s.sources
-        if p.dtype not in floats
-    ]
+    return woven_to_hf(numbers.table(rules, numbers.rows.value), run.source, options, beside)
 
 
 _KEPT_ARGS = (
@@ -449,17 +417,17 @@ _KEPT_ARGS = (
 )
 
 
-def kept(original: Original, numbers: Numbers) -> dict[str, Any]:
+def kept(run: Run, numbers: Numbers) -> dict[str, Any]:
     """What the Hugging Face layout does not say, for the manifest and the way back."""
-    args = original.args or {}
+    args = run.args or {}
     return {
-        "age": original.age,
-        "checkpoint_version": original.version if original.says_version else None,
-        "tensor_parallel": original.ranks,
-        "pipeline_parallel": len(original.files[0]),
-        "virtual_stages": original.chunks,
-        "iteration": original.iteration,
-        "release": original.files[0][0].startswith("release/"),
+        "age": run.age,
+        "checkpoint_version": run.version if run.says_version else None,
+        "tensor_parallel": run.source.ranks,
+        "pipeline_parallel": len(run.files[0]),
+        "virtual_stages": run.chunks,
+        "iteration": run.iteration,
+        "release": run.files[0][0].startswith("release/"),
         "rows": numbers.rows.value,
         "words": numbers.words.value,
         "gelu": numbers.gelu.value,
@@ -481,9 +449,3 @@ def two_gelus(gelu: Value, head_gelu: Value) -> tuple[Foretold, ...]:
         "differs, by at most 4.8e-4 as it leaves the gelu"
     )
     return (Foretold(TWO_GELUS, reason, {"hidden_act": ACTIVATION[head_gelu.value]}, ("head",)),)
-
-
-def generation_config(config: Mapping[str, Value]) -> OutputDocument:
-    ids = {k: config[k].value for k in ("bos_token_id", "eos_token_id") if k in config}
-    text = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
-    return OutputDocument("generation_config.json", text.encode(), "token ids of config.json")

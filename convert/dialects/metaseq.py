@@ -16,9 +16,9 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.convert.crosscheck import rank_problems
-from ckpt_tool.convert.families._download import Download, layer_count
-from ckpt_tool.convert.layout import Home, Rule, rule
+from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.plan import natural
+from ckpt_tool.convert.source import Source, layer_count
 from ckpt_tool.errors import fail, fail_all
 
 S, T = "layers.{i}.", "model.decoder.layers.{i}."
@@ -121,32 +121,18 @@ def is_converted(checkpoint: Checkpoint, prefix: str, names: set[str]) -> bool:
     return any(f"{prefix}{n}.weight" in names for n in ("final_layer_norm", "project_in"))
 
 
-@dataclass(frozen=True)
-class Original:
-    """A download with its names shortened, the prefix they had, and metaseq's settings as plain values."""
-
-    download: Download
-    prefix: str
-    settings: Mapping[str, Any] | None
-
-    def homes(self, name: str) -> list[Home]:
-        return [(t.file, t.dtype, t.name) for t in self.download.tensors.get(name, ())]
-
-    @property
-    def form(self) -> Form:
-        d = self.download
-        head = d.tensors.get("output_projection.weight", ())
-        words = d.tensors.get("embed_tokens.weight", ())
-        whole = bool(head) and bool(words) and head[0].shape[:1] != words[0].shape[:1]
-        return Form(
-            fused="layers.0.self_attn.qkv_proj.weight" in d.tensors,
-            projected="project_in_dim.weight" in d.tensors,
-            norm="layer_norm.weight" in d.tensors,
-            head=("whole" if whole else "share") if head else None,
-        )
+def form_of(source: Source) -> Form:
+    head, words = source.first("output_projection.weight"), source.first("embed_tokens.weight")
+    whole = head is not None and words is not None and head.shape[:1] != words.shape[:1]
+    return Form(
+        fused="layers.0.self_attn.qkv_proj.weight" in source.tensors,
+        projected="project_in_dim.weight" in source.tensors,
+        norm="layer_norm.weight" in source.tensors,
+        head=None if head is None else "whole" if whole else "share",
+    )
 
 
-def open_original(checkpoint: Checkpoint) -> Original:
+def open_original(checkpoint: Checkpoint) -> Source:
     """Sort out the files. Kinds: `already-converted`, `unsupported`, `shard-conflict`, `missing-shard`."""
     label, names = checkpoint.path.name, set(checkpoint.names())
     prefix = prefix_of(names)
@@ -171,10 +157,10 @@ def open_original(checkpoint: Checkpoint) -> Original:
         by_file = {f: _of_model(checkpoint.files[f].tensors, prefix) for f in files}
         fail_all(rank_problems(files, by_file))
     layers = layer_count(tensors, r"layers\.(\d+)\.")
-    download = Download(checkpoint, tensors, len(files), layers)
-    original = Original(download, prefix, settings_of(checkpoint, files))
-    _check_ranks(original)
-    return original
+    told = settings_of(checkpoint, files)
+    source = Source(checkpoint, tensors, len(files), layers, told, prefix)
+    _check_ranks(source)
+    return source
 
 
 def _of_model(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
@@ -199,22 +185,16 @@ def settings_of(checkpoint: Checkpoint, files: Sequence[str]) -> dict[str, Any] 
     return found or None
 
 
-def _check_ranks(original: Original) -> None:
+def _check_ranks(source: Source) -> None:
     """The output projection of a rank has columns for its heads, so it tells how many ranks there are."""
-    d = original.download
-    found = d.tensors.get("layers.0.self_attn.out_proj.weight", ())
-    if (
-        not found
-        or len(found[0].shape) != 2
-        or not found[0].shape[1]
-        or found[0].shape[0] % found[0].shape[1]
-    ):
+    found = source.first("layers.0.self_attn.out_proj.weight")
+    if found is None or len(found.shape) != 2 or not found.shape[1] or found.shape[0] % found.shape[1]:
         return
-    ranks = found[0].shape[0] // found[0].shape[1]
-    if ranks != d.ranks:
+    ranks = found.shape[0] // found.shape[1]
+    if ranks != source.ranks:
         fail(
-            "missing-shard" if ranks > d.ranks else "shard-conflict",
-            f"expected {ranks} parts (each has 1/{ranks} of the heads), found {d.ranks}: "
-            f"{', '.join(list(d.checkpoint.files)[:16])}",
-            file=d.checkpoint.path.name,
+            "missing-shard" if ranks > source.ranks else "shard-conflict",
+            f"expected {ranks} parts (each has 1/{ranks} of the heads), found {source.ranks}: "
+            f"{', '.join(list(source.checkpoint.files)[:16])}",
+            file=source.checkpoint.path.name,
         )

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import FILE, TRACKER, arguments, check_same_run, folder_name, grid
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
-from ckpt_tool.convert.crosscheck import disagreements, rank_problems
-from ckpt_tool.convert.families import _decoder as decoder
-from ckpt_tool.convert.families import _native
-from ckpt_tool.convert.families._download import Download, layer_count
-from ckpt_tool.convert.layout import Home, Rule, expand, rule, with_padding, without_padding
+from ckpt_tool.convert.crosscheck import rank_problems
+from ckpt_tool.convert.dialects import published
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
+from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, assemble, config_document
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
+from ckpt_tool.convert.source import Source, dtype_value, layer_count
+from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all
 
 WORDS = "embedding.word_embeddings.weight"
@@ -118,23 +119,12 @@ def recognise(names: set[str]) -> tuple[bool, str]:
     return True, "Megatron-Core names with biases for query, key and value only"
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks sorted out: `download` has each name of the tables once for every tensor-parallel rank."""
-
-    download: Download
-    args: Mapping[str, Any] | None
-    stages: int
-
-    def homes(self, name: str) -> list[Home]:
-        return [(t.file, t.dtype, t.name) for t in self.download.tensors.get(name, ())]
-
-    @property
-    def engine(self) -> bool:
-        return f"decoder.layers.0.{NORMS[True][0]}" in self.download.tensors
+def engine_of(source: Source) -> bool:
+    """Whether Transformer Engine holds the norms."""
+    return f"decoder.layers.0.{NORMS[True][0]}" in source.tensors
 
 
-def open_ranks(checkpoint: Checkpoint) -> Ranks:
+def open_ranks(checkpoint: Checkpoint) -> Source:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     own, why = recognise(set(checkpoint.names()))
     if not own:
@@ -155,9 +145,10 @@ def open_ranks(checkpoint: Checkpoint) -> Ranks:
         for name, tensor in _joined(checkpoint, row, prefix).items():
             tensors[name] = (*tensors.get(name, ()), tensor)
     layers = layer_count(tensors, r"decoder\.layers\.(\d+)\.")
-    download = Download(checkpoint, tensors, len(rows), layers)
-    _check_ranks(download)
-    return Ranks(download, arguments(checkpoint.files[rows[0][0]]), len(rows[0]))
+    told = arguments(checkpoint.files[rows[0][0]])
+    source = Source(checkpoint, tensors, len(rows), layers, told, prefix, len(rows[0]))
+    _check_gated(source)
+    return source
 
 
 def _of_model(checkpoint: Checkpoint, file: str, prefix: str) -> dict[str, TensorInfo]:
@@ -192,22 +183,20 @@ def _joined(checkpoint: Checkpoint, stages: list[str], prefix: str) -> dict[str,
     return made
 
 
-def _check_ranks(download: Download) -> None:
-    shape = next(iter(download.tensors.get("decoder.layers.0.mlp.linear_fc2.weight", ())), None)
-    up = next(iter(download.tensors.get("decoder.layers.0.mlp.linear_fc1.weight", ())), None)
-    if shape is None or up is None or up.shape[0] != 2 * shape.shape[-1]:
+def _check_gated(source: Source) -> None:
+    down, up = (source.first(f"decoder.layers.0.mlp.linear_fc{k}.weight") for k in (2, 1))
+    if down is None or up is None or up.shape[0] != 2 * down.shape[-1]:
         fail(
             "unsupported",
             "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
-            file=download.checkpoint.path.name,
+            file=source.checkpoint.path.name,
         )
 
 
 # --- numbers --------------------------------------------------------------------------------------------
 
 
-def dimensions(ranks: Ranks, facts: Facts) -> dict[str, Value]:
-    d = ranks.download
+def dimensions(d: Source, facts: Facts) -> dict[str, Value]:
     for name, allowed in COMPUTED.items():
         found = (facts.document or {}).get(name)
         if found not in allowed:
@@ -242,7 +231,7 @@ def dimensions(ranks: Ranks, facts: Facts) -> dict[str, Value]:
     if rows is not None and sizes["vocab_size"].value > rows.value:
         message = f"expected at least {sizes['vocab_size'].value} words ({sizes['vocab_size'].source}), found"
         facts.refuse("config-mismatch", f"{message} {rows.value} ({rows.source})", "vocab_size")
-    sizes["tie_word_embeddings"] = _tie(ranks, facts)
+    sizes["tie_word_embeddings"] = _tie(d, facts)
     facts.check()
     width, kv = sizes["hidden_size"].value, sizes["num_key_value_heads"].value
     if width % heads.value or told.get("kv_channels") not in (None, width // heads.value):
@@ -258,16 +247,16 @@ def dimensions(ranks: Ranks, facts: Facts) -> dict[str, Value]:
     return sizes
 
 
-def _tie(ranks: Ranks, facts: Facts) -> Value:
+def _tie(ranks: Source, facts: Facts) -> Value:
     key, name = "untie_embeddings_and_output_weights", "tie_word_embeddings"
-    apart = HEAD in ranks.download.tensors and ranks.stages == 1
+    apart = HEAD in ranks.tensors and ranks.stages == 1
     rule_ = Value(not apart, f"rule: {'an' if apart else 'no'} output layer apart from the embedding")
     if name not in facts.settings and facts.given(key):
         untied = facts.boolean(key, key, rule=rule_)
         found = Value(not untied.value, untied.source)
     else:
         found = facts.boolean(name, rule=rule_)
-    if not found.value and HEAD not in ranks.download.tensors:
+    if not found.value and HEAD not in ranks.tensors:
         facts.refuse("missing-tensor", f"expected this tensor ({found.source}), found none", HEAD)
     return found
 
@@ -299,10 +288,9 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     if options.gqa is not None:
         message = "expected the Hugging Face layout, found Megatron-Core's"
         fail("usage", message, where="--gqa", hint="convert first, then pool the heads of what comes out")
-    ranks = open_ranks(checkpoint)
-    download = ranks.download
-    facts = Facts(ranks.args, "args", options.settings)
-    sizes = dimensions(ranks, facts)
+    download = open_ranks(checkpoint)
+    facts = Facts(download.told, "args", options.settings)
+    sizes = dimensions(download, facts)
     rows = download.size(WORDS, 0)
     padded = sizes["vocab_size"] if rows is None else rows
     why = "family qwen2"
@@ -315,7 +303,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         "max_position_embeddings": facts.integer(
             "max_position_embeddings", "max_position_embeddings", ask="the longest text"
         ),
-        "torch_dtype": decoder.dtype_value(download, options),
+        "torch_dtype": dtype_value(download, options),
         **{name: facts.like(name, v, "default of Qwen2Config") for name, v in FREE.items()},
     }
     ids = ("bos_token_id", "eos_token_id")
@@ -325,45 +313,32 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check_settings({*config, *ids})
     facts.check()
     words = sizes["vocab_size"].value
-    expansion = expand(
-        table(
-            sizes["num_attention_heads"].value // sizes["num_key_value_heads"].value,
-            engine=ranks.engine,
-            tied=bool(sizes["tie_word_embeddings"].value),
-            head=HEAD in download.tensors,
-        ),
-        axes=axes_of(sizes, padded.value),
-        indices={"i": sizes["num_hidden_layers"].value},
-        original=ranks.homes,
-        converted=lambda _: ("", download.dtype),
-    )
-    wrong_layers = decoder.layer_problems(sizes, download.layers)
-    odd = disagreements(expansion.steps, checkpoint, FIELDS)
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = [*wrong_layers, *decoder.dtype_problems(expansion.steps)]
-    expansion.steps[:] = [without_padding(s, "v", words) for s in expansion.steps]
-    tokenizer = _native.copied(_native.tokenizer_files(checkpoint, options))
+    tokenizer = published.copied(published.tokenizer_files(checkpoint, options))
     notes = [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padded.value != words:
         notes.append(f"{padded.value - words} rows of padding after the {words} words were left out")
-    return assemble(
-        family="qwen2",
-        direction="to-hf",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored=IGNORED,
-        config=config,
-        documents=[config_document(config), decoder.generation_config(config), *tokenizer],
-        options=options,
-        notes=notes,
-        original={
-            "form": "mcore",
-            "tensor_parallel": download.ranks,
-            "rows": padded.value,
-            "engine": ranks.engine,
-            "head": HEAD in download.tensors,
-        },
+    engine, head = engine_of(download), HEAD in download.tensors
+    kept = {
+        "form": "mcore",
+        "tensor_parallel": download.ranks,
+        "rows": padded.value,
+        "engine": engine,
+        "head": head,
+    }
+    beside = Written("qwen2", config, [generation_config(config), *tokenizer], IGNORED, notes, kept)
+    return to_hf(rows_of(sizes, padded.value, engine=engine, head=head), download, options, beside)
+
+
+def rows_of(sizes: Mapping[str, Value], rows: int, *, engine: bool, head: bool) -> Table:
+    tied = bool(sizes["tie_word_embeddings"].value)
+    shared = sizes["num_attention_heads"].value // sizes["num_key_value_heads"].value
+    return Table(
+        table(shared, engine=engine, tied=tied, head=head),
+        axes_of(sizes, rows),
+        FIELDS,
+        sizes,
+        sizes["num_hidden_layers"],
+        sizes["vocab_size"].value,
     )
 
 
@@ -371,10 +346,10 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def plan_original(
-    checkpoint: Checkpoint, options: Options, download: Download, facts: Facts, sizes: Mapping[str, Value]
+    checkpoint: Checkpoint, options: Options, download: Source, facts: Facts, sizes: Mapping[str, Value]
 ) -> Plan:
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
-    once = decoder.kept_facts(checkpoint)
+    once = kept_facts(checkpoint)
     asked = options.family_options.get("tensor_parallel") or (options.shards if options.shards > 1 else None)
     count = int(asked or once.get("tensor_parallel") or 1)
     words = sizes["vocab_size"].value
@@ -394,44 +369,28 @@ def plan_original(
     tied = bool(sizes["tie_word_embeddings"].value)
     files = [f"release/{folder_name(t, 0, False)}/{FILE}" for t in range(count)]
     dtype = options.dtype or download.dtype
-    held = download.tensors
-    expansion = expand(
-        table(
-            sizes["num_attention_heads"].value // sizes["num_key_value_heads"].value,
-            engine=bool(once.get("engine", True)),
-            tied=tied,
-            head=not tied,
-        ),
-        axes=axes_of(sizes, rows),
-        indices={"i": sizes["num_hidden_layers"].value},
-        original=lambda name: [(f, dtype, f"model.{name}") for f in files],
-        converted=lambda name: (held[name][0].file, held[name][0].dtype) if name in held else None,
-    )
-    wrong_layers = decoder.layer_problems(sizes, download.layers)
-    odd = disagreements(expansion.steps, checkpoint, FIELDS, side="targets")
-    if odd:
-        fail_all([*wrong_layers, *(d.problem(sizes) for d in odd)])
-    expansion.problems[:0] = wrong_layers
-    expansion.steps[:] = [with_padding(s.inverse(), "v", words).inverse() for s in expansion.steps]
     args = arguments_of(sizes, length, rows, count, dtype)
     notes = []
     if rows != words:
         notes.append(f"{rows - words} rows of padding follow the {words} words; they repeat the first words")
-    made = assemble(
-        family="qwen2",
-        direction="to-original",
-        checkpoint=checkpoint,
-        expansion=expansion,
-        ignored={"lm_head.weight": "the same as the embedding"} if tied else {},
-        config=args,
-        documents=[
+    written = Written(
+        "qwen2",
+        args,
+        [
             OutputDocument(TRACKER, b"release", "names the folder of the ranks"),
-            *_native.copied(_native.tokenizer_files(checkpoint, options)),
+            *published.copied(published.tokenizer_files(checkpoint, options)),
         ],
-        options=options,
-        outputs=files,
-        notes=notes,
-        original={"form": "mcore", "tensor_parallel": count},
+        {"lm_head.weight": "the same as the embedding"} if tied else {},
+        notes,
+        {"form": "mcore", "tensor_parallel": count},
+    )
+    made = to_original(
+        rows_of(sizes, rows, engine=bool(once.get("engine", True)), head=not tied),
+        download,
+        options,
+        written,
+        files=files,
+        homes=lambda name: [(f, dtype, f"model.{name}") for f in files],
     )
     beside = {
         "args": Namespace({k: v.value for k, v in args.items()}),

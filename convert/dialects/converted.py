@@ -1,0 +1,63 @@
+"""The small files of a Hugging Face folder: config.json, generation_config.json, and the manifest that says
+how the original was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.params import Facts
+from ckpt_tool.convert.plan import OutputDocument, Value
+from ckpt_tool.errors import Problem, fail, fail_all
+
+MANIFEST = "ckpt-tool.json"
+GENERATION = "generation_config.json"
+# Fields that say how a file's tensors were packed.
+PACKED = ("quantization_config", "compression_config")
+
+
+def read_config(
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    architectures: Sequence[str],
+    *,
+    model_type: str | None = None,
+) -> Facts:
+    """config.json of a model of one of `architectures`, with the user's settings. Fails for another model and
+    for packed weights; without a `model_type` any is taken."""
+    if "config.json" not in checkpoint.documents:
+        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
+    document = checkpoint.json("config.json")
+    problems = []
+
+    def refuse(where: str, wanted: str, found: str) -> None:
+        problems.append(Problem("unsupported", f"expected {wanted}, found {found}", "config.json", where))
+
+    said = document.get("model_type", model_type)
+    if model_type is not None and said != model_type:
+        refuse("model_type", json.dumps(model_type), json.dumps(said)[:100])
+    named = document.get("architectures") or list(architectures[:1])
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in architectures:
+        refuse("architectures", " or ".join(architectures), json.dumps(named)[:100])
+    for name in PACKED:
+        if document.get(name) is not None:
+            refuse(name, "plain tensors", "a way of packing them")
+    fail_all(problems)
+    return Facts(document, "config.json", settings)
+
+
+def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the conversion left in the manifest of an output of ours; empty for other folders."""
+    if MANIFEST not in checkpoint.documents:
+        return {}
+    found = checkpoint.json(MANIFEST).get("original")
+    return found if isinstance(found, dict) else {}
+
+
+def generation_config(config: Mapping[str, Value]) -> OutputDocument:
+    """What transformers 4 derives from a config: the ids at which generation starts and ends."""
+    ids = {k: config[k].value for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
+    text = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
+    return OutputDocument(GENERATION, text.encode(), "token ids of config.json")

@@ -1,0 +1,90 @@
+"""A checkpoint sorted out: which of its files hold which tensor, by the names that a family's table uses.
+
+Files differ in how they share a model out: whole tensors in one file or several, model-parallel ranks that
+each hold a share of every tensor under the same name, pipeline stages that number their layers from 0, and a
+word or two in front of every name. A `Source` is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.convert.layout import Home
+from ckpt_tool.convert.plan import Options, Value
+from ckpt_tool.errors import Problem, fail, fail_all
+
+
+@dataclass(frozen=True)
+class Source:
+    """`tensors` holds each name of the table once for every model-parallel rank, in their order; `ranks` is 1
+    where files hold whole tensors. `told` are the hyper-parameters that a file of weights carries beside its
+    tensors, None without any; `prefix` stood before every name."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, tuple[TensorInfo, ...]]
+    ranks: int
+    layers: int
+    told: Mapping[str, Any] | None = None
+    prefix: str = ""
+    stages: int = 1
+
+    def homes(self, name: str) -> list[Home]:
+        """Where the tensor is and what it is called there, for each rank."""
+        return [(t.file, t.dtype, t.name) for t in self.tensors.get(name, ())]
+
+    def first(self, name: str) -> TensorInfo | None:
+        """The tensor as rank 0 holds it."""
+        return next(iter(self.tensors.get(name, ())), None)
+
+    def size(self, name: str, dimension: int, *, shared: bool = True) -> Value | None:
+        """The size that most tensors called `name` ({i}: of any layer) have, over all ranks if `shared`."""
+        names = [name.format(i=i) for i in range(self.layers)] if "{i}" in name else [name]
+        found = [t for n in names for t in self.tensors.get(n, ())[:1] if len(t.shape) > dimension]
+        if not found:
+            return None
+        each, _ = Counter(t.shape[dimension] for t in found).most_common(1)[0]
+        what = ("rows", "columns")[dimension] if len(found[0].shape) == 2 else "length"
+        over = f" over {self.ranks} ranks" if shared and self.ranks > 1 else ""
+        return Value(each * (self.ranks if shared else 1), f"{what} of {found[0].name}{over}")
+
+    @property
+    def counted_layers(self) -> Value | None:
+        return Value(self.layers, "layers in the tensor names") if self.layers else None
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of the dtype that most tensors have."""
+        return Counter(ts[0].dtype for ts in self.tensors.values()).most_common(1)[0][0]
+
+
+def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], str] = str) -> Source:
+    """Files of whole tensors. `layer` is a pattern that finds a layer's number in a name, `rename` gives the
+    name of the table for that in the file. Kinds: `missing-tensor`, `duplicate-tensor`."""
+    tensors: dict[str, tuple[TensorInfo, ...]] = {}
+    problems = []
+    for t in checkpoint:
+        first = tensors.setdefault(rename(t.name), (t,))[0]
+        if first is not t:
+            message = f"expected each tensor in one file, found it in {first.file} too"
+            problems.append(Problem("duplicate-tensor", message, t.file, t.name))
+    fail_all(problems)
+    if not tensors:
+        fail("missing-tensor", "expected the tensors of a model, found none", file=checkpoint.path.name)
+    return Source(checkpoint, tensors, 1, layer_count(tensors, layer))
+
+
+def layer_count(names: Iterable[str], pattern: str) -> int:
+    found = (re.match(pattern, n) for n in names)
+    return max((int(m[1][:9]) + 1 for m in found if m), default=0)
+
+
+def dtype_value(source: Source, options: Options) -> Value:
+    """torch_dtype of the config: what the user asked for, else that of most tensors."""
+    if options.dtype is not None:
+        return Value(DTYPES[options.dtype].torch, "--dtype")
+    return Value(DTYPES[source.dtype].torch, "dtype of the tensors")

@@ -1,0 +1,175 @@
+"""From a family's rows to a checked plan, in either direction: the only place where rows are filled in.
+
+Both directions walk the same way. The rows are filled in with the layers and ranks of the checkpoint; the
+config's numbers are held against the shapes in its headers; padding and pooled heads are worked in; and the
+plan is put together, with every problem of the stage raised at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_tool.convert.crosscheck import disagreements
+from ckpt_tool.convert.heads import pooled
+from ckpt_tool.convert.layout import (
+    Expansion,
+    Home,
+    Rule,
+    Step,
+    expand,
+    with_padding,
+    without_padding,
+)
+from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
+from ckpt_tool.convert.source import Source
+from ckpt_tool.errors import Problem, fail_all
+
+WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A family's rows and what fills them in. `axes` has the size of every axis, `fields` the config value
+    behind some of them, `numbers` these values with their sources. `words` counts the rows of a vocabulary
+    that are no padding, None where there is none; `indices` other indices than the layer's."""
+
+    rows: Sequence[Rule]
+    axes: Mapping[str, int]
+    fields: Mapping[str, str]
+    numbers: Mapping[str, Value]
+    layers: Value
+    words: int | None = None
+    indices: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What goes beside the tensors of a plan. `ignored` are patterns of tensors to leave out, with reasons;
+    `original` is what the manifest keeps for another conversion."""
+
+    family: str
+    config: Mapping[str, Value]
+    documents: Sequence[OutputDocument]
+    ignored: Mapping[str, str]
+    notes: Sequence[str] = ()
+    original: Mapping[str, Any] = field(default_factory=dict)
+    foretold: Sequence[Foretold] = ()
+
+
+def to_hf(table: Table, source: Source, options: Options, written: Written) -> Plan:
+    """The plan of a conversion to the Hugging Face layout. config.json is written from the config and need
+    not be among the documents."""
+    dtype = source.dtype
+    filled = _filled_in(table, source, "sources", original=source.homes, converted=lambda _: ("", dtype))
+    if table.words is not None:
+        filled.steps[:] = [without_padding(s, WORDS, table.words) for s in filled.steps]
+    config, lossy = written.config, []
+    if options.gqa is not None:
+        fewer = pooled(filled.steps, options.gqa, table.numbers, ranks=source.ranks)
+        filled.steps[:] = fewer.steps
+        config = {**config, "num_key_value_heads": fewer.heads}
+        lossy = [fewer.lossy]
+    return assemble(
+        family=written.family,
+        direction="to-hf",
+        checkpoint=source.checkpoint,
+        expansion=filled,
+        ignored=written.ignored,
+        config=config,
+        documents=[config_document(config), *written.documents],
+        options=options,
+        notes=written.notes,
+        lossy=lossy,
+        original=written.original,
+        foretold=written.foretold,
+    )
+
+
+def to_original(
+    table: Table,
+    source: Source,
+    options: Options,
+    written: Written,
+    *,
+    files: Sequence[str],
+    homes: Callable[[str], Sequence[Home]],
+) -> Plan:
+    """The plan of the way back. `source` is the converted model, `files` are the weight files to write in
+    order, and `homes(name)` says which of them hold the tensor of that name in the table, for each rank."""
+
+    def converted(name: str) -> Home | None:
+        return next(iter(source.homes(name)), None)
+
+    filled = _filled_in(table, source, "targets", original=homes, converted=converted)
+    if table.words is not None:
+        filled.steps[:] = [with_padding(s.inverse(), WORDS, table.words).inverse() for s in filled.steps]
+    return assemble(
+        family=written.family,
+        direction="to-original",
+        checkpoint=source.checkpoint,
+        expansion=filled,
+        ignored=written.ignored,
+        config=written.config,
+        documents=written.documents,
+        options=options,
+        outputs=files,
+        notes=written.notes,
+        original=written.original,
+        foretold=written.foretold,
+    )
+
+
+def _filled_in(
+    table: Table,
+    source: Source,
+    side: str,
+    *,
+    original: Callable[[str], Sequence[Home]],
+    converted: Callable[[str], Home | None],
+) -> Expansion:
+    """The rows with every index filled in. `side` is that of the steps which the checkpoint holds. Numbers
+    that no tensor confirms are raised at once: what else would be said follows from them."""
+    filled = expand(
+        table.rows,
+        axes=table.axes,
+        indices={"i": table.layers.value, **table.indices},
+        original=original,
+        converted=converted,
+    )
+    layers = layer_problems(table.layers, source.layers)
+    odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
+    if odd:
+        fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
+    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
+    return filled
+
+
+def layer_problems(layers: Value, found: int) -> list[Problem]:
+    if layers.value == found:
+        return []
+    fewer = layers.value < found
+    left = f"{layers.value}..{found - 1}" if found - layers.value > 1 else str(layers.value)
+    which = f"{found}: layer {left} left over" if fewer else f"{found}"
+    return [
+        Problem(
+            "uncovered-tensors" if fewer else "missing-tensor",
+            f"expected {layers.value} layers ({layers.source}), found tensors of {which}",
+            where="num_hidden_layers",
+        )
+    ]
+
+
+def _dtype_problems(steps: Iterable[Step], side: str) -> list[Problem]:
+    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits."""
+    parts = [p for s in steps for p in (s.sources if side == "sources" else s.targets)]
+    common = Counter(p.dtype for p in parts).most_common(1)
+    odd = {p.dtype for p in parts if p.dtype.startswith("F8")} | {d for d, _ in common if d not in _FLOATS}
+    return [
+        Problem("unsupported-dtype", f"expected {', '.join(_FLOATS)}, found {p.dtype}", p.file, p.name)
+        for p in parts
+        if p.dtype in odd
+    ]

@@ -1,0 +1,78 @@
+"""The rules of the house that imports do not show: who may walk from rows to a plan, and what a family is."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt_tool.convert.families import FAMILIES, family
+
+ROOT = Path(__file__).parents[1]
+CONVERT = ROOT / "convert"
+
+
+def modules(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    """(path from the root, syntax tree) of every module under the folders."""
+    for folder in folders:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def taken_from(tree: ast.AST, *homes: str) -> set[str]:
+    """The names that a module takes from these modules, by importing them or as `module.name`."""
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    names = {a.name for n in nodes if n.module in homes for a in n.names}
+    short = {
+        a.asname or a.name: f"{n.module}.{a.name}"
+        for n in nodes
+        for a in n.names
+        if f"{n.module}.{a.name}" in homes
+    }
+    reached = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    return names | {n.attr for n in reached if isinstance(n.value, ast.Name) and n.value.id in short}
+
+
+def test_one_place_walks_from_rows_to_a_plan() -> None:
+    walkers = {
+        path
+        for path, tree in modules("convert", "verify", "ckpt_tool")
+        if {"expand", "assemble"} & taken_from(tree, "ckpt_tool.convert.layout", "ckpt_tool.convert.plan")
+    }
+    assert walkers == {"convert/weave.py"}
+
+
+def test_a_family_is_found_by_its_file() -> None:
+    files = {f.stem for f in (CONVERT / "families").glob("*.py")} - {"__init__"}
+    assert {name.replace("-", "_") for name in FAMILIES} == files
+    assert all(family(name).name == name for name in FAMILIES)
+
+
+def test_no_module_of_a_family_is_hidden_behind_an_underscore() -> None:
+    assert not [
+        f.name for f in (CONVERT / "families").glob("_*") if f.suffix == ".py" and f.stem != "__init__"
+    ]
+
+
+def test_no_family_knows_another_but_by_name() -> None:
+    """What two families share belongs to a dialect. Mixtral reads window and theta as Mistral does."""
+    known = {
+        (path, node.module)
+        for path, tree in modules("convert/families", "convert/dialects")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ckpt_tool.convert.families.")
+    }
+    assert known <= {("convert/families/mixtral.py", "ckpt_tool.convert.families.mistral")}
+
+
+def test_functions_fit_on_a_page() -> None:
+    longest = 60
+    long = {
+        f"{path}: {node.name}": node.end_lineno - node.lineno + 1
+        for path, tree in modules("convert/dialects", "convert/families")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > longest
+    }
+    assert long == {}
