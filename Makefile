@@ -23,7 +23,7 @@ demo: setup
 	touch $@
 
 test: setup .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)

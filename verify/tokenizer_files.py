@@ -94,7 +94,7 @@ def tokenizer(
     if not result.wrong:
         on = f"; {result.texts:,} texts give the same ids" if result.texts else ""
         result.notes.append(
-            finding("pass", f"as the source gives it, by bytes or meaning: {', '.join(result.compared)}{on}")
+            finding("pass", f"as the source gives it, by bytes or meaning: {', '.join(sorted(result.compared))}{on}")
         )
     return [*capped(result.wrong), *result.notes]
 
