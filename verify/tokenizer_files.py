@@ -93,9 +93,8 @@ def tokenizer(
         return [given]
     if not result.wrong:
         on = f"; {result.texts:,} texts give the same ids" if result.texts else ""
-        result.notes.append(
-            finding("pass", f"as the source gives it, by bytes or meaning: {', '.join(sorted(result.compared))}{on}")
-        )
+        names = ", ".join(sorted(result.compared))
+        result.notes.append(finding("pass", f"as the source gives it, by bytes or meaning: {names}{on}"))
     return [*capped(result.wrong), *result.notes]
 
 
