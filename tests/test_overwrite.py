@@ -102,7 +102,9 @@ def test_a_copy_with_new_times_is_still_an_output(work: Path) -> None:
     for path in (work / "copy").iterdir():
         path.chmod(0o600)
         os.utime(path)
+    before = (work / "copy").stat().st_ino
     convert("in", "copy", overwrite=True, check=False)
+    assert (work / "copy").stat().st_ino != before
 
 
 def test_an_output_of_which_files_are_missing_is_still_one(work: Path) -> None:
