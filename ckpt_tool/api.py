@@ -165,20 +165,21 @@ def convert(
     check: bool = True,
     progress: Callable[[Progress], None] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    beside: Iterable[Source] = (),
 ) -> Conversion:
     """Convert `source` into the folder `out`, crash-safely and in bounded memory.
 
     `jobs` worker threads; `strict` refuses non-finite weights instead of recording them; `check` runs the
     coverage level on the result. `overwrite` replaces an empty folder or an untouched earlier output,
-    `overwrite_foreign` also a folder of other weights, configs and tokenizer files and nothing else. Raises
-    `CkptToolError` with every problem of the stage that found some; `out` then does not exist (or is what it
-    was before).
+    `overwrite_foreign` also a folder of other weights, configs and tokenizer files and nothing else, never
+    one that holds an input or a file of `beside`, which the caller has read. Raises `CkptToolError` with
+    every problem of the stage that found some; `out` then does not exist (or is what it was before).
     """
     from ckpt_tool.convert.execute import check_output, execute
 
     target = Path(out)
     asked = options or Options()
-    beside = () if asked.tokenizer is None else (asked.tokenizer,)
+    beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
         made = plan(checkpoint, family=family, to=to, options=options)

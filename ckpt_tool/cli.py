@@ -250,6 +250,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             check=not asked["no_verify"],
             progress=progress,
             on_plan=on_plan,
+            beside=[asked["config"]] if asked["config"] else [],
         )
     if as_json:
         print(json.dumps(done.to_json(), indent=2))

@@ -371,8 +371,10 @@ class _Reader:
                 continue
             if key in REFUSED and value not in (None, False, {}):
                 refused[key] = REFUSED[key]
-            elif key in self.own.idle or key in IDLE:
-                idle[key] = self.own.idle.get(key) or IDLE[key]
+            elif key == "is_causal" and value is not self.own.causal:
+                unknown[key] = value  # transformers 5 then builds another mask; null counts as false there
+            elif key in self.own.idle or key in IDLE or key == "is_causal":
+                idle[key] = self.own.idle.get(key) or IDLE.get(key, "as the class has it")
             elif value in (None, False, "", 0) or value in ([], {}) or same(value, DEFAULTS.get(key, ABSENT)):
                 idle[key] = "empty, or the default of every class"
             else:

@@ -27,6 +27,11 @@ class Class:
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
     partial_windows: bool = False  # some layers may have a window and others none
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees those before it only."""
+        return self.name != "MegatronBertConfig"
+
 
 IDENTITY = (
     "model_type",

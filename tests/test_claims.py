@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import subprocess
@@ -176,12 +177,77 @@ def test_a_source_that_is_not_there_as_it_was_is_not_used(how: str, pair: Pair, 
     assert verify(out, levels=CHEAP, no_source=True).exit_code == 0
 
 
-def test_without_manifest_and_source_an_output_is_consistent_in_itself_only(pair: Pair) -> None:
+def test_without_manifest_and_source_there_is_nothing_to_compare_with(pair: Pair) -> None:
     _, out = pair(PLAIN)
     (out / "ckpt-tool.json").unlink()
-    assert verify(out, levels="coverage").exit_code == 2
-    report = verify(out, levels="coverage", no_source=True)
-    assert (report.exit_code, report.headline) == (0, f"consistent in itself; {NOT_COMPARED}")
+    for no_source in (False, True):
+        report = verify(out, levels="coverage", no_source=no_source)
+        assert report.exit_code == 2
+        assert report.headline.startswith(f"there is no manifest either; {NOT_COMPARED}")
+
+
+def test_what_only_the_manifest_tells_is_in_the_headline(pair: Pair) -> None:
+    """The source does not say its rotary base: a rule does, and manifest and config say another one."""
+    source, out = pair("mistral-7b-v0.1")
+    config = json.loads((out / "config.json").read_text()) | {"rope_theta": 5e5}
+    (out / "config.json").write_text(json.dumps(config))
+    in_manifest(out, lambda m: m["config"]["rope_theta"].update(value=5e5, source="--set"))
+    sha256 = hashlib.sha256((out / "config.json").read_bytes()).hexdigest()
+    in_manifest(
+        out, lambda m: [d.update(sha256=sha256) for d in m["documents"] if d["file"] == "config.json"]
+    )
+    report = verify(out, source, levels=CHEAP)
+    assert report.headline == "the bits are those of its source; only the manifest tells rope_theta"
+
+
+def test_a_cast_is_part_of_the_headline(pair: Pair, tmp_path: Path) -> None:
+    source, _ = pair("mistral-float32")
+    api.convert(source, tmp_path / "cast", options=Options(dtype="BF16"))
+    report = verify(tmp_path / "cast", source, levels=CHEAP)
+    assert report.headline == (
+        "the bits are those of its source once it is cast or pooled as recorded or accepted"
+    )
+
+
+@pytest.mark.parametrize("value", [False, None, 0])
+def test_a_mask_that_is_not_causal_fails(value: object, pair: Pair) -> None:
+    source, out = pair(PLAIN)
+    (out / "ckpt-tool.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"is_causal": True}))
+    assert verify(out, source, levels=CHEAP).exit_code == 0
+    (out / "config.json").write_text(json.dumps(config | {"is_causal": value}))
+    report = verify(out, source, levels=CHEAP)
+    assert [f.where for f in report.findings if f.status == "fail"] == ["config.json: is_causal"]
+
+
+def test_sampling_values_in_config_json_count_where_nothing_else_says_them(pair: Pair) -> None:
+    source, out = pair(PLAIN)
+    (out / "ckpt-tool.json").unlink()
+    (out / "generation_config.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.5}))
+    report = verify(out, source, levels=CHEAP)
+    assert [f.where for f in report.findings if f.status == "fail"] == ["config.json: repetition_penalty"]
+
+
+def test_slips_of_the_caller_are_usage_errors(pair: Pair) -> None:
+    source, out = pair(PLAIN)
+    for slip in ({"device": "bogus"}, {"device": ""}, {"settings": {"foo": 1}}):
+        with pytest.raises(CkptToolError) as caught:
+            verify(out, source, **slip)  # type: ignore[arg-type]
+        assert caught.value.kind == "usage"
+
+
+def test_odd_neighbours_and_values_end_in_one_sentence(pair: Pair) -> None:
+    source, out = pair(PLAIN)
+    (out / "loop").symlink_to("loop")
+    assert verify(out, source, levels=CHEAP).exit_code == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"architectures": 5}))
+    with pytest.raises(CkptToolError) as caught:
+        verify(out, source, levels=CHEAP)
+    assert caught.value.kind == "bad-config"
 
 
 # --- the manifest confirms, and decides nothing -----------------------------------------------------------

@@ -11,6 +11,7 @@ Torch is imported when a level that computes is asked for, not before.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -72,6 +73,8 @@ def verify(
         for value in values:
             if value not in known:
                 fail("usage", f"expected {' or '.join(known)}, found {value!r}", where=label)
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device, re.ASCII):
+        fail("usage", f"expected cpu, cuda or cuda:N, found {device!r}", where="device")
     accepted = tuple(accept)
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):

@@ -70,10 +70,7 @@ def judge(findings: Sequence[Finding], claim: Claim, could_not_run: bool = False
         return Judgement("undecided", missing[0], missing)
     if claim.against == "source":
         return Judgement("pass", _proved(findings))
-    consistent = any(f.status == "pass" for f in findings)
-    if claim.against == "manifest":
-        return Judgement("pass", f"consistent with its manifest; {NOT_COMPARED}")
-    return Judgement("pass" if consistent else "undecided", f"consistent in itself; {NOT_COMPARED}")
+    return Judgement("pass", f"consistent with its manifest; {NOT_COMPARED}")
 
 
 def exactness(findings: Sequence[Finding]) -> str | None:
@@ -103,8 +100,10 @@ def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
                 "neither level ran",
             )
             yield f"nothing was compared with the source, neither bits nor numbers: {why}"
+    elif claim.against == "nothing":
+        yield f"there is no manifest either; {NOT_COMPARED} (--source PATH compares)"
     elif not claim.no_source:
-        what = "consistent with its manifest" if claim.against == "manifest" else "no manifest"
+        what = "consistent with its manifest"
         yield f"{what}; {NOT_COMPARED} (--source PATH compares, --no-source accepts this)"
 
 
@@ -113,11 +112,15 @@ def _proved(findings: Sequence[Finding]) -> str:
     passed = {(f.level, f.check) for f in findings if f.status == "pass"}
     shown = [words for proof, words in PROOFS.items() if proof in passed]
     text = f"{', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]} are those of its source"
+    if exactness(findings) == "identical after cast":
+        text += " once it is cast or pooled as recorded or accepted"
     for level, check in PROOFS:
         own = [f for f in findings if (f.level, f.check) == (level, check) and f.status == "skipped"]
         if own and level != "transformers":
             text += f"; {level} not shown: {own[0].message}"
     for f in findings:
+        if f.data.get("trusted"):
+            text += f"; only the manifest tells {f.data['trusted']}"
         if f.status == "skipped" and f.data.get("open"):
             text += f"; {f.check} not compared: {f.message}"
     return text

@@ -46,7 +46,9 @@ def _settings(subject: Subject) -> Iterator[Finding]:
     if subject.recorded.trusted:
         facts = "; ".join(subject.recorded.trusted[:SHOWN])
         text = f"facts that only the manifest tells, as given with --set when converting: {facts}"
-        yield _finding("note", text, "options")
+        names = ", ".join(t.split(" ")[0] for t in subject.recorded.trusted[:SHOWN])
+        where = f"{MANIFEST}: options"
+        yield Finding(LEVEL, CHECK, "note", text, where, data={"trusted": names})
 
 
 def _plan(subject: Subject, manifest: Manifest) -> Iterator[Finding]:

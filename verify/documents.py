@@ -124,6 +124,10 @@ def _generation(
     if GENERATION not in beside.names:
         if GENERATION in recorded:
             return  # said already
+        inside = {k: v for k, v in subject.config.items() if k in generation.DEFAULTS}
+        for key, text in generation.differences({k: want[k] for k in want if k in inside}, inside):
+            text = f"{text}; without {GENERATION} a loader generates with it"
+            yield finding("generation config", "fail", text, f"config.json: {key}")
         derived = bool(want.get("_from_model_config"))
         text = "expected this file, found none; "
         text += "loaders then take the ids of config.json" if derived else "its sampling values are lost"

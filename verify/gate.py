@@ -62,6 +62,7 @@ class Check:
     checkpoint_id: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     bars: Mapping[str, Any] = field(default_factory=dict)
+    file: str | None = None  # the gate file itself
 
 
 def run_gate(path: str | os.PathLike[str], *, progress: Callable[[str], None] | None = None) -> Reports:
@@ -98,7 +99,8 @@ def run_check(check: Check, progress: Callable[[str], None] | None = None) -> Re
         report = Report(check.name, could_not_run=True)
         for p in error.problems:
             where = ": ".join(x for x in (p.file, p.where) if x) or None
-            report.findings.append(Finding(LEVEL, "run", "fail", p.message, where, data={"kind": p.kind}))
+            text = p.message if p.hint is None else f"{p.message} ({p.hint})"
+            report.findings.append(Finding(LEVEL, "run", "fail", text, where, data={"kind": p.kind}))
         return report
     report.title = check.name
     report.findings += [*_required(check, report), *_barred(check, report)]
@@ -111,7 +113,8 @@ def _convert(check: Check) -> None:
     assert check.source is not None
     out = Path(check.out)
     replaces, foreign = check.overwrite, check.overwrite_foreign
-    check_output(out, check.source, overwrite=replaces, overwrite_foreign=foreign)
+    beside = [p for p in (check.prompts, check.file) if p is not None]
+    check_output(out, check.source, overwrite=replaces, overwrite_foreign=foreign, beside=beside)
     with open_checkpoint(check.source, prefer="original") as checkpoint:
         chosen = _recognised(checkpoint) if check.convert == "auto" else str(check.convert)
         dtype = None if check.dtype is None else dtype_option(check.dtype)
@@ -212,7 +215,7 @@ def read_gate(path: Path) -> tuple[str, list[Check]]:
         refuse("check", "expected one or more [[check]] tables, found none")
         entries = []
     defaults = content.get("bars", {})
-    checks = [_check(entry, k, defaults, path.parent, refuse) for k, entry in enumerate(entries)]
+    checks = [_check(entry, k, defaults, path, refuse) for k, entry in enumerate(entries)]
     names = [c.name for c in checks if c is not None]
     for name in sorted({n for n in names if names.count(n) > 1}):
         refuse(name, "expected each name once, found it twice")
@@ -238,10 +241,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _check(
-    entry: dict[str, Any], number: int, defaults: Any, folder: Path, refuse: Callable[[str, str], None]
+    entry: dict[str, Any], number: int, defaults: Any, gate: Path, refuse: Callable[[str, str], None]
 ) -> Check | None:
     where = str(entry.get("name", f"check {number}"))
-    known = {f.name for f in fields(Check)}
+    known = {f.name for f in fields(Check)} - {"file"}
     made, sound = dict(entry), True
 
     def wrong(key: str, message: str) -> None:
@@ -285,8 +288,8 @@ def _check(
         return None
     for key in ("out", "source", "prompts"):
         if key in made and not made[key].startswith(HUB):
-            made[key] = os.fspath(folder / made[key])
-    return Check(**made)
+            made[key] = os.fspath(gate.parent / made[key])
+    return Check(**made, file=os.fspath(gate))
 
 
 def _bar_problem(key: str, value: Any) -> str | None:

@@ -71,13 +71,20 @@ def listing(folder: Path) -> Listing:
             if len(names) >= MAX_FILES:
                 return Listing(tuple(names), False)
             if not entry.is_dir(follow_symlinks=False):
-                names.append(name + "/" if entry.is_symlink() and entry.is_dir() else name)
+                names.append(name + "/" if entry.is_symlink() and _leads_to_folder(entry) else name)
             elif entry.name.startswith(".") or depth >= MAX_DEPTH:
                 names.append(name + "/")
                 complete = complete and entry.name.startswith(".")
             else:
                 waiting.append((name + "/", depth + 1))
     return Listing(tuple(names), complete)
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 @dataclass(frozen=True)

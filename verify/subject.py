@@ -161,7 +161,11 @@ def _find_family(subject: Subject) -> None:
     """The family that recognises the source and knows the architecture in config.json. The manifest's word
     only decides between several that do."""
     known = [family(f) for f in FAMILIES]
-    architectures = set(map(str, subject.config.get("architectures") or []))
+    named_there = subject.config.get("architectures")
+    if not isinstance(named_there, list | None):
+        text = f"expected a list of classes, found {named_there!r}"
+        fail("bad-config", text, file="config.json", where="architectures")
+    architectures = set(map(str, named_there or []))
     fitting = [f for f in known if architectures & set(f.architectures)]
     said = [] if subject.original is None else [(f, *f.recognise(subject.original)) for f in known]
     recognised = [f for f, yes, _ in said if yes]
@@ -200,6 +204,8 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
             subject.undeclared_cast = cast
             subject.plan = as_found(subject.plan, plan(replace(options, dtype=cast)), subject.target)
     except CkptToolError as error:
+        if given and any(p.kind == "usage" for p in error.problems):
+            raise  # a slip in what the user gives now
         subject.problems = error.problems
 
 

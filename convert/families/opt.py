@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert.casting import cast
+from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.metaseq import (
     IGNORED,
@@ -36,7 +36,7 @@ from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, Va
 from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
 from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
-from ckpt_tool.errors import Problem, fail_all
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 ARCHITECTURE = "OPTForCausalLM"
 RULES = Form(fused=True, projected=False, norm=True).table()
@@ -289,7 +289,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     facts = read_config(checkpoint, options.settings, (ARCHITECTURE,))
     sizes = hf_dimensions(facts)
     source = converted_model(checkpoint)
-    once = kept_facts(checkpoint)
+    once = _kept(checkpoint)
     form = Form(
         fused=bool(once.get("fused", True)),
         projected="model.decoder.project_in.weight" in source.tensors,
@@ -363,6 +363,21 @@ def hf_dimensions(facts: Facts) -> dict[str, Value]:
     facts.fixed("tie_word_embeddings", True, "metaseq's decoder of OPT has no other", "tie_word_embeddings")
     facts.check()
     return found
+
+
+def _kept(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the manifest says of the original's arrangement; `bad-config` where it cannot be that."""
+    once = kept_facts(checkpoint)
+    sound: dict[str, Callable[[Any], object]] = {
+        "prefix": lambda x: isinstance(x, str) and re.fullmatch(r"(?:[a-z_]{1,20}\.){0,3}", x, re.ASCII),
+        "head": lambda x: x in (None, "whole", "share"),
+        "version": lambda x: x is None or (isinstance(x, str) and x in CASTABLE),
+    }
+    for key, holds in sound.items():
+        if key in once and not holds(once[key]):
+            message = f"expected what a conversion of OPT records, found {once[key]!r}"
+            fail("bad-config", printable(message, 200), file="ckpt-tool.json", where=f"original.{key}")
+    return once
 
 
 def part_names(shards: int, once: Mapping[str, Any]) -> list[str]:
