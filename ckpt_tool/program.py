@@ -182,6 +182,8 @@ def ended(error: BaseException, arguments: list[str]) -> int:
     told = error if isinstance(error, CkptToolError) else _as_told(error)
     if TRACEBACK in os.environ or (told.kind in ("internal", "system") and _verbose(arguments)):
         _say("".join(traceback.format_exception(error)).rstrip())
+    if not wants_json(arguments) and type(error).__name__ == "NoArgsIsHelpError":
+        return told.exit_code if _say(str(error).rstrip()) else CLOSED_PIPE  # the help, as it is laid out
     if not wants_json(arguments):
         return told.exit_code if _say(told.text()) else CLOSED_PIPE
     try:

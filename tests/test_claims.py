@@ -231,6 +231,23 @@ def test_sampling_values_in_config_json_count_where_nothing_else_says_them(pair:
     assert [f.where for f in report.findings if f.status == "fail"] == ["config.json: repetition_penalty"]
 
 
+@pytest.mark.parametrize("more", [{"max_len": 5}, {"model_input_names": ["input_ids"]}])
+def test_other_names_in_a_tokenizers_config_count(more: dict[str, Any], pair: Pair) -> None:
+    source, out = pair(PLAIN)
+    (out / "ckpt-tool.json").unlink()
+    path = out / "tokenizer_config.json"
+    found = json.loads(path.read_text())
+    found.pop("model_max_length", None)
+    path.write_text(json.dumps(found | more))
+    assert verify(out, source, levels=CHEAP).exit_code == 1
+
+
+def test_no_command_shows_the_help_as_it_is_laid_out() -> None:
+    found = run()
+    assert found.returncode == 2
+    assert found.stderr.startswith("Usage:") and "\n" in found.stderr.strip()
+
+
 def test_slips_of_the_caller_are_usage_errors(pair: Pair) -> None:
     source, out = pair(PLAIN)
     for slip in ({"device": "bogus"}, {"device": ""}, {"settings": {"foo": 1}}):

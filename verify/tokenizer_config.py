@@ -62,10 +62,14 @@ def differences(
         wanted = bool(expected[key]) if expected.get(key) is not None else wanted
         if found.get(key) is not None and bool(found[key]) != wanted:
             yield Difference(key, f"expected {shown(wanted)}, found {shown(found[key])}")
-    a, b = (_limit(side.get("model_max_length")) for side in (expected, found))
+    # `max_len` is its old name, which is read where the other is absent
+    a, b = (_limit(side.get("model_max_length", side.get("max_len"))) for side in (expected, found))
     if a != b:
         words = ["no limit" if x is None else str(x) for x in (a, b)]
         yield Difference("model_max_length", f"expected {words[0]}, found {words[1]}")
+    key, mask = "model_input_names", "attention_mask"  # without one a padded batch computes something else
+    if mask in expected.get(key, [mask]) and mask not in (found.get(key) or [mask]):
+        yield Difference(key, f"expected {mask} among them, found {shown(found[key])}")
     key = "clean_up_tokenization_spaces"  # absent: yes in transformers 4, no in 5
     if None not in (expected.get(key), found.get(key)) and bool(expected[key]) != bool(found[key]):
         yield Difference(key, f"expected {shown(expected[key])}, found {shown(found[key])}")
