@@ -12,6 +12,17 @@ from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value
 from ckpt_tool.errors import Problem, fail, fail_all
 
+# Names that transformers has for the numbers of GPT-2 and what came from it, and those every family knows.
+GPT2_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "activation_function": "hidden_act",
+}
+
 MANIFEST = "ckpt-tool.json"
 GENERATION = "generation_config.json"
 # Fields that say how a file's tensors were packed.

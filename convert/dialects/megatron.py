@@ -33,16 +33,6 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
-# Names that transformers has for GPT-2's numbers, and those every family knows.
-GPT2_NAMES = {
-    "n_layer": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-    "layer_norm_epsilon": "layer_norm_eps",
-    "activation_function": "hidden_act",
-}
 ARGS = {  # generic name -> name in args
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",

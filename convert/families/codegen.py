@@ -17,7 +17,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.dialects.converted import GPT2_NAMES, kept_facts, read_config
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.params import Facts
@@ -75,16 +75,6 @@ IGNORED = {
     r"transformer\.h\.\d+\.attn\.masked_bias": "the score of what is not to be seen, which is in the code",
 }
 FIELDS = {"d": "n_embd", "e": "n_embd", "f": "n_inner", "v": "vocab_size"}
-# The family's names for what all families know.
-NAMES = {
-    "n_layer": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-    "layer_norm_epsilon": "layer_norm_eps",
-    "activation_function": "hidden_act",
-}
 GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu")
 END_OF_TEXT = 50256
 
@@ -211,7 +201,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     }
     config |= ids
     config |= published.carried(facts, config)
-    facts.check_settings({*config, *NAMES.values(), "mp_num"})
+    facts.check_settings({*config, *GPT2_NAMES.values(), "mp_num"})
     facts.check()
     full = with_width(sizes)
     tokenizer, more_notes = tokenizer_of(checkpoint, options, full)
@@ -232,7 +222,7 @@ def rows_of(sizes: Mapping[str, Value], cores: int, architecture: str) -> Table:
 
 def own_names(options: Options) -> dict[str, Any]:
     """The user's settings under the family's names."""
-    own = {generic: name for name, generic in NAMES.items()}
+    own = {generic: name for name, generic in GPT2_NAMES.items()}
     return {own.get(k, k): v for k, v in options.settings.items()}
 
 
@@ -324,7 +314,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         "torch_dtype": dtype_value(download, options),
     }
     config |= published.carried(facts, config)
-    facts.check_settings({*config, *NAMES.values(), "mp_num"})
+    facts.check_settings({*config, *GPT2_NAMES.values(), "mp_num"})
     facts.check()
     full = with_width(sizes)
     file = published.weight_file(options, once, "pth")

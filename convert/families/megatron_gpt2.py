@@ -12,7 +12,7 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.dialects import megatron
 from ckpt_tool.convert.dialects import megatron_back as back
 from ckpt_tool.convert.dialects import megatron_names as names
-from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.converted import GPT2_NAMES, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.megatron_words import padding_notes
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
@@ -87,7 +87,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     run = names.open_run(checkpoint)
-    facts = megatron.read_facts(run, options, megatron.GPT2_NAMES)
+    facts = megatron.read_facts(run, options, GPT2_NAMES)
     tie = megatron.tie(run, facts)
     numbers, tokenizer = megatron.read_numbers(
         run, facts, options, family="megatron-gpt2", gelu_of_version_0="tanh"
@@ -108,7 +108,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     config = {
         "architectures": facts.fixed("architectures", [ARCHITECTURE], "family megatron-gpt2"),
         "model_type": facts.fixed("model_type", "gpt2", "family megatron-gpt2"),
-        **{own: numbers_[name] for own, name in megatron.GPT2_NAMES.items()},
+        **{own: numbers_[name] for own, name in GPT2_NAMES.items()},
         "vocab_size": numbers.words,
         "scale_attn_weights": facts.fixed("scale_attn_weights", True, "the scores of the original"),
         "scale_attn_by_inverse_layer_idx": facts.fixed("scale_attn_by_inverse_layer_idx", False, scaling),
@@ -120,7 +120,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         **ids,
         **{name: facts.like(name, v, "default of GPT2Config") for name, v in FREE.items()},
     }
-    facts.check_settings({*config, *megatron.GPT2_NAMES.values()})
+    facts.check_settings({*config, *GPT2_NAMES.values()})
     facts.check()
     heads = ("word_embeddings_for_head.weight", "output_layer.weight")
     return megatron.to_hf(
@@ -149,7 +149,7 @@ def softmax_in_float32(args: Mapping[str, Any]) -> Value:
 
 
 def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
-    facts = read_config(checkpoint, megatron.generic(options.settings, megatron.GPT2_NAMES), (ARCHITECTURE,))
+    facts = read_config(checkpoint, megatron.generic(options.settings, GPT2_NAMES), (ARCHITECTURE,))
     kept = kept_facts(checkpoint)
     for name, value in (
         ("scale_attn_weights", True),
@@ -159,8 +159,8 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         facts.fixed(name, value, "all that the original can be", name)
     default = Value(True, "rule: default of GPT2Config")
     tied = bool(facts.boolean("tie_word_embeddings", "tie_word_embeddings", rule=default).value)
-    numbers = back.read_numbers(facts, megatron.GPT2_NAMES, kept)
-    facts.check_settings({*megatron.GPT2_NAMES.values(), "vocab_size", "tie_word_embeddings"})
+    numbers = back.read_numbers(facts, GPT2_NAMES, kept)
+    facts.check_settings({*GPT2_NAMES.values(), "vocab_size", "tie_word_embeddings"})
     facts.check()
     form = back.form_of(options, numbers, kept)
     head = "word_embeddings_for_head.weight" if form.stages > 1 else None
