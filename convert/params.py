@@ -24,6 +24,8 @@ BOOKKEEPING = frozenset(
 )
 
 Read = Callable[[Mapping[str, Any], str, str], Any]  # (object, key, file) -> the typed value
+# What stands where nothing is said, None to ask; a function is called only then.
+Silent = Value | Callable[[], Value | None] | None
 
 
 class Facts:
@@ -45,7 +47,7 @@ class Facts:
         self,
         name: str,
         *keys: str,
-        rule: Value | None = None,
+        rule: Silent = None,
         ask: str = "an integer",
         minimum: int = 1,
         maximum: int = MAX_COUNT,
@@ -62,7 +64,7 @@ class Facts:
 
         return self._take(name, keys, read, rule, ask)
 
-    def number(self, name: str, *keys: str, rule: Value | None = None, ask: str = "a number") -> Value:
+    def number(self, name: str, *keys: str, rule: Silent = None, ask: str = "a number") -> Value:
         """A finite number above 0."""
 
         def read(obj: Mapping[str, Any], key: str, file: str) -> float:
@@ -70,13 +72,13 @@ class Facts:
 
         return self._take(name, keys, read, rule, ask)
 
-    def boolean(self, name: str, *keys: str, rule: Value) -> Value:
+    def boolean(self, name: str, *keys: str, rule: Silent) -> Value:
         def read(obj: Mapping[str, Any], key: str, file: str) -> bool:
             return strict_json.boolean(obj, key, file=file)
 
         return self._take(name, keys, read, rule, "true or false")
 
-    def token_ids(self, name: str, *keys: str, rule: Value) -> Value:
+    def token_ids(self, name: str, *keys: str, rule: Silent) -> Value:
         """One token id, or a list of them."""
 
         def read(obj: Mapping[str, Any], key: str, file: str) -> int | list[int]:
@@ -86,7 +88,7 @@ class Facts:
 
         return self._take(name, keys, read, rule, "a token id")
 
-    def anything(self, name: str, *keys: str, rule: Value | None = None, ask: str = "a value") -> Value:
+    def anything(self, name: str, *keys: str, rule: Silent = None, ask: str = "a value") -> Value:
         """A value whose form the caller checks; null counts as given."""
         return self._take(name, keys, lambda obj, key, _: obj[key], rule, ask, null=True)
 
@@ -159,13 +161,13 @@ class Facts:
         return found
 
     def _take(
-        self, name: str, keys: tuple[str, ...], read: Read, rule: Value | None, ask: str, null: bool = False
+        self, name: str, keys: tuple[str, ...], read: Read, rule: Silent, ask: str, null: bool = False
     ) -> Value:
         self.used.update(keys)
         places = self._places(name, keys, null)
         if not places:
-            if rule is not None:
-                return rule
+            if (found := rule() if callable(rule) else rule) is not None:
+                return found
             where = keys[0] if keys and self.document is not None else name
             file = None if self.document is None else self.file
             self._problem("missing-fact", f"expected {ask}, found none", file, where, f"--set {name}=VALUE")
