@@ -212,8 +212,9 @@ def _one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(rope, dict):
         return config
     rest = {k: v for k, v in config.items() if k != "rope_parameters"}
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if "rope_theta" in rope:
-        rest.setdefault("rope_theta", rope["rope_theta"])
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            rest.setdefault(name, rope[name])
     rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
     return rest
