@@ -139,6 +139,21 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config as transformers 4 spells it, which reads `rope_theta` and `rope_scaling`; 5 puts them into one
+    object, `rope_parameters`."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            rest.setdefault(name, rope[name])
+    rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
+    return rest
+
+
 class _Reader:
     """One pass over a config; `used` are the keys that some value was read from."""
 
