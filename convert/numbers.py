@@ -25,12 +25,14 @@ from ckpt_tool.convert.facts_classes import IDS as IDS
 from ckpt_tool.convert.facts_classes import LLAMA_SIZES as LLAMA_SIZES
 from ckpt_tool.convert.facts_classes import NOT_READ as NOT_READ
 from ckpt_tool.convert.facts_classes import ROPE as ROPE
+from ckpt_tool.convert.facts_classes import TENSOR_PARALLEL as TENSOR_PARALLEL
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import Source, dtype_value
 from ckpt_tool.convert.weave import Table
+from ckpt_tool.errors import CkptToolError
 
 MAX_LAYERS = 10_000
 
@@ -174,6 +176,10 @@ def shown(value: Any) -> str:
     return json.dumps(value, default=repr)[:40]
 
 
+class _Refused(CkptToolError):
+    """A value was asked for that had been refused; carries what was collected so far."""
+
+
 def given(value: Any, why: str) -> Value:
     """A rule that always gives the same."""
     return Value(value, f"rule: {why}")
@@ -210,16 +216,19 @@ class Known:
         """The value with where it is from; problems are collected in `facts`."""
         if name not in self.made:
             f = self.fields[name]
-            asked = {} if f.ask is None else {"ask": f.ask(self) if callable(f.ask) else f.ask}
-            found = f.take(self.facts, name, *self._keys(f), rule=partial(self._rule, f), **asked)
-            self.made[name] = found if f.check is None or found is UNKNOWN else f.check(self, found)
+            try:
+                asked = {} if f.ask is None else {"ask": f.ask(self) if callable(f.ask) else f.ask}
+                found = f.take(self.facts, name, *self._keys(f), rule=partial(self._rule, f), **asked)
+                self.made[name] = found if f.check is None or found is UNKNOWN else f.check(self, found)
+            except _Refused:
+                self.made[name] = UNKNOWN
         return self.made[name]
 
     def __getitem__(self, name: str) -> Any:
-        """The value alone. What follows from a value that was refused is not told: this raises what was
-        collected so far."""
+        """The value alone. What follows from a value that was refused is not told, and unknown as well;
+        outside a rule or check this raises what was collected so far."""
         if self.value(name) is UNKNOWN:
-            self.facts.check()
+            raise _Refused(*dict.fromkeys(self.facts.problems))
         return self.made[name].value
 
     def values(self, names: Iterable[str] | None = None) -> dict[str, Value]:
@@ -281,6 +290,11 @@ def table_of(
 
 
 Entry = str | Callable[[Known], Mapping[str, Value]]
+
+
+def some(name: str) -> Entry:
+    """The entry of a field under its own name, left out where its value is null or false."""
+    return lambda known: {name: known.value(name)} if known[name] not in (None, False) else {}
 
 
 def document(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Document, TensorFile, TensorInfo
 from ckpt_tool.convert.families import FAMILIES, family, llama
 from ckpt_tool.convert.layout import apply
-from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.headers import REAL
 from ckpt_tool.fixtures.llama import Llama
@@ -713,19 +713,16 @@ def test_ranks_that_cannot_share_are_refused(tmp_path: Path) -> None:
 
 @given(st.integers(8, 20_000), st.integers(1, 80_000), st.booleans())
 def test_any_feed_forward_width_has_params_that_give_it(dim: int, width: int, later: bool) -> None:
-    sizes = {"hidden_size": Value(dim, ""), "intermediate_size": Value(width, "")}
-    found = {k: v.value for k, v in llama.width_params(sizes, later=later).items()}
-    assert llama.width_rule(dim, found["multiple_of"], found.get("ffn_dim_multiplier")) == width
+    assert llama.width_of(dim, *llama.pair_of(dim, width, later=later)) == width
 
 
 @pytest.mark.parametrize("model", [m for m in REAL if m.startswith(("llama", "code"))])
 def test_published_widths_give_back_the_published_params(model: str) -> None:
     real = REAL[model]
     assert isinstance(real, Llama)
-    sizes = {"hidden_size": Value(real.dim, ""), "intermediate_size": Value(real.ffn, "")}
-    found = {k: v.value for k, v in llama.width_params(sizes, later=real.style in ("3", "code")).items()}
-    published = {k: v for k, v in real.params().items() if k in ("multiple_of", "ffn_dim_multiplier")}
-    assert found == published
+    params = real.params()
+    found = llama.pair_of(real.dim, real.ffn, later=real.style in ("3", "code"))
+    assert found == (params["multiple_of"], params.get("ffn_dim_multiplier"))
 
 
 def test_mistral_in_model_parallel_ranks_is_joined(tmp_path: Path) -> None:
