@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.options import POOLING
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
@@ -139,8 +140,8 @@ def _check_asked(chosen: Family, to: str, options: Options) -> None:
     if other is not None and (to != "hf" or other not in chosen.targets):
         known = ", ".join(("hf", *chosen.targets, "original"))
         fail("usage", f"expected {known} for family {chosen.name}, found {other}", where="--to")
-    if options.gqa is not None and (to != "hf" or not chosen.pools):
-        able = ", ".join(n for n in FAMILIES if family(n).pools)
+    if options.gqa is not None and (to != "hf" or POOLING not in chosen.options):
+        able = ", ".join(n for n in FAMILIES if POOLING in family(n).options)
         fail("usage", f"expected a conversion to Hugging Face of {able}, found another", where="--gqa")
 
 

@@ -26,11 +26,12 @@ class Class:
     idle: Mapping[str, str] = field(default_factory=dict)
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
     partial_windows: bool = False  # some layers may have a window and others none
-
-    @property
-    def causal(self) -> bool:
-        """Whether a token sees those before it only."""
-        return self.name != "MegatronBertConfig"
+    causal: bool = True  # a token sees those before it only
+    prefix: str = "model."  # base_model_prefix of the classes with a head
+    words: str = "embed_tokens.weight"  # the embedding, below the prefix
+    # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
+    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
+    masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
 
 IDENTITY = (
@@ -288,9 +289,28 @@ CLASSES: dict[str, Class] = {
             "n_ctx": "not read",
             "reorder_and_upcast_attn": "the same sums in float32",
         },
+        masked=-1e4,
+        prefix="transformer.",
+        words="wte.weight",
     ),
-    "codegen": Class("CodeGenConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
-    "gptj": Class("GPTJConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
+    "codegen": Class(
+        "CodeGenConfig",
+        _GPT_SIZES,
+        {**_GPT_IDS, "n_positions": 2048},
+        aliases=_GPT_NAMES,
+        idle=_NOT_READ,
+        prefix="transformer.",
+        words="wte.weight",
+    ),
+    "gptj": Class(
+        "GPTJConfig",
+        _GPT_SIZES,
+        {**_GPT_IDS, "n_positions": 2048},
+        aliases=_GPT_NAMES,
+        idle=_NOT_READ,
+        prefix="transformer.",
+        words="wte.weight",
+    ),
     "opt": Class(
         "OPTConfig",
         {
@@ -309,6 +329,7 @@ CLASSES: dict[str, Class] = {
         },
         {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 2048},
         idle=_DECODER,
+        words="decoder.embed_tokens.weight",
     ),
     "megatron-bert": Class(
         "MegatronBertConfig",
@@ -327,5 +348,9 @@ CLASSES: dict[str, Class] = {
             "tie_word_embeddings": True,
         },
         {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
+        causal=False,
+        prefix="bert.",
+        words="embeddings.word_embeddings.weight",
+        tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     ),
 }

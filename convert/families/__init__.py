@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.vocabularies import Vocabulary
 
 
 def names() -> tuple[str, ...]:
@@ -26,9 +28,9 @@ FAMILIES = names()
 class Family:
     """`recognise(checkpoint)` says whether an original checkpoint is of this family, with the reason in
     words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back. `targets` are
-    layouts of other architectures that `plan` can write instead (family option "architecture"), `pools` says
-    whether it can pool key/value heads (`Options.gqa`), `foretold` names the differences that its plans may
-    foretell."""
+    layouts of other architectures that `plan` can write instead (family option "architecture"), `options`
+    those of the command line that it has beside the general ones, `vocabulary` how its originals write their
+    tokens, `foretold` names the differences that its plans may foretell."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -37,7 +39,8 @@ class Family:
     plan: Callable[[Checkpoint, Options], Plan]
     plan_original: Callable[[Checkpoint, Options], Plan]
     targets: tuple[str, ...] = ()
-    pools: bool = False
+    options: tuple[Option, ...] = ()
+    vocabulary: Vocabulary = Vocabulary()
     foretold: tuple[str, ...] = ()
 
 

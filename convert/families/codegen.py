@@ -20,10 +20,12 @@ from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import GPT2_NAMES, kept_facts, read_config
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.options import CONTAINER
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
 from ckpt_tool.convert.tokenizers import tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import fail
 
@@ -341,4 +343,6 @@ FAMILY = Family(
     plan=plan,
     plan_original=plan_original,
     targets=("gptj",),
+    options=(CONTAINER,),
+    vocabulary=Vocabulary("byte-level", ("CodeGenTokenizer", "GPT2Tokenizer")),
 )

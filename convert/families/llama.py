@@ -19,9 +19,11 @@ from ckpt_tool.convert.dialects.consolidated import (
 from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.options import POOLING, SHARDS
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value
+from ckpt_tool.convert.vocabularies import Vocabulary
 
 ARCHITECTURE = "LlamaForCausalLM"
 S, T = "layers.{i}.", "model.layers.{i}."
@@ -419,5 +421,6 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
-    pools=True,
+    options=(POOLING, SHARDS),
+    vocabulary=Vocabulary(classes=("LlamaTokenizer", "CodeLlamaTokenizer"), ranks=True),
 )

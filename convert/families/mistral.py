@@ -21,9 +21,11 @@ from ckpt_tool.convert.dialects.consolidated import (
 from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.options import CONTAINER, POOLING
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import dtype_value
+from ckpt_tool.convert.vocabularies import MISTRAL_AI
 
 ARCHITECTURE = "MistralForCausalLM"
 S, T = "layers.{i}.", "model.layers.{i}."
@@ -253,5 +255,6 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
-    pools=True,
+    options=(POOLING, CONTAINER),
+    vocabulary=MISTRAL_AI,
 )

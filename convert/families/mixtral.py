@@ -18,9 +18,11 @@ from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.families.mistral import rope_theta, sliding_window
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.options import CONTAINER, POOLING, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import dtype_value
+from ckpt_tool.convert.vocabularies import MISTRAL_AI
 from ckpt_tool.errors import fail
 
 ARCHITECTURE = "MixtralForCausalLM"
@@ -240,5 +242,6 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
-    pools=True,
+    options=(POOLING, CONTAINER, Option("form", "Layout to write.", "original", choices=("A", "B", "C"))),
+    vocabulary=MISTRAL_AI,
 )

@@ -31,10 +31,12 @@ from ckpt_tool.convert.dialects.metaseq import (
 )
 from ckpt_tool.convert.dialects.published import tokenizer_files
 from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.options import SHARDS
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, Value, natural
 from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
@@ -430,4 +432,12 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
+    options=(SHARDS,),
+    vocabulary=Vocabulary(
+        # metaseq's vocabulary has the special tokens of fairseq; OPT was trained with </s> before every text
+        "byte-level",
+        ("GPT2Tokenizer",),
+        named={"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"},
+        begins=True,
+    ),
 )

@@ -21,9 +21,11 @@ from ckpt_tool.convert.dialects import megatron_core, published
 from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.options import CONTAINER, POOLING, SHARDS, TENSOR_PARALLEL, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
+from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.convert.weave import Table, to_hf
 from ckpt_tool.errors import fail
 
@@ -238,5 +240,12 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
-    pools=True,
+    options=(
+        POOLING,
+        CONTAINER,
+        SHARDS,
+        TENSOR_PARALLEL,
+        Option("form", "Layout to write; mcore: Megatron-Core.", "original", choices=("hf", "mcore")),
+    ),
+    vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )
