@@ -1,12 +1,16 @@
 """The command line options that only some families have, as data: a dialect or a family declares its own.
 
-`ckpt-tool convert FAMILY --help` shows those of the family, and `check` refuses the others.
+`ckpt-tool convert FAMILY --help` shows those of the family; `families.option_problems` refuses the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.plan import Options
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,17 @@ SHARDS = Option("shards", "Model-parallel ranks to write.", "original", most=102
 CONTAINER = Option("container", "Container to write.", "original", choices=("pth", "safetensors"))
 TENSOR_PARALLEL = Option("tensor_parallel", "Tensor-parallel ranks to write.", "original", most=1024)
 POOLING = Option("gqa", "Pool the key/value heads to N (lossy).", "hf", most=65536)
+
+
+def given(options: Options) -> dict[str, Any]:
+    """What was asked for of the options that only some families have, by name; another architecture's layout
+    is a direction and none of them."""
+    fields = {"shards": options.shards if options.shards != 1 else None, "gqa": options.gqa}
+    found = {**fields, **options.family_options}
+    return {k: v for k, v in found.items() if v is not None and k != "architecture"}
+
+
+def fields(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, by name, as fields of `plan.Options`: the way back of `given`."""
+    own = {k: asked[k] for k in ("shards", "gqa") if k in asked}
+    return {**own, "family_options": {k: v for k, v in asked.items() if k not in own}}
