@@ -30,8 +30,8 @@ from ckpt_tool.convert.plan import (
 )
 from ckpt_tool.convert.render import plan_table
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.headers import real_header
-from ckpt_tool.fixtures.original import Original
 from ckpt_tool.fixtures.variants import VARIANTS
 
 
