@@ -29,7 +29,7 @@ class Family:
     words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back. `targets` are
     layouts of other architectures that `plan` can write instead (family option "architecture"), `pools` says
     whether it can pool key/value heads (`Options.gqa`), `foretold` names the differences that its plans may
-    foretell; `classes` are the configurations that read what is written, by model_type."""
+    foretell, `classes` are the configurations of transformers by model_type."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
