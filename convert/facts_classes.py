@@ -233,25 +233,6 @@ CLASSES: dict[str, Class] = {
             "reorder_and_upcast_attn": "the same sums in float32",
         },
     ),
-    "opt": Class(
-        "OPTConfig",
-        {
-            "vocab_size": 50272,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "ffn_dim": 3072,
-            "word_embed_proj_dim": None,
-            "activation_function": "relu",
-            "do_layer_norm_before": True,
-            "_remove_final_layer_norm": False,
-            "enable_bias": True,
-            "layer_norm_elementwise_affine": True,
-            "tie_word_embeddings": True,
-        },
-        {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 2048},
-        idle=DECODER,
-    ),
     "megatron-bert": Class(
         "MegatronBertConfig",
         {

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import GPT2_NAMES
-from ckpt_tool.convert.dialects.published import Size, same
+from ckpt_tool.convert.dialects.published import same
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
@@ -24,6 +24,7 @@ from ckpt_tool.convert.numbers import (
     NOT_READ,
     Class,
     Known,
+    Size,
     Value,
     anything,
     by_name,
