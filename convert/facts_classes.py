@@ -27,6 +27,11 @@ class Class:
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
     windows: str = "all"  # which layers have one, see `WINDOWS`
     causal: bool = True  # a token sees those before it only
+    prefix: str = "model."  # base_model_prefix of the classes with a head
+    words: str = "embed_tokens.weight"  # the embedding, below the prefix
+    # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
+    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
+    masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
 
 # Of the layers of a model with a window: all have it; those from max_window_layers on, if use_sliding_window;
@@ -232,6 +237,9 @@ CLASSES: dict[str, Class] = {
             "n_ctx": "not read",
             "reorder_and_upcast_attn": "the same sums in float32",
         },
+        masked=-1e4,
+        prefix="transformer.",
+        words="wte.weight",
     ),
     "megatron-bert": Class(
         "MegatronBertConfig",
@@ -251,5 +259,8 @@ CLASSES: dict[str, Class] = {
         },
         {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
         causal=False,
+        prefix="bert.",
+        words="embeddings.word_embeddings.weight",
+        tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     ),
 }

@@ -42,6 +42,10 @@ from ckpt_tool.convert.numbers import (
     number,
     only,
 )
+from ckpt_tool.convert.options import CONTAINER as CONTAINER
+from ckpt_tool.convert.options import POOLING
+from ckpt_tool.convert.options import SHARDS as SHARDS
+from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
@@ -50,6 +54,8 @@ from ckpt_tool.convert.tokenizers import (
     original_tokenizer_documents,
     tokenizer_documents,
 )
+from ckpt_tool.convert.vocabularies import MISTRAL_AI as MISTRAL_AI
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
@@ -88,8 +94,8 @@ RUN_TIME = (
     "vocab_size",
 )
 # Fields of params.json that only one publisher writes.
-META = frozenset(("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"))
-MISTRAL_AI = frozenset(("hidden_dim", "head_dim", "sliding_window", "_sliding_window"))
+OF_META = frozenset(("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"))
+OF_MISTRAL_AI = frozenset(("hidden_dim", "head_dim", "sliding_window", "_sliding_window"))
 
 # --- what a family says of itself -----------------------------------------------------------------------
 
@@ -183,6 +189,8 @@ def family(
     summary: str,
     fields: Iterable[Field | Iterable[Field]],
     training: Mapping[str, Any] | None = None,
+    options: tuple[Option, ...],
+    vocabulary: Vocabulary,
     **said: Any,
 ) -> Family:
     """The record of a family that is published like this: `said` are the parts of `Consolidated`, `fields`
@@ -205,7 +213,8 @@ def family(
         recognise=partial(recognise, d),
         plan=partial(plan, d),
         plan_original=partial(plan_original, d),
-        pools=True,
+        options=(POOLING, *options),
+        vocabulary=vocabulary,
         classes={name: d.config},
     )
 

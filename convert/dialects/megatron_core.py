@@ -23,6 +23,7 @@ from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Known
+from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value, layer_count
@@ -455,6 +456,9 @@ def arguments_of(
 
 class _Core:
     """Megatron-Core's GPT as another layout of a published family."""
+
+    title = "Megatron-Core"
+    options = (SHARDS, TENSOR_PARALLEL)
 
     def holds(self, names: Sequence[str]) -> bool:
         return prefix_of(names) is not None

@@ -25,10 +25,12 @@ from ckpt_tool.convert.dialects.published import tokenizer_files
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, table_of
+from ckpt_tool.convert.options import SHARDS
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
@@ -67,7 +69,7 @@ class Decoder:
     shared: Sequence[str]
 
 
-def family(*, summary: str, **said: Any) -> Family:
+def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
     """The record of a family; `said` are the parts of `Decoder`."""
     d = Decoder(**said)
     return Family(
@@ -77,6 +79,8 @@ def family(*, summary: str, **said: Any) -> Family:
         recognise=recognise,
         plan=partial(plan, d),
         plan_original=partial(plan_original, d),
+        options=(SHARDS,),
+        vocabulary=vocabulary,
         classes={d.model_type: d.config},
     )
 

@@ -37,10 +37,12 @@ from ckpt_tool.convert.numbers import (
     table_of,
     written,
 )
+from ckpt_tool.convert.options import CONTAINER, POOLING, Option
 from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, fail
 
@@ -161,6 +163,9 @@ def container_of(checkpoint: Checkpoint) -> str:
 class Layout(Protocol):
     """Another layout that the same models are published in."""
 
+    title: str
+    options: tuple[Option, ...]
+
     def holds(self, names: Sequence[str]) -> bool: ...
 
     def recognise(self, names: Sequence[str]) -> tuple[bool, str]: ...
@@ -214,9 +219,13 @@ class Published:
         return next(iter(self.classes))
 
 
-def family(*, summary: str, pools: bool = False, **said: Any) -> Family:
-    """The record of a family that is published like this; `said` are the parts of `Published`."""
+def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said: Any) -> Family:
+    """The record of a family that is published like this; `said` are the parts of `Published`, `pools` says
+    whether key/value heads can be pooled."""
     p = Published(**said)
+    words = "; ".join(f"{word}: {layout.title}" for word, layout in p.layouts.items())
+    form = Option("form", f"Layout to write; {words}.", "original", choices=("hf", *p.layouts))
+    others = [o for layout in p.layouts.values() for o in (*layout.options, form)]
     return Family(
         name=p.name,
         summary=summary,
@@ -225,7 +234,8 @@ def family(*, summary: str, pools: bool = False, **said: Any) -> Family:
         plan=partial(plan, p),
         plan_original=partial(plan_original, p),
         targets=tuple(p.targets),
-        pools=pools,
+        options=((POOLING,) if pools else ()) + (CONTAINER, *others),
+        vocabulary=vocabulary,
         classes=p.classes,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckpt_tool.convert.dialects import consolidated
-from ckpt_tool.convert.dialects.consolidated import DENSE, META, MISTRAL_AI, Form, Seen
+from ckpt_tool.convert.dialects.consolidated import DENSE, OF_META, OF_MISTRAL_AI, Form, Seen
 from ckpt_tool.convert.numbers import (
     DECODER,
     DEFAULT,
@@ -42,10 +42,10 @@ ABSENT = Value(None, "absent")
 def told(seen: Seen) -> tuple[bool, str]:
     if seen.not_dense:
         return False, seen.not_dense
-    if seen.keys & META:
-        return True, f"dense layers, and params.json has {', '.join(sorted(seen.keys & META))}"
-    if seen.keys & MISTRAL_AI:
-        return False, f"params.json has {', '.join(sorted(seen.keys & MISTRAL_AI))}, as Mistral's do"
+    if seen.keys & OF_META:
+        return True, f"dense layers, and params.json has {', '.join(sorted(seen.keys & OF_META))}"
+    if seen.keys & OF_MISTRAL_AI:
+        return False, f"params.json has {', '.join(sorted(seen.keys & OF_MISTRAL_AI))}, as Mistral's do"
     if seen.equal_names:
         return True, "dense layers in model-parallel ranks of equal tensor names"
     if seen.safetensors:
@@ -310,4 +310,6 @@ FAMILY = consolidated.family(
     ids=ids,
     untold=untold,
     unsaid=unsaid,
+    options=(consolidated.SHARDS,),
+    vocabulary=consolidated.Vocabulary(classes=("LlamaTokenizer", "CodeLlamaTokenizer"), ranks=True),
 )

@@ -8,7 +8,7 @@ tekken.json, as mistralai/mistral-inference @2557e12d reads them (first release 
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import consolidated
-from ckpt_tool.convert.dialects.consolidated import DENSE, META, MISTRAL_AI, Form, Seen
+from ckpt_tool.convert.dialects.consolidated import DENSE, OF_META, OF_MISTRAL_AI, Form, Seen
 from ckpt_tool.convert.numbers import (
     DECODER,
     IDS,
@@ -30,10 +30,10 @@ NEMO = {"hidden_size": 5120, "num_hidden_layers": 40, "head_dim": 128, "intermed
 def told(seen: Seen) -> tuple[bool, str]:
     if seen.not_dense:
         return False, seen.not_dense
-    if seen.keys & META:
-        return False, f"params.json has {', '.join(sorted(seen.keys & META))}, as Llama's do"
-    if seen.keys & MISTRAL_AI:
-        return True, f"dense layers, and params.json has {', '.join(sorted(seen.keys & MISTRAL_AI))}"
+    if seen.keys & OF_META:
+        return False, f"params.json has {', '.join(sorted(seen.keys & OF_META))}, as Llama's do"
+    if seen.keys & OF_MISTRAL_AI:
+        return True, f"dense layers, and params.json has {', '.join(sorted(seen.keys & OF_MISTRAL_AI))}"
     if seen.equal_names:
         return False, "model-parallel ranks of equal tensor names, as Llama's are"
     return True, "dense layers, and nothing in params.json that only Llama's have"
@@ -81,4 +81,6 @@ FAMILY = consolidated.family(
     option="container",
     params=(*consolidated.PARAMS, some("sliding_window")),
     ids=lambda _: (1, 2, "every Mistral tokenizer"),
+    options=(consolidated.CONTAINER,),
+    vocabulary=consolidated.MISTRAL_AI,
 )

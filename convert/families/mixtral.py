@@ -129,4 +129,9 @@ FAMILY = consolidated.family(
     option="form",
     params=(*consolidated.PARAMS, "moe.num_experts_per_tok", "moe.num_experts", some("sliding_window")),
     ids=lambda _: (1, 2, "Mistral tokenizers"),
+    options=(
+        consolidated.CONTAINER,
+        consolidated.Option("form", "Layout to write.", "original", choices=("A", "B", "C")),
+    ),
+    vocabulary=consolidated.MISTRAL_AI,
 )

@@ -11,7 +11,7 @@ launcher/opt_job_constants.py). Linear weights are (out, in) on both sides.
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import metaseq
-from ckpt_tool.convert.dialects.metaseq import Form, form_of
+from ckpt_tool.convert.dialects.metaseq import Form, Vocabulary, form_of
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DECODER,
@@ -230,6 +230,7 @@ CLASS = Class(
     },
     {**IDS, "max_position_embeddings": 2048},
     idle=DECODER,
+    words="decoder.embed_tokens.weight",
 )
 
 FAMILY = metaseq.family(
@@ -309,4 +310,11 @@ FAMILY = metaseq.family(
         "disable_bias": False,
         "disable_affine_ln": False,
     },
+    # metaseq's vocabulary has the special tokens of fairseq; OPT was trained with </s> before every text
+    vocabulary=Vocabulary(
+        "byte-level",
+        ("GPT2Tokenizer",),
+        named={"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"},
+        begins=True,
+    ),
 )
