@@ -194,7 +194,6 @@ LLAMA_SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-MISTRAL_SIZES = {**LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8}
 GPT_SIZES = {
     "vocab_size": 50400,
     "n_embd": 4096,

@@ -16,8 +16,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.casting import cast
-from ckpt_tool.convert.facts import Reading, class_of, read
-from ckpt_tool.convert.facts_classes import CLASSES
+from ckpt_tool.convert.facts import Reading, class_of, classes, read
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 
@@ -85,7 +84,7 @@ def _partner(subject: Subject, reading: Reading, name: str) -> TensorInfo | None
     tied = reading.numbers.get("tie_word_embeddings")
     if tied is None or tied.value is not True:
         return None
-    kind = CLASSES[reading.model_type]
+    kind = classes()[reading.model_type]
     other = kind.tied.get(name)
     partners = () if other is None else (other,) if other else (kind.prefix + kind.words, kind.words)
     return next((subject.targets["", p] for p in partners if ("", p) in subject.targets), None)
@@ -197,7 +196,7 @@ def _causal(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _hidden(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:
-    return None if int(np.prod(shape)) != 1 else np.array([CLASSES[reading.model_type].masked])
+    return None if int(np.prod(shape)) != 1 else np.array([classes()[reading.model_type].masked])
 
 
 def _counted(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
-from ckpt_tool.convert.facts import class_of
-from ckpt_tool.convert.facts_classes import CLASSES
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import CkptToolError
 
 HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
@@ -28,7 +27,7 @@ def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
     kind = class_of(config)
     if kind is None:
         return checkpoint
-    prefix, words = CLASSES[kind].prefix, CLASSES[kind].words
+    prefix, words = classes()[kind].prefix, classes()[kind].words
     bare = str(config.get("architectures")).endswith("Model']") and "LMHead" not in str(config)
     names = checkpoint.names()
     if bare or words not in names or any(n.startswith(prefix) for n in names):
