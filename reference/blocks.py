@@ -28,6 +28,9 @@ Tensors = Mapping[str, Tensor]
 # Orders of the rows of a fused query, key and value: t is which of them; n the head; h the channel; g the
 # group of heads that share a key and a value.
 VERSION_0, VERSION_1, VERSION_2 = "t n h", "n h t", "g t h"
+KEYS_FIRST = "t n h, key, value, query"  # metaseq's; the others have the query first
+# What transformers calls the two forms of gelu, which are the user's words for them.
+GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def wide(x: Tensor) -> Tensor:
@@ -138,6 +141,8 @@ def split_fused(x: Tensor, n_heads: int, n_groups: int, order: str) -> tuple[Ten
         return groups[..., :M, :].flatten(2, 3), groups[..., M, :], groups[..., M + 1, :]
     if order == VERSION_0:
         q, k, v = x.view(B, T, 3, n_heads, -1).unbind(2)
+    elif order == KEYS_FIRST:
+        k, v, q = x.view(B, T, 3, n_heads, -1).unbind(2)
     else:
         q, k, v = x.view(B, T, n_heads, -1, 3).unbind(4)
     return q, k, v

@@ -398,7 +398,7 @@ def test_the_reference_reads_it_with_the_numbers_of_the_true_config(
     told = {**variant.settings, "vocab_size": true["vocab_size"]}
     config = module.Config.from_original(params, shapes, len(ranks), told)
     activation = true.get("hidden_act", true.get("activation_function"))
-    assert config.mlp_gelu == GELU[activation]
+    assert config.activation == GELU[activation]
     if variant.family == "megatron-bert":
         assert config.head_gelu == GELU[activation]
     assert config.norm_eps == true.get("layer_norm_eps", true.get("layer_norm_epsilon"))

@@ -266,9 +266,9 @@ MUTANTS = {
     "affine and conv1d: bias forgotten": Mutant(
         "gpt2-2019-tp2",
         (
-            "megatron_layers.feed_forward",
-            "activate(affine(x, w, p + c.names.fc1)",
-            'activate(x @ w[p + c.names.fc1 + "weight"].T',
+            "transformer.feed_forward",
+            'activate(affine(x, w, p + c.names["fc1"])',
+            'activate(x @ w[p + c.names["fc1"] + "weight"].T',
         ),
         ("hf_gpt2.layer", 'conv1d(y, w, p + "mlp.c_fc.")', 'y @ w[p + "mlp.c_fc.weight"]'),
     ),
@@ -355,6 +355,9 @@ MUTANTS = {
         "bert-2019-tp2",
         ("blocks.split_fused", "q, k, v = x.view(B, T, 3,", "k, q, v = x.view(B, T, 3,"),
         ("hf_megatron_bert.layer", '("query", "key", "value")', '("key", "query", "value")'),
+    ),
+    "split_fused: metaseq's keys and values exchanged": Mutant(
+        "opt-13b", ("blocks.split_fused", "k, v, q = x.view(B, T, 3,", "v, k, q = x.view(B, T, 3,"), None
     ),
     "split_fused: version 1 read as 2": Mutant(
         "gpt2-v1-bare",
