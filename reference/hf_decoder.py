@@ -10,10 +10,11 @@ V vocabulary. Linear weights are (out, in).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,8 @@ from ckpt_tool.reference.hf_blocks import (
     linear,
     mixture,
     rms_norm,
-    rotate_half,
+    rotate,
+    softcap,
     split_heads,
     wide,
 )
@@ -51,6 +53,13 @@ class Config:
     head_norms: bool = False  # each head of query and key is normalised before it is turned
     n_experts: int = 0
     n_experts_per_token: int = 0
+    activation: str = "silu"  # of the gates, as `activate` calls it
+    plus_one: bool = False  # norms store their weight less one
+    four_norms: bool = False  # what a branch gives is normalised too
+    scaled_words: bool = False  # by the root of D, rounded to the dtype of the words
+    scalar: float | None = None  # in the place of the width of a head, where scores are scaled
+    score_cap: float | None = None
+    logit_cap: float | None = None
 
     @classmethod
     def read(
@@ -67,7 +76,7 @@ class Config:
         compute."""
         base, scaling = rope(config, default=theta)
         config = complete(config, REQUIRED, {"rms_norm_eps": 1e-6, "hidden_act": "silu", **defaults}, or_null)
-        if config["hidden_act"] not in ("silu", "swish"):  # one function
+        if "activation" not in traits and config["hidden_act"] not in ("silu", "swish"):  # one function
             raise ValueError(f"expected `hidden_act` silu in config.json, found {config['hidden_act']}")
         n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         window = config.get("sliding_window") if "sliding_window" in or_null else None
@@ -85,6 +94,13 @@ class Config:
         return cls(**{**numbers, **traits})
 
 
+def windowed(kinds: Sequence[str], window: int, n_layers: int) -> tuple[int | None, ...]:
+    """Those that `layer_types` of config.json says. ValueError where it does not fit the layers."""
+    if len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"expected full_attention or sliding_attention for {n_layers} layers, found {kinds}")
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
 
@@ -96,17 +112,25 @@ def forward(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     (w,) = ranks
-    return F.embedding(ids, w[c.prefix + "embed_tokens.weight"])
+    x = F.embedding(ids, w[c.prefix + "embed_tokens.weight"])
+    return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device) if c.scaled_words else x
 
 
 def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
     (w,), p = ranks, f"{c.prefix}layers.{i}."
-    y = rms_norm(x, w[p + "input_layernorm.weight"], c.norm_eps)
-    x = x + attention(y, w, p + "self_attn.", c, c.windows[i])
-    y = rms_norm(x, w[p + "post_attention_layernorm.weight"], c.norm_eps)
+    y = norm(x, w, p + "input_layernorm.", c)
+    y = attention(y, w, p + "self_attn.", c, c.windows[i])
+    x = x + (norm(y, w, p + "post_attention_layernorm.", c) if c.four_norms else y)
+    y = norm(x, w, p + ("pre_feedforward" if c.four_norms else "post_attention") + "_layernorm.", c)
     if c.n_experts:
         return x + mixture(y, w, p + "block_sparse_moe.", c.n_experts_per_token)
-    return x + gated(y, w, *(f"{p}mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
+    gate, up, down = (f"{p}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    y = gated(y, w, gate, up, down, c.activation)
+    return x + (norm(y, w, p + "post_feedforward_layernorm.", c) if c.four_norms else y)
+
+
+def norm(x: Tensor, w: Mapping[str, Tensor], stem: str, c: Config) -> Tensor:
+    return rms_norm(x, w[stem + "weight"], c.norm_eps, c.plus_one)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -115,12 +139,13 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def final_norm(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    return rms_norm(x, ranks[0][c.prefix + "norm.weight"], c.norm_eps)
+    return norm(x, ranks[0], c.prefix + "norm.", c)
 
 
 def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
     (w,) = ranks
-    return wide(F.linear(y, w[c.prefix + "embed_tokens.weight" if c.tied else "lm_head.weight"]))
+    logits = F.linear(y, w[c.prefix + "embed_tokens.weight" if c.tied else "lm_head.weight"])
+    return wide(softcap(logits, c.logit_cap))
 
 
 def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None) -> Tensor:
@@ -129,7 +154,7 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int
         for name, n in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))
     )
     if c.head_norms:
-        q, k = (rms_norm(y, w[f"{p}{n}_norm.weight"], c.norm_eps) for n, y in (("q", q), ("k", k)))
+        q, k = (norm(y, w, f"{p}{n}_norm.", c) for n, y in (("q", q), ("k", k)))
     cos, sin = rotation(x, c.rope_theta, c.head_dim, c.rope_scaling)
-    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-    return F.linear(grouped_attention(q, k, v, window), w[p + "o_proj.weight"])
+    q, k = (rotate(y, cos, sin) for y in (q, k))
+    return F.linear(grouped_attention(q, k, v, window, c.scalar, c.score_cap), w[p + "o_proj.weight"])

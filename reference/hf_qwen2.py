@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import linear, of_last_token, span_logits, wide
-from ckpt_tool.reference.hf_decoder import embed, final_norm, forward, head, layer, lm_logits, phases
+from ckpt_tool.reference.hf_decoder import (
+    embed,
+    final_norm,
+    forward,
+    head,
+    layer,
+    lm_logits,
+    phases,
+    windowed,
+)
 from ckpt_tool.reference.phases import Ranks, trunk
 
 __all__ = [
@@ -70,9 +79,7 @@ def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ..
             raise ValueError("expected max_window_layers or layer_types beside a window, found null")
         full = int(config["max_window_layers"])
         kinds = ["full_attention" if i < full else "sliding_attention" for i in range(n_layers)]
-    if len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"expected full_attention or sliding_attention for {n_layers} layers, found {kinds}")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    return windowed(kinds, window, n_layers)
 
 
 def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:

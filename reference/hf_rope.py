@@ -83,10 +83,10 @@ def _attention(facts: Mapping[str, Any], factor: float) -> float:
     return scale(float(one)) / scale(float(all_channels)) if one and all_channels else scale(1.0)
 
 
-def rope(config: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
+def rope(config: Mapping[str, Any], default: float, whole: bool = True) -> tuple[float, RopeScaling | None]:
     """Theta and the scaling. transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 both in
     `rope_parameters`; a config without theta means that of its class, `default`. ValueError for two
-    values."""
+    values, `NotComputed` for heads that are not turned as a whole where they should be."""
     longest = config.get("max_position_embeddings")
     older, newer = (_one(config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
     found = [facts["rope_theta"] for facts in (config, older, newer) if facts.get("rope_theta") is not None]
@@ -97,10 +97,8 @@ def rope(config: Mapping[str, Any], default: float) -> tuple[float, RopeScaling 
         raise ValueError(
             f"expected one rope_theta in config.json, found {', '.join(map(str, sorted(thetas)))}"
         )
-    for facts in (config, older, newer):
-        if facts.get("partial_rotary_factor") not in (None, 1):
-            part = facts["partial_rotary_factor"]
-            raise NotComputed(f"expected whole heads to be turned, found partial_rotary_factor {part}")
+    if whole and (part := rotary_part(config, 1)) != 1:
+        raise NotComputed(f"expected whole heads to be turned, found partial_rotary_factor {part}")
     scalings = {RopeScaling.from_hf(facts, longest) for facts in (older, newer) if facts}
     if config.get("rope_scaling", {}) is None and newer:
         scalings.add(None)
@@ -109,6 +107,16 @@ def rope(config: Mapping[str, Any], default: float) -> tuple[float, RopeScaling 
             "expected one rotary scaling in config.json, found two in rope_scaling and rope_parameters"
         )
     return (thetas.pop() if thetas else default), (scalings.pop() if scalings else None)
+
+
+def rotary_part(config: Mapping[str, Any], default: float) -> float:
+    """The part of a head's channels that is turned."""
+    older, newer = (_one(config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
+    found = [facts.get("partial_rotary_factor") for facts in (config, older, newer)]
+    parts = {part for part in found if part is not None} or {default}
+    if len(parts) > 1:
+        raise ValueError(f"expected one partial_rotary_factor in config.json, found {sorted(parts)}")
+    return float(parts.pop())
 
 
 def _one(facts: Any) -> Mapping[str, Any]:
@@ -173,9 +181,3 @@ def _channels(theta: float, width: int, s: RopeScaling) -> tuple[float, float]:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     return (first, last + 0.001) if first == last else (first, last)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
