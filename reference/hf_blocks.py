@@ -50,10 +50,11 @@ def complete(
 
 
 def only(config: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
-    """ValueError where a value is there that the pass does not compute."""
+    """ValueError where a value is there that the pass does not compute, which is one or any of a tuple."""
     for name, wanted in computed.items():
-        if config.get(name, wanted) != wanted:
-            raise ValueError(f"expected `{name}` {wanted} in config.json, found {config[name]}")
+        values = wanted if isinstance(wanted, tuple) else (wanted,)
+        if config.get(name, values[0]) not in values:
+            raise ValueError(f"expected `{name}` {values[0]} in config.json, found {config[name]}")
 
 
 def one_of(config: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
