@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import expand, rule
 from ckpt_tool.convert.params import Facts
@@ -24,8 +25,6 @@ from ckpt_tool.convert.plan import (
     assemble,
     config_document,
     dtype_option,
-    fold_key,
-    folded_name,
     place,
 )
 from ckpt_tool.convert.render import plan_table

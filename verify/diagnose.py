@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.tensor_names import layer_of, short
 from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.mistakes import to_undo
-from ckpt_tool.verify.names import layer_of, short
 from ckpt_tool.verify.report import Finding, Table
 from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text
 from ckpt_tool.verify.subject import Subject
