@@ -180,7 +180,6 @@ SUMMARY = {
     f"summary_{k}": "of a head that this architecture has not"
     for k in ("type", "use_proj", "activation", "first_dropout", "last_dropout", "proj_to_labels")
 }
-TENSOR_PARALLEL = {"pretraining_tp": "the same sums in parts"}
 
 LLAMA_SIZES = {
     "vocab_size": 32000,
@@ -194,6 +193,15 @@ LLAMA_SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+
+
+def like_llama(name: str, numbers: Mapping[str, Any], context: int, **more: Any) -> Class:
+    """A class with what LlamaConfig has and `numbers` of its own or with another default; `context` is the
+    length it is for, `more` are other parts of the `Class`."""
+    identity = {**IDS, "max_position_embeddings": context}
+    return Class(name, {**LLAMA_SIZES, **ROPE, **numbers}, identity, **{"idle": DECODER, **more})
+
+
 GPT_SIZES = {
     "vocab_size": 50400,
     "n_embd": 4096,

@@ -25,8 +25,8 @@ from ckpt_tool.convert.facts_classes import IDS as IDS
 from ckpt_tool.convert.facts_classes import LLAMA_SIZES as LLAMA_SIZES
 from ckpt_tool.convert.facts_classes import NOT_READ as NOT_READ
 from ckpt_tool.convert.facts_classes import ROPE as ROPE
-from ckpt_tool.convert.facts_classes import TENSOR_PARALLEL as TENSOR_PARALLEL
 from ckpt_tool.convert.facts_classes import Class as Class
+from ckpt_tool.convert.facts_classes import like_llama as like_llama
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value

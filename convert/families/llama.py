@@ -9,22 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt_tool.convert.dialects import consolidated
-from ckpt_tool.convert.dialects.consolidated import DENSE, OF_META, OF_MISTRAL_AI, Form, Seen
+from ckpt_tool.convert.dialects import consolidated, params_json
+from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
+from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI
 from ckpt_tool.convert.numbers import (
     DECODER,
     DEFAULT,
-    IDS,
-    LLAMA_SIZES,
-    ROPE,
-    TENSOR_PARALLEL,
-    Class,
     Known,
     Value,
     anything,
     count,
     flag,
     given,
+    like_llama,
     number,
     only,
     some,
@@ -53,9 +50,6 @@ def told(seen: Seen) -> tuple[bool, str]:
     return True, "dense layers, and nothing in params.json that only Mistral's have"
 
 
-# --- which Llama it is ----------------------------------------------------------------------------------
-
-
 def words(known: Known) -> int:
     rows = known.source.size("output.weight", 0)
     return 0 if rows is None else int(rows.value)
@@ -72,9 +66,6 @@ def llama3(known: Known) -> bool:
 def later(known: Known) -> bool:
     """Llama 3 and Code Llama, whose params.json says more."""
     return llama3(known) or known["rope_theta"] != 1e4
-
-
-# --- what params.json leaves unsaid ---------------------------------------------------------------------
 
 
 def default_theta(known: Known) -> Value | None:
@@ -179,13 +170,10 @@ def untold(known: Known) -> list[str]:
     return notes
 
 
-# --- the feed-forward's width ---------------------------------------------------------------------------
-
-
 def width(known: Known) -> Value | None:
     """By the original's arithmetic where params.json says it, else as the shapes have it."""
     if known["multiple_of"] is None:
-        return known.source.size(consolidated.WIDTH, 0)
+        return known.source.size(params_json.WIDTH, 0)
     made = width_of(known["hidden_size"], known["multiple_of"], known["ffn_dim_multiplier"])
     return given(made, "from dim, multiple_of and ffn_dim_multiplier in params.json")
 
@@ -211,9 +199,6 @@ def pair_of(dim: int, wanted: int, *, later: bool) -> tuple[int, float | None]:
 def pair(known: Known, which: int) -> Value:
     found = pair_of(known["hidden_size"], known["intermediate_size"], later=later(known))
     return given(found[which], "gives intermediate_size of config.json")
-
-
-# --- the way back ---------------------------------------------------------------------------------------
 
 
 def kv_heads(known: Known) -> dict[str, Value]:
@@ -254,11 +239,11 @@ FAMILY = consolidated.family(
     name="llama",
     summary="Llama 1, 2, 3, 3.1, 3.2, 3.3 (text) and Code Llama: consolidated.NN.pth with params.json",
     architecture="LlamaForCausalLM",
-    config=Class(
+    config=like_llama(
         "LlamaConfig",
-        {**LLAMA_SIZES, **ROPE, "attention_bias": False, "mlp_bias": False},
-        {**IDS, "max_position_embeddings": 2048},
-        idle={**DECODER, **TENSOR_PARALLEL},
+        {"attention_bias": False, "mlp_bias": False},
+        context=2048,
+        idle={**DECODER, "pretraining_tp": "the same sums in parts"},
     ),
     told=told,
     lacks=(
@@ -270,9 +255,9 @@ FAMILY = consolidated.family(
         only("attention_bias", False, "the original's projections have no biases"),
         only("mlp_bias", False, "the original's projections have no biases"),
         only("pretraining_tp", 1, "one process; more would imitate the rounding of ranks"),
-        consolidated.SIZES,
+        params_json.SIZES,
         count("intermediate_size", "hidden_dim", "intermediate_size", rule=width),
-        consolidated.head_dim(head_as_meta_has_it),
+        params_json.head_dim(head_as_meta_has_it),
         number("rope_theta", "rope_theta", rule=default_theta, silent=DEFAULT),
         anything(
             "rope_scaling",
@@ -283,7 +268,7 @@ FAMILY = consolidated.family(
         ),
         count("max_position_embeddings", rule=context),
         flag("tie_word_embeddings", rule=tied_if_small, check=head_is_there),
-        *consolidated.own_words(
+        *params_json.alone(
             flag(
                 "use_scaled_rope",
                 rule=given(False, "absent, so not scaled"),

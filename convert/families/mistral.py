@@ -7,22 +7,10 @@ tekken.json, as mistralai/mistral-inference @2557e12d reads them (first release 
 
 from __future__ import annotations
 
-from ckpt_tool.convert.dialects import consolidated
-from ckpt_tool.convert.dialects.consolidated import DENSE, OF_META, OF_MISTRAL_AI, Form, Seen
-from ckpt_tool.convert.numbers import (
-    DECODER,
-    IDS,
-    LLAMA_SIZES,
-    ROPE,
-    Class,
-    Known,
-    Value,
-    count,
-    flag,
-    given,
-    only,
-    some,
-)
+from ckpt_tool.convert.dialects import consolidated, params_json
+from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
+from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI
+from ckpt_tool.convert.numbers import Known, Value, count, flag, given, like_llama, only, some
 
 NEMO = {"hidden_size": 5120, "num_hidden_layers": 40, "head_dim": 128, "intermediate_size": 14336}
 
@@ -51,26 +39,19 @@ FAMILY = consolidated.family(
     name="mistral",
     summary="Mistral 7B v0.1 to v0.3, Nemo, Small, Large, Codestral: consolidated.* with params.json",
     architecture="MistralForCausalLM",
-    config=Class(
+    config=like_llama(
         "MistralConfig",
-        {
-            **LLAMA_SIZES,
-            **ROPE,
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-        },
-        {**IDS, "max_position_embeddings": 131072},
-        idle=DECODER,
+        {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+        context=131072,
     ),
     told=told,
     lacks=("no experts", ("moe.num_experts",)),
     fields=(
         only("hidden_act", "silu", "the original's feed_forward"),
-        consolidated.SIZES,
-        consolidated.THETA,
-        consolidated.UNSCALED,
-        consolidated.WINDOW,
+        params_json.SIZES,
+        params_json.THETA,
+        params_json.UNSCALED,
+        params_json.WINDOW,
         count("max_position_embeddings", "max_position_embeddings", "max_seq_len", rule=context),
         flag("tie_word_embeddings", rule=given(False, "no Mistral model ties its head")),
     ),
@@ -78,8 +59,7 @@ FAMILY = consolidated.family(
         "safetensors": Form(("consolidated.safetensors",), DENSE),  # as Mistral AI publishes today
         "pth": Form(("consolidated.00.pth",), DENSE),
     },
-    option="container",
-    params=(*consolidated.PARAMS, some("sliding_window")),
+    params=(*params_json.MISTRAL_AI, some("sliding_window")),
     ids=lambda _: (1, 2, "every Mistral tokenizer"),
     options=(consolidated.CONTAINER,),
     vocabulary=consolidated.MISTRAL_AI,

@@ -9,22 +9,10 @@ Hugging Face names in B.
 
 from __future__ import annotations
 
-from ckpt_tool.convert.dialects import consolidated
+from ckpt_tool.convert.dialects import consolidated, params_json
 from ckpt_tool.convert.dialects.consolidated import Form, S, Seen, T
 from ckpt_tool.convert.layout import rule
-from ckpt_tool.convert.numbers import (
-    DECODER,
-    IDS,
-    LLAMA_SIZES,
-    ROPE,
-    Class,
-    Known,
-    Value,
-    count,
-    given,
-    only,
-    some,
-)
+from ckpt_tool.convert.numbers import Known, Value, count, given, like_llama, only, some
 
 SE, TE = S + "feed_forward.experts.{e}.", T + "block_sparse_moe.experts.{e}."
 EXPERTS = (
@@ -83,27 +71,24 @@ FAMILY = consolidated.family(
     name="mixtral",
     summary="Mixtral 8x7B, 8x22B: consolidated.*.pth, the eight .pt files, or consolidated.safetensors",
     architecture="MixtralForCausalLM",
-    config=Class(
+    config=like_llama(
         "MixtralConfig",
         {
-            **LLAMA_SIZES,
-            **ROPE,
             "intermediate_size": 14336,
             "num_key_value_heads": 8,
-            "rope_theta": 1000000.0,
+            "rope_theta": 1e6,
             "rms_norm_eps": 1e-5,
             "sliding_window": None,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        {**IDS, "max_position_embeddings": 131072},
+        context=131072,
         aliases={"num_local_experts": ("num_experts",)},
-        idle=DECODER,
     ),
     told=told,
     fields=(
         only("hidden_act", "silu", "the original's experts"),
-        consolidated.SIZES,
+        params_json.SIZES,
         count("intermediate_size", "hidden_dim", "intermediate_size", rule=width),
         count("num_local_experts", "moe.num_experts", "num_local_experts", rule=experts),
         count(
@@ -114,9 +99,9 @@ FAMILY = consolidated.family(
             check=not_more_than_there_are,
             ask="the number of experts per token",
         ),
-        consolidated.THETA,
-        consolidated.UNSCALED,
-        consolidated.WINDOW,
+        params_json.THETA,
+        params_json.UNSCALED,
+        params_json.WINDOW,
         count("max_position_embeddings", "max_position_embeddings", "max_seq_len", rule=context),
         only("tie_word_embeddings", False, "rule: no Mixtral ties its head"),
     ),
@@ -126,8 +111,7 @@ FAMILY = consolidated.family(
         "A": Form(("consolidated.00.pth",), EXPERTS),
         "B": Form(tuple(f"consolidated.{k:02d}.pt" for k in range(8)), STACKED),
     },
-    option="form",
-    params=(*consolidated.PARAMS, "moe.num_experts_per_tok", "moe.num_experts", some("sliding_window")),
+    params=(*params_json.MISTRAL_AI, "moe.num_experts_per_tok", "moe.num_experts", some("sliding_window")),
     ids=lambda _: (1, 2, "Mistral tokenizers"),
     options=(
         consolidated.CONTAINER,
