@@ -284,16 +284,18 @@ def _report_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> Report
 
 def _write_report(report: Report | Reports, asked: dict[str, Any], files: ReportFiles) -> int:
     """Files first: they are wanted also where nobody reads the terminal to its end."""
-    data = json.dumps(report.to_json(), indent=2)
+    from ckpt_tool.verify.report import json_text
+
+    data = json_text(report)
     forms = {
         "--junit": report.junit,
         "--html": report.html,
         "--markdown": report.markdown,
-        "--json": lambda: data + "\n",
+        "--json": lambda: data,
     }
     problems = files.write(forms)
     if asked.get("json_file") == "-":
-        print(data)
+        print(data, end="")
     else:
         screen, _ = _consoles()
         report.render(screen)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -236,50 +236,20 @@ def assemble(
     its file, and `outputs` lists those files in order. Every problem of the stage is raised together:
     missing tensors, tensors nothing claims, shapes and dtypes that disagree.
     """
-    problems = list(expansion.problems)
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = [_cast(s, options.dtype) for s in steps]
-    lossy_words = list(lossy)
-    claimed: set[tuple[str, str]] = set()
-    for step in steps:
-        for defect in step.defects():
-            problems.append(Problem("shape-mismatch", defect, where=step.sources[0].name))
-        for part in step.sources:
-            problems += _shape_problems(part, step, checkpoint)
-            claimed.add((part.file, part.name))
-    dropped, uncovered = [], []
-    for tensor in checkpoint:
-        if (tensor.file, tensor.name) in claimed:
-            continue
-        reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
-        if reason is None and tensor.name in options.drop:
-            reason = "asked for with --drop"
-        if reason is None:
-            uncovered.append(tensor)
-        else:
-            dropped.append(Dropped(tensor, reason))
-    problems += _uncovered(uncovered, family)
-    problems += _mixed_dtypes(steps)
-    fail_all(problems)
-    if options.dtype is not None:
-        cast = {p.dtype for s in steps for p in s.sources} - {options.dtype}
-        if cast:
-            lossy_words.append(
-                f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {options.dtype}"
-            )
-    wanted: dict[tuple[str, str], TensorInfo] = {}
-    for step in steps:
-        if not step.compare:
-            for p in step.targets:
-                wanted.setdefault((p.file, p.name), TensorInfo(p.name, p.dtype, p.shape(step.sizes), p.file))
+    dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
+    problems = [*expansion.problems, *_step_problems(steps, checkpoint)]
+    fail_all([*problems, *_uncovered(uncovered, family), *_mixed_dtypes(steps)])
+    wanted = _written(steps)
     if direction == "to-hf":
-        files, index = place(list(wanted.values()), options.max_shard_bytes)
+        files, index = place(wanted, options.max_shard_bytes)
         home = {t.name: f.name for f in files for t in f.tensors}
         steps = [_placed(s, home) for s in steps]
         documents = [*documents, *index]
     else:
         files = [
-            OutputFile(n, _format(n), tuple(t for t in wanted.values() if t.file == n), _metadata(n))
+            OutputFile(n, _format(n), tuple(t for t in wanted if t.file == n), _metadata(n))
             for n in (outputs or [])
         ]
     return Plan(
@@ -291,12 +261,40 @@ def assemble(
         config=dict(config),
         dropped=tuple(dropped),
         notes=tuple(notes),
-        lossy=tuple(lossy_words),
+        lossy=(*lossy, *_cast_words(steps, options.dtype)),
         strict_replicas=options.strict_replicas,
         original=original or {},
         foretold=tuple(foretold),
         asked=_asked(options, config),
     )
+
+
+def _written(steps: Iterable[Step]) -> list[TensorInfo]:
+    """The tensors that steps write, each once."""
+    made: dict[tuple[str, str], TensorInfo] = {}
+    for step in steps:
+        for p in () if step.compare else step.targets:
+            made.setdefault((p.file, p.name), TensorInfo(p.name, p.dtype, p.shape(step.sizes), p.file))
+    return list(made.values())
+
+
+def _unclaimed(
+    steps: Iterable[Step], checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
+) -> tuple[list[Dropped], list[TensorInfo]]:
+    """The tensors that no step reads: those left out for a reason, and the others."""
+    claimed = {(part.file, part.name) for step in steps for part in step.sources}
+    dropped, uncovered = [], []
+    for tensor in checkpoint:
+        if (tensor.file, tensor.name) in claimed:
+            continue
+        reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
+        if reason is None and tensor.name in options.drop:
+            reason = "asked for with --drop"
+        if reason is None:
+            uncovered.append(tensor)
+        else:
+            dropped.append(Dropped(tensor, reason))
+    return dropped, uncovered
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
@@ -352,6 +350,21 @@ def _cast(step: Step, dtype: str | None) -> Step:
     source = step.sources[0].dtype
     to = dtype if dtype is not None and source in FLOATS else source
     return replace(step, targets=tuple(replace(p, dtype=to) for p in step.targets))
+
+
+def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+    for step in steps:
+        for defect in step.defects():
+            yield Problem("shape-mismatch", defect, where=step.sources[0].name)
+        for part in step.sources:
+            yield from _shape_problems(part, step, checkpoint)
+
+
+def _cast_words(steps: Iterable[Step], dtype: str | None) -> list[str]:
+    cast = {p.dtype for s in steps for p in s.sources} - {dtype}
+    if dtype is None or not cast:
+        return []
+    return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]
 
 
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:

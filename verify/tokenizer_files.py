@@ -396,15 +396,12 @@ def _configs(
         if known:
             result.take(CONFIG, wrong_flags(known, found[CONFIG], CONFIG))
     _listed(expected, found, known, result)
-    if ADDED in found:
-        vocabulary = {} if ids is None else ids.vocabulary
-        for text, i in found[ADDED].items():
-            if vocabulary.get(text) != i:
-                have = vocabulary.get(text)
-                result.fail(
-                    f"{ADDED}: {shown(text)}",
-                    f"expected {'no such token' if have is None else have}, found {i}",
-                )
+    vocabulary = {} if ids is None else ids.vocabulary
+    for text, i in found.get(ADDED, {}).items():
+        have = vocabulary.get(text)
+        if have != i:
+            words = f"expected {'no such token' if have is None else have}, found {i}"
+            result.fail(f"{ADDED}: {shown(text)}", words)
 
 
 def _around(ids: Ids | None) -> tuple[bool, bool]:
