@@ -254,16 +254,27 @@ AXES: dict[str, Size] = {
     "f": "intermediate_size",
     "v": "vocab_size",
 }
-COUNTS = tuple(
-    count(name)
-    for name in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
+
+
+def divides(name: str, by: str) -> Check:
+    """A check of the field `name`: it divides by another."""
+
+    def check(known: Known, found: Value) -> Value:
+        if found.value % known[by]:
+            message = f"expected {name} {found.value} to divide by {by} {known[by]}, found a rest"
+            known.refuse("config-mismatch", message, by)
+        return found
+
+    return check
+
+
+COUNTS = (
+    count("hidden_size"),
+    count("intermediate_size"),
+    count("num_hidden_layers"),
+    count("num_attention_heads", check=divides("num_attention_heads", "num_key_value_heads")),
+    count("num_key_value_heads"),
+    count("vocab_size"),
 )
 EPSILON = number("rms_norm_eps", ask="the epsilon of the norms")
 SCALING = anything("rope_scaling", silent=given(None, "absent"))
@@ -301,18 +312,6 @@ GATED = (
     same(f"{T}mlp.up_proj.weight", "f d"),
     same(f"{T}mlp.down_proj.weight", "d f"),
 )
-
-
-def divides(by: str, what: str = "") -> Check:
-    """A check that a field divides by another."""
-
-    def check(known: Known, found: Value) -> Value:
-        if found.value % known[by]:
-            message = f"expected {what or 'it'} {found.value} to divide by {by} {known[by]}, found a rest"
-            known.refuse("config-mismatch", message, by)
-        return found
-
-    return check
 
 
 # --- recognising and reading ----------------------------------------------------------------------------

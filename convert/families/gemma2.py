@@ -8,7 +8,7 @@ less one; loaders add it, and so conversion leaves it.
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, divides, weights
+from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
 from ckpt_tool.convert.numbers import DEFAULT, ROPE, Class, by_name, count, number, only
 
 ROWS = (
@@ -56,7 +56,6 @@ FAMILY = published.family(
     classes={"gemma2": CLASS},
     fields=by_name(
         published.COUNTS,
-        count("num_attention_heads", check=divides("num_key_value_heads")),
         count("head_dim", silent=DEFAULT),
         published.EPSILON,
         number("rope_theta", silent=DEFAULT),

@@ -80,7 +80,7 @@ FAMILY = published.family(
     classes={"gpt_neox": CLASS},
     fields=by_name(
         map(count, COUNTS),
-        count("hidden_size", check=divides("num_attention_heads")),
+        count("hidden_size", check=divides("hidden_size", "num_attention_heads")),
         number("layer_norm_eps", ask="the epsilon of the norms"),
         anything("hidden_act", silent=DEFAULT),
         # the class of transformers 4 reads these names only, that of 5 the generic ones too

@@ -7,7 +7,7 @@ Source: transformers 4.57.6 and 5.23.0 (models/qwen3), published config.json fil
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, divides, weights
+from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
 from ckpt_tool.convert.numbers import DECODER, LLAMA_SIZES, ROPE, Class, by_name, count, only
 
 ROWS = (
@@ -35,7 +35,6 @@ FAMILY = published.family(
     classes={"qwen3": CLASS},
     fields=by_name(
         published.COUNTS,
-        count("num_attention_heads", check=divides("num_key_value_heads")),
         count("head_dim", ask="the width of a head, 128 in published models"),
         published.EPSILON,
         published.theta("1000000"),
