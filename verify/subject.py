@@ -14,7 +14,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
-from ckpt_tool.convert.facts_classes import CLASSES
+from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
@@ -146,7 +146,7 @@ def _subject(
 def _is_hf(checkpoint: Checkpoint) -> bool:
     if "config.json" not in checkpoint.documents:
         return False
-    named = ("lm_head", "embeddings.", *(c.prefix for c in CLASSES.values()))
+    named = ("lm_head", "embeddings.", *(c.prefix for c in classes().values()))
     return any(t.name.startswith(named) for t in checkpoint)
 
 
