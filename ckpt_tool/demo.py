@@ -51,8 +51,9 @@ def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
     for path in sorted(original.iterdir()):
         say(screen, f"   {path.name}  {path.stat().st_size:,} bytes")
 
-    heading(2, f"ckpt-tool convert mistral --in {original} --out {converted}")
-    conversion_summary(api.convert(original, converted, family="mistral"), screen, original)
+    family = VARIANTS[VARIANT].family
+    heading(2, f"ckpt-tool convert {family} --in {original} --out {converted}")
+    conversion_summary(api.convert(original, converted, family=family), screen, original)
 
     heading(3, f"ckpt-tool verify {converted} --source {original}")
     good = api.verify(converted, original, against=_judge())

@@ -25,13 +25,18 @@ class Class:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
-    partial_windows: bool = False  # some layers may have a window and others none
+    windows: str = "all"  # which layers have one, see `WINDOWS`
+    causal: bool = True  # a token sees those before it only
+    prefix: str = "model."  # base_model_prefix of the classes with a head
+    words: str = "embed_tokens.weight"  # the embedding, below the prefix
+    # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
+    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
+    masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
-    @property
-    def causal(self) -> bool:
-        """Whether a token sees those before it only."""
-        return self.name != "MegatronBertConfig"
 
+# Of the layers of a model with a window: all have it; those from max_window_layers on, if use_sliding_window;
+# every second one, the first included. `layer_types` may say otherwise but for the first kind.
+WINDOWS = ("all", "last", "alternate")
 
 IDENTITY = (
     "model_type",
@@ -43,19 +48,6 @@ IDENTITY = (
     "n_positions",
     "torch_dtype",
 )
-
-# Stem of an architecture -> model_type, for files that have no model_type.
-ARCHITECTURES = {
-    "Mistral": "mistral",
-    "Mixtral": "mixtral",
-    "Llama": "llama",
-    "Qwen2": "qwen2",
-    "GPT2": "gpt2",
-    "OPT": "opt",
-    "CodeGen": "codegen",
-    "GPTJ": "gptj",
-    "MegatronBert": "megatron-bert",
-}
 
 # Names of one function. Measured with transformers 5.23.0 in float64 over [-10, 10]: gelu_python is within
 # 1.8e-15 of gelu, gelu_pytorch_tanh within 8.9e-16 and gelu_fast within 9.2e-13 of gelu_new, swish is silu;
@@ -173,24 +165,23 @@ REFUSED = {
     "compression_config": "says that the tensors are packed",
 }
 
-_DECODER = {"is_decoder": "not read: always causal"}
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
-_GENERIC = {
+DECODER = {"is_decoder": "not read: always causal"}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
+GENERIC = {
     "hidden_size": ("n_embd",),
     "num_attention_heads": ("n_head",),
     "num_hidden_layers": ("n_layer",),
     "max_position_embeddings": ("n_positions",),
 }
-_GPT_NAMES = {own: (generic,) for generic, (own,) in _GENERIC.items()}
-_GPT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None}
-_SUMMARY = {
+GPT_NAMES = {own: (generic,) for generic, (own,) in GENERIC.items()}
+GPT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None}
+SUMMARY = {
     f"summary_{k}": "of a head that this architecture has not"
     for k in ("type", "use_proj", "activation", "first_dropout", "last_dropout", "proj_to_labels")
 }
-_TENSOR_PARALLEL = {"pretraining_tp": "the same sums in parts"}
 
-_LLAMA_SIZES = {
+LLAMA_SIZES = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -202,8 +193,16 @@ _LLAMA_SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_MISTRAL_SIZES = {**_LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8}
-_GPT_SIZES = {
+
+
+def like_llama(name: str, numbers: Mapping[str, Any], context: int, **more: Any) -> Class:
+    """A class with what LlamaConfig has and `numbers` of its own or with another default; `context` is the
+    length it is for, `more` are other parts of the `Class`."""
+    identity = {**IDS, "max_position_embeddings": context}
+    return Class(name, {**LLAMA_SIZES, **ROPE, **numbers}, identity, **{"idle": DECODER, **more})
+
+
+GPT_SIZES = {
     "vocab_size": 50400,
     "n_embd": 4096,
     "n_layer": 28,
@@ -214,57 +213,15 @@ _GPT_SIZES = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": False,
 }
-_NOT_READ = {
-    **_SUMMARY,
-    **_DECODER,
+NOT_READ = {
+    **SUMMARY,
+    **DECODER,
     "n_ctx": "not read",
     "scale_attn_weights": "not read: always scaled",
     "gradient_checkpointing": TRAINING,
 }
 
 CLASSES: dict[str, Class] = {
-    "llama": Class(
-        "LlamaConfig",
-        {**_LLAMA_SIZES, **_ROPE, "attention_bias": False, "mlp_bias": False},
-        {**_IDS, "max_position_embeddings": 2048},
-        idle={**_DECODER, **_TENSOR_PARALLEL},
-    ),
-    "mistral": Class(
-        "MistralConfig",
-        {**_MISTRAL_SIZES, **_ROPE, "sliding_window": 4096},
-        {**_IDS, "max_position_embeddings": 131072},
-        idle=_DECODER,
-    ),
-    "mixtral": Class(
-        "MixtralConfig",
-        {
-            **_MISTRAL_SIZES,
-            **_ROPE,
-            "rope_theta": 1000000.0,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": None,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-        {**_IDS, "max_position_embeddings": 131072},
-        aliases={"num_local_experts": ("num_experts",)},
-        idle=_DECODER,
-    ),
-    "qwen2": Class(
-        "Qwen2Config",
-        {
-            **_LLAMA_SIZES,
-            **_ROPE,
-            "vocab_size": 151936,
-            "intermediate_size": 22016,
-            "num_key_value_heads": 32,
-            "sliding_window": 4096,
-        },
-        {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 32768},
-        idle=_DECODER,
-        idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
-        partial_windows=True,
-    ),
     "gpt2": Class(
         "GPT2Config",
         {
@@ -280,35 +237,17 @@ CLASSES: dict[str, Class] = {
             "add_cross_attention": False,
             "tie_word_embeddings": True,
         },
-        {**_GPT_IDS, "n_positions": 1024},
-        aliases=_GPT_NAMES,
+        {**GPT_IDS, "n_positions": 1024},
+        aliases=GPT_NAMES,
         idle={
-            **_SUMMARY,
-            **_DECODER,
+            **SUMMARY,
+            **DECODER,
             "n_ctx": "not read",
             "reorder_and_upcast_attn": "the same sums in float32",
         },
-    ),
-    "codegen": Class("CodeGenConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
-    "gptj": Class("GPTJConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
-    "opt": Class(
-        "OPTConfig",
-        {
-            "vocab_size": 50272,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "ffn_dim": 3072,
-            "word_embed_proj_dim": None,
-            "activation_function": "relu",
-            "do_layer_norm_before": True,
-            "_remove_final_layer_norm": False,
-            "enable_bias": True,
-            "layer_norm_elementwise_affine": True,
-            "tie_word_embeddings": True,
-        },
-        {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 2048},
-        idle=_DECODER,
+        masked=-1e4,
+        prefix="transformer.",
+        words="wte.weight",
     ),
     "megatron-bert": Class(
         "MegatronBertConfig",
@@ -327,5 +266,9 @@ CLASSES: dict[str, Class] = {
             "tie_word_embeddings": True,
         },
         {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
+        causal=False,
+        prefix="bert.",
+        words="embeddings.word_embeddings.weight",
+        tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     ),
 }

@@ -86,25 +86,14 @@ def manifest(
     documents: Iterable[OutputDocument],
     source: str | None,
 ) -> dict[str, Any]:
-    """The manifest. `source` is the address of the source, or its path from the output
-    where that is text. `headers` are the
-    source files' `headers_digest`, `sources` (CRC32) and `sha256` are by (file, tensor), `targets` are CRC32s
-    by file and tensor, `sizes` those of the output files."""
+    """The manifest. `source` is the address of the source, or its path from the output where that is text.
+    `headers` are the source files' `headers_digest`, `sources` (CRC32) and `sha256` are by (file, tensor),
+    `targets` are CRC32s by file and tensor, `sizes` those of the output files."""
     entries = _source_entries(checkpoint, headers)
     for entry in entries:
         known = {name: crc for (file, name), crc in sources.items() if file == entry["file"]}
         entry["crc32"] = {name: f"{crc:08x}" for name, crc in known.items()}
     findings = list(findings)
-    tensors = []
-    for output in plan.outputs:
-        constants = {name: zlib.crc32(data) for name, _, _, data in output.constants}
-        for t in output.held:
-            entry = {"name": t.name, "file": output.name, "dtype": t.dtype, "shape": list(t.shape)}
-            crc = constants[t.name] if t.name in constants else targets[output.name][t.name]
-            entry["crc32"] = f"{crc:08x}"
-            if (output.name, t.name) in sha256:
-                entry["sha256"] = sha256[output.name, t.name]
-            tensors.append(entry)
     return {
         "manifest_version": MANIFEST_VERSION,
         "tool": "ckpt-tool",
@@ -118,7 +107,7 @@ def manifest(
         "sources": entries,
         "original": dict(plan.original),
         "outputs": [{"file": f.name, "format": f.format, "bytes": sizes[f.name]} for f in plan.outputs],
-        "tensors": tensors,
+        "tensors": _tensor_entries(plan, targets, sha256),
         "documents": [
             {"file": d.name, "sha256": hashlib.sha256(d.content).hexdigest(), "source": d.source}
             for d in documents
@@ -137,6 +126,22 @@ def manifest(
         ],
         "findings": [f.to_json() for f in findings],
     }
+
+
+def _tensor_entries(
+    plan: Plan, targets: Mapping[str, Mapping[str, int]], sha256: Mapping[tuple[str, str], str]
+) -> list[dict[str, Any]]:
+    made = []
+    for output in plan.outputs:
+        constants = {name: zlib.crc32(data) for name, _, _, data in output.constants}
+        for t in output.held:
+            entry = {"name": t.name, "file": output.name, "dtype": t.dtype, "shape": list(t.shape)}
+            crc = constants[t.name] if t.name in constants else targets[output.name][t.name]
+            entry["crc32"] = f"{crc:08x}"
+            if (output.name, t.name) in sha256:
+                entry["sha256"] = sha256[output.name, t.name]
+            made.append(entry)
+    return made
 
 
 def _options(plan: Plan) -> dict[str, Any]:

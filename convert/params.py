@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint import strict_json
+from ckpt_tool.convert.facts import one_rope
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, printable
 
@@ -24,6 +25,8 @@ BOOKKEEPING = frozenset(
 )
 
 Read = Callable[[Mapping[str, Any], str, str], Any]  # (object, key, file) -> the typed value
+# What stands where nothing is said, None to ask; a function is called only then.
+Silent = Value | Callable[[], Value | None] | None
 
 
 class Facts:
@@ -37,7 +40,7 @@ class Facts:
     def __init__(self, document: Mapping[str, Any] | None, file: str, settings: Mapping[str, Any]) -> None:
         self.document = None if document is None else _flat(document)
         self.file = file
-        self.settings = _one_rope(settings)
+        self.settings = one_rope(settings)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
 
@@ -45,7 +48,7 @@ class Facts:
         self,
         name: str,
         *keys: str,
-        rule: Value | None = None,
+        rule: Silent = None,
         ask: str = "an integer",
         minimum: int = 1,
         maximum: int = MAX_COUNT,
@@ -62,7 +65,7 @@ class Facts:
 
         return self._take(name, keys, read, rule, ask)
 
-    def number(self, name: str, *keys: str, rule: Value | None = None, ask: str = "a number") -> Value:
+    def number(self, name: str, *keys: str, rule: Silent = None, ask: str = "a number") -> Value:
         """A finite number above 0."""
 
         def read(obj: Mapping[str, Any], key: str, file: str) -> float:
@@ -70,13 +73,13 @@ class Facts:
 
         return self._take(name, keys, read, rule, ask)
 
-    def boolean(self, name: str, *keys: str, rule: Value) -> Value:
+    def boolean(self, name: str, *keys: str, rule: Silent) -> Value:
         def read(obj: Mapping[str, Any], key: str, file: str) -> bool:
             return strict_json.boolean(obj, key, file=file)
 
         return self._take(name, keys, read, rule, "true or false")
 
-    def token_ids(self, name: str, *keys: str, rule: Value) -> Value:
+    def token_ids(self, name: str, *keys: str, rule: Silent) -> Value:
         """One token id, or a list of them."""
 
         def read(obj: Mapping[str, Any], key: str, file: str) -> int | list[int]:
@@ -86,7 +89,7 @@ class Facts:
 
         return self._take(name, keys, read, rule, "a token id")
 
-    def anything(self, name: str, *keys: str, rule: Value | None = None, ask: str = "a value") -> Value:
+    def anything(self, name: str, *keys: str, rule: Silent = None, ask: str = "a value") -> Value:
         """A value whose form the caller checks; null counts as given."""
         return self._take(name, keys, lambda obj, key, _: obj[key], rule, ask, null=True)
 
@@ -159,13 +162,13 @@ class Facts:
         return found
 
     def _take(
-        self, name: str, keys: tuple[str, ...], read: Read, rule: Value | None, ask: str, null: bool = False
+        self, name: str, keys: tuple[str, ...], read: Read, rule: Silent, ask: str, null: bool = False
     ) -> Value:
         self.used.update(keys)
         places = self._places(name, keys, null)
         if not places:
-            if rule is not None:
-                return rule
+            if (found := rule() if callable(rule) else rule) is not None:
+                return found
             where = keys[0] if keys and self.document is not None else name
             file = None if self.document is None else self.file
             self._problem("missing-fact", f"expected {ask}, found none", file, where, f"--set {name}=VALUE")
@@ -195,23 +198,10 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict)
         else document
     )
-    flat = dict(_one_rope(top))
+    flat = dict(one_rope(top))
     moe = flat.pop("moe", None)
     if isinstance(moe, dict):
         flat.update({f"moe.{k}": v for k, v in moe.items()})
     elif moe is not None:
         flat["moe"] = moe
     return flat
-
-
-def _one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 puts rope_theta and the scaling into one object, `rope_parameters`; 4 has two keys."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return config
-    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if "rope_theta" in rope:
-        rest.setdefault("rope_theta", rope["rope_theta"])
-    rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
-    return rest

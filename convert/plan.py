@@ -8,12 +8,13 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
+from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
 from ckpt_tool.errors import Problem, fail, fail_all
@@ -235,50 +236,20 @@ def assemble(
     its file, and `outputs` lists those files in order. Every problem of the stage is raised together:
     missing tensors, tensors nothing claims, shapes and dtypes that disagree.
     """
-    problems = list(expansion.problems)
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = [_cast(s, options.dtype) for s in steps]
-    lossy_words = list(lossy)
-    claimed: set[tuple[str, str]] = set()
-    for step in steps:
-        for defect in step.defects():
-            problems.append(Problem("shape-mismatch", defect, where=step.sources[0].name))
-        for part in step.sources:
-            problems += _shape_problems(part, step, checkpoint)
-            claimed.add((part.file, part.name))
-    dropped, uncovered = [], []
-    for tensor in checkpoint:
-        if (tensor.file, tensor.name) in claimed:
-            continue
-        reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
-        if reason is None and tensor.name in options.drop:
-            reason = "asked for with --drop"
-        if reason is None:
-            uncovered.append(tensor)
-        else:
-            dropped.append(Dropped(tensor, reason))
-    problems += _uncovered(uncovered, family)
-    problems += _mixed_dtypes(steps)
-    fail_all(problems)
-    if options.dtype is not None:
-        cast = {p.dtype for s in steps for p in s.sources} - {options.dtype}
-        if cast:
-            lossy_words.append(
-                f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {options.dtype}"
-            )
-    wanted: dict[tuple[str, str], TensorInfo] = {}
-    for step in steps:
-        if not step.compare:
-            for p in step.targets:
-                wanted.setdefault((p.file, p.name), TensorInfo(p.name, p.dtype, p.shape(step.sizes), p.file))
+    dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
+    problems = [*expansion.problems, *_step_problems(steps, checkpoint)]
+    fail_all([*problems, *_uncovered(uncovered, family), *_mixed_dtypes(steps)])
+    wanted = _written(steps)
     if direction == "to-hf":
-        files, index = place(list(wanted.values()), options.max_shard_bytes)
+        files, index = place(wanted, options.max_shard_bytes)
         home = {t.name: f.name for f in files for t in f.tensors}
         steps = [_placed(s, home) for s in steps]
         documents = [*documents, *index]
     else:
         files = [
-            OutputFile(n, _format(n), tuple(t for t in wanted.values() if t.file == n), _metadata(n))
+            OutputFile(n, _format(n), tuple(t for t in wanted if t.file == n), _metadata(n))
             for n in (outputs or [])
         ]
     return Plan(
@@ -290,12 +261,40 @@ def assemble(
         config=dict(config),
         dropped=tuple(dropped),
         notes=tuple(notes),
-        lossy=tuple(lossy_words),
+        lossy=(*lossy, *_cast_words(steps, options.dtype)),
         strict_replicas=options.strict_replicas,
         original=original or {},
         foretold=tuple(foretold),
         asked=_asked(options, config),
     )
+
+
+def _written(steps: Iterable[Step]) -> list[TensorInfo]:
+    """The tensors that steps write, each once."""
+    made: dict[tuple[str, str], TensorInfo] = {}
+    for step in steps:
+        for p in () if step.compare else step.targets:
+            made.setdefault((p.file, p.name), TensorInfo(p.name, p.dtype, p.shape(step.sizes), p.file))
+    return list(made.values())
+
+
+def _unclaimed(
+    steps: Iterable[Step], checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
+) -> tuple[list[Dropped], list[TensorInfo]]:
+    """The tensors that no step reads: those left out for a reason, and the others."""
+    claimed = {(part.file, part.name) for step in steps for part in step.sources}
+    dropped, uncovered = [], []
+    for tensor in checkpoint:
+        if (tensor.file, tensor.name) in claimed:
+            continue
+        reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
+        if reason is None and tensor.name in options.drop:
+            reason = "asked for with --drop"
+        if reason is None:
+            uncovered.append(tensor)
+        else:
+            dropped.append(Dropped(tensor, reason))
+    return dropped, uncovered
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
@@ -353,6 +352,21 @@ def _cast(step: Step, dtype: str | None) -> Step:
     return replace(step, targets=tuple(replace(p, dtype=to) for p in step.targets))
 
 
+def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+    for step in steps:
+        for defect in step.defects():
+            yield Problem("shape-mismatch", defect, where=step.sources[0].name)
+        for part in step.sources:
+            yield from _shape_problems(part, step, checkpoint)
+
+
+def _cast_words(steps: Iterable[Step], dtype: str | None) -> list[str]:
+    cast = {p.dtype for s in steps for p in s.sources} - {dtype}
+    if dtype is None or not cast:
+        return []
+    return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]
+
+
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:
     file = checkpoint.files.get(part.file)
     found = None if file is None else file.tensors.get(part.name)
@@ -390,7 +404,7 @@ def _mixed_dtypes(steps: list[Step]) -> list[Problem]:
 
 def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
     """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
-    folded: dict[tuple[str, tuple[int, ...], str], list[TensorInfo]] = {}
+    folded: dict[tuple[tuple[str, ...], tuple[int, ...], str], list[TensorInfo]] = {}
     for t in tensors:
         folded.setdefault((fold_key(t.name), t.shape, t.dtype), []).append(t)
     return [
@@ -404,24 +418,6 @@ def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
         )
         for (_, shape, dtype), group in folded.items()
     ]
-
-
-def fold_key(name: str) -> str:
-    """Equal for names that differ in numbers between dots only."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def folded_name(names: Sequence[str]) -> str:
-    """`layers.{2..3}.norm.weight` for names with equal `fold_key`."""
-    columns = [[p for k, p in enumerate(re.split(r"(?<=\.)(\d+)(?=\.)", n)) if k % 2] for n in names]
-    ranges = []
-    for column in zip(*columns, strict=True):
-        numbers = sorted({int(x) for x in column})
-        runs = [f"{numbers[0]}..{numbers[-1]}"] if numbers[-1] - numbers[0] == len(numbers) - 1 else []
-        shown = runs or [",".join(map(str, numbers[:8])) + ",..." * (len(numbers) > 8)]
-        ranges.append(str(numbers[0]) if len(numbers) == 1 else f"{{{shown[0]}}}")
-    fixed = re.split(r"(?<=\.)\d+(?=\.)", names[0])
-    return "".join(f + r for f, r in zip(fixed, [*ranges, ""], strict=True))
 
 
 def config_document(config: Mapping[str, Value], name: str = "config.json") -> OutputDocument:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ckpt_tool.verify.report import Finding, Report
 
 Written = Callable[[str], Path]
 BERT, GPT2 = "bert-v2-tp2", "gpt2-v2-tp2"
+FILE = json.loads(resources.files("ckpt_tool.verify.expectations").joinpath("megatron_bert.json").read_text())
 NEXT_SENTENCE = "seq_relationship_logits"
 
 
@@ -115,7 +118,7 @@ def entry(head: str, expected: dict[str, Any], **changes: Any) -> Expectation:
         "tolerance": {"atol": 1e-5, "rtol": 0, "basis": "source"}, "dtype": "float32", "device": "any",
         "source": {"repository": "x/y", "path": "z"}, "offline_inputs": True, "notes": "", **changes,
     }  # fmt: skip
-    (parsed,) = parse({"schema_version": 1, "entries": [made]}, file="test")
+    (parsed,) = parse({**FILE, "entries": [made]}, file="test")
     return replace(parsed, head=head)  # the schema has no multiple choice
 
 

@@ -20,7 +20,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
-from ckpt_tool.verify.claims import Against, Claim
+from ckpt_tool.verify.claims import Against, Asked, Claim
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
@@ -65,16 +65,7 @@ def verify(
     `CkptToolError` for what cannot be opened; everything else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
-    for label, values, known in (
-        ("levels", asked, LEVELS),
-        ("against", (against,) if against else (), JUDGES),
-        ("compute_dtype", (compute_dtype,), DTYPES),
-    ):
-        for value in values:
-            if value not in known:
-                fail("usage", f"expected {' or '.join(known)}, found {value!r}", where=label)
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device, re.ASCII):
-        fail("usage", f"expected cpu, cuda or cuda:N, found {device!r}", where="device")
+    _check_choices(asked, against, compute_dtype, device)
     accepted = tuple(accept)
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
@@ -99,16 +90,35 @@ def verify(
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
         if {"parity", "documented"} & set(asked) or against is not None:
-            try:
-                from ckpt_tool.verify.compute import Asked, compute
-            except ImportError as error:  # without torch the levels above still say what they say
-                report.findings += not_computed(error, asked, against)
-            else:
-                wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted)
-                report.findings += compute(subject, wanted, report.facts, tell)
+            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted)
+            report.findings += _computed(subject, wanted, report.facts, tell)
         report.findings += by_bits(subject, report.findings)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
+
+
+def _computed(
+    subject: Subject, asked: Asked, facts: dict[str, str], tell: Callable[[str], None]
+) -> list[Finding]:
+    """The levels that need torch; without it the others still say what they say."""
+    try:
+        from ckpt_tool.verify.compute import compute
+    except ImportError as error:
+        return not_computed(error, asked.levels, asked.against)
+    return compute(subject, asked, facts, tell)
+
+
+def _check_choices(levels: Iterable[str], against: str | None, compute_dtype: str, device: str) -> None:
+    for label, values, known in (
+        ("levels", levels, LEVELS),
+        ("against", (against,) if against else (), JUDGES),
+        ("compute_dtype", (compute_dtype,), DTYPES),
+    ):
+        for value in values:
+            if value not in known:
+                fail("usage", f"expected {' or '.join(known)}, found {value!r}", where=label)
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device, re.ASCII):
+        fail("usage", f"expected cpu, cuda or cuda:N, found {device!r}", where="device")
 
 
 def _facts(

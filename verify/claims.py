@@ -7,11 +7,13 @@ lockstep run, without one nothing but the manifest, and that only where it was a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from ckpt_tool.verify.prompts import Prompts
     from ckpt_tool.verify.report import Finding
 
 Verdict = Literal["pass", "fail", "undecided"]
@@ -32,6 +34,19 @@ CLASSES = (
     "identical after cast",
     "bit-identical",
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller of `verify` asked for."""
+
+    levels: tuple[str, ...]
+    against: str | None
+    prompts: str | os.PathLike[str] | Prompts | None
+    dtype: str
+    device: str
+    checkpoint_id: str | None
+    accept: tuple[str, ...] = ()  # foretold differences that do not fail
 
 
 @dataclass(frozen=True)

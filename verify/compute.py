@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import torch
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
+from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
-from ckpt_tool.verify.prompts import Prompt, Prompts, cut, positions, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import Prompt, cut, positions, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
@@ -26,19 +26,6 @@ TINY = 4_000_000  # weights
 UNREADABLE = (*BROKEN, TypeError)  # what numbers that are missing, or are no numbers, raise in a reading
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the caller of `verify` asked for."""
-
-    levels: tuple[str, ...]
-    against: str | None
-    prompts: str | os.PathLike[str] | Prompts | None
-    dtype: str
-    device: str
-    checkpoint_id: str | None
-    accept: tuple[str, ...] = ()  # foretold differences that do not fail
 
 
 @dataclass(frozen=True)

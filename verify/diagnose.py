@@ -4,7 +4,6 @@ makes the difference vanish is the answer, with the numbers before and after."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.tensor_names import layer_of, short
 from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.mistakes import to_undo
-from ckpt_tool.verify.names import layer_of, short
 from ckpt_tool.verify.report import Finding, Table
 from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text
 from ckpt_tool.verify.subject import Subject
@@ -33,21 +32,19 @@ class Attempt:
     name: str
     after: Distance
     exact: bool
-    config: tuple[str, ...] = ()  # the values of config.json that were changed
 
 
 @dataclass
 class Diagnosis:
     """`before` is the distance as found, `attempts` all that were made, those that explain it first.
     `explanation` is what the bits of the phase's tensors tell, `rows` where in the embedding the rows stand
-    that differ, `foretold` the plan's notes about the value of config.json that explains the difference."""
+    that differ."""
 
     phase: Phase
     before: Distance
     attempts: list[Attempt]
     rows: str | None
     explanation: Explanation | None
-    foretold: tuple[str, ...] = ()
 
     @property
     def explaining(self) -> list[str]:
@@ -73,9 +70,8 @@ class Diagnosis:
             text = f"none of {len(self.attempts)} known mistakes explains the difference"
             if self.attempts and self.attempts[0].after.nmse < self.before.nmse / 10:
                 text += f"; nearest: {self.attempts[0].name}"
-        text += "".join(f"; the plan says: {note}" for note in self.foretold)
         bits = self._bits()
-        text += f"; {bits}" if bits and not self.foretold else ""
+        text += f"; {bits}" if bits else ""
         differing = list(self.explanation.differing) if self.explanation is not None else []
         data = {
             "cause": self.cause, "also": self.explaining[1:], "rows": self.rows, "bits": bits,
@@ -146,10 +142,7 @@ def diagnose(
     rows = None
     if phase == "embed" and explanation is None:
         rows = _rows(original, converted, samples.values())
-    keys = {key for a in attempts if a.exact for key in a.config}
-    notes = subject.plan.notes if subject.plan is not None else ()
-    foretold = tuple(n for n in notes if keys & set(re.findall(r"\w+", n)))
-    return Diagnosis(phase, before, attempts, rows, explanation, foretold)
+    return Diagnosis(phase, before, attempts, rows, explanation)
 
 
 def _all_of(phase: Phase, shapes: Mapping[str, tuple[int, ...]], evidence: Evidence) -> list[str]:
@@ -208,7 +201,7 @@ def _taken_back(
         after = _measure(changed, phase, probe)
         exact = bar.holds(after) and _exact(changed, phase, probe, order, bar)
         name = change.name if besides is None else f"{besides}; {change.name}"
-        attempts.append(Attempt(name, after, exact, tuple(change.config)))
+        attempts.append(Attempt(name, after, exact))
     return attempts
 
 

@@ -21,16 +21,6 @@ from ckpt_tool.verify.subject import Subject
 LEVEL = "documented"
 FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 PRECISION = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
-# |delta| allowed when float32 is held against half-precision values, by family, dtype and kind: wider than
-# the spread between the documented variants (docs/tolerances.md).
-WIDER = {
-    ("mistral", "float16", "logits_slice"): 1e-2,
-    ("mistral", "float16", "logits_mean"): 1e-2,
-    ("llama", "float16", "logits_slice"): 0.15,
-    ("llama", "float16", "logits_mean"): 5e-2,
-    ("megatron_bert", "float16", "hidden_slice"): 2e-2,
-    ("megatron_gpt2", "float16", "logits_slice"): 2e-2,
-}
 FLOAT32_ATOL = {"hidden_slice": 5e-4}  # float32 against float32 of other hardware; the others:
 LOGITS_ATOL = 1e-3
 LOSS_BAR = 0.005 + 1e-4  # two digits are documented, and sums are added in another order
@@ -116,10 +106,9 @@ def _tolerance(entry: Expectation, runner: Runner) -> tuple[float, float]:
         return max(t.atol, FLOAT32_ATOL.get(entry.expected.kind, LOGITS_ATOL)), t.rtol
     if entry.dtype == runner.dtype:
         return t.atol, t.rtol
-    wider = WIDER.get((entry.family, entry.dtype, entry.expected.kind))
-    if PRECISION[runner.dtype] < PRECISION["float32"] or wider is None:
+    if PRECISION[runner.dtype] < PRECISION["float32"] or entry.wider is None:
         raise Skip(f"documented in {entry.dtype}, computed in {runner.dtype}: no bar is known between them")
-    return max(wider, t.atol), t.rtol
+    return max(entry.wider, t.atol), t.rtol
 
 
 def _numbers(entry: Expectation, runner: Runner) -> Finding:

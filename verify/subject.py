@@ -14,11 +14,12 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
+from ckpt_tool.convert.facts_classes import CLASSES
 from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
-from ckpt_tool.verify.manifest import Manifest, read_manifest
 from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
@@ -145,9 +146,8 @@ def _subject(
 def _is_hf(checkpoint: Checkpoint) -> bool:
     if "config.json" not in checkpoint.documents:
         return False
-    return any(
-        t.name.startswith(("model.", "transformer.", "lm_head", "bert.", "embeddings.")) for t in checkpoint
-    )
+    named = ("lm_head", "embeddings.", *(c.prefix for c in CLASSES.values()))
+    return any(t.name.startswith(named) for t in checkpoint)
 
 
 def values_with_sources(subject: Subject) -> dict[str, tuple[Any, str]]:

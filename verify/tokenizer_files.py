@@ -388,23 +388,20 @@ def _configs(
         known |= {int(k): v for k, v in table.items() if k.isdecimal() and isinstance(v, dict)}
     if CONFIG in found:
         begins, ends = _around(ids)
-        family = None if subject.family is None else subject.family.name
+        alike = () if subject.family is None else subject.family.vocabulary.classes
         result.take(
             CONFIG,
-            differences(expected.get(CONFIG, {}), found[CONFIG], family=family, begins=begins, ends=ends),
+            differences(expected.get(CONFIG, {}), found[CONFIG], alike=alike, begins=begins, ends=ends),
         )
         if known:
             result.take(CONFIG, wrong_flags(known, found[CONFIG], CONFIG))
     _listed(expected, found, known, result)
-    if ADDED in found:
-        vocabulary = {} if ids is None else ids.vocabulary
-        for text, i in found[ADDED].items():
-            if vocabulary.get(text) != i:
-                have = vocabulary.get(text)
-                result.fail(
-                    f"{ADDED}: {shown(text)}",
-                    f"expected {'no such token' if have is None else have}, found {i}",
-                )
+    vocabulary = {} if ids is None else ids.vocabulary
+    for text, i in found.get(ADDED, {}).items():
+        have = vocabulary.get(text)
+        if have != i:
+            words = f"expected {'no such token' if have is None else have}, found {i}"
+            result.fail(f"{ADDED}: {shown(text)}", words)
 
 
 def _around(ids: Ids | None) -> tuple[bool, bool]:

@@ -241,12 +241,15 @@ def _members(
         yield name, offset, size
     if long_name is not None or pax:
         bad("expected a member after its extended header, found the end")
+    _check_end(stream, at, bad)
+
+
+def _check_end(stream: _Stream, at: int, bad: _Bad) -> None:
+    """Nothing but whole blocks of zeros, two or more, from `at` on."""
     while rest := stream.take(BUFFER):
         if rest.strip(b"\0"):
-            bad(
-                f"expected zeros after the last member, found data near {stream.position}",
-                kind="trailing-data",
-            )
+            text = f"expected zeros after the last member, found data near {stream.position}"
+            bad(text, kind="trailing-data")
     end = stream.position - at
     if end < 2 * BLOCK or end % BLOCK:
         bad(f"expected two or more blocks of zeros at the end, found {end} bytes", kind="truncated")

@@ -1,6 +1,6 @@
-"""What the downloads of Meta and Mistral AI have in common: `consolidated.*` files beside a params.json,
-and the same names and shapes for attention, norms, embeddings and output head. Each family keeps its own
-table of rows and its own rules for what params.json leaves unsaid.
+"""What the downloads of Meta and Mistral AI have in common: `consolidated.*` files beside a params.json (see
+`params_json`), and the same names and shapes for attention, norms, embeddings and output head. A family says
+what it has of its own: feed-forward, head, and what params.json leaves unsaid.
 
 Two ways of sharing a model out to files are told apart by their tensor names: model-parallel ranks hold the
 same names, each a share of the tensor; otherwise files hold whole tensors under names of their own. Counts
@@ -9,18 +9,36 @@ below are those of the whole model; S model-parallel ranks each hold a share of 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import rank_problems
-from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
+from ckpt_tool.convert.dialects import params_json
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
-from ckpt_tool.convert.layout import Rule
-from ckpt_tool.convert.params import SET, Facts
+from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.numbers import (
+    DTYPE,
+    Class,
+    Entry,
+    Field,
+    Known,
+    by_name,
+    document,
+    free,
+    given,
+    only,
+)
+from ckpt_tool.convert.options import CONTAINER as CONTAINER
+from ckpt_tool.convert.options import POOLING
+from ckpt_tool.convert.options import SHARDS as SHARDS
+from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
@@ -28,10 +46,10 @@ from ckpt_tool.convert.tokenizers import (
     original_tokenizer_documents,
     tokenizer_documents,
 )
-from ckpt_tool.convert.weave import Table, Written
-from ckpt_tool.convert.weave import to_hf as woven_to_hf
-from ckpt_tool.convert.weave import to_original as woven_to_original
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.convert.vocabularies import MISTRAL_AI as MISTRAL_AI
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
+from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
+from ckpt_tool.errors import Problem, fail, fail_all
 
 _NOT_PLAIN_TEXT = (
     (r"(model\.)?vision_|patch_merger\.|pre_mm_projector_norm|text_model\.", "an image encoder"),
@@ -44,8 +62,8 @@ _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
 IGNORED_HF = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta"}
 
-# The config value behind each axis of the families' tables.
-FIELDS = {
+# The config value behind each axis of the rows; beside them `half` and `two` make a head.
+AXES = {
     "n": "num_attention_heads",
     "k": "num_key_value_heads",
     "half": "head_dim",
@@ -56,18 +74,175 @@ FIELDS = {
     "e": "num_local_experts",
 }
 
-# Fields of params.json that say how the original's own programs run, not what the model computes.
-RUN_TIME = (
-    "max_batch_size",
-    "max_seq_len",
-    "model_type",
-    "ragged_attention",
-    "use_kvcache",
-    "eval_batch_size",
+# --- what a family says of itself -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way in which an original lies in its files: `rows` are those of the feed-forward. A file called by
+    its `{rank}` stands for one for each model-parallel rank, which all share every tensor; else several files
+    hold whole layers each, and the first and the last of them the two ends of the model."""
+
+    files: tuple[str, ...]
+    rows: tuple[Rule, ...]
+
+    @property
+    def ranked(self) -> bool:
+        return "{rank" in self.files[0]
+
+    @property
+    def container(self) -> str:
+        return _container(self.files[0])
+
+    def holds(self, names: Mapping[str, object]) -> bool:
+        """Whether there is a tensor of the feed-forward under its name here."""
+        return any(source.format(i=0, e=0) in names for row in self.rows for source in row.source)
+
+    def names(self, ranks: int) -> list[str]:
+        return [f.format(rank=k) for f in self.files for k in range(ranks)] if self.ranked else [*self.files]
+
+    def homes(self, name: str, files: Sequence[str], layers: int) -> Sequence[str]:
+        """Those of `files` that hold the tensor, in the order of ranks."""
+        if self.ranked:
+            return files
+        if name.startswith("layers."):
+            return [files[int(name.split(".")[1]) * len(files) // layers]]
+        return [files[0] if name.startswith("tok_embeddings") else files[-1]]
+
+
+def _container(file: str) -> str:
+    return "pth" if file.endswith((".pth", ".pt")) else "safetensors"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a download shows of itself: the kind of its feed-forward (see `feed_forward`), the fields of
+    params.json that hold a value, and of its files whether several hold the same names and whether some are
+    safetensors."""
+
+    kind: str | None
+    keys: frozenset[str]
+    equal_names: bool
+    safetensors: bool
+
+    @property
+    def not_dense(self) -> str | None:
+        """Why its feed-forward is no dense one; None for one that is."""
+        if self.kind == "dense":
+            return None
+        return "has experts" if self.kind else "no layers.0.feed_forward.w1.weight"
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """A decoder that is published like this. `told` says whether a download is of the family, and why.
+    `forms` are by the word in the option of the family that chooses one, if there is any, the usual one
+    first. `params` is what params.json says, in order. `ids` gives the first and the last token and whose
+    they are, where no tokenizer tells.
+
+    `lacks` are parts that the family has not, in words, and the fields of params.json for them. `words_axis`
+    is the axis of tok_embeddings that ranks share, unless the original tells. `untold` and `unsaid` are notes
+    on what an original, or its params.json of the way back, leaves open.
+    """
+
+    name: str
+    architecture: str
+    config: Class
+    fields: Mapping[str, Field]
+    forms: Mapping[str, Form]
+    params: Sequence[Entry]
+    told: Callable[[Seen], tuple[bool, str]]
+    ids: Callable[[Known], tuple[int, int, str]]
+    options: tuple[Option, ...]
+    lacks: tuple[str, tuple[str, ...]] = ("", ())
+    words_axis: Callable[[Known], str] = lambda _: "v"
+    untold: Callable[[Known], list[str]] = lambda _: []
+    unsaid: Callable[[Known], list[str]] = lambda _: []
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What changes the numbers, and may differ from model to model."""
+        return tuple(n for n, f in self.fields.items() if n in self.config.numbers and not f.fixed)
+
+    @property
+    def option(self) -> str | None:
+        """The option that chooses a form."""
+        return next((o.name for o in self.options if set(o.choices) == self.forms.keys()), None)
+
+
+def family(
+    *,
+    summary: str,
+    fields: Iterable[Field | Iterable[Field]],
+    vocabulary: Vocabulary,
+    training: Mapping[str, Any] | None = None,
+    **said: Any,
+) -> Family:
+    """The record of a family that is published like this: `said` are the parts of `Consolidated`, `fields`
+    those beside the names of the class and what every decoder has; `training` adds to what is for training
+    only, with the defaults of the class."""
+    name, config = said["name"], said["config"]
+    every = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+    own = by_name(
+        only("architectures", [said["architecture"]], f"family {name}"),
+        only("model_type", name, f"family {name}"),
+        *fields,
+        DTYPE,
+        free(f"default of {config.name}", **every, **(training or {})),
+    )
+    d = Consolidated(fields=own, **said)
+    return Family(
+        name=name,
+        summary=summary,
+        architectures=(d.architecture,),
+        recognise=partial(recognise, d),
+        plan=partial(plan, d),
+        plan_original=partial(plan_original, d),
+        options=(POOLING, *d.options),
+        vocabulary=vocabulary,
+        classes={name: config},
+    )
+
+
+# --- rows -----------------------------------------------------------------------------------------------
+
+S, T = "layers.{i}.", "model.layers.{i}."
+DENSE = (
+    rule(S + "feed_forward.w1.weight", T + "mlp.gate_proj.weight", "f d", split="f"),
+    rule(S + "feed_forward.w3.weight", T + "mlp.up_proj.weight", "f d", split="f"),
+    rule(S + "feed_forward.w2.weight", T + "mlp.down_proj.weight", "d f", split="f"),
 )
 
 
-# --- recognising ----------------------------------------------------------------------------------------
+def _projection(source: str, target: str, pattern: str, split: str) -> Rule:
+    return rule(f"{S}attention.{source}.weight", f"{T}self_attn.{target}_proj.weight", pattern, split=split)
+
+
+ATTENTION = (
+    rule(S + "attention_norm.weight", T + "input_layernorm.weight", "d"),
+    _projection("wq", "q", "(n half two) d -> (n two half) d", "n"),
+    _projection("wk", "k", "(k half two) d -> (k two half) d", "k"),
+    _projection("wv", "v", "(k h) d", "k"),
+    _projection("wo", "o", "d (n h)", "n"),
+    rule(S + "ffn_norm.weight", T + "post_attention_layernorm.weight", "d"),
+)
+
+
+def decoder_rows(feed_forward: Iterable[Rule], *, embedding: str, tied: bool, head: bool) -> tuple[Rule, ...]:
+    """All rows. `embedding` is the axis of tok_embeddings that ranks share. A tied head is compared with the
+    embedding; without `head` the original has none."""
+    words = "model.embed_tokens.weight"
+    last = rule("output.weight", words if tied else "lm_head.weight", "v d", split="v", tied=tied)
+    return (
+        rule("tok_embeddings.weight", words, "v d", split=embedding),
+        *ATTENTION,
+        *feed_forward,
+        rule("norm.weight", "model.norm.weight", "d"),
+        *((last,) if head else ()),
+    )
+
+
+# --- recognising and opening ----------------------------------------------------------------------------
 
 
 def foreign(names: Sequence[str]) -> str | None:
@@ -90,189 +265,58 @@ def feed_forward(names: Sequence[str]) -> str | None:
     return "dense" if "layers.0.feed_forward.w1.weight" in held else None
 
 
-def params_keys(checkpoint: Checkpoint) -> set[str]:
-    """The fields of params.json that hold a value; none when it is missing or cannot be read (planning says
-    why)."""
-    if "params.json" not in checkpoint.documents:
-        return set()
-    try:
-        params = checkpoint.json("params.json")
-    except CkptToolError:
-        return set()
-    inner = params.get("model")
-    return {k for k, v in (inner if isinstance(inner, dict) else params).items() if v is not None}
-
-
-def equal_names(checkpoint: Checkpoint) -> bool:
-    """Several files that hold the same names: model-parallel ranks."""
-    sets = [set(f.tensors) for f in checkpoint.files.values()]
-    return len(sets) > 1 and all(s == sets[0] for s in sets)
-
-
-# --- the original's files -------------------------------------------------------------------------------
+def recognise(d: Consolidated, checkpoint: Checkpoint) -> tuple[bool, str]:
+    names = checkpoint.names()
+    if reason := foreign(names):
+        return False, reason
+    tensors = [set(f.tensors) for f in checkpoint.files.values()]
+    equal = len(tensors) > 1 and all(t == tensors[0] for t in tensors)
+    safe = any(f.endswith(".safetensors") for f in checkpoint.files)
+    return d.told(Seen(feed_forward(names), params_json.keys_of(checkpoint), equal, safe))
 
 
 def open_download(checkpoint: Checkpoint) -> Source:
     """Sort out the files. Fails for what is no plain text original (`already-converted`, `unsupported`) and
     for ranks that do not belong together (`shard-conflict`)."""
-    names = checkpoint.names()
-    label = checkpoint.path.name
+    names, label = checkpoint.names(), checkpoint.path.name
+    if any(_CONVERTED.match(n) for n in names):
+        message = f"expected an original layout, found Hugging Face names such as {names[0]}"
+        hint = "nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back"
+        fail("already-converted", message, file=label, hint=hint)
     if reason := foreign(names):
-        if any(_CONVERTED.match(n) for n in names):
-            fail(
-                "already-converted",
-                f"expected an original layout, found Hugging Face names such as {names[0]}",
-                file=label,
-                hint="nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back",
-            )
         fail("unsupported", f"expected a plain text model, found one that is {reason}", file=label)
-    if not names:
-        fail("missing-tensor", "expected the tensors of a model, found none", file=label)
     files = sorted(checkpoint.files, key=natural)
-    by_file = {f: checkpoint.files[f].tensors for f in files}
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for file in files:
-        for name, tensor in by_file[file].items():
+        for name, tensor in checkpoint.files[file].tensors.items():
             tensors[name] = (*tensors.get(name, ()), tensor)
-    repeated = sum(len(ts) > 1 for ts in tensors.values())
-    ranks = len(files) if repeated > len(tensors) // 2 else 1
-    if ranks > 1:
-        fail_all(rank_problems(files, by_file))
-    else:
-        fail_all(
-            Problem(
-                "duplicate-tensor",
-                f"expected each tensor in one file, found it in {' and '.join(t.file for t in ts)} too",
-                where=n,
-            )
-            for n, ts in tensors.items()
-            if len(ts) > 1
-        )
-    return Source(checkpoint, tensors, ranks, layer_count(names, r"layers\.(\d+)\."))
+    layer = r"layers\.(\d+)\."
+    if sum(len(ts) > 1 for ts in tensors.values()) <= len(tensors) // 2:
+        return whole_tensors(checkpoint, layer)
+    fail_all(rank_problems(files, {f: checkpoint.files[f].tensors for f in files}))
+    return Source(checkpoint, tensors, len(files), layer_count(names, layer))
 
 
-# --- numbers --------------------------------------------------------------------------------------------
+# --- numbers that files share ---------------------------------------------------------------------------
 
 
-def read_params(checkpoint: Checkpoint, options: Options) -> Facts:
-    """params.json, which may be missing: then what shapes do not tell is asked for."""
-    here = "params.json" in checkpoint.documents
-    facts = Facts(checkpoint.json("params.json") if here else None, "params.json", options.settings)
-    kind = (facts.document or {}).get("model_type")
-    if kind not in (None, "transformer", "llama", "mistral", "mixtral"):
-        facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
-    return facts
-
-
-def dimensions(download: Source, facts: Facts, *, ffn: Value | None = None) -> dict[str, Value]:
-    """The sizes and the epsilon that all these families have, in Hugging Face names; `ffn` is the family's
-    own rule for the feed-forward width. Raises what is missing or malformed so far."""
-    width = facts.integer(
-        "hidden_size", "dim", "hidden_size", rule=download.size("norm.weight", 0, shared=False)
-    )
-    heads = facts.integer(
-        "num_attention_heads", "n_heads", "num_attention_heads", ask="the number of query heads"
-    )
-    layers = facts.integer(
-        "num_hidden_layers",
-        "n_layers",
-        "num_hidden_layers",
-        rule=Value(download.layers, "layers in the tensor names") if download.layers else None,
-        maximum=10_000,
-    )
-    eps = facts.number("rms_norm_eps", "norm_eps", "rms_norm_eps", ask="the epsilon of the norms")
-    ffn = ffn or download.size("layers.{i}.feed_forward.w1.weight", 0)
-    inner = facts.integer("intermediate_size", "hidden_dim", "intermediate_size", rule=ffn)
-    open_ended = facts.document is not None and facts.document.get("vocab_size") == -1
-    vocab = facts.integer(
-        "vocab_size", *(() if open_ended else ("vocab_size",)), rule=_words(download, width)
-    )
-    facts.used.add("vocab_size")
-    if facts.problems:
-        facts.check()
-    q, k = (download.size(f"layers.{{i}}.attention.{w}.weight", 0) for w in ("wq", "wk"))
-    if facts.document is None and q is not None:
-        each = Value(q.value // heads.value, f"{q.source}, divided by num_attention_heads")
-    else:
-        each = Value(
-            width.value // heads.value, f"rule: head_dim absent from {facts.file}, width / query heads"
-        )
-    head = facts.integer("head_dim", "head_dim", rule=each)
-    if head.source == each.source and facts.document is not None and width.value % heads.value:
-        facts.refuse(
-            "config-mismatch",
-            f"expected hidden_size {width.value} to divide by num_attention_heads {heads.value}, "
-            "found a rest",
-            "num_attention_heads",
-        )
-    if facts.document is None and k is not None:
-        groups = Value(max(1, k.value // max(1, head.value)), f"{k.source}, divided by head_dim")
-    else:
-        groups = Value(heads.value, f"rule: n_kv_heads absent from {facts.file}, as many as query heads")
-    kv = facts.integer("num_key_value_heads", "n_kv_heads", "num_key_value_heads", rule=groups)
-    once = kept_facts(download.checkpoint).get("num_key_value_heads")
-    if isinstance(once, int) and once < kv.value == download.ranks and kv.source != SET:
-        kv = Value(once, "ckpt-tool.json: the heads whose copies n_kv_heads counts")
-    facts.check()
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "head_dim": head,
-        "vocab_size": vocab,
-        "rms_norm_eps": eps,
-    }
-
-
-def _words(download: Source, width: Value) -> Value | None:
-    table = download.tensors.get("tok_embeddings.weight", ())
-    whole = bool(table) and table[0].shape[-1:] != (width.value,)  # ranks hold columns of every row
-    return download.size("output.weight", 0) or download.size("tok_embeddings.weight", 0, shared=not whole)
-
-
-def embedding_axis(download: Source, width: int) -> str:
-    """The axis of tok_embeddings that ranks share: "v" where each holds all columns of some rows (Llama 3),
-    "d" where each holds some columns of all rows (Llama 1, 2, Code Llama)."""
-    table = download.tensors.get("tok_embeddings.weight", ())
-    return "v" if table and table[0].shape[-1:] == (width,) else "d"
-
-
-def axes_of(sizes: Mapping[str, Value]) -> dict[str, int]:
-    """Sizes of the axes of the tables: n query heads, k key/value heads, h head width as half x two, d width,
-    f feed-forward width, v words, e experts."""
-    axes = {a: int(sizes[field].value) for a, field in FIELDS.items() if field in sizes}
-    return {**axes, "half": axes["h"] // 2, "two": 2}
-
-
-def _division_problems(sizes: Mapping[str, Value], ranks: int, embedding: str) -> list[Problem]:
-    heads, kv = sizes["num_attention_heads"].value, sizes["num_key_value_heads"].value
-    wanted = [
-        ("num_attention_heads", heads, kv, "num_key_value_heads"),
-        ("head_dim", sizes["head_dim"].value, 2, "2"),
-    ]
+def _division_problems(values: Mapping[str, Value], ranks: int, embedding: str) -> list[Problem]:
+    share = "model-parallel ranks"
+    wanted = [("num_attention_heads", "num_key_value_heads"), ("head_dim", "")]
     if ranks > 1:
         shared = ["num_attention_heads", "intermediate_size", "vocab_size"]
-        shared += ["hidden_size"] if embedding == "d" else []
-        wanted += [(f, sizes[f].value, ranks, "model-parallel ranks") for f in shared]
-        if kv % ranks:  # fewer key/value heads than ranks: each head is in several
-            wanted.append(("model-parallel ranks", ranks, kv, "num_key_value_heads"))
-    return [
-        Problem(
-            "config-mismatch",
-            f"expected {field} {number} to divide by {by_name} {by if by_name != '2' else ''}".rstrip()
-            + f", found a rest{_from(sizes, field, by_name)}",
-            where=field if field in sizes else by_name,
-        )
-        for field, number, by, by_name in wanted
-        if number % by
-    ]
-
-
-def _from(sizes: Mapping[str, Value], *fields: str) -> str:
-    known = [f"{f} from {sizes[f].source}" for f in fields if f in sizes]
-    return f" ({'; '.join(known)})" if known else ""
+        wanted += [(n, share) for n in (*shared, *(["hidden_size"] if embedding == "d" else []))]
+        if values["num_key_value_heads"].value % ranks:  # fewer of them than ranks: each head is in several
+            wanted.append((share, "num_key_value_heads"))
+    counts = {n: values[n].value for pair in wanted for n in pair if n in values} | {share: ranks, "": 2}
+    made = []
+    for name, by in wanted:
+        if counts[name] % counts[by]:
+            told = "; ".join(f"{n} from {values[n].source}" for n in (name, by) if n in values)
+            divisor = f"{by} {counts[by]}".strip()
+            message = f"expected {name} {counts[name]} to divide by {divisor}, found a rest ({told})"
+            made.append(Problem("config-mismatch", message, where=name if name in values else by))
+    return made
 
 
 def _copies(sizes: Mapping[str, Value], ranks: int) -> list[str]:
@@ -296,9 +340,9 @@ def _check_ranks(download: Source, sizes: Mapping[str, Value]) -> None:
         if each is None or not each.value or total % each.value:
             return
         wanted.add(total // each.value)
-    if len(wanted) != 1 or wanted == {download.ranks}:
-        return
     count = wanted.pop()
+    if wanted or count == download.ranks:
+        return
     files = ", ".join(sorted(download.checkpoint.files, key=natural)[:16])
     fail(
         "missing-shard" if count > download.ranks else "shard-conflict",
@@ -311,62 +355,71 @@ def _check_ranks(download: Source, sizes: Mapping[str, Value]) -> None:
 # --- original to Hugging Face ---------------------------------------------------------------------------
 
 
-def to_hf(
-    family: str,
-    download: Source,
-    options: Options,
-    *,
-    rules: Iterable[Rule],
-    sizes: Mapping[str, Value],
-    config: Mapping[str, Value],
-    embedding: str,
-    tokenizer: TokenizerResult,
-    notes: Iterable[str],
-    original: Mapping[str, Any],
-) -> Plan:
-    """The plan of a family's table: `sizes` are checked against each other and against the shapes, `config`
-    is written, `original` kept for the way back.
-
-    No transformers_version is written: no version of it made this folder, both 4 and 5 read one without, and
-    the one place that looks at it (5's repair of tokenizers saved by older versions) takes none as old.
+def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
+    """No transformers_version is written: no version of it made this folder, both 4 and 5 read one without,
+    and the one place that looks at it (5's repair of tokenizers saved by older versions) takes none as old.
     """
-    _check_ranks(download, sizes)
-    fail_all(_division_problems(sizes, download.ranks, embedding))
-    return woven_to_hf(
-        table_of(rules, sizes),
-        download,
-        options,
-        Written(
-            family,
-            config,
-            [
-                generation_config(config),
-                *(OutputDocument(n, d, "the download's tokenizer") for n, d in tokenizer.documents.items()),
-            ],
-            IGNORED,
-            [*notes, *_copies(sizes, download.ranks), *tokenizer.notes],
-            original,
-        ),
+    download = open_download(checkpoint)
+    facts = params_json.read(checkpoint, options)
+    known = Known(d.fields, facts, download, options, once=kept_facts(checkpoint))
+    what, keys = d.lacks
+    if facts.given(*keys):
+        where = keys[0].partition(".")[0]
+        facts.refuse("unsupported", f"expected {what} in family {d.name}, found some", where)
+    config = known.values()
+    known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
+    facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
+    notes = facts.unused(params_json.RUN_TIME)
+    facts.check()
+    tokenizer = tokenizer_of(d, known, config)
+    config |= token_ids(d, known, tokenizer)
+    facts.check()
+    axis = params_json.embedding_axis(known)
+    _check_ranks(download, config)
+    fail_all(_division_problems(config, download.ranks, axis))
+    word = form_of(d, download)
+    tied = bool(known["tie_word_embeddings"])
+    head = "output.weight" in download.tensors or not tied
+    rows = decoder_rows(d.forms[word].rows, embedding=axis, tied=tied, head=head)
+    original = params_json.kept(known, {n: config[n] for n in d.numbers if n in config})
+    if d.option is not None:
+        original[d.option] = word
+    if d.forms[word].ranked and download.ranks > 1:
+        original["embedding"] = axis
+    beside = [OutputDocument(n, c, "the download's tokenizer") for n, c in tokenizer.documents.items()]
+    written = Written(
+        d.name,
+        config,
+        [generation_config(config), *beside],
+        IGNORED,
+        [*notes, *d.untold(known), *_copies(config, download.ranks), *tokenizer.notes],
+        original,
     )
+    return to_hf(table_of(rows, config), download, options, written)
 
 
-def table_of(rules: Iterable[Rule], sizes: Mapping[str, Value]) -> Table:
-    axes = axes_of(sizes)
-    indices = {"e": axes.get("e", 0)}
-    return Table(tuple(rules), axes, FIELDS, sizes, sizes["num_hidden_layers"], indices=indices)
+def form_of(d: Consolidated, download: Source) -> str:
+    """The form whose feed-forward is there, in the container that it comes in if there are several."""
+    fitting = [w for w, form in d.forms.items() if form.holds(download.tensors)] or list(d.forms)
+    container = _container(next(iter(download.checkpoint.files)))
+    return next((w for w in fitting if d.forms[w].container == container), fitting[0])
 
 
-def tokenizer_of(
-    download: Source, options: Options, *, family: str, config: Mapping[str, Value]
-) -> TokenizerResult:
+def table_of(rows: Sequence[Rule], values: Mapping[str, Value]) -> Table:
+    axes = {a: int(values[field].value) for a, field in AXES.items() if field in values}
+    axes |= {"half": axes["h"] // 2, "two": 2}
+    return Table(rows, axes, AXES, values, values["num_hidden_layers"], indices={"e": axes.get("e", 0)})
+
+
+def tokenizer_of(d: Consolidated, known: Known, config: Mapping[str, Value]) -> TokenizerResult:
     """The tokenizer files beside the weights, or those the user points to, converted and compared with the
-    vocabulary (unless vocab_size is not the tensors': then that is the problem to tell, see `to_hf`)."""
-    documents = tokenizer_files(download.checkpoint, options)
+    vocabulary (unless vocab_size is not the tensors': then that is the problem to tell, see `plan`)."""
     values = {k: v.value for k, v in config.items()}
-    words = _words(download, config["hidden_size"])
+    words = params_json.words(known)
     if words is not None and words.value != values["vocab_size"]:
         del values["vocab_size"]
-    return tokenizer_documents(documents, family=family, config=values)
+    files = tokenizer_files(known.source.checkpoint, known.options)
+    return tokenizer_documents(files, family=d.name, config=values)
 
 
 def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
@@ -379,113 +432,68 @@ def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes
     )
 
 
-def token_ids(facts: Facts, tokenizer: TokenizerResult, rules: Mapping[str, Value]) -> dict[str, Value]:
+def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict[str, Value]:
     """bos_token_id and eos_token_id: set by the user, told by the tokenizer, or by rule; pad_token_id only
     when set, since none of these models was trained with one."""
-    found = {
-        name: facts.token_ids(name, rule=tokenizer.facts.get(name, rule)) for name, rule in rules.items()
-    }
-    if "pad_token_id" in facts.settings:
-        found["pad_token_id"] = facts.token_ids("pad_token_id", rule=Value(None, SET))
+    bos, eos, whose = d.ids(known)
+    rules = {"bos_token_id": given(bos, whose), "eos_token_id": given(eos, whose)}
+    found = {n: known.facts.token_ids(n, rule=tokenizer.facts.get(n, r)) for n, r in rules.items()}
+    if "pad_token_id" in known.facts.settings:
+        found["pad_token_id"] = known.facts.token_ids("pad_token_id", rule=None)
     return found
-
-
-def kept(facts: Facts, download: Source, numbers: Mapping[str, Value], **more: Any) -> dict[str, Any]:
-    """What the Hugging Face layout does not say, for the manifest: the text of params.json together with the
-    numbers it stood for (it is used again only while config.json still says the same)."""
-    text = None
-    changed = any(v.source == SET for v in numbers.values())
-    if facts.document is not None and not changed:
-        text = download.checkpoint.documents["params.json"].read().decode()
-    return {
-        "params.json": text,
-        "numbers": {k: v.value for k, v in numbers.items()},
-        "ranks": download.ranks,
-        **more,
-    }
 
 
 # --- Hugging Face to original ---------------------------------------------------------------------------
 
 
-def hf_dimensions(facts: Facts) -> dict[str, Value]:
-    """The same values as `dimensions`, from config.json. Raises what is missing or malformed so far."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = {n: facts.integer(n, n, maximum=10_000 if n == "num_hidden_layers" else 2**31) for n in names}
-    facts.check()
-    heads = sizes["num_attention_heads"].value
-    as_many = Value(heads, "rule: num_key_value_heads absent from config.json, as many as query heads")
-    sizes["num_key_value_heads"] = facts.integer("num_key_value_heads", "num_key_value_heads", rule=as_many)
-    each = Value(
-        sizes["hidden_size"].value // heads, "rule: head_dim absent from config.json, width / query heads"
-    )
-    sizes["head_dim"] = facts.integer("head_dim", "head_dim", rule=each)
-    sizes["vocab_size"] = facts.integer("vocab_size", "vocab_size")
-    sizes["rms_norm_eps"] = facts.number("rms_norm_eps", "rms_norm_eps")
-    facts.fixed("hidden_act", "silu", "the only activation of the original", "hidden_act")
-    facts.check()
-    return sizes
-
-
-def params_document(
-    derived: Mapping[str, Value], facts: Mapping[str, Any], numbers: Mapping[str, Value]
-) -> tuple[OutputDocument, list[str]]:
-    """params.json: the original's own text where the manifest has it and its numbers still hold, else written
-    from `derived` (dots in a name nest)."""
-    text = facts.get("params.json")
-    if isinstance(text, str):
-        then = facts.get("numbers")
-        changed = [k for k, v in numbers.items() if not isinstance(then, dict) or then.get(k) != v.value]
-        if not changed:
-            return OutputDocument("params.json", text.encode(), "ckpt-tool.json: the original's text"), []
-        note = f"params.json is written anew: config.json has another {', '.join(changed)} than the original"
-        return _params(derived), [note]
-    return _params(derived), []
-
-
-def _params(derived: Mapping[str, Value]) -> OutputDocument:
-    values: dict[str, Any] = {}
-    for name, value in derived.items():
-        outer, dot, inner = name.partition(".")
-        if dot:
-            values.setdefault(outer, {})[inner] = value.value
-        else:
-            values[name] = value.value
-    return OutputDocument("params.json", (json.dumps(values, indent=4) + "\n").encode(), "config.json")
-
-
-def to_original(
-    family: str,
-    checkpoint: Checkpoint,
-    options: Options,
-    *,
-    rules: Iterable[Rule],
-    sizes: Mapping[str, Value],
-    embedding: str,
-    files: Sequence[str],
-    home: Callable[[str], Sequence[str]],
-    params: Mapping[str, Value],
-    document: OutputDocument,
-    notes: Iterable[str],
-) -> Plan:
-    """The plan of the way back. `files` are the weight files to write, `home(name)` those that hold the
-    tensor `name`: all of them, in rank order, where ranks share it."""
-    fail_all(_division_problems(sizes, len(home("norm.weight")), embedding))
+def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
+    facts = read_config(checkpoint, options.settings, (d.architecture,))
     source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
+    once = kept_facts(checkpoint)
+    known = Known(d.fields, facts, source, options, d.config, once, back=True)
+    values = known.values(n for n in d.fields if n in d.config.numbers)
+    facts.check_settings(d.numbers)
+    facts.check()
+    form = asked_form(d, options, once)
+    files = form.names(options.shards)
+    ranks = len(files) if form.ranked else 1
+    axis = "v" if once.get("embedding", d.words_axis(known)) == "v" else "d"
+    fail_all(_division_problems(values, ranks, axis))
+    params = document(known, d.params, {"vocab_size": "vocab_size"})
+    same = once.get("ranks") == ranks or known["num_key_value_heads"] >= ranks
+    numbers = {n: v for n, v in values.items() if n in d.numbers and not d.fields[n].hidden}
+    said, notes = params_json.written(params, once if same else {}, numbers)
+    notes += d.unsaid(known)
+    if form.ranked and once.get("ranks", ranks) != ranks:
+        notes.append(f"the original had {once['ranks']} ranks: --shards {once['ranks']} writes as many")
     tokenizers = original_tokenizer_documents(tokenizer_files(checkpoint, options))
-    missing = [] if tokenizers else ["no original tokenizer file is there; none was written"]
-    return woven_to_original(
-        table_of(rules, sizes),
+    if not tokenizers:
+        notes.append("no original tokenizer file is there; none was written")
+    beside = [OutputDocument(n, c, "the tokenizer in the folder") for n, c in tokenizers.items()]
+    kept = {"num_key_value_heads": known["num_key_value_heads"]}
+    tied = bool(known["tie_word_embeddings"]) and "lm_head.weight" not in source.tensors
+    rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=True)
+    return to_original(
+        table_of(rows, values),
         source,
         options,
-        Written(
-            family,
-            params,
-            [document, *(OutputDocument(n, d, "the tokenizer in the folder") for n, d in tokenizers.items())],
-            IGNORED_HF,
-            [*notes, *missing],
-            {"num_key_value_heads": sizes["num_key_value_heads"].value},
-        ),
+        Written(d.name, params, [said, *beside], IGNORED_HF, notes, kept),
         files=files,
-        homes=lambda name: [(f, source.dtype) for f in home(name)],
+        homes=lambda n: [(f, source.dtype) for f in form.homes(n, files, known["num_hidden_layers"])],
     )
+
+
+def asked_form(d: Consolidated, options: Options, once: Mapping[str, Any]) -> Form:
+    """The form asked for, else the one the model came in, else the usual one."""
+    usual = next(iter(d.forms))
+    if d.option is None:
+        return d.forms[usual]
+    word = str(options.family_options.get(d.option, once.get(d.option, usual)))
+    if word not in d.forms:
+        *others, last = sorted(d.forms)
+        message = f"expected {d.option} {', '.join(others)} or {last}, found {word!r}"
+        fail("usage", message, where=f"--{d.option}")
+    form = d.forms[word]
+    if options.family_options.get("container", form.container) != form.container:
+        fail("usage", f"expected a container that fits form {word}, found another", where="--container")
+    return form

@@ -20,6 +20,7 @@ from ckpt_tool.convert.dialects.megatron import ACTIVATION, GELUS, Numbers, fuse
 from ckpt_tool.convert.dialects.megatron_names import AGES, DICTS, FIRST, VERSIONS, is_core, own_names
 from ckpt_tool.convert.dialects.megatron_words import DIVISOR
 from ckpt_tool.convert.layout import Home, Rule
+from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import whole_tensors
@@ -29,6 +30,18 @@ from ckpt_tool.convert.weave import to_original as woven_to_original
 from ckpt_tool.errors import Problem, fail, fail_all
 
 RELEASE = "release"
+OPTIONS = (
+    Option("keep_padding", "Keep the rows that pad the vocabulary.", "hf"),
+    SHARDS,
+    TENSOR_PARALLEL,
+    Option("pipeline_parallel", "Pipeline stages to write.", "original", most=1024, metavar="M"),
+    Option(
+        "checkpoint_version",
+        "Order of query_key_value to write.",
+        "original",
+        choices=("0", "1.0", "2.0", "3.0"),
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Source: NVIDIA/Megatron-LM core_v0.9.0 (core/models/gpt, core/transformer), NVID
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.numbers import Known
+from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value, layer_count
@@ -450,3 +452,25 @@ def arguments_of(
         "pipeline_model_parallel_size": Value(1, "one stage"),
         "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),
     }
+
+
+class _Core:
+    """Megatron-Core's GPT as another layout of a published family."""
+
+    title = "Megatron-Core"
+    options = (SHARDS, TENSOR_PARALLEL)
+
+    def holds(self, names: Sequence[str]) -> bool:
+        return prefix_of(names) is not None
+
+    def recognise(self, names: Sequence[str]) -> tuple[bool, str]:
+        return recognise(set(names))
+
+    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan:
+        return plan(checkpoint, options)
+
+    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
+        return plan_original(checkpoint, options, known.source, known.facts, known.values())
+
+
+LAYOUT = _Core()

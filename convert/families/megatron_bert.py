@@ -15,6 +15,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import dtype_value
+from ckpt_tool.convert.vocabularies import Vocabulary
 
 ARCHITECTURE = "MegatronBertForPreTraining"
 WITHOUT_BINARY_HEAD = "MegatronBertForMaskedLM"
@@ -198,4 +199,6 @@ FAMILY = Family(
     plan=plan,
     plan_original=plan_original,
     foretold=(megatron.TWO_GELUS,),
+    options=back.OPTIONS,
+    vocabulary=Vocabulary("wordpiece", ("BertTokenizer",)),
 )

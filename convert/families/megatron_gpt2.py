@@ -18,6 +18,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import dtype_value
+from ckpt_tool.convert.vocabularies import Vocabulary
 
 ARCHITECTURE = "GPT2LMHeadModel"
 S, T = "layers.{i}.", "transformer.h.{i}."
@@ -187,4 +188,6 @@ FAMILY = Family(
     recognise=recognise,
     plan=plan,
     plan_original=plan_original,
+    options=back.OPTIONS,
+    vocabulary=Vocabulary("byte-level", ("GPT2Tokenizer",)),
 )

@@ -334,6 +334,17 @@ def _normalizer(model: Model, added: Iterable[AddedToken]) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": steps}
 
 
+def _decoder(model: Model) -> dict[str, Any]:
+    steps = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if model.dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
 def convert(data: bytes, *, file: str) -> TokenizerResult:
     """The Hugging Face files of a sentencepiece tokenizer. The model is kept as `tokenizer.model`, and
     under its own name too where that differs (`tokenizer.model.v3`: mistral_common reads the version off
@@ -345,13 +356,6 @@ def convert(data: bytes, *, file: str) -> TokenizerResult:
     named = {"bos_token": bos.text, "eos_token": eos.text, "unk_token": by_id[model.unk].text}
     if model.pad >= 0:
         named["pad_token"] = by_id[model.pad].text
-    decoder = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if model.dummy_prefix:
-        decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     more: dict[str, Any] = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -383,7 +387,7 @@ def convert(data: bytes, *, file: str) -> TokenizerResult:
             normalizer=_normalizer(model, added),
             pre_tokenizer=None,
             post_processor=bos_template(bos),
-            decoder={"type": "Sequence", "decoders": decoder},
+            decoder=_decoder(model),
             model={"unk_token": named["unk_token"], "fuse_unk": True, "byte_fallback": True},
         ),
         **config_documents(named, added, more),

@@ -1,0 +1,249 @@
+"""params.json of Meta and of Mistral AI: its fields under the names of config.json, what it means that one is
+not there, and the document of the way back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.families import FAMILIES
+from ckpt_tool.convert.numbers import (
+    DEFAULT,
+    Check,
+    Field,
+    Known,
+    anything,
+    count,
+    counted,
+    given,
+    measured,
+    number,
+)
+from ckpt_tool.convert.params import SET, Facts
+from ckpt_tool.convert.plan import Options, OutputDocument, Value
+from ckpt_tool.errors import CkptToolError
+
+NAME = "params.json"
+# Fields that say how the original's own programs run, not what the model computes, and a number of words that
+# may be left open.
+RUN_TIME = (
+    "max_batch_size",
+    "max_seq_len",
+    "model_type",
+    "ragged_attention",
+    "use_kvcache",
+    "eval_batch_size",
+    "vocab_size",
+)
+# Fields that only one publisher writes.
+OF_META = frozenset(("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"))
+OF_MISTRAL_AI = frozenset(("hidden_dim", "head_dim", "sliding_window", "_sliding_window"))
+
+
+def keys_of(checkpoint: Checkpoint) -> frozenset[str]:
+    """The fields that hold a value; none when the file is missing or cannot be read (planning says why)."""
+    if NAME not in checkpoint.documents:
+        return frozenset()
+    try:
+        params = checkpoint.json(NAME)
+    except CkptToolError:
+        return frozenset()
+    inner = params.get("model")
+    return frozenset(k for k, v in (inner if isinstance(inner, dict) else params).items() if v is not None)
+
+
+def read(checkpoint: Checkpoint, options: Options) -> Facts:
+    """The file may be missing: then what shapes do not tell is asked for."""
+    document = checkpoint.json(NAME) if NAME in checkpoint.documents else None
+    facts = Facts(document, NAME, options.settings)
+    kind = (facts.document or {}).get("model_type")
+    if kind not in (None, "transformer", *FAMILIES):
+        facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
+    return facts
+
+
+# --- sizes ----------------------------------------------------------------------------------------------
+
+WIDTH = "layers.{i}.feed_forward.w1.weight"
+
+
+def embedding_axis(known: Known) -> str:
+    """The axis of tok_embeddings that ranks share: "v" where each holds all columns of some rows (Llama 3),
+    "d" where each holds some columns of all rows (Llama 1, 2, Code Llama)."""
+    table = known.source.first("tok_embeddings.weight")
+    return "v" if table is not None and table.shape[-1:] == (known["hidden_size"],) else "d"
+
+
+def words(known: Known) -> Value | None:
+    """The rows of the output layer, else of the embedding."""
+    shared = embedding_axis(known) == "v"
+    size = known.source.size
+    return size("output.weight", 0) or size("tok_embeddings.weight", 0, shared=shared)
+
+
+def _words_key(known: Known) -> tuple[str, ...]:
+    """Some files leave the number of words to the tokenizer."""
+    return () if (known.facts.document or {}).get("vocab_size") == -1 else ("vocab_size",)
+
+
+def _head_width(known: Known) -> Value:
+    """Without params.json as the tensors have it, else the width divided by the query heads."""
+    facts, width, heads = known.facts, known["hidden_size"], known["num_attention_heads"]
+    rows = known.source.size("layers.{i}.attention.wq.weight", 0)
+    if facts.document is None and rows is not None:
+        return Value(rows.value // heads, f"{rows.source}, divided by num_attention_heads")
+    if facts.document is not None and width % heads:
+        message = f"expected hidden_size {width} to divide by num_attention_heads {heads}, found a rest"
+        known.refuse("config-mismatch", message, "num_attention_heads")
+    return given(width // heads, f"head_dim absent from {facts.file}, width / query heads")
+
+
+def _groups(known: Known) -> Value:
+    facts, rows = known.facts, known.source.size("layers.{i}.attention.wk.weight", 0)
+    if facts.document is None and rows is not None:
+        return Value(max(1, rows.value // max(1, known["head_dim"])), f"{rows.source}, divided by head_dim")
+    name = "num_key_value_heads" if known.back else "n_kv_heads"
+    return given(known["num_attention_heads"], f"{name} absent from {facts.file}, as many as query heads")
+
+
+def _copies_counted(known: Known, kv: Value) -> Value:
+    once = known.once.get("num_key_value_heads")
+    if isinstance(once, int) and once < kv.value == known.source.ranks and kv.source != SET:
+        return Value(once, "ckpt-tool.json: the heads whose copies n_kv_heads counts")
+    return kv
+
+
+def head_dim(check: Check | None = None) -> Field:
+    return count("head_dim", "head_dim", rule=_head_width, silent=_head_width, check=check)
+
+
+KV = ("n_kv_heads", "num_key_value_heads")
+SIZES = (
+    count("hidden_size", "dim", "hidden_size", rule=measured("norm.weight", 0, shared=False)),
+    count("intermediate_size", "hidden_dim", "intermediate_size", rule=measured(WIDTH, 0)),
+    count("num_hidden_layers", "n_layers", "num_hidden_layers", rule=counted),
+    count("num_attention_heads", "n_heads", "num_attention_heads", ask="the number of query heads"),
+    count("num_key_value_heads", *KV, rule=_groups, silent=_groups, check=_copies_counted),
+    head_dim(),
+    count("vocab_size", read=_words_key, rule=words),
+    number("rms_norm_eps", "norm_eps", "rms_norm_eps", ask="the epsilon of the norms"),
+)
+
+
+def alone(*fields: Field) -> list[Field]:
+    """Fields that params.json has, under their own names, and config.json has not."""
+    return [replace(f, keys=(f.name,), hidden=True, told=False) for f in fields]
+
+
+# --- Mistral AI's ---------------------------------------------------------------------------------------
+
+
+def _windows(known: Known) -> tuple[str, ...]:
+    return tuple(k for k in ("sliding_window", "_sliding_window") if known.facts.given(k))
+
+
+def _no_window(known: Known) -> Value | None:
+    if known.facts.document is None:
+        return None
+    return given(None, "sliding_window absent from params.json, every query sees all before it")
+
+
+def _one_window(known: Known, found: Value) -> Value:
+    """How many positions a query sees, itself included; None for all. params.json may hold a number, the same
+    as text, a list that is repeated over the layers, or nothing; newer ones call it `_sliding_window`."""
+    if isinstance(found.value, list):
+        kinds = {str(v): v for v in found.value}
+        if len(kinds) != 1:
+            message = "expected one window for all layers, as config.json can hold, found several"
+            known.refuse("unsupported", message, "sliding_window")
+            return Value(None, found.source)
+        found = Value(next(iter(kinds.values())), f"{found.source}, the same for all layers")
+    if found.value is None:
+        return found
+    inner = Facts({"sliding_window": found.value}, known.facts.file, {})
+    width = inner.integer("sliding_window", "sliding_window", text_ok=True, kind="bad-config")
+    known.facts.problems += inner.problems
+    return Value(width.value, found.source)
+
+
+def _theta_of_release(known: Known) -> Value | None:
+    """Where params.json is silent: the first release had 1e4 in its code, that of December 2023 reads a
+    missing theta as 1e4 with a sliding window and 1e6 without; HEAD always takes 1e6, which is wrong for 7B
+    v0.1."""
+    if known.facts.document is None:
+        return None
+    if known["sliding_window"] is None:
+        return given(1e6, "rope_theta absent from params.json and no sliding_window: 1e6")
+    return given(1e4, "rope_theta absent from params.json and a sliding_window: 1e4")
+
+
+def _unscaled(known: Known, found: Value) -> Value:
+    if found.value is not None:
+        message = "expected no rope_scaling, which params.json cannot say, found one"
+        known.refuse("unsupported", message, "rope_scaling")
+    return found
+
+
+WINDOW = anything(
+    "sliding_window",
+    read=_windows,
+    rule=_no_window,
+    silent=DEFAULT,
+    check=_one_window,
+    ask="the attention window, or null for none",
+)
+THETA = number(
+    "rope_theta",
+    "rope_theta",
+    rule=_theta_of_release,
+    silent=DEFAULT,
+    ask="the base of the rotary frequencies",
+)
+UNSCALED = anything("rope_scaling", silent=Value(None, "absent"), check=_unscaled, hidden=True)
+MISTRAL_AI = (
+    "dim",
+    "n_layers",
+    "head_dim",
+    "hidden_dim",
+    "n_heads",
+    "n_kv_heads",
+    "norm_eps",
+    "vocab_size",
+    "rope_theta",  # always written: readers disagree on what its absence means
+)
+
+
+# --- the document of the way back -----------------------------------------------------------------------
+
+
+def kept(known: Known, numbers: Mapping[str, Value]) -> dict[str, Any]:
+    """What the Hugging Face layout does not say, for the manifest: the text of params.json together with the
+    numbers it stood for (it is used again only while config.json still says the same)."""
+    text = None
+    if known.facts.document is not None and all(v.source != SET for v in numbers.values()):
+        text = known.source.checkpoint.documents[NAME].read().decode()
+    values = {k: v.value for k, v in numbers.items()}
+    return {NAME: text, "numbers": values, "ranks": known.source.ranks}
+
+
+def written(
+    derived: Mapping[str, Value], once: Mapping[str, Any], numbers: Mapping[str, Value]
+) -> tuple[OutputDocument, list[str]]:
+    """The original's own text where the manifest (`once`) has it and its numbers still hold, else made from
+    `derived` (dots in a name nest); with notes."""
+    text, then, notes = once.get(NAME), once.get("numbers"), []
+    if isinstance(text, str):
+        changed = [k for k, v in numbers.items() if not isinstance(then, dict) or then.get(k) != v.value]
+        if not changed:
+            return OutputDocument(NAME, text.encode(), "ckpt-tool.json: the original's text"), []
+        notes = [f"{NAME} is written anew: config.json has another {', '.join(changed)} than the original"]
+    values: dict[str, Any] = {}
+    for name, value in derived.items():
+        outer, dot, inner = name.partition(".")
+        place = values.setdefault(outer, {}) if dot else values
+        place[inner or outer] = value.value
+    return OutputDocument(NAME, (json.dumps(values, indent=4) + "\n").encode(), "config.json"), notes
