@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.reference import blocks, hf_blocks
+from ckpt_tool.reference import blocks, hf_blocks, transformer
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -339,6 +339,35 @@ MUTANTS = {
         ("blocks.products", '"bqnh,bknh->bnqk", q, k', '"bqnh,bknh->bnqk", k, q'),
         ("hf_gptj.attention", "q @ k.transpose(2, 3)", "k @ q.transpose(2, 3)"),
     ),
+    "transformer: scores not scaled by the root": Mutant(
+        "gpt2-2019-tp2",
+        ("transformer.attention", "q.shape[-1] ** 0.5", "q.shape[-1]"),
+        ("hf_gpt2.layer", "q.shape[-1] ** -0.5", "q.shape[-1] ** -1.0"),
+    ),
+    "transformer: positions counted from the end": Mutant(
+        "gpt2-2019-tp2",
+        ("transformer.embedded", '"weight"][positions]', '"weight"][positions.flip(-1)]'),
+        ("hf_gpt2.embed", 'wpe.weight"][positions]', 'wpe.weight"][positions.flip(-1)]'),
+    ),
+    "transformer: epsilon": Mutant(
+        "bert-2019-tp2",
+        ("transformer.norm", "c.norm_eps", "10 * c.norm_eps"),
+        ("hf_blocks.layer_norm", ", eps)", ", 10 * eps)"),
+    ),
+    "transformer: no second norm where norms come after": Mutant(
+        "opt-350m",
+        ("transformer.transformed", "return x if c.pre_norm else norm(", "return x if True else norm("),
+        (
+            "hf_opt.layer",
+            'return norm(x + feed_forward(x, w, p, c), w, p + "final_layer_norm.")',
+            "return x + feed_forward(x, w, p, c)",
+        ),
+    ),
+    "positions of opt: a row early": Mutant(
+        "opt-13b",
+        ("opt.embed", "* real + PAD", "* real"),
+        ("hf_opt.embed", "positions + OFFSET", "positions + OFFSET - 1"),
+    ),
     "grouped queries: dealt out the other way": Mutant(
         "mistral-7b-v0.1",
         (
@@ -513,7 +542,7 @@ NO_NUMBERS = {"complete", "only", "one_of", "span_logits", "of_last_token"}
 def test_every_block_has_a_mutant() -> None:
     touched = {edit[0] for m in MUTANTS.values() for edit in (m.original, m.hf) if edit is not None}
     touched.add("hf_blocks.conv1d")  # where it stands in hf_gpt2.layer
-    for module in (blocks, hf_blocks):
+    for module in (blocks, hf_blocks, transformer):
         stem = module.__name__.rpartition(".")[2]
         own = {
             n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__
