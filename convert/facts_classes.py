@@ -29,6 +29,10 @@ class Class:
     causal: bool = True  # a token sees those before it only
     prefix: str = "model."  # base_model_prefix of the classes with a head
     words: str = "embed_tokens.weight"  # the embedding, below the prefix
+    positions: str = ""  # the learned positions, below the prefix
+    # How the bias of a key ends, alone or in one with those of query and value, in this order.
+    key_bias: str = ".self_attn.k_proj.bias"
+    fused_bias: str | None = None
     # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
@@ -248,6 +252,8 @@ CLASSES: dict[str, Class] = {
         masked=-1e4,
         prefix="transformer.",
         words="wte.weight",
+        positions="wpe.weight",
+        fused_bias=".attn.c_attn.bias",
     ),
     "megatron-bert": Class(
         "MegatronBertConfig",
@@ -269,6 +275,8 @@ CLASSES: dict[str, Class] = {
         causal=False,
         prefix="bert.",
         words="embeddings.word_embeddings.weight",
+        positions="embeddings.position_embeddings.weight",
+        key_bias=".attention.self.key.bias",
         tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     ),
 }

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
+from ckpt_tool.convert.facts import class_of
+from ckpt_tool.convert.facts_classes import CLASSES, Class
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
@@ -145,12 +147,13 @@ def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Te
     return make
 
 
-def perturb(name: str) -> Callable[[Tensors], dict[str, Tensor]]:
+def perturb(name: str, kind: Class) -> Callable[[Tensors], dict[str, Tensor]]:
     """The largest element of a vector, one per cent larger; of query, key and value in one, the query's."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name].clone()
-        part = x[: len(x) // 3] if name.endswith(FUSED_BIAS) else x
+        whole = kind.fused_bias is None or not name.endswith(kind.fused_bias)
+        part = x if whole else x[: len(x) // 3]
         part[part.abs().argmax()] *= 1.01
         return {name: x}
 
@@ -165,14 +168,10 @@ def roll_rows(name: str, by: int) -> Callable[[Tensors], dict[str, Tensor]]:
 # --- what to plant, what to try -------------------------------------------------------------------------
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
-# Without rotary positions a key's bias adds the same to all scores of a query, which softmax takes away; with
-# them its slowly turned channels still add nearly that.
-KEY_BIAS, FUSED_BIAS = (".self.key.bias", ".self_attn.k_proj.bias"), ".c_attn.bias"
 GELU_KEYS = ("hidden_act", "activation_function")
 OTHER_GELU = {"gelu": "gelu_new", "gelu_python": "gelu_new"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu"
 )
-TABLES = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
 
 
 def to_plant(
@@ -180,11 +179,10 @@ def to_plant(
 ) -> list[Change]:
     """The negative controls of one phase. `shapes` holds the tensors that the phase has read, so that an
     expert that no token was sent to is not blamed for staying unseen."""
+    kind = _class_of(config)
     if isinstance(phase, str):
-        made = [Change(*_of_matrix(n, s, undo=False)) for n, s in shapes.items() if len(s) == 2]
-        made += [
-            Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n, s in shapes.items() if len(s) == 1
-        ]
+        made = [Change(*_of_matrix(n, s, kind, undo=False)) for n, s in shapes.items() if len(s) == 2]
+        made += _perturbed((n for n, s in shapes.items() if len(s) == 1), kind)
         made += _other_gelus(config)
         if phase == "head" and config.get("tie_word_embeddings") is False:
             made.append(Change("output layer tied to the embedding", config={"tie_word_embeddings": True}))
@@ -203,8 +201,9 @@ def to_plant(
     matrices = [n for n, s in shapes.items() if len(s) == 2]
     square = [n for n in matrices if shapes[n][0] == shapes[n][1]] or matrices[-1:]
     made += [Change(f"{short(n)} transposed", transpose(n)) for n in square[:2]]
-    seen = [n for n, s in shapes.items() if len(s) == 1 and not n.endswith(KEY_BIAS)]
-    made += [Change(f"{short(n)}: one weight 1 % off", perturb(n)) for n in seen]
+    # Without rotary positions a key's bias adds the same to all scores of a query, which softmax takes away;
+    # with them its slowly turned channels still add nearly that.
+    made += _perturbed((n for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias)), kind)
     if phase > 0:
         return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
     theta = rope_theta(config)
@@ -216,14 +215,28 @@ def to_plant(
     return made + _other_gelus(config)
 
 
-def _of_matrix(name: str, shape: tuple[int, ...], undo: bool) -> tuple[str, Callable[..., Any]]:
+def _class_of(config: Mapping[str, Any]) -> Class:
+    """What the class of the converted model says of its tensors."""
+    return CLASSES.get(class_of(config) or "", Class("", {}, {}))
+
+
+def _perturbed(names: Iterable[str], kind: Class) -> list[Change]:
+    return [Change(f"{short(n)}: one weight 1 % off", perturb(n, kind)) for n in names]
+
+
+def _of_words(name: str, kind: Class) -> bool:
+    """Whether the rows of a matrix are the words of the vocabulary."""
+    return name == kind.prefix + kind.words or name in kind.tied
+
+
+def _of_matrix(name: str, shape: tuple[int, ...], kind: Class, undo: bool) -> tuple[str, Callable[..., Any]]:
     """What goes wrong with a matrix outside of the layers, or what takes it back: an embedding's rows
     shifted, the two of token types or classes exchanged, another matrix transposed."""
-    if any(t in name for t in TABLES):
+    if _of_words(name, kind):
         return f"{short(name)}: vocabulary shifted by one", roll_rows(name, -1 if undo else 1)
     if shape[0] == 2:
         return f"{short(name)}: the two rows exchanged", roll_rows(name, 1)
-    if "position" in name or "wpe" in name:
+    if kind.positions and name == kind.prefix + kind.positions:
         return f"{short(name)}: positions shifted by one", roll_rows(name, -1 if undo else 1)
     return f"{short(name)} transposed", transpose(name, back=undo)
 
@@ -242,16 +255,16 @@ def to_undo(
 ) -> list[Change]:
     """What to try on a phase that differs: for each known mistake the change that would take it back."""
     if isinstance(phase, str):
-        made = []
+        made, kind = [], _class_of(config)
         for n, s in shapes.items():
-            if len(s) == 2 and any(t in n for t in TABLES):
+            if len(s) == 2 and _of_words(n, kind):
                 made += [
                     Change(f"{short(n)}: vocabulary shifted by {by:+d}", roll_rows(n, -by))
                     for by in (1, -1, 2, -2, 3, -3, 4, -4, 768, -768)
                     if abs(by) < s[0]
                 ]
             elif len(s) == 2:
-                made.append(Change(*_of_matrix(n, s, undo=True)))
+                made.append(Change(*_of_matrix(n, s, kind, undo=True)))
         return [*_config_changes(plan, config, head=phase == "head"), *made]
     found = [r for r in reorders(plan, phase) if r.name in shapes]
     made = [Change(f"{short(r.name)} {b.words}", undone(r, b)) for r in found for b in beliefs(r, found)]

@@ -231,6 +231,7 @@ CLASS = Class(
     {**IDS, "max_position_embeddings": 2048},
     idle=DECODER,
     words="decoder.embed_tokens.weight",
+    positions="decoder.embed_positions.weight",
 )
 
 FAMILY = metaseq.family(
