@@ -18,7 +18,7 @@ from ckpt_tool.errors import fail
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ckpt_tool.fixtures.variants import Variant
+    from ckpt_tool.fixtures.families import Variant
     from ckpt_tool.verify.report import Report
 
 BLOCK = 1 << 20
