@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +18,10 @@ from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorIn
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.families.llama import width_of
 from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.fixtures.llama import Llama
-from ckpt_tool.fixtures.mistral import Mistral
-from ckpt_tool.fixtures.mixtral import Mixtral
+from ckpt_tool.fixtures.consolidated import Original
+from ckpt_tool.fixtures.families.llama import Style, llama
+from ckpt_tool.fixtures.families.mistral import mistral
+from ckpt_tool.fixtures.families.mixtral import mixtral
 
 Header = tuple[str, str, tuple[int, ...]]
 
@@ -67,80 +69,70 @@ def values(plan: Plan) -> dict[str, Any]:
 EPS = st.floats(1e-9, 1e-2)
 THETA = st.none() | st.floats(1.0, 1e8)
 HEADS = st.tuples(st.integers(1, 4), st.integers(1, 4))  # key/value heads, queries for each
-SIZE = st.integers(1, 90)
+HALF, SIZE, LAYERS = st.integers(1, 9), st.integers(1, 90), st.integers(1, 3)
 
 
 @st.composite
-def mistral(draw: st.DrawFn) -> Mistral:
+def mistrals(draw: st.DrawFn) -> Original:
     kv, each = draw(HEADS)
-    return Mistral(
-        dim=draw(SIZE),
-        layers=draw(st.integers(1, 3)),
-        head_dim=2 * draw(st.integers(1, 9)),
-        ffn=draw(SIZE),
-        heads=kv * each,
-        kv_heads=kv,
-        eps=draw(EPS),
-        vocab=draw(SIZE),
-        theta=draw(THETA),
-        window=draw(st.none() | SIZE),
-    )
+    sizes = (draw(SIZE), draw(LAYERS), 2 * draw(HALF), draw(SIZE), kv * each, kv, draw(SIZE))
+    return mistral(*sizes, eps=draw(EPS), theta=draw(THETA), window=draw(st.none() | SIZE))
 
 
 @st.composite
-def mixtral(draw: st.DrawFn) -> Mixtral:
+def mixtrals(draw: st.DrawFn) -> Original:
     kv, each = draw(HEADS)
-    experts, named = draw(st.integers(1, 5)), draw(st.booleans())
-    head = 2 * draw(st.integers(1, 9))
-    return Mixtral(
-        form=draw(st.sampled_from(("A", "B", "C"))),
-        dim=kv * each * head if named else draw(SIZE),  # such files leave the width of a head out
-        layers=draw(st.integers(1, 3)),
-        head_dim=head,
-        ffn=draw(SIZE),
-        heads=kv * each,
-        kv_heads=kv,
-        eps=draw(EPS),
-        vocab=draw(SIZE),
-        experts=experts,
-        chosen=draw(st.integers(1, experts)),
+    head, named, experts = 2 * draw(HALF), draw(st.booleans()), draw(st.integers(1, 5))
+    width = kv * each * head if named else draw(SIZE)  # such files leave the width of a head out
+    made = mixtral(
+        draw(st.sampled_from(("A", "B", "C"))),
+        *(width, draw(LAYERS), head, draw(SIZE), kv * each, kv, draw(SIZE)),
         theta=draw(THETA),
         hf_keys=named,
     )
+    chosen = draw(st.integers(1, experts))
+    if named:
+        told = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+    else:
+        told = {"moe": {"num_experts": experts, "num_experts_per_tok": chosen}}
+    return replace(made, params={**made.params, **told}, sizes={**made.sizes, "e": experts})
 
 
 @st.composite
-def llama(draw: st.DrawFn) -> Llama:
+def llamas(draw: st.DrawFn) -> Original:
     kv, each = draw(HEADS)
-    style = draw(st.sampled_from(("1", "2", "code", "3")))
-    scaled = style == "3" and draw(st.booleans())
-    return Llama(
-        style=style,
-        dim=kv * each * 2 * draw(st.integers(1, 9)),
-        layers=draw(st.integers(1, 3)),
-        heads=kv * each,
+    style = draw(st.sampled_from(STYLES))
+    return llama(
+        style,
+        kv * each * 2 * draw(HALF),
+        draw(LAYERS),
+        kv * each,
+        draw(SIZE),
+        draw(st.integers(1, 64)),
+        draw(EPS),
         kv_heads=kv if each > 1 or draw(st.booleans()) else None,
-        vocab=draw(SIZE),
-        multiple_of=draw(st.integers(1, 64)),
         multiplier=draw(st.none() | st.floats(0.5, 2)),
-        eps=draw(EPS),
         theta=draw(THETA) if style in ("code", "3") else None,
-        scaled=scaled,
+        scaled=style == "3" and draw(st.booleans()),
         dtype="F16" if style == "1" else "BF16",
     )
 
 
-DOWNLOADS = {"mistral": mistral(), "mixtral": mixtral(), "llama": llama()}
+STYLES: tuple[Style, ...] = ("1", "2", "code", "3")
+DOWNLOADS = {"mistral": mistrals(), "mixtral": mixtrals(), "llama": llamas()}
 
 
-def same_numbers(said: Mapping[str, Any], again: Mapping[str, Any], model: Any) -> None:
+def same_numbers(name: str, original: Original, again: Mapping[str, Any]) -> None:
     """`again`, written from config.json, says what the original's document said."""
+    said = original.params
     for key in said.keys() & again.keys() - {"multiple_of", "ffn_dim_multiplier"}:
         assert again[key] == said[key] or said[key] == -1, key
-    if isinstance(model, Llama):  # another pair may stand for the same width
-        assert width_of(model.dim, again["multiple_of"], again.get("ffn_dim_multiplier")) == model.ffn
-        assert again.get("use_scaled_rope", False) == model.scaled
-        assert again.get("n_kv_heads", model.heads) == (model.kv_heads or model.heads)
+    if name == "llama":  # another pair may stand for the same width
+        dim, heads = said["dim"], said["n_heads"]
+        width = width_of(dim, again["multiple_of"], again.get("ffn_dim_multiplier"))
+        assert width == original.sizes["f"]
+        assert again.get("use_scaled_rope", False) == said.get("use_scaled_rope", False)
+        assert again.get("n_kv_heads", heads) == said.get("n_kv_heads", heads)
 
 
 @pytest.mark.parametrize("name", DOWNLOADS)
@@ -149,18 +141,16 @@ def test_numbers_are_read_back_from_what_was_written(name: str) -> None:
 
     @settings(max_examples=30, deadline=None)
     @given(DOWNLOADS[name])
-    def check(model: Any) -> None:
-        original = model.original()
+    def check(original: Original) -> None:
         with TemporaryDirectory() as made:
             folder = Path(made)
             said = {"params.json": json.dumps(original.params).encode()}
-            download = opened({f: list(rows) for f, rows in original.headers.items()}, said, folder / "a")
-            there = own.plan(download, Options())
+            there = own.plan(opened(original.headers, said, folder / "a"), Options())
             back = own.plan_original(output(there, folder / "b"), Options())
             again = own.plan(output(back, folder / "c"), Options())
             once_more = own.plan_original(output(again, folder / "d"), Options())
         assert values(again) == values(there)
         assert params(once_more) == params(back)
-        same_numbers(original.params, params(back), model)
+        same_numbers(name, original, params(back))
 
     check()

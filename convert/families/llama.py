@@ -92,21 +92,15 @@ def scaling(known: Known) -> Value | None:
 def scaling_can_be_said(known: Known, found: Value) -> Value:
     """params.json has one bit for the scaling: on the way back all but the factor must be what Llama 3.1's
     code has."""
-    if found.value is None:
-        return found
     block: Mapping[str, object] = found.value if isinstance(found.value, dict) else {}
-    if not known.back:
-        if not isinstance(found.value, dict):
-            known.refuse("bad-config", "expected an object or null, found neither", "rope_scaling")
-        return found
-    said = block.get("rope_type", block.get("type")) == "llama3" and block.get("factor") in (8, 32)
-    if not said or any(block.get(k) != v for k, v in SCALING.items()):
+    kind, factor = block.get("rope_type", block.get("type")), block.get("factor")
+    meta = kind == "llama3" and factor in (8, 32) and all(block.get(k) == v for k, v in SCALING.items())
+    if found.value is not None and known.back and not meta:
         values = ", ".join(f"{k} {v:g}" for k, v in SCALING.items())
-        message = (
-            f"expected rope_type llama3 with factor 8 or 32, {values} (all that params.json can say), "
-            "found another scaling"
-        )
-        known.refuse("unsupported", message, "rope_scaling")
+        message = f"expected rope_type llama3 with factor 8 or 32, {values} (all that params.json can say), "
+        known.refuse("unsupported", f"{message}found another scaling", "rope_scaling")
+    elif found.value is not None and not isinstance(found.value, dict):
+        known.refuse("bad-config", "expected an object or null, found neither", "rope_scaling")
     return found
 
 
