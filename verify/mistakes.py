@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
-from ckpt_tool.convert.facts import class_of
-from ckpt_tool.convert.facts_classes import CLASSES, Class
+from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
@@ -217,7 +217,7 @@ def to_plant(
 
 def _class_of(config: Mapping[str, Any]) -> Class:
     """What the class of the converted model says of its tensors."""
-    return CLASSES.get(class_of(config) or "", Class("", {}, {}))
+    return classes().get(class_of(config) or "", Class("", {}, {}))
 
 
 def _perturbed(names: Iterable[str], kind: Class) -> list[Change]:
