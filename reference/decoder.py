@@ -22,11 +22,13 @@ from torch import Tensor
 from ckpt_tool.reference.blocks import (
     VERSION_2,
     Expert,
+    activate,
     affine,
     all_reduce,
     capped,
     gated,
     join_words,
+    layer_norm,
     mixture,
     products,
     rms_norm,
@@ -43,8 +45,8 @@ from ckpt_tool.reference.rope import RopeScaling, turns
 
 @dataclass(frozen=True)
 class Names:
-    """Of one layout. Those of a layer follow `block`, its number and a dot. `qkv` and `units` are stems: one
-    of a fused tensor or one for each of its parts."""
+    """Of one layout. Those of a layer follow `block`, its number and a dot. Words and output are whole names,
+    the others stems, before "weight" and "bias"; `qkv` and `units` have one for each part, or one of all."""
 
     word: str
     block: str
@@ -52,7 +54,7 @@ class Names:
     qkv: tuple[str, ...]
     out: str
     norm_2: str
-    units: tuple[str, ...]  # gate, then up
+    units: tuple[str, ...]  # gate, then up, or those that have no gate
     down: str
     final_norm: str
     output: str  # the words themselves where they are the output layer too
@@ -73,13 +75,17 @@ class Config:
     windows: tuple[int | None, ...]
     names: Names = field(repr=False)
     neighbours: bool = True  # a turned pair is two channels beside each other, not half a head apart
-    biased: bool = False  # query, key and value have a bias
+    turned: int | None = None  # channels of each head; else all
+    biased: tuple[str, ...] = ()  # which have biases: "qkv", "out" and "units", with the projection down
     head_norms: tuple[str, ...] = ()  # of query and key, which are normalised head by head before they turn
     n_words: int | None = None  # rows of the vocabulary that count; those after are padding
     n_experts: int = 0
     n_experts_per_token: int = 0
     stacked: bool = False  # all experts of a layer in one tensor
-    activation: str = "silu"  # of the gates
+    activation: str = "silu"
+    gated: bool = True  # two sets of units, of which one opens and closes the other
+    parallel: bool = False  # both branches start from the same
+    layer_norms: bool = False  # with the mean taken off, and a bias
     from_zero: bool = False  # norms store their weight less one
     word_scale: float = 1.0  # rounded to the dtype of the words
     query_scalar: float | None = None  # scores are divided by the root of this, or of the width of a head
@@ -109,14 +115,16 @@ def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
     """Each rank normalises with its own copy of the norm weights, as it does in the originals."""
     p, n, S = f"{c.names.block}{i}.", c.names, len(ranks)
     y = all_reduce(attention(norm(x, w, p + n.norm_1, c), w, p, i, c, S) for w in ranks)
-    x = x + (norm(y, ranks[0], p + n.after[0], c) if n.after[0] else y)
-    branch = experts if c.n_experts else feed_forward
+    attended = x + (norm(y, ranks[0], p + n.after[0], c) if n.after[0] else y)
+    x, branch = x if c.parallel else attended, experts if c.n_experts else feed_forward
     y = all_reduce(branch(norm(x, w, p + n.norm_2, c), w, p, c) for w in ranks)
-    return x + (norm(y, ranks[0], p + n.after[1], c) if n.after[1] else y)
+    return attended + (norm(y, ranks[0], p + n.after[1], c) if n.after[1] else y)
 
 
-def norm(x: Tensor, w: Mapping[str, Tensor], name: str, c: Config) -> Tensor:
-    return rms_norm(x, w[name], c.norm_eps, c.from_zero)
+def norm(x: Tensor, w: Mapping[str, Tensor], stem: str, c: Config) -> Tensor:
+    if c.layer_norms:
+        return layer_norm(x, w, stem, c.norm_eps)
+    return rms_norm(x, w[stem + "weight"], c.norm_eps, c.from_zero)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -130,17 +138,18 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, i: int, c: Config, S: 
     q, k, v = project(x, w, p, c, S)
     if c.head_norms:
         q, k = (norm(y, w, p + n, c) for y, n in zip((q, k), c.head_norms, strict=True))
-    turned = turns(x, c.rope_theta, c.head_dim, c.rope_scaling)
+    turned = turns(x, c.rope_theta, c.turned or c.head_dim, c.rope_scaling)
     rotate = rotate_neighbours if c.neighbours else rotate_halves
     q, k = (rotate(y, turned).to(x.dtype) for y in (q, k))
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
     scores = capped(products(q, k) / math.sqrt(c.query_scalar or c.head_dim), c.score_cap)
-    return weigh(scores, v, visible(x, window=c.windows[i]), -math.inf) @ w[p + c.names.out].T
+    y = weigh(scores, v, visible(x, window=c.windows[i]), -math.inf)
+    return affine(y, w, p + c.names.out, "out" in c.biased)
 
 
 def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, T, N/S, H), keys and values (B, T, K/S, H). With K < S ranks share a key and a value."""
-    made = [affine(x, w, p + n, c.biased) for n in c.names.qkv]
+    made = [affine(x, w, p + stem, "qkv" in c.biased) for stem in c.names.qkv]
     if len(made) == 1:
         return split_fused(made[0], c.n_heads // S, c.n_kv_heads // S, VERSION_2)
     q, k, v = (y.view(*y.shape[:2], -1, c.head_dim) for y in made)
@@ -150,9 +159,14 @@ def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> tu
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
     """The part of the sum over hidden units that this rank's F/S units contribute: (B, T, D). A fused tensor
     has the gates of its units, then their ups."""
-    made = [x @ w[p + name].T for name in c.names.units]
-    gate, up = made[0].chunk(2, dim=-1) if len(made) == 1 else made
-    return gated(gate, up, c.activation) @ w[p + c.names.down].T
+    biased = "units" in c.biased
+    made = [affine(x, w, p + stem, biased) for stem in c.names.units]
+    if c.gated:
+        gate, up = made[0].chunk(2, dim=-1) if len(made) == 1 else made
+        y = gated(gate, up, c.activation)
+    else:
+        y = activate(made[0], c.activation)
+    return affine(y, w, p + c.names.down, biased)
 
 
 def experts(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:

@@ -8,26 +8,25 @@ meta-llama/llama-models @43e87a37 (3.x).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 from ckpt_tool.reference import decoder
 from ckpt_tool.reference.decoder import Names, embed, forward, head, layer, phases
-from ckpt_tool.reference.facts import Shapes, fact, misshapen, refuse, settings
+from ckpt_tool.reference.facts import Shapes, fact, settings
 from ckpt_tool.reference.rope import RopeScaling
 
-__all__ = ["Config", "RopeScaling", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 NAMES = Names(
     word="tok_embeddings.weight",
     block="layers.",
-    norm_1="attention_norm.weight",
+    norm_1="attention_norm.",
     qkv=("attention.wq.", "attention.wk.", "attention.wv."),
-    out="attention.wo.weight",
-    norm_2="ffn_norm.weight",
-    units=("feed_forward.w1.weight", "feed_forward.w3.weight"),
-    down="feed_forward.w2.weight",
-    final_norm="norm.weight",
+    out="attention.wo.",
+    norm_2="ffn_norm.",
+    units=("feed_forward.w1.", "feed_forward.w3."),
+    down="feed_forward.w2.",
+    final_norm="norm.",
     output="output.weight",
 )
 
@@ -48,40 +47,28 @@ def numbers(params: Mapping[str, Any], overrides: Mapping[str, Any], theta: floa
     }
 
 
-@dataclass(frozen=True)
 class Config(decoder.Config):
     @classmethod
     def from_original(
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
         """`params` is params.json, `shapes` those of rank 0, `overrides` facts from the user under their
-        Hugging Face names, which win. ValueError for what none of them tells or where they disagree."""
+        Hugging Face names, which win. ValueError for what none of them tells."""
         params, overrides = params.get("model", params), settings(overrides)  # some exports nest params
-        made = numbers(params, overrides, _default_theta(params, shapes, ranks))
-        N, K = made["n_heads"], made["n_kv_heads"]
+        # Llama 1 and 2 have 10000 in the code and Code Llama as default, Llama 3's code defaults to 500000;
+        # only Llama 3 has 128256 words or knows `use_scaled_rope`.
+        words = shapes.get("output.weight", (0,))[0] * ranks
+        theta = 500000.0 if words == 128256 or "use_scaled_rope" in params else 10000.0
+        made = numbers(params, overrides, theta)
         scaling = _rope_scaling(params, overrides, made["dim"], made["n_layers"])
-        c = cls(**made, windows=(None,) * made["n_layers"], rope_scaling=scaling)
-        if N % ranks or N % K or (K % ranks and ranks % K):
-            raise ValueError(f"expected head counts that {ranks} ranks can share, found {N} and {K}")
-        rows = {"wq": N // ranks, "wk": max(1, K // ranks)}
-        wanted = {f"layers.0.attention.{n}.weight": (r * c.head_dim, c.dim) for n, r in rows.items()}
-        refuse(misshapen(shapes, wanted))
-        return c
-
-
-def _default_theta(params: Mapping[str, Any], shapes: Shapes, ranks: int) -> float:
-    """Llama 1 and 2 have 10000 in the code and Code Llama as default, Llama 3's code defaults to 500000; only
-    Llama 3 has 128256 words or knows `use_scaled_rope`."""
-    words = shapes.get("output.weight", (0,))[0] * ranks
-    return 500000.0 if words == 128256 or "use_scaled_rope" in params else 10000.0
+        return cls(**made, windows=(None,) * made["n_layers"], rope_scaling=scaling)
 
 
 def _rope_scaling(
     params: Mapping[str, Any], overrides: Mapping[str, Any], dim: int, n_layers: int
 ) -> RopeScaling | None:
     if "rope_scaling" in overrides:
-        given = overrides["rope_scaling"]
-        return None if given is None else RopeScaling.from_hf(given, overrides.get("max_position_embeddings"))
+        return RopeScaling.from_hf(overrides["rope_scaling"] or {}, overrides.get("max_position_embeddings"))
     if not params.get("use_scaled_rope", False):
         return None
     # params.json has no factor. Meta's code says 8 for every model, but 3.2 1B and 3B were trained with 32

@@ -6,10 +6,7 @@ files of different tensors, stacks all experts of a layer in one: `block_sparse_
 ml-explore/mlx-examples @1120adab). The files of one download together are one mapping.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 from ckpt_tool.reference import mistral
@@ -19,7 +16,6 @@ from ckpt_tool.reference.facts import Shapes, fact
 __all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 
-@dataclass(frozen=True)
 class Config(mistral.Config):
     @classmethod
     def from_original(

@@ -484,18 +484,17 @@ MUTANTS = {
     ),
     "rotate_halves, rotate: the last channels of a head": Mutant(
         "gpt-neox",
-        ("gpt_neox.attention", "rotate_halves(y, turned)", "rotate_halves(y.flip(-1), turned).flip(-1)"),
+        ("blocks.rotate_halves", "y, R = wide(x)", "y, R = wide(x).flip(-1)"),
         ("hf_blocks.rotate", "    R =", "    x = x.flip(-1)\n    R ="),
-        (("hf_blocks.rotate", "x[..., R:]], dim=-1)", "x[..., R:]], dim=-1).flip(-1)"),),
     ),
     "side by side: in turn": Mutant(
         "gpt-neox",
-        ("gpt_neox.layer", "x if c.parallel else y", "y"),
+        ("decoder.layer", "x if c.parallel else attended", "attended"),
         ("hf_gpt_neox.layer", "x if c.parallel else attended + x", "attended + x"),
     ),
     "fused for each head: key and value exchanged": Mutant(
         "gpt-neox",
-        ("gpt_neox.attention", "q, k, v = split_fused", "q, v, k = split_fused"),
+        ("decoder.attention", "q, k, v = project", "q, v, k = project"),
         ("hf_gpt_neox.attention", "q, k, v = fused", "q, v, k = fused"),
     ),
     "route: one expert more": Mutant(
