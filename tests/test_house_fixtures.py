@@ -29,10 +29,10 @@ def test_a_familys_variants_are_found_by_its_file() -> None:
 
 def test_a_file_more_is_a_family_more(tmp_path: Path) -> None:
     (tmp_path / "zephyr_one.py").write_text(
-        "from ckpt_tool.fixtures.published import LAYER, Published, decoder, published\n"
+        "from ckpt_tool.fixtures.published import LAYER, Published, decoder, variant\n"
         "from ckpt_tool.fixtures.shapes import sized\n"
         "config = sized('idnkfv', 2, 12, 3, 1, 20, 30) | {'torch_dtype': 'float32'}\n"
-        "VARIANTS = (published('zephyr-one', 'zephyr', 'one', Published(decoder(LAYER), config)),)\n"
+        "VARIANTS = (variant('zephyr-one', 'zephyr', 'one', Published(decoder(LAYER), config)),)\n"
     )
     code = (
         "from pathlib import Path\n"
