@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,43 @@ def test_no_family_knows_another_but_by_name() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ckpt_tool.convert.families.")
     }
     assert known == set()
+
+
+MAY_IMPORT = ("ckpt_tool.convert.layout", "ckpt_tool.convert.numbers", "ckpt_tool.convert.dialects")
+
+
+def test_a_family_knows_the_layout_its_numbers_and_dialects_only() -> None:
+    odd = {
+        path
+        for path, tree in modules("convert/families")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ckpt_tool")
+        if not (node.module or "").startswith(MAY_IMPORT)
+    }
+    walking = {f"convert/families/megatron_{name}.py" for name in ("bert", "gpt2")}
+    assert odd - {"convert/families/__init__.py"} <= walking
+
+
+def test_no_family_is_named_where_any_family_is_converted() -> None:
+    """As a word of a string; docstrings say which models a fact is known from."""
+    odd = {
+        path
+        for path, tree in modules("convert")
+        if not path.startswith("convert/families/")
+        for text in _texts(tree)
+        if any(re.search(rf"(?<![\w-]){name}(?![\w-])", text) for name in FAMILIES)
+    }
+    assert odd <= {"convert/dialects/megatron_core.py", "convert/facts_classes.py"}
+
+
+def _texts(tree: ast.AST) -> Iterator[str]:
+    """The strings of a module that are no docstrings."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    first = [n.body[0] for n in ast.walk(tree) if isinstance(n, owners) and n.body]
+    docstrings = {id(n.value) for n in first if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
 
 
 def test_functions_fit_on_a_page() -> None:
