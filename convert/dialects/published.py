@@ -193,18 +193,17 @@ class Published:
 
     name: str
     title: str  # as people call it
-    architectures: Mapping[str, str]  # model_type -> class of the model
     classes: Mapping[str, Class]
     fields: Mapping[str, Field]
-    axes: Mapping[str, Size]
     rows: Callable[[Known], Sequence[Rule]]
     told_by: str
+    axes: Mapping[str, Size] = field(default_factory=lambda: AXES)
     layer: str = r"model\.layers\.(\d+)\."  # finds a layer's number in a name
     never: str = ""
     why: str = ""
     words: str = "model.embed_tokens.weight"
     head: str | None = "lm_head.weight"  # None: it is among the rows
-    ignored: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=lambda: FREQUENCIES)
     container: str = "safetensors"  # of the way back, unless it is known
     generic: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, str] = field(default_factory=dict)
@@ -217,6 +216,11 @@ class Published:
     @property
     def model_type(self) -> str:
         return next(iter(self.classes))
+
+    @property
+    def architectures(self) -> dict[str, str]:
+        """The class of the model by model_type."""
+        return {m: f"{c.name.removesuffix('Config')}ForCausalLM" for m, c in self.classes.items()}
 
 
 def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said: Any) -> Family:
@@ -243,7 +247,7 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
 # --- fields and rows that many decoders have ------------------------------------------------------------
 
 T = "model.layers.{i}."
-FREQUENCIES = {
+FREQUENCIES: Mapping[str, str] = {
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta",
 }
 AXES: dict[str, Size] = {
@@ -281,9 +285,9 @@ SCALING = anything("rope_scaling", silent=given(None, "absent"))
 TIED = flag("tie_word_embeddings", rule=None)
 
 
-def theta(usual: str) -> Field:
-    """The default of no class is that of its published models, so it is asked for."""
-    return number("rope_theta", ask=f"the base of the rotary frequencies, {usual} in published models")
+# The default of few classes is that of the published models, so it is asked for.
+THETA = number("rope_theta", ask="the base of the rotary frequencies")
+FIELDS = (*COUNTS, EPSILON, THETA, SCALING, TIED)
 
 
 def same(name: str, pattern: str) -> Rule:
@@ -305,6 +309,18 @@ def attention(*, biases: bool = False) -> tuple[Rule, ...]:
 def weights(*names: str, pattern: str = "d") -> tuple[Rule, ...]:
     """Those called `NAME.weight`, of one shape."""
     return tuple(same(f"{name}.weight", pattern) for name in names)
+
+
+def decoder(*own: Rule) -> Callable[[Known], tuple[Rule, ...]]:
+    """The rows of a decoder with gated feed-forward and two norms a layer: `own` are those of its attention,
+    and what else it has."""
+    made = (
+        *weights("model.embed_tokens", pattern="v d"),
+        *weights(f"{T}input_layernorm", f"{T}post_attention_layernorm", "model.norm"),
+        *own,
+        *GATED,
+    )
+    return lambda _: made
 
 
 GATED = (

@@ -235,7 +235,6 @@ FAMILY = published.family(
     name="codegen",
     title="CodeGen 1",
     summary="CodeGen 1 350M to 16B (nl, multi, mono): tar.gz or folder of pytorch_model.bin; also to GPT-J",
-    architectures={"codegen": "CodeGenForCausalLM", "gptj": "GPTJForCausalLM"},
     classes={"codegen": CLASS, "gptj": replace(CLASS, name="GPTJConfig")},
     targets={"gptj": "gptj"},
     fields=FIELDS,

@@ -76,7 +76,6 @@ FAMILY = published.family(
     name="gpt-neox",
     title="GPT-NeoX",
     summary="GPT-NeoX 20B, Pythia, RedPajama-INCITE: .bin or safetensors in any sharding",
-    architectures={"gpt_neox": "GPTNeoXForCausalLM"},
     classes={"gpt_neox": CLASS},
     fields=by_name(
         map(count, COUNTS),

@@ -24,6 +24,7 @@ from ckpt_tool.convert.numbers import (
     by_name,
     count,
     flag,
+    number,
     only,
     shown,
 )
@@ -83,7 +84,7 @@ def window(known: Known, use: Value) -> Value:
 FIELDS = by_name(
     published.COUNTS,
     published.EPSILON,
-    published.theta("1000000"),
+    number("rope_theta", ask="the base of the rotary frequencies, 1000000 in published models"),
     published.SCALING,
     only("hidden_act", "silu", "the only activation of Qwen2"),
     published.TIED,
@@ -98,7 +99,6 @@ FAMILY = published.family(
     name="qwen2",
     title="Qwen2",
     summary="Qwen1.5, Qwen2, Qwen2.5 (dense): .bin or safetensors in any sharding, and Megatron-Core ranks",
-    architectures={"qwen2": "Qwen2ForCausalLM"},
     classes={"qwen2": CLASS},
     fields=FIELDS,
     axes={**published.AXES, "h": head_width},
@@ -106,7 +106,6 @@ FAMILY = published.family(
     told_by="model.layers.0.self_attn.q_proj.bias",
     never="model.layers.0.self_attn.o_proj.bias",
     why="Hugging Face names with biases for query, key and value, as Qwen2's are",
-    ignored=published.FREQUENCIES,
     layouts={"mcore": megatron_core.LAYOUT},
     pools=True,
     vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),

@@ -7,16 +7,9 @@ Source: transformers 4.57.6 and 5.23.0 (models/qwen3), published config.json fil
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
+from ckpt_tool.convert.dialects.published import T, Vocabulary, attention, decoder, weights
 from ckpt_tool.convert.numbers import DECODER, LLAMA_SIZES, ROPE, Class, by_name, count, only
 
-ROWS = (
-    *weights("model.embed_tokens", pattern="v d"),
-    *weights(f"{T}input_layernorm", f"{T}post_attention_layernorm", "model.norm"),
-    *attention(),
-    *weights(f"{T}self_attn.q_norm", f"{T}self_attn.k_norm", pattern="h"),
-    *GATED,
-)
 SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128}
 CLASS = Class(
     "Qwen3Config",
@@ -31,21 +24,14 @@ FAMILY = published.family(
     name="qwen3",
     title="Qwen3",
     summary="Qwen3 0.6B to 32B (dense): .bin or safetensors in any sharding",
-    architectures={"qwen3": "Qwen3ForCausalLM"},
     classes={"qwen3": CLASS},
     fields=by_name(
-        published.COUNTS,
+        published.FIELDS,
         count("head_dim", ask="the width of a head, 128 in published models"),
-        published.EPSILON,
-        published.theta("1000000"),
-        published.SCALING,
         only("hidden_act", "silu", "the only activation of Qwen3"),
         only("attention_bias", False, "no published model has biases"),
-        published.TIED,
     ),
-    axes=published.AXES,
-    rows=lambda _: ROWS,
+    rows=decoder(*attention(), *weights(f"{T}self_attn.q_norm", f"{T}self_attn.k_norm", pattern="h")),
     told_by="model.layers.0.self_attn.q_norm.weight",
-    ignored=published.FREQUENCIES,
     vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )
