@@ -78,31 +78,12 @@ def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return final_norm(trunk(phases(ranks, c), ids), ranks, c)
 
 
-def base_model(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """The sequence itself."""
-    return y
-
-
-def sequence_classification(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """Logits (B, T, L) of every position, of which the class gives those `of_last_token`."""
-    return wide(linear(y, ranks[0], "score.", bias=False))
-
-
-def token_classification(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """Logits (B, T, L). Not in 4.37.2."""
-    return wide(linear(y, ranks[0], "score."))
-
-
-def question_answering(y: Tensor, ranks: Ranks, c: Config) -> tuple[Tensor, Tensor]:
-    """Not in 4.37.2."""
-    return span_logits(y, ranks[0])
-
-
-# What `encode` gives goes into each.
+# What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those
+# `of_last_token`. 4.37.2 knows the first three.
 HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
-    "base_model": base_model,
+    "base_model": lambda y, ranks, c: y,
     "causal_lm": lm_logits,
-    "sequence_classification": sequence_classification,
-    "token_classification": token_classification,
-    "question_answering": question_answering,
+    "sequence_classification": lambda y, ranks, c: wide(linear(y, ranks[0], "score.", bias=False)),
+    "token_classification": lambda y, ranks, c: wide(linear(y, ranks[0], "score.")),
+    "question_answering": lambda y, ranks, c: span_logits(y, ranks[0]),
 }

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,11 @@ def test_gpt_neox_ignores_the_names_of_others(made: Made) -> None:
         newer.theirs(**others),
     ):
         assert nmse(newer.judged["logits torch.float32"], newer.logits(reading)) <= 1e-10
+    silent = {k: v for k, v in older.config.items() if k not in own}
+    assert transformers.GPTNeoXConfig(**silent).rope_parameters["rope_theta"] == 10000.0
+    older = replace(older, config=silent)
+    for _, c in (older.ours(), older.theirs()):
+        assert (c.rope_theta, c.turned) == (1e4, 3)
 
 
 @pytest.mark.parametrize(
