@@ -1,4 +1,5 @@
-"""Qwen2 in Megatron-Core's GPT layout, which is trained over tensor-parallel ranks and pipeline stages.
+"""Gated decoders with biases for query, key and value in Megatron-Core's GPT layout, which are trained over
+tensor-parallel ranks and pipeline stages: another layout of a family that is published in Hugging Face's.
 
 linear_qkv holds, for each key/value head, the queries that share it, the key and the value; a rank holds
 whole groups. linear_fc1 of a rank holds the gates of its units, then their ups. The tables leave out what
@@ -11,8 +12,8 @@ Source: NVIDIA/Megatron-LM core_v0.9.0 (core/models/gpt, core/transformer), NVID
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
@@ -21,7 +22,9 @@ from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
+from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.numbers import Field, Known, by_name
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value, layer_count
@@ -50,7 +53,7 @@ FIELDS = {
 }
 DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 
-# Args of other values are of another model than Qwen2.
+# Args of other values are of another model.
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "swiglu": (True, None),
     "normalization": ("RMSNorm", None),
@@ -101,6 +104,44 @@ def table(shared: int, *, engine: bool, tied: bool, head: bool) -> tuple[Rule, .
     )
 
 
+@dataclass(frozen=True)
+class Core:
+    """A family whose models are trained in this layout. `config` is the class of its config.json, `fields`
+    are written there beside those that args say; those called `unsaid` must be empty, since args have no word
+    for them. A vocabulary of one of `published_rows`, padding included, is the published one, whose
+    `end_of_text` begins and ends a text."""
+
+    family: str
+    title: str  # as people call it
+    architecture: str
+    model_type: str
+    config: Class
+    fields: tuple[Field, ...] = ()
+    unsaid: tuple[str, ...] = ("rope_scaling",)
+    published_rows: tuple[int, ...] = ()
+    end_of_text: int = 0
+
+    def holds(self, names: Iterable[str]) -> bool:
+        return prefix_of(names) is not None
+
+    def recognise(self, names: Collection[str]) -> tuple[bool, str]:
+        p = prefix_of(names)
+        if f"{p}decoder.layers.0.self_attention.linear_qkv.bias" not in names:
+            why = "Megatron-Core names without biases for query, key and value, which "
+            return False, f"{why}{self.title} has"
+        if f"{p}decoder.layers.0.mlp.linear_fc1.bias" in names:
+            why = f"Megatron-Core names with biases in the feed-forward, which {self.title} has none of"
+            return False, why
+        return True, "Megatron-Core names with biases for query, key and value only"
+
+    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan:
+        return plan(self, checkpoint, options)
+
+    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
+        """`known` are the fields of the published layout, read from config.json."""
+        return plan_original(self, checkpoint, options, known)
+
+
 # --- the files ------------------------------------------------------------------------------------------
 
 
@@ -110,25 +151,16 @@ def prefix_of(names: Iterable[str]) -> str | None:
     return next((n.removesuffix(stem) for n in names if n.endswith(stem)), None)
 
 
-def recognise(names: set[str]) -> tuple[bool, str]:
-    p = prefix_of(names)
-    if f"{p}decoder.layers.0.self_attention.linear_qkv.bias" not in names:
-        return False, "Megatron-Core names without biases for query, key and value, which Qwen2 has"
-    if f"{p}decoder.layers.0.mlp.linear_fc1.bias" in names:
-        return False, "Megatron-Core names with biases in the feed-forward, which Qwen2 has none of"
-    return True, "Megatron-Core names with biases for query, key and value only"
-
-
 def engine_of(source: Source) -> bool:
     """Whether Transformer Engine holds the norms."""
     return f"decoder.layers.0.{NORMS[True][0]}" in source.tensors
 
 
-def open_ranks(checkpoint: Checkpoint) -> Source:
+def open_ranks(m: Core, checkpoint: Checkpoint) -> Source:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
-    own, why = recognise(set(checkpoint.names()))
+    own, why = m.recognise(set(checkpoint.names()))
     if not own:
-        fail("unsupported", f"expected Qwen2, found {why}", file=checkpoint.path.name)
+        fail("unsupported", f"expected {m.title}, found {why}", file=checkpoint.path.name)
     check_same_run(checkpoint)
     rows = grid(checkpoint)
     prefix = prefix_of(checkpoint.names()) or ""
@@ -280,35 +312,33 @@ def axes_of(sizes: Mapping[str, Value], rows: int) -> dict[str, int]:
 # --- to Hugging Face ------------------------------------------------------------------------------------
 
 FREE = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
-PUBLISHED_ROWS = (151936, 152064)
-END_OF_TEXT = 151643
 
 
-def plan(checkpoint: Checkpoint, options: Options) -> Plan:
+def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     if options.gqa is not None:
         message = "expected the Hugging Face layout, found Megatron-Core's"
         fail("usage", message, where="--gqa", hint="convert first, then pool the heads of what comes out")
-    download = open_ranks(checkpoint)
+    download = open_ranks(m, checkpoint)
     facts = Facts(download.told, "args", options.settings)
     sizes = dimensions(download, facts)
     rows = download.size(WORDS, 0)
     padded = sizes["vocab_size"] if rows is None else rows
-    why = "family qwen2"
+    why = f"family {m.family}"
     config: dict[str, Value] = {
-        "architectures": facts.fixed("architectures", ["Qwen2ForCausalLM"], why),
-        "model_type": facts.fixed("model_type", "qwen2", why),
+        "architectures": facts.fixed("architectures", [m.architecture], why),
+        "model_type": facts.fixed("model_type", m.model_type, why),
         "hidden_act": facts.fixed("hidden_act", "silu", "args: swiglu"),
         **sizes,
-        "use_sliding_window": facts.fixed("use_sliding_window", False, "Megatron-Core's GPT has no window"),
+        **Known(by_name(m.fields), facts, download, options).values(),
         "max_position_embeddings": facts.integer(
             "max_position_embeddings", "max_position_embeddings", ask="the longest text"
         ),
         "torch_dtype": dtype_value(download, options),
-        **{name: facts.like(name, v, "default of Qwen2Config") for name, v in FREE.items()},
+        **{name: facts.like(name, v, f"default of {m.config.name}") for name, v in FREE.items()},
     }
     ids = ("bos_token_id", "eos_token_id")
-    if padded.value in PUBLISHED_ROWS or set(ids) & facts.settings.keys():
-        end = Value(END_OF_TEXT, "rule: <|endoftext|> in every Qwen2 vocabulary")
+    if padded.value in m.published_rows or set(ids) & facts.settings.keys():
+        end = Value(m.end_of_text, f"rule: <|endoftext|> in every {m.title} vocabulary")
         config |= {name: facts.token_ids(name, rule=end) for name in ids}
     facts.check_settings({*config, *ids})
     facts.check()
@@ -325,7 +355,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         "engine": engine,
         "head": head,
     }
-    beside = Written("qwen2", config, [generation_config(config), *tokenizer], IGNORED, notes, kept)
+    beside = Written(m.family, config, [generation_config(config), *tokenizer], IGNORED, notes, kept)
     return to_hf(rows_of(sizes, padded.value, engine=engine, head=head), download, options, beside)
 
 
@@ -345,10 +375,9 @@ def rows_of(sizes: Mapping[str, Value], rows: int, *, engine: bool, head: bool) 
 # --- from Hugging Face ----------------------------------------------------------------------------------
 
 
-def plan_original(
-    checkpoint: Checkpoint, options: Options, download: Source, facts: Facts, sizes: Mapping[str, Value]
-) -> Plan:
+def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
+    facts, download, sizes = known.facts, known.source, known.values(known.made or None)
     once = kept_facts(checkpoint)
     asked = options.family_options.get("tensor_parallel") or (options.shards if options.shards > 1 else None)
     count = int(asked or once.get("tensor_parallel") or 1)
@@ -358,7 +387,7 @@ def plan_original(
     if once.get("tensor_parallel") == count and type(once.get("rows")) is int and once["rows"] >= words:
         rows = once["rows"]
     _check_shares(sizes, rows, count)
-    if sizes["rope_scaling"].value is not None or sizes["use_sliding_window"].value:
+    if any(sizes[name].value for name in m.unsaid):
         message = (
             "expected no scaled frequencies and no window, which the args written here do not say, found some"
         )
@@ -369,12 +398,12 @@ def plan_original(
     tied = bool(sizes["tie_word_embeddings"].value)
     files = [f"release/{folder_name(t, 0, False)}/{FILE}" for t in range(count)]
     dtype = options.dtype or download.dtype
-    args = arguments_of(sizes, length, rows, count, dtype)
+    args = arguments_of(m, sizes, length, rows, count, dtype)
     notes = []
     if rows != words:
         notes.append(f"{rows - words} rows of padding follow the {words} words; they repeat the first words")
     written = Written(
-        "qwen2",
+        m.family,
         args,
         [
             OutputDocument(TRACKER, b"release", "names the folder of the ranks"),
@@ -416,10 +445,10 @@ def _check_shares(sizes: Mapping[str, Value], rows: int, count: int) -> None:
 
 
 def arguments_of(
-    sizes: Mapping[str, Value], length: Value, rows: int, count: int, dtype: str
+    m: Core, sizes: Mapping[str, Value], length: Value, rows: int, count: int, dtype: str
 ) -> dict[str, Value]:
     """The pickled args, under the names of core_v0.9.0 (megatron/training/arguments.py)."""
-    of_qwen2 = "Qwen2's architecture"
+    architecture = f"{m.title}'s architecture"
     kv = sizes["num_key_value_heads"]
     return {
         "num_layers": sizes["num_hidden_layers"],
@@ -440,12 +469,12 @@ def arguments_of(
         "untie_embeddings_and_output_weights": Value(
             not sizes["tie_word_embeddings"].value, sizes["tie_word_embeddings"].source
         ),
-        "swiglu": Value(True, of_qwen2),
-        "normalization": Value("RMSNorm", of_qwen2),
-        "add_bias_linear": Value(False, of_qwen2),
-        "add_qkv_bias": Value(True, of_qwen2),
-        "position_embedding_type": Value("rope", of_qwen2),
-        "rotary_percent": Value(1.0, of_qwen2),
+        "swiglu": Value(True, architecture),
+        "normalization": Value("RMSNorm", architecture),
+        "add_bias_linear": Value(False, architecture),
+        "add_qkv_bias": Value(True, architecture),
+        "position_embedding_type": Value("rope", architecture),
+        "rotary_percent": Value(1.0, architecture),
         "tensor_model_parallel_size": Value(count, "ranks to write"),
         "pipeline_model_parallel_size": Value(1, "one stage"),
         "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),

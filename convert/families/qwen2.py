@@ -19,8 +19,10 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.dialects import consolidated as decoder
 from ckpt_tool.convert.dialects import megatron_core, published
 from ckpt_tool.convert.dialects.converted import kept_facts, read_config
+from ckpt_tool.convert.facts_classes import CLASSES
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.numbers import Known, only
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.source import Source, dtype_value, whole_tensors
@@ -60,12 +62,23 @@ def table(*, tied: bool, head: bool) -> tuple[Rule, ...]:
 
 RULES = table(tied=False, head=True)
 IGNORED = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta"}
+CORE = megatron_core.Core(
+    family="qwen2",
+    title="Qwen2",
+    architecture=ARCHITECTURE,
+    model_type="qwen2",
+    config=CLASSES["qwen2"],
+    fields=(only("use_sliding_window", False, "Megatron-Core's GPT has no window"),),
+    unsaid=("rope_scaling", "use_sliding_window"),
+    published_rows=(151936, 152064),
+    end_of_text=151643,
+)
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
     names = set(checkpoint.names())
-    if megatron_core.prefix_of(names) is not None:
-        return megatron_core.recognise(names)
+    if CORE.holds(names):
+        return CORE.recognise(names)
     if "model.layers.0.self_attn.q_proj.bias" not in names:
         why = "no model.layers.0.self_attn.q_proj.bias; these may be Hugging Face names of another model"
         return False, why
@@ -159,8 +172,8 @@ FIELDS = {a: f for a, f in decoder.FIELDS.items() if a in "nkdfv"}
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    if megatron_core.prefix_of(checkpoint.names()) is not None:
-        return megatron_core.plan(checkpoint, options)
+    if CORE.holds(checkpoint.names()):
+        return CORE.plan(checkpoint, options)
     own, why = recognise(checkpoint)
     if not own:
         fail("unsupported", f"expected Qwen2, found {why}", file=checkpoint.path.name)
@@ -204,7 +217,7 @@ def plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
         fail("usage", f"expected hf or mcore for family qwen2, found {form}", where="--form")
     download = whole_tensors(checkpoint, LAYER_NUMBER)
     if form == "mcore":
-        return megatron_core.plan_original(checkpoint, options, download, facts, sizes)
+        return CORE.plan_original(checkpoint, options, Known({}, facts, download, options, made=dict(sizes)))
     config = _config(facts, sizes, download, options)
     tied = bool(sizes["tie_word_embeddings"].value)
     apart = HEAD in download.tensors
