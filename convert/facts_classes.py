@@ -173,24 +173,24 @@ REFUSED = {
     "compression_config": "says that the tensors are packed",
 }
 
-_DECODER = {"is_decoder": "not read: always causal"}
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
-_GENERIC = {
+DECODER = {"is_decoder": "not read: always causal"}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
+GENERIC = {
     "hidden_size": ("n_embd",),
     "num_attention_heads": ("n_head",),
     "num_hidden_layers": ("n_layer",),
     "max_position_embeddings": ("n_positions",),
 }
-_GPT_NAMES = {own: (generic,) for generic, (own,) in _GENERIC.items()}
-_GPT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None}
-_SUMMARY = {
+GPT_NAMES = {own: (generic,) for generic, (own,) in GENERIC.items()}
+GPT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None}
+SUMMARY = {
     f"summary_{k}": "of a head that this architecture has not"
     for k in ("type", "use_proj", "activation", "first_dropout", "last_dropout", "proj_to_labels")
 }
-_TENSOR_PARALLEL = {"pretraining_tp": "the same sums in parts"}
+TENSOR_PARALLEL = {"pretraining_tp": "the same sums in parts"}
 
-_LLAMA_SIZES = {
+LLAMA_SIZES = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -202,8 +202,8 @@ _LLAMA_SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_MISTRAL_SIZES = {**_LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8}
-_GPT_SIZES = {
+MISTRAL_SIZES = {**LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8}
+GPT_SIZES = {
     "vocab_size": 50400,
     "n_embd": 4096,
     "n_layer": 28,
@@ -214,9 +214,9 @@ _GPT_SIZES = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": False,
 }
-_NOT_READ = {
-    **_SUMMARY,
-    **_DECODER,
+NOT_READ = {
+    **SUMMARY,
+    **DECODER,
     "n_ctx": "not read",
     "scale_attn_weights": "not read: always scaled",
     "gradient_checkpointing": TRAINING,
@@ -225,43 +225,43 @@ _NOT_READ = {
 CLASSES: dict[str, Class] = {
     "llama": Class(
         "LlamaConfig",
-        {**_LLAMA_SIZES, **_ROPE, "attention_bias": False, "mlp_bias": False},
-        {**_IDS, "max_position_embeddings": 2048},
-        idle={**_DECODER, **_TENSOR_PARALLEL},
+        {**LLAMA_SIZES, **ROPE, "attention_bias": False, "mlp_bias": False},
+        {**IDS, "max_position_embeddings": 2048},
+        idle={**DECODER, **TENSOR_PARALLEL},
     ),
     "mistral": Class(
         "MistralConfig",
-        {**_MISTRAL_SIZES, **_ROPE, "sliding_window": 4096},
-        {**_IDS, "max_position_embeddings": 131072},
-        idle=_DECODER,
+        {**MISTRAL_SIZES, **ROPE, "sliding_window": 4096},
+        {**IDS, "max_position_embeddings": 131072},
+        idle=DECODER,
     ),
     "mixtral": Class(
         "MixtralConfig",
         {
-            **_MISTRAL_SIZES,
-            **_ROPE,
+            **MISTRAL_SIZES,
+            **ROPE,
             "rope_theta": 1000000.0,
             "rms_norm_eps": 1e-5,
             "sliding_window": None,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        {**_IDS, "max_position_embeddings": 131072},
+        {**IDS, "max_position_embeddings": 131072},
         aliases={"num_local_experts": ("num_experts",)},
-        idle=_DECODER,
+        idle=DECODER,
     ),
     "qwen2": Class(
         "Qwen2Config",
         {
-            **_LLAMA_SIZES,
-            **_ROPE,
+            **LLAMA_SIZES,
+            **ROPE,
             "vocab_size": 151936,
             "intermediate_size": 22016,
             "num_key_value_heads": 32,
             "sliding_window": 4096,
         },
         {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 32768},
-        idle=_DECODER,
+        idle=DECODER,
         idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
         partial_windows=True,
     ),
@@ -280,17 +280,17 @@ CLASSES: dict[str, Class] = {
             "add_cross_attention": False,
             "tie_word_embeddings": True,
         },
-        {**_GPT_IDS, "n_positions": 1024},
-        aliases=_GPT_NAMES,
+        {**GPT_IDS, "n_positions": 1024},
+        aliases=GPT_NAMES,
         idle={
-            **_SUMMARY,
-            **_DECODER,
+            **SUMMARY,
+            **DECODER,
             "n_ctx": "not read",
             "reorder_and_upcast_attn": "the same sums in float32",
         },
     ),
-    "codegen": Class("CodeGenConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
-    "gptj": Class("GPTJConfig", _GPT_SIZES, {**_GPT_IDS, "n_positions": 2048}, _GPT_NAMES, _NOT_READ),
+    "codegen": Class("CodeGenConfig", GPT_SIZES, {**GPT_IDS, "n_positions": 2048}, GPT_NAMES, NOT_READ),
+    "gptj": Class("GPTJConfig", GPT_SIZES, {**GPT_IDS, "n_positions": 2048}, GPT_NAMES, NOT_READ),
     "opt": Class(
         "OPTConfig",
         {
@@ -308,7 +308,7 @@ CLASSES: dict[str, Class] = {
             "tie_word_embeddings": True,
         },
         {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 2048},
-        idle=_DECODER,
+        idle=DECODER,
     ),
     "megatron-bert": Class(
         "MegatronBertConfig",

@@ -10,14 +10,24 @@ user has to be asked.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_classes import DECODER as DECODER
+from ckpt_tool.convert.facts_classes import GPT_IDS as GPT_IDS
+from ckpt_tool.convert.facts_classes import GPT_NAMES as GPT_NAMES
+from ckpt_tool.convert.facts_classes import GPT_SIZES as GPT_SIZES
+from ckpt_tool.convert.facts_classes import IDS as IDS
+from ckpt_tool.convert.facts_classes import LLAMA_SIZES as LLAMA_SIZES
+from ckpt_tool.convert.facts_classes import NOT_READ as NOT_READ
+from ckpt_tool.convert.facts_classes import ROPE as ROPE
+from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
-from ckpt_tool.convert.plan import Options, Value
+from ckpt_tool.convert.plan import Options
+from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import Source, dtype_value
 
 MAX_LAYERS = 10_000
@@ -40,7 +50,7 @@ class Field:
     are looked for; `rule` and `silent` say what it means that neither the user nor the original's document,
     or config.json, says anything: None asks. `check` may refuse what was read, or make another value of it.
     `free` fields change nothing that is computed, `fixed` ones have one value in every model of the family;
-    `hidden` ones are read and not written to config.json."""
+    `hidden` ones are read and not written to config.json, and not looked for there either unless `told`."""
 
     name: str
     take: Callable[..., Value]
@@ -51,6 +61,7 @@ class Field:
     free: bool = False
     fixed: bool = False
     hidden: bool = False
+    told: bool = True
 
 
 def count(
@@ -85,6 +96,11 @@ def number(
 def flag(name: str, *keys: str, rule: Rule, silent: Rule | Default = DEFAULT, **more: Any) -> Field:
     """True or false."""
     return Field(name, Facts.boolean, more.pop("read", keys), rule, silent, **more)
+
+
+def token_ids(name: str, *keys: str, rule: Rule = None, silent: Rule | Default = None) -> Field:
+    """One token id, or a list of them."""
+    return Field(name, Facts.token_ids, keys, rule, silent)
 
 
 def anything(
@@ -138,6 +154,11 @@ def _dtype(known: Known) -> Value:
 DTYPE = Field("torch_dtype", lambda facts, name, *keys, rule: rule(), rule=_dtype, silent=_dtype)
 
 
+def shown(value: Any) -> str:
+    """A value in a message."""
+    return json.dumps(value, default=repr)[:40]
+
+
 def given(value: Any, why: str) -> Value:
     """A rule that always gives the same."""
     return Value(value, f"rule: {why}")
@@ -165,6 +186,8 @@ class Known:
     options: Options
     config: Class | None = None
     once: Mapping[str, Any] = field(default_factory=dict)
+    back: bool = False
+    target: str = ""  # model_type of the Hugging Face side
     made: dict[str, Value] = field(default_factory=dict)
 
     def value(self, name: str) -> Value:
@@ -192,7 +215,7 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return () if f.free else (f.name,)
+            return (f.name,) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:

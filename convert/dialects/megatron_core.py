@@ -377,7 +377,7 @@ def rows_of(sizes: Mapping[str, Value], rows: int, *, engine: bool, head: bool) 
 
 def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
-    facts, download, sizes = known.facts, known.source, known.values(known.made or None)
+    facts, download, sizes = known.facts, known.source, known.values(known.fields)
     once = kept_facts(checkpoint)
     asked = options.family_options.get("tensor_parallel") or (options.shards if options.shards > 1 else None)
     count = int(asked or once.get("tensor_parallel") or 1)

@@ -1,25 +1,46 @@
 """Originals that are in the Hugging Face layout already: config.json, whole tensors in one file or several,
 and tokenizer files. What is published under such names differs in containers, sharding, dtype, stale tensors
-and fields, and converting makes one canonical folder of all.
+and fields, and converting makes one canonical folder of all; the way back is one file.
+
+A family says which tensors it has (`Published`), and which of config.json's fields change what they compute;
+the other fields are carried as they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
-from ckpt_tool.convert.dialects.converted import GENERATION, generation_config
+from ckpt_tool.convert.dialects.converted import GENERATION, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_folder
+from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.numbers import (
+    DTYPE,
+    Check,
+    Class,
+    Field,
+    Known,
+    anything,
+    by_name,
+    count,
+    flag,
+    given,
+    number,
+    written,
+)
 from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
-from ckpt_tool.convert.source import Source
-from ckpt_tool.convert.weave import Table, Written, to_original
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.convert.source import whole_tensors
+from ckpt_tool.convert.tokenizers import tokenizer_documents
+from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
+from ckpt_tool.errors import CkptToolError, fail
 
 TOKENIZER = (
     "tokenizer.json",
@@ -82,6 +103,39 @@ def copied(files: Mapping[str, bytes]) -> list[OutputDocument]:
     return made
 
 
+def tokenizer_of(p: Published, known: Known) -> tuple[list[OutputDocument], list[str]]:
+    """The tokenizer files as they are, with notes; a family that was published without a tokenizer.json has
+    one made of vocab.json and merges.txt."""
+    files = tokenizer_files(known.source.checkpoint, known.options)
+    if p.added_tokens is None or "tokenizer.json" in files:
+        none = [] if files or p.added_tokens else ["the download has no tokenizer file; none was written"]
+        return copied(files), none
+    facts: dict[str, Any] = {
+        "padded_vocab_size": known["vocab_size"],
+        "n_positions": known["n_positions"],
+    }
+    notes: list[str] = []
+    if "added_tokens.json" in files:
+        facts["added_tokens"] = _added_tokens(files["added_tokens.json"])
+    else:
+        words = len(parse_object(files["vocab.json"], file="vocab.json")) if "vocab.json" in files else 0
+        added, notes = p.added_tokens(known.source.checkpoint.path.name, words)
+        facts |= {"added_tokens": added} if added else {}
+    result = tokenizer_documents(files, family=p.name, config=facts)
+    made = [OutputDocument(n, d, "the download's vocabulary") for n, d in result.documents.items()]
+    kept = [d for d in copied(files) if d.name == "added_tokens.json"]
+    return [*made, *kept], [*notes, *result.notes]
+
+
+def _added_tokens(data: bytes) -> dict[str, int]:
+    """Text to id; `bad-tokenizer` for anything else."""
+    name = "added_tokens.json"
+    found = parse_object(data, file=name, kind="bad-tokenizer")
+    if not all(type(v) is int and v >= 0 for v in found.values()):
+        fail("bad-tokenizer", "expected an id for each token, found something else", file=name)
+    return found
+
+
 def generation(checkpoint: Checkpoint, config: Mapping[str, Value]) -> OutputDocument:
     """generation_config.json as it is, or what a config stands for without one."""
     if GENERATION not in checkpoint.documents:
@@ -95,33 +149,277 @@ def _json(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, indent=2, ensure_ascii=True) + "\n").encode()
 
 
-def weight_file(options: Options, once: Mapping[str, Any], otherwise: str) -> str:
-    """The one file to write on the way back: `container` as asked for, else as it was."""
-    container = options.family_options.get("container", once.get("container", otherwise))
-    return "pytorch_model.bin" if container == "pth" else "model.safetensors"
-
-
 def container_of(checkpoint: Checkpoint) -> str:
     return "safetensors" if next(iter(checkpoint.files)).endswith(".safetensors") else "pth"
 
 
-def written(
-    family: str,
-    source: Source,
-    options: Options,
-    config: Mapping[str, Value],
-    ignored: Mapping[str, str],
-) -> Written:
-    """What goes beside the tensors in either direction, but for config.json."""
-    documents = [
-        generation(source.checkpoint, config),
-        *copied(tokenizer_files(source.checkpoint, options)),
+# --- what a family says of itself -----------------------------------------------------------------------
+
+
+class Layout(Protocol):
+    """Another layout that the same models are published in."""
+
+    def holds(self, names: Sequence[str]) -> bool: ...
+
+    def recognise(self, names: Sequence[str]) -> tuple[bool, str]: ...
+
+    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan: ...
+
+    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan: ...
+
+
+Size: TypeAlias = "str | Callable[[Known], int]"
+# (name of the download, words in vocab.json) -> tokens to add with their ids, notes
+AddedTokens = Callable[[str, int], tuple[Mapping[str, int], list[str]]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model under names of its own. `rows` are those of its tensors but the output layer; where that is,
+    and the embedding which it may share, say `head` and `words`. `axes` give the size of every axis: the
+    field behind it, or a function. `told_by` is a tensor that no other family has, `never` one that this has
+    not.
+
+    `classes` are the configurations by model_type, this family's own first; of the others, which compute the
+    same under other names, `targets` says what they are called in `--to`. `generic` are the names by which
+    the user may set a field too, `layouts` others that the models are published in, by the word in `--form`.
+    """
+
+    name: str
+    title: str  # as people call it
+    architectures: Mapping[str, str]  # model_type -> class of the model
+    classes: Mapping[str, Class]
+    fields: Mapping[str, Field]
+    axes: Mapping[str, Size]
+    rows: Callable[[Known], Sequence[Rule]]
+    told_by: str
+    layer: str = r"model\.layers\.(\d+)\."  # finds a layer's number in a name
+    never: str = ""
+    why: str = ""
+    words: str = "model.embed_tokens.weight"
+    head: str | None = "lm_head.weight"  # None: it is among the rows
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    container: str = "safetensors"  # of the way back, unless it is known
+    generic: Mapping[str, str] = field(default_factory=dict)
+    targets: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    added_tokens: AddedTokens | None = None  # of a tokenizer that is put together where there is none
+    derived: Callable[[Known], Mapping[str, Value]] = lambda _: {}  # numbers behind axes that no field has
+    notes: Callable[[Known], list[str]] = lambda _: []
+    kept: tuple[str, ...] = ()  # hidden fields that the way back asks for again
+
+    @property
+    def model_type(self) -> str:
+        return next(iter(self.classes))
+
+
+def family(*, summary: str, pools: bool = False, **said: Any) -> Family:
+    """The record of a family that is published like this; `said` are the parts of `Published`."""
+    p = Published(**said)
+    return Family(
+        name=p.name,
+        summary=summary,
+        architectures=tuple(p.architectures.values()),
+        recognise=partial(recognise, p),
+        plan=partial(plan, p),
+        plan_original=partial(plan_original, p),
+        targets=tuple(p.targets),
+        pools=pools,
+    )
+
+
+# --- fields and rows that many decoders have ------------------------------------------------------------
+
+T = "model.layers.{i}."
+FREQUENCIES = {
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta",
+}
+AXES: dict[str, Size] = {
+    "n": "num_attention_heads",
+    "k": "num_key_value_heads",
+    "h": "head_dim",
+    "d": "hidden_size",
+    "f": "intermediate_size",
+    "v": "vocab_size",
+}
+COUNTS = tuple(
+    count(name)
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+)
+EPSILON = number("rms_norm_eps", ask="the epsilon of the norms")
+SCALING = anything("rope_scaling", silent=given(None, "absent"))
+TIED = flag("tie_word_embeddings", rule=None)
+
+
+def theta(usual: str) -> Field:
+    """The default of no class is that of its published models, so it is asked for."""
+    return number("rope_theta", ask=f"the base of the rotary frequencies, {usual} in published models")
+
+
+def same(name: str, pattern: str) -> Rule:
+    """A tensor that stays as it is."""
+    return rule(name, name, pattern)
+
+
+def attention(*, biases: bool = False) -> tuple[Rule, ...]:
+    """The four projections of grouped attention; `biases` has all but the last."""
+    kinds = {"weight": "({a} h) d", "bias": "({a} h)"} if biases else {"weight": "({a} h) d"}
+    apart = [
+        same(f"{T}self_attn.{p}_proj.{kind}", pattern.format(a=a))
+        for p, a in (("q", "n"), ("k", "k"), ("v", "k"))
+        for kind, pattern in kinds.items()
     ]
-    return Written(family, config, documents, ignored)
+    return (*apart, same(f"{T}self_attn.o_proj.weight", "d (n h)"))
 
 
-def to_one_file(table: Table, source: Source, options: Options, beside: Written, file: str) -> Plan:
-    """The way back to an original that is one `file` with a config.json and tokenizer files of its own."""
-    beside = replace(beside, documents=[config_document(beside.config), *beside.documents])
-    homes = [(file, source.dtype)]
-    return to_original(table, source, options, beside, files=[file], homes=lambda _: homes)
+def weights(*names: str, pattern: str = "d") -> tuple[Rule, ...]:
+    """Those called `NAME.weight`, of one shape."""
+    return tuple(same(f"{name}.weight", pattern) for name in names)
+
+
+GATED = (
+    same(f"{T}mlp.gate_proj.weight", "f d"),
+    same(f"{T}mlp.up_proj.weight", "f d"),
+    same(f"{T}mlp.down_proj.weight", "d f"),
+)
+
+
+def divides(by: str, what: str = "") -> Check:
+    """A check that a field divides by another."""
+
+    def check(known: Known, found: Value) -> Value:
+        if found.value % known[by]:
+            message = f"expected {what or 'it'} {found.value} to divide by {by} {known[by]}, found a rest"
+            known.refuse("config-mismatch", message, by)
+        return found
+
+    return check
+
+
+# --- recognising and reading ----------------------------------------------------------------------------
+
+
+def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
+    names = set(checkpoint.names())
+    for layout in p.layouts.values():
+        if layout.holds(list(names)):
+            return layout.recognise(list(names))
+    if p.told_by not in names:
+        return False, f"no {p.told_by}; these may be Hugging Face names of another model"
+    found = model_type_of(checkpoint)
+    if found not in (None, p.model_type):
+        return False, f"Hugging Face names, but config.json is that of {found}"
+    if found is None and p.never in names:
+        return False, f"{p.never}, which {p.title} has not"
+    return True, p.why or f"{p.told_by} is of {p.title} alone"
+
+
+def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str, *, back: bool) -> Known:
+    """config.json and the tensors beside it, as the class of `model_type` reads them."""
+    own = {generic: name for name, generic in p.generic.items()}
+    settings = {own.get(k, k): v for k, v in options.settings.items()}
+    facts = read_config(checkpoint, settings, (p.architectures[model_type],), model_type=model_type)
+    source = whole_tensors(checkpoint, p.layer)
+    once = kept_facts(checkpoint) if back else {}
+    target = model_type if back else p.targets.get(options.family_options.get("architecture", ""))
+    named = target or p.model_type
+
+    def says(name: str, value: Any) -> Field:
+        why = "the layout asked for" if p.targets and not back else f"family {p.name}"
+        return written(name, lambda _: Value(value, why))
+
+    fields = by_name(
+        says("architectures", [p.architectures[p.model_type if back else named]]),
+        says("model_type", p.model_type if back else named),
+        p.fields.values(),
+    )
+    if "torch_dtype" not in fields:
+        fields |= {"torch_dtype": DTYPE}
+    return Known(fields, facts, source, options, p.classes[model_type], once, back=back, target=named)
+
+
+def config_of(p: Published, known: Known) -> dict[str, Value]:
+    """config.json as it is written; raises what was collected."""
+    config = known.values()
+    for name, f in known.fields.items():
+        if f.hidden:
+            known.value(name)
+    config |= carried(known.facts, config)
+    known.facts.check_settings({*config, *known.fields, *p.generic.values()})
+    known.facts.check()
+    return config
+
+
+def table_of(p: Published, known: Known) -> Table:
+    """The rows with the sizes of their axes. Where the output layer is stored though the config ties it, it
+    is compared with the embedding on the way to Hugging Face, and stays what it is on the way back."""
+    there, tied = p.head in known.source.tensors, bool(known["tie_word_embeddings"])
+    rows = list(p.rows(known))
+    if p.head is not None and (there or not tied or known.once.get("head")):
+        copy = tied and not (known.back and there)
+        rows.append(rule(p.head, p.words if copy else p.head, "v d", tied=copy))
+    numbers = {**known.values(), **p.derived(known)}
+    layers = next(v for n, v in numbers.items() if n in ("num_hidden_layers", "n_layer"))
+    sizes = {a: s(known) if callable(s) else int(numbers[s].value) for a, s in p.axes.items()}
+    behind = {a: s for a, s in p.axes.items() if isinstance(s, str)}
+    return Table(rows, sizes, behind, numbers, layers)
+
+
+# --- the two directions ---------------------------------------------------------------------------------
+
+
+def plan(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
+    for layout in p.layouts.values():
+        if layout.holds(checkpoint.names()):
+            return layout.plan(checkpoint, options)
+    own, why = recognise(p, checkpoint)
+    if not own:
+        fail("unsupported", f"expected {p.title}, found {why}", file=checkpoint.path.name)
+    known = read(p, checkpoint, options, p.model_type, back=False)
+    config = config_of(p, known)
+    documents, notes = tokenizer_of(p, known)
+    kept = {"container": container_of(checkpoint), **{n: known[n] for n in p.kept}}
+    if p.head is not None:
+        kept["head"] = p.head in known.source.tensors
+    beside = Written(
+        p.name,
+        config,
+        [generation(checkpoint, config), *documents],
+        p.ignored,
+        [*p.notes(known), *notes],
+        kept,
+    )
+    return to_hf(table_of(p, known), known.source, options, beside)
+
+
+def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
+    """The published layout in one file, or another: as `form` asks, else as the original was."""
+    said = model_type_of(checkpoint)
+    known = read(
+        p, checkpoint, options, said if said in p.classes and said is not None else p.model_type, back=True
+    )
+    if p.layouts:
+        form = options.family_options.get("form", known.once.get("form", "hf"))
+        if form not in ("hf", *p.layouts):
+            words = " or ".join(("hf", *p.layouts))
+            fail("usage", f"expected {words} for family {p.name}, found {form}", where="--form")
+        if form in p.layouts:
+            return p.layouts[form].plan_original(checkpoint, options, known)
+    config = config_of(p, known)
+    container = options.family_options.get("container", known.once.get("container", p.container))
+    file = "pytorch_model.bin" if container == "pth" else "model.safetensors"
+    documents = [
+        config_document(config),
+        generation(checkpoint, config),
+        *copied(tokenizer_files(checkpoint, options)),
+    ]
+    homes = [(file, known.source.dtype)]
+    beside = Written(p.name, config, documents, p.ignored)
+    return to_original(table_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)
