@@ -4,20 +4,21 @@ The same number is `rope_theta` in a file of transformers 4 and `rope_parameters
 window is a width and three other keys, an absent key stands for the default of the class. `read` gives each
 value once, under one name, and where the file says it; two files mean the same where their readings are
 equal. What a file says twice and differently is a `Contradiction`. How the values of a class are read, and
-which keys have none, is data (`convert.facts_classes`).
+which keys have none, is data that the families have (`convert.facts_classes.Class`).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ckpt_tool.convert.facts_classes import (
     ACTIVATIONS,
-    ARCHITECTURES,
     CLASSES,
     DEFAULTS,
     IDENTITY,
@@ -82,20 +83,32 @@ class Reading:
         return {**self.identity, **self.numbers}
 
 
+@cache
+def classes() -> Mapping[str, Class]:
+    """The configuration classes of all families by model_type."""
+    from ckpt_tool.convert.families import FAMILIES, family  # which import this module's parts
+
+    collected = {m: c for name in FAMILIES for m, c in family(name).classes.items()}
+    return {**CLASSES, **collected}
+
+
 def class_of(config: Mapping[str, Any]) -> str | None:
     """The model_type whose class reads this config: what it says, else what its architecture belongs to; None
     for one that is not known here."""
     said = config.get("model_type")
-    if isinstance(said, str) and said in CLASSES:
+    if isinstance(said, str) and said in classes():
         return said
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    return next((m for stem, m in ARCHITECTURES.items() if first.startswith(stem)), None)
+    for model_type, own in classes().items():
+        if re.match(rf"{own.name.removesuffix('Config')}(For|Model|LMHead|DoubleHeads)", first):
+            return model_type
+    return None
 
 
 def read(config: Mapping[str, Any], model_type: str) -> Reading:
     """What `config` says when the class of `model_type` reads it; KeyError for an unknown class."""
-    reader = _Reader(dict(config), CLASSES[model_type])
+    reader = _Reader(dict(config), classes()[model_type])
     return reader.read(model_type)
 
 
@@ -124,6 +137,21 @@ def shown(value: Any, limit: int = 200) -> str:
         except (TypeError, ValueError):
             text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config as transformers 4 spells it, which reads `rope_theta` and `rope_scaling`; 5 puts them into one
+    object, `rope_parameters`."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            rest.setdefault(name, rope[name])
+    rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
+    return rest
 
 
 class _Reader:
@@ -244,12 +272,14 @@ class _Reader:
         `rope_parameters` where that is empty, and `rope_theta` where the object has none."""
         self.used |= {"rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor"}
         old, new = self._object("rope_scaling"), self._object("rope_parameters")
-        for name, default in (("rope_theta", self.own.numbers["rope_theta"]), ("partial_rotary_factor", 1.0)):
+        for name, usual in (("rope_theta", None), ("partial_rotary_factor", 1.0)):
+            default = self.own.numbers.get(name, usual)
             paths = [f"rope_scaling.{name}"] if old.get(name) is not None else []
             paths += [f"rope_parameters.{name}"] if new.get(name) is not None else []
-            paths += (
-                [name] if self.config.get(name) is not None or (not paths and name in self.config) else []
-            )
+            for key in (*self.own.aliases.get(name, ()), name):
+                self.used.add(key)
+                if self.config.get(key) is not None or (not paths and key in self.config):
+                    paths.append(key)
             self.values[name] = self._one(name, paths, default)
         scalings = {"rope_scaling": self._scaling(old), "rope_parameters": self._scaling(new)}
         spoken = [k for k in scalings if self.config.get(k) is not None]
@@ -258,9 +288,9 @@ class _Reader:
         if len(spoken) == 2 and not same(scalings["rope_scaling"], scalings["rope_parameters"]):
             by = "read by transformers 4", "read by transformers 5"
             self.contradict("rope_scaling", ("rope_scaling", by[0]), ("rope_parameters", by[1]))
-        key = next((k for k in ("rope_scaling", "rope_parameters") if scalings[k] is not None), None)
-        if key is not None:
-            self.values["rope_scaling"] = Meaning(scalings[key], scalings[key], key)
+        said = next((k for k in ("rope_scaling", "rope_parameters") if scalings[k] is not None), None)
+        if said is not None:
+            self.values["rope_scaling"] = Meaning(scalings[said], scalings[said], said)
         else:
             where = spoken[-1] if spoken else "rope_scaling"
             absent = not spoken and "rope_scaling" not in self.config
@@ -330,10 +360,10 @@ class _Reader:
                 )
             )
             kinds = None
-        if not self.own.partial_windows:
+        if self.own.windows == "all":
             self._whole(width, kinds)
             return
-        on = self.config.get("use_sliding_window", False) is True
+        on = self.own.windows == "alternate" or self.config.get("use_sliding_window", False) is True
         slid = None if kinds is None else [i for i, k in enumerate(kinds) if k == "sliding_attention"]
         if not on or width.value is None:
             where = "sliding_window" if on else "use_sliding_window"
@@ -342,13 +372,16 @@ class _Reader:
             said = where in self.config
             self.values["sliding_window"] = Meaning(None, None, where, default=not said)
             return
-        first = self.config.get("max_window_layers", self.own.idle_numbers["max_window_layers"])
-        from_first = list(range(first, count)) if isinstance(first, int) and first >= 0 else []
-        where = "max_window_layers" if slid is None else "layer_types"
-        if slid is not None and "max_window_layers" in self.config and slid != from_first:
+        if self.own.windows == "alternate":
+            usual, where = list(range(0, count, 2)), "layer_types"
+        else:
+            first = self.config.get("max_window_layers", self.own.idle_numbers["max_window_layers"])
+            usual = list(range(first, count)) if isinstance(first, int) and first >= 0 else []
+            where = "max_window_layers" if slid is None else "layer_types"
+        if slid is not None and "max_window_layers" in self.config and slid != usual:
             by = "read by transformers 4.51 and later", "read by those before"
             self.contradict("layers with a window", ("layer_types", by[0]), ("max_window_layers", by[1]))
-        chosen = from_first if slid is None else slid
+        chosen = usual if slid is None else slid
         if not chosen:
             self.values["sliding_window"] = Meaning(None, None, where)
             return

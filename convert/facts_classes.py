@@ -25,13 +25,13 @@ class Class:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
-    partial_windows: bool = False  # some layers may have a window and others none
+    windows: str = "all"  # which layers have one, see `WINDOWS`
+    causal: bool = True  # a token sees those before it only
 
-    @property
-    def causal(self) -> bool:
-        """Whether a token sees those before it only."""
-        return self.name != "MegatronBertConfig"
 
+# Of the layers of a model with a window: all have it; those from max_window_layers on, if use_sliding_window;
+# every second one, the first included. `layer_types` may say otherwise but for the first kind.
+WINDOWS = ("all", "last", "alternate")
 
 IDENTITY = (
     "model_type",
@@ -43,19 +43,6 @@ IDENTITY = (
     "n_positions",
     "torch_dtype",
 )
-
-# Stem of an architecture -> model_type, for files that have no model_type.
-ARCHITECTURES = {
-    "Mistral": "mistral",
-    "Mixtral": "mixtral",
-    "Llama": "llama",
-    "Qwen2": "qwen2",
-    "GPT2": "gpt2",
-    "OPT": "opt",
-    "CodeGen": "codegen",
-    "GPTJ": "gptj",
-    "MegatronBert": "megatron-bert",
-}
 
 # Names of one function. Measured with transformers 5.23.0 in float64 over [-10, 10]: gelu_python is within
 # 1.8e-15 of gelu, gelu_pytorch_tanh within 8.9e-16 and gelu_fast within 9.2e-13 of gelu_new, swish is silu;
@@ -250,21 +237,6 @@ CLASSES: dict[str, Class] = {
         aliases={"num_local_experts": ("num_experts",)},
         idle=DECODER,
     ),
-    "qwen2": Class(
-        "Qwen2Config",
-        {
-            **LLAMA_SIZES,
-            **ROPE,
-            "vocab_size": 151936,
-            "intermediate_size": 22016,
-            "num_key_value_heads": 32,
-            "sliding_window": 4096,
-        },
-        {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 32768},
-        idle=DECODER,
-        idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
-        partial_windows=True,
-    ),
     "gpt2": Class(
         "GPT2Config",
         {
@@ -289,8 +261,6 @@ CLASSES: dict[str, Class] = {
             "reorder_and_upcast_attn": "the same sums in float32",
         },
     ),
-    "codegen": Class("CodeGenConfig", GPT_SIZES, {**GPT_IDS, "n_positions": 2048}, GPT_NAMES, NOT_READ),
-    "gptj": Class("GPTJConfig", GPT_SIZES, {**GPT_IDS, "n_positions": 2048}, GPT_NAMES, NOT_READ),
     "opt": Class(
         "OPTConfig",
         {
@@ -327,5 +297,6 @@ CLASSES: dict[str, Class] = {
             "tie_word_embeddings": True,
         },
         {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
+        causal=False,
     ),
 }

@@ -50,7 +50,8 @@ class Field:
     are looked for; `rule` and `silent` say what it means that neither the user nor the original's document,
     or config.json, says anything: None asks. `check` may refuse what was read, or make another value of it.
     `free` fields change nothing that is computed, `fixed` ones have one value in every model of the family;
-    `hidden` ones are read and not written to config.json, and not looked for there either unless `told`."""
+    `hidden` ones are read and not written to config.json, and not looked for there either unless `told`;
+    `spelled` are other names there."""
 
     name: str
     take: Callable[..., Value]
@@ -62,6 +63,7 @@ class Field:
     fixed: bool = False
     hidden: bool = False
     told: bool = True
+    spelled: tuple[str, ...] = ()
 
 
 def count(
@@ -215,7 +217,7 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (f.name,) if f.told and not f.free else ()
+            return (f.name, *f.spelled) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint import strict_json
+from ckpt_tool.convert.facts import one_rope
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, printable
 
@@ -39,7 +40,7 @@ class Facts:
     def __init__(self, document: Mapping[str, Any] | None, file: str, settings: Mapping[str, Any]) -> None:
         self.document = None if document is None else _flat(document)
         self.file = file
-        self.settings = _one_rope(settings)
+        self.settings = one_rope(settings)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
 
@@ -197,23 +198,10 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict)
         else document
     )
-    flat = dict(_one_rope(top))
+    flat = dict(one_rope(top))
     moe = flat.pop("moe", None)
     if isinstance(moe, dict):
         flat.update({f"moe.{k}": v for k, v in moe.items()})
     elif moe is not None:
         flat["moe"] = moe
     return flat
-
-
-def _one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 puts rope_theta and the scaling into one object, `rope_parameters`; 4 has two keys."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return config
-    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if "rope_theta" in rope:
-        rest.setdefault("rope_theta", rope["rope_theta"])
-    rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
-    return rest

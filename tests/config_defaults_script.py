@@ -2,7 +2,8 @@
 
     PYTHONPATH=RELEASE python config_defaults_script.py CLASS [CLASS ...]
 
-Prints them as JSON by class. Not a test module; tests/test_meanings.py starts it.
+Prints them as JSON by class, null for one that the release has not. Not a test module; tests/test_meanings.py
+starts it.
 """
 
 import json
@@ -15,7 +16,8 @@ def main(names: list[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    print(json.dumps({name: getattr(transformers, name)().to_dict() for name in names}))
+    classes = {name: getattr(transformers, name, None) for name in names}
+    print(json.dumps({name: c().to_dict() if c else None for name, c in classes.items()}))
 
 
 main(sys.argv[1:])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ckpt_tool.convert.facts import class_of, differences, ranges, read, same, shown
-from ckpt_tool.convert.facts_classes import CLASSES, IDENTITY
+from ckpt_tool.convert.facts import class_of, classes, differences, ranges, read, same, shown
+from ckpt_tool.convert.facts_classes import IDENTITY
 from ckpt_tool.convert.families import FAMILIES, family
 
 ROOT = Path(__file__).parents[1]
@@ -46,13 +46,16 @@ def test_the_table_of_defaults_is_that_of_the_release(release: str) -> None:
         if not judge.is_dir():
             pytest.skip(f"{release} is not set up; `make test` does it")
         env["PYTHONPATH"] = str(judge)
-    names = [c.name for c in CLASSES.values()]
+    names = [c.name for c in classes().values()]
     script = str(ROOT / "tests" / "config_defaults_script.py")
     command = [sys.executable, "-W", "ignore", script, *names]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     defaults = json.loads(run.stdout.splitlines()[-1])
-    for model_type, own in CLASSES.items():
+    for model_type, own in classes().items():
+        if defaults[own.name] is None:
+            assert release == "tf4.37" and model_type in ("qwen3", "gemma2"), own.name  # newer than it
+            continue
         empty, full = read({}, model_type), read(defaults[own.name], model_type)
         found = {
             n: (a, b) for n, a, b in differences(empty, full) if n not in ("model_type", "architectures")
@@ -64,7 +67,7 @@ def test_the_table_of_defaults_is_that_of_the_release(release: str) -> None:
 def test_every_architecture_that_a_family_writes_has_a_class() -> None:
     for name in FAMILIES:
         for architecture in family(name).architectures:
-            assert class_of({"architectures": [architecture]}) in CLASSES
+            assert class_of({"architectures": [architecture]}) in classes()
 
 
 SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -297,9 +300,9 @@ def test_every_key_is_a_value_without_effect_refused_or_unknown() -> None:
 @pytest.mark.parametrize(
     "value", [None, True, "x", -1, 1e400, [], {}, [1], {"rope_type": 3}, {"factor": "x"}, "linear"]
 )
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", classes())
 def test_a_value_of_another_kind_differs_and_breaks_nothing(model_type: str, value: Any) -> None:
-    own = CLASSES[model_type]
+    own = classes()[model_type]
     keys = [
         *own.numbers,
         *own.identity,

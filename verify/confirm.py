@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckpt_tool.convert.manifest import headers_digest
+from ckpt_tool.convert.kept import Manifest
+from ckpt_tool.convert.manifest import MANIFEST, headers_digest
 from ckpt_tool.errors import printable
-from ckpt_tool.verify.manifest import MANIFEST, Manifest
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
 

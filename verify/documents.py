@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
 from ckpt_tool.verify.beside import Beside, Damaged
 from ckpt_tool.verify.coverage import capped
-from ckpt_tool.verify.manifest import MANIFEST
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.strangers import Stranger, strangers
 from ckpt_tool.verify.subject import Subject

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
-from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, differences, read, same, shown
-from ckpt_tool.convert.facts_classes import CLASSES, IDENTITY, IDLE
+from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, classes, differences, read, same, shown
+from ckpt_tool.convert.facts_classes import IDENTITY, IDLE
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
 
@@ -42,7 +42,7 @@ def config(subject: Subject) -> list[Finding]:
         reason = "neither the source nor a manifest says where the values come from"
         return [*made, finding("skipped", reason, data={"open": True})]
     expected = read(planned, model_type)
-    made += _compared(expected, found, known, CLASSES[model_type].name)
+    made += _compared(expected, found, known, classes()[model_type].name)
     made += _unknown(found, planned)
     if not any(f.status == "fail" for f in made):
         made.append(_passed(found, known))

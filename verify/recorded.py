@@ -12,10 +12,10 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
+from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, printable
-from ckpt_tool.verify.manifest import Manifest
 
 # How the source of a value begins that a rule gave, or the shape of a table that may be padded, and no file
 # of the source says: a user may know better.

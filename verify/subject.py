@@ -15,10 +15,10 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
-from ckpt_tool.verify.manifest import Manifest, read_manifest
 from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 

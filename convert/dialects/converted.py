@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value
 from ckpt_tool.errors import Problem, fail, fail_all
@@ -23,7 +24,6 @@ GPT2_NAMES = {
     "activation_function": "hidden_act",
 }
 
-MANIFEST = "ckpt-tool.json"
 GENERATION = "generation_config.json"
 # Fields that say how a file's tensors were packed.
 PACKED = ("quantization_config", "compression_config")
@@ -61,10 +61,8 @@ def read_config(
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the conversion left in the manifest of an output of ours; empty for other folders."""
-    if MANIFEST not in checkpoint.documents:
-        return {}
-    found = checkpoint.json(MANIFEST).get("original")
-    return found if isinstance(found, dict) else {}
+    found = read_manifest(checkpoint)
+    return {} if found is None else found.original
 
 
 def generation_config(config: Mapping[str, Value]) -> OutputDocument:

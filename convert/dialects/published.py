@@ -225,6 +225,7 @@ def family(*, summary: str, pools: bool = False, **said: Any) -> Family:
         plan_original=partial(plan_original, p),
         targets=tuple(p.targets),
         pools=pools,
+        classes=p.classes,
     )
 
 
@@ -351,7 +352,8 @@ def config_of(p: Published, known: Known) -> dict[str, Value]:
     for name, f in known.fields.items():
         if f.hidden:
             known.value(name)
-    config |= carried(known.facts, config)
+    others = {s: config[n] for n, f in known.fields.items() for s in f.spelled if n in config}
+    config |= carried(known.facts, {**config, **others})
     known.facts.check_settings({*config, *known.fields, *p.generic.values()})
     known.facts.check()
     return config

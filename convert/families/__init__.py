@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.plan import Options, Plan
 
 
@@ -28,7 +29,7 @@ class Family:
     words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back. `targets` are
     layouts of other architectures that `plan` can write instead (family option "architecture"), `pools` says
     whether it can pool key/value heads (`Options.gqa`), `foretold` names the differences that its plans may
-    foretell."""
+    foretell, `classes` are the configurations of transformers by model_type."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -39,6 +40,7 @@ class Family:
     targets: tuple[str, ...] = ()
     pools: bool = False
     foretold: tuple[str, ...] = ()
+    classes: Mapping[str, Class] = field(default_factory=dict)
 
 
 def family(name: str) -> Family:

@@ -49,7 +49,7 @@ CLASS = Class(
     {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 32768},
     idle=DECODER,
     idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
-    partial_windows=True,
+    windows="last",
 )
 
 

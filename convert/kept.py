@@ -1,7 +1,9 @@
-"""What `ckpt-tool.json` in an output says about itself, read with distrust: the file may be anybody's.
+"""What `ckpt-tool.json` in an output says about itself, read with distrust: the file may be anybody's. This
+is the one reader of it.
 
 Each field has a type, and one that has another is `bad-config`. What the manifest says decides nothing that
-the source and config.json can say: it confirms them (verify.confirm)."""
+the source and config.json can say: it confirms them (verify.confirm), and the way back takes from it what the
+Hugging Face layout has no place for (`original`, whose entries the dialects look at)."""
 
 from __future__ import annotations
 
@@ -12,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_VERSION
 from ckpt_tool.errors import fail, printable
 
-MANIFEST = "ckpt-tool.json"
-VERSION = 1
 # how the source of a value begins that the user gave
 ASKED_FOR = ("--set", "--config", "--tokenizer", "--keep-padding")
 
@@ -38,7 +39,8 @@ class SourceFile:
 class Manifest:
     """`crcs` are CRC32s by (file, tensor), `documents` SHA-256 by file name, `config` (value, source) by
     name, `direction` "to-hf" or "to-original", `dropped` the source's tensors that were left out, `drift` the
-    tensors whose model-parallel copies differ, `checkpoint_id` a published name, `form` how a Megatron
+    tensors whose model-parallel copies differ, `checkpoint_id` a published name, `original` how the
+    original was, `form` how a Megatron
     original was shared out, as family options. `source` is where the source lay, from the output's folder."""
 
     family: str | None = None
@@ -53,6 +55,7 @@ class Manifest:
     drift: frozenset[str] = frozenset()
     lossy: tuple[str, ...] = ()
     checkpoint_id: str | None = None
+    original: dict[str, Any] = field(default_factory=dict)
     form: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,9 +70,9 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
     if MANIFEST not in checkpoint.documents:
         return None
     data = checkpoint.json(MANIFEST)
-    version = data.get("manifest_version", VERSION)
-    if version != VERSION:
-        _refuse("manifest_version", f"{VERSION}, the version that this release reads", version)
+    version = data.get("manifest_version", MANIFEST_VERSION)
+    if version != MANIFEST_VERSION:
+        _refuse("manifest_version", f"{MANIFEST_VERSION}, the version that this release reads", version)
     outputs = list(_objects(data, "tensors"))
     return Manifest(
         family=_text(data, "family", optional=True),
@@ -90,6 +93,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
         drift=frozenset(_text(r, "name", at) for at, r in _objects(data, "replicas")),
         lossy=tuple(_texts(data, "lossy")),
         checkpoint_id=_text(data, "checkpoint_id", optional=True),
+        original=_object(data, "original"),
         form=_form(_object(data, "original")),
     )
 

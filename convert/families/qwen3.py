@@ -1,0 +1,51 @@
+"""Qwen3 (dense), published in the Hugging Face layout: Qwen2 without biases, and a norm for each head of
+query and key.
+
+Source: transformers 4.57.6 and 5.23.0 (models/qwen3), published config.json files.
+"""
+
+from __future__ import annotations
+
+from ckpt_tool.convert.dialects import published
+from ckpt_tool.convert.dialects.published import GATED, T, attention, divides, weights
+from ckpt_tool.convert.numbers import DECODER, LLAMA_SIZES, ROPE, Class, by_name, count, only
+
+ROWS = (
+    *weights("model.embed_tokens", pattern="v d"),
+    *weights(f"{T}input_layernorm", f"{T}post_attention_layernorm", "model.norm"),
+    *attention(),
+    *weights(f"{T}self_attn.q_norm", f"{T}self_attn.k_norm", pattern="h"),
+    *GATED,
+)
+SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128}
+CLASS = Class(
+    "Qwen3Config",
+    {**LLAMA_SIZES, **ROPE, **SIZES, "sliding_window": 4096, "attention_bias": False},
+    {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 32768},
+    idle=DECODER,
+    idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
+    windows="last",
+)
+
+FAMILY = published.family(
+    name="qwen3",
+    title="Qwen3",
+    summary="Qwen3 0.6B to 32B (dense): .bin or safetensors in any sharding",
+    architectures={"qwen3": "Qwen3ForCausalLM"},
+    classes={"qwen3": CLASS},
+    fields=by_name(
+        published.COUNTS,
+        count("num_attention_heads", check=divides("num_key_value_heads")),
+        count("head_dim", ask="the width of a head, 128 in published models"),
+        published.EPSILON,
+        published.theta("1000000"),
+        published.SCALING,
+        only("hidden_act", "silu", "the only activation of Qwen3"),
+        only("attention_bias", False, "no published model has biases"),
+        published.TIED,
+    ),
+    axes=published.AXES,
+    rows=lambda _: ROWS,
+    told_by="model.layers.0.self_attn.q_norm.weight",
+    ignored=published.FREQUENCIES,
+)
