@@ -153,7 +153,12 @@ def _dtype(known: Known) -> Value:
     return dtype_value(known.source, known.options)
 
 
-DTYPE = Field("torch_dtype", lambda facts, name, *keys, rule: rule(), rule=_dtype, silent=_dtype)
+def follows(name: str, rule: Callable[[Known], Value], **more: Any) -> Field:
+    """What follows from the rest, whatever the user and either document say."""
+    return Field(name, lambda facts, name, *keys, rule: rule(), (), rule, rule, told=False, **more)
+
+
+DTYPE = follows("torch_dtype", _dtype)
 
 
 def shown(value: Any) -> str:
@@ -180,7 +185,8 @@ def counted(known: Known) -> Value | None:
 class Known:
     """The values of one checkpoint, read when they are asked for. With a class `config` the facts are those
     of a config.json, whose silence means what the class has; without one they are an original's own. `once`
-    is what the manifest of an output of ours says of its original."""
+    is what the manifest of an output of ours says of its original, `names` what config.json calls fields that
+    have another name here."""
 
     fields: Mapping[str, Field]
     facts: Facts
@@ -190,6 +196,7 @@ class Known:
     once: Mapping[str, Any] = field(default_factory=dict)
     back: bool = False
     target: str = ""  # model_type of the Hugging Face side
+    names: Mapping[str, str] = field(default_factory=dict)
     made: dict[str, Value] = field(default_factory=dict)
 
     def value(self, name: str) -> Value:
@@ -224,7 +231,8 @@ class Known:
         rule = f.rule if self.config is None else f.silent
         if isinstance(rule, Default):
             assert self.config is not None
-            default = {**self.config.numbers, **self.config.identity, **self.config.idle_numbers}[f.name]
+            of_class = {**self.config.numbers, **self.config.identity, **self.config.idle_numbers}
+            default = of_class[self.names.get(f.name, f.name)]
             return Value(default, f"rule: default of {self.config.name}")
         return rule(self) if callable(rule) else rule
 
