@@ -24,8 +24,10 @@ from ckpt_tool.convert.facts_classes import IDS as IDS
 from ckpt_tool.convert.facts_classes import LLAMA_SIZES as LLAMA_SIZES
 from ckpt_tool.convert.facts_classes import NOT_READ as NOT_READ
 from ckpt_tool.convert.facts_classes import ROPE as ROPE
+from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
+from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import Source, dtype_value
@@ -224,7 +226,7 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (f.name, *f.spelled) if f.told and not f.free else ()
+            return (self.names.get(f.name, f.name), *f.spelled) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:
