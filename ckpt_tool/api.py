@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
-from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
-    from ckpt_tool.verify.report import Report
+    from ckpt_tool.verify.report import Report, Reports
 
 __all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
 
@@ -128,20 +128,9 @@ def plan(
             return plan(checkpoint, family=family, to=to, options=options)
     chosen = choose(source, family, to)
     options = options or Options()
-    _check_asked(chosen, to, options)
+    fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
     return make(source, options)
-
-
-def _check_asked(chosen: Family, to: str, options: Options) -> None:
-    """Fail with `usage` for what this family, or this direction, does not have."""
-    other = options.family_options.get("architecture")
-    if other is not None and (to != "hf" or other not in chosen.targets):
-        known = ", ".join(("hf", *chosen.targets, "original"))
-        fail("usage", f"expected {known} for family {chosen.name}, found {other}", where="--to")
-    if options.gqa is not None and (to != "hf" or not chosen.pools):
-        able = ", ".join(n for n in FAMILIES if family(n).pools)
-        fail("usage", f"expected a conversion to Hugging Face of {able}, found another", where="--gqa")
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -211,6 +200,13 @@ def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     from ckpt_tool.verify import verify as run
 
     return run(out, source, **asked)
+
+
+def gate(file: Source, *, progress: Callable[[str], None] | None = None) -> Reports:
+    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate`."""
+    from ckpt_tool.verify.gate import run_gate
+
+    return run_gate(file, convert, progress=progress)
 
 
 def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:

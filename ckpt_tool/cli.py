@@ -15,6 +15,7 @@ import click
 
 from ckpt_tool import __version__
 from ckpt_tool.errors import fail, fail_all
+from ckpt_tool.family_command import FamilyCommand
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,13 +71,7 @@ source_option = click.option(
     "--in", "source", required=True, metavar="PATH", help="Folder, file or hf://org/name."
 )
 how = _options(
-    click.option(
-        "--to",
-        type=click.Choice(["hf", "gptj", "original"]),
-        default="hf",
-        show_default=True,
-        help="Direction; gptj: CodeGen in GPT-J's layout.",
-    ),
+    click.option("--to", default="hf", show_default=True, help="Direction."),
     click.option(
         "--set",
         "pairs",
@@ -94,80 +89,27 @@ how = _options(
     click.option(
         "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output shard."
     ),
-    click.option(
-        "--shards",
-        type=click.IntRange(1, 1024),
-        default=1,
-        show_default=True,
-        help="Model-parallel ranks to write (--to original).",
-    ),
-    click.option(
-        "--container", type=click.Choice(["pth", "safetensors"]), help="Container to write (--to original)."
-    ),
-    click.option(
-        "--form",
-        type=click.Choice(["A", "B", "C", "hf", "mcore"]),
-        help="Layout to write (--to original): A, B, C of Mixtral; hf, mcore (Megatron-Core) of Qwen2.",
-    ),
-    click.option("--keep-padding", is_flag=True, help="Megatron: keep the rows that pad the vocabulary."),
-    click.option(
-        "--tensor-parallel",
-        type=click.IntRange(1, 1024),
-        metavar="N",
-        help="Megatron: tensor-parallel ranks to write (--to original).",
-    ),
-    click.option(
-        "--pipeline-parallel",
-        type=click.IntRange(1, 1024),
-        metavar="M",
-        help="Megatron: pipeline stages to write (--to original).",
-    ),
-    click.option(
-        "--checkpoint-version",
-        type=click.Choice(["0", "1.0", "2.0", "3.0"]),
-        help="Megatron: order of query_key_value to write (--to original).",
-    ),
-    click.option(
-        "--gqa",
-        type=click.IntRange(1, 65536),
-        metavar="N",
-        help="Pool the key/value heads of a multi-head model to N (lossy).",
-    ),
     click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
 )
 
 
-FAMILY_OPTIONS = (
-    "container",
-    "form",
-    "keep_padding",
-    "tensor_parallel",
-    "pipeline_parallel",
-    "checkpoint_version",
-)
-
-
 def _plan_options(asked: dict[str, Any]) -> Options:
     from ckpt_tool.api import settings
+    from ckpt_tool.convert.options import fields
     from ckpt_tool.convert.plan import Options, dtype_option
 
+    # --to names a direction, or another architecture's layout on the way to Hugging Face
+    layout = {} if asked["to"] in ("hf", "original") else {"architecture": asked["to"]}
     return Options(
         settings=settings(asked["pairs"], asked["config"]),
         dtype=dtype_option(asked["dtype"]) if asked["dtype"] else None,
         max_shard_bytes=byte_size(asked["max_shard_size"]),
-        shards=asked["shards"],
         drop=asked["drop"],
         strict_replicas=asked["strict_replicas"],
         tokenizer=asked["tokenizer"],
-        gqa=asked["gqa"],
-        family_options={k: asked[k] for k in FAMILY_OPTIONS if asked[k]} | _architecture(asked["to"]),
+        **fields({**asked["own"], **layout}),
     )
-
-
-def _architecture(to: str) -> dict[str, str]:
-    """`--to` names a direction, or another architecture's layout on the way to Hugging Face."""
-    return {} if to in ("hf", "original") else {"architecture": to}
 
 
 def _direction(to: str) -> str:
@@ -196,7 +138,7 @@ def cli() -> None:
     """Turn original model checkpoints into Hugging Face ones and back, and prove the result right."""
 
 
-@cli.command()
+@cli.command(cls=FamilyCommand)
 @click.argument("family")
 @source_option
 @click.option("--out", required=True, metavar="DIR", help="Folder to write; must not exist.")
@@ -218,7 +160,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
     \b
     ckpt-tool convert mistral --in mistral-7B-v0.1 --out Mistral-7B-v0.1-hf
-    ckpt-tool convert llama --to original --shards 8 --in Llama-2-70b-hf --out llama-2-70b
+    ckpt-tool convert llama --to original --shards 8 --in llama-70b-hf --out orig
     """
     from ckpt_tool import api
     from ckpt_tool.progress import following
@@ -394,7 +336,7 @@ def inspect(path: str, everything: bool, as_json: bool) -> int:
     return 2 if found.refused else 0
 
 
-@cli.command()
+@cli.command(cls=FamilyCommand)
 @click.argument("family")
 @source_option
 @how
@@ -424,11 +366,12 @@ def gate(file: str, **asked: Any) -> int:
     """Run the conversions and verifications listed in a TOML file; for CI."""
     from pathlib import Path
 
-    from ckpt_tool.verify.gate import read_gate, run_gate
+    from ckpt_tool import api
+    from ckpt_tool.verify.gate import read_gate
 
     checks = read_gate(Path(file))[1]
     files = _report_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
-    return _write_report(run_gate(file), asked, files)
+    return _write_report(api.gate(file), asked, files)
 
 
 @cli.command()

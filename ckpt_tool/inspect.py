@@ -23,6 +23,7 @@ from ckpt_tool.checkpoint.megatron import arguments
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import describe
 from ckpt_tool.checkpoint.sniff import sniff
+from ckpt_tool.checkpoint.tensor_names import fold_key, numbers
 from ckpt_tool.checkpoint.torch_legacy import legacy_imports
 from ckpt_tool.checkpoint.torch_zip import zip_imports
 from ckpt_tool.checkpoint.weight_sets import is_weights
@@ -308,24 +309,23 @@ def _imports(path: Path, name: str, format: str) -> tuple[str, ...]:
 
 # Folding names
 
-_INDEX = re.compile(r"(?<=\.)\d{1,6}(?=\.|$)|^\d{1,6}(?=\.)", re.ASCII)
-
 
 def fold(tensors: Iterable[TensorInfo]) -> list[TensorRow]:
     """A row for tensors of equal shape and dtype whose names differ only in indices that form full ranges."""
-    groups: dict[tuple[str, str, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
+    groups: dict[tuple[tuple[str, ...], str, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
     for t in tensors:
-        indices = tuple(int(n) for n in _INDEX.findall(t.name))
-        seen = groups[_INDEX.sub("{}", t.name), t.dtype, t.shape]
+        indices = numbers(t.name)
+        seen = groups[fold_key(t.name), t.dtype, t.shape]
         seen[indices] = seen.get(indices, 0) + 1
     rows = []
-    for (template, dtype, shape), seen in groups.items():
+    for (texts, dtype, shape), seen in groups.items():
         by_files: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for indices, files in seen.items():
             by_files[files].append(indices)
         for files, members in by_files.items():
             for ranges, count in _boxes(members):
-                rows.append(TensorRow(_fill(template, ranges), dtype, shape, count, files))
+                name = "".join(t + r for t, r in zip(texts, [*map(_range, ranges), ""], strict=True))
+                rows.append(TensorRow(name, dtype, shape, count, files))
     return rows
 
 
@@ -345,11 +345,6 @@ def _boxes(members: list[tuple[int, ...]]) -> Iterator[tuple[list[list[int]], in
     for others_in_common, firsts in inner.items():
         for ranges, count in _boxes(list(others_in_common)):
             yield [firsts, *ranges], count * len(firsts)
-
-
-def _fill(template: str, ranges: list[list[int]]) -> str:
-    parts = template.split("{}")
-    return parts[0] + "".join(_range(r) + part for r, part in zip(ranges, parts[1:], strict=True))
 
 
 def _range(values: list[int]) -> str:

@@ -27,6 +27,11 @@ class Class:
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
     windows: str = "all"  # which layers have one, see `WINDOWS`
     causal: bool = True  # a token sees those before it only
+    prefix: str = "model."  # base_model_prefix of the classes with a head
+    words: str = "embed_tokens.weight"  # the embedding, below the prefix
+    # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
+    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
+    masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
 
 # Of the layers of a model with a window: all have it; those from max_window_layers on, if use_sliding_window;
@@ -189,7 +194,6 @@ LLAMA_SIZES = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-MISTRAL_SIZES = {**LLAMA_SIZES, "intermediate_size": 14336, "num_key_value_heads": 8}
 GPT_SIZES = {
     "vocab_size": 50400,
     "n_embd": 4096,
@@ -207,53 +211,4 @@ NOT_READ = {
     "n_ctx": "not read",
     "scale_attn_weights": "not read: always scaled",
     "gradient_checkpointing": TRAINING,
-}
-
-CLASSES: dict[str, Class] = {
-    "llama": Class(
-        "LlamaConfig",
-        {**LLAMA_SIZES, **ROPE, "attention_bias": False, "mlp_bias": False},
-        {**IDS, "max_position_embeddings": 2048},
-        idle={**DECODER, **TENSOR_PARALLEL},
-    ),
-    "mistral": Class(
-        "MistralConfig",
-        {**MISTRAL_SIZES, **ROPE, "sliding_window": 4096},
-        {**IDS, "max_position_embeddings": 131072},
-        idle=DECODER,
-    ),
-    "mixtral": Class(
-        "MixtralConfig",
-        {
-            **MISTRAL_SIZES,
-            **ROPE,
-            "rope_theta": 1000000.0,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": None,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-        {**IDS, "max_position_embeddings": 131072},
-        aliases={"num_local_experts": ("num_experts",)},
-        idle=DECODER,
-    ),
-    "opt": Class(
-        "OPTConfig",
-        {
-            "vocab_size": 50272,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "ffn_dim": 3072,
-            "word_embed_proj_dim": None,
-            "activation_function": "relu",
-            "do_layer_norm_before": True,
-            "_remove_final_layer_norm": False,
-            "enable_bias": True,
-            "layer_norm_elementwise_affine": True,
-            "tie_word_embeddings": True,
-        },
-        {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "max_position_embeddings": 2048},
-        idle=DECODER,
-    ),
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
+from ckpt_tool.convert import layout
 from ckpt_tool.convert.facts_classes import DECODER as DECODER
 from ckpt_tool.convert.facts_classes import GPT_IDS as GPT_IDS
 from ckpt_tool.convert.facts_classes import GPT_NAMES as GPT_NAMES
@@ -25,12 +26,15 @@ from ckpt_tool.convert.facts_classes import LLAMA_SIZES as LLAMA_SIZES
 from ckpt_tool.convert.facts_classes import NOT_READ as NOT_READ
 from ckpt_tool.convert.facts_classes import ROPE as ROPE
 from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
+from ckpt_tool.convert.facts_classes import TENSOR_PARALLEL as TENSOR_PARALLEL
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import Source, dtype_value
+from ckpt_tool.convert.weave import Table
+from ckpt_tool.errors import CkptToolError
 
 MAX_LAYERS = 10_000
 
@@ -43,6 +47,7 @@ class Default:
 DEFAULT = Default()
 Rule: TypeAlias = "Value | Callable[[Known], Value | None] | None"
 Keys: TypeAlias = "tuple[str, ...] | Callable[[Known], tuple[str, ...]]"
+Ask: TypeAlias = "str | Callable[[Known], str]"
 Check: TypeAlias = "Callable[[Known, Value], Value]"
 
 
@@ -53,7 +58,7 @@ class Field:
     or config.json, says anything: None asks. `check` may refuse what was read, or make another value of it.
     `free` fields change nothing that is computed, `fixed` ones have one value in every model of the family;
     `hidden` ones are read and not written to config.json, and not looked for there either unless `told`;
-    `spelled` are other names there."""
+    `spelled` are other names there. `ask` says what is missing where the user is asked."""
 
     name: str
     take: Callable[..., Value]
@@ -66,6 +71,7 @@ class Field:
     hidden: bool = False
     told: bool = True
     spelled: tuple[str, ...] = ()
+    ask: Ask | None = None
 
 
 def count(
@@ -73,13 +79,13 @@ def count(
     *keys: str,
     rule: Rule = None,
     silent: Rule | Default = None,
-    ask: str = "an integer",
+    ask: Ask = "an integer",
     maximum: int = MAX_COUNT,
     **more: Any,
 ) -> Field:
     """A whole number from 1; `more` are other parts of the `Field`."""
-    take = partial(Facts.integer, ask=ask, maximum=MAX_LAYERS if name in _LAYERS else maximum)
-    return Field(name, take, more.pop("read", keys), rule, silent, **more)
+    take = partial(Facts.integer, maximum=MAX_LAYERS if name in _LAYERS else maximum)
+    return Field(name, take, more.pop("read", keys), rule, silent, ask=ask, **more)
 
 
 _LAYERS = ("num_hidden_layers", "n_layer")
@@ -90,11 +96,11 @@ def number(
     *keys: str,
     rule: Rule = None,
     silent: Rule | Default = None,
-    ask: str = "a number",
+    ask: Ask = "a number",
     **more: Any,
 ) -> Field:
     """A finite number above 0."""
-    return Field(name, partial(Facts.number, ask=ask), more.pop("read", keys), rule, silent, **more)
+    return Field(name, Facts.number, more.pop("read", keys), rule, silent, ask=ask, **more)
 
 
 def flag(name: str, *keys: str, rule: Rule, silent: Rule | Default = DEFAULT, **more: Any) -> Field:
@@ -107,16 +113,25 @@ def token_ids(name: str, *keys: str, rule: Rule = None, silent: Rule | Default =
     return Field(name, Facts.token_ids, keys, rule, silent)
 
 
+def special(name: str, otherwise: Rule, silent: Rule | Default = DEFAULT) -> Field:
+    """The id of a special token: the user's, the tokenizer's, or `otherwise`."""
+
+    def rule(known: Known) -> Value | None:
+        return known.told.get(name) or (otherwise(known) if callable(otherwise) else otherwise)
+
+    return token_ids(name, rule=rule, silent=silent)
+
+
 def anything(
     name: str,
     *keys: str,
     rule: Rule = None,
     silent: Rule | Default = None,
-    ask: str = "a value",
+    ask: Ask = "a value",
     **more: Any,
 ) -> Field:
     """A value whose form `check` looks at; null counts as given."""
-    return Field(name, partial(Facts.anything, ask=ask), more.pop("read", keys), rule, silent, **more)
+    return Field(name, Facts.anything, more.pop("read", keys), rule, silent, ask=ask, **more)
 
 
 def only(name: str, value: Any, why: str, **more: Any) -> Field:
@@ -168,6 +183,10 @@ def shown(value: Any) -> str:
     return json.dumps(value, default=repr)[:40]
 
 
+class _Refused(CkptToolError):
+    """A value was asked for that had been refused; carries what was collected so far."""
+
+
 def given(value: Any, why: str) -> Value:
     """A rule that always gives the same."""
     return Value(value, f"rule: {why}")
@@ -196,6 +215,7 @@ class Known:
     options: Options
     config: Class | None = None
     once: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Value] = field(default_factory=dict)  # what the tokenizer says
     back: bool = False
     target: str = ""  # model_type of the Hugging Face side
     names: Mapping[str, str] = field(default_factory=dict)
@@ -205,15 +225,19 @@ class Known:
         """The value with where it is from; problems are collected in `facts`."""
         if name not in self.made:
             f = self.fields[name]
-            found = f.take(self.facts, name, *self._keys(f), rule=partial(self._rule, f))
-            self.made[name] = found if f.check is None or found is UNKNOWN else f.check(self, found)
+            try:
+                asked = {} if f.ask is None else {"ask": f.ask(self) if callable(f.ask) else f.ask}
+                found = f.take(self.facts, name, *self._keys(f), rule=partial(self._rule, f), **asked)
+                self.made[name] = found if f.check is None or found is UNKNOWN else f.check(self, found)
+            except _Refused:
+                self.made[name] = UNKNOWN
         return self.made[name]
 
     def __getitem__(self, name: str) -> Any:
-        """The value alone. What follows from a value that was refused is not told: this raises what was
-        collected so far."""
+        """The value alone. What follows from a value that was refused is not told, and unknown as well;
+        outside a rule or check this raises what was collected so far."""
         if self.value(name) is UNKNOWN:
-            self.facts.check()
+            raise _Refused(*dict.fromkeys(self.facts.problems))
         return self.made[name].value
 
     def values(self, names: Iterable[str] | None = None) -> dict[str, Value]:
@@ -245,7 +269,42 @@ def by_name(*fields: Field | Iterable[Field]) -> dict[str, Field]:
     return {f.name: f for f in flat}
 
 
+@dataclass(frozen=True)
+class Sized:
+    """The size of an axis that is `more` than a field."""
+
+    name: str
+    more: int
+
+
+# of an axis: the field behind it, or how to work it out
+Size: TypeAlias = "str | Sized | Callable[[Known], int]"
+
+
+def table_of(
+    known: Known,
+    rows: Sequence[layout.Rule],
+    axes: Mapping[str, Size],
+    derived: Mapping[str, Value] | None = None,
+) -> Table:
+    """The rows with the size of every axis; `derived` are numbers that stand for what a field says."""
+    named = {a: Sized(s, 0) if isinstance(s, str) else s for a, s in axes.items()}
+    behind = {a: s.name for a, s in named.items() if isinstance(s, Sized)}
+    wanted = [n for n in known.fields if n in {*behind.values(), *_LAYERS}]
+    numbers = known.values(wanted) | dict(derived or {})
+    sizes = {
+        a: int(numbers[s.name].value) + s.more if isinstance(s, Sized) else s(known) for a, s in named.items()
+    }
+    layers = next(v for n, v in numbers.items() if n in _LAYERS)
+    return Table(rows, sizes, behind, numbers, layers)
+
+
 Entry = str | Callable[[Known], Mapping[str, Value]]
+
+
+def some(name: str) -> Entry:
+    """The entry of a field under its own name, left out where its value is null or false."""
+    return lambda known: {name: known.value(name)} if known[name] not in (None, False) else {}
 
 
 def document(

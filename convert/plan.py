@@ -14,6 +14,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
+from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
 from ckpt_tool.errors import Problem, fail, fail_all
@@ -390,7 +391,7 @@ def _mixed_dtypes(steps: list[Step]) -> list[Problem]:
 
 def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
     """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
-    folded: dict[tuple[str, tuple[int, ...], str], list[TensorInfo]] = {}
+    folded: dict[tuple[tuple[str, ...], tuple[int, ...], str], list[TensorInfo]] = {}
     for t in tensors:
         folded.setdefault((fold_key(t.name), t.shape, t.dtype), []).append(t)
     return [
@@ -404,24 +405,6 @@ def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
         )
         for (_, shape, dtype), group in folded.items()
     ]
-
-
-def fold_key(name: str) -> str:
-    """Equal for names that differ in numbers between dots only."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def folded_name(names: Sequence[str]) -> str:
-    """`layers.{2..3}.norm.weight` for names with equal `fold_key`."""
-    columns = [[p for k, p in enumerate(re.split(r"(?<=\.)(\d+)(?=\.)", n)) if k % 2] for n in names]
-    ranges = []
-    for column in zip(*columns, strict=True):
-        numbers = sorted({int(x) for x in column})
-        runs = [f"{numbers[0]}..{numbers[-1]}"] if numbers[-1] - numbers[0] == len(numbers) - 1 else []
-        shown = runs or [",".join(map(str, numbers[:8])) + ",..." * (len(numbers) > 8)]
-        ranges.append(str(numbers[0]) if len(numbers) == 1 else f"{{{shown[0]}}}")
-    fixed = re.split(r"(?<=\.)\d+(?=\.)", names[0])
-    return "".join(f + r for f, r in zip(fixed, [*ranges, ""], strict=True))
 
 
 def config_document(config: Mapping[str, Value], name: str = "config.json") -> OutputDocument:

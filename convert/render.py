@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.convert.durable import SPARE_BYTES
 from ckpt_tool.convert.layout import Part, Step, dims_text
-from ckpt_tool.convert.plan import Dropped, Plan, fold_key, folded_name
+from ckpt_tool.convert.plan import Dropped, Plan
 from ckpt_tool.errors import printable
 from ckpt_tool.terminal import Column, paragraph, say, table
 
@@ -89,7 +90,7 @@ def _rows(steps: Iterable[Step]) -> list[_Row]:
 
 def _names(names: list[list[str]], parts: Sequence[Part]) -> list[str]:
     """Folded names; with several parts under one name, how many files share it."""
-    alike: dict[str, list[str]] = {}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for group in names:
         alike.setdefault(fold_key(group[0]), []).extend(group)
     folded = [printable(folded_name(list(dict.fromkeys(g)))) for g in alike.values()]
@@ -122,7 +123,7 @@ def _config(plan: Plan, console: Console) -> None:
 def _dropped(plan: Plan, console: Console) -> None:
     if not plan.dropped:
         return
-    groups: dict[tuple[str, str], list[Dropped]] = {}
+    groups: dict[tuple[tuple[str, ...], str], list[Dropped]] = {}
     for d in plan.dropped:
         groups.setdefault((fold_key(d.tensor.name), d.reason), []).append(d)
     rows = []

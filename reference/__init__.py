@@ -12,17 +12,17 @@ large model. Pipeline stages are joined before, so that layers are numbered thro
 The pass computes in the dtype of the tensors it is given; angles, norms and softmax are never below float32,
 and float64 tensors make every step float64. `c.n_layers` counts the layers in every module.
 
-**Two sides.** The original layouts share blocks.py, rope.py and decoder.py, written after the papers and the
-publishers' code; the Hugging Face layout shares hf_blocks.py, hf_rope.py and hf_decoder.py, written after the
-library. A side never uses what is of the other (tests/test_house_reference.py), so that a mistake in one of
-them does not agree with itself. A family adds its numbers, its traits and what is its own.
+**Two sides.** The original layouts share blocks.py, rope.py, decoder.py and transformer.py, written after the
+papers and the publishers' code; the Hugging Face layout shares hf_blocks.py, hf_rope.py and hf_decoder.py,
+written after the library. A side never uses what is of the other (tests/test_house_reference.py), so that a
+mistake in one of them does not agree with itself. A family adds its numbers, its traits and what is its own.
 
 A module is found by the folder: that of a family by its name, that of architectures by its `ARCHITECTURES`.
 `STAGED` says that an original may come in pipeline stages whatever its files are called.
 
 Those with several heads have them in `HEADS`, by what they are for; each takes what `encode(ids, ranks, c)`
-gives, and losses.py has its loss. A pass that takes more than ids says so in `inputs(ranks, c)`:
-"token_types" and "mask", (B, T) each.
+gives (`phases.passes` makes both it and `forward`), and losses.py has its loss. A pass that takes more than
+ids says so in `inputs(ranks, c)`: "token_types" and "mask", (B, T) each.
 """
 
 from __future__ import annotations

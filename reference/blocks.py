@@ -28,6 +28,16 @@ Tensors = Mapping[str, Tensor]
 # Orders of the rows of a fused query, key and value: t is which of them; n the head; h the channel; g the
 # group of heads that share a key and a value.
 VERSION_0, VERSION_1, VERSION_2 = "t n h", "n h t", "g t h"
+KEYS_FIRST = "t n h, key, value, query"  # metaseq's; the others have the query first
+# What transformers calls the two forms of gelu, which are the user's words for them.
+GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
+# What config.json calls the functions of `activate`.
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "erf"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "tanh"),
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "relu": "relu",
+}
 
 
 def wide(x: Tensor) -> Tensor:
@@ -56,13 +66,16 @@ def join_words(parts: Iterable[Tensor], n_words: int | None = None) -> Tensor:
     return wide(torch.cat(list(parts), dim=-1))[..., :n_words]
 
 
-def affine(x: Tensor, w: Tensors, stem: str) -> Tensor:
-    return x @ w[stem + "weight"].T + w[stem + "bias"]
+def affine(x: Tensor, w: Tensors, stem: str, biased: bool = True) -> Tensor:
+    y = x @ w[stem + "weight"].T
+    return y + w[stem + "bias"] if biased else y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, from_zero: bool = False) -> Tensor:
+    """`from_zero`: what is stored is the weight less one, and the product is rounded but once."""
     y = wide(x)
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y + y * wide(weight)).to(x.dtype) if from_zero else y.to(x.dtype) * weight
 
 
 def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float, from_zero: bool = False) -> Tensor:
@@ -74,10 +87,12 @@ def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float, from_zero: bool = F
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """relu, or gelu as it is defined ("erf") or approximated ("tanh")."""
+    """relu, silu, or gelu as it is defined ("erf") or approximated ("tanh"), rounded once."""
     if name == "relu":
         return x.clamp(min=0)
     y = wide(x)
+    if name == "silu":
+        return (y * torch.sigmoid(y)).to(x.dtype)
     if name == "erf":
         bent = torch.erf(y / math.sqrt(2))
     else:
@@ -85,9 +100,14 @@ def activate(x: Tensor, name: str) -> Tensor:
     return (0.5 * y * (1 + bent)).to(x.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = wide(gate)  # one function to those who train in 16 bits: rounded once
-    return (y * torch.sigmoid(y)).to(gate.dtype) * up
+def gated(gate: Tensor, up: Tensor, name: str = "silu") -> Tensor:
+    """A gated linear unit: with silu SwiGLU, with gelu GeGLU."""
+    return activate(gate, name) * up
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """x, bent so that it stays between -cap and cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def rotate_neighbours(x: Tensor, turned: Tensor) -> Tensor:
@@ -100,9 +120,11 @@ def rotate_neighbours(x: Tensor, turned: Tensor) -> Tensor:
 
 
 def rotate_halves(x: Tensor, turned: Tensor) -> Tensor:
-    """Channels i and i + H/2 of every head are one complex number; else as `rotate_neighbours`."""
-    both = torch.complex(*wide(x).chunk(2, dim=-1)) * turned[:, None]
-    return torch.cat([both.real, both.imag], dim=-1)
+    """Channels i and i + R/2 of the first R of every head are one complex number, with R/2 pairs in `turned`;
+    else as `rotate_neighbours`."""
+    y, R = wide(x), 2 * turned.shape[1]
+    both = torch.complex(*y[..., :R].chunk(2, dim=-1)) * turned[:, None]
+    return torch.cat([both.real, both.imag, y[..., R:]], dim=-1)
 
 
 def visible(x: Tensor, *, window: int | None = None, mask: Tensor | None = None) -> Tensor:
@@ -138,6 +160,8 @@ def split_fused(x: Tensor, n_heads: int, n_groups: int, order: str) -> tuple[Ten
         return groups[..., :M, :].flatten(2, 3), groups[..., M, :], groups[..., M + 1, :]
     if order == VERSION_0:
         q, k, v = x.view(B, T, 3, n_heads, -1).unbind(2)
+    elif order == KEYS_FIRST:
+        k, v, q = x.view(B, T, 3, n_heads, -1).unbind(2)
     else:
         q, k, v = x.view(B, T, n_heads, -1, 3).unbind(4)
     return q, k, v
@@ -156,7 +180,7 @@ def mixture(x: Tensor, gate: Tensor, n_experts: int, top: int, expert: Callable[
         if len(rows) == 0:
             continue  # an expert nobody asks for is never read
         w1, w2, w3 = expert(e)
-        y[rows] += share[rows, place, None] * (swiglu(tokens[rows] @ w1.T, tokens[rows] @ w3.T) @ w2.T)
+        y[rows] += share[rows, place, None] * (gated(tokens[rows] @ w1.T, tokens[rows] @ w3.T) @ w2.T)
     return y.view_as(x)
 
 

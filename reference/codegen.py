@@ -9,8 +9,8 @@ after. It is the training program: each core has its own rows of `qkv_proj` and 
 are added, and two channels are one complex number that is turned. That other one is transformers' module: one
 projection, cut afterwards, and tables of sines and cosines.
 
-B batch, T tokens, D model width, N heads, H head width, R channels of a head that are turned, F feed-forward
-width, V vocabulary, M cores. Linear weights are (out, in).
+B batch, T tokens, D model width, N heads, H head width, R channels of a head that are turned, V vocabulary,
+M cores. Linear weights are (out, in).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from ckpt_tool.reference.blocks import (
+    GELUS,
+    Tensors,
     activate,
     affine,
     all_reduce,
@@ -32,28 +34,22 @@ from ckpt_tool.reference.blocks import (
     weigh,
     wide,
 )
-from ckpt_tool.reference.facts import Shapes, first, misshapen, refuse
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
+from ckpt_tool.reference.facts import Shapes, first
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 from ckpt_tool.reference.rope import turns
 
 MASKED = -1e9  # the score of a key that is not to be seen
 THETA = 10000.0  # fixed in the code
 CORES = 4  # every published model; one that jaxformer trained on TPU v3 would have 8
 
-# What is read from config.json: our name, its name there, and the name that serves all families.
+# What is read from config.json: its name there, and the name that serves all families.
 FACTS = {
-    "n_layers": ("n_layer", "num_hidden_layers"),
-    "dim": ("n_embd", "hidden_size"),
-    "n_heads": ("n_head", "num_attention_heads"),
-    "rotary_dim": ("rotary_dim",),
-    "norm_eps": ("layer_norm_epsilon",),
-    "activation": ("activation_function",),
-}
-ACTIVATIONS = {
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "gelu": "erf",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "rotary_dim": "rotary_dim",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "activation_function": "activation_function",
 }
 
 
@@ -61,7 +57,6 @@ ACTIVATIONS = {
 class Config:
     n_layers: int
     n_heads: int
-    head_dim: int
     rotary_dim: int
     norm_eps: float
     gelu: str  # tanh or erf
@@ -71,56 +66,36 @@ class Config:
     def from_original(
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
-        """`params` is config.json, `shapes` those of all tensors, `overrides` facts from the user under their
-        Hugging Face names, and `mp_num`; they win. ValueError with all that is missing, that disagrees and
-        that this pass does not compute."""
+        """`params` is config.json, `shapes` those of all tensors, `overrides` facts from the user under
+        their Hugging Face names, and `mp_num`; they win. ValueError for what is missing and what this pass
+        does not compute."""
         if ranks != 1:
             raise ValueError(f"expected one rank (CodeGen's files are not model-parallel), found {ranks}")
-        facts: dict[str, Any] = {
-            name: first(*(f.get(key) for f in (overrides, params) for key in keys))
-            for name, keys in FACTS.items()
+        told = {
+            name: first(*(facts.get(key) for facts in (overrides, params) for key in (name, other)))
+            for name, other in FACTS.items()
         }
-        if missing := [FACTS[name][0] for name, value in facts.items() if value is None]:
+        if missing := [name for name, value in told.items() if value is None]:
             raise ValueError(f"expected {', '.join(missing)} in config.json or given by name, found none")
-        if facts["activation"] not in ACTIVATIONS:
-            raise ValueError(
-                f"expected `activation_function` to be one of {', '.join(ACTIVATIONS)}, "
-                f"found {facts['activation']}"
-            )
-        D, N, M = int(facts["dim"]), int(facts["n_heads"]), int(overrides.get("mp_num") or CORES)
+        if (gelu := told["activation_function"]) not in GELUS:
+            raise ValueError(f"expected `activation_function` to be one of {', '.join(GELUS)}, found {gelu}")
+        L, D, N, R = (int(told[name]) for name in ("n_layer", "n_embd", "n_head", "rotary_dim"))
+        M = int(overrides.get("mp_num") or CORES)
         if min(D, N, M) < 1 or D % N or N % M:
             raise ValueError(f"expected heads that {D} channels and {M} cores can share, found {N}")
-        c = cls(
-            n_layers=int(facts["n_layers"]),
-            n_heads=N,
-            head_dim=D // N,
-            rotary_dim=int(facts["rotary_dim"]),
-            norm_eps=float(facts["norm_eps"]),
-            gelu=ACTIVATIONS[facts["activation"]],
-            mp_num=M,
-        )
-        problems = []
-        if c.rotary_dim % 2 or not 0 < c.rotary_dim <= c.head_dim:
-            problems.append(f"expected an even rotary_dim up to {c.head_dim}, found {c.rotary_dim}")
-        wanted = {
-            f"transformer.h.0.attn.{n}.weight": (r, D) for n, r in (("qkv_proj", 3 * D), ("out_proj", D))
-        }
-        problems += misshapen(shapes, wanted, each="")
-        numbers = {int(n.split(".")[2]) for n in shapes if n.startswith("transformer.h.")}
-        if numbers != set(range(c.n_layers)):
-            problems.append(f"expected layers 0 to {c.n_layers - 1}, found {len(numbers)} of them")
-        refuse(problems)
-        return c
+        if R % 2 or not 0 < R <= D // N:
+            raise ValueError(f"expected an even rotary_dim up to {D // N}, found {R}")
+        numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("transformer.h.")}
+        if numbers != set(range(L)):
+            raise ValueError(f"expected layers 0 to {L - 1}, found {len(numbers)} of them")
+        return cls(L, N, R, float(told["layer_norm_epsilon"]), GELUS[gelu], M)
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
 
 
-def forward(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
-    """Logits (B, T, V). `mask` (B, T) is 1 for tokens and 0 for padding, by default there is none."""
-    logits: Tensor = run(phases(ranks, c, given(mask=mask)), ids)
-    return logits
+forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -141,7 +116,7 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(affine(layer_norm(x, w, "transformer.ln_f.", c.norm_eps), w, "lm_head."))
 
 
-def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, mask: Tensor | None) -> Tensor:
+def attention(x: Tensor, w: Tensors, p: str, c: Config, mask: Tensor | None) -> Tensor:
     """Every core has the rows of its queries, then of its values, then of its keys, in `qkv_proj`, and the
     columns of its heads in `out_proj`."""
     turned, seen = turns(x, THETA, c.rotary_dim, None), visible(x, mask=mask)
@@ -153,11 +128,11 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, mask: Tenso
 def core(x: Tensor, rows: Tensor, columns: Tensor, turned: Tensor, seen: Tensor, c: Config) -> Tensor:
     """The part of the sum over heads that N/M heads contribute: (B, T, D). `rows` (3 D/M, D), `columns`
     (D, D/M). Queries and keys are float32 from the rotation on."""
-    B, T, _ = x.shape
-    q, v, k = ((x @ part.T).view(B, T, -1, c.head_dim) for part in rows.chunk(3, 0))  # (B, T, N/M, H)
+    shape = c.n_heads // c.mp_num, -1
+    q, v, k = ((x @ part.T).view(*x.shape[:2], *shape) for part in rows.chunk(3, 0))  # (B, T, N/M, H)
     q, k = rotate_neighbours(q, turned), rotate_neighbours(k, turned)
-    return weigh(products(q, k) / c.head_dim**0.5, v, seen, MASKED) @ columns.T
+    return weigh(products(q, k) / q.shape[-1] ** 0.5, v, seen, MASKED) @ columns.T
 
 
-def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
+def feed_forward(x: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
     return affine(activate(affine(x, w, p + "fc_in."), c.gelu), w, p + "fc_out.")

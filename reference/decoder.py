@@ -24,6 +24,8 @@ from ckpt_tool.reference.blocks import (
     Expert,
     affine,
     all_reduce,
+    capped,
+    gated,
     join_words,
     mixture,
     products,
@@ -31,7 +33,6 @@ from ckpt_tool.reference.blocks import (
     rotate_halves,
     rotate_neighbours,
     split_fused,
-    swiglu,
     visible,
     weigh,
     words,
@@ -55,6 +56,7 @@ class Names:
     down: str
     final_norm: str
     output: str  # the words themselves where they are the output layer too
+    after: tuple[str, str] = ("", "")  # norms of what the two branches give, if there are any
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Config:
     n_experts: int = 0
     n_experts_per_token: int = 0
     stacked: bool = False  # all experts of a layer in one tensor
+    activation: str = "silu"  # of the gates
+    from_zero: bool = False  # norms store their weight less one
+    word_scale: float = 1.0  # rounded to the dtype of the words
+    query_scalar: float | None = None  # scores are divided by the root of this, or of the width of a head
+    score_cap: float | None = None
+    logit_cap: float | None = None
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
@@ -93,39 +101,46 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     tables = [w[c.names.word] for w in ranks]
     if all(table.shape[1] != c.dim for table in tables):
         return torch.cat([table[ids] for table in tables], dim=-1)  # (B, T, S * D/S)
-    return words(ids, tables)
+    x = words(ids, tables)
+    return x if c.word_scale == 1 else x * torch.tensor(c.word_scale, dtype=x.dtype, device=x.device)
 
 
 def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
     """Each rank normalises with its own copy of the norm weights, as it does in the originals."""
     p, n, S = f"{c.names.block}{i}.", c.names, len(ranks)
-    x = x + all_reduce(attention(rms_norm(x, w[p + n.norm_1], c.norm_eps), w, p, i, c, S) for w in ranks)
+    y = all_reduce(attention(norm(x, w, p + n.norm_1, c), w, p, i, c, S) for w in ranks)
+    x = x + (norm(y, ranks[0], p + n.after[0], c) if n.after[0] else y)
     branch = experts if c.n_experts else feed_forward
-    return x + all_reduce(branch(rms_norm(x, w[p + n.norm_2], c.norm_eps), w, p, c) for w in ranks)
+    y = all_reduce(branch(norm(x, w, p + n.norm_2, c), w, p, c) for w in ranks)
+    return x + (norm(y, ranks[0], p + n.after[1], c) if n.after[1] else y)
+
+
+def norm(x: Tensor, w: Mapping[str, Tensor], name: str, c: Config) -> Tensor:
+    return rms_norm(x, w[name], c.norm_eps, c.from_zero)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     n = c.names
-    parts = (rms_norm(x, w[n.final_norm], c.norm_eps) @ w[n.output].T for w in ranks)  # (B, T, V/S) each
-    return join_words(parts, c.n_words)
+    parts = (norm(x, w, n.final_norm, c) @ w[n.output].T for w in ranks)  # (B, T, V/S) each
+    return capped(join_words(parts, c.n_words), c.logit_cap)
 
 
 def attention(x: Tensor, w: Mapping[str, Tensor], p: str, i: int, c: Config, S: int) -> Tensor:
     """The part of the sum over heads that this rank's heads contribute: (B, T, D)."""
     q, k, v = project(x, w, p, c, S)
     if c.head_norms:
-        q, k = (rms_norm(y, w[p + n], c.norm_eps) for y, n in zip((q, k), c.head_norms, strict=True))
+        q, k = (norm(y, w, p + n, c) for y, n in zip((q, k), c.head_norms, strict=True))
     turned = turns(x, c.rope_theta, c.head_dim, c.rope_scaling)
     rotate = rotate_neighbours if c.neighbours else rotate_halves
     q, k = (rotate(y, turned).to(x.dtype) for y in (q, k))
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
-    scores = products(q, k) / math.sqrt(c.head_dim)
+    scores = capped(products(q, k) / math.sqrt(c.query_scalar or c.head_dim), c.score_cap)
     return weigh(scores, v, visible(x, window=c.windows[i]), -math.inf) @ w[p + c.names.out].T
 
 
 def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, T, N/S, H), keys and values (B, T, K/S, H). With K < S ranks share a key and a value."""
-    made = [affine(x, w, p + n) if c.biased else x @ w[p + n + "weight"].T for n in c.names.qkv]
+    made = [affine(x, w, p + n, c.biased) for n in c.names.qkv]
     if len(made) == 1:
         return split_fused(made[0], c.n_heads // S, c.n_kv_heads // S, VERSION_2)
     q, k, v = (y.view(*y.shape[:2], -1, c.head_dim) for y in made)
@@ -137,7 +152,7 @@ def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tenso
     has the gates of its units, then their ups."""
     made = [x @ w[p + name].T for name in c.names.units]
     gate, up = made[0].chunk(2, dim=-1) if len(made) == 1 else made
-    return swiglu(gate, up) @ w[p + c.names.down].T
+    return gated(gate, up, c.activation) @ w[p + c.names.down].T
 
 
 def experts(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:

@@ -40,6 +40,14 @@ def only(facts: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> I
             yield f"expected {f'`{name}` {values[0]}' if values else f'no `{name}`'}, found {told}"
 
 
+def known(name: str, facts: Mapping[str, Any], values: Mapping[str, str]) -> str:
+    """What `values` make of a fact. ValueError for one that they do not have."""
+    found = str(facts.get(name))
+    if found in values:
+        return values[found]
+    raise ValueError(f"expected `{name}` to be one of {', '.join(values)}, found {found}")
+
+
 def disagreements(sizes: Mapping[str, int], told: Mapping[str, Any]) -> Iterator[str]:
     """Where a size of the tensors is not what is told of it; None is nothing told."""
     for size, found in sizes.items():

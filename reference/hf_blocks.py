@@ -29,6 +29,7 @@ GELUS = {
     "gelu_fast": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
+ACTIVATIONS = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}  # of `activate`
 
 
 # --- config.json ------------------------------------------------------------------------------------------
@@ -49,10 +50,11 @@ def complete(
 
 
 def only(config: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
-    """ValueError where a value is there that the pass does not compute."""
+    """ValueError where a value is there that the pass does not compute, which is one or any of a tuple."""
     for name, wanted in computed.items():
-        if config.get(name, wanted) != wanted:
-            raise ValueError(f"expected `{name}` {wanted} in config.json, found {config[name]}")
+        values = wanted if isinstance(wanted, tuple) else (wanted,)
+        if config.get(name, values[0]) not in values:
+            raise ValueError(f"expected `{name}` {values[0]} in config.json, found {config[name]}")
 
 
 def one_of(config: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
@@ -82,15 +84,32 @@ def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w[stem + "weight"], w[stem + "bias"], eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
     y = wide(x)
-    return weight * (y / (y.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+    y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (y * (1.0 + wide(weight))).to(x.dtype) if plus_one else weight * y.to(x.dtype)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    known = {"relu": F.relu, "silu": F.silu}
+    return known[name](x) if name in known else F.gelu(x, approximate=name)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def rotate_half(x: Tensor) -> Tensor:
     """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([-b, a], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first channels of each head turned, as many as cos and sin (T, R) have; x (B, N, T, H)."""
+    R = cos.shape[-1]
+    y = x[..., :R] * cos + rotate_half(x[..., :R]) * sin
+    return y if x.shape[-1] == R else torch.cat([y, x[..., R:]], dim=-1)
 
 
 def split_heads(x: Tensor, n: int) -> Tensor:
@@ -114,11 +133,19 @@ def weigh(scores: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """q (B, N, T, H), k and v (B, K, T, H), each shared by N/K queries: (B, T, N * H). A query sees itself
-    and what was before it, with a window that many keys."""
+    and what was before it, with a window that many keys. `scalar` stands in the place of H in the scores."""
     (B, _, T, H), K = q.shape, k.shape[1]
-    scores = torch.einsum("bkgqh,bkth->bkgqt", q.view(B, K, -1, T, H), k) * H**-0.5
+    scores = torch.einsum("bkgqh,bkth->bkgqt", q.view(B, K, -1, T, H), k) * (scalar or H) ** -0.5
+    scores = softcap(scores, cap)
     seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if window is not None:
         seen = seen.triu(1 - window)  # the last `window` keys, the query's own included
@@ -126,8 +153,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Te
     return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
 
 
-def gated(x: Tensor, w: Tensors, gate: str, up: str, down: str) -> Tensor:
-    return F.linear(F.silu(F.linear(x, w[gate])) * F.linear(x, w[up]), w[down])
+def gated(x: Tensor, w: Tensors, gate: str, up: str, down: str, activation: str = "silu") -> Tensor:
+    return F.linear(activate(F.linear(x, w[gate]), activation) * F.linear(x, w[up]), w[down])
 
 
 def mixture(x: Tensor, w: Tensors, p: str, top: int) -> Tensor:

@@ -6,21 +6,13 @@ Source: transformers 4.37.2 and 5.23.0, models/codegen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
-
 from ckpt_tool.reference import hf_gptj
 from ckpt_tool.reference.hf_gptj import embed, forward, head, layer, phases
 
 __all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = ("CodeGenForCausalLM",)
-BLOCKS = 4
 
 
-@dataclass(frozen=True)
 class Config(hf_gptj.Config):
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], blocks: int = BLOCKS) -> Self:
-        return super().from_hf(config, blocks)
+    blocks = 4

@@ -1,19 +1,19 @@
 """The decoder of Llama and those after it in the Hugging Face layout: `config.json` and tensors named
 `model.layers.{i}.self_attn.q_proj`. A family says in its own module which numbers and traits it has.
 
-Source: transformers 4.37.2 (eager attention) and 5.23.0, models/llama, mistral, mixtral and qwen2; experts as
-they lie on disk, one tensor each (transformers 5 stacks them only in memory).
+Source: transformers 4.37.2 (eager attention), 4.57.6 and 5.23.0, models/llama, mistral, mixtral, qwen2, qwen3
+and gemma2; experts as they lie on disk, one tensor each (transformers 5 stacks them only in memory).
 
-B batch, T tokens, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
-V vocabulary. Linear weights are (out, in).
+Names of sizes as in hf_blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,12 +23,14 @@ from ckpt_tool.reference.hf_blocks import (
     grouped_attention,
     linear,
     mixture,
+    only,
     rms_norm,
-    rotate_half,
+    rotate,
+    softcap,
     split_heads,
     wide,
 )
-from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotation
+from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotation, told_once
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
@@ -40,6 +42,7 @@ class Config:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    turned: int  # channels of each head
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
@@ -51,38 +54,59 @@ class Config:
     head_norms: bool = False  # each head of query and key is normalised before it is turned
     n_experts: int = 0
     n_experts_per_token: int = 0
+    activation: str = "silu"  # of the gates, as `activate` calls it
+    plus_one: bool = False  # norms store their weight less one
+    four_norms: bool = False  # what a branch gives is normalised too
+    scaled_words: bool = False  # by the root of D, rounded to the dtype of the words
+    scalar: float | None = None  # in the place of the width of a head, where scores are scaled
+    score_cap: float | None = None
+    logit_cap: float | None = None
+
+    # What the configuration class of a family takes for keys that are absent; those of `or_null` may be null.
+    absent: ClassVar[Mapping[str, Any]] = {}
+    or_null: ClassVar[Mapping[str, Any]] = {}
+    theta: ClassVar[float] = 10000.0
+    part: ClassVar[float] = 1.0  # of the channels of a head that is turned
+    epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)
+    computed: ClassVar[Mapping[str, Any]] = {"hidden_act": ("silu", "swish")}  # other values are not
 
     @classmethod
-    def read(
-        cls,
-        config: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        or_null: Mapping[str, Any],
-        *,
-        theta: float,
-        **traits: Any,
-    ) -> Self:
-        """`config` is config.json as transformers 4 or 5 writes it, the others what its class takes for
-        absent keys. ValueError for a missing value that changes the numbers and for what this pass does not
-        compute."""
-        base, scaling = rope(config, default=theta)
-        config = complete(config, REQUIRED, {"rms_norm_eps": 1e-6, "hidden_act": "silu", **defaults}, or_null)
-        if config["hidden_act"] not in ("silu", "swish"):  # one function
-            raise ValueError(f"expected `hidden_act` silu in config.json, found {config['hidden_act']}")
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
+        changes the numbers and for what this pass does not compute."""
+        theta, scaling = rope(config, default=cls.theta, whole=cls.part == 1)
+        part = told_once(config, "partial_rotary_factor", cls.part) or 0.0
+        eps, usual = cls.epsilon
+        config = complete(config, REQUIRED, {eps: usual, **cls.absent}, cls.or_null)
+        only(config, cls.computed)
         n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-        window = config.get("sliding_window") if "sliding_window" in or_null else None
+        width = int(config.get("head_dim") or int(config["hidden_size"]) // n_heads)
+        window = config.get("sliding_window") if "sliding_window" in cls.or_null else None
         numbers: dict[str, Any] = {
             "n_layers": n_layers,
             "n_heads": n_heads,
             "n_kv_heads": int(config.get("num_key_value_heads") or n_heads),
-            "head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // n_heads),
-            "norm_eps": float(config["rms_norm_eps"]),
-            "rope_theta": base,
+            "head_dim": width,
+            "turned": int(width * part),
+            "norm_eps": float(config[eps]),
+            "rope_theta": theta,
             "rope_scaling": scaling,
             "windows": (None if window is None else int(window),) * n_layers,
             "tied": bool(config.get("tie_word_embeddings", False)),
         }
-        return cls(**{**numbers, **traits})
+        return cls(**{**numbers, **cls.traits(config)})
+
+    @classmethod
+    def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a family has besides or otherwise, out of a config that is complete."""
+        return {}
+
+
+def windowed(kinds: Sequence[str], window: int, n_layers: int) -> tuple[int | None, ...]:
+    """Those that `layer_types` of config.json says. ValueError where it does not fit the layers."""
+    if len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"expected full_attention or sliding_attention for {n_layers} layers, found {kinds}")
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
@@ -95,18 +119,25 @@ def forward(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    (w,) = ranks
-    return F.embedding(ids, w[c.prefix + "embed_tokens.weight"])
+    x = F.embedding(ids, ranks[0][c.prefix + "embed_tokens.weight"])
+    return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device) if c.scaled_words else x
 
 
 def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
-    (w,), p = ranks, f"{c.prefix}layers.{i}."
-    y = rms_norm(x, w[p + "input_layernorm.weight"], c.norm_eps)
-    x = x + attention(y, w, p + "self_attn.", c, c.windows[i])
-    y = rms_norm(x, w[p + "post_attention_layernorm.weight"], c.norm_eps)
+    w, p = ranks[0], f"{c.prefix}layers.{i}."
+    y = norm(x, w, p + "input_layernorm.", c)
+    y = attention(y, w, p + "self_attn.", c, c.windows[i])
+    x = x + (norm(y, w, p + "post_attention_layernorm.", c) if c.four_norms else y)
+    y = norm(x, w, p + ("pre_feedforward" if c.four_norms else "post_attention") + "_layernorm.", c)
     if c.n_experts:
         return x + mixture(y, w, p + "block_sparse_moe.", c.n_experts_per_token)
-    return x + gated(y, w, *(f"{p}mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
+    gate, up, down = (f"{p}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    y = gated(y, w, gate, up, down, c.activation)
+    return x + (norm(y, w, p + "post_feedforward_layernorm.", c) if c.four_norms else y)
+
+
+def norm(x: Tensor, w: Mapping[str, Tensor], stem: str, c: Config) -> Tensor:
+    return rms_norm(x, w[stem + "weight"], c.norm_eps, c.plus_one)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -115,12 +146,12 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def final_norm(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    return rms_norm(x, ranks[0][c.prefix + "norm.weight"], c.norm_eps)
+    return norm(x, ranks[0], c.prefix + "norm.", c)
 
 
 def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    (w,) = ranks
-    return wide(F.linear(y, w[c.prefix + "embed_tokens.weight" if c.tied else "lm_head.weight"]))
+    logits = F.linear(y, ranks[0][c.prefix + "embed_tokens.weight" if c.tied else "lm_head.weight"])
+    return wide(softcap(logits, c.logit_cap))
 
 
 def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None) -> Tensor:
@@ -129,7 +160,7 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int
         for name, n in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))
     )
     if c.head_norms:
-        q, k = (rms_norm(y, w[f"{p}{n}_norm.weight"], c.norm_eps) for n, y in (("q", q), ("k", k)))
-    cos, sin = rotation(x, c.rope_theta, c.head_dim, c.rope_scaling)
-    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-    return F.linear(grouped_attention(q, k, v, window), w[p + "o_proj.weight"])
+        q, k = (norm(y, w, f"{p}{n}_norm.", c) for n, y in (("q", q), ("k", k)))
+    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling)
+    q, k = (rotate(y, cos, sin) for y in (q, k))
+    return F.linear(grouped_attention(q, k, v, window, c.scalar, c.score_cap), w[p + "o_proj.weight"])

@@ -28,7 +28,7 @@ from ckpt_tool.reference.hf_blocks import (
     weigh,
     wide,
 )
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
 REQUIRED = ("n_layer", "n_head")  # in config.json, under these names or those of other models
@@ -69,13 +69,7 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
 
 
-def forward(
-    ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None, positions: Tensor | None = None
-) -> Tensor:
-    """Logits (B, T, V). `mask` (B, T) is 1 for tokens and 0 for padding, `positions` (B, T) are 0, 1, 2, ...
-    in every row by default."""
-    logits: Tensor = run(phases(ranks, c, given(mask=mask, positions=positions)), ids)
-    return logits
+forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ckpt_tool.reference.hf_blocks import (
     GELUS,
+    Tensors,
     complete,
     layer_norm,
     linear,
@@ -28,7 +29,7 @@ from ckpt_tool.reference.hf_blocks import (
     weigh,
     wide,
 )
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
 ARCHITECTURES = ("GPTJForCausalLM",)
 REQUIRED = ("n_layer", "n_head", "n_embd")  # in config.json, under these names or those of other models
@@ -44,10 +45,10 @@ class Config:
     rotary_dim: int
     norm_eps: float
     gelu: str  # as torch calls it: "none" is erf, or "tanh"
-    blocks: int = 0  # of a fused query, value and key, each with its share of the heads; 0: not fused
+    blocks: ClassVar[int] = 0  # of a fused query, value and key, each with its heads; 0: not fused
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], blocks: int = 0) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
         generic = {name: config.get(other) for name, other in GENERIC.items()}
@@ -56,23 +57,20 @@ class Config:
             raise ValueError("expected `tie_word_embeddings` false in config.json, found true")
         gelu = one_of(config, "activation_function", FORMS)
         width, heads, turned = (int(config[name]) for name in ("n_embd", "n_head", "rotary_dim"))
-        if heads < 1 or heads % max(1, blocks) or width % heads:
-            shared = f" a multiple of {blocks}" if blocks else ""
+        if heads < 1 or heads % max(1, cls.blocks) or width % heads:
+            shared = f" a multiple of {cls.blocks}" if cls.blocks else ""
             raise ValueError(f"expected `n_head`{shared} that divides {width}, found {heads}")
         if turned % 2 or not 0 < turned <= width // heads:
             raise ValueError(f"expected an even `rotary_dim` up to {width // heads}, found {turned}")
         eps = float(config["layer_norm_epsilon"])
-        return cls(int(config["n_layer"]), heads, turned, eps, gelu, blocks)
+        return cls(int(config["n_layer"]), heads, turned, eps, gelu)
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
 
 
-def forward(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
-    """Logits (B, T, V). `mask` (B, T) is 1 for tokens and 0 for padding, by default there is none."""
-    logits: Tensor = run(phases(ranks, c, given(mask=mask)), ids)
-    return logits
+forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -92,7 +90,7 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(linear(layer_norm(x, w, "transformer.ln_f.", c.norm_eps), w, "lm_head."))
 
 
-def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, mask: Tensor | None) -> Tensor:
+def attention(x: Tensor, w: Tensors, p: str, c: Config, mask: Tensor | None) -> Tensor:
     """CodeGen keeps its sines and cosines in float32, GPT-J in the dtype of x."""
     q, k, v = fused(x, w, p, c) if c.blocks else apart(x, w, p, c)
     tables = wide(x).dtype if c.blocks else x.dtype
@@ -101,13 +99,13 @@ def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, mask: Tenso
     return linear(weigh(scores, v, unseen(x, mask)), w, p + "out_proj.", bias=False)
 
 
-def apart(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> tuple[Tensor, Tensor, Tensor]:
+def apart(x: Tensor, w: Tensors, p: str, c: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, (B, N, T, H) each."""
     q, k, v = (split_heads(linear(x, w, f"{p}{n}_proj.", bias=False), c.n_heads) for n in "qkv")
     return q, k, v
 
 
-def fused(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> tuple[Tensor, Tensor, Tensor]:
+def fused(x: Tensor, w: Tensors, p: str, c: Config) -> tuple[Tensor, Tensor, Tensor]:
     """The same out of one tensor, in which every block has queries, then values, then keys."""
     rows = linear(x, w, p + "qkv_proj.", bias=False)
     blocks = rows.view(*x.shape[:2], c.blocks, 3, c.n_heads // c.blocks, -1)

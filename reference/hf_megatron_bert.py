@@ -31,7 +31,7 @@ from ckpt_tool.reference.hf_blocks import (
     weigh,
     wide,
 )
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
 ARCHITECTURES = (
     "MegatronBertModel",
@@ -82,17 +82,11 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     heads = {"head": head}
     if "cls.seq_relationship.weight" in ranks[0]:
-        heads["seq_relationship_logits"] = binary_head
+        heads["seq_relationship_logits"] = next_sentence
     return decoder_phases(embed, layer, heads, ranks, c, inputs)
 
 
-def forward(
-    ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Logits (B, T, V) of the LM head. `token_types` (B, T) are 0 by default; `mask` (B, T) is 1 for tokens
-    and 0 for padding, by default there is none."""
-    logits: Tensor = run(phases(ranks, c, given(token_types=token_types, mask=mask)), ids)
-    return logits
+forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None) -> Tensor:
@@ -116,52 +110,33 @@ def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None
     return x + linear(F.gelu(units, approximate=c.gelu), w, p + "output.dense.")
 
 
-def final_norm(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
+def sequence(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
+    """Normalised: (B, T, D), or (B, C, T, D)."""
     return layer_norm(x, ranks[0], c.prefix + "encoder.ln.", c.norm_eps)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """LM logits (B, T, V) of the last layer's output."""
-    return lm_logits(final_norm(x, ranks, c), ranks, c)
-
-
-def binary_head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """Next sentence logits (B, 2) of the last layer's output."""
-    return next_sentence(final_norm(x, ranks, c), ranks, c)
-
-
-def encode(
-    ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """The normalised sequence (B, T, D), which every head starts from. For multiple choice `ids`,
-    `token_types` and `mask` are (B, C, T), and the sequence is (B, C, T, D)."""
-    shape = (-1, ids.shape[-1])
-    told = {name: t.view(shape) for name, t in given(token_types=token_types, mask=mask).items()}
-    return final_norm(trunk(phases(ranks, c, told), ids.view(shape)), ranks, c).view(*ids.shape, -1)
-
-
-def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """An untied output layer has a bias of its own, as transformers 5 has it; a file without one is meant to
-    share the head's."""
+    """LM logits (B, T, V). An untied output layer has a bias of its own, as transformers 5 has it; a file
+    without one is meant to share the head's."""
     (w,), p = ranks, "cls.predictions."
-    z = F.gelu(linear(y, w, p + "transform.dense."), approximate=c.gelu)
+    z = F.gelu(linear(sequence(x, ranks, c), w, p + "transform.dense."), approximate=c.gelu)
     z = layer_norm(z, w, p + "transform.LayerNorm.", c.norm_eps)
-    if c.tied:
-        output, bias = w[c.prefix + "embeddings.word_embeddings.weight"], w[p + "bias"]
-    else:
-        own = p + "decoder.bias"
-        output, bias = w[p + "decoder.weight"], w[own if own in w else p + "bias"]
-    return wide(z @ output.T + bias)
+    own = "" if c.tied or p + "decoder.bias" not in w else "decoder."
+    return wide(z @ w[output(c)].T + w[f"{p}{own}bias"])
 
 
-def pool(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
+def output(c: Config) -> str:
+    return c.prefix + "embeddings.word_embeddings.weight" if c.tied else "cls.predictions.decoder.weight"
+
+
+def pool(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """Of the first token: (B, D), or (B, C, D)."""
-    return torch.tanh(linear(y[..., 0, :], ranks[0], c.prefix + "pooler.dense."))
+    return torch.tanh(linear(sequence(x, ranks, c)[..., 0, :], ranks[0], c.prefix + "pooler.dense."))
 
 
-def next_sentence(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
+def next_sentence(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """Logits (B, 2) of a continuation and of a random next sentence."""
-    return wide(linear(pool(y, ranks, c), ranks[0], "cls.seq_relationship."))
+    return wide(linear(pool(x, ranks, c), ranks[0], "cls.seq_relationship."))
 
 
 def classified(y: Tensor, ranks: Ranks) -> Tensor:
@@ -171,15 +146,15 @@ def classified(y: Tensor, ranks: Ranks) -> Tensor:
 # What `encode` gives goes into each: (B, L) logits of a sequence or the values of a regression, (B, C) of
 # choices, (B, T, L) of tokens. The causal one wants `c.causal`.
 HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
-    "base_model": lambda y, ranks, c: (y, pool(y, ranks, c)),
-    "masked_lm": lm_logits,
-    "causal_lm": lm_logits,
+    "base_model": lambda x, ranks, c: (sequence(x, ranks, c), pool(x, ranks, c)),
+    "masked_lm": head,
+    "causal_lm": head,
     "next_sentence_prediction": next_sentence,
-    "pretraining": lambda y, ranks, c: (lm_logits(y, ranks, c), next_sentence(y, ranks, c)),
-    "sequence_classification": lambda y, ranks, c: classified(pool(y, ranks, c), ranks),
-    "multiple_choice": lambda y, ranks, c: classified(pool(y, ranks, c), ranks).squeeze(-1),
-    "token_classification": lambda y, ranks, c: classified(y, ranks),
-    "question_answering": lambda y, ranks, c: span_logits(y, ranks[0]),
+    "pretraining": lambda x, ranks, c: (head(x, ranks, c), next_sentence(x, ranks, c)),
+    "sequence_classification": lambda x, ranks, c: classified(pool(x, ranks, c), ranks),
+    "multiple_choice": lambda x, ranks, c: classified(pool(x, ranks, c), ranks).squeeze(-1),
+    "token_classification": lambda x, ranks, c: classified(sequence(x, ranks, c), ranks),
+    "question_answering": lambda x, ranks, c: span_logits(sequence(x, ranks, c), ranks[0]),
 }
 
 
@@ -195,12 +170,10 @@ def gelu_bound(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     on the way; its derivative is a contraction over s. A logit is the product with a row of the output layer,
     so by Cauchy-Schwarz it moves by at most the length of gamma times that row, times that of the move."""
     (w,), p = ranks, "cls.predictions."
-    y = final_norm(x, ranks, c)
-    z = wide(F.gelu(linear(y, w, p + "transform.dense."), approximate=c.gelu))
+    z = wide(F.gelu(linear(sequence(x, ranks, c), w, p + "transform.dense."), approximate=c.gelu))
     s = (z.var(-1, correction=0, keepdim=True) + c.norm_eps).sqrt() - GELU_GAP
     moved = (GELU_GAP * z.shape[-1] ** 0.5 / s).where(s > 0, torch.inf)  # (B, T, 1)
-    table = c.prefix + "embeddings.word_embeddings.weight" if c.tied else p + "decoder.weight"
-    rows = wide(w[table] * w[p + "transform.LayerNorm.weight"])  # (V, D)
+    rows = wide(w[output(c)] * w[p + "transform.LayerNorm.weight"])  # (V, D)
     reach: Tensor = moved * torch.linalg.vector_norm(rows, dim=-1)
     return reach
 

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from ckpt_tool.reference.hf_blocks import (
     GELUS,
+    Tensors,
     complete,
     layer_norm,
     linear,
-    of_last_token,
     one_of,
     only,
     span_logits,
@@ -31,20 +31,7 @@ from ckpt_tool.reference.hf_blocks import (
     weigh,
     wide,
 )
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
-
-__all__ = [
-    "ARCHITECTURES",
-    "HEADS",
-    "Config",
-    "embed",
-    "encode",
-    "forward",
-    "head",
-    "layer",
-    "of_last_token",
-    "phases",
-]
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
 ARCHITECTURES = ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering")
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
@@ -87,10 +74,7 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
 
 
-def forward(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
-    """Logits (B, T, V). `mask` (B, T) is 1 for tokens and 0 for padding, by default there is none."""
-    logits: Tensor = run(phases(ranks, c, given(mask=mask)), ids)
-    return logits
+forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
@@ -114,11 +98,6 @@ def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None
     return norm(x + feed_forward(x, w, p, c), w, p + "final_layer_norm.")
 
 
-def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """LM logits (B, T, V) of the last layer's output."""
-    return lm_logits(finish(x, ranks, c), ranks, c)
-
-
 def finish(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """What the decoder gives for the last layer's output: (B, T, E)."""
     w, p = decoder(ranks)
@@ -127,47 +106,39 @@ def finish(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return F.linear(x, w[p + "project_out.weight"]) if c.projected else x
 
 
-def encode(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
-    """The decoder's output (B, T, E), which every head starts from."""
-    return finish(trunk(phases(ranks, c, given(mask=mask)), ids), ranks, c)
-
-
-def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
+def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     w, p = decoder(ranks)
-    return wide(F.linear(y, w[p + "embed_tokens.weight" if c.tied else "lm_head.weight"]))
+    return wide(F.linear(finish(x, ranks, c), w[p + "embed_tokens.weight" if c.tied else "lm_head.weight"]))
 
 
-def sequence_classification(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """Logits (B, T, L) of every position, of which the class gives those `of_last_token`."""
-    return wide(linear(y, ranks[0], "score.", bias=False))
-
-
-# What `encode` gives goes into each.
+# What `encode` gives goes into each. Logits of a sequence's classes are (B, T, L), of every position.
 HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
-    "base_model": lambda y, ranks, c: y,
-    "causal_lm": lm_logits,
-    "sequence_classification": sequence_classification,
-    "question_answering": lambda y, ranks, c: span_logits(y, ranks[0]),
+    "base_model": finish,
+    "causal_lm": head,
+    "sequence_classification": lambda x, ranks, c: wide(
+        linear(finish(x, ranks, c), ranks[0], "score.", bias=False)
+    ),
+    "question_answering": lambda x, ranks, c: span_logits(finish(x, ranks, c), ranks[0]),
 }
 
 
-def decoder(ranks: Ranks) -> tuple[Mapping[str, Tensor], str]:
+def decoder(ranks: Ranks) -> tuple[Tensors, str]:
     """The tensors, and what the names of the decoder's begin with."""
     (w,) = ranks
     return w, "model.decoder." if "model.decoder.embed_tokens.weight" in w else "decoder."
 
 
-def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, mask: Tensor | None) -> Tensor:
+def attention(x: Tensor, w: Tensors, p: str, c: Config, mask: Tensor | None) -> Tensor:
     q, k, v = (split_heads(linear(x, w, f"{p}{name}_proj."), c.n_heads) for name in "qkv")  # (B, N, T, H)
     scores = wide(q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
     return linear(weigh(scores, v, unseen(x, mask)), w, p + "out_proj.")
 
 
-def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
+def feed_forward(x: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
     y = linear(x, w, p + "fc1.")
     y = F.relu(y) if c.activation == "relu" else F.gelu(y, approximate=c.activation)
     return linear(y, w, p + "fc2.")
 
 
-def norm(x: Tensor, w: Mapping[str, Tensor], stem: str) -> Tensor:
+def norm(x: Tensor, w: Tensors, stem: str) -> Tensor:
     return layer_norm(x, w, stem, 1e-5)

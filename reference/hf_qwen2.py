@@ -10,50 +10,52 @@ B batch, T tokens, D model width, L labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import linear, of_last_token, span_logits, wide
-from ckpt_tool.reference.hf_decoder import embed, final_norm, forward, head, layer, lm_logits, phases
+from ckpt_tool.reference.hf_decoder import (
+    embed,
+    final_norm,
+    forward,
+    head,
+    layer,
+    lm_logits,
+    phases,
+    windowed,
+)
 from ckpt_tool.reference.phases import Ranks, trunk
 
-__all__ = [
-    "ARCHITECTURES",
-    "HEADS",
-    "Config",
-    "embed",
-    "encode",
-    "forward",
-    "head",
-    "layer",
-    "of_last_token",
-    "phases",
-]
+__all__ = ["Config", "embed", "encode", "forward", "head", "layer", "of_last_token", "phases"]
 
-ARCHITECTURES = (
-    "Qwen2Model",
-    "Qwen2ForCausalLM",
-    "Qwen2ForSequenceClassification",
-    "Qwen2ForTokenClassification",
-    "Qwen2ForQuestionAnswering",
-)
-# What Qwen2Config takes for keys that are absent; null heads are as many as there are queries.
-ABSENT = {"num_key_value_heads": 32, "max_window_layers": 28}
-# Architecture -> what its tensors are named by, but for those of heads; the others have `model.`.
-PREFIXES = {"Qwen2Model": "", "Qwen2ForQuestionAnswering": "transformer."}
+# Architecture -> what its tensors are named by, but for those of heads.
+PREFIXES = {
+    "Qwen2Model": "",
+    "Qwen2ForCausalLM": "model.",
+    "Qwen2ForSequenceClassification": "model.",
+    "Qwen2ForTokenClassification": "model.",
+    "Qwen2ForQuestionAnswering": "transformer.",
+}
+ARCHITECTURES = tuple(PREFIXES)
 
 
-@dataclass(frozen=True)
 class Config(hf_decoder.Config):
+    or_null = {
+        "num_key_value_heads": 32,
+        "max_window_layers": 28,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "layer_types": None,
+        "architectures": None,
+    }
+
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        c = cls.read(config, {}, ABSENT, theta=10000.0, biased=True)
-        (architecture, *_) = config.get("architectures") or [""]
-        windows = windows_of({"sliding_window": 4096, **ABSENT, **config}, c.n_layers)
-        return replace(c, windows=windows, prefix=PREFIXES.get(architecture, "model."))
+    def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        (architecture, *_) = config["architectures"] or [""]
+        windows = windows_of(config, int(config["num_hidden_layers"]))
+        return {"windows": windows, "biased": True, "prefix": PREFIXES.get(architecture, "model.")}
 
 
 def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
@@ -61,18 +63,14 @@ def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ..
     without that list they are those from `max_window_layers` on. So 4.57.6 and 5.23.0 have it; 4.37.2 has
     the window in every layer with eager attention, whatever the config says, in none with sdpa, and with
     flash attention in those before `max_window_layers`."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
-    if window is None:
+    window, kinds, full = (config[n] for n in ("sliding_window", "layer_types", "max_window_layers"))
+    if not config["use_sliding_window"] or window is None:
         return (None,) * n_layers
-    kinds = config.get("layer_types")
+    if kinds is None and full is None:
+        raise ValueError("expected max_window_layers or layer_types beside a window, found null")
     if kinds is None:
-        if config["max_window_layers"] is None:
-            raise ValueError("expected max_window_layers or layer_types beside a window, found null")
-        full = int(config["max_window_layers"])
-        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(n_layers)]
-    if len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"expected full_attention or sliding_attention for {n_layers} layers, found {kinds}")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+        kinds = ["full_attention" if i < int(full) else "sliding_attention" for i in range(n_layers)]
+    return windowed(kinds, window, n_layers)
 
 
 def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:

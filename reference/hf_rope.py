@@ -3,8 +3,6 @@ the frequencies for longer texts. Two channels H/2 apart are a pair.
 
 Source: transformers 4.57.6 and 5.23.0, modeling_rope_utils.py (rope_type default, linear, dynamic, yarn and
 llama3); a dynamic one as in a forward pass of a fresh model.
-
-B batch, T tokens, H head width.
 """
 
 from __future__ import annotations
@@ -19,7 +17,14 @@ from torch import Tensor
 
 from ckpt_tool.reference import NotComputed
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+TRAINED, LONGEST = "original_max_position_embeddings", "max_position_embeddings"
+KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", LONGEST),
+    "yarn": ("factor", TRAINED),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", TRAINED),
+}
 
 
 @dataclass(frozen=True)
@@ -41,95 +46,83 @@ class RopeScaling:
         """`facts` as in config.json, `longest` its max_position_embeddings; None for the default.
         `NotComputed` for another kind, ValueError for one that lacks values."""
         kind = facts.get("rope_type") or facts.get("type") or "default"
-        if kind == "default":
-            return None
         if kind not in KINDS:
             raise NotComputed(f"expected rope_type to be one of {', '.join(KINDS)}, found `{kind}`")
-        context = facts.get("original_max_position_embeddings") or longest
-        found = {**facts, "original_max_position_embeddings": context, "max_position_embeddings": longest}
-        names = {
-            "linear": ("factor",),
-            "dynamic": ("factor", "max_position_embeddings"),
-            "yarn": ("factor", "original_max_position_embeddings"),
-            "llama3": (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ),
-        }[kind]
-        if missing := [name for name in names if found.get(name) is None]:
+        found = {**facts, TRAINED: facts.get(TRAINED) or longest, LONGEST: longest}
+        if missing := [name for name in KINDS[kind] if found.get(name) is None]:
             raise ValueError(f"expected {', '.join(missing)} beside rope_type `{kind}`, found none")
-        numbers = [float(found[name]) for name in names]
+        numbers = [float(found[name]) for name in KINDS[kind]]
         if kind == "llama3":
-            factor, low, high, context = numbers
-            return cls(factor, low, high, context)
-        if kind in ("linear", "dynamic"):
-            return cls(numbers[0], 1.0, 1.0, float(longest or 0), kind)
-        slow, fast = (float(facts.get(name) or n) for name, n in (("beta_slow", 1), ("beta_fast", 32)))
-        truncate = bool(facts.get("truncate", True))
-        return cls(numbers[0], slow, fast, numbers[1], kind, _attention(facts, numbers[0]), truncate)
+            factor, low, high, trained = numbers
+            return cls(factor, low, high, trained)
+        if kind == "yarn":
+            slow, fast = (float(facts.get(name) or n) for name, n in (("beta_slow", 1), ("beta_fast", 32)))
+            truncate = bool(facts.get("truncate", True))
+            return cls(numbers[0], slow, fast, numbers[1], kind, _attention(facts, numbers[0]), truncate)
+        return None if kind == "default" else cls(numbers[0], 1.0, 1.0, float(longest or 0), kind)
 
 
 def _attention(facts: Mapping[str, Any], factor: float) -> float:
     """Of yarn: as given, else from the factor and, if there are both, the two scales."""
 
-    def scale(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    def scale(m: Any = 1.0) -> float:
+        return 0.1 * float(m) * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if (given := facts.get("attention_factor")) is not None:
         return float(given)
     one, all_channels = facts.get("mscale"), facts.get("mscale_all_dim")
-    return scale(float(one)) / scale(float(all_channels)) if one and all_channels else scale(1.0)
+    return scale(one) / scale(all_channels) if one and all_channels else scale()
 
 
-def rope(config: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
+def rope(config: Mapping[str, Any], default: float, whole: bool = True) -> tuple[float, RopeScaling | None]:
     """Theta and the scaling. transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 both in
     `rope_parameters`; a config without theta means that of its class, `default`. ValueError for two
-    values."""
-    longest = config.get("max_position_embeddings")
-    older, newer = (_one(config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
-    found = [facts["rope_theta"] for facts in (config, older, newer) if facts.get("rope_theta") is not None]
-    if not found and "rope_theta" in config:
+    values, `NotComputed` for heads that are not turned as a whole where they should be."""
+    theta = told_once(config, "rope_theta", None if "rope_theta" in config else default)
+    if theta is None:
         raise ValueError("expected a number as rope_theta in config.json, found null")
-    thetas = set(map(float, found))
-    if len(thetas) > 1:
-        raise ValueError(
-            f"expected one rope_theta in config.json, found {', '.join(map(str, sorted(thetas)))}"
-        )
-    for facts in (config, older, newer):
-        if facts.get("partial_rotary_factor") not in (None, 1):
-            part = facts["partial_rotary_factor"]
-            raise NotComputed(f"expected whole heads to be turned, found partial_rotary_factor {part}")
-    scalings = {RopeScaling.from_hf(facts, longest) for facts in (older, newer) if facts}
+    if whole and (part := told_once(config, "partial_rotary_factor", 1.0)) != 1:
+        raise NotComputed(f"expected whole heads to be turned, found partial_rotary_factor {part}")
+    older, newer = _places(config)
+    scalings = {RopeScaling.from_hf(facts, config.get(LONGEST)) for facts in (older, newer) if facts}
     if config.get("rope_scaling", {}) is None and newer:
         scalings.add(None)
     if len(scalings) > 1:
         raise ValueError(
             "expected one rotary scaling in config.json, found two in rope_scaling and rope_parameters"
         )
-    return (thetas.pop() if thetas else default), (scalings.pop() if scalings else None)
+    return theta, scalings.pop() if scalings else None
 
 
-def _one(facts: Any) -> Mapping[str, Any]:
-    """The values for all layers, where they are given for each kind of layer."""
-    if not isinstance(facts, Mapping):
-        raise ValueError(f"expected rotary values as an object in config.json, found {facts!r}")
-    kinds = [v for v in facts.values() if isinstance(v, Mapping)]
-    if kinds and len(kinds) == len(facts):
-        if any(v != kinds[0] for v in kinds):
+def told_once(config: Mapping[str, Any], name: str, default: float | None) -> float | None:
+    found = {float(f[name]) for f in (config, *_places(config)) if f.get(name) is not None}
+    if len(found) > 1:
+        raise ValueError(f"expected one {name} in config.json, found {', '.join(map(str, sorted(found)))}")
+    return found.pop() if found else default
+
+
+def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """`rope_scaling` and `rope_parameters`; of values for each kind of layer, those for all."""
+    made = []
+    for facts in (config.get(key) or {} for key in ("rope_scaling", "rope_parameters")):
+        if not isinstance(facts, Mapping):
+            raise ValueError(f"expected rotary values as an object in config.json, found {facts!r}")
+        kinds = [v for v in facts.values() if isinstance(v, Mapping)]
+        nested = bool(kinds) and len(kinds) == len(facts)
+        if nested and any(v != kinds[0] for v in kinds):
             raise NotComputed("expected the same rotary values for all kinds of layers, found others")
-        return kinds[0]
-    return facts
+        made.append(kinds[0] if nested else facts)
+    return made
 
 
 def rotation(x: Tensor, theta: float, width: int, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency for x (B, T, ...), each (T, H), equal in both halves of H; computed
+    """cos and sin of position * frequency for x (B, T, ...), each (T, width), equal in both halves; computed
     in the precision of x, at least float32, and rounded to the dtype of x."""
     dtype, T = torch.promote_types(x.dtype, torch.float32), x.shape[1]
     steps = torch.arange(0, width, 2, dtype=dtype, device=x.device)
     if scaling is not None and scaling.kind == "dynamic":
-        theta *= _growth(scaling, T) ** (width / (width - 2))
+        factor, trained = scaling.factor, scaling.original_context
+        theta *= (factor * max(float(T), trained) / trained - (factor - 1)) ** (width / (width - 2))
     frequencies = 1.0 / theta ** (steps / width)
     if scaling is not None:
         frequencies = stretch(frequencies, theta, scaling)
@@ -139,19 +132,12 @@ def rotation(x: Tensor, theta: float, width: int, scaling: RopeScaling | None) -
     return (angles.cos() * attention).to(x.dtype), (angles.sin() * attention).to(x.dtype)
 
 
-def _growth(s: RopeScaling, length: int) -> float:
-    longest = max(float(length), s.original_context)
-    return s.factor * longest / s.original_context - (s.factor - 1)
-
-
 def stretch(frequencies: Tensor, theta: float, s: RopeScaling) -> Tensor:
     """`keep` is the part of a frequency that is not divided by `factor`: 1 for waves that turn `high` times
     or more within the original context, 0 for those that turn at most `low` times, and linear between, for
     llama3 in the turns, for yarn in the number of the channel."""
-    if s.kind == "dynamic":
-        return frequencies
-    if s.kind == "linear":
-        return frequencies / s.factor
+    if s.kind in ("dynamic", "linear"):
+        return frequencies / s.factor if s.kind == "linear" else frequencies
     if s.kind == "llama3":
         turns = s.original_context * frequencies / (2 * math.pi)
         keep = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
@@ -173,9 +159,3 @@ def _channels(theta: float, width: int, s: RopeScaling) -> tuple[float, float]:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     return (first, last + 0.001) if first == last else (first, last)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Channels i and i + H/2 are a pair: (a, b) -> (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)

@@ -3,20 +3,21 @@ tensors to another.
 
 The first phase takes the token ids and each later one what the one before gave, so that a stack may change
 the length of its sequence, carry two streams, or keep a cache beside its activations: what goes from phase to
-phase is a tensor, or a tuple, list or dict of such trees. Heads do not follow on each other: all of them
-start from what the last phase that is not a head has given.
+phase is a tensor, or a tuple, list, dict or dataclass of such trees, with numbers and None where they are
+needed. Heads do not follow on each other: all of them start from what the last phase that is not a head has
+given, and what a head gives is one tensor, the batch first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
-Tree = Any  # a tensor, or a tuple, list or dict of trees
+Tree = Any  # a tensor, or a tuple, list, dict or dataclass of trees
 Ranks = Sequence[Mapping[str, Tensor]]
 Inputs = Mapping[str, Tensor]  # what a pass takes besides token ids, by name
 NOTHING: Inputs = {}
@@ -66,6 +67,23 @@ def _taken(function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
     return {name: x for name, x in inputs.items() if name in known}
 
 
+def passes(phases: Callable[..., list[Phase]]) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
+    """`forward(ids, ranks, c)` and `encode(ids, ranks, c)` of a reading: what its head gives, and what all
+    heads start from. Both take further inputs by name, None where there is none; where ids are (B, C, T),
+    rows of C choices, so are the inputs, and what `encode` gives begins with (B, C) where it begins with
+    the batch otherwise."""
+
+    def forward(ids: Tensor, ranks: Ranks, c: Any, **inputs: Tensor | None) -> Tree:
+        return run(phases(ranks, c, given(**inputs)), ids)
+
+    def encode(ids: Tensor, ranks: Ranks, c: Any, **inputs: Tensor | None) -> Tree:
+        flat = {name: x.flatten(0, -2) for name, x in given(**inputs).items()}
+        x = trunk(phases(ranks, c, flat), ids.flatten(0, -2))
+        return x if ids.ndim == 2 else mapped(lambda t: t.view(*ids.shape[:-1], *t.shape[1:]), x)
+
+    return forward, encode
+
+
 def given(**inputs: Tensor | None) -> dict[str, Tensor]:
     """Those that are there."""
     return {name: x for name, x in inputs.items() if x is not None}
@@ -88,3 +106,24 @@ def outputs(phases: Sequence[Phase], x: Tree) -> dict[str, Tree]:
 def run(phases: Sequence[Phase], x: Tree) -> Tree:
     """What the head of that name gives."""
     return next(p for p in phases if p.name == "head").run(trunk(phases, x))
+
+
+def mapped(function: Callable[[Tensor], Any], x: Tree) -> Tree:
+    """The same tree of what `function` makes of each tensor, those of a dict in the order of their names;
+    what is no tensor stays."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {name: mapped(function, x[name]) for name in sorted(x, key=str)}
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: mapped(function, getattr(x, f.name)) for f in fields(x)})
+    if isinstance(x, list | tuple):
+        parts = [mapped(function, part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    return x
+
+
+def leaves(x: Tree) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(found.append, x)
+    return found

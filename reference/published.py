@@ -28,11 +28,16 @@ AS_PUBLISHED = Names(
 )
 
 
-def told(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known, the user's word first, with theta wherever it stands. ValueError for what is not."""
+def told(
+    params: Mapping[str, Any], overrides: Mapping[str, Any], ranks: int = 1, asked: tuple[str, ...] = ASKED
+) -> dict[str, Any]:
+    """What is known, the user's word first, with theta wherever it stands. ValueError for what is not, and
+    for more than one rank."""
+    if ranks != 1:
+        raise ValueError(f"expected one rank (the published files are not model-parallel), found {ranks}")
     facts = {**params, **overrides}
     facts["rope_theta"] = first(theta_of(overrides), theta_of(facts))
-    if missing := [name for name in ASKED if facts.get(name) is None]:
+    if missing := [name for name in asked if facts.get(name) is None]:
         raise ValueError(f"expected {', '.join(missing)} in config.json or given by name, found none")
     return facts
 

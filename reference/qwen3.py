@@ -18,6 +18,16 @@ from ckpt_tool.reference.published import AS_PUBLISHED, numbers, told
 
 __all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
+# What the published config.json may leave out; heads are 128 wide in every size, whatever D/N is.
+DOCUMENTED = {
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
 
 @dataclass(frozen=True)
 class Config(decoder.Config):
@@ -27,9 +37,7 @@ class Config(decoder.Config):
     ) -> Self:
         """`params` is config.json, `shapes` those of all tensors, `overrides` facts from the user, which
         win. ValueError for what none of them tells and for what this pass does not compute."""
-        facts = told({"head_dim": 128, **params}, overrides)  # 128 in every published size, whatever D/N is
-        if ranks != 1:
-            raise ValueError(f"expected one rank (the published files are not model-parallel), found {ranks}")
+        facts = told({**DOCUMENTED, **params}, overrides, ranks)
         refuse(only(facts, {"hidden_act": ("silu",), "attention_bias": (False,), "num_experts": ()}))
         tied = facts.get("tie_word_embeddings")
         names = replace(AS_PUBLISHED, output=AS_PUBLISHED.word) if tied else AS_PUBLISHED

@@ -16,7 +16,8 @@ from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.fixtures import flaws_values
 from ckpt_tool.fixtures.flaws import Folder, half_split, interleaved
-from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth, numbers, to_bits
+from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth, numbers
+from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import Report, verify
 from ckpt_tool.verify.altered import alteration, place

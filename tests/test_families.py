@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Document, TensorFile, TensorInfo
 from ckpt_tool.convert.families import FAMILIES, family, llama
 from ckpt_tool.convert.layout import apply
-from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.consolidated import Original
+from ckpt_tool.fixtures.families import llama as llamas
 from ckpt_tool.fixtures.headers import REAL
-from ckpt_tool.fixtures.llama import Llama
-from ckpt_tool.fixtures.mistral import Mistral
-from ckpt_tool.fixtures.mixtral import Mixtral
-from ckpt_tool.fixtures.original import Original
-from ckpt_tool.fixtures.variants import CONSOLIDATED, Consolidated
+from ckpt_tool.fixtures.variants import VARIANTS
 
+CONSOLIDATED: dict[str, Any] = {k: v for k, v in VARIANTS.items() if isinstance(v.original, Original)}
 Arrays = dict[tuple[str, str], np.ndarray]  # (file, tensor) -> raw bits
 
 
@@ -141,13 +140,14 @@ def output(plan: Plan, folder: Path, manifest: bool = True) -> Checkpoint:
     return checkpoint_of(folder, files, documents)
 
 
-def way_back(variant: Consolidated, plan: Plan, folder: Path, manifest: bool = True) -> Plan:
+def way_back(variant: Any, plan: Plan, folder: Path, manifest: bool = True) -> Plan:
     options: dict[str, Any] = {}
-    if isinstance(variant.sizes, Mixtral):
-        options["form"] = variant.sizes.form
-    if isinstance(variant.sizes, Mistral):
-        options["container"] = "pth" if variant.sizes.files[0].endswith(".pth") else "safetensors"
-    ranks = variant.sizes.ranks if isinstance(variant.sizes, Llama) else 1
+    (first, *_) = variant.original.files
+    if variant.family == "mixtral":
+        options["form"] = {"pth": "A", "pt": "B", "safetensors": "C"}[first.rsplit(".", 1)[1]]
+    if variant.family == "mistral":
+        options["container"] = "pth" if first.endswith(".pth") else "safetensors"
+    ranks = variant.original.sizes.get("r", 1)
     return family(variant.family).plan_original(
         output(plan, folder, manifest), Options(shards=ranks, family_options=options)
     )
@@ -313,12 +313,13 @@ CONTEXT = {
 
 
 def family_of(model: str) -> str:
-    return {Llama: "llama", Mistral: "mistral", Mixtral: "mixtral"}[type(REAL[model])]
+    publisher = model.split("-")[0]
+    return "llama" if publisher == "code" else publisher
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_every_published_size_is_planned_whole(model: str, tmp_path: Path) -> None:
-    plan = planned(REAL[model].original(), tmp_path, family_of(model))
+    plan = planned(REAL[model](), tmp_path, family_of(model))
     tensors = [t for f in plan.outputs for t in f.tensors]
     assert sum(t.numel for t in tensors) == PARAMETERS[model]
     assert len({t.name for t in tensors}) == len(tensors)
@@ -331,7 +332,7 @@ def test_every_published_size_is_planned_whole(model: str, tmp_path: Path) -> No
 
 
 def test_heads_stored_twice_are_kept_or_merged(tmp_path: Path) -> None:
-    original = REAL["llama-3.1-405b-mp16"].original()
+    original = REAL["llama-3.1-405b-mp16"]()
     kept = planned(original, tmp_path / "a", "llama")
     assert kept.config["num_key_value_heads"].value == 16
     assert any("num_key_value_heads=8" in n for n in kept.notes)
@@ -343,7 +344,7 @@ def test_heads_stored_twice_are_kept_or_merged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.2-3b"])
 def test_small_llama_3_is_tied_and_stretched_32_times(model: str, tmp_path: Path) -> None:
-    plan = planned(REAL[model].original(), tmp_path, "llama")
+    plan = planned(REAL[model](), tmp_path, "llama")
     assert plan.config["tie_word_embeddings"].value is True
     assert plan.config["rope_scaling"].value["factor"] == 32.0
     assert [s.compare for s in plan.steps if s.sources[0].name == "output.weight"] == ["tied"]
@@ -351,7 +352,7 @@ def test_small_llama_3_is_tied_and_stretched_32_times(model: str, tmp_path: Path
 
 
 def test_other_scaled_llamas_are_stretched_8_times(tmp_path: Path) -> None:
-    plan = planned(REAL["llama-3.1-8b"].original(), tmp_path, "llama")
+    plan = planned(REAL["llama-3.1-8b"](), tmp_path, "llama")
     assert plan.config["rope_scaling"].value == {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -366,7 +367,7 @@ def test_other_scaled_llamas_are_stretched_8_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", REAL)
 def test_one_family_recognises_each_download(model: str, tmp_path: Path) -> None:
-    checkpoint = opened(REAL[model].original(), tmp_path)
+    checkpoint = opened(REAL[model](), tmp_path)
     said = {f: family(f).recognise(checkpoint) for f in FAMILIES}
     assert [f for f, (own, _) in said.items() if own] == [family_of(model)], said
     assert all(why for _, why in said.values())
@@ -640,16 +641,17 @@ def test_params_nested_under_model_are_found(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     variant = CONSOLIDATED["mistral-7b-v0.3"]
-    name, make = variant.tokenizer
-    right = opened(variant.original, tmp_path / "a", **{name: make(variant.sizes.vocab)})
+    name, make = variant.original.tokenizer
+    words = variant.original.sizes["v"]
+    right = opened(variant.original, tmp_path / "a", **{name: make(words)})
     plan = family("mistral").plan(right, Options())
     assert {"tokenizer.json", name} <= {d.name for d in plan.documents}
-    wrong = opened(variant.original, tmp_path / "b", **{name: make(variant.sizes.vocab - 4)})
+    wrong = opened(variant.original, tmp_path / "b", **{name: make(words - 4)})
     assert refused(lambda: family("mistral").plan(wrong, Options())).kind == "bad-tokenizer"
     none = opened(variant.original, tmp_path / "c")
     assert any("tokenizer" in n for n in family("mistral").plan(none, Options()).notes)
     beside = tmp_path / "elsewhere"
-    beside.write_bytes(make(variant.sizes.vocab))
+    beside.write_bytes(make(words))
     plan = family("mistral").plan(none, Options(tokenizer=str(beside)))
     assert "tokenizer.json" in {d.name for d in plan.documents}
 
@@ -713,24 +715,20 @@ def test_ranks_that_cannot_share_are_refused(tmp_path: Path) -> None:
 
 @given(st.integers(8, 20_000), st.integers(1, 80_000), st.booleans())
 def test_any_feed_forward_width_has_params_that_give_it(dim: int, width: int, later: bool) -> None:
-    sizes = {"hidden_size": Value(dim, ""), "intermediate_size": Value(width, "")}
-    found = {k: v.value for k, v in llama.width_params(sizes, later=later).items()}
-    assert llama.width_rule(dim, found["multiple_of"], found.get("ffn_dim_multiplier")) == width
+    assert llama.width_of(dim, *llama.pair_of(dim, width, later=later)) == width
 
 
 @pytest.mark.parametrize("model", [m for m in REAL if m.startswith(("llama", "code"))])
 def test_published_widths_give_back_the_published_params(model: str) -> None:
-    real = REAL[model]
-    assert isinstance(real, Llama)
-    sizes = {"hidden_size": Value(real.dim, ""), "intermediate_size": Value(real.ffn, "")}
-    found = {k: v.value for k, v in llama.width_params(sizes, later=real.style in ("3", "code")).items()}
-    published = {k: v for k, v in real.params().items() if k in ("multiple_of", "ffn_dim_multiplier")}
-    assert found == published
+    real = REAL[model]()
+    later = real.params.get("vocab_size") != -1  # of Code Llama and Llama 3
+    found = llama.pair_of(real.sizes["d"], real.sizes["f"], later=later)
+    assert found == (real.params["multiple_of"], real.params.get("ffn_dim_multiplier"))
 
 
 def test_mistral_in_model_parallel_ranks_is_joined(tmp_path: Path) -> None:
     """Not published, but copies resharded like Meta's are around: all key/value heads are joined."""
-    source = Llama("3", 64, 2, 8, 320, 16, 1e-5, ranks=2, kv_heads=4).original()
+    source = llamas.llama("3", 64, 2, 8, 320, 16, ranks=2, kv_heads=4)
     params = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 176, "norm_eps": 1e-5}
     plan = planned(replace(source, params={**params, "head_dim": 8}), tmp_path, "mistral")
     made = carried_out(plan, contents(source))

@@ -9,7 +9,6 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,19 @@ from ckpt_tool.cli import cli
 from ckpt_tool.convert.families.opt import PUBLISHED
 from ckpt_tool.convert.tokenizers import tokenizer_documents
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.codegen import CODEGEN_VARIANTS, whitespace_tokens
-from ckpt_tool.fixtures.folders import drawn, tensor
-from ckpt_tool.fixtures.opt import OPT_VARIANTS
-from ckpt_tool.fixtures.pickles import Global, Instance, StateDict, write_torch_zip
-from ckpt_tool.fixtures.qwen2 import QWEN2_VARIANTS, Qwen2
+from ckpt_tool.fixtures.families.codegen import whitespace_tokens
+from ckpt_tool.fixtures.families.opt import opt
+from ckpt_tool.fixtures.families.qwen2 import qwen2
+from ckpt_tool.fixtures.megatron_core import Core, write_file
+from ckpt_tool.fixtures.numbers import drawn
+from ckpt_tool.fixtures.pickles import Global, Instance, write_torch_zip
+from ckpt_tool.fixtures.published import tensor
 from ckpt_tool.fixtures.variants import VARIANTS
 
 Written = Callable[[str], Path]
-OPT = {v.id: v for v in OPT_VARIANTS}
-CODEGEN = {v.id: v for v in CODEGEN_VARIANTS}
-QWEN2 = {v.id: v for v in QWEN2_VARIANTS}
+OPT, CODEGEN, QWEN2 = (
+    {k: v for k, v in VARIANTS.items() if v.family == family} for family in ("opt", "codegen", "qwen2")
+)
 
 
 def convert(source: Path, out: Path, **options: Any) -> api.Conversion:
@@ -146,7 +147,7 @@ def test_head_count_and_activation_of_published_sizes_come_from_a_table(size: st
     (layers, width, word, ffn, positions, words), heads = next(
         (k, h) for k, (n, h) in PUBLISHED.items() if n == size
     )
-    small = replace(OPT["opt-13b"].sizes, layers=1, parts=1, word=None if word == width else 4)
+    small = opt(1, 48, 6, 88, 336, word=None if word == width else 4)
     sizes = {48: width, 4: word, 88: ffn, 336: words, 622: positions + 2, 144: 3 * width}
     one = {n: t.shape for n, t in small.tree(0, drawn("x", 0))["model"].items() if not n.endswith("version")}
     every = {
@@ -173,10 +174,10 @@ def test_what_the_files_do_not_tell_is_asked_for_by_name(originals: Written, tmp
 
 def opt_with(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Path:
     """The variant with each of its trees changed."""
-    sizes = OPT[name].sizes
+    original: Any = OPT[name].original
     folder.mkdir()
-    for part, file in enumerate(sizes.files):
-        tree = sizes.tree(part, drawn(name, 0))
+    for part, file in enumerate(original.files):
+        tree = original.tree(part, drawn(name, 0))
         change(tree)
         with open(folder / file, "wb") as f:
             write_torch_zip(tree, f)
@@ -244,8 +245,9 @@ def test_parts_of_two_models_are_refused(originals: Written, tmp_path: Path) -> 
     """Of other sizes when planning; of the same sizes when the copies on both are compared."""
     folder, settings = copied(originals("opt-66b"), tmp_path / "in"), OPT["opt-66b"].settings
     part = "reshard-model_part-5.pt"
-    other = replace(OPT["opt-66b"], id="other", sizes=replace(OPT["opt-66b"].sizes, ffn=160))
-    shutil.copy(other.write(tmp_path / "other") / part, folder / part)
+    other = opt(3, 64, 16, 160, 344, parts=8, form=None, head=True)
+    (tmp_path / "other").mkdir()
+    shutil.copy(other.write(tmp_path / "other", "other") / part, folder / part)
     assert refused(folder, tmp_path / "out", settings=settings).kind == "shard-conflict"
     stranger = OPT["opt-66b"].write(tmp_path / "stranger", seed=9)
     shutil.copy(stranger / part, folder / part)
@@ -335,7 +337,7 @@ def test_gpt_j_computes_what_codegen_computes(
     convert(originals(name), tmp_path / "gptj", **options)
     made = config(tmp_path / "gptj")
     assert made["model_type"] == "gptj" and made["architectures"] == ["GPTJForCausalLM"]
-    ids = torch.arange(64).mul(37).remainder(variant.sizes.words).view(2, 32)
+    ids = torch.arange(64).mul(37).remainder(variant.true_config["vocab_size"]).view(2, 32)
     one = logits_of(conversions(name), "CodeGenForCausalLM", ids)
     two = logits_of(tmp_path / "gptj", "GPTJForCausalLM", ids)
     assert one.std() > 0.5
@@ -601,11 +603,11 @@ def test_a_published_model_becomes_the_ranks_that_megatron_writes(
     assert config(tmp_path / "again")["vocab_size"] == 320
 
 
-def stages(folder: Path, m: Qwen2, ranks: int, cut: int) -> Path:
+def stages(folder: Path, m: Core, cut: int) -> Path:
     """The model in two pipeline stages, the first of `cut` layers."""
     numbers = drawn("staged", 0)
-    for rank in range(ranks):
-        whole = m.rank(rank, ranks, numbers, engine=True)
+    for rank in range(m.ranks):
+        whole = m.rank(rank, numbers)
         parts: list[dict[str, Any]] = [{}, {}]
         for name, value in whole.items():
             if not name.startswith("decoder.layers."):
@@ -615,27 +617,19 @@ def stages(folder: Path, m: Qwen2, ranks: int, cut: int) -> Path:
             stage, local = (0, int(number)) if int(number) < cut else (1, int(number) - cut)
             parts[stage][f"decoder.layers.{local}.{rest}"] = value
         for stage, tensors in enumerate(parts):
-            path = folder / "release" / f"mp_rank_{rank:02d}_{stage:03d}" / "model_optim_rng.pt"
-            path.parent.mkdir(parents=True)
-            args = {**m.args(ranks), "pipeline_model_parallel_size": 2}
-            tree = {
-                "args": Instance(Global("argparse", "Namespace"), args),
-                "checkpoint_version": 3.0,
-                "iteration": 5,
-                "model": StateDict(tensors),
-            }
-            with open(path, "wb") as f:
-                write_torch_zip(tree, f)
+            args = {**m.args(), "pipeline_model_parallel_size": 2}
+            write_file(folder / "release" / f"mp_rank_{rank:02d}_{stage:03d}", tensors, args)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     return folder
 
 
 def test_pipeline_stages_are_joined_and_verified(tmp_path: Path) -> None:
-    model = replace(QWEN2["qwen2.5-14b"].sizes, layers=5)
-    source = stages(tmp_path / "in", model, 2, 3)
+    model = qwen2(5, 48, 6, 2, 72, 320, rms_norm_eps=1e-5)
+    source = stages(tmp_path / "in", Core(model, ranks=2), 3)
     convert(source, tmp_path / "out")
     numbers, found = drawn("staged", 0), weights(tmp_path / "out")
-    for name, shape in model.shapes():
+    for name, shape in model.rows():
+        assert isinstance(shape, tuple)
         wanted = torch.from_numpy(numbers(name, shape)).to(torch.bfloat16)
         assert torch.allclose(found[name].float(), wanted.float(), atol=0, rtol=0.01), name
     report = api.verify(tmp_path / "out", source, levels=("coverage", "bits", "parity"))
@@ -666,17 +660,10 @@ def test_padding_of_the_vocabulary_is_left_out_when_told(originals: Written, tmp
 def test_args_that_do_not_fit_qwen2_are_refused(
     change: dict[str, Any], kind: str, words: str, tmp_path: Path
 ) -> None:
-    m = QWEN2["qwen2-mcore"].sizes
+    m: Any = QWEN2["qwen2-mcore"].original
     for rank in range(2):
-        path = tmp_path / "in" / "release" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
-        path.parent.mkdir(parents=True)
-        tree = {
-            "args": Instance(Global("argparse", "Namespace"), {**m.args(2), **change}),
-            "iteration": 5,
-            "model": StateDict(m.rank(rank, 2, drawn("x", 0), engine=True)),
-        }
-        with open(path, "wb") as f:
-            write_torch_zip(tree, f)
+        path = tmp_path / "in" / "release" / f"mp_rank_{rank:02d}"
+        write_file(path, m.rank(rank, drawn("x", 0)), {**m.args(), **change})
     error = refused(tmp_path / "in", tmp_path / "out")
     assert kind in {p.kind for p in error.problems} and words in str(error)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tracemalloc
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ import torch
 
 from ckpt_tool import reference
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.fixtures import headers, original, prompts, variants
-from ckpt_tool.fixtures.variants import CONSOLIDATED, Consolidated
+from ckpt_tool.fixtures import headers, prompts
+from ckpt_tool.fixtures.consolidated import Original
+from ckpt_tool.fixtures.numbers import to_bits
+from ckpt_tool.fixtures.variants import VARIANTS
 
 Tensors = dict[str, torch.Tensor]
+CONSOLIDATED: dict[str, Any] = {k: v for k, v in VARIANTS.items() if isinstance(v.original, Original)}
 BY_ID = pytest.mark.parametrize("variant", CONSOLIDATED.values(), ids=list(CONSOLIDATED))
 COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 LLAMA = [v for v in CONSOLIDATED.values() if v.family == "llama"]
@@ -50,12 +52,12 @@ def params(folder: Path) -> dict[str, Any]:
     return made
 
 
-def head_dim(variant: Consolidated) -> int:
+def head_dim(variant: Any) -> int:
     true = variant.true_config
     return int(true.get("head_dim", true["hidden_size"] // true["num_attention_heads"]))
 
 
-def merged(variant: Consolidated, files: dict[str, Tensors]) -> Tensors:
+def merged(variant: Any, files: dict[str, Tensors]) -> Tensors:
     """Whole tensors: ranks joined along the axis that the publisher split, disjoint files united."""
     ranks = list(files.values())
     if variant.family != "llama":
@@ -85,7 +87,7 @@ def merged(variant: Consolidated, files: dict[str, Tensors]) -> Tensors:
 
 
 @BY_ID
-def test_the_libraries_read_the_weights(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_the_libraries_read_the_weights(variant: Any, written: dict[str, Path]) -> None:
     files = load(written[variant.id])
     assert list(files) == list(variant.original.files)
     for name, tensors in files.items():
@@ -95,7 +97,7 @@ def test_the_libraries_read_the_weights(variant: Consolidated, written: dict[str
 
 
 @BY_ID
-def test_weights_are_large_enough_to_show_a_mistake(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_weights_are_large_enough_to_show_a_mistake(variant: Any, written: dict[str, Path]) -> None:
     for name, tensor in merged(variant, load(written[variant.id])).items():
         value = tensor.double()
         if name.endswith("rope.freqs"):
@@ -111,7 +113,7 @@ def test_weights_are_large_enough_to_show_a_mistake(variant: Consolidated, writt
 
 
 @BY_ID
-def test_no_two_tensors_are_equal_unless_tied(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_no_two_tensors_are_equal_unless_tied(variant: Any, written: dict[str, Path]) -> None:
     whole = merged(variant, load(written[variant.id]))
     learned = {n: t for n, t in whole.items() if not n.endswith("rope.freqs")}
     digests = {
@@ -121,7 +123,7 @@ def test_no_two_tensors_are_equal_unless_tied(variant: Consolidated, written: di
 
 
 @BY_ID
-def test_the_true_config_agrees_with_the_tensors(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_the_true_config_agrees_with_the_tensors(variant: Any, written: dict[str, Path]) -> None:
     true, whole = variant.true_config, merged(variant, load(written[variant.id]))
     head, width = head_dim(variant), true["hidden_size"]
     assert whole["tok_embeddings.weight"].shape == (true["vocab_size"], width)
@@ -136,7 +138,7 @@ def test_the_true_config_agrees_with_the_tensors(variant: Consolidated, written:
 
 
 @BY_ID
-def test_sizes_are_pairwise_different(variant: Consolidated) -> None:
+def test_sizes_are_pairwise_different(variant: Any) -> None:
     true = variant.true_config
     sizes = [
         true[k]
@@ -165,7 +167,7 @@ def test_a_family_has_a_deep_variant_and_unusual_numbers(family: str) -> None:
 
 
 @BY_ID
-def test_logits_are_neither_flat_nor_wild(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_logits_are_neither_flat_nor_wild(variant: Any, written: dict[str, Path]) -> None:
     folder = written[variant.id]
     files, module = load(folder), reference.original(variant.family)
     ranks = list(files.values()) if variant.family == "llama" else [merged(variant, files)]
@@ -223,7 +225,7 @@ KEYS = {
 
 
 @BY_ID
-def test_params_json_has_the_published_keys(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_params_json_has_the_published_keys(variant: Any, written: dict[str, Path]) -> None:
     found = params(written[variant.id])
     assert set(found) == KEYS[variant.id]
     assert None not in found.values()
@@ -276,9 +278,7 @@ def test_embeddings_are_split_as_each_generation_does(written: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("variant", LLAMA, ids=lambda v: v.id)
-def test_rotary_frequencies_are_there_where_published(
-    variant: Consolidated, written: dict[str, Path]
-) -> None:
+def test_rotary_frequencies_are_there_where_published(variant: Any, written: dict[str, Path]) -> None:
     for rank in load(written[variant.id]).values():
         found = [n for n in rank if n.endswith("rope.freqs")]
         if variant.id.startswith("llama-1"):
@@ -293,11 +293,11 @@ def test_rotary_frequencies_are_there_where_published(
 
 
 @BY_ID
-def test_the_tokenizer_has_as_many_ids_as_the_model(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_the_tokenizer_has_as_many_ids_as_the_model(variant: Any, written: dict[str, Path]) -> None:
     folder = written[variant.id]
-    name = variant.tokenizer[0]
+    name = variant.original.tokenizer[0]
     path = next(p for p in (folder / name, folder.parent / name) if p.is_file())
-    assert (path.parent == folder) == (not variant.folder)
+    assert (path.parent == folder) == (not variant.original.folder)
     data, vocab = path.read_bytes(), variant.true_config["vocab_size"]
     if name == "tekken.json":
         assert json.loads(data)["config"]["default_vocab_size"] == vocab
@@ -312,7 +312,7 @@ def test_the_tokenizer_has_as_many_ids_as_the_model(variant: Consolidated, writt
 
 
 @pytest.mark.parametrize("variant", LLAMA, ids=lambda v: v.id)
-def test_the_checklist_has_the_digests_of_the_files(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_the_checklist_has_the_digests_of_the_files(variant: Any, written: dict[str, Path]) -> None:
     folder = written[variant.id]
     lines = (folder / "checklist.chk").read_text().splitlines()
     listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
@@ -322,7 +322,7 @@ def test_the_checklist_has_the_digests_of_the_files(variant: Consolidated, writt
 
 
 @BY_ID
-def test_our_own_reader_opens_it(variant: Consolidated, written: dict[str, Path]) -> None:
+def test_our_own_reader_opens_it(variant: Any, written: dict[str, Path]) -> None:
     with open_checkpoint(written[variant.id]) as checkpoint:
         assert list(checkpoint.files) == list(variant.original.files)
         assert {t.name for t in checkpoint} == {h[0] for f in variant.original.headers.values() for h in f}
@@ -366,7 +366,7 @@ def test_rounding_is_that_of_torch(dtype: str) -> None:
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     wanted = torch.from_numpy(values).to(kind)
     view = torch.int32 if dtype == "F32" else torch.int16
-    bits = original.to_bits(values, dtype)
+    bits = to_bits(values, dtype)
     assert np.array_equal(bits, wanted.view(view).numpy().view(bits.dtype))
 
 
@@ -474,38 +474,3 @@ def test_a_sparse_safetensors_original_opens(tmp_path: Path) -> None:
     assert path.stat().st_size > 281_000_000_000
     with open_checkpoint(folder) as checkpoint:
         assert len(checkpoint.names()) == 56 * (7 + 24) + 3
-
-
-# --- for measuring --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["mistral", "mixtral", "llama"])
-def test_synthetic_originals_are_finite_noise_of_about_the_size_asked(family: str, tmp_path: Path) -> None:
-    wanted = 24_000_000
-    tracemalloc.start()
-    folder = variants.synthetic(tmp_path / family, family, wanted, seed=3)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 12_000_000
-    files = load(folder)
-    total = sum(t.numel() * t.element_size() for f in files.values() for t in f.values())
-    assert abs(total - wanted) < wanted / 4
-    assert len(files) == (2 if family == "llama" else 1)
-    for tensors in files.values():
-        assert all(torch.isfinite(t).all() and t.abs().max() < 2 for t in tensors.values())
-    if family == "llama":
-        first, second = files.values()
-        assert torch.equal(first["norm.weight"], second["norm.weight"])
-        assert not torch.equal(first["output.weight"], second["output.weight"])
-    again = variants.synthetic(tmp_path / "again", family, wanted, seed=3)
-    assert digests(again) == digests(folder)
-
-
-@pytest.mark.parametrize(
-    ("family", "nbytes", "tensors"), [("mistral", 2_443_000_000, 183), ("llama", 2_421_000_000, 192)]
-)
-def test_synthetic_sizes_are_those_of_the_benchmarks(family: str, nbytes: int, tensors: int) -> None:
-    files = variants._synthetic_sizes(family, nbytes, 2).original().files
-    learned = [t for t in files["consolidated.00.pth"] if t.name != "rope.freqs"]
-    assert len(learned) == tensors
-    assert abs(sum(t.nbytes for f in files.values() for t in f) - nbytes) < nbytes / 50

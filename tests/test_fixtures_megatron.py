@@ -22,14 +22,16 @@ import torch
 from ckpt_tool import reference
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.torch_legacy import is_legacy, legacy_imports
-from ckpt_tool.fixtures.megatron import TRACKER, Megatron, MegatronVariant, drawn, write_noise_archive
-from ckpt_tool.fixtures.megatron_bert import BERT_TWO_GELUS, BERT_VARIANTS
-from ckpt_tool.fixtures.megatron_gpt2 import ARCHIVE, GPT2_VARIANTS, REAL
+from ckpt_tool.fixtures import variants
+from ckpt_tool.fixtures.families.megatron_bert import BERT, TWO_GELUS
+from ckpt_tool.fixtures.families.megatron_gpt2 import ARCHIVE, GPT2, PUBLISHED
+from ckpt_tool.fixtures.megatron import TRACKER, Megatron, write_noise_archive
+from ckpt_tool.fixtures.numbers import drawn
 from ckpt_tool.fixtures.pickles import Tensor, legacy_stream, write_torch_zip
 from ckpt_tool.reference.megatron import join_stages
 
 State = dict[str, torch.Tensor]
-VARIANTS = {v.id: v for v in (*GPT2_VARIANTS, *BERT_VARIANTS)}
+VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
 BY_ID = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 
 
@@ -93,11 +95,13 @@ def flat(value: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, torc
             yield from flat(item, f"{prefix}{key}.")
 
 
-def grid(variant: MegatronVariant, path: Path) -> list[list[State]]:
+def grid(variant: Any, path: Path) -> list[list[State]]:
     """The tensors of the model in each file: [rank][stage]."""
     found = trees(path)
-    rows: list[list[State]] = [[{} for _ in range(variant.sizes.stages)] for _ in range(variant.sizes.ranks)]
-    for name, (rank, stage) in variant.sizes.files().items():
+    rows: list[list[State]] = [
+        [{} for _ in range(variant.original.stages)] for _ in range(variant.original.ranks)
+    ]
+    for name, (rank, stage) in variant.original.files().items():
         rows[rank][stage] = {n: t for n, t in flat(found[name]) if n.startswith("model")}
     return rows
 
@@ -106,31 +110,29 @@ def grid(variant: MegatronVariant, path: Path) -> list[list[State]]:
 
 
 @BY_ID
-def test_torch_reads_every_file(variant: MegatronVariant, written: dict[str, Path]) -> None:
+def test_torch_reads_every_file(variant: Any, written: dict[str, Path]) -> None:
     found = trees(written[variant.id])
-    assert list(found) == list(variant.sizes.files())
+    assert list(found) == list(variant.original.files())
     for name, tree in found.items():
-        assert tree["iteration"] == variant.sizes.iteration
-        assert tree.get("checkpoint_version") == variant.sizes.version
-        assert ("args" in tree) == (variant.sizes.run is not None)
+        assert tree["iteration"] == variant.original.iteration
+        assert tree.get("checkpoint_version") == variant.original.version
+        assert ("args" in tree) == (variant.original.run is not None)
         data = contents(written[variant.id])[name]
-        assert is_legacy(data[:32]) == (variant.sizes.container == "legacy")
+        assert is_legacy(data[:32]) == (variant.original.container == "legacy")
 
 
 @BY_ID
-def test_our_reader_sees_the_tensors_that_torch_sees(
-    variant: MegatronVariant, written: dict[str, Path]
-) -> None:
+def test_our_reader_sees_the_tensors_that_torch_sees(variant: Any, written: dict[str, Path]) -> None:
     files = grid(variant, written[variant.id])
     with open_checkpoint(written[variant.id]) as checkpoint:
-        assert len(checkpoint.files) == len(variant.sizes.files())
+        assert len(checkpoint.files) == len(variant.original.files())
         for name in ("input_layernorm", "query_key_value", "linear_qkv.weight", "input_norm"):
             for t in [t for t in checkpoint if name in t.name]:
                 own = [s[t.name] for row in files for s in row if t.name in s]
                 bits = bytearray(t.nbytes)
                 checkpoint.read_into(t, 0, memoryview(bits))
                 assert bytes(bits) in [x.contiguous().view(torch.uint8).numpy().tobytes() for x in own]
-        assert set(variant.vocabulary) <= set(checkpoint.documents)
+        assert set(variant.original.vocabulary) <= set(checkpoint.documents)
 
 
 @pytest.mark.parametrize("variant", ["gpt2-ngc-stored", "gpt2-ngc-deflated", "bert-ngc-uncased"])
@@ -140,7 +142,7 @@ def test_the_published_zips_hold_the_release_and_nothing_foreign(
     path = written[variant]
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        assert set(archive.namelist()) - set(VARIANTS[variant].vocabulary) == {
+        assert set(archive.namelist()) - set(VARIANTS[variant].original.vocabulary) == {
             "release/mp_rank_00/model_optim_rng.pt",
             TRACKER,
         }
@@ -200,12 +202,10 @@ def test_random_states_are_what_torch_and_numpy_take(written: dict[str, Path]) -
 
 
 @pytest.mark.parametrize(
-    "variant", [v for v in VARIANTS.values() if v.sizes.run is not None], ids=lambda v: v.id
+    "variant", [v for v in VARIANTS.values() if v.original.run is not None], ids=lambda v: v.id
 )
-def test_args_say_the_sizes_and_nothing_before_their_time(
-    variant: MegatronVariant, written: dict[str, Path]
-) -> None:
-    m = variant.sizes
+def test_args_say_the_sizes_and_nothing_before_their_time(variant: Any, written: dict[str, Path]) -> None:
+    m = variant.original
     assert m.run is not None
     for tree in trees(written[variant.id]).values():
         args = vars(tree["args"])
@@ -251,7 +251,7 @@ def test_rows_of_each_version_are_where_the_fact_sheet_has_them() -> None:
         return np.arange(first, first + math.prod(shape), dtype=float).reshape(shape)
 
     for version, expected in stored.items():
-        m = Megatron("megatron-gpt2", 1, 2, 2, 5, 3, 7, version=version, dtype="F32")
+        m = Megatron(GPT2, 1, 2, 2, 5, 3, 7, version=version, dtype="F32")
         block = m.tree(0, 0, rows)["model"]["language_model"]["transformer"]
         bias = b"".join(block["layers.0.attention.query_key_value.bias"].data())
         assert np.frombuffer(bias, "<f4").tolist() == expected
@@ -282,10 +282,10 @@ RENAMED = (
 )
 
 
-def model(variant: MegatronVariant, path: Path) -> State:
+def model(variant: Any, path: Path) -> State:
     """The whole model under the names of the first age, q, k and v after another: by the words of the
     fact sheet about shards, orders and names, and not by code of this project."""
-    m = variant.sizes
+    m = variant.original
     ranks = [join_stages(row) for row in grid(variant, path)]
     whole = {}
     for name in ranks[0]:
@@ -315,31 +315,27 @@ def model(variant: MegatronVariant, path: Path) -> State:
 
 
 @BY_ID
-def test_variants_that_share_weights_hold_one_model(
-    variant: MegatronVariant, written: dict[str, Path]
-) -> None:
+def test_variants_that_share_weights_hold_one_model(variant: Any, written: dict[str, Path]) -> None:
     first = next(v for v in VARIANTS.values() if v.weights == variant.weights)
     one, two = model(first, written[first.id]), model(variant, written[variant.id])
     copies = {n for n in two if n.startswith(("word_embeddings_for_head", "output_layer"))}
-    assert bool(copies) == (variant.sizes.stages > 1)
+    assert bool(copies) == (variant.original.stages > 1)
     for name in copies:
         assert torch.equal(two.pop(name), two["word_embeddings.weight"])
     assert one.keys() == two.keys()
     for name, a in one.items():
         b = two[name]
         if name in ("word_embeddings.weight", "lm_head.bias"):
-            assert len(b) == variant.sizes.padded > variant.sizes.words
-            assert b[variant.sizes.words :].any(), "padding is not zero"
-            a, b = a[: variant.sizes.words], b[: variant.sizes.words]
+            assert len(b) == variant.original.padded > variant.original.words
+            assert b[variant.original.words :].any(), "padding is not zero"
+            a, b = a[: variant.original.words], b[: variant.original.words]
         rounded = 2**-10 if a.dtype != b.dtype else 0.0  # of float32 to float16
         assert torch.allclose(a.double(), b.double(), rtol=rounded, atol=rounded * 1e-4), name
 
 
 @BY_ID
-def test_weights_are_large_enough_to_show_a_mistake(
-    variant: MegatronVariant, written: dict[str, Path]
-) -> None:
-    dtype = {"F16": torch.float16, "F32": torch.float32}[variant.sizes.dtype]
+def test_weights_are_large_enough_to_show_a_mistake(variant: Any, written: dict[str, Path]) -> None:
+    dtype = {"F16": torch.float16, "F32": torch.float32}[variant.original.dtype]
     found = model(variant, written[variant.id])
     digests = set()
     for name, tensor in found.items():
@@ -355,8 +351,8 @@ def test_weights_are_large_enough_to_show_a_mistake(
 
 
 @BY_ID
-def test_the_true_config_agrees_with_the_tensors(variant: MegatronVariant, written: dict[str, Path]) -> None:
-    true, m, found = variant.true_config, variant.sizes, model(variant, written[variant.id])
+def test_the_true_config_agrees_with_the_tensors(variant: Any, written: dict[str, Path]) -> None:
+    true, m, found = variant.true_config, variant.original, model(variant, written[variant.id])
     sizes = [
         true.get(new, true.get(old))
         for new, old in (
@@ -378,10 +374,10 @@ def test_the_true_config_agrees_with_the_tensors(variant: MegatronVariant, writt
     assert heads == variant.settings.get("num_attention_heads", heads)
     assert ("num_attention_heads" in variant.settings) == (m.run is None)
     assert true["torch_dtype"] == {"F16": "float16", "F32": "float32"}[m.dtype]
-    for name, content in variant.vocabulary.items():
+    for name, content in variant.original.vocabulary.items():
         if not name.endswith("merges.txt"):
             assert len(content.splitlines() if name.endswith(".txt") else json.loads(content)) == words
-    assert bool(variant.vocabulary) != ("vocab_size" in variant.settings)
+    assert bool(variant.original.vocabulary) != ("vocab_size" in variant.settings)
 
 
 GELU = {"gelu": "erf", "gelu_new": "tanh"}
@@ -389,7 +385,7 @@ GELU = {"gelu": "erf", "gelu_new": "tanh"}
 
 @BY_ID
 def test_the_reference_reads_it_with_the_numbers_of_the_true_config(
-    variant: MegatronVariant, written: dict[str, Path]
+    variant: Any, written: dict[str, Path]
 ) -> None:
     ranks = [
         {n: t.float() for n, t in join_stages(row).items()} for row in grid(variant, written[variant.id])
@@ -402,7 +398,7 @@ def test_the_reference_reads_it_with_the_numbers_of_the_true_config(
     told = {**variant.settings, "vocab_size": true["vocab_size"]}
     config = module.Config.from_original(params, shapes, len(ranks), told)
     activation = true.get("hidden_act", true.get("activation_function"))
-    assert config.mlp_gelu == GELU[activation]
+    assert config.activation == GELU[activation]
     if variant.family == "megatron-bert":
         assert config.head_gelu == GELU[activation]
     assert config.norm_eps == true.get("layer_norm_eps", true.get("layer_norm_epsilon"))
@@ -416,18 +412,18 @@ def test_the_reference_reads_it_with_the_numbers_of_the_true_config(
 def test_a_family_has_a_deep_variant_every_version_and_both_gelus() -> None:
     for family in ("megatron-gpt2", "megatron-bert"):
         own = [v for v in VARIANTS.values() if v.family == family]
-        assert max(v.sizes.layers for v in own) >= 11
-        assert {v.sizes.version for v in own} == {None, 1, 2.0, 3.0}
-        assert {v.sizes.container for v in own} == {"legacy", "zip"}
+        assert max(v.original.layers for v in own) >= 11
+        assert {v.original.version for v in own} == {None, 1, 2.0, 3.0}
+        assert {v.original.container for v in own} == {"legacy", "zip"}
         assert {v.true_config.get("hidden_act", v.true_config.get("activation_function")) for v in own} == {
             "gelu",
             "gelu_new",
         }
-        assert {"2019", "transformer", "encoder", "norm"} <= {v.sizes.names for v in own}
+        assert {"2019", "transformer", "encoder", "norm"} <= {v.original.names for v in own}
 
 
 def test_two_gelus_are_what_megatron_bert_cannot_say(tmp_path: Path) -> None:
-    tree = next(iter(trees(BERT_TWO_GELUS.write(tmp_path)).values()))
+    tree = next(iter(trees(TWO_GELUS.write(tmp_path)).values()))
     assert tree["args"].bias_gelu_fusion and not tree["args"].openai_gelu
 
 
@@ -445,14 +441,19 @@ def test_equal_arguments_give_equal_bytes(variant: str, written: dict[str, Path]
 
 
 def test_padding_leaves_the_words_as_they_are() -> None:
-    one, two = (drawn(0, "x", 5)("word", (rows, 4)) for rows in (8, 16))
-    assert np.array_equal(one[:5], two[:5])
+    def words(multiple: int) -> np.ndarray:
+        m = Megatron(GPT2, 1, 2, 2, 5, 3, 7, divisible_by=multiple, dtype="F32")
+        embedding = m.tree(0, 0, drawn("x", 0))["model"]["language_model"]["embedding"]
+        return np.frombuffer(b"".join(embedding["word_embeddings"]["weight"].data()), "<f4").reshape(-1, 4)
+
+    one, two = words(8), words(16)
+    assert len(one) == 8 and len(two) == 16 and np.array_equal(one[:7], two[:7])
 
 
 PARAMETERS = {
-    "gpt2": (REAL, 354_871_296),
-    "bert-uncased": (Megatron("megatron-bert", 24, 16, 64, 4096, 512, 30522), 336_297_858),
-    "bert-cased": (Megatron("megatron-bert", 24, 16, 64, 4096, 512, 28996), 334_723_458),
+    "gpt2": (PUBLISHED, 354_871_296),
+    "bert-uncased": (Megatron(BERT, 24, 16, 64, 4096, 512, 30522), 336_297_858),
+    "bert-cased": (Megatron(BERT, 24, 16, 64, 4096, 512, 28996), 334_723_458),
 }
 
 
@@ -465,12 +466,12 @@ def test_published_sizes_have_the_published_number_of_parameters(model: str) -> 
             return value.numel
         return sum(map(count, value.values())) if isinstance(value, dict) else 0
 
-    assert count(m.tree(0, 0, drawn(0, "never", m.words))) == expected
+    assert count(m.tree(0, 0, drawn("never", 0))) == expected
 
 
 @pytest.mark.parametrize("deflated", [False, True])
 def test_noise_needs_no_memory_and_is_finite(deflated: bool, tmp_path: Path) -> None:
-    m = Megatron("megatron-gpt2", 3, 4, 64, 1024, 100, 20_000)
+    m = Megatron(GPT2, 3, 4, 64, 1024, 100, 20_000)
     tracemalloc.start()
     write_noise_archive(m, tmp_path / ARCHIVE, deflated=deflated, seed=3)
     peak = tracemalloc.get_traced_memory()[1]

@@ -38,6 +38,21 @@ def test_every_mistake_that_can_be_made_is_planted(variant: str, conversions: Wr
     assert applicable(conversions(variant)) == [f for v, f in CASES if v == variant]
 
 
+@pytest.mark.parametrize("variant", ["opt-13b", "codegen-2b-multi", "qwen2.5-14b"])
+def test_every_mistake_offered_elsewhere_changes_the_folder(
+    variant: str, conversions: Written, tmp_path: Path
+) -> None:
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    right, offered = conversions(variant), applicable(conversions(variant))
+    assert len(offered) >= 5
+    for name in offered:
+        broken = Path(shutil.copytree(right, tmp_path / name))
+        assert plant(broken, name).name == name
+        assert contents(broken) != contents(right)
+
+
 def test_a_mistake_that_cannot_be_made_is_refused(conversions: Written) -> None:
     with pytest.raises(ValueError, match="cannot be planted"):
         plant(conversions("gpt2-v2-tp2"), "rope-theta")

@@ -17,8 +17,8 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.families.megatron_bert import TWO_GELUS
 from ckpt_tool.fixtures.flaws import Folder
-from ckpt_tool.fixtures.megatron_bert import BERT_TWO_GELUS
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.reference import hf_megatron_bert
 from ckpt_tool.verify import verify
@@ -37,8 +37,8 @@ def of(report: Report, check: str, level: str = "parity") -> Finding:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A BERT with two gelus, and its conversion."""
     root = tmp_path_factory.mktemp("foretold")
-    source = BERT_TWO_GELUS.write(root / "in")
-    api.convert(source, root / "out", family=BERT_TWO_GELUS.family, check=False)
+    source = TWO_GELUS.write(root / "in")
+    api.convert(source, root / "out", family=TWO_GELUS.family, check=False)
     return source, root / "out"
 
 

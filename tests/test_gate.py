@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from ckpt_tool.api import gate
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.flaws import plant
-from ckpt_tool.verify.gate import read_gate, run_gate
+from ckpt_tool.verify.gate import read_gate
 from ckpt_tool.verify.report import Reports
 
 Written = Callable[[str], Path]
@@ -51,11 +53,26 @@ def test_a_gate_converts_verifies_and_holds_its_bars(originals: Written, tmp_pat
         exactness = "bit-identical"
         """,
     )
-    reports = run_gate(path)
+    reports = gate(path)
     assert (reports.title, reports.status, reports.exit_code) == ("nightly", "pass", 0)
     assert (tmp_path / "converted" / "config.json").exists()
     assert reports.reports[0].title == "tiny"
     assert states(reports) == dict.fromkeys(("require", "catch_rate", "nmse", "top1", "exactness"), "pass")
+
+
+def test_a_gate_converts_with_the_options_of_the_family(originals: Written, tmp_path: Path) -> None:
+    check = f"convert = 'auto'\nsource = '{originals('bert-ngc-cased')}'\nlevels = ['coverage']\n"
+    asked = {"kept": "keep_padding = true", "shared": "shards = 2", "unknown": "nonesuch = 2"}
+    text = "".join(
+        f"[[check]]\nname = '{name}'\nout = '{name}'\n{check}options = {{ {option} }}\n"
+        for name, option in asked.items()
+    )
+    kept, *others = gate(write(tmp_path, text)).reports
+    manifest = json.loads((tmp_path / "kept" / "ckpt-tool.json").read_text())
+    assert manifest["options"]["family_options"] == {"keep_padding": True} and not kept.could_not_run
+    for report, flag in zip(others, ("--shards", "--nonesuch"), strict=True):
+        (finding,) = report.findings
+        assert report.could_not_run and finding.data["kind"] == "usage" and finding.where == flag
 
 
 def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
@@ -81,7 +98,7 @@ def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
         levels = ["coverage", "bits"]
         """,
     )
-    reports = run_gate(path)
+    reports = gate(path)
     assert [(r.title, r.exit_code) for r in reports.reports] == [("bad", 1), ("absent", 2), ("good", 0)]
     assert reports.exit_code == 1
     assert "absent" in reports.junit()
@@ -105,7 +122,7 @@ def test_a_bar_of_the_gate_decides(
         tmp_path,
         f"[[check]]\nname = 'x'\nout = '{conversions(VARIANT)}'\nsource = '{originals(VARIANT)}'\n{extra}\n",
     )
-    reports = run_gate(path)
+    reports = gate(path)
     found = states(reports)
     if check is None:
         assert set(found.values()) == {"pass"}
@@ -120,7 +137,7 @@ def test_a_bar_on_what_was_not_measured_is_undecided(conversions: Written, tmp_p
     path = write(
         tmp_path, f"[[check]]\nname = 'x'\nout = '{out}'\nlevels = ['bits']\n[check.bars]\nkl = 1.0\n"
     )
-    reports = run_gate(path)
+    reports = gate(path)
     assert states(reports) == {"kl": "undecided"}
     assert reports.exit_code == 2
 
@@ -129,13 +146,13 @@ def test_without_a_source_a_check_passes_only_where_it_says_so(conversions: Writ
     out = shutil.copytree(conversions(VARIANT), tmp_path / "far" / "from" / "it")
     for extra, code in (("", 2), ("no_source = true\n", 0)):
         path = write(tmp_path, f"[[check]]\nname = 'x'\nout = '{out}'\n{extra}")
-        assert run_gate(path).exit_code == code
+        assert gate(path).exit_code == code
 
 
 def test_a_level_named_in_a_check_must_run(conversions: Written, originals: Written, tmp_path: Path) -> None:
     sides = f"out = '{conversions(VARIANT)}'\nsource = '{originals(VARIANT)}'"
     path = write(tmp_path, f"[[check]]\nname = 'x'\n{sides}\nlevels = ['bits', 'documented']\n")
-    (one,) = run_gate(path).reports
+    (one,) = gate(path).reports
     assert one.exit_code == 2
     assert one.headline.startswith("level documented was asked for and did not run: no published name")
 

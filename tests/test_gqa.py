@@ -20,10 +20,10 @@ from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.casting import cast
 from ckpt_tool.convert.layout import Part, Step, apply, parse_dims, with_mean
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures import original
-from ckpt_tool.fixtures.mistral import Mistral
-from ckpt_tool.fixtures.mixtral import Mixtral
-from ckpt_tool.fixtures.original import to_bits
+from ckpt_tool.fixtures.families.llama import llama
+from ckpt_tool.fixtures.families.mistral import mistral
+from ckpt_tool.fixtures.families.mixtral import mixtral
+from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
 
 Written = Callable[[str], Path]
@@ -95,8 +95,8 @@ def test_a_share_that_is_no_group_and_no_part_of_one_is_refused() -> None:
 # --- families -------------------------------------------------------------------------------------------
 
 MODELS = {
-    "mistral": Mistral(48, 3, 8, 80, 6, 6, 1e-5, 320, theta=1e6),
-    "mixtral": Mixtral("C", 48, 2, 8, 40, 6, 6, 1e-5, 304, theta=1e6),
+    "mistral": mistral(48, 3, 8, 80, 6, 6, 320, theta=1e6),
+    "mixtral": mixtral("C", 48, 2, 8, 40, 6, 6, 304, theta=1e6),
 }
 CASES = [
     ("llama-1-7b", 2, None),
@@ -116,7 +116,7 @@ def full_heads(originals: Written, tmp_path: Path) -> Callable[[str], tuple[Path
     def written(name: str) -> tuple[Path, str]:
         if name in VARIANTS:
             return originals(name), VARIANTS[name].family
-        original.write(MODELS[name].original(), tmp_path / name, seed=3, model=name)
+        MODELS[name].write(tmp_path / name, name, seed=3)
         return tmp_path / name, name
 
     return written
@@ -215,10 +215,8 @@ def test_heads_that_cannot_be_pooled_are_refused(
 
 
 def test_ranks_that_cannot_share_the_new_heads_are_refused(tmp_path: Path) -> None:
-    from ckpt_tool.fixtures.llama import Llama
-
-    model = Llama("2", 96, 1, 12, 328, 16, 1e-5, ranks=4)  # 3 heads to a rank, groups of 2 or 4
-    original.write(model.original(), tmp_path / "in", seed=0, model="x")
+    model = llama("2", 96, 1, 12, 328, 16, ranks=4)  # 3 heads to a rank, groups of 2 or 4
+    model.write(tmp_path / "in", "x")
     for groups in (3, 6):
         with pytest.raises(CkptToolError, match="4 model-parallel ranks share evenly"):
             api.convert(tmp_path / "in", tmp_path / "out", family="llama", options=api.Options(gqa=groups))

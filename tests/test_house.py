@@ -55,14 +55,14 @@ def test_no_module_of_a_family_is_hidden_behind_an_underscore() -> None:
 
 
 def test_no_family_knows_another_but_by_name() -> None:
-    """What two families share belongs to a dialect. Mixtral reads window and theta as Mistral does."""
+    """What two families share belongs to a dialect."""
     known = {
         (path, node.module)
         for path, tree in modules("convert/families", "convert/dialects")
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ckpt_tool.convert.families.")
     }
-    assert known <= {("convert/families/mixtral.py", "ckpt_tool.convert.families.mistral")}
+    assert known == set()
 
 
 def test_functions_fit_on_a_page() -> None:

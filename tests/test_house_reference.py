@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
+from tests import published_models
 
 Written = Callable[[str], Path]
 ROOM = Path(__file__).parents[1] / "reference"
@@ -237,8 +239,9 @@ def test_readings_are_found_by_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 @dataclass(frozen=True)
 class Mutant:
-    """The same mistake on both sides: (function, text, other text), the function by module and name. One
-    that only the original can make, as only it has ranks and fused tensors, has no `hf`."""
+    """The same mistake on both sides of a variant, or of a case of published_models: (function, text, other
+    text), the function by module and name. One that only the original can make, as only it has ranks and
+    fused tensors, has no `hf`."""
 
     variant: str
     original: tuple[str, str, str]
@@ -260,15 +263,15 @@ MUTANTS = {
     ),
     "affine and linear: bias forgotten": Mutant(
         "codegen-350m-mono",
-        ("blocks.affine", ' + w[stem + "bias"]', ""),
+        ("blocks.affine", "if biased", "if False"),
         ("hf_blocks.linear", 'w[stem + "bias"] if bias else None', "None"),
     ),
     "affine and conv1d: bias forgotten": Mutant(
         "gpt2-2019-tp2",
         (
-            "megatron_layers.feed_forward",
-            "activate(affine(x, w, p + c.names.fc1)",
-            'activate(x @ w[p + c.names.fc1 + "weight"].T',
+            "transformer.feed_forward",
+            'activate(affine(x, w, p + c.names["fc1"])',
+            'activate(x @ w[p + c.names["fc1"] + "weight"].T',
         ),
         ("hf_gpt2.layer", 'conv1d(y, w, p + "mlp.c_fc.")', 'y @ w[p + "mlp.c_fc.weight"]'),
     ),
@@ -328,8 +331,8 @@ MUTANTS = {
     ),
     "products: not scaled by the root": Mutant(
         "llama-2-7b",
-        ("decoder.attention", "/ math.sqrt(c.head_dim)", "/ c.head_dim"),
-        ("hf_blocks.grouped_attention", "* H**-0.5", "/ H"),
+        ("decoder.attention", "/ math.sqrt(c.query_scalar or c.head_dim)", "/ c.head_dim"),
+        ("hf_blocks.grouped_attention", "* (scalar or H) ** -0.5", "/ H"),
     ),
     "products: queries and keys exchanged": Mutant(
         "codegen-350m-mono",
@@ -356,6 +359,9 @@ MUTANTS = {
         ("blocks.split_fused", "q, k, v = x.view(B, T, 3,", "k, q, v = x.view(B, T, 3,"),
         ("hf_megatron_bert.layer", '("query", "key", "value")', '("key", "query", "value")'),
     ),
+    "split_fused: metaseq's keys and values exchanged": Mutant(
+        "opt-13b", ("blocks.split_fused", "k, v, q = x.view(B, T, 3,", "v, k, q = x.view(B, T, 3,"), None
+    ),
     "split_fused: version 1 read as 2": Mutant(
         "gpt2-v1-bare",
         ("blocks.split_fused", "n_heads, -1, 3).unbind(4)", "n_heads, 3, -1).unbind(3)"),
@@ -380,14 +386,88 @@ MUTANTS = {
         ("blocks.activate", "clamp(min=0)", "clamp(min=-0.01)"),
         ("hf_opt.feed_forward", "F.relu(y)", "y.clamp(min=-0.01)"),
     ),
-    "swiglu and gated: gate and up exchanged": Mutant(
+    "gated: gate and up exchanged": Mutant(
         "mistral-7b-v0.1",
-        ("blocks.swiglu", "    y = wide(gate)", "    gate, up = up, gate\n    y = wide(gate)"),
+        ("blocks.gated", "activate(gate, name) * up", "activate(up, name) * gate"),
         (
             "hf_blocks.gated",
-            "F.silu(F.linear(x, w[gate])) * F.linear(x, w[up])",
-            "F.silu(F.linear(x, w[up])) * F.linear(x, w[gate])",
+            "activate(F.linear(x, w[gate]), activation) * F.linear(x, w[up])",
+            "activate(F.linear(x, w[up]), activation) * F.linear(x, w[gate])",
         ),
+    ),
+    "activate: a bent silu": Mutant(
+        "mistral-7b-v0.1",
+        ("blocks.activate", "torch.sigmoid(y)", "torch.sigmoid(1.1 * y)"),
+        ("hf_blocks.activate", '"silu": F.silu', '"silu": lambda y: y * torch.sigmoid(1.1 * y)'),
+    ),
+    "activate: tanh where it is erf": Mutant(
+        "gpt-neox",
+        ("blocks.activate", 'name == "erf"', "False"),
+        ("hf_blocks.activate", "approximate=name", 'approximate="tanh"'),
+    ),
+    "rms_norm: what is stored is taken for the weight itself": Mutant(
+        "gemma2",
+        ("blocks.rms_norm", "(y + y * wide(weight))", "(y * wide(weight))"),
+        ("hf_blocks.rms_norm", "(1.0 + wide(weight))", "wide(weight)"),
+    ),
+    "capped, softcap: cut off": Mutant(
+        "gemma2",
+        ("blocks.capped", "cap * torch.tanh(x / cap)", "x.clamp(-cap, cap)"),
+        ("hf_blocks.softcap", "torch.tanh(x / cap) * cap", "x.clamp(-cap, cap)"),
+    ),
+    "scores not capped": Mutant(
+        "gemma2",
+        ("decoder.attention", "c.score_cap", "None"),
+        ("hf_decoder.attention", "c.score_cap", "None"),
+    ),
+    "logits not capped": Mutant(
+        "gemma2", ("decoder.head", "c.logit_cap", "None"), ("hf_decoder.lm_logits", "c.logit_cap", "None")
+    ),
+    "scores scaled by the width of a head": Mutant(
+        "gemma2",
+        ("decoder.attention", "c.query_scalar or c.head_dim", "c.head_dim"),
+        ("hf_decoder.attention", "c.scalar", "None"),
+    ),
+    "words not scaled": Mutant(
+        "gemma2",
+        ("decoder.embed", "c.word_scale == 1", "True"),
+        ("hf_decoder.embed", "if c.scaled_words", "if False"),
+    ),
+    "windows in the other layers": Mutant(
+        "gemma2",
+        ("decoder.attention", "c.windows[i]", "c.windows[i - 1]"),
+        ("hf_decoder.layer", "c.windows[i]", "c.windows[i - 1]"),
+    ),
+    "attention not normalised": Mutant(
+        "gemma2",
+        ("decoder.layer", "if n.after[0]", "if False"),
+        ("hf_decoder.layer", '"post_attention_layernorm.", c) if c.four_norms', '"", c) if False'),
+    ),
+    "feed-forward not normalised": Mutant(
+        "gemma2",
+        ("decoder.layer", "if n.after[1]", "if False"),
+        ("hf_decoder.layer", '"post_feedforward_layernorm.", c) if c.four_norms', '"", c) if False'),
+    ),
+    "norms of heads forgotten": Mutant(
+        "qwen3",
+        ("decoder.attention", "if c.head_norms", "if False"),
+        ("hf_decoder.attention", "if c.head_norms", "if False"),
+    ),
+    "rotate_halves, rotate: the last channels of a head": Mutant(
+        "gpt-neox",
+        ("gpt_neox.attention", "rotate_halves(y, turned)", "rotate_halves(y.flip(-1), turned).flip(-1)"),
+        ("hf_blocks.rotate", "    R =", "    x = x.flip(-1)\n    R ="),
+        (("hf_blocks.rotate", "x[..., R:]], dim=-1)", "x[..., R:]], dim=-1).flip(-1)"),),
+    ),
+    "side by side: in turn": Mutant(
+        "gpt-neox",
+        ("gpt_neox.layer", "x if c.parallel else y", "y"),
+        ("hf_gpt_neox.layer", "x if c.parallel else attended + x", "attended + x"),
+    ),
+    "fused for each head: key and value exchanged": Mutant(
+        "gpt-neox",
+        ("gpt_neox.attention", "q, k, v = split_fused", "q, v, k = split_fused"),
+        ("hf_gpt_neox.attention", "q, k, v = fused", "q, v, k = fused"),
     ),
     "route: one expert more": Mutant(
         "mixtral-a",
@@ -490,15 +570,54 @@ def batch(vocabulary: int, padded: bool) -> Batch:
     return Batch(ids, given, mask.bool())
 
 
+Published = Callable[[str], Path]
+
+
 @pytest.fixture(scope="module")
-def judged(conversions: Written) -> Callable[[str, Batch], Tensor]:
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """`published(case)`: the folder of a model that is published as the library stores it."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("published")
+
+    def folder(case: str) -> Path:
+        if not (root / case).exists():
+            published_models.written(case, root / case)
+        return root / case
+
+    return folder
+
+
+@contextmanager
+def compared(
+    variant: str, conversions: Written, originals: Written, published: Published
+) -> Iterator[tuple[Side, Side]]:
+    if variant in published_models.CASES:
+        yield published_sides(variant, published(variant))
+    else:
+        with opened(conversions(variant), originals(variant), VARIANTS[variant].settings) as subject:
+            yield sides_of(subject)
+
+
+def published_sides(case: str, folder: Path) -> tuple[Side, Side]:
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    state = load_file(folder / "model.safetensors")
+    ours = reference.original(published_models.CASES[case]["family"])
+    theirs = reference.converted(config["architectures"][0])
+    c = ours.Config.from_original(config, {n: tuple(t.shape) for n, t in state.items()}, 1, {})
+    return Side(ours, c, (), ranks=[state]), Side(theirs, theirs.Config.from_hf(config), (), config, [state])
+
+
+@pytest.fixture(scope="module")
+def judged(conversions: Written, published: Published) -> Callable[[str, Batch], Tensor]:
     """The logits of transformers for a variant, computed once."""
     transformers = pytest.importorskip("transformers")
     known: dict[str, Tensor] = {}
 
     def logits(variant: str, inputs: Batch) -> Tensor:
         if variant not in known:
-            folder = conversions(variant)
+            folder = published(variant) if variant in published_models.CASES else conversions(variant)
             (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
             model = getattr(transformers, architecture).from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager"
@@ -525,14 +644,13 @@ def test_a_mistake_in_a_block_is_caught(
     name: str,
     conversions: Written,
     originals: Written,
+    published: Published,
     judged: Callable[[str, Batch], Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mutant = MUTANTS[name]
-    variant = VARIANTS[mutant.variant]
-    with opened(conversions(mutant.variant), originals(mutant.variant), variant.settings) as subject:
-        ours, theirs = sides_of(subject)
-        inputs = batch(subject.config["vocab_size"], "mask" in ours.inputs)
+    with compared(mutant.variant, conversions, originals, published) as (ours, theirs):
+        inputs = batch(theirs.raw["vocab_size"], "mask" in ours.inputs)
         judge = judged(mutant.variant, inputs)[inputs.real]
 
         def logits(side: Side) -> Tensor:

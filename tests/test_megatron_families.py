@@ -29,8 +29,9 @@ from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Part, Step, apply, with_padding, without_padding
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.megatron_bert import BERT_TWO_GELUS, BERT_VARIANTS
-from ckpt_tool.fixtures.megatron_gpt2 import GPT2_VARIANTS
+from ckpt_tool.fixtures import variants
+from ckpt_tool.fixtures.families.megatron_bert import TWO_GELUS
+from ckpt_tool.fixtures.megatron import Megatron
 from tests.megatron_models import AGES as SPELLINGS
 from tests.megatron_models import (
     FAMILIES,
@@ -47,7 +48,7 @@ from tests.megatron_models import (
 )
 
 FULL = {n: t.float() for n, t in tensors().items()}
-VARIANTS = {v.id: v for v in (*GPT2_VARIANTS, *BERT_VARIANTS)}
+VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
 STAGES = {1: (4,), 2: (2, 2)}
 Arrays = dict[tuple[str, str], np.ndarray]  # (file, tensor) -> raw bits
 
@@ -313,10 +314,10 @@ def test_padding_is_kept_when_asked_for_or_when_nothing_tells() -> None:
 @pytest.mark.parametrize("id", ["bert-ngc-cased", "gpt2-v3-tp2-pp2"])
 def test_a_tokenizer_says_how_many_words_there_are(id: str, tmp_path: Path) -> None:
     variant = VARIANTS[id]
-    bare = replace(variant, vocabulary={})
+    bare = replace(variant, original=replace(variant.original, vocabulary={}))
     source = bare.write(tmp_path / "in")
     (tmp_path / "vocabulary").mkdir()
-    for name, content in variant.vocabulary.items():
+    for name, content in variant.original.vocabulary.items():
         (tmp_path / "vocabulary" / name).write_bytes(content)
     wanted = variant.true_config["vocab_size"]
     files = sorted((tmp_path / "vocabulary").iterdir())
@@ -432,7 +433,7 @@ def test_gelus_and_epsilons_are_those_of_the_reference(name: str) -> None:
             heads = {} if has_args else {"num_attention_heads": N}
             both = {**(params or {}), **({} if version is None else {"checkpoint_version": version})}
             c = module.Config.from_original(both, shapes, 1, heads)
-            assert feed_forward_gelu(found, of_version_0).value == c.mlp_gelu, (age, version, params)
+            assert feed_forward_gelu(found, of_version_0).value == c.activation, (age, version, params)
             if name == "megatron-bert":
                 assert lm_head_gelu(found).value == c.head_gelu, (age, version, params)
 
@@ -450,7 +451,7 @@ def test_the_epsilon_is_that_of_args(key: str) -> None:
 
 def test_two_gelus_are_told_and_come_back(tmp_path: Path) -> None:
     """hidden_act is the feed-forward's; parity shows the LM head's difference; the way back has both."""
-    source, out, back = BERT_TWO_GELUS.write(tmp_path / "in"), tmp_path / "out", tmp_path / "back"
+    source, out, back = TWO_GELUS.write(tmp_path / "in"), tmp_path / "out", tmp_path / "back"
     made = api.convert(source, out)
     assert made.plan.config["hidden_act"].value == "gelu_new"
     assert ["the LM head's differs" in f.reason for f in made.plan.foretold] == [True]
@@ -492,7 +493,7 @@ def test_settings_go_by_any_of_their_names() -> None:
 # --- what is left out, what is refused ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("id", [v.id for v in VARIANTS.values() if v.sizes.training])
+@pytest.mark.parametrize("id", [v.id for v in VARIANTS.values() if v.original.training])
 def test_no_tensor_of_the_optimizer_is_taken_for_one_of_the_model(id: str, tmp_path: Path) -> None:
     variant = VARIANTS[id]
     plan = api.plan(variant.write(tmp_path), options=Options(settings=variant.settings))
@@ -632,8 +633,8 @@ def test_what_is_written_is_what_megatron_loads(tmp_path: Path) -> None:
     assert loaded["checkpoint_version"] == 2.0 and loaded["iteration"] == 1
     told = loaded["args"]
     assert (told.num_layers, told.num_attention_heads, told.model_parallel_size) == (
-        variant.sizes.layers,
-        variant.sizes.heads,
+        variant.original.layers,
+        variant.original.heads,
         2,
     )
     language = loaded["model"]["language_model"]
@@ -667,7 +668,7 @@ def test_kept_padding_is_verified_as_kept(tmp_path: Path) -> None:
     variant = VARIANTS["gpt2-v2-tp2"]
     source, out = variant.write(tmp_path / "in"), tmp_path / "out"
     api.convert(source, out, options=Options(family_options={"keep_padding": True}))
-    assert json.loads((out / "config.json").read_text())["vocab_size"] == variant.sizes.padded
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == variant.original.padded
     assert api.verify(out, source, levels=("coverage", "bits")).exit_code == 0
 
 

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,11 @@ from ckpt_tool.checkpoint.megatron import arguments, find_ranks, folder_name, gr
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace, TorchZipLayout
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.megatron_bert import BERT_VARIANTS
-from ckpt_tool.fixtures.megatron_gpt2 import GPT2_VARIANTS
+from ckpt_tool.fixtures import variants
+from ckpt_tool.fixtures.megatron import Megatron
 from ckpt_tool.inspect import inspect
 
-VARIANTS = {v.id: v for v in (*GPT2_VARIANTS, *BERT_VARIANTS)}
+VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
 FILE = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -57,7 +58,7 @@ def refused(path: Path) -> CkptToolError:
 def test_an_ngc_zip_is_opened_as_it_is(id: str, written: Callable[[str], Path]) -> None:
     checkpoint = opened(written(id))
     assert list(checkpoint.files) == [f"release/mp_rank_00/{FILE}"]
-    assert {*VARIANTS[id].vocabulary, TRACKER} == set(checkpoint.documents)
+    assert {*VARIANTS[id].original.vocabulary, TRACKER} == set(checkpoint.documents)
 
 
 def test_unpacked_it_is_the_same(written: Callable[[str], Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import socket
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import safetensors.numpy
 import torch
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.safetensors import index_document
 from ckpt_tool.checkpoint.weight_sets import Prefer
+from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem
 
 REAL = Path(__file__).parents[1].parent / "shared" / "real" / "aidreams260K"
@@ -412,3 +415,29 @@ def test_a_real_checkpoint_opens() -> None:
         (info,) = checkpoint.find("tok_embeddings.weight")
         assert (info.shape, info.dtype) == ((512, 64), "F32")
         assert np.isfinite(read(checkpoint, "tok_embeddings.weight")).all()
+
+
+# --- once -----------------------------------------------------------------------------------------------
+
+
+def test_each_zip_is_opened_once_and_its_directory_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A published file has up to 10,000 entries, a training state more: reading them again is seconds."""
+    opened, read_directory = [], ZipArchive.__init__
+
+    def count(self: ZipArchive, source: ByteRange) -> None:
+        opened.append((source.name, source.base))
+        read_directory(self, source)
+
+    monkeypatch.setattr(ZipArchive, "__init__", count)
+    folder = fill(tmp_path / "f", **{f"consolidated.0{k}.pth": torch_bytes("x") for k in range(2)})
+    single = fill(tmp_path / "s", **{"model.pt": torch_bytes("x")}) / "model.pt"
+    with zipfile.ZipFile(tmp_path / "around.zip", "w") as around:
+        around.write(single, "release/consolidated.00.pth")
+    for path, files in ((folder, 2), (single, 1), (tmp_path / "around.zip", 2)):
+        opened.clear()
+        before = len(os.listdir("/proc/self/fd"))
+        open_checkpoint(path).close()
+        assert len(opened) == len(set(opened)) == files, path
+        assert len(os.listdir("/proc/self/fd")) == before

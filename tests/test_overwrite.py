@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from ckpt_tool.api import Options, convert
+from ckpt_tool.api import Options, convert, gate
 from ckpt_tool.convert import disk, durable, replaceable
 from ckpt_tool.convert.durable import Identity, Staging
 from ckpt_tool.convert.replaceable import look
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify.gate import run_gate
 
 Written = Callable[[str], Path]
 Place = Callable[[Path], object]
@@ -482,7 +481,7 @@ def test_a_gate_refuses_the_same(key: str, work: Path) -> None:
     )
     (work / "parity.toml").write_text(checks)
     before = contents(work / "docs")
-    reports = {r.title: r for r in run_gate(work / "parity.toml").reports}
+    reports = {r.title: r for r in gate(work / "parity.toml").reports}
     ran = {name for name, r in reports.items() if not r.could_not_run}
     assert ran == ({"earlier", "model"} if key == "overwrite_foreign" else {"earlier"})
     for name in {*places} - ran:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import expand, rule
 from ckpt_tool.convert.params import Facts
@@ -24,14 +25,12 @@ from ckpt_tool.convert.plan import (
     assemble,
     config_document,
     dtype_option,
-    fold_key,
-    folded_name,
     place,
 )
 from ckpt_tool.convert.render import plan_table
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.headers import real_header
-from ckpt_tool.fixtures.original import Original
 from ckpt_tool.fixtures.variants import VARIANTS
 
 

@@ -18,7 +18,12 @@ from ckpt_tool.verify.prompts import cut, positions, prompts_for
 @pytest.mark.parametrize("table", [16, 64])
 def test_parity_runs_on_a_short_table_and_says_what_was_cut(variant: str, table: int, tmp_path: Path) -> None:
     chosen: Any = VARIANTS[variant]
-    tiny = replace(chosen, sizes=replace(chosen.sizes, positions=table))
+    original = chosen.original
+    if variant.startswith("opt"):
+        short = replace(original, told={**original.told, "max_target_positions": table})
+    else:
+        short = replace(original, positions=table)
+    tiny = replace(chosen, original=short)
     source = tiny.write(tmp_path / "source")
     convert(source, tmp_path / "out", family=tiny.family, options=Options(settings=tiny.settings))
     report = verify(tmp_path / "out", source, levels="parity", settings=tiny.settings)

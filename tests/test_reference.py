@@ -338,7 +338,7 @@ def swapped(one: str, other: str) -> Callable[[State], State]:
 
 
 def scaling_by(factor: float) -> Any:
-    return converted("LlamaForCausalLM").RopeScaling(factor, 1.0, 4.0, 8192.0)
+    return hf_rope.RopeScaling(factor, 1.0, 4.0, 8192.0)
 
 
 def unchanged(state: State) -> State:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_tool.reference import converted, original
+from ckpt_tool.reference import converted, hf_rope, original
 
 # params.json of the public models. What they leave out, the code of their day filled in.
 
@@ -297,7 +297,7 @@ def test_config_from_hf_takes_every_number() -> None:
         without(HF, "num_key_value_heads") | {"rope_scaling": SCALING}
     )
     assert (c.n_kv_heads, c.head_dim) == (32, 128)
-    assert c.rope_scaling == converted("LlamaForCausalLM").RopeScaling(8.0, 1.0, 4.0, 8192.0)
+    assert c.rope_scaling == hf_rope.RopeScaling(8.0, 1.0, 4.0, 8192.0)
 
 
 @pytest.mark.parametrize(

@@ -93,17 +93,15 @@ def test_eleven_layers_are_in_the_order_of_their_numbers() -> None:
     assert nmse(expected.logits(), found.logits()) <= FLOAT64_BAR
 
 
-def test_stages_are_read_when_asked_for_and_their_optimizer_is_left_out() -> None:
+def test_the_optimizer_of_a_stage_is_left_out() -> None:
     first = {"model.e.layers.0.a": 1, "model.e.layers.1.a": 2, "model.word": 3, "optimizer.layers.0.a": 9}
     joined = join_stages([first, {"model.e.layers.0.a": 4, "optimizer.layers.0.a": 9}])
-    assert dict(joined) == {
+    assert joined == {
         "model.e.layers.0.a": 1,
         "model.e.layers.1.a": 2,
         "model.word": 3,
         "model.e.layers.2.a": 4,
     }
-    first["model.word"] = 7
-    assert joined["model.word"] == 7 and len(joined) == 4
 
 
 @pytest.mark.parametrize(
@@ -264,7 +262,7 @@ def test_mistakes_are_far_above_the_bar(mistake: str) -> None:
 @pytest.mark.parametrize("believed", [VERSION_0, VERSION_1, VERSION_2])
 def test_each_version_has_one_order(family: str, stored: float | None, believed: str) -> None:
     right = {None: VERSION_0, 1.0: VERSION_1, 2.0: VERSION_2}[stored] == believed
-    wrong = nmse(theirs(family).logits(), ours(family, stored).changed(qkv=believed).logits())
+    wrong = nmse(theirs(family).logits(), ours(family, stored).changed(order=believed).logits())
     assert wrong <= FLOAT64_BAR if right else wrong > 0.1  # measured: 0.9 to 2.6
 
 

@@ -30,6 +30,7 @@ MASKS = (
 )
 SCREENS: dict[str, list[list[str]]] = {
     "families": [["families"]],
+    "help": [["convert", "--help"], ["plan", "megatron-bert", "--help"], ["plan", "codegen", "--help"]],
     "fixtures": [["fixtures"]],
     "convert": [["convert", "auto", "--in", "bert/original.zip", "--out", "bert-hf"]],
     "plan": [["plan", "auto", "--in", "original"]],
@@ -43,6 +44,7 @@ SCREENS: dict[str, list[list[str]]] = {
     "errors": [
         ["convert", "nonesuch", "--in", "original", "--out", "x"],
         ["convert", "opt", "--in", "original", "--out", "x"],
+        ["convert", "mistral", "--shards", "8", "--in", "original", "--out", "x"],
         ["convert", "mistral", "--in", "a/path/that/is/not/there/" + "x" * 90, "--out", "x"],
     ],
 }

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import Options
@@ -30,7 +31,6 @@ from ckpt_tool.verify.against_transformers import _deviations
 from ckpt_tool.verify.expectations import Expectation, parse
 from ckpt_tool.verify.measure import CAPS, bar_for, distance, logit_distance
 from ckpt_tool.verify.mistakes import planted, transpose, undone
-from ckpt_tool.verify.names import layer_of
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.orders import Reorder, _reorders, beliefs
 from ckpt_tool.verify.report import Finding, Report

@@ -320,7 +320,8 @@ def _wanted(
     reference's last layer where the head itself is foretold to differ."""
     if converted is None:
         return reference.outputs(ids, given)[head]
-    return converted.run(head, reference.encode(ids, given))
+    found: Tensor = converted.run(head, reference.encode(ids, given))
+    return found
 
 
 def _by_rounding(

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.reference import losses
+from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS
-from ckpt_tool.verify.sides import Side, taken
+from ckpt_tool.verify.sides import Side
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import largest
 
@@ -117,8 +118,7 @@ class Runner:
         choices = head == "multiple_choice"  # the rows are the choices of one question
         ids = batch.ids[None] if choices else batch.ids
         given = {k: x[None] if choices else x for k, x in batch.given.items()}
-        run = module.encode if head in known else module.forward
-        if left := given.keys() - taken(run, given).keys():
+        if left := given.keys() - side.takes(given):
             words = {"mask": "the batch is padded, and this reading takes no mask",
                      "token_types": "this reading takes no token types"}  # fmt: skip
             raise Skip("; ".join(words[name] for name in sorted(left)))
@@ -133,8 +133,8 @@ class Runner:
                 )
             except KeyError as missing:
                 raise Skip(f"the output does not hold the head {head}: no tensor {missing}") from None
-            if head == "sequence_classification" and hasattr(module, "of_last_token"):
-                found = module.of_last_token(found, ids, self.subject.config.get("pad_token_id"))
+            if head == "sequence_classification" and found.ndim == 3:
+                found = of_last_token(found, ids, self.subject.config.get("pad_token_id"))
         parts = found if isinstance(found, tuple) else (found,)
         return dict(zip(RESULTS.get(head, ("logits",)), parts, strict=False))
 

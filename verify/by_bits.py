@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
-from ckpt_tool.verify.names import layer_of
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 

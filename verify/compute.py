@@ -9,20 +9,21 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
-from ckpt_tool.verify.parity import BROKEN, findings, lockstep
+from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.prompts import Prompt, Prompts, cut, positions, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Status
-from ckpt_tool.verify.sides import Side, converted_side, original_side
+from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
+UNREADABLE = (*BROKEN, TypeError)  # what numbers that are missing, or are no numbers, raise in a reading
 
 Tell = Callable[[str], None]
 
@@ -111,8 +112,8 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
             original = original_side(subject, dtype, asked.device)
         except NotComputed as error:
             reason = "skipped", f"the original is not computed here: {error}"
-        except (ValueError, KeyError) as error:
-            reason = "skipped", f"the original cannot be read without more facts (--set): {error}"
+        except UNREADABLE as error:
+            reason = "skipped", f"the original cannot be read without more facts (--set): {_said(error)}"
     if subject.hf is None:
         reason = "skipped", "neither side is in the Hugging Face layout"
     elif not rows:
@@ -122,12 +123,17 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
             converted = converted_side(subject, dtype, asked.device)
         except NotComputed as error:
             reason = reason or ("skipped", f"the converted model is not computed here: {error}")
-        except (ValueError, KeyError) as error:
-            reason = "fail", f"the converted model cannot be read: {error}"
+        except UNREADABLE as error:
+            reason = "fail", f"the converted model cannot be read: {_said(error)}"
     if reason is None and asked.dtype in ("float16", "bfloat16") and any(map(subject.config.get, EXPERTS)):
         why = "near-ties change the experts"
         reason = "undecided", f"experts are compared in float32 or float64 only: in {asked.dtype} {why}"
     return Readings(original, converted, reason)
+
+
+def _said(error: Exception) -> str:
+    """A KeyError is about a tensor or value that the reading asks for, and says only its name."""
+    return f"expected `{error.args[0]}`, found none" if isinstance(error, KeyError) else str(error)
 
 
 def _parity(
@@ -143,11 +149,8 @@ def _parity(
         return [Finding("parity", "lockstep", status, text)]
     try:
         result = lockstep(subject, original, converted, prompts, tell)
-    except CkptToolError:
-        raise
-    except BROKEN as error:
-        text = f"the original's own pass cannot run: {type(error).__name__}: {error}"
-        return [Finding("parity", "lockstep", "skipped", text)]
+    except NoPass as error:
+        return [Finding("parity", "lockstep", "skipped", str(error))]
     return findings(result, original, converted, prompts, accepted)
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.tensor_names import layer_of, short
+from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.mistakes import to_undo
-from ckpt_tool.verify.names import layer_of, short
 from ckpt_tool.verify.report import Finding, Table
-from ckpt_tool.verify.sides import Change, Phase, Sample, Side, Tensors, phase_text
+from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text
 from ckpt_tool.verify.subject import Subject
 
 ROWS = 8  # wrong embedding rows that are looked up in the original's table
@@ -202,7 +203,7 @@ def _taken_back(
             continue
         try:
             changed = side.changed(change)
-        except (KeyError, ValueError, IndexError, RuntimeError):
+        except BROKEN:
             continue  # does not apply here: another shape, no such tensor
         after = _measure(changed, phase, probe)
         exact = bar.holds(after) and _exact(changed, phase, probe, order, bar)
@@ -214,7 +215,7 @@ def _taken_back(
 def _measure(side: Side, phase: Phase, sample: Sample) -> Distance:
     try:
         return sample.of(side.run(phase, sample.x, sample.given))
-    except (KeyError, ValueError, IndexError, RuntimeError):
+    except BROKEN:
         return Distance(math.inf, math.inf, 0, 0.0)
 
 
@@ -226,8 +227,11 @@ def _other_layers(original: Side, converted: Side, phase: Phase, sample: Sample,
     n = original.config.n_layers
     made = []
     for other in sorted({phase - 2, phase - 1, phase + 1, phase + 2, 0, n - 1} & set(range(n)) - {phase}):
-        theirs = replace(sample, wanted=original.run(other, sample.x, sample.given))
-        d = _measure(converted, phase, theirs)
+        try:
+            wanted = original.run(other, sample.x, sample.given)
+        except BROKEN:
+            continue  # this layer cannot run at all, which parity tells when it comes there
+        d = _measure(converted, phase, replace(sample, wanted=wanted))
         made.append(Attempt(f"holds the weights of the original's layer {other}", d, bar.holds(d)))
     return made
 
@@ -236,7 +240,10 @@ def _rows(original: Side, converted: Side, samples: Iterable[Sample]) -> str | N
     """For tokens whose embedding differs: which of the original's rows the converted table holds instead."""
     device = original.weights[0].device
     ids = torch.tensor(sorted({i for s in samples for i in s.x.flatten().tolist()}), device=device)
-    a, b = (side.run("embed", ids[:, None])[:, 0] for side in (original, converted))
+    try:
+        a, b = (_embedded(side, ids) for side in (original, converted))
+    except BROKEN:
+        return None
     wrong = (a != b).any(-1).nonzero().flatten()
     sought = wrong[:ROWS]
     vocabulary = int(converted.raw.get("vocab_size") or 0)
@@ -244,8 +251,8 @@ def _rows(original: Side, converted: Side, samples: Iterable[Sample]) -> str | N
     for start in range(0, vocabulary, TABLE_BLOCK):
         block = torch.arange(start, min(start + TABLE_BLOCK, vocabulary), device=device)
         try:
-            table = original.run("embed", block[:, None])[:, 0]
-        except (IndexError, RuntimeError):
+            table = _embedded(original, block)
+        except BROKEN:
             break
         for k in sought.tolist():
             hit = (table == b[k]).all(-1).nonzero()
@@ -258,3 +265,8 @@ def _rows(original: Side, converted: Side, samples: Iterable[Sample]) -> str | N
     if len(wrong):
         return f"{len(wrong)} embedding rows differ, the first of token {int(ids[wrong[0]])}"
     return None
+
+
+def _embedded(side: Side, ids: torch.Tensor) -> torch.Tensor:
+    """All that the embedding makes of each of these ids, in one row."""
+    return torch.cat([y.flatten(1) for y in leaves(side.run("embed", ids[:, None]))], dim=1)

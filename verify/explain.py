@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import TensorInfo
+from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
 from ckpt_tool.convert.layout import Part, Step, apply
 from ckpt_tool.verify.altered import alteration, place, recast
-from ckpt_tool.verify.names import layer_of, short
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
 from ckpt_tool.verify.rowmaps import Rows, hashes, span
 from ckpt_tool.verify.subject import Subject
@@ -276,11 +276,11 @@ def _origins(evidence: Evidence, rest: Changed, names: Sequence[str]) -> dict[st
 
 def _namesakes(name: str, names: Iterable[str]) -> list[str]:
     """Tensors of the layer whose names differ in one word, such as the same matrix of other experts."""
-    parts = name.split(".")
+    parts = words_of(name)
     return [
         n
         for n in names
-        if len(p := n.split(".")) == len(parts) and sum(a != b for a, b in zip(p, parts, strict=True)) == 1
+        if len(p := words_of(n)) == len(parts) and sum(a != b for a, b in zip(p, parts, strict=True)) == 1
     ]
 
 
@@ -288,10 +288,10 @@ def _in_other_layers(evidence: Evidence, name: str) -> list[str]:
     own = layer_of(name)
     if own is None:
         return []
-    parts = name.split(".")
+    parts = words_of(name)
     at = parts.index(str(own))
     found = [
-        n for n in evidence.where if (p := n.split("."))[:at] == parts[:at] and p[at + 1 :] == parts[at + 1 :]
+        n for n in evidence.where if (p := words_of(n))[:at] == parts[:at] and p[at + 1 :] == parts[at + 1 :]
     ]
     return sorted(found, key=lambda n: abs((layer_of(n) or 0) - own))
 
@@ -326,7 +326,7 @@ def _moved(origin: Mapping[str, str]) -> Iterator[Cause]:
     experts: dict[tuple[str, str, str], list[tuple[str, str]]] = defaultdict(list)
     stems: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for a, b in pairs:
-        p, q = a.split("."), b.split(".")
+        p, q = words_of(a), words_of(b)
         unlike = [k for k, (x, y) in enumerate(zip(p, q, strict=False)) if x != y]
         if len(p) == len(q) and len(unlike) == 1 and p[unlike[0]].isdecimal() and q[unlike[0]].isdecimal():
             k = unlike[0]

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
-from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.checkpoint.opening import HUB
+from ckpt_tool.convert import options
+from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, claims, verify
@@ -61,26 +61,35 @@ class Check:
     device: str = "cpu"
     checkpoint_id: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the family, for the conversion
     bars: Mapping[str, Any] = field(default_factory=dict)
     file: str | None = None  # the gate file itself
 
 
-def run_gate(path: str | os.PathLike[str], *, progress: Callable[[str], None] | None = None) -> Reports:
-    """Run every check of a gate file. One that cannot run is told in its report, and the others go on; a file
-    that does not read as a gate file is an error of kind `bad-config`, with all its problems."""
+def run_gate(
+    path: str | os.PathLike[str],
+    convert: Callable[..., object],
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Reports:
+    """Run every check of a gate file; `convert` is that of `ckpt_tool.api`. A check that cannot run is told
+    in its report, and the others go on; a file that does not read as a gate file is an error of kind
+    `bad-config`, with all its problems."""
     title, checks = read_gate(Path(path))
     reports = Reports(title, [])
     for check in checks:
         if progress is not None:
             progress(f"gate: {check.name}")
-        reports.reports.append(run_check(check, progress))
+        reports.reports.append(run_check(check, convert, progress))
     return reports
 
 
-def run_check(check: Check, progress: Callable[[str], None] | None = None) -> Report:
+def run_check(
+    check: Check, convert: Callable[..., object], progress: Callable[[str], None] | None = None
+) -> Report:
     try:
         if check.convert is not None:
-            _convert(check)
+            _convert(check, convert)
         report = verify(
             check.out,
             check.source,
@@ -107,31 +116,22 @@ def run_check(check: Check, progress: Callable[[str], None] | None = None) -> Re
     return report
 
 
-def _convert(check: Check) -> None:
-    from ckpt_tool.convert.execute import check_output, execute
-
-    assert check.source is not None
-    out = Path(check.out)
-    replaces, foreign = check.overwrite, check.overwrite_foreign
-    beside = [p for p in (check.prompts, check.file) if p is not None]
-    check_output(out, check.source, overwrite=replaces, overwrite_foreign=foreign, beside=beside)
-    with open_checkpoint(check.source, prefer="original") as checkpoint:
-        chosen = _recognised(checkpoint) if check.convert == "auto" else str(check.convert)
-        dtype = None if check.dtype is None else dtype_option(check.dtype)
-        plan = family(chosen).plan(checkpoint, Options(settings=check.settings, dtype=dtype))
-        execute(plan, checkpoint, out, overwrite=replaces, overwrite_foreign=foreign)
-
-
-def _recognised(checkpoint: Checkpoint) -> str:
-    own = [name for name in FAMILIES if family(name).recognise(checkpoint)[0]]
-    if len(own) != 1:
-        found = " and ".join(own) or "none"
-        fail(
-            "unknown-family",
-            f"expected one family to recognise the source, found {found}",
-            file=checkpoint.path.name,
-        )
-    return own[0]
+def _convert(check: Check, convert: Callable[..., object]) -> None:
+    asked = Options(
+        settings=check.settings,
+        dtype=None if check.dtype is None else dtype_option(check.dtype),
+        **options.fields(check.options),
+    )
+    convert(
+        check.source,
+        check.out,
+        family=check.convert,
+        options=asked,
+        check=False,  # verified just after
+        overwrite=check.overwrite,
+        overwrite_foreign=check.overwrite_foreign,
+        beside=[p for p in (check.prompts, check.file) if p is not None],
+    )
 
 
 # --- what a gate asks beyond the levels -----------------------------------------------------------------
@@ -231,6 +231,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "levels": list,
     "require": list,
     "settings": dict,
+    "options": dict,
     "bars": dict,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.casting import cast
-from ckpt_tool.convert.facts import Reading, class_of, read
+from ckpt_tool.convert.facts import Reading, class_of, classes, read
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 
@@ -30,18 +30,6 @@ ROUNDING = {
     "F16": 2e-3,
     "BF16": 1.6e-2,
 }  # relative; frequencies are float32 at best
-
-# An output layer -> what it shares its values with where the config ties them.
-TIED = {
-    r"lm_head\.weight": (
-        "model.embed_tokens.weight",
-        "model.decoder.embed_tokens.weight",
-        "decoder.embed_tokens.weight",
-        "transformer.wte.weight",
-    ),
-    r"cls\.predictions\.decoder\.weight": ("bert.embeddings.word_embeddings.weight",),
-    r"cls\.predictions\.decoder\.bias": ("cls.predictions.bias",),
-}
 
 
 @dataclass(frozen=True)
@@ -96,9 +84,10 @@ def _partner(subject: Subject, reading: Reading, name: str) -> TensorInfo | None
     tied = reading.numbers.get("tie_word_embeddings")
     if tied is None or tied.value is not True:
         return None
-    here = subject.targets
-    partners = next((p for pattern, p in TIED.items() if re.fullmatch(pattern, name)), ())
-    return next((here["", p] for p in partners if ("", p) in here), None)
+    kind = classes()[reading.model_type]
+    other = kind.tied.get(name)
+    partners = () if other is None else (other,) if other else (kind.prefix + kind.words, kind.words)
+    return next((subject.targets["", p] for p in partners if ("", p) in subject.targets), None)
 
 
 def _tied(output: Checkpoint, own: TensorInfo, other: TensorInfo) -> str | None:
@@ -207,7 +196,7 @@ def _causal(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _hidden(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:
-    return None if int(np.prod(shape)) != 1 else np.array([-1e4 if reading.model_type == "gpt2" else -1e9])
+    return None if int(np.prod(shape)) != 1 else np.array([classes()[reading.model_type].masked])
 
 
 def _counted(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:

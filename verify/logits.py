@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckpt_tool.reference.phases import Tree, leaves
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, LogitDistance, bar_for, distance, logit_distance
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import Sample
@@ -57,9 +58,9 @@ def by_prompt(passes: list[Pass], dtype: torch.dtype) -> dict[str, Logits]:
     """The comparison of each prompt; padding is left out. Where a head gives one result for each row, the
     noise of a prompt is that of a few numbers, so all prompts share a bar."""
     made: dict[str, Logits] = {}
-    variance = variance_of([p.sample.wanted for p in passes])
-    samples = [replace(p.sample, variance=variance) for p in passes]
-    shared = [s.of(p.noisy) for s, p in zip(samples, passes, strict=True)] if variance is not None else []
+    variances = variances_of([p.sample.wanted for p in passes])
+    samples = [replace(p.sample, variances=variances) for p in passes]
+    shared = [] if None in variances else [s.of(p.noisy) for s, p in zip(samples, passes, strict=True)]
     for p, s in zip(passes, samples, strict=True):
         found = p.found
         if found is None or found.shape != s.wanted.shape:
@@ -75,11 +76,15 @@ def by_prompt(passes: list[Pass], dtype: torch.dtype) -> dict[str, Logits]:
     return made
 
 
-def variance_of(results: list[Tensor]) -> float | None:
-    """Of all prompts where a head gives one result (C,) for each row, which is too few to have one alone."""
-    if any(y.ndim != 2 for y in results):
-        return None
-    return float(torch.cat(results).double().var(correction=0))
+def variances_of(results: list[Tree]) -> tuple[float | None, ...]:
+    """For each tensor of the results: the variance over all prompts where it has one row (C,) for each row of
+    a prompt, which is too few numbers to have one alone, else None."""
+    made: list[float | None] = []
+    for ys in zip(*map(leaves, results), strict=True):
+        whole = torch.cat([y.flatten() for y in ys]).double()
+        few = len(whole) > 0 and all(y.ndim <= 2 and y.is_floating_point() for y in ys)
+        made.append(float(whole.var(correction=0)) if few else None)
+    return tuple(made)
 
 
 def finding(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,13 @@ def distance(found: Tensor, reference: Tensor, variance: float | None = None) ->
         variance = float(reference.double().var(correction=0))
     nmse = 0.0 if mse == 0 else math.inf if variance == 0 else mse / variance
     return Distance(float(delta.max()), nmse, int(per_position.argmax()), magnitude)
+
+
+def farthest(distances: Iterable[Distance]) -> Distance:
+    """Of several tensors that belong together: the largest of each number, `worst` that of `max_delta`."""
+    made = list(distances)
+    first = max(made, key=lambda d: d.max_delta)
+    return replace(first, nmse=max(d.nmse for d in made), magnitude=max(d.magnitude for d in made))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
-from ckpt_tool.verify.names import layer_of, short
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
 from ckpt_tool.verify.sides import Change, Phase, Tensors
 
@@ -109,7 +109,7 @@ def exchanges(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], layer
     own = [n for n in names if layer_of(n) == layer and len(shapes[n]) > 1]
     experts: dict[tuple[str, int], dict[str, str]] = {}
     for name in own:
-        parts = name.split(".")
+        parts = words_of(name)
         at = [k for k, p in enumerate(parts) if p.isdecimal()]
         if len(at) > 1:
             prefix, rest = ".".join(parts[: at[1]]), ".".join(parts[at[1] + 1 :])
@@ -123,7 +123,7 @@ def exchanges(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], layer
                 made.append(Change(f"experts {a[1]} and {b[1]} exchanged", exchange(pairs)))
     for i, x in enumerate(own):
         for y in own[i + 1 :]:
-            p, q = x.split("."), y.split(".")
+            p, q = words_of(x), words_of(y)
             unlike = [(u, v) for u, v in zip(p, q, strict=False) if u != v]
             one_word = len(p) == len(q) and len(unlike) == 1 and not unlike[0][0].isdecimal()
             if one_word and shapes[x] == shapes[y]:

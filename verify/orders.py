@@ -10,9 +10,9 @@ from itertools import permutations
 
 import numpy as np
 
+from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Plan
-from ckpt_tool.verify.names import layer_of
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckpt_tool.reference.phases import Tree, mapped
 from ckpt_tool.verify import foretold, logits
 from ckpt_tool.verify.diagnose import Diagnosis, diagnose
-from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance, wider
+from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding, Status, Table, number
-from ckpt_tool.verify.sides import Change, Phase, Sample, Side, phase_text, tensors
+from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text, same, tensors
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "parity"
 EVERY_ROW = "every row"  # the sweep over the embedding, beside the prompts
 SWEEP = 512  # ids at once
 DIAGNOSED = 3  # differing phases that are looked into
-BROKEN = (KeyError, IndexError, RuntimeError, ValueError)  # what a pass over tensors that do not fit raises
+
+
+class NoPass(Exception):
+    """The original's own pass cannot run; the message says so as a user is told it."""
 
 
 @dataclass
@@ -43,9 +47,9 @@ class Run:
     name: str
     ids: Tensor
     given: dict[str, Tensor]
-    x: Tensor
-    free: Tensor | None
-    noisy: Tensor
+    x: Tree
+    free: Tree
+    noisy: Tree
     made: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
 
@@ -112,7 +116,8 @@ def lockstep(
     prompts: Mapping[str, Prompt],
     progress: Callable[[str], None] | None = None,
 ) -> Parity:
-    """Run both sides phase by phase over all prompts, one phase's weights in memory at a time."""
+    """Run both sides phase by phase over all prompts, one phase's weights in memory at a time. NoPass where
+    the original's tensors or numbers do not fit together."""
     result = Parity()
     weights = original.weights[0]
     runs = []
@@ -160,18 +165,18 @@ def _phase(
     noise, distances, broken = [], {}, None
     before = converted.weights[0].used.copy()
     converted.weights[0].used.clear()
-    wanted = [original.run(phase, r.x, r.given) for r in runs]
-    variance = logits.variance_of(wanted)
-    samples = {r.name: Sample(r.x, y, r.given, variance) for r, y in zip(runs, wanted, strict=True)}
+    wanted = [_own(original, phase, r.x, r.given) for r in runs]
+    variances = logits.variances_of(wanted)
+    samples = {r.name: Sample(r.x, y, r.given, variances) for r, y in zip(runs, wanted, strict=True)}
     for r, sample in zip(runs, samples.values(), strict=True):
         with ReversedSums():
-            noise.append(sample.of(original.run(phase, r.x, r.given)))
-            noisy = original.run(phase, r.noisy, r.given)
+            noise.append(sample.of(_own(original, phase, r.x, r.given)))
+            noisy = _own(original, phase, r.noisy, r.given)
         try:
             distances[r.name] = sample.of(converted.run(phase, r.x, r.given))
         except BROKEN as error:
             broken = f"{type(error).__name__}: {error}"
-            distances[r.name] = Distance(math.inf, math.inf, 0, float(sample.wanted.abs().max()))
+            distances[r.name] = Distance(math.inf, math.inf, 0, sample.of(sample.wanted).magnitude)
         free = None
         if r.free is not None:
             with suppress(*BROKEN):
@@ -186,6 +191,14 @@ def _phase(
     return Step(phase, bar_for(noise, dtype), distances, broken), shapes, samples
 
 
+def _own(original: Side, phase: Phase, x: Tree, given: Tensors) -> Tree:
+    try:
+        return original.run(phase, x, given)
+    except BROKEN as error:
+        text = f"the original's own pass cannot run: {type(error).__name__}: {error}"
+        raise NoPass(text) from error
+
+
 def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample]) -> None:
     """Every row of the embedding, whether a prompt uses it or not, each as a prompt of its own. The first
     block that differs joins the samples for the diagnosis."""
@@ -195,8 +208,8 @@ def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sampl
         ids = torch.arange(start, min(start + SWEEP, vocabulary), device=device).view(-1, 1)
         try:
             sample = Sample(ids, original.run("embed", ids))
-            found = converted.run("embed", ids)
-            d = distance(found.transpose(0, 1), sample.wanted.transpose(0, 1))
+            rows, found = (mapped(_as_one_row, y) for y in (sample.wanted, converted.run("embed", ids)))
+            d = Sample(ids, rows).of(found)
         except BROKEN as error:
             step.broken = step.broken or f"{type(error).__name__}: {error}"
             return
@@ -205,6 +218,11 @@ def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sampl
             step.distances[EVERY_ROW] = Distance(d.max_delta, d.nmse, start + d.worst, d.magnitude)
         if not step.bar.holds(d) and EVERY_ROW not in samples:
             samples[EVERY_ROW] = sample
+
+
+def _as_one_row(y: Tensor) -> Tensor:
+    """(B, 1, C), a batch of prompts of one token each, as one prompt of B tokens."""
+    return y.transpose(0, 1) if y.ndim > 2 else y
 
 
 def _control(
@@ -271,9 +289,9 @@ def _effect(side: Side, change: Change, phase: Phase, samples: Mapping[str, Samp
     its own noise makes. Up to the first prompt that shows it."""
     changed, dtype, worst = side.changed(change), side.weights[0].dtype, 0.0
     for s in sorted(samples.values(), key=lambda s: s.tokens):
-        x = s.x.to(dtype) if s.x.is_floating_point() else s.x
+        x = mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, s.x)
         try:
-            sample = Sample(x, side.run(phase, x, s.given), s.given, s.variance)
+            sample = Sample(x, side.run(phase, x, s.given), s.given, s.variances)
             with ReversedSums():
                 bar = bar_for([sample.of(side.run(phase, x, s.given))], dtype)
             d = sample.of(changed.run(phase, x, s.given))
@@ -302,7 +320,7 @@ def _reaches(side: Side, changed: Side, phase: Phase, samples: Mapping[str, Samp
         one, other = (s.run(phase, first.x, first.given) for s in (side, changed))
     except BROKEN:
         return True
-    return not torch.equal(one, other)
+    return not same(one, other)
 
 
 # --- findings -------------------------------------------------------------------------------------------

@@ -8,21 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
-from ckpt_tool.convert.facts import class_of
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import CkptToolError
 
-# base_model_prefix of the classes with a head, and a tensor that each has below it
-PREFIXES = {
-    "llama": ("model.", "embed_tokens.weight"),
-    "mistral": ("model.", "embed_tokens.weight"),
-    "mixtral": ("model.", "embed_tokens.weight"),
-    "qwen2": ("model.", "embed_tokens.weight"),
-    "gpt2": ("transformer.", "wte.weight"),
-    "codegen": ("transformer.", "wte.weight"),
-    "gptj": ("transformer.", "wte.weight"),
-    "opt": ("model.", "decoder.embed_tokens.weight"),
-    "megatron-bert": ("bert.", "embeddings.word_embeddings.weight"),
-}
 HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
 NOTE = "tensors are named without `{}`, which transformers adds when it loads them"
 
@@ -36,10 +24,13 @@ def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
         config = checkpoint.json("config.json")
     except CkptToolError:
         return checkpoint  # whoever needs the config says what is wrong with it
-    prefix, known = PREFIXES.get(class_of(config) or "", ("", ""))
+    kind = class_of(config)
+    if kind is None:
+        return checkpoint
+    prefix, words = classes()[kind].prefix, classes()[kind].words
     bare = str(config.get("architectures")).endswith("Model']") and "LMHead" not in str(config)
     names = checkpoint.names()
-    if not prefix or bare or known not in names or any(n.startswith(prefix) for n in names):
+    if bare or words not in names or any(n.startswith(prefix) for n in names):
         return checkpoint
     files: dict[str, TensorFile] = {name: _Prefixed(file, prefix) for name, file in checkpoint.files.items()}
     notes = [*checkpoint.notes, NOTE.format(prefix)]

@@ -6,12 +6,11 @@ A forward pass is a row of phases, "embed", layer 0, 1, ..., "head", and the hea
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -24,15 +23,18 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.verify.casted import cast_forward
-from ckpt_tool.verify.measure import Distance, distance
+from ckpt_tool.verify.measure import Distance, distance, farthest
 from ckpt_tool.verify.pooled import pooled_original
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import Weights, ranks_of
 
 Phase = int | str  # a layer, or "embed", "head" or the name of a further head
+Tree = protocol.Tree
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
+# What a pass over tensors, or with numbers, that do not fit raises.
+BROKEN = (KeyError, IndexError, RuntimeError, ValueError, ArithmeticError)
 
 
 def phase_text(phase: Phase) -> str:
@@ -75,6 +77,15 @@ class Side:
         found = getattr(self.module, "inputs", None)
         return () if found is None else tuple(found(self.ranks, self.config))
 
+    def takes(self, given: Tensors) -> set[str]:
+        """Those further inputs that a pass takes at all; the others are refused."""
+        known = set()
+        for name, x in given.items():
+            with suppress(TypeError):
+                self.reading({name: x})
+                known.add(name)
+        return known
+
     @property
     def phases(self) -> list[Phase]:
         return list(self.reading())
@@ -83,27 +94,26 @@ class Side:
     def used(self) -> set[str]:
         return set().union(*(w.used for w in self.weights))
 
-    def run(self, phase: Phase, x: Tensor, given: Tensors = NOTHING) -> Tensor:
+    def run(self, phase: Phase, x: Tree, given: Tensors = NOTHING) -> Tree:
         """The output of one phase: x is ids (B, T) for the first, else what the phase before gave. `given`
         are further inputs (B, T) by name. KeyError for a phase that this side does not have."""
         with torch.inference_mode():
-            out: Tensor = self.reading(given)[phase].run(x)
-            return out
+            return self.reading(given)[phase].run(x)
 
     def forward(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
         """Logits (B, T, V), one phase after the other."""
-        return self.run("head", self.encode(ids, given))
+        out: Tensor = self.run("head", self.encode(ids, given))
+        return out
 
     def outputs(self, ids: Tensor, given: Tensors = NOTHING) -> dict[str, Tensor]:
         """The logits of every head of one pass; those of `forward` are "head"."""
         with torch.inference_mode():
             return protocol.outputs(list(self.reading(given).values()), ids)
 
-    def encode(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
-        """The last layer's output (B, T, D)."""
+    def encode(self, ids: Tensor, given: Tensors = NOTHING) -> Tree:
+        """The last layer's output, (B, T, D) in most."""
         with torch.inference_mode():
-            out: Tensor = protocol.trunk(list(self.reading(given).values()), ids)
-            return out
+            return protocol.trunk(list(self.reading(given).values()), ids)
 
     @contextmanager
     def keep(self) -> Iterator[None]:
@@ -130,16 +140,6 @@ class Side:
         return replace(self, weights=weights, ranks=weights)
 
 
-def taken(function: Callable[..., Any], given: Tensors) -> dict[str, Tensor]:
-    """Those of `given` that the function has a parameter for."""
-    return {name: x for name, x in given.items() if name in _parameters(function)}
-
-
-@lru_cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(signature(function).parameters)
-
-
 def tensors(prompt: Prompt, device: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Its ids and its further inputs."""
     given = {name: torch.tensor(rows, device=device) for name, rows in prompt.given.items()}
@@ -148,28 +148,54 @@ def tensors(prompt: Prompt, device: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt at one phase: what goes in, and what the reference makes of it. `variance` is that of all
-    prompts where the phase gives one result for each row."""
+    """One prompt at one phase: what goes in, and what the reference makes of it. `variances` are those of all
+    prompts for each tensor of the result that has only one row (C,) for each row of the prompt (see
+    `variances_of`); None for the others."""
 
-    x: Tensor
-    wanted: Tensor
+    x: Tree
+    wanted: Tree
     given: Tensors = field(default_factory=dict)
-    variance: float | None = None
+    variances: tuple[float | None, ...] = ()
 
     @property
     def tokens(self) -> int:
-        return self.x.shape[1]
+        return max(t.shape[1] for t in protocol.leaves(self.x) if t.ndim > 1)
 
-    def of(self, found: Tensor) -> Distance:
-        """How far `found` is from `wanted`, padding aside."""
-        return distance(self.real(found), self.real(self.wanted), self.variance)
+    def of(self, found: Tree) -> Distance:
+        """How far `found` is from `wanted`, padding aside; of several tensors the largest of each number, and
+        infinite where they are other trees, are not equal in what is no floating number, or hold nothing."""
+        wanted, other = protocol.leaves(self.wanted), protocol.leaves(found)
+        if not wanted or _skeleton(found) != _skeleton(self.wanted):
+            return Distance(math.inf, math.inf, 0, 0.0)
+        variances = self.variances or (None,) * len(wanted)
+        return farthest(self._between(*pair) for pair in zip(other, wanted, variances, strict=True))
+
+    def _between(self, found: Tensor, wanted: Tensor, variance: float | None) -> Distance:
+        if not wanted.is_floating_point() or wanted.numel() == 0:  # positions, say, or a cache that is empty
+            return (
+                Distance(0.0, 0.0, 0, 0.0)
+                if torch.equal(found, wanted)
+                else Distance(math.inf, math.inf, 0, 0.0)
+            )
+        return distance(self.real(found), self.real(wanted), variance)
 
     def real(self, y: Tensor) -> Tensor:
         """The positions of `y` that are not padding, row after row: (1, positions, C)."""
         mask = self.given.get("mask")
-        if y.ndim == 2:
-            return y[None]
+        if y.ndim <= 2:
+            return y.reshape(1, len(y), -1)
+        y = y.flatten(2)
         return y if mask is None or y.shape[:2] != mask.shape else y[mask.bool()][None]
+
+
+def _skeleton(x: Tree) -> Tree:
+    """What a tree is without the values of its tensors."""
+    return protocol.mapped(lambda t: t.is_floating_point(), x)
+
+
+def same(one: Tree, other: Tree) -> bool:
+    pairs = zip(protocol.leaves(one), protocol.leaves(other), strict=False)
+    return bool(_skeleton(one) == _skeleton(other)) and all(torch.equal(a, b) for a, b in pairs)
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ be, which class reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, flags, shown
@@ -15,17 +15,6 @@ NO_LIMIT = 1e29  # transformers writes int(1e30) for a tokenizer that knows none
 CODE = ("auto_map", "custom_pipelines")
 # The class that reads the file as it stands, under its names of transformers 4 and 5.
 GENERIC = frozenset(("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"))
-# Classes that are one another's, or that read such files alike, by the family of the model.
-CLASSES: Mapping[str, frozenset[str]] = {
-    "mistral": frozenset(("LlamaTokenizer", "MistralCommonTokenizer", "MistralCommonBackend")),
-    "mixtral": frozenset(("LlamaTokenizer", "MistralCommonTokenizer", "MistralCommonBackend")),
-    "llama": frozenset(("LlamaTokenizer", "CodeLlamaTokenizer")),
-    "megatron-bert": frozenset(("BertTokenizer",)),
-    "megatron-gpt2": frozenset(("GPT2Tokenizer",)),
-    "opt": frozenset(("GPT2Tokenizer",)),
-    "codegen": frozenset(("CodeGenTokenizer", "GPT2Tokenizer")),
-    "qwen2": frozenset(("Qwen2Tokenizer", "GPT2Tokenizer")),
-}
 # A role that a class fills in by itself where the files give it none (defaults of its constructor).
 FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Qwen2Tokenizer": {"unk_token": ("<|endoftext|>",), "pad_token": ("<|endoftext|>",)},
@@ -51,10 +40,11 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def differences(
-    expected: Mapping[str, Any], found: Mapping[str, Any], *, family: str | None, begins: bool, ends: bool
+    expected: Mapping[str, Any], found: Mapping[str, Any], *, alike: Collection[str], begins: bool, ends: bool
 ) -> Iterator[Difference]:
     """Keys of tokenizer_config.json that act and say another thing. `begins` and `ends` tell whether the
-    source's tokenizer.json puts tokens around a text, which `add_bos_token` and its like repeat."""
+    source's tokenizer.json puts tokens around a text, which `add_bos_token` and its like repeat; `alike` are
+    classes that read the files as one another does."""
     for key in CODE:
         if found.get(key) and not expected.get(key):
             yield Difference(key, f"expected no field that asks for code, found {shown(found[key])}")
@@ -77,7 +67,7 @@ def differences(
         x, y = (default if side.get(key) is None else side[key] for side in (expected, found))
         if x != y:
             yield Difference(key, f"expected {shown(x)}, found {shown(y)}")
-    yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), family)
+    yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), alike)
 
 
 def _limit(value: Any) -> Any:
@@ -89,11 +79,11 @@ def plain_class(value: Any) -> str:
     return value.removesuffix("Fast") if isinstance(value, str) else ""
 
 
-def _class(expected: Any, found: Any, family: str | None) -> Iterator[Difference]:
+def _class(expected: Any, found: Any, alike: Collection[str]) -> Iterator[Difference]:
     a, b = plain_class(expected), plain_class(found)
     if a == b or found is None:
         return
-    alike = GENERIC | CLASSES.get(family or "", frozenset())
+    alike = GENERIC.union(alike)
     if not (b in alike and (a in alike or not a)):
         yield Difference("tokenizer_class", f"expected {shown(expected)}, found {shown(found)}")
 

@@ -388,10 +388,10 @@ def _configs(
         known |= {int(k): v for k, v in table.items() if k.isdecimal() and isinstance(v, dict)}
     if CONFIG in found:
         begins, ends = _around(ids)
-        family = None if subject.family is None else subject.family.name
+        alike = () if subject.family is None else subject.family.vocabulary.classes
         result.take(
             CONFIG,
-            differences(expected.get(CONFIG, {}), found[CONFIG], family=family, begins=begins, ends=ends),
+            differences(expected.get(CONFIG, {}), found[CONFIG], alike=alike, begins=begins, ends=ends),
         )
         if known:
             result.take(CONFIG, wrong_flags(known, found[CONFIG], CONFIG))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import grid
-from ckpt_tool.verify.names import layer_of
+from ckpt_tool.checkpoint.tensor_names import layer_of
 
 PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
 

@@ -74,13 +74,18 @@ def needed(name: str) -> bool:
     return is_document(last) or is_weights(last)
 
 
-def open_archive(path: Path, name: str, format: str, *, spool_dir: Path | None = None) -> ArchiveFolder:
-    """The folder of the archive at `path` ("zip", "tar" or "tar.gz") that holds the weights.
+def open_archive(
+    archive: ZipArchive | ByteRange, format: str, *, spool_dir: Path | None = None
+) -> ArchiveFolder:
+    """The folder of the archive that holds the weights: of a zip, whose directory was read, or of an open
+    file that is a "tar" or "tar.gz".
 
     Fails with `wrong-format` when no folder does, `ambiguous-input` when several do.
     """
-    openers = {"zip": _open_zip, "tar": _open_tar, "tar.gz": _open_tar_gz}
-    members = openers[format](ByteRange(path, name), spool_dir)
+    if isinstance(archive, ZipArchive):
+        members = _of_zip(archive, spool_dir)
+    else:
+        members = {"tar": _open_tar, "tar.gz": _open_tar_gz}[format](archive, spool_dir)
     try:
         return ArchiveFolder(members, _root(members))
     except BaseException:
@@ -116,9 +121,8 @@ def _root(members: Members) -> str:
     return roots[0]
 
 
-def _open_zip(data: ByteRange, spool_dir: Path | None) -> Members:
-    with _closed_on_error(data):
-        archive = ZipArchive(data)
+def _of_zip(archive: ZipArchive, spool_dir: Path | None) -> Members:
+    data = archive.source
 
     def locate(name: str) -> Place:
         member = archive.members[name]

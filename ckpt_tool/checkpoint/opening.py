@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from ckpt_tool.checkpoint.safetensors import (
 )
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
-from ckpt_tool.checkpoint.torch_zip import open_torch_zip
+from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
     Prefer,
     WeightSet,
@@ -121,11 +120,12 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
         if len(numbered.files) > 1:
             checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} shards; all were opened")
         return checkpoint
-    format = _format(Place(path, 0), path.name)
-    if format in ("zip", "tar", "tar.gz"):
-        return _open_folder(open_archive(path, path.name, format, spool_dir=spool_dir), path, prefer, limits)
+    seen = _look(Place(path, 0), path.name)
+    if seen.format in ("zip", "tar", "tar.gz"):
+        archive = open_archive(seen.archive or seen.data, seen.format, spool_dir=spool_dir)
+        return _open_folder(archive, path, prefer, limits)
     single = WeightSet(path.name, (path.name,), None, "original")
-    return _open_set(directory, single, path, limits)
+    return _open_set(directory, single, path, limits, seen=seen)
 
 
 def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
@@ -212,9 +212,15 @@ def _add_documents(checkpoint: Checkpoint, folder: Folder, names: Iterable[str])
 
 
 def _open_set(
-    folder: Folder, chosen: WeightSet, path: Path, limits: Limits, within: str = ""
+    folder: Folder,
+    chosen: WeightSet,
+    path: Path,
+    limits: Limits,
+    within: str = "",
+    seen: _Seen | None = None,
 ) -> OpenedCheckpoint:
-    """Open the files of `chosen`, which lie in the part `within` of `folder`, and what belongs to them."""
+    """Open the files of `chosen`, which lie in the part `within` of `folder`, and what belongs to them.
+    `seen` is the only file, where that was looked into already."""
     notes = list(chosen.notes)
     if within:
         notes.append(f"the weights were found in {within}")
@@ -233,7 +239,7 @@ def _open_set(
     try:
         for name in chosen.files:
             try:
-                files[name] = _open_file(folder.place(within + name), name, limits)
+                files[name] = _open_file(folder.place(within + name), name, limits, seen)
             except CkptToolError as error:
                 problems.extend(error.problems)
         if not problems:
@@ -248,19 +254,36 @@ def _open_set(
     return OpenedCheckpoint(path, files, documents, notes, folder)
 
 
-def _format(place: Place, name: str) -> str:
-    """The container format of one file: what `sniff` says, and "torch-zip" for a zip that torch wrote."""
-    with closing(ByteRange(place.path, name, place.window)) as data:
-        format = sniff(data)
-        return "torch-zip" if format == "zip" and _is_torch_zip(data) else format
+@dataclass(frozen=True)
+class _Seen:
+    """A file that was looked into: its container format, "torch-zip" for a zip that torch wrote, the open
+    file, and the directory of a zip."""
+
+    format: str
+    data: ByteRange
+    archive: ZipArchive | None = None
 
 
-def _open_file(place: Place, name: str, limits: Limits) -> TensorFile:
-    format = _format(place, name)
-    if format == "torch-zip":  # the only one with checksums of its own
-        return open_torch_zip(place.path, name, window=place.window)
+def _look(place: Place, name: str) -> _Seen:
+    data = ByteRange(place.path, name, place.window)
+    try:
+        format: str = sniff(data)
+        archive = ZipArchive(data) if format == "zip" else None
+        if archive is not None and check_zip_names(archive.members, name):
+            format = "torch-zip"
+        return _Seen(format, data, archive)
+    except BaseException:
+        data.close()
+        raise
+
+
+def _open_file(place: Place, name: str, limits: Limits, seen: _Seen | None = None) -> TensorFile:
+    seen = seen or _look(place, name)
+    if seen.format == "torch-zip" and seen.archive is not None:  # the only one with checksums of its own
+        return torch_zip(seen.archive)
+    seen.data.close()
     place.check()
-    match format:
+    match seen.format:
         case "torch-legacy":
             return open_torch_legacy(place.path, name, window=place.window)
         case "safetensors":
@@ -268,7 +291,7 @@ def _open_file(place: Place, name: str, limits: Limits) -> TensorFile:
                 place.path, name, window=place.window, header_limit=limits.safetensors_header
             )
         case _:
-            found = {"tar": "a tar", "tar.gz": "a gzip file", "zip": "a zip of other files"}[format]
+            found = {"tar": "a tar", "tar.gz": "a gzip file", "zip": "a zip of other files"}[seen.format]
             fail("wrong-format", f"expected a torch or safetensors file, found {found}", file=name)
 
 
@@ -306,7 +329,3 @@ def _checklist(folder: Folder, within: str = "") -> list[str]:
         return []
     text = folder.document(name).read(CHECKLIST_BYTES).decode("utf-8", "replace")
     return re.findall(r"^[0-9a-fA-F]{32}[ \t]+\*?([^\s/\\]+)[ \t]*$", text, re.MULTILINE)
-
-
-def _is_torch_zip(data: ByteRange) -> bool:
-    return check_zip_names(ZipArchive(data).members, data.name)

@@ -1,4 +1,5 @@
-"""Which tensor names are accepted, whatever container they come from.
+"""Which tensor names are accepted, whatever container they come from, and what a name says: its words, which
+`.` or, in TensorFlow, `/` parts, its layer, and how names of many layers fold into one.
 
 A name ends up in terminals, reports, JSON keys and safetensors headers, so one that cannot be shown, cannot
 be told from another, or means something else in the output format is refused when the file is opened.
@@ -6,13 +7,18 @@ be told from another, or means something else in the output format is refused wh
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ckpt_tool.errors import Problem
 
 NAME_BYTES = 512
 RESERVED = "__metadata__"  # what safetensors calls its own entry in the header
+# A number that is a word of its own (layers.3.), or that TensorFlow glues to one (layer_3/, h3/).
+_NUMBER = re.compile(
+    r"(?:^|(?<=[./])|(?<=[./]layer_)|(?<=[./]block_)|(?<=[./]h))(\d{1,9})(?=[./]|$)", re.ASCII
+)
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp")  # control characters, bidirectional marks, line separators
 
 
@@ -50,3 +56,42 @@ def name_problems(names: Iterable[str], *, file: str) -> Iterator[Problem]:
             other = composed.setdefault(unicodedata.normalize("NFC", name), name)
             if other != name:
                 yield Problem("bad-name", "two tensor names differ only in Unicode composition", file, name)
+
+
+# --- what a name says -----------------------------------------------------------------------------------
+
+
+def words_of(name: str) -> list[str]:
+    return re.split(r"[./]", name)
+
+
+def numbers(name: str) -> tuple[int, ...]:
+    """The numbers in a name: of its layer, of an expert ..."""
+    return tuple(map(int, _NUMBER.findall(name)))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to: the first number in its name."""
+    return next(iter(numbers(name)), None)
+
+
+def short(name: str) -> str:
+    """A tensor's name within its layer, without `weight`: `self_attn.q_proj`."""
+    inside = _NUMBER.split(name, maxsplit=1)[-1].lstrip("./")
+    return re.sub(r"(?:^|[./])weight(?=[./]|$)", "", inside).lstrip("./") or name
+
+
+def fold_key(name: str) -> tuple[str, ...]:
+    """The text around the numbers: equal for names that differ in these only."""
+    return tuple(_NUMBER.split(name)[::2])
+
+
+def folded_name(names: Sequence[str]) -> str:
+    """`layers.{2..3}.norm.weight` for names with equal `fold_key`."""
+    ranges = []
+    for column in zip(*map(numbers, names), strict=True):
+        found = sorted(set(column))
+        runs = [f"{found[0]}..{found[-1]}"] if found[-1] - found[0] == len(found) - 1 else []
+        shown = runs or [",".join(map(str, found[:8])) + ",..." * (len(found) > 8)]
+        ranges.append(str(found[0]) if len(found) == 1 else f"{{{shown[0]}}}")
+    return "".join(f + r for f, r in zip(fold_key(names[0]), [*ranges, ""], strict=True))

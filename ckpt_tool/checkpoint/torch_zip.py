@@ -66,22 +66,32 @@ class TorchZipFile(TorchFile):
 
 
 def open_torch_zip(path: Path, name: str, *, window: Window | None = None) -> TorchZipFile:
-    """Open `path`, or the part `window` of it, reading its structure only; `name` is how it is called.
-
-    Kinds: those of ZipArchive, `read_pickle` and `read_state`, and `wrong-format`, `unsupported-byteorder`,
-    `size-mismatch`, `missing-record`, `trailing-data`.
-    """
+    """Open `path`, or the part `window` of it, reading its structure only; `name` is how it is called. Kinds:
+    those of ZipArchive and of `torch_zip`."""
     data = ByteRange(path, name, window)
     try:
         archive = ZipArchive(data)
+    except BaseException:
+        data.close()
+        raise
+    return torch_zip(archive)
+
+
+def torch_zip(archive: ZipArchive) -> TorchZipFile:
+    """The torch file that the archive is, which closes it in the end, or now where it is none.
+
+    Kinds: those of `read_pickle` and `read_state`, and `wrong-format`, `unsupported-byteorder`,
+    `size-mismatch`, `missing-record`, `trailing-data`.
+    """
+    try:
         root = _root(archive)
         _check_versions(archive, root)
         pickled = _unpickle(archive, root)
-        state = read_state(pickled, file=name)
+        state = read_state(pickled, file=archive.name)
         members = _match_storages(archive, root, state, pickled.storages)
         return TorchZipFile(archive, root, state, members)
     except BaseException:
-        data.close()
+        archive.source.close()
         raise
 
 

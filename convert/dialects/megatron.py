@@ -1,6 +1,6 @@
-"""What Megatron-LM trained and its converters for Hugging Face's layout know: encoders and decoders with
-learned positions, norms with biases and a gelu. Checkpoints of every age are read, and written as folders of
-ranks with the args that reading them again needs, and those that Megatron's loader compares.
+"""What Megatron-LM trained and Hugging Face's layout has classes for: encoders and decoders with learned
+positions, norms with biases and a gelu. Checkpoints of every age are read, and written as folders of ranks
+with the args that reading them again needs, and those that Megatron's loader compares.
 
 Source of the rules: NVIDIA/Megatron-LM v1.0, v2.0, v2.5, 23.06 and core_v0.9.0 (arguments.py, model/utils.py,
 model/transformer.py, tokenizer/tokenizer.py). Counts are those of the whole model.
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.megatron import check_complete, check_same_run
-from ckpt_tool.convert.dialects import megatron_words
+from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.megatron_args import (
     gelu_flags,
@@ -35,47 +35,45 @@ from ckpt_tool.convert.dialects.megatron_names import (
     own_names,
     without_model,
 )
-from ckpt_tool.convert.dialects.megatron_ranks import (
-    DIVISOR,
-    IGNORED,
-    OUTPUT,
-    Form,
-    Own,
-    Run,
-    check_shares,
-    epsilon,
-    head_width,
-    open_ranks,
-    output_is_there,
-    padded,
-    ranks_of,
-    tie,
-    to_ranks,
-    whole_number,
-    without_layer,
-)
-from ckpt_tool.convert.dialects.megatron_words import Sizes, padding_notes, published_as, tokenizer_of
+from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, whole_number
+from ckpt_tool.convert.dialects.megatron_words import Sizes, padding_notes, published_as, read_tokenizer
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     Class,
     Field,
     Known,
+    Size,
     by_name,
     count,
     document,
     flag,
     follows,
     only,
+    special,
+    table_of,
 )
+from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 COPY = "word_embeddings_for_head.weight"
+OPTIONS = (
+    Option("keep_padding", "Keep the rows that pad the vocabulary.", "hf"),
+    *ranks.OPTIONS,
+    Option("pipeline_parallel", "Pipeline stages to write.", "original", most=1024, metavar="M"),
+    Option(
+        "checkpoint_version",
+        "Order of query_key_value to write.",
+        "original",
+        choices=("0", "1.0", "2.0", "3.0"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,13 @@ class Megatron:
             self.fields,
             ROWS,
             PADDED,
-            megatron_words.tokenizer(self.name),
         )
         return Known(fields, facts, source, options, **more)
+
+    @property
+    def written_names(self) -> dict[str, str]:
+        """What config.json calls fields that it has other names for."""
+        return {generic: name for name, generic in self.own_names.items()}
 
     def settings(self, options: Options) -> dict[str, Any]:
         """Those of the user under the names that every family knows."""
@@ -127,7 +129,7 @@ class Megatron:
         return found
 
 
-def family(*, summary: str, **said: Any) -> Family:
+def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
     """The record of a family; `said` are the parts of `Megatron`."""
     m = Megatron(**said)
     return Family(
@@ -137,81 +139,72 @@ def family(*, summary: str, **said: Any) -> Family:
         recognise=partial(recognise, m),
         plan=partial(plan, m),
         plan_original=partial(plan_original, m),
+        options=OPTIONS,
+        vocabulary=vocabulary,
         foretold=tuple(m.foretold),
         classes=m.classes,
     )
 
 
 def both(
-    source: str, target: str | Sequence[str], weight: str, bias: str, *, split: str = "", cut: Any = None
-) -> tuple[Rule, Rule]:
+    source: str, target: str | tuple[str, ...], weight: str, bias: str, *, split: str = "", cut: Any = None
+) -> Iterator[Rule]:
     """The rows of a weight and its bias, whose names end in that; ranks share out `split` where it is."""
-    stems = [target] if isinstance(target, str) else target
-    one, two = (
-        rule(
-            source + kind,
-            tuple(stem + kind for stem in stems),
-            pattern,
-            cut=cut,
-            split=split if split in re.findall(r"\w+", pattern) else None,
-        )
-        for kind, pattern in (("weight", weight), ("bias", bias))
-    )
-    return one, two
+    stems = (target,) if isinstance(target, str) else target
+    for kind, pattern in (("weight", weight), ("bias", bias)):
+        shared = split if split in re.findall(r"\w+", pattern) else None
+        yield rule(source + kind, tuple(stem + kind for stem in stems), pattern, cut=cut, split=shared)
 
 
 # --- fields ---------------------------------------------------------------------------------------------
 
 
-def _measured(name: str, dimension: int, *, shared: bool = True) -> Callable[[Known], Value]:
+def _measured(source: Source, name: str, dimension: int, *, shared: bool = True) -> Value:
     """The size of a matrix as its ranks have it, all together if `shared`."""
-
-    def found(known: Known) -> Value:
-        tensor = known.source.first(name)
-        if tensor is None:
-            fail("missing-tensor", "expected this tensor, found none", where=name)
-        if len(tensor.shape) != 2:
-            fail("shape-mismatch", f"expected a matrix, found {tensor.shape}", where=name)
-        ranks = known.source.ranks if shared else 1
-        over = f" over {ranks} ranks" if ranks > 1 else ""
-        return Value(tensor.shape[dimension] * ranks, f"{('rows', 'columns')[dimension]} of {name}{over}")
-
-    return found
+    tensor = source.first(name)
+    if tensor is None:
+        fail("missing-tensor", "expected this tensor, found none", where=name)
+    if len(tensor.shape) != 2:
+        fail("shape-mismatch", f"expected a matrix, found {tensor.shape}", where=name)
+    times = source.ranks if shared else 1
+    over = f" over {times} ranks" if times > 1 else ""
+    return Value(tensor.shape[dimension] * times, f"{('rows', 'columns')[dimension]} of {name}{over}")
 
 
-def _size(name: str, key: str, found: Callable[[Known], Value], **more: Any) -> Field:
+def _size(name: str, key: str, measure: Callable[[Source], Value], **more: Any) -> Field:
     """A count that the tensors tell: what args or the user say otherwise is a problem."""
 
     def agrees(known: Known, told: Value) -> Value:
-        if known.config is not None or told.value == found(known).value:
+        if known.back or told.value == measure(known.source).value:
             return told
-        kind, there = "config-mismatch", found(known)
+        kind, there = "config-mismatch", measure(known.source)
         if name == "num_hidden_layers":
             kind = "uncovered-tensors" if told.value < there.value else "missing-tensor"
         message = f"expected {told.value} ({told.source}), found {there.value} ({there.source})"
         known.refuse(kind, message, name)
         return UNKNOWN
 
-    return count(name, key, rule=found, check=agrees, **more)
+    return count(name, key, rule=lambda known: measure(known.source), check=agrees, **more)
 
 
-_ROWS = _measured("word_embeddings.weight", 0)
-ROWS = follows("rows", _ROWS, hidden=True)
-PADDED = _size("padded_vocab_size", "padded_vocab_size", _ROWS, hidden=True, told=False)
-LAYERS = _size(
-    "num_hidden_layers", "num_layers", lambda k: Value(k.source.layers, "layers in the tensor names")
-)
-WIDTH = _size("hidden_size", "hidden_size", _measured("word_embeddings.weight", 1, shared=False))
-INNER = _size("intermediate_size", "ffn_hidden_size", _measured("layers.0.mlp.dense_h_to_4h.weight", 0))
-POSITIONS = _size(
-    "max_position_embeddings",
-    "max_position_embeddings",
-    _measured("position_embeddings.weight", 0, shared=False),
-)
-EPSILON = epsilon(
+def _layers(source: Source) -> Value:
+    return Value(source.layers, "layers in the tensor names")
+
+
+_rows = partial(_measured, name="word_embeddings.weight", dimension=0)
+_positions = partial(_measured, name="position_embeddings.weight", dimension=0, shared=False)
+_width = partial(_measured, name="word_embeddings.weight", dimension=1, shared=False)
+_inner = partial(_measured, name="layers.0.mlp.dense_h_to_4h.weight", dimension=0)
+ROWS = follows("rows", lambda known: _rows(known.source), hidden=True)
+PADDED = _size("padded_vocab_size", "padded_vocab_size", _rows, hidden=True, told=False)
+LAYERS = _size("num_hidden_layers", "num_layers", _layers)
+WIDTH = _size("hidden_size", "hidden_size", _width)
+INNER = _size("intermediate_size", "ffn_hidden_size", _inner)
+POSITIONS = _size("max_position_embeddings", "max_position_embeddings", _positions)
+EPSILON = ranks.epsilon(
     "layer_norm_eps", rule=Value(1e-5, "rule: args do not say; Megatron's default was always 1e-5")
 )
-TIED = flag("tie_word_embeddings", rule=tie, check=output_is_there)
+TIED = flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there)
 
 
 def heads(published: Sizes) -> Field:
@@ -225,17 +218,13 @@ def heads(published: Sizes) -> Field:
 
 def token_id(name: str, rule: Callable[[Known], Value]) -> Field:
     """One that the tokenizer tells, or else a rule; no original says it."""
-
-    def told(known: Known) -> Value:
-        return tokenizer_of(known).facts.get(name) or rule(known)
-
-    return Field(name, Facts.token_ids, rule=told, free=True)
+    return replace(special(name, rule), free=True)
 
 
 def _must_tie(known: Known, found: Value) -> Value:
-    if known.config is not None:
+    if known.back:
         return found
-    said = output_is_there(known, tie(known))
+    said = ranks.output_is_there(known, ranks.tie(known))
     if not said.value:
         message = "expected the embedding as output layer, found another"
         known.refuse("unsupported", message, "output_layer")
@@ -244,32 +233,26 @@ def _must_tie(known: Known, found: Value) -> Value:
 
 ALWAYS_TIED = only("tie_word_embeddings", True, "all that the original can be", check=_must_tie)
 
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-_AXES = {  # the config value behind each axis
+# t query, key and value, n heads of h channels, d and e width, f feed-forward width, p positions
+AXES: dict[str, Size] = {
+    "t": lambda _: 3,
     "n": "num_attention_heads",
+    "h": lambda known: int(known["hidden_size"] // known["num_attention_heads"]),
     "d": "hidden_size",
     "e": "hidden_size",
     "f": "intermediate_size",
     "p": "max_position_embeddings",
+    "two": lambda _: 2,
 }
 
 
 def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None) -> Table:
-    """The rows filled in. Axes: t query, key and value, n heads of h channels, d and e width, f feed-forward
-    width, v words with their padding, p positions."""
+    """The rows filled in; `rows` counts the vocabulary's, padding included."""
     tied = bool(known["tie_word_embeddings"])
     last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
-    sizes = {axis: int(known[name]) for axis, name in _AXES.items()}
-    axes = {**sizes, "t": 3, "h": sizes["d"] // sizes["n"], "v": rows, "two": 2}
     table = (*m.rows(known, order), *((last,) if output else ()))
-    layers = known.value("num_hidden_layers")
-    return Table(table, axes, _AXES, known.values(SIZES), layers, known["vocab_size"])
+    axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
+    return replace(table_of(known, table, axes), words=known["vocab_size"])
 
 
 # --- opening --------------------------------------------------------------------------------------------
@@ -304,12 +287,12 @@ def open_run(checkpoint: Checkpoint) -> Run:
         named = [(name, *without_model(name)) for name in names]
         prefixed = any(rest != name for name, _, rest in named)
         for name, chunk, rest in named:
-            template, layer = without_layer(rest)
+            template, layer = ranks.without_layer(rest)
             if template in table and not (prefixed and rest == name):
                 yield Own(name, int(chunk or 0), table[template], layer)
 
-    run = open_ranks(checkpoint, age, own)
-    _check_shares(run)
+    run = ranks.open_ranks(checkpoint, age, own)
+    _check_complete(run)
     first = checkpoint.files[run.files[0][0]]
     iteration = first.metadata.get("iteration")
     iteration = iteration if isinstance(iteration, int) and not isinstance(iteration, bool) else None
@@ -349,7 +332,7 @@ def _version(file: TensorFile) -> float | None:
     return float(found)
 
 
-def _check_shares(run: Run) -> None:
+def _check_complete(run: Run) -> None:
     """Fail with `missing-shard` where a last stage is not there, or where the output projection of attention,
     of which each rank holds its heads' columns, says that there are more ranks."""
     if "final_layernorm.weight" not in run.tensors and "word_embeddings.weight" in run.tensors:
@@ -370,14 +353,17 @@ def _check_shares(run: Run) -> None:
 def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     run = open_run(checkpoint)
     facts = Facts(run.told, "args", m.settings(options))
-    known = m.known(facts, run, options)
     refuse_unsupported(facts)
-    known.values(("tie_word_embeddings", "padded_vocab_size", "layer_norm_eps", "hidden_act"))
-    own = {generic: name for name, generic in m.own_names.items()}
-    config = {own.get(name, name): value for name, value in known.values().items()}
+    sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
+    tokenizer = read_tokenizer(m.name, run, options, **sizes)
+    where = "the tokenizer beside the weights" if options.tokenizer is None else "--tokenizer"
+    ids = Value(tokenizer.vocab_size, f"{where}: its number of ids")
+    known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})
+    config = {m.written_names.get(name, name): value for name, value in known.values().items()}
+    known.value(PADDED.name)
     facts.check_settings({*config, *m.own_names.values()})
     facts.check()
-    tokenizer, words, rows = tokenizer_of(known), known.value("vocab_size"), known.value("rows")
+    words, rows = known.value("vocab_size"), known.value("rows")
     documents = [
         OutputDocument(n, d, "the tokenizer beside the weights") for n, d in tokenizer.documents.items()
     ]
@@ -385,7 +371,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
         m.name,
         config,
         [*([generation_config(config)] if "eos_token_id" in config else []), *documents],
-        IGNORED,
+        ranks.IGNORED,
         [*notes_on(run), *padding_notes(words, rows, m.padded), *m.notes(known), *tokenizer.notes],
         _kept(run, known),
         [f for tell in m.foretold.values() for f in tell(known)],
@@ -429,33 +415,28 @@ def _kept(run: Run, known: Known) -> dict[str, Any]:
 def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     """Ranks, as asked for or as the original was, with the args that reading again needs."""
     facts = read_config(checkpoint, m.settings(options), m.architectures)
-    source = whole_tensors(checkpoint, m.layer)
     (config,) = m.classes.values()
-    own = {generic: name for name, generic in m.own_names.items()}
-    once = kept_facts(checkpoint)
-    known = m.known(facts, source, options, config=config, once=once, back=True, names=own)
+    once, source = kept_facts(checkpoint), whole_tensors(checkpoint, m.layer)
+    known = m.known(facts, source, options, config=config, once=once, back=True, names=m.written_names)
     said = [n for n, f in known.fields.items() if f.told and not f.free]
     known.values(said)
     facts.check()
     facts.check_settings({n for n in said if not known.fields[n].fixed})
     facts.check()
-    form = _form(known)
+    form, words = _form(known), known["vocab_size"]
     documents = {n: d.read(MAX_BYTES) for n, d in checkpoint.documents.items() if n in _VOCABULARY}
     vocabulary = original_tokenizer_documents(documents, family=m.name)
-    notes = [] if vocabulary else ["no original tokenizer file is there; none was written"]
-    words = known["vocab_size"]
-    if form.rows != words:
-        notes.insert(
-            0,
-            f"{form.rows - words} rows of padding follow the {words} words, up to a multiple that the ranks "
-            "share: they repeat the first words",
-        )
+    notes = [
+        f"{form.rows - words} rows of padding follow the {words} words, up to a multiple that the ranks "
+        "share: they repeat the first words",
+        "no original tokenizer file is there; none was written",
+    ]
     written = Written(
         m.name,
         _args(m, known, form),
         [OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()],
         m.ignored,
-        notes,
+        [note for note, holds in zip(notes, (form.rows != words, not vocabulary), strict=True) if holds],
         {
             "age": form.age,
             "checkpoint_version": form.version,
@@ -469,7 +450,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     copy = COPY if form.stages > 1 else None
     output = copy if known["tie_word_embeddings"] else OUTPUT
     table = _table(m, known, fused_order(form.version or 0.0, is_core(form.age)), form.rows, output)
-    return to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
+    return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
 
 
 _VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")
@@ -484,14 +465,14 @@ def _form(known: Known) -> Form:
     as_core = isinstance(age, str) and is_core(age) and asked.get("checkpoint_version") is not None
     if not isinstance(age, str) or age not in AGES or (as_core and version != 3.0):
         age = "encoder" if version == 3.0 else "transformer"
-    ranks, depth = ranks_of(known), once.get("pipeline_parallel")
+    tensor_parallel, depth = ranks.ranks_of(known), once.get("pipeline_parallel")
     stages = whole_number(asked.get("pipeline_parallel"), depth)
     chunks = whole_number(once.get("virtual_stages"))
     if depth != stages or known["num_hidden_layers"] % (stages * chunks):
         chunks = 1
     form = Form(
-        ranks,
-        padded(known, ranks, _divisor(known)),
+        tensor_parallel,
+        ranks.padded(known, tensor_parallel, _divisor(known)),
         age,
         version,
         stages,
@@ -499,7 +480,7 @@ def _form(known: Known) -> Form:
         whole_number(once.get("iteration"), otherwise=0),
         once.get("release") is not False or not once.get("iteration"),
     )
-    check_shares(known, form, "num_attention_heads", "intermediate_size")
+    ranks.check_shares(known, form, "num_attention_heads", "intermediate_size")
     return form
 
 
@@ -509,7 +490,7 @@ def _once_args(known: Known) -> Mapping[str, Any]:
 
 
 def _divisor(known: Known) -> int:
-    return whole_number(_once_args(known).get("make_vocab_size_divisible_by"), otherwise=DIVISOR)
+    return whole_number(_once_args(known).get("make_vocab_size_divisible_by"), otherwise=ranks.DIVISOR)
 
 
 def _asked_version(asked: Any, once: Mapping[str, Any]) -> float | None:
@@ -541,7 +522,7 @@ def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
             "hidden_size",
             "ffn_hidden_size",
             "num_attention_heads",
-            head_width,
+            ranks.head_width,
             "max_position_embeddings",
             "seq_length",
             lambda _: {"padded_vocab_size": Value(form.rows, "rows to write")},

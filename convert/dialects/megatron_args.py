@@ -7,13 +7,12 @@ model/transformer.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
 from ckpt_tool.convert.dialects.megatron_names import is_core
-from ckpt_tool.convert.dialects.megatron_ranks import Run
+from ckpt_tool.convert.dialects.megatron_ranks import Run, args_of
 from ckpt_tool.convert.numbers import Field, Known, anything
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Value
@@ -44,10 +43,6 @@ _UNSUPPORTED_VALUES = {
     "position_embedding_type": (("learned_absolute", None), "positions"),
     "add_bias_linear": ((True, None), "biases"),
 }
-
-
-def args_of(known: Known) -> Mapping[str, Any]:
-    return known.source.told or {}
 
 
 def refuse_unsupported(facts: Facts) -> None:

@@ -13,35 +13,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config
-from ckpt_tool.convert.dialects.megatron_args import args_of
-from ckpt_tool.convert.dialects.megatron_ranks import (
-    OUTPUT,
-    Form,
-    Own,
-    Run,
-    check_shares,
-    epsilon,
-    head_width,
-    open_ranks,
-    output_is_there,
-    padded,
-    ranks_of,
-    tie,
-    to_ranks,
-    without_layer,
-)
+from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
     Class,
     Field,
     Known,
+    Size,
     by_name,
     count,
     counted,
@@ -52,8 +38,10 @@ from ckpt_tool.convert.numbers import (
     measured,
     number,
     only,
+    table_of,
     token_ids,
 )
+from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.weave import Table, Written, to_hf
@@ -99,7 +87,7 @@ class Core:
     `end_of_text` begins and ends a text."""
 
     family: str
-    title: str  # as people call it
+    model: str  # as people call it
     architecture: str
     model_type: str
     config: Class
@@ -107,6 +95,8 @@ class Core:
     unsaid: tuple[str, ...] = ("rope_scaling",)
     published_rows: tuple[int, ...] = ()
     end_of_text: int = 0
+    title: str = "Megatron-Core"
+    options: tuple[Option, ...] = ranks.OPTIONS
 
     def holds(self, names: Iterable[str]) -> bool:
         return prefix_of(names) is not None
@@ -115,9 +105,9 @@ class Core:
         p = f"{prefix_of(names)}{FIRST}"
         if f"{p}self_attention.linear_qkv.bias" not in names:
             why = "Megatron-Core names without biases for query, key and value, which "
-            return False, f"{why}{self.title} has"
+            return False, f"{why}{self.model} has"
         if f"{p}mlp.linear_fc1.bias" in names:
-            why = f"Megatron-Core names with biases in the feed-forward, which {self.title} has none of"
+            why = f"Megatron-Core names with biases in the feed-forward, which {self.model} has none of"
             return False, why
         return True, "Megatron-Core names with biases for query, key and value only"
 
@@ -129,17 +119,21 @@ class Core:
         return plan_original(self, checkpoint, options, known)
 
 
-def rows_of(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
+def _shared(known: Known) -> int:
+    """How many queries share a key and a value."""
+    return int(known["num_attention_heads"] // known["num_key_value_heads"])
+
+
+def rules(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
     """`engine`: the norms stand in the layers after them; `head`: there is an output layer, where words and
     output are tied the last stage's copy of the words."""
     before, after = NORMS[engine]
-    shared = known["num_attention_heads"] // known["num_key_value_heads"]
     qkv = [
         rule(
             f"{S}self_attention.linear_qkv.{kind}",
             tuple(f"{name}.{kind}" for name in QKV),
             pattern,
-            cut=("s", (shared, 1, 1)),
+            cut=("s", (_shared(known), 1, 1)),
             split="k",
         )
         for kind, pattern in (("weight", "(k s h) d"), ("bias", "(k s h)"))
@@ -178,14 +172,14 @@ def _one_each(known: Known) -> Value | None:
 
 
 def _heads_fit(known: Known, kv: Value) -> Value:
-    width, heads, ranks = known["hidden_size"], known["num_attention_heads"], known.source.ranks
+    width, heads, shares = known["hidden_size"], known["num_attention_heads"], known.source.ranks
     channels = args_of(known).get("kv_channels")
     if width % heads or channels not in (None, width // heads):
         message = f"expected heads of {width} / {heads} channels, found {channels or 'a rest'}"
         known.refuse("config-mismatch", message, "num_attention_heads")
-    elif heads % kv.value or kv.value % ranks:
+    elif heads % kv.value or kv.value % shares:
         message = (
-            f"expected {kv.value} key/value heads that divide {heads} and that {ranks} ranks share evenly"
+            f"expected {kv.value} key/value heads that divide {heads} and that {shares} ranks share evenly"
         )
         known.refuse("config-mismatch", f"{message}, found a rest", "num_key_value_heads")
     return kv
@@ -210,29 +204,29 @@ FIELDS = (
     count("num_hidden_layers", "num_layers", rule=counted),
     count("num_attention_heads", "num_attention_heads", ask="the number of query heads"),
     count("num_key_value_heads", read=_groups, rule=_one_each, check=_heads_fit),
-    epsilon("rms_norm_eps", ask="the epsilon of the norms"),
+    ranks.epsilon("rms_norm_eps", ask="the epsilon of the norms"),
     number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
     count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
-    flag("tie_word_embeddings", rule=tie, check=output_is_there),
+    flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
 )
 LENGTH = count("max_position_embeddings", "max_position_embeddings", ask="the longest text")
 
 
-def table_of(known: Known, rows: int, *, engine: bool, head: bool) -> Table:
-    """Axes: k key/value heads, s queries that share one, the key and the value, n query heads, h head width,
-    d width, g gate and up, f feed-forward width, v words with their padding."""
-    fields = {
+def rows_of(known: Known, padded: int, *, engine: bool, head: bool) -> Table:
+    """`padded` counts the words with their padding. Axes: k key/value heads, s queries that share one, the
+    key and the value, n query heads, h head width, d width, g gate and up, f feed-forward width, v words."""
+    axes: dict[str, Size] = {
         "k": "num_key_value_heads",
         "d": "hidden_size",
         "f": "intermediate_size",
         "n": "num_attention_heads",
+        "s": lambda _: _shared(known) + 2,
+        "h": lambda _: int(known["hidden_size"] // known["num_attention_heads"]),
+        "g": lambda _: 2,
+        "v": lambda _: padded,
     }
-    sizes = {axis: int(known[name]) for axis, name in fields.items()}
-    n, k, d = (sizes[axis] for axis in "nkd")
-    axes = {**sizes, "s": n // k + 2, "h": d // n, "g": 2, "v": rows}
-    table = rows_of(known, engine=engine, head=head)
-    numbers = known.values(fields.values())
-    return Table(table, axes, fields, numbers, known.value("num_hidden_layers"), known["vocab_size"])
+    table = table_of(known, rules(known, engine=engine, head=head), axes)
+    return replace(table, words=known["vocab_size"])
 
 
 # --- the files ------------------------------------------------------------------------------------------
@@ -248,16 +242,16 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
     if not ours:
-        fail("unsupported", f"expected {m.title}, found {why}", file=checkpoint.path.name)
+        fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name)
     prefix = prefix_of(checkpoint.names()) or ""
 
     def own(names: Iterable[str]) -> Iterator[Own]:
         for name in names:
             state = any(re.fullmatch(pattern, name) for pattern in IGNORED)
             if name.startswith(prefix) and not state:
-                yield Own(name, 0, *without_layer(name.removeprefix(prefix)))
+                yield Own(name, 0, *ranks.without_layer(name.removeprefix(prefix)))
 
-    run = open_ranks(checkpoint, "core", own)
+    run = ranks.open_ranks(checkpoint, "core", own)
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
     if down is None or up is None or up.shape[0] != 2 * down.shape[-1]:
         fail(
@@ -278,7 +272,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     run, why = open_run(m, checkpoint), f"family {m.family}"
     rows, ids = run.size(WORDS, 0), ("bos_token_id", "eos_token_id")
     published_words = rows is not None and rows.value in m.published_rows
-    end = given(m.end_of_text, f"<|endoftext|> in every {m.title} vocabulary")
+    end = given(m.end_of_text, f"<|endoftext|> in every {m.model} vocabulary")
     facts = Facts(run.told, "args", options.settings)
     fields = by_name(
         only("architectures", [m.architecture], why),
@@ -306,7 +300,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, kept)
-    return to_hf(table_of(known, padding, engine=engine, head=head), run, options, written)
+    return to_hf(rows_of(known, padding, engine=engine, head=head), run, options, written)
 
 
 # --- from Hugging Face ----------------------------------------------------------------------------------
@@ -317,9 +311,8 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     facts, made = known.facts, known.values(known.fields)
     facts.check()
     known = Known(by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, made=made)
-    ranks = ranks_of(known)
-    form = Form(ranks, padded(known, ranks))
-    check_shares(known, form, "num_key_value_heads", "intermediate_size")
+    form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
+    ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
     if any(made[name].value for name in m.unsaid):
         message = (
             "expected no scaled frequencies and no window, which the args written here do not say, found some"
@@ -337,10 +330,10 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         published.copied(published.tokenizer_files(checkpoint, options)),
         {"lm_head.weight": "the same as the embedding"} if tied else {},
         notes,
-        {"form": "mcore", "tensor_parallel": ranks},
+        {"form": "mcore", "tensor_parallel": form.ranks},
     )
-    table = table_of(known, form.rows, engine=bool(known.once.get("engine", True)), head=not tied)
-    return to_ranks(table, known.source, options, written, form, str)
+    table = rows_of(known, form.rows, engine=bool(known.once.get("engine", True)), head=not tied)
+    return ranks.to_ranks(table, known.source, options, written, form, str)
 
 
 def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
@@ -349,7 +342,7 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
     kv, tied = known.value("num_key_value_heads"), known.value("tie_word_embeddings")
     grouped = Value(kv.value != known["num_attention_heads"], kv.source)
     untied = Value(not tied.value, tied.source)
-    architecture = {k: Value(v[0], f"{m.title}'s architecture") for k, v in list(COMPUTED.items())[:6]}
+    architecture = {k: Value(v[0], f"{m.model}'s architecture") for k, v in list(COMPUTED.items())[:6]}
     entries = (
         "num_layers",
         "hidden_size",
@@ -357,7 +350,7 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
         "num_attention_heads",
         lambda _: {"group_query_attention": grouped},
         "num_query_groups",
-        head_width,
+        ranks.head_width,
         "max_position_embeddings",
         "seq_length",
         lambda _: {"padded_vocab_size": Value(form.rows, "rows to write")},

@@ -44,49 +44,40 @@ _ONLY = {"lm_head.": "bias", "word_embeddings_for_head.": "weight", "output_laye
 ENCODER_ONLY = ("tokentype_embeddings.weight", "lm_head.bias", "lm_head.dense.weight", "binary_head.weight")
 
 
-def _nested(block: str, attention: str, norm: str, embedding: str = "embedding.") -> dict[str, str]:
-    """The ages that nest everything under language_model."""
-    root, layer = "language_model.", f"language_model.{block}.layers.{{i}}."
-    own = (
-        f"{layer}input_{norm}.",
-        f"{layer}{attention}.query_key_value.",
-        f"{layer}{attention}.dense.",
-        f"{layer}post_attention_{norm}.",
-        f"{layer}mlp.dense_h_to_4h.",
-        f"{layer}mlp.dense_4h_to_h.",
-        *(f"{root}{embedding}{stem}" for stem in FIRST),
-        f"{root}{block}.final_{norm}.",
-        "word_embeddings_for_head.",
-        f"{root}output_layer.",
-        f"{root}pooler.dense.",
-        "lm_head.",
-        "lm_head.dense.",
-        f"lm_head.{norm}.",
-        "binary_head.",
-    )
-    return dict(zip((*LAYER, *FIRST, *LAST), own, strict=True))
+def _nested(
+    block: str, attention: str, norm: str, embedding: str = "embedding.", root: str = "language_model."
+) -> dict[str, str]:
+    """The ages that nest all but the heads under one dict."""
+    within = dict.fromkeys(("layers.", "final_"), f"{root}{block}.")
+    within |= dict.fromkeys(FIRST, root + embedding) | dict.fromkeys(("output_layer.", "pooler."), root)
+
+    def own(stem: str) -> str:
+        before = next((w for start, w in within.items() if stem.startswith(start)), "")
+        return before + stem.replace("attention.", f"{attention}.").replace("layernorm", norm)
+
+    return {stem: own(stem) for stem in (*LAYER, *FIRST, *LAST)}
 
 
 def _core(block: str, norm_1: str, norm_2: str) -> dict[str, str]:
     layer = f"{block}.layers.{{i}}."
-    own = (
-        f"{layer}{norm_1}",
-        f"{layer}self_attention.linear_qkv.",
-        f"{layer}self_attention.linear_proj.",
-        f"{layer}{norm_2}",
-        f"{layer}mlp.linear_fc1.",
-        f"{layer}mlp.linear_fc2.",
-        *(f"embedding.{stem}" for stem in FIRST),
-        f"{block}.final_layernorm.",
-        "output_layer.",
-        "output_layer.",
-        "pooler.dense.",
-        "output_layer.",
-        "lm_head.dense.",
-        "lm_head.layer_norm.",
-        "binary_head.",
+    modules = (
+        norm_1,
+        "self_attention.linear_qkv.",
+        "self_attention.linear_proj.",
+        norm_2,
+        "mlp.linear_fc1.",
+        "mlp.linear_fc2.",
     )
-    return dict(zip((*LAYER, *FIRST, *LAST), own, strict=True))
+    others = {
+        "final_layernorm.": f"{block}.final_layernorm.",
+        "lm_head.layernorm.": "lm_head.layer_norm.",
+        **dict.fromkeys(("word_embeddings_for_head.", "lm_head."), "output_layer."),
+    }
+    return {
+        **dict(zip(LAYER, (layer + module for module in modules), strict=True)),
+        **{stem: f"embedding.{stem}" for stem in FIRST},
+        **{stem: others.get(stem, stem) for stem in LAST},
+    }
 
 
 _APART = ("input_layernorm.", "pre_mlp_layernorm.")
@@ -99,10 +90,7 @@ AGES: dict[str, dict[str, str]] = {
     "encoder": _nested("encoder", "self_attention", "layernorm"),  # 2021 to 2023
     "norm": _nested("encoder", "self_attention", "norm"),  # 2023 on
     "flat": _nested("transformer", "attention", "layernorm", embedding=""),  # 2019
-    "bare": {
-        k: v.removeprefix("language_model.")
-        for k, v in _nested("transformer", "attention", "layernorm", embedding="").items()
-    },
+    "bare": _nested("transformer", "attention", "layernorm", embedding="", root=""),
     "core": _core("decoder", *_APART),
     "core-fused": _core("decoder", *_FUSED),
     "core-bert": _core("encoder", *_APART),

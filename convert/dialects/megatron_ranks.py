@@ -18,11 +18,13 @@ from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects.megatron_names import DICTS, FIRST, is_core
 from ckpt_tool.convert.layout import Home
 from ckpt_tool.convert.numbers import Field, Known, number
+from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.weave import Table, Written, to_original
 from ckpt_tool.errors import Problem, fail_all
 
+OPTIONS = (SHARDS, TENSOR_PARALLEL)
 DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 RELEASE = "release"
 OUTPUT = "output_layer.weight"
@@ -139,6 +141,10 @@ class _Rank:
 # --- numbers that every age has -------------------------------------------------------------------------
 
 
+def args_of(known: Known) -> Mapping[str, Any]:
+    return known.source.told or {}
+
+
 def epsilon(name: str, **more: Any) -> Field:
     """The norms' epsilon, which args call by either of two names."""
 
@@ -161,7 +167,7 @@ def tie(known: Known) -> Value:
 
 
 def output_is_there(known: Known, tied: Value) -> Value:
-    if known.config is None and not tied.value and OUTPUT not in known.source.tensors:
+    if not known.back and not tied.value and OUTPUT not in known.source.tensors:
         message = f"expected this tensor ({tied.source}), found none"
         known.refuse("missing-tensor", message, OUTPUT)
     return tied

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer, vocabulary_kind
-from ckpt_tool.convert.dialects.megatron_args import args_of
-from ckpt_tool.convert.dialects.megatron_ranks import DIVISOR
+from ckpt_tool.convert.dialects.megatron_ranks import DIVISOR, Run, args_of
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
-from ckpt_tool.convert.numbers import Field, Known, count, follows
+from ckpt_tool.convert.numbers import Field, Known, count
 from ckpt_tool.convert.plan import Options, Value
 from ckpt_tool.convert.tokenizers import TokenizerResult, tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 
 LARGEST_RANKS = 64  # over which a vocabulary was padded, when args do not say
 
@@ -48,15 +47,12 @@ def words(published: Sizes) -> Field:
         return () if known.options.family_options.get("keep_padding") else ("orig_vocab_size",)
 
     def rule(known: Known) -> Value:
-        rows, tokenizer = known.value("rows"), tokenizer_of(known)
+        rows, ids = known.value("rows"), known.told["ids"].value
         if known.options.family_options.get("keep_padding"):
             return Value(rows.value, f"--keep-padding: {rows.source}")
-        if tokenizer.vocab_size:
-            asked = known.options.tokenizer is not None
-            where = "--tokenizer" if asked else "the tokenizer beside the weights"
-            found = Value(tokenizer.vocab_size, f"{where}: its number of ids")
-            _check_padding(known, found, rows)
-            return found
+        if ids:
+            _check_padding(known, ids, rows)
+            return Value(ids, known.told["ids"].source)
         model = published_as(known, published)
         if model is not None and known.source.told is None:
             return Value(model.words, f"rule: the sizes are those of {model.name}")
@@ -66,9 +62,9 @@ def words(published: Sizes) -> Field:
 
 
 def _words_fit(known: Known, found: Value) -> Value:
-    if known.config is not None:
+    if known.back:
         return found
-    rows, ids = known.value("rows"), tokenizer_of(known).vocab_size
+    rows, ids = known.value("rows"), known.told["ids"].value
     if found.value > rows.value:
         message = f"expected at most {rows.value} words ({rows.source}), found {found.value}"
         known.refuse("config-mismatch", message, "vocab_size")
@@ -78,18 +74,17 @@ def _words_fit(known: Known, found: Value) -> Value:
     return found
 
 
-def _check_padding(known: Known, found: Value, rows: Value) -> None:
+def _check_padding(known: Known, ids: int, rows: Value) -> None:
     """A tokenizer that leaves more rows over than padding explains is of another model: the archives of the
     cased and the uncased BERT were confused once."""
     divisor = args_of(known).get("make_vocab_size_divisible_by")
     divisor = divisor if isinstance(divisor, int) and divisor > 0 else DIVISOR
-    left = rows.value - found.value
-    padded = {-(-found.value // (divisor * k)) * divisor * k for k in range(1, LARGEST_RANKS + 1)}
-    if left >= divisor and rows.value not in padded:
+    padded = {-(-ids // (divisor * k)) * divisor * k for k in range(1, LARGEST_RANKS + 1)}
+    if rows.value - ids >= divisor and rows.value not in padded:
         known.refuse(
             "bad-tokenizer",
             f"expected about {rows.value} ids ({rows.source}; padding goes up to a multiple of {divisor} for "
-            f"each rank), found {found.value} in the tokenizer",
+            f"each rank), found {ids} in the tokenizer",
             "vocab_size",
             "give the right one with --tokenizer, or --set vocab_size=N if it is",
         )
@@ -110,29 +105,15 @@ def padding_notes(words: Value, rows: Value, tensors: str) -> list[str]:
 # --- the tokenizer --------------------------------------------------------------------------------------
 
 
-def tokenizer(family: str) -> Field:
+def read_tokenizer(family: str, run: Run, options: Options, *, rows: int, positions: int) -> TokenizerResult:
     """The vocabulary files beside the weights, or those the user points to, converted."""
-
-    def rule(known: Known) -> Value:
-        known.facts.check()
-        config = {
-            "padded_vocab_size": known["rows"],
-            "max_position_embeddings": known["max_position_embeddings"],
-            "tokenizer_type": args_of(known).get("tokenizer_type"),
-        }
-        files = tokenizer_files(known.source.checkpoint, known.options)
-        return Value(tokenizer_documents(files, family=family, config=config), "the vocabulary's files")
-
-    return follows("tokenizer", rule, hidden=True)
-
-
-def tokenizer_of(known: Known) -> TokenizerResult:
-    found: TokenizerResult = known["tokenizer"]
-    return found
-
-
-def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes]:
-    return files_beside_or_asked(checkpoint, options, _is_vocabulary, _with_other_half)
+    config = {
+        "padded_vocab_size": rows,
+        "max_position_embeddings": positions,
+        "tokenizer_type": run.args.get("tokenizer_type"),
+    }
+    files = files_beside_or_asked(run.checkpoint, options, _is_vocabulary, _with_other_half)
+    return tokenizer_documents(files, family=family, config=config)
 
 
 def _with_other_half(path: Path) -> dict[str, Path]:

@@ -1,101 +1,101 @@
-"""What metaseq calls OPT's tensors, and which of its files hold which: the tables, and a download sorted out.
+"""metaseq's decoders: `reshard-model_part-K.pt`, one for each model-parallel rank, or one file of any name;
+the model under a prefix of its age, its settings beside it, and a number that says which format it is.
 
-The tables leave out what stands before every name, `model.decoder.` as a rule. A rank's fused projection
-holds the keys of its heads, then their values, then their queries, whatever its name says.
-
-Source: facebookresearch/metaseq @f7ffa5fd (models/transformer.py, model_parallel, scripts/reshard_mp.py).
-Linear weights are (out, in) on both sides.
+Source: facebookresearch/metaseq @f7ffa5fd (models/transformer.py, scripts/convert_to_singleton.py,
+launcher/opt_job_constants.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.crosscheck import rank_problems
-from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.plan import natural
-from ckpt_tool.convert.source import Source, layer_count
-from ckpt_tool.errors import fail, fail_all
-
-S, T = "layers.{i}.", "model.decoder.layers.{i}."
-PROJECTIONS = ("k", "v", "q")  # in the order of the fused tensor
-
-
-def _both(
-    source: str,
-    target: str,
-    weight: str,
-    bias: str,
-    *,
-    split: str | None = None,
-    split_bias: str | None = None,
-) -> tuple[Rule, Rule]:
-    return (
-        rule(f"{source}.weight", f"{target}.weight", weight, split=split),
-        rule(f"{source}.bias", f"{target}.bias", bias, split=split_bias),
-    )
-
-
-FUSED = tuple(
-    rule(
-        f"{S}self_attn.qkv_proj.{kind}",
-        tuple(f"{T}self_attn.{p}_proj.{kind}" for p in PROJECTIONS),
-        pattern,
-        cut=("s", (1, 1, 1)),
-        split="x",
-    )
-    for kind, pattern in (("weight", "(s x) d"), ("bias", "(s x)"))
-)
-APART = tuple(
-    row
-    for p in PROJECTIONS
-    for row in _both(
-        f"{S}self_attn.{p}_proj", f"{T}self_attn.{p}_proj", "x d", "x", split="x", split_bias="x"
-    )
-)
-LAYER = (
-    *_both(f"{S}self_attn.out_proj", f"{T}self_attn.out_proj", "d x", "d", split="x"),
-    *(
-        rule(f"{S}{norm}.{kind}", f"{T}{norm}.{kind}", "d")
-        for norm in ("self_attn_layer_norm", "final_layer_norm")
-        for kind in ("weight", "bias")
-    ),
-    *_both(f"{S}fc1", f"{T}fc1", "f d", "f", split="f", split_bias="f"),
-    *_both(f"{S}fc2", f"{T}fc2", "d f", "d", split="f"),
-)
-WORDS = rule("embed_tokens.weight", "model.decoder.embed_tokens.weight", "v e", split="v")
-POSITIONS = rule("embed_positions.weight", "model.decoder.embed_positions.weight", "p d")
-PROJECTED = (
-    rule("project_in_dim.weight", "model.decoder.project_in.weight", "d e"),
-    rule("project_out_dim.weight", "model.decoder.project_out.weight", "e d"),
-)
-NORM = _both("layer_norm", "model.decoder.final_layer_norm", "d", "d")
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.published import tokenizer_files
+from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.layout import Rule
+from ckpt_tool.convert.numbers import Class, Field, Known, Size, table_of
+from ckpt_tool.convert.options import SHARDS
+from ckpt_tool.convert.params import Facts
+from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
+from ckpt_tool.convert.source import Source, layer_count, whole_tensors
+from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
+from ckpt_tool.convert.weave import Written, to_hf, to_original
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 
 @dataclass(frozen=True)
 class Form:
-    """What metaseq's files differ in. `head`: the output layer is stored too, "whole" or as a "share"."""
+    """What metaseq's files differ in: query, key and value in one tensor, projections between the widths of a
+    word and of the model, a norm after the last layer; `head`: the output layer is stored too, "whole" or as
+    a "share"."""
 
     fused: bool
     projected: bool
     norm: bool
     head: str | None = None
 
-    def table(self) -> tuple[Rule, ...]:
-        head = rule(
-            "output_projection.weight",
-            "model.decoder.embed_tokens.weight",
-            "v e",
-            split="v" if self.head == "share" else None,
-            tied=True,
-        )
-        rows = (WORDS, *((head,) if self.head else ()), POSITIONS)
-        rows += (*(PROJECTED if self.projected else ()), *(FUSED if self.fused else APART), *LAYER)
-        return (*rows, *(NORM if self.norm else ()))
+
+@dataclass(frozen=True)
+class Decoder:
+    """A family that metaseq trained. `settings` are the fields by metaseq's names, as the way back writes
+    them, with `computed`, settings whose other values would compute something that the family does not;
+    `sizes` are the fields that config.json and the original share, `ids` those of special tokens, which the
+    tokenizer may know better. `shared` are the fields whose values the ranks share out."""
+
+    name: str
+    title: str  # as people call it
+    architecture: str
+    model_type: str
+    config: Class
+    fields: Mapping[str, Field]
+    sizes: Sequence[str]
+    ids: Sequence[str]
+    rows: Callable[[Form], Sequence[Rule]]
+    axes: Mapping[str, Size]
+    settings: Mapping[str, str]
+    computed: Mapping[str, Any]
+    shared: Sequence[str]
+
+
+def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
+    """The record of a family; `said` are the parts of `Decoder`."""
+    d = Decoder(**said)
+    return Family(
+        name=d.name,
+        summary=summary,
+        architectures=(d.architecture,),
+        recognise=recognise,
+        plan=partial(plan, d),
+        plan_original=partial(plan_original, d),
+        options=(SHARDS,),
+        vocabulary=vocabulary,
+        classes={d.model_type: d.config},
+    )
+
+
+def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
+    names = set(checkpoint.names())
+    prefix = prefix_of(names)
+    if prefix is None or f"{prefix}layers.0.self_attn_layer_norm.weight" not in names:
+        sharded = any("shard_metadata" in f.metadata for f in checkpoint.files.values())
+        return False, "FSDP shards of metaseq" if sharded else "no layers.0.self_attn_layer_norm.weight"
+    if is_converted(checkpoint, prefix, names):
+        return False, "the tensors have Hugging Face names already"
+    if f"{prefix}embed_positions.weight" not in names:
+        return False, "no learned positions"
+    return True, "names of metaseq's decoder with learned positions"
 
 
 VERSION = "version"
@@ -198,3 +198,156 @@ def _check_ranks(source: Source) -> None:
             f"{', '.join(list(source.checkpoint.files)[:16])}",
             file=source.checkpoint.path.name,
         )
+
+
+# --- the two directions ---------------------------------------------------------------------------------
+
+
+def plan(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
+    source = open_original(checkpoint)
+    facts = Facts(source.told, "cfg", options.settings)
+    for key, wanted in d.computed.items():
+        found = (facts.document or {}).get(key, wanted)
+        if found != wanted:
+            facts.refuse("unsupported", f"expected {json.dumps(wanted)}, found {json.dumps(found)}", key)
+    known = Known(d.fields, facts, source, options)
+    config = known.values([n for n in d.fields if n not in d.ids])
+    facts.check_settings(d.fields)
+    facts.check()
+    lengths = {"padded_vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings"}
+    tokenizer = tokenizer_documents(
+        tokenizer_files(checkpoint, options),
+        family=d.name,
+        config={k: config[n].value for k, n in lengths.items()},
+    )
+    known.told = tokenizer.facts
+    config |= known.values(d.ids)
+    facts.check()
+    fail_all(share_problems(d, known, source.ranks))
+    beside = Written(
+        d.name,
+        config,
+        [
+            generation_config(config),
+            *(OutputDocument(n, b, "the download's vocabulary") for n, b in tokenizer.documents.items()),
+        ],
+        IGNORED,
+        tokenizer.notes,
+        kept(source),
+    )
+    return to_hf(table_of(known, d.rows(form_of(source)), d.axes), source, options, beside)
+
+
+def share_problems(d: Decoder, known: Known, ranks: int) -> list[Problem]:
+    heads, width = known.value("num_attention_heads"), known["hidden_size"]
+    wanted = [(width, heads.value, f"{heads.value} heads ({heads.source})", "num_attention_heads")]
+    wanted += [(known[n], ranks, f"{ranks} model-parallel parts", n) for n in d.shared]
+    return [
+        Problem("config-mismatch", f"expected {value} to divide by {what}, found a rest", where=name)
+        for value, by, what, name in wanted
+        if value % by
+    ]
+
+
+def kept(source: Source) -> dict[str, Any]:
+    """How the files were, for the way back."""
+    versions = source.tensors.get(VERSION, ())
+    form = form_of(source)
+    return {
+        "files": sorted(source.checkpoint.files, key=natural),
+        "prefix": source.prefix,
+        "fused": form.fused,
+        "head": form.head,
+        "version": versions[0].dtype if versions else None,
+    }
+
+
+def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
+    """Parts as metaseq's training of `options.shards` model-parallel ranks would have saved them, with the
+    names and the arrangement of the original where the manifest knows them."""
+    facts = read_config(checkpoint, options.settings, (d.architecture,))
+    source = converted_model(checkpoint)
+    once = _kept(d, checkpoint)
+    form = Form(
+        fused=bool(once.get("fused", True)),
+        projected="model.decoder.project_in.weight" in source.tensors,
+        norm="model.decoder.final_layer_norm.weight" in source.tensors,
+        head=once.get("head"),
+    )
+    known = Known(d.fields, facts, source, options, d.config, once, back=True)
+    sizes = known.values(d.sizes)
+    known.values(n for n, f in d.fields.items() if f.fixed)
+    facts.check_settings({*sizes, "tie_word_embeddings"})
+    facts.check()
+    fail_all(share_problems(d, known, options.shards))
+    files = part_names(options.shards, once)
+    prefix = once.get("prefix", "model.decoder.")
+    vocabulary = original_tokenizer_documents(tokenizer_files(checkpoint, options), family=d.name)
+    beside = Written(
+        d.name,
+        sizes,
+        [OutputDocument(f"gpt2-{n}", b, "the vocabulary in the folder") for n, b in vocabulary.items()],
+        IGNORED_HF,
+        [] if vocabulary else ["no vocabulary file is there; none was written"],
+    )
+    made = to_original(
+        table_of(known, d.rows(form), d.axes),
+        source,
+        options,
+        beside,
+        files=files,
+        homes=lambda name: [(f, source.dtype, prefix + name) for f in files],
+    )
+    version = once.get("version", source.dtype)
+    settings = {key: known[name] for key, name in d.settings.items()}
+    settings |= {k: v for k, v in d.computed.items() if v}
+    return replace(made, outputs=tuple(_as_saved(f, prefix, settings, version) for f in made.outputs))
+
+
+def converted_model(checkpoint: Checkpoint) -> Source:
+    """Tensors by the names of the whole model; those of the model without its head lack the first word."""
+    bare = not any(n.startswith("model.") for n in checkpoint.names())
+
+    def full(name: str) -> str:
+        return f"model.{name}" if bare and name.startswith("decoder.") else name
+
+    return whole_tensors(checkpoint, r"model\.decoder\.layers\.(\d+)\.", full)
+
+
+def _kept(d: Decoder, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the manifest says of the original's arrangement; `bad-config` where it cannot be that."""
+    once = kept_facts(checkpoint)
+    sound: dict[str, Callable[[Any], object]] = {
+        "prefix": lambda x: isinstance(x, str) and re.fullmatch(r"(?:[a-z_]{1,20}\.){0,3}", x, re.ASCII),
+        "head": lambda x: x in (None, "whole", "share"),
+        "version": lambda x: x is None or (isinstance(x, str) and x in CASTABLE),
+    }
+    for key, holds in sound.items():
+        if key in once and not holds(once[key]):
+            message = f"expected what a conversion of {d.title} records, found {once[key]!r}"
+            fail("bad-config", printable(message, 200), file="ckpt-tool.json", where=f"original.{key}")
+    return once
+
+
+def part_names(shards: int, once: Mapping[str, Any]) -> list[str]:
+    names = once.get("files")
+    usable = isinstance(names, list) and len(names) == shards
+    if usable and all(isinstance(n, str) and re.fullmatch(r"[\w.-]{1,80}\.pt", n) for n in names or ()):
+        return list(names or ())
+    return [f"reshard-model_part-{k}.pt" for k in range(shards)]
+
+
+def _as_saved(file: OutputFile, prefix: str, settings: Mapping[str, Any], version: str | None) -> OutputFile:
+    """`file` with what stands around the tensors: the dict of the model, its settings, its version."""
+    nested = prefix.startswith("model.")
+    constants = () if version is None else ((prefix + VERSION, version, (1,), _three(version)),)
+    model = {"_name": "transformer_lm", **settings}
+    beside = {"cfg": {"_name": None, "model": model}} if nested else {}
+    return replace(file, dicts=("model",) if nested else (), beside=beside, constants=constants)
+
+
+def _three(dtype: str) -> bytes:
+    """The number 3 in `dtype`."""
+    out = np.empty(1, dtype=DTYPES[dtype].bits)
+    cast(np.array([3.0]).view(DTYPES["F64"].bits), "F64", dtype, out)
+    return out.tobytes()

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
@@ -27,18 +27,22 @@ from ckpt_tool.convert.numbers import (
     Class,
     Field,
     Known,
+    Size,
     anything,
     by_name,
     count,
     flag,
     given,
     number,
+    table_of,
     written,
 )
+from ckpt_tool.convert.options import CONTAINER, POOLING, Option
 from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, fail
 
@@ -159,6 +163,9 @@ def container_of(checkpoint: Checkpoint) -> str:
 class Layout(Protocol):
     """Another layout that the same models are published in."""
 
+    title: str
+    options: tuple[Option, ...]
+
     def holds(self, names: Sequence[str]) -> bool: ...
 
     def recognise(self, names: Sequence[str]) -> tuple[bool, str]: ...
@@ -168,7 +175,6 @@ class Layout(Protocol):
     def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan: ...
 
 
-Size: TypeAlias = "str | Callable[[Known], int]"
 # (name of the download, words in vocab.json) -> tokens to add with their ids, notes
 AddedTokens = Callable[[str, int], tuple[Mapping[str, int], list[str]]]
 
@@ -213,9 +219,13 @@ class Published:
         return next(iter(self.classes))
 
 
-def family(*, summary: str, pools: bool = False, **said: Any) -> Family:
-    """The record of a family that is published like this; `said` are the parts of `Published`."""
+def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said: Any) -> Family:
+    """The record of a family that is published like this; `said` are the parts of `Published`, `pools` says
+    whether key/value heads can be pooled."""
     p = Published(**said)
+    words = "; ".join(f"{word}: {layout.title}" for word, layout in p.layouts.items())
+    form = Option("form", f"Layout to write; {words}.", "original", choices=("hf", *p.layouts))
+    others = [o for layout in p.layouts.values() for o in (*layout.options, form)]
     return Family(
         name=p.name,
         summary=summary,
@@ -224,7 +234,8 @@ def family(*, summary: str, pools: bool = False, **said: Any) -> Family:
         plan=partial(plan, p),
         plan_original=partial(plan_original, p),
         targets=tuple(p.targets),
-        pools=pools,
+        options=((POOLING,) if pools else ()) + (CONTAINER, *others),
+        vocabulary=vocabulary,
         classes=p.classes,
     )
 
@@ -359,7 +370,7 @@ def config_of(p: Published, known: Known) -> dict[str, Value]:
     return config
 
 
-def table_of(p: Published, known: Known) -> Table:
+def rows_of(p: Published, known: Known) -> Table:
     """The rows with the sizes of their axes. Where the output layer is stored though the config ties it, it
     is compared with the embedding on the way to Hugging Face, and stays what it is on the way back."""
     there, tied = p.head in known.source.tensors, bool(known["tie_word_embeddings"])
@@ -367,11 +378,7 @@ def table_of(p: Published, known: Known) -> Table:
     if p.head is not None and (there or not tied or known.once.get("head")):
         copy = tied and not (known.back and there)
         rows.append(rule(p.head, p.words if copy else p.head, "v d", tied=copy))
-    numbers = {**known.values(), **p.derived(known)}
-    layers = next(v for n, v in numbers.items() if n in ("num_hidden_layers", "n_layer"))
-    sizes = {a: s(known) if callable(s) else int(numbers[s].value) for a, s in p.axes.items()}
-    behind = {a: s for a, s in p.axes.items() if isinstance(s, str)}
-    return Table(rows, sizes, behind, numbers, layers)
+    return table_of(known, rows, p.axes, p.derived(known))
 
 
 # --- the two directions ---------------------------------------------------------------------------------
@@ -398,7 +405,7 @@ def plan(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
         [*p.notes(known), *notes],
         kept,
     )
-    return to_hf(table_of(p, known), known.source, options, beside)
+    return to_hf(rows_of(p, known), known.source, options, beside)
 
 
 def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
@@ -424,4 +431,4 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     ]
     homes = [(file, known.source.dtype)]
     beside = Written(p.name, config, documents, p.ignored)
-    return to_original(table_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)
+    return to_original(rows_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.vocabularies import Vocabulary
+from ckpt_tool.errors import Problem
 
 
 def names() -> tuple[str, ...]:
@@ -27,9 +30,10 @@ FAMILIES = names()
 class Family:
     """`recognise(checkpoint)` says whether an original checkpoint is of this family, with the reason in
     words; `plan` maps an original to the Hugging Face layout, `plan_original` the way back. `targets` are
-    layouts of other architectures that `plan` can write instead (family option "architecture"), `pools` says
-    whether it can pool key/value heads (`Options.gqa`), `foretold` names the differences that its plans may
-    foretell, `classes` are the configurations of transformers by model_type."""
+    layouts of other architectures that `plan` can write instead (family option "architecture"), `options`
+    those of the command line that it has beside the general ones, `vocabulary` how its originals write their
+    tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
+    transformers by model_type."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -38,7 +42,8 @@ class Family:
     plan: Callable[[Checkpoint, Options], Plan]
     plan_original: Callable[[Checkpoint, Options], Plan]
     targets: tuple[str, ...] = ()
-    pools: bool = False
+    options: tuple[Option, ...] = ()
+    vocabulary: Vocabulary = Vocabulary()
     foretold: tuple[str, ...] = ()
     classes: Mapping[str, Class] = field(default_factory=dict)
 
@@ -47,3 +52,34 @@ def family(name: str) -> Family:
     """The family called `name` (of `FAMILIES`)."""
     found: Family = import_module(f"ckpt_tool.convert.families.{name.replace('-', '_')}").FAMILY
     return found
+
+
+def option_problems(chosen: Family, options: Options, to: str) -> list[Problem]:
+    """What was asked for that `chosen` does not have in the direction `to` ("hf" or "original"), and values
+    that it cannot have; kind `usage`."""
+    other = options.family_options.get("architecture")
+    if other is not None and (to != "hf" or other not in chosen.targets):
+        known = ", ".join(("hf", *chosen.targets, "original"))
+        return [Problem("usage", f"expected {known} for family {chosen.name}, found {other}", where="--to")]
+    own = {o.name: o for o in chosen.options if o.to == to}
+    made = []
+    for name, value in given(options).items():
+        if name not in own:
+            made.append(foreign_option(name, chosen))
+        elif (expected := own[name].wrong(value)) is not None:
+            made.append(Problem("usage", f"{expected}, found {value!r}", where=own[name].flag))
+    return made
+
+
+def foreign_option(name: str, chosen: Family) -> Problem:
+    """That `chosen` has no such option in the direction asked for, and who has it."""
+    having = {n: o for n in FAMILIES for o in family(n).options if o.name == name}
+    flag = "--" + name.replace("_", "-")
+    if not having:
+        return Problem("usage", f"expected an option that a family has, found {flag}", where=flag)
+    sides = {"hf": "Hugging Face", "original": "an original"}
+    ways = " or ".join(dict.fromkeys(sides[o.to] for o in having.values()))
+    found = "one in the other direction" if chosen.name in having else f"one of {chosen.name}"
+    return Problem(
+        "usage", f"expected a conversion to {ways} of {', '.join(having)}, found {found}", where=flag
+    )

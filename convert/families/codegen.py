@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import GPT2_NAMES
-from ckpt_tool.convert.dialects.published import Size, same
+from ckpt_tool.convert.dialects.published import Vocabulary, same
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
@@ -24,6 +25,7 @@ from ckpt_tool.convert.numbers import (
     NOT_READ,
     Class,
     Known,
+    Size,
     Value,
     anything,
     by_name,
@@ -219,15 +221,22 @@ def whitespace(folder: str, words: int) -> tuple[dict[str, int], list[str]]:
     return added, [f"{note}name ends in {named['data']}"]
 
 
+CLASS = Class(
+    "CodeGenConfig",
+    GPT_SIZES,
+    {**GPT_IDS, "n_positions": 2048},
+    aliases=GPT_NAMES,
+    idle=NOT_READ,
+    prefix="transformer.",
+    words="wte.weight",
+)
+
 FAMILY = published.family(
     name="codegen",
     title="CodeGen 1",
     summary="CodeGen 1 350M to 16B (nl, multi, mono): tar.gz or folder of pytorch_model.bin; also to GPT-J",
     architectures={"codegen": "CodeGenForCausalLM", "gptj": "GPTJForCausalLM"},
-    classes={
-        "codegen": Class("CodeGenConfig", GPT_SIZES, {**GPT_IDS, "n_positions": 2048}, GPT_NAMES, NOT_READ),
-        "gptj": Class("GPTJConfig", GPT_SIZES, {**GPT_IDS, "n_positions": 2048}, GPT_NAMES, NOT_READ),
-    },
+    classes={"codegen": CLASS, "gptj": replace(CLASS, name="GPTJConfig")},
     targets={"gptj": "gptj"},
     fields=FIELDS,
     axes=AXES,
@@ -242,4 +251,5 @@ FAMILY = published.family(
     derived=inner_width,
     notes=notes,
     kept=("mp_num",),
+    vocabulary=Vocabulary("byte-level", ("CodeGenTokenizer", "GPT2Tokenizer")),
 )

@@ -8,7 +8,7 @@ less one; loaders add it, and so conversion leaves it.
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import GATED, T, attention, divides, weights
+from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, divides, weights
 from ckpt_tool.convert.numbers import DEFAULT, ROPE, Class, by_name, count, number, only
 
 ROWS = (
@@ -70,4 +70,5 @@ FAMILY = published.family(
     rows=lambda _: ROWS,
     told_by="model.layers.0.pre_feedforward_layernorm.weight",
     ignored=published.FREQUENCIES,
+    vocabulary=Vocabulary(classes=("GemmaTokenizer",)),
 )

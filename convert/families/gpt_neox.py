@@ -8,9 +8,10 @@ Linear weights are (out, in).
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import divides, same
+from ckpt_tool.convert.dialects.published import Vocabulary, divides, same
 from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.numbers import (
+    DECODER,
     DEFAULT,
     Class,
     Known,
@@ -64,7 +65,10 @@ CLASS = Class(
     },
     {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": None, "max_position_embeddings": 2048},
     aliases={"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)},
-    idle={"is_decoder": "not read: always causal"},
+    idle=DECODER,
+    prefix="gpt_neox.",
+    words="embed_in.weight",
+    tied={"embed_out.weight": ""},
 )
 COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -106,4 +110,5 @@ FAMILY = published.family(
         r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": "recomputed from rotary_emb_base",
     },
     container="pth",
+    vocabulary=Vocabulary(classes=("GPTNeoXTokenizer",)),
 )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from ckpt_tool.convert.dialects import megatron
 from ckpt_tool.convert.dialects.megatron import both, token_id
-from ckpt_tool.convert.dialects.megatron_args import ACTIVATION, activation, args_of, gelus
-from ckpt_tool.convert.dialects.megatron_words import Published, words
+from ckpt_tool.convert.dialects.megatron_args import ACTIVATION, activation, gelus
+from ckpt_tool.convert.dialects.megatron_ranks import args_of
+from ckpt_tool.convert.dialects.megatron_words import Published, Vocabulary, words
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import DTYPE, Class, Foretold, Known, Value, follows, free, given, only
 
@@ -72,6 +73,9 @@ CLASS = Class(
     },
     {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
     causal=False,
+    prefix="bert.",
+    words="embeddings.word_embeddings.weight",
+    tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
 )
 
 
@@ -135,6 +139,7 @@ FAMILY = megatron.family(
     architectures=ARCHITECTURES,
     classes={"megatron-bert": CLASS},
     fields=FIELDS,
+    vocabulary=Vocabulary("wordpiece", ("BertTokenizer",)),
     rows=rows,
     heads=True,
     layer=r"bert\.encoder\.layer\.(\d+)\.",

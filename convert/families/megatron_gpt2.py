@@ -11,8 +11,9 @@ from dataclasses import replace
 from ckpt_tool.convert.dialects import megatron
 from ckpt_tool.convert.dialects.converted import GPT2_NAMES
 from ckpt_tool.convert.dialects.megatron import both, token_id
-from ckpt_tool.convert.dialects.megatron_args import activation, args_of
-from ckpt_tool.convert.dialects.megatron_words import Published, words
+from ckpt_tool.convert.dialects.megatron_args import activation
+from ckpt_tool.convert.dialects.megatron_ranks import args_of
+from ckpt_tool.convert.dialects.megatron_words import Published, Vocabulary, words
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DECODER,
@@ -73,6 +74,9 @@ CLASS = Class(
         "n_ctx": "not read",
         "reorder_and_upcast_attn": "the same sums in float32",
     },
+    masked=-1e4,
+    prefix="transformer.",
+    words="wte.weight",
 )
 
 
@@ -128,6 +132,7 @@ FAMILY = megatron.family(
     architectures=("GPT2LMHeadModel",),
     classes={"gpt2": CLASS},
     fields=FIELDS,
+    vocabulary=Vocabulary("byte-level", ("GPT2Tokenizer",)),
     rows=rows,
     heads=False,
     layer=r"transformer\.h\.(\d+)\.",

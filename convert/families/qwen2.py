@@ -11,7 +11,7 @@ NVIDIA-NeMo/Megatron-Bridge @067f987d (models/qwen). Linear weights are (out, in
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import megatron_core, published
-from ckpt_tool.convert.dialects.published import GATED, T, attention, weights
+from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
 from ckpt_tool.convert.numbers import (
     DECODER,
     DEFAULT,
@@ -99,7 +99,7 @@ FIELDS = by_name(
 
 CORE = megatron_core.Core(
     family="qwen2",
-    title="Qwen2",
+    model="Qwen2",
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     config=CLASS,
@@ -124,4 +124,5 @@ FAMILY = published.family(
     ignored=published.FREQUENCIES,
     layouts={"mcore": CORE},
     pools=True,
+    vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )

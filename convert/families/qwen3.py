@@ -7,7 +7,7 @@ Source: transformers 4.57.6 and 5.23.0 (models/qwen3), published config.json fil
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import GATED, T, attention, divides, weights
+from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, divides, weights
 from ckpt_tool.convert.numbers import DECODER, LLAMA_SIZES, ROPE, Class, by_name, count, only
 
 ROWS = (
@@ -48,4 +48,5 @@ FAMILY = published.family(
     rows=lambda _: ROWS,
     told_by="model.layers.0.self_attn.q_norm.weight",
     ignored=published.FREQUENCIES,
+    vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )

@@ -11,18 +11,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_tool.convert.families import family as family_of
 from ckpt_tool.convert.tokenizers import gpt2, sentencepiece, tekken, tiktoken, wordpiece
 from ckpt_tool.convert.tokenizers.hf_files import TokenizerResult
+from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import fail
 
 __all__ = ["MAX_BYTES", "TokenizerResult", "original_tokenizer_documents", "tokenizer_documents"]
 
 MAX_BYTES = tekken.MAX_BYTES  # no tokenizer file may be larger; real ones go up to 19 MB
 _ORIGINAL = re.compile(r"tokenizer\.model(?:\.v[0-9]+(?:m[0-9]+)?)?|tekken\.json", re.ASCII)
-# Families whose vocabularies have names of their own, which publishers put the name of the model before:
-# bert-large-uncased-vocab.txt, gpt2-vocab.json
-_WORDPIECE = ("megatron-bert",)
-_BYTE_LEVEL = tuple(gpt2.USES)
+# Publishers put the name of the model before these: bert-large-uncased-vocab.txt, gpt2-vocab.json
 _VOCABULARY = re.compile(
     r"(?P<model>(?:[\w.-]{1,80}[-_.])?)(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII
 )
@@ -33,19 +32,21 @@ def tokenizer_documents(
 ) -> TokenizerResult:
     """The tokenizer of a download as a Hugging Face folder holds it.
 
-    `documents` may hold other files; `tokenizer.model`, `tokenizer.model.vN` and `tekken.json` count, for
-    megatron-bert `vocab.txt` and `*-vocab.txt`, for those of `gpt2.USES` `vocab.json` with `merges.txt`, also
-    with the same word before both. `config` is params.json or config.json as far as known: `vocab_size`
-    (absent or -1: not checked) or `padded_vocab_size`, the context length, whether rotary frequencies are
-    scaled, `tokenizer_type` of Megatron's args and `added_tokens` that follow the vocabulary (to ids). Fails
-    with `bad-tokenizer` for a file that is none of the known formats, that contradicts itself or the sizes,
-    or when two different tokenizers are there. Without any tokenizer the result is empty and a note says so.
+    `documents` may hold other files; which count is told by the `vocabulary` that the family declares:
+    `tokenizer.model`, `tokenizer.model.vN` and `tekken.json`, or `vocab.txt` and `*-vocab.txt`, or
+    `vocab.json` with `merges.txt`, also with the same word before both. `config` is params.json or
+    config.json as far as known: `vocab_size` (absent or -1: not checked) or `padded_vocab_size`, the context
+    length, whether rotary frequencies are scaled, `tokenizer_type` of Megatron's args and `added_tokens` that
+    follow the vocabulary (to ids). Fails with `bad-tokenizer` for a file that is none of the known formats,
+    that contradicts itself or the sizes, or when two different tokenizers are there. Without any tokenizer
+    the result is empty and a note says so.
     """
-    found = _candidates(documents, family)
+    vocabulary = family_of(family).vocabulary
+    found = _candidates(documents, vocabulary)
     if not found:
         return TokenizerResult({}, ["the download has no tokenizer file; none was written"], 0)
     results = {
-        name: _convert(name, data, family, config)
+        name: _convert(name, data, vocabulary, config, family)
         for name, data in sorted(found.items())
         if not any(data == found[other] and other > name for other in found)
     }
@@ -79,12 +80,12 @@ def tokenizer_documents(
     return result
 
 
-def _candidates(documents: Mapping[str, bytes], family: str) -> dict[str, tuple[bytes, ...]]:
+def _candidates(documents: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, tuple[bytes, ...]]:
     """The files of each tokenizer there is, under the name of the first."""
     named = {name: m for name in documents if (m := _VOCABULARY.fullmatch(name))}
-    if family in _WORDPIECE:
+    if vocabulary.kind == "wordpiece":
         return {name: (documents[name],) for name, m in named.items() if m["kind"] == "vocab.txt"}
-    if family in _BYTE_LEVEL:
+    if vocabulary.kind == "byte-level":
         found: dict[str, tuple[bytes, ...]] = {}
         for model in {m["model"] for m in named.values() if m["kind"] != "vocab.txt"}:
             vocab, merges = f"{model}vocab.json", f"{model}merges.txt"
@@ -102,27 +103,25 @@ def _count(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def _convert(
-    name: str, contents: tuple[bytes, ...], family: str, config: Mapping[str, Any]
+    name: str, contents: tuple[bytes, ...], vocabulary: Vocabulary, config: Mapping[str, Any], family: str
 ) -> TokenizerResult:
     for content in contents:
         if len(content) > MAX_BYTES:
             fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {len(content)}", file=name)
-    if family in _BYTE_LEVEL:
+    if vocabulary.kind == "byte-level":
         vocab, merges = contents
         files = (name, name.removesuffix("vocab.json") + "merges.txt")
         more = config.get("added_tokens")
-        return gpt2.convert(
-            vocab, merges, files=files, config=config, use=gpt2.USES[family], more_tokens=more
-        )
+        return gpt2.convert(vocab, merges, files=files, config=config, use=vocabulary, more_tokens=more)
     (data,) = contents
-    if family in _WORDPIECE:
+    if vocabulary.kind == "wordpiece":
         return wordpiece.convert(data, file=name, config=config)
     if name == "tekken.json":
         return tekken.convert(data, file=name)
     if sentencepiece.looks_like(data):
         return sentencepiece.convert(data, file=name)
     if tiktoken.looks_like(data):
-        if family != "llama":
+        if not vocabulary.ranks:
             fail(
                 "bad-tokenizer",
                 f"expected a sentencepiece model for family {family}, found a list of tiktoken ranks",
@@ -141,13 +140,14 @@ def original_tokenizer_documents(
     hf_documents: Mapping[str, bytes], *, family: str | None = None
 ) -> dict[str, bytes]:
     """The original tokenizer files in a Hugging Face folder, under the names a download has them by; those
-    of WordPiece and GPT-2, which any folder may have, only for a `family` that uses them.
+    of WordPiece and GPT-2, which any folder may have, only for a `family` that writes them.
 
     Empty when the folder has none, as when it was made by another tool: an original cannot be rebuilt from
     tokenizer.json, which holds no scores.
     """
-    if family in _WORDPIECE or family in _BYTE_LEVEL:
-        names = ("vocab.txt",) if family in _WORDPIECE else ("vocab.json", "merges.txt")
+    kind = "sentencepiece" if family is None else family_of(family).vocabulary.kind
+    if kind != "sentencepiece":
+        names = ("vocab.txt",) if kind == "wordpiece" else ("vocab.json", "merges.txt")
         held = all(name in hf_documents for name in names)
         return {name: hf_documents[name] for name in names} if held else {}
     found = {name: data for name, data in hf_documents.items() if _ORIGINAL.fullmatch(name)}

@@ -7,7 +7,6 @@ Megatron-LM has a copy (megatron/tokenizer/gpt2_tokenization.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_tool.checkpoint.strict_json import parse
@@ -20,31 +19,10 @@ from ckpt_tool.convert.tokenizers.hf_files import (
     config_documents,
     tokenizer_json,
 )
+from ckpt_tool.convert.vocabularies import END_OF_TEXT, Vocabulary
 from ckpt_tool.errors import Problem, fail, fail_all
 
 MAX_TOKENS = 1_000_000
-END_OF_TEXT = "<|endoftext|>"  # begins and ends every text, and stands for what is unknown
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a family makes of such files. `named` are the tokens with a meaning of their own ("bos_token" and
-    its like, to text), which text can spell. With `begins` bos_token comes before every text."""
-
-    named: Mapping[str, str] = field(
-        default_factory=lambda: {name: END_OF_TEXT for name in ("bos_token", "eos_token", "unk_token")}
-    )
-    begins: bool = False
-
-
-# metaseq's vocabulary has the special tokens of fairseq, and OPT was trained with </s> before every text.
-USES = {
-    "megatron-gpt2": Use(),
-    "codegen": Use(),
-    "opt": Use(
-        {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}, begins=True
-    ),
-}
 
 
 def read_vocabulary(data: bytes, file: str, named: Iterable[str] = (END_OF_TEXT,)) -> dict[str, int]:
@@ -108,7 +86,7 @@ def convert(
     *,
     files: tuple[str, str],
     config: Mapping[str, Any],
-    use: Use,
+    use: Vocabulary,
     more_tokens: Mapping[str, int] | None = None,
 ) -> TokenizerResult:
     """The Hugging Face files of such a vocabulary, which stays beside them as `vocab.json` and `merges.txt`.
