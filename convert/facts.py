@@ -19,7 +19,6 @@ from typing import Any
 
 from ckpt_tool.convert.facts_classes import (
     ACTIVATIONS,
-    CLASSES,
     DEFAULTS,
     IDENTITY,
     IDLE,
@@ -88,8 +87,7 @@ def classes() -> Mapping[str, Class]:
     """The configuration classes of all families by model_type."""
     from ckpt_tool.convert.families import FAMILIES, family  # which import this module's parts
 
-    collected = {m: c for name in FAMILIES for m, c in family(name).classes.items()}
-    return {**CLASSES, **collected}
+    return {m: c for name in FAMILIES for m, c in family(name).classes.items()}
 
 
 def class_of(config: Mapping[str, Any]) -> str | None:

@@ -25,9 +25,11 @@ from ckpt_tool.convert.facts_classes import IDS as IDS
 from ckpt_tool.convert.facts_classes import LLAMA_SIZES as LLAMA_SIZES
 from ckpt_tool.convert.facts_classes import NOT_READ as NOT_READ
 from ckpt_tool.convert.facts_classes import ROPE as ROPE
+from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
+from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import Source, dtype_value
@@ -168,7 +170,12 @@ def _dtype(known: Known) -> Value:
     return dtype_value(known.source, known.options)
 
 
-DTYPE = Field("torch_dtype", lambda facts, name, *keys, rule: rule(), rule=_dtype, silent=_dtype)
+def follows(name: str, rule: Callable[[Known], Value], **more: Any) -> Field:
+    """What follows from the rest, whatever the user and either document say."""
+    return Field(name, lambda facts, name, *keys, rule: rule(), (), rule, rule, told=False, **more)
+
+
+DTYPE = follows("torch_dtype", _dtype)
 
 
 def shown(value: Any) -> str:
@@ -199,7 +206,8 @@ def counted(known: Known) -> Value | None:
 class Known:
     """The values of one checkpoint, read when they are asked for. With a class `config` the facts are those
     of a config.json, whose silence means what the class has; without one they are an original's own. `once`
-    is what the manifest of an output of ours says of its original."""
+    is what the manifest of an output of ours says of its original, `names` what config.json calls fields that
+    have another name here."""
 
     fields: Mapping[str, Field]
     facts: Facts
@@ -210,6 +218,7 @@ class Known:
     told: Mapping[str, Value] = field(default_factory=dict)  # what the tokenizer says
     back: bool = False
     target: str = ""  # model_type of the Hugging Face side
+    names: Mapping[str, str] = field(default_factory=dict)
     made: dict[str, Value] = field(default_factory=dict)
 
     def value(self, name: str) -> Value:
@@ -241,14 +250,15 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (f.name, *f.spelled) if f.told and not f.free else ()
+            return (self.names.get(f.name, f.name), *f.spelled) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:
         rule = f.rule if self.config is None else f.silent
         if isinstance(rule, Default):
             assert self.config is not None
-            default = {**self.config.numbers, **self.config.identity, **self.config.idle_numbers}[f.name]
+            of_class = {**self.config.numbers, **self.config.identity, **self.config.idle_numbers}
+            default = of_class[self.names.get(f.name, f.name)]
             return Value(default, f"rule: default of {self.config.name}")
         return rule(self) if callable(rule) else rule
 

@@ -22,12 +22,12 @@ from ckpt_tool import api, reference
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import Global, Inert
-from ckpt_tool.convert.dialects import megatron
-from ckpt_tool.convert.dialects.megatron_names import AGES, Run, age_of, own_names
+from ckpt_tool.convert.dialects.megatron_args import feed_forward_gelu, lm_head_gelu
+from ckpt_tool.convert.dialects.megatron_names import AGES, age_of, own_names
+from ckpt_tool.convert.dialects.megatron_ranks import Run
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Part, Step, apply, with_padding, without_padding
-from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.convert.source import Source
+from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import variants
 from ckpt_tool.fixtures.families.megatron_bert import TWO_GELUS
@@ -418,7 +418,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gelus_and_epsilons_are_those_of_the_reference(name: str) -> None:
     """Two readings of the original's code, written apart, agree for all flags, versions and ages."""
-    of_version_0 = "erf" if name == "megatron-bert" else "tanh"
+    of_version_0 = Value("erf" if name == "megatron-bert" else "tanh", "")
     module = reference.original(name)
     for age, version in product(("transformer", "core"), VERSIONS):
         checkpoint, _ = original(name, version, age)
@@ -429,18 +429,13 @@ def test_gelus_and_epsilons_are_those_of_the_reference(name: str) -> None:
                 continue
             sizes = {k: v for k, v in args().items() if "gelu" not in k and "eps" not in k}
             params = {**sizes, **told} if has_args else None
-            source = Source(checkpoint, {}, 1, L, params)
-            found = Run(source, age, [[""]], 1, version or 0.0, version is not None, None)
+            found = Run(checkpoint, {}, 1, L, params, age=age, files=[[""]], said_version=version)
             heads = {} if has_args else {"num_attention_heads": N}
             both = {**(params or {}), **({} if version is None else {"checkpoint_version": version})}
             c = module.Config.from_original(both, shapes, 1, heads)
-            assert megatron.feed_forward_gelu(found, of_version_0).value == c.activation, (
-                age,
-                version,
-                params,
-            )
+            assert feed_forward_gelu(found, of_version_0).value == c.activation, (age, version, params)
             if name == "megatron-bert":
-                assert megatron.lm_head_gelu(found).value == c.head_gelu, (age, version, params)
+                assert lm_head_gelu(found).value == c.head_gelu, (age, version, params)
 
 
 @pytest.mark.parametrize("key", ["layernorm_epsilon", "norm_epsilon"])

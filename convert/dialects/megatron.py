@@ -1,6 +1,6 @@
-"""What Megatron's BERT and GPT-2 have in common beside their names: sizes from the tensors, numbers from the
-pickled args, by the rules of the code of their day where args do not say, padding of the vocabulary, and the
-two directions.
+"""What Megatron-LM trained and Hugging Face's layout has classes for: encoders and decoders with learned
+positions, norms with biases and a gelu. Checkpoints of every age are read, and written as folders of ranks
+with the args that reading them again needs, and those that Megatron's loader compares.
 
 Source of the rules: NVIDIA/Megatron-LM v1.0, v2.0, v2.5, 23.06 and core_v0.9.0 (arguments.py, model/utils.py,
 model/transformer.py, tokenizer/tokenizer.py). Counts are those of the whole model.
@@ -8,394 +8,377 @@ model/transformer.py, tokenizer/tokenizer.py). Counts are those of the whole mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NoReturn
 
-from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
-from ckpt_tool.convert.dialects.megatron_names import Run, is_core
-from ckpt_tool.convert.dialects.megatron_words import PUBLISHED, count_words, read_tokenizer
-from ckpt_tool.convert.layout import Rule
-from ckpt_tool.convert.params import SET, Facts
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
+from ckpt_tool.checkpoint.megatron import check_complete, check_same_run
+from ckpt_tool.convert.dialects import megatron_ranks as ranks
+from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.megatron_args import (
+    gelu_flags,
+    gelus,
+    heads_fit,
+    notes_on,
+    refuse_unsupported,
+)
+from ckpt_tool.convert.dialects.megatron_names import (
+    AGES,
+    ENCODER_ONLY,
+    VERSIONS,
+    age_of,
+    fused_order,
+    is_core,
+    own_names,
+    without_model,
+)
+from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, whole_number
+from ckpt_tool.convert.dialects.megatron_words import Sizes, padding_notes, published_as, read_tokenizer
+from ckpt_tool.convert.families import Family
+from ckpt_tool.convert.layout import Rule, rule
+from ckpt_tool.convert.numbers import (
+    Class,
+    Field,
+    Known,
+    Size,
+    by_name,
+    count,
+    document,
+    flag,
+    follows,
+    only,
+    special,
+    table_of,
+)
+from ckpt_tool.convert.options import Option
+from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
-from ckpt_tool.convert.tokenizers import TokenizerResult
-from ckpt_tool.convert.weave import Table, Written
-from ckpt_tool.convert.weave import to_hf as woven_to_hf
-from ckpt_tool.errors import fail
+from ckpt_tool.convert.source import Source, whole_tensors
+from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
+from ckpt_tool.convert.vocabularies import Vocabulary
+from ckpt_tool.convert.weave import Table, Written, to_hf
+from ckpt_tool.errors import CkptToolError, fail, printable
 
-IGNORED = {
-    r"optimizer\..*": "state of the optimizer: only training needs it",
-    r"(lr|opt_param)_scheduler\..*": "state of the schedule: only training needs it",
-    r"(random_|np_|torch_|cuda_)?rng_state(\..*)?": "random numbers of the training run",
-    r"rng_tracker_states\..*": "random numbers of the training run",
-    r"(rerun_state_machine|ft_state|content_metadata)\..*": "state of the training run",
-    r".*\._extra_state(\..*)?": "scales for 8-bit training",
-}
-
-ARGS = {  # generic name -> name in args
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "intermediate_size": "ffn_hidden_size",
-    "max_position_embeddings": "max_position_embeddings",
-}
+COPY = "word_embeddings_for_head.weight"
+OPTIONS = (
+    Option("keep_padding", "Keep the rows that pad the vocabulary.", "hf"),
+    *ranks.OPTIONS,
+    Option("pipeline_parallel", "Pipeline stages to write.", "original", most=1024, metavar="M"),
+    Option(
+        "checkpoint_version",
+        "Order of query_key_value to write.",
+        "original",
+        choices=("0", "1.0", "2.0", "3.0"),
+    ),
+)
 
 
-FIELDS = {  # the config value behind each axis
+@dataclass(frozen=True)
+class Megatron:
+    """A model that Megatron-LM trained. `rows` are those of its tensors, for an order of the rows of
+    query_key_value, but the output layer: where that is, it is a copy of the embedding `words` or, apart from
+    it, `head`. `heads`: it is an encoder and has those of pretraining. `fields` are the numbers beside
+    model_type and the like, in the order of config.json, which calls some by names of its own (`own_names`,
+    to those that every family knows). `padded` says in words what the vocabulary's padding is left out of,
+    `layer` finds a layer's number in a name of the converted model."""
+
+    name: str
+    architectures: tuple[str, ...]
+    classes: Mapping[str, Class]  # one, by model_type
+    fields: Sequence[Field]
+    rows: Callable[[Known, str], Sequence[Rule]]
+    heads: bool
+    layer: str
+    words: str
+    padded: str
+    head: str = "lm_head.weight"
+    own_names: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)  # of the converted model
+    args: Callable[[Known], Mapping[str, Value]] = lambda _: {}  # beside those of all models
+    notes: Callable[[Known], list[str]] = lambda _: []
+    foretold: Mapping[str, Callable[[Known], Sequence[Foretold]]] = field(default_factory=dict)  # by name
+
+    def known(self, facts: Facts, source: Source, options: Options, **more: Any) -> Known:
+        (model_type,) = self.classes
+        why = f"family {self.name}"
+        fields = by_name(
+            only("architectures", [self.architectures[0]], why, told=False),
+            only("model_type", model_type, why, told=False),
+            self.fields,
+            ROWS,
+            PADDED,
+        )
+        return Known(fields, facts, source, options, **more)
+
+    @property
+    def written_names(self) -> dict[str, str]:
+        """What config.json calls fields that it has other names for."""
+        return {generic: name for name, generic in self.own_names.items()}
+
+    def settings(self, options: Options) -> dict[str, Any]:
+        """Those of the user under the names that every family knows."""
+        found: dict[str, Any] = {}
+        for name, value in options.settings.items():
+            other = self.own_names.get(name, name)
+            if found.setdefault(other, value) != value:
+                message = f"expected one value, found {found[other]!r} and {value!r}"
+                fail("usage", message, file=SET, where=name)
+        return found
+
+
+def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
+    """The record of a family; `said` are the parts of `Megatron`."""
+    m = Megatron(**said)
+    return Family(
+        name=m.name,
+        summary=summary,
+        architectures=m.architectures,
+        recognise=partial(recognise, m),
+        plan=partial(plan, m),
+        plan_original=partial(plan_original, m),
+        options=OPTIONS,
+        vocabulary=vocabulary,
+        foretold=tuple(m.foretold),
+        classes=m.classes,
+    )
+
+
+def both(
+    source: str, target: str | tuple[str, ...], weight: str, bias: str, *, split: str = "", cut: Any = None
+) -> Iterator[Rule]:
+    """The rows of a weight and its bias, whose names end in that; ranks share out `split` where it is."""
+    stems = (target,) if isinstance(target, str) else target
+    for kind, pattern in (("weight", weight), ("bias", bias)):
+        shared = split if split in re.findall(r"\w+", pattern) else None
+        yield rule(source + kind, tuple(stem + kind for stem in stems), pattern, cut=cut, split=shared)
+
+
+# --- fields ---------------------------------------------------------------------------------------------
+
+
+def _measured(source: Source, name: str, dimension: int, *, shared: bool = True) -> Value:
+    """The size of a matrix as its ranks have it, all together if `shared`."""
+    tensor = source.first(name)
+    if tensor is None:
+        fail("missing-tensor", "expected this tensor, found none", where=name)
+    if len(tensor.shape) != 2:
+        fail("shape-mismatch", f"expected a matrix, found {tensor.shape}", where=name)
+    times = source.ranks if shared else 1
+    over = f" over {times} ranks" if times > 1 else ""
+    return Value(tensor.shape[dimension] * times, f"{('rows', 'columns')[dimension]} of {name}{over}")
+
+
+def _size(name: str, key: str, measure: Callable[[Source], Value], **more: Any) -> Field:
+    """A count that the tensors tell: what args or the user say otherwise is a problem."""
+
+    def agrees(known: Known, told: Value) -> Value:
+        if known.back or told.value == measure(known.source).value:
+            return told
+        kind, there = "config-mismatch", measure(known.source)
+        if name == "num_hidden_layers":
+            kind = "uncovered-tensors" if told.value < there.value else "missing-tensor"
+        message = f"expected {told.value} ({told.source}), found {there.value} ({there.source})"
+        known.refuse(kind, message, name)
+        return UNKNOWN
+
+    return count(name, key, rule=lambda known: measure(known.source), check=agrees, **more)
+
+
+def _layers(source: Source) -> Value:
+    return Value(source.layers, "layers in the tensor names")
+
+
+_rows = partial(_measured, name="word_embeddings.weight", dimension=0)
+_positions = partial(_measured, name="position_embeddings.weight", dimension=0, shared=False)
+_width = partial(_measured, name="word_embeddings.weight", dimension=1, shared=False)
+_inner = partial(_measured, name="layers.0.mlp.dense_h_to_4h.weight", dimension=0)
+ROWS = follows("rows", lambda known: _rows(known.source), hidden=True)
+PADDED = _size("padded_vocab_size", "padded_vocab_size", _rows, hidden=True, told=False)
+LAYERS = _size("num_hidden_layers", "num_layers", _layers)
+WIDTH = _size("hidden_size", "hidden_size", _width)
+INNER = _size("intermediate_size", "ffn_hidden_size", _inner)
+POSITIONS = _size("max_position_embeddings", "max_position_embeddings", _positions)
+EPSILON = ranks.epsilon(
+    "layer_norm_eps", rule=Value(1e-5, "rule: args do not say; Megatron's default was always 1e-5")
+)
+TIED = flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there)
+
+
+def heads(published: Sizes) -> Field:
+    def rule(known: Known) -> Value | None:
+        model = published_as(known, published)
+        return model and Value(model.heads, f"rule: the sizes are those of {model.name}")
+
+    ask = "the number of attention heads"
+    return count("num_attention_heads", "num_attention_heads", rule=rule, ask=ask, check=heads_fit)
+
+
+def token_id(name: str, rule: Callable[[Known], Value]) -> Field:
+    """One that the tokenizer tells, or else a rule; no original says it."""
+    return replace(special(name, rule), free=True)
+
+
+def _must_tie(known: Known, found: Value) -> Value:
+    if known.back:
+        return found
+    said = ranks.output_is_there(known, ranks.tie(known))
+    if not said.value:
+        message = "expected the embedding as output layer, found another"
+        known.refuse("unsupported", message, "output_layer")
+    return Value(True, said.source)
+
+
+ALWAYS_TIED = only("tie_word_embeddings", True, "all that the original can be", check=_must_tie)
+
+# t query, key and value, n heads of h channels, d and e width, f feed-forward width, p positions
+AXES: dict[str, Size] = {
+    "t": lambda _: 3,
     "n": "num_attention_heads",
+    "h": lambda known: int(known["hidden_size"] // known["num_attention_heads"]),
     "d": "hidden_size",
     "e": "hidden_size",
     "f": "intermediate_size",
     "p": "max_position_embeddings",
-}
-GELUS = {  # what transformers calls them
-    "gelu": "erf",
-    "gelu_python": "erf",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-}
-ACTIVATION = {"erf": "gelu", "tanh": "gelu_new"}
-EPSILON = 1e-5
-
-# Args that change what is computed into something neither architecture can say.
-_UNSUPPORTED = {
-    "swiglu": "a gated feed-forward",
-    "squared_relu": "squared ReLU",
-    "num_experts": "experts",
-    "qk_layernorm": "norms of queries and keys",
-    "use_rotary_position_embeddings": "rotary positions",
-    "apply_layernorm_1p": "norms that store their weight less one",
-    "layernorm_zero_centered_gamma": "norms that store their weight less one",
-    "multi_query_attention": "shared keys and values",
-}
-_UNSUPPORTED_VALUES = {
-    "normalization": (("LayerNorm", None), "norms"),
-    "position_embedding_type": (("learned_absolute", None), "positions"),
-    "add_bias_linear": ((True, None), "biases"),
+    "two": lambda _: 2,
 }
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers of a model under generic names. `rows` counts the words in the tensors, `words` those that
-    are no padding; gelus are "erf" or "tanh"."""
-
-    sizes: Mapping[str, Value]
-    rows: Value
-    words: Value
-    eps: Value
-    gelu: Value
-    head_gelu: Value
-    notes: list[str] = field(default_factory=list)
-
-    def axes(self) -> dict[str, int]:
-        """Axes of the tables: t query, key and value, n heads of h channels, d and e width, f feed-forward
-        width, v words, p positions."""
-        width, heads = self.sizes["hidden_size"].value, self.sizes["num_attention_heads"].value
-        return {
-            "t": 3,
-            "n": heads,
-            "h": width // heads,
-            "d": width,
-            "e": width,
-            "f": self.sizes["intermediate_size"].value,
-            "p": self.sizes["max_position_embeddings"].value,
-            "v": self.rows.value,
-            "two": 2,
-        }
-
-    def table(self, rules: Iterable[Rule], rows: int) -> Table:
-        """The rows filled in; `rows` counts those of the vocabulary in the original, padding included."""
-        axes = {**self.axes(), "v": rows}
-        layers = self.sizes["num_hidden_layers"]
-        return Table(tuple(rules), axes, FIELDS, self.sizes, layers, self.words.value)
+def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None) -> Table:
+    """The rows filled in; `rows` counts the vocabulary's, padding included."""
+    tied = bool(known["tie_word_embeddings"])
+    last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
+    table = (*m.rows(known, order), *((last,) if output else ()))
+    axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
+    return replace(table_of(known, table, axes), words=known["vocab_size"])
 
 
-def fused_order(version: float, core: bool) -> str:
-    """The order of the rows of query_key_value: t is query, key, value; n the head; h the channel. A rank
-    holds all of it for its heads. Version 3.0 renamed arguments only; Megatron-Core always has the order of
-    2.0."""
-    if core or version >= 2:
-        return "n t h"
-    return "n h t" if version == 1 else "t n h"
+# --- opening --------------------------------------------------------------------------------------------
 
 
-# --- numbers of an original -----------------------------------------------------------------------------
+def recognise(m: Megatron, checkpoint: Checkpoint) -> tuple[bool, str]:
+    try:
+        names = checkpoint.names()
+        age = age_of(names)
+    except CkptToolError as error:
+        return False, error.problems[0].message
+    if age is None:
+        return False, "no Megatron names such as language_model.embedding.word_embeddings.weight"
+    held = {without_model(n)[1] for n in names}
+    there = [n for n in ENCODER_ONLY if own_names(age)[n] in held]
+    if bool(there) != m.heads:
+        return False, f"Megatron names with{f' {there[0]}' if there else 'out the heads of BERT'}"
+    return True, f"Megatron names of the age `{age}`" + (f", with {there[0]}" if there else "")
 
 
-def read_facts(run: Run, options: Options, names: Mapping[str, str] | None = None) -> Facts:
-    """The pickled args and the user's settings; `names` are other names for those, see GPT2_NAMES."""
-    return Facts(run.args, "args", generic(options.settings, names or {}))
+def open_run(checkpoint: Checkpoint) -> Run:
+    """Sort out the files. Kinds: `already-converted`, `unsupported` (names of no known age), `missing-shard`,
+    `shard-conflict`, `config-mismatch` (an unknown checkpoint_version)."""
+    age = age_of(checkpoint.names())
+    if age is None:
+        _refuse_names(checkpoint)
+    table = {own: name for name, own in own_names(age).items()}
+    if is_core(age):  # one name for two things; which one it is the families decide
+        table[own_names(age)[OUTPUT]] = OUTPUT
+
+    def own(names: Iterable[str]) -> Iterator[Own]:
+        named = [(name, *without_model(name)) for name in names]
+        prefixed = any(rest != name for name, _, rest in named)
+        for name, chunk, rest in named:
+            template, layer = ranks.without_layer(rest)
+            if template in table and not (prefixed and rest == name):
+                yield Own(name, int(chunk or 0), table[template], layer)
+
+    run = ranks.open_ranks(checkpoint, age, own)
+    _check_complete(run)
+    first = checkpoint.files[run.files[0][0]]
+    iteration = first.metadata.get("iteration")
+    iteration = iteration if isinstance(iteration, int) and not isinstance(iteration, bool) else None
+    return replace(run, said_version=_version(first), iteration=iteration)
 
 
-def generic(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """`settings` under the names that every family knows."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        other = names.get(name, name)
-        if found.setdefault(other, value) != value:
-            fail("usage", f"expected one value, found {found[other]!r} and {value!r}", file=SET, where=name)
-    return found
+def _refuse_names(checkpoint: Checkpoint) -> NoReturn:
+    names, label = checkpoint.names(), checkpoint.path.name
+    if any(re.match(r"bert\.|transformer\.h\.|cls\.", n) for n in names):
+        fail(
+            "already-converted",
+            f"expected an original layout, found Hugging Face names such as {names[0]}",
+            file=label,
+            hint="nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back",
+        )
+    if any(".distcp" in n for n in checkpoint.files):
+        fail("wrong-format", "expected ranks, found a torch_dist checkpoint", file=label)
+    check_same_run(checkpoint)
+    shown = ", ".join(printable(n, 60) for n in names[:3]) or "none"
+    fail("unsupported", f"expected tensor names of a Megatron of some age, found {shown}", file=label)
 
 
-def read_numbers(
-    run: Run, facts: Facts, options: Options, *, family: str, gelu_of_version_0: str
-) -> tuple[Numbers, TokenizerResult]:
-    """The numbers, and the tokenizer that says how many words there are. Sizes are what the tensors have;
-    what args or the user say otherwise is a problem. Raises what is missing or malformed."""
-    _refuse_unsupported(facts)
-    if "position_embeddings.weight" not in run.tensors:
-        fail("missing-tensor", "expected this tensor, found none", where="position_embeddings.weight")
-    found = {
-        "num_hidden_layers": Value(run.source.layers, "layers in the tensor names"),
-        "hidden_size": _measured(run, "word_embeddings.weight", 1, shared=False),
-        "intermediate_size": _measured(run, "layers.0.mlp.dense_h_to_4h.weight", 0),
-        "max_position_embeddings": _measured(run, "position_embeddings.weight", 0, shared=False),
-    }
-    rows = _measured(run, "word_embeddings.weight", 0)
-    sizes = {n: facts.integer(n, ARGS[n], rule=v) for n, v in found.items()}
-    told_rows = facts.integer("padded_vocab_size", "padded_vocab_size", rule=rows)
-    for name, value in found.items():
-        _agree(facts, name, sizes[name], value, layers=name == "num_hidden_layers")
-    _agree(facts, "padded_vocab_size", told_rows, rows)
-    known = PUBLISHED.get((*(v.value for v in found.values()), rows.value))
-    rule = None if known is None else Value(known.heads, f"rule: the sizes are those of {known.name}")
-    heads = facts.integer(
-        "num_attention_heads", "num_attention_heads", rule=rule, ask="the number of attention heads"
-    )
-    eps = _epsilon(facts)
-    gelu, head_gelu = _gelus(run, facts, gelu_of_version_0)
-    facts.check()
-    sizes["num_attention_heads"] = heads
-    _check_heads(run, facts, sizes)
-    facts.check()
-    tokenizer = read_tokenizer(
-        run, options, family=family, rows=rows, positions=sizes["max_position_embeddings"]
-    )
-    words = count_words(run, facts, options, rows, tokenizer, known)
-    return Numbers(sizes, rows, words, eps, gelu, head_gelu, _notes(run)), tokenizer
+def _version(file: TensorFile) -> float | None:
+    """checkpoint_version: 0 is written by nobody and what a file without one has."""
+    if "checkpoint_version" not in file.metadata:
+        return None
+    found = file.metadata["checkpoint_version"]
+    if isinstance(found, bool) or not isinstance(found, int | float) or found not in VERSIONS:
+        shown = printable(repr(found), 60) if isinstance(found, int | float | str) else "another type"
+        fail(
+            "config-mismatch",
+            f"expected checkpoint_version 0, 1.0, 2.0 or 3.0, found {shown}",
+            file=file.name,
+            where="checkpoint_version",
+            hint="it says in which order the rows of query_key_value are; no other order is known",
+        )
+    return float(found)
 
 
-def _measured(run: Run, name: str, dimension: int, *, shared: bool = True) -> Value:
-    shape = run.tensors[name][0].shape
-    if len(shape) != 2:
-        fail("shape-mismatch", f"expected a matrix, found {shape}", where=name)
-    count = run.source.ranks if shared else 1
-    over = f" over {count} ranks" if count > 1 else ""
-    return Value(shape[dimension] * count, f"{('rows', 'columns')[dimension]} of {name}{over}")
-
-
-def _agree(facts: Facts, name: str, told: Value, found: Value, *, layers: bool = False) -> None:
-    if told.value == found.value:
+def _check_complete(run: Run) -> None:
+    """Fail with `missing-shard` where a last stage is not there, or where the output projection of attention,
+    of which each rank holds its heads' columns, says that there are more ranks."""
+    if "final_layernorm.weight" not in run.tensors and "word_embeddings.weight" in run.tensors:
+        why = "no file holds the final norm, which is on the last stage"
+        check_complete(run.checkpoint, stages=run.stages + 1, why=why)
+    shape = run.tensors["layers.0.attention.dense.weight"][0].shape
+    if len(shape) != 2 or not shape[1] or run.args.get("kv_channels"):
         return
-    kind = "config-mismatch"
-    if layers:
-        kind = "uncovered-tensors" if told.value < found.value else "missing-tensor"
-    message = f"expected {told.value} ({told.source}), found {found.value} ({found.source})"
-    facts.refuse(kind, message, name)
-
-
-def _refuse_unsupported(facts: Facts) -> None:
-    args = facts.document or {}
-    for name, what in _UNSUPPORTED.items():
-        if args.get(name):
-            facts.refuse("unsupported", f"expected no {what}, found {name} = {args[name]}", name)
-    for name, (allowed, what) in _UNSUPPORTED_VALUES.items():
-        if args.get(name) not in allowed:
-            message = f"expected plain {what} ({allowed[0]}), found {str(args[name])[:40]}"
-            facts.refuse("unsupported", message, name)
-    facts.check()
-
-
-def _check_heads(run: Run, facts: Facts, sizes: Mapping[str, Value]) -> None:
-    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    args = run.args or {}
-    if width.value % heads.value:
-        message = f"expected hidden_size {width.value} to divide by {heads.value} heads ({heads.source}), "
-        facts.refuse("config-mismatch", message + "found a rest", "num_attention_heads")
-    elif heads.value % run.source.ranks:
-        message = f"expected {heads.value} heads ({heads.source}) to divide by {run.source.ranks} ranks, "
-        facts.refuse("config-mismatch", message + "found a rest", "num_attention_heads")
-    elif args.get("kv_channels") not in (None, width.value // heads.value):
-        message = f"expected heads of {width.value // heads.value} channels, found {args['kv_channels']}"
-        facts.refuse("unsupported", message, "kv_channels")
-    # num_query_groups is there, and 1, also where queries are not grouped
-    if args.get("group_query_attention") and args.get("num_query_groups") not in (None, heads.value):
-        message = f"expected a key and a value for each head, found {args['num_query_groups']} groups"
-        facts.refuse("unsupported", message, "num_query_groups")
-
-
-def _epsilon(facts: Facts) -> Value:
-    key = "norm_epsilon" if facts.given("norm_epsilon") else "layernorm_epsilon"
-    rule = Value(EPSILON, "rule: args do not say; Megatron's default was always 1e-5")
-    return facts.number("layer_norm_eps", key, rule=rule)
-
-
-def _gelus(run: Run, facts: Facts, of_version_0: str) -> tuple[Value, Value]:
-    """Which gelu the feed-forward and the LM head of BERT compute."""
-    if "hidden_act" in facts.settings:
-        name = facts.settings["hidden_act"]
-        if name not in GELUS:
-            facts.refuse("unsupported", f"expected one of {', '.join(GELUS)}, found {name!r}", "hidden_act")
-        both = Value(GELUS.get(name, "erf"), SET)
-        return both, both
-    return feed_forward_gelu(run, of_version_0), lm_head_gelu(run)
-
-
-def activation(numbers: Numbers, facts: Facts) -> Value:
-    """The feed-forward's gelu under a name of transformers: the user's, if there is one."""
-    if "hidden_act" in facts.settings:
-        return Value(facts.settings["hidden_act"], SET)
-    return Value(ACTIVATION[numbers.gelu.value], numbers.gelu.source)
-
-
-def feed_forward_gelu(run: Run, of_version_0: str) -> Value:
-    """The code of each age:
-
-    - Megatron-Core has the fused kernel, which is the tanh form, unless bias_gelu_fusion is off; it does not
-      look at openai_gelu.
-    - before 2020-04-14 there was no flag and only the tanh form: args of version 0 without openai_gelu.
-    - later erf, tanh with openai_gelu, or with bias_gelu_fusion, which is on by default since January 2021;
-      from 2023 on (args with swiglu) onnx_safe comes before the fusion.
-    - no args at all: `of_version_0`, erf for versions 1 and 2 (nobody had the fusion by default), tanh for 3.
-    """
-    args = run.args or {}
-    fused, openai = args.get("bias_gelu_fusion"), args.get("openai_gelu")
-    if is_core(run.age):
-        if fused is None:
-            return Value("tanh", "rule: Megatron-Core fuses bias and gelu by default, in the tanh form")
-        return Value("tanh" if fused else "erf", "args: bias_gelu_fusion (Megatron-Core)")
-    if fused is None and openai is None:
-        return _gelu_by_version(run, of_version_0)
-    if openai:
-        return Value("tanh", "args: openai_gelu")
-    if args.get("onnx_safe") and "swiglu" in args:
-        return Value("erf", "args: onnx_safe")
-    if fused:
-        return Value("tanh", "args: bias_gelu_fusion, which is the tanh form")
-    return Value("erf", "args: neither openai_gelu nor bias_gelu_fusion")
-
-
-def _gelu_by_version(run: Run, of_version_0: str) -> Value:
-    if run.version == 0 and _has_args(run):
-        return Value("tanh", "rule: args of version 0 without openai_gelu are of before April 2020: tanh")
-    if run.version == 0:
-        why = "as the published GPT-2" if of_version_0 == "tanh" else "which the file does not tell"
-        return Value(of_version_0, f"rule: version 0 without args: {of_version_0}, {why}")
-    if run.version < 3:
-        return Value("erf", f"rule: version {run.version} without flags: erf, the fusion was opt-in")
-    return Value("tanh", "rule: version 3.0 without flags: the fused kernel was the default, the tanh form")
-
-
-def lm_head_gelu(run: Run) -> Value:
-    """Never the fused one: erf, or tanh with openai_gelu and before there was that flag."""
-    args = run.args or {}
-    if is_core(run.age):
-        return Value("erf", "rule: Megatron-Core's LM head")
-    if "openai_gelu" in args:
-        return Value("tanh" if args["openai_gelu"] else "erf", "args: openai_gelu")
-    if run.version == 0 and _has_args(run):
-        return Value("tanh", "rule: args of version 0 without openai_gelu are of before April 2020: tanh")
-    return Value("erf", "rule: the LM head is never fused")
-
-
-def _has_args(run: Run) -> bool:
-    return "num_layers" in (run.args or {})
-
-
-def _notes(run: Run) -> list[str]:
-    """What neither architecture can say, and what was not said by the file."""
-    notes = []
-    args = run.args or {}
-    if not run.says_version and not is_core(run.age):
-        notes.append(
-            "no checkpoint_version is in the file, which makes it 0: query_key_value holds all queries, then "
-            "all keys, then all values (files of two weeks of September 2020 are of 1.0 and do not say so)"
-        )
-    if args.get("apply_residual_connection_post_layernorm") and not is_core(run.age):
-        notes.append(
-            "args: apply_residual_connection_post_layernorm adds the normalised input to each branch, which "
-            "the Hugging Face model cannot do: its results differ"
-        )
-    if args.get("apply_query_key_layer_scaling"):
-        notes.append(
-            "args: apply_query_key_layer_scaling divides the scores by the layer's number and multiplies "
-            "them again: nothing but another rounding in float16"
-        )
-    if listed := _listed_tensors(run.source.checkpoint):
-        notes.append(f"{listed} tensors in lists of the optimizer are left out: only training needs them")
-    if run.args and run.args.get("orig_vocab_size"):
-        notes.append("args: orig_vocab_size tells which rows of the vocabulary are padding")
-    return notes
-
-
-def _listed_tensors(checkpoint: Checkpoint) -> int:
-    """How many tensors the files hold in lists, where no name leads to them."""
-    count = 0
-    for file in checkpoint.files.values():
-        seen: set[int] = set()
-        stack: list[object] = list(file.metadata.values())
-        while stack:
-            value = stack.pop()
-            if isinstance(value, TensorRecord):
-                count += 1
-            elif id(value) not in seen and isinstance(value, dict | list | tuple):
-                seen.add(id(value))
-                stack += [item for _, item in children(value)]
-    return count
+    wanted = shape[0] // shape[1]
+    if shape[0] == wanted * shape[1] and wanted > run.ranks:
+        why = f"each holds {shape[1]} of {shape[0]} columns of attention.dense"
+        check_complete(run.checkpoint, ranks=wanted, why=why)
 
 
 # --- original to Hugging Face ---------------------------------------------------------------------------
 
 
-def tie(run: Run, facts: Facts) -> Value:
-    """Whether the output layer is the embedding: unless args say that it is not, or there is an output layer
-    of its own where no stage needs a copy of the embedding."""
-    name = "output_layer.weight"
-    there = name in run.tensors
-    apart = there and (not is_core(run.age) or len(run.files[0]) == 1)
-    if facts.given("untie_embeddings_and_output_weights"):
-        untied = facts.boolean("untied", "untie_embeddings_and_output_weights", rule=Value(False, ""))
-        found = Value(not untied.value, untied.source)
-    else:
-        found = Value(not apart, f"rule: {'an' if apart else 'no'} output layer apart from the embedding")
-    if not found.value and not there:
-        facts.refuse("missing-tensor", "expected this tensor, found none", name)
-    return found
-
-
-def to_hf(
-    family: str,
-    run: Run,
-    options: Options,
-    *,
-    rules: Iterable[Rule],
-    numbers: Numbers,
-    config: Mapping[str, Value],
-    tokenizer: TokenizerResult,
-    documents: Sequence[OutputDocument],
-    notes: Iterable[str],
-    foretold: Sequence[Foretold] = (),
-) -> Plan:
-    """The plan of a family's table."""
+def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
+    run = open_run(checkpoint)
+    facts = Facts(run.told, "args", m.settings(options))
+    refuse_unsupported(facts)
+    sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
+    tokenizer = read_tokenizer(m.name, run, options, **sizes)
+    where = "the tokenizer beside the weights" if options.tokenizer is None else "--tokenizer"
+    ids = Value(tokenizer.vocab_size, f"{where}: its number of ids")
+    known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})
+    config = {m.written_names.get(name, name): value for name, value in known.values().items()}
+    known.value(PADDED.name)
+    facts.check_settings({*config, *m.own_names.values()})
+    facts.check()
+    words, rows = known.value("vocab_size"), known.value("rows")
+    documents = [
+        OutputDocument(n, d, "the tokenizer beside the weights") for n, d in tokenizer.documents.items()
+    ]
     beside = Written(
-        family,
+        m.name,
         config,
-        [
-            *documents,
-            *(
-                OutputDocument(n, d, "the tokenizer beside the weights")
-                for n, d in tokenizer.documents.items()
-            ),
-        ],
-        IGNORED,
-        [*numbers.notes, *notes, *tokenizer.notes],
-        kept(run, numbers),
-        foretold,
+        [*([generation_config(config)] if "eos_token_id" in config else []), *documents],
+        ranks.IGNORED,
+        [*notes_on(run), *padding_notes(words, rows, m.padded), *m.notes(known), *tokenizer.notes],
+        _kept(run, known),
+        [f for tell in m.foretold.values() for f in tell(known)],
     )
-    return woven_to_hf(numbers.table(rules, numbers.rows.value), run.source, options, beside)
+    output = next((name for name in (COPY, OUTPUT) if name in run.tensors), None)
+    table = _table(m, known, fused_order(run.version, is_core(run.age)), rows.value, output)
+    return to_hf(table, run, options, beside)
 
 
 _KEPT_ARGS = (
@@ -407,35 +390,156 @@ _KEPT_ARGS = (
 )
 
 
-def kept(run: Run, numbers: Numbers) -> dict[str, Any]:
+def _kept(run: Run, known: Known) -> dict[str, Any]:
     """What the Hugging Face layout does not say, for the manifest and the way back."""
-    args = run.args or {}
+    gelu, head_gelu = gelus(known)
     return {
         "age": run.age,
-        "checkpoint_version": run.version if run.says_version else None,
-        "tensor_parallel": run.source.ranks,
-        "pipeline_parallel": len(run.files[0]),
+        "checkpoint_version": run.said_version,
+        "tensor_parallel": run.ranks,
+        "pipeline_parallel": run.stages,
         "virtual_stages": run.chunks,
         "iteration": run.iteration,
         "release": run.files[0][0].startswith("release/"),
-        "rows": numbers.rows.value,
-        "words": numbers.words.value,
-        "gelu": numbers.gelu.value,
-        "head_gelu": numbers.head_gelu.value,
-        "args": {k: args[k] for k in _KEPT_ARGS if k in args},
+        "rows": known["rows"],
+        "words": known["vocab_size"],
+        "gelu": gelu.value,
+        "head_gelu": head_gelu.value,
+        "args": {k: run.args[k] for k in _KEPT_ARGS if k in run.args},
     }
 
 
-TWO_GELUS = "megatron-bert-two-gelus"
+# --- from Hugging Face ----------------------------------------------------------------------------------
 
 
-def two_gelus(gelu: Value, head_gelu: Value) -> tuple[Foretold, ...]:
-    """MegatronBert has one hidden_act; the feed-forward, which is in every layer, decides it."""
-    if gelu.value == head_gelu.value:
-        return ()
-    reason = (
-        f"the feed-forward's gelu is the {gelu.value} form ({gelu.source}), the LM head's the "
-        f"{head_gelu.value} form ({head_gelu.source}); hidden_act is one value for both, so the LM head's "
-        "differs, by at most 4.8e-4 as it leaves the gelu"
+def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
+    """Ranks, as asked for or as the original was, with the args that reading again needs."""
+    facts = read_config(checkpoint, m.settings(options), m.architectures)
+    (config,) = m.classes.values()
+    once, source = kept_facts(checkpoint), whole_tensors(checkpoint, m.layer)
+    known = m.known(facts, source, options, config=config, once=once, back=True, names=m.written_names)
+    said = [n for n, f in known.fields.items() if f.told and not f.free]
+    known.values(said)
+    facts.check()
+    facts.check_settings({n for n in said if not known.fields[n].fixed})
+    facts.check()
+    form, words = _form(known), known["vocab_size"]
+    documents = {n: d.read(MAX_BYTES) for n, d in checkpoint.documents.items() if n in _VOCABULARY}
+    vocabulary = original_tokenizer_documents(documents, family=m.name)
+    notes = [
+        f"{form.rows - words} rows of padding follow the {words} words, up to a multiple that the ranks "
+        "share: they repeat the first words",
+        "no original tokenizer file is there; none was written",
+    ]
+    written = Written(
+        m.name,
+        _args(m, known, form),
+        [OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()],
+        m.ignored,
+        [note for note, holds in zip(notes, (form.rows != words, not vocabulary), strict=True) if holds],
+        {
+            "age": form.age,
+            "checkpoint_version": form.version,
+            "tensor_parallel": form.ranks,
+            "pipeline_parallel": form.stages,
+            "virtual_stages": form.chunks,
+            "rows": form.rows,
+        },
+        [f for tell in m.foretold.values() for f in tell(known)],
     )
-    return (Foretold(TWO_GELUS, reason, {"hidden_act": ACTIVATION[head_gelu.value]}, ("head",)),)
+    copy = COPY if form.stages > 1 else None
+    output = copy if known["tie_word_embeddings"] else OUTPUT
+    table = _table(m, known, fused_order(form.version or 0.0, is_core(form.age)), form.rows, output)
+    return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
+
+
+_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")
+
+
+def _form(known: Known) -> Form:
+    """What the user asked for, else what the original was, else version 3.0 of one rank. Raises what cannot
+    be shared out."""
+    asked, once = known.options.family_options, known.once
+    version = _asked_version(asked.get("checkpoint_version"), once)
+    age = once.get("age")
+    as_core = isinstance(age, str) and is_core(age) and asked.get("checkpoint_version") is not None
+    if not isinstance(age, str) or age not in AGES or (as_core and version != 3.0):
+        age = "encoder" if version == 3.0 else "transformer"
+    tensor_parallel, depth = ranks.ranks_of(known), once.get("pipeline_parallel")
+    stages = whole_number(asked.get("pipeline_parallel"), depth)
+    chunks = whole_number(once.get("virtual_stages"))
+    if depth != stages or known["num_hidden_layers"] % (stages * chunks):
+        chunks = 1
+    form = Form(
+        tensor_parallel,
+        ranks.padded(known, tensor_parallel, _divisor(known)),
+        age,
+        version,
+        stages,
+        chunks,
+        whole_number(once.get("iteration"), otherwise=0),
+        once.get("release") is not False or not once.get("iteration"),
+    )
+    ranks.check_shares(known, form, "num_attention_heads", "intermediate_size")
+    return form
+
+
+def _once_args(known: Known) -> Mapping[str, Any]:
+    found = known.once.get("args")
+    return found if isinstance(found, dict) else {}
+
+
+def _divisor(known: Known) -> int:
+    return whole_number(_once_args(known).get("make_vocab_size_divisible_by"), otherwise=ranks.DIVISOR)
+
+
+def _asked_version(asked: Any, once: Mapping[str, Any]) -> float | None:
+    if asked is None:
+        found = once.get("checkpoint_version", 3.0)
+        known = isinstance(found, float | int) and found in VERSIONS
+        return float(found) if known else None if found is None else 3.0
+    try:
+        number = float(asked)
+    except (TypeError, ValueError):
+        number = -1.0
+    if number not in VERSIONS:
+        fail("usage", f"expected 0, 1.0, 2.0 or 3.0, found {asked!r}", where="--checkpoint-version")
+    return number
+
+
+def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
+    """The pickled args."""
+    dtype = known.options.dtype or known.source.dtype
+    eps = "norm_epsilon" if form.age == "norm" or is_core(form.age) else "layernorm_epsilon"
+    shares = {"model_parallel_size": Value(form.ranks, "ranks to write")} if (form.version or 0) < 3 else {}
+    if form.version == 3.0 or form.stages > 1:
+        shares["tensor_model_parallel_size"] = Value(form.ranks, "ranks to write")
+        shares["pipeline_model_parallel_size"] = Value(form.stages, "ranks to write")
+    args = document(
+        known,
+        (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            ranks.head_width,
+            "max_position_embeddings",
+            "seq_length",
+            lambda _: {"padded_vocab_size": Value(form.rows, "rows to write")},
+            "orig_vocab_size",
+            lambda _: {"make_vocab_size_divisible_by": Value(_divisor(known), "the original's, or 128")},
+            eps,
+            lambda _: gelu_flags(known, is_core(form.age)),
+            lambda _: {"fp16": Value(dtype == "F16", "dtype of the tensors")},
+            lambda _: {"bf16": Value(dtype == "BF16", "dtype of the tensors")},
+            lambda _: shares,
+        ),
+        {
+            "seq_length": "max_position_embeddings",
+            "orig_vocab_size": "vocab_size",
+            eps: "layer_norm_eps",
+        },
+    )
+    kept = _once_args(known).items()
+    args |= {k: Value(v, "ckpt-tool.json: the original's args") for k, v in kept if k not in args}
+    return args | dict(m.args(known))

@@ -1,4 +1,5 @@
-"""Qwen2 in Megatron-Core's GPT layout, which is trained over tensor-parallel ranks and pipeline stages.
+"""Gated decoders with biases for query, key and value in Megatron-Core's GPT layout, which are trained over
+tensor-parallel ranks and pipeline stages: another layout of a family that is published in Hugging Face's.
 
 linear_qkv holds, for each key/value head, the queries that share it, the key and the value; a rank holds
 whole groups. linear_fc1 of a rank holds the gates of its units, then their ups. The tables leave out what
@@ -11,27 +12,43 @@ Source: NVIDIA/Megatron-LM core_v0.9.0 (core/models/gpt, core/transformer), NVID
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.megatron import FILE, TRACKER, arguments, check_same_run, folder_name, grid
-from ckpt_tool.checkpoint.torch_zip_writer import Namespace
-from ckpt_tool.convert.crosscheck import rank_problems
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.converted import generation_config, kept_facts
+from ckpt_tool.convert.dialects.converted import generation_config
+from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
 from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.numbers import Known
-from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
+from ckpt_tool.convert.numbers import (
+    DTYPE,
+    Class,
+    Field,
+    Known,
+    Size,
+    by_name,
+    count,
+    counted,
+    document,
+    flag,
+    free,
+    given,
+    measured,
+    number,
+    only,
+    table_of,
+    token_ids,
+)
+from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
-from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
-from ckpt_tool.convert.source import Source, dtype_value, layer_count
-from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.weave import Table, Written, to_hf
+from ckpt_tool.errors import fail
 
 WORDS = "embedding.word_embeddings.weight"
-HEAD = "output_layer.weight"
+FIRST = "decoder.layers.0."
 S, T = "decoder.layers.{i}.", "model.layers.{i}."
 QKV = tuple(f"{T}self_attn.{p}_proj" for p in "qkv")
 NORMS = {  # name of the norm of attention and of the feed-forward, by whether Transformer Engine holds them
@@ -44,22 +61,15 @@ IGNORED = {
     ),
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
-FIELDS = {
-    "k": "num_key_value_heads",
-    "d": "hidden_size",
-    "f": "intermediate_size",
-    "n": "num_attention_heads",
-}
-DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 
-# Args of other values are of another model than Qwen2.
+# Args of other values are of another model; those of the first six are written.
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "swiglu": (True, None),
     "normalization": ("RMSNorm", None),
     "add_bias_linear": (False, None),
     "add_qkv_bias": (True, None),
     "position_embedding_type": ("rope", None),
-    "rotary_percent": (1, 1.0, None),
+    "rotary_percent": (1.0, None),
     "rotary_interleaved": (False, None),
     "rotary_seq_len_interpolation_factor": (1, None),
     "apply_layernorm_1p": (False, None),
@@ -69,38 +79,154 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def table(shared: int, *, engine: bool, tied: bool, head: bool) -> tuple[Rule, ...]:
-    """All rows. `shared` queries go with each key; `engine`: the norms stand in the layers after them;
-    `head`: there is an output layer, where it is `tied` the last stage's copy of the words."""
+@dataclass(frozen=True)
+class Core:
+    """A family whose models are trained in this layout. `config` is the class of its config.json, `fields`
+    are written there beside those that args say; those called `unsaid` must be empty, since args have no word
+    for them. A vocabulary of one of `published_rows`, padding included, is the published one, whose
+    `end_of_text` begins and ends a text."""
+
+    family: str
+    model: str  # as people call it
+    architecture: str
+    model_type: str
+    config: Class
+    fields: tuple[Field, ...] = ()
+    unsaid: tuple[str, ...] = ("rope_scaling",)
+    published_rows: tuple[int, ...] = ()
+    end_of_text: int = 0
+    title: str = "Megatron-Core"
+    options: tuple[Option, ...] = ranks.OPTIONS
+
+    def holds(self, names: Iterable[str]) -> bool:
+        return prefix_of(names) is not None
+
+    def recognise(self, names: Collection[str]) -> tuple[bool, str]:
+        p = f"{prefix_of(names)}{FIRST}"
+        if f"{p}self_attention.linear_qkv.bias" not in names:
+            why = "Megatron-Core names without biases for query, key and value, which "
+            return False, f"{why}{self.model} has"
+        if f"{p}mlp.linear_fc1.bias" in names:
+            why = f"Megatron-Core names with biases in the feed-forward, which {self.model} has none of"
+            return False, why
+        return True, "Megatron-Core names with biases for query, key and value only"
+
+    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan:
+        return plan(self, checkpoint, options)
+
+    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
+        """`known` are the fields of the published layout, read from config.json."""
+        return plan_original(self, checkpoint, options, known)
+
+
+def _shared(known: Known) -> int:
+    """How many queries share a key and a value."""
+    return int(known["num_attention_heads"] // known["num_key_value_heads"])
+
+
+def rules(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
+    """`engine`: the norms stand in the layers after them; `head`: there is an output layer, where words and
+    output are tied the last stage's copy of the words."""
     before, after = NORMS[engine]
     qkv = [
         rule(
             f"{S}self_attention.linear_qkv.{kind}",
             tuple(f"{name}.{kind}" for name in QKV),
             pattern,
-            cut=("s", (shared, 1, 1)),
+            cut=("s", (_shared(known), 1, 1)),
             split="k",
         )
         for kind, pattern in (("weight", "(k s h) d"), ("bias", "(k s h)"))
     ]
-    last = rule(HEAD, "model.embed_tokens.weight" if tied else "lm_head.weight", "v d", split="v", tied=tied)
+    fc1 = (T + "mlp.gate_proj.weight", T + "mlp.up_proj.weight")
+    tied = bool(known["tie_word_embeddings"])
+    last = rule(
+        OUTPUT, "model.embed_tokens.weight" if tied else "lm_head.weight", "v d", split="v", tied=tied
+    )
     return (
         rule(WORDS, "model.embed_tokens.weight", "v d", split="v"),
         rule(S + before, T + "input_layernorm.weight", "d"),
         *qkv,
         rule(S + "self_attention.linear_proj.weight", T + "self_attn.o_proj.weight", "d (n h)", split="n"),
         rule(S + after, T + "post_attention_layernorm.weight", "d"),
-        rule(
-            S + "mlp.linear_fc1.weight",
-            (T + "mlp.gate_proj.weight", T + "mlp.up_proj.weight"),
-            "(g f) d",
-            cut=("g", (1, 1)),
-            split="f",
-        ),
+        rule(S + "mlp.linear_fc1.weight", fc1, "(g f) d", cut=("g", (1, 1)), split="f"),
         rule(S + "mlp.linear_fc2.weight", T + "mlp.down_proj.weight", "d f", split="f"),
         rule("decoder.final_layernorm.weight", "model.norm.weight", "d"),
         *((last,) if head else ()),
     )
+
+
+# --- numbers --------------------------------------------------------------------------------------------
+
+
+def _groups(known: Known) -> tuple[str, ...]:
+    """num_query_groups is there, and 1, also where queries are not grouped."""
+    return ("num_query_groups",) if args_of(known).get("group_query_attention") else ()
+
+
+def _one_each(known: Known) -> Value | None:
+    if not args_of(known) or _groups(known):
+        return None
+    why = "args: group_query_attention is not set, so one for each query head"
+    return Value(known["num_attention_heads"], why)
+
+
+def _heads_fit(known: Known, kv: Value) -> Value:
+    width, heads, shares = known["hidden_size"], known["num_attention_heads"], known.source.ranks
+    channels = args_of(known).get("kv_channels")
+    if width % heads or channels not in (None, width // heads):
+        message = f"expected heads of {width} / {heads} channels, found {channels or 'a rest'}"
+        known.refuse("config-mismatch", message, "num_attention_heads")
+    elif heads % kv.value or kv.value % shares:
+        message = (
+            f"expected {kv.value} key/value heads that divide {heads} and that {shares} ranks share evenly"
+        )
+        known.refuse("config-mismatch", f"{message}, found a rest", "num_key_value_heads")
+    return kv
+
+
+def _words(known: Known) -> tuple[str, ...]:
+    return tuple(k for k in ("orig_vocab_size", "vocab_size") if known.facts.given(k))[:1]
+
+
+def _words_fit(known: Known, words: Value) -> Value:
+    rows = known.source.size(WORDS, 0)
+    if rows is not None and words.value > rows.value:
+        message = f"expected at least {words.value} words ({words.source}), found"
+        known.refuse("config-mismatch", f"{message} {rows.value} ({rows.source})", "vocab_size")
+    return words
+
+
+FIELDS = (
+    only("hidden_act", "silu", "args: swiglu"),
+    count("hidden_size", "hidden_size", rule=measured(WORDS, 1, shared=False)),
+    count("intermediate_size", "ffn_hidden_size", rule=measured(f"{S}mlp.linear_fc2.weight", 1)),
+    count("num_hidden_layers", "num_layers", rule=counted),
+    count("num_attention_heads", "num_attention_heads", ask="the number of query heads"),
+    count("num_key_value_heads", read=_groups, rule=_one_each, check=_heads_fit),
+    ranks.epsilon("rms_norm_eps", ask="the epsilon of the norms"),
+    number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
+    count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
+    flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
+)
+LENGTH = count("max_position_embeddings", "max_position_embeddings", ask="the longest text")
+
+
+def rows_of(known: Known, padded: int, *, engine: bool, head: bool) -> Table:
+    """`padded` counts the words with their padding. Axes: k key/value heads, s queries that share one, the
+    key and the value, n query heads, h head width, d width, g gate and up, f feed-forward width, v words."""
+    axes: dict[str, Size] = {
+        "k": "num_key_value_heads",
+        "d": "hidden_size",
+        "f": "intermediate_size",
+        "n": "num_attention_heads",
+        "s": lambda _: _shared(known) + 2,
+        "h": lambda _: int(known["hidden_size"] // known["num_attention_heads"]),
+        "g": lambda _: 2,
+        "v": lambda _: padded,
+    }
+    table = table_of(known, rules(known, engine=engine, head=head), axes)
+    return replace(table, words=known["vocab_size"])
 
 
 # --- the files ------------------------------------------------------------------------------------------
@@ -108,369 +234,139 @@ def table(shared: int, *, engine: bool, tied: bool, head: bool) -> tuple[Rule, .
 
 def prefix_of(names: Iterable[str]) -> str | None:
     """What stands before every name; None where these are no names of Megatron-Core's GPT."""
-    stem = "decoder.layers.0.self_attention.linear_qkv.weight"
+    stem = f"{FIRST}self_attention.linear_qkv.weight"
     return next((n.removesuffix(stem) for n in names if n.endswith(stem)), None)
 
 
-def recognise(names: set[str]) -> tuple[bool, str]:
-    p = prefix_of(names)
-    if f"{p}decoder.layers.0.self_attention.linear_qkv.bias" not in names:
-        return False, "Megatron-Core names without biases for query, key and value, which Qwen2 has"
-    if f"{p}decoder.layers.0.mlp.linear_fc1.bias" in names:
-        return False, "Megatron-Core names with biases in the feed-forward, which Qwen2 has none of"
-    return True, "Megatron-Core names with biases for query, key and value only"
-
-
-def engine_of(source: Source) -> bool:
-    """Whether Transformer Engine holds the norms."""
-    return f"decoder.layers.0.{NORMS[True][0]}" in source.tensors
-
-
-def open_ranks(checkpoint: Checkpoint) -> Source:
+def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
-    own, why = recognise(set(checkpoint.names()))
-    if not own:
-        fail("unsupported", f"expected Qwen2, found {why}", file=checkpoint.path.name)
-    check_same_run(checkpoint)
-    rows = grid(checkpoint)
+    ours, why = m.recognise(set(checkpoint.names()))
+    if not ours:
+        fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name)
     prefix = prefix_of(checkpoint.names()) or ""
-    fail_all(
-        p
-        for stage in range(len(rows[0]))
-        for p in rank_problems(
-            [row[stage] for row in rows],
-            {row[stage]: _of_model(checkpoint, row[stage], prefix) for row in rows},
-        )
-    )
-    tensors: dict[str, tuple[TensorInfo, ...]] = {}
-    for row in rows:
-        for name, tensor in _joined(checkpoint, row, prefix).items():
-            tensors[name] = (*tensors.get(name, ()), tensor)
-    layers = layer_count(tensors, r"decoder\.layers\.(\d+)\.")
-    told = arguments(checkpoint.files[rows[0][0]])
-    source = Source(checkpoint, tensors, len(rows), layers, told, prefix, len(rows[0]))
-    _check_gated(source)
-    return source
 
+    def own(names: Iterable[str]) -> Iterator[Own]:
+        for name in names:
+            state = any(re.fullmatch(pattern, name) for pattern in IGNORED)
+            if name.startswith(prefix) and not state:
+                yield Own(name, 0, *ranks.without_layer(name.removeprefix(prefix)))
 
-def _of_model(checkpoint: Checkpoint, file: str, prefix: str) -> dict[str, TensorInfo]:
-    found = checkpoint.files[file].tensors
-    return {n: t for n, t in found.items() if n.startswith(prefix) and not _is_state(n)}
-
-
-def _is_state(name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in IGNORED)
-
-
-def _joined(checkpoint: Checkpoint, stages: list[str], prefix: str) -> dict[str, TensorInfo]:
-    """The stages of one rank, which number their layers from 0 each."""
-    made: dict[str, TensorInfo] = {}
-    before = 0
-    for file in stages:
-        own = _of_model(checkpoint, file, prefix)
-        here = set()
-        for name, tensor in own.items():
-            short = name.removeprefix(prefix)
-            if m := re.match(r"decoder\.layers\.(\d{1,6})\.", short):
-                here.add(int(m[1]))
-                short = f"decoder.layers.{before + int(m[1])}.{short[m.end() :]}"
-            if short in made:
-                message = f"expected the tensor on one stage, found it in {made[short].file} too"
-                fail("shard-conflict", message, file=file, where=name)
-            made[short] = tensor
-        if here != set(range(len(here))):
-            message = f"expected the stage's layers 0 to {len(here) - 1}, found {sorted(here)[:8]}"
-            fail("missing-tensor", message, file=file)
-        before += len(here)
-    return made
-
-
-def _check_gated(source: Source) -> None:
-    down, up = (source.first(f"decoder.layers.0.mlp.linear_fc{k}.weight") for k in (2, 1))
+    run = ranks.open_ranks(checkpoint, "core", own)
+    down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
     if down is None or up is None or up.shape[0] != 2 * down.shape[-1]:
         fail(
             "unsupported",
             "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
-            file=source.checkpoint.path.name,
+            file=checkpoint.path.name,
         )
-
-
-# --- numbers --------------------------------------------------------------------------------------------
-
-
-def dimensions(d: Source, facts: Facts) -> dict[str, Value]:
-    for name, allowed in COMPUTED.items():
-        found = (facts.document or {}).get(name)
-        if found not in allowed:
-            facts.refuse("unsupported", f"expected {allowed[0]}, found {str(found)[:40]}", name)
-    layers = Value(d.layers, "layers in the tensor names")
-    sizes = {
-        "hidden_size": facts.integer("hidden_size", "hidden_size", rule=d.size(WORDS, 1, shared=False)),
-        "intermediate_size": facts.integer(
-            "intermediate_size", "ffn_hidden_size", rule=d.size(f"{S}mlp.linear_fc2.weight", 1)
-        ),
-        "num_hidden_layers": facts.integer("num_hidden_layers", "num_layers", rule=layers, maximum=10_000),
-        "num_attention_heads": facts.integer(
-            "num_attention_heads", "num_attention_heads", ask="the number of query heads"
-        ),
-    }
-    facts.check()
-    told = facts.document or {}
-    grouped = told.get("group_query_attention")
-    key = ("num_query_groups",) if grouped else ()
-    heads = sizes["num_attention_heads"]
-    as_many = Value(heads.value, "args: group_query_attention is not set, so one for each query head")
-    sizes["num_key_value_heads"] = facts.integer(
-        "num_key_value_heads", *key, rule=as_many if told and not grouped else None
-    )
-    facts.used.add("num_query_groups")
-    key_eps = "norm_epsilon" if facts.given("norm_epsilon") else "layernorm_epsilon"
-    sizes["rms_norm_eps"] = facts.number("rms_norm_eps", key_eps, ask="the epsilon of the norms")
-    sizes["rope_theta"] = facts.number("rope_theta", "rotary_base", ask="the base of the rotary frequencies")
-    rows = d.size(WORDS, 0)
-    words = next((k for k in ("orig_vocab_size", "vocab_size") if facts.given(k)), None)
-    sizes["vocab_size"] = facts.integer("vocab_size", *([words] if words else []), rule=rows)
-    if rows is not None and sizes["vocab_size"].value > rows.value:
-        message = f"expected at least {sizes['vocab_size'].value} words ({sizes['vocab_size'].source}), found"
-        facts.refuse("config-mismatch", f"{message} {rows.value} ({rows.source})", "vocab_size")
-    sizes["tie_word_embeddings"] = _tie(d, facts)
-    facts.check()
-    width, kv = sizes["hidden_size"].value, sizes["num_key_value_heads"].value
-    if width % heads.value or told.get("kv_channels") not in (None, width // heads.value):
-        found = told.get("kv_channels") or "a rest"
-        message = f"expected heads of {width} / {heads.value} channels, found {found}"
-        facts.refuse("config-mismatch", message, "num_attention_heads")
-    elif heads.value % kv or kv % d.ranks:
-        message = (
-            f"expected {kv} key/value heads that divide {heads.value} and that {d.ranks} ranks share evenly"
-        )
-        facts.refuse("config-mismatch", f"{message}, found a rest", "num_key_value_heads")
-    facts.check()
-    return sizes
-
-
-def _tie(ranks: Source, facts: Facts) -> Value:
-    key, name = "untie_embeddings_and_output_weights", "tie_word_embeddings"
-    apart = HEAD in ranks.tensors and ranks.stages == 1
-    rule_ = Value(not apart, f"rule: {'an' if apart else 'no'} output layer apart from the embedding")
-    if name not in facts.settings and facts.given(key):
-        untied = facts.boolean(key, key, rule=rule_)
-        found = Value(not untied.value, untied.source)
-    else:
-        found = facts.boolean(name, rule=rule_)
-    if not found.value and HEAD not in ranks.tensors:
-        facts.refuse("missing-tensor", f"expected this tensor ({found.source}), found none", HEAD)
-    return found
-
-
-def axes_of(sizes: Mapping[str, Value], rows: int) -> dict[str, int]:
-    """k key/value heads, s queries that share one, the key and the value, n query heads, h head width, d
-    width, g gate and up, f feed-forward width, v words with their padding."""
-    n, k, d = (sizes[f"{x}"].value for x in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
-    return {
-        "n": n,
-        "k": k,
-        "s": n // k + 2,
-        "h": d // n,
-        "d": d,
-        "g": 2,
-        "f": sizes["intermediate_size"].value,
-        "v": rows,
-    }
+    return run
 
 
 # --- to Hugging Face ------------------------------------------------------------------------------------
 
-FREE = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
-PUBLISHED_ROWS = (151936, 152064)
-END_OF_TEXT = 151643
 
-
-def plan(checkpoint: Checkpoint, options: Options) -> Plan:
+def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     if options.gqa is not None:
         message = "expected the Hugging Face layout, found Megatron-Core's"
         fail("usage", message, where="--gqa", hint="convert first, then pool the heads of what comes out")
-    download = open_ranks(checkpoint)
-    facts = Facts(download.told, "args", options.settings)
-    sizes = dimensions(download, facts)
-    rows = download.size(WORDS, 0)
-    padded = sizes["vocab_size"] if rows is None else rows
-    why = "family qwen2"
-    config: dict[str, Value] = {
-        "architectures": facts.fixed("architectures", ["Qwen2ForCausalLM"], why),
-        "model_type": facts.fixed("model_type", "qwen2", why),
-        "hidden_act": facts.fixed("hidden_act", "silu", "args: swiglu"),
-        **sizes,
-        "use_sliding_window": facts.fixed("use_sliding_window", False, "Megatron-Core's GPT has no window"),
-        "max_position_embeddings": facts.integer(
-            "max_position_embeddings", "max_position_embeddings", ask="the longest text"
-        ),
-        "torch_dtype": dtype_value(download, options),
-        **{name: facts.like(name, v, "default of Qwen2Config") for name, v in FREE.items()},
-    }
-    ids = ("bos_token_id", "eos_token_id")
-    if padded.value in PUBLISHED_ROWS or set(ids) & facts.settings.keys():
-        end = Value(END_OF_TEXT, "rule: <|endoftext|> in every Qwen2 vocabulary")
-        config |= {name: facts.token_ids(name, rule=end) for name in ids}
+    run, why = open_run(m, checkpoint), f"family {m.family}"
+    rows, ids = run.size(WORDS, 0), ("bos_token_id", "eos_token_id")
+    published_words = rows is not None and rows.value in m.published_rows
+    end = given(m.end_of_text, f"<|endoftext|> in every {m.model} vocabulary")
+    facts = Facts(run.told, "args", options.settings)
+    fields = by_name(
+        only("architectures", [m.architecture], why),
+        only("model_type", m.model_type, why),
+        FIELDS,
+        m.fields,
+        LENGTH,
+        DTYPE,
+        free(f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True),
+        [token_ids(n, rule=end) for n in ids if published_words or set(ids) & facts.settings.keys()],
+    )
+    known = Known(fields, facts, run, options)
+    for name, allowed in COMPUTED.items():
+        if (found := args_of(known).get(name)) not in allowed:
+            known.refuse("unsupported", f"expected {allowed[0]}, found {str(found)[:40]}", name)
+    config = known.values()
     facts.check_settings({*config, *ids})
     facts.check()
-    words = sizes["vocab_size"].value
+    words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
     tokenizer = published.copied(published.tokenizer_files(checkpoint, options))
     notes = [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
-    if padded.value != words:
-        notes.append(f"{padded.value - words} rows of padding after the {words} words were left out")
-    engine, head = engine_of(download), HEAD in download.tensors
-    kept = {
-        "form": "mcore",
-        "tensor_parallel": download.ranks,
-        "rows": padded.value,
-        "engine": engine,
-        "head": head,
-    }
-    beside = Written("qwen2", config, [generation_config(config), *tokenizer], IGNORED, notes, kept)
-    return to_hf(rows_of(sizes, padded.value, engine=engine, head=head), download, options, beside)
-
-
-def rows_of(sizes: Mapping[str, Value], rows: int, *, engine: bool, head: bool) -> Table:
-    tied = bool(sizes["tie_word_embeddings"].value)
-    shared = sizes["num_attention_heads"].value // sizes["num_key_value_heads"].value
-    return Table(
-        table(shared, engine=engine, tied=tied, head=head),
-        axes_of(sizes, rows),
-        FIELDS,
-        sizes,
-        sizes["num_hidden_layers"],
-        sizes["vocab_size"].value,
-    )
+    if padding != words:
+        notes.append(f"{padding - words} rows of padding after the {words} words were left out")
+    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, OUTPUT in run.tensors
+    kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
+    documents = [generation_config(config), *tokenizer]
+    written = Written(m.family, config, documents, IGNORED, notes, kept)
+    return to_hf(rows_of(known, padding, engine=engine, head=head), run, options, written)
 
 
 # --- from Hugging Face ----------------------------------------------------------------------------------
 
 
-def plan_original(
-    checkpoint: Checkpoint, options: Options, download: Source, facts: Facts, sizes: Mapping[str, Value]
-) -> Plan:
+def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
-    once = kept_facts(checkpoint)
-    asked = options.family_options.get("tensor_parallel") or (options.shards if options.shards > 1 else None)
-    count = int(asked or once.get("tensor_parallel") or 1)
-    words = sizes["vocab_size"].value
-    multiple = DIVISOR * count
-    rows = -(-words // multiple) * multiple
-    if once.get("tensor_parallel") == count and type(once.get("rows")) is int and once["rows"] >= words:
-        rows = once["rows"]
-    _check_shares(sizes, rows, count)
-    if sizes["rope_scaling"].value is not None or sizes["use_sliding_window"].value:
+    facts, made = known.facts, known.values(known.fields)
+    facts.check()
+    known = Known(by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, made=made)
+    form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
+    ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
+    if any(made[name].value for name in m.unsaid):
         message = (
             "expected no scaled frequencies and no window, which the args written here do not say, found some"
         )
         fail("unsupported", message, file="config.json")
-    length = facts.integer("max_position_embeddings", "max_position_embeddings")
-    facts.check_settings({*sizes, "max_position_embeddings"})
+    known.value(LENGTH.name)
+    facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
-    tied = bool(sizes["tie_word_embeddings"].value)
-    files = [f"release/{folder_name(t, 0, False)}/{FILE}" for t in range(count)]
-    dtype = options.dtype or download.dtype
-    args = arguments_of(sizes, length, rows, count, dtype)
-    notes = []
-    if rows != words:
-        notes.append(f"{rows - words} rows of padding follow the {words} words; they repeat the first words")
+    words, tied = known["vocab_size"], bool(known["tie_word_embeddings"])
+    left = form.rows - words
+    notes = [f"{left} rows of padding follow the {words} words; they repeat the first words"] if left else []
     written = Written(
-        "qwen2",
-        args,
-        [
-            OutputDocument(TRACKER, b"release", "names the folder of the ranks"),
-            *published.copied(published.tokenizer_files(checkpoint, options)),
-        ],
+        m.family,
+        _args(m, known, form),
+        published.copied(published.tokenizer_files(checkpoint, options)),
         {"lm_head.weight": "the same as the embedding"} if tied else {},
         notes,
-        {"form": "mcore", "tensor_parallel": count},
+        {"form": "mcore", "tensor_parallel": form.ranks},
     )
-    made = to_original(
-        rows_of(sizes, rows, engine=bool(once.get("engine", True)), head=not tied),
-        download,
-        options,
-        written,
-        files=files,
-        homes=lambda name: [(f, dtype, f"model.{name}") for f in files],
-    )
-    beside = {
-        "args": Namespace({k: v.value for k, v in args.items()}),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-    }
-    return replace(made, outputs=tuple(replace(f, dicts=("model",), beside=beside) for f in made.outputs))
+    table = rows_of(known, form.rows, engine=bool(known.once.get("engine", True)), head=not tied)
+    return ranks.to_ranks(table, known.source, options, written, form, str)
 
 
-def _check_shares(sizes: Mapping[str, Value], rows: int, count: int) -> None:
-    shared = {n: sizes[n].value for n in ("num_key_value_heads", "intermediate_size")} | {
-        "padded words": rows
-    }
-    fail_all(
-        Problem(
-            "config-mismatch",
-            f"expected {name} {number} to divide by {count} tensor-parallel ranks, found a rest",
-            where="--tensor-parallel",
-        )
-        for name, number in shared.items()
-        if number % count
-    )
-
-
-def arguments_of(
-    sizes: Mapping[str, Value], length: Value, rows: int, count: int, dtype: str
-) -> dict[str, Value]:
+def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
     """The pickled args, under the names of core_v0.9.0 (megatron/training/arguments.py)."""
-    of_qwen2 = "Qwen2's architecture"
-    kv = sizes["num_key_value_heads"]
-    return {
-        "num_layers": sizes["num_hidden_layers"],
-        "hidden_size": sizes["hidden_size"],
-        "ffn_hidden_size": sizes["intermediate_size"],
-        "num_attention_heads": sizes["num_attention_heads"],
-        "group_query_attention": Value(kv.value != sizes["num_attention_heads"].value, kv.source),
-        "num_query_groups": kv,
-        "kv_channels": Value(
-            sizes["hidden_size"].value // sizes["num_attention_heads"].value, "width / heads"
-        ),
-        "max_position_embeddings": length,
-        "seq_length": length,
-        "padded_vocab_size": Value(rows, "rows to write"),
-        "orig_vocab_size": sizes["vocab_size"],
-        "norm_epsilon": sizes["rms_norm_eps"],
-        "rotary_base": sizes["rope_theta"],
-        "untie_embeddings_and_output_weights": Value(
-            not sizes["tie_word_embeddings"].value, sizes["tie_word_embeddings"].source
-        ),
-        "swiglu": Value(True, of_qwen2),
-        "normalization": Value("RMSNorm", of_qwen2),
-        "add_bias_linear": Value(False, of_qwen2),
-        "add_qkv_bias": Value(True, of_qwen2),
-        "position_embedding_type": Value("rope", of_qwen2),
-        "rotary_percent": Value(1.0, of_qwen2),
-        "tensor_model_parallel_size": Value(count, "ranks to write"),
-        "pipeline_model_parallel_size": Value(1, "one stage"),
-        "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),
+    dtype = known.options.dtype or known.source.dtype
+    kv, tied = known.value("num_key_value_heads"), known.value("tie_word_embeddings")
+    grouped = Value(kv.value != known["num_attention_heads"], kv.source)
+    untied = Value(not tied.value, tied.source)
+    architecture = {k: Value(v[0], f"{m.model}'s architecture") for k, v in list(COMPUTED.items())[:6]}
+    entries = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        lambda _: {"group_query_attention": grouped},
+        "num_query_groups",
+        ranks.head_width,
+        "max_position_embeddings",
+        "seq_length",
+        lambda _: {"padded_vocab_size": Value(form.rows, "rows to write")},
+        "orig_vocab_size",
+        "norm_epsilon",
+        "rotary_base",
+        lambda _: {"untie_embeddings_and_output_weights": untied},
+        lambda _: architecture,
+        lambda _: {"tensor_model_parallel_size": Value(form.ranks, "ranks to write")},
+        lambda _: {"pipeline_model_parallel_size": Value(1, "one stage")},
+        lambda _: {"params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors")},
+    )
+    own = {
+        "num_query_groups": "num_key_value_heads",
+        "seq_length": "max_position_embeddings",
+        "orig_vocab_size": "vocab_size",
+        "norm_epsilon": "rms_norm_eps",
     }
-
-
-class _Core:
-    """Megatron-Core's GPT as another layout of a published family."""
-
-    title = "Megatron-Core"
-    options = (SHARDS, TENSOR_PARALLEL)
-
-    def holds(self, names: Sequence[str]) -> bool:
-        return prefix_of(names) is not None
-
-    def recognise(self, names: Sequence[str]) -> tuple[bool, str]:
-        return recognise(set(names))
-
-    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan:
-        return plan(checkpoint, options)
-
-    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
-        return plan_original(checkpoint, options, known.source, known.facts, known.values())
-
-
-LAYOUT = _Core()
+    return document(known, entries, own)

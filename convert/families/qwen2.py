@@ -95,6 +95,18 @@ FIELDS = by_name(
     count("head_dim", silent=lambda known: Value(head_width(known), ""), check=heads_fit, hidden=True),
 )
 
+CORE = megatron_core.Core(
+    family="qwen2",
+    model="Qwen2",
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    config=CLASS,
+    fields=(only("use_sliding_window", False, "Megatron-Core's GPT has no window"),),
+    unsaid=("rope_scaling", "use_sliding_window"),
+    published_rows=(151936, 152064),
+    end_of_text=151643,
+)
+
 FAMILY = published.family(
     name="qwen2",
     title="Qwen2",
@@ -106,7 +118,7 @@ FAMILY = published.family(
     told_by="model.layers.0.self_attn.q_proj.bias",
     never="model.layers.0.self_attn.o_proj.bias",
     why="Hugging Face names with biases for query, key and value, as Qwen2's are",
-    layouts={"mcore": megatron_core.LAYOUT},
+    layouts={"mcore": CORE},
     pools=True,
     vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )

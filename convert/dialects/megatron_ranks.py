@@ -1,0 +1,292 @@
+"""The files of a Megatron checkpoint of any age, read and written: ranks that each hold a share of every
+tensor, pipeline stages that count their layers from 0, and the pickled args beside the tensors.
+
+    latest_checkpointed_iteration.txt, release/mp_rank_TT[_PPP]/model_optim_rng.pt
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.megatron import FILE, TRACKER, arguments, check_same_run, folder_name, grid
+from ckpt_tool.checkpoint.torch_zip_writer import Namespace
+from ckpt_tool.convert.crosscheck import rank_problems
+from ckpt_tool.convert.dialects.megatron_names import DICTS, FIRST, is_core
+from ckpt_tool.convert.layout import Home
+from ckpt_tool.convert.numbers import Field, Known, number
+from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
+from ckpt_tool.convert.source import Source
+from ckpt_tool.convert.weave import Table, Written, to_original
+from ckpt_tool.errors import Problem, fail_all
+
+OPTIONS = (SHARDS, TENSOR_PARALLEL)
+DIVISOR = 128  # --make-vocab-size-divisible-by, by default
+RELEASE = "release"
+OUTPUT = "output_layer.weight"
+IGNORED = {
+    r"optimizer\..*": "state of the optimizer: only training needs it",
+    r"(lr|opt_param)_scheduler\..*": "state of the schedule: only training needs it",
+    r"(random_|np_|torch_|cuda_)?rng_state(\..*)?": "random numbers of the training run",
+    r"rng_tracker_states\..*": "random numbers of the training run",
+    r"(rerun_state_machine|ft_state|content_metadata)\..*": "state of the training run",
+    r".*\._extra_state(\..*)?": "scales for 8-bit training",
+}
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Source):
+    """What the files say of the run beside the tensors. `told` are the pickled args, None where the file has
+    none; `said_version` is None where it says no checkpoint_version, which stands for 0. `files` are
+    [rank][stage], `chunks` counts the virtual stages."""
+
+    age: str
+    files: list[list[str]]
+    chunks: int = 1
+    said_version: float | None = None
+    iteration: int | None = None
+
+    @property
+    def version(self) -> float:
+        return self.said_version or 0.0
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        return self.told or {}
+
+
+class Own(NamedTuple):
+    """A tensor of the model in a file: its name there, its virtual stage, its name in the tables with `{i}`
+    for the layer, and that layer's number on this stage."""
+
+    name: str
+    chunk: int
+    table: str
+    layer: int | None
+
+
+def without_layer(name: str) -> tuple[str, int | None]:
+    """The name with `{i}` for its layer, and the layer's number."""
+    m = re.search(r"(?<=layers\.)\d{1,6}(?=\.)", name)
+    return (name, None) if m is None else (f"{name[: m.start()]}{{i}}{name[m.end() :]}", int(m[0]))
+
+
+def open_ranks(checkpoint: Checkpoint, age: str, own: Callable[[Iterable[str]], Iterable[Own]]) -> Run:
+    """Sort out the files; `own` finds the tensors of the model among the names in one. Kinds:
+    `missing-shard`, `missing-tensor`, `shard-conflict`."""
+    check_same_run(checkpoint)
+    files = grid(checkpoint)
+    found = {f: list(own(checkpoint.files[f].tensors)) for row in files for f in row}
+    ranks = [_Rank.joined(checkpoint, {f: found[f] for f in row}) for row in files]
+    held = {f: {t.name: checkpoint.files[f].tensors[t.name] for t in own} for f, own in found.items()}
+    columns = [[row[stage] for row in files] for stage in range(len(files[0]))]
+    fail_all(p for column in columns for p in rank_problems(column, held))
+    return Run(
+        checkpoint,
+        {n: tuple(rank.tensors[n] for rank in ranks) for n in ranks[0].tensors},
+        len(files),
+        ranks[0].layers,
+        arguments(checkpoint.files[files[0][0]]),
+        stages=len(files[0]),
+        age=age,
+        files=files,
+        chunks=ranks[0].chunks,
+    )
+
+
+@dataclass(frozen=True)
+class _Rank:
+    tensors: dict[str, TensorInfo]  # by their names in the tables
+    chunks: int
+    layers: int
+
+    @staticmethod
+    def joined(checkpoint: Checkpoint, stages: Mapping[str, list[Own]]) -> _Rank:
+        """The stages of a rank joined. A stage counts its layers from 0; they follow on those of the stage
+        before, and with virtual stages (`model0`, `model1`, ...) the first of every stage comes before any
+        second."""
+        chunks = 1 + max((t.chunk for own in stages.values() for t in own), default=0)
+        problems: list[Problem] = []
+        found: dict[str, TensorInfo] = {}
+        before = 0
+        for chunk, (file, own) in ((c, s) for c in range(chunks) for s in stages.items()):
+            entries = [t for t in own if t.chunk == chunk]
+            if not entries:
+                message = f"expected tensors of model{chunk}, as on other stages, found none"
+                problems.append(Problem("missing-tensor", message, file))
+            here = {t.layer for t in entries if t.layer is not None}
+            if here != set(range(len(here))):
+                shown = ", ".join(map(str, sorted(here)[:8]))
+                message = f"expected the stage's layers 0 to {len(here) - 1}, found {shown}"
+                problems.append(Problem("missing-tensor", message, file, "layers"))
+            for t in entries:
+                full = t.table if t.layer is None else t.table.replace("{i}", str(before + t.layer))
+                tensor = checkpoint.files[file].tensors[t.name]
+                if full in found:
+                    message = f"expected the tensor on one stage, found it in {found[full].file} too"
+                    problems.append(Problem("shard-conflict", message, file, t.name))
+                found[full] = tensor
+            before += len(here)
+        fail_all(problems)
+        return _Rank(found, chunks, before)
+
+
+# --- numbers that every age has -------------------------------------------------------------------------
+
+
+def args_of(known: Known) -> Mapping[str, Any]:
+    return known.source.told or {}
+
+
+def epsilon(name: str, **more: Any) -> Field:
+    """The norms' epsilon, which args call by either of two names."""
+
+    def keys(known: Known) -> tuple[str, ...]:
+        return ("norm_epsilon" if known.facts.given("norm_epsilon") else "layernorm_epsilon",)
+
+    return number(name, read=keys, **more)
+
+
+def tie(known: Known) -> Value:
+    """Whether the output layer is the embedding: unless args say that it is not, or there is an output layer
+    of its own where no stage needs a copy of the embedding."""
+    key, run = "untie_embeddings_and_output_weights", known.source
+    if known.facts.given(key):
+        untied = known.facts.boolean(key, key, rule=None)
+        return Value(not untied.value, untied.source)
+    assert isinstance(run, Run)
+    apart = OUTPUT in run.tensors and (not is_core(run.age) or run.stages == 1)
+    return Value(not apart, f"rule: {'an' if apart else 'no'} output layer apart from the embedding")
+
+
+def output_is_there(known: Known, tied: Value) -> Value:
+    if not known.back and not tied.value and OUTPUT not in known.source.tensors:
+        message = f"expected this tensor ({tied.source}), found none"
+        known.refuse("missing-tensor", message, OUTPUT)
+    return tied
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to write: `version` None writes no checkpoint_version, which stands for 0. `rows` is the vocabulary
+    with its padding, `chunks` counts the virtual stages."""
+
+    ranks: int
+    rows: int
+    age: str = "core"
+    version: float | None = 3.0
+    stages: int = 1
+    chunks: int = 1
+    iteration: int = 0
+    release: bool = True
+
+    @property
+    def tracker(self) -> str:
+        return RELEASE if self.release else str(self.iteration)
+
+    def files(self) -> list[list[str]]:
+        """[rank][stage]."""
+        folder, staged = RELEASE if self.release else f"iter_{self.iteration:07d}", self.stages > 1
+        return [
+            [f"{folder}/{folder_name(t, p, staged)}/{FILE}" for p in range(self.stages)]
+            for t in range(self.ranks)
+        ]
+
+
+def whole_number(*found: Any, otherwise: int = 1) -> int:
+    """The first that is one above 0."""
+    return next((n for n in found if type(n) is int and 0 < n < 10**9), otherwise)
+
+
+def ranks_of(known: Known) -> int:
+    """How many ranks to write: as asked, else as the original had."""
+    shards = known.options.shards if known.options.shards > 1 else None
+    asked = known.options.family_options.get("tensor_parallel") or shards
+    return whole_number(asked, known.once.get("tensor_parallel"))
+
+
+def padded(known: Known, ranks: int, divisor: int = DIVISOR) -> int:
+    """The rows of the vocabulary with their padding, as they were if the words and the ranks are the same."""
+    words, once = known["vocab_size"], known.once
+    rows: int = -(-words // (divisor * ranks)) * divisor * ranks
+    if once.get("tensor_parallel") == ranks and once.get("words", words) == words:
+        kept = whole_number(once.get("rows"), otherwise=rows)
+        rows = kept if kept >= words else rows
+    return rows
+
+
+def check_shares(known: Known, form: Form, *shared: str) -> None:
+    """Fail with `config-mismatch` for numbers that the ranks and stages cannot share out."""
+    sizes = {name: int(known[name]) for name in shared} | {"the padded vocabulary": form.rows}
+    found = [(name, size, form.ranks, "--tensor-parallel") for name, size in sizes.items()]
+    found.append(("num_hidden_layers", known["num_hidden_layers"], form.stages, "--pipeline-parallel"))
+    fail_all(
+        Problem(
+            "config-mismatch",
+            f"expected {name} {size} to divide by {by_name} {by}, found a rest",
+            where=by_name,
+        )
+        for name, size, by, by_name in found
+        if size % by
+    )
+
+
+def head_width(known: Known) -> dict[str, Value]:
+    width = known["hidden_size"] // known["num_attention_heads"]
+    return {"kv_channels": Value(width, "width / heads")}
+
+
+def to_ranks(
+    table: Table, source: Source, options: Options, written: Written, form: Form, own: Callable[[str], str]
+) -> Plan:
+    """The plan of the way back; the config of `written` are the args, and `own` gives a file's name for one
+    of the table, `{i}` for the layer in both."""
+    tracker = OutputDocument(TRACKER, form.tracker.encode(), "names the folder of the ranks")
+    files = form.files()
+    plan = to_original(
+        table,
+        source,
+        options,
+        replace(written, documents=[tracker, *written.documents]),
+        files=[f for stage in zip(*files, strict=True) for f in stage],
+        homes=_homes(form, files, table.layers.value, options.dtype or source.dtype, own),
+    )
+    beside: dict[str, object] = {"args": Namespace({k: v.value for k, v in written.config.items()})}
+    if form.version is not None:
+        beside["checkpoint_version"] = form.version
+    beside["iteration"] = form.iteration
+    dicts = tuple(d.replace("model", m, 1) for m in _models(form) for d in DICTS[form.age])
+    return replace(plan, outputs=tuple(replace(f, dicts=dicts, beside=beside) for f in plan.outputs))
+
+
+def _models(form: Form) -> list[str]:
+    return [f"model{k}" for k in range(form.chunks)] if form.chunks > 1 else ["model"]
+
+
+def _homes(
+    form: Form, files: list[list[str]], layers: int, dtype: str, own: Callable[[str], str]
+) -> Callable[[str], list[Home]]:
+    """Where each tensor of the tables goes, and what it is called there."""
+    each, models = layers // (form.stages * form.chunks), _models(form)
+
+    def homes(name: str) -> list[Home]:
+        template, layer = without_layer(name)
+        if layer is None:
+            part, local = (0 if name.startswith(FIRST) else form.stages * form.chunks - 1), 0
+        else:
+            part, local = divmod(layer, each)
+        chunk, stage = divmod(part, form.stages)
+        there = f"{models[chunk]}.{own(template).replace('{i}', str(local))}"
+        return [(row[stage], dtype, there) for row in files]
+
+    return homes
