@@ -65,6 +65,16 @@ def test_no_family_knows_another_but_by_name() -> None:
     assert known == set()
 
 
+def test_ranks_of_megatron_are_opened_in_one_place() -> None:
+    """Of every age, Megatron-Core's included."""
+    openers = {
+        path
+        for path, tree in modules("convert")
+        if {"grid", "arguments"} & taken_from(tree, "ckpt_tool.checkpoint.megatron")
+    }
+    assert openers == {"convert/dialects/megatron_ranks.py"}
+
+
 def test_functions_fit_on_a_page() -> None:
     longest = 60
     long = {
