@@ -19,9 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tool import api, reference
-from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.checkpoint.pickle_records import Global, Inert
 from ckpt_tool.convert.dialects.megatron_args import feed_forward_gelu, lm_head_gelu
 from ckpt_tool.convert.dialects.megatron_names import AGES, age_of, own_names
 from ckpt_tool.convert.dialects.megatron_ranks import Run
@@ -32,6 +31,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import variants
 from ckpt_tool.fixtures.families.megatron_bert import TWO_GELUS
 from ckpt_tool.fixtures.megatron import Megatron
+from tests.headers_only import Held, beside, held, hugging_face, planned, rank_files
 from tests.megatron_models import AGES as SPELLINGS
 from tests.megatron_models import (
     FAMILIES,
@@ -51,42 +51,6 @@ FULL = {n: t.float() for n, t in tensors().items()}
 VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
 STAGES = {1: (4,), 2: (2, 2)}
 Arrays = dict[tuple[str, str], np.ndarray]  # (file, tensor) -> raw bits
-
-
-class Held(TensorFile):
-    """A container that is not on a disk: headers, and what stands beside the tensors."""
-
-    def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> None:
-        self.name, self.path, self.format, self.metadata = name, Path(name), "torch-zip", metadata
-        self.tensors = {n: TensorInfo(n, "F32", shape, name) for n, shape in shapes.items()}
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        raise AssertionError(f"planning read the data of {name}")
-
-    def extent(self, name: str) -> tuple[int, int] | None:
-        return None
-
-    def check_unchanged(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def beside(version: float | None, told: Mapping[str, Any] | None, iteration: int = 10) -> dict[str, Any]:
-    found: dict[str, Any] = {"iteration": iteration}
-    if version is not None:
-        found["checkpoint_version"] = version
-    if told is not None:
-        found["args"] = Inert(Global("argparse", "Namespace"), (), 0, dict(told))
-    return found
-
-
-def held(
-    contents: Mapping[str, Mapping[str, tuple[int, ...]]],
-    metadata: Mapping[str, Any],
-    documents: Mapping[str, Path] | None = None,
-) -> Checkpoint:
-    found = {n: Document(n, p, p.stat().st_size) for n, p in (documents or {}).items()}
-    return Checkpoint(Path("m"), {f: Held(f, shapes, metadata) for f, shapes in contents.items()}, found)
 
 
 def original(
@@ -116,13 +80,6 @@ def original(
     )
 
 
-def shapes_of(arrays: Arrays) -> dict[str, dict[str, tuple[int, ...]]]:
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for (file, name), values in arrays.items():
-        found.setdefault(file, {})[name] = values.shape
-    return found
-
-
 def carried_out(plan: Plan, arrays: Arrays) -> Arrays:
     """The tensors a plan makes; what it compares must be equal where the step reaches."""
     made: Arrays = {}
@@ -140,24 +97,25 @@ def carried_out(plan: Plan, arrays: Arrays) -> Arrays:
 
 def converted(plan: Plan, made: Arrays, tmp_path: Path) -> Checkpoint:
     """What opening the output of a plan to Hugging Face would give."""
-    documents = {d.name: d.content for d in plan.documents}
-    documents["ckpt-tool.json"] = json.dumps({"original": dict(plan.original)}).encode()
-    for name, content in documents.items():
-        (tmp_path / name).write_bytes(content)
-    return held(shapes_of(made), {}, {name: tmp_path / name for name in documents})
+    assert shapes_of(made) == planned(plan)
+    return hugging_face(plan, tmp_path)
 
 
 def again(plan: Plan, made: Arrays) -> Checkpoint:
     """What opening the output of a plan to an original would give."""
-    (metadata,) = [dict(f.beside) for f in plan.outputs[:1]]
-    told = metadata.pop("args").fields
-    return held(
-        shapes_of(made), {**metadata, "args": Inert(Global("argparse", "Namespace"), (), 0, dict(told))}
-    )
+    assert shapes_of(made) == planned(plan)
+    return rank_files(plan)
 
 
 def truth(name: str, words: int = WORDS) -> dict[str, np.ndarray]:
     return {n: t.contiguous().numpy().view("<u4") for n, t in hf_state(FULL, name, words).items()}
+
+
+def shapes_of(arrays: Arrays) -> dict[str, dict[str, tuple[int, ...]]]:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for (file, name), values in arrays.items():
+        found.setdefault(file, {})[name] = values.shape
+    return found
 
 
 def check(made: Arrays, wanted: Mapping[str, np.ndarray]) -> None:

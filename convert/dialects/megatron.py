@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.megatron import check_complete, check_same_run
+from ckpt_tool.convert import numbers
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.megatron_args import (
@@ -39,20 +40,7 @@ from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, wh
 from ckpt_tool.convert.dialects.megatron_words import Sizes, padding_notes, published_as, read_tokenizer
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.numbers import (
-    Class,
-    Field,
-    Known,
-    Size,
-    by_name,
-    count,
-    document,
-    flag,
-    follows,
-    only,
-    special,
-    table_of,
-)
+from ckpt_tool.convert.numbers import Class, Field, Known, Size, by_name, count, flag, follows, only, special
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
@@ -63,16 +51,12 @@ from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 COPY = "word_embeddings_for_head.weight"
+ASKED_VERSIONS = ("0", "1.0", "2.0", "3.0")
 OPTIONS = (
     Option("keep_padding", "Keep the rows that pad the vocabulary.", "hf"),
     *ranks.OPTIONS,
     Option("pipeline_parallel", "Pipeline stages to write.", "original", most=1024, metavar="M"),
-    Option(
-        "checkpoint_version",
-        "Order of query_key_value to write.",
-        "original",
-        choices=("0", "1.0", "2.0", "3.0"),
-    ),
+    Option("checkpoint_version", "Order of query_key_value to write.", "original", ASKED_VERSIONS),
 )
 
 
@@ -252,7 +236,7 @@ def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None)
     last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
     table = (*m.rows(known, order), *((last,) if output else ()))
     axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
-    return replace(table_of(known, table, axes), words=known["vocab_size"])
+    return replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
 
 
 # --- opening --------------------------------------------------------------------------------------------
@@ -460,7 +444,7 @@ def _form(known: Known) -> Form:
     """What the user asked for, else what the original was, else version 3.0 of one rank. Raises what cannot
     be shared out."""
     asked, once = known.options.family_options, known.once
-    version = _asked_version(asked.get("checkpoint_version"), once)
+    version = _version_to_write(known)
     age = once.get("age")
     as_core = isinstance(age, str) and is_core(age) and asked.get("checkpoint_version") is not None
     if not isinstance(age, str) or age not in AGES or (as_core and version != 3.0):
@@ -493,53 +477,33 @@ def _divisor(known: Known) -> int:
     return whole_number(_once_args(known).get("make_vocab_size_divisible_by"), otherwise=ranks.DIVISOR)
 
 
-def _asked_version(asked: Any, once: Mapping[str, Any]) -> float | None:
+def _version_to_write(known: Known) -> float | None:
+    asked, once = known.options.family_options.get("checkpoint_version"), known.once
     if asked is None:
         found = once.get("checkpoint_version", 3.0)
-        known = isinstance(found, float | int) and found in VERSIONS
-        return float(found) if known else None if found is None else 3.0
-    try:
-        number = float(asked)
-    except (TypeError, ValueError):
-        number = -1.0
-    if number not in VERSIONS:
-        fail("usage", f"expected 0, 1.0, 2.0 or 3.0, found {asked!r}", where="--checkpoint-version")
-    return number
+        said = isinstance(found, float | int) and found in VERSIONS
+        return float(found) if said else None if found is None else 3.0
+    if asked not in ASKED_VERSIONS:
+        message = f"expected {' or '.join(ASKED_VERSIONS)}, found {asked!r}"
+        fail("usage", message, where="--checkpoint-version")
+    return float(asked)
 
 
 def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
     """The pickled args."""
-    dtype = known.options.dtype or known.source.dtype
-    eps = "norm_epsilon" if form.age == "norm" or is_core(form.age) else "layernorm_epsilon"
-    shares = {"model_parallel_size": Value(form.ranks, "ranks to write")} if (form.version or 0) < 3 else {}
+    dtype, core, sharing = known.options.dtype or known.source.dtype, is_core(form.age), "ranks to write"
+    shares = {"model_parallel_size": Value(form.ranks, sharing)} if (form.version or 0) < 3 else {}
     if form.version == 3.0 or form.stages > 1:
-        shares["tensor_model_parallel_size"] = Value(form.ranks, "ranks to write")
-        shares["pipeline_model_parallel_size"] = Value(form.stages, "ranks to write")
-    args = document(
-        known,
-        (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            ranks.head_width,
-            "max_position_embeddings",
-            "seq_length",
-            lambda _: {"padded_vocab_size": Value(form.rows, "rows to write")},
-            "orig_vocab_size",
-            lambda _: {"make_vocab_size_divisible_by": Value(_divisor(known), "the original's, or 128")},
-            eps,
-            lambda _: gelu_flags(known, is_core(form.age)),
-            lambda _: {"fp16": Value(dtype == "F16", "dtype of the tensors")},
-            lambda _: {"bf16": Value(dtype == "BF16", "dtype of the tensors")},
-            lambda _: shares,
-        ),
-        {
-            "seq_length": "max_position_embeddings",
-            "orig_vocab_size": "vocab_size",
-            eps: "layer_norm_eps",
-        },
-    )
-    kept = _once_args(known).items()
-    args |= {k: Value(v, "ckpt-tool.json: the original's args") for k, v in kept if k not in args}
-    return args | dict(m.args(known))
+        shares["tensor_model_parallel_size"] = Value(form.ranks, sharing)
+        shares["pipeline_model_parallel_size"] = Value(form.stages, sharing)
+    args = {
+        **ranks.shared_args(known, form, {}),
+        "make_vocab_size_divisible_by": Value(_divisor(known), "the original's, or 128"),
+        "norm_epsilon" if core or form.age == "norm" else "layernorm_epsilon": known.value("layer_norm_eps"),
+        **gelu_flags(known, core),
+        "fp16": Value(dtype == "F16", "dtype of the tensors"),
+        "bf16": Value(dtype == "BF16", "dtype of the tensors"),
+        **shares,
+    }
+    once = {k: Value(v, "ckpt-tool.json: the original's args") for k, v in _once_args(known).items()}
+    return {**args, **{k: v for k, v in once.items() if k not in args}, **m.args(known)}

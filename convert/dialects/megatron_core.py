@@ -17,30 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
+from ckpt_tool.convert import numbers
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
 from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.numbers import (
-    DTYPE,
-    Class,
-    Field,
-    Known,
-    Size,
-    by_name,
-    count,
-    counted,
-    document,
-    flag,
-    free,
-    given,
-    measured,
-    number,
-    only,
-    table_of,
-    token_ids,
-)
+from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name, count, measured, only
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
@@ -62,14 +45,17 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
-# Args of other values are of another model; those of the first six are written.
-COMPUTED: dict[str, tuple[Any, ...]] = {
+# Args of other values are of another model.
+ARCHITECTURE: dict[str, tuple[Any, ...]] = {
     "swiglu": (True, None),
     "normalization": ("RMSNorm", None),
     "add_bias_linear": (False, None),
     "add_qkv_bias": (True, None),
     "position_embedding_type": ("rope", None),
     "rotary_percent": (1.0, None),
+}
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    **ARCHITECTURE,
     "rotary_interleaved": (False, None),
     "rotary_seq_len_interpolation_factor": (1, None),
     "apply_layernorm_1p": (False, None),
@@ -201,13 +187,13 @@ FIELDS = (
     only("hidden_act", "silu", "args: swiglu"),
     count("hidden_size", "hidden_size", rule=measured(WORDS, 1, shared=False)),
     count("intermediate_size", "ffn_hidden_size", rule=measured(f"{S}mlp.linear_fc2.weight", 1)),
-    count("num_hidden_layers", "num_layers", rule=counted),
+    count("num_hidden_layers", "num_layers", rule=numbers.counted),
     count("num_attention_heads", "num_attention_heads", ask="the number of query heads"),
     count("num_key_value_heads", read=_groups, rule=_one_each, check=_heads_fit),
     ranks.epsilon("rms_norm_eps", ask="the epsilon of the norms"),
-    number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
+    numbers.number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
     count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
-    flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
+    numbers.flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
 )
 LENGTH = count("max_position_embeddings", "max_position_embeddings", ask="the longest text")
 
@@ -225,7 +211,7 @@ def rows_of(known: Known, padded: int, *, engine: bool, head: bool) -> Table:
         "g": lambda _: 2,
         "v": lambda _: padded,
     }
-    table = table_of(known, rules(known, engine=engine, head=head), axes)
+    table = numbers.table_of(known, rules(known, engine=engine, head=head), axes)
     return replace(table, words=known["vocab_size"])
 
 
@@ -272,7 +258,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     run, why = open_run(m, checkpoint), f"family {m.family}"
     rows, ids = run.size(WORDS, 0), ("bos_token_id", "eos_token_id")
     published_words = rows is not None and rows.value in m.published_rows
-    end = given(m.end_of_text, f"<|endoftext|> in every {m.model} vocabulary")
+    end = numbers.given(m.end_of_text, f"<|endoftext|> in every {m.model} vocabulary")
     facts = Facts(run.told, "args", options.settings)
     fields = by_name(
         only("architectures", [m.architecture], why),
@@ -281,8 +267,10 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         m.fields,
         LENGTH,
         DTYPE,
-        free(f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True),
-        [token_ids(n, rule=end) for n in ids if published_words or set(ids) & facts.settings.keys()],
+        numbers.free(
+            f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True
+        ),
+        [numbers.token_ids(n, rule=end) for n in ids if published_words or set(ids) & facts.settings.keys()],
     )
     known = Known(fields, facts, run, options)
     for name, allowed in COMPUTED.items():
@@ -341,32 +329,13 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
     dtype = known.options.dtype or known.source.dtype
     kv, tied = known.value("num_key_value_heads"), known.value("tie_word_embeddings")
     grouped = Value(kv.value != known["num_attention_heads"], kv.source)
-    untied = Value(not tied.value, tied.source)
-    architecture = {k: Value(v[0], f"{m.model}'s architecture") for k, v in list(COMPUTED.items())[:6]}
-    entries = (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        lambda _: {"group_query_attention": grouped},
-        "num_query_groups",
-        ranks.head_width,
-        "max_position_embeddings",
-        "seq_length",
-        lambda _: {"padded_vocab_size": Value(form.rows, "rows to write")},
-        "orig_vocab_size",
-        "norm_epsilon",
-        "rotary_base",
-        lambda _: {"untie_embeddings_and_output_weights": untied},
-        lambda _: architecture,
-        lambda _: {"tensor_model_parallel_size": Value(form.ranks, "ranks to write")},
-        lambda _: {"pipeline_model_parallel_size": Value(1, "one stage")},
-        lambda _: {"params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors")},
-    )
-    own = {
-        "num_query_groups": "num_key_value_heads",
-        "seq_length": "max_position_embeddings",
-        "orig_vocab_size": "vocab_size",
-        "norm_epsilon": "rms_norm_eps",
+    return {
+        **ranks.shared_args(known, form, {"group_query_attention": grouped, "num_query_groups": kv}),
+        "norm_epsilon": known.value("rms_norm_eps"),
+        "rotary_base": known.value("rope_theta"),
+        "untie_embeddings_and_output_weights": Value(not tied.value, tied.source),
+        **{k: Value(v[0], f"{m.model}'s architecture") for k, v in ARCHITECTURE.items()},
+        "tensor_model_parallel_size": Value(form.ranks, "ranks to write"),
+        "pipeline_model_parallel_size": Value(1, "one stage"),
+        "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),
     }
-    return document(known, entries, own)

@@ -17,7 +17,7 @@ from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects.megatron_names import DICTS, FIRST, is_core
 from ckpt_tool.convert.layout import Home
-from ckpt_tool.convert.numbers import Field, Known, number
+from ckpt_tool.convert.numbers import Field, Known, document, number
 from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source
@@ -84,58 +84,49 @@ def open_ranks(checkpoint: Checkpoint, age: str, own: Callable[[Iterable[str]], 
     check_same_run(checkpoint)
     files = grid(checkpoint)
     found = {f: list(own(checkpoint.files[f].tensors)) for row in files for f in row}
-    ranks = [_Rank.joined(checkpoint, {f: found[f] for f in row}) for row in files]
+    chunks = 1 + max((t.chunk for own in found.values() for t in own), default=0)
+    joined = [_joined(checkpoint, {f: found[f] for f in row}, chunks) for row in files]
     held = {f: {t.name: checkpoint.files[f].tensors[t.name] for t in own} for f, own in found.items()}
     columns = [[row[stage] for row in files] for stage in range(len(files[0]))]
     fail_all(p for column in columns for p in rank_problems(column, held))
+    tensors = {n: tuple(rank[n] for rank, _ in joined) for n in joined[0][0]}
+    told, layers = arguments(checkpoint.files[files[0][0]]), joined[0][1]
     return Run(
-        checkpoint,
-        {n: tuple(rank.tensors[n] for rank in ranks) for n in ranks[0].tensors},
-        len(files),
-        ranks[0].layers,
-        arguments(checkpoint.files[files[0][0]]),
-        stages=len(files[0]),
-        age=age,
-        files=files,
-        chunks=ranks[0].chunks,
+        checkpoint, tensors, len(files), layers, told, "", len(files[0]), age=age, files=files, chunks=chunks
     )
 
 
-@dataclass(frozen=True)
-class _Rank:
-    tensors: dict[str, TensorInfo]  # by their names in the tables
-    chunks: int
-    layers: int
-
-    @staticmethod
-    def joined(checkpoint: Checkpoint, stages: Mapping[str, list[Own]]) -> _Rank:
-        """The stages of a rank joined. A stage counts its layers from 0; they follow on those of the stage
-        before, and with virtual stages (`model0`, `model1`, ...) the first of every stage comes before any
-        second."""
-        chunks = 1 + max((t.chunk for own in stages.values() for t in own), default=0)
-        problems: list[Problem] = []
-        found: dict[str, TensorInfo] = {}
-        before = 0
-        for chunk, (file, own) in ((c, s) for c in range(chunks) for s in stages.items()):
-            entries = [t for t in own if t.chunk == chunk]
-            if not entries:
-                message = f"expected tensors of model{chunk}, as on other stages, found none"
-                problems.append(Problem("missing-tensor", message, file))
-            here = {t.layer for t in entries if t.layer is not None}
-            if here != set(range(len(here))):
-                shown = ", ".join(map(str, sorted(here)[:8]))
-                message = f"expected the stage's layers 0 to {len(here) - 1}, found {shown}"
-                problems.append(Problem("missing-tensor", message, file, "layers"))
-            for t in entries:
-                full = t.table if t.layer is None else t.table.replace("{i}", str(before + t.layer))
-                tensor = checkpoint.files[file].tensors[t.name]
-                if full in found:
-                    message = f"expected the tensor on one stage, found it in {found[full].file} too"
-                    problems.append(Problem("shard-conflict", message, file, t.name))
-                found[full] = tensor
-            before += len(here)
-        fail_all(problems)
-        return _Rank(found, chunks, before)
+def _joined(
+    checkpoint: Checkpoint, stages: Mapping[str, list[Own]], chunks: int
+) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of one rank by their names in the tables, and its layers. A stage counts its layers from 0;
+    they follow on those of the stage before, and with virtual stages (`model0`, `model1`, ...) the first of
+    every stage comes before any second."""
+    parts: dict[tuple[int, str], list[Own]] = {(c, file): [] for c in range(chunks) for file in stages}
+    for file, own in stages.items():
+        for t in own:
+            parts[t.chunk, file].append(t)
+    problems: list[Problem] = []
+    found: dict[str, TensorInfo] = {}
+    before = 0
+    for (chunk, file), entries in parts.items():
+        if not entries:
+            message = f"expected tensors of model{chunk}, as on other stages, found none"
+            problems.append(Problem("missing-tensor", message, file))
+        here = {t.layer for t in entries if t.layer is not None}
+        if here != set(range(len(here))):
+            shown = ", ".join(map(str, sorted(here)[:8]))
+            message = f"expected the stage's layers 0 to {len(here) - 1}, found {shown}"
+            problems.append(Problem("missing-tensor", message, file, "layers"))
+        for t in entries:
+            full = t.table if t.layer is None else t.table.replace("{i}", str(before + t.layer))
+            if full in found:
+                message = f"expected the tensor on one stage, found it in {found[full].file} too"
+                problems.append(Problem("shard-conflict", message, file, t.name))
+            found[full] = checkpoint.files[file].tensors[t.name]
+        before += len(here)
+    fail_all(problems)
+    return found, before
 
 
 # --- numbers that every age has -------------------------------------------------------------------------
@@ -241,9 +232,18 @@ def check_shares(known: Known, form: Form, *shared: str) -> None:
     )
 
 
-def head_width(known: Known) -> dict[str, Value]:
-    width = known["hidden_size"] // known["num_attention_heads"]
-    return {"kv_channels": Value(width, "width / heads")}
+def shared_args(known: Known, form: Form, groups: Mapping[str, Value]) -> dict[str, Value]:
+    """The args that every age has; `groups` say which queries share a key and a value."""
+    length, width = known.value("max_position_embeddings"), known["hidden_size"]
+    return {
+        **document(known, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
+        **groups,
+        "kv_channels": Value(width // known["num_attention_heads"], "width / heads"),
+        "max_position_embeddings": length,
+        "seq_length": length,
+        "padded_vocab_size": Value(form.rows, "rows to write"),
+        "orig_vocab_size": known.value("vocab_size"),
+    }
 
 
 def to_ranks(
