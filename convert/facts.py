@@ -137,17 +137,22 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def one_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+ROTARY = ("rope_theta", "partial_rotary_factor")
+
+
+def one_rope(config: Mapping[str, Any], own: Mapping[str, str] | None = None) -> Mapping[str, Any]:
     """A config as transformers 4 spells it, which reads `rope_theta` and `rope_scaling`; 5 puts them into one
-    object, `rope_parameters`."""
-    rope = config.get("rope_parameters")
+    object, `rope_parameters`. `own` are the names that a class has instead of those in `ROTARY`: it does not
+    look at these beside the object, so they are left out."""
+    own = own or {}
+    rest = {k: v for k, v in config.items() if k not in own}
+    rope = rest.pop("rope_parameters", None)
     if not isinstance(rope, dict):
-        return config
-    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
-    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    for name in ("rope_theta", "partial_rotary_factor"):
+        return {k: v for k, v in config.items() if k not in own}
+    scaling = {k: v for k, v in rope.items() if k not in ROTARY}
+    for name in ROTARY:
         if name in rope:
-            rest.setdefault(name, rope[name])
+            rest.setdefault(own.get(name, name), rope[name])
     rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
     return rest
 
@@ -162,7 +167,8 @@ class _Reader:
 
     def read(self, model_type: str) -> Reading:
         for name, default in {**self.own.numbers, **self.own.identity}.items():
-            self.values[name] = self.value(name, default)
+            absent = Meaning(default, default, name, default=True)  # until `_rope` reads it
+            self.values[name] = absent if name in ROTARY else self.value(name, default)
         for name in ("model_type", "architectures"):
             self.values[name] = self.value(name, None)
         self._dtype()
@@ -274,7 +280,8 @@ class _Reader:
             default = self.own.numbers.get(name, usual)
             paths = [f"rope_scaling.{name}"] if old.get(name) is not None else []
             paths += [f"rope_parameters.{name}"] if new.get(name) is not None else []
-            for key in (*self.own.aliases.get(name, ()), name):
+            self.used.add(name)
+            for key in self.own.aliases.get(name, (name,)):
                 self.used.add(key)
                 if self.config.get(key) is not None or (not paths and key in self.config):
                     paths.append(key)

@@ -58,7 +58,7 @@ class Field:
     or config.json, says anything: None asks. `check` may refuse what was read, or make another value of it.
     `free` fields change nothing that is computed, `fixed` ones have one value in every model of the family;
     `hidden` ones are read and not written to config.json, and not looked for there either unless `told`;
-    `spelled` are other names there. `ask` says what is missing where the user is asked."""
+    `ask` says what is missing where the user is asked."""
 
     name: str
     take: Callable[..., Value]
@@ -70,7 +70,6 @@ class Field:
     fixed: bool = False
     hidden: bool = False
     told: bool = True
-    spelled: tuple[str, ...] = ()
     ask: Ask | None = None
 
 
@@ -250,7 +249,7 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (self.names.get(f.name, f.name), *f.spelled) if f.told and not f.free else ()
+            return (self.names.get(f.name, f.name),) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:

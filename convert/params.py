@@ -34,11 +34,18 @@ class Facts:
 
     `document` is the parsed file that came with the weights (None when there is none), `file` its name;
     objects inside it are read under dotted keys ("moe.num_experts"). `settings` are the user's, in Hugging
-    Face config names. Each getter takes that name and the file's own keys for the same thing.
+    Face config names, `rotary` what the class calls `facts.ROTARY`. Each getter takes that name and the file's
+    own keys for the same thing.
     """
 
-    def __init__(self, document: Mapping[str, Any] | None, file: str, settings: Mapping[str, Any]) -> None:
-        self.document = None if document is None else _flat(document)
+    def __init__(
+        self,
+        document: Mapping[str, Any] | None,
+        file: str,
+        settings: Mapping[str, Any],
+        rotary: Mapping[str, str] | None = None,
+    ) -> None:
+        self.document = None if document is None else _flat(document, rotary)
         self.file = file
         self.settings = one_rope(settings)
         self.problems: list[Problem] = []
@@ -189,7 +196,7 @@ def _shown(value: Any) -> str:
     return printable(json.dumps(value, default=repr), 60)
 
 
-def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(document: Mapping[str, Any], rotary: Mapping[str, str] | None) -> dict[str, Any]:
     """The document with `model` (some exports nest everything under it) and `moe` opened up, and the rotary
     values in one place."""
     inner = document.get("model")
@@ -198,7 +205,7 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict)
         else document
     )
-    flat = dict(one_rope(top))
+    flat = dict(one_rope(top, rotary))
     moe = flat.pop("moe", None)
     if isinstance(moe, dict):
         flat.update({f"moe.{k}": v for k, v in moe.items()})

@@ -94,6 +94,20 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             }
         },
     ),
+    "names-of-its-own": (
+        "gpt_neox",
+        {"rotary_emb_base": 5e4, "rotary_pct": 0.5},
+        {"rope_parameters": {"rope_theta": 5e4, "partial_rotary_factor": 0.5, "rope_type": "default"}},
+    ),
+    "names-not-its-own": ("gpt_neox", {"rotary_emb_base": 5e4}, {"rotary_emb_base": 5e4, "rope_theta": 3.0}),
+    "every-second-window": (
+        "gemma2",
+        {"num_hidden_layers": 3},
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "scaling-null": ("llama", {}, {"rope_scaling": None}),
     "scaling-by-one": ("llama", {}, {"rope_scaling": {"type": "linear", "factor": 1.0}}),
     "yarn": (

@@ -35,9 +35,10 @@ def read_config(
     architectures: Sequence[str],
     *,
     model_type: str | None = None,
+    rotary: Mapping[str, str] | None = None,
 ) -> Facts:
     """config.json of a model of one of `architectures`, with the user's settings. Fails for another model and
-    for packed weights; without a `model_type` any is taken."""
+    for packed weights; without a `model_type` any is taken. `rotary`: see `Facts`."""
     if "config.json" not in checkpoint.documents:
         fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
     document = checkpoint.json("config.json")
@@ -56,7 +57,7 @@ def read_config(
         if document.get(name) is not None:
             refuse(name, "plain tensors", "a way of packing them")
     fail_all(problems)
-    return Facts(document, "config.json", settings)
+    return Facts(document, "config.json", settings, rotary)
 
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:

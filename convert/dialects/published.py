@@ -19,6 +19,7 @@ from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
 from ckpt_tool.convert.dialects.converted import GENERATION, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_folder
+from ckpt_tool.convert.facts import ROTARY
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
@@ -352,7 +353,14 @@ def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str
     """config.json and the tensors beside it, as the class of `model_type` reads them."""
     own = {generic: name for name, generic in p.generic.items()}
     settings = {own.get(k, k): v for k, v in options.settings.items()}
-    facts = read_config(checkpoint, settings, (p.architectures[model_type],), model_type=model_type)
+    rotary = {n: p.classes[model_type].aliases.get(n, (n,))[0] for n in ROTARY}
+    facts = read_config(
+        checkpoint,
+        settings,
+        (p.architectures[model_type],),
+        model_type=model_type,
+        rotary={n: own for n, own in rotary.items() if own != n},
+    )
     source = whole_tensors(checkpoint, p.layer)
     once = kept_facts(checkpoint) if back else {}
     target = model_type if back else p.targets.get(options.family_options.get("architecture", ""))
@@ -378,8 +386,7 @@ def config_of(p: Published, known: Known) -> dict[str, Value]:
     for name, f in known.fields.items():
         if f.hidden:
             known.value(name)
-    others = {s: config[n] for n, f in known.fields.items() for s in f.spelled if n in config}
-    config |= carried(known.facts, {**config, **others})
+    config |= carried(known.facts, config)
     known.facts.check_settings({*config, *known.fields, *p.generic.values()})
     known.facts.check()
     return config

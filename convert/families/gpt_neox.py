@@ -82,11 +82,9 @@ FAMILY = published.family(
         count("hidden_size", check=divides("hidden_size", "num_attention_heads")),
         number("layer_norm_eps", ask="the epsilon of the norms"),
         anything("hidden_act", silent=DEFAULT),
-        # the class of transformers 4 reads these names only, that of 5 the generic ones too
-        number("rotary_emb_base", silent=given(10000, "default of GPTNeoXConfig"), spelled=("rope_theta",)),
-        number(
-            "rotary_pct", silent=given(0.25, "default of GPTNeoXConfig"), spelled=("partial_rotary_factor",)
-        ),
+        # beside `rope_parameters` the class reads these and not the names that others have
+        number("rotary_emb_base", silent=given(10000, "default of GPTNeoXConfig")),
+        number("rotary_pct", silent=given(0.25, "default of GPTNeoXConfig")),
         flag("use_parallel_residual", rule=None),
         flag("attention_bias", rule=None),
         published.TIED,
@@ -109,5 +107,6 @@ FAMILY = published.family(
         r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": "recomputed from rotary_emb_base",
     },
     container="pth",
+    generic={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
     vocabulary=Vocabulary(classes=("GPTNeoXTokenizer",)),
 )
