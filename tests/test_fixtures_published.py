@@ -15,7 +15,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 
 transformers = pytest.importorskip("transformers")
 Written = Callable[[str], Path]
-FAMILIES = ("gpt-neox", "qwen3")
+FAMILIES = ("gemma2", "gpt-neox", "qwen3")
 CHOSEN = [v.id for v in VARIANTS.values() if v.family in FAMILIES]
 
 
@@ -74,6 +74,15 @@ def rotary(share: float) -> dict[str, Any]:
 
 
 ACTS: dict[str, list[dict[str, Any]]] = {
+    "gemma-2-2b": [
+        {"attn_logit_softcapping": None},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": None},
+        {"sliding_window": 4096},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"]},
+        {"hidden_activation": "gelu"},
+    ],
+    "gemma-2-27b": [{"query_pre_attn_scalar": 20}, rotary(1.0), {"rms_norm_eps": 3e-4}],
     "gpt-neox-20b": [{"hidden_act": "gelu"}, {"use_parallel_residual": False}, rotary(1.0)],
     "redpajama-3b": [{"use_parallel_residual": True}, rotary(0.25), {"hidden_act": "gelu_new"}],
     "gpt-neox-tied": [rotary(0.25), {"layer_norm_eps": 1e-5}],
@@ -90,6 +99,29 @@ def test_a_wrong_number_moves_the_logits(name: str, changes: dict[str, Any], ori
     words = VARIANTS[name].true_config["vocab_size"]
     right, wrong = model(originals(name)), model(originals(name), **changes)
     assert nmse(logits(right, words), logits(wrong, words)) > 1e-8  # a hundred times the bar
+
+
+def test_norms_of_gemma_2_are_stored_around_zero(originals: Written) -> None:
+    of = model(originals("gemma-2-9b"))
+    right = logits(of, 352)
+    norms = {n: p for n, p in of.named_parameters() if "norm" in n}
+    assert len(norms) == 12 * 4 + 1 and all(abs(p.mean()) < 0.1 < p.std() for p in norms.values())
+    for p in norms.values():
+        p.data += 1
+    assert nmse(right, logits(of, 352)) > 1e-3
+
+
+def test_sentencepiece_cuts_texts_as_the_tokenizer_json_of_gemma_2_does(originals: Written) -> None:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    folder = originals("gemma-2-2b")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert [model.pad_id(), model.eos_id(), model.bos_id(), model.unk_id()] == [0, 1, 2, 3]
+    for text in TEXTS:
+        assert tokenizer.encode(text).ids == [2, *model.encode(text)]
+    assert len(model.encode(TEXTS[0])) < len(TEXTS[0]), "pieces are joined"
 
 
 def test_each_head_of_qwen3_is_normalised_by_numbers_of_its_own(originals: Written) -> None:
