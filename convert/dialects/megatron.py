@@ -483,10 +483,12 @@ def _version_to_write(known: Known) -> float | None:
         found = once.get("checkpoint_version", 3.0)
         said = isinstance(found, float | int) and found in VERSIONS
         return float(found) if said else None if found is None else 3.0
-    if asked not in ASKED_VERSIONS:
+    # a manifest says numbers, the command line their text
+    number = next((v for v, text in zip(VERSIONS, ASKED_VERSIONS, strict=True) if asked in (v, text)), None)
+    if number is None:
         message = f"expected {' or '.join(ASKED_VERSIONS)}, found {asked!r}"
         fail("usage", message, where="--checkpoint-version")
-    return float(asked)
+    return number
 
 
 def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
