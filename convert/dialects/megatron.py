@@ -342,7 +342,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     tokenizer = read_tokenizer(m.name, run, options, **sizes)
     where = "the tokenizer beside the weights" if options.tokenizer is None else "--tokenizer"
     ids = Value(tokenizer.vocab_size, f"{where}: its number of ids")
-    known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})
+    known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})  # as `words` reads it
     config = {m.written_names.get(name, name): value for name, value in known.values().items()}
     known.value(PADDED.name)
     facts.check_settings({*config, *m.own_names.values()})
