@@ -34,8 +34,8 @@ class Facts:
 
     `document` is the parsed file that came with the weights (None when there is none), `file` its name;
     objects inside it are read under dotted keys ("moe.num_experts"). `settings` are the user's, in Hugging
-    Face config names, `rotary` what the class calls `facts.ROTARY`. Each getter takes that name and the file's
-    own keys for the same thing.
+    Face config names, `rotary` what the class calls `facts.ROTARY`. Each getter takes that name and the
+    file's own keys for the same thing.
     """
 
     def __init__(
