@@ -362,3 +362,18 @@ def test_no_value_of_a_manifest_ends_in_a_traceback(variant: str, pair: Pair) ->
                 except CkptToolError as error:
                     refused += error.kind == "bad-config"
     assert refused > 100
+
+
+def test_a_given_fact_that_the_source_contradicts_is_no_parity(
+    conversions: Written, originals: Written
+) -> None:
+    """Nothing that is computed depends on it here, and nothing is claimed under it all the same."""
+    report = verify(
+        conversions("opt-13b"),
+        originals("opt-13b"),
+        levels=("parity",),
+        settings={"max_position_embeddings": 7},
+    )
+    assert report.exit_code == 2
+    assert "contradicts a fact that was given" in report.headline
+    assert "max_position_embeddings 7 (--set)" in report.headline

@@ -94,6 +94,8 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
         reason = "skipped", "no source was given to compare with"
     elif subject.family is None:
         reason = "skipped", subject.problems[0].message
+    elif (problem := next((p for p in subject.problems if p.where in subject.settings), None)) is not None:
+        reason = "skipped", f"the source contradicts a fact that was given: {problem.message}"
     else:
         try:
             original = original_side(subject, dtype, asked.device)
