@@ -110,6 +110,11 @@ def read(config: Mapping[str, Any], model_type: str) -> Reading:
     return reader.read(model_type)
 
 
+def contradictions(config: Mapping[str, Any], own: Class) -> tuple[Contradiction, ...]:
+    """What `config` says twice and differently to the class `own`."""
+    return _Reader(dict(config), own).read(own.name).contradictions
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two values of JSON are one: 1 is 1.0, and neither is true."""
     if isinstance(a, bool) or isinstance(b, bool):
@@ -321,9 +326,7 @@ class _Reader:
         for path, value in zip(paths[1:], values[1:], strict=True):
             if not same(values[0], value):
                 by = "read by transformers 5", "read by transformers 4"
-                self.contradict(
-                    name, (paths[0], by[0]), (path, by[1] if path == name else "the other object")
-                )
+                self.contradict(name, (paths[0], by[0]), (path, "the other object" if "." in path else by[1]))
         return Meaning(values[0], values[0], paths[0])
 
     def _told(self, path: str) -> Any:

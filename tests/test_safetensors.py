@@ -180,6 +180,7 @@ def test_whatever_we_accept_the_library_accepts(tmp_path: Path) -> None:
         GOOD,
         pack({}),
         pack({"__metadata__": {"format": "pt"}}),
+        pack({"__metadata__": None, "a": entry(0, 4)}, bytes(4)),
         pack({"a": entry(0, 0, [0, 7]), "b": entry(0, 4, [], "F32"), "c": entry(4, 4)}, bytes(4)),
         pack('{"a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}}   \n', b"\xff"),
     ):

@@ -140,6 +140,9 @@ def _read_header(data: ByteRange, limit: int) -> SafetensorsFile:
 
 
 def _metadata(entry: Any, file: str) -> dict[str, str]:
+    """Null is what mlx writes for none."""
+    if entry is None:
+        return {}
     if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
         fail("bad-safetensors", "expected an object of strings", file=file, where=RESERVED)
     return entry

@@ -447,7 +447,7 @@ def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict
 
 
 def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
-    facts = read_config(checkpoint, options.settings, (d.architecture,))
+    facts = read_config(checkpoint, options.settings, (d.architecture,), own=d.config)
     source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)

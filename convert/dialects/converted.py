@@ -4,10 +4,12 @@ how the original was."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.facts import ROTARY, contradictions
+from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value
@@ -35,10 +37,11 @@ def read_config(
     architectures: Sequence[str],
     *,
     model_type: str | None = None,
-    rotary: Mapping[str, str] | None = None,
+    own: Class,
 ) -> Facts:
-    """config.json of a model of one of `architectures`, with the user's settings. Fails for another model and
-    for packed weights; without a `model_type` any is taken. `rotary`: see `Facts`."""
+    """config.json of a model of one of `architectures`, as the class `own` reads it, with the user's
+    settings. Fails for another model, for packed weights and for one value said twice and differently;
+    without a `model_type` any is taken."""
     if "config.json" not in checkpoint.documents:
         fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
     document = checkpoint.json("config.json")
@@ -57,7 +60,20 @@ def read_config(
         if document.get(name) is not None:
             refuse(name, "plain tensors", "a way of packing them")
     fail_all(problems)
+    fail_all(_contradictions(document, settings, own))
+    rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
     return Facts(document, "config.json", settings, rotary)
+
+
+def _contradictions(
+    document: Mapping[str, Any], settings: Mapping[str, Any], own: Class
+) -> Iterator[Problem]:
+    """Those that change what is computed and that the user has not decided. The dtype is the tensors' own."""
+    for c in contradictions(document, own):
+        said = settings.keys() & {c.name, *own.aliases.get(c.name, ())}
+        if not said and c.name not in ("torch_dtype", "num_labels"):
+            hint = f"--set {c.name}=VALUE says which" if c.name in own.numbers else None
+            yield Problem("bad-config", c.text, "config.json", c.name, hint)
 
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:

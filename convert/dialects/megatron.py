@@ -398,8 +398,8 @@ def _kept(run: Run, known: Known) -> dict[str, Any]:
 
 def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     """Ranks, as asked for or as the original was, with the args that reading again needs."""
-    facts = read_config(checkpoint, m.settings(options), m.architectures)
     (config,) = m.classes.values()
+    facts = read_config(checkpoint, m.settings(options), m.architectures, own=config)
     once, source = kept_facts(checkpoint), whole_tensors(checkpoint, m.layer)
     known = m.known(facts, source, options, config=config, once=once, back=True, names=m.written_names)
     said = [n for n, f in known.fields.items() if f.told and not f.free]

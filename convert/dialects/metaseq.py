@@ -265,7 +265,7 @@ def kept(source: Source) -> dict[str, Any]:
 def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     """Parts as metaseq's training of `options.shards` model-parallel ranks would have saved them, with the
     names and the arrangement of the original where the manifest knows them."""
-    facts = read_config(checkpoint, options.settings, (d.architecture,))
+    facts = read_config(checkpoint, options.settings, (d.architecture,), own=d.config)
     source = converted_model(checkpoint)
     once = _kept(d, checkpoint)
     form = Form(

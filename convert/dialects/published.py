@@ -19,7 +19,6 @@ from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
 from ckpt_tool.convert.dialects.converted import GENERATION, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_folder
-from ckpt_tool.convert.facts import ROTARY
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
@@ -353,14 +352,8 @@ def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str
     """config.json and the tensors beside it, as the class of `model_type` reads them."""
     own = {generic: name for name, generic in p.generic.items()}
     settings = {own.get(k, k): v for k, v in options.settings.items()}
-    rotary = {n: p.classes[model_type].aliases.get(n, (n,))[0] for n in ROTARY}
-    facts = read_config(
-        checkpoint,
-        settings,
-        (p.architectures[model_type],),
-        model_type=model_type,
-        rotary={n: own for n, own in rotary.items() if own != n},
-    )
+    own_class, name = p.classes[model_type], (p.architectures[model_type],)
+    facts = read_config(checkpoint, settings, name, model_type=model_type, own=own_class)
     source = whole_tensors(checkpoint, p.layer)
     once = kept_facts(checkpoint) if back else {}
     target = model_type if back else p.targets.get(options.family_options.get("architecture", ""))
@@ -377,7 +370,7 @@ def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str
     )
     if "torch_dtype" not in fields:
         fields |= {"torch_dtype": DTYPE}
-    return Known(fields, facts, source, options, p.classes[model_type], once, back=back, target=named)
+    return Known(fields, facts, source, options, own_class, once, back=back, target=named)
 
 
 def config_of(p: Published, known: Known) -> dict[str, Value]:

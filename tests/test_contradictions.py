@@ -1,0 +1,98 @@
+"""A config.json that says one number twice and differently is refused with both values, unless the user says
+which; where both say the same it converts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_tool import api
+from ckpt_tool.convert.facts import classes
+from ckpt_tool.errors import CkptToolError
+
+Written = Callable[[str], Path]
+# A variant of each family whose config.json has a rotary base, with the direction in which it is read.
+ROTARY = {
+    "mistral-7b-v0.1": "original",
+    "mixtral-c": "original",
+    "llama-3.1-8b": "original",
+    "qwen2-0.5b": "hf",
+    "qwen3-0.6b": "hf",
+    "gemma-2-2b": "hf",
+    "pythia-410m": "hf",
+}
+
+
+@pytest.fixture
+def edited(originals: Written, conversions: Written, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the variant in the Hugging Face layout with these keys of config.json changed."""
+
+    def made(variant: str, change: Callable[[dict[str, Any]], None]) -> Path:
+        source = conversions(variant) if ROTARY[variant] == "original" else originals(variant)
+        folder = tmp_path / "in"
+        shutil.copytree(source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return made
+
+
+def theta_key(config: dict[str, Any]) -> str:
+    return classes()[config["model_type"]].aliases.get("rope_theta", ("rope_theta",))[0]
+
+
+def twice(by: float) -> Callable[[dict[str, Any]], None]:
+    """The base in `rope_parameters` too, `by` times as large."""
+
+    def change(config: dict[str, Any]) -> None:
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = {**scaling, "rope_theta": by * config[theta_key(config)]}
+
+    return change
+
+
+@pytest.mark.parametrize("variant", ROTARY)
+def test_two_rotary_bases_are_refused_with_both(
+    variant: str, edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, to = edited(variant, twice(25.0)), ROTARY[variant]
+    theta = json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    with pytest.raises(CkptToolError) as caught:
+        api.convert(folder, tmp_path / "out", to=to)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.file, problem.where) == ("bad-config", "config.json", "rope_theta")
+    assert f"rope_parameters.rope_theta {theta:g}" in problem.message.replace(".0 ", " ") or str(
+        int(theta)
+    ) in (problem.message)
+    assert problem.hint == "--set rope_theta=VALUE says which"
+    assert not (tmp_path / "out").exists()
+    made = api.convert(folder, tmp_path / "out", to=to, options=api.Options(settings={"rope_theta": theta}))
+    assert theta in [v.value for v in made.plan.config.values()]
+
+
+@pytest.mark.parametrize("variant", ROTARY)
+def test_the_same_base_twice_converts(variant: str, edited: Callable[..., Path], tmp_path: Path) -> None:
+    made = api.convert(edited(variant, twice(1.0)), tmp_path / "out", to=ROTARY[variant])
+    assert made.plan.steps
+
+
+def test_layers_that_are_counted_twice_are_refused(edited: Callable[..., Path], tmp_path: Path) -> None:
+    folder = edited("qwen3-0.6b", lambda config: config.update(layer_types=["full_attention"] * 3))
+    with pytest.raises(CkptToolError) as caught:
+        api.convert(folder, tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert problem.kind == "bad-config" and "num_hidden_layers 4" in problem.message
+    assert "layer_types 3 kinds" in problem.message and problem.hint is None
+
+
+def test_the_dtype_is_the_tensors_own(edited: Callable[..., Path], tmp_path: Path) -> None:
+    folder = edited("qwen3-0.6b", lambda config: config.update(dtype="float16", torch_dtype="float32"))
+    made = api.convert(folder, tmp_path / "out")
+    assert made.plan.config["torch_dtype"].value == "bfloat16"
