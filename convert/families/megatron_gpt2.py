@@ -77,6 +77,8 @@ CLASS = Class(
     masked=-1e4,
     prefix="transformer.",
     words="wte.weight",
+    positions="wpe.weight",
+    fused_bias=".attn.c_attn.bias",
 )
 
 
