@@ -143,9 +143,10 @@ def fused(x: Tensor, w: Tensors, p: str, c: Config) -> Iterator[Tensor]:
 
 def scores(q: Tensor, k: Tensor, c: Config) -> Tensor:
     """(B, N, T, T) in float32 or wider, scaled where the module does it, which sixteen bits show."""
-    made, scale = q @ k.transpose(2, 3), 1.0 / math.sqrt(q.shape[-1])
+    made = q @ k.transpose(2, 3)
     if c.turned:
         return made / math.sqrt(q.shape[-1])
+    scale = math.pow(q.shape[-1], -0.5)
     return wide(made) * scale if c.late_scale else wide(made * scale)
 
 

@@ -346,7 +346,7 @@ MUTANTS = {
     "transformer: scores not scaled by the root": Mutant(
         "gpt2-2019-tp2",
         ("transformer.attention", "q.shape[-1] ** 0.5", "q.shape[-1]"),
-        ("hf_transformer.scores", "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
+        ("hf_transformer.scores", "q.shape[-1], -0.5", "q.shape[-1], -1"),
     ),
     "transformer: positions counted from the end": Mutant(
         "gpt2-2019-tp2",
