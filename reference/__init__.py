@@ -42,9 +42,9 @@ class NotComputed(ValueError):
 
 
 def families() -> list[str]:
-    """Those that have a reading of their original layout, a module of their name with `Config.from_original`;
-    imports torch."""
-    return [stem.replace("_", "-") for stem in _stems("") if _reads(_module(stem), "from_original")]
+    """Those that have a reading of their original layout, a module of their name with `phases` and
+    `Config.from_original`; imports torch."""
+    return [stem.replace("_", "-") for stem in _stems("") if _reads_originals(_module(stem))]
 
 
 def architectures() -> dict[str, str]:
@@ -56,7 +56,7 @@ def architectures() -> dict[str, str]:
 def original(family: str) -> ModuleType:
     """The reading of `family` in its original layout; imports torch. ValueError if there is none."""
     stem = family.replace("-", "_")
-    if stem in _stems("") and _reads(module := _module(stem), "from_original"):
+    if stem in _stems("") and _reads_originals(module := _module(stem)):
         return module
     raise ValueError(f"expected family to be one of {', '.join(families())}, found `{family}`")
 
@@ -76,8 +76,8 @@ def _stems(prefix: str) -> list[str]:
     return [stem for stem in stems if stem.startswith("hf_") == bool(prefix)]
 
 
-def _reads(module: ModuleType, method: str) -> bool:
-    return hasattr(getattr(module, "Config", None), method)
+def _reads_originals(module: ModuleType) -> bool:
+    return hasattr(module, "phases") and hasattr(getattr(module, "Config", None), "from_original")
 
 
 def _module(stem: str) -> ModuleType:

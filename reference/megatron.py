@@ -76,14 +76,15 @@ class Config(transformer.Config):
     gelu_of_version_0: ClassVar[str]
 
     @classmethod
-    def read(
+    def from_original(
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
         """`params` are the pickled args as plain values and `checkpoint_version`, each absent where the file
         has none; `shapes` those of rank 0, stages joined; `overrides` facts from the user under their Hugging
         Face names, which win. `vocab_size` there is the number of words that count, by default all rows; an
-        activation is both gelus. Without args: epsilon 1e-5. ValueError for what none of them tells, where
-        they disagree, and for what this pass does not compute."""
+        activation is both gelus, `is_decoder` hides what comes after a token. Without args: epsilon 1e-5.
+        ValueError for what none of them tells, where they disagree, and for what this pass does not
+        compute."""
         names, n_layers = read_names(shapes)
         version, core = _version(params), "linear_qkv" in names["qkv"]
         (rows, D), (P, _) = (shapes[names[role] + "weight"] for role in ("word", "position"))

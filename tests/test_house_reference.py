@@ -350,7 +350,7 @@ MUTANTS = {
     ),
     "transformer: positions counted from the end": Mutant(
         "gpt2-2019-tp2",
-        ("transformer.embedded", '"weight"][positions]', '"weight"][positions.flip(-1)]'),
+        ("transformer.embed", '"weight"][positions]', '"weight"][positions.flip(-1)]'),
         ("hf_gpt2.embed", 'wpe.weight"][positions]', 'wpe.weight"][positions.flip(-1)]'),
     ),
     "transformer: epsilon": Mutant(
