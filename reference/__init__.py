@@ -13,9 +13,9 @@ The pass computes in the dtype of the tensors it is given; angles, norms and sof
 and float64 tensors make every step float64. `c.n_layers` counts the layers in every module.
 
 **Two sides.** The original layouts share blocks.py, rope.py, decoder.py and transformer.py, written after the
-papers and the publishers' code; the Hugging Face layout shares hf_blocks.py, hf_rope.py and hf_decoder.py,
-written after the library. A side never uses what is of the other (tests/test_house_reference.py), so that a
-mistake in one of them does not agree with itself. A family adds its numbers, its traits and what is its own.
+papers and the publishers' code; the Hugging Face layout shares files of those names with hf_, written after
+the library. A side never uses what is of the other (tests/test_house_reference.py), so that a mistake in a
+block does not agree with itself. A family adds its numbers, its traits and what is its own.
 
 A module is found by the folder: that of a family by its name, that of architectures by its `ARCHITECTURES`.
 `STAGED` says that an original may come in pipeline stages whatever its files are called.
@@ -42,9 +42,9 @@ class NotComputed(ValueError):
 
 
 def families() -> list[str]:
-    """Those that have a reading of their original layout, a module of their name with `Config.from_original`;
-    imports torch."""
-    return [stem.replace("_", "-") for stem in _stems("") if _reads(_module(stem), "from_original")]
+    """Those that have a reading of their original layout, a module of their name with `phases` and
+    `Config.from_original`; imports torch."""
+    return [stem.replace("_", "-") for stem in _stems("") if _reads_originals(_module(stem))]
 
 
 def architectures() -> dict[str, str]:
@@ -56,14 +56,13 @@ def architectures() -> dict[str, str]:
 def original(family: str) -> ModuleType:
     """The reading of `family` in its original layout; imports torch. ValueError if there is none."""
     stem = family.replace("-", "_")
-    if stem in _stems("") and _reads(module := _module(stem), "from_original"):
+    if stem in _stems("") and _reads_originals(module := _module(stem)):
         return module
     raise ValueError(f"expected family to be one of {', '.join(families())}, found `{family}`")
 
 
 def converted(architecture: str) -> ModuleType:
-    """The reading of `architecture` in the Hugging Face layout; imports torch. ValueError if there is
-    none."""
+    """The reading of `architecture` in the Hugging Face layout; imports torch. ValueError without one."""
     known = architectures()
     if architecture not in known:
         raise ValueError(f"expected architecture to be one of {', '.join(known)}, found `{architecture}`")
@@ -76,8 +75,8 @@ def _stems(prefix: str) -> list[str]:
     return [stem for stem in stems if stem.startswith("hf_") == bool(prefix)]
 
 
-def _reads(module: ModuleType, method: str) -> bool:
-    return hasattr(getattr(module, "Config", None), method)
+def _reads_originals(module: ModuleType) -> bool:
+    return hasattr(module, "phases") and hasattr(getattr(module, "Config", None), "from_original")
 
 
 def _module(stem: str) -> ModuleType:
@@ -85,16 +84,14 @@ def _module(stem: str) -> ModuleType:
 
 
 def loss(logits: Tensor, ids: Tensor) -> float:
-    """Mean cross entropy, in nats, of every token given those before it; logits (B, T, V), ids (B, T), T >
-    1."""
+    """Mean cross entropy, in nats, of every token given those before it: (B, T, V), (B, T), T > 1."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
 def generate(forward: Callable[[Tensor], Tensor], ids: Tensor, steps: int) -> Tensor:
-    """`ids` (B, T) and the `steps` most probable tokens after it, each from a whole new pass: (B, T +
-    steps)."""
+    """`ids` (B, T) and the `steps` most probable tokens after it, each from a whole new pass."""
     import torch
 
     for _ in range(steps):

@@ -3,9 +3,6 @@ are one complex number that is turned, every model-parallel rank computes its ow
 words, and the partial results are added or joined. Heads stand beside the tokens: (batch, tokens, heads,
 channels).
 
-Nothing here is used by a reading of the Hugging Face layout, and nothing of theirs is used here: a mistake in
-a block that both sides shared would agree with itself.
-
 Source: Vaswani et al. 2017; Ba et al. 2016; Zhang and Sennrich 2019 (arXiv 1910.07467); Su et al. 2021 (arXiv
 2104.09864); Shazeer 2020 (arXiv 2002.05202); Shoeybi et al. 2019 (arXiv 1909.08053); Jiang et al. 2024 (arXiv
 2401.04088).

@@ -4,10 +4,8 @@
 Source: Nijkamp et al. 2022 (arXiv 2203.13474); salesforce/CodeGen @6f09e495, codegen1/jaxformer/hf; and for
 what the order of `qkv_proj` comes from, salesforce/jaxformer @026b4ed6, which trained it on `mp_num` cores.
 
-As the names are shared, this pass is kept apart from `ckpt_tool.reference.hf_codegen` by what it is written
-after. It is the training program: each core has its own rows of `qkv_proj` and its own heads, their results
-are added, and two channels are one complex number that is turned. That other one is transformers' module: one
-projection, cut afterwards, and tables of sines and cosines.
+The names are those of hf_codegen.py; the pass is not. This is the training program: each core has its own
+rows of `qkv_proj` and its own heads, their results are added, and two channels are one complex number.
 
 B batch, T tokens, D model width, N heads, H head width, R channels of a head that are turned, V vocabulary,
 M cores. Linear weights are (out, in).
@@ -42,15 +40,9 @@ MASKED = -1e9  # the score of a key that is not to be seen
 THETA = 10000.0  # fixed in the code
 CORES = 4  # every published model; one that jaxformer trained on TPU v3 would have 8
 
-# What is read from config.json: its name there, and the name that serves all families.
-FACTS = {
-    "n_layer": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "rotary_dim": "rotary_dim",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "activation_function": "activation_function",
-}
+# What is read from config.json: its name there, and where that is another the name that serves all families.
+FACTS = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads"}
+FACTS |= {name: name for name in ("rotary_dim", "layer_norm_epsilon", "activation_function")}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """What the readings of the Hugging Face layout share, as transformers documents and computes it: its reading
 of config.json, its norms, its heads side by side, (batch, heads, tokens, channels).
 
-Nothing here is used by a reading of an original layout, and nothing of theirs is used here: a mistake in a
-block that both sides shared would agree with itself.
-
 Source: transformers 4.37.2 and 5.23.0 (eager attention).
 
 B batch, T tokens, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
@@ -23,11 +20,8 @@ from torch.nn import functional as F
 Tensors = Mapping[str, Tensor]
 # Names of config.json for the two forms, as torch calls them.
 GELUS = {
-    "gelu": "none",
-    "gelu_python": "none",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
+    **dict.fromkeys(("gelu", "gelu_python"), "none"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "tanh"),
 }
 ACTIVATIONS = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}  # of `activate`
 

@@ -1,18 +1,18 @@
 """CodeGenForCausalLM in the Hugging Face layout: GPT-J's (hf_gptj) but for `attn.qkv_proj`, whose four blocks
-are fixed in transformers and not in config.json.
+of queries, then values, then keys are fixed in transformers and not in config.json, and for sines and cosines
+that stay in float32.
 
 Source: transformers 4.37.2 and 5.23.0, models/codegen.
 """
 
-from __future__ import annotations
-
 from ckpt_tool.reference import hf_gptj
-from ckpt_tool.reference.hf_gptj import embed, forward, head, layer, phases
+from ckpt_tool.reference.hf_gptj import embed, encode, forward, head, layer, phases
 
-__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = ("CodeGenForCausalLM",)
 
 
 class Config(hf_gptj.Config):
-    blocks = 4
+    names = {**hf_gptj.Config.names, "fused": "attn.qkv_proj."}
+    blocks, order = 4, "qvk"

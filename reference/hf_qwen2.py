@@ -15,20 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ckpt_tool.reference import hf_decoder
-from ckpt_tool.reference.hf_blocks import linear, of_last_token, span_logits, wide
-from ckpt_tool.reference.hf_decoder import (
-    embed,
-    final_norm,
-    forward,
-    head,
-    layer,
-    lm_logits,
-    phases,
-    windowed,
-)
+from ckpt_tool.reference.hf_blocks import linear, span_logits, wide
+from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.phases import Ranks, trunk
 
-__all__ = ["Config", "embed", "encode", "forward", "head", "layer", "of_last_token", "phases"]
+__all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
 # Architecture -> what its tensors are named by, but for those of heads.
 PREFIXES = {
@@ -70,19 +61,19 @@ def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ..
         raise ValueError("expected max_window_layers or layer_types beside a window, found null")
     if kinds is None:
         kinds = ["full_attention" if i < int(full) else "sliding_attention" for i in range(n_layers)]
-    return windowed(kinds, window, n_layers)
+    return hf_decoder.windowed(kinds, window, n_layers)
 
 
 def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """The normalised sequence (B, T, D), which every head starts from."""
-    return final_norm(trunk(phases(ranks, c), ids), ranks, c)
+    return hf_decoder.final_norm(trunk(phases(ranks, c), ids), ranks, c)
 
 
 # What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those
-# `of_last_token`. 4.37.2 knows the first three.
+# `hf_blocks.of_last_token`. 4.37.2 knows the first three.
 HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
     "base_model": lambda y, ranks, c: y,
-    "causal_lm": lm_logits,
+    "causal_lm": hf_decoder.lm_logits,
     "sequence_classification": lambda y, ranks, c: wide(linear(y, ranks[0], "score.", bias=False)),
     "token_classification": lambda y, ranks, c: wide(linear(y, ranks[0], "score.")),
     "question_answering": lambda y, ranks, c: span_logits(y, ranks[0]),

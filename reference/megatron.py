@@ -8,9 +8,8 @@ arguments.py, checkpointing.py). Numbers and names of BERT and GPT-2 are here; t
 read: block `transformer` with `attention`; `encoder` with `self_attention`; `norm` for `layernorm` (2023);
 Megatron-Core (`linear_qkv`, `linear_fc1`, norms fused into them or apart).
 
-**Ranks and stages.** A pass takes one mapping for each tensor-parallel rank, with layers numbered through the
-whole model. Pipeline stages number theirs from 0: `join_stages` makes one mapping of the files of a rank, so
-TP x PP is `[join_stages([file[t][p] for p in range(PP)]) for t in range(TP)]`.
+**Ranks and stages.** A pass takes one mapping for each tensor-parallel rank, its pipeline stages joined: TP x
+PP is `[join_stages([file[t][p] for p in range(PP)]) for t in range(TP)]`.
 
 **Precision.** Softmax has float32 inside in all of Megatron's kernels, fused or not, so
 `attention_softmax_in_fp32` changes nothing here. `apply_query_key_layer_scaling` divides the scores by the
@@ -76,14 +75,15 @@ class Config(transformer.Config):
     gelu_of_version_0: ClassVar[str]
 
     @classmethod
-    def read(
+    def from_original(
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
         """`params` are the pickled args as plain values and `checkpoint_version`, each absent where the file
         has none; `shapes` those of rank 0, stages joined; `overrides` facts from the user under their Hugging
         Face names, which win. `vocab_size` there is the number of words that count, by default all rows; an
-        activation is both gelus. Without args: epsilon 1e-5. ValueError for what none of them tells, where
-        they disagree, and for what this pass does not compute."""
+        activation is both gelus, `is_decoder` hides what comes after a token. Without args: epsilon 1e-5.
+        ValueError for what none of them tells, where they disagree, and for what this pass does not
+        compute."""
         names, n_layers = read_names(shapes)
         version, core = _version(params), "linear_qkv" in names["qkv"]
         (rows, D), (P, _) = (shapes[names[role] + "weight"] for role in ("word", "position"))
@@ -225,11 +225,11 @@ def _some(names: Iterable[str]) -> str:
 
 
 def join_stages(stages: Sequence[Mapping[str, T]]) -> dict[str, T]:
-    """The pipeline stages of one tensor-parallel rank, in their order, as one mapping with layers numbered
-    through; the values may be tensors or what is known of them. The layers of a stage follow on those of the
-    stage before, however many each has. With virtual stages (`model0`, `model1`, ... in each file) the first
-    chunk of every stage comes before the second of any. What is not of the model is left out. ValueError for
-    a gap in the layers of a stage, for a name on two stages, and for stages with different chunks."""
+    """The pipeline stages of one tensor-parallel rank, in order, as one mapping: each numbers its layers from
+    0, however many it has, and they follow on those of the stage before. Values may be tensors or what is
+    known of them. With virtual stages (`model0`, `model1`, ... in each file) the first chunk of every stage
+    comes before the second of any. What is not of the model is left out. ValueError for a gap in the layers
+    of a stage, for a name on two stages, and for stages with different chunks."""
     chunks: dict[tuple[int, int], list[str]] = {}  # by number and stage
     for p, stage in enumerate(stages):
         for name in _of_the_model(stage):

@@ -1,7 +1,6 @@
 """BERT as Megatron-LM trains it, in the tensors of its own checkpoints, with all heads that transformers has.
 
-Source: Devlin et al. 2018; else that of `ckpt_tool.reference.transformer`. Names, versions and the rules for
-gelu are those of `ckpt_tool.reference.megatron`.
+Source: Devlin et al. 2018; else that of transformer.py. Names, ages and numbers are those of megatron.py.
 
 MegatronBert's config.json cannot say `apply_residual_connection_post_layernorm`, grouped queries, a head
 width that is not D/N, nor two gelus: it has one `hidden_act` for feed-forward and LM head, while Megatron
@@ -16,32 +15,21 @@ B batch, T tokens, D model width, V vocabulary, L labels, C choices. Linear weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference import megatron
+from ckpt_tool.reference import megatron, transformer
 from ckpt_tool.reference.blocks import activate, affine, join_words, visible, wide
-from ckpt_tool.reference.facts import Shapes
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
-from ckpt_tool.reference.transformer import embedded, norm, transformed
+from ckpt_tool.reference.transformer import norm, transformed
 
 STAGED = True  # whatever its files are called: layers of a pipeline's stages are numbered apart
 
 
-@dataclass(frozen=True)
 class Config(megatron.Config):
     gelu_of_version_0 = "erf"  # without args; which the file cannot tell and transformers assumes
-
-    @classmethod
-    def from_original(
-        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
-    ) -> Self:
-        """See `megatron.Config.read`; `is_decoder` among the overrides hides what comes after a token."""
-        return cls.read(params, shapes, ranks, overrides)
 
 
 def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
@@ -59,7 +47,7 @@ forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None) -> Tensor:
-    x = embedded(ids, ranks, c)
+    x = transformer.embed(ids, ranks, c)
     if "tokentype" in c.names:
         types = torch.zeros_like(ids) if token_types is None else token_types
         x = x + ranks[0][c.names["tokentype"] + "weight"][types]
@@ -100,19 +88,14 @@ def next_sentence(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(affine(pool(x, ranks, c), ranks[0], c.names["binary"]))
 
 
-def classes(y: Tensor, ranks: Ranks) -> Tensor:
+def classes(y: Tensor, ranks: Ranks, stem: str = "classifier.") -> Tensor:
     """Logits of what the classifier is put on, or the values of a regression: (..., L)."""
-    return wide(affine(y, ranks[0], "classifier."))
+    return wide(affine(y, ranks[0], stem))
 
 
-def question_answering(x: Tensor, ranks: Ranks, c: Config) -> tuple[Tensor, Tensor]:
-    """Logits of the first and of the last token of the answer, (B, T) each."""
-    both = wide(affine(sequence(x, ranks, c), ranks[0], "qa_outputs."))
-    return both[..., 0], both[..., 1]
-
-
-# What `encode` gives goes into each. The causal one wants `c.causal`.
-HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
+# What `encode` gives goes into each. The causal one wants `c.causal`. Question answering has logits of the
+# first and of the last token of the answer, (B, T) each.
+HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, ...]]] = {
     "base_model": lambda x, ranks, c: (sequence(x, ranks, c), pool(x, ranks, c)),
     "masked_lm": head,
     "causal_lm": head,
@@ -121,5 +104,5 @@ HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor
     "sequence_classification": lambda x, ranks, c: classes(pool(x, ranks, c), ranks),
     "multiple_choice": lambda x, ranks, c: classes(pool(x, ranks, c), ranks).squeeze(-1),
     "token_classification": lambda x, ranks, c: classes(sequence(x, ranks, c), ranks),
-    "question_answering": question_answering,
+    "question_answering": lambda x, ranks, c: classes(sequence(x, ranks, c), ranks, "qa_outputs.").unbind(-1),
 }

@@ -1,7 +1,6 @@
 """GPT-2 as Megatron-LM trains it, in the tensors of its own checkpoints, and its language-model head.
 
-Source: Radford et al. 2019; else that of `ckpt_tool.reference.transformer`. Names, versions and the rules for
-gelu are those of `ckpt_tool.reference.megatron`.
+Source: Radford et al. 2019; else that of transformer.py. Names, ages and numbers are those of megatron.py.
 
 GPT2LMHeadModel has one value for each number used here, except that it cannot say
 `apply_residual_connection_post_layernorm`, grouped queries or a head width that is not D/N.
@@ -9,31 +8,18 @@ GPT2LMHeadModel has one value for each number used here, except that it cannot s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
-
 from torch import Tensor
 
 from ckpt_tool.reference import megatron
 from ckpt_tool.reference.blocks import join_words, visible
-from ckpt_tool.reference.facts import Shapes
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
-from ckpt_tool.reference.transformer import embedded, norm, transformed
+from ckpt_tool.reference.transformer import embed, norm, transformed
 
 STAGED = True  # whatever its files are called: layers of a pipeline's stages are numbered apart
 
 
-@dataclass(frozen=True)
 class Config(megatron.Config):
     gelu_of_version_0 = "tanh"  # without args; as in the published v0.0
-
-    @classmethod
-    def from_original(
-        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
-    ) -> Self:
-        """See `megatron.Config.read`."""
-        return cls.read(params, shapes, ranks, overrides)
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
@@ -41,10 +27,6 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 
 
 forward, encode = passes(phases)
-
-
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None) -> Tensor:
-    return embedded(ids, ranks, c, positions)
 
 
 def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:

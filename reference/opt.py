@@ -8,9 +8,8 @@ All sizes but 350m normalise before each branch and once more after the last lay
 sum, has no norm at the end, and words of half its width, which are projected into the model and out of it.
 The 1e-5 of the norms and the scale of the words, 1, are in the code and no file has them.
 
-The ranks, and what each of them holds, are those of `ckpt_tool.reference.transformer`; the projections of
-350m are on every rank. B batch, T tokens, D model width, E width of a word (D but in 350m), V vocabulary,
-S ranks.
+The ranks, and what each of them holds, are those of transformer.py; the projections of 350m are on every
+rank. B batch, T tokens, D model width, E width of a word (D but in 350m), V vocabulary, S ranks.
 """
 
 from __future__ import annotations
@@ -31,39 +30,25 @@ from ckpt_tool.reference.transformer import norm, transformed
 
 PAD = 1  # the row of padding in the table of positions; the first token has the row after it
 ACTIVATIONS = {"relu": "relu", **GELUS}
-STEMS = {
-    "norm_1": "self_attn_layer_norm.",
-    "qkv": "self_attn.qkv_proj.",  # keys, then values, then queries, whatever the name says
-    "q": "self_attn.q_proj.",
-    "k": "self_attn.k_proj.",
-    "v": "self_attn.v_proj.",
-    "dense": "self_attn.out_proj.",
-    "norm_2": "final_layer_norm.",
-    "fc1": "fc1.",
-    "fc2": "fc2.",
-}
-MODEL_STEMS = {
-    "block": "layers.",
-    "word": "embed_tokens.",
-    "position": "embed_positions.",
-    "into": "project_in_dim.",
-    "out_of": "project_out_dim.",
-    "final_norm": "layer_norm.",
-}
+# By what they are for; the fused tensor has keys, then values, then queries, whatever its name says.
+LAYER_STEMS = """
+    norm_1 self_attn_layer_norm.  norm_2 final_layer_norm.  fc1 fc1.  fc2 fc2.  qkv self_attn.qkv_proj.
+    q self_attn.q_proj.  k self_attn.k_proj.  v self_attn.v_proj.  dense self_attn.out_proj.
+"""
+MODEL_STEMS = """
+    word embed_tokens.  position embed_positions.  into project_in_dim.  out_of project_out_dim.
+    block layers.  final_norm layer_norm.
+"""
 
-# Layers, width, width of a word, feed-forward width, positions, words -> heads; all have relu.
-PUBLISHED: dict[tuple[int, ...], int] = {
-    (layers, D, E, 4 * D, 2048, 50272): heads
-    for layers, D, E, heads in (
-        (12, 768, 768, 12),
-        (24, 1024, 512, 16),
-        (24, 2048, 2048, 32),
-        (32, 2560, 2560, 32),
-        (32, 4096, 4096, 32),
-        (40, 5120, 5120, 40),
-        (48, 7168, 7168, 56),
-        (64, 9216, 9216, 72),
-        (96, 12288, 12288, 96),
+# The published sizes, 125m to 175b, by what their tensors show (layers, width, width of a word, feed-forward
+# width, positions, words) -> heads; all have relu.
+PUBLISHED = {
+    (layers, D, 512 if D == 1024 else D, 4 * D, 2048, 50272): heads
+    for layers, D, heads in zip(
+        (12, 24, 24, 32, 32, 40, 48, 64, 96),
+        (768, 1024, 2048, 2560, 4096, 5120, 7168, 9216, 12288),
+        (12, 16, 32, 32, 32, 40, 56, 72, 96),
+        strict=True,
     )
 }
 # Settings with another value are of another model than OPT.
@@ -102,25 +87,21 @@ class Config(transformer.Config):
         problems += only({**told, **overrides}, COMPUTED)
         # metaseq's own `gelu` is no answer: the exact one at first, the tanh form when its kernel was fused
         # and since October 2022.
+        given = "in the settings or given by name"
         if asked is None and own != "relu":
             found = "neither" if own is None else f"`{own}` in the settings"
             problems.append(f"expected relu or `activation_function` given by name, found {found}")
         elif asked not in (None, *ACTIVATIONS):
-            problems.append(
-                f"expected `activation_function` to be one of {', '.join(ACTIVATIONS)}, found {asked}"
-            )
+            wanted = ", ".join(ACTIVATIONS)
+            problems.append(f"expected `activation_function` to be one of {wanted}, found {asked}")
         if before is None:
-            problems.append(
-                "expected `do_layer_norm_before` in the settings or given by name, or a final norm, "
-                "found none of them"
-            )
+            problems.append(f"expected `do_layer_norm_before` {given}, or a final norm, found none of them")
         elif bool(before) != normed:
-            problems.append(
-                f"expected {'a' if before else 'no'} final norm, as norms come "
-                f"{'before' if before else 'after'} a branch, found {'one' if normed else 'none'}"
-            )
+            wanted, place = ("a", "before") if before else ("no", "after")
+            found = f"norms come {place} a branch, found {'one' if normed else 'none'}"
+            problems.append(f"expected {wanted} final norm, as {found}")
         if not int(heads):
-            problems.append("expected `num_attention_heads` in the settings or given by name, found neither")
+            problems.append(f"expected `num_attention_heads` {given}, found neither")
         elif int(heads) % ranks or D % int(heads):
             problems.append(f"expected heads that {ranks} ranks and {D} channels can share, found {heads}")
         refuse(problems)
@@ -131,12 +112,17 @@ class Config(transformer.Config):
             n_groups=int(heads),
             norm_eps=1e-5,
             activation=ACTIVATIONS[asked or "relu"],
-            names={**STEMS, **{role: prefix + stem for role, stem in MODEL_STEMS.items()}},
+            names={**_stems(LAYER_STEMS), **_stems(MODEL_STEMS, prefix)},
             order=KEYS_FIRST if fused else None,
             masked=None,  # -inf would leave padding before the first token without any key
             pre_norm=bool(before),
             projected=f"{prefix}project_in_dim.weight" in shapes,
         )
+
+
+def _stems(table: str, prefix: str = "") -> dict[str, str]:
+    roles, names = table.split()[::2], table.split()[1::2]
+    return {role: prefix + name for role, name in zip(roles, names, strict=True)}
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, Any]:

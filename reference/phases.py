@@ -1,11 +1,9 @@
 """The protocol of a reading: a forward pass as named phases in order, each a function from any tree of
-tensors to another.
+tensors to another: a tensor, or a tuple, list, dict or dataclass of trees, with numbers and None among them.
 
 The first phase takes the token ids and each later one what the one before gave, so that a stack may change
-the length of its sequence, carry two streams, or keep a cache beside its activations: what goes from phase to
-phase is a tensor, or a tuple, list, dict or dataclass of such trees, with numbers and None where they are
-needed. Heads do not follow on each other: all of them start from what the last phase that is not a head has
-given, and what a head gives is one tensor, the batch first.
+the length of its sequence, carry two streams, or keep a cache beside its activations. Heads all start from
+what the last phase that is not a head has given, and give one tensor, the batch first.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-Tree = Any  # a tensor, or a tuple, list, dict or dataclass of trees
+Tree = Any
 Ranks = Sequence[Mapping[str, Tensor]]
 Inputs = Mapping[str, Tensor]  # what a pass takes besides token ids, by name
 NOTHING: Inputs = {}
@@ -85,7 +83,6 @@ def passes(phases: Callable[..., list[Phase]]) -> tuple[Callable[..., Tree], Cal
 
 
 def given(**inputs: Tensor | None) -> dict[str, Tensor]:
-    """Those that are there."""
     return {name: x for name, x in inputs.items() if x is not None}
 
 

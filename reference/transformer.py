@@ -54,7 +54,7 @@ class Config:
     n_words: int | None = None  # rows of the vocabulary that count; those after are padding
 
 
-def embedded(ids: Tensor, ranks: Ranks, c: Config, positions: Tensor | None = None) -> Tensor:
+def embed(ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None) -> Tensor:
     """Words, and positions, which are 0, 1, 2, ... by default."""
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)

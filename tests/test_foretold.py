@@ -163,7 +163,10 @@ def test_the_two_gelus_are_nowhere_further_apart() -> None:
 def test_the_bound_holds_for_any_head(width: int) -> None:
     """Also where the norm divides by little, and it is not so wide that everything passes."""
     torch.manual_seed(width)
-    config = hf_megatron_bert.Config(0, 1, 1e-5, "tanh", False, True, "bert.")
+    said = {"num_hidden_layers": 0, "num_attention_heads": 1, "layer_norm_eps": 1e-5}
+    config, other = (
+        hf_megatron_bert.Config.from_hf({**said, "hidden_act": name}) for name in ("gelu_new", "gelu")
+    )
     largest = 0.0
     for scale in (0.02, 0.2, 2.0):
         shapes = {
@@ -179,7 +182,7 @@ def test_the_bound_holds_for_any_head(width: int) -> None:
         w = {name: torch.randn(shape, dtype=torch.float64) * scale for name, shape in shapes.items()}
         x = torch.randn(3, 50, width, dtype=torch.float64)
         one = hf_megatron_bert.head(x, [w], config)
-        two = hf_megatron_bert.head(x, [w], hf_megatron_bert.Config(0, 1, 1e-5, "none", False, True, "bert."))
+        two = hf_megatron_bert.head(x, [w], other)
         used = (one - two).abs() / hf_megatron_bert.gelu_bound(x, [w], config)
         assert bool((used <= 1).all())
         largest = max(largest, float(used.max()))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.reference import blocks, hf_blocks, transformer
+from ckpt_tool.reference import blocks, hf_blocks, hf_transformer, transformer
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -273,7 +273,11 @@ MUTANTS = {
             'activate(affine(x, w, p + c.names["fc1"])',
             'activate(x @ w[p + c.names["fc1"] + "weight"].T',
         ),
-        ("hf_gpt2.layer", 'conv1d(y, w, p + "mlp.c_fc.")', 'y @ w[p + "mlp.c_fc.weight"]'),
+        (
+            "hf_transformer.feed_forward",
+            'project(x, w, p + c.names["fc1"], c)',
+            'x @ w[p + c.names["fc1"] + "weight"]',
+        ),
     ),
     "frequencies": Mutant(
         "mistral-7b-v0.1",
@@ -337,29 +341,29 @@ MUTANTS = {
     "products: queries and keys exchanged": Mutant(
         "codegen-350m-mono",
         ("blocks.products", '"bqnh,bknh->bnqk", q, k', '"bqnh,bknh->bnqk", k, q'),
-        ("hf_gptj.attention", "q @ k.transpose(2, 3)", "k @ q.transpose(2, 3)"),
+        ("hf_transformer.scores", "q @ k.transpose(2, 3)", "k @ q.transpose(2, 3)"),
     ),
     "transformer: scores not scaled by the root": Mutant(
         "gpt2-2019-tp2",
         ("transformer.attention", "q.shape[-1] ** 0.5", "q.shape[-1]"),
-        ("hf_gpt2.layer", "q.shape[-1] ** -0.5", "q.shape[-1] ** -1.0"),
+        ("hf_transformer.scores", "q.shape[-1], -0.5", "q.shape[-1], -1"),
     ),
     "transformer: positions counted from the end": Mutant(
         "gpt2-2019-tp2",
-        ("transformer.embedded", '"weight"][positions]', '"weight"][positions.flip(-1)]'),
+        ("transformer.embed", '"weight"][positions]', '"weight"][positions.flip(-1)]'),
         ("hf_gpt2.embed", 'wpe.weight"][positions]', 'wpe.weight"][positions.flip(-1)]'),
     ),
     "transformer: epsilon": Mutant(
         "bert-2019-tp2",
         ("transformer.norm", "c.norm_eps", "10 * c.norm_eps"),
-        ("hf_blocks.layer_norm", ", eps)", ", 10 * eps)"),
+        ("hf_transformer.norm", "c.norm_eps", "10 * c.norm_eps"),
     ),
     "transformer: no second norm where norms come after": Mutant(
         "opt-350m",
         ("transformer.transformed", "return x if c.pre_norm else norm(", "return x if True else norm("),
         (
-            "hf_opt.layer",
-            'return norm(x + feed_forward(x, w, p, c), w, p + "final_layer_norm.")',
+            "hf_transformer.layer",
+            'return norm(x + feed_forward(x, w, p, c), w, p + n["norm_2"], c)',
             "return x + feed_forward(x, w, p, c)",
         ),
     ),
@@ -386,7 +390,7 @@ MUTANTS = {
     "split_fused: version 0, query and key exchanged": Mutant(
         "bert-2019-tp2",
         ("blocks.split_fused", "q, k, v = x.view(B, T, 3,", "k, q, v = x.view(B, T, 3,"),
-        ("hf_megatron_bert.layer", '("query", "key", "value")', '("key", "query", "value")'),
+        ("hf_transformer.apart", '("query", "key", "value")', '("key", "query", "value")'),
     ),
     "split_fused: metaseq's keys and values exchanged": Mutant(
         "opt-13b", ("blocks.split_fused", "k, v, q = x.view(B, T, 3,", "v, k, q = x.view(B, T, 3,"), None
@@ -408,12 +412,12 @@ MUTANTS = {
     "activate: erf where it is tanh": Mutant(
         "gpt2-2019-tp2",
         ("blocks.activate", 'name == "erf"', 'name != "relu"'),
-        ("hf_gpt2.layer", "approximate=c.gelu", 'approximate="none"'),
+        ("hf_blocks.activate", "approximate=name", 'approximate="none"'),
     ),
     "activate: relu that leaks": Mutant(
         "opt-13b",
         ("blocks.activate", "clamp(min=0)", "clamp(min=-0.01)"),
-        ("hf_opt.feed_forward", "F.relu(y)", "y.clamp(min=-0.01)"),
+        ("hf_blocks.activate", '"relu": F.relu', '"relu": lambda y: y.clamp(min=-0.01)'),
     ),
     "gated: gate and up exchanged": Mutant(
         "mistral-7b-v0.1",
@@ -530,18 +534,38 @@ MUTANTS = {
     "side by side: feed-forward of what was not normalised": Mutant(
         "codegen-350m-mono",
         ("codegen.layer", "feed_forward(y, w", "feed_forward(x, w"),
-        ("hf_gptj.layer", 'linear(y, w, p + "mlp.fc_in.")', 'linear(x, w, p + "mlp.fc_in.")'),
+        ("hf_transformer.layer", "attended + feed_forward(y, w", "attended + feed_forward(x, w"),
+    ),
+    "part of each head: two channels fewer turned": Mutant(
+        "codegen-350m-mono",
+        ("codegen.attention", "THETA, c.rotary_dim", "THETA, c.rotary_dim - 2"),
+        ("hf_transformer.attention", "c.turned, tables", "c.turned - 2, tables"),
+    ),
+    "fused in blocks: keys and values exchanged": Mutant(
+        "codegen-350m-mono",
+        ("codegen.core", "q, v, k = (", "q, k, v = ("),
+        ("hf_transformer.fused", 'in "qkv"', 'in "qvk"'),
+    ),
+    "output without its bias": Mutant(
+        "codegen-350m-mono",
+        ("codegen.head", '"lm_head.")', '"lm_head.", False)'),
+        ("hf_transformer.head", "output, c.parallel", "output, False"),
+    ),
+    "no norm at the end": Mutant(
+        "opt-13b",
+        ("opt.head", "if c.pre_norm", "if False"),
+        ("hf_transformer.finish", "if c.final_norm", "if False"),
     ),
 }  # fmt: skip
 # What reads config.json is tested in test_reference_config.py and test_meanings.py; the heads that parity
 # does not run are judged in test_reference_megatron_heads.py and those of OPT and Qwen2.
-NO_NUMBERS = {"complete", "only", "one_of", "span_logits", "of_last_token"}
+NO_NUMBERS = {"complete", "only", "one_of", "span_logits", "of_last_token", "stems", "rooted"}
 
 
 def test_every_block_has_a_mutant() -> None:
     touched = {edit[0] for m in MUTANTS.values() for edit in (m.original, m.hf) if edit is not None}
-    touched.add("hf_blocks.conv1d")  # where it stands in hf_gpt2.layer
-    for module in (blocks, hf_blocks, transformer):
+    touched |= {"hf_blocks.conv1d", "hf_transformer.project"}  # where they stand in feed_forward
+    for module in (blocks, hf_blocks, transformer, hf_transformer):
         stem = module.__name__.rpartition(".")[2]
         own = {
             n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__
