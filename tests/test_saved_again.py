@@ -30,13 +30,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "bin": {"safe_serialization": False},
     "cast-to-the-same": {"to": True},
 }
-# 4.37.2 cannot load a head_dim of its own, nor rope_type llama3.
+# 4.37.2 cannot load a head_dim of its own, nor rope_type llama3, nor classes that are newer than it.
 NOT_IN_437 = (
     "mistral-nemo",
     "mistral-small",
     "llama-3.1-8b",
     "llama-3.1-405b-mp16",
     "llama-3.2-1b",
+    *(id for id, v in VARIANTS.items() if v.family in ("qwen3", "gemma2")),
 )
 # One of each family, with what is special to it: a window, tied heads, scaled frequencies, several layers.
 CHOSEN = (
@@ -50,6 +51,9 @@ CHOSEN = (
     "codegen-350m-mono",
     "qwen2-window",
     "qwen2-mcore-tied",
+    "qwen3-0.6b",
+    "gemma-2-2b",
+    "pythia-410m",
 )
 
 
