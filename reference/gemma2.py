@@ -12,11 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.reference.blocks import ACTIVATIONS
-from ckpt_tool.reference.decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.facts import known
 from ckpt_tool.reference.published import AS_PUBLISHED, Published, windows_of
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 
 class Config(Published):

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference.blocks import ACTIVATIONS
-from ckpt_tool.reference.decoder import Names, embed, forward, head, layer, phases
+from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, first, known
 from ckpt_tool.reference.published import Published
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 # What others call by the first name is called by the second here, and by that alone.
 OWN = {

@@ -8,9 +8,7 @@ from typing import Any
 
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import ACTIVATIONS, one_of
-from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases, windowed
-
-__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
+from ckpt_tool.reference.hf_decoder import windowed
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 

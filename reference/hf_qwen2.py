@@ -15,20 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from ckpt_tool.reference import hf_decoder
-from ckpt_tool.reference.hf_blocks import linear, of_last_token, span_logits, wide
-from ckpt_tool.reference.hf_decoder import (
-    embed,
-    final_norm,
-    forward,
-    head,
-    layer,
-    lm_logits,
-    phases,
-    windowed,
-)
+from ckpt_tool.reference.hf_blocks import linear, span_logits, wide
+from ckpt_tool.reference.hf_decoder import final_norm, lm_logits, windowed
 from ckpt_tool.reference.phases import Ranks, trunk
-
-__all__ = ["Config", "embed", "encode", "forward", "head", "layer", "of_last_token", "phases"]
 
 # Architecture -> what its tensors are named by, but for those of heads.
 PREFIXES = {
@@ -75,7 +64,7 @@ def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ..
 
 def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """The normalised sequence (B, T, D), which every head starts from."""
-    return final_norm(trunk(phases(ranks, c), ids), ranks, c)
+    return final_norm(trunk(hf_decoder.phases(ranks, c), ids), ranks, c)
 
 
 # What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those

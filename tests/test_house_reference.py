@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.reference import blocks, hf_blocks, transformer
+from ckpt_tool.reference import blocks, hf_blocks, hf_decoder, transformer
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -232,6 +233,19 @@ def test_readings_are_found_by_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
         for stem in ("zephyr_one", "hf_zephyr"):
             sys.modules.pop(f"ckpt_tool.reference.{stem}", None)
             vars(reference).pop(stem, None)
+
+
+def test_a_reading_says_its_config_alone_or_has_phases_of_its_own() -> None:
+    """With less than its Config it has what its engine has; one whose pass is another keeps it."""
+    for name in reference.families():
+        module = import_module(f"ckpt_tool.reference.{name.replace('-', '_')}")
+        whole = reference.original(name)
+        own = [f for f in reference.PASSES if hasattr(module, f)]
+        assert own == [] or "phases" in own, f"{name} has {own} and not what calls them"
+        assert whole is module if own else whole.Config is module.Config
+        assert all(callable(getattr(whole, f)) for f in ("phases", "forward"))
+    assert reference.converted("Qwen3ForCausalLM").phases is hf_decoder.phases
+    assert not hasattr(reference.converted("Qwen3ForCausalLM"), "HEADS"), "heads are a family's own"
 
 
 # --- mutants ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference import converted, hf_rope, loss, losses, original, rope
+from ckpt_tool.reference import converted, hf_blocks, hf_rope, loss, losses, original, rope
 from ckpt_tool.reference.blocks import rotate_halves
 from ckpt_tool.reference.megatron import join_stages
 
@@ -314,7 +314,7 @@ def test_heads_are_those_of_transformers(head: str) -> None:
     w = [{n: t.float() for n, t in state.items()}]
     found = theirs.HEADS[head](theirs.encode(ids(), w, c), w, c)
     if head == "sequence_classification":
-        found = theirs.of_last_token(found, ids(), 0)
+        found = hf_blocks.of_last_token(found, ids(), 0)
     made = found if isinstance(found, tuple) else (found,)
     for output, one in zip(outputs, made, strict=True):
         assert out[output].shape == one.shape and nmse(out[output], one) <= FLOAT32_BAR
