@@ -44,7 +44,7 @@ class Config(hf_decoder.Config):
     def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         (architecture, *_) = config["architectures"] or [""]
         windows = windows_of(config, int(config["num_hidden_layers"]))
-        return {"windows": windows, "biased": True, "prefix": PREFIXES.get(architecture, "model.")}
+        return {"windows": windows, "biased": ("qkv",), "prefix": PREFIXES.get(architecture, "model.")}
 
 
 def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:

@@ -17,4 +17,4 @@ class Config(hf_qwen2.Config):
 
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().traits(config), "biased": False, "head_norms": True}
+        return {**super().traits(config), "biased": (), "head_norms": True}

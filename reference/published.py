@@ -33,9 +33,10 @@ AS_PUBLISHED = Names(
 
 @dataclass(frozen=True)
 class Published(decoder.Config):
-    # Of a family: its names, what the published config.json may leave out, and facts whose other values are
-    # of another model.
+    # Of a family: its names, what it alone calls facts that others call by the first name, what the published
+    # config.json may leave out, and facts whose other values are of another model.
     layout: ClassVar[Names] = AS_PUBLISHED
+    own: ClassVar[Mapping[str, str]] = {}
     documented: ClassVar[Mapping[str, Any]] = {}
     computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu",)}
 
@@ -45,7 +46,9 @@ class Published(decoder.Config):
     ) -> Self:
         """`params` is config.json, `shapes` those of all tensors, `overrides` facts from the user, which
         win. ValueError for what none of them tells and for what this pass does not compute."""
-        facts = told({**cls.documented, **params}, overrides, ranks)
+        said = ({**cls.documented, **params}, overrides)
+        params, overrides = ({**f, **{k: f[own] for k, own in cls.own.items() if own in f}} for f in said)
+        facts = told(params, overrides, ranks)
         refuse(only(facts, cls.computed))
         made = numbers(facts, tied(cls.layout, facts), shapes)
         return cls(**{**made, **cls.traits(facts, made)})

@@ -484,12 +484,12 @@ MUTANTS = {
     "attention not normalised": Mutant(
         "gemma2",
         ("decoder.layer", "if n.after[0]", "if False"),
-        ("hf_decoder.layer", '"post_attention_layernorm.", c) if c.four_norms', '"", c) if False'),
+        ("hf_decoder.layer", "if n.after[0]", "if False"),
     ),
     "feed-forward not normalised": Mutant(
         "gemma2",
         ("decoder.layer", "if n.after[1]", "if False"),
-        ("hf_decoder.layer", '"post_feedforward_layernorm.", c) if c.four_norms', '"", c) if False'),
+        ("hf_decoder.layer", "if n.after[1]", "if False"),
     ),
     "norms of heads forgotten": Mutant(
         "qwen3",
@@ -504,12 +504,27 @@ MUTANTS = {
     "side by side: in turn": Mutant(
         "gpt-neox",
         ("decoder.layer", "x if c.parallel else attended", "attended"),
-        ("hf_gpt_neox.layer", "x if c.parallel else attended + x", "attended + x"),
+        ("hf_decoder.layer", "x if c.parallel else attended", "attended"),
     ),
     "fused for each head: key and value exchanged": Mutant(
         "gpt-neox",
         ("decoder.attention", "q, k, v = project", "q, v, k = project"),
-        ("hf_gpt_neox.attention", "q, k, v = fused", "q, v, k = fused"),
+        ("hf_decoder.attention", "q, k, v = project", "q, v, k = project"),
+    ),
+    "fused for each head: bias forgotten": Mutant(
+        "gpt-neox",
+        ("decoder.project", '"qkv" in c.biased', "False"),
+        ("hf_decoder.project", '"qkv" in c.biased', "False"),
+    ),
+    "units without gates: biases forgotten": Mutant(
+        "gpt-neox",
+        ("decoder.feed_forward", '"units" in c.biased', "False"),
+        ("hf_decoder.feed_forward", '"units" in c.biased', "False"),
+    ),
+    "layer norms: the mean left in": Mutant(
+        "gpt-neox",
+        ("decoder.norm", "if c.layer_norms", "if False"),
+        ("hf_decoder.norm", "if c.layer_norms", "if False"),
     ),
     "route: one expert more": Mutant(
         "mixtral-a",
