@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.reference.blocks import ACTIVATIONS
-from ckpt_tool.reference.facts import first, known
+from ckpt_tool.reference.facts import known
 from ckpt_tool.reference.published import AS_PUBLISHED, Published
+
+NUMBERS = {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25}
 
 
 class Config(Published):
@@ -33,22 +35,12 @@ class Config(Published):
         "rms_norm_eps": "layer_norm_eps",
         "num_key_value_heads": "num_attention_heads",
     }
-    documented = {
-        "hidden_act": "gelu",
-        "use_parallel_residual": True,
-        "attention_bias": True,
-        "layer_norm_eps": 1e-5,
-        "rotary_emb_base": 10000,
-        "rotary_pct": 0.25,
-    }
+    documented = {**NUMBERS, "hidden_act": "gelu", "use_parallel_residual": True, "attention_bias": True}
     computed = {}
 
     @classmethod
     def traits(cls, facts: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-        newer = facts.get("rope_parameters") or {}
-        part = first(newer.get("partial_rotary_factor"), facts["partial_rotary_factor"])
         return {
-            "turned": int(made["head_dim"] * float(part)),
             "activation": known("hidden_act", facts, ACTIVATIONS),
             "biased": ("qkv", "out", "units") if facts["attention_bias"] else ("units",),
             "parallel": bool(facts["use_parallel_residual"]),

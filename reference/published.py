@@ -78,13 +78,16 @@ def tied(names: Names, facts: Mapping[str, Any]) -> Names:
 def numbers(facts: Mapping[str, Any], names: Names, shapes: Shapes) -> dict[str, Any]:
     """Those of `decoder.Config`, of facts that `told` has."""
     D, n_heads = shapes[names.word][1], int(facts["num_attention_heads"])
-    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    newer, head_dim = facts.get("rope_parameters") or {}, int(facts.get("head_dim") or D // max(1, n_heads))
+    part = first(newer.get("partial_rotary_factor"), facts.get("partial_rotary_factor"), 1)
+    found = newer or facts.get("rope_scaling") or {}
     return {
         "n_layers": int(facts["num_hidden_layers"]),
         "dim": D,
         "n_heads": n_heads,
         "n_kv_heads": int(facts["num_key_value_heads"]),
-        "head_dim": int(facts.get("head_dim") or D // max(1, n_heads)),
+        "head_dim": head_dim,
+        "turned": int(head_dim * float(part)),
         "norm_eps": float(facts["rms_norm_eps"]),
         "rope_theta": facts["rope_theta"],
         "rope_scaling": RopeScaling.from_hf(found, facts.get("max_position_embeddings")),
