@@ -45,6 +45,8 @@ CLASS = Class(
     idle=DECODER,
     prefix="gpt_neox.",
     words="embed_in.weight",
+    fused_bias=".attention.query_key_value.bias",
+    fused_by_head=True,
     tied={"embed_out.weight": ""},
 )
 

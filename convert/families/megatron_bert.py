@@ -75,6 +75,7 @@ CLASS = Class(
     causal=False,
     prefix="bert.",
     words="embeddings.word_embeddings.weight",
+    key_bias=".attention.self.key.bias",
     tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
 )
 

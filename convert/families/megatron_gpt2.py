@@ -77,6 +77,7 @@ CLASS = Class(
     masked=-1e4,
     prefix="transformer.",
     words="wte.weight",
+    fused_bias=".attn.c_attn.bias",
 )
 
 
