@@ -56,6 +56,9 @@ PLANTED = {
     "opt": ("opt-13b", "opt-float32", "opt-350m"),
     "codegen": ("codegen-350m-mono", "codegen-8-cores", "codegen-16b-nl"),
     "qwen2": ("qwen2-0.5b", "qwen2.5-14b", "qwen2-mcore", "qwen2-window"),
+    "qwen3": ("qwen3-0.6b", "qwen3-8b", "qwen3-float32"),
+    "gemma2": ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
+    "gpt-neox": ("pythia-410m", "redpajama-3b", "gpt-neox-20b", "gpt-neox-tied"),
 }
 
 

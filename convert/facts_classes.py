@@ -30,9 +30,11 @@ class Class:
     prefix: str = "model."  # base_model_prefix of the classes with a head
     words: str = "embed_tokens.weight"  # the embedding, below the prefix
     positions: str = ""  # the learned positions, below the prefix
-    # How the bias of a key ends, alone or in one with those of query and value, in this order.
+    # How the bias of a key ends, alone or in one with those of query and value, in this order: of all heads,
+    # or of each head beside each other.
     key_bias: str = ".self_attn.k_proj.bias"
     fused_bias: str | None = None
+    fused_by_head: bool = False
     # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     masked: float = -1e9  # what releases up to 4.30 set masked scores to

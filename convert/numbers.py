@@ -257,6 +257,7 @@ class Known:
         if isinstance(rule, Default):
             assert self.config is not None
             of_class = {**self.config.numbers, **self.config.identity, **self.config.idle_numbers}
+            of_class |= {n: of_class[k] for k, names in self.config.aliases.items() for n in names}
             default = of_class[self.names.get(f.name, f.name)]
             return Value(default, f"rule: default of {self.config.name}")
         return rule(self) if callable(rule) else rule

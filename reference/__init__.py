@@ -1,10 +1,12 @@
 """One plain forward pass per architecture and layout: what the converted model is measured against.
 
-Every module has the same functions, so that two of them run in lockstep, phase by phase:
+Every reading has the same functions, so that two of them run in lockstep, phase by phase:
 
     Config.from_original(params, shapes, ranks, overrides)   or   Config.from_hf(config)
     phases(ranks, c, inputs) -> phases    named, in order; see phases.py
     forward(ids, ranks, c) -> logits      (B, T, V), float32 or higher; ids (B, T) int64
+
+A module that says its `Config` alone has the functions of the one that its Config comes from.
 
 `ranks` holds one mapping of tensor names to tensors per model-parallel rank, one in all for a checkpoint
 that is not model-parallel. A tensor is read when it is needed and never kept, so a lazy mapping streams a
@@ -27,6 +29,7 @@ ids says so in `inputs(ranks, c)`: "token_types" and "mask", (B, T) each.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
@@ -37,13 +40,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PASSES = ("phases", "forward", "embed", "layer", "head")
+
+
 class NotComputed(ValueError):
     """What a config asks for is a model that no reading here computes; it may well be right."""
 
 
 def families() -> list[str]:
-    """Those that have a reading of their original layout, a module of their name with `phases` and
-    `Config.from_original`; imports torch."""
+    """Those that have a reading of their original layout, a module of their name with `Config.from_original`
+    and `phases`, of its own or of the engine; imports torch."""
     return [stem.replace("_", "-") for stem in _stems("") if _reads_originals(_module(stem))]
 
 
@@ -57,7 +63,7 @@ def original(family: str) -> ModuleType:
     """The reading of `family` in its original layout; imports torch. ValueError if there is none."""
     stem = family.replace("-", "_")
     if stem in _stems("") and _reads_originals(module := _module(stem)):
-        return module
+        return _whole(module)
     raise ValueError(f"expected family to be one of {', '.join(families())}, found `{family}`")
 
 
@@ -66,7 +72,7 @@ def converted(architecture: str) -> ModuleType:
     known = architectures()
     if architecture not in known:
         raise ValueError(f"expected architecture to be one of {', '.join(known)}, found `{architecture}`")
-    return _module(known[architecture])
+    return _whole(_module(known[architecture]))
 
 
 def _stems(prefix: str) -> list[str]:
@@ -76,11 +82,28 @@ def _stems(prefix: str) -> list[str]:
 
 
 def _reads_originals(module: ModuleType) -> bool:
-    return hasattr(module, "phases") and hasattr(getattr(module, "Config", None), "from_original")
+    config = getattr(module, "Config", None)
+    return hasattr(config, "from_original") and _engine(module) is not None
 
 
 def _module(stem: str) -> ModuleType:
     return import_module(f"{__name__}.{stem}")
+
+
+def _engine(module: ModuleType) -> ModuleType | None:
+    """The module with the phases: itself, or the nearest one that its Config comes from."""
+    homes = [module, *(sys.modules[base.__module__] for base in module.Config.__mro__)]
+    return next((home for home in homes if hasattr(home, "phases")), None)
+
+
+def _whole(module: ModuleType) -> ModuleType:
+    """A module with what its engine does, unless it has phases of its own."""
+    engine = _engine(module)
+    if engine is module or engine is None:
+        return module
+    made = ModuleType(module.__name__, module.__doc__)
+    vars(made).update({name: getattr(engine, name) for name in PASSES} | vars(module))
+    return made
 
 
 def loss(logits: Tensor, ids: Tensor) -> float:

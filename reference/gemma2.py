@@ -12,11 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.reference.blocks import ACTIVATIONS
-from ckpt_tool.reference.decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.facts import known
 from ckpt_tool.reference.published import AS_PUBLISHED, Published, windows_of
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 
 class Config(Published):
@@ -44,9 +41,8 @@ class Config(Published):
         """Where no list says so, the layers with even numbers have the window."""
         if facts["sliding_window"] is None:
             raise ValueError("expected sliding_window in config.json or given by name, found none")
-        kinds = facts.get("layer_types") or [
-            ("sliding_attention", "")[i % 2] for i in range(made["n_layers"])
-        ]
+        alternate = ("sliding_attention" if i % 2 == 0 else "" for i in range(made["n_layers"]))
+        kinds = facts.get("layer_types") or list(alternate)
         return {
             "windows": windows_of({**facts, "use_sliding_window": True, "layer_types": kinds}),
             "activation": known("hidden_activation", facts, ACTIVATIONS),

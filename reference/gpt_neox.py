@@ -7,59 +7,40 @@ megatron/model/transformer.py; the documentation of GPTNeoXConfig in transformer
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 from ckpt_tool.reference.blocks import ACTIVATIONS
-from ckpt_tool.reference.decoder import Names, embed, forward, head, layer, phases
-from ckpt_tool.reference.facts import Shapes, first, known
-from ckpt_tool.reference.published import Published
+from ckpt_tool.reference.facts import known
+from ckpt_tool.reference.published import AS_PUBLISHED, Published
 
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
-
-# What others call by the first name is called by the second here, and by that alone.
-OWN = {
-    "rope_theta": "rotary_emb_base",
-    "partial_rotary_factor": "rotary_pct",
-    "rms_norm_eps": "layer_norm_eps",
-    "num_key_value_heads": "num_attention_heads",
-}
+NUMBERS = {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25}
 
 
 class Config(Published):
-    layout = Names(
+    layout = replace(
+        AS_PUBLISHED,
         word="gpt_neox.embed_in.weight",
         block="gpt_neox.layers.",
-        norm_1="input_layernorm.",
         qkv=("attention.query_key_value.",),
         out="attention.dense.",
-        norm_2="post_attention_layernorm.",
         units=("mlp.dense_h_to_4h.",),
         down="mlp.dense_4h_to_h.",
         final_norm="gpt_neox.final_layer_norm.",
         output="embed_out.weight",
     )
-    documented = {"hidden_act": "gelu", "use_parallel_residual": True, "attention_bias": True} | {
-        "layer_norm_eps": 1e-5,
-        "rotary_emb_base": 10000,
-        "rotary_pct": 0.25,
+    own = {
+        "rope_theta": "rotary_emb_base",
+        "partial_rotary_factor": "rotary_pct",
+        "rms_norm_eps": "layer_norm_eps",
+        "num_key_value_heads": "num_attention_heads",
     }
+    documented = {**NUMBERS, "hidden_act": "gelu", "use_parallel_residual": True, "attention_bias": True}
     computed = {}
 
     @classmethod
-    def from_original(
-        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
-    ) -> Self:
-        def renamed(facts: Mapping[str, Any]) -> dict[str, Any]:
-            return {**facts, **{name: facts[own] for name, own in OWN.items() if own in facts}}
-
-        return super().from_original(renamed({**cls.documented, **params}), shapes, ranks, renamed(overrides))
-
-    @classmethod
     def traits(cls, facts: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-        newer = facts.get("rope_parameters") or {}
-        part = first(newer.get("partial_rotary_factor"), facts["partial_rotary_factor"])
         return {
-            "turned": int(made["head_dim"] * float(part)),
             "activation": known("hidden_act", facts, ACTIVATIONS),
             "biased": ("qkv", "out", "units") if facts["attention_bias"] else ("units",),
             "parallel": bool(facts["use_parallel_residual"]),

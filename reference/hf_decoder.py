@@ -1,8 +1,9 @@
 """The decoder of Llama and those after it in the Hugging Face layout: `config.json` and tensors named
 `model.layers.{i}.self_attn.q_proj`. A family says in its own module which numbers and traits it has.
 
-Source: transformers 4.37.2 (eager attention), 4.57.6 and 5.23.0, models/llama, mistral, mixtral, qwen2, qwen3
-and gemma2; experts as they lie on disk, one tensor each (transformers 5 stacks them only in memory).
+Source: transformers 4.37.2 (eager attention), 4.57.6 and 5.23.0, models/llama, mistral, mixtral, qwen2,
+qwen3, gemma2 and gpt_neox; experts as they lie on disk, one tensor each (transformers 5 stacks them only in
+memory).
 
 Names of sizes as in hf_blocks.
 """
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ckpt_tool.reference.hf_blocks import (
+    activate,
     complete,
     gated,
     grouped_attention,
+    layer_norm,
     linear,
     mixture,
     only,
@@ -37,6 +40,24 @@ REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in con
 
 
 @dataclass(frozen=True)
+class Names:
+    """Stems, before "weight" and "bias"; those of a layer are in `block`. `qkv` has one for each, or one of
+    all; `after` are norms of what the two branches give. All but the output layer follow `Config.prefix`."""
+
+    words: str = "embed_tokens."
+    norm_1: str = "input_layernorm."
+    qkv: tuple[str, ...] = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
+    out: str = "self_attn.o_proj."
+    norm_2: str = "post_attention_layernorm."
+    gate: str = "mlp.gate_proj."  # none: the units are not gated
+    up: str = "mlp.up_proj."
+    down: str = "mlp.down_proj."
+    after: tuple[str, str] = ("", "")
+    final_norm: str = "norm."
+    output: str = "lm_head."
+
+
+@dataclass(frozen=True)
 class Config:
     n_layers: int
     n_heads: int
@@ -50,19 +71,22 @@ class Config:
     windows: tuple[int | None, ...]
     tied: bool  # the embedding table is also the output layer
     prefix: str = "model."  # of all but the heads
-    biased: bool = False  # query, key and value have a bias
+    biased: tuple[str, ...] = ()  # which have biases: "qkv", "out", and "units" that are not gated
     head_norms: bool = False  # each head of query and key is normalised before it is turned
     n_experts: int = 0
     n_experts_per_token: int = 0
     activation: str = "silu"  # of the gates, as `activate` calls it
     plus_one: bool = False  # norms store their weight less one
-    four_norms: bool = False  # what a branch gives is normalised too
+    layer_norms: bool = False  # with the mean taken off, and a bias
+    parallel: bool = False  # both branches start from the same, each behind its own norm
     scaled_words: bool = False  # by the root of D, rounded to the dtype of the words
     scalar: float | None = None  # in the place of the width of a head, where scores are scaled
     score_cap: float | None = None
     logit_cap: float | None = None
 
     # What the configuration class of a family takes for keys that are absent; those of `or_null` may be null.
+    names: ClassVar[Names] = Names()
+    own: ClassVar[Mapping[str, str]] = {}  # what the family alone calls values of `from_hf`, by those names
     absent: ClassVar[Mapping[str, Any]] = {}
     or_null: ClassVar[Mapping[str, Any]] = {}
     theta: ClassVar[float] = 10000.0
@@ -74,6 +98,8 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """`config` is config.json as transformers 4 or 5 writes it. ValueError for a missing value that
         changes the numbers and for what this pass does not compute."""
+        others = {k: v for k, v in config.items() if k not in cls.own}
+        config = others | {k: config[own] for k, own in cls.own.items() if own in config}
         theta, scaling = rope(config, default=cls.theta, whole=cls.part == 1)
         part = told_once(config, "partial_rotary_factor", cls.part) or 0.0
         eps, usual = cls.epsilon
@@ -119,24 +145,31 @@ def forward(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    x = F.embedding(ids, ranks[0][c.prefix + "embed_tokens.weight"])
+    x = F.embedding(ids, ranks[0][f"{c.prefix}{c.names.words}weight"])
     return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device) if c.scaled_words else x
 
 
 def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
-    w, p = ranks[0], f"{c.prefix}layers.{i}."
-    y = norm(x, w, p + "input_layernorm.", c)
-    y = attention(y, w, p + "self_attn.", c, c.windows[i])
-    x = x + (norm(y, w, p + "post_attention_layernorm.", c) if c.four_norms else y)
-    y = norm(x, w, p + ("pre_feedforward" if c.four_norms else "post_attention") + "_layernorm.", c)
+    w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
+    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i])
+    attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)
+    y = feed_forward(norm(x if c.parallel else attended, w, p + n.norm_2, c), w, p, c)
+    return attended + (norm(y, w, p + n.after[1], c) if n.after[1] else y)
+
+
+def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
+    n, biased = c.names, "units" in c.biased
     if c.n_experts:
-        return x + mixture(y, w, p + "block_sparse_moe.", c.n_experts_per_token)
-    gate, up, down = (f"{p}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    y = gated(y, w, gate, up, down, c.activation)
-    return x + (norm(y, w, p + "post_feedforward_layernorm.", c) if c.four_norms else y)
+        return mixture(x, w, p + "block_sparse_moe.", c.n_experts_per_token)
+    if n.gate:
+        gate, up, down = (f"{p}{stem}weight" for stem in (n.gate, n.up, n.down))
+        return gated(x, w, gate, up, down, c.activation)
+    return linear(activate(linear(x, w, p + n.up, biased), c.activation), w, p + n.down, biased)
 
 
 def norm(x: Tensor, w: Mapping[str, Tensor], stem: str, c: Config) -> Tensor:
+    if c.layer_norms:
+        return layer_norm(x, w, stem, c.norm_eps)
     return rms_norm(x, w[stem + "weight"], c.norm_eps, c.plus_one)
 
 
@@ -146,21 +179,29 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def final_norm(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    return norm(x, ranks[0], c.prefix + "norm.", c)
+    return norm(x, ranks[0], c.prefix + c.names.final_norm, c)
 
 
 def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    logits = F.linear(y, ranks[0][c.prefix + "embed_tokens.weight" if c.tied else "lm_head.weight"])
+    logits = linear(y, ranks[0], c.prefix + c.names.words if c.tied else c.names.output, bias=False)
     return wide(softcap(logits, c.logit_cap))
 
 
 def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None) -> Tensor:
-    q, k, v = (
-        split_heads(linear(x, w, f"{p}{name}_proj.", c.biased), n)  # (B, N, T, H), (B, K, T, H) twice
-        for name, n in (("q", c.n_heads), ("k", c.n_kv_heads), ("v", c.n_kv_heads))
-    )
+    q, k, v = project(x, w, p, c)
     if c.head_norms:
-        q, k = (norm(y, w, f"{p}{n}_norm.", c) for n, y in (("q", q), ("k", k)))
+        q, k = (norm(y, w, f"{p}self_attn.{n}_norm.", c) for n, y in (("q", q), ("k", k)))
     cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling)
     q, k = (rotate(y, cos, sin) for y in (q, k))
-    return F.linear(grouped_attention(q, k, v, window, c.scalar, c.score_cap), w[p + "o_proj.weight"])
+    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap)
+    return linear(y, w, p + c.names.out, "out" in c.biased)
+
+
+def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> list[Tensor]:
+    """Queries (B, N, T, H), keys and values (B, K, T, H). In one tensor each head has its query, its key and
+    its value beside each other."""
+    made = [linear(x, w, p + stem, "qkv" in c.biased) for stem in c.names.qkv]
+    if len(made) == 1:
+        return list(split_heads(made[0], c.n_heads).chunk(3, dim=-1))
+    heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
+    return [split_heads(y, n) for y, n in zip(made, heads, strict=True)]

@@ -8,14 +8,16 @@ from typing import Any
 
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import ACTIVATIONS, one_of
-from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases, windowed
-
-__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
+from ckpt_tool.reference.hf_decoder import Names, windowed
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 
 
 class Config(hf_decoder.Config):
+    names = Names(
+        norm_2="pre_feedforward_layernorm.",
+        after=("post_attention_layernorm.", "post_feedforward_layernorm."),
+    )
     absent = {
         "head_dim": 256,
         "num_key_value_heads": 4,
@@ -39,7 +41,6 @@ class Config(hf_decoder.Config):
             "windows": windowed(kinds, config["sliding_window"], n_layers),
             "activation": one_of(config, "hidden_activation", ACTIVATIONS),
             "plus_one": True,
-            "four_norms": True,
             "scaled_words": True,
             "scalar": float(config["query_pre_attn_scalar"]),
             "score_cap": config["attn_logit_softcapping"],

@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference import hf_decoder
-from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
-
-__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 

@@ -16,10 +16,7 @@ from torch import Tensor
 
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import linear, span_logits, wide
-from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.phases import Ranks, trunk
-
-__all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
 # Architecture -> what its tensors are named by, but for those of heads.
 PREFIXES = {
@@ -46,7 +43,7 @@ class Config(hf_decoder.Config):
     def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         (architecture, *_) = config["architectures"] or [""]
         windows = windows_of(config, int(config["num_hidden_layers"]))
-        return {"windows": windows, "biased": True, "prefix": PREFIXES.get(architecture, "model.")}
+        return {"windows": windows, "biased": ("qkv",), "prefix": PREFIXES.get(architecture, "model.")}
 
 
 def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
@@ -66,7 +63,7 @@ def windows_of(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, ..
 
 def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     """The normalised sequence (B, T, D), which every head starts from."""
-    return hf_decoder.final_norm(trunk(phases(ranks, c), ids), ranks, c)
+    return hf_decoder.final_norm(trunk(hf_decoder.phases(ranks, c), ids), ranks, c)
 
 
 # What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those

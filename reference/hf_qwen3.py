@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.reference import hf_qwen2
-from ckpt_tool.reference.hf_decoder import embed, forward, head, layer, phases
-
-__all__ = ["ARCHITECTURES", "Config", "embed", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 
@@ -20,4 +17,4 @@ class Config(hf_qwen2.Config):
 
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().traits(config), "biased": False, "head_norms": True}
+        return {**super().traits(config), "biased": (), "head_norms": True}

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference import decoder
-from ckpt_tool.reference.decoder import Names, embed, forward, head, layer, phases
+from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, fact, settings
 from ckpt_tool.reference.rope import RopeScaling
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 NAMES = Names(
     word="tok_embeddings.weight",

@@ -11,11 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference import decoder
-from ckpt_tool.reference.decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.facts import Shapes, first, settings
 from ckpt_tool.reference.llama import numbers
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 
 class Config(decoder.Config):

@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference import mistral
-from ckpt_tool.reference.decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.facts import Shapes, fact
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 
 class Config(mistral.Config):

@@ -33,9 +33,10 @@ AS_PUBLISHED = Names(
 
 @dataclass(frozen=True)
 class Published(decoder.Config):
-    # Of a family: its names, what the published config.json may leave out, and facts whose other values are
-    # of another model.
+    # Of a family: its names, what it alone calls facts that others call by the first name, what the published
+    # config.json may leave out, and facts whose other values are of another model.
     layout: ClassVar[Names] = AS_PUBLISHED
+    own: ClassVar[Mapping[str, str]] = {}
     documented: ClassVar[Mapping[str, Any]] = {}
     computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu",)}
 
@@ -45,7 +46,9 @@ class Published(decoder.Config):
     ) -> Self:
         """`params` is config.json, `shapes` those of all tensors, `overrides` facts from the user, which
         win. ValueError for what none of them tells and for what this pass does not compute."""
-        facts = told({**cls.documented, **params}, overrides, ranks)
+        said = ({**cls.documented, **params}, overrides)
+        params, overrides = ({**f, **{k: f[own] for k, own in cls.own.items() if own in f}} for f in said)
+        facts = told(params, overrides, ranks)
         refuse(only(facts, cls.computed))
         made = numbers(facts, tied(cls.layout, facts), shapes)
         return cls(**{**made, **cls.traits(facts, made)})
@@ -75,13 +78,16 @@ def tied(names: Names, facts: Mapping[str, Any]) -> Names:
 def numbers(facts: Mapping[str, Any], names: Names, shapes: Shapes) -> dict[str, Any]:
     """Those of `decoder.Config`, of facts that `told` has."""
     D, n_heads = shapes[names.word][1], int(facts["num_attention_heads"])
-    found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    newer, head_dim = facts.get("rope_parameters") or {}, int(facts.get("head_dim") or D // max(1, n_heads))
+    part = first(newer.get("partial_rotary_factor"), facts.get("partial_rotary_factor"), 1)
+    found = newer or facts.get("rope_scaling") or {}
     return {
         "n_layers": int(facts["num_hidden_layers"]),
         "dim": D,
         "n_heads": n_heads,
         "n_kv_heads": int(facts["num_key_value_heads"]),
-        "head_dim": int(facts.get("head_dim") or D // max(1, n_heads)),
+        "head_dim": head_dim,
+        "turned": int(head_dim * float(part)),
         "norm_eps": float(facts["rms_norm_eps"]),
         "rope_theta": facts["rope_theta"],
         "rope_scaling": RopeScaling.from_hf(found, facts.get("max_position_embeddings")),

@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ckpt_tool.reference.decoder import Names, embed, forward, head, layer, phases
+from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, first, only, refuse
 from ckpt_tool.reference.published import AS_PUBLISHED, Published, numbers, tied, told
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 # Facts under their Hugging Face names, and what Megatron's args call them; the first that is there counts.
 ARGS = {

@@ -8,10 +8,7 @@ for its numbers.
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_tool.reference.decoder import embed, forward, head, layer, phases
 from ckpt_tool.reference.published import Published
-
-__all__ = ["Config", "embed", "forward", "head", "layer", "phases"]
 
 
 class Config(Published):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
@@ -21,6 +22,7 @@ from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import Report, verify
 from ckpt_tool.verify.altered import alteration, place
+from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.rowmaps import Rows, as_text, hashes, located
 
 Written = Callable[[str], Path]
@@ -40,6 +42,9 @@ PLANTED = (
     "llama-3.1-405b-mp16",
     "mistral-7b-v0.1",
     "bert-v1-bare",
+    "qwen3-0.6b",
+    "gemma-2-2b",
+    "pythia-410m",
 )
 CONFIG = [k for k in KINDS if k.startswith("config: ")]
 SEEN_BY_NO_PASS = ("config: end of text",)  # compared with the documents, not computed
@@ -204,6 +209,25 @@ def test_a_mistake_on_the_way_back_is_named(
         stream.seek(extent[1])
         stream.write(data)
     assert causes(verify(out, converted, levels="bits")) == [cause]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "altered"),
+    [
+        ("GPT2LMHeadModel", "transformer.h.0.attn.c_attn.bias", [3]),
+        ("GPTNeoXForCausalLM", "gpt_neox.layers.0.attention.query_key_value.bias", [7]),
+        ("MegatronBertForMaskedLM", "bert.encoder.layer.0.attention.self.query.bias", [11]),
+        ("MegatronBertForMaskedLM", "bert.encoder.layer.0.attention.self.key.bias", []),
+    ],
+)
+def test_no_bias_of_a_key_is_planted_into(architecture: str, name: str, altered: list[int]) -> None:
+    """What it adds to the scores of a query is the same for all keys, but for what the rotation makes of it:
+    softmax takes it away. Twelve numbers are query, key and value of two heads of two channels."""
+    config = {"architectures": [architecture], "num_attention_heads": 2}
+    made = [c for c in to_plant(0, None, {name: (12,)}, config) if c.name.endswith("1 % off")]
+    right = torch.arange(1.0, 13.0)
+    found = [change.tensors({name: right})[name] for change in made]
+    assert [i for x in found for i in (x != right).nonzero().flatten().tolist()] == altered
 
 
 # --- orders of rows -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.reference import blocks, hf_blocks, hf_transformer, transformer
+from ckpt_tool.reference import blocks, hf_blocks, hf_decoder, hf_transformer, transformer
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -232,6 +233,19 @@ def test_readings_are_found_by_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
         for stem in ("zephyr_one", "hf_zephyr"):
             sys.modules.pop(f"ckpt_tool.reference.{stem}", None)
             vars(reference).pop(stem, None)
+
+
+def test_a_reading_says_its_config_alone_or_has_phases_of_its_own() -> None:
+    """With less than its Config it has what its engine has; one whose pass is another keeps it."""
+    for name in reference.families():
+        module = import_module(f"ckpt_tool.reference.{name.replace('-', '_')}")
+        whole = reference.original(name)
+        own = [f for f in reference.PASSES if hasattr(module, f)]
+        assert own == [] or "phases" in own, f"{name} has {own} and not what calls them"
+        assert whole is module if own else whole.Config is module.Config
+        assert all(callable(getattr(whole, f)) for f in ("phases", "forward"))
+    assert reference.converted("Qwen3ForCausalLM").phases is hf_decoder.phases
+    assert not hasattr(reference.converted("Qwen3ForCausalLM"), "HEADS"), "heads are a family's own"
 
 
 # --- mutants ----------------------------------------------------------------------------------------------
@@ -474,12 +488,12 @@ MUTANTS = {
     "attention not normalised": Mutant(
         "gemma2",
         ("decoder.layer", "if n.after[0]", "if False"),
-        ("hf_decoder.layer", '"post_attention_layernorm.", c) if c.four_norms', '"", c) if False'),
+        ("hf_decoder.layer", "if n.after[0]", "if False"),
     ),
     "feed-forward not normalised": Mutant(
         "gemma2",
         ("decoder.layer", "if n.after[1]", "if False"),
-        ("hf_decoder.layer", '"post_feedforward_layernorm.", c) if c.four_norms', '"", c) if False'),
+        ("hf_decoder.layer", "if n.after[1]", "if False"),
     ),
     "norms of heads forgotten": Mutant(
         "qwen3",
@@ -494,12 +508,27 @@ MUTANTS = {
     "side by side: in turn": Mutant(
         "gpt-neox",
         ("decoder.layer", "x if c.parallel else attended", "attended"),
-        ("hf_gpt_neox.layer", "x if c.parallel else attended + x", "attended + x"),
+        ("hf_decoder.layer", "x if c.parallel else attended", "attended"),
     ),
     "fused for each head: key and value exchanged": Mutant(
         "gpt-neox",
         ("decoder.attention", "q, k, v = project", "q, v, k = project"),
-        ("hf_gpt_neox.attention", "q, k, v = fused", "q, v, k = fused"),
+        ("hf_decoder.attention", "q, k, v = project", "q, v, k = project"),
+    ),
+    "fused for each head: bias forgotten": Mutant(
+        "gpt-neox",
+        ("decoder.project", '"qkv" in c.biased', "False"),
+        ("hf_decoder.project", '"qkv" in c.biased', "False"),
+    ),
+    "units without gates: biases forgotten": Mutant(
+        "gpt-neox",
+        ("decoder.feed_forward", '"units" in c.biased', "False"),
+        ("hf_decoder.feed_forward", '"units" in c.biased', "False"),
+    ),
+    "layer norms: the mean left in": Mutant(
+        "gpt-neox",
+        ("decoder.norm", "if c.layer_norms", "if False"),
+        ("hf_decoder.norm", "if c.layer_norms", "if False"),
     ),
     "route: one expert more": Mutant(
         "mixtral-a",

@@ -147,14 +147,15 @@ def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Te
     return make
 
 
-def perturb(name: str, kind: Class) -> Callable[[Tensors], dict[str, Tensor]]:
+def perturb(name: str, kind: Class, heads: int) -> Callable[[Tensors], dict[str, Tensor]]:
     """The largest element of a vector, one per cent larger; of query, key and value in one, the query's."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name].clone()
-        whole = kind.fused_bias is None or not name.endswith(kind.fused_bias)
-        part = x if whole else x[: len(x) // 3]
-        part[part.abs().argmax()] *= 1.01
+        part = torch.arange(len(x), device=x.device)
+        if kind.fused_bias is not None and name.endswith(kind.fused_bias):
+            part = part.view(heads if kind.fused_by_head else 1, 3, -1)[:, 0].flatten()
+        x[part[x[part].abs().argmax()]] *= 1.01
         return {name: x}
 
     return make
@@ -168,7 +169,7 @@ def roll_rows(name: str, by: int) -> Callable[[Tensors], dict[str, Tensor]]:
 # --- what to plant, what to try -------------------------------------------------------------------------
 
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
-GELU_KEYS = ("hidden_act", "activation_function")
+GELU_KEYS = ("hidden_activation", "hidden_act", "activation_function")
 OTHER_GELU = {"gelu": "gelu_new", "gelu_python": "gelu_new"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu"
 )
@@ -182,7 +183,7 @@ def to_plant(
     kind = _class_of(config)
     if isinstance(phase, str):
         made = [Change(*_of_matrix(n, s, kind, undo=False)) for n, s in shapes.items() if len(s) == 2]
-        made += _perturbed((n for n, s in shapes.items() if len(s) == 1), kind)
+        made += _perturbed((n for n, s in shapes.items() if len(s) == 1), kind, config)
         made += _other_gelus(config)
         if phase == "head" and config.get("tie_word_embeddings") is False:
             made.append(Change("output layer tied to the embedding", config={"tie_word_embeddings": True}))
@@ -203,7 +204,8 @@ def to_plant(
     made += [Change(f"{short(n)} transposed", transpose(n)) for n in square[:2]]
     # Without rotary positions a key's bias adds the same to all scores of a query, which softmax takes away;
     # with them its slowly turned channels still add nearly that.
-    made += _perturbed((n for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias)), kind)
+    vectors = (n for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias))
+    made += _perturbed(vectors, kind, config)
     if phase > 0:
         return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
     theta = rope_theta(config)
@@ -220,8 +222,9 @@ def _class_of(config: Mapping[str, Any]) -> Class:
     return classes().get(class_of(config) or "", Class("", {}, {}))
 
 
-def _perturbed(names: Iterable[str], kind: Class) -> list[Change]:
-    return [Change(f"{short(n)}: one weight 1 % off", perturb(n, kind)) for n in names]
+def _perturbed(names: Iterable[str], kind: Class, config: Mapping[str, Any]) -> list[Change]:
+    heads = int(config.get("num_attention_heads") or 1)
+    return [Change(f"{short(n)}: one weight 1 % off", perturb(n, kind, heads)) for n in names]
 
 
 def _of_words(name: str, kind: Class) -> bool:
@@ -243,10 +246,11 @@ def _of_matrix(name: str, shape: tuple[int, ...], kind: Class, undo: bool) -> tu
 
 def _other_gelus(config: Mapping[str, Any]) -> list[Change]:
     """The tanh form where erf is meant, and the other way round."""
+    idle = _class_of(config).idle  # a class may have both names and read one
     return [
         Change(f"{key} {other} where it is {config[key]}", config={key: other})
         for key in GELU_KEYS
-        if (other := OTHER_GELU.get(str(config.get(key))))
+        if key not in idle and (other := OTHER_GELU.get(str(config.get(key))))
     ]
 
 

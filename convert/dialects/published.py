@@ -9,6 +9,7 @@ the other fields are carried as they are.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -182,7 +183,7 @@ AddedTokens = Callable[[str, int], tuple[Mapping[str, int], list[str]]]
 @dataclass(frozen=True)
 class Published:
     """A model under names of its own. `rows` are those of its tensors but the output layer; where that is,
-    and the embedding which it may share, say `head` and `words`. `axes` give the size of every axis: the
+    says `head`; the class, the embedding which it may share. `axes` give the size of every axis: the
     field behind it, or a function. `told_by` is a tensor that no other family has, `never` one that this has
     not.
 
@@ -198,10 +199,9 @@ class Published:
     rows: Callable[[Known], Sequence[Rule]]
     told_by: str
     axes: Mapping[str, Size] = field(default_factory=lambda: AXES)
-    layer: str = r"model\.layers\.(\d+)\."  # finds a layer's number in a name
+    layer: str = ""  # finds a layer's number in a name; else it follows `layers` below the class's prefix
     never: str = ""
     why: str = ""
-    words: str = "model.embed_tokens.weight"
     head: str | None = "lm_head.weight"  # None: it is among the rows
     ignored: Mapping[str, str] = field(default_factory=lambda: FREQUENCIES)
     container: str = "safetensors"  # of the way back, unless it is known
@@ -216,6 +216,10 @@ class Published:
     @property
     def model_type(self) -> str:
         return next(iter(self.classes))
+
+    @property
+    def own(self) -> Class:
+        return self.classes[self.model_type]
 
     @property
     def architectures(self) -> dict[str, str]:
@@ -272,10 +276,17 @@ def divides(name: str, by: str) -> Check:
     return check
 
 
+def head_width(known: Known) -> int:
+    """Of heads that share out the width."""
+    width: int = known["hidden_size"] // known["num_attention_heads"]
+    return width
+
+
+# Of heads whose query, key and value are in one tensor.
+FUSED: dict[str, Size] = {a: s for a, s in AXES.items() if a != "k"} | {"t": lambda _: 3, "h": head_width}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 COUNTS = (
-    count("hidden_size"),
-    count("intermediate_size"),
-    count("num_hidden_layers"),
+    *map(count, SIZES[:3]),
     count("num_attention_heads", check=divides("num_attention_heads", "num_key_value_heads")),
     count("num_key_value_heads"),
     count("vocab_size"),
@@ -297,18 +308,16 @@ def same(name: str, pattern: str) -> Rule:
 
 def attention(*, biases: bool = False) -> tuple[Rule, ...]:
     """The four projections of grouped attention; `biases` has all but the last."""
-    kinds = {"weight": "({a} h) d", "bias": "({a} h)"} if biases else {"weight": "({a} h) d"}
-    apart = [
-        same(f"{T}self_attn.{p}_proj.{kind}", pattern.format(a=a))
-        for p, a in (("q", "n"), ("k", "k"), ("v", "k"))
-        for kind, pattern in kinds.items()
-    ]
-    return (*apart, same(f"{T}self_attn.o_proj.weight", "d (n h)"))
+    query = weights(f"{T}self_attn.q_proj", pattern="(n h) d", biases=biases)
+    others = weights(f"{T}self_attn.k_proj", f"{T}self_attn.v_proj", pattern="(k h) d", biases=biases)
+    return (*query, *others, *weights(f"{T}self_attn.o_proj", pattern="d (n h)"))
 
 
-def weights(*names: str, pattern: str = "d") -> tuple[Rule, ...]:
-    """Those called `NAME.weight`, of one shape."""
-    return tuple(same(f"{name}.weight", pattern) for name in names)
+def weights(*names: str, pattern: str = "d", biases: bool = False) -> tuple[Rule, ...]:
+    """Those called `NAME.weight`, of one shape; `biases` are beside them, along the first axis."""
+    first = pattern[: pattern.index(")") + 1] if pattern.startswith("(") else pattern.split()[0]
+    kinds = {"weight": pattern, "bias": first} if biases else {"weight": pattern}
+    return tuple(same(f"{name}.{kind}", shape) for name in names for kind, shape in kinds.items())
 
 
 def decoder(*own: Rule) -> Callable[[Known], tuple[Rule, ...]]:
@@ -324,9 +333,8 @@ def decoder(*own: Rule) -> Callable[[Known], tuple[Rule, ...]]:
 
 
 GATED = (
-    same(f"{T}mlp.gate_proj.weight", "f d"),
-    same(f"{T}mlp.up_proj.weight", "f d"),
-    same(f"{T}mlp.down_proj.weight", "d f"),
+    *weights(f"{T}mlp.gate_proj", f"{T}mlp.up_proj", pattern="f d"),
+    *weights(f"{T}mlp.down_proj", pattern="d f"),
 )
 
 
@@ -354,7 +362,7 @@ def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str
     settings = {own.get(k, k): v for k, v in options.settings.items()}
     own_class, name = p.classes[model_type], (p.architectures[model_type],)
     facts = read_config(checkpoint, settings, name, model_type=model_type, own=own_class)
-    source = whole_tensors(checkpoint, p.layer)
+    source = whole_tensors(checkpoint, p.layer or rf"{re.escape(p.own.prefix)}layers\.(\d+)\.")
     once = kept_facts(checkpoint) if back else {}
     target = model_type if back else p.targets.get(options.family_options.get("architecture", ""))
     named = target or p.model_type
@@ -392,7 +400,7 @@ def rows_of(p: Published, known: Known) -> Table:
     rows = list(p.rows(known))
     if p.head is not None and (there or not tied or known.once.get("head")):
         copy = tied and not (known.back and there)
-        rows.append(rule(p.head, p.words if copy else p.head, "v d", tied=copy))
+        rows.append(rule(p.head, p.own.prefix + p.own.words if copy else p.head, "v d", tied=copy))
     return table_of(known, rows, p.axes, p.derived(known))
 
 

@@ -5,30 +5,25 @@ Source: transformers 4.57.6 and 5.23.0 (models/gemma2), published config.json fi
 less one; loaders add it, and so conversion leaves it.
 """
 
-from __future__ import annotations
-
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
 from ckpt_tool.convert.numbers import DEFAULT, ROPE, Class, by_name, count, number, only
 
 ROWS = (
     *weights("model.embed_tokens", pattern="v d"),
-    *weights(*(f"{T}{when}_layernorm" for when in ("input", "post_attention"))),
-    *weights(*(f"{T}{when}_feedforward_layernorm" for when in ("pre", "post"))),
+    *weights(f"{T}input_layernorm", f"{T}post_attention_layernorm"),
+    *weights(f"{T}pre_feedforward_layernorm", f"{T}post_feedforward_layernorm"),
     *attention(),
     *GATED,
     *weights("model.norm"),
 )
+SIZES = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 CLASS = Class(
     "Gemma2Config",
     {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
+        **SIZES,
+        **HEADS,
         "hidden_activation": "gelu_pytorch_tanh",
         "rms_norm_eps": 1e-6,
         **ROPE,

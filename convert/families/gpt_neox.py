@@ -5,60 +5,37 @@ Source: transformers 4.57.6 and 5.23.0 (models/gpt_neox), published config.json 
 Linear weights are (out, in).
 """
 
-from __future__ import annotations
-
 from ckpt_tool.convert.dialects import published
-from ckpt_tool.convert.dialects.published import Vocabulary, divides, same
+from ckpt_tool.convert.dialects.published import Vocabulary, divides, weights
 from ckpt_tool.convert.layout import Rule
-from ckpt_tool.convert.numbers import (
-    DECODER,
-    DEFAULT,
-    Class,
-    Known,
-    anything,
-    by_name,
-    count,
-    flag,
-    given,
-    number,
-)
+from ckpt_tool.convert.numbers import DECODER, DEFAULT, Class, Known, anything, by_name, count, flag, number
 
 T = "gpt_neox.layers.{i}."
 
 
-def linear(name: str, weight: str, bias: str) -> tuple[Rule, ...]:
-    """A weight and its bias; no bias where there is no layout for it."""
-    apart = (same(f"{name}.bias", bias),) if bias else ()
-    return (same(f"{name}.weight", weight), *apart)
-
-
 def rows(known: Known) -> tuple[Rule, ...]:
-    fused, out = ("(n t h)", "d") if known["attention_bias"] else ("", "")
+    biases = known["attention_bias"]
     return (
-        same("gpt_neox.embed_in.weight", "v d"),
-        *linear(f"{T}input_layernorm", "d", "d"),
-        *linear(f"{T}post_attention_layernorm", "d", "d"),
-        *linear(f"{T}attention.query_key_value", "(n t h) d", fused),
-        *linear(f"{T}attention.dense", "d (n h)", out),
-        *linear(f"{T}mlp.dense_h_to_4h", "f d", "f"),
-        *linear(f"{T}mlp.dense_4h_to_h", "d f", "d"),
-        *linear("gpt_neox.final_layer_norm", "d", "d"),
+        *weights("gpt_neox.embed_in", pattern="v d"),
+        *weights(f"{T}input_layernorm", f"{T}post_attention_layernorm", biases=True),
+        *weights(f"{T}attention.query_key_value", pattern="(n t h) d", biases=biases),
+        *weights(f"{T}attention.dense", pattern="d (n h)", biases=biases),
+        *weights(f"{T}mlp.dense_h_to_4h", pattern="f d", biases=True),
+        *weights(f"{T}mlp.dense_4h_to_h", pattern="d f", biases=True),
+        *weights("gpt_neox.final_layer_norm", biases=True),
     )
 
 
+SIZES = {"vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44}
+ROTARY = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_scaling": None}
 CLASS = Class(
     "GPTNeoXConfig",
     {
-        "vocab_size": 50432,
-        "hidden_size": 6144,
-        "num_hidden_layers": 44,
+        **SIZES,
+        **ROTARY,
         "num_attention_heads": 64,
-        "intermediate_size": 24576,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.25,
-        "rope_scaling": None,
         "use_parallel_residual": True,
         "attention_bias": True,
         "tie_word_embeddings": False,
@@ -68,9 +45,10 @@ CLASS = Class(
     idle=DECODER,
     prefix="gpt_neox.",
     words="embed_in.weight",
+    fused_bias=".attention.query_key_value.bias",
+    fused_by_head=True,
     tied={"embed_out.weight": ""},
 )
-COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 FAMILY = published.family(
     name="gpt-neox",
@@ -78,29 +56,20 @@ FAMILY = published.family(
     summary="GPT-NeoX 20B, Pythia, RedPajama-INCITE: .bin or safetensors in any sharding",
     classes={"gpt_neox": CLASS},
     fields=by_name(
-        map(count, COUNTS),
+        map(count, published.SIZES),
         count("hidden_size", check=divides("hidden_size", "num_attention_heads")),
         number("layer_norm_eps", ask="the epsilon of the norms"),
         anything("hidden_act", silent=DEFAULT),
         # beside `rope_parameters` the class reads these and not the names that others have
-        number("rotary_emb_base", silent=given(10000, "default of GPTNeoXConfig")),
-        number("rotary_pct", silent=given(0.25, "default of GPTNeoXConfig")),
+        number("rotary_emb_base", silent=DEFAULT),
+        number("rotary_pct", silent=DEFAULT),
         flag("use_parallel_residual", rule=None),
         flag("attention_bias", rule=None),
         published.TIED,
     ),
-    axes={
-        "n": "num_attention_heads",
-        "t": lambda _: 3,
-        "h": lambda known: known["hidden_size"] // known["num_attention_heads"],
-        "d": "hidden_size",
-        "f": "intermediate_size",
-        "v": "vocab_size",
-    },
+    axes=published.FUSED,
     rows=rows,
     told_by="gpt_neox.layers.0.attention.query_key_value.weight",
-    layer=r"gpt_neox\.layers\.(\d+)\.",
-    words="gpt_neox.embed_in.weight",
     head="embed_out.weight",
     ignored={
         r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias": "the causal mask, which the model makes itself",

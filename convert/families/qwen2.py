@@ -11,7 +11,7 @@ NVIDIA-NeMo/Megatron-Bridge @067f987d (models/qwen). Linear weights are (out, in
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import megatron_core, published
-from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
+from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, head_width, weights
 from ckpt_tool.convert.numbers import (
     DECODER,
     DEFAULT,
@@ -52,11 +52,6 @@ CLASS = Class(
     idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
     windows="last",
 )
-
-
-def head_width(known: Known) -> int:
-    width: int = known["hidden_size"] // known["num_attention_heads"]
-    return width
 
 
 def heads_fit(known: Known, told: Value) -> Value:

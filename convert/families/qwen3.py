@@ -4,8 +4,6 @@ query and key.
 Source: transformers 4.57.6 and 5.23.0 (models/qwen3), published config.json files.
 """
 
-from __future__ import annotations
-
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.published import T, Vocabulary, attention, decoder, weights
 from ckpt_tool.convert.numbers import DECODER, LLAMA_SIZES, ROPE, Class, by_name, count, only
