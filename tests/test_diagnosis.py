@@ -72,6 +72,23 @@ def tampered(
     return plant
 
 
+@pytest.mark.parametrize("variant", ["gemma-2-2b", "pythia-410m", "qwen3-8b"])
+def test_every_kind_is_planted_or_has_no_place(variant: str, conversions: Written, tmp_path: Path) -> None:
+    """Whatever names and norms a family has."""
+    places = 0
+    for kind, plant in KINDS.items():
+        opened = Folder(
+            Path(shutil.copytree(conversions(variant), tmp_path / str(len(kind)), dirs_exist_ok=True))
+        )
+        try:
+            places += bool(plant(opened, Roles(opened)).tensors)
+        except NotHere:
+            pass
+        finally:
+            opened.checkpoint.close()
+    assert places > 40
+
+
 def causes(report: Report) -> list[str]:
     return [str(f.data["cause"]) for f in report.level("diagnosis") if f.data["cause"] is not None]
 
