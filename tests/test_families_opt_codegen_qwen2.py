@@ -624,7 +624,7 @@ def stages(folder: Path, m: Core, cut: int) -> Path:
 
 
 def test_pipeline_stages_are_joined_and_verified(tmp_path: Path) -> None:
-    model = qwen2(5, 48, 6, 2, 72, 320, rms_norm_eps=1e-5)
+    model = qwen2(5, 48, 6, 2, 72, 320, 5, rms_norm_eps=1e-5)
     source = stages(tmp_path / "in", Core(model, ranks=2), 3)
     convert(source, tmp_path / "out")
     numbers, found = drawn("staged", 0), weights(tmp_path / "out")
