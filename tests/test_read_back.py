@@ -4,7 +4,8 @@ numbers that a published file could hold. Headers only."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.families.llama import width_of
 from ckpt_tool.convert.plan import Options, Plan
@@ -22,6 +25,7 @@ from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.families.llama import Style, llama
 from ckpt_tool.fixtures.families.mistral import mistral
 from ckpt_tool.fixtures.families.mixtral import mixtral
+from ckpt_tool.fixtures.variants import VARIANTS
 
 Header = tuple[str, str, tuple[int, ...]]
 
@@ -154,3 +158,26 @@ def test_numbers_are_read_back_from_what_was_written(name: str) -> None:
         same_numbers(name, original, params(back))
 
     check()
+
+
+# One of each family and dialect, Megatron-Core's layout included.
+EACH = {v.family: id for id, v in reversed(VARIANTS.items()) if not v.settings} | {"core": "qwen2-mcore"}
+
+
+@pytest.mark.parametrize("family", sorted(EACH))
+def test_numbers_come_back_from_what_was_written(
+    family: str, conversions: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Original, config.json, original, config.json: the second says what the first does, without a manifest
+    that would remember it."""
+    first, back = tmp_path / "first", tmp_path / "back"
+    shutil.copytree(conversions(EACH[family]), first)
+    (first / "ckpt-tool.json").unlink()
+    asked = Options(family_options={"form": "mcore"}) if family == "core" else Options()
+    api.convert(first, back, to="original", options=asked)
+    (back / "ckpt-tool.json").unlink()
+    again = api.plan(back, to="hf")
+    config = json.loads((first / "config.json").read_text())
+    numbers = classes()[config["model_type"]].numbers.keys() & again.config.keys()
+    assert len(numbers) >= 9
+    assert {n: again.config[n].value for n in numbers} == {n: config.get(n) for n in numbers}
