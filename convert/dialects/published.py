@@ -23,6 +23,7 @@ from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_fold
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
+    DEFAULT,
     DTYPE,
     Check,
     Class,
@@ -35,6 +36,7 @@ from ckpt_tool.convert.numbers import (
     flag,
     given,
     number,
+    shown,
     table_of,
     written,
 )
@@ -292,7 +294,41 @@ COUNTS = (
     count("vocab_size"),
 )
 EPSILON = number("rms_norm_eps", ask="the epsilon of the norms")
-SCALING = anything("rope_scaling", silent=given(None, "absent"))
+
+
+def _object_or_null(known: Known, found: Value) -> Value:
+    if found.value is not None and not isinstance(found.value, dict):
+        known.refuse("bad-config", f"expected an object or null, found {shown(found.value)}", "rope_scaling")
+    return found
+
+
+def cap_or_null(name: str) -> Field:
+    """A bound on scores, which the class takes as a float or null for none."""
+
+    def check(known: Known, found: Value) -> Value:
+        if found.value is None:
+            return found
+        if type(found.value) not in (int, float) or not found.value > 0:
+            message = f"expected a number above 0, or null, found {shown(found.value)}"
+            known.refuse("bad-config", message, name)
+            return found
+        return Value(float(found.value), found.source)
+
+    return anything(name, silent=DEFAULT, check=check)
+
+
+def outspoken(name: str) -> Field:
+    """A flag for which null is no answer: the class refuses it, and readers take it either way."""
+
+    def check(known: Known, found: Value) -> Value:
+        if type(found.value) is not bool:
+            known.refuse("bad-config", f"expected true or false, found {shown(found.value)}", name)
+        return found
+
+    return anything(name, silent=DEFAULT, check=check)
+
+
+SCALING = anything("rope_scaling", silent=given(None, "absent"), check=_object_or_null)
 TIED = flag("tie_word_embeddings", rule=None)
 
 

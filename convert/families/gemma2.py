@@ -55,6 +55,8 @@ FAMILY = published.family(
         only("hidden_activation", "gelu_pytorch_tanh", "the only activation of Gemma 2"),
         only("attention_bias", False, "no published model has biases"),
         count("query_pre_attn_scalar", silent=DEFAULT),
+        published.cap_or_null("attn_logit_softcapping"),
+        published.cap_or_null("final_logit_softcapping"),
     ),
     rows=lambda _: ROWS,
     told_by="model.layers.0.pre_feedforward_layernorm.weight",

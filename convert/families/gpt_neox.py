@@ -8,7 +8,7 @@ Linear weights are (out, in).
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.published import Vocabulary, divides, weights
 from ckpt_tool.convert.layout import Rule
-from ckpt_tool.convert.numbers import DECODER, DEFAULT, Class, Known, anything, by_name, count, flag, number
+from ckpt_tool.convert.numbers import DECODER, DEFAULT, Class, Known, anything, by_name, count, number
 
 T = "gpt_neox.layers.{i}."
 
@@ -63,8 +63,8 @@ FAMILY = published.family(
         # beside `rope_parameters` the class reads these and not the names that others have
         number("rotary_emb_base", silent=DEFAULT),
         number("rotary_pct", silent=DEFAULT),
-        flag("use_parallel_residual", rule=None),
-        flag("attention_bias", rule=None),
+        published.outspoken("use_parallel_residual"),
+        published.outspoken("attention_bias"),
         published.TIED,
     ),
     axes=published.FUSED,
