@@ -1,5 +1,4 @@
-"""Gemma 2 (2B, 9B, 27B), published in the Hugging Face layout: norms on both sides of each branch, a tied
-output layer, a window in every second layer.
+"""Gemma 2 (2B, 9B, 27B) as published: norms on both sides of each branch, a tied output layer, windows.
 
 Source: transformers 4.57.6 and 5.23.0 (models/gemma2), published config.json files. Norms store their weight
 less one; loaders add it, and so conversion leaves it.
@@ -55,8 +54,7 @@ FAMILY = published.family(
         only("hidden_activation", "gelu_pytorch_tanh", "the only activation of Gemma 2"),
         only("attention_bias", False, "no published model has biases"),
         count("query_pre_attn_scalar", silent=DEFAULT),
-        published.cap_or_null("attn_logit_softcapping"),
-        published.cap_or_null("final_logit_softcapping"),
+        map(published.cap_or_null, ("attn_logit_softcapping", "final_logit_softcapping")),
     ),
     rows=lambda _: ROWS,
     told_by="model.layers.0.pre_feedforward_layernorm.weight",
