@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Class:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
     idle_numbers: Mapping[str, Any] = field(default_factory=dict)
-    windows: str = "all"  # which layers have one, see `WINDOWS`
+    # Which layers of a model with a window have it: all; those from max_window_layers on, if
+    # use_sliding_window; every second one, the first included. `layer_types` may say otherwise but for "all".
+    windows: Literal["all", "last", "alternate"] = "all"
     causal: bool = True  # a token sees those before it only
     prefix: str = "model."  # base_model_prefix of the classes with a head
     words: str = "embed_tokens.weight"  # the embedding, below the prefix
@@ -39,10 +41,6 @@ class Class:
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
-
-# Of the layers of a model with a window: all have it; those from max_window_layers on, if use_sliding_window;
-# every second one, the first included. `layer_types` may say otherwise but for the first kind.
-WINDOWS = ("all", "last", "alternate")
 
 IDENTITY = (
     "model_type",

@@ -10,7 +10,6 @@ user has to be asked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +28,7 @@ from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
 from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
+from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value
@@ -177,13 +177,15 @@ def follows(name: str, rule: Callable[[Known], Value], **more: Any) -> Field:
 DTYPE = follows("torch_dtype", _dtype)
 
 
-def shown(value: Any) -> str:
-    """A value in a message."""
-    return json.dumps(value, default=repr)[:40]
-
-
 class _Refused(CkptToolError):
     """A value was asked for that had been refused; carries what was collected so far."""
+
+
+def object_or_null(known: Known, found: Value) -> Value:
+    """A check of rope_scaling."""
+    if found.value is not None and not isinstance(found.value, dict):
+        known.refuse("bad-config", f"expected an object or null, found {shown(found.value)}", "rope_scaling")
+    return found
 
 
 def given(value: Any, why: str) -> Value:

@@ -12,7 +12,7 @@ from typing import Any
 from ckpt_tool.checkpoint import strict_json
 from ckpt_tool.convert.facts import one_rope
 from ckpt_tool.convert.plan import Value
-from ckpt_tool.errors import CkptToolError, Problem, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 SET = "--set"
 MAX_COUNT = 2**31
@@ -45,6 +45,10 @@ class Facts:
         settings: Mapping[str, Any],
         rotary: Mapping[str, str] | None = None,
     ) -> None:
+        for name, said in ((file, document or {}), (SET, settings)):
+            if not isinstance(said.get("rope_parameters"), Mapping | None):
+                message = f"expected an object or null, found {shown(said['rope_parameters'])}"
+                fail("bad-config", message, file=name, where="rope_parameters")
         self.document = None if document is None else _flat(document, rotary)
         self.file = file
         self.settings = one_rope(settings)
@@ -116,7 +120,7 @@ class Facts:
         self.used.update(keys)
         for obj, key, file in self._places(name, keys, null=False):
             if obj[key] != value:
-                self._problem("unsupported", f"expected {_shown(value)}, found {_shown(obj[key])}", file, key)
+                self._problem("unsupported", f"expected {shown(value)}, found {shown(obj[key])}", file, key)
         return Value(value, why)
 
     def given(self, *keys: str) -> bool:
@@ -145,10 +149,10 @@ class Facts:
             if key in self.used or key in ignored or value in (None, False, "", [], {}):
                 continue
             if "." in key or isinstance(value, dict):
-                message = f"expected a plain text model, found {key} = {_shown(value)}"
+                message = f"expected a plain text model, found {key} = {shown(value)}"
                 self._problem("unsupported", message, self.file, key)
             else:
-                notes.append(f"{self.file}: {printable(key)} = {_shown(value)} is not used")
+                notes.append(f"{self.file}: {printable(key)} = {shown(value)} is not used")
         return notes
 
     def _problem(
@@ -183,7 +187,7 @@ class Facts:
         obj, key, file = places[0]
         inside = [(k, o[k]) for o, k, f in places if f == self.file]
         if any(value != inside[0][1] for _, value in inside[1:]):
-            both = " and ".join(f"{k} = {_shown(v)}" for k, v in inside)
+            both = " and ".join(f"{k} = {shown(v)}" for k, v in inside)
             self._problem("bad-config", f"expected one value, found {both}", self.file, inside[0][0])
         try:
             return Value(read(obj, key, file), SET if file == SET else f"{file}: {key}")
@@ -192,7 +196,8 @@ class Facts:
             return UNKNOWN
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message, as JSON."""
     return printable(json.dumps(value, default=repr), 60)
 
 

@@ -239,7 +239,8 @@ def assemble(
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = [_cast(s, options.dtype) for s in steps]
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
-    problems = [*expansion.problems, *_step_problems(steps, checkpoint)]
+    kept = set(options.drop) - {d.tensor.name for d in dropped}
+    problems = [*_kept_problems(kept, checkpoint), *expansion.problems, *_step_problems(steps, checkpoint)]
     fail_all([*problems, *_uncovered(uncovered, family), *_mixed_dtypes(steps)])
     wanted = _written(steps)
     if direction == "to-hf":
@@ -295,6 +296,14 @@ def _unclaimed(
         else:
             dropped.append(Dropped(tensor, reason))
     return dropped, uncovered
+
+
+def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """What was asked for with --drop and is not left out."""
+    for name in sorted(names):
+        there = "one that it needs" if checkpoint.find(name) else "none of that name"
+        message = f"expected a tensor that the model does not need, found {there}"
+        yield Problem("usage", message, file="--drop", where=name)
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:

@@ -55,12 +55,6 @@ def disagreements(sizes: Mapping[str, int], told: Mapping[str, Any]) -> Iterator
             yield f"expected {size} {told[size]}, as told, found {found} in the tensors"
 
 
-def misshapen(shapes: Shapes, wanted: Shapes, each: str = " on each rank") -> Iterator[str]:
-    for name, shape in wanted.items():
-        if (found := tuple(shapes.get(name, ()))) != shape:
-            yield f"expected `{name}` of shape {shape}{each}, found {found}"
-
-
 def refuse(problems: Iterator[str] | list[str]) -> None:
     if found := list(problems):
         raise ValueError("; ".join(found))

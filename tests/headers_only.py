@@ -4,7 +4,7 @@ output of a plan would give."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from ckpt_tool.convert.plan import Plan
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # file -> tensor -> shape
 
 
-class Held(TensorFile):
+Header = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+class Headers(TensorFile):
     """A container that is not on a disk: headers, and what stands beside the tensors."""
 
-    def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> None:
-        self.name, self.path, self.format, self.metadata = name, Path(name), "torch-zip", metadata
-        self.tensors = {n: TensorInfo(n, "F32", shape, name) for n, shape in shapes.items()}
+    def __init__(
+        self, name: str, headers: Iterable[Header], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name, self.path, self.format, self.metadata = name, Path(name), "torch-zip", metadata or {}
+        self.tensors = {n: TensorInfo(n, dtype, shape, name) for n, dtype, shape in headers}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         raise AssertionError(f"planning read the data of {name}")
@@ -48,7 +53,11 @@ def held(
     documents: Mapping[str, Path] | None = None,
 ) -> Checkpoint:
     found = {n: Document(n, p, p.stat().st_size) for n, p in (documents or {}).items()}
-    return Checkpoint(Path("m"), {f: Held(f, shapes, metadata) for f, shapes in contents.items()}, found)
+    files = {
+        f: Headers(f, [(n, "F32", shape) for n, shape in shapes.items()], metadata)
+        for f, shapes in contents.items()
+    }
+    return Checkpoint(Path("m"), files, found)
 
 
 def planned(plan: Plan) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Document, TensorInfo
 from ckpt_tool.convert.families import FAMILIES, family, llama
 from ckpt_tool.convert.layout import apply
 from ckpt_tool.convert.plan import Options, Plan
@@ -24,27 +24,10 @@ from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.families import llama as llamas
 from ckpt_tool.fixtures.headers import REAL
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.headers_only import Headers
 
 CONSOLIDATED: dict[str, Any] = {k: v for k, v in VARIANTS.items() if isinstance(v.original, Original)}
 Arrays = dict[tuple[str, str], np.ndarray]  # (file, tensor) -> raw bits
-
-
-class Headers(TensorFile):
-    """A container of which only the headers are there."""
-
-    def __init__(self, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        self.name, self.path, self.format, self.metadata = name, Path(name), "torch-zip", {}
-        self.tensors = {n: TensorInfo(n, dtype, shape, name) for n, (dtype, shape) in tensors.items()}
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        raise AssertionError(f"planning read the data of {name}")
-
-    def extent(self, name: str) -> tuple[int, int] | None:
-        return None
-
-    def check_unchanged(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def checkpoint_of(
@@ -57,7 +40,8 @@ def checkpoint_of(
     for name, content in documents.items():
         (folder / name).write_bytes(content)
         found[name] = Document(name, folder / name, len(content))
-    return Checkpoint(folder, {f: Headers(f, tensors) for f, tensors in files.items()}, found)
+    held = {f: Headers(f, [(n, *h) for n, h in tensors.items()]) for f, tensors in files.items()}
+    return Checkpoint(folder, held, found)
 
 
 def opened(original: Original, folder: Path, **documents: bytes) -> Checkpoint:
@@ -589,6 +573,17 @@ def test_unknown_tensors_are_refused_or_dropped_by_name(tmp_path: Path) -> None:
     assert error.problems[0].where == "layers.{1..3}.attention.wq.scale"
     plan = family("mistral").plan(checkpoint, Options(drop=tuple(extra)))
     assert [d.tensor.name for d in plan.dropped] == extra
+
+
+def test_what_cannot_be_dropped_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint = opened(CONSOLIDATED["mistral-7b-v0.3"].original, tmp_path)
+    error = refused(lambda: family("mistral").plan(checkpoint, Options(drop=("norm.weight", "nomr.weight"))))
+    assert [(p.kind, p.file, p.where) for p in error.problems] == [
+        ("usage", "--drop", "nomr.weight"),
+        ("usage", "--drop", "norm.weight"),
+    ]
+    none, needed = (p.message.rpartition("found ")[2] for p in error.problems)
+    assert (none, needed) == ("none of that name", "one that it needs")
 
 
 def test_missing_tensors_are_all_listed(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import variants
 from ckpt_tool.fixtures.families.megatron_bert import TWO_GELUS
 from ckpt_tool.fixtures.megatron import Megatron
-from tests.headers_only import Held, beside, held, hugging_face, planned, rank_files
+from tests.headers_only import Headers, beside, held, hugging_face, planned, rank_files
 from tests.megatron_models import AGES as SPELLINGS
 from tests.megatron_models import (
     FAMILIES,
@@ -518,7 +518,7 @@ def test_groups_are_only_grouped_where_args_say_so() -> None:
     ],
 )
 def test_ranks_must_belong_together(
-    change: Callable[[dict[str, Held]], object], kind: str, words: str
+    change: Callable[[dict[str, Headers]], object], kind: str, words: str
 ) -> None:
     checkpoint, _ = original("megatron-bert", ranks=2)
     for file in checkpoint.files.values():
@@ -528,7 +528,7 @@ def test_ranks_must_belong_together(
     assert found[0][0] == kind and words in found[0][1]
 
 
-def _resize(file: Held) -> None:
+def _resize(file: Headers) -> None:
     name = "model.language_model.encoder.layers.0.input_layernorm.weight"
     file.tensors = {**file.tensors, name: replace(file.tensors[name], shape=(D + 1,))}
 

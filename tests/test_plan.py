@@ -32,22 +32,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.headers import real_header
 from ckpt_tool.fixtures.variants import VARIANTS
-
-
-class Headers(TensorFile):
-    def __init__(self, name: str, rows: list[tuple[str, str, tuple[int, ...]]]) -> None:
-        self.name, self.path, self.format, self.metadata = name, Path(name), "torch-zip", {}
-        self.tensors = {n: TensorInfo(n, d, s, name) for n, d, s in rows}
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        raise AssertionError(f"planning read the data of {name}")
-
-    def extent(self, name: str) -> None:
-        return None
-
-    def check_unchanged(self) -> None: ...
-
-    def close(self) -> None: ...
+from tests.headers_only import Headers
 
 
 def opened(original: Original, folder: Path) -> Checkpoint:

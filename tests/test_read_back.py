@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tool import api
-from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, Document
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.families.llama import width_of
@@ -26,24 +26,7 @@ from ckpt_tool.fixtures.families.llama import Style, llama
 from ckpt_tool.fixtures.families.mistral import mistral
 from ckpt_tool.fixtures.families.mixtral import mixtral
 from ckpt_tool.fixtures.variants import VARIANTS
-
-Header = tuple[str, str, tuple[int, ...]]
-
-
-class Headers(TensorFile):
-    def __init__(self, name: str, rows: list[Header]) -> None:
-        self.name, self.path, self.format, self.metadata = name, Path(name), "torch-zip", {}
-        self.tensors = {n: TensorInfo(n, d, s, name) for n, d, s in rows}
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        raise AssertionError(f"planning read the data of {name}")
-
-    def extent(self, name: str) -> None:
-        return None
-
-    def check_unchanged(self) -> None: ...
-
-    def close(self) -> None: ...
+from tests.headers_only import Header, Headers
 
 
 def opened(files: Mapping[str, list[Header]], documents: Mapping[str, bytes], folder: Path) -> Checkpoint:

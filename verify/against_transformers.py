@@ -122,7 +122,7 @@ def _fault(transformers: Any, subject: Subject, error: Exception) -> Status:
             warnings.simplefilter("ignore")
             chosen(chosen.config_class.from_pretrained(os.fspath(subject.hf.path), local_files_only=True))
     except (ImportError, MemoryError, NotImplementedError):
-        return "undecided"
+        return "undecided"  # what this machine lacks says nothing of the output
     except Exception:
         return "fail"
     return "undecided"

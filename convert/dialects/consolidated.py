@@ -19,7 +19,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects import params_json
-from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.converted import FREQUENCIES, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
@@ -57,10 +57,8 @@ _NOT_PLAIN_TEXT = (
 )
 _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 
-# Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all;
-# old transformers wrote one for each layer.
+# Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all.
 IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
-IGNORED_HF = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta"}
 
 # The config value behind each axis of the rows; beside them `half` and `two` make a head.
 AXES = {
@@ -477,7 +475,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
         table_of(rows, values),
         source,
         options,
-        Written(d.name, params, [said, *beside], IGNORED_HF, notes, kept),
+        Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),
         files=files,
         homes=lambda n: [(f, source.dtype) for f in form.homes(n, files, known["num_hidden_layers"])],
     )

@@ -27,6 +27,10 @@ GPT2_NAMES = {
 }
 
 GENERATION = "generation_config.json"
+# Tensors of decoders to leave out, with the reason; old transformers wrote one for each layer.
+FREQUENCIES: Mapping[str, str] = {
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta",
+}
 # Fields that say how a file's tensors were packed.
 PACKED = ("quantization_config", "compression_config")
 
@@ -60,10 +64,6 @@ def read_config(
         if document.get(name) is not None:
             refuse(name, "plain tensors", "a way of packing them")
     fail_all(problems)
-    if not isinstance(document.get("rope_parameters"), dict | None):
-        shown = json.dumps(document["rope_parameters"])[:60]
-        message = f"expected an object or null, found {shown}"
-        fail("bad-config", message, file="config.json", where="rope_parameters")
     fail_all(_contradictions(document, settings, own))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
     return Facts(document, "config.json", settings, rotary)

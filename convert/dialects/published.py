@@ -18,7 +18,13 @@ from typing import Any, Protocol
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
-from ckpt_tool.convert.dialects.converted import GENERATION, generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.converted import (
+    FREQUENCIES,
+    GENERATION,
+    generation_config,
+    kept_facts,
+    read_config,
+)
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_folder
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
@@ -36,6 +42,7 @@ from ckpt_tool.convert.numbers import (
     flag,
     given,
     number,
+    object_or_null,
     shown,
     table_of,
     written,
@@ -253,9 +260,6 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
 # --- fields and rows that many decoders have ------------------------------------------------------------
 
 T = "model.layers.{i}."
-FREQUENCIES: Mapping[str, str] = {
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta",
-}
 AXES: dict[str, Size] = {
     "n": "num_attention_heads",
     "k": "num_key_value_heads",
@@ -296,12 +300,6 @@ COUNTS = (
 EPSILON = number("rms_norm_eps", ask="the epsilon of the norms")
 
 
-def _object_or_null(known: Known, found: Value) -> Value:
-    if found.value is not None and not isinstance(found.value, dict):
-        known.refuse("bad-config", f"expected an object or null, found {shown(found.value)}", "rope_scaling")
-    return found
-
-
 def cap_or_null(name: str) -> Field:
     """A bound on scores, which the class takes as a float or null for none."""
 
@@ -328,7 +326,7 @@ def outspoken(name: str) -> Field:
     return anything(name, silent=DEFAULT, check=check)
 
 
-SCALING = anything("rope_scaling", silent=given(None, "absent"), check=_object_or_null)
+SCALING = anything("rope_scaling", silent=given(None, "absent"), check=object_or_null)
 TIED = flag("tie_word_embeddings", rule=None)
 
 

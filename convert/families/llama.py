@@ -23,6 +23,7 @@ from ckpt_tool.convert.numbers import (
     given,
     like_llama,
     number,
+    object_or_null,
     only,
     some,
 )
@@ -99,9 +100,8 @@ def scaling_can_be_said(known: Known, found: Value) -> Value:
         values = ", ".join(f"{k} {v:g}" for k, v in SCALING.items())
         message = f"expected rope_type llama3 with factor 8 or 32, {values} (all that params.json can say), "
         known.refuse("unsupported", f"{message}found another scaling", "rope_scaling")
-    elif found.value is not None and not isinstance(found.value, dict):
-        known.refuse("bad-config", "expected an object or null, found neither", "rope_scaling")
-    return found
+        return found
+    return object_or_null(known, found)
 
 
 def tied_if_small(known: Known) -> Value:
