@@ -261,7 +261,7 @@ def assemble(
         documents=tuple(documents),
         config=dict(config),
         dropped=tuple(dropped),
-        notes=tuple(notes),
+        notes=(*checkpoint.readings, *notes),
         lossy=(*lossy, *_cast_words(steps, options.dtype)),
         strict_replicas=options.strict_replicas,
         original=original or {},
@@ -282,9 +282,9 @@ def _written(steps: Iterable[Step]) -> list[TensorInfo]:
 def _unclaimed(
     steps: Iterable[Step], checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
-    """The tensors that no step reads: those left out for a reason, and the others."""
+    """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
     claimed = {(part.file, part.name) for step in steps for part in step.sources}
-    dropped, uncovered = [], []
+    dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
     for tensor in checkpoint:
         if (tensor.file, tensor.name) in claimed:
             continue

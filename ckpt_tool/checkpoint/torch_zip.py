@@ -27,6 +27,7 @@ class TorchZipFile(TorchFile):
 
     def __init__(self, archive: ZipArchive, root: str, state: State, members: Mapping[str, Member]) -> None:
         super().__init__(archive.source, state)
+        self.notes = (*archive.notes, *self.notes)
         self.root = root
         self._archive = archive
         self._members = members
