@@ -8,8 +8,8 @@ plan is put together, with every problem of the stage raised at once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.convert.crosscheck import disagreements
@@ -35,7 +35,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class Table:
     """A family's rows and what fills them in. `axes` has the size of every axis, `fields` the config value
     behind some of them, `numbers` these values with their sources. `words` counts the rows of a vocabulary
-    that are no padding, None where there is none; `indices` other indices than the layer's."""
+    that are no padding, None where there is none; `indices` other indices than the layer's. `repeats` are
+    tensors of the converted model, each with that whose values it must have. `head` is what the checkpoint
+    calls its output layer where the user may say whether it is the embedding."""
 
     rows: Sequence[Rule]
     axes: Mapping[str, int]
@@ -44,6 +46,8 @@ class Table:
     layers: Value
     words: int | None = None
     indices: Mapping[str, int] = field(default_factory=dict)
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def to_original(
         direction="to-original",
         checkpoint=source.checkpoint,
         expansion=filled,
+        compared=list(_repeated(filled.steps, table, source)),
         ignored=written.ignored,
         config=written.config,
         documents=written.documents,
@@ -140,12 +145,43 @@ def _filled_in(
         original=original,
         converted=converted,
     )
+    _with_hints(filled, table)
     layers = layer_problems(table.layers, source.layers)
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
     if odd:
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
     filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
     return filled
+
+
+def _repeated(steps: Iterable[Step], table: Table, source: Source) -> Iterator[Step]:
+    """Steps that compare each of `Table.repeats` with what the tensor that it repeats becomes."""
+    for name, other in table.repeats.items():
+        others = {t.name for t in source.tensors.get(other, ())}
+        step = next((s for s in steps if all(p.name in others for p in s.targets)), None)
+        if step is None:
+            continue  # said to be missing
+        (there,) = source.tensors[name]
+        parts = [replace(p, file=there.file, name=there.name, dtype=there.dtype) for p in step.targets]
+        yield replace(step.inverse(), sources=tuple(parts), compare="tied", hint=_way_out(table, there.name))
+
+
+def _way_out(table: Table, name: str) -> str:
+    """What the user may do where a tensor that should repeat another does not."""
+    drop = f"--drop {name} uses the embedding"
+    return f"--set tie_word_embeddings=false keeps both; {drop}" if table.head else drop
+
+
+def _with_hints(filled: Expansion, table: Table) -> None:
+    filled.steps[:] = [
+        replace(s, hint=_way_out(table, s.sources[0].name)) if s.compare == "tied" else s
+        for s in filled.steps
+    ]
+    hint = "--set tie_word_embeddings=true if the output layer is the embedding"
+    filled.problems[:] = [
+        replace(p, hint=hint) if table.head and p.where == table.head and p.hint is None else p
+        for p in filled.problems
+    ]
 
 
 def layer_problems(layers: Value, found: int) -> list[Problem]:

@@ -429,12 +429,11 @@ def config_of(p: Published, known: Known) -> dict[str, Value]:
 
 def rows_of(p: Published, known: Known) -> Table:
     """The rows with the sizes of their axes. Where the output layer is stored though the config ties it, it
-    is compared with the embedding on the way to Hugging Face, and stays what it is on the way back."""
-    there, tied = p.head in known.source.tensors, bool(known["tie_word_embeddings"])
-    rows = list(p.rows(known))
+    is compared with the embedding, either way."""
+    tied, rows = bool(known["tie_word_embeddings"]), list(p.rows(known))
+    there = p.head is not None and known.source.keeps(p.head, known.options)
     if p.head is not None and (there or not tied or known.once.get("head")):
-        copy = tied and not (known.back and there)
-        rows.append(rule(p.head, p.own.prefix + p.own.words if copy else p.head, "v d", tied=copy))
+        rows.append(rule(p.head, p.own.prefix + p.own.words if tied else p.head, "v d", tied=tied))
     return table_of(known, rows, p.axes, p.derived(known))
 
 
