@@ -251,7 +251,9 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (self.names.get(f.name, f.name),) if f.told and not f.free else ()
+            name = self.names.get(f.name, f.name)
+            others = self.config.aliases.get(name, ())
+            return (name, *(o for o in others if o not in self.fields)) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:

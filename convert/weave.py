@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.convert.crosscheck import disagreements
+from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_problems import SET, misread
 from ckpt_tool.convert.heads import pooled
 from ckpt_tool.convert.layout import (
     Expansion,
@@ -68,6 +71,9 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
     """The plan of a conversion to the Hugging Face layout. config.json is written from the config and need
     not be among the documents."""
     dtype = source.dtype
+    model_type = class_of({k: v.value for k, v in written.config.items()})
+    if model_type is not None:
+        fail_all(misread_config(written.config, classes()[model_type]))
     filled = _filled_in(table, source, "sources", original=source.homes, converted=lambda _: ("", dtype))
     if table.words is not None:
         filled.steps[:] = [without_padding(s, WORDS, table.words) for s in filled.steps]
@@ -91,6 +97,12 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         original=written.original,
         foretold=written.foretold,
     )
+
+
+def misread_config(config: Mapping[str, Value], own: Class) -> list[Problem]:
+    """What the class `own` would not read in a config.json as it is to be written."""
+    given = {k for k, v in config.items() if v.source.startswith(SET)}
+    return list(misread({k: v.value for k, v in config.items()}, own, given))
 
 
 def to_original(
