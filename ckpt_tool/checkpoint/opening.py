@@ -42,6 +42,7 @@ from ckpt_tool.checkpoint.weight_sets import (
     is_tokenizer,
     is_weights,
     locate,
+    refuse_flat,
     set_of,
     vocabulary_kind,
 )
@@ -114,7 +115,9 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
-    numbered = set_of(path.name, [n for n in directory.names() if "/" not in n])
+    beside = [n for n in directory.names() if "/" not in n]
+    refuse_flat(path.name, beside)
+    numbered = set_of(path.name, beside)
     if numbered is not None:
         check_complete(numbered, file=directory.label, expected=_checklist(directory))
         checkpoint = _open_set(directory, numbered, directory.path, limits)
