@@ -345,6 +345,7 @@ def inert() -> dict[str, Any]:
         "order": np.random.default_rng(0).permutation(200000),
         "text": "é" * (2 << 20),
         "bytes": bytes(3 << 20),
+        "more than the reader's window": np.zeros(9 << 20, np.uint8),
         "objects": np.array([1, "a", None], dtype=object),
         "masked": np.ma.array([1, 2], mask=[0, 1]),
         "numpy scalars": [np.float32(3), np.datetime64("2020"), np.bool_(True)],
@@ -597,6 +598,6 @@ def test_a_zip_of_a_folder_with_backslashes_is_read(inside: str, originals: Any,
 def test_old_protocols_pass_over_wide_values(protocol: int) -> None:
     from ckpt_tool.checkpoint.unpickle import read_pickle
 
-    tree = {"a": 10**3000, "b": "x" * (3 << 20), "c": "é" * (2 << 20), "d": 5}
+    tree = {"a": 10**3000, "b": "x" * (9 << 20), "c": "é" * (2 << 20), "d": 5}
     found: Any = read_pickle(pickle.dumps(tree, protocol), file="x").value
     assert found["d"] == 5 and type(found["a"]).__name__ == type(found["b"]).__name__ == "Inert"
