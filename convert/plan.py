@@ -219,6 +219,7 @@ def assemble(
     direction: str,
     checkpoint: Checkpoint,
     expansion: Expansion,
+    compared: Iterable[Step] = (),
     ignored: Mapping[str, str],
     config: Mapping[str, Value],
     documents: Iterable[OutputDocument],
@@ -233,11 +234,12 @@ def assemble(
 
     `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
     target files are laid out here (size limit, index); for "to-original" each target part already names
-    its file, and `outputs` lists those files in order. Every problem of the stage is raised together:
+    its file, and `outputs` lists those files in order; `compared` are steps that only compare, as they are to
+    be done. Every problem of the stage is raised together:
     missing tensors, tensors nothing claims, shapes and dtypes that disagree.
     """
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
-    steps = dtypes.typed(steps, options.dtype)
+    steps = dtypes.typed([*steps, *compared], options.dtype)
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
     problems = [*_kept_problems(kept, checkpoint), *expansion.problems, *_step_problems(steps, checkpoint)]
@@ -261,7 +263,7 @@ def assemble(
         documents=tuple(documents),
         config=dict(config),
         dropped=tuple(dropped),
-        notes=(*notes, *dtypes.kept_words(wanted, loaded=direction == "to-hf")),
+        notes=(*checkpoint.readings, *notes, *dtypes.kept_words(wanted, loaded=direction == "to-hf")),
         lossy=(*lossy, *dtypes.cast_words(steps, options.dtype)),
         strict_replicas=options.strict_replicas,
         original=original or {},
@@ -282,9 +284,9 @@ def _written(steps: Iterable[Step]) -> list[TensorInfo]:
 def _unclaimed(
     steps: Iterable[Step], checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
-    """The tensors that no step reads: those left out for a reason, and the others."""
+    """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
     claimed = {(part.file, part.name) for step in steps for part in step.sources}
-    dropped, uncovered = [], []
+    dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
     for tensor in checkpoint:
         if (tensor.file, tensor.name) in claimed:
             continue

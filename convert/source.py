@@ -37,6 +37,11 @@ class Source:
         """Where the tensor is and what it is called there, for each rank."""
         return [(t.file, t.dtype, t.name) for t in self.tensors.get(name, ())]
 
+    def keeps(self, name: str, options: Options) -> bool:
+        """Whether the tensor is there, and not asked to be left out."""
+        found = self.tensors.get(name, ())
+        return bool(found) and not all(t.name in options.drop for t in found)
+
     def first(self, name: str) -> TensorInfo | None:
         """The tensor as rank 0 holds it."""
         return next(iter(self.tensors.get(name, ())), None)

@@ -343,7 +343,9 @@ def test_a_flipped_bit_in_tensor_data_is_caught_by_the_checksum(pth: Path, tmp_p
     assert_refused(convert(tmp_path, pth), tmp_path, "checksum")
 
 
-@pytest.mark.parametrize("name", ["archive/../../x", "/etc/x", "archive\\x", "archive/data.pkl"])
+@pytest.mark.parametrize(
+    "name", ["archive/../../x", "/etc/x", "archive\\..\\..\\x", "archive\\data.pkl", "archive/data.pkl"]
+)
 def test_zip_members_with_odd_or_repeated_names(name: str, pth: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(weights(pth)) as old:
         prefix = old.namelist()[0].split("/")[0]

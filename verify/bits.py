@@ -265,7 +265,7 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     copies = {(p.file, p.name) for s in subject.plan.steps if s.compare for p in s.sources}
     moved = {(p.file, p.name) for s in subject.plan.steps if not s.compare for p in s.sources}
     size = Counter[str]()
-    for t in subject.source:
+    for t in (*subject.source, *(left.tensor for left in subject.source.left_out)):
         key = (t.file, t.name)
         size["used" if key in moved else "copies" if key in copies else "dropped"] += t.nbytes
     planned_drop = sum(d.tensor.nbytes for d in subject.plan.dropped)

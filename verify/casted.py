@@ -93,7 +93,7 @@ def cast_forward(checkpoint: Checkpoint, plan: Plan | None) -> Checkpoint:
         name: _CastFile(file, {t: d for (f, t), d in found.items() if f == name})
         for name, file in checkpoint.files.items()
     }
-    return Checkpoint(checkpoint.path, files, checkpoint.documents, checkpoint.notes)
+    return checkpoint.with_files(files)
 
 
 class _CastFile(TensorFile):
