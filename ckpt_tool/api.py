@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
+from ckpt_tool.convert.one_by_one import READING, one_by_one
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
@@ -130,7 +131,9 @@ def plan(
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
-    return make(source, options)
+    seen = one_by_one(source, chosen.in_memory)
+    made = make(seen, options)
+    return made if seen is source else replace(made, notes=(READING, *made.notes))
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -171,12 +174,13 @@ def convert(
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
-        made = plan(checkpoint, family=family, to=to, options=options)
+        chosen = choose(checkpoint, family, to)
+        made = plan(checkpoint, family=chosen.name, to=to, options=options)
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
             made,
-            checkpoint,
+            one_by_one(checkpoint, chosen.in_memory),
             target,
             jobs=jobs,
             resume=resume,

@@ -177,11 +177,12 @@ def family(
     fields: Iterable[Field | Iterable[Field]],
     vocabulary: Vocabulary,
     training: Mapping[str, Any] | None = None,
+    in_memory: Mapping[str, tuple[str, ...]] | None = None,
     **said: Any,
 ) -> Family:
     """The record of a family that is published like this: `said` are the parts of `Consolidated`, `fields`
     those beside the names of the class and what every decoder has; `training` adds to what is for training
-    only, with the defaults of the class."""
+    only, with the defaults of the class; `in_memory` is that of `Family`."""
     name, config = said["name"], said["config"]
     every = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     own = by_name(
@@ -202,6 +203,7 @@ def family(
         options=(POOLING, *d.options),
         vocabulary=vocabulary,
         classes={name: config},
+        in_memory=in_memory or {},
     )
 
 
