@@ -258,7 +258,7 @@ def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None)
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
-        found.notes = list(checkpoint.notes)
+        found.notes = [*checkpoint.notes, *checkpoint.readings]
         try:
             found.config = list(_compare(checkpoint))
             if recognise is not None:

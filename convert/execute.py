@@ -412,7 +412,12 @@ class _Run:
     def _judge(self, bound: Bound) -> Problem | Finding:
         step = bound.step
         part, target = step.sources[0], step.targets[0]
-        writers = (s.sources[0] for s in self.plan.steps if not s.compare and target in s.targets)
+        held = (target.file, target.name)
+        writers = (
+            s.sources[0]
+            for s in self.plan.steps
+            if not s.compare and any((t.file, t.name) == held for t in s.targets)
+        )
         kept = next(writers, target)
         found = measure(self.carrier, bound, self.lanes[0])
         text = (

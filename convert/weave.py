@@ -7,11 +7,11 @@ plan is put together, with every problem of the stage raised at once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import Class
@@ -31,7 +31,6 @@ from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import Problem, fail_all
 
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -217,11 +216,10 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
 
 def _dtype_problems(steps: Iterable[Step], side: str) -> list[Problem]:
     """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits."""
-    parts = [p for s in steps for p in (s.sources if side == "sources" else s.targets)]
-    common = Counter(p.dtype for p in parts).most_common(1)
-    odd = {p.dtype for p in parts if p.dtype.startswith("F8")} | {d for d, _ in common if d not in _FLOATS}
+    parts = dict.fromkeys(p for s in steps for p in (s.sources if side == "sources" else s.targets))
+    expected = f"expected {', '.join(CASTABLE)}"
     return [
-        Problem("unsupported-dtype", f"expected {', '.join(_FLOATS)}, found {p.dtype}", p.file, p.name)
+        Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name)
         for p in parts
-        if p.dtype in odd
+        if p.dtype not in CASTABLE
     ]

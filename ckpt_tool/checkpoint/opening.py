@@ -42,9 +42,11 @@ from ckpt_tool.checkpoint.weight_sets import (
     is_tokenizer,
     is_weights,
     locate,
+    refuse_flat,
     set_of,
     vocabulary_kind,
 )
+from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
@@ -113,7 +115,9 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
-    numbered = set_of(path.name, [n for n in directory.names() if "/" not in n])
+    beside = [n for n in directory.names() if "/" not in n]
+    refuse_flat(path.name, beside)
+    numbered = set_of(path.name, beside)
     if numbered is not None:
         check_complete(numbered, file=directory.label, expected=_checklist(directory))
         checkpoint = _open_set(directory, numbered, directory.path, limits)
@@ -245,13 +249,18 @@ def _open_set(
         if not problems:
             problems.extend(_across(files, chosen, index))
         fail_all(problems)
+        readings = [] if index is None else list(index.notes(files))
+        own = unwrapped(files, label=path.name)
     except BaseException:
         for file in files.values():
             file.close()
         raise
     for file in files.values():
         notes.extend(f"{file.name}: {note}" for note in file.notes)
-    return OpenedCheckpoint(path, files, documents, notes, folder)
+    readings += own.readings
+    return OpenedCheckpoint(
+        path, own.files, documents, notes, tuple(readings), tuple(own.left_out), folder=folder
+    )
 
 
 @dataclass(frozen=True)
