@@ -217,14 +217,16 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
     """`--set KEY=VALUE` pairs over the values of a `--config` JSON file. A value is JSON where it parses as
     such (`1e6`, `null`, `{"factor": 8}`), else text."""
     from ckpt_tool.checkpoint.strict_json import parse_object
+    from ckpt_tool.convert.facts_rotary import overlaid
 
-    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     if file is not None:
         try:
             data = Path(file).read_bytes()
         except OSError as error:
             fail("read-failed", f"cannot be read: {error.strerror}", file=file)
-        found.update(parse_object(data, file=Path(file).name))
+        document = parse_object(data, file=Path(file).name)
+    found: dict[str, Any] = {}
     problems = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -235,6 +237,5 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
             found[key.strip()] = json.loads(text)
         except ValueError:
             found[key.strip()] = text
-    if problems:
-        fail_all(problems)
-    return found
+    fail_all(problems)
+    return overlaid(document, found) if document else found

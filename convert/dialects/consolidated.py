@@ -37,6 +37,7 @@ from ckpt_tool.convert.numbers import (
     head_of,
     only,
     repeats,
+    turns,
 )
 from ckpt_tool.convert.options import CONTAINER as CONTAINER
 from ckpt_tool.convert.options import POOLING
@@ -399,7 +400,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         original,
     )
     untied = "" if d.fields[TIE].fixed else "output.weight"
-    return to_hf(replace(table_of(rows, config), head=untied), download, options, written)
+    return to_hf(replace(table_of(rows, config), turns=turns(known), head=untied), download, options, written)
 
 
 def form_of(d: Consolidated, download: Source) -> str:
@@ -456,7 +457,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     values = known.values(n for n in d.fields if n in d.config.numbers)
-    facts.check_settings(d.numbers)
+    facts.check_settings(values)
     facts.check()
     form = asked_form(d, options, once)
     files = form.names(options.shards)
@@ -477,7 +478,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     kept = {"num_key_value_heads": known["num_key_value_heads"]}
     rows = decoder_rows(form.rows, embedding=axis, tied=bool(known[TIE]), head=True)
     return to_original(
-        replace(table_of(rows, values), repeats=repeats(known), head=head_of(known)),
+        replace(table_of(rows, values), repeats=repeats(known), turns=turns(known), head=head_of(known)),
         source,
         options,
         Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),

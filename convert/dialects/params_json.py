@@ -20,6 +20,7 @@ from ckpt_tool.convert.numbers import (
     count,
     counted,
     given,
+    groups,
     measured,
     number,
 )
@@ -106,8 +107,9 @@ def _groups(known: Known) -> Value:
     facts, rows = known.facts, known.source.size("layers.{i}.attention.wk.weight", 0)
     if facts.document is None and rows is not None:
         return Value(max(1, rows.value // max(1, known["head_dim"])), f"{rows.source}, divided by head_dim")
-    name = "num_key_value_heads" if known.back else "n_kv_heads"
-    return given(known["num_attention_heads"], f"{name} absent from {facts.file}, as many as query heads")
+    if known.back:
+        return groups(known)
+    return given(known["num_attention_heads"], f"n_kv_heads absent from {facts.file}, as many as query heads")
 
 
 def _copies_counted(known: Known, kv: Value) -> Value:
