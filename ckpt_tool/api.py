@@ -22,7 +22,15 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
 from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.convert.recognising import (
+    check_plain,
+    explained,
+    no_config,
+    only_family,
+    recognise,
+    unknown_name,
+)
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
@@ -60,43 +68,19 @@ class Conversion:
         }
 
 
-def recognise(checkpoint: Checkpoint) -> list[tuple[str, bool, str]]:
-    """Each family's word on an original checkpoint: (name, whether it is its own, why)."""
-    return [(name, *family(name).recognise(checkpoint)) for name in FAMILIES]
-
-
 def choose(checkpoint: Checkpoint, name: str = "auto", to: str = "hf") -> Family:
     """The family called `name`; for "auto" the only one that recognises the checkpoint. On the way back
     (`to="original"`) the Hugging Face config's architecture and the manifest decide."""
-    if name != "auto":
-        if name not in FAMILIES:
-            fail(
-                "usage", f"expected a family ({', '.join(FAMILIES)}) or auto, found {name!r}", where="FAMILY"
-            )
-        return family(name)
-    if to == "original":
-        return _family_of_converted(checkpoint)
-    said = recognise(checkpoint)
-    own = [n for n, is_own, _ in said if is_own]
-    if len(own) == 1:
-        return family(own[0])
-    kind, found = ("unknown-family", "none") if not own else ("ambiguous-family", " and ".join(own))
-    reasons = "; ".join(f"{n}: {why}" for n, _, why in said)
-    fail(
-        kind,
-        f"expected one family to recognise this checkpoint, found {found} ({reasons})",
-        file=checkpoint.path.name,
-        hint="name the family instead of auto; `ckpt-tool inspect` shows what the files hold",
-    )
+    if name == "auto":
+        return _family_of_converted(checkpoint) if to == "original" else family(only_family(checkpoint))
+    if name not in FAMILIES:
+        fail_all([unknown_name(name)])
+    return family(name)
 
 
 def _family_of_converted(checkpoint: Checkpoint) -> Family:
     if "config.json" not in checkpoint.documents:
-        fail(
-            "missing-file",
-            "expected config.json beside the weights (a Hugging Face folder), found none",
-            file=checkpoint.path.name,
-        )
+        fail_all([no_config(checkpoint)])
     config = checkpoint.json("config.json")
     architectures = config.get("architectures") or []
     made_by = None
@@ -123,14 +107,20 @@ def plan(
     options: Options | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original"."""
+    if family not in (*FAMILIES, "auto"):
+        fail_all([unknown_name(family)])
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as checkpoint:
             return plan(checkpoint, family=family, to=to, options=options)
+    check_plain(source)
     chosen = choose(source, family, to)
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
-    return make(source, options)
+    try:
+        return make(source, options)
+    except CkptToolError as error:
+        raise explained(error, source, chosen, to) from None
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -166,6 +156,8 @@ def convert(
     """
     from ckpt_tool.convert.execute import check_output, execute
 
+    if family not in (*FAMILIES, "auto"):
+        fail_all([unknown_name(family)])
     target = Path(out)
     asked = options or Options()
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]

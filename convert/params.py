@@ -12,7 +12,7 @@ from typing import Any
 from ckpt_tool.checkpoint import strict_json
 from ckpt_tool.convert.facts import one_rope
 from ckpt_tool.convert.plan import Value
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
 
 SET = "--set"
 MAX_COUNT = 2**31
@@ -139,7 +139,7 @@ class Facts:
         names = sorted(known)
         for name in self.settings.keys() - {*names, *BOOKKEEPING}:
             message = f"expected one of {', '.join(names)}, found {printable(name, 60)}"
-            self._problem("usage", message, SET, name)
+            self._problem("usage", message, SET, name, near(name, names))
 
     def unused(self, ignored: Iterable[str]) -> list[str]:
         """Notes on the file's fields that nothing read. A field that holds an object switches on some part of

@@ -11,7 +11,7 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts import ROTARY, contradictions
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.kept import read_manifest
-from ckpt_tool.convert.params import Facts
+from ckpt_tool.convert.params import Facts, shown
 from ckpt_tool.convert.plan import OutputDocument, Value
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -47,7 +47,9 @@ def read_config(
     settings. Fails for another model, for packed weights and for one value said twice and differently;
     without a `model_type` any is taken."""
     if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
+        hint = "put the config.json of the same model there"
+        message = "expected config.json beside the weights, found none"
+        fail("missing-file", message, file=checkpoint.path.name, hint=hint)
     document = checkpoint.json("config.json")
     problems = []
 
@@ -62,11 +64,17 @@ def read_config(
         refuse("architectures", " or ".join(architectures), json.dumps(named)[:100])
     for name in PACKED:
         if document.get(name) is not None:
-            refuse(name, "plain tensors", "a way of packing them")
+            refuse(name, "plain tensors", f"a way of packing them ({_method(document[name])})")
     fail_all(problems)
     fail_all(_contradictions(document, settings, own))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
     return Facts(document, "config.json", settings, rotary)
+
+
+def _method(packed: Any) -> str:
+    """What packs tensors, by the name that config.json has for it."""
+    said = packed.get("quant_method") if isinstance(packed, Mapping) else packed
+    return shown(said)
 
 
 def _contradictions(
