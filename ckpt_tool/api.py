@@ -23,6 +23,7 @@ from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import (
+    check_own,
     check_plain,
     explained,
     no_config,
@@ -43,12 +44,14 @@ Source = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: the plan, what executing it measured, and the cheap verification levels."""
+    """What `convert` did: the plan, what executing it measured, and the cheap verification levels; `opened`
+    are the notes of opening the input (which folder, which of two sets of weights)."""
 
     out: Path
     plan: Plan
     outcome: Outcome
     report: Report | None = field(default=None)
+    opened: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and findings of the run, and the coverage report where it ran."""
@@ -61,6 +64,7 @@ class Conversion:
             "bytes_written": self.outcome.bytes_written,
             "dropped": [printable(d.tensor.name) for d in self.plan.dropped],
             "lossy": list(self.plan.lossy),
+            "opened": [printable(n, 2000) for n in self.opened],
             "notes": [printable(n, 2000) for n in self.plan.notes],
             "findings": [f.to_json() for f in self.outcome.findings],
             "resumed": list(self.outcome.resumed),
@@ -73,9 +77,14 @@ def choose(checkpoint: Checkpoint, name: str = "auto", to: str = "hf") -> Family
     (`to="original"`) the Hugging Face config's architecture and the manifest decide."""
     if name == "auto":
         return _family_of_converted(checkpoint) if to == "original" else family(only_family(checkpoint))
-    if name not in FAMILIES:
-        fail_all([unknown_name(name)])
+    check_name(name)
     return family(name)
+
+
+def check_name(name: str) -> None:
+    """Fail with `usage` unless a family is called so, or it is "auto"."""
+    if name not in (*FAMILIES, "auto"):
+        fail_all([unknown_name(name)])
 
 
 def _family_of_converted(checkpoint: Checkpoint) -> Family:
@@ -107,8 +116,7 @@ def plan(
     options: Options | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original"."""
-    if family not in (*FAMILIES, "auto"):
-        fail_all([unknown_name(family)])
+    check_name(family)
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as checkpoint:
             return plan(checkpoint, family=family, to=to, options=options)
@@ -118,9 +126,12 @@ def plan(
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
     try:
-        return make(source, options)
+        made = make(source, options)
     except CkptToolError as error:
         raise explained(error, source, chosen, to) from None
+    if to == "hf":
+        check_own(source, chosen)
+    return made
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -156,14 +167,13 @@ def convert(
     """
     from ckpt_tool.convert.execute import check_output, execute
 
-    if family not in (*FAMILIES, "auto"):
-        fail_all([unknown_name(family)])
+    check_name(family)
     target = Path(out)
     asked = options or Options()
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
-        made = plan(checkpoint, family=family, to=to, options=options)
+        made, opened = plan(checkpoint, family=family, to=to, options=options), checkpoint.opened()
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
@@ -184,7 +194,7 @@ def convert(
         from ckpt_tool.verify import verify as run
 
         report = run(target, levels=("coverage",), no_source=True)
-    return Conversion(target, made, outcome, report)
+    return Conversion(target, made, outcome, report, opened)
 
 
 def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:

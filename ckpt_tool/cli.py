@@ -351,13 +351,15 @@ def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
 def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
     from ckpt_tool import api
 
-    made = api.plan(source, family=family, to=to, options=options)
+    api.check_name(family)
+    with api.open_for(source, to) as checkpoint:
+        made, opened = api.plan(checkpoint, family=family, to=to, options=options), checkpoint.opened()
     if as_json:
-        print(json.dumps({**made.to_json(), "digest": made.digest()}, indent=2))
+        print(json.dumps({**made.to_json(), "opened": opened, "digest": made.digest()}, indent=2))
     else:
         from ckpt_tool.convert.render import plan_table
 
-        plan_table(made, _consoles()[0])
+        plan_table(made, _consoles()[0], opened)
     return 0
 
 

@@ -17,6 +17,8 @@ NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
 SHOWN = 3
 COMPARED = 400  # names; those of the first layer tell as much as all
 
+GENERIC = frozenset(("model", "decoder", "encoder", "layers", "h", "0", "weight", "bias"))
+
 Said = tuple[str, bool, str]  # name of the family, whether it is its own, why
 
 
@@ -27,12 +29,16 @@ def recognise(checkpoint: Checkpoint) -> list[Said]:
 
 def nearness(tensors: Collection[str], names: Iterable[str]) -> float:
     """How near `names` come to having the `tensors` of a family: 0 to 1. What stands before a name (a
-    wrapper's `module.`) counts little."""
-    first = [n.split(".") for n in names if not any(p.isdigit() and p != "0" for p in n.split("."))]
-    best = [
-        max((SequenceMatcher(None, t.split("."), n).ratio() for n in first[:COMPARED]), default=0.0)
-        for t in tensors
-    ]
+    wrapper's `module.`) counts little, and what all models have nothing alone."""
+    parts = [n.split(".") for n in names]
+    first = [p for p in parts if not any(x.isdigit() and x != "0" for x in p)][:COMPARED]
+
+    def shared(tensor: list[str]) -> float:
+        own = set(tensor) - GENERIC
+        alike = (SequenceMatcher(None, tensor, p).ratio() for p in first if own & set(p))
+        return max(alike, default=0.0)
+
+    best = [shared(t.split(".")) for t in tensors]
     return max(best, default=0.0) + sum(best) / (1000 * max(1, len(best)))
 
 
@@ -163,10 +169,7 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     names = checkpoint.names()
     alike = nearness(chosen.tensors, names) >= NEAR and error.kind != "already-converted"
     if len(own) == 1:
-        (name, why), *_ = own.items()
-        message = f"expected an original of {chosen.name}, found what looks like {name} ({why})"
-        hint = f"`ckpt-tool convert {name}`" + (f", unless it is known to be {chosen.name}" if alike else "")
-        first = Problem("unknown-family", message, checkpoint.path.name, hint=hint)
+        first = _of_another(checkpoint, chosen, *own.items())
         return CkptToolError(first, *(error.problems if alike else ()))
     if (converted := _converted(checkpoint)) is not None:
         return CkptToolError(already_converted(checkpoint, converted))
@@ -177,6 +180,25 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     why = _wrapped(chosen.tensors, names) or next(why for name, _, why in said if name == chosen.name)
     first = Problem("unknown-family", f"expected an original of {chosen.name}; {why}", checkpoint.path.name)
     return CkptToolError(first, *error.problems)
+
+
+def check_own(checkpoint: Checkpoint, chosen: Family) -> None:
+    """Fail where `chosen` does not recognise what exactly one other family does: names that both have would
+    be taken as they are, and what no file says (a base of frequencies) as `chosen` has it."""
+    if chosen.recognise(checkpoint)[0]:
+        return
+    own = [(name, why) for name, is_own, why in recognise(checkpoint) if is_own]
+    if len(own) == 1:
+        raise CkptToolError(_of_another(checkpoint, chosen, own[0]))
+
+
+def _of_another(checkpoint: Checkpoint, chosen: Family, own: tuple[str, str]) -> Problem:
+    name, why = own
+    message = f"expected an original of {chosen.name}, found what looks like {name} ({why})"
+    hint = f"`ckpt-tool convert {name}`"
+    if "params.json" in checkpoint.documents and nearness(chosen.tensors, checkpoint.names()) >= NEAR:
+        hint += f"; if it is {chosen.name} all the same, give its values by --set, without params.json"
+    return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
 
 
 def _not(problem: Problem, chosen: Family) -> Problem:

@@ -67,6 +67,11 @@ def refuse(paths: Collection[str], around: Around) -> NoReturn:
     _refuse_unnamed(paths, here, around)
 
 
+def tells(paths: Collection[str], around: Around) -> bool:
+    """Whether the names tell what it is."""
+    return signs.of_folder([f"{around.own}/{p}" for p in paths]) is not None
+
+
 def weight_folders(paths: Collection[str]) -> list[str]:
     """The folders in which `paths` has weights; of Megatron's ranks, the folder around them."""
     found: dict[str, None] = {}
@@ -112,10 +117,11 @@ def _refuse_unnamed(paths: Collection[str], here: Collection[str], around: Aroun
         fail("wrong-format", f"{USUAL}, found none", file=around.label, hint=hint)
     if not paths:
         fail("wrong-format", f"{USUAL}, found an empty folder", file=around.label, hint="was it downloaded?")
-    only = "documents" if all(is_document(p.rpartition("/")[2]) for p in paths) else "other files"
+    alone = all(is_document(p.rpartition("/")[2]) for p in paths)
+    what = "documents only" if alone else f"{len(paths)} other files"
     fail(
         "wrong-format",
-        f"{USUAL}, found {only} only: {_list(sorted(paths, key=lambda p: (p.count('/'), p)))}",
+        f"{USUAL}, found {what}: {_list(sorted(paths, key=lambda p: (p.count('/'), p)))}",
         file=around.label,
         hint="give the folder that holds the weights, or download them into this one",
     )

@@ -27,7 +27,7 @@ from ckpt_tool.checkpoint.megatron import (
     is_rank_folder,
     may_hold_ranks,
 )
-from ckpt_tool.checkpoint.no_weights import Around, refuse
+from ckpt_tool.checkpoint.no_weights import Around, refuse, tells
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_NAME,
@@ -35,6 +35,7 @@ from ckpt_tool.checkpoint.safetensors import (
     open_safetensors,
     read_index,
 )
+from ckpt_tool.checkpoint.signs import SLICES
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
@@ -123,6 +124,8 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
         return _open_ranks(*ranks, path, limits)
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
+    if SLICES.tells(path.name):
+        fail("wrong-format", f"expected a checkpoint, found {SLICES.what}", file=path.name, hint=SLICES.hint)
     numbered = set_of(path.name, beside)
     single = WeightSet(path.name, (path.name,), None, "original")
     check_finished(numbered or single, beside, file=directory.label)
@@ -158,6 +161,8 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         found = locate(
             names, file=folder.label, prefer=prefer, checklist=lambda within: _checklist(folder, within)
         )
+        if found is None and prefer == "hf" and (ranks := _rank_folders(folder, path)) is not None:
+            return _open_ranks(folder, ranks, path, limits)  # a wish: nothing else is there
         if found is None and INDEX_NAME in names:
             listed = read_index(folder.document(INDEX_NAME).read(INDEX_BYTES), name=INDEX_NAME).files()
             fail_all(Problem("bad-index", f"expected {f}, found no such file", INDEX_NAME) for f in listed)
@@ -213,7 +218,9 @@ def _rank_folders(folder: Folder, path: Path) -> RankFolders | None:
     if any(is_weights(n) for n in names if "/" not in n):
         return None
     if not any(is_weights(n.rpartition("/")[2]) for n in names) and any(map(is_of_megatron, names)):
-        refuse(folder.survey(), _around(folder, path))
+        around = _around(folder, path)
+        if tells(paths := folder.survey(), around):
+            refuse(paths, around)
 
     def tracker(prefix: str) -> str | None:
         name = prefix + TRACKER

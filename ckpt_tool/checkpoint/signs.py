@@ -55,6 +55,18 @@ def _sign(
 
 
 DOWNLOAD = "the download failed or needs a login; download the file again"
+SLICES = _sign(
+    "slices of tensors, one file a rank (torch.distributed's Hugging Face writer)",
+    "torch joins them: torch.distributed.checkpoint._consolidate_hf_safetensors,"
+    " consolidate_safetensors_files(IN, OUT, dict.fromkeys(NAMES, 1)); or save consolidated",
+    r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors",
+)
+TENSORFLOW = _sign(
+    "a TensorFlow checkpoint",
+    f"no family is read from TensorFlow; {RELEASE}",
+    r"[^/]*\.(index|data-\d{5}-of-\d{5}|ckpt\.meta)|saved_model\.pb(txt)?|[^/]*\.pb",
+)
+TABLE_END = bytes.fromhex("57fb808b247547db")  # of the tables in which TensorFlow lists tensors
 SIGNS = (
     # --- what is no file at all ---
     _sign(
@@ -119,6 +131,7 @@ SIGNS = (
         " dcp_to_torch {at} OUT.pt` then joins it",
         r"[^/]*\.distcp",
     ),
+    SLICES,
     _sign(
         "a DeepSpeed checkpoint (ZeRO)",
         "`python zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins it; put config.json"
@@ -152,11 +165,7 @@ SIGNS = (
         r"[^/]*\.(h5|hdf5|keras)",
         (0, b"\x89HDF\r\n\x1a\n"),
     ),
-    _sign(
-        "a TensorFlow checkpoint",
-        f"no family is read from TensorFlow; {RELEASE}",
-        r"[^/]*\.(index|data-\d{5}-of-\d{5}|ckpt\.meta)|saved_model\.pbt?x?t?|[^/]*\.pb",
-    ),
+    TENSORFLOW,
     _sign(
         "a Flax model",
         "transformers 4 reads it: from_pretrained({at}, from_flax=True).save_pretrained(OUT); then give OUT",

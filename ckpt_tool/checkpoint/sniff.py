@@ -11,7 +11,16 @@ from collections.abc import Collection
 from typing import Literal, NoReturn
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
-from ckpt_tool.checkpoint.signs import DOWNLOAD, RELEASE, Sign, by_name, by_start, unfinished
+from ckpt_tool.checkpoint.signs import (
+    DOWNLOAD,
+    RELEASE,
+    TABLE_END,
+    TENSORFLOW,
+    Sign,
+    by_name,
+    by_start,
+    unfinished,
+)
 from ckpt_tool.checkpoint.tar import BLOCK, is_tar_header
 from ckpt_tool.checkpoint.torch_legacy import is_legacy
 from ckpt_tool.checkpoint.weight_sets import is_document
@@ -61,6 +70,8 @@ def sniff(data: ByteRange) -> Format:
     known = (*ZIP, LEGACY, GZIP)
     if len(head) < len(LEGACY) and any(magic.startswith(head) for magic in known):
         fail("truncated", f"expected a whole file, found its first {data.size} bytes", file=data.name)
+    if data.size > 48 and data.read(data.size - len(TABLE_END), len(TABLE_END)) == TABLE_END:
+        _wrong(TENSORFLOW.what, data.name, TENSORFLOW.hint)
     named = _by_name(data.name)
     if named is not None:
         return named  # the reader of that format says what is wrong with it
