@@ -205,6 +205,10 @@ def family(
         vocabulary=vocabulary,
         classes={name: config},
         in_memory=in_memory or {},
+        tensors=(
+            S.format(i=0) + "attention.wq.weight",
+            *(form.rows[0].source[0].format(i=0, e=0) for form in d.forms.values()),
+        ),
     )
 
 
@@ -374,6 +378,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
     facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
     notes = facts.unused(params_json.RUN_TIME)
+    params_json.check_there(checkpoint, facts)
     facts.check()
     tokenizer = tokenizer_of(d, known, config)
     config |= token_ids(d, known, tokenizer)

@@ -12,7 +12,7 @@ from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.facts_rotary import ROTARY, overlaid
 from ckpt_tool.convert.kept import read_manifest
-from ckpt_tool.convert.params import Facts
+from ckpt_tool.convert.params import Facts, shown
 from ckpt_tool.convert.plan import OutputDocument, Value
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -50,7 +50,9 @@ def read_config(
     settings. Fails for another model, for packed weights and for one value said twice and differently;
     without a `model_type` any is taken."""
     if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
+        hint = "put the config.json of the same model there"
+        message = "expected config.json beside the weights, found none"
+        fail("missing-file", message, file=checkpoint.path.name, hint=hint)
     document = checkpoint.json("config.json")
     problems = []
 
@@ -65,6 +67,7 @@ def read_config(
         refuse("architectures", " or ".join(architectures), json.dumps(named)[:100])
     for name in PACKED:
         if document.get(name) is not None:
+            refuse(name, "plain tensors", f"a way of packing them ({_method(document[name])})")
             refuse(name, "plain tensors", "a way of packing them")
     for name in PARTS:
         if document.get(name) is not None:
@@ -73,6 +76,12 @@ def read_config(
     fail_all(misread(overlaid(document, settings), own, settings))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
     return Facts(document, "config.json", settings, rotary)
+
+
+def _method(packed: Any) -> str:
+    """What packs tensors, by the name that config.json has for it."""
+    said = packed.get("quant_method") if isinstance(packed, Mapping) else packed
+    return shown(said)
 
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -121,6 +121,11 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         vocabulary=vocabulary,
         foretold=tuple(m.foretold),
         classes=m.classes,
+        tensors=(
+            "language_model.encoder.layers.0.self_attention.query_key_value.weight",
+            "language_model.transformer.layers.0.attention.query_key_value.weight",
+            "decoder.layers.0.self_attention.linear_qkv.weight",
+        ),
     )
 
 

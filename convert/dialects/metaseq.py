@@ -82,6 +82,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         options=(SHARDS,),
         vocabulary=vocabulary,
         classes={d.model_type: d.config},
+        tensors=("decoder.layers.0.self_attn_layer_norm.weight", "decoder.embed_positions.weight"),
     )
 
 

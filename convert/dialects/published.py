@@ -178,6 +178,7 @@ class Layout(Protocol):
 
     title: str
     options: tuple[Option, ...]
+    tensors: tuple[str, ...]  # some of its names
 
     def holds(self, names: Sequence[str]) -> bool: ...
 
@@ -257,6 +258,8 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
         options=((POOLING,) if pools else ()) + (CONTAINER, *others),
         vocabulary=vocabulary,
         classes=p.classes,
+        tensors=(p.told_by, *(t for layout in p.layouts.values() for t in layout.tensors)),
+        published=True,
     )
 
 
@@ -386,7 +389,7 @@ def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
         if layout.holds(list(names)):
             return layout.recognise(list(names))
     if p.told_by not in names:
-        return False, f"no {p.told_by}; these may be Hugging Face names of another model"
+        return False, f"no {p.told_by}"
     found = model_type_of(checkpoint)
     if found not in (None, p.model_type):
         return False, f"Hugging Face names, but config.json is that of {found}"

@@ -34,7 +34,8 @@ class Family:
     layouts of other architectures that `plan` can write instead (family option "architecture"), `options`
     those of the command line that it has beside the general ones, `vocabulary` how its originals write their
     tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
-    transformers by model_type."""
+    transformers by model_type. `tensors` are some of an original's names, by which near misses are told;
+    `published` says whether originals are in the Hugging Face layout themselves."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -48,6 +49,8 @@ class Family:
     foretold: tuple[str, ...] = ()
     classes: Mapping[str, Class] = field(default_factory=dict)
     in_memory: InMemory = field(default_factory=dict)  # what its Hugging Face layout may have stacked
+    tensors: tuple[str, ...] = ()
+    published: bool = False
 
 
 def family(name: str) -> Family:
