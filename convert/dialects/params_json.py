@@ -19,26 +19,16 @@ from ckpt_tool.convert.numbers import (
     anything,
     count,
     counted,
+    flag,
     given,
     measured,
     number,
 )
-from ckpt_tool.convert.params import SET, Facts
+from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
 from ckpt_tool.errors import CkptToolError
 
 NAME = "params.json"
-# Fields that say how the original's own programs run, not what the model computes, and a number of words that
-# may be left open.
-RUN_TIME = (
-    "max_batch_size",
-    "max_seq_len",
-    "model_type",
-    "ragged_attention",
-    "use_kvcache",
-    "eval_batch_size",
-    "vocab_size",
-)
 # Fields that only one publisher writes.
 OF_META = frozenset(("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"))
 OF_MISTRAL_AI = frozenset(("hidden_dim", "head_dim", "sliding_window", "_sliding_window"))
@@ -64,6 +54,12 @@ def read(checkpoint: Checkpoint, options: Options) -> Facts:
     if kind not in (None, "transformer", *FAMILIES):
         facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
     return facts
+
+
+def asked(known: Known, message: str, where: str, hint: str) -> Value:
+    """What stands for a value that only the user can tell; `hint` says how."""
+    known.refuse("missing-fact", message, where, hint)
+    return UNKNOWN
 
 
 # --- sizes ----------------------------------------------------------------------------------------------
@@ -106,8 +102,17 @@ def _groups(known: Known) -> Value:
     facts, rows = known.facts, known.source.size("layers.{i}.attention.wk.weight", 0)
     if facts.document is None and rows is not None:
         return Value(max(1, rows.value // max(1, known["head_dim"])), f"{rows.source}, divided by head_dim")
-    name = "num_key_value_heads" if known.back else "n_kv_heads"
-    return given(known["num_attention_heads"], f"{name} absent from {facts.file}, as many as query heads")
+    return given(known["num_attention_heads"], f"n_kv_heads absent from {facts.file}, as many as query heads")
+
+
+def _groups_of_class(known: Known) -> Value:
+    """Absent from config.json is the default of the class, 8 for Mistral and Mixtral; null, and Llama's
+    default, is as many as query heads."""
+    assert known.config is not None
+    default, name = known.config.numbers["num_key_value_heads"], "num_key_value_heads"
+    if default is not None and name not in (known.facts.document or {}):
+        return given(default, f"default of {known.config.name}")
+    return given(known["num_attention_heads"], f"{name} absent from config.json, as many as query heads")
 
 
 def _copies_counted(known: Known, kv: Value) -> Value:
@@ -127,7 +132,7 @@ SIZES = (
     count("intermediate_size", "hidden_dim", "intermediate_size", rule=measured(WIDTH, 0)),
     count("num_hidden_layers", "n_layers", "num_hidden_layers", rule=counted),
     count("num_attention_heads", "n_heads", "num_attention_heads", ask="the number of query heads"),
-    count("num_key_value_heads", *KV, rule=_groups, silent=_groups, check=_copies_counted),
+    count("num_key_value_heads", *KV, rule=_groups, silent=_groups_of_class, check=_copies_counted),
     head_dim(),
     count("vocab_size", read=_words_key, rule=words),
     number("rms_norm_eps", "norm_eps", "rms_norm_eps", ask="the epsilon of the norms"),
@@ -135,8 +140,38 @@ SIZES = (
 
 
 def alone(*fields: Field) -> list[Field]:
-    """Fields that params.json has, under their own names, and config.json has not."""
-    return [replace(f, keys=(f.name,), hidden=True, told=False) for f in fields]
+    """Fields that params.json has, under their own names or those they say, and config.json has not."""
+    return [replace(f, keys=f.keys or (f.name,), hidden=True, told=False) for f in fields]
+
+
+TIED = ("tied_embeddings", "tie_word_embeddings")
+ACTIVATION = ("hidden_act", "activation", "act_fn")
+
+
+def head_is_there(known: Known, tied: Value) -> Value:
+    """A check of tie_word_embeddings: an original without a head must be said to be tied."""
+    if not known.back and not tied.value and "output.weight" not in known.source.tensors:
+        hint = "--set tie_word_embeddings=true if the embedding is the head too"
+        known.refuse("missing-tensor", "expected output.weight, found none", "output.weight", hint)
+    return tied
+
+
+def length(known: Known) -> tuple[str, ...]:
+    """The field that says how long texts may be; max_seq_len is that of a program where there is another."""
+    return tuple(k for k in ("max_position_embeddings", "max_seq_len") if known.facts.given(k))[:1]
+
+
+TIE = flag(
+    "tie_word_embeddings",
+    *TIED,
+    rule=given(False, "tied_embeddings absent, as from every Mistral model that does not tie its head"),
+    check=head_is_there,
+)
+
+
+def tied(known: Known) -> dict[str, Value]:
+    """The entry of the way back, which only models with tied embeddings have."""
+    return {"tied_embeddings": known.value(TIE.name)} if known[TIE.name] else {}
 
 
 # --- Mistral AI's ---------------------------------------------------------------------------------------
@@ -170,14 +205,19 @@ def _one_window(known: Known, found: Value) -> Value:
     return Value(width.value, found.source)
 
 
+LATER_WORDS = 32768  # of v0.3; v0.1 and v0.2 have 32000
+
+
 def _theta_of_release(known: Known) -> Value | None:
     """Where params.json is silent: the first release had 1e4 in its code, that of December 2023 reads a
     missing theta as 1e4 with a sliding window and 1e6 without; HEAD always takes 1e6, which is wrong for 7B
-    v0.1."""
+    v0.1. A window in a model of a later vocabulary, which none was published with, is asked about."""
     if known.facts.document is None:
         return None
     if known["sliding_window"] is None:
         return given(1e6, "rope_theta absent from params.json and no sliding_window: 1e6")
+    if known["vocab_size"] >= LATER_WORDS:
+        return None
     return given(1e4, "rope_theta absent from params.json and a sliding_window: 1e4")
 
 
