@@ -676,7 +676,7 @@ def edited(name: str, folder: Path, **changes: Any) -> Checkpoint:
         ("mistral-7b-v0.3", {"num_attention_heads": 12}, "config-mismatch", "num_attention_heads 12"),
         ("mistral-7b-v0.3", {"num_hidden_layers": 3}, "uncovered-tensors", "layer 3 left over"),
         ("mistral-7b-v0.3", {"num_hidden_layers": 5}, "missing-tensor", "model.layers.4"),
-        ("mistral-7b-v0.3", {"rms_norm_eps": ...}, "missing-fact", "rms_norm_eps"),
+        ("mistral-7b-v0.3", {"hidden_size": ...}, "config-mismatch", "default of MistralConfig"),
         ("mistral-7b-v0.3", {"hidden_act": "gelu"}, "unsupported", "gelu"),
         (
             "mistral-7b-v0.3",

@@ -484,7 +484,8 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     same = once.get("ranks") == ranks or known["num_key_value_heads"] >= ranks
     numbers = {n: v for n, v in values.items() if n in d.numbers and not d.fields[n].hidden}
     said, notes = params_json.written(params, once if same else {}, numbers)
-    notes += d.unsaid(known)
+    if said.source == "config.json":  # the original's own text says whatever it said
+        notes += d.unsaid(known)
     if form.ranked and once.get("ranks", ranks) != ranks:
         notes.append(f"the original had {once['ranks']} ranks: --shards {once['ranks']} writes as many")
     tokenizers = original_tokenizer_documents(tokenizer_files(checkpoint, options))

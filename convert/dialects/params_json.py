@@ -126,16 +126,21 @@ def head_dim(check: Check | None = None) -> Field:
     return count("head_dim", "head_dim", rule=_head_width, silent=_head_width, check=check)
 
 
+def of_class(name: str, own: str, **more: Any) -> Field:
+    """A count under either name in params.json, absent from config.json the default of the class."""
+    return count(name, own, name, silent=DEFAULT, **more)
+
+
 KV = ("n_kv_heads", "num_key_value_heads")
 SIZES = (
-    count("hidden_size", "dim", "hidden_size", rule=measured("norm.weight", 0, shared=False)),
-    count("intermediate_size", "hidden_dim", "intermediate_size", rule=measured(WIDTH, 0)),
-    count("num_hidden_layers", "n_layers", "num_hidden_layers", rule=counted),
-    count("num_attention_heads", "n_heads", "num_attention_heads", ask="the number of query heads"),
+    of_class("hidden_size", "dim", rule=measured("norm.weight", 0, shared=False)),
+    of_class("intermediate_size", "hidden_dim", rule=measured(WIDTH, 0)),
+    of_class("num_hidden_layers", "n_layers", rule=counted),
+    of_class("num_attention_heads", "n_heads", ask="the number of query heads"),
     count("num_key_value_heads", *KV, rule=_groups, silent=_groups_of_class, check=_copies_counted),
     head_dim(),
-    count("vocab_size", read=_words_key, rule=words),
-    number("rms_norm_eps", "norm_eps", "rms_norm_eps", ask="the epsilon of the norms"),
+    count("vocab_size", read=_words_key, rule=words, silent=DEFAULT),
+    number("rms_norm_eps", "norm_eps", "rms_norm_eps", silent=DEFAULT, ask="the epsilon of the norms"),
 )
 
 
@@ -164,7 +169,7 @@ def length(known: Known) -> tuple[str, ...]:
 TIE = flag(
     "tie_word_embeddings",
     *TIED,
-    rule=given(False, "tied_embeddings absent, as from every Mistral model that does not tie its head"),
+    rule=given(False, "tied_embeddings absent: the head is not tied"),
     check=head_is_there,
 )
 

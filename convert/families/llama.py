@@ -95,7 +95,7 @@ def signs_of(known: Known) -> tuple[list[str], list[str]]:
 def stretched(known: Known) -> bool:
     """Whether the rotary frequencies are scaled as in Llama 3.1 and later."""
     block = known["rope_scaling"]
-    return block is not None and block.get("rope_type", block.get("type")) == "llama3"
+    return isinstance(block, dict) and block.get("rope_type", block.get("type")) == "llama3"
 
 
 def llama3(known: Known) -> bool | None:
@@ -256,6 +256,8 @@ def check_scaling(known: Known, found: Value) -> Value:
     numbers = (block.get(part) for part in PARTS.values())
     plain = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers)
     kind = block.get("rope_type", block.get("type"))
+    if own and kind == "default":
+        return Value(None, found.source)
     if found.value is not None and (kind != "llama3" or not plain):
         values = ", ".join(PARTS.values())
         message = f"expected rope_type llama3 with {values} (all that params.json can say), "
@@ -388,7 +390,7 @@ FAMILY = consolidated.family(
             keys=("pretraining_tp",),
         ),
         params_json.SIZES,
-        count("intermediate_size", "hidden_dim", "intermediate_size", rule=width),
+        params_json.of_class("intermediate_size", "hidden_dim", rule=width),
         params_json.head_dim(head_as_meta_has_it),
         number("rope_theta", "rope_theta", "rope_freq_base", rule=default_theta, silent=DEFAULT),
         anything(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ckpt_tool.convert.dialects import consolidated, params_json
 from ckpt_tool.convert.dialects.consolidated import Form, S, Seen, T
 from ckpt_tool.convert.layout import rule
-from ckpt_tool.convert.numbers import Known, Value, count, given, like_llama, only, some
+from ckpt_tool.convert.numbers import DEFAULT, Known, Value, count, given, like_llama, only, some
 
 SE, TE = S + "feed_forward.experts.{e}.", T + "block_sparse_moe.experts.{e}."
 EXPERTS = (
@@ -99,13 +99,14 @@ FAMILY = consolidated.family(
     fields=(
         only("hidden_act", "silu", "the original's experts", keys=params_json.ACTIVATION),
         params_json.SIZES,
-        count("intermediate_size", "hidden_dim", "intermediate_size", rule=width),
-        count("num_local_experts", "moe.num_experts", "num_local_experts", rule=experts),
+        params_json.of_class("intermediate_size", "hidden_dim", rule=width),
+        params_json.of_class("num_local_experts", "moe.num_experts", rule=experts),
         count(
             "num_experts_per_tok",
             "moe.num_experts_per_tok",
             "num_experts_per_tok",
             rule=two,
+            silent=DEFAULT,
             check=not_more_than_there_are,
             ask="the number of experts per token",
         ),
