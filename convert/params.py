@@ -54,6 +54,7 @@ class Facts:
         self.settings = one_rope(settings, rotary)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
+        self.notes: list[str] = []  # what was left out on reading the file
 
     def integer(
         self,
