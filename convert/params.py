@@ -58,6 +58,7 @@ class Facts:
         self.settings = one_rope(settings, rotary)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
+        self.notes: list[str] = []  # what was left out on reading the file
 
     def integer(
         self,

@@ -644,7 +644,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     right = opened(variant.original, tmp_path / "a", **{name: make(words)})
     plan = family("mistral").plan(right, Options())
     assert {"tokenizer.json", name} <= {d.name for d in plan.documents}
-    wrong = opened(variant.original, tmp_path / "b", **{name: make(words - 4)})
+    wrong = opened(variant.original, tmp_path / "b", **{name: make(words + 4)})
     assert refused(lambda: family("mistral").plan(wrong, Options())).kind == "bad-tokenizer"
     none = opened(variant.original, tmp_path / "c")
     assert any("tokenizer" in n for n in family("mistral").plan(none, Options()).notes)

@@ -46,6 +46,8 @@ from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
+    ADDED,
+    MAP,
     TokenizerResult,
     original_tokenizer_documents,
     sentencepiece,
@@ -441,7 +443,7 @@ def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes
     return files_beside_or_asked(
         checkpoint,
         options,
-        lambda name: is_tokenizer(name.rpartition("/")[2]),
+        lambda name: is_tokenizer(name.rpartition("/")[2]) or name in (ADDED, MAP),
         lambda path: {path.name if is_tokenizer(path.name) else "tokenizer.model": path},
     )
 
@@ -496,6 +498,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     same = once.get("ranks") == ranks or known["num_key_value_heads"] >= ranks
     numbers = {n: v for n, v in values.items() if n in d.numbers and not d.fields[n].hidden}
     said, notes = params_json.written(params, once if same else {}, numbers)
+    notes += facts.notes
     if said.source == "config.json":  # the original's own text says whatever it said
         notes += d.unsaid(known)
     if form.ranked and once.get("ranks", ranks) != ranks:

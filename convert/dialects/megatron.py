@@ -425,7 +425,8 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
         _args(m, known, form),
         [OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()],
         m.ignored,
-        [note for note, holds in zip(notes, (form.rows != words, not vocabulary), strict=True) if holds],
+        facts.notes
+        + [note for note, holds in zip(notes, (form.rows != words, not vocabulary), strict=True) if holds],
         {
             "age": form.age,
             "checkpoint_version": form.version,
@@ -442,7 +443,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
 
 
-_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")
+_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def _form(known: Known) -> Form:
