@@ -463,7 +463,11 @@ def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict
     """bos_token_id and eos_token_id: set by the user, told by the tokenizer, or by rule; pad_token_id only
     when set, since none of these models was trained with one."""
     bos, eos, whose = d.ids(known)
-    rules = {"bos_token_id": given(bos, whose), "eos_token_id": given(eos, whose)}
+    words = known["vocab_size"]
+    rules = {
+        n: given(i, whose) if i < words else given(None, f"{i} of {whose} is none of {words} words")
+        for n, i in (("bos_token_id", bos), ("eos_token_id", eos))
+    }
     found = {n: known.facts.token_ids(n, rule=tokenizer.facts.get(n, r)) for n, r in rules.items()}
     if "pad_token_id" in known.facts.settings:
         found["pad_token_id"] = known.facts.token_ids("pad_token_id", rule=None)

@@ -232,11 +232,15 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
         fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name)
     prefix = prefix_of(checkpoint.names()) or ""
 
+    # virtual stages are `model0`, `model1`, ...
+    before = re.sub(r"(?<=model)\d{1,4}(?=\\\.$)", lambda _: r"(\d{1,4})", re.escape(prefix))
+
     def own(names: Iterable[str]) -> Iterator[Own]:
         for name in names:
             state = any(re.fullmatch(pattern, name) for pattern in IGNORED)
-            if name.startswith(prefix) and not state:
-                yield Own(name, 0, *ranks.without_layer(name.removeprefix(prefix)))
+            if not state and (m := re.match(before, name)):
+                chunk = int(m[1]) if m.re.groups else 0
+                yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
     run = ranks.open_ranks(checkpoint, "core", own)
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
@@ -287,6 +291,8 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
     engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, run.keeps(OUTPUT, options)
     kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
+    if run.stages > 1:
+        kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, kept)
     table = replace(rows_of(known, padding, engine=engine, head=head), head=OUTPUT)
@@ -314,8 +320,9 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
     words, tied = known["vocab_size"], bool(known["tie_word_embeddings"])
-    left = form.rows - words
-    notes = [f"{left} rows of padding follow the {words} words; they repeat the first words"] if left else []
+    left, notes = form.rows - words, ranks.split_notes(known, form)
+    if left:
+        notes.append(f"{left} rows of padding follow the {words} words; they repeat the first words")
     written = Written(
         m.family,
         _args(m, known, form),
