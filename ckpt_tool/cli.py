@@ -153,6 +153,7 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
 @click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
+@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
 @click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
 @as_json
 def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
@@ -190,6 +191,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             sha256=asked["sha256"],
             strict=asked["strict"],
             check=not asked["no_verify"],
+            checksums=asked["checksums"],
             progress=progress,
             on_plan=on_plan,
             beside=[asked["config"]] if asked["config"] else [],
@@ -324,13 +326,14 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 @cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
+@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
 @as_json
-def inspect(path: str, everything: bool, as_json: bool) -> int:
+def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""
     from ckpt_tool import api
     from ckpt_tool.inspect import inspect as look
 
-    found = look(path, recognise=api.recognise)
+    found = look(path, recognise=api.recognise, checksums=checksums)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
@@ -242,9 +243,12 @@ class Inspection:
         )
 
 
-def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None) -> Inspection:
-    """Look at a checkpoint. A file that is refused gives an `Inspection` with `refused` set, unless there is
-    nothing to show at all: then the error is raised."""
+def inspect(
+    path: str | os.PathLike[str], *, recognise: Recognise | None = None, checksums: bool = False
+) -> Inspection:
+    """Look at a checkpoint; with `checksums` its weights are read to compare them with the publisher's sums,
+    which small files are anyway. A file that is refused gives an `Inspection` with `refused` set, unless
+    there is nothing to show at all: then the error is raised."""
     found = Inspection(os.fspath(path))
     try:
         checkpoint = open_checkpoint(path)
@@ -258,7 +262,8 @@ def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None)
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
-        found.notes = [*checkpoint.notes, *checkpoint.readings]
+        found.notes = [*checklist.notes(checkpoint, weights=checksums)]
+        found.notes += [*checkpoint.notes, *checkpoint.readings]
         try:
             found.config = list(_compare(checkpoint))
             if recognise is not None:
