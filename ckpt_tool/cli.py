@@ -168,7 +168,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
     options = _plan_options(asked)
     if asked["dry_run"]:
-        return _show_plan(source, family, _direction(asked["to"]), options, as_json)
+        to, checksums = _direction(asked["to"]), asked["checksums"]
+        return _show_plan(source, family, to, options, as_json, checksums=checksums)
     screen, log = _consoles()
 
     def on_plan(made: Any) -> None:
@@ -351,10 +352,12 @@ def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
     return _show_plan(source, family, _direction(asked["to"]), _plan_options(asked), as_json)
 
 
-def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
+def _show_plan(
+    source: str, family: str, to: str, options: Options, as_json: bool, *, checksums: bool = False
+) -> int:
     from ckpt_tool import api
 
-    made = api.plan(source, family=family, to=to, options=options)
+    made = api.plan(source, family=family, to=to, options=options, checksums=checksums)
     if as_json:
         print(json.dumps({**made.to_json(), "digest": made.digest()}, indent=2))
     else:

@@ -18,7 +18,7 @@ from ckpt_tool.errors import CkptToolError
 
 NAMES = ("checklist.chk", "tokenizer_checklist.chk")
 LIST_BYTES = 1 << 20
-DOCUMENT_BYTES = 64 << 20  # of a file beside the weights; the largest tokenizers have 20 MB
+DOCUMENT_BYTES = 32 << 20  # of a file beside the weights; the largest tokenizers have 28 MB
 SMALL = 64 << 20  # bytes of weights that are compared without being asked to: a tenth of a second
 SPEED = 600e6  # bytes of MD5 per second and core, as measured
 SHOWN = 8  # files in notes, before the rest is counted
