@@ -126,9 +126,9 @@ def plan(
     checksums: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
-    """What converting `source` would do, from headers alone. `to` is "hf" or "original". With `checksums` the
-    weights are read through to compare them with the publisher's list of sums, and `progress` is told of
-    each file and the bytes read."""
+    """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
+    publisher's checklist.chk lists are compared with it, large weights only with `checksums`; `progress` is
+    told of each file of weights and the bytes read of it."""
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:
             return plan(opened, family=family, to=to, options=options, checksums=checksums)

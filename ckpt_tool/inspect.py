@@ -262,9 +262,9 @@ def inspect(
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
-        found.notes = [*checklist.notes(checkpoint, weights=checksums)]
-        found.notes += [*checkpoint.notes, *checkpoint.readings]
+        found.notes = [*checkpoint.notes, *checkpoint.readings]
         try:
+            found.notes[:0] = checklist.notes(checkpoint, weights=checksums)
             found.config = list(_compare(checkpoint))
             if recognise is not None:
                 found.families = recognise(checkpoint)
