@@ -102,7 +102,7 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
             shares |= {share.info.name: share for share in made}
         files[file.name] = OneByOne(file, shares)
     fail_all(problems)
-    return replace(checkpoint, files=files)
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, READING))
 
 
 def is_stacked(checkpoint: Checkpoint) -> bool:

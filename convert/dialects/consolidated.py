@@ -465,7 +465,9 @@ def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict
     bos, eos, whose = d.ids(known)
     words = known["vocab_size"]
     rules = {
-        n: given(i, whose) if i < words else given(None, f"{i} of {whose} is none of {words} words")
+        n: given(i, whose)
+        if i is None or i < words
+        else given(None, f"{i} of {whose} is none of {words} words")
         for n, i in (("bos_token_id", bos), ("eos_token_id", eos))
     }
     found = {n: known.facts.token_ids(n, rule=tokenizer.facts.get(n, r)) for n, r in rules.items()}
