@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ckpt_tool import __version__
-from ckpt_tool.errors import fail, fail_all
+from ckpt_tool.errors import fail, fail_all, near
 from ckpt_tool.family_command import FamilyCommand
 
 if TYPE_CHECKING:
@@ -327,10 +327,10 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 @as_json
 def inspect(path: str, everything: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""
-    from ckpt_tool import api
+    from ckpt_tool.convert.recognising import near_misses, recognise
     from ckpt_tool.inspect import inspect as look
 
-    found = look(path, recognise=api.recognise)
+    found = look(path, recognise=recognise, near=near_misses)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
@@ -351,13 +351,15 @@ def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
 def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
     from ckpt_tool import api
 
-    made = api.plan(source, family=family, to=to, options=options)
+    api.check_name(family)
+    with api.open_for(source, to) as checkpoint:
+        made, opened = api.plan(checkpoint, family=family, to=to, options=options), checkpoint.opened()
     if as_json:
-        print(json.dumps({**made.to_json(), "digest": made.digest()}, indent=2))
+        print(json.dumps({**made.to_json(), "opened": opened, "digest": made.digest()}, indent=2))
     else:
         from ckpt_tool.convert.render import plan_table
 
-        plan_table(made, _consoles()[0])
+        plan_table(made, _consoles()[0], opened)
     return 0
 
 
@@ -419,7 +421,8 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
             table(_consoles()[0], heads, [(r["name"], r["family"], r["description"]) for r in rows])
         return 0
     if name not in VARIANTS:
-        fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME")
+        hint = near(name, VARIANTS)
+        fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME", hint=hint)
     if out is None:
         fail("usage", "expected --out DIR, found none", where="--out")
     free_place(Path(out), (), make_parents=True)

@@ -39,6 +39,7 @@ from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.source_checks import Key, check_records
+from ckpt_tool.convert.stale import stale
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 T = TypeVar("T")
@@ -282,6 +283,7 @@ class _Run:
             if not there:
                 self._make(files, steps)
         self._check_sources()
+        self.findings += stale(self.checkpoint, self.plan)
         self._say("finish", "")
         made = self._documents(extra)
         self.checkpoint.check_unchanged()

@@ -86,6 +86,9 @@ KNOWN_ACTIVATIONS = frozenset(
     )
 )
 
+# Keys by which a decoder lets a token see those after it.
+BOTH_WAYS = ("use_bidirectional_attention",)
+
 TRAINING = "for training only"
 LOADING = "says how to run or load, not what"
 GENERATION = "for generation only"

@@ -527,7 +527,7 @@ def test_a_tied_head_is_compared_and_left_out(
     ("change", "kind", "words"),
     [
         ({"rope_theta": ...}, "missing-fact", "rope_theta"),
-        ({"num_key_value_heads": ...}, "missing-fact", "num_key_value_heads"),
+        ({"num_key_value_heads": ...}, "config-mismatch", "num_key_value_heads 32"),
         ({"rms_norm_eps": ...}, "missing-fact", "rms_norm_eps"),
         ({"model_type": "qwen2_moe"}, "unsupported", "qwen2_moe"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "unsupported", "architectures"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ckpt_tool import api
 from ckpt_tool.api import Options
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert.families import mixtral
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
@@ -276,3 +278,145 @@ def test_a_rank_of_another_dtype_than_its_peers_is_refused(originals: Written, t
     with pytest.raises(CkptToolError) as caught:
         api.plan(source, family="llama", options=Options(settings=VARIANTS["llama-3-70b"].settings))
     assert (caught.value.kind, caught.value.problems[0].where) == ("shard-conflict", name)
+
+
+# --- experts stacked as in memory -----------------------------------------------------------------------
+
+MOE = re.compile(r"(model\.layers\.\d+\.)block_sparse_moe\.(?:gate|experts\.(\d+)\.(w\d))\.weight")
+
+
+def in_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What transformers 5.23.0 has in memory of a Mixtral, and state_dict() therefore gives."""
+    made = {n: x for n, x in tensors.items() if not MOE.fullmatch(n)}
+    experts: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for name, x in tensors.items():
+        if found := MOE.fullmatch(name):
+            if found[2] is None:
+                made[f"{found[1]}mlp.gate.weight"] = x
+            else:
+                experts.setdefault((found[1], found[3]), {})[int(found[2])] = x
+    stack = {key: torch.stack([each[e] for e in sorted(each)]) for key, each in experts.items()}
+    for p in {p for p, _ in stack}:
+        made[f"{p}mlp.experts.gate_up_proj"] = torch.cat([stack[p, "w1"], stack[p, "w3"]], dim=1)
+        made[f"{p}mlp.experts.down_proj"] = stack[p, "w2"].clone()
+    return made
+
+
+def stacked(folder: Path, out: Path, change: Any = in_memory, *, binary: bool = False) -> Path:
+    """The folder as save_pretrained(save_original_format=False) writes it, or torch.save() of its state."""
+    shutil.copytree(folder, out)
+    (out / "ckpt-tool.json").unlink()
+    tensors = change(load_file(out / "model.safetensors"))
+    if binary:
+        (out / "model.safetensors").unlink()
+        torch.save(tensors, out / "pytorch_model.bin")
+    else:
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(("variant", "form"), [("mixtral-c", "A"), ("mixtral-c", "B"), ("mixtral-c", "C")])
+def test_stacked_experts_go_back_to_the_same_files(
+    variant: str, form: str, conversions: Written, tmp_path: Path
+) -> None:
+    fused = stacked(conversions(variant), tmp_path / "fused", binary=form == "B")
+    options = Options(family_options={"form": form})
+    (tmp_path / "one").mkdir()
+    for source, out in ((conversions(variant), tmp_path / "one" / "out"), (fused, tmp_path / "out")):
+        done = api.convert(source, out, to="original", options=options)
+    assert done.plan.notes[0] == "experts are stacked as transformers 5 holds them in memory: read one by one"
+    assert held(tmp_path / "out", "original") == held(tmp_path / "one" / "out", "original")
+    report = verify(tmp_path / "out", levels=("coverage", "bits", "parity"))  # finds the source by itself
+    assert texts(report) == [] and report.exactness == "bit-identical"
+
+
+def test_a_stacked_folder_is_verified_like_any(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    fused = stacked(conversions("mixtral-c"), tmp_path / "fused")
+    report = verify(fused, originals("mixtral-c"), levels=("coverage", "bits", "parity"))
+    assert texts(report) == [] and report.exactness == "bit-identical" and report.exit_code == 0
+    assert [f for f in report.findings if f.status == "note" and "stacked as transformers 5" in f.message]
+
+    def exchanged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = in_memory(tensors)
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        return {**made, name: made[name].roll(made[name].shape[1] // 2, dims=1)}
+
+    wrong = stacked(conversions("mixtral-c"), tmp_path / "wrong", exchanged)
+    report = verify(wrong, originals("mixtral-c"), levels=("coverage", "bits", "parity"))
+    assert report.exit_code == 1
+    assert {f.level for f in report.findings if f.status == "fail"} == {"bits", "parity"}
+
+
+def test_a_reading_takes_stacked_experts_apart_by_its_own_code(
+    conversions: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the converter wrong about the order, the bits would agree with themselves: parity tells."""
+    fused = stacked(conversions("mixtral-c"), tmp_path / "fused")
+    name = "model.layers.{i}.mlp.experts.gate_up_proj"
+    monkeypatch.setitem(mixtral.IN_MEMORY, name, mixtral.IN_MEMORY[name][::-1])
+    api.convert(fused, tmp_path / "out", to="original")
+    report = verify(tmp_path / "out", fused, levels=("bits", "parity"))
+    assert {f.level for f in report.findings if f.status == "fail"} == {"parity"}
+
+
+def test_the_case_of_stacked_experts(tmp_path: Path) -> None:
+    folder = case("mixtral-fused-experts-transformers5")
+    for name in ("fused", "per-expert"):
+        api.convert(folder / name, tmp_path / name, family="mixtral", to="original")
+    assert held(tmp_path / "fused", "original") == held(tmp_path / "per-expert", "original")
+    length = {"max_position_embeddings": 2048}  # which no original of it says
+    report = verify(folder / "fused", tmp_path / "per-expert", levels=("coverage", "bits"), settings=length)
+    assert texts(report) == [] and report.exactness == "bit-identical"
+
+
+def one_layer_apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = {n: x for n, x in tensors.items() if n.startswith("model.layers.0.")}
+    return {**in_memory({n: x for n, x in tensors.items() if n not in first}), **first}
+
+
+def odd_halves(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made = in_memory(tensors)
+    return {n: x[:, 1:].clone() if n.endswith("gate_up_proj") else x for n, x in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (one_layer_apart, "unsupported", "expected experts stacked in every layer or in none, found "),
+        (odd_halves, "shape-mismatch", "mlp.experts.gate_up_proj"),
+    ],
+)
+def test_what_is_stacked_in_part_is_refused(
+    change: Any, kind: str, words: str, conversions: Written, tmp_path: Path
+) -> None:
+    source = stacked(conversions("mixtral-c"), tmp_path / "source", change)
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(source, to="original")
+    assert caught.value.kind == kind and words in caught.value.text()
+    with pytest.raises(CkptToolError):
+        verify(source, no_source=True, levels=("coverage",))
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Projections as vLLM holds them."""
+    parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    made = dict(tensors)
+    for one, several in parts.items():
+        for name in [n for n in tensors if f".{several[0]}." in n]:
+            all_of = [made.pop(name.replace(several[0], other)) for other in several]
+            made[name.replace(several[0], one)] = torch.cat(all_of)
+    return made
+
+
+@pytest.mark.parametrize("variant", ["mistral-7b-v0.3", "llama-2-7b", "qwen2-window", "qwen3-0.6b"])
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_projections_that_a_server_joined_are_refused_in_a_line(
+    variant: str, to: str, conversions: Written, tmp_path: Path
+) -> None:
+    source = stacked(conversions(variant), tmp_path / "source", joined)
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(source, family=VARIANTS[variant].family, to=to)
+    assert [p.kind for p in caught.value.problems] == ["unsupported", "unsupported"]
+    assert "expected q_proj, k_proj and v_proj as tensors of their own" in caught.value.text()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.convert.one_by_one import READING, is_stacked
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
@@ -60,6 +61,8 @@ def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) 
 def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
     """The findings of this level; `scans` are those of the whole output."""
     findings = [*_planned(subject)] if subject.source is not None else [*_replanned(subject)]
+    if is_stacked(subject.output):
+        findings.append(finding("target tensors", "note", READING))
     return [*findings, *_values(subject, scans), *config(subject)]
 
 

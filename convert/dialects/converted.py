@@ -50,7 +50,9 @@ def read_config(
     what `own` does not read and may change the numbers, unless the user sets it to null; without a
     `model_type` any is taken."""
     if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
+        hint = "put the config.json of the same model there"
+        message = "expected config.json beside the weights, found none"
+        fail("missing-file", message, file=checkpoint.path.name, hint=hint)
     document = checkpoint.json("config.json")
     problems = []
 

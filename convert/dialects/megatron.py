@@ -42,7 +42,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, by_name, count, flag, follows, only, special
 from ckpt_tool.convert.options import Option
-from ckpt_tool.convert.params import SET, UNKNOWN, Facts
+from ckpt_tool.convert.params import UNKNOWN, Facts, renamed
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
@@ -104,13 +104,7 @@ class Megatron:
 
     def settings(self, options: Options) -> dict[str, Any]:
         """Those of the user under the names that every family knows."""
-        found: dict[str, Any] = {}
-        for name, value in options.settings.items():
-            other = self.own_names.get(name, name)
-            if found.setdefault(other, value) != value:
-                message = f"expected one value, found {found[other]!r} and {value!r}"
-                fail("usage", message, file=SET, where=name)
-        return found
+        return renamed(options.settings, self.own_names)
 
 
 def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
@@ -127,6 +121,11 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         vocabulary=vocabulary,
         foretold=tuple(m.foretold),
         classes=m.classes,
+        tensors=(
+            "language_model.encoder.layers.0.self_attention.query_key_value.weight",
+            "language_model.transformer.layers.0.attention.query_key_value.weight",
+            "decoder.layers.0.self_attention.linear_qkv.weight",
+        ),
     )
 
 
@@ -411,7 +410,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     said = [n for n, f in known.fields.items() if f.told and not f.free]
     known.values(said)
     facts.check()
-    facts.check_settings({n for n in said if not known.fields[n].fixed})
+    facts.check_settings(said)
     facts.check()
     form, words = _form(known), known["vocab_size"]
     documents = {n: d.read(MAX_BYTES) for n, d in checkpoint.documents.items() if n in _VOCABULARY}

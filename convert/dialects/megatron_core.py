@@ -83,6 +83,7 @@ class Core:
     end_of_text: int = 0
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
+    tensors: tuple[str, ...] = ("decoder.layers.0.self_attention.linear_qkv.bias",)
 
     def holds(self, names: Iterable[str]) -> bool:
         return prefix_of(names) is not None

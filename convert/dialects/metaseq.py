@@ -83,6 +83,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         options=(SHARDS,),
         vocabulary=vocabulary,
         classes={d.model_type: d.config},
+        tensors=("decoder.layers.0.self_attn_layer_norm.weight", "decoder.embed_positions.weight"),
     )
 
 
@@ -294,8 +295,8 @@ def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     )
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     sizes = known.values(d.sizes)
-    known.values(n for n, f in d.fields.items() if f.fixed)
-    facts.check_settings({*sizes, "tie_word_embeddings"})
+    always = known.values(n for n, f in d.fields.items() if f.fixed)
+    facts.check_settings({*sizes, *always})
     facts.check()
     fail_all(share_problems(d, known, options.shards))
     files = part_names(options.shards, once)

@@ -42,6 +42,7 @@ from ckpt_tool.convert.numbers import (
     count,
     flag,
     given,
+    groups,
     number,
     object_or_null,
     shown,
@@ -49,7 +50,7 @@ from ckpt_tool.convert.numbers import (
     written,
 )
 from ckpt_tool.convert.options import CONTAINER, POOLING, Option
-from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts
+from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts, renamed
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import rows_without_ids, tokenizer_documents, too_many_ids
@@ -175,6 +176,7 @@ class Layout(Protocol):
 
     title: str
     options: tuple[Option, ...]
+    tensors: tuple[str, ...]  # some of its names
 
     def holds(self, names: Sequence[str]) -> bool: ...
 
@@ -256,6 +258,8 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
         options=((POOLING,) if pools else ()) + (CONTAINER, *others),
         vocabulary=vocabulary,
         classes=p.classes,
+        tensors=(p.told_by, *(t for layout in p.layouts.values() for t in layout.tensors)),
+        published=True,
     )
 
 
@@ -277,8 +281,10 @@ def divides(name: str, by: str) -> Check:
 
     def check(known: Known, found: Value) -> Value:
         if found.value % known[by]:
-            message = f"expected {name} {found.value} to divide by {by} {known[by]}, found a rest"
-            known.refuse("config-mismatch", message, by)
+            told = known.value(by).source
+            message = f"expected {name} {found.value} to divide by {by} {known[by]} ({told}), found a rest"
+            hint = f"--set {by}=VALUE" if told.startswith("rule") else None
+            known.refuse("config-mismatch", message, by, hint)
         return found
 
     return check
@@ -296,7 +302,7 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 COUNTS = (
     *map(count, SIZES[:3]),
     count("num_attention_heads", check=divides("num_attention_heads", "num_key_value_heads")),
-    count("num_key_value_heads"),
+    count("num_key_value_heads", silent=groups),
     count("vocab_size"),
 )
 EPSILON = number("rms_norm_eps", ask="the epsilon of the norms")
@@ -383,7 +389,7 @@ def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
         if layout.holds(list(names)):
             return layout.recognise(list(names))
     if p.told_by not in names:
-        return False, f"no {p.told_by}; these may be Hugging Face names of another model"
+        return False, f"no {p.told_by}"
     found = model_type_of(checkpoint)
     if found not in (None, p.model_type):
         return False, f"Hugging Face names, but config.json is that of {found}"
@@ -395,7 +401,7 @@ def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
 def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str, *, back: bool) -> Known:
     """config.json and the tensors beside it, as the class of `model_type` reads them."""
     own = {generic: name for name, generic in p.generic.items()}
-    settings = {own.get(k, k): v for k, v in options.settings.items()}
+    settings = renamed(options.settings, own)
     own_class, name = p.classes[model_type], (p.architectures[model_type],)
     facts = read_config(checkpoint, settings, name, model_type=model_type, own=own_class)
     source = whole_tensors(checkpoint, p.layer or rf"{re.escape(p.own.prefix)}layers\.(\d+)\.")
