@@ -21,10 +21,12 @@ from ckpt_tool.convert.dialects import metaseq_settings
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.tokenizers import counting, tokenizer_documents
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.families.qwen2 import qwen2
+from ckpt_tool.fixtures.megatron_core import Core
 from ckpt_tool.fixtures.metaseq import metaseq_vocabulary
 from ckpt_tool.fixtures.tokenizers import sentencepiece_model, tekken_json, tiktoken_model
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.fixtures.vocabularies import gpt2_vocabulary, wordpiece_vocabulary
+from ckpt_tool.fixtures.vocabularies import gpt2_vocabulary, qwen_tokenizer, wordpiece_vocabulary
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 Written = Callable[[str], Path]
@@ -440,6 +442,28 @@ def bare_opt(
     return folder
 
 
+# --- Qwen2 of Megatron-Core -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [151646, 151936, 152064, 152576, 153600, 151000, 256000])
+def test_a_vocabulary_of_qwen2_is_told_whatever_it_is_padded_to(rows: int, tmp_path: Path) -> None:
+    Core(qwen2(1, 8, 2, 1, 8, rows, 1)).write(tmp_path, "x")
+    found = api.plan(tmp_path, family="qwen2").config
+    ends = {n: found[n].value for n in ("bos_token_id", "eos_token_id") if n in found}
+    of_qwen2 = 151646 <= rows <= 153600
+    assert ends == (dict.fromkeys(("bos_token_id", "eos_token_id"), 151643) if of_qwen2 else {})
+
+
+def test_a_tokenizer_beside_ranks_is_counted_too(tmp_path: Path) -> None:
+    Core(qwen2(1, 8, 2, 1, 8, 336, 1)).write(tmp_path, "x")
+    for name, data in qwen_tokenizer(336).items():
+        (tmp_path / name).write_bytes(data)
+    assert any("of 336 embedding rows have no id" in n for n in api.plan(tmp_path, family="qwen2").notes)
+    for name, data in qwen_tokenizer(400).items():
+        (tmp_path / name).write_bytes(data)
+    assert refused(lambda: api.plan(tmp_path, family="qwen2")).kind == "bad-tokenizer"
+
+
 # --- rows and ids ---------------------------------------------------------------------------------------
 
 IDS = 640
@@ -564,6 +588,37 @@ def test_a_vocabulary_is_counted_without_being_made() -> None:
     unigram = {"added_tokens": added, "model": {"type": "Unigram", "vocab": [["a", -1.0]]}}
     assert counting.ids_of({"tokenizer.json": json.dumps(unigram).encode()}) is None
     assert counting.ids_of({"special_tokens_map.json": b"{}"}) is None
+
+
+FEWER: dict[str, tuple[str, Callable[[int], bytes]]] = {
+    "llama-2-7b": ("tokenizer.model", sentencepiece_model),
+    "llama-3-8b": ("tokenizer.model", tiktoken_model),
+    "mistral-nemo": ("tekken.json", tekken_json),
+    "mistral-7b-v0.3": ("tokenizer.model.v3", sentencepiece_model),
+    "mixtral-c": ("tokenizer.model", sentencepiece_model),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_a_download_with_more_rows_than_ids_converts(name: str, originals: Written, tmp_path: Path) -> None:
+    """Three rows more than ids, of which somebody gave one to a token."""
+    folder = copied(originals(name), tmp_path / "in")
+    rows = api.plan(folder).config["vocab_size"].value
+    file, make = FEWER[name]
+    (folder / file).write_bytes(make(rows - 3))
+    assert any(f"3 of {rows} embedding rows have no id" in n for n in api.plan(folder).notes)
+    (folder / "added_tokens.json").write_text(json.dumps({"[MINE]": rows - 3}))
+    api.convert(folder, tmp_path / "out", options=api.Options(settings=VARIANTS[name].settings))
+    read = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert [t["id"] for t in read["added_tokens"] if t["content"] == "[MINE]"] == [rows - 3]
+    (folder / file).write_bytes(make(rows + 1))
+    assert refused(lambda: api.plan(folder)).kind == "bad-tokenizer"
+
+
+def test_a_slip_in_a_key_is_guessed(originals: Written, tmp_path: Path) -> None:
+    folder = copied(originals("qwen2-0.5b"), tmp_path / "in", {"rope_thetaa": 1e4})
+    (problem,) = refused(lambda: api.plan(folder)).problems
+    assert "did you mean rope_theta?" in str(problem.hint)
 
 
 @pytest.mark.parametrize("rows", ["rows_320", "rows_323", "rows_328"])

@@ -66,7 +66,8 @@ def settled(
         try:
             alone = plan(replace(options, settings=rest)).config.get(name)
         except CkptToolError:
-            trusted.append(f"{name} = {shown}: nothing in the source tells it")
+            why = "nothing in the source tells it" if value is not None else "left out of the source"
+            trusted.append(f"{name} = {shown}: {why}")
             continue
         if alone is None:
             trusted.append(f"{name} = {shown}")

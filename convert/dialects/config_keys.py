@@ -5,6 +5,7 @@ refused by name, with the way out. Which is which, `convert.facts_classes` says,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from ckpt_tool.convert.facts import Reading, read_as
@@ -61,7 +62,11 @@ def _not_read(found: Reading, document: Mapping[str, Any], own: Class) -> Iterat
             yield problem(key, message, f"{null} if that code computes what {stem} of transformers does")
     for key, value in sorted(found.unknown.items()):
         message = f"expected keys that {own.name} reads or that change nothing, found {shown(value)}"
-        yield problem(key, message, f"--set {printable(key)}=null leaves it out, if it changes nothing")
+        near = get_close_matches(key, [*own.numbers, *own.identity], 1, 0.85)
+        meant = f"did you mean {near[0]}? " if near else ""
+        yield problem(
+            key, message, f"{meant}--set {printable(key)}=null leaves it out, if it changes nothing"
+        )
 
 
 def _other_model(found: Any, own: Class) -> str | None:

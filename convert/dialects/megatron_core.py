@@ -12,7 +12,7 @@ Source: NVIDIA/Megatron-LM core_v0.9.0 (core/models/gpt, core/transformer), NVID
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +69,8 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 class Core:
     """A family whose models are trained in this layout. `config` is the class of its config.json, `fields`
     are written there beside those that args say; those called `unsaid` must be empty, since args have no word
-    for them. A vocabulary of one of `published_rows`, padding included, is the published one, whose
-    `end_of_text` begins and ends a text."""
+    for them. A vocabulary of as many rows as `published_rows` has, whatever it is padded to, is the published
+    one, whose `end_of_text` begins and ends a text."""
 
     family: str
     model: str  # as people call it
@@ -79,7 +79,7 @@ class Core:
     config: Class
     fields: tuple[Field, ...] = ()
     unsaid: tuple[str, ...] = ("rope_scaling",)
-    published_rows: tuple[int, ...] = ()
+    published_rows: Container[int] = ()
     end_of_text: int = 0
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
@@ -285,8 +285,10 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check_settings({*config, *ids})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
-    tokenizer = published.copied(published.tokenizer_files(checkpoint, options))
-    notes = [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
+    files = published.tokenizer_files(checkpoint, options)
+    tokenizer = published.copied(files)
+    notes = published.counted(words, files)
+    notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
     engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, run.keeps(OUTPUT, options)
