@@ -271,7 +271,7 @@ def inspect(
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
-        found.notes = list(checkpoint.notes)
+        found.notes = [*checkpoint.notes, *checkpoint.readings]
         try:
             if (held := packed(checkpoint.names())) is not None:
                 found.notes.append(f"{held[1]}: {held[0]}, which no family reads; {held[2]}")

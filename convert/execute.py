@@ -410,7 +410,12 @@ class _Run:
     def _judge(self, bound: Bound) -> Problem | Finding:
         step = bound.step
         part, target = step.sources[0], step.targets[0]
-        writers = (s.sources[0] for s in self.plan.steps if not s.compare and target in s.targets)
+        held = (target.file, target.name)
+        writers = (
+            s.sources[0]
+            for s in self.plan.steps
+            if not s.compare and any((t.file, t.name) == held for t in s.targets)
+        )
         kept = next(writers, target)
         found = measure(self.carrier, bound, self.lanes[0])
         text = (
@@ -418,8 +423,9 @@ class _Run:
             f"relative {found.relative_rms:.3g}"
         )
         if step.compare == "tied":
-            message = f"expected the values of {kept.name} as the config ties them, found {text}"
-            return Problem("tied-mismatch", message, part.file, part.name)
+            rows = f"; {int(found.rows.sum())} of {found.rows.size} rows" if len(part.dims) > 1 else ""
+            message = f"expected the values of {kept.name} as the config ties them, found {text}{rows}"
+            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
         message = f"expected the copy in {kept.file}, found {text}"
         if self.plan.strict_replicas or found.is_large:
             hint = None if found.is_large else "without --strict-replicas it is only recorded"

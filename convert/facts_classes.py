@@ -64,6 +64,28 @@ ACTIVATIONS = {
     "gelu_accurate": "gelu_new",
 }
 
+# Every key that names an activation, and the names that transformers has for them: ACT2FN of 4.37.2 to 5.23.0
+# (activations.py). Of `ALTERNATING` a class that reads the first does not read the second.
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+ALTERNATING = ("hidden_activation", "hidden_act")
+KNOWN_ACTIVATIONS = frozenset(
+    (
+        *ACTIVATIONS,
+        *(
+            "gelu",
+            "gelu_10",
+            "gelu_new",
+            "laplace",
+            "leaky_relu",
+            "linear",
+            "mish",
+            "quick_gelu",
+            "hardswish",
+        ),
+        *("relu", "relu2", "relu6", "sigmoid", "silu", "tanh"),
+    )
+)
+
 TRAINING = "for training only"
 LOADING = "says how to run or load, not what"
 GENERATION = "for generation only"

@@ -251,7 +251,9 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (self.names.get(f.name, f.name),) if f.told and not f.free else ()
+            name = self.names.get(f.name, f.name)
+            others = self.config.aliases.get(name, ())
+            return (name, *(o for o in others if o not in self.fields)) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:
@@ -298,7 +300,28 @@ def table_of(
         a: int(numbers[s.name].value) + s.more if isinstance(s, Sized) else s(known) for a, s in named.items()
     }
     layers = next(v for n, v in numbers.items() if n in _LAYERS)
-    return Table(rows, sizes, behind, numbers, layers)
+    return Table(rows, sizes, behind, numbers, layers, repeats=repeats(known), head=head_of(known))
+
+
+TIE = "tie_word_embeddings"
+
+
+def head_of(known: Known) -> str:
+    """The output layer of a model in the Hugging Face layout, where the user may say whether it is the
+    embedding; else empty."""
+    if known.config is None or TIE not in known.fields or known.fields[TIE].fixed:
+        return ""
+    return next(iter(known.config.tied))
+
+
+def repeats(known: Known) -> dict[str, str]:
+    """On the way back the tensors that are stored though config.json ties them, each with that whose values
+    it must have: an original has a place for one of the two."""
+    own = known.config
+    if not known.back or own is None or TIE not in known.fields or not known[TIE]:
+        return {}
+    words = own.prefix + own.words
+    return {n: to or words for n, to in own.tied.items() if known.source.keeps(n, known.options)}
 
 
 Entry = str | Callable[[Known], Mapping[str, Value]]

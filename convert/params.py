@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint import strict_json
-from ckpt_tool.convert.facts import one_rope
+from ckpt_tool.convert.facts_rotary import one_rope
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
 
@@ -51,7 +51,7 @@ class Facts:
                 fail("bad-config", message, file=name, where="rope_parameters")
         self.document = None if document is None else _flat(document, rotary)
         self.file = file
-        self.settings = one_rope(settings)
+        self.settings = one_rope(settings, rotary)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
 

@@ -91,7 +91,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         yield from _problems("plan", subject.problems)
         return
     assert subject.source is not None
-    total = sum(1 for _ in subject.source)
+    total = sum(1 for _ in subject.source) + len(subject.source.left_out)
     claimed = {(p.file, p.name) for s in plan.steps for p in s.sources}
     dropped = "".join(f", {d.tensor.name} dropped ({d.reason})" for d in plan.dropped[:3])
     more = f" and {len(plan.dropped) - 3} more" if len(plan.dropped) > 3 else ""

@@ -52,6 +52,7 @@ from ckpt_tool.checkpoint.weight_sets import (
     set_of,
     vocabulary_kind,
 )
+from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 
@@ -300,13 +301,18 @@ def _open_set(
         if not problems:
             problems.extend(_across(files, chosen, index))
         fail_all(problems)
+        readings = [] if index is None else list(index.notes(files))
+        own = unwrapped(files, label=path.name)
     except BaseException:
         for file in files.values():
             file.close()
         raise
     for file in files.values():
         notes.extend(f"{file.name}: {note}" for note in file.notes)
-    return OpenedCheckpoint(path, files, documents, notes, folder)
+    readings += own.readings
+    return OpenedCheckpoint(
+        path, own.files, documents, notes, tuple(readings), tuple(own.left_out), folder=folder
+    )
 
 
 @dataclass(frozen=True)

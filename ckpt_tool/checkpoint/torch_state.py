@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ckpt_tool.checkpoint.base import DTYPES
-from ckpt_tool.checkpoint.pickle_records import Global, Inert, TensorRecord, children, describe
+from ckpt_tool.checkpoint.pickle_records import (
+    LIMITS,
+    Global,
+    Inert,
+    Pickled,
+    TensorRecord,
+    children,
+    describe,
+)
 from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.checkpoint.torch_globals import standing
-from ckpt_tool.checkpoint.unpickle import LIMITS, Machine, Pickled
+from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
+    TIE,
     Class,
     Entry,
     Field,
@@ -33,7 +34,9 @@ from ckpt_tool.convert.numbers import (
     document,
     free,
     given,
+    head_of,
     only,
+    repeats,
 )
 from ckpt_tool.convert.options import CONTAINER as CONTAINER
 from ckpt_tool.convert.options import POOLING
@@ -199,6 +202,7 @@ def family(
         options=(POOLING, *d.options),
         vocabulary=vocabulary,
         classes={name: config},
+        document=params_json.NAME,
         tensors=(
             S.format(i=0) + "attention.wq.weight",
             *(form.rows[0].source[0].format(i=0, e=0) for form in d.forms.values()),
@@ -372,7 +376,6 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
     facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
     notes = facts.unused(params_json.RUN_TIME)
-    params_json.check_there(checkpoint, facts)
     facts.check()
     tokenizer = tokenizer_of(d, known, config)
     config |= token_ids(d, known, tokenizer)
@@ -382,7 +385,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     fail_all(_division_problems(config, download.ranks, axis))
     word = form_of(d, download)
     tied = bool(known["tie_word_embeddings"])
-    head = "output.weight" in download.tensors or not tied
+    head = download.keeps("output.weight", options) or not tied
     rows = decoder_rows(d.forms[word].rows, embedding=axis, tied=tied, head=head)
     original = params_json.kept(known, {n: config[n] for n in d.numbers if n in config})
     if d.option is not None:
@@ -398,7 +401,8 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         [*notes, *d.untold(known), *_copies(config, download.ranks), *tokenizer.notes],
         original,
     )
-    return to_hf(table_of(rows, config), download, options, written)
+    untied = "" if d.fields[TIE].fixed else "output.weight"
+    return to_hf(replace(table_of(rows, config), head=untied), download, options, written)
 
 
 def form_of(d: Consolidated, download: Source) -> str:
@@ -474,10 +478,9 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
         notes.append("no original tokenizer file is there; none was written")
     beside = [OutputDocument(n, c, "the tokenizer in the folder") for n, c in tokenizers.items()]
     kept = {"num_key_value_heads": known["num_key_value_heads"]}
-    tied = bool(known["tie_word_embeddings"]) and "lm_head.weight" not in source.tensors
-    rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=True)
+    rows = decoder_rows(form.rows, embedding=axis, tied=bool(known[TIE]), head=True)
     return to_original(
-        table_of(rows, values),
+        replace(table_of(rows, values), repeats=repeats(known), head=head_of(known)),
         source,
         options,
         Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),

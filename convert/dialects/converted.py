@@ -4,12 +4,13 @@ how the original was."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.facts import ROTARY, contradictions
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_problems import misread
+from ckpt_tool.convert.facts_rotary import ROTARY, overlaid
 from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts, shown
 from ckpt_tool.convert.plan import OutputDocument, Value
@@ -31,6 +32,8 @@ GENERATION = "generation_config.json"
 FREQUENCIES: Mapping[str, str] = {
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta",
 }
+# Configs of the parts of a model that reads more than text.
+PARTS = ("text_config", "vision_config", "audio_config")
 # Fields that say how a file's tensors were packed.
 PACKED = ("quantization_config", "compression_config")
 
@@ -65,8 +68,11 @@ def read_config(
     for name in PACKED:
         if document.get(name) is not None:
             refuse(name, "plain tensors", f"a way of packing them ({_method(document[name])})")
+    for name in PARTS:
+        if document.get(name) is not None:
+            refuse(name, "the config of a text model alone", "one of a model of several parts")
     fail_all(problems)
-    fail_all(_contradictions(document, settings, own))
+    fail_all(misread(overlaid(document, settings), own, settings))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
     return Facts(document, "config.json", settings, rotary)
 
@@ -75,17 +81,6 @@ def _method(packed: Any) -> str:
     """What packs tensors, by the name that config.json has for it."""
     said = packed.get("quant_method") if isinstance(packed, Mapping) else packed
     return shown(said)
-
-
-def _contradictions(
-    document: Mapping[str, Any], settings: Mapping[str, Any], own: Class
-) -> Iterator[Problem]:
-    """Those that change what is computed and that the user has not decided. The dtype is the tensors' own."""
-    for c in contradictions(document, own):
-        said = settings.keys() & {c.name, *own.aliases.get(c.name, ())}
-        if not said and c.name not in ("torch_dtype", "num_labels"):
-            hint = f"--set {c.name}=VALUE says which" if c.name in own.numbers else None
-            yield Problem("bad-config", c.text, "config.json", c.name, hint)
 
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -241,7 +241,13 @@ def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None)
     last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
     table = (*m.rows(known, order), *((last,) if output else ()))
     axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
-    return replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
+    made = replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
+    # on the way to Hugging Face: a stage's copy of the embedding is no output layer of its own
+    return made if known.back else replace(made, head=OUTPUT if output != COPY and _may_untie(known) else "")
+
+
+def _may_untie(known: Known) -> bool:
+    return not known.fields[numbers.TIE].fixed
 
 
 # --- opening --------------------------------------------------------------------------------------------
@@ -365,7 +371,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
         _kept(run, known),
         [f for tell in m.foretold.values() for f in tell(known)],
     )
-    output = next((name for name in (COPY, OUTPUT) if name in run.tensors), None)
+    output = next((name for name in (COPY, OUTPUT) if run.keeps(name, options)), None)
     table = _table(m, known, fused_order(run.version, is_core(run.age)), rows.value, output)
     return to_hf(table, run, options, beside)
 

@@ -285,11 +285,12 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     notes = [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
-    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, OUTPUT in run.tensors
+    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, run.keeps(OUTPUT, options)
     kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, kept)
-    return to_hf(rows_of(known, padding, engine=engine, head=head), run, options, written)
+    table = replace(rows_of(known, padding, engine=engine, head=head), head=OUTPUT)
+    return to_hf(table, run, options, written)
 
 
 # --- from Hugging Face ----------------------------------------------------------------------------------
@@ -299,7 +300,9 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
-    known = Known(by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, made=made)
+    known = Known(
+        by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, back=True, made=made
+    )
     form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
     ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
     if any(made[name].value for name in m.unsaid):
@@ -317,7 +320,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         m.family,
         _args(m, known, form),
         published.copied(published.tokenizer_files(checkpoint, options)),
-        {"lm_head.weight": "the same as the embedding"} if tied else {},
+        {},
         notes,
         {"form": "mcore", "tensor_parallel": form.ranks},
     )

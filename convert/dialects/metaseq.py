@@ -104,7 +104,6 @@ IGNORED = {
     rf"(.*\.)?{VERSION}": "the version of metaseq's format, 3 in every OPT",
     r"(last_optimizer_state|optimizer_history|extra_state)\..*": "state of the training run",
 }
-IGNORED_HF = {"lm_head.weight": "the same as the embedding"}
 
 # --- the original's files -------------------------------------------------------------------------------
 
@@ -288,7 +287,7 @@ def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
         d.name,
         sizes,
         [OutputDocument(f"gpt2-{n}", b, "the vocabulary in the folder") for n, b in vocabulary.items()],
-        IGNORED_HF,
+        {},
         [] if vocabulary else ["no vocabulary file is there; none was written"],
     )
     made = to_original(

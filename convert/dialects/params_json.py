@@ -25,7 +25,7 @@ from ckpt_tool.convert.numbers import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
-from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.errors import CkptToolError
 
 NAME = "params.json"
 # Fields that say how the original's own programs run, not what the model computes, and a number of words that
@@ -64,14 +64,6 @@ def read(checkpoint: Checkpoint, options: Options) -> Facts:
     if kind not in (None, "transformer", *FAMILIES):
         facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
     return facts
-
-
-def check_there(checkpoint: Checkpoint, facts: Facts) -> None:
-    """Where questions are left, say first that the file which answers them is not there."""
-    if facts.document is None and facts.problems:
-        message = f"expected {NAME} beside the weights, found none: shapes do not tell what follows"
-        hint = f"put the download's {NAME} there, or give each value by --set"
-        facts.problems.insert(0, Problem("missing-file", message, checkpoint.path.name, hint=hint))
 
 
 # --- sizes ----------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
-from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.convert.weave import Table, Written, misread_config, to_hf, to_original
+from ckpt_tool.errors import CkptToolError, fail, fail_all
 
 TOKENIZER = (
     "tokenizer.json",
@@ -81,9 +81,11 @@ def model_type_of(checkpoint: Checkpoint) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def carried(facts: Facts, config: Mapping[str, Value]) -> dict[str, Value]:
-    """The other fields of config.json as they are, but for those that ask for code and bookkeeping."""
-    left_out = {*config, *BOOKKEEPING, *CODE}
+def carried(facts: Facts, config: Mapping[str, Value], own: Class) -> dict[str, Value]:
+    """The other fields of config.json as they are, but for those that ask for code, bookkeeping, and other
+    names of what is written."""
+    others = {o for name, names in own.aliases.items() if name in config for o in names}
+    left_out = {*config, *others, *BOOKKEEPING, *CODE}
     found = {k: Value(v, f"config.json: {k}") for k, v in (facts.document or {}).items() if k not in left_out}
     return found | {k: Value(v, SET) for k, v in facts.settings.items() if k in found}
 
@@ -424,20 +426,22 @@ def config_of(p: Published, known: Known) -> dict[str, Value]:
     for name, f in known.fields.items():
         if f.hidden:
             known.value(name)
-    config |= carried(known.facts, config)
+    assert known.config is not None
+    config |= carried(known.facts, config, known.config)
     known.facts.check_settings({*config, *known.fields, *p.generic.values()})
     known.facts.check()
+    if known.back:
+        fail_all(misread_config(config, known.config))
     return config
 
 
 def rows_of(p: Published, known: Known) -> Table:
     """The rows with the sizes of their axes. Where the output layer is stored though the config ties it, it
-    is compared with the embedding on the way to Hugging Face, and stays what it is on the way back."""
-    there, tied = p.head in known.source.tensors, bool(known["tie_word_embeddings"])
-    rows = list(p.rows(known))
+    is compared with the embedding, either way."""
+    tied, rows = bool(known["tie_word_embeddings"]), list(p.rows(known))
+    there = p.head is not None and known.source.keeps(p.head, known.options)
     if p.head is not None and (there or not tied or known.once.get("head")):
-        copy = tied and not (known.back and there)
-        rows.append(rule(p.head, p.own.prefix + p.own.words if copy else p.head, "v d", tied=copy))
+        rows.append(rule(p.head, p.own.prefix + p.own.words if tied else p.head, "v d", tied=tied))
     return table_of(known, rows, p.axes, p.derived(known))
 
 

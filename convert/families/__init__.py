@@ -34,6 +34,7 @@ class Family:
     those of the command line that it has beside the general ones, `vocabulary` how its originals write their
     tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
     transformers by model_type. `tensors` are some of an original's names, by which near misses are told;
+    `document` is the file beside the weights that says what shapes do not, where it may be missing;
     `published` says whether originals are in the Hugging Face layout themselves."""
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     foretold: tuple[str, ...] = ()
     classes: Mapping[str, Class] = field(default_factory=dict)
     tensors: tuple[str, ...] = ()
+    document: str | None = None
     published: bool = False
 
 
