@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
+from ckpt_tool.convert.one_by_one import one_by_one
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import (
     check_own,
@@ -114,24 +116,29 @@ def plan(
     family: str = "auto",
     to: str = "hf",
     options: Options | None = None,
+    checksums: bool = False,
+    progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
-    """What converting `source` would do, from headers alone. `to` is "hf" or "original"."""
+    """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
+    publisher's checklist.chk lists are compared with it, large weights only with `checksums`; `progress` is
+    told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
-        with open_for(source, to) as checkpoint:
-            return plan(checkpoint, family=family, to=to, options=options)
+        with open_for(source, to) as opened:
+            return plan(opened, family=family, to=to, options=options, checksums=checksums)
     check_plain(source)
     chosen = choose(source, family, to)
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
     try:
-        made = make(source, options)
+        made = make(one_by_one(source, chosen.in_memory), options)
     except CkptToolError as error:
         raise explained(error, source, chosen, to) from None
     if to == "hf":
         check_own(source, chosen)
-    return made
+    sums = checklist.notes(source, weights=checksums, progress=progress)
+    return replace(made, notes=(*sums, *made.notes))
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -153,17 +160,18 @@ def convert(
     sha256: bool = False,
     strict: bool = False,
     check: bool = True,
+    checksums: bool = False,
     progress: Callable[[Progress], None] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     beside: Iterable[Source] = (),
 ) -> Conversion:
     """Convert `source` into the folder `out`, crash-safely and in bounded memory.
 
-    `jobs` worker threads; `strict` refuses non-finite weights instead of recording them; `check` runs the
-    coverage level on the result. `overwrite` replaces an empty folder or an untouched earlier output,
-    `overwrite_foreign` also a folder of other weights, configs and tokenizer files and nothing else, never
-    one that holds an input or a file of `beside`, which the caller has read. Raises `CkptToolError` with
-    every problem of the stage that found some; `out` then does not exist (or is what it was before).
+    `jobs` worker threads; `strict` refuses non-finite weights; `check` runs the coverage level on the result;
+    `checksums` compares large weights too with the publisher's sums. `overwrite` replaces an empty folder or
+    an untouched earlier output, `overwrite_foreign` also a folder of other weights, configs and tokenizer
+    files and nothing else, never one that holds an input or a file of `beside`, which the caller has read.
+    Raises `CkptToolError` with all problems of a stage; `out` then does not exist (or is what it was before).
     """
     from ckpt_tool.convert.execute import check_output, execute
 
@@ -173,19 +181,24 @@ def convert(
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
-        made, opened = plan(checkpoint, family=family, to=to, options=options), checkpoint.opened()
+        chosen = choose(checkpoint, family, to)
+        reading = _reading(checkpoint, progress)
+        made = plan(
+            checkpoint, family=chosen.name, to=to, options=options, checksums=checksums, progress=reading
+        )
+        opened = checkpoint.opened()
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
             made,
-            checkpoint,
+            one_by_one(checkpoint, chosen.in_memory),
             target,
             jobs=jobs,
             resume=resume,
             sha256=sha256,
             strict=strict,
             progress=progress,
-            address=os.fspath(source) if os.fspath(source).startswith(HUB) else None,
+            address=_address(source),
             overwrite=overwrite,
             overwrite_foreign=overwrite_foreign,
         )
@@ -195,6 +208,28 @@ def convert(
 
         report = run(target, levels=("coverage",), no_source=True)
     return Conversion(target, made, outcome, report, opened)
+
+
+def _address(source: Source) -> str | None:
+    return os.fspath(source) if os.fspath(source).startswith(HUB) else None
+
+
+def _reading(
+    checkpoint: Checkpoint, progress: Callable[[Progress], None] | None
+) -> Callable[[str, int], None] | None:
+    """`progress` as the reading of source files tells it."""
+    if progress is None:
+        return None
+    from ckpt_tool.convert.execute import Progress
+
+    total, done = sum(t.nbytes for t in checkpoint), 0
+
+    def follow(file: str, count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        progress(Progress("check", file, done, total))
+
+    return follow
 
 
 def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
@@ -215,14 +250,16 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
     """`--set KEY=VALUE` pairs over the values of a `--config` JSON file. A value is JSON where it parses as
     such (`1e6`, `null`, `{"factor": 8}`), else text."""
     from ckpt_tool.checkpoint.strict_json import parse_object
+    from ckpt_tool.convert.facts_rotary import overlaid
 
-    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     if file is not None:
         try:
             data = Path(file).read_bytes()
         except OSError as error:
             fail("read-failed", f"cannot be read: {error.strerror}", file=file)
-        found.update(parse_object(data, file=Path(file).name))
+        document = parse_object(data, file=Path(file).name)
+    found: dict[str, Any] = {}
     problems = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -233,6 +270,5 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
             found[key.strip()] = json.loads(text)
         except ValueError:
             found[key.strip()] = text
-    if problems:
-        fail_all(problems)
-    return found
+    fail_all(problems)
+    return overlaid(document, found) if document else found

@@ -153,6 +153,7 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
 @click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
+@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
 @click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
 @as_json
 def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
@@ -167,7 +168,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
     options = _plan_options(asked)
     if asked["dry_run"]:
-        return _show_plan(source, family, _direction(asked["to"]), options, as_json)
+        to, checksums = _direction(asked["to"]), asked["checksums"]
+        return _show_plan(source, family, to, options, as_json, checksums=checksums)
     screen, log = _consoles()
 
     def on_plan(made: Any) -> None:
@@ -190,6 +192,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             sha256=asked["sha256"],
             strict=asked["strict"],
             check=not asked["no_verify"],
+            checksums=asked["checksums"],
             progress=progress,
             on_plan=on_plan,
             beside=[asked["config"]] if asked["config"] else [],
@@ -324,13 +327,14 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 @cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
+@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
 @as_json
-def inspect(path: str, everything: bool, as_json: bool) -> int:
+def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""
     from ckpt_tool.convert.recognising import near_misses, recognise
     from ckpt_tool.inspect import inspect as look
 
-    found = look(path, recognise=recognise, near=near_misses)
+    found = look(path, recognise=recognise, near=near_misses, checksums=checksums)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
@@ -348,12 +352,15 @@ def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
     return _show_plan(source, family, _direction(asked["to"]), _plan_options(asked), as_json)
 
 
-def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
+def _show_plan(
+    source: str, family: str, to: str, options: Options, as_json: bool, *, checksums: bool = False
+) -> int:
     from ckpt_tool import api
 
     api.check_name(family)
     with api.open_for(source, to) as checkpoint:
-        made, opened = api.plan(checkpoint, family=family, to=to, options=options), checkpoint.opened()
+        made = api.plan(checkpoint, family=family, to=to, options=options, checksums=checksums)
+        opened = checkpoint.opened()
     if as_json:
         print(json.dumps({**made.to_json(), "opened": opened, "digest": made.digest()}, indent=2))
     else:

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
@@ -254,10 +255,15 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, recognise: Recognise | None = None, near: Near | None = None
+    path: str | os.PathLike[str],
+    *,
+    recognise: Recognise | None = None,
+    near: Near | None = None,
+    checksums: bool = False,
 ) -> Inspection:
-    """Look at a checkpoint. A file that is refused gives an `Inspection` with `refused` set, unless there is
-    nothing to show at all: then the error is raised."""
+    """Look at a checkpoint; with `checksums` its weights are read to compare them with the publisher's sums,
+    which small files are anyway. A file that is refused gives an `Inspection` with `refused` set, unless
+    there is nothing to show at all: then the error is raised."""
     found = Inspection(os.fspath(path))
     try:
         checkpoint = open_checkpoint(path)
@@ -275,6 +281,7 @@ def inspect(
         try:
             if (held := packed(checkpoint.names())) is not None:
                 found.notes.append(f"{held[1]}: {held[0]}, which no family reads; {held[2]}")
+            found.notes[:0] = checklist.notes(checkpoint, weights=checksums)
             found.config = list(_compare(checkpoint))
             if recognise is not None:
                 found.families = recognise(checkpoint)

@@ -111,6 +111,9 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     if len(outcome.findings) > 10:
         line("found", f"(+{len(outcome.findings) - 10} more, listed in ckpt-tool.json)", "yellow")
     if done.report is not None:
+        for finding in done.report.findings:
+            if finding.check == "way back":
+                line("note", printable(finding.message, 500))
         bad = [f for f in done.report.findings if f.status == "fail"]
         for finding in bad[:10]:
             line("coverage", printable(f"{finding.where or ''} {finding.message}", 500), "red")

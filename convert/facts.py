@@ -22,6 +22,7 @@ from ckpt_tool.convert.facts_classes import (
     ACTIVATION_KEYS,
     ACTIVATIONS,
     ALTERNATING,
+    BOTH_WAYS,
     DEFAULTS,
     IDENTITY,
     IDLE,
@@ -268,6 +269,9 @@ class _Reader:
 
     def _types(self) -> None:
         """Flags are true or false, and numbers are neither. Null is the default of a flag that is off."""
+        for name in BOTH_WAYS:
+            if self.config.get(name):
+                self.refuse("unsupported", name, "a token to see those before it only", self.config[name])
         for name, default in {**self.own.numbers, **self.own.idle_numbers}.items():
             m = self.values.get(name)
             said = self.config.get(name) if m is None else m.said

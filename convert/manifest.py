@@ -18,7 +18,14 @@ from ckpt_tool.convert.plan import OutputDocument, Plan
 
 MANIFEST = "ckpt-tool.json"
 MANIFEST_VERSION = 1
-FINDINGS = ("non-finite", "all-zero", "denormal-only", "replica-difference", "unchecked-records")
+FINDINGS = (
+    "non-finite",
+    "all-zero",
+    "denormal-only",
+    "replica-difference",
+    "unchecked-records",
+    "stale-frequencies",
+)
 
 
 @dataclass(frozen=True)

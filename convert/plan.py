@@ -128,6 +128,9 @@ class Plan:
     foretold: tuple[Foretold, ...] = ()
     # Options beyond dtype and dropped tensors without which the same plan is not made again.
     asked: Mapping[str, Any] = field(default_factory=dict)
+    # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
+    # it. No part of what is done.
+    turns: Value | None = None
 
     @property
     def bytes_out(self) -> int:
@@ -229,6 +232,7 @@ def assemble(
     lossy: Iterable[str] = (),
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
+    turns: Value | None = None,
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
@@ -269,6 +273,7 @@ def assemble(
         original=original or {},
         foretold=tuple(foretold),
         asked=_asked(options, config),
+        turns=turns,
     )
 
 
@@ -309,8 +314,8 @@ def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Pro
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
-    """`settings` are those that the config does not show."""
-    settings = {k: v for k, v in options.settings.items() if k not in config and v is not None}
+    """`settings` are those that the config does not show; null leaves a key of the source out."""
+    settings = {k: v for k, v in options.settings.items() if k not in config}
     found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
     return {k: v for k, v in found.items() if v}
 

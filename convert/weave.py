@@ -38,7 +38,8 @@ class Table:
     """A family's rows and what fills them in. `axes` has the size of every axis, `fields` the config value
     behind some of them, `numbers` these values with their sources. `words` counts the rows of a vocabulary
     that are no padding, None where there is none; `indices` other indices than the layer's. `repeats` are
-    tensors of the converted model, each with that whose values it must have. `head` is what the checkpoint
+    tensors of the converted model, each with that whose values it must have. `turns` is the base of rotary
+    frequencies that are not scaled, with its source. `head` is what the checkpoint
     calls its output layer where the user may say whether it is the embedding."""
 
     rows: Sequence[Rule]
@@ -49,6 +50,7 @@ class Table:
     words: int | None = None
     indices: Mapping[str, int] = field(default_factory=dict)
     repeats: Mapping[str, str] = field(default_factory=dict)
+    turns: Value | None = None
     head: str = ""
 
 
@@ -95,6 +97,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         lossy=lossy,
         original=written.original,
         foretold=written.foretold,
+        turns=table.turns,
     )
 
 
@@ -136,6 +139,7 @@ def to_original(
         notes=written.notes,
         original=written.original,
         foretold=written.foretold,
+        turns=table.turns,
     )
 
 

@@ -15,7 +15,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.facts import classes
-from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import near_misses
@@ -97,11 +97,16 @@ def opened(
 def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
     """The weights of one layout where there are two, else those that are there."""
     try:
-        return open_checkpoint(path, prefer=prefer)
+        found = open_checkpoint(path, prefer=prefer)
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-    return open_checkpoint(path)
+        found = open_checkpoint(path)
+    try:
+        return as_families_know(found)
+    except BaseException:
+        found.close()
+        raise
 
 
 def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:

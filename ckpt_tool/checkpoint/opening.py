@@ -16,6 +16,7 @@ from ckpt_tool.checkpoint.archive import around as archived
 from ckpt_tool.checkpoint.archive import open_archive
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
@@ -60,7 +61,6 @@ HUB = "hf://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 NEAR = 2000  # names that are compared with one that is not there
 INDEX_BYTES = 64 << 20  # an index grows with the number of tensors; the largest published are near 5 MiB
-CHECKLIST_BYTES = 1 << 20
 TOKENIZER = "tokenizer.model"
 
 
@@ -384,9 +384,8 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:
-    """The file names that the publisher's checklist.chk (`md5sum -c` format) lists."""
+    """The file names that the publisher's checklist.chk lists; one too large for that is none."""
     name = within + "checklist.chk"
-    if name not in folder.names():
+    if name not in folder.names() or folder.place(name).size > LIST_BYTES:
         return []
-    text = folder.document(name).read(CHECKLIST_BYTES).decode("utf-8", "replace")
-    return re.findall(r"^[0-9a-fA-F]{32}[ \t]+\*?([^\s/\\]+)[ \t]*$", text, re.MULTILINE)
+    return [n for n in listed(folder.document(name).read(LIST_BYTES)) if "/" not in n]

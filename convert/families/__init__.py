@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.one_by_one import InMemory, one_by_one
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
@@ -48,6 +49,7 @@ class Family:
     vocabulary: Vocabulary = Vocabulary()
     foretold: tuple[str, ...] = ()
     classes: Mapping[str, Class] = field(default_factory=dict)
+    in_memory: InMemory = field(default_factory=dict)  # what its Hugging Face layout may have stacked
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
@@ -57,6 +59,11 @@ def family(name: str) -> Family:
     """The family called `name` (of `FAMILIES`)."""
     found: Family = import_module(f"ckpt_tool.convert.families.{name.replace('-', '_')}").FAMILY
     return found
+
+
+def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with what any family may find stacked one by one; see `one_by_one`."""
+    return one_by_one(checkpoint, {n: parts for f in FAMILIES for n, parts in family(f).in_memory.items()})
 
 
 def option_problems(chosen: Family, options: Options, to: str) -> list[Problem]:
