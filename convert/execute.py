@@ -38,7 +38,7 @@ from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_d
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.replaceable import Replace
-from ckpt_tool.convert.source_checks import Key, check_records
+from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
@@ -544,7 +544,7 @@ class _Run:
 
         self._each(iter(unread), read, "check", "")
         found = check_records(self.checkpoint, self.sources)
-        problems = list(found.wrong)
+        problems = [*found.wrong, *repeated_shares(self.plan.steps, self.checkpoint, self.sources)]
 
         def check(place: tuple[str, str], _: Lane) -> None:
             try:

@@ -128,6 +128,8 @@ IDLE: dict[str, str] = {
             "chunk_size_feed_forward",
             "finetuning_task",
             "keys_to_ignore_at_inference",
+            "max_sequence_length",
+            "model_max_length",
             "output_attentions",
             "output_hidden_states",
             "return_dict",
@@ -190,6 +192,7 @@ REFUSED = {
     "auto_map": "asks a loader to run code beside the weights",
     "trust_remote_code": "asks a loader to run code beside the weights",
     "custom_pipelines": "asks a loader to run code beside the weights",
+    "quantization": "says that the tensors are packed",
     "quantization_config": "says that the tensors are packed",
     "compression_config": "says that the tensors are packed",
 }

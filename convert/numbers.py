@@ -27,7 +27,8 @@ from ckpt_tool.convert.facts_classes import ROPE as ROPE
 from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
-from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
+from ckpt_tool.convert.params import MAX_COUNT, Facts, Silent
+from ckpt_tool.convert.params import UNKNOWN as UNKNOWN
 from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options

@@ -15,7 +15,7 @@ from ckpt_tool.convert.facts import read_as, same
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_rotary import OBJECTS, ROTARY, one_rope
 from ckpt_tool.convert.plan import Value
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
 
 SET = "--set"
 MAX_COUNT = 2**31
@@ -58,6 +58,7 @@ class Facts:
         self.settings = one_rope(settings, rotary)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
+        self.notes: list[str] = []  # what was left out on reading the file
 
     def integer(
         self,
@@ -146,7 +147,7 @@ class Facts:
         names = sorted(known)
         for name in self.settings.keys() - {*names, *BOOKKEEPING}:
             message = f"expected one of {', '.join(names)}, found {printable(name, 60)}"
-            self._problem("usage", message, SET, name)
+            self._problem("usage", message, SET, name, near(name, names))
 
     def unused(self, ignored: Iterable[str]) -> list[str]:
         """Notes on the file's fields that nothing read. A field that holds an object switches on some part of

@@ -619,9 +619,14 @@ def test_settings_win_and_are_recorded(tmp_path: Path) -> None:
     assert error.kind == "unsupported" and "gelu" in str(error)
 
 
-def test_unused_fields_of_params_json_are_noted(tmp_path: Path) -> None:
-    plan = planned(with_params("mistral-7b-v0.3", causal=True, temperature=0.7), tmp_path, "mistral")
-    assert any("temperature = 0.7" in n for n in plan.notes)
+def test_unknown_fields_of_params_json_are_refused_unless_off(tmp_path: Path) -> None:
+    known = with_params("mistral-7b-v0.3", causal=True, temperature=0.7, max_batch_size=4)
+    usual = planned(CONSOLIDATED["mistral-7b-v0.3"].original, tmp_path / "a", "mistral")
+    assert planned(known, tmp_path / "b", "mistral").notes == usual.notes
+    plan = planned(with_params("mistral-7b-v0.3", new_norms=False), tmp_path / "c", "mistral")
+    assert any("new_norms = false is not known" in n for n in plan.notes)
+    error = refused(lambda: planned(with_params("mistral-7b-v0.3", new_norms=2), tmp_path / "d", "mistral"))
+    assert error.kind == "unsupported" and "new_norms = 2" in str(error)
 
 
 def test_params_nested_under_model_are_found(tmp_path: Path) -> None:
@@ -639,7 +644,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     right = opened(variant.original, tmp_path / "a", **{name: make(words)})
     plan = family("mistral").plan(right, Options())
     assert {"tokenizer.json", name} <= {d.name for d in plan.documents}
-    wrong = opened(variant.original, tmp_path / "b", **{name: make(words - 4)})
+    wrong = opened(variant.original, tmp_path / "b", **{name: make(words + 4)})
     assert refused(lambda: family("mistral").plan(wrong, Options())).kind == "bad-tokenizer"
     none = opened(variant.original, tmp_path / "c")
     assert any("tokenizer" in n for n in family("mistral").plan(none, Options()).notes)
@@ -669,7 +674,7 @@ def edited(name: str, folder: Path, **changes: Any) -> Checkpoint:
         ("mistral-7b-v0.3", {"num_attention_heads": 12}, "config-mismatch", "num_attention_heads 12"),
         ("mistral-7b-v0.3", {"num_hidden_layers": 3}, "uncovered-tensors", "layer 3 left over"),
         ("mistral-7b-v0.3", {"num_hidden_layers": 5}, "missing-tensor", "model.layers.4"),
-        ("mistral-7b-v0.3", {"rms_norm_eps": ...}, "missing-fact", "rms_norm_eps"),
+        ("mistral-7b-v0.3", {"hidden_size": ...}, "config-mismatch", "default of MistralConfig"),
         ("mistral-7b-v0.3", {"hidden_act": "gelu"}, "unsupported", "gelu"),
         (
             "mistral-7b-v0.3",

@@ -377,7 +377,7 @@ def test_impossible_paths_are_bad_input(path: str) -> None:
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
-    fill(tmp_path, **{"params.json": b"{}", "adapter_model.safetensors": SAFE})
+    fill(tmp_path, **{"params.json": b"{}", "weights.dat": SAFE})
     (problem,) = refused(tmp_path)
     assert problem.kind == "wrong-format" and "consolidated" in problem.message
 

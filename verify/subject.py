@@ -15,9 +15,10 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.facts import classes
-from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.recognising import near_misses
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.prefixed import with_prefix
@@ -96,11 +97,16 @@ def opened(
 def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
     """The weights of one layout where there are two, else those that are there."""
     try:
-        return open_checkpoint(path, prefer=prefer)
+        found = open_checkpoint(path, prefer=prefer)
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-    return open_checkpoint(path)
+        found = open_checkpoint(path)
+    try:
+        return as_families_know(found)
+    except BaseException:
+        found.close()
+        raise
 
 
 def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:
@@ -179,8 +185,9 @@ def _find_family(subject: Subject) -> None:
         return
     if chosen:
         found = f"expected one family, found {', '.join(f.name for f in chosen)}"
-    elif said:
-        reasons = "; ".join(f"{f.name}: {why}" for f, _, why in said)
+    elif said and subject.original is not None:
+        misses = near_misses(subject.original, [(f.name, yes, why) for f, yes, why in said])
+        reasons = "; ".join(f"{name}: {why}" for name, why in misses) or "none comes near"
         found = f"expected a known family, found none ({reasons})"
     else:
         found = f"expected a known architecture, found {', '.join(sorted(architectures)) or 'none'}"

@@ -52,6 +52,7 @@ DTYPES: dict[str, DType] = {
         DType("BOOL", 1, "u1", "?", "bool"),
     )
 }
+NOTES = 10
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -257,6 +258,22 @@ class Checkpoint:
         from ckpt_tool.checkpoint.strict_json import parse_object
 
         return parse_object(self.documents[name].read(), file=name)
+
+    def opened(self) -> tuple[str, ...]:
+        """The notes, those that many files share once, at most `NOTES`; `inspect` has all."""
+        told: dict[str, list[str]] = {}
+        for note in self.notes:
+            file, colon, text = note.partition(": ")
+            whose = [file] if colon and file in self.files else []
+            told.setdefault(text if whose else note, []).extend(whose)
+        lines = [
+            f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: {text}"
+            if files
+            else text
+            for text, files in told.items()
+        ]
+        more = [f"{len(lines) - NOTES} more notes: see `ckpt-tool inspect`"] if len(lines) > NOTES else []
+        return (*lines[:NOTES], *more)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():

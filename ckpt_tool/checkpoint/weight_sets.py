@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME
+from ckpt_tool.checkpoint.signs import unfinished
 from ckpt_tool.errors import Problem, fail, fail_all
 
 Prefer = Literal["original", "hf"]
@@ -66,7 +67,8 @@ def _pattern(regex: str, first: int, origin: Prefer, index: str | None = None) -
 
 
 # metaseq calls a part after the run that saved it, and after its shard, of which a joined part has one:
-# reshard-model_part-0.pt, checkpoint_last-model_part-0-shard0.pt, checkpoint_1_4000.pt-model_part-0.pt (OPT-IML)
+# reshard-model_part-0.pt, checkpoint_last-model_part-0-shard0.pt, and of OPT-IML
+# checkpoint_1_4000.pt-model_part-0.pt. Source: metaseq's scripts/reshard_fsdp.py, and its issue 567.
 _METASEQ = r"(?:reshard|consolidated|checkpoint_\w{1,40})(?:\.pt)?"
 _FLAT = re.compile(rf"(?P<run>{_METASEQ}(?:-model_part-\d{{1,4}})?)-shard(?P<shard>\d{{1,5}})\.pt", re.ASCII)
 _PATTERNS = (
@@ -177,8 +179,8 @@ def _label(match: re.Match[str]) -> str:
 
 
 def refuse_flat(chosen: str, names: Collection[str]) -> None:
-    """Fail with `unsupported` where the file `chosen` is a shard of flat parameters as metaseq's training saves
-    them (those of OPT-175B): its number, or others of the same part among `names`, tell."""
+    """Fail with `unsupported` where the file `chosen` is a shard of flat parameters as metaseq's training
+    saves them (those of OPT-175B): its number, or others of the same part among `names`, tell."""
     own = _FLAT.fullmatch(chosen)
     others = [m for n in names if own and (m := _FLAT.fullmatch(n)) and m["run"] == own["run"]]
     if own is not None and (int(own["shard"]) or any(int(m["shard"]) for m in others)):
@@ -219,6 +221,9 @@ def choose(
         return None
     chosen_set = candidates[0]
     refuse_flat(chosen_set.files[0], names)
+    check_finished(chosen_set, names, file=file)
+    if "adapter_config.json" in names:
+        notes.append("the adapter beside the weights (adapter_config.json) was left aside, not merged")
     check_complete(chosen_set, file=file, expected=expected)
     return replace(chosen_set, notes=tuple(notes))
 
@@ -264,6 +269,19 @@ def _ambiguous(sets: list[WeightSet], file: str) -> None:
         file=file,
         hint="give the path of one of the weight files to say which set is meant",
     )
+
+
+def check_finished(found: WeightSet, names: Collection[str], *, file: str) -> None:
+    """Fail with `truncated` where a file beside the weights says that a download of one of them was not
+    finished. aria2 makes a file in its full size at once, and keeps its own beside until all is there; other
+    programs give the file another name."""
+    for name in names:
+        whole = unfinished(name)
+        if whole is None or (whole in names and not name.endswith(".aria2")):
+            continue
+        if whole in found.files or any(s.label == found.label for s in find_sets([whole])):
+            message = f"expected all of {whole}, found {name}, of a download that was not finished"
+            fail("truncated", message, file=file, hint=f"finish the download, or remove {name} if it is")
 
 
 def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ()) -> None:

@@ -78,6 +78,7 @@ def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
     made = Unwrapped({}, [*found.words(), *(_not_carried(files) if found.before else ())])
     for name, file in files.items():
         made.files[name] = Renamed(file, {found.own[n]: n for n in file.tensors if n in found.own})
+        made.files[name].metadata = _unwrapped_metadata(file.metadata, found.before)
         made.left_out += [LeftOut(t, found.beside[n]) for n, t in file.tensors.items() if n in found.beside]
     return made
 
@@ -195,6 +196,16 @@ def _conflicts(files: Mapping[str, TensorFile], own: Mapping[str, str]) -> Itera
                 kind = "duplicate-tensor" if there == file else "shard-conflict"
                 found = f"found `{printable(other)}`" + ("" if there == file else f" in {there}") + " too"
                 yield Problem(kind, f"expected one tensor called {printable(own[name])}, {found}", file, name)
+
+
+def _unwrapped_metadata(metadata: Mapping[str, object], before: str) -> Mapping[str, object]:
+    """What stands beside the weights, as it is without the dicts of `before` around both: a version or the
+    arguments of a run lie there, and without them the same names mean other weights."""
+    for word in before.split("."):
+        inner = metadata.get(word)
+        if isinstance(inner, dict):
+            metadata = {**{k: v for k, v in metadata.items() if k != word}, **inner}
+    return metadata
 
 
 def _not_carried(files: Mapping[str, TensorFile]) -> Iterator[str]:

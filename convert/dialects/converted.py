@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.dialects.config_keys import read_keys
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.facts_rotary import ROTARY, overlaid
@@ -34,8 +35,6 @@ FREQUENCIES: Mapping[str, str] = {
 }
 # Configs of the parts of a model that reads more than text.
 PARTS = ("text_config", "vision_config", "audio_config")
-# Fields that say how a file's tensors were packed.
-PACKED = ("quantization_config", "compression_config")
 
 
 def read_config(
@@ -47,10 +46,13 @@ def read_config(
     own: Class,
 ) -> Facts:
     """config.json of a model of one of `architectures`, as the class `own` reads it, with the user's
-    settings. Fails for another model, for packed weights and for one value said twice and differently;
-    without a `model_type` any is taken."""
+    settings. Fails for another model, for packed weights, for one value said twice and differently, and for
+    what `own` does not read and may change the numbers, unless the user sets it to null; without a
+    `model_type` any is taken."""
     if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
+        hint = "put the config.json of the same model there"
+        message = "expected config.json beside the weights, found none"
+        fail("missing-file", message, file=checkpoint.path.name, hint=hint)
     document = checkpoint.json("config.json")
     problems = []
 
@@ -63,16 +65,16 @@ def read_config(
     named = document.get("architectures") or list(architectures[:1])
     if not isinstance(named, list) or len(named) != 1 or named[0] not in architectures:
         refuse("architectures", " or ".join(architectures), json.dumps(named)[:100])
-    for name in PACKED:
-        if document.get(name) is not None:
-            refuse(name, "plain tensors", "a way of packing them")
     for name in PARTS:
         if document.get(name) is not None:
             refuse(name, "the config of a text model alone", "one of a model of several parts")
     fail_all(problems)
+    document, settings, notes = read_keys(document, settings, own)
     fail_all(misread(overlaid(document, settings), own, settings))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
-    return Facts(document, "config.json", settings, rotary)
+    facts = Facts(document, "config.json", settings, rotary)
+    facts.notes += notes
+    return facts
 
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:
