@@ -27,6 +27,7 @@ from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name,
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import fail
 
@@ -287,7 +288,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
     files = published.tokenizer_files(checkpoint, options)
     tokenizer = published.copied(files)
-    notes = published.counted(words, files)
+    notes = [*published.counted(words, files), *template_notes(files)]
     notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
