@@ -308,7 +308,7 @@ def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Pro
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
     """`settings` are those that the config does not show."""
-    settings = {k: v for k, v in options.settings.items() if k not in config and v is not None}
+    settings = {k: v for k, v in options.settings.items() if k not in config}
     found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
     return {k: v for k, v in found.items() if v}
 

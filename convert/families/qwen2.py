@@ -97,7 +97,7 @@ CORE = megatron_core.Core(
     model_type="qwen2",
     config=CLASS,
     fields=(only("use_sliding_window", False, "Megatron-Core's GPT has no window"),),
-    unsaid=("rope_scaling", "use_sliding_window"),
+    unsaid=("use_sliding_window",),
     published_rows=(151936, 152064),
     end_of_text=151643,
 )
