@@ -74,7 +74,9 @@ KINDS: dict[str, Kind] = {
     "norms in float32": Kind(world.float32_norms, note="keeps its dtype", same=False),
     "backslashes in the zip": Kind(world.backslashes),
     "a header whose __metadata__ is null": Kind(world.null_metadata, back=True),
-    "an index with another total_size": Kind(world.wrong_total_size, back=True, shards=True, note="total_size"),
+    "an index with another total_size": Kind(
+        world.wrong_total_size, back=True, shards=True, note="total_size"
+    ),
     "an integer of 10^30 in tokenizer_config.json": Kind(
         world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True
     ),
