@@ -103,7 +103,7 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         line("lossy", text, "yellow")
     for known in plan.foretold:
         line("foretold", printable(f"{known.name}: {known.reason}", 500), "yellow")
-    for note in plan.notes:
+    for note in (*done.opened, *plan.notes):
         line("note", printable(note, 500))
     for found in outcome.findings[:10]:
         where = f"{found.file}: {found.tensor}" if found.tensor else found.file
@@ -111,6 +111,9 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     if len(outcome.findings) > 10:
         line("found", f"(+{len(outcome.findings) - 10} more, listed in ckpt-tool.json)", "yellow")
     if done.report is not None:
+        for finding in done.report.findings:
+            if finding.check == "way back":
+                line("note", printable(finding.message, 500))
         bad = [f for f in done.report.findings if f.status == "fail"]
         for finding in bad[:10]:
             line("coverage", printable(f"{finding.where or ''} {finding.message}", 500), "red")

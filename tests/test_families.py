@@ -547,17 +547,15 @@ def test_one_wrong_shape_is_that_tensors_fault(tmp_path: Path) -> None:
     assert "(60, 88)" in str(error) and "(88, 60)" in str(error)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [("F32", "dtype-mismatch"), ("I8", "dtype-mismatch"), ("F8_E4M3", "unsupported-dtype")]
-)
-def test_one_tensor_of_another_dtype(dtype: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
+def test_one_tensor_of_another_kind_of_numbers(dtype: str, tmp_path: Path) -> None:
     name = "layers.1.attention.wv.weight"
     checkpoint = opened(CONSOLIDATED["mistral-7b-v0.3"].original, tmp_path)
     changed_headers(
         checkpoint, "consolidated.safetensors", lambda t: t.update({name: replace(t[name], dtype=dtype)})
     )
     error = refused(lambda: family("mistral").plan(checkpoint, Options()))
-    assert error.kind == kind and error.problems[0].where == name
+    assert [(p.kind, p.where) for p in error.problems] == [("unsupported-dtype", name)]
 
 
 def test_unknown_tensors_are_refused_or_dropped_by_name(tmp_path: Path) -> None:
@@ -646,7 +644,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     right = opened(variant.original, tmp_path / "a", **{name: make(words)})
     plan = family("mistral").plan(right, Options())
     assert {"tokenizer.json", name} <= {d.name for d in plan.documents}
-    wrong = opened(variant.original, tmp_path / "b", **{name: make(words - 4)})
+    wrong = opened(variant.original, tmp_path / "b", **{name: make(words + 4)})
     assert refused(lambda: family("mistral").plan(wrong, Options())).kind == "bad-tokenizer"
     none = opened(variant.original, tmp_path / "c")
     assert any("tokenizer" in n for n in family("mistral").plan(none, Options()).notes)

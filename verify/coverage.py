@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
@@ -26,6 +27,7 @@ __all__ = ["WITHOUT_EFFECT", "Scan", "coverage", "scan"]
 LEVEL = "coverage"
 BLOCK = 1 << 20  # bytes looked at at a time
 UNDECIDED = ("missing-fact", "unknown-family")  # problems that say nothing about the output
+WAY_BACK = "way back"
 SHOWN = 20  # findings of one kind before the rest is counted
 
 
@@ -59,8 +61,22 @@ def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) 
 
 def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
     """The findings of this level; `scans` are those of the whole output."""
-    findings = [*_planned(subject)] if subject.source is not None else [*_replanned(subject)]
+    findings = [*_planned(subject), *_way_back(subject)] if subject.source else [*_replanned(subject)]
+    findings += [finding("target tensors", "note", text) for text in subject.output.readings]
+    findings += _wrapped(subject.output)
     return [*findings, *_values(subject, scans), *config(subject)]
+
+
+def _wrapped(output: Checkpoint) -> Iterator[Finding]:
+    """Words before the names of the output, which no loader takes off."""
+    try:
+        words = unwrapped(output.files, label=output.path.name).before
+    except CkptToolError as error:
+        yield from _problems("target tensors", error.problems)
+        return
+    if words:
+        text = f"expected names that loaders know, found `{words}` before every one of them"
+        yield finding("target tensors", "fail", text)
 
 
 def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
@@ -91,7 +107,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         yield from _problems("plan", subject.problems)
         return
     assert subject.source is not None
-    total = sum(1 for _ in subject.source)
+    total = sum(1 for _ in subject.source) + len(subject.source.left_out)
     claimed = {(p.file, p.name) for s in plan.steps for p in s.sources}
     dropped = "".join(f", {d.tensor.name} dropped ({d.reason})" for d in plan.dropped[:3])
     more = f" and {len(plan.dropped) - 3} more" if len(plan.dropped) > 3 else ""
@@ -134,28 +150,78 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         yield finding("dtype", "note", note)
 
 
+def _way_back_problems(subject: Subject) -> tuple[list[Problem], list[Problem]]:
+    """What a plan of the way back says, which names and checks all of the output: what is wrong with the
+    output, and what is right in it and the original's layout cannot say or share out."""
+    assert subject.family is not None
+    try:
+        subject.family.plan_original(subject.output, Options())
+    except CkptToolError as error:
+        back = [p for p in error.problems if p.kind == "unsupported" or _cannot_be_shared(p)]
+        return [p for p in error.problems if p not in back], back
+    return [], []
+
+
+def _cannot_be_shared(p: Problem) -> bool:
+    """Whether a number does not divide by the ranks or stages that would be written."""
+    return p.kind == "config-mismatch" and (p.where or "").startswith("--")
+
+
+def _no_way_back(problems: list[Problem]) -> Iterator[Finding]:
+    """A conversion is not wrong because the original cannot be written again."""
+    for p in problems:
+        text = f"`--to original` is not possible: {p.message}"
+        yield finding(WAY_BACK, "note", text, p.where, data={"kind": p.kind})
+
+
+def _way_back(subject: Subject) -> Iterator[Finding]:
+    if subject.family is not None and subject.plan is not None and subject.direction == "to-hf":
+        yield from _no_way_back(_way_back_problems(subject)[1])
+
+
 def _replanned(subject: Subject) -> Iterator[Finding]:
     """Without the source: the family's table and the output's own config say which tensors there must be."""
-    if subject.family is None:
+    family, wrong, back = subject.family, list[Problem](), list[Problem]()
+    if family is None:
         yield from _problems("plan", subject.problems)
         return
-    try:
-        if subject.direction == "to-hf":  # a plan of the way back names and checks all of the output
-            subject.family.plan_original(subject.output, Options())
-        else:
-            subject.family.plan(subject.output, Options(settings=subject.settings))
-    except CkptToolError as error:
-        yield from _problems("target tensors", error.problems)
+    if subject.direction == "to-hf":
+        wrong, back = _way_back_problems(subject)
+    else:
+        try:
+            family.plan(subject.output, Options(settings=subject.settings))
+        except CkptToolError as error:
+            wrong = list(error.problems)
+    yield from _problems("target tensors", tuple(wrong))
+    yield from _no_way_back(back)
+    if wrong:
         return
-    count = sum(1 for _ in subject.output)
-    yield finding(
-        "target tensors",
-        "pass",
-        f"all {count} tensors are those that family {subject.family.name} expects for this config",
-    )
+    if back:
+        yield from _as_recorded(subject)
+    else:
+        count = sum(1 for _ in subject.output)
+        text = f"all {count} tensors are those that family {family.name} expects for this config"
+        yield finding("target tensors", "pass", text)
     if subject.direction == "to-hf":
         yield from capped(left_over(subject, [*subject.output])[0])
     yield finding("source tensors", "skipped", "no source was given to account for")
+
+
+def _as_recorded(subject: Subject) -> Iterator[Finding]:
+    """Where no plan of the way back tells which tensors there must be: those that the manifest lists."""
+    there = {(t.file, t.name) for t in subject.output}
+    listed = set() if subject.manifest is None else set(subject.manifest.crcs)
+    if not listed:
+        text = "neither a plan of the way back nor a manifest says which tensors there must be"
+        yield finding("target tensors", "skipped", text, data={"open": True})
+        return
+    odd = [("expected this tensor of the manifest, found none", n) for _, n in sorted(listed - there)]
+    odd += [
+        ("expected only tensors of the manifest, found this one too", n) for _, n in sorted(there - listed)
+    ]
+    yield from capped([finding("target tensors", "fail", text, name) for text, name in odd])
+    if not odd:
+        yield finding("target tensors", "pass", f"all {len(there)} tensors are those of the manifest")
 
 
 def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.checkpoint.hub_cache import repository_of
+from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
 from ckpt_tool.errors import fail
 
 CHECKED_BYTES = 64 << 20
+SURVEYED = 20_000  # files; a message needs no more
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Folder(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The files directly in it, and those in its folder `original`."""
+        """The files directly in it, and those in its folders `original` and `additional_chat_templates`."""
 
     def has(self, name: str) -> bool:
         """Whether the file `name` is directly in it."""
@@ -59,6 +62,11 @@ class Folder(ABC):
     @abstractmethod
     def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
         """The files in the folders in it, down to `depth` levels, in folders whose names `enter` accepts."""
+
+    @abstractmethod
+    def survey(self) -> list[str]:
+        """The files in it and in the folders in it, down to four levels, as far as they can be listed: to say
+        what a folder without weights is."""
 
     @abstractmethod
     def place(self, name: str) -> Place:
@@ -90,8 +98,9 @@ class Directory(Folder):
 
     def names(self) -> list[str]:
         found = self._list(self.path)
-        if "original" in found and (self.path / "original").is_dir():
-            found += [f"original/{name}" for name in self._list(self.path / "original")]
+        for folder in (ORIGINAL_FOLDER, TEMPLATE_FOLDER):
+            if folder[:-1] in found and (self.path / folder).is_dir():
+                found += [folder + name for name in self._list(self.path / folder)]
         return found
 
     def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
@@ -101,6 +110,24 @@ class Directory(Folder):
                 inner = Directory(self.path / name)
                 files = [n for n in inner._list(inner.path) if not (inner.path / n).is_dir()]
                 found += [f"{name}/{n}" for n in (*files, *inner.below(enter, depth - 1))]
+        return found
+
+    def survey(self) -> list[str]:
+        found: list[str] = []
+        level = [""]
+        for _ in range(5):
+            deeper: list[str] = []
+            for prefix in level:
+                try:
+                    entries = sorted(os.scandir(self.path / prefix), key=lambda e: e.name)
+                except OSError:
+                    continue
+                folders = {e.name for e in entries if _is_folder(e)}
+                found += [prefix + e.name for e in entries if e.name not in folders]
+                deeper += [f"{prefix}{e.name}/" for e in entries if e.name in folders - {".git"}]
+                if len(found) + len(deeper) > SURVEYED:
+                    return found
+            level = deeper
         return found
 
     def _list(self, path: Path) -> list[str]:
@@ -124,6 +151,13 @@ class Directory(Folder):
         return Directory(parent) if parent != self.path else None
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, say
+        return False
+
+
 def status_of(path: Path, name: str) -> os.stat_result:
     """What `path` leads to, links followed. Kinds: `not-found`, `bad-input` (a loop of links, a link to
     nothing, no valid path), `read-failed`."""
@@ -135,10 +169,12 @@ def status_of(path: Path, name: str) -> os.stat_result:
         if error.errno == errno.ELOOP:
             fail("bad-input", "expected a file, found a loop of symbolic links", file=name)
         if error.errno == errno.ENOENT and path.is_symlink():
+            cached = repository_of(path.absolute())
             fail(
                 "bad-input",
                 f"expected a file, found a link to {os.readlink(path)}, which is not there",
                 file=name,
+                hint=None if cached is None else f"`hf download {cached}` fetches it into the cache again",
             )
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             fail("not-found", "expected a checkpoint, found nothing of that name", file=name)

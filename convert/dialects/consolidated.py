@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
+    TIE,
     Class,
     Entry,
     Field,
@@ -33,7 +34,10 @@ from ckpt_tool.convert.numbers import (
     document,
     free,
     given,
+    head_of,
     only,
+    repeats,
+    turns,
 )
 from ckpt_tool.convert.options import CONTAINER as CONTAINER
 from ckpt_tool.convert.options import POOLING
@@ -42,6 +46,8 @@ from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
+    ADDED,
+    MAP,
     TokenizerResult,
     original_tokenizer_documents,
     sentencepiece,
@@ -176,11 +182,12 @@ def family(
     fields: Iterable[Field | Iterable[Field]],
     vocabulary: Vocabulary,
     training: Mapping[str, Any] | None = None,
+    in_memory: Mapping[str, tuple[str, ...]] | None = None,
     **said: Any,
 ) -> Family:
     """The record of a family that is published like this: `said` are the parts of `Consolidated`, `fields`
     those beside the names of the class and what every decoder has; `training` adds to what is for training
-    only, with the defaults of the class."""
+    only, with the defaults of the class; `in_memory` is that of `Family`."""
     name, config = said["name"], said["config"]
     every = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     own = by_name(
@@ -201,6 +208,12 @@ def family(
         options=(POOLING, *d.options),
         vocabulary=vocabulary,
         classes={name: config},
+        document=params_json.NAME,
+        in_memory=in_memory or {},
+        tensors=(
+            S.format(i=0) + "attention.wq.weight",
+            *(form.rows[0].source[0].format(i=0, e=0) for form in d.forms.values()),
+        ),
     )
 
 
@@ -379,7 +392,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     fail_all(_division_problems(config, download.ranks, axis))
     word = form_of(d, download)
     tied = bool(known["tie_word_embeddings"])
-    head = "output.weight" in download.tensors or not tied
+    head = download.keeps("output.weight", options) or not tied
     rows = decoder_rows(d.forms[word].rows, embedding=axis, tied=tied, head=head)
     original = params_json.kept(known, {n: config[n] for n in d.numbers if n in config})
     if d.option is not None:
@@ -397,7 +410,8 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],
         original,
     )
-    return to_hf(table_of(rows, config), download, options, written)
+    untied = "" if d.fields[TIE].fixed else "output.weight"
+    return to_hf(replace(table_of(rows, config), turns=turns(known), head=untied), download, options, written)
 
 
 def form_of(d: Consolidated, download: Source) -> str:
@@ -429,7 +443,7 @@ def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes
     return files_beside_or_asked(
         checkpoint,
         options,
-        lambda name: is_tokenizer(name.rpartition("/")[2]),
+        lambda name: is_tokenizer(name.rpartition("/")[2]) or name in (ADDED, MAP),
         lambda path: {path.name if is_tokenizer(path.name) else "tokenizer.model": path},
     )
 
@@ -449,7 +463,13 @@ def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict
     """bos_token_id and eos_token_id: set by the user, told by the tokenizer, else by params.json, or by rule;
     pad_token_id only when set, since none of these models was trained with one."""
     bos, eos, whose = d.ids(known)
-    rules = {"bos_token_id": given(bos, whose), "eos_token_id": given(eos, whose)}
+    words = known["vocab_size"]
+    rules = {
+        n: given(i, whose)
+        if i is None or i < words
+        else given(None, f"{i} of {whose} is none of {words} words")
+        for n, i in (("bos_token_id", bos), ("eos_token_id", eos))
+    }
     found = {}
     for name, otherwise in rules.items():
         keys = () if name in tokenizer.facts else (name,)
@@ -477,7 +497,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     values = known.values(n for n in d.fields if n in d.config.numbers)
-    facts.check_settings(d.numbers)
+    facts.check_settings(values)
     facts.check()
     form = asked_form(d, options, once)
     files = form.names(options.shards)
@@ -488,6 +508,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     same = once.get("ranks") == ranks or known["num_key_value_heads"] >= ranks
     numbers = {n: v for n, v in values.items() if n in d.numbers and not d.fields[n].hidden}
     said, notes = params_json.written(params, once if same else {}, numbers)
+    notes += facts.notes
     if said.source == "config.json":  # the original's own text says whatever it said
         notes += d.unsaid(known)
     if form.ranked and once.get("ranks", ranks) != ranks:
@@ -497,11 +518,11 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
         notes.append("no original tokenizer file is there; none was written")
     beside = [OutputDocument(n, c, "the tokenizer in the folder") for n, c in tokenizers.items()]
     kept = {"num_key_value_heads": known["num_key_value_heads"]}
-    tied = bool(known["tie_word_embeddings"]) and "lm_head.weight" not in source.tensors
+    tied = bool(known[TIE])
     head = not tied or bool(once.get("head", "tied_embeddings" not in params))
     rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=head)
     return to_original(
-        table_of(rows, values),
+        replace(table_of(rows, values), repeats=repeats(known), turns=turns(known), head=head_of(known)),
         source,
         options,
         Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),

@@ -42,7 +42,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, by_name, count, flag, follows, only, special
 from ckpt_tool.convert.options import Option
-from ckpt_tool.convert.params import SET, UNKNOWN, Facts
+from ckpt_tool.convert.params import UNKNOWN, Facts, renamed
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
@@ -104,13 +104,7 @@ class Megatron:
 
     def settings(self, options: Options) -> dict[str, Any]:
         """Those of the user under the names that every family knows."""
-        found: dict[str, Any] = {}
-        for name, value in options.settings.items():
-            other = self.own_names.get(name, name)
-            if found.setdefault(other, value) != value:
-                message = f"expected one value, found {found[other]!r} and {value!r}"
-                fail("usage", message, file=SET, where=name)
-        return found
+        return renamed(options.settings, self.own_names)
 
 
 def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
@@ -127,6 +121,11 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         vocabulary=vocabulary,
         foretold=tuple(m.foretold),
         classes=m.classes,
+        tensors=(
+            "language_model.encoder.layers.0.self_attention.query_key_value.weight",
+            "language_model.transformer.layers.0.attention.query_key_value.weight",
+            "decoder.layers.0.self_attention.linear_qkv.weight",
+        ),
     )
 
 
@@ -236,7 +235,13 @@ def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None)
     last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
     table = (*m.rows(known, order), *((last,) if output else ()))
     axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
-    return replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
+    made = replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
+    # on the way to Hugging Face: a stage's copy of the embedding is no output layer of its own
+    return made if known.back else replace(made, head=OUTPUT if output != COPY and _may_untie(known) else "")
+
+
+def _may_untie(known: Known) -> bool:
+    return not known.fields[numbers.TIE].fixed
 
 
 # --- opening --------------------------------------------------------------------------------------------
@@ -360,7 +365,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
         _kept(run, known),
         [f for tell in m.foretold.values() for f in tell(known)],
     )
-    output = next((name for name in (COPY, OUTPUT) if name in run.tensors), None)
+    output = next((name for name in (COPY, OUTPUT) if run.keeps(name, options)), None)
     table = _table(m, known, fused_order(run.version, is_core(run.age)), rows.value, output)
     return to_hf(table, run, options, beside)
 
@@ -371,6 +376,17 @@ _KEPT_ARGS = (
     "attention_softmax_in_fp32",
     "apply_query_key_layer_scaling",
     "apply_residual_connection_post_layernorm",
+)
+
+
+# How the layers were shared out over pipeline stages, where not evenly.
+_SPLIT_ARGS = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+    "standalone_embedding_stage",
 )
 
 
@@ -389,7 +405,9 @@ def _kept(run: Run, known: Known) -> dict[str, Any]:
         "words": known["vocab_size"],
         "gelu": gelu.value,
         "head_gelu": head_gelu.value,
-        "args": {k: run.args[k] for k in _KEPT_ARGS if k in run.args},
+        "args": {k: run.args[k] for k in _KEPT_ARGS if k in run.args}
+        | {k: run.args[k] for k in _SPLIT_ARGS if run.args.get(k)},
+        **ranks.uneven(run),
     }
 
 
@@ -405,22 +423,25 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     said = [n for n, f in known.fields.items() if f.told and not f.free]
     known.values(said)
     facts.check()
-    facts.check_settings({n for n in said if not known.fields[n].fixed})
+    facts.check_settings(said)
     facts.check()
     form, words = _form(known), known["vocab_size"]
     documents = {n: d.read(MAX_BYTES) for n, d in checkpoint.documents.items() if n in _VOCABULARY}
     vocabulary = original_tokenizer_documents(documents, family=m.name)
-    notes = [
-        f"{form.rows - words} rows of padding follow the {words} words, up to a multiple that the ranks "
-        "share: they repeat the first words",
-        "no original tokenizer file is there; none was written",
-    ]
+    notes = ranks.split_notes(known, form)
+    if form.rows != words:
+        notes.append(
+            f"{form.rows - words} rows of padding follow the {words} words, up to a multiple that the ranks "
+            "share: they repeat the first words"
+        )
+    if not vocabulary:
+        notes.append("no original tokenizer file is there; none was written")
     written = Written(
         m.name,
         _args(m, known, form),
         [OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()],
         m.ignored,
-        [note for note, holds in zip(notes, (form.rows != words, not vocabulary), strict=True) if holds],
+        [*facts.notes, *notes],
         {
             "age": form.age,
             "checkpoint_version": form.version,
@@ -437,7 +458,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
 
 
-_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")
+_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def _form(known: Known) -> Form:
@@ -450,10 +471,13 @@ def _form(known: Known) -> Form:
     if not isinstance(age, str) or age not in AGES or (as_core and version != 3.0):
         age = "encoder" if version == 3.0 else "transformer"
     tensor_parallel, depth = ranks.ranks_of(known), once.get("pipeline_parallel")
-    stages = whole_number(asked.get("pipeline_parallel"), depth)
-    chunks = whole_number(once.get("virtual_stages"))
-    if depth != stages or known["num_hidden_layers"] % (stages * chunks):
+    stages, layers = whole_number(asked.get("pipeline_parallel"), depth), known["num_hidden_layers"]
+    chunks = whole_number(once.get("virtual_stages")) if depth == stages else 1
+    split = ranks.split_as_it_was(known, stages, chunks)
+    if not split and layers % (stages * chunks):
         chunks = 1
+    if not split and layers % stages and asked.get("pipeline_parallel") is None:
+        stages = 1
     form = Form(
         tensor_parallel,
         ranks.padded(known, tensor_parallel, _divisor(known)),
@@ -463,6 +487,7 @@ def _form(known: Known) -> Form:
         chunks,
         whole_number(once.get("iteration"), otherwise=0),
         once.get("release") is not False or not once.get("iteration"),
+        split,
     )
     ranks.check_shares(known, form, "num_attention_heads", "intermediate_size")
     return form
@@ -508,4 +533,6 @@ def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
         **shares,
     }
     once = {k: Value(v, "ckpt-tool.json: the original's args") for k, v in _once_args(known).items()}
+    if not form.split:
+        once = {k: v for k, v in once.items() if k not in _SPLIT_ARGS}
     return {**args, **{k: v for k, v in once.items() if k not in args}, **m.args(known)}

@@ -12,7 +12,7 @@ Source: NVIDIA/Megatron-LM core_v0.9.0 (core/models/gpt, core/transformer), NVID
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name,
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import fail
 
@@ -69,8 +70,8 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 class Core:
     """A family whose models are trained in this layout. `config` is the class of its config.json, `fields`
     are written there beside those that args say; those called `unsaid` must be empty, since args have no word
-    for them. A vocabulary of one of `published_rows`, padding included, is the published one, whose
-    `end_of_text` begins and ends a text."""
+    for them. A vocabulary of as many rows as `published_rows` has, whatever it is padded to, is the published
+    one, whose `end_of_text` begins and ends a text."""
 
     family: str
     model: str  # as people call it
@@ -79,10 +80,11 @@ class Core:
     config: Class
     fields: tuple[Field, ...] = ()
     unsaid: tuple[str, ...] = ("rope_scaling",)
-    published_rows: tuple[int, ...] = ()
+    published_rows: Container[int] = ()
     end_of_text: int = 0
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
+    tensors: tuple[str, ...] = ("decoder.layers.0.self_attention.linear_qkv.bias",)
 
     def holds(self, names: Iterable[str]) -> bool:
         return prefix_of(names) is not None
@@ -231,11 +233,15 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
         fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name)
     prefix = prefix_of(checkpoint.names()) or ""
 
+    # virtual stages are `model0`, `model1`, ...
+    before = re.sub(r"(?<=model)\d{1,4}(?=\\\.$)", lambda _: r"(\d{1,4})", re.escape(prefix))
+
     def own(names: Iterable[str]) -> Iterator[Own]:
         for name in names:
             state = any(re.fullmatch(pattern, name) for pattern in IGNORED)
-            if name.startswith(prefix) and not state:
-                yield Own(name, 0, *ranks.without_layer(name.removeprefix(prefix)))
+            if not state and (m := re.match(before, name)):
+                chunk = int(m[1]) if m.re.groups else 0
+                yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
     run = ranks.open_ranks(checkpoint, "core", own)
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
@@ -280,15 +286,20 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check_settings({*config, *ids})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
-    tokenizer = published.copied(published.tokenizer_files(checkpoint, options))
-    notes = [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
+    files = published.tokenizer_files(checkpoint, options)
+    tokenizer = published.copied(files)
+    notes = [*published.counted(words, files), *template_notes(files)]
+    notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
-    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, OUTPUT in run.tensors
+    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, run.keeps(OUTPUT, options)
     kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
+    if run.stages > 1:
+        kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, kept)
-    return to_hf(rows_of(known, padding, engine=engine, head=head), run, options, written)
+    table = replace(rows_of(known, padding, engine=engine, head=head), head=OUTPUT)
+    return to_hf(table, run, options, written)
 
 
 # --- from Hugging Face ----------------------------------------------------------------------------------
@@ -298,7 +309,9 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
-    known = Known(by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, made=made)
+    known = Known(
+        by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, back=True, made=made
+    )
     form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
     ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
     if any(made[name].value for name in m.unsaid):
@@ -310,13 +323,14 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
     words, tied = known["vocab_size"], bool(known["tie_word_embeddings"])
-    left = form.rows - words
-    notes = [f"{left} rows of padding follow the {words} words; they repeat the first words"] if left else []
+    left, notes = form.rows - words, ranks.split_notes(known, form)
+    if left:
+        notes.append(f"{left} rows of padding follow the {words} words; they repeat the first words")
     written = Written(
         m.family,
         _args(m, known, form),
         published.copied(published.tokenizer_files(checkpoint, options)),
-        {"lm_head.weight": "the same as the embedding"} if tied else {},
+        {},
         notes,
         {"form": "mcore", "tensor_parallel": form.ranks},
     )

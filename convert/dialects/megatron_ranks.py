@@ -25,6 +25,7 @@ from ckpt_tool.convert.weave import Table, Written, to_original
 from ckpt_tool.errors import Problem, fail_all
 
 OPTIONS = (SHARDS, TENSOR_PARALLEL)
+SPLIT = "layers_of_parts"  # in the manifest
 DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 RELEASE = "release"
 OUTPUT = "output_layer.weight"
@@ -45,11 +46,13 @@ IGNORED = {
 class Run(Source):
     """What the files say of the run beside the tensors. `told` are the pickled args, None where the file has
     none; `said_version` is None where it says no checkpoint_version, which stands for 0. `files` are
-    [rank][stage], `chunks` counts the virtual stages."""
+    [rank][stage], `chunks` counts the virtual stages, `split` the layers of each part: the first chunks of
+    all stages, then the second."""
 
     age: str
     files: list[list[str]]
     chunks: int = 1
+    split: tuple[int, ...] = ()
     said_version: float | None = None
     iteration: int | None = None
 
@@ -90,25 +93,34 @@ def open_ranks(checkpoint: Checkpoint, age: str, own: Callable[[Iterable[str]], 
     columns = [[row[stage] for row in files] for stage in range(len(files[0]))]
     fail_all(p for column in columns for p in rank_problems(column, held))
     tensors = {n: tuple(rank[n] for rank, _ in joined) for n in joined[0][0]}
-    told, layers = arguments(checkpoint.files[files[0][0]]), joined[0][1]
+    told, split = arguments(checkpoint.files[files[0][0]]), joined[0][1]
     return Run(
-        checkpoint, tensors, len(files), layers, told, "", len(files[0]), age=age, files=files, chunks=chunks
+        checkpoint,
+        tensors,
+        len(files),
+        sum(split),
+        told,
+        stages=len(files[0]),
+        age=age,
+        files=files,
+        chunks=chunks,
+        split=split,
     )
 
 
 def _joined(
     checkpoint: Checkpoint, stages: Mapping[str, list[Own]], chunks: int
-) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of one rank by their names in the tables, and its layers. A stage counts its layers from 0;
-    they follow on those of the stage before, and with virtual stages (`model0`, `model1`, ...) the first of
-    every stage comes before any second."""
+) -> tuple[dict[str, TensorInfo], tuple[int, ...]]:
+    """The tensors of one rank by their names in the tables, and the layers of each of its parts. A stage
+    counts its layers from 0, however many it has; they follow on those of the stage before, and with virtual
+    stages (`model0`, `model1`, ...) the first of every stage comes before any second."""
     parts: dict[tuple[int, str], list[Own]] = {(c, file): [] for c in range(chunks) for file in stages}
     for file, own in stages.items():
         for t in own:
             parts[t.chunk, file].append(t)
     problems: list[Problem] = []
     found: dict[str, TensorInfo] = {}
-    before = 0
+    split: list[int] = []
     for (chunk, file), entries in parts.items():
         if not entries:
             message = f"expected tensors of model{chunk}, as on other stages, found none"
@@ -119,14 +131,14 @@ def _joined(
             message = f"expected the stage's layers 0 to {len(here) - 1}, found {shown}"
             problems.append(Problem("missing-tensor", message, file, "layers"))
         for t in entries:
-            full = t.table if t.layer is None else t.table.replace("{i}", str(before + t.layer))
+            full = t.table if t.layer is None else t.table.replace("{i}", str(sum(split) + t.layer))
             if full in found:
                 message = f"expected the tensor on one stage, found it in {found[full].file} too"
                 problems.append(Problem("shard-conflict", message, file, t.name))
             found[full] = checkpoint.files[file].tensors[t.name]
-        before += len(here)
+        split.append(len(here))
     fail_all(problems)
-    return found, before
+    return found, tuple(split)
 
 
 # --- numbers that every age has -------------------------------------------------------------------------
@@ -160,7 +172,8 @@ def tie(known: Known) -> Value:
 def output_is_there(known: Known, tied: Value) -> Value:
     if not known.back and not tied.value and OUTPUT not in known.source.tensors:
         message = f"expected this tensor ({tied.source}), found none"
-        known.refuse("missing-tensor", message, OUTPUT)
+        hint = "--set tie_word_embeddings=true if the output layer is the embedding"
+        known.refuse("missing-tensor", message, OUTPUT, hint)
     return tied
 
 
@@ -170,7 +183,8 @@ def output_is_there(known: Known, tied: Value) -> Value:
 @dataclass(frozen=True)
 class Form:
     """How to write: `version` None writes no checkpoint_version, which stands for 0. `rows` is the vocabulary
-    with its padding, `chunks` counts the virtual stages."""
+    with its padding, `chunks` counts the virtual stages, `split` the layers of each part as `Run` has them,
+    empty where all have as many."""
 
     ranks: int
     rows: int
@@ -180,6 +194,7 @@ class Form:
     chunks: int = 1
     iteration: int = 0
     release: bool = True
+    split: tuple[int, ...] = ()
 
     @property
     def tracker(self) -> str:
@@ -197,6 +212,30 @@ class Form:
 def whole_number(*found: Any, otherwise: int = 1) -> int:
     """The first that is one above 0."""
     return next((n for n in found if type(n) is int and 0 < n < 10**9), otherwise)
+
+
+def uneven(run: Run) -> dict[str, Any]:
+    """For the manifest, where parts have different numbers of layers."""
+    return {SPLIT: list(run.split)} if len(set(run.split)) > 1 else {}
+
+
+def split_as_it_was(known: Known, stages: int, chunks: int) -> tuple[int, ...]:
+    """The layers of each part where the original's were shared out unevenly over as many; else none."""
+    found = known.once.get(SPLIT)
+    if not isinstance(found, list) or len(found) != stages * chunks:
+        return ()
+    counts = all(type(n) is int and n >= 0 for n in found)
+    return tuple(found) if counts and sum(found) == known["num_hidden_layers"] else ()
+
+
+def split_notes(known: Known, form: Form) -> list[str]:
+    if form.split:
+        counts = ", ".join(map(str, form.split))
+        return [f"layers are shared out over the stages as the original's were: {counts}"]
+    once, asked = whole_number(known.once.get("pipeline_parallel")), "pipeline_parallel"
+    if form.stages < once and known.options.family_options.get(asked) is None:
+        return [f"the original had {once} pipeline stages; one is written"]
+    return []
 
 
 def ranks_of(known: Known) -> int:
@@ -220,7 +259,8 @@ def check_shares(known: Known, form: Form, *shared: str) -> None:
     """Fail with `config-mismatch` for numbers that the ranks and stages cannot share out."""
     sizes = {name: int(known[name]) for name in shared} | {"the padded vocabulary": form.rows}
     found = [(name, size, form.ranks, "--tensor-parallel") for name, size in sizes.items()]
-    found.append(("num_hidden_layers", known["num_hidden_layers"], form.stages, "--pipeline-parallel"))
+    if not form.split:
+        found.append(("num_hidden_layers", known["num_hidden_layers"], form.stages, "--pipeline-parallel"))
     fail_all(
         Problem(
             "config-mismatch",
@@ -277,14 +317,16 @@ def _homes(
     form: Form, files: list[list[str]], layers: int, dtype: str, own: Callable[[str], str]
 ) -> Callable[[str], list[Home]]:
     """Where each tensor of the tables goes, and what it is called there."""
-    each, models = layers // (form.stages * form.chunks), _models(form)
+    parts, models = form.stages * form.chunks, _models(form)
+    split = form.split or (layers // parts,) * parts
+    places = [(part, local) for part, count in enumerate(split) for local in range(count)]
 
     def homes(name: str) -> list[Home]:
         template, layer = without_layer(name)
         if layer is None:
-            part, local = (0 if name.startswith(FIRST) else form.stages * form.chunks - 1), 0
+            part, local = (0 if name.startswith(FIRST) else parts - 1), 0
         else:
-            part, local = divmod(layer, each)
+            part, local = places[layer]
         chunk, stage = divmod(part, form.stages)
         there = f"{models[chunk]}.{own(template).replace('{i}', str(local))}"
         return [(row[stage], dtype, there) for row in files]

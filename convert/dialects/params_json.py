@@ -21,6 +21,7 @@ from ckpt_tool.convert.numbers import (
     counted,
     flag,
     given,
+    groups,
     measured,
     number,
 )
@@ -105,16 +106,6 @@ def _groups(known: Known) -> Value:
     return given(known["num_attention_heads"], f"n_kv_heads absent from {facts.file}, as many as query heads")
 
 
-def _groups_of_class(known: Known) -> Value:
-    """Absent from config.json is the default of the class, 8 for Mistral and Mixtral; null, and Llama's
-    default, is as many as query heads."""
-    assert known.config is not None
-    default, name = known.config.numbers["num_key_value_heads"], "num_key_value_heads"
-    if default is not None and name not in (known.facts.document or {}):
-        return given(default, f"default of {known.config.name}")
-    return given(known["num_attention_heads"], f"{name} absent from config.json, as many as query heads")
-
-
 def _copies_counted(known: Known, kv: Value) -> Value:
     once = known.once.get("num_key_value_heads")
     if isinstance(once, int) and once < kv.value == known.source.ranks and kv.source != SET:
@@ -137,7 +128,7 @@ SIZES = (
     of_class("intermediate_size", "hidden_dim", rule=measured(WIDTH, 0)),
     of_class("num_hidden_layers", "n_layers", rule=counted),
     of_class("num_attention_heads", "n_heads", ask="the number of query heads"),
-    count("num_key_value_heads", *KV, rule=_groups, silent=_groups_of_class, check=_copies_counted),
+    count("num_key_value_heads", *KV, rule=_groups, silent=groups, check=_copies_counted),
     head_dim(),
     count("vocab_size", read=_words_key, rule=words, silent=DEFAULT),
     number("rms_norm_eps", "norm_eps", "rms_norm_eps", silent=DEFAULT, ask="the epsilon of the norms"),

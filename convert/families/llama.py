@@ -157,12 +157,10 @@ def context(known: Known) -> Value:
     return given(4096, f"Llama 2 ({why})")
 
 
-def ids(known: Known) -> tuple[int | None, int | None, str]:
+def ids(known: Known) -> tuple[int, int, str]:
     """Where no tokenizer tells them."""
     if not llama3(known):
         return 1, 2, "Llama 1, 2 and Code Llama tokenizers"
-    if known["vocab_size"] <= LLAMA3_WORDS + 1:
-        return None, None, f"Llama 3's 128000 and 128001 are not among {known['vocab_size']} words"
     return LLAMA3_WORDS, LLAMA3_WORDS + 1, "Llama 3 tokenizers"
 
 

@@ -29,6 +29,12 @@ STACKED = (
     rule(S + "block_sparse_moe.w3", TE + "w3.weight", "(e f) d", cut="e"),
     rule(S + "block_sparse_moe.w2", TE + "w2.weight", "(e f) d -> d (e f)", cut="e"),
 )
+# What transformers 5.23.0 (models/mixtral, conversion_mapping.py) makes of the experts when it loads them.
+IN_MEMORY = {
+    T + "mlp.gate.weight": (T + "block_sparse_moe.gate.weight",),
+    T + "mlp.experts.gate_up_proj": (TE + "w1.weight", TE + "w3.weight"),
+    T + "mlp.experts.down_proj": (TE + "w2.weight",),
+}
 
 
 def told(seen: Seen) -> tuple[bool, str]:
@@ -129,4 +135,5 @@ FAMILY = consolidated.family(
         consolidated.Option("form", "Layout to write.", "original", choices=("A", "B", "C")),
     ),
     vocabulary=consolidated.MISTRAL_AI,
+    in_memory=IN_MEMORY,
 )
