@@ -14,15 +14,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
+from ckpt_tool.convert.one_by_one import one_by_one
 from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.convert.recognising import (
+    check_own,
+    check_plain,
+    explained,
+    no_config,
+    only_family,
+    recognise,
+    unknown_name,
+)
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
@@ -35,12 +46,14 @@ Source = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: the plan, what executing it measured, and the cheap verification levels."""
+    """What `convert` did: the plan, what executing it measured, and the cheap verification levels; `opened`
+    are the notes of opening the input (which folder, which of two sets of weights)."""
 
     out: Path
     plan: Plan
     outcome: Outcome
     report: Report | None = field(default=None)
+    opened: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and findings of the run, and the coverage report where it ran."""
@@ -53,6 +66,7 @@ class Conversion:
             "bytes_written": self.outcome.bytes_written,
             "dropped": [printable(d.tensor.name) for d in self.plan.dropped],
             "lossy": list(self.plan.lossy),
+            "opened": [printable(n, 2000) for n in self.opened],
             "notes": [printable(n, 2000) for n in self.plan.notes],
             "findings": [f.to_json() for f in self.outcome.findings],
             "resumed": list(self.outcome.resumed),
@@ -60,43 +74,24 @@ class Conversion:
         }
 
 
-def recognise(checkpoint: Checkpoint) -> list[tuple[str, bool, str]]:
-    """Each family's word on an original checkpoint: (name, whether it is its own, why)."""
-    return [(name, *family(name).recognise(checkpoint)) for name in FAMILIES]
-
-
 def choose(checkpoint: Checkpoint, name: str = "auto", to: str = "hf") -> Family:
     """The family called `name`; for "auto" the only one that recognises the checkpoint. On the way back
     (`to="original"`) the Hugging Face config's architecture and the manifest decide."""
-    if name != "auto":
-        if name not in FAMILIES:
-            fail(
-                "usage", f"expected a family ({', '.join(FAMILIES)}) or auto, found {name!r}", where="FAMILY"
-            )
-        return family(name)
-    if to == "original":
-        return _family_of_converted(checkpoint)
-    said = recognise(checkpoint)
-    own = [n for n, is_own, _ in said if is_own]
-    if len(own) == 1:
-        return family(own[0])
-    kind, found = ("unknown-family", "none") if not own else ("ambiguous-family", " and ".join(own))
-    reasons = "; ".join(f"{n}: {why}" for n, _, why in said)
-    fail(
-        kind,
-        f"expected one family to recognise this checkpoint, found {found} ({reasons})",
-        file=checkpoint.path.name,
-        hint="name the family instead of auto; `ckpt-tool inspect` shows what the files hold",
-    )
+    if name == "auto":
+        return _family_of_converted(checkpoint) if to == "original" else family(only_family(checkpoint))
+    check_name(name)
+    return family(name)
+
+
+def check_name(name: str) -> None:
+    """Fail with `usage` unless a family is called so, or it is "auto"."""
+    if name not in (*FAMILIES, "auto"):
+        fail_all([unknown_name(name)])
 
 
 def _family_of_converted(checkpoint: Checkpoint) -> Family:
     if "config.json" not in checkpoint.documents:
-        fail(
-            "missing-file",
-            "expected config.json beside the weights (a Hugging Face folder), found none",
-            file=checkpoint.path.name,
-        )
+        fail_all([no_config(checkpoint)])
     config = checkpoint.json("config.json")
     architectures = config.get("architectures") or []
     made_by = None
@@ -121,16 +116,29 @@ def plan(
     family: str = "auto",
     to: str = "hf",
     options: Options | None = None,
+    checksums: bool = False,
+    progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
-    """What converting `source` would do, from headers alone. `to` is "hf" or "original"."""
+    """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
+    publisher's checklist.chk lists are compared with it, large weights only with `checksums`; `progress` is
+    told of each file of weights and the bytes read of it."""
+    check_name(family)
     if not isinstance(source, Checkpoint):
-        with open_for(source, to) as checkpoint:
-            return plan(checkpoint, family=family, to=to, options=options)
+        with open_for(source, to) as opened:
+            return plan(opened, family=family, to=to, options=options, checksums=checksums)
+    check_plain(source)
     chosen = choose(source, family, to)
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
-    return make(source, options)
+    try:
+        made = make(one_by_one(source, chosen.in_memory), options)
+    except CkptToolError as error:
+        raise explained(error, source, chosen, to) from None
+    if to == "hf":
+        check_own(source, chosen)
+    sums = checklist.notes(source, weights=checksums, progress=progress)
+    return replace(made, notes=(*sums, *made.notes))
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -152,47 +160,78 @@ def convert(
     sha256: bool = False,
     strict: bool = False,
     check: bool = True,
+    checksums: bool = False,
     progress: Callable[[Progress], None] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     beside: Iterable[Source] = (),
 ) -> Conversion:
     """Convert `source` into the folder `out`, crash-safely and in bounded memory.
 
-    `jobs` worker threads; `strict` refuses non-finite weights instead of recording them; `check` runs the
-    coverage level on the result. `overwrite` replaces an empty folder or an untouched earlier output,
-    `overwrite_foreign` also a folder of other weights, configs and tokenizer files and nothing else, never
-    one that holds an input or a file of `beside`, which the caller has read. Raises `CkptToolError` with
-    every problem of the stage that found some; `out` then does not exist (or is what it was before).
+    `jobs` worker threads; `strict` refuses non-finite weights; `check` runs the coverage level on the result;
+    `checksums` compares large weights too with the publisher's sums. `overwrite` replaces an empty folder or
+    an untouched earlier output, `overwrite_foreign` also a folder of other weights, configs and tokenizer
+    files and nothing else, never one that holds an input or a file of `beside`, which the caller has read.
+    Raises `CkptToolError` with all problems of a stage; `out` then does not exist (or is what it was before).
     """
     from ckpt_tool.convert.execute import check_output, execute
 
+    check_name(family)
     target = Path(out)
     asked = options or Options()
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
-        made = plan(checkpoint, family=family, to=to, options=options)
+        chosen = choose(checkpoint, family, to)
+        reading = _reading(checkpoint, progress)
+        made = plan(
+            checkpoint, family=chosen.name, to=to, options=options, checksums=checksums, progress=reading
+        )
+        opened = checkpoint.opened()
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
             made,
-            checkpoint,
+            one_by_one(checkpoint, chosen.in_memory),
             target,
             jobs=jobs,
             resume=resume,
             sha256=sha256,
             strict=strict,
             progress=progress,
-            address=os.fspath(source) if os.fspath(source).startswith(HUB) else None,
+            address=_address(source),
             overwrite=overwrite,
             overwrite_foreign=overwrite_foreign,
         )
-    report = None
-    if check and to == "hf":
-        from ckpt_tool.verify import verify as run
+    report = _coverage(target) if check and to == "hf" else None
+    return Conversion(target, made, outcome, report, opened)
 
-        report = run(target, levels=("coverage",), no_source=True)
-    return Conversion(target, made, outcome, report)
+
+def _coverage(out: Path) -> Report:
+    from ckpt_tool.verify import verify as run
+
+    return run(out, levels=("coverage",), no_source=True)
+
+
+def _address(source: Source) -> str | None:
+    return os.fspath(source) if os.fspath(source).startswith(HUB) else None
+
+
+def _reading(
+    checkpoint: Checkpoint, progress: Callable[[Progress], None] | None
+) -> Callable[[str, int], None] | None:
+    """`progress` as the reading of source files tells it."""
+    if progress is None:
+        return None
+    from ckpt_tool.convert.execute import Progress
+
+    total, done = sum(t.nbytes for t in checkpoint), 0
+
+    def follow(file: str, count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        progress(Progress("check", file, done, total))
+
+    return follow
 
 
 def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
@@ -213,14 +252,16 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
     """`--set KEY=VALUE` pairs over the values of a `--config` JSON file. A value is JSON where it parses as
     such (`1e6`, `null`, `{"factor": 8}`), else text."""
     from ckpt_tool.checkpoint.strict_json import parse_object
+    from ckpt_tool.convert.facts_rotary import overlaid
 
-    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     if file is not None:
         try:
             data = Path(file).read_bytes()
         except OSError as error:
             fail("read-failed", f"cannot be read: {error.strerror}", file=file)
-        found.update(parse_object(data, file=Path(file).name))
+        document = parse_object(data, file=Path(file).name)
+    found: dict[str, Any] = {}
     problems = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -231,6 +272,5 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
             found[key.strip()] = json.loads(text)
         except ValueError:
             found[key.strip()] = text
-    if problems:
-        fail_all(problems)
-    return found
+    fail_all(problems)
+    return overlaid(document, found) if document else found

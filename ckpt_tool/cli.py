@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from ckpt_tool import __version__
-from ckpt_tool.errors import fail, fail_all
+from ckpt_tool.errors import fail, fail_all, near
 from ckpt_tool.family_command import FamilyCommand
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
 @click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
+@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
 @click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
 @as_json
 def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
@@ -167,7 +168,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
     options = _plan_options(asked)
     if asked["dry_run"]:
-        return _show_plan(source, family, _direction(asked["to"]), options, as_json)
+        to, checksums = _direction(asked["to"]), asked["checksums"]
+        return _show_plan(source, family, to, options, as_json, checksums=checksums)
     screen, log = _consoles()
 
     def on_plan(made: Any) -> None:
@@ -190,6 +192,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             sha256=asked["sha256"],
             strict=asked["strict"],
             check=not asked["no_verify"],
+            checksums=asked["checksums"],
             progress=progress,
             on_plan=on_plan,
             beside=[asked["config"]] if asked["config"] else [],
@@ -324,13 +327,14 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 @cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
+@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
 @as_json
-def inspect(path: str, everything: bool, as_json: bool) -> int:
+def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""
-    from ckpt_tool import api
+    from ckpt_tool.convert.recognising import near_misses, recognise
     from ckpt_tool.inspect import inspect as look
 
-    found = look(path, recognise=api.recognise)
+    found = look(path, recognise=recognise, near=near_misses, checksums=checksums)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
@@ -348,16 +352,21 @@ def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
     return _show_plan(source, family, _direction(asked["to"]), _plan_options(asked), as_json)
 
 
-def _show_plan(source: str, family: str, to: str, options: Options, as_json: bool) -> int:
+def _show_plan(
+    source: str, family: str, to: str, options: Options, as_json: bool, *, checksums: bool = False
+) -> int:
     from ckpt_tool import api
 
-    made = api.plan(source, family=family, to=to, options=options)
+    api.check_name(family)
+    with api.open_for(source, to) as checkpoint:
+        made = api.plan(checkpoint, family=family, to=to, options=options, checksums=checksums)
+        opened = checkpoint.opened()
     if as_json:
-        print(json.dumps({**made.to_json(), "digest": made.digest()}, indent=2))
+        print(json.dumps({**made.to_json(), "opened": opened, "digest": made.digest()}, indent=2))
     else:
         from ckpt_tool.convert.render import plan_table
 
-        plan_table(made, _consoles()[0])
+        plan_table(made, _consoles()[0], opened)
     return 0
 
 
@@ -419,7 +428,8 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
             table(_consoles()[0], heads, [(r["name"], r["family"], r["description"]) for r in rows])
         return 0
     if name not in VARIANTS:
-        fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME")
+        hint = near(name, VARIANTS)
+        fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME", hint=hint)
     if out is None:
         fail("usage", "expected --out DIR, found none", where="--out")
     free_place(Path(out), (), make_parents=True)

@@ -108,6 +108,15 @@ def fail_all(problems: Iterable[Problem]) -> None:
         raise CkptToolError(*found)
 
 
+def near(word: str, known: Iterable[str]) -> str | None:
+    """A hint with the one or two of `known` that are spelled almost like `word`; None where none is."""
+    from difflib import get_close_matches
+
+    by_lower = {k.lower(): k for k in known}
+    found = [by_lower[m] for m in get_close_matches(word.lower(), list(by_lower), 2, 0.7)]
+    return f"did you mean {' or '.join(found)}?" if found else None
+
+
 EXTRAS = {"torch": "verify", "transformers": "hf"}
 PACKAGES = ("numpy", "click", "rich", "safetensors", "huggingface_hub", "tokenizers", "sentencepiece")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -16,12 +16,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
 from ckpt_tool.checkpoint.megatron import arguments
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import describe
+from ckpt_tool.checkpoint.signs import packed
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.tensor_names import fold_key, numbers
 from ckpt_tool.checkpoint.torch_legacy import legacy_imports
@@ -36,6 +38,8 @@ KEPT_METADATA = 1000  # entries; a hostile file can hold millions
 SHOWN_METADATA = 20
 
 Recognise = Callable[[Checkpoint], list[tuple[str, bool, str]]]  # (family, is it its own, why)
+# Of what they say, (family, why not) of those that come near.
+Near = Callable[[Checkpoint, list[tuple[str, bool, str]]], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Inspection:
     tensors: list[TensorInfo] = field(default_factory=list)
     documents: dict[str, int] = field(default_factory=dict)  # name to bytes
     families: list[tuple[str, bool, str]] = field(default_factory=list)
+    near: list[tuple[str, str]] | None = None  # of the families that do not recognise it; None: not asked
     config: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     refused: list[Problem] = field(default_factory=list)
@@ -181,7 +186,7 @@ class Inspection:
                 paragraph(console, f"{printable(key)} = {printable(value, 100)}", first="  ", hang=4)
             if len(told) > SHOWN_METADATA:
                 say(console, f"  (+{len(told) - SHOWN_METADATA} more, in --json)")
-        for name, own, why in self.families:
+        for name, own, why in self._telling():
             text = f"{'is' if own else 'is not'} {name}: {printable(why, 1000)}"
             paragraph(console, text, hang=2, style="" if own else "dim")
         if self.tensors:
@@ -196,6 +201,13 @@ class Inspection:
             paragraph(console, printable(note, 1000), first="note: ")
         for problem in self.refused:
             say(console, problem.line(), "red")
+
+    def _telling(self) -> list[tuple[str, bool, str]]:
+        """The families that recognise it; where none does, the near misses."""
+        own = [said for said in self.families if said[1]]
+        if self.near is None:
+            return self.families
+        return own or [(name, False, why) for name, why in self.near]
 
     def _file_table(self, console: Console) -> None:
         from ckpt_tool.terminal import Column, table
@@ -242,9 +254,16 @@ class Inspection:
         )
 
 
-def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None) -> Inspection:
-    """Look at a checkpoint. A file that is refused gives an `Inspection` with `refused` set, unless there is
-    nothing to show at all: then the error is raised."""
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    recognise: Recognise | None = None,
+    near: Near | None = None,
+    checksums: bool = False,
+) -> Inspection:
+    """Look at a checkpoint; with `checksums` its weights are read to compare them with the publisher's sums,
+    which small files are anyway. A file that is refused gives an `Inspection` with `refused` set, unless
+    there is nothing to show at all: then the error is raised."""
     found = Inspection(os.fspath(path))
     try:
         checkpoint = open_checkpoint(path)
@@ -258,11 +277,17 @@ def inspect(path: str | os.PathLike[str], *, recognise: Recognise | None = None)
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
-        found.notes = list(checkpoint.notes)
+        beside = Counter(left.reason for left in checkpoint.left_out)
+        found.notes = [*checkpoint.notes, *checkpoint.readings]
+        found.notes += [f"{count} tensors are none of the model's: {why}" for why, count in beside.items()]
         try:
+            if (held := packed(checkpoint.names())) is not None:
+                found.notes.append(f"{held[1]}: {held[0]}, which no family reads; {held[2]}")
+            found.notes[:0] = checklist.notes(checkpoint, weights=checksums)
             found.config = list(_compare(checkpoint))
             if recognise is not None:
                 found.families = recognise(checkpoint)
+                found.near = None if near is None else near(checkpoint, found.families)
         except CkptToolError as error:
             found.refused = list(error.problems)
     return found

@@ -103,7 +103,7 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         line("lossy", text, "yellow")
     for known in plan.foretold:
         line("foretold", printable(f"{known.name}: {known.reason}", 500), "yellow")
-    for note in plan.notes:
+    for note in (*done.opened, *plan.notes):
         line("note", printable(note, 500))
     for found in outcome.findings[:10]:
         where = f"{found.file}: {found.tensor}" if found.tensor else found.file

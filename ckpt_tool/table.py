@@ -13,7 +13,7 @@ from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, near
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,8 +44,9 @@ def run(*, only: str | None, judge: bool, as_json: bool, screen: Console) -> int
 
     chosen = [v for v in VARIANTS.values() if only in (None, v.family)]
     if not chosen:
-        known = ", ".join(sorted({v.family for v in VARIANTS.values()}))
-        fail("usage", f"expected one of {known}, found {only!r}", where="--only")
+        known = sorted({v.family for v in VARIANTS.values()})
+        message = f"expected one of {', '.join(known)}, found {only!r}"
+        fail("usage", message, where="--only", hint=near(only or "", known))
     made = list(rows(chosen, judge, None if as_json else screen))
     if as_json:
         print(json.dumps([asdict(r) for r in made], indent=2))

@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.convert import disk
-from ckpt_tool.convert.casting import cast
+from ckpt_tool.convert.casting import cast, common
 from ckpt_tool.convert.layout import Access, Block, Runs, Step
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.convert.values import Values
@@ -79,9 +80,15 @@ class Bound:
     sources: Sequence[Source]
     targets: Sequence[Target]
 
+    @cached_property
+    def moved(self) -> str:
+        """The dtype in which elements are reordered: it holds those of every source as they are."""
+        return common(p.dtype for p in self.step.sources)
+
     @property
-    def casts(self) -> bool:
-        return self.step.sources[0].dtype != self.step.targets[0].dtype
+    def made(self) -> str:
+        """The dtype of the result; that of a comparison may be wider than the target's own."""
+        return self.step.targets[0].dtype
 
 
 @dataclass
@@ -182,33 +189,37 @@ class Carrier:
             data, size = there.data.cast("B"), access.runs.length * target.itemsize
             for k, offset in enumerate(access.runs.offsets()):
                 target.read(data[k * size : (k + 1) * size], offset * target.itemsize)
+            if target.info.dtype != bound.made:
+                wide = lane.room("there as compared", bits.size, bits.dtype)
+                cast(there, target.info.dtype, bound.made, wide)
+                there = wide
             yield bits, there, access
 
     def _gathered(self, bound: Bound, block: Block, lane: Lane) -> list[tuple[Access, np.ndarray]]:
-        """The block's writes with their bits, read from the sources, in order and in the targets' dtype."""
-        first_source, first_target = bound.sources[0], bound.targets[0]
-        source_bits, target_bits = first_source.bits, first_target.bits
-        from_dtype, to_dtype = first_source.info.dtype, first_target.info.dtype
-        written = [a.numel for a in block.writes]
-        inputs = _shares(lane, "in", [a.numel for a in block.reads], source_bits)
+        """The block's writes with their bits, read from the sources, in order and in the step's dtype."""
+        from_bits, to_bits = (np.dtype(DTYPES[d].bits) for d in (bound.moved, bound.made))
+        inputs = _shares(lane, "in", [a.numel for a in block.reads], from_bits)
         for access, bits in zip(block.reads, inputs, strict=True):
-            self._read(bound.sources[access.part], access, bits, lane)
+            self._read(bound.sources[access.part], access, bits, bound.moved, lane)
         outputs = inputs
         if not block.is_copy:
-            outputs = _shares(lane, "out", block.filled, source_bits)
+            outputs = _shares(lane, "out", block.filled, from_bits)
             block.shuffle(inputs, outputs)
-        if bound.casts or block.mean:
-            made = _shares(lane, "cast", written, target_bits)
+        if bound.moved != bound.made or block.mean:
+            made = _shares(lane, "cast", [a.numel for a in block.writes], to_bits)
             for a, b in zip(outputs, made, strict=True):
                 if block.mean:
-                    mean(a, block.mean, from_dtype, to_dtype, b)
+                    mean(a, block.mean, bound.moved, bound.made, b)
                 else:
-                    cast(a, from_dtype, to_dtype, b)
+                    cast(a, bound.moved, bound.made, b)
             outputs = made
         return list(zip(block.writes, outputs, strict=True))
 
-    def _read(self, source: Source, access: Access, bits: np.ndarray, lane: Lane) -> None:
-        data, size = bits.data.cast("B"), access.runs.length * source.itemsize
+    def _read(self, source: Source, access: Access, bits: np.ndarray, dtype: str, lane: Lane) -> None:
+        """Fill `bits`, of `dtype`, from a source that may be of a narrower one."""
+        same = source.info.dtype == dtype
+        stored = bits if same else lane.room("as stored", bits.size, source.bits)
+        data, size = stored.data.cast("B"), access.runs.length * source.itemsize
         runs: list[Run] = []
         for k, offset in enumerate(access.runs.offsets()):
             part = data[k * size : (k + 1) * size]
@@ -217,6 +228,8 @@ class Carrier:
                 runs.append((offset * source.itemsize, size, zlib.crc32(part)))
         self._learn_source(source, runs)
         lane.read_bytes += len(data)
+        if not same:
+            cast(stored, source.info.dtype, dtype, bits)
 
     def _learn_source(self, source: Source, runs: Iterable[Run]) -> None:
         if source.crc is not None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, pieces
 from ckpt_tool.convert.casting import CASTABLE, cast
+from ckpt_tool.convert.layout import Access, Part, Step
 
 # bfloat16 has 8 bits of precision: rounding alone moves a value by up to 0.4 %, a few steps of training drift
 # by a few of those. Norm weights of neighbouring layers, the most alike of what could be mixed up, differ by
@@ -25,8 +27,10 @@ LARGEST_RELATIVE_DELTA = 2.0**-4  # any single difference, over the largest valu
 
 @dataclass
 class Difference:
-    """How a tensor differs from the copy of it that was kept: over all elements of one step."""
+    """How a tensor differs from the copy of it that was kept: over all elements of one step. `rows` are the
+    indices of a matrix's first axis, true where anything differs."""
 
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool), repr=False)
     count: int = 0
     elements: int = 0
     max_delta: float = 0.0
@@ -74,15 +78,34 @@ def _values(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 def measure(carrier: Carrier, bound: Bound, lane: Lane) -> Difference:
     """Compare a step with its targets, which are already written."""
-    found = Difference()
-    dtype = bound.step.targets[0].dtype
-    for made, there in _pairs(carrier, bound, lane):
+    step, dtype = bound.step, bound.step.targets[0].dtype
+    found = Difference(rows=np.zeros(prod(step.sizes[a] for a in _first(step.targets[0])), dtype=bool))
+    for made, there, access, start in _pairs(carrier, bound, lane):
         found.add(made, there, dtype)
+        _mark(found.rows, step, access, np.flatnonzero(made != there) + start)
     return found
 
 
-def _pairs(carrier: Carrier, bound: Bound, lane: Lane) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _first(part: Part) -> tuple[str, ...]:
+    return part.dims[0] if part.dims else ()
+
+
+def _mark(rows: np.ndarray, step: Step, access: Access, places: np.ndarray) -> None:
+    """Mark the rows of the whole matrix in which `places` of a block's write lie."""
+    part = step.targets[access.part]
+    shape, first = part.shape(step.sizes), _first(part)
+    if not first or not places.size:
+        return
+    begin = part.box(step.sizes)[first[0]][0] * prod(step.sizes[a] for a in first[1:])
+    run, rest = np.divmod(places, access.runs.length)
+    rows[begin + (np.array(access.runs.offsets())[run] + rest) // prod(shape[1:])] = True
+
+
+def _pairs(
+    carrier: Carrier, bound: Bound, lane: Lane
+) -> Iterator[tuple[np.ndarray, np.ndarray, Access, int]]:
+    """What is made and what is there, a chunk of a block's write at a time, with where in it."""
     for block in pieces(bound.step, copy_bytes=CHUNK):
-        for made, there, _ in carrier.compared(bound, block, lane):
+        for made, there, access in carrier.compared(bound, block, lane):
             for start in range(0, made.size, CHUNK):
-                yield made[start : start + CHUNK], there[start : start + CHUNK]
+                yield made[start : start + CHUNK], there[start : start + CHUNK], access, start

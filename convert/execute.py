@@ -38,7 +38,8 @@ from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_d
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.replaceable import Replace
-from ckpt_tool.convert.source_checks import Key, check_records
+from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
+from ckpt_tool.convert.stale import stale
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 T = TypeVar("T")
@@ -282,6 +283,7 @@ class _Run:
             if not there:
                 self._make(files, steps)
         self._check_sources()
+        self.findings += stale(self.checkpoint, self.plan)
         self._say("finish", "")
         made = self._documents(extra)
         self.checkpoint.check_unchanged()
@@ -410,7 +412,12 @@ class _Run:
     def _judge(self, bound: Bound) -> Problem | Finding:
         step = bound.step
         part, target = step.sources[0], step.targets[0]
-        writers = (s.sources[0] for s in self.plan.steps if not s.compare and target in s.targets)
+        held = (target.file, target.name)
+        writers = (
+            s.sources[0]
+            for s in self.plan.steps
+            if not s.compare and any((t.file, t.name) == held for t in s.targets)
+        )
         kept = next(writers, target)
         found = measure(self.carrier, bound, self.lanes[0])
         text = (
@@ -418,8 +425,9 @@ class _Run:
             f"relative {found.relative_rms:.3g}"
         )
         if step.compare == "tied":
-            message = f"expected the values of {kept.name} as the config ties them, found {text}"
-            return Problem("tied-mismatch", message, part.file, part.name)
+            rows = f"; {int(found.rows.sum())} of {found.rows.size} rows" if len(part.dims) > 1 else ""
+            message = f"expected the values of {kept.name} as the config ties them, found {text}{rows}"
+            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
         message = f"expected the copy in {kept.file}, found {text}"
         if self.plan.strict_replicas or found.is_large:
             hint = None if found.is_large else "without --strict-replicas it is only recorded"
@@ -536,7 +544,7 @@ class _Run:
 
         self._each(iter(unread), read, "check", "")
         found = check_records(self.checkpoint, self.sources)
-        problems = list(found.wrong)
+        problems = [*found.wrong, *repeated_shares(self.plan.steps, self.checkpoint, self.sources)]
 
         def check(place: tuple[str, str], _: Lane) -> None:
             try:

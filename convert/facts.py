@@ -14,17 +14,23 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 from ckpt_tool.convert.facts_classes import (
+    ACTIVATION_KEYS,
     ACTIVATIONS,
+    ALTERNATING,
+    BOTH_WAYS,
     DEFAULTS,
     IDENTITY,
     IDLE,
+    KNOWN_ACTIVATIONS,
     REFUSED,
     Class,
 )
+from ckpt_tool.convert.facts_rotary import BOUNDED, NEEDED, OBJECTS, ROTARY, TRAINED, flat, kind_of
 
 ABSENT = object()  # of a key that is not in the file, where null is a value
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -64,6 +70,16 @@ class Contradiction:
 
 
 @dataclass(frozen=True)
+class Wrong:
+    """A value that no release reads as what it should be (`bad-config`), or that none computes
+    (`unsupported`); `where` is the key that says it."""
+
+    kind: str
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Reading:
     """`numbers` change what the model computes, `identity` says what it is. `idle` are keys without effect,
     with the reason, `unknown` keys on no list, `refused` keys that no plain reading of the weights can
@@ -73,6 +89,7 @@ class Reading:
     numbers: Mapping[str, Meaning] = field(default_factory=dict)
     identity: Mapping[str, Meaning] = field(default_factory=dict)
     contradictions: tuple[Contradiction, ...] = ()
+    wrong: tuple[Wrong, ...] = ()
     idle: Mapping[str, str] = field(default_factory=dict)
     unknown: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -106,13 +123,12 @@ def class_of(config: Mapping[str, Any]) -> str | None:
 
 def read(config: Mapping[str, Any], model_type: str) -> Reading:
     """What `config` says when the class of `model_type` reads it; KeyError for an unknown class."""
-    reader = _Reader(dict(config), classes()[model_type])
-    return reader.read(model_type)
+    return _Reader(dict(config), classes()[model_type]).read(model_type)
 
 
-def contradictions(config: Mapping[str, Any], own: Class) -> tuple[Contradiction, ...]:
-    """What `config` says twice and differently to the class `own`."""
-    return _Reader(dict(config), own).read(own.name).contradictions
+def read_as(config: Mapping[str, Any], own: Class) -> Reading:
+    """What `config` says to the class `own`, whatever model_type it has."""
+    return _Reader(dict(config), own).read(own.name)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -142,31 +158,12 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-ROTARY = ("rope_theta", "partial_rotary_factor")
-
-
-def one_rope(config: Mapping[str, Any], own: Mapping[str, str] | None = None) -> Mapping[str, Any]:
-    """A config as transformers 4 spells it, which reads `rope_theta` and `rope_scaling`; 5 puts them into one
-    object, `rope_parameters`. `own` are the names that a class has instead of those in `ROTARY`: it does not
-    look at these beside the object, so they are left out."""
-    own = own or {}
-    rest = {k: v for k, v in config.items() if k not in own}
-    rope = rest.pop("rope_parameters", None)
-    if not isinstance(rope, dict):
-        return {k: v for k, v in config.items() if k not in own}
-    scaling = {k: v for k, v in rope.items() if k not in ROTARY}
-    for name in ROTARY:
-        if name in rope:
-            rest.setdefault(own.get(name, name), rope[name])
-    rest.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
-    return rest
-
-
 class _Reader:
     """One pass over a config; `used` are the keys that some value was read from."""
 
     def __init__(self, config: dict[str, Any], own: Class) -> None:
         self.own, self.used, self.contradictions = own, set[str](), list[Contradiction]()
+        self.wrong: list[Wrong] = []
         self.config = config
         self.values: dict[str, Meaning] = {}
 
@@ -183,11 +180,14 @@ class _Reader:
             self._rope()
         if "sliding_window" in self.own.numbers:
             self._windows()
+        self._types()
+        self._activations()
         self._canonical()
         identity = {n: m for n, m in self.values.items() if n in IDENTITY}
         numbers = {n: m for n, m in self.values.items() if n not in IDENTITY}
         idle, unknown, refused = self._others()
-        return Reading(model_type, numbers, identity, tuple(self.contradictions), idle, unknown, refused)
+        twice, wrong = tuple(self.contradictions), tuple(self.wrong)
+        return Reading(model_type, numbers, identity, twice, wrong, idle, unknown, refused)
 
     def value(self, name: str, default: Any) -> Meaning:
         """The value under any of its names; the class's own name wins where both are there, and say so."""
@@ -206,6 +206,9 @@ class _Reader:
         """Two keys (dotted where they are in an object), each with who reads it."""
         (a, by), (b, other) = first, second
         self.contradictions.append(Contradiction(name, (a, self.at(a), by), (b, self.at(b), other)))
+
+    def refuse(self, kind: str, where: str, expected: str, found: Any) -> None:
+        self.wrong.append(Wrong(kind, where, f"expected {expected}, found {shown(found)}"))
 
     def at(self, path: str) -> Any:
         found: Any = self.config
@@ -264,6 +267,36 @@ class _Reader:
             if m is not None and m.value is None and value is not None:
                 self.values[name] = Meaning(value, value, m.where, default=True)
 
+    def _types(self) -> None:
+        """Flags are true or false, and numbers are neither. Null is the default of a flag that is off."""
+        for name in BOTH_WAYS:
+            if self.config.get(name):
+                self.refuse("unsupported", name, "a token to see those before it only", self.config[name])
+        for name, default in {**self.own.numbers, **self.own.idle_numbers}.items():
+            m = self.values.get(name)
+            said = self.config.get(name) if m is None else m.said
+            if isinstance(default, bool):
+                empty = said is None and (not default or (m is not None and m.default) or m is None)
+                if not isinstance(said, bool) and not empty:
+                    self.refuse("bad-config", name, "true or false", said)
+            elif isinstance(default, int | float) and isinstance(said, bool | str):
+                self.refuse("bad-config", name if m is None else m.where, "a number", said)
+
+    def _activations(self) -> None:
+        """The name of a function that transformers has; a class that reads one of the two names of
+        `ALTERNATING` does not look at the other, which some readers do."""
+        for name in ACTIVATION_KEYS:
+            m = self.values.get(name)
+            if m is not None and (not isinstance(m.value, str) or m.value not in KNOWN_ACTIVATIONS):
+                self.refuse("unsupported", m.where, f"an activation of transformers{_near(m.value)}", m.said)
+        read, other = ALTERNATING
+        said, m = self.config.get(other), self.values.get(read)
+        if m is not None and said is not None:
+            names = [ACTIVATIONS.get(str(x), str(x)) for x in (m.value, said)]
+            if names[0] != names[1]:
+                here = (m.where if not m.default else f"{read} (absent)", m.said, "read")
+                self.contradictions.append(Contradiction(read, here, (other, said, "not read")))
+
     def _canonical(self) -> None:
         """One value for what has several names itself: activations, a list of one id."""
         for name in ("hidden_act", "activation_function"):
@@ -279,26 +312,18 @@ class _Reader:
     def _rope(self) -> None:
         """transformers 4 reads `rope_theta` and `rope_scaling`; 5 reads the object under `rope_scaling`, or
         `rope_parameters` where that is empty, and `rope_theta` where the object has none."""
-        self.used |= {"rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor"}
-        old, new = self._object("rope_scaling"), self._object("rope_parameters")
+        self.used |= {*OBJECTS, *ROTARY, TRAINED}
+        objects = {key: self._object(key) for key in OBJECTS}
         for name, usual in (("rope_theta", None), ("partial_rotary_factor", 1.0)):
-            default = self.own.numbers.get(name, usual)
-            paths = [f"rope_scaling.{name}"] if old.get(name) is not None else []
-            paths += [f"rope_parameters.{name}"] if new.get(name) is not None else []
-            self.used.add(name)
-            for key in self.own.aliases.get(name, (name,)):
-                self.used.add(key)
-                if self.config.get(key) is not None or (not paths and key in self.config):
-                    paths.append(key)
-            self.values[name] = self._one(name, paths, default)
-        scalings = {"rope_scaling": self._scaling(old), "rope_parameters": self._scaling(new)}
-        spoken = [k for k in scalings if self.config.get(k) is not None]
-        if "rope_parameters" in spoken and self.config.get("rope_scaling", ABSENT) is None and new:
+            self._turned(name, objects, self.own.numbers.get(name, usual))
+        scalings = {key: self._scaling(key, found) for key, found in objects.items()}
+        spoken = [k for k, found in objects.items() if found.keys() - {*ROTARY}]
+        if "rope_parameters" in spoken and self.config.get("rope_scaling", ABSENT) is None:
             spoken.insert(0, "rope_scaling")  # an outspoken null
         if len(spoken) == 2 and not same(scalings["rope_scaling"], scalings["rope_parameters"]):
             by = "read by transformers 4", "read by transformers 5"
             self.contradict("rope_scaling", ("rope_scaling", by[0]), ("rope_parameters", by[1]))
-        said = next((k for k in ("rope_scaling", "rope_parameters") if scalings[k] is not None), None)
+        said = next((k for k in OBJECTS if scalings[k] is not None), None)
         if said is not None:
             self.values["rope_scaling"] = Meaning(scalings[said], scalings[said], said)
         else:
@@ -306,49 +331,87 @@ class _Reader:
             absent = not spoken and "rope_scaling" not in self.config
             self.values["rope_scaling"] = Meaning(None, None, where, default=absent)
 
+    def _turned(self, name: str, objects: Mapping[str, Mapping[str, Any]], default: Any) -> None:
+        """A number that the objects say, or a key beside them."""
+        said = [
+            (f"{key}.{name}", found[name]) for key, found in objects.items() if found.get(name) is not None
+        ]
+        own = self.own.aliases.get(name, (name,))
+        self.used |= {*own}
+        for key in own:
+            if self.config.get(key) is not None or (not said and key in self.config):
+                said.append((key, self.config[key]))
+        if name not in own and not said and self.config.get(name) is not None:  # which the class ignores
+            said = [(f"{own[0]} (absent)", default), (name, self.config[name])]
+        self.values[name] = self._one(name, said, default)
+        value = self.values[name].value
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if not number and value is not None:
+            self.refuse("bad-config", self.values[name].where, "a finite number above 0", value)
+
     def _object(self, key: str) -> Mapping[str, Any]:
         """An object of rotary values; of one for each kind of layer, the one that all share."""
         found = self.config.get(key)
         if not isinstance(found, Mapping):
             if found is not None:
                 self.values[key] = Meaning(found, found, key)  # no object: differs from every other
+                self.refuse("bad-config", key, "an object or null", found)
             return {}
-        inner = [v for k, v in found.items() if k in KINDS and isinstance(v, Mapping)]
-        if inner and len(inner) == len(found) and all(same(v, inner[0]) for v in inner):
-            return dict(inner[0])
-        return found
+        one = flat(found)
+        if one is found and any(isinstance(v, Mapping) for v in found.values()):
+            self.refuse("unsupported", key, "the same rotary values in all layers", found)
+        return one
 
-    def _one(self, name: str, paths: list[str], default: Any) -> Meaning:
-        """The one value that all `paths` say, the first of which is what transformers 5 reads."""
-        if not paths:
+    def _one(self, name: str, said: list[tuple[str, Any]], default: Any) -> Meaning:
+        """The one value that all places say, the first of which is what transformers 5 reads."""
+        if not said:
             return Meaning(default, default, name, default=True)
-        values = [self._told(p) for p in paths]
-        for path, value in zip(paths[1:], values[1:], strict=True):
-            if not same(values[0], value):
-                by = "read by transformers 5", "read by transformers 4"
-                self.contradict(name, (paths[0], by[0]), (path, "the other object" if "." in path else by[1]))
-        return Meaning(values[0], values[0], paths[0])
+        (first, value), *others = said
+        for path, other in others:
+            if not same(value, other):
+                by = "the other object" if "." in path else "read by transformers 4"
+                one, two = (first, value, "read by transformers 5"), (path, other, by)
+                self.contradictions.append(Contradiction(name, one, two))
+        return Meaning(value, value, first)
 
-    def _told(self, path: str) -> Any:
-        found = self.at(path)
-        if found is None and "." in path:  # one object for each kind of layer
-            key, _, name = path.partition(".")
-            found = self._object(key).get(name)
-        return found
-
-    def _scaling(self, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _scaling(self, key: str, found: Mapping[str, Any]) -> dict[str, Any] | None:
         """What is done to the frequencies, with every value that it depends on; None for nothing."""
-        kind = found.get("rope_type") or found.get("type") or "default"
-        left = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+        kind, older = kind_of(found), found.get("type")
+        if older is not None and kind_of({"type": older}) != kind:
+            by = "read by transformers 4.43 and later", "read by those before"
+            self.contradict("rope_scaling", (f"{key}.rope_type", by[0]), (f"{key}.type", by[1]))
+        left = {"rope_type", "type", *ROTARY}
         given = {k: v for k, v in found.items() if k not in left and v is not None}
-        if not isinstance(kind, str) or kind == "default":
-            return {"rope_type": kind, **given} if given else None
+        if kind == "default":
+            if given and not (found.get("rope_type") or older):
+                self.refuse("bad-config", key, f"rope_type beside {', '.join(given)}", "none")
+            return None
+        if kind not in NEEDED:
+            expected = f"rope_type {', '.join(['default', *NEEDED])}"
+            self.refuse("unsupported", f"{key}.rope_type", expected, kind)
+            return {"rope_type": kind, **given}
         if kind in ("linear", "dynamic") and same(given.get("factor"), 1):
             return None
-        if kind in ("yarn", "llama3", "longrope"):
-            longest = self.values["max_position_embeddings"].value
-            given.setdefault("original_max_position_embeddings", longest)
+        if kind in BOUNDED:
+            longest, trained = self.values["max_position_embeddings"].value, self.config.get(TRAINED)
+            if None not in (trained, given.get(TRAINED)) and not same(trained, given[TRAINED]):
+                by = "read by transformers 5", "read by transformers 4"
+                self.contradict("rope_scaling", (TRAINED, by[0]), (f"{key}.{TRAINED}", by[1]))
+            given.setdefault(TRAINED, longest if trained is None else trained)
+        self._scales(key, kind, given)
         return {"rope_type": kind, **(_yarn(given) if kind == "yarn" else given)}
+
+    def _scales(self, key: str, kind: str, given: Mapping[str, Any]) -> None:
+        """Every value that the kind needs is there, and a number (of longrope a list for each channel)."""
+        for name in NEEDED[kind]:
+            if given.get(name) is None:
+                self.refuse("bad-config", f"{key}.{name}", f"a value beside rope_type {kind}", "none")
+        for name, value in given.items():
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            if name in ("truncate", "short_factor", "long_factor", "finetuned") or name not in NUMBERS:
+                continue
+            if not plain or not 0 < value < math.inf:
+                self.refuse("bad-config", f"{key}.{name}", "a finite number above 0", value)
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -358,11 +421,18 @@ class _Reader:
         width, layers = self.values["sliding_window"], self.number("num_hidden_layers")
         count = layers if isinstance(layers, int) and 0 <= layers <= 10_000 else 0
         kinds = self.config.get("layer_types")
+        on = self.own.windows != "last" or self.config.get("use_sliding_window", False) is True
+        whole = isinstance(width.value, int) and not isinstance(width.value, bool)
+        if width.value is not None and (not whole or (on and width.value < 1)):
+            self.refuse("bad-config", width.where, "a number of tokens from 1, or null", width.said)
+        if isinstance(kinds, list):
+            for kind in dict.fromkeys(k for k in map(shown, kinds) if k not in KINDS):
+                self.refuse("unsupported", "layer_types", " or ".join(KINDS), kind)
         if kinds is not None and (not isinstance(kinds, list) or len(kinds) != count):
             text = f"{len(kinds)} kinds" if isinstance(kinds, list) else kinds
             self.contradictions.append(
                 Contradiction(
-                    "layer_types",
+                    "sliding_window" if self.own.windows == "all" else "layer_types",
                     ("num_hidden_layers", layers, "the layers"),
                     ("layer_types", text, "a kind for each"),
                 )
@@ -371,7 +441,6 @@ class _Reader:
         if self.own.windows == "all":
             self._whole(width, kinds)
             return
-        on = self.own.windows == "alternate" or self.config.get("use_sliding_window", False) is True
         slid = None if kinds is None else [i for i, k in enumerate(kinds) if k == "sliding_attention"]
         if not on or width.value is None:
             where = "sliding_window" if on else "use_sliding_window"
@@ -421,6 +490,18 @@ class _Reader:
             else:
                 unknown[key] = value
         return idle, unknown, refused
+
+
+# values of a scaling that are numbers
+NUMBERS = frozenset(
+    ("factor", TRAINED, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+)
+
+
+def _near(name: Any) -> str:
+    """The known name that is nearest to one that is not known, in words."""
+    found = get_close_matches(str(name), KNOWN_ACTIVATIONS, n=1)
+    return f" ({found[0]}?)" if found else ""
 
 
 def _yarn(given: dict[str, Any]) -> dict[str, Any]:

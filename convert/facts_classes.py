@@ -64,6 +64,31 @@ ACTIVATIONS = {
     "gelu_accurate": "gelu_new",
 }
 
+# Every key that names an activation, and the names that transformers has for them: ACT2FN of 4.37.2 to 5.23.0
+# (activations.py). Of `ALTERNATING` a class that reads the first does not read the second.
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+ALTERNATING = ("hidden_activation", "hidden_act")
+KNOWN_ACTIVATIONS = frozenset(
+    (
+        *ACTIVATIONS,
+        *(
+            "gelu",
+            "gelu_10",
+            "gelu_new",
+            "laplace",
+            "leaky_relu",
+            "linear",
+            "mish",
+            "quick_gelu",
+            "hardswish",
+        ),
+        *("relu", "relu2", "relu6", "sigmoid", "silu", "tanh"),
+    )
+)
+
+# Keys by which a decoder lets a token see those after it.
+BOTH_WAYS = ("use_bidirectional_attention",)
+
 TRAINING = "for training only"
 LOADING = "says how to run or load, not what"
 GENERATION = "for generation only"
@@ -103,6 +128,8 @@ IDLE: dict[str, str] = {
             "chunk_size_feed_forward",
             "finetuning_task",
             "keys_to_ignore_at_inference",
+            "max_sequence_length",
+            "model_max_length",
             "output_attentions",
             "output_hidden_states",
             "return_dict",
@@ -165,6 +192,7 @@ REFUSED = {
     "auto_map": "asks a loader to run code beside the weights",
     "trust_remote_code": "asks a loader to run code beside the weights",
     "custom_pipelines": "asks a loader to run code beside the weights",
+    "quantization": "says that the tensors are packed",
     "quantization_config": "says that the tensors are packed",
     "compression_config": "says that the tensors are packed",
 }

@@ -60,9 +60,12 @@ class Manifest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The facts that the user gave when converting."""
+        """The facts that the user gave when converting, and on the way back those of the original that no
+        file of it says."""
         shown = {k: value for k, (value, source) in self.config.items() if source.startswith(ASKED_FOR)}
-        return {**self.options.get("settings", {}), **shown}
+        facts = self.original.get("facts")
+        again = facts if self.direction == "to-original" and isinstance(facts, dict) else {}
+        return {**again, **self.options.get("settings", {}), **shown}
 
 
 def read_manifest(checkpoint: Checkpoint) -> Manifest | None:

@@ -178,7 +178,8 @@ def _assign(target: np.ndarray, source: np.ndarray) -> None:
 class Step:
     """Source tensors become target tensors. With `compare` set (a reason: "tied", "replicated") nothing is
     written: the target, produced by another step, must already hold these elements. With `mean` the targets
-    lack that axis and hold the mean over it (pooling.py), which has no way back."""
+    lack that axis and hold the mean over it (pooling.py), which has no way back. `hint` says what to do where
+    the comparison fails; it is no part of what is done."""
 
     axes: tuple[tuple[str, int], ...]
     sources: tuple[Part, ...]
@@ -186,6 +187,7 @@ class Step:
     note: str = ""
     compare: str = ""
     mean: str = ""
+    hint: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:

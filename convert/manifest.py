@@ -13,11 +13,19 @@ from typing import Any
 
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
+from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.plan import OutputDocument, Plan
 
 MANIFEST = "ckpt-tool.json"
 MANIFEST_VERSION = 1
-FINDINGS = ("non-finite", "all-zero", "denormal-only", "replica-difference", "unchecked-records")
+FINDINGS = (
+    "non-finite",
+    "all-zero",
+    "denormal-only",
+    "replica-difference",
+    "unchecked-records",
+    "stale-frequencies",
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,13 @@ def _tensor_entries(
 
 def _options(plan: Plan) -> dict[str, Any]:
     """The options that made this plan, as far as it tells them."""
-    cast = {s.targets[0].dtype for s in plan.steps if s.sources[0].dtype != s.targets[0].dtype}
+    # a comparison rounds only where that was asked for; without it is made in the wider dtype of the two
+    cast = {
+        s.targets[0].dtype
+        for s in plan.steps
+        for p in s.sources
+        if p.dtype != s.targets[0].dtype and (not s.compare or rounds(p.dtype, s.targets[0].dtype))
+    }
     return {
         "dtype": cast.pop() if len(cast) == 1 else None,
         "drop": [d.tensor.name for d in plan.dropped if d.reason == "asked for with --drop"],

@@ -27,7 +27,8 @@ from ckpt_tool.convert.facts_classes import ROPE as ROPE
 from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
-from ckpt_tool.convert.params import MAX_COUNT, UNKNOWN, Facts, Silent
+from ckpt_tool.convert.params import MAX_COUNT, Facts, Silent
+from ckpt_tool.convert.params import UNKNOWN as UNKNOWN
 from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options
@@ -203,6 +204,17 @@ def counted(known: Known) -> Value | None:
     return known.source.counted_layers
 
 
+def groups(known: Known) -> Value:
+    """The key/value heads of a config.json without a number for them: where it is null as many as query
+    heads, where the key is absent the default of the class, which is null in few."""
+    name, own = "num_key_value_heads", known.config
+    default = None if own is None else own.numbers.get(name)
+    if own is not None and default is not None and name not in (known.facts.document or {}):
+        return Value(default, f"rule: default of {own.name}")
+    said = "null in" if name in (known.facts.document or {}) else "absent from"
+    return given(known["num_attention_heads"], f"{name} {said} {known.facts.file}, as many as query heads")
+
+
 @dataclass
 class Known:
     """The values of one checkpoint, read when they are asked for. With a class `config` the facts are those
@@ -251,7 +263,9 @@ class Known:
 
     def _keys(self, f: Field) -> tuple[str, ...]:
         if self.config is not None:
-            return (self.names.get(f.name, f.name),) if f.told and not f.free else ()
+            name = self.names.get(f.name, f.name)
+            others = self.config.aliases.get(name, ())
+            return (name, *(o for o in others if o not in self.fields)) if f.told and not f.free else ()
         return f.keys if isinstance(f.keys, tuple) else f.keys(self)
 
     def _rule(self, f: Field) -> Value | None:
@@ -298,7 +312,38 @@ def table_of(
         a: int(numbers[s.name].value) + s.more if isinstance(s, Sized) else s(known) for a, s in named.items()
     }
     layers = next(v for n, v in numbers.items() if n in _LAYERS)
-    return Table(rows, sizes, behind, numbers, layers)
+    return Table(
+        rows, sizes, behind, numbers, layers, repeats=repeats(known), turns=turns(known), head=head_of(known)
+    )
+
+
+TIE = "tie_word_embeddings"
+
+
+def head_of(known: Known) -> str:
+    """The output layer of a model in the Hugging Face layout, where the user may say whether it is the
+    embedding; else empty."""
+    if known.config is None or TIE not in known.fields or known.fields[TIE].fixed:
+        return ""
+    return next(iter(known.config.tied))
+
+
+def turns(known: Known) -> Value | None:
+    """The base of the rotary frequencies; None for a model without, and for one that scales them."""
+    own = {} if known.config is None else known.config.aliases
+    name = next((n for n in (*own.get("rope_theta", ()), "rope_theta") if n in known.fields), None)
+    said = known.made.get("rope_scaling", Value((known.facts.document or {}).get("rope_scaling"), ""))
+    return None if name is None or said.value is not None else known.value(name)
+
+
+def repeats(known: Known) -> dict[str, str]:
+    """On the way back the tensors that are stored though config.json ties them, each with that whose values
+    it must have: an original has a place for one of the two."""
+    own = known.config
+    if not known.back or own is None or TIE not in known.fields or not known[TIE]:
+        return {}
+    words = own.prefix + own.words
+    return {n: to or words for n, to in own.tied.items() if known.source.keeps(n, known.options)}
 
 
 Entry = str | Callable[[Known], Mapping[str, Value]]

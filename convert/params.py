@@ -6,13 +6,16 @@ what none of them tells is asked for by name. Problems are collected, so that al
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint import strict_json
-from ckpt_tool.convert.facts import one_rope
+from ckpt_tool.convert.facts import read_as, same
+from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_rotary import OBJECTS, ROTARY, one_rope
 from ckpt_tool.convert.plan import Value
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
 
 SET = "--set"
 MAX_COUNT = 2**31
@@ -45,15 +48,17 @@ class Facts:
         settings: Mapping[str, Any],
         rotary: Mapping[str, str] | None = None,
     ) -> None:
+        fail_all(_twice(settings, rotary or {}))
         for name, said in ((file, document or {}), (SET, settings)):
             if not isinstance(said.get("rope_parameters"), Mapping | None):
                 message = f"expected an object or null, found {shown(said['rope_parameters'])}"
                 fail("bad-config", message, file=name, where="rope_parameters")
         self.document = None if document is None else _flat(document, rotary)
         self.file = file
-        self.settings = one_rope(settings)
+        self.settings = one_rope(settings, rotary)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
+        self.notes: list[str] = []  # what was left out on reading the file
 
     def integer(
         self,
@@ -116,11 +121,14 @@ class Facts:
         return self._take(name, (), read, Value(default, why), "a number")
 
     def fixed(self, name: str, value: Any, why: str, *keys: str) -> Value:
-        """A value the family writes whatever the checkpoint; a setting or the file may only repeat it."""
+        """A value the family writes whatever the checkpoint; the file may only repeat it, unless the user
+        says that it is so all the same."""
         self.used.update(keys)
-        for obj, key, file in self._places(name, keys, null=False):
-            if obj[key] != value:
-                self._problem("unsupported", f"expected {shown(value)}, found {shown(obj[key])}", file, key)
+        for obj, key, file in self._places(name, keys, null=False)[:1]:
+            if not same(obj[key], value):
+                hint = None if file == SET else f"--set {name}={shown(value)} if the file is wrong"
+                message = f"expected {shown(value)}, found {shown(obj[key])}"
+                self._problem("unsupported", message, file, key, hint)
         return Value(value, why)
 
     def given(self, *keys: str) -> bool:
@@ -139,7 +147,7 @@ class Facts:
         names = sorted(known)
         for name in self.settings.keys() - {*names, *BOOKKEEPING}:
             message = f"expected one of {', '.join(names)}, found {printable(name, 60)}"
-            self._problem("usage", message, SET, name)
+            self._problem("usage", message, SET, name, near(name, names))
 
     def unused(self, ignored: Iterable[str]) -> list[str]:
         """Notes on the file's fields that nothing read. A field that holds an object switches on some part of
@@ -194,6 +202,39 @@ class Facts:
         except CkptToolError as error:
             self.problems += error.problems
             return UNKNOWN
+
+
+def renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The user's settings, those in `names` under the name there. `usage` for two values of one thing."""
+    found: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    for name, value in settings.items():
+        other = names.get(name, name)
+        if found.setdefault(other, value) != value:
+            message = (
+                f"expected one value, found {said[other]} {shown(found[other])} and {name} {shown(value)}"
+            )
+            fail("usage", message, file=SET, where=name)
+        said[other] = name
+    return found
+
+
+def _twice(settings: Mapping[str, Any], rotary: Mapping[str, str]) -> Iterator[Problem]:
+    """Rotary values that the user's settings say twice and differently."""
+    own = replace(_SETTINGS, aliases={name: (other,) for name, other in rotary.items()})
+    for c in read_as(
+        {k: v for k, v in settings.items() if k in (*OBJECTS, *ROTARY, *rotary.values())}, own
+    ).contradictions:
+        (a, x, _), (b, y, _) = c.first, c.second
+        message = f"expected one value, found {a} {shown(x)} and {b} {shown(y)}"
+        yield Problem("usage", message, SET, c.name, f"--set {c.name}=VALUE says which")
+
+
+_SETTINGS = Class(
+    SET,
+    {"rope_theta": None, "rope_scaling": None},
+    dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")),
+)
 
 
 def shown(value: Any) -> str:

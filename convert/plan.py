@@ -7,15 +7,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
+from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -128,6 +128,9 @@ class Plan:
     foretold: tuple[Foretold, ...] = ()
     # Options beyond dtype and dropped tensors without which the same plan is not made again.
     asked: Mapping[str, Any] = field(default_factory=dict)
+    # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
+    # it. No part of what is done.
+    turns: Value | None = None
 
     @property
     def bytes_out(self) -> int:
@@ -219,6 +222,7 @@ def assemble(
     direction: str,
     checkpoint: Checkpoint,
     expansion: Expansion,
+    compared: Iterable[Step] = (),
     ignored: Mapping[str, str],
     config: Mapping[str, Value],
     documents: Iterable[OutputDocument],
@@ -228,20 +232,22 @@ def assemble(
     lossy: Iterable[str] = (),
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
+    turns: Value | None = None,
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
     `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
     target files are laid out here (size limit, index); for "to-original" each target part already names
-    its file, and `outputs` lists those files in order. Every problem of the stage is raised together:
+    its file, and `outputs` lists those files in order; `compared` are steps that only compare, as they are to
+    be done. Every problem of the stage is raised together:
     missing tensors, tensors nothing claims, shapes and dtypes that disagree.
     """
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
-    steps = [_cast(s, options.dtype) for s in steps]
+    steps = dtypes.typed([*steps, *compared], options.dtype)
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
     problems = [*_kept_problems(kept, checkpoint), *expansion.problems, *_step_problems(steps, checkpoint)]
-    fail_all([*problems, *_uncovered(uncovered, family), *_mixed_dtypes(steps)])
+    fail_all([*problems, *_uncovered(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps)
     if direction == "to-hf":
         files, index = place(wanted, options.max_shard_bytes)
@@ -261,12 +267,13 @@ def assemble(
         documents=tuple(documents),
         config=dict(config),
         dropped=tuple(dropped),
-        notes=tuple(notes),
-        lossy=(*lossy, *_cast_words(steps, options.dtype)),
+        notes=(*checkpoint.readings, *notes, *dtypes.kept_words(wanted, loaded=direction == "to-hf")),
+        lossy=(*lossy, *dtypes.cast_words(steps, options.dtype)),
         strict_replicas=options.strict_replicas,
         original=original or {},
         foretold=tuple(foretold),
         asked=_asked(options, config),
+        turns=turns,
     )
 
 
@@ -282,9 +289,9 @@ def _written(steps: Iterable[Step]) -> list[TensorInfo]:
 def _unclaimed(
     steps: Iterable[Step], checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
-    """The tensors that no step reads: those left out for a reason, and the others."""
+    """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
     claimed = {(part.file, part.name) for step in steps for part in step.sources}
-    dropped, uncovered = [], []
+    dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
     for tensor in checkpoint:
         if (tensor.file, tensor.name) in claimed:
             continue
@@ -307,7 +314,7 @@ def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Pro
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
-    """`settings` are those that the config does not show."""
+    """`settings` are those that the config does not show; null leaves a key of the source out."""
     settings = {k: v for k, v in options.settings.items() if k not in config}
     found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
     return {k: v for k, v in found.items() if v}
@@ -353,27 +360,12 @@ def _placed(step: Step, home: Mapping[str, str]) -> Step:
     return replace(step, targets=tuple(replace(p, file=home[p.name]) for p in step.targets))
 
 
-def _cast(step: Step, dtype: str | None) -> Step:
-    """Targets of a step take the dtype of its sources, or `dtype` where the user asked for a cast and the
-    sources are floating."""
-    source = step.sources[0].dtype
-    to = dtype if dtype is not None and source in FLOATS else source
-    return replace(step, targets=tuple(replace(p, dtype=to) for p in step.targets))
-
-
 def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
     for step in steps:
         for defect in step.defects():
             yield Problem("shape-mismatch", defect, where=step.sources[0].name)
         for part in step.sources:
             yield from _shape_problems(part, step, checkpoint)
-
-
-def _cast_words(steps: Iterable[Step], dtype: str | None) -> list[str]:
-    cast = {p.dtype for s in steps for p in s.sources} - {dtype}
-    if dtype is None or not cast:
-        return []
-    return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]
 
 
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:
@@ -389,25 +381,6 @@ def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Prob
             file=part.file,
             where=part.name,
         )
-    ]
-
-
-def _mixed_dtypes(steps: list[Step]) -> list[Problem]:
-    """Tensors whose dtype differs from the checkpoint's common one: no silent cast, so they are refused."""
-    count: defaultdict[str, int] = defaultdict(int)
-    for step in steps:
-        for p in step.sources:
-            count[p.dtype] += 1
-    if len(count) < 2:
-        return []
-    common = max(count, key=lambda k: count[k])
-    return [
-        Problem(
-            "dtype-mismatch", f"expected {common} as in the other tensors, found {p.dtype}", p.file, p.name
-        )
-        for step in steps
-        for p in step.sources
-        if p.dtype != common
     ]
 
 

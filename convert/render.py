@@ -31,8 +31,9 @@ class _Row:
     count: int = 0
 
 
-def plan_table(plan: Plan, console: Console) -> None:
-    """Print what the plan does: tensors, config, what is left out, files, what it needs and what to know."""
+def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None:
+    """Print what the plan does: tensors, config, what is left out, files, what it needs and what to know;
+    `opened` are notes on the files that were opened."""
     way = "original to Hugging Face" if plan.direction == "to-hf" else "Hugging Face to original"
     tensors = sum(len(f.tensors) for f in plan.outputs)
     files = f"{len(plan.outputs)} file" + "s" * (len(plan.outputs) != 1)
@@ -41,7 +42,8 @@ def plan_table(plan: Plan, console: Console) -> None:
         part(plan, console)
     paragraph(console, needs(plan), first="needs: ", hang=7)
     foretold = [f"{f.name}, in {', '.join(f.where)}: {f.reason}" for f in plan.foretold]
-    for label, lines in (("note", plan.notes), ("lossy", plan.lossy), ("foretold", foretold)):
+    notes = (*opened, *plan.notes)
+    for label, lines in (("note", notes), ("lossy", plan.lossy), ("foretold", foretold)):
         for line in lines:
             paragraph(console, printable(line, 1000), first=f"{label}: ", hang=len(label) + 2)
 

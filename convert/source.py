@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.convert.layout import Home
 from ckpt_tool.convert.plan import Options, Value
 from ckpt_tool.errors import Problem, fail, fail_all
@@ -37,6 +37,11 @@ class Source:
         """Where the tensor is and what it is called there, for each rank."""
         return [(t.file, t.dtype, t.name) for t in self.tensors.get(name, ())]
 
+    def keeps(self, name: str, options: Options) -> bool:
+        """Whether the tensor is there, and not asked to be left out."""
+        found = self.tensors.get(name, ())
+        return bool(found) and not all(t.name in options.drop for t in found)
+
     def first(self, name: str) -> TensorInfo | None:
         """The tensor as rank 0 holds it."""
         return next(iter(self.tensors.get(name, ())), None)
@@ -58,8 +63,12 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The safetensors name of the dtype that most tensors have."""
-        return Counter(ts[0].dtype for ts in self.tensors.values()).most_common(1)[0][0]
+        """The safetensors name of the dtype that most of the floating numbers have; norms kept in a wider one
+        may be more tensors than the matrices."""
+        counts: Counter[str] = Counter()
+        for tensor, *_ in self.tensors.values():
+            counts[tensor.dtype] += tensor.numel * (tensor.dtype in FLOATS)
+        return counts.most_common(1)[0][0]
 
 
 def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], str] = str) -> Source:
@@ -84,7 +93,7 @@ def layer_count(names: Iterable[str], pattern: str) -> int:
 
 
 def dtype_value(source: Source, options: Options) -> Value:
-    """torch_dtype of the config: what the user asked for, else that of most tensors."""
+    """torch_dtype of the config: what the user asked for, else that of most numbers."""
     if options.dtype is not None:
         return Value(DTYPES[options.dtype].torch, "--dtype")
     return Value(DTYPES[source.dtype].torch, "dtype of the tensors")

@@ -1,12 +1,16 @@
-"""The checksums that the source files carry, compared with what was read of them while copying."""
+"""What the source files must agree on, from the checksums that were taken while copying: those that the files
+carry, and shares that no two ranks can have alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
 from ckpt_tool.checkpoint.crc32 import combine
+from ckpt_tool.convert.layout import Step
 from ckpt_tool.errors import Problem
 
 Key = tuple[str, str]  # (file, tensor name)
@@ -71,3 +75,41 @@ def _joined(
             crc = combine(crc, known, file.tensors[name].nbytes)
             at += file.tensors[name].nbytes
     return crc if at == record.size else None
+
+
+def repeated_shares(steps: Iterable[Step], checkpoint: Checkpoint, crcs: Mapping[Key, int]) -> list[Problem]:
+    """Files that hold the very bytes of another rank's in every tensor that ranks share out: one file under
+    two numbers. Headers cannot tell it, and neither can copies, which are then equal. Zeros tell nothing."""
+    shares: dict[str, list[tuple[int, str, int]]] = {}
+    telling: set[str] = set()
+    for k, step in enumerate(steps):
+        if step.compare or len({p.file for p in step.sources}) < 2:
+            continue
+        for p in step.sources:
+            crc, size = crcs[p.file, p.name], checkpoint.files[p.file].tensors[p.name].nbytes
+            shares.setdefault(p.file, []).append((k, p.name, crc))
+            if crc != _of_zeros(size):
+                telling.add(p.file)
+    first: dict[tuple[tuple[int, str, int], ...], str] = {}
+    problems = []
+    for file in (f for f in shares if f in telling):
+        other = first.setdefault(tuple(shares[file]), file)
+        if other != file:
+            message = (
+                f"expected another share of each tensor than in {other}, found the same bytes in all "
+                f"{len(shares[file])} that ranks share out"
+            )
+            hint = "one file is there under two numbers: get the one that is missing"
+            problems.append(Problem("shard-conflict", message, file, hint=hint))
+    return problems
+
+
+@lru_cache(maxsize=1024)
+def _of_zeros(size: int) -> int:
+    """The CRC32 of so many zero bytes."""
+    crc, length, found = zlib.crc32(bytes(1)), 1, 0
+    while size:
+        if size & 1:
+            found = combine(found, crc, length)
+        crc, length, size = combine(crc, crc, length), length * 2, size >> 1
+    return found

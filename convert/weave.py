@@ -7,12 +7,15 @@ plan is put together, with every problem of the stage raised at once.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.crosscheck import disagreements
+from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_problems import SET, misread
 from ckpt_tool.convert.heads import pooled
 from ckpt_tool.convert.layout import (
     Expansion,
@@ -28,14 +31,16 @@ from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import Problem, fail_all
 
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Table:
     """A family's rows and what fills them in. `axes` has the size of every axis, `fields` the config value
     behind some of them, `numbers` these values with their sources. `words` counts the rows of a vocabulary
-    that are no padding, None where there is none; `indices` other indices than the layer's."""
+    that are no padding, None where there is none; `indices` other indices than the layer's. `repeats` are
+    tensors of the converted model, each with that whose values it must have. `turns` is the base of rotary
+    frequencies that are not scaled, with its source. `head` is what the checkpoint
+    calls its output layer where the user may say whether it is the embedding."""
 
     rows: Sequence[Rule]
     axes: Mapping[str, int]
@@ -44,6 +49,9 @@ class Table:
     layers: Value
     words: int | None = None
     indices: Mapping[str, int] = field(default_factory=dict)
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    turns: Value | None = None
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
     """The plan of a conversion to the Hugging Face layout. config.json is written from the config and need
     not be among the documents."""
     dtype = source.dtype
+    model_type = class_of({k: v.value for k, v in written.config.items()})
+    if model_type is not None:
+        fail_all(misread_config(written.config, classes()[model_type]))
     filled = _filled_in(table, source, "sources", original=source.homes, converted=lambda _: ("", dtype))
     if table.words is not None:
         filled.steps[:] = [without_padding(s, WORDS, table.words) for s in filled.steps]
@@ -86,7 +97,14 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         lossy=lossy,
         original=written.original,
         foretold=written.foretold,
+        turns=table.turns,
     )
+
+
+def misread_config(config: Mapping[str, Value], own: Class) -> list[Problem]:
+    """What the class `own` would not read in a config.json as it is to be written."""
+    given = {k for k, v in config.items() if v.source.startswith(SET)}
+    return list(misread({k: v.value for k, v in config.items()}, own, given))
 
 
 def to_original(
@@ -112,6 +130,7 @@ def to_original(
         direction="to-original",
         checkpoint=source.checkpoint,
         expansion=filled,
+        compared=list(_repeated(filled.steps, table, source)),
         ignored=written.ignored,
         config=written.config,
         documents=written.documents,
@@ -120,6 +139,7 @@ def to_original(
         notes=written.notes,
         original=written.original,
         foretold=written.foretold,
+        turns=table.turns,
     )
 
 
@@ -140,12 +160,43 @@ def _filled_in(
         original=original,
         converted=converted,
     )
+    _with_hints(filled, table)
     layers = layer_problems(table.layers, source.layers)
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
     if odd:
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
     filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
     return filled
+
+
+def _repeated(steps: Iterable[Step], table: Table, source: Source) -> Iterator[Step]:
+    """Steps that compare each of `Table.repeats` with what the tensor that it repeats becomes."""
+    for name, other in table.repeats.items():
+        others = {t.name for t in source.tensors.get(other, ())}
+        step = next((s for s in steps if all(p.name in others for p in s.targets)), None)
+        if step is None:
+            continue  # said to be missing
+        (there,) = source.tensors[name]
+        parts = [replace(p, file=there.file, name=there.name, dtype=there.dtype) for p in step.targets]
+        yield replace(step.inverse(), sources=tuple(parts), compare="tied", hint=_way_out(table, there.name))
+
+
+def _way_out(table: Table, name: str) -> str:
+    """What the user may do where a tensor that should repeat another does not."""
+    drop = f"--drop {name} uses the embedding"
+    return f"--set tie_word_embeddings=false keeps both; {drop}" if table.head else drop
+
+
+def _with_hints(filled: Expansion, table: Table) -> None:
+    filled.steps[:] = [
+        replace(s, hint=_way_out(table, s.sources[0].name)) if s.compare == "tied" else s
+        for s in filled.steps
+    ]
+    hint = "--set tie_word_embeddings=true if the output layer is the embedding"
+    filled.problems[:] = [
+        replace(p, hint=hint) if table.head and p.where == table.head and p.hint is None else p
+        for p in filled.problems
+    ]
 
 
 def layer_problems(layers: Value, found: int) -> list[Problem]:
@@ -165,11 +216,10 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
 
 def _dtype_problems(steps: Iterable[Step], side: str) -> list[Problem]:
     """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits."""
-    parts = [p for s in steps for p in (s.sources if side == "sources" else s.targets)]
-    common = Counter(p.dtype for p in parts).most_common(1)
-    odd = {p.dtype for p in parts if p.dtype.startswith("F8")} | {d for d, _ in common if d not in _FLOATS}
+    parts = dict.fromkeys(p for s in steps for p in (s.sources if side == "sources" else s.targets))
+    expected = f"expected {', '.join(CASTABLE)}"
     return [
-        Problem("unsupported-dtype", f"expected {', '.join(_FLOATS)}, found {p.dtype}", p.file, p.name)
+        Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name)
         for p in parts
-        if p.dtype in odd
+        if p.dtype not in CASTABLE
     ]

@@ -32,17 +32,22 @@ from ckpt_tool.reference.blocks import (
     weigh,
     wide,
 )
-from ckpt_tool.reference.facts import Shapes, first
+from ckpt_tool.reference.facts import Shapes, first, refuse
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 from ckpt_tool.reference.rope import turns
+from ckpt_tool.reference.unread import unread
 
 MASKED = -1e9  # the score of a key that is not to be seen
 THETA = 10000.0  # fixed in the code
 CORES = 4  # every published model; one that jaxformer trained on TPU v3 would have 8
+# Keys that CodeGen 2 has, whose files are otherwise like these and of 8 cores; nothing in them says so.
+OTHER_CORES = ("auto_map", "head_dim")
 
 # What is read from config.json: its name there, and where that is another the name that serves all families.
 FACTS = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads"}
 FACTS |= {name: name for name in ("rotary_dim", "layer_norm_epsilon", "activation_function")}
+# n_inner is that of the tensors; scores are always scaled by the root of the width of a head
+READ = (*FACTS, *FACTS.values(), *OTHER_CORES, "mp_num", "n_inner", "scale_attn_weights", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,12 @@ class Config:
         if (gelu := told["activation_function"]) not in GELUS:
             raise ValueError(f"expected `activation_function` to be one of {', '.join(GELUS)}, found {gelu}")
         L, D, N, R = (int(told[name]) for name in ("n_layer", "n_embd", "n_head", "rotary_dim"))
+        facts = {**params, **overrides}
+        signs = [name for name in OTHER_CORES if facts.get(name) is not None]
+        if signs and not overrides.get("mp_num"):
+            raise ValueError(f"expected mp_num given by name beside {' and '.join(signs)}, found none")
         M = int(overrides.get("mp_num") or CORES)
+        refuse(unread(facts, READ))
         if min(D, N, M) < 1 or D % N or N % M:
             raise ValueError(f"expected heads that {D} channels and {M} cores can share, found {N}")
         if R % 2 or not 0 < R <= D // N:

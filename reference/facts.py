@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,6 +30,30 @@ def settings(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
         return overrides
     scaled = newer.get("rope_type", "default") != "default"
     return {"rope_theta": newer.get("rope_theta"), "rope_scaling": newer if scaled else None, **overrides}
+
+
+def opened(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Some exports nest the settings in `model`."""
+    inner = params.get("model")
+    if not isinstance(inner, Mapping):
+        return params
+    return {**inner, **{k: v for k, v in params.items() if k != "model"}}
+
+
+def one_of(params: Mapping[str, Any], *names: str) -> Any:
+    """What the settings say under any of the names; ValueError where two of them say two things."""
+    told = {name: params[name] for name in names if params.get(name) is not None}
+    values = list(told.values())
+    if any(v != values[0] for v in values[1:]):
+        raise ValueError(f"expected one value, found {', '.join(f'{k} {v}' for k, v in told.items())}")
+    return values[0] if values else None
+
+
+def strange(params: Mapping[str, Any], names: Container[str]) -> Iterator[str]:
+    """Settings that are on, and that no reading of these models knows: each may change what is computed."""
+    for name, told in params.items():
+        if name not in names and told is not None and told not in (False, 0, "", [], {}):
+            yield f"expected settings that are known, found `{name}` {told}"
 
 
 def only(facts: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:

@@ -8,11 +8,12 @@ meta-llama/llama-models @43e87a37 (3.x).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from ckpt_tool.reference import decoder
 from ckpt_tool.reference.decoder import Names
-from ckpt_tool.reference.facts import Shapes, fact, settings
+from ckpt_tool.reference.facts import Shapes, fact, first, one_of, only, opened, refuse, settings, strange
 from ckpt_tool.reference.rope import RopeScaling
 
 NAMES = Names(
@@ -29,6 +30,105 @@ NAMES = Names(
 )
 
 
+# Settings of programs that read such files (llama, llama-models, codellama, mistral-inference, executorch,
+# llama2.c): those that sizes follow from, which the tensors have; those of a run, of training and of
+# sampling; and ids of the tokenizer.
+SIZES = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "hidden_dim",
+    "vocab_size",
+    "multiple_of",
+) + (
+    "ffn_dim_multiplier",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+RUNS = (
+    "max_batch_size",
+    "max_seq_len",
+    "max_context_len",
+    "eval_batch_size",
+    "use_kvcache",
+    "use_kv_cache",
+) + (
+    "use_cache",
+    "use_sdpa_with_kv_cache_op",
+    "use_flash_attn",
+    "generate_full_logits",
+    "enable_dynamic_shape",
+    "ragged_attention",
+    "vocab_parallel",
+    "model_parallel_size",
+    "dtype",
+    "torch_dtype",
+    "temperature",
+    "top_k",
+    "top_p",
+)
+TRAINING = ("dropout", "attention_dropout", "initializer_range", "init_std", "depth_init") + (
+    "gradient_checkpointing",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+)
+WORDS = ("bos_idx", "eos_idx", "bos_count", "eos_count", "bos_id", "eos_id", "pad_id") + (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+ORIGIN = ("model_type", "architectures", "_name_or_path", "transformers_version")
+READ = ("norm_eps", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling")
+KNOWN = frozenset((*SIZES, *RUNS, *TRAINING, *WORDS, *ORIGIN, *READ))
+TIED = ("tied_embeddings", "tie_word_embeddings")
+# What the settings may only say as it is computed here; nothing, where they may not say it at all.
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("hidden_act", "activation", "act_fn"), ("silu",)),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_biases", "attention_qkv_bias"), (False,)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm_before_rope", "post_attention_norm", "post_ffn_norm"), (False,)),
+    **dict.fromkeys(("use_hf_rope", "use_ffn_learnable_scales", "attn_temperature_tuning"), (False,)),
+    **dict.fromkeys(("attention_chunk_size", "nope_layer_interval", "no_rope_layer_interval"), (0,)),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), (0,)),
+    **dict.fromkeys(("partial_rotary_factor", "embedding_scale_factor", "residual_multiplier"), (1,)),
+    **dict.fromkeys(("causal", "apply_embedding", "apply_output"), (True,)),
+    **dict.fromkeys(("vision_chunk_size", "vision_num_cross_attention_layers"), (-1, 0)),
+    "vision_max_num_chunks": (4, 0),
+    "floor_scale": (8192,),
+    "attn_scale": (0.1,),
+    "norm_type": ("rmsnorm",),
+    "pretraining_tp": (1,),
+    "is_eagle": (False,),
+}
+STRETCH = {
+    "factor": ("rope_scaling_factor", "rope_scale_factor"),
+    "low": ("rope_low_freq_factor", "low_freq_factor"),
+    "high": ("rope_high_freq_factor", "high_freq_factor"),
+    "original_context": ("original_max_position_embeddings", "old_context_len"),
+}
+OF_META = frozenset(("use_scaled_rope", "rope_freq_base", *(n for names in STRETCH.values() for n in names)))
+
+
+def check(params: Mapping[str, Any], more: frozenset[str] = frozenset()) -> None:
+    """ValueError for settings with which the model is another than the one computed here. `more` are read
+    by a family; a document without any size is none of settings, but whatever a file of weights carries."""
+    if params.get("dim") is None and params.get("hidden_size") is None:
+        return
+    refuse([*only(params, COMPUTED), *strange(params, {*KNOWN, *TIED, *COMPUTED, *more})])
+
+
+def names_of(params: Mapping[str, Any], overrides: Mapping[str, Any], shapes: Shapes) -> Names:
+    """The embedding is the head where that is said and no other is there."""
+    tied = first(overrides.get("tie_word_embeddings"), one_of(params, *TIED))
+    return replace(NAMES, output=NAMES.word) if tied and NAMES.output not in shapes else NAMES
+
+
 def numbers(params: Mapping[str, Any], overrides: Mapping[str, Any], theta: float) -> dict[str, Any]:
     """Those that params.json of Meta and of Mistral AI have alike; `theta` where none is told."""
     dim = int(fact("dim", "hidden_size", params, overrides))
@@ -41,7 +141,6 @@ def numbers(params: Mapping[str, Any], overrides: Mapping[str, Any], theta: floa
         "head_dim": int(fact("head_dim", "head_dim", params, overrides, dim // n_heads)),
         "norm_eps": float(fact("norm_eps", "rms_norm_eps", params, overrides)),
         "rope_theta": float(fact("rope_theta", "rope_theta", params, overrides, theta)),
-        "names": NAMES,
     }
 
 
@@ -52,14 +151,17 @@ class Config(decoder.Config):
     ) -> Self:
         """`params` is params.json, `shapes` those of rank 0, `overrides` facts from the user under their
         Hugging Face names, which win. ValueError for what none of them tells."""
-        params, overrides = params.get("model", params), settings(overrides)  # some exports nest params
+        params, overrides = settings(opened(params)), settings(overrides)
+        check(params, OF_META)
         # Llama 1 and 2 have 10000 in the code and Code Llama as default, Llama 3's code defaults to 500000;
-        # only Llama 3 has 128256 words or knows `use_scaled_rope`.
-        words = shapes.get("output.weight", (0,))[0] * ranks
-        theta = 500000.0 if words == 128256 or "use_scaled_rope" in params else 10000.0
-        made = numbers(params, overrides, theta)
+        # only Llama 3 has the 128000 words of its tokenizer, and more, or knows `use_scaled_rope`.
+        words = shapes.get("output.weight", shapes.get("tok_embeddings.weight", (0,)))[0] * ranks
+        newer = words >= 128000 or params.get("use_scaled_rope") is not None
+        params = {**params, "rope_theta": one_of(params, "rope_theta", "rope_freq_base")}
+        made = numbers(params, overrides, 500000.0 if newer else 10000.0)
         scaling = _rope_scaling(params, overrides, made["dim"], made["n_layers"])
-        return cls(**made, windows=(None,) * made["n_layers"], rope_scaling=scaling)
+        windows, names = (None,) * made["n_layers"], names_of(params, overrides, shapes)
+        return cls(**made, windows=windows, rope_scaling=scaling, names=names)
 
 
 def _rope_scaling(
@@ -67,8 +169,19 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     if "rope_scaling" in overrides:
         return RopeScaling.from_hf(overrides["rope_scaling"] or {}, overrides.get("max_position_embeddings"))
-    if not params.get("use_scaled_rope", False):
+    told = {part: one_of(params, *names) for part, names in STRETCH.items()}
+    told = {part: float(value) for part, value in told.items() if value is not None}
+    switch, block = params.get("use_scaled_rope"), params.get("rope_scaling")
+    if block is not None:
+        found = RopeScaling.from_hf(block)
+        if switch is False or any(found is None or getattr(found, k) != v for k, v in told.items()):
+            raise ValueError(f"expected one scaling, found rope_scaling {block} and another")
+        return found
+    if told and switch is None:
+        raise ValueError(f"expected `use_scaled_rope` beside {', '.join(told)} of a scaling, found none")
+    if not switch:
         return None
-    # params.json has no factor. Meta's code says 8 for every model, but 3.2 1B and 3B were trained with 32
-    # (llama-models issues 166 and 241, and their config.json on the Hub).
-    return RopeScaling(factor=32.0 if (dim, n_layers) in ((2048, 16), (3072, 28)) else 8.0)
+    # Most params.json have no factor. Meta's code says 8 for every model, but 3.2 1B and 3B were trained with
+    # 32 (llama-models issues 166 and 241, and their config.json on the Hub).
+    usual = 32.0 if (dim, n_layers) in ((2048, 16), (3072, 28)) else 8.0
+    return RopeScaling(**{"factor": usual, **told})

@@ -11,8 +11,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference import decoder
-from ckpt_tool.reference.facts import Shapes, first, settings
-from ckpt_tool.reference.llama import numbers
+from ckpt_tool.reference.facts import Shapes, first, opened, settings
+from ckpt_tool.reference.llama import check, names_of, numbers
+
+# Settings that only Mistral AI's have.
+WINDOWS = frozenset(("sliding_window", "_sliding_window"))
+EXPERTS = frozenset(("moe", "num_experts", "num_local_experts", "num_experts_per_tok"))
 
 
 class Config(decoder.Config):
@@ -25,8 +29,9 @@ class Config(decoder.Config):
         for scaled frequencies, which no model of Mistral AI's in this layout has."""
         if ranks != 1:
             raise ValueError(f"expected one rank (Mistral AI's files are not model-parallel), found {ranks}")
-        params, overrides = params.get("model", params), settings(overrides)
-        scaling = overrides.get("rope_scaling") or {}
+        params, overrides = settings(opened(params)), settings(overrides)
+        check(params, WINDOWS | EXPERTS if more else WINDOWS)
+        scaling = {**(params.get("rope_scaling") or {}), **(overrides.get("rope_scaling") or {})}
         if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
             raise ValueError(f"expected rope_type `default`, found `{kind}`")
         # A file without rope_theta is one of the first releases, whose code had 10000 together with a sliding
@@ -39,7 +44,8 @@ class Config(decoder.Config):
             raise ValueError(
                 f"expected a list of windows that fills {n_layers} layers, found {len(cycle)} entries"
             )
-        return cls(**made, windows=cycle * (n_layers // len(cycle)), rope_scaling=None, **more)
+        windows, names = cycle * (n_layers // len(cycle)), names_of(params, overrides, shapes)
+        return cls(**made, windows=windows, rope_scaling=None, names=names, **more)
 
 
 def _cycle(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[int | None, ...]:

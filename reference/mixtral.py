@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ckpt_tool.reference import mistral
-from ckpt_tool.reference.facts import Shapes, fact
+from ckpt_tool.reference.facts import Shapes, fact, opened
 
 
 class Config(mistral.Config):
@@ -19,7 +19,7 @@ class Config(mistral.Config):
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any], **more: Any
     ) -> Self:
         """`params` is params.json with Mistral AI's or Hugging Face keys; else as for Mistral."""
-        params = params.get("model", params)
+        params = opened(params)
         params = {**params, **(params.get("moe") or {})}
         # Both published models send a token to two experts; a file with Hugging Face keys leaves it out.
         top = int(fact("num_experts_per_tok", "num_experts_per_tok", params, overrides, 2))

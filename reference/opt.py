@@ -15,7 +15,7 @@ rank. B batch, T tokens, D model width, E width of a word (D but in 350m), V voc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -41,9 +41,9 @@ MODEL_STEMS = """
 """
 
 # The published sizes, 125m to 175b, by what their tensors show (layers, width, width of a word, feed-forward
-# width, positions, words) -> heads; all have relu.
+# width) -> heads; all have relu.
 PUBLISHED = {
-    (layers, D, 512 if D == 1024 else D, 4 * D, 2048, 50272): heads
+    (layers, D, 512 if D == 1024 else D, 4 * D): heads
     for layers, D, heads in zip(
         (12, 24, 24, 32, 32, 40, 48, 64, 96),
         (768, 1024, 2048, 2560, 4096, 5120, 7168, 9216, 12288),
@@ -56,7 +56,26 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("no_scale_embedding", "share_decoder_input_output_embed"), (True,)),
     **dict.fromkeys(("decoder_learned_pos", "enable_bias", "layer_norm_elementwise_affine"), (True,)),
     **dict.fromkeys(("decoder_learned_sinusoidal", "alibi", "disable_bias", "disable_affine_ln"), (False,)),
-    "_remove_final_layer_norm": (False,),
+    **dict.fromkeys(("_remove_final_layer_norm", "use_stable_embedding", "sync_ln_variance"), (False,)),
+    **dict.fromkeys(("scale_attn", "scale_fc", "scale_heads"), (False,)),
+    "self_attn_doc_sep": (-1,),  # the token that ends a document, before which nothing is seen; -1: none
+}
+# What a fork of metaseq could call a part of its model, and what is called so and is none.
+OF_A_MODEL = re.compile(
+    r"\w*(decoder|encoder|attn|attention|norm|embed|scale|rotary|rope|expert|moe|glu|bias|heads|position"
+    r"|softmax|residual|window|adaptive|char|stable|parallel_block)\w*",
+    re.ASCII,
+)
+OF_A_RUN = re.compile(
+    r"\w*(dropout|layerdrop|_init|init_|loss_scale|clip_norm|grad_norm|log_)\w*|fp16\w*|attn_variant|xf_attn_op"
+    r"|max_source_positions|adaptive_\w+_factor|char\w+_(dim|filters|layers)|softmax_batch|context_window",
+    re.ASCII,
+)
+KNOWN = {
+    *(f"decoder_{n}" for n in ("layers", "attention_heads", "normalize_before", "embed_dim", "input_dim")),
+    *("decoder_output_dim", "decoder_ffn_embed_dim", "max_target_positions", "max_position_embeddings"),
+    *("num_attention_heads", "do_layer_norm_before", "word_embed_proj_dim", "tie_word_embeddings"),
+    *COMPUTED,
 }
 
 
@@ -74,23 +93,25 @@ class Config(transformer.Config):
         with all that is missing, that disagrees, and that this pass does not compute."""
         told = _settings(params)
         prefix, n_layers = _stack(shapes)
-        (n_words, E), (positions, D) = (shapes[f"{prefix}embed_{n}.weight"] for n in ("tokens", "positions"))
+        (_, E), (_, D) = (shapes[f"{prefix}embed_{n}.weight"] for n in ("tokens", "positions"))
         F = shapes[f"{prefix}layers.0.fc1.weight"][0]
-        known = PUBLISHED.get((n_layers, D, E, F * ranks, positions - PAD - 1, n_words * ranks))
+        known = PUBLISHED.get((n_layers, D, E, F * ranks))
         normed = f"{prefix}layer_norm.weight" in shapes
         heads = first(overrides.get("num_attention_heads"), told.get("decoder_attention_heads"), known, 0)
         before = first(overrides.get("do_layer_norm_before"), told.get("decoder_normalize_before"))
         before = first(before, D == E if known else None, True if normed else None)
-        asked, own = overrides.get("activation_function"), told.get("activation_fn", known and "relu")
+        asked, own = overrides.get("activation_function"), told.get("activation_fn", "relu")
         said = first(overrides.get("num_hidden_layers"), told.get("decoder_layers"))
         problems = [*disagreements({"layers": n_layers}, {"layers": said})]
         problems += only({**told, **overrides}, COMPUTED)
+        problems += _of_another_model({**told, **overrides})
         # metaseq's own `gelu` is no answer: the exact one at first, the tanh form when its kernel was fused
         # and since October 2022.
         given = "in the settings or given by name"
         if asked is None and own != "relu":
-            found = "neither" if own is None else f"`{own}` in the settings"
-            problems.append(f"expected relu or `activation_function` given by name, found {found}")
+            problems.append(
+                f"expected relu or `activation_function` given by name, found `{own}` in the settings"
+            )
         elif asked not in (None, *ACTIVATIONS):
             wanted = ", ".join(ACTIVATIONS)
             problems.append(f"expected `activation_function` to be one of {wanted}, found {asked}")
@@ -134,6 +155,14 @@ def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, Mapping):
             told |= inner
     return {k: v for k, v in told.items() if v is not None and not (isinstance(v, str) and "${" in v)}
+
+
+def _of_another_model(told: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that are called like a part of a model, are switched on, and are not known here."""
+    for name, value in told.items():
+        on = isinstance(value, int | float | str) and value not in (0, "", "None")
+        if on and name not in KNOWN and OF_A_MODEL.fullmatch(name) and not OF_A_RUN.fullmatch(name):
+            yield f"expected settings that this pass reads or that are of a run, found `{name}` {value}"
 
 
 def _stack(shapes: Iterable[str]) -> tuple[str, int]:

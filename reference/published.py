@@ -15,8 +15,14 @@ from ckpt_tool.reference import decoder
 from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, first, only, refuse
 from ckpt_tool.reference.rope import RopeScaling
+from ckpt_tool.reference.unread import unread
 
 ASKED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta")
+READ = (
+    *(*ASKED, "hidden_size", "intermediate_size", "head_dim", "tie_word_embeddings", "hidden_act"),
+    *("rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+)
 AS_PUBLISHED = Names(
     word="model.embed_tokens.weight",
     block="model.layers.",
@@ -49,7 +55,8 @@ class Published(decoder.Config):
         said = ({**cls.documented, **params}, overrides)
         params, overrides = ({**f, **{k: f[own] for k, own in cls.own.items() if own in f}} for f in said)
         facts = told(params, overrides, ranks)
-        refuse(only(facts, cls.computed))
+        own = {*cls.own, *cls.own.values(), *cls.documented, *cls.computed}
+        refuse([*only(facts, cls.computed), *unread(facts, {*READ, *own})])
         made = numbers(facts, tied(cls.layout, facts), shapes)
         return cls(**{**made, **cls.traits(facts, made)})
 

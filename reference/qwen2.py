@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, first, only, refuse
-from ckpt_tool.reference.published import AS_PUBLISHED, Published, numbers, tied, told
+from ckpt_tool.reference.published import AS_PUBLISHED, READ, Published, numbers, tied, told
+from ckpt_tool.reference.unread import unread
 
 # Facts under their Hugging Face names, and what Megatron's args call them; the first that is there counts.
 ARGS = {
@@ -74,6 +75,7 @@ class Config(Published):
         facts = told(said, overrides, ranks if words is None else 1)
         refuse(only(facts, cls.computed))
         if words is None:
+            refuse(unread(facts, {*READ, *ARGS, *cls.computed}))
             return cls(**numbers(facts, tied(AS_PUBLISHED, facts), shapes), biased=("qkv",))
         names = _of_megatron(words, shapes, facts.get("tie_word_embeddings"))
         rows = first(facts.get("vocab_size"), shapes[words][0] * ranks)  # those after it are padding

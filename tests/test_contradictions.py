@@ -89,7 +89,7 @@ def test_layers_that_are_counted_twice_are_refused(edited: Callable[..., Path], 
         api.convert(folder, tmp_path / "out")
     (problem,) = caught.value.problems
     assert problem.kind == "bad-config" and "num_hidden_layers 4" in problem.message
-    assert "layer_types 3 kinds" in problem.message and problem.hint is None
+    assert "layer_types 3 kinds" in problem.message and "--set layer_types=" in str(problem.hint)
 
 
 def test_the_dtype_is_the_tensors_own(edited: Callable[..., Path], tmp_path: Path) -> None:

@@ -227,10 +227,9 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], object], total: 
     [
         (lambda m: m.update({"x": "model-00009-of-00009.safetensors"}), 48),
         (lambda m: m.update({"x": "../outside.safetensors"}), 48),
-        (lambda m: m.pop("model.1"), 48),
+        (lambda m: m.pop("model.1"), 48),  # which leaves its file unlisted
         (lambda m: m.update({"model.2": "model-00001-of-00002.safetensors"}), 48),
         (lambda m: m.update({"x": "model-00001-of-00002.safetensors"}), 48),
-        (lambda m: None, 49),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(
@@ -238,6 +237,13 @@ def test_an_index_that_does_not_fit_is_refused(
 ) -> None:
     edit_index(hub_folder, change, total)
     assert {p.kind for p in refused(hub_folder, prefer="hf")} == {"bad-index"}
+
+
+def test_an_index_with_another_total_is_noted(hub_folder: Path) -> None:
+    edit_index(hub_folder, lambda m: None, 49)
+    with open_checkpoint(hub_folder, prefer="hf") as checkpoint:
+        (note,) = checkpoint.readings
+        assert "total_size says 49, the tensors have 48" in note
 
 
 def test_an_index_without_its_files_is_refused(tmp_path: Path) -> None:
@@ -371,7 +377,7 @@ def test_impossible_paths_are_bad_input(path: str) -> None:
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
-    fill(tmp_path, **{"params.json": b"{}", "adapter_model.safetensors": SAFE})
+    fill(tmp_path, **{"params.json": b"{}", "weights.dat": SAFE})
     (problem,) = refused(tmp_path)
     assert problem.kind == "wrong-format" and "consolidated" in problem.message
 

@@ -558,14 +558,14 @@ def test_all_problems_of_a_model_come_together() -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_vocabulary_of_another_size_is_refused(name: str) -> None:
+def test_a_vocabulary_of_more_ids_than_rows_is_refused(name: str) -> None:
     case = TINY[name]()
     size = case.converted().vocab_size
     assert case.converted(vocab_size=size).vocab_size == case.converted(vocab_size=-1).vocab_size == size
-    for rows in (size - 1, size + 1):
-        with pytest.raises(CkptToolError, match=f"expected a tokenizer of {rows} ids") as error:
-            case.converted(vocab_size=rows)
-        assert error.value.kind == "bad-tokenizer" and error.value.problems[0].file == case.name
+    with pytest.raises(CkptToolError, match=f"expected a tokenizer of at most {size - 1} ids") as error:
+        case.converted(vocab_size=size - 1)
+    assert error.value.kind == "bad-tokenizer" and error.value.problems[0].file == case.name
+    assert any("1 of" in note for note in case.converted(vocab_size=size + 1).notes)
 
 
 def test_a_gigabyte_is_refused_before_it_is_looked_at() -> None:

@@ -361,7 +361,7 @@ def test_other_families_do_not_take_them() -> None:
 
 def test_a_tokenizer_must_fit_the_padded_table() -> None:
     assert converted("gpt2", padded_vocab_size=512).vocab_size == 400
-    with pytest.raises(CkptToolError, match="expected a tokenizer of at most 384 ids, found 400"):
+    with pytest.raises(CkptToolError, match="expected a tokenizer of at most 384 ids, .*found 400"):
         converted("gpt2", padded_vocab_size=384)
     other = DOCUMENTS["uncased"] | {"vocab.txt": wordpiece_vocabulary(400)}
     result = tokenizer_documents(other, family="megatron-bert", config={"padded_vocab_size": 384})

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.convert.layout import Step
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.casted import loses
 from ckpt_tool.verify.report import Finding
@@ -40,7 +41,8 @@ def undeclared_cast(subject: Subject) -> Iterator[Finding]:
     if to is None or plan is None:
         return
     held = [t for f in plan.outputs for t in f.tensors if t.dtype in FLOATS]
-    count = sum(t.dtype == to for t in held)
+    cast = {(p.file, p.name) for s in plan.steps if not s.compare for p in s.targets if _is_cast(s)}
+    count = sum((t.file, t.name) in cast for t in held)
     which = f"all {count}" if count == len(held) else f"{count} of {len(held)}"
     name, data = cast_name(to), {"cast": DTYPES[to].torch}
     text = f"{which} floating tensors are cast to {DTYPES[to].torch}, which nothing records as asked for"
@@ -51,6 +53,10 @@ def undeclared_cast(subject: Subject) -> Iterator[Finding]:
     else:
         text = f"expected the source's dtypes, found a cast: {text}; --accept {name} accepts it"
         yield Finding("coverage", "dtype", "fail", text, data={**data, "exactness": "differs"})
+
+
+def _is_cast(step: Step) -> bool:
+    return {p.dtype for p in step.sources} != {step.targets[0].dtype}
 
 
 def unneeded(subject: Subject, accept: Collection[str]) -> list[Finding]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.carry import pieces
-from ckpt_tool.convert.casting import CASTABLE, cast
+from ckpt_tool.convert.casting import CASTABLE, cast, common, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.layout import Access, Block, Step
 from ckpt_tool.convert.pooling import mean
@@ -35,6 +35,7 @@ class Difference:
 
     tensor: TensorInfo
     against: TensorInfo
+    dtype: str  # in which they are compared: wider than the tensor's own where its copy is
     count: int = 0
     first: int | None = None
     values: tuple[float, float] = (0.0, 0.0)  # at `first`: expected, found
@@ -46,7 +47,7 @@ class Difference:
 
     def round_otherwise(self, before: np.ndarray, source: str, found: np.ndarray) -> None:
         """Take in what other roundings of a block make of it: raw bits `before` the cast, and as found."""
-        ways = other_roundings(before, source, self.tensor.dtype)
+        ways = other_roundings(before, source, self.dtype)
         fitting = {words for words, bits in ways if np.array_equal(bits, found)}
         self.roundings = fitting if self.roundings is None else self.roundings & fitting
 
@@ -56,7 +57,7 @@ class Difference:
         if not places.size:
             return
         self.count += places.size
-        a, b = (_numbers(x[places], self.tensor.dtype) for x in (expected, found))
+        a, b = (_numbers(x[places], self.dtype) for x in (expected, found))
         with np.errstate(invalid="ignore"):
             delta = np.abs(a - b)
         self.max_delta = max(self.max_delta, float(np.where(np.isnan(delta), np.inf, delta).max()))
@@ -98,19 +99,22 @@ def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
             continue
         found = [t for t in targets if t is not None]
         fits = all(t.shape == p.shape(step.sizes) for p, t in zip(step.targets, found, strict=True))
-        dtypes = {t.dtype for t in found}
-        if not fits or dtypes != {p.dtype for p in step.targets}:
+        dtypes, wanted = {t.dtype for t in found}, {p.dtype for p in step.targets}
+        if not fits or (
+            dtypes != wanted and not step.compare
+        ):  # what a copy is compared with is also written
             result.missing += [f"{t.name} ({t.dtype} {t.shape})" for t in found]
             continue
-        if dtypes == {t.dtype for t in sources} and not step.mean:
+        if wanted == dtypes == {t.dtype for t in sources} and not step.mean:
             made = _compare_step(
                 step.inverse(), subject.output, found, subject.source, sources, bool(step.compare)
             )
         else:
             made = _compare_step(
-                step, subject.source, sources, subject.output, found, bool(step.compare), found[0].dtype
+                step, subject.source, sources, subject.output, found, bool(step.compare), wanted.pop()
             )
-            result.cast += not step.mean
+            exact = bool(step.compare) and not any(rounds(t.dtype, step.targets[0].dtype) for t in sources)
+            result.cast += not step.mean and not exact
             result.pooled += bool(step.mean)
         for d in made:
             (result.copies if step.compare and not d.drift.is_large else result.differences).append(d)
@@ -128,17 +132,19 @@ def _compare_step(
     cast_to: str | None = None,
 ) -> list[Difference]:
     """`step` applied to `inputs` against what `wanted` hold; differences name the tensors of `wanted`."""
-    differences = [Difference(w, inputs[0]) for w in wanted]
+    dtype = cast_to or wanted[0].dtype
+    moved = common(t.dtype for t in inputs)
+    differences = [Difference(w, inputs[0], dtype) for w in wanted]
     for block in pieces(step, copy_bytes=PIECE):
         made = _apply(block, made_from, inputs, cast_to)
         for access, values in zip(block.writes, made, strict=True):
-            held = _read(held_by, wanted[access.part], access)
+            held = _read(held_by, wanted[access.part], access, dtype)
             if is_copy:
-                differences[access.part].drift.add(values, held, wanted[access.part].dtype)
+                differences[access.part].drift.add(values, held, dtype)
             if not np.array_equal(values, held):
                 if cast_to is not None and not block.mean:
                     before = _apply(block, made_from, inputs, None)[block.writes.index(access)]
-                    differences[access.part].round_otherwise(before, inputs[0].dtype, held)
+                    differences[access.part].round_otherwise(before, moved, held)
                 n = access.runs.length
                 right, left = (held, values) if cast_to is None else (values, held)  # the source is right
                 for k, start in enumerate(access.runs.offsets()):
@@ -150,27 +156,31 @@ def _compare_step(
 def _apply(
     block: Block, checkpoint: Checkpoint, inputs: Sequence[TensorInfo], cast_to: str | None
 ) -> list[np.ndarray]:
-    dtype = inputs[0].dtype
-    read = [_read(checkpoint, inputs[a.part], a) for a in block.reads]
+    dtype = common(t.dtype for t in inputs)
+    read = [_read(checkpoint, inputs[a.part], a, dtype) for a in block.reads]
     made = [np.empty(n, dtype=DTYPES[dtype].bits) for n in block.filled]
     block.shuffle(read, made)
     if block.mean:
         return [mean(x, block.mean, dtype, cast_to or dtype) for x in made]
-    if cast_to is None or cast_to == dtype:
-        return made
-    out = [np.empty(a.numel, dtype=DTYPES[cast_to].bits) for a in block.writes]
-    for a, b in zip(made, out, strict=True):
-        cast(a, dtype, cast_to, b)
-    return out
+    return [_as(x, dtype, cast_to or dtype) for x in made]
 
 
-def _read(checkpoint: Checkpoint, tensor: TensorInfo, access: Access) -> np.ndarray:
-    dtype = DTYPES[tensor.dtype]
-    out = np.empty(access.numel, dtype=dtype.bits)
+def _read(checkpoint: Checkpoint, tensor: TensorInfo, access: Access, dtype: str) -> np.ndarray:
+    """In `dtype`, which is the tensor's or a wider one."""
+    stored = DTYPES[tensor.dtype]
+    out = np.empty(access.numel, dtype=stored.bits)
     data = out.data.cast("B")
-    size = access.runs.length * dtype.itemsize
+    size = access.runs.length * stored.itemsize
     for k, start in enumerate(access.runs.offsets()):
-        checkpoint.read_into(tensor, start * dtype.itemsize, data[k * size : (k + 1) * size])
+        checkpoint.read_into(tensor, start * stored.itemsize, data[k * size : (k + 1) * size])
+    return _as(out, tensor.dtype, dtype)
+
+
+def _as(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    if source == target:
+        return bits
+    out = np.empty(bits.size, dtype=DTYPES[target].bits)
+    cast(bits, source, target, out)
     return out
 
 
@@ -255,7 +265,7 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     copies = {(p.file, p.name) for s in subject.plan.steps if s.compare for p in s.sources}
     moved = {(p.file, p.name) for s in subject.plan.steps if not s.compare for p in s.sources}
     size = Counter[str]()
-    for t in subject.source:
+    for t in (*subject.source, *(left.tensor for left in subject.source.left_out)):
         key = (t.file, t.name)
         size["used" if key in moved else "copies" if key in copies else "dropped"] += t.nbytes
     planned_drop = sum(d.tensor.nbytes for d in subject.plan.dropped)

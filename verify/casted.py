@@ -12,12 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorFile, TensorInfo
-from ckpt_tool.convert.casting import CASTABLE, cast
+from ckpt_tool.convert.casting import CASTABLE, cast, rounds
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Plan
 
 Target = Callable[[str, str], TensorInfo | None]  # the output's tensor of a planned file and name
-WIDER = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
 
 
 def cast_seen(plan: Plan, target: Target) -> str | None:
@@ -49,14 +48,16 @@ def as_found(plan: Plan, cast: Plan, target: Target) -> Plan:
     count = sum(t.numel for t in held if t.dtype in FLOATS and key(t.file, t.name) not in kept)
     mostly = count * 2 > sum(t.numel for t in held if t.dtype in FLOATS)
 
-    def step(s: Step) -> Step:
+    def step(own: Step, s: Step) -> Step:
+        if s.compare and any(key(p.file, p.name) in kept for p in s.targets):
+            return own
         targets = (replace(p, dtype=kept.get(key(p.file, p.name), p.dtype)) for p in s.targets)
         return replace(s, targets=tuple(targets))
 
     base = cast if mostly else plan
     return replace(
         base,
-        steps=tuple(map(step, cast.steps)),
+        steps=tuple(map(step, plan.steps, cast.steps)),
         outputs=tuple(
             replace(
                 f, tensors=tuple(replace(t, dtype=kept.get(key(t.file, t.name), t.dtype)) for t in f.tensors)
@@ -69,8 +70,7 @@ def as_found(plan: Plan, cast: Plan, target: Target) -> Plan:
 
 def loses(plan: Plan) -> bool:
     """Whether any of the casts of a plan rounds: a wider dtype holds each value as it is."""
-    pairs = {(p.dtype, t.dtype) for s in plan.steps for p in s.sources for t in s.targets}
-    return any(a != b and (a, b) not in WIDER for a, b in pairs)
+    return any(rounds(p.dtype, t.dtype) for s in plan.steps for p in s.sources for t in s.targets)
 
 
 def cast_forward(checkpoint: Checkpoint, plan: Plan | None) -> Checkpoint:
@@ -93,7 +93,7 @@ def cast_forward(checkpoint: Checkpoint, plan: Plan | None) -> Checkpoint:
         name: _CastFile(file, {t: d for (f, t), d in found.items() if f == name})
         for name, file in checkpoint.files.items()
     }
-    return Checkpoint(checkpoint.path, files, checkpoint.documents, checkpoint.notes)
+    return checkpoint.with_files(files)
 
 
 class _CastFile(TensorFile):

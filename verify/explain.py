@@ -17,6 +17,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
+from ckpt_tool.convert.casting import common
 from ckpt_tool.convert.layout import Part, Step, apply
 from ckpt_tool.verify.altered import alteration, place, recast
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
@@ -106,10 +107,11 @@ class Evidence:
         """Made by the plan's step from the original's tensors."""
         step, part = self.where[name]
         if id(step) not in self._made:
-            arrays = [self._original(p) for p in step.sources]
+            moved = common(p.dtype for p in step.sources)
+            arrays = [_recast(self._original(p), p.dtype, moved) for p in step.sources]
             made = apply(step, arrays)
             if not step.mean:
-                made = [self._cast(x, step, p) for x, p in zip(made, step.targets, strict=True)]
+                made = [_recast(x, moved, p.dtype) for x, p in zip(made, step.targets, strict=True)]
             if sum(x.nbytes for held in self._made.values() for x in held) > KEPT:
                 self._made.clear()
             self._made[id(step)] = made
@@ -123,10 +125,6 @@ class Evidence:
         if info is None:
             raise KeyError(part.name)
         return self.subject.output.read(info)
-
-    def _cast(self, x: np.ndarray, step: Step, part: Part) -> np.ndarray:
-        source = step.sources[0].dtype
-        return x if source == part.dtype else recast(x.reshape(-1), source, part.dtype).reshape(x.shape)
 
     def pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         return self.expected(name), self.found(name)
@@ -164,6 +162,10 @@ class Evidence:
             (a for a in part.dims[dim] if part.box(step.sizes)[a][1] - part.box(step.sizes)[a][0] > 1), ""
         )
         return len({p.box(step.sizes)[outer] for p in step.sources}) if outer else 1
+
+
+def _recast(x: np.ndarray, source: str, target: str) -> np.ndarray:
+    return x if source == target else recast(x.reshape(-1), source, target).reshape(x.shape)
 
 
 def explain(evidence: Evidence, names: Sequence[str]) -> Explanation:

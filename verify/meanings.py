@@ -55,6 +55,8 @@ def _in_itself(subject: Subject, found: Reading) -> Iterator[Finding]:
     for c in found.contradictions:
         data = {"name": c.name, "values": {k: v for k, v, _ in (c.first, c.second)}}
         yield finding("fail", c.text, f"config.json: {c.name}", data=data)
+    for w in found.wrong:
+        yield finding("fail", w.text, f"config.json: {w.where}", data={"found": subject.config.get(w.where)})
     for key, reason in found.refused.items():
         text = f"expected a config for plain weights, found {key}, which {reason}"
         yield finding("fail", text, f"config.json: {key}")

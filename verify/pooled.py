@@ -23,7 +23,7 @@ def pooled_original(checkpoint: Checkpoint, plan: Plan | None) -> Checkpoint:
         name: _PooledFile(checkpoint, file, {t: s for (f, t), s in steps.items() if f == name})
         for name, file in checkpoint.files.items()
     }
-    return Checkpoint(checkpoint.path, files, checkpoint.documents, checkpoint.notes)
+    return checkpoint.with_files(files)
 
 
 class _PooledFile(TensorFile):

@@ -12,6 +12,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
+from ckpt_tool.convert.families import as_families_know
 from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.plan import Options, Plan
@@ -41,7 +42,7 @@ def find_source(out: Checkpoint, manifest: Manifest) -> Checkpoint | None:
     folder = out.path if out.path.is_dir() else out.path.parent
     prefer: Prefer = "original" if manifest.direction != "to-original" else "hf"
     try:
-        found = open_checkpoint(folder / manifest.source, prefer=prefer)
+        found = as_families_know(open_checkpoint(folder / manifest.source, prefer=prefer))
     except (CkptToolError, OSError, ValueError):
         return None
     recorded = {(s.name, s.headers) for s in manifest.sources}
@@ -65,7 +66,8 @@ def settled(
         try:
             alone = plan(replace(options, settings=rest)).config.get(name)
         except CkptToolError:
-            trusted.append(f"{name} = {shown}: nothing in the source tells it")
+            why = "nothing in the source tells it" if value is not None else "left out of the source"
+            trusted.append(f"{name} = {shown}: {why}")
             continue
         if alone is None:
             trusted.append(f"{name} = {shown}")

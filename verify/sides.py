@@ -11,6 +11,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,10 +23,12 @@ import ckpt_tool.reference.phases as protocol
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance, farthest
 from ckpt_tool.verify.pooled import pooled_original
 from ckpt_tool.verify.prompts import Prompt
+from ckpt_tool.verify.stacked import StackedWeights
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import Weights, ranks_of
 
@@ -136,7 +139,7 @@ class Side:
 
     def computed_in(self, dtype: torch.dtype) -> Side:
         """This side's own weights, computed in another dtype."""
-        weights = tuple(Weights(w.checkpoint, w.tensors, dtype, w.device) for w in self.weights)
+        weights = tuple(w.computed_in(dtype) for w in self.weights)
         return replace(self, weights=weights, ranks=weights)
 
 
@@ -251,7 +254,10 @@ def _side(
     device: str,
     raw: Mapping[str, Any] | None = None,
 ) -> Side:
-    weights = tuple(Weights(checkpoint, names, dtype, device) for names in ranks)
+    make: Callable[..., Weights] = Weights
+    if is_stacked(checkpoint):
+        make = partial(StackedWeights, apart=module.apart)
+    weights = tuple(make(checkpoint, names, dtype, device) for names in ranks)
     return Side(module, config, weights, raw or {}, weights)
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.facts import classes
-from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.recognising import near_misses
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.prefixed import with_prefix
@@ -71,13 +72,14 @@ def opened(
 ) -> Iterator[Subject]:
     """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned.
     Without a `source` the one that the manifest records is opened where it still lies there."""
+    as_loaders_do = Limits(as_it_stands=True)  # which take no wrapper off
     with ExitStack() as stack:
-        out = _open(output, "hf")
+        out = _open(output, "hf", as_loaders_do)
         manifest = _manifest_of(out)
         back = manifest is not None and manifest.direction == "to-original"
         if back:
             out.close()
-            out = _open(output, "original")
+            out = _open(output, "original", as_loaders_do)
         stack.enter_context(out)
         src, found = None, None
         if source is not None:
@@ -93,14 +95,19 @@ def opened(
         yield subject
 
 
-def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
+def _open(path: str | os.PathLike[str], prefer: Prefer, limits: Limits | None = None) -> Checkpoint:
     """The weights of one layout where there are two, else those that are there."""
     try:
-        return open_checkpoint(path, prefer=prefer)
+        found = open_checkpoint(path, prefer=prefer, limits=limits)
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-    return open_checkpoint(path)
+        found = open_checkpoint(path, limits=limits)
+    try:
+        return as_families_know(found)
+    except BaseException:
+        found.close()
+        raise
 
 
 def _must_be_two(out: Checkpoint, src: Checkpoint) -> None:
@@ -179,8 +186,9 @@ def _find_family(subject: Subject) -> None:
         return
     if chosen:
         found = f"expected one family, found {', '.join(f.name for f in chosen)}"
-    elif said:
-        reasons = "; ".join(f"{f.name}: {why}" for f, _, why in said)
+    elif said and subject.original is not None:
+        misses = near_misses(subject.original, [(f.name, yes, why) for f, yes, why in said])
+        reasons = "; ".join(f"{name}: {why}" for name, why in misses) or "none comes near"
         found = f"expected a known family, found none ({reasons})"
     else:
         found = f"expected a known architecture, found {', '.join(sorted(architectures)) or 'none'}"

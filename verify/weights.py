@@ -46,6 +46,10 @@ class Weights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
+    def computed_in(self, dtype: torch.dtype) -> Weights:
+        """The same tensors in another dtype."""
+        return Weights(self.checkpoint, self.tensors, dtype, self.device)
+
     @contextmanager
     def keep(self) -> Iterator[None]:
         """Hold every tensor read inside, so that several prompts share one reading of a layer."""

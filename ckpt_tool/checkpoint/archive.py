@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import is_of_megatron
+from ckpt_tool.checkpoint.no_weights import Around, refuse
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
@@ -54,6 +55,9 @@ class ArchiveFolder(Folder):
         """All of them: they are listed already."""
         inside = [name[len(self.prefix) :] for name in self.members.names if name.startswith(self.prefix)]
         return sorted(name for name in inside if "/" in name)
+
+    def survey(self) -> list[str]:
+        return [name[len(self.prefix) :] for name in self.members.names if name.startswith(self.prefix)]
 
     def place(self, name: str) -> Place:
         return self.members.place(self.prefix + name)
@@ -106,10 +110,16 @@ def _root(members: Members) -> str:
         p for p in prefixes if not (p.endswith("original/") and p[: -len("original/")] in prefixes)
     )
     if not roots:
-        found = f"{len(members.names)} other files"
         if {"pickle", "storages", "tensors"} <= set(members.names):
             found = "a torch file of a version before 0.1.10"
-        fail("wrong-format", f"expected weights in the archive, found {found}", file=members.label)
+            hint = "a torch of that time or later loads it: save it again with torch.save"
+            fail(
+                "wrong-format",
+                f"expected weights in the archive, found {found}",
+                file=members.label,
+                hint=hint,
+            )
+        refuse(list(members.names), around(members.label))
     if len(roots) > 1:
         found = ", ".join(printable(root or "./", 60) for root in roots[:5])
         fail(
@@ -119,6 +129,16 @@ def _root(members: Members) -> str:
             hint="unpack the archive and give the folder that is meant",
         )
     return roots[0]
+
+
+def around(label: str) -> Around:
+    """How to speak of an archive's files, which must be unpacked for all but the folder of its weights."""
+    return Around(
+        label,
+        label,
+        lambda sub: f"unpack the archive, then --in {sub}",
+        lambda sub: sub.removeprefix(label).lstrip("/") or label,
+    )
 
 
 def _of_zip(archive: ZipArchive, spool_dir: Path | None) -> Members:

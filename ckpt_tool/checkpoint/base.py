@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ DTYPES: dict[str, DType] = {
         DType("BOOL", 1, "u1", "?", "bool"),
     )
 }
+NOTES = 10
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -163,17 +164,67 @@ class Document:
         return data
 
 
+class Renamed(TensorFile):
+    """A view of a file whose tensors have other names, or of a part of them: `own` gives for each name here
+    that in the file."""
+
+    def __init__(self, file: TensorFile, own: Mapping[str, str]) -> None:
+        self.path, self.name, self.format, self.metadata = file.path, file.name, file.format, file.metadata
+        self.imports, self.notes = file.imports, file.notes
+        self._file, self._own = file, own
+        self.tensors = {new: replace(file.tensors[old], name=new) for new, old in own.items()}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self._file.read_into(self._own[name], offset, buffer)
+
+    def extent(self, name: str) -> tuple[int, int] | None:
+        return self._file.extent(self._own[name])
+
+    def records(self) -> Mapping[str, Record]:
+        return self._file.records()
+
+    def record_of(self, name: str) -> tuple[str, int] | None:
+        return self._file.record_of(self._own[name])
+
+    def check_record(self, key: str) -> bool:
+        return self._file.check_record(key)
+
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that stands beside the model and is none of its tensors, and what it is."""
+
+    tensor: TensorInfo
+    reason: str
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint as opened: its container files in natural order, and the documents beside them.
 
-    The same tensor name may stand in several files (model-parallel ranks); `find` lists them all.
+    The same tensor name may stand in several files (model-parallel ranks); `find` lists them all. `readings`
+    say what was read otherwise than it stands, for everybody who reads the model to repeat; `left_out` are
+    tensors of training that are in the files and not among those of the model.
     """
 
     path: Path
     files: dict[str, TensorFile]
     documents: dict[str, Document] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    readings: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    def with_files(self, files: dict[str, TensorFile], *notes: str) -> Checkpoint:
+        """The same checkpoint through views of its files."""
+        return Checkpoint(
+            self.path, files, self.documents, [*self.notes, *notes], self.readings, self.left_out
+        )
 
     def __iter__(self) -> Iterator[TensorInfo]:
         for file in self.files.values():
@@ -207,6 +258,22 @@ class Checkpoint:
         from ckpt_tool.checkpoint.strict_json import parse_object
 
         return parse_object(self.documents[name].read(), file=name)
+
+    def opened(self) -> tuple[str, ...]:
+        """The notes, those that many files share once, at most `NOTES`; `inspect` has all."""
+        told: dict[str, list[str]] = {}
+        for note in self.notes:
+            file, colon, text = note.partition(": ")
+            whose = [file] if colon and file in self.files else []
+            told.setdefault(text if whose else note, []).extend(whose)
+        lines = [
+            f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: {text}"
+            if files
+            else text
+            for text, files in told.items()
+        ]
+        more = [f"{len(lines) - NOTES} more notes: see `ckpt-tool inspect`"] if len(lines) > NOTES else []
+        return (*lines[:NOTES], *more)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():

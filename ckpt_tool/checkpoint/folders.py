@@ -12,9 +12,11 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.checkpoint.hub_cache import repository_of
 from ckpt_tool.errors import fail
 
 CHECKED_BYTES = 64 << 20
+SURVEYED = 20_000  # files; a message needs no more
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Folder(ABC):
         """The files in the folders in it, down to `depth` levels, in folders whose names `enter` accepts."""
 
     @abstractmethod
+    def survey(self) -> list[str]:
+        """The files in it and in the folders in it, down to four levels, as far as they can be listed: to say
+        what a folder without weights is."""
+
+    @abstractmethod
     def place(self, name: str) -> Place:
         """Where the file `name` lies; it is a regular file."""
 
@@ -103,6 +110,23 @@ class Directory(Folder):
                 found += [f"{name}/{n}" for n in (*files, *inner.below(enter, depth - 1))]
         return found
 
+    def survey(self) -> list[str]:
+        found: list[str] = []
+        level = [""]
+        for _ in range(5):
+            deeper: list[str] = []
+            for prefix in level:
+                try:
+                    entries = sorted(os.scandir(self.path / prefix), key=lambda e: e.name)
+                except OSError:
+                    continue
+                found += [prefix + e.name for e in entries if not e.is_dir()]
+                deeper += [f"{prefix}{e.name}/" for e in entries if e.is_dir() and e.name != ".git"]
+                if len(found) + len(deeper) > SURVEYED:
+                    return found
+            level = deeper
+        return found
+
     def _list(self, path: Path) -> list[str]:
         try:
             return sorted(os.listdir(path))
@@ -135,10 +159,12 @@ def status_of(path: Path, name: str) -> os.stat_result:
         if error.errno == errno.ELOOP:
             fail("bad-input", "expected a file, found a loop of symbolic links", file=name)
         if error.errno == errno.ENOENT and path.is_symlink():
+            cached = repository_of(path.absolute())
             fail(
                 "bad-input",
                 f"expected a file, found a link to {os.readlink(path)}, which is not there",
                 file=name,
+                hint=None if cached is None else f"`hf download {cached}` fetches it into the cache again",
             )
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             fail("not-found", "expected a checkpoint, found nothing of that name", file=name)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from ckpt_tool.checkpoint.no_weights import Around, refuse
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, Prefer, is_document, locate
 from ckpt_tool.errors import CkptToolError, fail, missing_package
 
@@ -59,12 +60,23 @@ def wanted(names: Iterable[str], address: str, prefer: Prefer | None = None) -> 
     names = list(names)
     found = locate(names, file=address, prefer=prefer)
     if found is None:
-        fail("wrong-format", f"expected weights in the repository, found {len(names)} others", file=address)
+        refuse(names, _around(address))
     within, chosen = found
     documents = [
         n for n in names if "/" not in n.removeprefix(ORIGINAL_FOLDER) and is_document(n.split("/")[-1])
     ]
     return [*(within + n for n in chosen.files), *documents]
+
+
+def _around(address: str) -> Around:
+    """How to speak of the files of a repository, of which a folder is downloaded by its name."""
+    repo = address.removeprefix("hf://").partition("@")[0]
+    return Around(
+        address,
+        repo.rpartition("/")[2],
+        lambda sub: f"`hf download {repo} --include '{sub}*' --local-dir DIR`, then --in DIR/{sub}",
+        lambda sub: repo,
+    )
 
 
 def check_digests(paths: Iterable[Path], address: str, *, since: float) -> None:

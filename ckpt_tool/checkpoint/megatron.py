@@ -11,7 +11,7 @@ Source: NVIDIA/Megatron-LM v1.0 to core_v0.9.0, checkpointing.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,7 @@ def find_ranks(
             found.setdefault(m["above"] or "", {})[name] = m
     if not found:
         if any(map(is_of_megatron, names)):
-            fail(
-                "missing-shard",
-                f"expected mp_rank_00/{FILE}, found no file of that name",
-                file=label,
-                hint=_hint(names),
-            )
+            fail("missing-shard", f"expected mp_rank_00/{FILE}, found no file of that name", file=label)
         return None
     within, notes = _current(found, label, tracker)
     matches = list(found[within].values())
@@ -111,12 +106,6 @@ def find_ranks(
     matches.sort(key=_place)
     _check_grid(matches, label)
     return RankFolders(tuple(m[0] for m in matches), tuple(notes))
-
-
-def _hint(names: Iterable[str]) -> str | None:
-    if any(n.endswith(("/.metadata", ".distcp")) for n in names):
-        return "this is a torch_dist checkpoint; Megatron's tools write it anew with --ckpt-format torch"
-    return None
 
 
 def _current(

@@ -12,18 +12,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ckpt_tool.checkpoint.archive import around as archived
 from ckpt_tool.checkpoint.archive import open_archive
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
+from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
     TRACKER,
     RankFolders,
     find_ranks,
     is_iteration_folder,
+    is_of_megatron,
     is_rank_folder,
     may_hold_ranks,
 )
+from ckpt_tool.checkpoint.no_weights import Around, refuse, tells
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_NAME,
@@ -31,6 +36,7 @@ from ckpt_tool.checkpoint.safetensors import (
     open_safetensors,
     read_index,
 )
+from ckpt_tool.checkpoint.signs import SLICES
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
@@ -38,19 +44,23 @@ from ckpt_tool.checkpoint.weight_sets import (
     Prefer,
     WeightSet,
     check_complete,
+    check_finished,
     is_document,
     is_tokenizer,
     is_weights,
     locate,
+    refuse_flat,
     set_of,
     vocabulary_kind,
 )
+from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 
 HUB = "hf://"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+NEAR = 2000  # names that are compared with one that is not there
 INDEX_BYTES = 64 << 20  # an index grows with the number of tensors; the largest published are near 5 MiB
-CHECKLIST_BYTES = 1 << 20
 TOKENIZER = "tokenizer.model"
 
 
@@ -59,6 +69,7 @@ class Limits:
     """What opening accepts beyond what the formats themselves say."""
 
     safetensors_header: int = HEADER_LIMIT  # bytes
+    as_it_stands: bool = False  # names are those in the files, whatever a training program put before them
 
 
 @dataclass
@@ -95,7 +106,7 @@ def open_checkpoint(
         checkpoint.notes[:0] = notes
         return checkpoint
     given = Path(text)
-    status = status_of(given, text)
+    status = _status(given, text)
     limits = limits or Limits()
     if stat.S_ISDIR(status.st_mode):
         checkpoint = _open_directory(given, prefer, limits)
@@ -113,7 +124,13 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
-    numbered = set_of(path.name, [n for n in directory.names() if "/" not in n])
+    beside = [n for n in directory.names() if "/" not in n]
+    refuse_flat(path.name, beside)
+    if SLICES.tells(path.name):
+        fail("wrong-format", f"expected a checkpoint, found {SLICES.what}", file=path.name, hint=SLICES.hint)
+    numbered = set_of(path.name, beside)
+    single = WeightSet(path.name, (path.name,), None, "original")
+    check_finished(numbered or single, beside, file=directory.label)
     if numbered is not None:
         check_complete(numbered, file=directory.label, expected=_checklist(directory))
         checkpoint = _open_set(directory, numbered, directory.path, limits)
@@ -124,36 +141,35 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     if seen.format in ("zip", "tar", "tar.gz"):
         archive = open_archive(seen.archive or seen.data, seen.format, spool_dir=spool_dir)
         return _open_folder(archive, path, prefer, limits)
-    single = WeightSet(path.name, (path.name,), None, "original")
     return _open_set(directory, single, path, limits, seen=seen)
 
 
 def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
+    path, notes = snapshot_of(path)
     directory = Directory(path)
     if (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
-    return _open_folder(directory, path, prefer, limits)
+    checkpoint = _open_folder(directory, path, prefer, limits)
+    checkpoint.notes[:0] = notes
+    return checkpoint
 
 
 def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
     try:
         names = folder.names()
-        ranks = None if prefer == "hf" else _rank_folders(folder)
+        ranks = None if prefer == "hf" else _rank_folders(folder, path)
         if ranks is not None:
             return _open_ranks(folder, ranks, path, limits)
         found = locate(
             names, file=folder.label, prefer=prefer, checklist=lambda within: _checklist(folder, within)
         )
+        if found is None and prefer == "hf" and (ranks := _rank_folders(folder, path)) is not None:
+            return _open_ranks(folder, ranks, path, limits)  # a wish: nothing else is there
         if found is None and INDEX_NAME in names:
             listed = read_index(folder.document(INDEX_NAME).read(INDEX_BYTES), name=INDEX_NAME).files()
             fail_all(Problem("bad-index", f"expected {f}, found no such file", INDEX_NAME) for f in listed)
         if found is None:
-            fail(
-                "wrong-format",
-                "expected weight files (consolidated.*, model*.safetensors, pytorch_model*.bin), found none",
-                file=folder.label,
-                hint="give the path of the weight file itself if it has another name",
-            )
+            refuse(folder.survey(), _around(folder, path))
         within, chosen = found
         return _open_set(folder, chosen, path, limits, within)
     except BaseException:
@@ -161,11 +177,52 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         raise
 
 
-def _rank_folders(folder: Folder) -> RankFolders | None:
+def _status(given: Path, text: str) -> os.stat_result:
+    """What `given` leads to; where nothing is there, with what may have been meant."""
+    try:
+        return status_of(given, text)
+    except CkptToolError as error:
+        if error.kind != "not-found":
+            raise
+        hint = near(given.name, _names(given.parent))
+        if hint is None and HUB_NAME.fullmatch(text):
+            hint = f"{HUB}{text} is the repository of that name on the Hub"
+        raise CkptToolError(*(replace(p, hint=hint) for p in error.problems)) from None
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)[:NEAR]
+    except OSError:
+        return []
+
+
+def _around(folder: Folder, path: Path) -> Around:
+    """How to speak of a folder, and of what is in it and around it."""
+    if not isinstance(folder, Directory):
+        return archived(folder.label)
+    outer = folder.outer()
+    above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
+    own = path.resolve()
+
+    def at(place: str) -> str:
+        """Of a path that starts with the folder's own name, or with nothing where it ends before it."""
+        return str(path / place.removeprefix(own.name).lstrip("/")) if place else str(path.parent)
+
+    return Around(
+        folder.label, own.name, lambda sub: f"--in {path / sub}", at, f"--in {path.parent}" if above else None
+    )
+
+
+def _rank_folders(folder: Folder, path: Path) -> RankFolders | None:
     """Megatron's rank folders in `folder`, unless there are other weights beside them."""
     names = [*folder.names(), *folder.below(may_hold_ranks)]
     if any(is_weights(n) for n in names if "/" not in n):
         return None
+    if not any(is_weights(n.rpartition("/")[2]) for n in names) and any(map(is_of_megatron, names)):
+        around = _around(folder, path)
+        if tells(paths := folder.survey(), around):
+            refuse(paths, around)
 
     def tracker(prefix: str) -> str | None:
         name = prefix + TRACKER
@@ -245,13 +302,18 @@ def _open_set(
         if not problems:
             problems.extend(_across(files, chosen, index))
         fail_all(problems)
+        readings = [] if index is None else list(index.notes(files))
+        own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
     except BaseException:
         for file in files.values():
             file.close()
         raise
     for file in files.values():
         notes.extend(f"{file.name}: {note}" for note in file.notes)
-    return OpenedCheckpoint(path, files, documents, notes, folder)
+    readings += own.readings
+    return OpenedCheckpoint(
+        path, own.files, documents, notes, tuple(readings), tuple(own.left_out), folder=folder
+    )
 
 
 @dataclass(frozen=True)
@@ -323,9 +385,8 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:
-    """The file names that the publisher's checklist.chk (`md5sum -c` format) lists."""
+    """The file names that the publisher's checklist.chk lists; one too large for that is none."""
     name = within + "checklist.chk"
-    if name not in folder.names():
+    if name not in folder.names() or folder.place(name).size > LIST_BYTES:
         return []
-    text = folder.document(name).read(CHECKLIST_BYTES).decode("utf-8", "replace")
-    return re.findall(r"^[0-9a-fA-F]{32}[ \t]+\*?([^\s/\\]+)[ \t]*$", text, re.MULTILINE)
+    return [n for n in listed(folder.document(name).read(LIST_BYTES)) if "/" not in n]

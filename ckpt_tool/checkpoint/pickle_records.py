@@ -76,6 +76,35 @@ class TensorRecord:
         return f"<tensor {self.dtype} {self.shape}>"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a pickle may ask for; beyond it the kind is `pickle-limit`. `string` and `integer_bits` limit what
+    is kept of values, and what names and indices may be."""
+
+    opcodes: int = 5_000_000
+    nesting: int = 200
+    memo: int = 1_000_000
+    string: int = 1 << 20  # bytes of one string or name
+    tensors: int = 1_000_000
+    integer_bits: int = 64
+    memory: int = 176 << 20  # bytes of the pickle and of all objects made from it, estimated
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """One pickle, read. `imports` maps each global to the byte that first names it, `called` lists those that
+    an object was to be made with; `storages` is by key; `end` is the byte after the pickle."""
+
+    value: object
+    imports: dict[Global, int]
+    called: frozenset[Global]
+    storages: dict[str, StorageRef]
+    end: int
+
+
 def describe(value: object) -> str:
     """A few words for a message; never looks inside a container."""
     match value:
@@ -93,6 +122,13 @@ def describe(value: object) -> str:
             return "a storage"
         case _:
             return f"a {type(value).__name__}"
+
+
+def is_flat(value: object) -> bool:
+    """Whether it is a plain value without parts, a record, or a short tuple of these."""
+    flat = value if type(value) is tuple else (value,)
+    known = (str, bytes, int, float, bool, Global, Inert)
+    return len(flat) <= 64 and all(v is None or type(v) in known for v in flat)
 
 
 def children(value: object) -> Iterator[tuple[str, object]]:

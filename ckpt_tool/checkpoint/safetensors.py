@@ -255,36 +255,65 @@ def index_document(weight_map: Mapping[str, str], total_size: int) -> bytes:
 
 @dataclass(frozen=True)
 class WeightIndex:
-    """An index file as read: tensor name to file name, and the tensors' bytes where it says them."""
+    """An index file as read: tensor name to file name, and the tensors' bytes as it says them, unchecked.
+
+    Loaders take from it which files there are and read all that these hold, so a place that has changed since
+    is no reason to refuse; a tensor that is in no file, or in two, is.
+    """
 
     name: str
     weight_map: Mapping[str, str]
-    total_size: int | None
+    total_size: object = None
 
     def files(self) -> list[str]:
         """The files named, each once, in order of first mention."""
         return list(dict.fromkeys(self.weight_map.values()))
 
     def problems(self, files: Mapping[str, TensorFile]) -> Iterator[Problem]:
-        """Where the opened `files` and the index contradict each other."""
+        """Tensors that are not in exactly one of the opened `files`."""
 
-        def bad(message: str, where: str | None = None) -> Problem:
+        def bad(message: str, where: str) -> Problem:
             return Problem("bad-index", message, self.name, where)
 
+        homes = _homes(files)
         for tensor, file in self.weight_map.items():
-            if file in files and tensor not in files[file].tensors:
-                yield bad(f"expected the tensor in {file}, found it missing there", tensor)
-        for file, opened in files.items():
-            for tensor in opened.tensors:
-                listed = self.weight_map.get(tensor)
-                if listed is None:
-                    yield bad(f"expected every tensor to be listed, found one in {file} that is not", tensor)
-                elif listed != file:
-                    yield bad(f"expected the tensor in {listed} only, found it in {file} as well", tensor)
+            if file in files and tensor not in homes:
+                yield bad(f"expected the tensor in {file}, found it in no file", tensor)
+        for tensor, found in homes.items():
+            if len(found) > 1:
+                there = " and ".join(printable(f, 80) for f in found[:4])
+                yield bad(f"expected the tensor in one file, found it in {there}", tensor)
+
+    def notes(self, files: Mapping[str, TensorFile]) -> Iterator[str]:
+        """What the index says otherwise than the opened `files`, in words: nothing that is read depends on
+        it."""
+        homes = _homes(files)
+        unlisted = [t for t in homes if t not in self.weight_map]
+        moved = [t for t, f in homes.items() if self.weight_map.get(t, f[0]) != f[0]]
+        for tensors, what in (
+            (unlisted, "does not list {} that the files hold"),
+            (moved, "lists {} in another file than holds it"),
+        ):
+            if tensors:
+                more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+                yield f"{self.name} {what.format(printable(tensors[0], 80) + more)}: read where it is"
         total = sum(t.nbytes for opened in files.values() for t in opened.tensors.values())
         safetensors_only = all(opened.format == self.name.split(".")[1] for opened in files.values())
-        if self.total_size not in (None, total) and safetensors_only:  # pickles may share storage
-            yield bad(f"expected tensors of {self.total_size} bytes, found {total}", "metadata.total_size")
+        said = self.total_size
+        known = type(said) in (int, float)
+        if said is not None and not (known and (said == total or not safetensors_only)):
+            found = "" if not safetensors_only else f", the tensors have {total}"  # pickles may share storage
+            shown = printable(json.dumps(said, ensure_ascii=False), 40)
+            yield f"{self.name}: metadata.total_size says {shown}{found}: it was not used"
+
+
+def _homes(files: Mapping[str, TensorFile]) -> dict[str, list[str]]:
+    """The files that hold each tensor."""
+    homes: dict[str, list[str]] = {}
+    for file, opened in files.items():
+        for tensor in opened.tensors:
+            homes.setdefault(tensor, []).append(file)
+    return homes
 
 
 def read_index(data: bytes, *, name: str) -> WeightIndex:
@@ -299,13 +328,5 @@ def read_index(data: bytes, *, name: str) -> WeightIndex:
             message = f"expected the plain name of a file in the same folder, found {printable(file)}"
             problems.append(Problem("bad-index", message, name, tensor))
     fail_all(problems)
-    details = index.get("metadata", {})
-    size = details.get("total_size") if isinstance(details, dict) else None
-    if isinstance(size, float) and size.is_integer():
-        size = int(size)  # some writers put it down as 1.4e10
-    if size is not None and not _is_size(size):
-        found = printable(size)
-        fail(
-            "bad-index", f"expected a number of bytes, found {found}", file=name, where="metadata.total_size"
-        )
-    return WeightIndex(name, weight_map, size)
+    details = index.get("metadata")
+    return WeightIndex(name, weight_map, details.get("total_size") if isinstance(details, dict) else None)

@@ -11,37 +11,36 @@ from collections.abc import Collection
 from typing import Literal, NoReturn
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.signs import (
+    DOWNLOAD,
+    RELEASE,
+    TABLE_END,
+    TENSORFLOW,
+    Sign,
+    by_name,
+    by_start,
+    unfinished,
+)
 from ckpt_tool.checkpoint.tar import BLOCK, is_tar_header
 from ckpt_tool.checkpoint.torch_legacy import is_legacy
+from ckpt_tool.checkpoint.weight_sets import is_document
 from ckpt_tool.errors import fail, printable
 
+LINK = "copy it anew with its links followed (cp -L, rsync -L), or download it again"
 Format = Literal["zip", "torch-legacy", "safetensors", "tar", "tar.gz"]
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # protocol 2 and the magic number of torch before 1.6
 GZIP = b"\x1f\x8b"
 
-_MAGICS = (
-    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file it stands for"),
-    (b"# xet version", "a Xet pointer, not the file it stands for"),
-    (b"GGUF", "a GGUF file (llama.cpp)"),
-    (b"lmgg", "a GGML file (llama.cpp)"),
-    (b"tjgg", "a GGML file (llama.cpp)"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
-    (b"\x93NUMPY", "a numpy array (.npy)"),
-    (b"BZh", "a bzip2 archive"),
-    (b"\xfd7zXZ\0", "an xz archive"),
-    (b"\x28\xb5\x2f\xfd", "a zstandard archive"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (b"Rar!", "a RAR archive"),
-    (b"%PDF-", "a PDF document"),
-    (b"\x7fELF", "a program"),
-)
 _HINTS = {
-    "a git-lfs pointer": "run `git lfs pull` where the repository was cloned",
-    "a Xet pointer": "download the file itself, with huggingface_hub or git-xet",
-    "a web page": "the download failed or needs a login; download the file again",
+    "a web page": DOWNLOAD,
     "an empty file": "the download failed; download the file again",
+    "a TorchScript archive": "torch.save(torch.jit.load(FILE).state_dict(), OUT.pt) keeps its weights",
+    "a pickle that is not a torch file": "save the tensors as a dict with torch.save or as safetensors",
+    "a Keras model": f"no family is read from Keras; {RELEASE}",
+    "numpy arrays (.npz)": f"no family is read from .npz; {RELEASE}",
+    "zeros": "the download was not finished; go on with it, or download the file again",
 }
 
 
@@ -51,9 +50,11 @@ def sniff(data: ByteRange) -> Format:
     lowered = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
     if not head:
         _wrong("an empty file", data.name)
-    for magic, looks_like in _MAGICS:
-        if head.startswith(magic):
-            _wrong(looks_like, data.name)
+    if data.size <= 1024 and (link := re.fullmatch(rb"(\.\./)+[\w./-]+\s*", head)):
+        looks_like = f"the text of a link ({printable(link[0].decode().strip(), 60)}), not the file"
+        _wrong(looks_like, data.name, LINK)
+    if (sign := by_start(head)) is not None:
+        _wrong(sign.what, data.name, _filled(sign, data))
     if lowered.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error")):
         _wrong("a web page", data.name)
     if head.startswith(ZIP):
@@ -69,10 +70,15 @@ def sniff(data: ByteRange) -> Format:
     known = (*ZIP, LEGACY, GZIP)
     if len(head) < len(LEGACY) and any(magic.startswith(head) for magic in known):
         fail("truncated", f"expected a whole file, found its first {data.size} bytes", file=data.name)
+    if data.size > 48 and data.read(data.size - len(TABLE_END), len(TABLE_END)) == TABLE_END:
+        _wrong(TENSORFLOW.what, data.name, TENSORFLOW.hint)
     named = _by_name(data.name)
     if named is not None:
         return named  # the reader of that format says what is wrong with it
-    _wrong(_looks_like(head), data.name)
+    if (sign := by_name(data.name)) is not None:
+        _wrong(sign.what, data.name, _filled(sign, data))
+    found = _looks_like(head)
+    _wrong(found, data.name, _onward(found, data))
 
 
 def _by_name(name: str) -> Format | None:
@@ -113,6 +119,20 @@ def check_zip_names(names: Collection[str], name: str) -> bool:
     return False
 
 
-def _wrong(looks_like: str, name: str) -> NoReturn:
-    hint = next((h for what, h in _HINTS.items() if looks_like.startswith(what)), None)
+def _filled(sign: Sign, data: ByteRange) -> str:
+    return sign.hint.format(at=data.path.parent)
+
+
+def _onward(found: str, data: ByteRange) -> str | None:
+    """What to do with a document, or a part of an unfinished download, that was given as the weights."""
+    name = data.name.rpartition("/")[2]
+    if unfinished(name) is not None:
+        return "the download was not finished; go on with it, then run this again"
+    if found.startswith(("a JSON text", "text")) or is_document(name):
+        return f"give the folder of the weights: --in {data.path.parent}"
+    return None
+
+
+def _wrong(looks_like: str, name: str, hint: str | None = None) -> NoReturn:
+    hint = hint or next((h for what, h in _HINTS.items() if looks_like.startswith(what)), None)
     fail("wrong-format", f"expected a checkpoint, found {looks_like}", file=name, hint=hint)

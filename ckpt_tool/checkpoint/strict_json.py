@@ -19,6 +19,9 @@ from ckpt_tool.errors import fail, printable
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
+# Digits of an integer that is only passed on (transformers writes 10^30 for "no limit"): less than 10^300, so
+# that it is still finite as a float. What a rule reads as a count has a range of its own.
+MAX_DIGITS = 300
 MAX_HELD = 128 << 20  # bytes that the values of one file may take once parsed, by the estimate below
 
 # Upper estimates for CPython: what comes with each mark outside strings. A value in a list: its slot and the
@@ -57,8 +60,9 @@ class _Reader:
         max_depth: int,
         surrogates: bool = False,
         held: bool = True,
+        wide: bool = False,
     ) -> None:
-        self.file, self.kind, self.held = file, kind, held
+        self.file, self.kind, self.held, self.wide = file, kind, held, wide
         if len(data) > max_bytes:
             self.refuse(f"expected at most {max_bytes} bytes of JSON, found {len(data)}")
         if not data.strip(b" \t\r\n"):
@@ -91,8 +95,11 @@ class _Reader:
         return self._fault(f"expected a number, found {text}, which JSON does not have")
 
     def _integer(self, text: str) -> int | _Fault:
+        if self.wide and len(text.lstrip("-")) <= MAX_DIGITS:
+            return int(text)
         if len(text) > 20 or abs(number := int(text)) > MAX_INTEGER:
-            return self._fault(f"expected an integer below 2^63, found {printable(text, 40)}")
+            most = f"of at most {MAX_DIGITS} digits" if self.wide else "below 2^63"
+            return self._fault(f"expected an integer {most}, found {printable(text, 40)}")
         return number
 
     def _float(self, text: str) -> float | _Fault:
@@ -259,27 +266,29 @@ def members(
     max_depth: int = MAX_DEPTH,
     surrogates: bool = False,
     held: bool = True,
+    wide: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """The members of the JSON object in `data`, one at a time, so that a large one is never held twice.
 
     A key that comes twice is yielded twice; with `surrogates`, lone surrogates are left in the text. Without
-    `held` the caller keeps little of each member, and the limit on memory is for each and not for all.
+    `held` the caller keeps little of each member, and the limit on memory is for each and not for all. With
+    `wide`, integers may have up to `MAX_DIGITS` digits.
     """
-    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held).members()
+    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held, wide).members()
 
 
 def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:
-    """The JSON value in `data`, of any type."""
-    reader = _Reader(data, file, kind, MAX_BYTES, MAX_DEPTH)
+    """The JSON value in `data`, of any type; integers up to `MAX_DIGITS` digits as they are."""
+    reader = _Reader(data, file, kind, MAX_BYTES, MAX_DEPTH, wide=True)
     value, end = reader.value(reader.skip(0))
     reader.end(end)
     return value
 
 
 def parse_object(data: bytes, *, file: str, kind: str = "bad-config") -> dict[str, Any]:
-    """The JSON object in `data`; anything else is refused."""
+    """The JSON object in `data`, integers as in `parse`; anything else is refused."""
     found: dict[str, Any] = {}
-    for key, value in members(data, file=file, kind=kind):
+    for key, value in members(data, file=file, kind=kind, wide=True):
         if key in found:
             fail(kind, "expected each key once, found it twice in one object", file=file, where=key)
         found[key] = value

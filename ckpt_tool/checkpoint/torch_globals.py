@@ -22,6 +22,7 @@ class Reader(Protocol):
     """What a meaning needs of the stack machine."""
 
     storages: dict[str, StorageRef]
+    called: set[Global]
 
     @property
     def at(self) -> int: ...
@@ -252,11 +253,15 @@ def _buffer(reader: Reader, function: Global, args: Args) -> object:
     return Inert(function, args, reader.at)
 
 
-def _member(reader: Reader, function: Global, args: Args) -> object:
-    """`getattr(Class, "NAME")`, as Python 3.11.0 to 3.11.3 wrote enum members."""
+def enum_member(reader: Reader, function: Global, args: Args) -> object:
+    """`getattr(Class, "NAME")`, as Python 3.11.0 to 3.11.3 wrote enum members, and the function with which
+    time zones are made again. Any other counts as called."""
     match args:
+        case (Global("zoneinfo", "ZoneInfo"), "_unpickle"):
+            return Global("zoneinfo", "ZoneInfo._unpickle")
         case (Global() as owner, str() as name) if standing(owner) == "foreign" and not name.startswith("_"):
             return Inert(owner, (name,), reader.at)
+    reader.called.add(function)
     return Inert(function, args, reader.at)
 
 
@@ -291,7 +296,7 @@ MEANINGS: dict[tuple[str, str], Meaning] = {
     ("collections", "OrderedDict"): _mapping,
     ("collections", "defaultdict"): _mapping,
     **{(b, n): _bytes for b in _BUILTINS for n in ("bytes", "bytearray")},
-    **{(b, "getattr"): _member for b in _BUILTINS},
+    **{(b, "getattr"): enum_member for b in _BUILTINS},
     **{(b, "dict"): _mapping for b in _BUILTINS},
     ("copyreg", "_reconstructor"): _reconstructed,
     ("copy_reg", "_reconstructor"): _reconstructed,
@@ -310,12 +315,32 @@ MEANINGS: dict[tuple[str, str], Meaning] = {
 # Plain data of Python and numpy: kept as inert records.
 _DATA = {
     "argparse": {"Namespace"},
-    "types": {"SimpleNamespace"},
-    "collections": {"OrderedDict", "defaultdict", "Counter", "deque"},
+    "types": {"SimpleNamespace", "GenericAlias"},
+    "collections": {
+        *("OrderedDict", "defaultdict", "Counter", "deque", "ChainMap", "UserDict", "UserList", "UserString")
+    },
     "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
+    "zoneinfo": {"ZoneInfo", "ZoneInfo._unpickle"},
+    "time": {"struct_time"},
     "decimal": {"Decimal"},
-    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"},
-    "uuid": {"UUID"},
+    "fractions": {"Fraction"},
+    "random": {"Random"},
+    "array": {"array", "_array_reconstructor"},
+    "itertools": {"chain", "count", "cycle", "islice", "repeat"},
+    "re": {"_compile"},
+    "logging": {"getLogger"},
+    **{
+        module: {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"}
+        for module in ("pathlib", "pathlib._local")  # where Python 3.13 has them
+    },
+    "uuid": {"UUID", "SafeUUID"},
+    # The types that fields of saved settings are said to have: omegaconf's typing.Any, int | None, list[int].
+    "typing": {
+        *("Any", "Callable", "Dict", "FrozenSet", "Generic", "Iterable", "List", "Literal", "Mapping"),
+        *("Optional", "Sequence", "Set", "Tuple", "Type", "TypeVar", "Union"),
+    },
+    **{module: {"getitem", "or_"} for module in ("operator", "_operator")},
+    **{module: {"partial", "reduce"} for module in ("functools", "_functools")},
     "io": {"BytesIO"},
     "_io": {"BytesIO"},
     "_codecs": {"encode"},
@@ -325,10 +350,12 @@ _DATA = {
         module: {
             *("object", "set", "frozenset", "list", "dict", "tuple", "bytes", "bytearray", "complex"),
             *("bool", "int", "float", "str", "slice", "range", "long", "unicode", "NoneType"),
+            *("xrange", "type", "reduce", "Ellipsis", "NotImplemented"),  # as protocol 2 calls them
         }
         for module in _BUILTINS
     },
     "torch": {"device", "Generator"},
+    "torch.torch_version": {"TorchVersion"},
     "torch.serialization": {"_get_layout"},
     **{
         package: {"ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"}
@@ -337,8 +364,15 @@ _DATA = {
             *("numpy.core.numeric", "numpy._core.numeric"),
         )
     },
+    "numpy.ma.core": {"_mareconstruct"},
+    "numpy.random": {"__RandomState_ctor"},  # before 1.17
     "numpy.random._pickle": {"__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor"},
+    "numpy.random.bit_generator": {
+        *("__pyx_unpickle_SeedSequence", "__pyx_unpickle_SeedlessSeedSequence", "SeedlessSequence"),
+    },
 }
+# Classes of training that are saved whole.
+_CLASSES = ("torch.optim.", "torch.amp.", "torch.cuda.amp.")
 
 # Parts of Python that the running version no longer has, or had under another name.
 _OLD_PYTHON = {
@@ -361,8 +395,10 @@ def standing(name: Global, *, called: bool = False) -> str:
         return "known"
     meaning = MEANINGS.get((name.module, name.name))
     root = name.module.partition(".")[0]
+    if name.module.startswith(_CLASSES) and name.name[:1].isupper():
+        return "known"
     if root in ("torch", "numpy"):
         return "known" if not called or meaning not in (None, _buffer) else "refused"
-    if meaning is not None and meaning is not _member:
-        return "known"
+    if meaning is not None:
+        return "known" if meaning is not enum_member or not called else "refused"
     return "refused" if root in sys.stdlib_module_names or root in _OLD_PYTHON else "foreign"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
-from ckpt_tool.checkpoint.pickle_records import StorageRef
+from ckpt_tool.checkpoint.pickle_records import Limits, Pickled, StorageRef
 from ckpt_tool.checkpoint.torch_file import TorchFile, storage_bytes
 from ckpt_tool.checkpoint.torch_state import State, read_state, unsafe_problems
-from ckpt_tool.checkpoint.unpickle import Cut, Limits, Machine, Pickled
+from ckpt_tool.checkpoint.unpickle import Cut, Machine
 from ckpt_tool.errors import CkptToolError, Problem, fail
 
 MAGIC = 0x1950A86A20F9469CFC6C

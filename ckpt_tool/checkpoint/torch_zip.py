@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, Record
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
-from ckpt_tool.checkpoint.pickle_records import StorageRef
+from ckpt_tool.checkpoint.pickle_records import Pickled, StorageRef
 from ckpt_tool.checkpoint.torch_file import TorchFile, storage_bytes
 from ckpt_tool.checkpoint.torch_state import State, read_state, unsafe_problems
-from ckpt_tool.checkpoint.unpickle import Machine, Pickled, scan_imports
+from ckpt_tool.checkpoint.unpickle import Machine, scan_imports
 from ckpt_tool.checkpoint.zip_reader import Member, ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
@@ -27,6 +27,7 @@ class TorchZipFile(TorchFile):
 
     def __init__(self, archive: ZipArchive, root: str, state: State, members: Mapping[str, Member]) -> None:
         super().__init__(archive.source, state)
+        self.notes = (*archive.notes, *self.notes)
         self.root = root
         self._archive = archive
         self._members = members

@@ -5,7 +5,9 @@ object a record of what would have been called (pickle_records.py), and torch's 
 tensor records (torch_globals.py says which global means what). Python's own `pickle` module is not involved.
 
 The memory used is bounded by what the file's bytes can hold and by `Limits.memory`; no number in the file
-makes an allocation. Opcodes and their arguments: Python's Lib/pickletools.py, 3.11.
+makes an allocation. Values that no model needs are passed over: an integer wider than `Limits.integer_bits`,
+text or bytes longer than `Limits.string`. Of them there is a record without content. Opcodes and their
+arguments: Python's Lib/pickletools.py, 3.11.
 """
 
 from __future__ import annotations
@@ -15,44 +17,25 @@ import re
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import NoReturn
 
-from ckpt_tool.checkpoint.pickle_records import Global, Inert, StorageRef, TensorRecord, describe
-from ckpt_tool.checkpoint.torch_globals import MEANINGS, storage
+from ckpt_tool.checkpoint.pickle_records import (
+    LIMITS,
+    Global,
+    Inert,
+    Limits,
+    Pickled,
+    StorageRef,
+    TensorRecord,
+    describe,
+    is_flat,
+)
+from ckpt_tool.checkpoint.torch_globals import MEANINGS, enum_member, storage
 from ckpt_tool.errors import CkptToolError, fail
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a pickle may ask for; beyond it the kind is `pickle-limit`."""
-
-    opcodes: int = 5_000_000
-    nesting: int = 200
-    memo: int = 1_000_000
-    string: int = 1 << 20  # bytes of one string, number or name
-    tensors: int = 1_000_000
-    integer_bits: int = 64
-    memory: int = 176 << 20  # bytes of the pickle and of all objects made from it, estimated
-
-
-LIMITS = Limits()
 
 
 class Cut(Exception):
     """The data ended before the pickle did, and the caller has more of it."""
-
-
-@dataclass(frozen=True)
-class Pickled:
-    """One pickle, read. `imports` maps each global to the byte that first names it, `called` lists those that
-    an object was to be made with; `storages` is by key; `end` is the byte after the pickle."""
-
-    value: object
-    imports: dict[Global, int]
-    called: frozenset[Global]
-    storages: dict[str, StorageRef]
-    end: int
 
 
 def read_pickle(
@@ -176,15 +159,32 @@ class Machine:
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
-    def counted(self, width: int) -> bytes:
-        """Bytes after a length of `width` bytes."""
+    def counted(self, width: int, read: Callable[[bytes], object]) -> object:
+        """What `read` makes of the bytes after a length of `width` bytes."""
         size = self.number(width)
         if size > self.limits.string:
-            self.fault(
-                "pickle-limit", f"expected at most {self.limits.string} bytes in one value, found {size}"
-            )
+            if size > len(self.data) - self.pos:
+                self.cut(f"{size} bytes")
+            self.pos += size
+            return self.passed_over("bytes")
         self.spend(size)
-        return self.take(size)
+        return read(self.take(size))
+
+    def passed_over(self, kind: str) -> Inert:
+        """A record of a value of which nothing is kept."""
+        self.spend(200)
+        return Inert(Global("builtins", kind), (), self.at)
+
+    def value_line(self, read: Callable[[bytes], object]) -> object:
+        """What `read` makes of the rest of the line."""
+        end = self.data.find(b"\n", self.pos)
+        if end < 0:
+            self.cut("the end of a line")
+        start, self.pos = self.pos, end + 1
+        if end - start > self.limits.string:
+            return self.passed_over("str")
+        self.spend(4 * (end - start))
+        return read(self.data[start:end])
 
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.pos, self.pos + self.limits.string + 1)
@@ -207,11 +207,15 @@ class Machine:
             self.spend(4 * len(text))
         return text
 
-    def bounded(self, value: int) -> int:
+    def integer(self, raw: bytes) -> int | Inert:
+        """The integer of these little-endian bytes."""
+        if len(raw) > 256:  # to read a long one takes time
+            return self.passed_over("int")
+        return self.bounded(int.from_bytes(raw, "little", signed=True))
+
+    def bounded(self, value: int) -> int | Inert:
         bits = self.limits.integer_bits
-        if not -(1 << (bits - 1)) <= value < 1 << bits:
-            self.fault("pickle-limit", f"expected integers of {bits} bits, found one of {value.bit_length()}")
-        return value
+        return value if -(1 << (bits - 1)) <= value < 1 << bits else self.passed_over("int")
 
     # The stack
 
@@ -241,8 +245,7 @@ class Machine:
         self.spend(64 * len(flat))
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if type(key) is not str and type(key) is not int and type(key) is not bytes:
-                found = describe(key)
-                self.fault("unsafe-pickle", f"expected a dict key of type str, int or bytes, found {found}")
+                key = self.odd_key(key)
             if type(target) is dict:
                 if key in target:
                     self.duplicate(key, target[key], value)
@@ -252,6 +255,14 @@ class Machine:
                 target.items.append((key, value))
             else:
                 self.fault("bad-pickle", f"expected a dict to put items in, found {describe(target)}")
+
+    def odd_key(self, key: object) -> Inert:
+        """A key that is no name: a record that is equal to itself only, so that no key of the file's making
+        is ever hashed by its content."""
+        if not is_flat(key):
+            self.fault("unsafe-pickle", f"expected a dict key of plain values, found {describe(key)}")
+        self.spend(200)
+        return key if type(key) is Inert else Inert(Global("builtins", "object"), (key,), self.at)
 
     def duplicate(self, key: object, first: object, second: object) -> NoReturn:
         places = [v.at if isinstance(v, TensorRecord | Inert) else None for v in (first, second)]
@@ -301,9 +312,10 @@ class Machine:
             )
         if type(args) is not tuple:
             self.fault("bad-pickle", f"expected a tuple of arguments, found {describe(args)}")
-        self.called.add(function)
-        self.spend(64 + 8 * len(args))  # the length too, as the same tuple may be passed many times
         meaning = MEANINGS.get((function.module, function.name))
+        if meaning is not enum_member:  # which says for itself when it stands for a call
+            self.called.add(function)
+        self.spend(64 + 8 * len(args))  # the length too, as the same tuple may be passed many times
         if meaning is None:
             self.spend(96)
             return Inert(function, args, self.at)
@@ -376,13 +388,10 @@ class Machine:
         self.push(self.number(2), 48)
 
     def op_long1(self) -> None:
-        self.push(self.bounded(int.from_bytes(self.counted(1), "little", signed=True)), 48)
+        self.push(self.counted(1, self.integer), 48)
 
     def op_long4(self) -> None:
-        raw = self.counted(4)
-        if len(raw) > 256:  # converting a long one costs time before `bounded` sees it
-            self.fault("pickle-limit", f"expected integers of 64 bits, found one of {8 * len(raw)}")
-        self.push(self.bounded(int.from_bytes(raw, "little", signed=True)), 48)
+        self.push(self.counted(4, self.integer), 48)
 
     def op_int(self) -> None:
         raw = self.line()
@@ -394,10 +403,17 @@ class Machine:
     def op_long(self) -> None:
         self.push(self.decimal(self.line().removesuffix(b"L")), 48)
 
-    def decimal(self, raw: bytes) -> int:
+    def decimal(self, raw: bytes) -> int | Inert:
         if not _DECIMAL.fullmatch(raw):
-            self.fault("bad-pickle", f"expected a decimal integer of 64 bits, found {raw[:40]!r}")
-        return self.bounded(int(raw))
+            self.fault("bad-pickle", f"expected a decimal integer, found {raw[:40]!r}")
+        return self.bounded(int(raw)) if len(raw) <= 80 else self.passed_over("int")
+
+    def index(self) -> int:
+        """The number of a memo entry."""
+        found = self.decimal(self.line())
+        if type(found) is not int:
+            self.fault("pickle-limit", "expected the number of a memo entry, found one of more than 64 bits")
+        return found
 
     def op_float(self) -> None:
         raw = self.line()
@@ -409,20 +425,21 @@ class Machine:
         self.push(struct.unpack(">d", self.take(8))[0], 48)
 
     def op_string(self) -> None:
-        raw = self.line()
+        self.push(self.value_line(self.quoted), 80)
+
+    def quoted(self, raw: bytes) -> str | bytes:
         if len(raw) < 2 or raw[:1] not in (b"'", b'"') or raw[-1:] != raw[:1]:
             self.fault("bad-pickle", f"expected a quoted string, found {raw[:40]!r}")
         try:
-            plain = codecs.escape_decode(raw[1:-1])[0]
+            return self.old_string(codecs.escape_decode(raw[1:-1])[0])
         except ValueError:
             self.fault("bad-pickle", f"expected a string with whole escapes, found {raw[:40]!r}")
-        self.push(self.old_string(plain), 80 + len(raw))
 
     def op_short_binstring(self) -> None:
-        self.push(self.old_string(self.counted(1)), 80)
+        self.push(self.counted(1, self.old_string), 80)
 
     def op_binstring(self) -> None:
-        self.push(self.old_string(self.counted(4)), 80)
+        self.push(self.counted(4, self.old_string), 80)
 
     def old_string(self, raw: bytes) -> str | bytes:
         """A Python 2 str: text where it is UTF-8, as torch reads it, else bytes."""
@@ -435,29 +452,31 @@ class Machine:
         return text
 
     def op_unicode(self) -> None:
-        raw = self.line()
+        self.push(self.value_line(self.escaped), 80)
+
+    def escaped(self, raw: bytes) -> str:
         try:
-            self.push(raw.decode("raw-unicode-escape"), 80 + 4 * len(raw))
+            return raw.decode("raw-unicode-escape")
         except UnicodeDecodeError:
             self.fault("bad-pickle", f"expected text with whole escapes, found {raw[:40]!r}")
 
     def op_short_binunicode(self) -> None:
-        self.push(self.text(self.counted(1)), 80)
+        self.push(self.counted(1, self.text), 80)
 
     def op_binunicode(self) -> None:
-        self.push(self.text(self.counted(4)), 80)
+        self.push(self.counted(4, self.text), 80)
 
     def op_binunicode8(self) -> None:
-        self.push(self.text(self.counted(8)), 80)
+        self.push(self.counted(8, self.text), 80)
 
     def op_short_binbytes(self) -> None:
-        self.push(self.counted(1), 48)
+        self.push(self.counted(1, bytes), 48)
 
     def op_binbytes(self) -> None:
-        self.push(self.counted(4), 48)
+        self.push(self.counted(4, bytes), 48)
 
     def op_binbytes8(self) -> None:
-        self.push(self.counted(8), 48)
+        self.push(self.counted(8, bytes), 48)
 
     def op_empty_list(self) -> None:
         self.push([], 72)
@@ -524,7 +543,7 @@ class Machine:
         self.set_items(self.stack[-1], flat)
 
     def op_get(self) -> None:
-        self.recall(self.decimal(self.line()))
+        self.recall(self.index())
 
     def op_binget(self) -> None:
         self.recall(self.take(1)[0])
@@ -533,7 +552,7 @@ class Machine:
         self.recall(self.number(4))
 
     def op_put(self) -> None:
-        self.remember(self.decimal(self.line()))
+        self.remember(self.index())
 
     def op_binput(self) -> None:
         self.remember(self.take(1)[0])
@@ -591,7 +610,7 @@ class Machine:
             for part in state if type(state) is tuple else (state,):
                 self.spend(16 * len(part) if type(part) is dict else 16)
                 for name in part if type(part) is dict else ():
-                    if type(name) is str and name.startswith("__") and name.endswith("__"):
+                    if type(name) is str and name.startswith("__") and not _STATE.fullmatch(name):
                         self.fault(
                             "unsafe-pickle", f"expected plain attributes of an object, found `{name[:80]}`"
                         )
@@ -600,7 +619,11 @@ class Machine:
             self.fault("unsafe-pickle", f"expected an object to give a state, found {describe(target)}")
 
 
-_DECIMAL = re.compile(rb"[+-]?[0-9]{1,24}")
+_DECIMAL = re.compile(rb"[+-]?[0-9]+")
+# Attributes of any name, and those in which pydantic and typing keep what they know of an object's fields.
+_STATE = re.compile(
+    r"__.*(?<!__)|__(dict|fields_set|private_attribute_values|orig_class|pydantic_\w+)__", re.S
+)
 _FLOAT = re.compile(rb"[+-]?([0-9]{1,20}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?|[+-]?(inf|nan)")
 
 # Opcode byte -> its name in pickletools and what it does here. Those marked `op_unsupported` are legal

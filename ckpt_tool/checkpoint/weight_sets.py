@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME
+from ckpt_tool.checkpoint.signs import unfinished
 from ckpt_tool.errors import Problem, fail, fail_all
 
 Prefer = Literal["original", "hf"]
@@ -50,45 +51,47 @@ TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.tx
 
 @dataclass(frozen=True)
 class _Pattern:
-    """One way of naming a set of weight files; the groups are its number and, if told, how many there are."""
+    """One way of naming a set of weight files; the groups are its number and, if told, how many there are.
+    Files of one set differ in these only."""
 
-    label: str
     regex: re.Pattern[str]
     first: int  # the lowest shard number
     origin: Prefer
     index: str | None = None
 
 
-def _pattern(label: str, regex: str, first: int, origin: Prefer, index: str | None = None) -> _Pattern:
-    return _Pattern(label, re.compile(regex, re.ASCII), first, origin, index)
+def _pattern(regex: str, first: int, origin: Prefer, index: str | None = None) -> _Pattern:
+    return _Pattern(re.compile(regex, re.ASCII), first, origin, index)
 
 
+# metaseq calls a part after the run that saved it, and after its shard, of which a joined part has one:
+# reshard-model_part-0.pt, checkpoint_last-model_part-0-shard0.pt, and of OPT-IML
+# checkpoint_1_4000.pt-model_part-0.pt. Source: metaseq's scripts/reshard_fsdp.py, and its issue 567.
+_METASEQ = r"(?:reshard|consolidated|checkpoint_\w{1,40})(?:\.pt)?"
+_FLAT = re.compile(rf"(?P<run>{_METASEQ}(?:-model_part-\d{{1,4}})?)-shard(?P<shard>\d{{1,5}})\.pt", re.ASCII)
 _PATTERNS = (
-    _pattern("consolidated.*.pth", r"consolidated\.(?P<number>\d{1,4})\.pth", 0, "original"),
-    _pattern("consolidated.*.pt", r"consolidated\.(?P<number>\d{1,4})\.pt", 0, "original"),
-    _pattern("consolidated.safetensors", r"consolidated\.safetensors", 0, "original"),
+    _pattern(r"consolidated\.(?P<number>\d{1,4})\.pth", 0, "original"),
+    _pattern(r"consolidated\.(?P<number>\d{1,4})\.pt", 0, "original"),
+    _pattern(r"consolidated\.(pth|pt)", 0, "original"),
+    _pattern(r"consolidated\.safetensors", 0, "original"),
     _pattern(
-        "consolidated-*-of-*.safetensors",
         r"consolidated-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
         1,
         "original",
         "consolidated.safetensors.index.json",
     ),
-    _pattern("model_optim_rng.pt", r"model(_optim)?_rng\.pt", 0, "original"),
-    _pattern("reshard-model_part-*.pt", r"reshard-model_part-(?P<number>\d{1,4})\.pt", 0, "original"),
-    _pattern("reshard.pt", r"reshard\.pt", 0, "original"),
-    _pattern("restored.pt", r"restored\.pt", 0, "original"),
-    _pattern("model.safetensors", r"model\.safetensors", 0, "hf"),
+    _pattern(r"model(_optim)?_rng\.pt", 0, "original"),
+    _pattern(rf"{_METASEQ}-model_part-(?P<number>\d{{1,4}})(?:-shard0)?\.pt", 0, "original"),
+    _pattern(rf"reshard\.pt|restored\.pt|{_METASEQ}-shard0\.pt", 0, "original"),
+    _pattern(r"model\.safetensors", 0, "hf"),
     _pattern(
-        "model-*-of-*.safetensors",
         r"model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
         1,
         "hf",
         INDEX_NAME,
     ),
-    _pattern("pytorch_model.bin", r"pytorch_model\.bin", 0, "hf"),
+    _pattern(r"pytorch_model\.bin", 0, "hf"),
     _pattern(
-        "pytorch_model-*-of-*.bin",
         r"pytorch_model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.bin",
         1,
         "hf",
@@ -143,11 +146,36 @@ def find_sets(names: Collection[str]) -> list[WeightSet]:
     sets = []
     for pattern in _PATTERNS:
         matches = [m for name in names if (m := pattern.regex.fullmatch(name))]
-        if matches:
-            matches.sort(key=lambda m: (int(m.groupdict().get("number") or 0), m[0]))
-            index = pattern.index if pattern.index in names else None
-            sets.append(WeightSet(pattern.label, tuple(m[0] for m in matches), index, pattern.origin))
+        matches.sort(key=lambda m: (int(m.groupdict().get("number") or 0), m[0]))
+        alike: dict[str, list[str]] = {}
+        for m in matches:
+            alike.setdefault(_label(m), []).append(m[0])
+        index = pattern.index if pattern.index in names else None
+        sets += [WeightSet(label, tuple(files), index, pattern.origin) for label, files in alike.items()]
     return sets
+
+
+def _label(match: re.Match[str]) -> str:
+    """The name with `*` for its numbers: `consolidated.*.pth`."""
+    text = match[0]
+    spans = [match.span(group) for group in ("number", "count") if group in match.re.groupindex]
+    for start, end in reversed(spans):
+        text = f"{text[:start]}*{text[end:]}"
+    return text
+
+
+def refuse_flat(chosen: str, names: Collection[str]) -> None:
+    """Fail with `unsupported` where the file `chosen` is a shard of flat parameters as metaseq's training
+    saves them (those of OPT-175B): its number, or others of the same part among `names`, tell."""
+    own = _FLAT.fullmatch(chosen)
+    others = [m for n in names if own and (m := _FLAT.fullmatch(n)) and m["run"] == own["run"]]
+    if own is not None and (int(own["shard"]) or any(int(m["shard"]) for m in others)):
+        fail(
+            "unsupported",
+            f"expected joined parts, found FSDP shards of metaseq ({max(len(others), 1)} of {own['run']})",
+            file=chosen,
+            hint="metaseq's scripts/reshard_fsdp.py with --unflatten-weights True joins those of each part",
+        )
 
 
 def choose(
@@ -178,6 +206,10 @@ def choose(
     if not candidates:
         return None
     chosen_set = candidates[0]
+    refuse_flat(chosen_set.files[0], names)
+    check_finished(chosen_set, names, file=file)
+    if "adapter_config.json" in names:
+        notes.append("the adapter beside the weights (adapter_config.json) was left aside, not merged")
     check_complete(chosen_set, file=file, expected=expected)
     return replace(chosen_set, notes=tuple(notes))
 
@@ -225,11 +257,24 @@ def _ambiguous(sets: list[WeightSet], file: str) -> None:
     )
 
 
+def check_finished(found: WeightSet, names: Collection[str], *, file: str) -> None:
+    """Fail with `truncated` where a file beside the weights says that a download of one of them was not
+    finished. aria2 makes a file in its full size at once, and keeps its own beside until all is there; other
+    programs give the file another name."""
+    for name in names:
+        whole = unfinished(name)
+        if whole is None or (whole in names and not name.endswith(".aria2")):
+            continue
+        if whole in found.files or any(s.label == found.label for s in find_sets([whole])):
+            message = f"expected all of {whole}, found {name}, of a download that was not finished"
+            fail("truncated", message, file=file, hint=f"finish the download, or remove {name} if it is")
+
+
 def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ()) -> None:
     """Fail with `missing-shard` (which numbers) or `ambiguous-input` unless each shard is there once."""
     if not found.numbered:
         return
-    pattern = next(p for p in _PATTERNS if p.label == found.label)
+    pattern = next(p for p in _PATTERNS if p.regex.fullmatch(found.files[0]))
     matches = [m for name in found.files if (m := pattern.regex.fullmatch(name))]
     listed = [m for name in expected if (m := pattern.regex.fullmatch(name))]
     numbers = [int(m["number"]) for m in matches]

@@ -90,6 +90,7 @@ class ZipArchive:
     def __init__(self, source: ByteRange) -> None:
         self.source = source
         self.name = source.name
+        self.notes: tuple[str, ...] = ()  # what was read otherwise than it stands
         if source.head(4) not in (b"PK\x03\x04", b"PK\x05\x06"):
             fail(
                 "wrong-format",
@@ -246,13 +247,13 @@ class ZipArchive:
             name = raw.decode("utf-8" if flags & _UTF8 or raw.isascii() else "cp437")
         except UnicodeDecodeError:
             self._bad(f"expected a member name in UTF-8, found {raw[:80]!r}")
+        if "\\" in name:  # as some writers on Windows part it, against APPNOTE 4.4.17
+            name = name.replace("\\", "/")
+            self.notes = (
+                f"member names such as {printable(raw.decode('cp437'), 80)} were read with / for \\",
+            )
         parts = name.removesuffix("/").split("/")
-        if (
-            any(p in ("", ".", "..") for p in parts)
-            or "\\" in name
-            or _DRIVE.match(name)
-            or not name.isprintable()
-        ):
+        if any(p in ("", ".", "..") for p in parts) or _DRIVE.match(name) or not name.isprintable():
             self._bad("expected a relative member name of visible characters, found another", name)
         return name
 

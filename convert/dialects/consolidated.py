@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import rank_problems
-from ckpt_tool.convert.dialects import params_json
+from ckpt_tool.convert.dialects import params_fields, params_json
 from ckpt_tool.convert.dialects.converted import FREQUENCIES, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
+    TIE,
     Class,
     Entry,
     Field,
@@ -33,7 +34,10 @@ from ckpt_tool.convert.numbers import (
     document,
     free,
     given,
+    head_of,
     only,
+    repeats,
+    turns,
 )
 from ckpt_tool.convert.options import CONTAINER as CONTAINER
 from ckpt_tool.convert.options import POOLING
@@ -42,8 +46,12 @@ from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
+    ADDED,
+    MAP,
     TokenizerResult,
     original_tokenizer_documents,
+    sentencepiece,
+    tiktoken,
     tokenizer_documents,
 )
 from ckpt_tool.convert.vocabularies import MISTRAL_AI as MISTRAL_AI
@@ -150,7 +158,7 @@ class Consolidated:
     forms: Mapping[str, Form]
     params: Sequence[Entry]
     told: Callable[[Seen], tuple[bool, str]]
-    ids: Callable[[Known], tuple[int, int, str]]
+    ids: Callable[[Known], tuple[int | None, int | None, str]]
     options: tuple[Option, ...]
     lacks: tuple[str, tuple[str, ...]] = ("", ())
     words_axis: Callable[[Known], str] = lambda _: "v"
@@ -174,15 +182,16 @@ def family(
     fields: Iterable[Field | Iterable[Field]],
     vocabulary: Vocabulary,
     training: Mapping[str, Any] | None = None,
+    in_memory: Mapping[str, tuple[str, ...]] | None = None,
     **said: Any,
 ) -> Family:
     """The record of a family that is published like this: `said` are the parts of `Consolidated`, `fields`
     those beside the names of the class and what every decoder has; `training` adds to what is for training
-    only, with the defaults of the class."""
+    only, with the defaults of the class; `in_memory` is that of `Family`."""
     name, config = said["name"], said["config"]
     every = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     own = by_name(
-        only("architectures", [said["architecture"]], f"family {name}"),
+        only("architectures", [said["architecture"]], f"family {name}", keys=("architectures",)),
         only("model_type", name, f"family {name}"),
         *fields,
         DTYPE,
@@ -199,6 +208,11 @@ def family(
         options=(POOLING, *d.options),
         vocabulary=vocabulary,
         classes={name: config},
+        in_memory=in_memory or {},
+        tensors=(
+            S.format(i=0) + "attention.wq.weight",
+            *(form.rows[0].source[0].format(i=0, e=0) for form in d.forms.values()),
+        ),
     )
 
 
@@ -367,7 +381,8 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     config = known.values()
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
     facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
-    notes = facts.unused(params_json.RUN_TIME)
+    notes = params_fields.check_unread(facts)
+    params_json.check_there(checkpoint, facts)
     facts.check()
     tokenizer = tokenizer_of(d, known, config)
     config |= token_ids(d, known, tokenizer)
@@ -377,23 +392,26 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     fail_all(_division_problems(config, download.ranks, axis))
     word = form_of(d, download)
     tied = bool(known["tie_word_embeddings"])
-    head = "output.weight" in download.tensors or not tied
+    head = download.keeps("output.weight", options) or not tied
     rows = decoder_rows(d.forms[word].rows, embedding=axis, tied=tied, head=head)
     original = params_json.kept(known, {n: config[n] for n in d.numbers if n in config})
     if d.option is not None:
         original[d.option] = word
     if d.forms[word].ranked and download.ranks > 1:
         original["embedding"] = axis
+    if tied:
+        original["head"] = head
     beside = [OutputDocument(n, c, "the download's tokenizer") for n, c in tokenizer.documents.items()]
     written = Written(
         d.name,
         config,
         [generation_config(config), *beside],
         IGNORED,
-        [*notes, *d.untold(known), *_copies(config, download.ranks), *tokenizer.notes],
+        [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],
         original,
     )
-    return to_hf(table_of(rows, config), download, options, written)
+    untied = "" if d.fields[TIE].fixed else "output.weight"
+    return to_hf(replace(table_of(rows, config), turns=turns(known), head=untied), download, options, written)
 
 
 def form_of(d: Consolidated, download: Source) -> str:
@@ -425,9 +443,20 @@ def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes
     return files_beside_or_asked(
         checkpoint,
         options,
-        lambda name: is_tokenizer(name.rpartition("/")[2]),
+        lambda name: is_tokenizer(name.rpartition("/")[2]) or name in (ADDED, MAP),
         lambda path: {path.name if is_tokenizer(path.name) else "tokenizer.model": path},
     )
+
+
+def tokenizer_kind(known: Known) -> str | None:
+    """What the tokenizer.model beside the weights, or the one asked for, is: "sentencepiece", "tiktoken", or
+    None for none of these."""
+    for data in tokenizer_files(known.source.checkpoint, known.options).values():
+        if sentencepiece.looks_like(data):
+            return "sentencepiece"
+        if tiktoken.looks_like(data):
+            return "tiktoken"
+    return None
 
 
 def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict[str, Value]:
@@ -436,13 +465,23 @@ def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict
     bos, eos, whose = d.ids(known)
     words = known["vocab_size"]
     rules = {
-        n: given(i, whose) if i < words else given(None, f"{i} of {whose} is none of {words} words")
+        n: given(i, whose)
+        if i is None or i < words
+        else given(None, f"{i} of {whose} is none of {words} words")
         for n, i in (("bos_token_id", bos), ("eos_token_id", eos))
     }
     found = {n: known.facts.token_ids(n, rule=tokenizer.facts.get(n, r)) for n, r in rules.items()}
     if "pad_token_id" in known.facts.settings:
         found["pad_token_id"] = known.facts.token_ids("pad_token_id", rule=None)
     return found
+
+
+def no_ids(config: Mapping[str, Value]) -> list[str]:
+    """A note on ids that nothing tells and no rule gives."""
+    unknown = [n for n in ("bos_token_id", "eos_token_id") if config[n].value is None]
+    if not unknown:
+        return []
+    return [f"{' and '.join(unknown)} are null ({config[unknown[0]].source}): --set {unknown[0]}=ID says it"]
 
 
 # --- Hugging Face to original ---------------------------------------------------------------------------
@@ -454,7 +493,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     values = known.values(n for n in d.fields if n in d.config.numbers)
-    facts.check_settings(d.numbers)
+    facts.check_settings(values)
     facts.check()
     form = asked_form(d, options, once)
     files = form.names(options.shards)
@@ -465,7 +504,9 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     same = once.get("ranks") == ranks or known["num_key_value_heads"] >= ranks
     numbers = {n: v for n, v in values.items() if n in d.numbers and not d.fields[n].hidden}
     said, notes = params_json.written(params, once if same else {}, numbers)
-    notes += d.unsaid(known)
+    notes += facts.notes
+    if said.source == "config.json":  # the original's own text says whatever it said
+        notes += d.unsaid(known)
     if form.ranked and once.get("ranks", ranks) != ranks:
         notes.append(f"the original had {once['ranks']} ranks: --shards {once['ranks']} writes as many")
     tokenizers = original_tokenizer_documents(tokenizer_files(checkpoint, options))
@@ -473,10 +514,11 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
         notes.append("no original tokenizer file is there; none was written")
     beside = [OutputDocument(n, c, "the tokenizer in the folder") for n, c in tokenizers.items()]
     kept = {"num_key_value_heads": known["num_key_value_heads"]}
-    tied = bool(known["tie_word_embeddings"]) and "lm_head.weight" not in source.tensors
-    rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=True)
+    tied = bool(known[TIE])
+    head = not tied or bool(once.get("head", "tied_embeddings" not in params))
+    rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=head)
     return to_original(
-        table_of(rows, values),
+        replace(table_of(rows, values), repeats=repeats(known), turns=turns(known), head=head_of(known)),
         source,
         options,
         Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),

@@ -4,12 +4,14 @@ how the original was."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.facts import ROTARY, contradictions
+from ckpt_tool.convert.dialects.config_keys import read_keys
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_problems import misread
+from ckpt_tool.convert.facts_rotary import ROTARY, overlaid
 from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value
@@ -31,8 +33,8 @@ GENERATION = "generation_config.json"
 FREQUENCIES: Mapping[str, str] = {
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "recomputed from rope_theta",
 }
-# Fields that say how a file's tensors were packed.
-PACKED = ("quantization_config", "compression_config")
+# Configs of the parts of a model that reads more than text.
+PARTS = ("text_config", "vision_config", "audio_config")
 
 
 def read_config(
@@ -44,10 +46,13 @@ def read_config(
     own: Class,
 ) -> Facts:
     """config.json of a model of one of `architectures`, as the class `own` reads it, with the user's
-    settings. Fails for another model, for packed weights and for one value said twice and differently;
-    without a `model_type` any is taken."""
+    settings. Fails for another model, for packed weights, for one value said twice and differently, and for
+    what `own` does not read and may change the numbers, unless the user sets it to null; without a
+    `model_type` any is taken."""
     if "config.json" not in checkpoint.documents:
-        fail("missing-file", "expected config.json beside the weights, found none", file=checkpoint.path.name)
+        hint = "put the config.json of the same model there"
+        message = "expected config.json beside the weights, found none"
+        fail("missing-file", message, file=checkpoint.path.name, hint=hint)
     document = checkpoint.json("config.json")
     problems = []
 
@@ -60,24 +65,16 @@ def read_config(
     named = document.get("architectures") or list(architectures[:1])
     if not isinstance(named, list) or len(named) != 1 or named[0] not in architectures:
         refuse("architectures", " or ".join(architectures), json.dumps(named)[:100])
-    for name in PACKED:
+    for name in PARTS:
         if document.get(name) is not None:
-            refuse(name, "plain tensors", "a way of packing them")
+            refuse(name, "the config of a text model alone", "one of a model of several parts")
     fail_all(problems)
-    fail_all(_contradictions(document, settings, own))
+    document, settings, notes = read_keys(document, settings, own)
+    fail_all(misread(overlaid(document, settings), own, settings))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
-    return Facts(document, "config.json", settings, rotary)
-
-
-def _contradictions(
-    document: Mapping[str, Any], settings: Mapping[str, Any], own: Class
-) -> Iterator[Problem]:
-    """Those that change what is computed and that the user has not decided. The dtype is the tensors' own."""
-    for c in contradictions(document, own):
-        said = settings.keys() & {c.name, *own.aliases.get(c.name, ())}
-        if not said and c.name not in ("torch_dtype", "num_labels"):
-            hint = f"--set {c.name}=VALUE says which" if c.name in own.numbers else None
-            yield Problem("bad-config", c.text, "config.json", c.name, hint)
+    facts = Facts(document, "config.json", settings, rotary)
+    facts.notes += notes
+    return facts
 
 
 def kept_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, by_name, count, flag, follows, only, special
 from ckpt_tool.convert.options import Option
-from ckpt_tool.convert.params import SET, UNKNOWN, Facts
+from ckpt_tool.convert.params import UNKNOWN, Facts, renamed
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
@@ -111,13 +111,7 @@ class Megatron:
 
     def settings(self, options: Options) -> dict[str, Any]:
         """Those of the user under the names that every family knows."""
-        found: dict[str, Any] = {}
-        for name, value in options.settings.items():
-            other = self.own_names.get(name, name)
-            if found.setdefault(other, value) != value:
-                message = f"expected one value, found {found[other]!r} and {value!r}"
-                fail("usage", message, file=SET, where=name)
-        return found
+        return renamed(options.settings, self.own_names)
 
 
 def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
@@ -134,6 +128,11 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         vocabulary=vocabulary,
         foretold=tuple(m.foretold),
         classes=m.classes,
+        tensors=(
+            "language_model.encoder.layers.0.self_attention.query_key_value.weight",
+            "language_model.transformer.layers.0.attention.query_key_value.weight",
+            "decoder.layers.0.self_attention.linear_qkv.weight",
+        ),
     )
 
 
@@ -243,7 +242,13 @@ def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None)
     last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
     table = (*m.rows(known, order), *((last,) if output else ()))
     axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
-    return replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
+    made = replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
+    # on the way to Hugging Face: a stage's copy of the embedding is no output layer of its own
+    return made if known.back else replace(made, head=OUTPUT if output != COPY and _may_untie(known) else "")
+
+
+def _may_untie(known: Known) -> bool:
+    return not known.fields[numbers.TIE].fixed
 
 
 # --- opening --------------------------------------------------------------------------------------------
@@ -376,7 +381,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
         _kept(run, known),
         [f for tell in m.foretold.values() for f in tell(known)],
     )
-    output = next((name for name in (COPY, OUTPUT) if name in run.tensors), None)
+    output = next((name for name in (COPY, OUTPUT) if run.keeps(name, options)), None)
     table = _table(m, known, fused_order(run.version, is_core(run.age)), rows.value, output)
     return to_hf(table, run, options, beside)
 
@@ -438,7 +443,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     said = [n for n, f in known.fields.items() if f.told and not f.free]
     known.values(said)
     facts.check()
-    facts.check_settings({n for n in said if not known.fields[n].fixed})
+    facts.check_settings(said)
     facts.check()
     form, words = _form(known), known["vocab_size"]
     documents = {n: d.read(MAX_BYTES) for n, d in checkpoint.documents.items() if n in _VOCABULARY}
@@ -456,7 +461,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
         _args(m, known, form),
         [OutputDocument(n, d, "the tokenizer in the folder") for n, d in vocabulary.items()],
         m.ignored,
-        notes,
+        [*facts.notes, *notes],
         {
             "age": form.age,
             "checkpoint_version": form.version,
@@ -473,7 +478,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
 
 
-_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt")
+_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def _form(known: Known) -> Form:

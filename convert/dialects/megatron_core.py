@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +75,8 @@ SCALING = {
 class Core:
     """A family whose models are trained in this layout. `config` is the class of its config.json, `fields`
     are written there beside those that args say; those called `unsaid` must be empty, since args have no word
-    for them. A vocabulary of one of `published_rows`, padding included, is the published one, whose
-    `end_of_text` begins and ends a text."""
+    for them. A vocabulary of as many rows as `published_rows` has, whatever it is padded to, is the published
+    one, whose `end_of_text` begins and ends a text."""
 
     family: str
     model: str  # as people call it
@@ -85,10 +85,11 @@ class Core:
     config: Class
     fields: tuple[Field, ...] = ()
     unsaid: tuple[str, ...] = ()
-    published_rows: tuple[int, ...] = ()
+    published_rows: Container[int] = ()
     end_of_text: int = 0
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
+    tensors: tuple[str, ...] = ("decoder.layers.0.self_attention.linear_qkv.bias",)
 
     def holds(self, names: Iterable[str]) -> bool:
         return prefix_of(names) is not None
@@ -312,21 +313,22 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     facts.check_settings({*config, *ids, *answered_for(facts, run, GATED)})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
-    tokenizer = published.copied(published.tokenizer_files(checkpoint, options))
+    files = published.tokenizer_files(checkpoint, options)
+    tokenizer = published.copied(files)
     if config["rope_scaling"].value is None:
         del config["rope_scaling"]
-    notes = [*notes_on_precision(run), *left_out]
-    if not tokenizer:
-        notes.append("no tokenizer file is beside the ranks; none was written")
+    notes = [*notes_on_precision(run), *left_out, *published.counted(words, files)]
+    notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
-    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, OUTPUT in run.tensors
+    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, run.keeps(OUTPUT, options)
     kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
     if run.stages > 1:
         kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, kept)
-    return to_hf(rows_of(known, padding, engine=engine, head=head), run, options, written)
+    table = replace(rows_of(known, padding, engine=engine, head=head), head=OUTPUT)
+    return to_hf(table, run, options, written)
 
 
 # --- from Hugging Face ----------------------------------------------------------------------------------
@@ -336,7 +338,9 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
-    known = Known(by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, made=made)
+    known = Known(
+        by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, back=True, made=made
+    )
     form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
     ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
     if any(made[name].value for name in m.unsaid) or not _can_be_said(known):
@@ -356,7 +360,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         m.family,
         _args(m, known, form),
         published.copied(published.tokenizer_files(checkpoint, options)),
-        {"lm_head.weight": "the same as the embedding"} if tied else {},
+        {},
         notes,
         {"form": "mcore", "tensor_parallel": form.ranks},
     )

@@ -172,7 +172,8 @@ def tie(known: Known) -> Value:
 def output_is_there(known: Known, tied: Value) -> Value:
     if not known.back and not tied.value and OUTPUT not in known.source.tensors:
         message = f"expected this tensor ({tied.source}), found none"
-        known.refuse("missing-tensor", message, OUTPUT)
+        hint = "--set tie_word_embeddings=true if the output layer is the embedding"
+        known.refuse("missing-tensor", message, OUTPUT, hint)
     return tied
 
 

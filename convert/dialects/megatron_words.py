@@ -15,7 +15,7 @@ from ckpt_tool.convert.dialects.megatron_ranks import DIVISOR, Run, args_of
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
 from ckpt_tool.convert.numbers import Field, Known, count
 from ckpt_tool.convert.plan import Options, Value
-from ckpt_tool.convert.tokenizers import TokenizerResult, tokenizer_documents
+from ckpt_tool.convert.tokenizers import ADDED, MAP, TokenizerResult, tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 
 LARGEST_RANKS = 64  # over which a vocabulary was padded, when args do not say
@@ -127,4 +127,4 @@ def _with_other_half(path: Path) -> dict[str, Path]:
 
 
 def _is_vocabulary(name: str) -> bool:
-    return vocabulary_kind(name) is not None or is_tokenizer(name)
+    return vocabulary_kind(name) is not None or is_tokenizer(name) or name in (ADDED, MAP)

@@ -21,12 +21,13 @@ from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.metaseq_settings import unread
 from ckpt_tool.convert.dialects.published import tokenizer_files
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, table_of
 from ckpt_tool.convert.options import SHARDS
-from ckpt_tool.convert.params import Facts
+from ckpt_tool.convert.params import Facts, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
@@ -82,6 +83,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         options=(SHARDS,),
         vocabulary=vocabulary,
         classes={d.model_type: d.config},
+        tensors=("decoder.layers.0.self_attn_layer_norm.weight", "decoder.embed_positions.weight"),
     )
 
 
@@ -103,7 +105,6 @@ IGNORED = {
     rf"(.*\.)?{VERSION}": "the version of metaseq's format, 3 in every OPT",
     r"(last_optimizer_state|optimizer_history|extra_state)\..*": "state of the training run",
 }
-IGNORED_HF = {"lm_head.weight": "the same as the embedding"}
 
 # --- the original's files -------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ def _check_ranks(source: Source) -> None:
 
 def plan(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     source = open_original(checkpoint)
-    facts = Facts(source.told, "cfg", options.settings)
+    facts = read_settings(d, source.told, options)
     for key, wanted in d.computed.items():
         found = (facts.document or {}).get(key, wanted)
         if found != wanted:
@@ -214,11 +215,11 @@ def plan(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     config = known.values([n for n in d.fields if n not in d.ids])
     facts.check_settings(d.fields)
     facts.check()
-    lengths = {"padded_vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings"}
+    lengths = ("vocab_size", "max_position_embeddings")
     tokenizer = tokenizer_documents(
         tokenizer_files(checkpoint, options),
         family=d.name,
-        config={k: config[n].value for k, n in lengths.items()},
+        config={n: config[n].value for n in lengths},
     )
     known.told = tokenizer.facts
     config |= known.values(d.ids)
@@ -232,10 +233,28 @@ def plan(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
             *(OutputDocument(n, b, "the download's vocabulary") for n, b in tokenizer.documents.items()),
         ],
         IGNORED,
-        tokenizer.notes,
+        [*facts.notes, *tokenizer.notes],
         kept(source),
     )
     return to_hf(table_of(known, d.rows(form_of(source)), d.axes), source, options, beside)
+
+
+def read_settings(d: Decoder, told: Mapping[str, Any] | None, options: Options) -> Facts:
+    """The settings of the run, but for those that the user sets to null; what nobody reads and may change the
+    numbers is refused by name."""
+    keys = {k for f in d.fields.values() if isinstance(f.keys, tuple) for k in f.keys}
+    found = dict(unread(told or {}, {*keys, *d.settings, *d.computed}))
+    out = {k for k in found if k in options.settings and options.settings[k] is None}
+    left = None if told is None else {k: v for k, v in told.items() if k not in out}
+    facts = Facts(left, "cfg", {k: v for k, v in options.settings.items() if k not in out})
+    facts.notes += [
+        f"cfg: {printable(k)} {shown(found[k])} is left out (--set {k}=null)" for k in sorted(out)
+    ]
+    for key in sorted(found.keys() - out):
+        message = f"expected settings that {d.title} reads or that change nothing, found {shown(found[key])}"
+        hint = f"--set {printable(key)}=null leaves it out, if it changes nothing"
+        facts.refuse("unsupported", message, printable(key), hint)
+    return facts
 
 
 def share_problems(d: Decoder, known: Known, ranks: int) -> list[Problem]:
@@ -276,19 +295,20 @@ def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     )
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     sizes = known.values(d.sizes)
-    known.values(n for n, f in d.fields.items() if f.fixed)
-    facts.check_settings({*sizes, "tie_word_embeddings"})
+    always = known.values(n for n, f in d.fields.items() if f.fixed)
+    facts.check_settings({*sizes, *always})
     facts.check()
     fail_all(share_problems(d, known, options.shards))
     files = part_names(options.shards, once)
     prefix = once.get("prefix", "model.decoder.")
     vocabulary = original_tokenizer_documents(tokenizer_files(checkpoint, options), family=d.name)
+    notes = [] if vocabulary else ["no vocabulary file is there; none was written"]
     beside = Written(
         d.name,
         sizes,
-        [OutputDocument(f"gpt2-{n}", b, "the vocabulary in the folder") for n, b in vocabulary.items()],
-        IGNORED_HF,
-        [] if vocabulary else ["no vocabulary file is there; none was written"],
+        [OutputDocument(_own_name(n), b, "the vocabulary in the folder") for n, b in vocabulary.items()],
+        {},
+        [*facts.notes, *notes],
     )
     made = to_original(
         table_of(known, d.rows(form), d.axes),
@@ -302,6 +322,11 @@ def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     settings = {key: known[name] for key, name in d.settings.items()}
     settings |= {k: v for k, v in d.computed.items() if v}
     return replace(made, outputs=tuple(_as_saved(f, prefix, settings, version) for f in made.outputs))
+
+
+def _own_name(name: str) -> str:
+    """What metaseq calls a file of the vocabulary."""
+    return f"gpt2-{name}" if name in ("vocab.json", "merges.txt") else name
 
 
 def converted_model(checkpoint: Checkpoint) -> Source:

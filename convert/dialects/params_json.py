@@ -19,26 +19,17 @@ from ckpt_tool.convert.numbers import (
     anything,
     count,
     counted,
+    flag,
     given,
+    groups,
     measured,
     number,
 )
-from ckpt_tool.convert.params import SET, Facts
+from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.errors import CkptToolError, Problem
 
 NAME = "params.json"
-# Fields that say how the original's own programs run, not what the model computes, and a number of words that
-# may be left open.
-RUN_TIME = (
-    "max_batch_size",
-    "max_seq_len",
-    "model_type",
-    "ragged_attention",
-    "use_kvcache",
-    "eval_batch_size",
-    "vocab_size",
-)
 # Fields that only one publisher writes.
 OF_META = frozenset(("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"))
 OF_MISTRAL_AI = frozenset(("hidden_dim", "head_dim", "sliding_window", "_sliding_window"))
@@ -64,6 +55,20 @@ def read(checkpoint: Checkpoint, options: Options) -> Facts:
     if kind not in (None, "transformer", *FAMILIES):
         facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
     return facts
+
+
+def asked(known: Known, message: str, where: str, hint: str) -> Value:
+    """What stands for a value that only the user can tell; `hint` says how."""
+    known.refuse("missing-fact", message, where, hint)
+    return UNKNOWN
+
+
+def check_there(checkpoint: Checkpoint, facts: Facts) -> None:
+    """Where questions are left, say first that the file which answers them is not there."""
+    if facts.document is None and facts.problems:
+        message = f"expected {NAME} beside the weights, found none: shapes do not tell what follows"
+        hint = f"put the download's {NAME} there, or give each value by --set"
+        facts.problems.insert(0, Problem("missing-file", message, checkpoint.path.name, hint=hint))
 
 
 # --- sizes ----------------------------------------------------------------------------------------------
@@ -106,8 +111,7 @@ def _groups(known: Known) -> Value:
     facts, rows = known.facts, known.source.size("layers.{i}.attention.wk.weight", 0)
     if facts.document is None and rows is not None:
         return Value(max(1, rows.value // max(1, known["head_dim"])), f"{rows.source}, divided by head_dim")
-    name = "num_key_value_heads" if known.back else "n_kv_heads"
-    return given(known["num_attention_heads"], f"{name} absent from {facts.file}, as many as query heads")
+    return given(known["num_attention_heads"], f"n_kv_heads absent from {facts.file}, as many as query heads")
 
 
 def _copies_counted(known: Known, kv: Value) -> Value:
@@ -121,22 +125,57 @@ def head_dim(check: Check | None = None) -> Field:
     return count("head_dim", "head_dim", rule=_head_width, silent=_head_width, check=check)
 
 
+def of_class(name: str, own: str, **more: Any) -> Field:
+    """A count under either name in params.json, absent from config.json the default of the class."""
+    return count(name, own, name, silent=DEFAULT, **more)
+
+
 KV = ("n_kv_heads", "num_key_value_heads")
 SIZES = (
-    count("hidden_size", "dim", "hidden_size", rule=measured("norm.weight", 0, shared=False)),
-    count("intermediate_size", "hidden_dim", "intermediate_size", rule=measured(WIDTH, 0)),
-    count("num_hidden_layers", "n_layers", "num_hidden_layers", rule=counted),
-    count("num_attention_heads", "n_heads", "num_attention_heads", ask="the number of query heads"),
-    count("num_key_value_heads", *KV, rule=_groups, silent=_groups, check=_copies_counted),
+    of_class("hidden_size", "dim", rule=measured("norm.weight", 0, shared=False)),
+    of_class("intermediate_size", "hidden_dim", rule=measured(WIDTH, 0)),
+    of_class("num_hidden_layers", "n_layers", rule=counted),
+    of_class("num_attention_heads", "n_heads", ask="the number of query heads"),
+    count("num_key_value_heads", *KV, rule=_groups, silent=groups, check=_copies_counted),
     head_dim(),
-    count("vocab_size", read=_words_key, rule=words),
-    number("rms_norm_eps", "norm_eps", "rms_norm_eps", ask="the epsilon of the norms"),
+    count("vocab_size", read=_words_key, rule=words, silent=DEFAULT),
+    number("rms_norm_eps", "norm_eps", "rms_norm_eps", silent=DEFAULT, ask="the epsilon of the norms"),
 )
 
 
 def alone(*fields: Field) -> list[Field]:
-    """Fields that params.json has, under their own names, and config.json has not."""
-    return [replace(f, keys=(f.name,), hidden=True, told=False) for f in fields]
+    """Fields that params.json has, under their own names or those they say, and config.json has not."""
+    return [replace(f, keys=f.keys or (f.name,), hidden=True, told=False) for f in fields]
+
+
+TIED = ("tied_embeddings", "tie_word_embeddings")
+ACTIVATION = ("hidden_act", "activation", "act_fn")
+
+
+def head_is_there(known: Known, tied: Value) -> Value:
+    """A check of tie_word_embeddings: an original without a head must be said to be tied."""
+    if not known.back and not tied.value and "output.weight" not in known.source.tensors:
+        hint = "--set tie_word_embeddings=true if the embedding is the head too"
+        known.refuse("missing-tensor", "expected output.weight, found none", "output.weight", hint)
+    return tied
+
+
+def length(known: Known) -> tuple[str, ...]:
+    """The field that says how long texts may be; max_seq_len is that of a program where there is another."""
+    return tuple(k for k in ("max_position_embeddings", "max_seq_len") if known.facts.given(k))[:1]
+
+
+TIE = flag(
+    "tie_word_embeddings",
+    *TIED,
+    rule=given(False, "tied_embeddings absent: the head is not tied"),
+    check=head_is_there,
+)
+
+
+def tied(known: Known) -> dict[str, Value]:
+    """The entry of the way back, which only models with tied embeddings have."""
+    return {"tied_embeddings": known.value(TIE.name)} if known[TIE.name] else {}
 
 
 # --- Mistral AI's ---------------------------------------------------------------------------------------
@@ -170,14 +209,19 @@ def _one_window(known: Known, found: Value) -> Value:
     return Value(width.value, found.source)
 
 
+LATER_WORDS = 32768  # of v0.3; v0.1 and v0.2 have 32000
+
+
 def _theta_of_release(known: Known) -> Value | None:
     """Where params.json is silent: the first release had 1e4 in its code, that of December 2023 reads a
     missing theta as 1e4 with a sliding window and 1e6 without; HEAD always takes 1e6, which is wrong for 7B
-    v0.1."""
+    v0.1. A window in a model of a later vocabulary, which none was published with, is asked about."""
     if known.facts.document is None:
         return None
     if known["sliding_window"] is None:
         return given(1e6, "rope_theta absent from params.json and no sliding_window: 1e6")
+    if known["vocab_size"] >= LATER_WORDS:
+        return None
     return given(1e4, "rope_theta absent from params.json and a sliding_window: 1e4")
 
 

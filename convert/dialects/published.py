@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
+from ckpt_tool.convert.dialects.config_keys import CODE
 from ckpt_tool.convert.dialects.converted import (
     FREQUENCIES,
     GENERATION,
@@ -41,6 +42,7 @@ from ckpt_tool.convert.numbers import (
     count,
     flag,
     given,
+    groups,
     number,
     object_or_null,
     shown,
@@ -48,13 +50,14 @@ from ckpt_tool.convert.numbers import (
     written,
 )
 from ckpt_tool.convert.options import CONTAINER, POOLING, Option
-from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts
+from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts, renamed
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
 from ckpt_tool.convert.source import whole_tensors
-from ckpt_tool.convert.tokenizers import tokenizer_documents
+from ckpt_tool.convert.tokenizers import rows_without_ids, tokenizer_documents, too_many_ids
+from ckpt_tool.convert.tokenizers.counting import ids_of
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
-from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.convert.weave import Table, Written, misread_config, to_hf, to_original
+from ckpt_tool.errors import CkptToolError, fail, fail_all
 
 TOKENIZER = (
     "tokenizer.json",
@@ -66,8 +69,6 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Fields that would make a loader run code of the download.
-CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 
 
 def model_type_of(checkpoint: Checkpoint) -> str | None:
@@ -81,9 +82,13 @@ def model_type_of(checkpoint: Checkpoint) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def carried(facts: Facts, config: Mapping[str, Value]) -> dict[str, Value]:
-    """The other fields of config.json as they are, but for those that ask for code and bookkeeping."""
-    left_out = {*config, *BOOKKEEPING, *CODE}
+def carried(
+    facts: Facts, config: Mapping[str, Value], own: Class, signs: Sequence[str] = ()
+) -> dict[str, Value]:
+    """The other fields of config.json as they are, but for those that ask for code, bookkeeping, other names
+    of what is written, and the `signs` of an original that is otherwise."""
+    others = {o for name, names in own.aliases.items() if name in config for o in names}
+    left_out = {*config, *others, *BOOKKEEPING, *CODE, *signs}
     found = {k: Value(v, f"config.json: {k}") for k, v in (facts.document or {}).items() if k not in left_out}
     return found | {k: Value(v, SET) for k, v in facts.settings.items() if k in found}
 
@@ -123,31 +128,27 @@ def tokenizer_of(p: Published, known: Known) -> tuple[list[OutputDocument], list
     files = tokenizer_files(known.source.checkpoint, known.options)
     if p.added_tokens is None or "tokenizer.json" in files:
         none = [] if files or p.added_tokens else ["the download has no tokenizer file; none was written"]
-        return copied(files), none
-    facts: dict[str, Any] = {
-        "padded_vocab_size": known["vocab_size"],
-        "n_positions": known["n_positions"],
-    }
+        return copied(files), none or counted(known["vocab_size"], files)
+    facts: dict[str, Any] = {"vocab_size": known["vocab_size"], "n_positions": known["n_positions"]}
     notes: list[str] = []
-    if "added_tokens.json" in files:
-        facts["added_tokens"] = _added_tokens(files["added_tokens.json"])
-    else:
+    if "added_tokens.json" not in files:
         words = len(parse_object(files["vocab.json"], file="vocab.json")) if "vocab.json" in files else 0
         added, notes = p.added_tokens(known.source.checkpoint.path.name, words)
         facts |= {"added_tokens": added} if added else {}
     result = tokenizer_documents(files, family=p.name, config=facts)
     made = [OutputDocument(n, d, "the download's vocabulary") for n, d in result.documents.items()]
-    kept = [d for d in copied(files) if d.name == "added_tokens.json"]
-    return [*made, *kept], [*notes, *result.notes]
+    return made, [*notes, *result.notes]
 
 
-def _added_tokens(data: bytes) -> dict[str, int]:
-    """Text to id; `bad-tokenizer` for anything else."""
-    name = "added_tokens.json"
-    found = parse_object(data, file=name, kind="bad-tokenizer")
-    if not all(type(v) is int and v >= 0 for v in found.values()):
-        fail("bad-tokenizer", "expected an id for each token, found something else", file=name)
-    return found
+def counted(rows: int, files: Mapping[str, bytes]) -> list[str]:
+    """A note on rows of the embedding that have no id in a tokenizer which is carried over as it is;
+    `bad-tokenizer` for ids that have no row."""
+    if (found := ids_of(files)) is None:
+        return []
+    ids, name = found
+    if ids > rows:
+        too_many_ids(rows, f"{ids} ({name})", name)
+    return rows_without_ids(rows, ids, name)
 
 
 def generation(checkpoint: Checkpoint, config: Mapping[str, Value]) -> OutputDocument:
@@ -175,6 +176,7 @@ class Layout(Protocol):
 
     title: str
     options: tuple[Option, ...]
+    tensors: tuple[str, ...]  # some of its names
 
     def holds(self, names: Sequence[str]) -> bool: ...
 
@@ -220,7 +222,9 @@ class Published:
     added_tokens: AddedTokens | None = None  # of a tokenizer that is put together where there is none
     derived: Callable[[Known], Mapping[str, Value]] = lambda _: {}  # numbers behind axes that no field has
     notes: Callable[[Known], list[str]] = lambda _: []
-    kept: tuple[str, ...] = ()  # hidden fields that the way back asks for again
+    # hidden fields that the way back asks for again, with the value of every published model
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    signs: tuple[str, ...] = ()  # keys of config.json by which an original is told that is otherwise
 
     @property
     def model_type(self) -> str:
@@ -254,6 +258,8 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
         options=((POOLING,) if pools else ()) + (CONTAINER, *others),
         vocabulary=vocabulary,
         classes=p.classes,
+        tensors=(p.told_by, *(t for layout in p.layouts.values() for t in layout.tensors)),
+        published=True,
     )
 
 
@@ -275,8 +281,10 @@ def divides(name: str, by: str) -> Check:
 
     def check(known: Known, found: Value) -> Value:
         if found.value % known[by]:
-            message = f"expected {name} {found.value} to divide by {by} {known[by]}, found a rest"
-            known.refuse("config-mismatch", message, by)
+            told = known.value(by).source
+            message = f"expected {name} {found.value} to divide by {by} {known[by]} ({told}), found a rest"
+            hint = f"--set {by}=VALUE" if told.startswith("rule") else None
+            known.refuse("config-mismatch", message, by, hint)
         return found
 
     return check
@@ -294,7 +302,7 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 COUNTS = (
     *map(count, SIZES[:3]),
     count("num_attention_heads", check=divides("num_attention_heads", "num_key_value_heads")),
-    count("num_key_value_heads"),
+    count("num_key_value_heads", silent=groups),
     count("vocab_size"),
 )
 EPSILON = number("rms_norm_eps", ask="the epsilon of the norms")
@@ -381,7 +389,7 @@ def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
         if layout.holds(list(names)):
             return layout.recognise(list(names))
     if p.told_by not in names:
-        return False, f"no {p.told_by}; these may be Hugging Face names of another model"
+        return False, f"no {p.told_by}"
     found = model_type_of(checkpoint)
     if found not in (None, p.model_type):
         return False, f"Hugging Face names, but config.json is that of {found}"
@@ -393,7 +401,7 @@ def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
 def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str, *, back: bool) -> Known:
     """config.json and the tensors beside it, as the class of `model_type` reads them."""
     own = {generic: name for name, generic in p.generic.items()}
-    settings = {own.get(k, k): v for k, v in options.settings.items()}
+    settings = renamed(options.settings, own)
     own_class, name = p.classes[model_type], (p.architectures[model_type],)
     facts = read_config(checkpoint, settings, name, model_type=model_type, own=own_class)
     source = whole_tensors(checkpoint, p.layer or rf"{re.escape(p.own.prefix)}layers\.(\d+)\.")
@@ -421,20 +429,29 @@ def config_of(p: Published, known: Known) -> dict[str, Value]:
     for name, f in known.fields.items():
         if f.hidden:
             known.value(name)
-    config |= carried(known.facts, config)
+    assert known.config is not None
+    config |= carried(known.facts, config, known.config, p.signs)
     known.facts.check_settings({*config, *known.fields, *p.generic.values()})
     known.facts.check()
+    if known.back:
+        fail_all(misread_config(config, known.config))
     return config
+
+
+def signs_of(p: Published, known: Known) -> dict[str, Value]:
+    """The keys that told how the original was, for the way back to one that is so again."""
+    once = known.once.get("signs")
+    found = once if isinstance(once, dict) else {}
+    return {k: Value(found[k], "ckpt-tool.json: the original's") for k in p.signs if k in found}
 
 
 def rows_of(p: Published, known: Known) -> Table:
     """The rows with the sizes of their axes. Where the output layer is stored though the config ties it, it
-    is compared with the embedding on the way to Hugging Face, and stays what it is on the way back."""
-    there, tied = p.head in known.source.tensors, bool(known["tie_word_embeddings"])
-    rows = list(p.rows(known))
+    is compared with the embedding, either way."""
+    tied, rows = bool(known["tie_word_embeddings"]), list(p.rows(known))
+    there = p.head is not None and known.source.keeps(p.head, known.options)
     if p.head is not None and (there or not tied or known.once.get("head")):
-        copy = tied and not (known.back and there)
-        rows.append(rule(p.head, p.own.prefix + p.own.words if copy else p.head, "v d", tied=copy))
+        rows.append(rule(p.head, p.own.prefix + p.own.words if tied else p.head, "v d", tied=tied))
     return table_of(known, rows, p.axes, p.derived(known))
 
 
@@ -452,6 +469,8 @@ def plan(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
     config = config_of(p, known)
     documents, notes = tokenizer_of(p, known)
     kept = {"container": container_of(checkpoint), **{n: known[n] for n in p.kept}}
+    if signs := {k: v for k, v in (known.facts.document or {}).items() if k in p.signs and v is not None}:
+        kept["signs"] = signs
     if p.head is not None:
         kept["head"] = p.head in known.source.tensors
     beside = Written(
@@ -459,7 +478,7 @@ def plan(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
         config,
         [generation(checkpoint, config), *documents],
         p.ignored,
-        [*p.notes(known), *notes],
+        [*known.facts.notes, *p.notes(known), *notes],
         kept,
     )
     return to_hf(rows_of(p, known), known.source, options, beside)
@@ -478,7 +497,7 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
             fail("usage", f"expected {words} for family {p.name}, found {form}", where="--form")
         if form in p.layouts:
             return p.layouts[form].plan_original(checkpoint, options, known)
-    config = config_of(p, known)
+    config = config_of(p, known) | signs_of(p, known)
     container = options.family_options.get("container", known.once.get("container", p.container))
     file = "pytorch_model.bin" if container == "pth" else "model.safetensors"
     documents = [
@@ -487,5 +506,7 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
         *copied(tokenizer_files(checkpoint, options)),
     ]
     homes = [(file, known.source.dtype)]
-    beside = Written(p.name, config, documents, p.ignored)
+    facts = {n: known[n] for n, usual in p.kept.items() if known[n] != usual}
+    kept = {"facts": facts} if facts else {}
+    beside = Written(p.name, config, documents, p.ignored, known.facts.notes, kept)
     return to_original(rows_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.one_by_one import InMemory, one_by_one
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
@@ -33,7 +34,8 @@ class Family:
     layouts of other architectures that `plan` can write instead (family option "architecture"), `options`
     those of the command line that it has beside the general ones, `vocabulary` how its originals write their
     tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
-    transformers by model_type."""
+    transformers by model_type. `tensors` are some of an original's names, by which near misses are told;
+    `published` says whether originals are in the Hugging Face layout themselves."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -46,12 +48,20 @@ class Family:
     vocabulary: Vocabulary = Vocabulary()
     foretold: tuple[str, ...] = ()
     classes: Mapping[str, Class] = field(default_factory=dict)
+    in_memory: InMemory = field(default_factory=dict)  # what its Hugging Face layout may have stacked
+    tensors: tuple[str, ...] = ()
+    published: bool = False
 
 
 def family(name: str) -> Family:
     """The family called `name` (of `FAMILIES`)."""
     found: Family = import_module(f"ckpt_tool.convert.families.{name.replace('-', '_')}").FAMILY
     return found
+
+
+def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with what any family may find stacked one by one; see `one_by_one`."""
+    return one_by_one(checkpoint, {n: parts for f in FAMILIES for n, parts in family(f).in_memory.items()})
 
 
 def option_problems(chosen: Family, options: Options, to: str) -> list[Problem]:

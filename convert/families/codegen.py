@@ -23,6 +23,7 @@ from ckpt_tool.convert.numbers import (
     GPT_NAMES,
     GPT_SIZES,
     NOT_READ,
+    UNKNOWN,
     Class,
     Known,
     Size,
@@ -44,6 +45,9 @@ S = "transformer.h.{i}."
 # The rows of qkv_proj come in as many blocks as cores that the model was trained on; each block has the
 # queries, the values and the keys of its heads. Transformers' class always reads four.
 BLOCKS = 4
+# CodeGen 2 has the names and the model_type of CodeGen 1, and eight blocks; its config.json has these keys,
+# and that of no CodeGen 1 has them.
+SIGNS = ("auto_map", "head_dim")
 
 
 def qkv(cores: int, apart: bool) -> Rule:
@@ -125,11 +129,16 @@ def inner_width(known: Known) -> dict[str, Value]:
 
 
 def cores(known: Known) -> Value:
-    """How many cores the model was trained on, which no file says. All published models: four."""
+    """How many cores the model was trained on, which no file says: four for every published CodeGen 1."""
     once = known.once.get("mp_num")
     if type(once) is int:
         return Value(once, "ckpt-tool.json")
-    return given(BLOCKS, "every published CodeGen was trained on 4 cores")
+    if signs := [k for k in SIGNS if known.facts.given(k)]:
+        message = f"expected how many blocks qkv_proj has, found {' and '.join(signs)}, as CodeGen 2 has them"
+        hint = "--set mp_num=8 for CodeGen 2, --set mp_num=4 for a CodeGen 1 with keys of its own"
+        known.refuse("missing-fact", message, "mp_num", hint)
+        return UNKNOWN
+    return given(BLOCKS, "every published CodeGen 1 was trained on 4 cores")
 
 
 def blocks_fit(known: Known, found: Value) -> Value:
@@ -144,13 +153,13 @@ def blocks_fit(known: Known, found: Value) -> Value:
 
 
 def notes(known: Known) -> list[str]:
-    """Early uploads have ids of other tokenizers in config.json."""
+    """Early uploads have ids of other tokenizers in config.json; GPT-2's first 256 are single bytes."""
     ids = {n: known.value(n) for n in ("bos_token_id", "eos_token_id")}
     made = [
         f"{name} {v.value} ({v.source}) is no end of text in CodeGen's vocabulary, so generation would not "
         f"stop or start there: --set {name}={END_OF_TEXT} gives <|endoftext|>"
         for name, v in ids.items()
-        if v.value in (1, 2)
+        if any(i < 256 for i in (v.value if isinstance(v.value, list) else [v.value]))
     ]
     blocks = known.value("mp_num")
     if blocks.value != BLOCKS:
@@ -226,7 +235,7 @@ CLASS = Class(
     GPT_SIZES,
     {**GPT_IDS, "n_positions": 2048},
     aliases=GPT_NAMES,
-    idle=NOT_READ,
+    idle={**NOT_READ, "head_dim": "not read: n_embd / n_head"},
     prefix="transformer.",
     words="wte.weight",
 )
@@ -249,6 +258,7 @@ FAMILY = published.family(
     added_tokens=whitespace,
     derived=inner_width,
     notes=notes,
-    kept=("mp_num",),
+    kept={"mp_num": BLOCKS},
+    signs=SIGNS,
     vocabulary=Vocabulary("byte-level", ("CodeGenTokenizer", "GPT2Tokenizer")),
 )

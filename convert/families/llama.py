@@ -7,14 +7,16 @@ read them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from ckpt_tool.convert.dialects import consolidated, params_json
 from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
-from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI
+from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI, asked
 from ckpt_tool.convert.numbers import (
     DECODER,
     DEFAULT,
+    Field,
     Known,
     Value,
     anything,
@@ -28,12 +30,25 @@ from ckpt_tool.convert.numbers import (
     some,
 )
 
-# (width, layers) of Llama 3.2 1B and 3B. Nothing in their files says that the head is tied and that rotary
-# frequencies are stretched 32 times: Meta's code has 8 for all, its maintainers confirm 32 (llama-models
-# #166, #241).
+# (width, layers) of Llama 3.2 1B and 3B, and the width of their feed-forward. Nothing in their files says
+# that the head is tied and that rotary frequencies are stretched 32 times: Meta's code has 8 for all, its
+# maintainers confirm 32 (llama-models #166, #241).
 SMALL = ((2048, 16), (3072, 28))
-LLAMA3_WORDS = 128256
+SMALL_FEED_FORWARD = 8192
+# Rows of an embedding: the vocabularies as published, which many have added to. 128000 of Llama 3's are
+# words, so fewer than those are no Llama 3's; a vocabulary smaller than all tells nothing.
+LLAMA3_WORDS, LLAMA3_ROWS = 128000, 128256
+LLAMA2_ROWS, CODE_LLAMA_ROWS = 32000, 32016
+LLAMA3_THETA = 5e5
 SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What a params.json may say of the scaling, and its part in config.json: `rope_scaling_factor` and
+# `rope_high_freq_factor` are those of Meta's Llama 4, the others' second names those of executorch.
+PARTS = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
 ABSENT = Value(None, "absent")
 
 
@@ -51,71 +66,232 @@ def told(seen: Seen) -> tuple[bool, str]:
     return True, "dense layers, and nothing in params.json that only Mistral's have"
 
 
-def words(known: Known) -> int:
-    rows = known.source.size("output.weight", 0)
-    return 0 if rows is None else int(rows.value)
+# --- which generation -----------------------------------------------------------------------------------
+
+
+def signs(known: Known, theta: float | None) -> tuple[list[str], list[str]]:
+    """What speaks for Llama 3 and what against it, in words; `theta` as far as it is told."""
+    rows, tokenizer = known["vocab_size"], consolidated.tokenizer_kind(known)
+    yes: list[str] = []
+    no: list[str] = []
+    if rows >= LLAMA2_ROWS:
+        (yes if rows >= LLAMA3_WORDS else no).append(f"{rows} words")
+    if known.config is None and (known.facts.document or {}).get("vocab_size") == -1:
+        no.append("vocab_size -1")
+    if theta in (LLAMA3_THETA, 1e4, 1e6):
+        (yes if theta == LLAMA3_THETA else no).append(f"rope_theta {theta:g}")
+    if tokenizer is not None:
+        (yes if tokenizer == "tiktoken" else no).append(f"a {tokenizer} vocabulary")
+    if known.facts.given("use_scaled_rope"):
+        yes.append("use_scaled_rope in params.json")
+    return yes, no
+
+
+def signs_of(known: Known) -> tuple[list[str], list[str]]:
+    theta = known.value("rope_theta")
+    return signs(known, None if theta.source.startswith("rule") else known["rope_theta"])
+
+
+def stretched(known: Known) -> bool:
+    """Whether the rotary frequencies are scaled as in Llama 3.1 and later."""
+    block = known["rope_scaling"]
+    return isinstance(block, dict) and block.get("rope_type", block.get("type")) == "llama3"
+
+
+def llama3(known: Known) -> bool | None:
+    """Llama 3 and later, by most of the signs; None where as many speak against it."""
+    if stretched(known):
+        return True
+    yes, no = signs_of(known)
+    return None if len(yes) == len(no) != 0 else len(yes) > len(no)
+
+
+def later(known: Known) -> bool:
+    """Llama 3 and Code Llama, whose params.json says more; whoever reads one that says less must come to
+    the same."""
+    return stretched(known) or bool(signs_of(known)[0]) or known["rope_theta"] != 1e4
 
 
 def small(known: Known) -> bool:
     return (known["hidden_size"], known["num_hidden_layers"]) in SMALL
 
 
-def llama3(known: Known) -> bool:
-    return known["rope_scaling"] is not None or known["vocab_size"] == LLAMA3_WORDS
+def surely_small(known: Known) -> bool:
+    same = known["intermediate_size"] == SMALL_FEED_FORWARD and known["vocab_size"] >= LLAMA3_WORDS
+    return small(known) and same
 
 
-def later(known: Known) -> bool:
-    """Llama 3 and Code Llama, whose params.json says more."""
-    return llama3(known) or known["rope_theta"] != 1e4
+def first(known: Known) -> tuple[bool, str]:
+    """Whether it is Llama 1 and not 2, and why. Llama 1 has a table of frequencies in every layer, Llama 2
+    one in all. Where somebody left these out: Llama 1 is float16 and has an epsilon of 1e-6, but for 65B,
+    Llama 2 is bfloat16 and has 1e-5; the dtype alone says little, since many cast it."""
+    names, half = known.source.tensors, known.source.dtype == "F16"
+    if any("inner_attention" in n for n in names):
+        return True, "frequencies in every layer"
+    if "rope.freqs" in names:
+        return False, "one table of frequencies"
+    eps, grouped = known["rms_norm_eps"], known["num_key_value_heads"] != known["num_attention_heads"]
+    largest = half and (known["hidden_size"], known["num_hidden_layers"]) == (8192, 80)
+    why = f"rms_norm_eps {eps:g}{', float16' if half else ''}{', grouped heads' if grouped else ''}"
+    return not grouped and (eps <= 1e-6 or largest), why
+
+
+def context(known: Known) -> Value:
+    """The length each generation was published for, which changes no number."""
+    if stretched(known):
+        return given(131072, "Llama 3.1 and later (scaled rotary frequencies)")
+    three, (yes, no) = llama3(known), signs_of(known)
+    if three is None:
+        message = f"expected the signs of one generation, found Llama 3's ({', '.join(yes)}) and others'"
+        hint = "--set max_position_embeddings=8192 for Llama 3, 4096 for Llama 2, 16384 for Code Llama"
+        return asked(known, f"{message} ({', '.join(no)})", "max_position_embeddings", hint)
+    if three:
+        return given(8192, f"Llama 3 ({', '.join(yes)}; not scaled)")
+    if known["rope_theta"] == 1e6:
+        return given(16384, "Code Llama (rope_theta 1e6)")
+    if known["vocab_size"] >= CODE_LLAMA_ROWS and known["hidden_size"] == 8192:
+        return given(4096, f"Llama 2 70B, or Code Llama 70B Python or Instruct ({', '.join(no)})")
+    one, why = first(known)
+    return given(2048, f"Llama 1 ({why})") if one else given(4096, f"Llama 2 ({why})")
+
+
+def ids(known: Known) -> tuple[int | None, int | None, str]:
+    """Where no tokenizer tells them."""
+    if not llama3(known):
+        return 1, 2, "Llama 1, 2 and Code Llama tokenizers"
+    if known["vocab_size"] <= LLAMA3_WORDS + 1:
+        return None, None, f"Llama 3's 128000 and 128001 are not among {known['vocab_size']} words"
+    return LLAMA3_WORDS, LLAMA3_WORDS + 1, "Llama 3 tokenizers"
+
+
+def untold(known: Known) -> list[str]:
+    """What the files leave open and the user may know."""
+    notes, rows, three = [], known["vocab_size"], llama3(known)
+    if three and rows >= LLAMA3_WORDS and "eos_token_id" not in known.options.settings:
+        notes.append(
+            "eos_token_id is the base model's, which the files do not tell from an instruct model: "
+            "for one, --set eos_token_id=[128001,128008,128009]"
+        )
+    code = rows >= CODE_LLAMA_ROWS and (known["rope_theta"] == 1e6 or known["hidden_size"] == 8192)
+    published = LLAMA3_ROWS if three else CODE_LLAMA_ROWS if code else LLAMA2_ROWS
+    if rows > published:
+        whose = "Llama 3" if three else "Code Llama" if code else "Llama 1 and 2"
+        notes.append(f"the vocabulary was enlarged by {rows - published} rows: {whose} has {published}")
+    kv, ranks = known.value("num_key_value_heads"), known.source.ranks
+    if ranks == kv.value and ranks > 8 and three:
+        notes.append(
+            f"{kv.value} key/value heads are kept as {kv.source} has them; if pairs of ranks hold the same "
+            f"head, --set num_key_value_heads={kv.value // 2} stores each once and compares the copies"
+        )
+    return notes
+
+
+# --- numbers that params.json may leave unsaid ----------------------------------------------------------
 
 
 def default_theta(known: Known) -> Value | None:
-    """Llama 1 and 2 have 1e4 in their code and Code Llama as its default; Llama 3's code defaults to 5e5."""
+    """Llama 1 and 2 have 1e4 in their code and Code Llama as its default; Llama 3's code defaults to 5e5, and
+    only that knows use_scaled_rope."""
     if known.facts.document is None:
         return None
-    if known.facts.given("use_scaled_rope") or words(known) == LLAMA3_WORDS:
-        return given(5e5, "rope_theta absent from params.json of a Llama 3: 5e5")
-    return given(1e4, "rope_theta absent from params.json of a Llama 1, 2 or Code Llama: 1e4")
+    yes, no = signs(known, None)
+    if known.facts.given("use_scaled_rope") or (known["vocab_size"] >= LLAMA3_WORDS and not no):
+        return given(LLAMA3_THETA, f"rope_theta absent from params.json of a Llama 3 ({', '.join(yes)}): 5e5")
+    if not yes:
+        return given(1e4, "rope_theta absent from params.json of a Llama 1, 2 or Code Llama: 1e4")
+    others = f" and not ({', '.join(no)})" if no else ""
+    message = f"expected rope_theta, found none, and signs of Llama 3 ({', '.join(yes)}){others}"
+    hint = "--set rope_theta=500000 for Llama 3, --set rope_theta=10000 for Llama 1, 2"
+    return asked(known, message, "rope_theta", hint)
+
+
+def block_of(**parts: object) -> dict[str, object]:
+    return {"factor": 8.0, **SCALING, "rope_type": "llama3", **parts}
+
+
+def which_scaling(factor: float) -> str:
+    return f"--set 'rope_scaling={json.dumps(block_of(factor=factor))}'"
 
 
 def scaling(known: Known) -> Value | None:
-    """The block in config.json for use_scaled_rope; see `SMALL` for its factor."""
-    scaled = known.value("use_scaled_rope")
-    if known.facts.document is None and words(known) == LLAMA3_WORDS:
+    """The block in config.json for use_scaled_rope and the fields beside it; see `SMALL` for its factor."""
+    switch = known.value("use_scaled_rope")
+    said = {n: v for n in PARTS if (v := known.value(n)).value is not None}
+    if known.facts.document is None and known["vocab_size"] >= LLAMA3_WORDS:
         return None
-    if not scaled.value:
-        return Value(None, scaled.source)
+    if said and not known.facts.given("use_scaled_rope"):
+        name = next(iter(said.values())).source
+        hint = f"{which_scaling(8.0)} with the right factor, or --set rope_scaling=null"
+        return asked(known, f"expected use_scaled_rope beside {name}, found none", "rope_scaling", hint)
+    if not switch.value:
+        return Value(None, switch.source)
+    parts = {PARTS[n]: v.value for n, v in said.items()}
+    sources = ", ".join([switch.source, *(v.source for v in said.values())])
+    if "factor" in parts:
+        if surely_small(known) and parts["factor"] != 32:
+            message = f"expected factor 32, as Llama 3.2 1B and 3B were trained, found {parts['factor']:g}"
+            hint = f"{which_scaling(32.0)}, or the same with factor {parts['factor']:g}"
+            return asked(known, f"{message} ({sources})", "rope_scaling", hint)
+        return Value(block_of(**parts), sources)
+    if small(known) and not surely_small(known):
+        message = (
+            "expected the rotary factor, found none, and a model of the width and depth of Llama 3.2 1B or 3B"
+        )
+        hint = f"{which_scaling(32.0)} if it is one, with factor 8 else"
+        return asked(known, f"{message} that is none of them", "rope_scaling", hint)
     factor, why = (32.0, "the shape of 3.2 1B or 3B") if small(known) else (8.0, "3.1 and 3.3")
-    block = {"factor": factor, **SCALING, "rope_type": "llama3"}
-    return Value(block, f"{scaled.source}; rule: factor {factor:g} for {why}")
+    return Value(block_of(**parts, factor=factor), f"{sources}; rule: factor {factor:g} for {why}")
 
 
-def scaling_can_be_said(known: Known, found: Value) -> Value:
-    """params.json has one bit for the scaling: on the way back all but the factor must be what Llama 3.1's
-    code has."""
+def own_scaling(known: Known) -> tuple[str, ...]:
+    return ("rope_scaling",) if known.facts.given("rope_scaling") else ()
+
+
+def check_scaling(known: Known, found: Value) -> Value:
+    """A block in a params.json must be one that a params.json can say otherwise, on the way back as well."""
+    own = found.source.startswith(params_json.NAME) and "rope_scaling" in (known.facts.document or {})
+    if not known.back and not own:
+        return object_or_null(known, found)
     block: Mapping[str, object] = found.value if isinstance(found.value, dict) else {}
-    kind, factor = block.get("rope_type", block.get("type")), block.get("factor")
-    meta = kind == "llama3" and factor in (8, 32) and all(block.get(k) == v for k, v in SCALING.items())
-    if found.value is not None and known.back and not meta:
-        values = ", ".join(f"{k} {v:g}" for k, v in SCALING.items())
-        message = f"expected rope_type llama3 with factor 8 or 32, {values} (all that params.json can say), "
+    numbers = (block.get(part) for part in PARTS.values())
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers)
+    kind = block.get("rope_type", block.get("type"))
+    if own and kind == "default":
+        return Value(None, found.source)
+    if found.value is not None and (kind != "llama3" or not plain):
+        values = ", ".join(PARTS.values())
+        message = f"expected rope_type llama3 with {values} (all that params.json can say), "
         known.refuse("unsupported", f"{message}found another scaling", "rope_scaling")
-        return found
-    return object_or_null(known, found)
+    elif own and found.value is not None:
+        differing = [n for n, part in PARTS.items() if known[n] not in (None, block[part])]
+        if differing or (known.facts.given("use_scaled_rope") and not known["use_scaled_rope"]):
+            other = ", ".join(differing) or "use_scaled_rope false"
+            message = f"expected one scaling, found rope_scaling and another in {other}"
+            known.refuse("bad-config", message, "rope_scaling", "--set rope_scaling=VALUE says which")
+    return found
+
+
+def part(known: Known, name: str) -> Value:
+    """Of the block in config.json, where a reader of params.json would not come to the same by rule."""
+    block, key = known["rope_scaling"], PARTS[name]
+    if block is None:
+        return ABSENT
+    usual: Mapping[str, object] = {**SCALING, "factor": 32 if surely_small(known) else 8}
+    unclear = key == "factor" and small(known) and not surely_small(known)
+    said = unclear or block[key] != usual[key]
+    return Value(block[key] if said else None, f"config.json: rope_scaling.{key}")
+
+
+def of_scaling(name: str, other: str) -> Field:
+    take = count if name == "original_max_position_embeddings" else number
+    return take(name, name, other, rule=ABSENT, silent=lambda known: part(known, name))
 
 
 def tied_if_small(known: Known) -> Value:
     """Only 3.2 1B and 3B tie the head to the embedding; their files hold it twice, and both are compared."""
-    if small(known) and known["rope_scaling"] is not None and known["vocab_size"] == LLAMA3_WORDS:
+    if surely_small(known) and stretched(known):
         return given(True, "the shape of 3.2 1B or 3B")
     return given(False, "only 3.2 1B and 3B tie the head")
-
-
-def head_is_there(known: Known, tied: Value) -> Value:
-    if not known.back and not tied.value and "output.weight" not in known.source.tensors:
-        hint = "--set tie_word_embeddings=true"
-        known.refuse("missing-tensor", "expected output.weight, found none", "output.weight", hint)
-    return tied
 
 
 def head_as_meta_has_it(known: Known, head: Value) -> Value:
@@ -123,45 +299,6 @@ def head_as_meta_has_it(known: Known, head: Value) -> Value:
         message = "expected hidden_size / num_attention_heads, as Meta's code does"
         known.refuse("unsupported", message, "head_dim")
     return head
-
-
-def context(known: Known) -> Value:
-    """The length each generation was published for. Generations are told apart by what their files differ in:
-    Llama 1 by float16 or its tables of frequencies, Code Llama by theta 1e6 or its 32016 words."""
-    if known["rope_scaling"] is not None:
-        return given(131072, "Llama 3.1 and later (scaled rotary frequencies)")
-    if known["vocab_size"] == LLAMA3_WORDS:
-        return given(8192, "Llama 3 (128256 words, not scaled)")
-    if known["rope_theta"] == 1e6:
-        return given(16384, "Code Llama (rope_theta 1e6)")
-    if known["vocab_size"] == 32016:
-        return given(4096, "Code Llama 70B Python and Instruct (32016 words, rope_theta 1e4)")
-    if known.source.dtype == "F16" or any("inner_attention" in n for n in known.source.tensors):
-        return given(2048, "Llama 1 (float16, or frequencies in every layer)")
-    return given(4096, "Llama 2 (none of the others)")
-
-
-def ids(known: Known) -> tuple[int, int, str]:
-    if llama3(known):
-        return 128000, 128001, "Llama 3 tokenizers"
-    return 1, 2, "Llama 1, 2 and Code Llama tokenizers"
-
-
-def untold(known: Known) -> list[str]:
-    """What the files leave open and the user may know."""
-    notes = []
-    if known["vocab_size"] == LLAMA3_WORDS and "eos_token_id" not in known.options.settings:
-        notes.append(
-            "eos_token_id is the base model's, which the files do not tell from an instruct model: "
-            "for one, --set eos_token_id=[128001,128008,128009]"
-        )
-    kv, ranks = known.value("num_key_value_heads"), known.source.ranks
-    if ranks == kv.value and ranks > 8 and llama3(known):
-        notes.append(
-            f"{kv.value} key/value heads are kept as {kv.source} has them; if pairs of ranks hold the same "
-            f"head, --set num_key_value_heads={kv.value // 2} stores each once and compares the copies"
-        )
-    return notes
 
 
 def width(known: Known) -> Value | None:
@@ -201,7 +338,7 @@ def kv_heads(known: Known) -> dict[str, Value]:
     kv, ranks = known.value("num_key_value_heads"), known.options.shards
     if kv.value < ranks:
         kv = Value(ranks, f"{kv.source}, one for each of {ranks} ranks")
-    return {"n_kv_heads": kv} if llama3(known) or kv.value != known["num_attention_heads"] else {}
+    return {"n_kv_heads": kv} if later(known) or kv.value != known["num_attention_heads"] else {}
 
 
 def theta(known: Known) -> dict[str, Value]:
@@ -210,18 +347,16 @@ def theta(known: Known) -> dict[str, Value]:
 
 def words_axis(known: Known) -> str:
     """Ranks share columns of the embedding before Llama 3, rows since."""
-    return "v" if llama3(known) or known["rope_theta"] == 5e5 else "d"
+    return "v" if signs_of(known)[0] or stretched(known) else "d"
 
 
 def unsaid(known: Known) -> list[str]:
     """What params.json has no field for and a reader of the original would take to be otherwise."""
     notes, block = [], known["rope_scaling"]
-    if block is not None and block["factor"] != (32 if small(known) else 8):
-        notes.append(
-            f"params.json cannot say the rotary factor {block['factor']:g}: converting again needs "
-            "--set rope_scaling=..."
-        )
-    if known["tie_word_embeddings"] and not small(known):
+    said = [n for n in PARTS if block is not None and known[n] is not None]
+    if said:
+        notes.append(f"params.json says {', '.join(said)}, which the code of Llama 3.1 to 3.3 does not read")
+    if known["tie_word_embeddings"] and not surely_small(known):
         notes.append(
             "output.weight is a copy of the embedding, which params.json cannot say: converting again needs "
             "--set tie_word_embeddings=true"
@@ -245,23 +380,29 @@ FAMILY = consolidated.family(
         ("sliding_window", "_sliding_window", "moe.num_experts"),
     ),
     fields=(
-        only("hidden_act", "silu", "the original's feed_forward"),
-        only("attention_bias", False, "the original's projections have no biases"),
-        only("mlp_bias", False, "the original's projections have no biases"),
-        only("pretraining_tp", 1, "one process; more would imitate the rounding of ranks"),
+        only("hidden_act", "silu", "the original's feed_forward", keys=params_json.ACTIVATION),
+        only("attention_bias", False, "the original's projections have no biases", keys=("attention_bias",)),
+        only("mlp_bias", False, "the original's projections have no biases", keys=("mlp_bias",)),
+        only(
+            "pretraining_tp",
+            1,
+            "one process; more would imitate the rounding of ranks",
+            keys=("pretraining_tp",),
+        ),
         params_json.SIZES,
-        count("intermediate_size", "hidden_dim", "intermediate_size", rule=width),
+        params_json.of_class("intermediate_size", "hidden_dim", rule=width),
         params_json.head_dim(head_as_meta_has_it),
-        number("rope_theta", "rope_theta", rule=default_theta, silent=DEFAULT),
+        number("rope_theta", "rope_theta", "rope_freq_base", rule=default_theta, silent=DEFAULT),
         anything(
             "rope_scaling",
+            read=own_scaling,
             rule=scaling,
             silent=DEFAULT,
-            check=scaling_can_be_said,
+            check=check_scaling,
             ask="the rotary scaling of Llama 3.1 and later, or null for Llama 3",
         ),
-        count("max_position_embeddings", rule=context),
-        flag("tie_word_embeddings", rule=tied_if_small, check=head_is_there),
+        count("max_position_embeddings", "max_position_embeddings", rule=context),
+        flag("tie_word_embeddings", *params_json.TIED, rule=tied_if_small, check=params_json.head_is_there),
         *params_json.alone(
             flag(
                 "use_scaled_rope",
@@ -270,6 +411,10 @@ FAMILY = consolidated.family(
             ),
             count("multiple_of", rule=ABSENT, silent=lambda known: pair(known, 0)),
             number("ffn_dim_multiplier", rule=ABSENT, silent=lambda known: pair(known, 1)),
+            of_scaling("rope_scaling_factor", "rope_scale_factor"),
+            of_scaling("rope_low_freq_factor", "low_freq_factor"),
+            of_scaling("rope_high_freq_factor", "high_freq_factor"),
+            of_scaling("original_max_position_embeddings", "old_context_len"),
         ),
     ),
     forms={"ranks": Form(("consolidated.{rank:02d}.pth",), DENSE)},
@@ -285,6 +430,7 @@ FAMILY = consolidated.family(
         "norm_eps",
         theta,
         some("use_scaled_rope"),
+        *(some(name) for name in PARTS),
     ),
     ids=ids,
     untold=untold,

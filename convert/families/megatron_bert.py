@@ -147,10 +147,7 @@ FAMILY = megatron.family(
     layer=r"bert\.encoder\.layer\.(\d+)\.",
     words=WORDS,
     padded="the embedding and the LM head's bias",
-    ignored={
-        r"(bert\.)?embeddings\.position_ids": "0, 1, 2, ...",
-        r"cls\.predictions\.decoder\.(weight|bias)": "the same as the embedding and cls.predictions.bias",
-    },
+    ignored={r"(bert\.)?embeddings\.position_ids": "0, 1, 2, ..."},
     args=lambda known: {"bert_binary_head": Value(has_binary_head(known), "tensors of the model")},
     notes=notes,
     foretold={TWO_GELUS: two_gelus},

@@ -141,10 +141,7 @@ FAMILY = megatron.family(
     words=WORDS,
     padded="the embedding",
     own_names=GPT2_NAMES,
-    ignored={
-        r"transformer\.h\.\d+\.attn\.(masked_)?bias": "the causal mask",
-        r"lm_head\.weight": "the same as the embedding",
-    },
+    ignored={r"transformer\.h\.\d+\.attn\.(masked_)?bias": "the causal mask"},
     args=lambda known: {
         "untie_embeddings_and_output_weights": Value(
             not known["tie_word_embeddings"], "config.json: tie_word_embeddings"

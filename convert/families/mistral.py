@@ -10,7 +10,7 @@ from __future__ import annotations
 from ckpt_tool.convert.dialects import consolidated, params_json
 from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
 from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI
-from ckpt_tool.convert.numbers import Known, Value, count, flag, given, like_llama, only, some
+from ckpt_tool.convert.numbers import Known, Value, count, given, like_llama, only, some
 
 NEMO = {"hidden_size": 5120, "num_hidden_layers": 40, "head_dim": 128, "intermediate_size": 14336}
 
@@ -47,19 +47,19 @@ FAMILY = consolidated.family(
     told=told,
     lacks=("no experts", ("moe.num_experts",)),
     fields=(
-        only("hidden_act", "silu", "the original's feed_forward"),
+        only("hidden_act", "silu", "the original's feed_forward", keys=params_json.ACTIVATION),
         params_json.SIZES,
         params_json.THETA,
         params_json.UNSCALED,
         params_json.WINDOW,
-        count("max_position_embeddings", "max_position_embeddings", "max_seq_len", rule=context),
-        flag("tie_word_embeddings", rule=given(False, "no Mistral model ties its head")),
+        count("max_position_embeddings", read=params_json.length, rule=context),
+        params_json.TIE,
     ),
     forms={
         "safetensors": Form(("consolidated.safetensors",), DENSE),  # as Mistral AI publishes today
         "pth": Form(("consolidated.00.pth",), DENSE),
     },
-    params=(*params_json.MISTRAL_AI, some("sliding_window")),
+    params=(*params_json.MISTRAL_AI, some("sliding_window"), params_json.tied),
     ids=lambda _: (1, 2, "every Mistral tokenizer"),
     options=(consolidated.CONTAINER,),
     vocabulary=consolidated.MISTRAL_AI,

@@ -9,10 +9,12 @@ Hugging Face names in B.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ckpt_tool.convert.dialects import consolidated, params_json
 from ckpt_tool.convert.dialects.consolidated import Form, S, Seen, T
 from ckpt_tool.convert.layout import rule
-from ckpt_tool.convert.numbers import Known, Value, count, given, like_llama, only, some
+from ckpt_tool.convert.numbers import DEFAULT, Known, Value, count, given, like_llama, only, some
 
 SE, TE = S + "feed_forward.experts.{e}.", T + "block_sparse_moe.experts.{e}."
 EXPERTS = (
@@ -27,6 +29,12 @@ STACKED = (
     rule(S + "block_sparse_moe.w3", TE + "w3.weight", "(e f) d", cut="e"),
     rule(S + "block_sparse_moe.w2", TE + "w2.weight", "(e f) d -> d (e f)", cut="e"),
 )
+# What transformers 5.23.0 (models/mixtral, conversion_mapping.py) makes of the experts when it loads them.
+IN_MEMORY = {
+    T + "mlp.gate.weight": (T + "block_sparse_moe.gate.weight",),
+    T + "mlp.experts.gate_up_proj": (TE + "w1.weight", TE + "w3.weight"),
+    T + "mlp.experts.down_proj": (TE + "w2.weight",),
+}
 
 
 def told(seen: Seen) -> tuple[bool, str]:
@@ -60,6 +68,14 @@ def not_more_than_there_are(known: Known, chosen: Value) -> Value:
     return chosen
 
 
+def theta(known: Known) -> Value | None:
+    """1e6 where params.json is silent, as both published models have it. With a window the code of that
+    time took 1e4, which no published model has: that is asked."""
+    if known.facts.document is None or known["sliding_window"] is not None:
+        return None
+    return given(1e6, "rope_theta absent from params.json and no sliding_window: 1e6")
+
+
 def context(known: Known) -> Value:
     """The length in config.json, which changes no number: 65536 for 8x22B, 32768 for 8x7B."""
     if (known["hidden_size"], known["num_hidden_layers"]) == (6144, 56):
@@ -87,23 +103,24 @@ FAMILY = consolidated.family(
     ),
     told=told,
     fields=(
-        only("hidden_act", "silu", "the original's experts"),
+        only("hidden_act", "silu", "the original's experts", keys=params_json.ACTIVATION),
         params_json.SIZES,
-        count("intermediate_size", "hidden_dim", "intermediate_size", rule=width),
-        count("num_local_experts", "moe.num_experts", "num_local_experts", rule=experts),
+        params_json.of_class("intermediate_size", "hidden_dim", rule=width),
+        params_json.of_class("num_local_experts", "moe.num_experts", rule=experts),
         count(
             "num_experts_per_tok",
             "moe.num_experts_per_tok",
             "num_experts_per_tok",
             rule=two,
+            silent=DEFAULT,
             check=not_more_than_there_are,
             ask="the number of experts per token",
         ),
-        params_json.THETA,
+        replace(params_json.THETA, rule=theta),
         params_json.UNSCALED,
         params_json.WINDOW,
-        count("max_position_embeddings", "max_position_embeddings", "max_seq_len", rule=context),
-        only("tie_word_embeddings", False, "rule: no Mixtral ties its head"),
+        count("max_position_embeddings", read=params_json.length, rule=context),
+        only("tie_word_embeddings", False, "rule: no Mixtral ties its head", keys=params_json.TIED),
     ),
     training={"output_router_logits": False, "router_aux_loss_coef": 0.001},  # the second of the loss only
     forms={
@@ -118,4 +135,5 @@ FAMILY = consolidated.family(
         consolidated.Option("form", "Layout to write.", "original", choices=("A", "B", "C")),
     ),
     vocabulary=consolidated.MISTRAL_AI,
+    in_memory=IN_MEMORY,
 )

@@ -6,7 +6,7 @@ Source: transformers 4.57.6 and 5.23.0 (models/qwen3), published config.json fil
 
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.published import T, Vocabulary, attention, decoder, weights
-from ckpt_tool.convert.numbers import DECODER, LLAMA_SIZES, ROPE, Class, by_name, count, only
+from ckpt_tool.convert.numbers import DECODER, DEFAULT, LLAMA_SIZES, ROPE, Class, by_name, count, only
 
 SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128}
 CLASS = Class(
@@ -25,7 +25,7 @@ FAMILY = published.family(
     classes={"qwen3": CLASS},
     fields=by_name(
         published.FIELDS,
-        count("head_dim", ask="the width of a head, 128 in published models"),
+        count("head_dim", silent=DEFAULT),
         only("hidden_act", "silu", "the only activation of Qwen3"),
         only("attention_bias", False, "no published model has biases"),
     ),

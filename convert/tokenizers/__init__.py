@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ckpt_tool.convert.families import family as family_of
 from ckpt_tool.convert.tokenizers import gpt2, sentencepiece, tekken, tiktoken, wordpiece
-from ckpt_tool.convert.tokenizers.hf_files import TokenizerResult
+from ckpt_tool.convert.tokenizers.hf_files import ADDED, MAP, More, TokenizerResult, read_more
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import fail
 
-__all__ = ["MAX_BYTES", "TokenizerResult", "original_tokenizer_documents", "tokenizer_documents"]
+__all__ = [
+    "ADDED",
+    "MAP",
+    "MAX_BYTES",
+    "TokenizerResult",
+    "original_tokenizer_documents",
+    "tokenizer_documents",
+]
 
 MAX_BYTES = tekken.MAX_BYTES  # no tokenizer file may be larger; real ones go up to 19 MB
 _ORIGINAL = re.compile(r"tokenizer\.model(?:\.v[0-9]+(?:m[0-9]+)?)?|tekken\.json", re.ASCII)
@@ -34,50 +41,73 @@ def tokenizer_documents(
 
     `documents` may hold other files; which count is told by the `vocabulary` that the family declares:
     `tokenizer.model`, `tokenizer.model.vN` and `tekken.json`, or `vocab.txt` and `*-vocab.txt`, or
-    `vocab.json` with `merges.txt`, also with the same word before both. `config` is params.json or
-    config.json as far as known: `vocab_size` (absent or -1: not checked) or `padded_vocab_size`, the context
-    length, whether rotary frequencies are scaled, `tokenizer_type` of Megatron's args and `added_tokens` that
-    follow the vocabulary (to ids). Fails with `bad-tokenizer` for a file that is none of the known formats,
-    that contradicts itself or the sizes, or when two different tokenizers are there. Without any tokenizer
-    the result is empty and a note says so.
+    `vocab.json` with `merges.txt`, also with the same word before both; added_tokens.json beside it goes on
+    where the vocabulary ends. `config` is params.json or config.json as far as known: `vocab_size`, the rows
+    of the embedding (absent or -1: not checked), of which a note says how many have no id, or
+    `padded_vocab_size`, where rows without an id are padding; the context length, whether rotary frequencies
+    are scaled, `tokenizer_type` of Megatron's args and `added_tokens` (to ids) where no file tells them.
+    Fails with `bad-tokenizer` for a file that is none of the known formats, that contradicts itself or has
+    more ids than there are rows, or when two different tokenizers fit. Without any tokenizer the result is
+    empty and a note says so.
     """
     vocabulary = family_of(family).vocabulary
     found = _candidates(documents, vocabulary)
     if not found:
         return TokenizerResult({}, ["the download has no tokenizer file; none was written"], 0)
+    more = read_more(documents) if ADDED in documents else More(config.get("added_tokens", {}))
     results = {
-        name: _convert(name, data, vocabulary, config, family)
+        name: _convert(name, data, vocabulary, config, family, more)
         for name, data in sorted(found.items())
         if not any(data == found[other] and other > name for other in found)
     }
     rows, most = _count(config, "vocab_size"), _count(config, "padded_vocab_size")
-    fitting = {
-        name: r
-        for name, r in results.items()
-        if (rows is None or r.vocab_size == rows) and (most is None or r.vocab_size <= most)
-    }
-    if not fitting:
-        sizes = " and ".join(f"{r.vocab_size} in {name}" for name, r in results.items())
-        wanted = f"at most {most} ids" if rows is None else f"{rows} ids, as many as the embedding has rows"
-        fail(
-            "bad-tokenizer",
-            f"expected a tokenizer of {wanted}, found {sizes}",
-            file=next(iter(results)),
-            hint="a tokenizer of another release is not a part of this one: ids mean other pieces",
-        )
-    if len(fitting) > 1:
-        fail(
-            "bad-tokenizer",
-            f"expected one tokenizer, found {len(fitting)} that differ: {', '.join(fitting)}",
-            hint="keep the one that belongs to the weights",
-        )
-    name, result = next(iter(fitting.items()))
+    name = _fitting({n: r.vocab_size for n, r in results.items()}, rows, most)
+    result = results[name]
     for other in found.keys() - {name}:
         if found[other] != found[name]:
             result.notes.append(f"{other} is left out: it does not fit the vocabulary of {rows or most}")
         elif _ORIGINAL.fullmatch(other):
             result.documents[other] = found[other][0]
+    if ADDED in documents:
+        result.documents[ADDED] = documents[ADDED]
+    if rows is not None:
+        result.notes.extend(rows_without_ids(rows, result.vocab_size, name))
     return result
+
+
+def _fitting(sizes: Mapping[str, int], rows: int | None, most: int | None) -> str:
+    """The one tokenizer whose ids all have a row; of several the one that has an id for each row."""
+    limit = most if rows is None else rows
+    fitting = [n for n, ids in sizes.items() if limit is None or ids <= limit]
+    if limit is not None and not fitting:
+        found = " and ".join(f"{ids} in {name}" for name, ids in sizes.items())
+        too_many_ids(limit, found, next(iter(sizes)))
+    exact = [n for n in fitting if sizes[n] == rows] or fitting
+    if len(exact) > 1:
+        fail(
+            "bad-tokenizer",
+            f"expected one tokenizer, found {len(exact)} that differ: {', '.join(exact)}",
+            hint="--tokenizer FILE says which of them belongs to the weights",
+        )
+    return exact[0]
+
+
+def too_many_ids(rows: int, found: str, file: str) -> NoReturn:
+    """A model would look up ids past its embedding."""
+    fail(
+        "bad-tokenizer",
+        f"expected a tokenizer of at most {rows} ids, one for each row of the embedding, found {found}",
+        file=file,
+        hint="--tokenizer PATH gives the one of these weights",
+    )
+
+
+def rows_without_ids(rows: int, ids: int, file: str) -> list[str]:
+    """Rows that a vocabulary was rounded up by, or that somebody added without saying what for."""
+    left = rows - ids
+    if left < 1:
+        return []
+    return [f"{left} of {rows} embedding rows {'has' if left == 1 else 'have'} no id in {file} ({ids} ids)"]
 
 
 def _candidates(documents: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, tuple[bytes, ...]]:
@@ -103,7 +133,12 @@ def _count(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def _convert(
-    name: str, contents: tuple[bytes, ...], vocabulary: Vocabulary, config: Mapping[str, Any], family: str
+    name: str,
+    contents: tuple[bytes, ...],
+    vocabulary: Vocabulary,
+    config: Mapping[str, Any],
+    family: str,
+    more: More,
 ) -> TokenizerResult:
     for content in contents:
         if len(content) > MAX_BYTES:
@@ -111,15 +146,14 @@ def _convert(
     if vocabulary.kind == "byte-level":
         vocab, merges = contents
         files = (name, name.removesuffix("vocab.json") + "merges.txt")
-        more = config.get("added_tokens")
         return gpt2.convert(vocab, merges, files=files, config=config, use=vocabulary, more_tokens=more)
     (data,) = contents
     if vocabulary.kind == "wordpiece":
-        return wordpiece.convert(data, file=name, config=config)
+        return wordpiece.convert(data, file=name, config=config, more_tokens=more)
     if name == "tekken.json":
-        return tekken.convert(data, file=name)
+        return tekken.convert(data, file=name, more_tokens=more)
     if sentencepiece.looks_like(data):
-        return sentencepiece.convert(data, file=name)
+        return sentencepiece.convert(data, file=name, more_tokens=more)
     if tiktoken.looks_like(data):
         if not vocabulary.ranks:
             fail(
@@ -128,7 +162,7 @@ def _convert(
                 file=name,
                 hint="such a list does not say how to split text; that of Llama 3 is known",
             )
-        return tiktoken.convert(data, file=name, config=config)
+        return tiktoken.convert(data, file=name, config=config, more_tokens=more)
     fail(
         "bad-tokenizer",
         f"expected a sentencepiece model or a list of tiktoken ranks, found {data[:16]!r}",
@@ -146,10 +180,11 @@ def original_tokenizer_documents(
     tokenizer.json, which holds no scores.
     """
     kind = "sentencepiece" if family is None else family_of(family).vocabulary.kind
+    more = {ADDED: hf_documents[ADDED]} if ADDED in hf_documents else {}
     if kind != "sentencepiece":
         names = ("vocab.txt",) if kind == "wordpiece" else ("vocab.json", "merges.txt")
         held = all(name in hf_documents for name in names)
-        return {name: hf_documents[name] for name in names} if held else {}
+        return {**{name: hf_documents[name] for name in names}, **more} if held else {}
     found = {name: data for name, data in hf_documents.items() if _ORIGINAL.fullmatch(name)}
     kept = hf_documents.get("original/tokenizer.model")
     if kept is not None:
@@ -157,4 +192,4 @@ def original_tokenizer_documents(
     versioned = [name for name in found if name.startswith("tokenizer.model.")]
     if any(found[name] == found.get("tokenizer.model") for name in versioned):
         del found["tokenizer.model"]  # the copy that Hugging Face classes look for
-    return found
+    return {**found, **more} if found else {}

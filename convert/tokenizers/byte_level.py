@@ -118,6 +118,12 @@ def tokenizer_document(
     )
 
 
+def ids_by_text(ranks: Mapping[bytes, int], first_id: int, special: Sequence[AddedToken]) -> dict[str, int]:
+    """Every token of a vocabulary as tokenizer.json writes it, to its id."""
+    vocab = {spell(token): first_id + rank for token, rank in ranks.items()}
+    return {**vocab, **{token.text: token.id for token in special}}
+
+
 def name_clashes(ranks: Mapping[bytes, int], special: Sequence[str], file: str) -> list[Problem]:
     """Special tokens that cannot be told from an ordinary token, or from each other, by their text."""
     spelled = {spell(token) for token in ranks}

@@ -13,7 +13,9 @@ from ckpt_tool.checkpoint.strict_json import parse
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.tokenizers.byte_level import spell
 from ckpt_tool.convert.tokenizers.hf_files import (
+    NO_MORE,
     AddedToken,
+    More,
     TokenizerResult,
     bos_template,
     config_documents,
@@ -87,17 +89,18 @@ def convert(
     files: tuple[str, str],
     config: Mapping[str, Any],
     use: Vocabulary,
-    more_tokens: Mapping[str, int] | None = None,
+    more_tokens: More = NO_MORE,
 ) -> TokenizerResult:
     """The Hugging Face files of such a vocabulary, which stays beside them as `vocab.json` and `merges.txt`.
 
-    `config` may have the number of positions, `n_positions` or `max_position_embeddings`. `more_tokens` (to
-    ids) follow the vocabulary; text is searched for them before anything else."""
+    `config` may have the number of positions, `n_positions` or `max_position_embeddings`. `more_tokens`
+    follow the vocabulary; text is searched for them before anything else."""
     vocab = read_vocabulary(vocab_data, files[0], use.named.values())
     merges = read_merges(merges_data, files[1], vocab)
     added = [AddedToken(vocab[text], text) for text in dict.fromkeys(use.named.values())]
-    added += [AddedToken(number, text, control=False) for text, number in (more_tokens or {}).items()]
-    added.sort(key=lambda token: token.id)
+    later = more_tokens.after(vocab, len(vocab))
+    added = sorted([*added, *later], key=lambda token: token.id)
+    named = {**more_tokens.named(later), **use.named}
     byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     after: dict[str, Any] = {**byte_level, "trim_offsets": False, "use_regex": True}
     more: dict[str, Any] = {"padding_side": "right", "add_prefix_space": False}
@@ -120,7 +123,7 @@ def convert(
             decoder={**byte_level, "use_regex": True},
             model={"unk_token": None, "fuse_unk": False, "byte_fallback": False},
         ),
-        **config_documents(use.named, added, more),
+        **config_documents(named, added, more),
         "vocab.json": vocab_data,
         "merges.txt": merges_data,
     }
@@ -131,4 +134,4 @@ def convert(
         for name, text in use.named.items()
         if name != "unk_token"
     }
-    return TokenizerResult(documents, notes, len(vocab) + len(more_tokens or {}), facts)
+    return TokenizerResult(documents, notes, len(vocab) + len(later), facts)

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.plan import Value
+from ckpt_tool.errors import fail
 
 # Both libraries read `tokenizer.json` as it stands under this class name, whatever the model type beside it.
 # Under `LlamaTokenizer` transformers 5 keeps only vocabulary and merges and builds the rest from class code,
@@ -27,6 +29,11 @@ class TokenizerResult:
     notes: list[str]
     vocab_size: int
     facts: dict[str, Value] = field(default_factory=dict)
+
+
+ADDED, MAP = "added_tokens.json", "special_tokens_map.json"
+# Roles that a token which was added may have, beside those that the vocabulary itself names
+_ROLES = ("pad_token", "mask_token", "sep_token", "cls_token")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,59 @@ class AddedToken:
             "normalized": self.normalized,
             "special": self.control,
         }
+
+
+@dataclass(frozen=True)
+class More:
+    """Tokens that somebody added to a vocabulary: `ids` by text, what special_tokens_map.json beside them
+    calls `special`, and which have a role by it ("pad_token" to text)."""
+
+    ids: Mapping[str, int] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def after(self, vocab: Mapping[str, int], size: int) -> list[AddedToken]:
+        """Those that `vocab`, of `size` ids, has not. The library numbers them on from its end, so an id that
+        is not the next is `bad-tokenizer`, as is another id of a token that is there."""
+        made: list[AddedToken] = []
+        for text, number in sorted(self.ids.items(), key=lambda item: item[1]):
+            wanted = vocab.get(text, size + len(made))
+            if number != wanted:
+                message = f"expected id {wanted} for `{text[:40]}`, found {number}"
+                hint = "--tokenizer FILE with the vocabulary alone leaves added_tokens.json out"
+                fail("bad-tokenizer", message, file=ADDED, hint=hint)
+            if text not in vocab:
+                made.append(AddedToken(number, text, control=text in self.special))
+        return made
+
+    def named(self, added: Iterable[AddedToken]) -> dict[str, str]:
+        """The roles of those that were added."""
+        texts = {token.text for token in added}
+        return {role: text for role, text in self.roles.items() if text in texts}
+
+
+NO_MORE = More()
+
+
+def read_more(documents: Mapping[str, bytes]) -> More:
+    """What added_tokens.json says, and special_tokens_map.json of the same tokens."""
+    if ADDED not in documents:
+        return NO_MORE
+    ids = parse_object(documents[ADDED], file=ADDED, kind="bad-tokenizer")
+    if not all(type(v) is int and v >= 0 for v in ids.values()):
+        fail("bad-tokenizer", "expected an id for each token, found something else", file=ADDED)
+    listed = parse_object(documents.get(MAP, b"{}"), file=MAP, kind="bad-tokenizer")
+    roles = {k: text for k, v in listed.items() if (text := _text(v)) is not None}
+    others = listed.get("additional_special_tokens")
+    texts = {text for v in others if (text := _text(v)) is not None} if isinstance(others, list) else set()
+    named = {role: roles[role] for role in _ROLES if role in roles}
+    return More(ids, frozenset({*roles.values(), *texts}), named)
+
+
+def _text(value: Any) -> str | None:
+    """A token as it is written in these files: plain, or with its flags."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
 
 
 def json_bytes(value: Any) -> bytes:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.tokenizers.hf_files import (
+    NO_MORE,
     AddedToken,
+    More,
     TokenizerResult,
     bos_template,
     config_documents,
@@ -345,17 +347,20 @@ def _decoder(model: Model) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def convert(data: bytes, *, file: str) -> TokenizerResult:
-    """The Hugging Face files of a sentencepiece tokenizer. The model is kept as `tokenizer.model`, and
-    under its own name too where that differs (`tokenizer.model.v3`: mistral_common reads the version off
-    the name)."""
+def convert(data: bytes, *, file: str, more_tokens: More = NO_MORE) -> TokenizerResult:
+    """The Hugging Face files of a sentencepiece tokenizer, `more_tokens` after its pieces. The model is kept
+    as `tokenizer.model`, and under its own name too where that differs (`tokenizer.model.v3`: mistral_common
+    reads the version off the name)."""
     model = read(data, file)
-    added = _added_tokens(model)
+    vocab = {piece.text: id for id, piece in enumerate(model.pieces)}
+    later = more_tokens.after(vocab, len(vocab))
+    added = [*_added_tokens(model), *later]
     by_id = {token.id: token for token in added}
     bos, eos = by_id[model.bos], by_id[model.eos]
     named = {"bos_token": bos.text, "eos_token": eos.text, "unk_token": by_id[model.unk].text}
     if model.pad >= 0:
         named["pad_token"] = by_id[model.pad].text
+    named = {**more_tokens.named(later), **named}
     more: dict[str, Any] = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -381,7 +386,7 @@ def convert(data: bytes, *, file: str) -> TokenizerResult:
         more |= {name: None for name in (*_INFILL, "fill_token")}
     documents = {
         "tokenizer.json": tokenizer_json(
-            vocab={piece.text: id for id, piece in enumerate(model.pieces)},
+            vocab=vocab,
             merges=merges(model, file),
             added=added,
             normalizer=_normalizer(model, added),
@@ -398,4 +403,4 @@ def convert(data: bytes, *, file: str) -> TokenizerResult:
         "bos_token_id": Value(bos.id, f"{file}: trainer_spec.bos_id"),
         "eos_token_id": Value(eos.id, f"{file}: trainer_spec.eos_id"),
     }
-    return TokenizerResult(documents, notes, len(model.pieces), facts)
+    return TokenizerResult(documents, notes, len(vocab) + len(later), facts)

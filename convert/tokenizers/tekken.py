@@ -15,7 +15,13 @@ from typing import Any
 from ckpt_tool.checkpoint import strict_json
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.tokenizers import byte_level
-from ckpt_tool.convert.tokenizers.hf_files import AddedToken, TokenizerResult, config_documents
+from ckpt_tool.convert.tokenizers.hf_files import (
+    NO_MORE,
+    AddedToken,
+    More,
+    TokenizerResult,
+    config_documents,
+)
 from ckpt_tool.errors import Problem, fail, fail_all
 
 MAX_BYTES = 64 << 20
@@ -185,14 +191,19 @@ def _special(listed: list[Any] | None, total: int, version: str, file: str) -> t
     return tuple(tokens)
 
 
-def convert(data: bytes, *, file: str) -> TokenizerResult:
-    """The Hugging Face files of a tekken tokenizer; `tekken.json` itself is kept, as mistral_common and
-    vLLM read it (and transformers 5 prefers it where mistral_common is installed)."""
+def convert(data: bytes, *, file: str, more_tokens: More = NO_MORE) -> TokenizerResult:
+    """The Hugging Face files of a tekken tokenizer, `more_tokens` after its ids; `tekken.json` itself is
+    kept, as mistral_common and vLLM read it (and transformers 5 prefers it where mistral_common is
+    installed)."""
     tekken = read(data, file)
     ids = {token.text: token for token in tekken.special}
     bos, eos = ids.get("<s>"), ids.get("</s>")
     if bos is None or eos is None:
         fail("bad-tokenizer", "expected the special tokens <s> and </s>, found not both", file=file)
+    first = len(tekken.special)
+    vocab = byte_level.ids_by_text(tekken.ranks, first, tekken.special) if more_tokens.ids else {}
+    added = [*tekken.special, *more_tokens.after(vocab, len(vocab))]
+    named = {name: text for name, text in _NAMED.items() if text in ids}
     more: dict[str, Any] = {}
     if tekken.pattern == PATTERN:
         # Transformers 5 warns that the pattern of any large Mistral tokenizer is wrong (files converted by
@@ -201,15 +212,13 @@ def convert(data: bytes, *, file: str) -> TokenizerResult:
     documents = {
         "tokenizer.json": byte_level.tokenizer_document(
             tekken.ranks,
-            first_id=len(tekken.special),
+            first_id=first,
             pattern=tekken.pattern,
-            added=tekken.special,
+            added=added,
             bos=bos,
             listed=tekken.special,
         ),
-        **config_documents(
-            {name: text for name, text in _NAMED.items() if text in ids}, tekken.special, more
-        ),
+        **config_documents({**more_tokens.named(added), **named}, added, more),
         "tekken.json": data,
     }
     notes = [
@@ -220,4 +229,4 @@ def convert(data: bytes, *, file: str) -> TokenizerResult:
         "bos_token_id": Value(bos.id, f"{file}: special token <s>"),
         "eos_token_id": Value(eos.id, f"{file}: special token </s>"),
     }
-    return TokenizerResult(documents, notes, len(tekken.special) + len(tekken.ranks), facts)
+    return TokenizerResult(documents, notes, len(added) + len(tekken.ranks), facts)

@@ -11,7 +11,13 @@ from typing import Any
 
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.tokenizers import byte_level
-from ckpt_tool.convert.tokenizers.hf_files import AddedToken, TokenizerResult, config_documents
+from ckpt_tool.convert.tokenizers.hf_files import (
+    NO_MORE,
+    AddedToken,
+    More,
+    TokenizerResult,
+    config_documents,
+)
 from ckpt_tool.errors import Problem, fail, fail_all
 
 MAX_BYTES = 32 << 20
@@ -87,25 +93,29 @@ def has_scaled_rope(config: Mapping[str, Any]) -> bool:
     )
 
 
-def convert(data: bytes, *, file: str, config: Mapping[str, Any]) -> TokenizerResult:
-    """The Hugging Face files of a Llama 3 tokenizer; the original is kept as `original/tokenizer.model`,
-    where Meta's own Hub folders have it and where no sentencepiece reader looks for it."""
+def convert(
+    data: bytes, *, file: str, config: Mapping[str, Any], more_tokens: More = NO_MORE
+) -> TokenizerResult:
+    """The Hugging Face files of a Llama 3 tokenizer, `more_tokens` after its ids; the original is kept as
+    `original/tokenizer.model`, where Meta's own Hub folders have it and where no sentencepiece reader looks
+    for it."""
     ranks = read_ranks(data, file)
     scaled = has_scaled_rope(config)
     special = [AddedToken(len(ranks) + i, text) for i, text in enumerate(special_names(scaled_rope=scaled))]
     fail_all(byte_level.name_clashes(ranks, [token.text for token in special], file))
     bos, eos = special[0], special[1]
+    vocab = byte_level.ids_by_text(ranks, 0, special) if more_tokens.ids else {}
+    added = [*special, *more_tokens.after(vocab, len(vocab))]
+    named = {**more_tokens.named(added), "bos_token": bos.text, "eos_token": eos.text}
     generation = "3.1 and later, as rotary scaling is on" if scaled else "3.0, as rotary scaling is off"
     length = config.get("max_position_embeddings")
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         length = 131072 if scaled else 8192
     documents = {
         "tokenizer.json": byte_level.tokenizer_document(
-            ranks, first_id=0, pattern=PATTERN, added=special, bos=bos
+            ranks, first_id=0, pattern=PATTERN, added=added, bos=bos
         ),
-        **config_documents(
-            {"bos_token": bos.text, "eos_token": eos.text}, special, {"model_max_length": length}
-        ),
+        **config_documents(named, added, {"model_max_length": length}),
         "original/tokenizer.model": data,
     }
     notes = [
@@ -123,4 +133,4 @@ def convert(data: bytes, *, file: str, config: Mapping[str, Any]) -> TokenizerRe
         "bos_token_id": Value(bos.id, f"{file}: {bos.text}"),
         "eos_token_id": Value(eos.id, f"{file}: {eos.text}"),
     }
-    return TokenizerResult(documents, notes, len(ranks) + SPECIAL_TOKENS, facts)
+    return TokenizerResult(documents, notes, len(ranks) + len(added), facts)

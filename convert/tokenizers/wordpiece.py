@@ -13,7 +13,9 @@ from typing import Any
 
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.tokenizers.hf_files import (
+    NO_MORE,
     AddedToken,
+    More,
     TokenizerResult,
     config_documents,
     tokenizer_file,
@@ -79,13 +81,18 @@ def lower_cases(vocab: Mapping[str, int], file: str, config: Mapping[str, Any]) 
     return Value(False, f"{file}: tokens have upper-case letters, the first is `{upper}`")
 
 
-def convert(data: bytes, *, file: str, config: Mapping[str, Any]) -> TokenizerResult:
-    """The Hugging Face files of a WordPiece vocabulary, which stays beside them as `vocab.txt`.
+def convert(
+    data: bytes, *, file: str, config: Mapping[str, Any], more_tokens: More = NO_MORE
+) -> TokenizerResult:
+    """The Hugging Face files of a WordPiece vocabulary, which stays beside them as `vocab.txt`, with
+    `more_tokens` after its lines.
 
     `config` may have `tokenizer_type` from Megatron's args, and `max_position_embeddings`."""
     vocab = read(data, file)
     lower = lower_cases(vocab, file, config)
     special = sorted((AddedToken(vocab[t], t) for t in NAMED.values()), key=lambda token: token.id)
+    later = more_tokens.after(vocab, len(vocab))
+    special += later
     more: dict[str, Any] = {
         "do_lower_case": lower.value,
         "tokenize_chinese_chars": True,
@@ -117,7 +124,7 @@ def convert(data: bytes, *, file: str, config: Mapping[str, Any]) -> TokenizerRe
         cased = "an uncased" if _first_upper_case(vocab) is None else "a cased"
         notes.append(f"{file} looks like {cased} vocabulary; {lower.source} was followed")
     facts = {"pad_token_id": Value(vocab["[PAD]"], f"{file}: [PAD]")}
-    return TokenizerResult(documents, notes, len(vocab), facts)
+    return TokenizerResult(documents, notes, len(vocab) + len(later), facts)
 
 
 def _first_upper_case(vocab: Mapping[str, int]) -> str | None:

@@ -1,0 +1,147 @@
+"""The MD5 sums that a publisher lists beside the files: checklist.chk, in the format of `md5sum -c`.
+
+A sum that differs is told and never refused: published lists were wrong themselves, and people change
+params.json on purpose. Small files are always compared, weights where they are small or it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.errors import CkptToolError
+
+NAMES = ("checklist.chk", "tokenizer_checklist.chk")
+LIST_BYTES = 1 << 20
+DOCUMENT_BYTES = 32 << 20  # of a file beside the weights; the largest tokenizers have 28 MB
+SMALL = 64 << 20  # bytes of weights that are compared without being asked to: a tenth of a second
+SPEED = 600e6  # bytes of MD5 per second and core, as measured
+SHOWN = 8  # files in notes, before the rest is counted
+_CHUNK = 1 << 20
+_LINE = re.compile(r"\\?([0-9a-fA-F]{32})[ \t]+\*?(.+)|MD5 \((.+)\) = ([0-9a-fA-F]{32})", re.ASCII)
+
+
+def listed(data: bytes) -> dict[str, str]:
+    """The sums in a list by the names of the files, in order. What is no line of a list is skipped, as are
+    names that lead elsewhere; of two lines for one name the first counts."""
+    found: dict[str, str] = {}
+    for line in data.decode("utf-8", "replace").splitlines():
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            continue
+        name = (match[2] or match[3]).strip().removeprefix("./")
+        parts = name.split("/")
+        if name and "\\" not in name and not {"", ".", ".."} & set(parts):
+            found.setdefault(name, (match[1] or match[4]).lower())
+    return found
+
+
+@dataclass
+class Sums:
+    """What comparing with one list found, by the names of files. `other` has (as listed, as found), `left`
+    the bytes of weights that were not read."""
+
+    name: str
+    agree: list[str] = field(default_factory=list)
+    other: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+
+    def notes(self) -> Iterator[str]:
+        """In words, what differs first."""
+        for name, (wanted, found) in list(self.other.items())[:SHOWN]:
+            yield f"{name} has md5 {found}, {self.name} lists {wanted}"
+        if len(self.other) > SHOWN:
+            yield f"{len(self.other) - SHOWN} more files have other sums than {self.name} lists"
+        compared = len(self.agree) + len(self.other)
+        told = [f"{len(self.agree)} of {compared} sums agree"] if compared else []
+        if self.left:
+            size = sum(self.left.values())
+            files = f"{len(self.left)} weight file{'s' * (len(self.left) > 1)}"
+            cost = f"{size / 1e9:,.1f} GB, about {size / SPEED:,.0f} s"
+            told.append(f"those of {files} not compared ({cost}): --checksums does")
+        if told:
+            yield f"{self.name}: {'; '.join(told)}"
+
+
+def compare(
+    checkpoint: Checkpoint, *, weights: bool = False, progress: Callable[[str, int], None] | None = None
+) -> list[Sums]:
+    """Compare files with the lists beside them; with `weights` also large ones. `progress` is told of each
+    file of weights and the bytes read of it. A list that cannot be read is none."""
+    made = []
+    for name in NAMES:
+        if name not in checkpoint.documents:
+            continue
+        try:
+            sums = listed(checkpoint.documents[name].read(LIST_BYTES))
+        except CkptToolError:
+            continue
+        if sums:
+            made.append(_compare(checkpoint, name, sums, weights, progress or (lambda name, count: None)))
+    return made
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    name: str,
+    sums: Mapping[str, str],
+    weights: bool,
+    progress: Callable[[str, int], None],
+) -> Sums:
+    made = Sums(name)
+    sizes = {n: s for n, f in checkpoint.files.items() if n in sums and (s := _size(f)) is not None}
+    small = sum(sizes.values()) <= SMALL
+    for file, wanted in sums.items():
+        document = checkpoint.documents.get(file)
+        if document is not None and document.size <= DOCUMENT_BYTES:
+            found = _of_document(document)
+        elif file in sizes and (weights or small):
+            found = _of_weights(checkpoint.files[file], progress)
+        else:
+            made.left |= {file: sizes[file]} if file in sizes else {}
+            continue
+        if found == wanted:
+            made.agree.append(file)
+        else:
+            made.other[file] = (wanted, found)
+    return made
+
+
+def _size(file: TensorFile) -> int | None:
+    """Of a file that lies in a folder; one inside an archive has the archive's own checksum."""
+    if file.path.name != file.name.rpartition("/")[2]:
+        return None
+    try:
+        return os.stat(file.path).st_size
+    except OSError:
+        return None
+
+
+def _of_document(document: Document) -> str:
+    return hashlib.md5(document.read(DOCUMENT_BYTES), usedforsecurity=False).hexdigest()
+
+
+def _of_weights(file: TensorFile, progress: Callable[[str, int], None]) -> str:
+    digest, room = hashlib.md5(usedforsecurity=False), memoryview(bytearray(_CHUNK))
+    data = ByteRange(file.path, file.name)
+    try:
+        for start in range(0, data.size, _CHUNK):
+            piece = room[: min(_CHUNK, data.size - start)]
+            data.read_into(start, piece)
+            digest.update(piece)
+            progress(file.name, len(piece))
+    finally:
+        data.close()
+    return digest.hexdigest()
+
+
+def notes(
+    checkpoint: Checkpoint, *, weights: bool = False, progress: Callable[[str, int], None] | None = None
+) -> list[str]:
+    """What the lists beside a checkpoint say of its files, in words."""
+    return [note for sums in compare(checkpoint, weights=weights, progress=progress) for note in sums.notes()]

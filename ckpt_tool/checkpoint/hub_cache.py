@@ -1,0 +1,55 @@
+"""The folder of one repository in the Hub's cache: blobs/ with the bytes, refs/ with commits by branch,
+snapshots/COMMIT/ with links by file name. Source: huggingface_hub 2.4.0, its guide on the cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckpt_tool.errors import fail
+
+_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--(?P<name>.+)", re.ASCII)
+_COMMIT = re.compile(r"[\w.-]{1,100}", re.ASCII)
+
+
+def repository_of(path: Path) -> str | None:
+    """`org/name` where a part of `path` is the cache's folder of that repository."""
+    found = next((m for p in reversed(path.parts) if (m := _REPOSITORY.fullmatch(p))), None)
+    return None if found is None else found["name"].replace("--", "/", 1)
+
+
+def snapshot_of(path: Path) -> tuple[Path, list[str]]:
+    """(the folder with the files, notes): where `path` is the cache's folder of a repository, or one of those
+    directly in it, the snapshot that refs/main names, or the only one. Kinds: `ambiguous-input`,
+    `wrong-format`."""
+    absolute = path.absolute()
+    inside = absolute.name in ("snapshots", "blobs", "refs")
+    root = absolute.parent if inside else absolute
+    if _REPOSITORY.fullmatch(root.name) is None or not (root / "snapshots").is_dir():
+        return path, []
+    snapshots = sorted(p for p in (root / "snapshots").iterdir() if p.is_dir())
+    main = _main(root)
+    if main is not None and main in snapshots:
+        chosen, why = main, "as refs/main says"
+    elif len(snapshots) == 1:
+        chosen, why = snapshots[0], "the only snapshot there"
+    elif snapshots:
+        names = " and ".join(p.name for p in snapshots[:4])
+        fail(
+            "ambiguous-input",
+            f"expected one snapshot, or refs/main to say which, found {names}",
+            file=path.name,
+            hint=f"give the one that is meant: --in {snapshots[0]}",
+        )
+    else:
+        hint = f"`hf download {repository_of(root)}` fetches the files"
+        fail("wrong-format", "expected a snapshot with the files, found none", file=path.name, hint=hint)
+    return chosen, [f"{path.name} is a folder of the Hub's cache; snapshots/{chosen.name} was opened, {why}"]
+
+
+def _main(root: Path) -> Path | None:
+    try:
+        text = (root / "refs" / "main").read_bytes()[:200].decode("ascii", "replace").strip()
+    except OSError:
+        return None
+    return root / "snapshots" / text if _COMMIT.fullmatch(text) and text not in (".", "..") else None

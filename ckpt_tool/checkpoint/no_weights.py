@@ -1,0 +1,139 @@
+"""A folder in which no weights were found: what it is instead, and where to go from there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ckpt_tool.checkpoint import signs
+from ckpt_tool.checkpoint.megatron import may_hold_ranks
+from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
+from ckpt_tool.errors import fail, printable
+
+USUAL = "expected weight files (consolidated.*, model*.safetensors, pytorch_model*.bin)"
+_MAY_BE_WEIGHTS = re.compile(r".+\.(pt|pth|bin|safetensors|ckpt|tar|tgz|tar\.gz|zip)", re.ASCII)
+_BESIDE_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|rng_state|random_states|scaler|training_args|recipe_state|trainer_state|optim_)[\w.-]*",
+    re.ASCII,
+)
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Around:
+    """How messages speak of a folder: its `label`, its `own` name, how to `give` a path below it, and what to
+    do where the folder `above` it holds weights (None: it does not)."""
+
+    label: str
+    own: str
+    give: Callable[[str], str]
+    at: Callable[[str], str]
+    above: str | None = None
+
+
+def refuse(paths: Collection[str], around: Around) -> NoReturn:
+    """Say what a folder with the files `paths` (those of folders in it too) is. Kinds: `wrong-format`,
+    `ambiguous-input` (weights in several folders), `truncated` (downloads that were not finished)."""
+    inner = weight_folders(paths)
+    here = [p for p in paths if "/" not in p]
+    _refuse_sign(here, around, inner)
+    if len(inner) > 1:
+        shown = _list(inner)
+        fail(
+            "ambiguous-input",
+            f"expected weight files in the folder itself, found some in {shown}",
+            file=around.label,
+            hint=f"give the folder that is meant: {around.give(inner[0])}",
+        )
+    if inner:
+        fail(
+            "wrong-format",
+            f"expected weight files in the folder itself, found them in {inner[0]}",
+            file=around.label,
+            hint=f"give that folder: {around.give(inner[0])}",
+        )
+    _refuse_sign(paths, around, inner)
+    unfinished = [(p, whole) for p in paths if (whole := signs.unfinished(p))]
+    if unfinished:
+        left, whole = unfinished[0]
+        fail(
+            "truncated",
+            f"expected whole files, found {left}, of a download that was not finished",
+            file=around.label,
+            hint="finish the download (most programs go on where they stopped), then run this again",
+        )
+    _refuse_unnamed(paths, here, around)
+
+
+def tells(paths: Collection[str], around: Around) -> bool:
+    """Whether the names tell what it is."""
+    return signs.of_folder([f"{around.own}/{p}" for p in paths]) is not None
+
+
+def weight_folders(paths: Collection[str]) -> list[str]:
+    """The folders in which `paths` has weights; of Megatron's ranks, the folder around them."""
+    found: dict[str, None] = {}
+    for path in paths:
+        *folders, name = path.split("/")
+        if folders and is_weights(name):
+            while folders and may_hold_ranks(folders[-1]):
+                folders.pop()
+            found["/".join(folders)] = None
+    outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
+    return sorted(f for f in outermost if f)
+
+
+def _refuse_sign(paths: Collection[str], around: Around, inner: list[str]) -> None:
+    """Fail where the names tell what this is; the folder's own name tells too."""
+    found = signs.of_folder([f"{around.own}/{p}" for p in paths])
+    if found is None:
+        return
+    sign, path = found
+    below = path.removeprefix(f"{around.own}/")
+    hint = sign.hint.format(at=around.at(sign.place(path)))
+    if sign.inner and inner:
+        hint = f"{hint}; give the one that is meant: {around.give(inner[0])}"
+    fail("wrong-format", f"expected weight files, found {sign.what}: {below}", file=around.label, hint=hint)
+
+
+def _refuse_unnamed(paths: Collection[str], here: Collection[str], around: Around) -> NoReturn:
+    """Nothing tells: name the files that may be weights, else what is there."""
+    may_be = [p for p in here if _may_be_weights(p)] or [p for p in paths if _may_be_weights(p)]
+    if len(may_be) == 1:
+        hint = f"give the path of the file: {around.give(may_be[0])}"
+        fail("wrong-format", f"{USUAL}, found {may_be[0]}", file=around.label, hint=hint)
+    if may_be:
+        fail(
+            "wrong-format",
+            f"{USUAL}, found {_list(may_be)}",
+            file=around.label,
+            hint=f"if one of them is the whole model, give its path ({around.give(may_be[0])}); parts of one"
+            " model are read when they are called pytorch_model-00001-of-0000N.bin, or consolidated.00.pth",
+        )
+    if around.above is not None:
+        hint = f"give the folder above, which holds weights: {around.above}"
+        fail("wrong-format", f"{USUAL}, found none", file=around.label, hint=hint)
+    if not paths:
+        fail("wrong-format", f"{USUAL}, found an empty folder", file=around.label, hint="was it downloaded?")
+    alone = all(is_document(p.rpartition("/")[2]) for p in paths)
+    what = "documents only" if alone else f"{len(paths)} other files"
+    fail(
+        "wrong-format",
+        f"{USUAL}, found {what}: {_list(sorted(paths, key=lambda p: (p.count('/'), p)))}",
+        file=around.label,
+        hint="give the folder that holds the weights, or download them into this one",
+    )
+
+
+def _may_be_weights(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return _MAY_BE_WEIGHTS.fullmatch(name) is not None and _BESIDE_WEIGHTS.fullmatch(name) is None
+
+
+def _list(names: Collection[str]) -> str:
+    shown = [printable(n, 80) for n in names][:_SHOWN]
+    if len(names) > _SHOWN:
+        return f"{', '.join(shown)} and {len(names) - _SHOWN} more"
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))

@@ -1,0 +1,290 @@
+"""What a file or a folder is that holds no checkpoint of a kind read here: signs as data, each with what it
+is and what to do about it. Names and first bytes tell; nothing else of a file is looked at.
+
+Sources: the writers' own documentation and code: PEFT, accelerate (merge-weights), DeepSpeed
+(zero_to_fp32.py), torch (distributed.checkpoint.format_utils), Megatron-LM (--ckpt-convert-format), NeMo
+(checkpoint_converters, llm.export_ckpt), transformers 4 (from_tf, from_flax), mlx_lm.convert, aria2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+RELEASE = "get the release that it was made from, as safetensors or as torch files, and give that folder"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """`paths` are the last parts of a path that tell, `beside` other paths of which one must be there too,
+    `starts` first bytes (with their place) of a file. In `hint`, {at} is the folder in which `paths` was
+    found, or the group `at` of it; `inner` says that the weights in its own folders are of use."""
+
+    what: str
+    hint: str
+    paths: re.Pattern[str] | None = None
+    starts: tuple[tuple[int, bytes], ...] = ()
+    beside: re.Pattern[str] | None = None
+    inner: bool = False
+
+    def tells(self, path: str) -> bool:
+        return self.paths is not None and self.paths.search(path) is not None
+
+    def place(self, path: str) -> str:
+        """The part of `path`, which tells, that {at} stands for."""
+        found = None if self.paths is None else self.paths.search(path)
+        if found is None:
+            return path
+        named = "at" in found.re.groupindex and found["at"] is not None
+        return path[: found.end("at") if named else found.start()].rstrip("/")
+
+
+def _sign(
+    what: str,
+    hint: str,
+    paths: str = "",
+    *starts: tuple[int, bytes],
+    beside: str = "",
+    inner: bool = False,
+) -> Sign:
+    def compiled(pattern: str) -> re.Pattern[str] | None:
+        return re.compile(rf"(?:^|/)(?:{pattern})$", re.ASCII) if pattern else None
+
+    return Sign(what, hint, compiled(paths), starts, compiled(beside), inner)
+
+
+DOWNLOAD = "the download failed or needs a login; download the file again"
+SLICES = _sign(
+    "slices of tensors, one file a rank (torch.distributed's Hugging Face writer)",
+    "torch joins them: torch.distributed.checkpoint._consolidate_hf_safetensors,"
+    " consolidate_safetensors_files(IN, OUT, dict.fromkeys(NAMES, 1)); or save consolidated",
+    r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors",
+)
+TENSORFLOW = _sign(
+    "a TensorFlow checkpoint",
+    f"no family is read from TensorFlow; {RELEASE}",
+    r"[^/]*\.(index|data-\d{5}-of-\d{5}|ckpt\.meta)|saved_model\.pb(txt)?|[^/]*\.pb",
+)
+TABLE_END = bytes.fromhex("57fb808b247547db")  # of the tables in which TensorFlow lists tensors
+SIGNS = (
+    # --- what is no file at all ---
+    _sign(
+        "a git-lfs pointer, not the file it stands for",
+        "run `git lfs pull` where the repository was cloned",
+        "",
+        (0, b"version https://git-lfs.github.com/spec/"),
+    ),
+    _sign(
+        "a Xet pointer, not the file it stands for",
+        "download the file itself, with huggingface_hub or git-xet",
+        "",
+        (0, b"# xet version"),
+    ),
+    # --- adapters ---
+    _sign(
+        "an adapter (PEFT, LoRA) and not a model",
+        "merge it into its model: PeftModel.from_pretrained(MODEL, {at}).merge_and_unload()"
+        ".save_pretrained(OUT); then give OUT",
+        r"adapter_config\.json|adapter_model\.(safetensors|bin)|adapter_\d+\.(pt|safetensors)",
+    ),
+    # --- training programs ---
+    _sign(
+        "a NeMo 2 checkpoint",
+        "NeMo writes it for Hugging Face: llm.export_ckpt(path={at}, target='hf', output_path=OUT)",
+        r"context/(io\.json|model\.yaml)",
+        beside=r"weights/[^/]*",
+    ),
+    _sign(
+        "a NeMo archive",
+        "NeMo's scripts/checkpoint_converters/convert_*_nemo_to_hf.py writes it for Hugging Face",
+        r"[^/]*\.nemo|model_config\.yaml",
+    ),
+    _sign(
+        "a Megatron checkpoint in torch_dist format (torch.distributed, .distcp)",
+        "Megatron's training script writes it anew: --load {at} --ckpt-convert-format torch"
+        " --ckpt-convert-save OUT (or save with --ckpt-format torch)",
+        r"(iter_\d{7,}|release)/([^/]*\.distcp|common\.pt|metadata\.json)|common\.pt|metadata\.json",
+        beside=r"[^/]*\.distcp",
+    ),
+    _sign(
+        "a Megatron checkpoint in zarr format",
+        "Megatron's training script writes it anew: --load {at} --ckpt-convert-format torch"
+        " --ckpt-convert-save OUT",
+        r"(iter_\d{7,}|release)/[^/]*/\.zarray",
+    ),
+    _sign(
+        "a torch.distributed checkpoint of sharded FSDP weights (.distcp)",
+        "accelerate joins it: `accelerate merge-weights {at} OUT`; put config.json into OUT and give that",
+        r"(?P<at>pytorch_model_fsdp_\d+)/(\.metadata|[^/]*\.distcp)",
+    ),
+    _sign(
+        "a torch.distributed checkpoint (.distcp)",
+        "torch joins it: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {at} OUT.pt`;"
+        " then give OUT.pt",
+        r"\.metadata",
+        beside=r"[^/]*\.distcp",
+    ),
+    _sign(
+        "a torch.distributed checkpoint (.distcp) without its .metadata, a hidden file",
+        "copy .metadata from where it was saved; `python -m torch.distributed.checkpoint.format_utils"
+        " dcp_to_torch {at} OUT.pt` then joins it",
+        r"[^/]*\.distcp",
+    ),
+    SLICES,
+    _sign(
+        "a DeepSpeed checkpoint (ZeRO)",
+        "`python zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins it; put config.json"
+        " or params.json into OUT and give that",
+        r"(global_step\d+/)?((bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"
+        r"|mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt)|zero_to_fp32\.py",
+    ),
+    # --- other libraries ---
+    _sign(
+        "a GGUF file (llama.cpp)",
+        f"its weights are packed for llama.cpp; {RELEASE}",
+        r"[^/]*\.gguf(\.part\d+of\d+)?",
+        (0, b"GGUF"),
+    ),
+    _sign(
+        "a GGML file (llama.cpp)",
+        f"its weights are packed for llama.cpp; {RELEASE}",
+        r"ggml-model[^/]*\.bin",
+        (0, b"lmgg"),
+        (0, b"tjgg"),
+        (0, b"fmgg"),
+    ),
+    _sign(
+        "a TensorFlow model in Keras format",
+        "transformers 4 reads it: from_pretrained({at}, from_tf=True).save_pretrained(OUT); then give OUT",
+        r"tf_model(-\d+-of-\d+)?\.h5",
+    ),
+    _sign(
+        "an HDF5 file (Keras)",
+        f"no family is read from Keras; {RELEASE}",
+        r"[^/]*\.(h5|hdf5|keras)",
+        (0, b"\x89HDF\r\n\x1a\n"),
+    ),
+    TENSORFLOW,
+    _sign(
+        "a Flax model",
+        "transformers 4 reads it: from_pretrained({at}, from_flax=True).save_pretrained(OUT); then give OUT",
+        r"flax_model(-\d+-of-\d+)?\.msgpack",
+    ),
+    _sign(
+        "a JAX checkpoint (Orbax, Flax)",
+        f"no family is read from JAX; {RELEASE}",
+        r"_CHECKPOINT_METADATA|manifest\.ocdbt|_METADATA|[^/]*\.msgpack|target\.[^/]*/\.zarray",
+    ),
+    _sign("an ONNX model", f"it holds a graph of operations; {RELEASE}", r"[^/]*\.onnx(_data|\.data)?"),
+    _sign(
+        "numpy arrays (.npz), as MLX keeps weights",
+        f"no family is read from .npz; {RELEASE}",
+        r"[^/]*\.npz",
+    ),
+    _sign("a numpy array (.npy)", RELEASE, r"[^/]*\.npy", (0, b"\x93NUMPY")),
+    _sign(
+        "a TensorRT engine",
+        f"it holds a compiled program; {RELEASE}",
+        r"[^/]*\.(engine|plan|trt)",
+        (0, b"ftrt"),
+    ),
+    _sign(
+        "a TensorRT-LLM checkpoint",
+        RELEASE,
+        r"rank\d+\.safetensors",
+        beside=r"config\.json",
+    ),
+    _sign("an OpenVINO model", RELEASE, r"openvino_[^/]*\.(xml|bin)"),
+    _sign("a CoreML model", RELEASE, r"[^/]*\.(mlmodel|mlpackage/Manifest\.json|mlmodelc/[^/]*)"),
+    _sign("an ExecuTorch program", RELEASE, r"[^/]*\.pte", (4, b"ET12")),
+    _sign("a TensorFlow Lite model", RELEASE, r"[^/]*\.tflite", (4, b"TFL3")),
+    _sign("a CTranslate2 model", RELEASE, r"model\.bin", beside=r"(shared_)?vocabulary\.(json|txt)"),
+    _sign("Rust weights (.ot)", RELEASE, r"rust_model\.ot"),
+    _sign(
+        "a diffusers pipeline",
+        "it is made of several models, each in a folder of its own",
+        r"model_index\.json",
+        inner=True,
+    ),
+    _sign(
+        "a sentence-transformers model",
+        "its transformer is in a folder of its own",
+        r"modules\.json",
+        inner=True,
+    ),
+    # --- other files ---
+    _sign("a bzip2 archive", "unpack it, and give the folder", "", (0, b"BZh")),
+    _sign("an xz archive", "unpack it, and give the folder", "", (0, b"\xfd7zXZ\0")),
+    _sign("a zstandard archive", "unpack it, and give the folder", "", (0, b"\x28\xb5\x2f\xfd")),
+    _sign("a 7z archive", "unpack it, and give the folder", "", (0, b"7z\xbc\xaf\x27\x1c")),
+    _sign("a RAR archive", "unpack it, and give the folder", "", (0, b"Rar!")),
+    _sign("a PDF document", "give the folder or the file of the weights", "", (0, b"%PDF-")),
+    _sign("a program", "give the folder or the file of the weights", "", (0, b"\x7fELF")),
+)
+
+# What download programs call a file, or leave beside it, until all of it is there.
+_UNFINISHED = re.compile(
+    r"(?P<name>.+?)(\.aria2|\.incomplete|\.part|\.crdownload|\.download|\.!qB|\.filepart|\.partial)", re.ASCII
+)
+
+
+def by_start(head: bytes) -> Sign | None:
+    """What a file is that starts with `head`."""
+    for sign in SIGNS:
+        if any(head[place : place + len(magic)] == magic for place, magic in sign.starts):
+            return sign
+    return None
+
+
+def by_name(name: str) -> Sign | None:
+    """What a file of this name is as a rule."""
+    return next((s for s in SIGNS if s.beside is None and s.tells(name)), None)
+
+
+def of_folder(paths: Collection[str]) -> tuple[Sign, str] | None:
+    """What a folder with the files `paths` is, and the first file that tells."""
+    for sign in SIGNS:
+        telling = [p for p in paths if sign.tells(p)]
+        if telling and (sign.beside is None or any(map(sign.beside.search, paths))):
+            return sign, min(telling, key=lambda p: (p.count("/"), p))
+    return None
+
+
+def unfinished(name: str) -> str | None:
+    """The file whose download is not finished while there is one called `name`."""
+    found = _UNFINISHED.fullmatch(name)
+    return None if found is None else found["name"]
+
+
+# --- packed weights -------------------------------------------------------------------------------------
+
+UNPACKED = "get the release in 16 or 32 bits that it was made from, and give that folder"
+MERGE = "merge them into the model first (peft: merge_and_unload), or give the model without them"
+UNQUANTISED = "`mlx_lm.convert --hf-path IN --mlx-path OUT --dequantize` writes plain weights"
+# The last parts of a tensor's name -> what packs tensors like that, what to do.
+_PACKED = (
+    (r"lora_(a|b|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?", "LoRA factors", MERGE),
+    (r"qzeros|g_idx|qweight", "GPTQ or AWQ weights of few bits", UNPACKED),
+    (r"weight\.(absmax|quant_map|nested_absmax)|scb", "bitsandbytes weights of few bits", UNPACKED),
+    (r"weight_packed", "weights of few bits (compressed-tensors)", UNPACKED),
+    (r"weight_scale(_inv|_2)?|(qscale|input_scale)\w*", "weights of 8 bits with scales (fp8)", UNPACKED),
+    (r"\w+_blocks|\w+\.blocks", "MXFP4 weights of four bits", UNPACKED),
+    (r"codebooks|qidxs\w*", "weights of few bits (AQLM, QuIP)", UNPACKED),
+)
+_PACKED_NAMES = tuple(
+    (re.compile(rf"(?:.*\.)?(?:{pattern})", re.ASCII), what, hint) for pattern, what, hint in _PACKED
+)
+
+
+def packed(names: Collection[str]) -> tuple[str, str, str] | None:
+    """(what a checkpoint with tensors of these names holds, one of them, what to do), where they are no plain
+    weights."""
+    tails = {".".join(n.rsplit(".", 3)[-3:]).lower(): n for n in names}
+    for pattern, what, hint in _PACKED_NAMES:
+        if name := next((n for tail, n in tails.items() if pattern.fullmatch(tail)), None):
+            return what, name, hint
+    for tail, name in tails.items():
+        if tail.endswith(".scales") and f"{tail.removesuffix('scales')}biases" in tails:
+            return "MLX weights of few bits", name, UNQUANTISED
+    return None

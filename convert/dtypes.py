@@ -1,0 +1,80 @@
+"""In which dtype each tensor of a plan is written: its own, or the one that the user asked for.
+
+Nothing is cast that nobody asked to cast. Training in mixed precision leaves norms, routers or heads in
+float32 beside 16-bit matrices, and either layout can hold that. Only tensors that become one must agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
+from ckpt_tool.convert.casting import CASTABLE, common
+from ckpt_tool.convert.layout import Part, Step
+from ckpt_tool.errors import Problem
+
+
+def typed(steps: Iterable[Step], dtype: str | None) -> list[Step]:
+    """The steps with the dtype of every target: that of its sources, or `dtype` where these are floating. The
+    targets of a comparison are in the dtype that it is made in: the asked one, else the narrowest that holds
+    every value of both sides, so that nothing is rounded to make it equal."""
+    made = [step if step.compare else _in(step, _asked(step.sources, dtype)) for step in steps]
+    written = {(p.file, p.name): p.dtype for step in made if not step.compare for p in step.targets}
+
+    def compared(step: Step) -> Step:
+        both = [*_dtypes(step.sources), *(written.get((p.file, p.name), p.dtype) for p in step.targets)]
+        return _in(step, _asked(step.sources, dtype) if dtype is not None else common(both))
+
+    return [compared(step) if step.compare else step for step in made]
+
+
+def _in(step: Step, dtype: str) -> Step:
+    return replace(step, targets=tuple(replace(p, dtype=dtype) for p in step.targets))
+
+
+def _asked(sources: Sequence[Part], dtype: str | None) -> str:
+    return dtype if dtype is not None and sources[0].dtype in FLOATS else sources[0].dtype
+
+
+def _dtypes(parts: Iterable[Part]) -> list[str]:
+    return list(dict.fromkeys(p.dtype for p in parts))
+
+
+def mixed(steps: Iterable[Step], dtype: str | None) -> Iterator[Problem]:
+    """Tensors that are to become one and differ in dtype, where nobody said which it shall have."""
+    for step in steps:
+        found = _dtypes(step.sources)
+        if len(found) < 2 or step.compare or (dtype is not None and set(found) <= set(CASTABLE)):
+            continue
+        most, _ = Counter(p.dtype for p in step.sources).most_common(1)[0]
+        odd = next(p for p in step.sources if p.dtype != most)
+        other = next(p for p in step.sources if p.dtype == most)
+        wide = DTYPES[common(found)].torch
+        yield Problem(
+            "dtype-mismatch",
+            f"expected {most} as in {other.name}, with which it becomes one tensor, found {odd.dtype}",
+            odd.file,
+            odd.name,
+            f"--dtype {wide} casts all tensors, which loses nothing" if set(found) <= set(CASTABLE) else None,
+        )
+
+
+def cast_words(steps: Iterable[Step], dtype: str | None) -> list[str]:
+    """What the asked cast does, in words; nothing where every tensor has that dtype."""
+    cast = {p.dtype for s in steps for p in s.sources} - {dtype}
+    if dtype is None or not cast:
+        return []
+    return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]
+
+
+def kept_words(tensors: Iterable[TensorInfo], *, loaded: bool) -> list[str]:
+    """A note on tensors of several dtypes; `loaded` for a model that transformers loads: it gives all of them
+    one dtype, that of the config unless it is told another."""
+    counts = Counter(t.dtype for t in tensors if t.dtype in FLOATS)
+    if len(counts) < 2:
+        return []
+    told = ", ".join(f"{n} {DTYPES[d].torch}" for d, n in counts.most_common())
+    hint = f"; loaded in {DTYPES[common(counts)].torch}, no value is rounded" if loaded else ""
+    return [f"each tensor keeps its dtype ({told}){hint}"]

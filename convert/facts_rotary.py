@@ -1,0 +1,92 @@
+"""The rotary embeddings of a config.json in one spelling, whichever release wrote it.
+
+transformers 4 reads `rope_theta` and `rope_scaling`; 5 puts both into one object, `rope_parameters`, or into
+one for each kind of layer. Source: transformers 4.57.6 and 5.23.0 (modeling_rope_utils.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OBJECTS = ("rope_scaling", "rope_parameters")  # in the order in which transformers 5 reads them
+ROTARY = ("rope_theta", "partial_rotary_factor")
+LAYERS = ("full_attention", "sliding_attention")
+TRAINED = "original_max_position_embeddings"
+# What is done to the frequencies, and the values that each needs.
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+BOUNDED = ("yarn", "llama3", "longrope")  # which depend on the length that the model was trained for
+OLD_NAMES = {"su": "longrope"}
+
+
+def kind_of(found: Mapping[str, Any]) -> str:
+    """What the object says is done to the frequencies."""
+    said = str(found.get("rope_type") or found.get("type") or "default")
+    return OLD_NAMES.get(said, said)
+
+
+def flat(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of an object for each kind of layer the one that all share; any other as it is."""
+    inner = [v for k, v in found.items() if k in LAYERS and isinstance(v, Mapping)]
+    if inner and all(k in LAYERS for k in found) and all(v == inner[0] for v in inner):
+        return inner[0]
+    return found
+
+
+def one_rope(config: Mapping[str, Any], own: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A config as transformers 4 spells it. `own` are the names that a class has instead of those in
+    `ROTARY`: it does not look at these beside the object, so they are left out."""
+    own = own or {}
+    rest = {k: v for k, v in config.items() if k not in own and k != "rope_parameters"}
+    objects = [flat(found) for key in OBJECTS if isinstance(found := config.get(key), Mapping)]
+    if not objects:
+        return rest
+    for name in ROTARY:
+        told = next((found[name] for found in objects if found.get(name) is not None), None)
+        if told is not None and rest.get(own.get(name, name)) is None:
+            rest[own.get(name, name)] = told
+    scalings = [{k: v for k, v in found.items() if k not in ROTARY} for found in objects]
+    scaling = next((s for s in scalings if kind_of(s) != "default"), None)
+    if scaling is not None and kind_of(scaling) in BOUNDED and TRAINED in rest:
+        trained = rest.pop(TRAINED)  # transformers 5 prefers this place, 4 does not look there
+        scaling = scaling if scaling.get(TRAINED) is not None else {**scaling, TRAINED: trained}
+    return rest | {"rope_scaling": scaling}
+
+
+# Keys that say one thing in different classes and releases.
+NAMES = (
+    ("torch_dtype", "dtype"),
+    ("hidden_size", "n_embd"),
+    ("num_attention_heads", "n_head"),
+    ("num_hidden_layers", "n_layer"),
+    ("max_position_embeddings", "n_positions"),
+    ("intermediate_size", "n_inner"),
+    ("layer_norm_eps", "layer_norm_epsilon"),
+    ("rope_theta", "rotary_emb_base"),
+    ("partial_rotary_factor", "rotary_pct"),
+    ("num_local_experts", "num_experts"),
+)
+
+
+def overlaid(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`document` with `settings` in place of what it says of the same things, in whatever words."""
+    names = {n for group in NAMES if settings.keys() & {*group} for n in group} | settings.keys()
+    inside = {key: flat(found) for key in OBJECTS if isinstance(found := settings.get(key), Mapping)}
+    names |= {n for found in inside.values() for n in ROTARY if n in found}
+    scaled = bool(settings.keys() & {*OBJECTS})
+    made: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in names or (scaled and key == TRAINED):
+            continue
+        if key in OBJECTS and isinstance(value, Mapping):
+            value = {k: v for k, v in flat(value).items() if k not in names and (not scaled or k in ROTARY)}
+        if key in OBJECTS and scaled and not value:
+            continue
+        made[key] = value
+    return {**made, **settings}

@@ -1,0 +1,158 @@
+"""Tensors that a library holds as one in memory, and a folder therefore has as one: read one by one.
+
+transformers 5 stacks the experts of a layer when it loads a model and takes them apart again in
+save_pretrained(); who saves state_dict() itself, or asks for no original format, has the stacked ones on the
+disk. A family says which tensors these are (`Family.in_memory`); here they are seen as those it knows, each a
+run of the bytes of the stacked one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Record, TensorFile, TensorInfo
+from ckpt_tool.errors import Problem, fail_all
+
+# Name of the stacked tensor, of any layer {i}, to those it is made of: equal shares of its first dimension,
+# or with {e} of its second one, while the first counts e.
+InMemory = Mapping[str, tuple[str, ...]]
+READING = "experts are stacked as transformers 5 holds them in memory: read one by one"
+SAVED = "load the model with transformers 5 and save_pretrained() it: that writes them one by one"
+# What servers join of a decoder's own projections, as vLLM holds them.
+_JOINED = re.compile(
+    r"(?:\w+\.)?model\.layers\.\d+\.(?P<kind>self_attn\.qkv_proj|mlp\.gate_up_proj)\.(weight|bias)", re.ASCII
+)
+_PARTS = {"self_attn.qkv_proj": "q_proj, k_proj and v_proj", "mlp.gate_up_proj": "gate_proj and up_proj"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A tensor that is a run of the bytes of another in the same file."""
+
+    info: TensorInfo
+    stored: str
+    start: int
+
+
+class OneByOne(TensorFile):
+    """A view of a file in which what is stacked is apart; `shares` are by the names here."""
+
+    def __init__(self, stored: TensorFile, shares: Mapping[str, Share]) -> None:
+        self.path, self.name, self.format, self.metadata = (
+            stored.path,
+            stored.name,
+            stored.format,
+            stored.metadata,
+        )
+        self.imports, self.notes = stored.imports, stored.notes
+        self.stored, self.shares = stored, shares
+        self.tensors = {name: share.info for name, share in shares.items()}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        share = self.shares[name]
+        self.stored.read_into(share.stored, share.start + offset, buffer)
+
+    def extent(self, name: str) -> tuple[int, int] | None:
+        found = self.stored.extent(self.shares[name].stored)
+        return None if found is None else (found[0], found[1] + self.shares[name].start)
+
+    def records(self) -> Mapping[str, Record]:
+        return self.stored.records()
+
+    def record_of(self, name: str) -> tuple[str, int] | None:
+        found = self.stored.record_of(self.shares[name].stored)
+        return None if found is None else (found[0], found[1] + self.shares[name].start)
+
+    def check_record(self, key: str) -> bool:
+        return self.stored.check_record(key)
+
+    def check_unchanged(self) -> None:
+        self.stored.check_unchanged()
+
+    def close(self) -> None:
+        self.stored.close()
+
+
+def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
+    """`checkpoint`, or a view of it in which the tensors of `in_memory` are apart. Fails with `unsupported`
+    where some layers are stacked and others are not, or where projections are joined as no family has them;
+    with `shape-mismatch` for a stacked tensor that has no such shares."""
+    names = checkpoint.names()
+    fail_all(_joined_problems(names, checkpoint))
+    patterns = [(_pattern(one), parts) for one, parts in in_memory.items()]
+    if not any(p.fullmatch(n) for p, _ in patterns for n in names):
+        return checkpoint
+    apart = [_pattern(part) for parts in in_memory.values() for part in parts]
+    single = next((n for n in names if any(p.fullmatch(n) for p in apart)), None)
+    problems: list[Problem] = []
+    if single is not None:
+        stacked = next(n for n in names if any(p.fullmatch(n) for p, _ in patterns))
+        message = f"expected experts stacked in every layer or in none, found {single} beside {stacked}"
+        problems.append(Problem("unsupported", message, checkpoint.path.name, single, SAVED))
+    files: dict[str, TensorFile] = {}
+    for file in checkpoint.files.values():
+        shares: dict[str, Share] = {}
+        for tensor in file.tensors.values():
+            made = _shares(tensor, patterns)
+            if not made:
+                problems.append(_no_shares(tensor))
+            shares |= {share.info.name: share for share in made}
+        files[file.name] = OneByOne(file, shares)
+    fail_all(problems)
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, READING))
+
+
+def is_stacked(checkpoint: Checkpoint) -> bool:
+    """Whether it is such a view."""
+    return any(isinstance(f, OneByOne) for f in checkpoint.files.values())
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    text = re.escape(template).replace(r"\{i\}", r"(?P<i>\d{1,9})").replace(r"\{e\}", r"\d{1,9}")
+    return re.compile(text, re.ASCII)
+
+
+def _shares(tensor: TensorInfo, patterns: list[tuple[re.Pattern[str], tuple[str, ...]]]) -> list[Share]:
+    """The tensor itself unless it is a stacked one; empty where that cannot be taken apart."""
+    for pattern, parts in patterns:
+        if found := pattern.fullmatch(tensor.name):
+            return list(_apart(tensor, parts, found["i"]))
+    return [Share(tensor, tensor.name, 0)]
+
+
+def _apart(tensor: TensorInfo, parts: tuple[str, ...], layer: str) -> Iterator[Share]:
+    many = "{e}" in parts[0]
+    shape = tensor.shape if many else (1, *tensor.shape)
+    if len(shape) < 2 or shape[1] % len(parts):
+        return
+    own = (shape[1] // len(parts), *shape[2:])
+    size = prod(own) * DTYPES[tensor.dtype].itemsize
+    for e in range(shape[0]):
+        for k, part in enumerate(parts):
+            name = part.replace("{i}", layer).replace("{e}", str(e))
+            info = TensorInfo(name, tensor.dtype, own, tensor.file)
+            yield Share(info, tensor.name, (e * len(parts) + k) * size)
+
+
+def _no_shares(tensor: TensorInfo) -> Problem:
+    message = f"expected shares of experts in its first two dimensions, found shape {tensor.shape}"
+    return Problem("shape-mismatch", message, tensor.file, tensor.name)
+
+
+def _joined_problems(names: list[str], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """One for each kind of projections that some server joined."""
+    first: dict[str, str] = {}
+    for name in names:
+        if found := _JOINED.fullmatch(name):
+            first.setdefault(found["kind"], name)
+    for kind, name in first.items():
+        yield Problem(
+            "unsupported",
+            f"expected {_PARTS[kind]} as tensors of their own, found them joined, as vLLM holds them",
+            checkpoint.find(name)[0].file,
+            name,
+            "convert the folder that the server loaded: how its ranks share joined rows, no file tells",
+        )

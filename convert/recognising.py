@@ -1,0 +1,228 @@
+"""Which family an original is of, and what to say where none recognises it, or not the one that was named:
+the near misses only, nearest first, and what the files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from difflib import SequenceMatcher
+
+from ckpt_tool.checkpoint import signs
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
+
+NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
+SHOWN = 3
+COMPARED = 400  # names; those of the first layer tell as much as all
+
+GENERIC = frozenset(("model", "decoder", "encoder", "layers", "h", "0", "weight", "bias"))
+
+Said = tuple[str, bool, str]  # name of the family, whether it is its own, why
+
+
+def recognise(checkpoint: Checkpoint) -> list[Said]:
+    """Each family's word on an original checkpoint."""
+    return [(name, *family(name).recognise(checkpoint)) for name in FAMILIES]
+
+
+def nearness(tensors: Collection[str], names: Iterable[str]) -> float:
+    """How near `names` come to having the `tensors` of a family: 0 to 1. What stands before a name (a
+    wrapper's `module.`) counts little, and what all models have nothing alone."""
+    parts = [n.split(".") for n in names]
+    first = [p for p in parts if not any(x.isdigit() and x != "0" for x in p)][:COMPARED]
+
+    def shared(tensor: list[str]) -> float:
+        own = set(tensor) - GENERIC
+        alike = (SequenceMatcher(None, tensor, p).ratio() for p in first if own & set(p))
+        return max(alike, default=0.0)
+
+    best = [shared(t.split(".")) for t in tensors]
+    return max(best, default=0.0) + sum(best) / (1000 * max(1, len(best)))
+
+
+def near_misses(checkpoint: Checkpoint, said: Iterable[Said]) -> list[tuple[str, str]]:
+    """(family, why not) of at most three that come near, nearest first."""
+    if (converted := _converted(checkpoint)) is not None:
+        return [(converted, "the tensors have Hugging Face names already")]
+    names = checkpoint.names()
+    found = [(nearness(family(f).tensors, names), f, why) for f, own, why in said if not own]
+    found = sorted((x for x in found if x[0] >= NEAR), key=lambda x: (-x[0], x[1]))
+    return [(f, _wrapped(family(f).tensors, names) or why) for _, f, why in found[:SHOWN]]
+
+
+def _wrapped(tensors: Iterable[str], names: Collection[str]) -> str | None:
+    """Where a family's tensor is there, but its name stands below another word."""
+    for tensor in tensors:
+        if tensor in names:
+            return None
+        if found := next((n for n in names if n.endswith(f".{tensor}")), None):
+            return f"expected {tensor}, found it below `{found.removesuffix(tensor)}`"
+    return None
+
+
+# --- what to say ----------------------------------------------------------------------------------------
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Fail with `unsupported` where the tensors are packed, or an adapter's: no family reads those."""
+    if (found := signs.packed(checkpoint.names())) is not None:
+        what, name, hint = found
+        message = f"expected plain weights, found {what}"
+        fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
+
+
+def only_family(checkpoint: Checkpoint) -> str:
+    """The one family that recognises `checkpoint`. Kinds: `ambiguous-family`, `unknown-family`,
+    `already-converted`."""
+    said = recognise(checkpoint)
+    own = [(name, why) for name, is_own, why in said if is_own]
+    if len(own) == 1:
+        return own[0][0]
+    label = checkpoint.path.name
+    if own:
+        reasons = "; ".join(f"{n}: {why}" for n, why in own)
+        message = f"expected one family to recognise it, found {' and '.join(n for n, _ in own)} ({reasons})"
+        hint = f"name the one that is meant instead of auto: {' or '.join(n for n, _ in own)}"
+        raise CkptToolError(Problem("ambiguous-family", message, label, hint=hint))
+    if (name := _converted(checkpoint)) is not None:
+        raise CkptToolError(already_converted(checkpoint, name))
+    raise CkptToolError(*unknown(checkpoint, said))
+
+
+def unknown(checkpoint: Checkpoint, said: Iterable[Said]) -> list[Problem]:
+    """That no family recognises it: what the files hold, and the near misses, a line each."""
+    misses = near_misses(checkpoint, said)
+    held = _held(checkpoint)
+    hint = "`ckpt-tool inspect` shows all that the files hold, `ckpt-tool families` what is read"
+    if misses:
+        hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
+    first = Problem(
+        "unknown-family",
+        f"expected one family to recognise it, found none; it holds {held}",
+        checkpoint.path.name,
+        hint=hint,
+    )
+    return [first, *(Problem("unknown-family", why, where=name) for name, why in misses)]
+
+
+def _held(checkpoint: Checkpoint) -> str:
+    names = checkpoint.names()
+    inside = [n for n in names if ".0." in n] or names
+    text = f"{len(names)} tensors such as {printable(inside[0], 80)}" if names else "no tensors"
+    architecture = _architecture(checkpoint)
+    return f"{text}, config.json says {printable(architecture, 60)}" if architecture else text
+
+
+def _architecture(checkpoint: Checkpoint) -> str | None:
+    """What config.json calls the model; None without one that can be read (planning says why)."""
+    if "config.json" not in checkpoint.documents:
+        return None
+    try:
+        config = checkpoint.json("config.json")
+    except CkptToolError:
+        return None
+    found = config.get("architectures")
+    first = found[0] if isinstance(found, list) and found else config.get("model_type")
+    return first if isinstance(first, str) else None
+
+
+def _converted(checkpoint: Checkpoint) -> str | None:
+    """The family whose conversions look like this, of those whose originals do not."""
+    said = _architecture(checkpoint)
+    found = [n for n in FAMILIES if said in family(n).architectures and not family(n).published]
+    return found[0] if len(found) == 1 else None
+
+
+def already_converted(checkpoint: Checkpoint, name: str) -> Problem:
+    message = f"expected an original layout, found a Hugging Face folder of {name}"
+    hint = "nothing to convert; `ckpt-tool verify DIR --no-source` checks it, --to original goes back"
+    return Problem("already-converted", message, checkpoint.path.name, hint=hint)
+
+
+# What planning finds missing, or in the way, where a model of another kind was given.
+_OF_ANOTHER = (
+    "missing-fact",
+    "missing-file",
+    "missing-tensor",
+    "uncovered-tensors",
+    "shape-mismatch",
+    "config-mismatch",
+    "unsupported",
+    "ambiguous-input",
+    "already-converted",
+)
+
+
+def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: str) -> CkptToolError:
+    """`error` of planning with the reason first, where that is another family's model, or another direction:
+    what is missing then says nothing."""
+    if error.kind not in _OF_ANOTHER:
+        return error
+    said = recognise(checkpoint)
+    own = {name: why for name, is_own, why in said if is_own}
+    if to == "original":
+        return error if "config.json" in checkpoint.documents else CkptToolError(no_config(checkpoint))
+    if chosen.name in own:
+        return error
+    names = checkpoint.names()
+    alike = nearness(chosen.tensors, names) >= NEAR and error.kind != "already-converted"
+    if len(own) == 1:
+        first = _of_another(checkpoint, chosen, *own.items())
+        return CkptToolError(first, *(error.problems if alike else ()))
+    if (converted := _converted(checkpoint)) is not None:
+        return CkptToolError(already_converted(checkpoint, converted))
+    if error.kind == "already-converted":
+        return error
+    if not alike:
+        return CkptToolError(*(_not(p, chosen) for p in unknown(checkpoint, said)))
+    why = _wrapped(chosen.tensors, names) or next(why for name, _, why in said if name == chosen.name)
+    first = Problem("unknown-family", f"expected an original of {chosen.name}; {why}", checkpoint.path.name)
+    return CkptToolError(first, *error.problems)
+
+
+def check_own(checkpoint: Checkpoint, chosen: Family) -> None:
+    """Fail where `chosen` does not recognise what exactly one other family does: names that both have would
+    be taken as they are, and what no file says (a base of frequencies) as `chosen` has it."""
+    if chosen.recognise(checkpoint)[0]:
+        return
+    own = [(name, why) for name, is_own, why in recognise(checkpoint) if is_own]
+    if len(own) == 1:
+        raise CkptToolError(_of_another(checkpoint, chosen, own[0]))
+
+
+def _of_another(checkpoint: Checkpoint, chosen: Family, own: tuple[str, str]) -> Problem:
+    name, why = own
+    message = f"expected an original of {chosen.name}, found what looks like {name} ({why})"
+    hint = f"`ckpt-tool convert {name}`"
+    if "params.json" in checkpoint.documents and nearness(chosen.tensors, checkpoint.names()) >= NEAR:
+        hint += f"; if it is {chosen.name} all the same, give its values by --set, without params.json"
+    return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
+
+
+def _not(problem: Problem, chosen: Family) -> Problem:
+    """The same said of one family."""
+    text = problem.message.replace(
+        "one family to recognise it, found none;", f"an original of {chosen.name};"
+    )
+    return replace(problem, message=text)
+
+
+def no_config(checkpoint: Checkpoint) -> Problem:
+    """That the way back was asked for of what is no Hugging Face folder."""
+    own = [name for name, is_own, _ in recognise(checkpoint) if is_own]
+    message = "expected config.json beside the weights (a Hugging Face folder), found none"
+    if len(own) != 1:
+        hint = "give the folder that `ckpt-tool convert` wrote, or one from the Hub"
+        return Problem("missing-file", message, checkpoint.path.name, hint=hint)
+    (name,) = own
+    message = f"expected a Hugging Face folder with config.json, found an original of {name}"
+    hint = f"leave out --to original: `ckpt-tool convert {name}` goes from an original to Hugging Face"
+    return Problem("wrong-format", message, checkpoint.path.name, hint=hint)
+
+
+def unknown_name(name: str) -> Problem:
+    """That no family is called so."""
+    hint = near(name, [*FAMILIES, "auto"]) or f"one of {', '.join(FAMILIES)}"
+    return Problem("usage", f"expected a family or auto, found {name!r}", where="FAMILY", hint=hint)

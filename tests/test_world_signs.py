@@ -1,0 +1,524 @@
+"""What is given instead of a checkpoint: other programs' files, a folder too high or too deep, the Hub's
+cache, another family or direction. Each is told in one line, and its hint leads out: it is followed here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ckpt_tool import api, program
+from ckpt_tool.checkpoint import signs
+from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.convert.plan import Options
+from ckpt_tool.errors import CkptToolError, near
+from ckpt_tool.fixtures.variants import VARIANTS
+
+Written = Callable[[str], Path]
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+FIRST = {f: next(n for n, v in VARIANTS.items() if v.family == f) for f in FAMILIES}  # a fixture of each
+OPT = Options(settings={"num_attention_heads": 2, "activation_function": "relu"})
+
+
+def case(name: str) -> Path:
+    if not (CASES / name).is_dir():
+        pytest.skip(f"../shared/cases/{name} is not here")
+    return CASES / name
+
+
+def refused(make: Callable[[], object]) -> CkptToolError:
+    with pytest.raises(CkptToolError) as caught:
+        make()
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def hint_of(error: CkptToolError) -> str:
+    hint = error.problems[0].hint
+    assert hint, error
+    return hint
+
+
+def shown_path(hint: str) -> Path:
+    """The path that a hint says to give."""
+    found = re.search(r"--in (.+?)\)?$", hint)
+    assert found is not None, hint
+    return Path(found[1])
+
+
+def put(folder: Path, *names: str, content: bytes = b"x") -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+# --- other programs' files ------------------------------------------------------------------------------
+
+TRAINERS = {
+    "megatron_dist/iter_0000100": ("torch_dist", "--ckpt-format torch"),
+    "megatron_dist": ("torch_dist", "--ckpt-format torch"),
+    "fsdp": ("torch.distributed", "accelerate merge-weights"),
+    "fsdp/pytorch_model_fsdp_0": ("torch.distributed", "accelerate merge-weights"),
+    "deepspeed": ("DeepSpeed", "zero_to_fp32.py"),
+    "deepspeed/global_step100": ("DeepSpeed", "zero_to_fp32.py"),
+    "nemo": ("NeMo archive", "convert_*_nemo_to_hf.py"),
+    "nemo/model.nemo": ("NeMo archive", "convert_*_nemo_to_hf.py"),
+    "torchtune": ("meta_model_0.pt", "meta_model_0.pt"),
+}
+
+
+@pytest.mark.parametrize("place", TRAINERS)
+def test_files_of_other_trainers_are_named_with_what_reads_them(place: str) -> None:
+    what, way = TRAINERS[place]
+    path = case("files_of_other_trainers") / place
+    for name in ("llama", "qwen2", "auto"):
+        error = refused(lambda name=name: api.plan(path, family=name))  # type: ignore[misc]
+        assert error.kind == "wrong-format" and what in error.problems[0].message
+        assert way in hint_of(error) and len(error.problems) == 1
+
+
+def test_the_file_that_the_hint_for_torchtune_names_converts(tmp_path: Path) -> None:
+    error = refused(lambda: api.plan(case("files_of_other_trainers") / "torchtune", family="llama"))
+    assert api.convert(shown_path(hint_of(error)), tmp_path / "out", family="llama").plan.outputs
+
+
+# The files of a folder that is no checkpoint: one entry, or more, for each sign.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "adapter (PEFT, LoRA)": ("adapter_0.pt", "config.json"),
+    "NeMo 2": ("context/io.json", "weights/.metadata", "weights/common.pt", "weights/__0_0.distcp"),
+    "NeMo archive": ("model_config.yaml", "model_weights/x.bin"),
+    "torch_dist": (".metadata", "metadata.json", "__0_0.distcp"),
+    "zarr": ("iter_0000100/embedding.word_embeddings.weight/.zarray",),
+    "FSDP weights": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin"),
+    "torch.distributed": (".metadata", "__0_0.distcp"),
+    "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
+    "slices": tuple(f"shard-0000{k}-model-00001-of-00001.safetensors" for k in (1, 2)),
+    "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
+    "DeepSpeed checkpoint": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),
+    "GGUF": ("model.Q4_K_M.gguf", "config.json"),
+    "GGML": ("ggml-model-q4_0.bin", "params.json"),
+    "Keras format": ("tf_model.h5", "config.json"),
+    "HDF5": ("weights.h5",),
+    "TensorFlow checkpoint": ("checkpoint", "m.ckpt.index", "m.ckpt.meta", "m.ckpt.data-00000-of-00001"),
+    "TensorFlow": ("saved_model.pb", "variables/variables.index"),
+    "Flax": ("flax_model.msgpack", "config.json"),
+    "Orbax": ("_CHECKPOINT_METADATA", "manifest.ocdbt", "d/1"),
+    "ONNX": ("onnx/model.onnx", "config.json"),
+    "MLX": ("weights.npz", "config.json"),
+    ".npy": ("w.npy",),
+    "TensorRT engine": ("rank0.engine", "config.json"),
+    "TensorRT-LLM": ("rank0.safetensors", "rank1.safetensors", "config.json"),
+    "OpenVINO": ("openvino_model.xml", "openvino_model.bin"),
+    "CoreML": ("model.mlpackage/Manifest.json",),
+    "ExecuTorch": ("model.pte",),
+    "Lite": ("model.tflite",),
+    "CTranslate2": ("model.bin", "shared_vocabulary.json", "config.json"),
+    "Rust": ("rust_model.ot", "config.json"),
+    "diffusers": ("model_index.json", "unet/diffusion_pytorch_model.safetensors"),
+    "sentence-transformers": ("modules.json", "0_Transformer/pytorch_model.bin"),
+}
+
+
+def test_every_sign_of_a_folder_has_an_example() -> None:
+    told = {signs.of_folder([f"top/{p}" for p in paths]) for paths in FOLDERS.values()}
+    whats = {found[0].what for found in told if found}
+    assert {s.what for s in signs.SIGNS if s.paths is not None} == whats
+
+
+@pytest.mark.parametrize("above", [0, 1])
+@pytest.mark.parametrize("word", FOLDERS)
+def test_a_folder_of_another_program_is_named(word: str, above: int, tmp_path: Path) -> None:
+    put(tmp_path / "given" / "run" if above else tmp_path / "given", *FOLDERS[word])
+    error = refused(lambda: api.open_checkpoint(tmp_path / "given"))
+    (problem,) = error.problems
+    if above and word in ("diffusers", "sentence-transformers"):  # the weights in it are found first
+        assert word == "diffusers" or shown_path(hint_of(error)).name == "0_Transformer"
+        return
+    assert problem.kind == "wrong-format" and word in problem.message
+    assert hint_of(error) and "{" not in hint_of(error)
+
+
+STARTS = {
+    "GGUF": b"GGUF\x03\0\0\0",
+    "GGML": b"lmgg",
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n",
+    "Xet": b"# xet version 0\n",
+    "HDF5": b"\x89HDF\r\n\x1a\n",
+    ".npy": b"\x93NUMPY",
+    "Lite": b"\x20\0\0\0TFL3",
+    "ExecuTorch": b"\x20\0\0\0ET12",
+    "TensorFlow": bytes(60) + signs.TABLE_END,
+    "web page": b"<!DOCTYPE html><html>",
+    "text of a link": b"../../blobs/0123456789abcdef",
+}
+
+
+@pytest.mark.parametrize("word", STARTS)
+def test_a_file_is_told_by_its_bytes_and_never_without_a_hint(word: str, tmp_path: Path) -> None:
+    start = STARTS[word] if word in ("TensorFlow", "text of a link") else STARTS[word] + bytes(80)
+    for name in ("model.safetensors", "consolidated.00.pth", "weights"):
+        put(tmp_path / name, name, content=start)
+        for given in (tmp_path / name / name, tmp_path / name):
+            error = refused(lambda given=given: api.open_checkpoint(given))  # type: ignore[misc]
+            if name != "weights" or given.is_file():
+                assert error.kind == "wrong-format" and word in error.problems[0].message
+            assert hint_of(error)
+
+
+NAMED = ("model.onnx", "rank0.engine", "model.msgpack", "x.index", "x.data-00000-of-00001", "__0_0.distcp")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_file_whose_bytes_say_nothing_is_told_by_its_name(name: str, tmp_path: Path) -> None:
+    put(tmp_path, name, content=b"\x83\xa4" * 40)
+    sign = signs.by_name(name)
+    error = refused(lambda: api.open_checkpoint(tmp_path / name))
+    assert sign is not None and sign.what in error.problems[0].message and hint_of(error)
+
+
+def test_a_document_given_as_weights_leads_to_its_folder(originals: Written, tmp_path: Path) -> None:
+    folder = originals("mistral-7b-v0.1")
+    given = shown_path(hint_of(refused(lambda: api.open_checkpoint(folder / "params.json"))))
+    with api.open_checkpoint(given) as checkpoint:
+        assert checkpoint.names()
+
+
+# --- downloads ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".part", ".crdownload", ".incomplete", ".aria2"])
+def test_an_unfinished_download_is_never_opened(suffix: str, originals: Written, tmp_path: Path) -> None:
+    put(tmp_path / "only", f"consolidated.00.pth{suffix}", "params.json")
+    assert refused(lambda: api.open_checkpoint(tmp_path / "only")).kind == "truncated"
+    folder = shutil.copytree(originals("llama-2-7b"), tmp_path / "next")
+    put(folder, f"consolidated.01.pth{suffix}")
+    error = refused(lambda: api.open_checkpoint(folder))
+    assert error.kind == "truncated" and f"consolidated.01.pth{suffix}" in error.problems[0].message
+    (folder / f"consolidated.01.pth{suffix}").unlink()
+    put(folder, f"consolidated.00.pth{suffix}")  # beside the whole file: only aria2 leaves it till the end
+    for given in (folder, folder / "consolidated.00.pth"):
+        if suffix == ".aria2":
+            assert refused(lambda given=given: api.open_checkpoint(given)).kind == "truncated"  # type: ignore[misc]
+        else:
+            api.open_checkpoint(given).close()
+
+
+def test_an_adapter_beside_the_weights_is_noted(originals: Written, tmp_path: Path) -> None:
+    folder = shutil.copytree(originals("mistral-7b-v0.1"), tmp_path / "m")
+    put(folder, "adapter_config.json", content=b"{}")
+    with api.open_checkpoint(folder) as checkpoint:
+        assert any("adapter_config.json" in n for n in checkpoint.notes)
+
+
+# --- a level too high or too deep -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_a_folder_too_high_leads_to_the_weights(name: str, originals: Written, tmp_path: Path) -> None:
+    """Of every family, whatever container its originals come in; the hint is followed."""
+    original = originals(name)
+    with api.open_checkpoint(original) as checkpoint:
+        names = checkpoint.names()
+    (tmp_path / "repo" / "a").mkdir(parents=True)
+    (tmp_path / "repo" / "a" / original.name).symlink_to(original)
+    error = refused(lambda: api.plan(tmp_path / "repo", family=VARIANTS[name].family))
+    assert error.kind == "wrong-format"
+    with api.open_checkpoint(shown_path(hint_of(error))) as checkpoint:
+        assert checkpoint.names() == names
+    if original.is_dir():
+        (tmp_path / "repo" / "b").symlink_to(original)
+        error = refused(lambda: api.open_checkpoint(tmp_path / "repo"))
+        assert error.kind == "ambiguous-input" and "b" in error.problems[0].message
+
+
+def test_a_folder_one_level_too_deep_leads_up(originals: Written, tmp_path: Path) -> None:
+    folder = shutil.copytree(originals("mistral-7b-v0.1"), tmp_path / "m")
+    put(folder, "tokenizer/tokenizer.json", content=b"{}")
+    error = refused(lambda: api.open_checkpoint(folder / "tokenizer"))
+    assert shown_path(hint_of(error)) == folder
+
+
+def test_two_sizes_below_original_are_both_named() -> None:
+    folder = case("folder_one_level_too_high") / "hub_repo"
+    error = refused(lambda: api.plan(folder, family="llama"))
+    assert error.kind == "ambiguous-input"
+    assert all(f"original/{m}" in error.problems[0].message for m in ("mp8", "mp16"))
+    api.open_checkpoint(shown_path(hint_of(error))).close()
+
+
+def cached(folder: Path, original: Path, *commits: str, main: str | None) -> Path:
+    """`original` as the Hub's cache keeps it, once for each commit."""
+    root = folder / "models--org--name"
+    (root / "blobs").mkdir(parents=True)
+    for commit in commits:
+        (root / "snapshots" / commit).mkdir(parents=True)
+        for file in original.iterdir():
+            shutil.copy(file, root / "blobs" / f"{file.name}-blob")
+            (root / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}-blob")
+    if main is not None:
+        put(root, "refs/main", content=main.encode())
+    return root
+
+
+@pytest.mark.parametrize("inside", ["", "snapshots", "blobs", "refs"])
+def test_the_folder_of_the_hub_cache_is_opened_at_its_snapshot(
+    inside: str, originals: Written, tmp_path: Path
+) -> None:
+    root = cached(tmp_path, originals("mistral-7b-v0.1"), "0123abcd", "ffff", main="0123abcd")
+    with api.open_checkpoint(root / inside) as checkpoint:
+        assert checkpoint.path == root / "snapshots" / "0123abcd" and "params.json" in checkpoint.documents
+        assert any("snapshots/0123abcd was opened, as refs/main says" in n for n in checkpoint.notes)
+    assert api.convert(root / inside, tmp_path / "out", family="mistral").plan.outputs
+
+
+def test_snapshots_without_a_word_on_which(originals: Written, tmp_path: Path) -> None:
+    original = originals("mistral-7b-v0.1")
+    api.open_checkpoint(cached(tmp_path / "one", original, "aa", main=None)).close()
+    error = refused(lambda: api.open_checkpoint(cached(tmp_path / "two", original, "aa", "bb", main="../..")))
+    assert error.kind == "ambiguous-input" and "aa and bb" in error.problems[0].message
+    api.open_checkpoint(shown_path(hint_of(error))).close()
+    empty = tmp_path / "three" / "models--org--name"
+    (empty / "snapshots").mkdir(parents=True)
+    assert "hf download org/name" in hint_of(refused(lambda: api.open_checkpoint(empty)))
+
+
+def test_a_snapshot_whose_blobs_are_gone(originals: Written, tmp_path: Path) -> None:
+    root = cached(tmp_path, originals("mistral-7b-v0.1"), "aa", main="aa")
+    (root / "blobs" / "consolidated.00.pth-blob").unlink()
+    error = refused(lambda: api.open_checkpoint(root))
+    assert error.kind == "bad-input" and "hf download org/name" in hint_of(error)
+
+
+def test_the_shared_folder_of_the_hub_cache(tmp_path: Path) -> None:
+    """Its links may have come as texts; they are made links again."""
+    root = shutil.copytree(
+        case("folder_one_level_too_high") / "models--org--name", tmp_path / "models--org--name", symlinks=True
+    )
+    for file in root.glob("snapshots/*/*"):
+        if not file.is_symlink() and (text := file.read_bytes()).startswith(b"../../blobs/"):
+            file.chmod(0o644)
+            file.parent.chmod(0o755)
+            file.unlink()
+            file.symlink_to(text.decode())
+    done = api.convert(root, tmp_path / "out", family="mistral")
+    assert any("0123abcd" in n for n in done.opened)
+
+
+# --- metaseq's names ------------------------------------------------------------------------------------
+
+PARTS = (
+    "reshard-model_part-{}-shard0.pt",
+    "checkpoint_last-model_part-{}-shard0.pt",
+    "checkpoint_1_1000-model_part-{}-shard0.pt",
+    "checkpoint_last-model_part-{}.pt",
+    "checkpoint_1_4000.pt-model_part-{}.pt",
+    "consolidated-model_part-{}.pt",
+)
+
+
+def parts(folder: Path, original: Path, name: str) -> Path:
+    folder.mkdir()
+    for file in original.iterdir():
+        found = re.fullmatch(r"reshard-model_part-(\d+)\.pt", file.name)
+        (folder / (name.format(found[1]) if found else file.name)).symlink_to(file)
+    return folder
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_by_every_name_of_metaseq_are_the_same_model(
+    name: str, originals: Written, tmp_path: Path
+) -> None:
+    variant = VARIANTS["opt-13b"]
+    folder = parts(tmp_path / "p", originals("opt-13b"), name)
+    options = Options(settings=variant.settings)
+    usual = api.plan(originals("opt-13b"), family="opt", options=options)
+    assert api.plan(folder, family="opt", options=options).outputs == usual.outputs
+    with api.open_checkpoint(folder / name.format(1)) as one, api.open_checkpoint(folder) as all_of_them:
+        assert list(one.files) == list(all_of_them.files) == [name.format(k) for k in range(len(one.files))]
+    (folder / name.format(0)).unlink()
+    assert refused(lambda: api.open_checkpoint(folder)).kind == "missing-shard"
+
+
+def test_parts_of_two_runs_are_ambiguous_and_flat_shards_refused(originals: Written, tmp_path: Path) -> None:
+    folder = parts(tmp_path / "p", originals("opt-13b"), PARTS[1])
+    put(folder, PARTS[2].format(0))
+    error = refused(lambda: api.open_checkpoint(folder))
+    assert error.kind == "ambiguous-input" and "checkpoint_1_1000-model_part-*" in error.problems[0].message
+    (folder / PARTS[2].format(0)).unlink()
+    put(folder, "checkpoint_last-model_part-0-shard1.pt")
+    for given in (folder, folder / PARTS[1].format(0), folder / "checkpoint_last-model_part-0-shard1.pt"):
+        error = refused(lambda given=given: api.open_checkpoint(given))  # type: ignore[misc]
+        assert error.kind == "unsupported" and "reshard_fsdp.py" in hint_of(error)
+
+
+@pytest.mark.parametrize("which", ["shard0", "last"])
+def test_the_shared_parts_are_the_regular_ones(which: str, tmp_path: Path) -> None:
+    folder = case("opt_parts_named_shard0")
+    written = {}
+    for name in ("regular", which):
+        api.convert(folder / name, tmp_path / name, family="opt", options=OPT)
+        written[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert written["regular"] == written[which]
+    shutil.copytree(folder / which, tmp_path / "less", copy_function=shutil.copyfile)
+    sorted((tmp_path / "less").iterdir())[1].unlink()
+    error = refused(lambda: api.plan(tmp_path / "less", family="opt", options=OPT))
+    assert error.kind == "missing-shard"
+
+
+# --- another family, another direction ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", FAMILIES)
+@pytest.mark.parametrize("real", FAMILIES)
+def test_another_family_is_named_first(real: str, named: str, originals: Written) -> None:
+    """No family takes another's model for its own, and what it says first is whose it is."""
+    if real == named:
+        return
+    variant = VARIANTS[FIRST[real]]
+    options = Options(settings=variant.settings)
+    with api.open_checkpoint(originals(FIRST[real])) as checkpoint:
+        error = refused(lambda: api.plan(checkpoint, family=named, options=options))
+    first = error.problems[0]
+    assert f"looks like {real}" in first.message and f"convert {real}`" in (first.hint or "")
+
+
+@pytest.mark.parametrize("name", [FIRST[f] for f in FAMILIES if not family(f).published])
+def test_the_other_direction_is_said_in_one_line(name: str, originals: Written, conversions: Written) -> None:
+    own = VARIANTS[name].family
+    for asked in (own, "auto"):
+        error = refused(lambda asked=asked: api.plan(originals(name), family=asked, to="original"))  # type: ignore[misc]
+        assert error.kind == "wrong-format" and f"an original of {own}" in error.problems[0].message
+        assert "leave out --to original" in hint_of(error) and len(error.problems) == 1
+        error = refused(lambda asked=asked: api.plan(conversions(name), family=asked))  # type: ignore[misc]
+        assert error.kind == "already-converted" and len(error.problems) == 1
+        assert "--to original" in hint_of(error)
+    assert api.plan(conversions(name), to="original").outputs  # the hint, followed
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "mixtral"])
+def test_a_missing_params_json_comes_before_questions_about_its_content(
+    name: str, originals: Written, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(originals(FIRST[name]), tmp_path / "m")
+    (folder / "params.json").unlink()
+    first, *others = refused(lambda: api.plan(folder, family=name)).problems
+    if first.kind == "unknown-family":  # nothing but params.json tells these apart
+        first, *others = others
+    assert first.kind == "missing-file" and "params.json" in first.message
+    assert {p.kind for p in others} == {"missing-fact"}
+
+
+# --- auto -----------------------------------------------------------------------------------------------
+
+
+def tensors(folder: Path, *names: str, **config: object) -> Path:
+    folder.mkdir()
+    save_file({n: np.zeros((4, 4), "f4") for n in names}, folder / "model.safetensors")
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NEARLY = {
+    "module.layers.0.attention.wq.weight": ["llama", "mistral", "mixtral"],
+    "model.layers.0.self_attn.k_norm.weight": ["qwen3"],
+    "gpt_neox.layers.0.attention.dense.weight": ["gpt-neox"],
+    "transformer.h.0.attn.c_attn.weight": ["codegen"],
+    "model.decoder.layers.0.self_attn_layer_norm.bias": ["opt"],
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_auto_names_the_near_misses_only(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tensors(tmp_path / "m", name, architectures=["StrangeForCausalLM"])
+    assert program.run(["convert", "auto", "--in", str(folder), "--out", str(tmp_path / "out")]) == 2
+    first, hint, *misses = capsys.readouterr().err.splitlines()
+    assert name in first and "StrangeForCausalLM" in first and "hint: " in hint
+    assert 1 <= len(misses) <= 3 and all(len(line) <= 100 for line in misses)
+    told = [line.split(": ")[1] for line in misses]
+    assert told[: len(NEARLY[name])] == NEARLY[name]
+
+
+def test_auto_says_what_the_files_hold_where_nothing_is_near(tmp_path: Path) -> None:
+    error = refused(lambda: api.plan(tensors(tmp_path / "m", "conv1.weight")))
+    assert len(error.problems) == 1 and "1 tensors such as conv1.weight" in error.problems[0].message
+
+
+PACKED = {
+    "model.layers.0.self_attn.q_proj.qweight": "GPTQ or AWQ",
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": "LoRA",
+    "layers.0.attention.wq.lora_b.weight": "LoRA",
+    "model.layers.0.mlp.up_proj.weight.absmax": "bitsandbytes",
+    "model.layers.0.mlp.up_proj.SCB": "bitsandbytes",
+    "model.layers.0.mlp.up_proj.weight_packed": "compressed-tensors",
+    "model.layers.0.mlp.up_proj.weight_scale_inv": "fp8",
+    "layers.0.attention.wq.qscale_weight": "fp8",
+    "model.layers.0.mlp.experts.gate_up_proj_blocks": "MXFP4",
+    "model.layers.0.mlp.up_proj.Qidxs": "QuIP",
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("asked", ["auto", "llama", "qwen2", "opt"])
+def test_packed_weights_are_named(asked: str, name: str, tmp_path: Path) -> None:
+    error = refused(lambda: api.plan(tensors(tmp_path / "m", name, "norm.weight"), family=asked))
+    (problem,) = error.problems
+    assert problem.kind == "unsupported" and PACKED[name] in problem.message and hint_of(error)
+
+
+def test_mlx_weights_and_their_way_back_are_named(tmp_path: Path) -> None:
+    names = [f"model.layers.0.self_attn.q_proj.{k}" for k in ("weight", "scales", "biases")]
+    error = refused(lambda: api.plan(tensors(tmp_path / "m", *names)))
+    assert "MLX" in error.problems[0].message and "--dequantize" in hint_of(error)
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_no_original_is_taken_for_packed(name: str, originals: Written) -> None:
+    with api.open_checkpoint(originals(name)) as checkpoint:
+        assert signs.packed(checkpoint.names()) is None
+
+
+# --- did you mean ---------------------------------------------------------------------------------------
+
+TYPED = {
+    "family": (["convert", "lama", "--in", "x", "--out", "y"], "did you mean llama?"),
+    "family of plan": (["plan", "mistal", "--in", "x"], "did you mean mistral"),
+    "fixture": (["fixtures", "opt-13", "--out", "y"], "did you mean opt-13b"),
+    "table": (["table", "--only", "qwen"], "did you mean qwen"),
+    "option": (["convert", "llama", "--inn", "x", "--out", "y"], "Did you mean '--in'?"),
+    "command": (["convret"], "Did you mean 'convert'?"),
+}
+
+
+@pytest.mark.parametrize("what", TYPED)
+def test_a_word_spelled_wrong_is_told_right(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, hint = TYPED[what]
+    assert program.run(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_a_key_of_set_spelled_wrong_is_told_right(name: str, originals: Written) -> None:
+    settings = {**VARIANTS[name].settings, "num_hidden_layer": 2}
+    error = refused(
+        lambda: api.plan(originals(name), family=VARIANTS[name].family, options=Options(settings=settings))
+    )
+    wrong = next(p for p in error.problems if p.where == "num_hidden_layer")
+    assert wrong.kind == "usage" and (wrong.hint or "").startswith("did you mean num_hidden_layers")
+
+
+def test_a_path_spelled_wrong_and_a_name_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "Mistral-7B").mkdir()
+    assert "Mistral-7B" in hint_of(refused(lambda: api.open_checkpoint(tmp_path / "mistral-7b")))
+    assert "hf://org/name" in hint_of(refused(lambda: api.open_checkpoint("org/name")))
+    assert near("quite", ("different",)) is None

@@ -1,0 +1,50 @@
+"""Folders in which tensors are stacked as a library holds them in memory: seen one by one, as the families
+know them, while a forward pass takes them apart by its reading's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.convert.one_by_one import OneByOne
+from ckpt_tool.verify.weights import Weights
+
+Apart = Callable[[Mapping[str, Tensor], str], Tensor]  # (stacked tensors, name of one) -> that one
+
+
+class StackedWeights(Weights):
+    """Names and shapes are those of the tensors one by one; what they hold comes out of the stacked ones,
+    through `apart`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        dtype: torch.dtype,
+        device: str,
+        apart: Apart,
+    ) -> None:
+        super().__init__(checkpoint, tensors, dtype, device)
+        self.apart = apart
+        stored = replace(checkpoint, files={n: _stored(f) for n, f in checkpoint.files.items()})
+        self.stacked = Weights(stored, {t.name: t for t in stored}, dtype, device)
+
+    def computed_in(self, dtype: torch.dtype) -> StackedWeights:
+        return StackedWeights(self.checkpoint, self.tensors, dtype, self.device, self.apart)
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        with super().keep(), self.stacked.keep():
+            yield
+
+    def _load(self, info: TensorInfo) -> Tensor:
+        return self.apart(self.stacked, info.name)
+
+
+def _stored(file: TensorFile) -> TensorFile:
+    return file.stored if isinstance(file, OneByOne) else file
