@@ -33,7 +33,7 @@ BASE = {
     "codegen": "codegen-16b-nl",
     "qwen2": "qwen2-0.5b",
     "qwen3": "qwen3-0.6b",
-    "gemma2": "gemma-2-2b",
+    "gemma2": "gemma-2-27b",
     "gpt-neox": "pythia-410m",
 }
 
@@ -51,8 +51,8 @@ class Kind:
     says: str = ""
     back: bool = False
     shards: bool = False  # the conversion lies in several files
+    kept: str = ""  # a file that is carried over
     same: bool = True  # the tensors that come out are those that come out without the change
-    family: str = ""  # asked for: the cell's own where empty
     elsewhere: dict[str, str] = field(default_factory=dict)
     never: dict[str, str] = field(default_factory=dict)
 
@@ -63,34 +63,164 @@ class Kind:
 
 
 def each(families: tuple[str, ...], what: str) -> dict[str, str]:
-    return {f: what for f in families}
+    return dict.fromkeys(families, what)
 
 
+def others(*families: str) -> tuple[str, ...]:
+    return tuple(f for f in FAMILIES if f not in families)
+
+
+OWN_LAYOUT = "the original is a Hugging Face folder itself, and is read as one"
+LEARNED = "positions are learned: config.json has no rotary base"
 KINDS: dict[str, Kind] = {
-    "state_dict around the weights": Kind(world.wrapped, note="state_dict"),
-    "_orig_mod. before every name": Kind(world.prefixed("_orig_mod."), note="_orig_mod."),
-    "module. before every name": Kind(world.prefixed("module."), note="module."),
-    "training state beside the weights": Kind(world.with_training_state),
-    "norms in float32": Kind(world.float32_norms, note="keeps its dtype", same=False),
-    "backslashes in the zip": Kind(world.backslashes),
-    "a header whose __metadata__ is null": Kind(world.null_metadata, back=True),
-    "an index with another total_size": Kind(
-        world.wrong_total_size, back=True, shards=True, note="total_size"
+    # two spellings of one value
+    "two rotary bases in config.json": Kind(
+        world.document("config.json", world.second_base),
+        back=True,
+        refused="bad-config",
+        says="rope_parameters.rope_theta",
+        never={**each((*MEGATRON, "opt"), LEARNED), "codegen": "the base is in the code: no key says it"},
     ),
-    "an integer of 10^30 in tokenizer_config.json": Kind(
-        world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True
+    "a tied head with values of its own": Kind(
+        world.nothing,
+        elsewhere={
+            **each(
+                others("mixtral", "codegen"),
+                "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
+            ),
+            "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
+        },
+        never={"codegen": "its head has a bias, and no class ties it"},
     ),
-    "a folder one level too high": Kind(world.nested, refused="wrong-format", says="download"),
-    "the folder of the hub's cache": Kind(world.in_the_hubs_cache, note="snapshots"),
-    "an adapter": Kind(world.adapter, refused="wrong-format", says="adapter"),
-    "a folder of GGUF": Kind(world.gguf, refused="wrong-format", says="GGUF"),
+    # unknown is not harmless
+    "a key of config.json that no list has": Kind(
+        world.document("config.json", lambda c: c.update(logit_scale=0.5)),
+        back=True,
+        refused="unsupported",
+        says="logit_scale",
+    ),
+    "a field of the original that no list has": Kind(
+        world.document("params.json", lambda c: c.update(logit_scale=0.5)),
+        refused="unsupported",
+        says="logit_scale",
+        elsewhere={
+            **each(
+                MEGATRON, "test_world_meg.py::test_an_argument_that_nothing_knows_is_refused_with_a_way_out"
+            ),
+            **each(
+                PUBLISHED,
+                "test_world_pub.py::test_a_key_that_nobody_reads_is_refused_by_name_and_the_hint_leads_out",
+            ),
+            "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
+        },
+    ),
     "quantised weights": Kind(
         world.document("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})),
         back=True,
         refused="unsupported",
         says="quantization_config",
     ),
+    # generations and defaults
+    "an enlarged vocabulary": Kind(
+        world.nothing,
+        elsewhere={
+            "llama": "test_world_params.py::test_an_enlarged_vocabulary_is_of_the_same_generation",
+            "qwen2": "test_world_pub.py::test_a_vocabulary_of_qwen2_is_told_whatever_it_is_padded_to",
+            "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
+        },
+        never={
+            **each(others("llama", "qwen2", "opt", "mistral", "mixtral"), "no value hangs on the vocabulary"),
+            **each(("mistral", "mixtral"), "generations are told by window, base and tokenizer"),
+        },
+    ),
+    "a published model asks nothing": Kind(
+        world.nothing,
+        elsewhere={
+            **each(CONSOLIDATED, "test_world_params.py::test_no_published_model_needs_an_answer"),
+            **each(PUBLISHED, "test_world_pub.py::test_what_published_models_have_besides_converts"),
+            **each(MEGATRON, "test_world_meg.py::test_harmless_arguments_change_nothing"),
+            "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
+        },
+    ),
+    # what files have besides
+    "more embedding rows than ids": Kind(
+        world.nothing,
+        elsewhere={
+            **each(
+                others(*MEGATRON, *PUBLISHED),
+                "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
+            ),
+            **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
+        },
+        never=each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
+    ),
+    "norms in float32": Kind(world.float32_norms, note="keeps its dtype", same=False),
+    "an index with another total_size": Kind(
+        world.wrong_total_size, back=True, shards=True, note="total_size"
+    ),
+    "backslashes in the zip": Kind(world.backslashes),
+    "state_dict around the weights": Kind(world.wrapped, note="state_dict"),
+    "_orig_mod. before every name": Kind(world.prefixed("_orig_mod."), note="_orig_mod."),
+    "module. before every name": Kind(world.prefixed("module."), note="module."),
+    "training state beside the weights": Kind(world.with_training_state),
+    "an integer of 10^30 in tokenizer_config.json": Kind(
+        world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True
+    ),
+    "a header whose __metadata__ is null": Kind(world.null_metadata, back=True),
+    "parts under other names": Kind(
+        world.nothing,
+        elsewhere={"opt": "test_world_signs.py::test_parts_by_every_name_of_metaseq_are_the_same_model"},
+        never=each(others("opt"), "only metaseq's programs name parts in several ways"),
+    ),
+    "pipeline stages of unequal length": Kind(
+        world.nothing,
+        elsewhere={
+            **each(MEGATRON, "test_world_meg.py::test_stages_of_any_length_are_read_and_written_again"),
+            "qwen2": "test_world_meg.py::test_stages_of_core_of_any_length_are_read",
+        },
+        never=each(others(*MEGATRON, "qwen2"), "no layout in pipeline stages"),
+    ),
+    "experts stacked as transformers 5 has them": Kind(
+        world.nothing,
+        elsewhere={"mixtral": "test_world_dtypes.py::test_stacked_experts_go_back_to_the_same_files"},
+        never=each(others("mixtral"), "no experts"),
+    ),
+    "a chat template beside the tokenizer": Kind(
+        world.chat_template,
+        kept="chat_template.jinja",
+        never=each(others(*PUBLISHED), "no original has one, and its tokenizer is written anew"),
+    ),
+    # signs at the door
+    "an adapter": Kind(world.adapter, refused="wrong-format", says="adapter"),
+    "a folder of GGUF": Kind(world.gguf, refused="wrong-format", says="GGUF"),
+    "a folder one level too high": Kind(world.nested, refused="wrong-format", says="download"),
+    "the folder of the hub's cache": Kind(world.in_the_hubs_cache, note="snapshots"),
+    "the other direction": Kind(
+        world.nothing,
+        elsewhere=each(
+            others(*PUBLISHED), "test_world_signs.py::test_the_other_direction_is_said_in_one_line"
+        ),
+        never=each(PUBLISHED, OWN_LAYOUT),
+    ),
+    "another family's original": Kind(
+        world.nothing, elsewhere=each(FAMILIES, "test_world_signs.py::test_another_family_is_named_first")
+    ),
+    # sums and shards
     "a checklist with another sum": Kind(world.wrong_checklist, note="checklist.chk"),
+    "one shard under two numbers": Kind(
+        world.nothing,
+        elsewhere=each(
+            ("llama", "opt", *MEGATRON),
+            "test_world_dtypes.py::test_one_shard_under_two_numbers_is_a_conflict",
+        ),
+        never=each(
+            others("llama", "opt", *MEGATRON), "files hold whole tensors: a name in two of them is refused"
+        ),
+    ),
+    # the way back
+    "what the way back cannot write": Kind(
+        world.nothing, elsewhere=each(FAMILIES, "test_world_meg.py::test_no_family_is_judged_by_the_way_back")
+    ),
 }
 
 
@@ -114,7 +244,7 @@ def test_the_kind_on_the_family(
     kind: str, family: str, originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
     row, variant = KINDS[kind], VARIANTS[BASE[family]]
-    given, out = tmp_path / "in", tmp_path / "out"
+    given, out = tmp_path / "models--org--name", tmp_path / "out"
     original = originals(variant.id)
     if row.shards:
         small = api.Options(settings=variant.settings, max_shard_bytes=1 << 14)
@@ -123,7 +253,7 @@ def test_the_kind_on_the_family(
         folder = conversions(variant.id) if row.back else original
         shutil.copytree(folder if folder.is_dir() else folder.parent, given)
     row.change(given)
-    options = api.Options(settings=variant.settings)
+    options = api.Options(settings={} if row.back else variant.settings)
     to = "original" if row.back else "hf"
     asked = {"family": family, "to": to, "options": options}
     if row.refused is not None:
@@ -137,5 +267,7 @@ def test_the_kind_on_the_family(
     if row.note is not None:
         said = (*made.opened, *made.plan.notes)
         assert any(row.note in note for note in said), said
+    if row.kept:
+        assert (out / row.kept).read_bytes() == (given / row.kept).read_bytes()
     if not row.back and row.same:
         assert world.equal(world.tensors_of(out), world.tensors_of(conversions(variant.id)))

@@ -87,6 +87,19 @@ def document(name: str, change: Callable[[dict[str, Any]], object]) -> Change:
     return applied
 
 
+def nothing(folder: Path) -> None:
+    """For a kind that is tried elsewhere."""
+
+
+def chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+
+
+def second_base(config: dict[str, Any]) -> None:
+    """The rotary base once more, as transformers 5 spells it, with another value."""
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 123456.0}
+
+
 def prefixed(word: str) -> Change:
     """`word` before every name; where weights lie under a key "model", before the names there."""
 
@@ -128,6 +141,7 @@ def null_metadata(folder: Path) -> None:
 def backslashes(folder: Path) -> None:
     """The members of torch zips named as a program on Windows names them."""
     as_torch(folder)
+    rewritten(dict)(folder)  # as a zip, whatever it was
     for file in weight_files(folder):
         with zipfile.ZipFile(file) as read:
             members = [(m.filename, read.read(m)) for m in read.infolist()]
