@@ -200,12 +200,14 @@ def convert(
             overwrite=overwrite,
             overwrite_foreign=overwrite_foreign,
         )
-    report = None
-    if check and to == "hf":
-        from ckpt_tool.verify import verify as run
-
-        report = run(target, levels=("coverage",), no_source=True)
+    report = _coverage(target) if check and to == "hf" else None
     return Conversion(target, made, outcome, report, opened)
+
+
+def _coverage(out: Path) -> Report:
+    from ckpt_tool.verify import verify as run
+
+    return run(out, levels=("coverage",), no_source=True)
 
 
 def _address(source: Source) -> str | None:

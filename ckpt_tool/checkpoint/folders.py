@@ -13,6 +13,7 @@ from pathlib import Path
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.hub_cache import blob_of, repository_of
+from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
 from ckpt_tool.errors import fail
 
 CHECKED_BYTES = 64 << 20
@@ -52,7 +53,7 @@ class Folder(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The files directly in it, and those in its folder `original`."""
+        """The files directly in it, and those in its folders `original` and `additional_chat_templates`."""
 
     def has(self, name: str) -> bool:
         """Whether the file `name` is directly in it."""
@@ -97,8 +98,9 @@ class Directory(Folder):
 
     def names(self) -> list[str]:
         found = self._list(self.path)
-        if "original" in found and (self.path / "original").is_dir():
-            found += [f"original/{name}" for name in self._list(self.path / "original")]
+        for folder in (ORIGINAL_FOLDER, TEMPLATE_FOLDER):
+            if folder[:-1] in found and (self.path / folder).is_dir():
+                found += [folder + name for name in self._list(self.path / folder)]
         return found
 
     def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:

@@ -17,6 +17,7 @@ from ckpt_tool.errors import Problem, fail, fail_all
 
 Prefer = Literal["original", "hf"]
 ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download
+TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in new transformers
 
 _DOCUMENTS = frozenset(
     (
@@ -46,6 +47,7 @@ _DOCUMENTS = frozenset(
 _TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re.ASCII)
 # vocab.txt, and as Megatron's documentation calls them: bert-large-cased-vocab.txt, gpt2-merges.txt
 _VOCABULARY = re.compile(r"([\w.-]{1,80}[-_.])?(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII)
+_TEMPLATE = re.compile(r"[\w.-]{1,80}\.jinja", re.ASCII)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
@@ -123,6 +125,18 @@ def is_document(name: str) -> bool:
         or _TOKENIZER_MODEL.fullmatch(name) is not None
         or vocabulary_kind(name) is not None
     )
+
+
+def belongs(name: str) -> bool:
+    """Whether a file, by its name from the folder of a model, is a document of it or of an original in it."""
+    inside = name.removeprefix(ORIGINAL_FOLDER)
+    return is_template(name) or ("/" not in inside and is_document(inside))
+
+
+def is_template(name: str) -> bool:
+    """Whether `name`, from the folder of its model, is that of a file that holds one chat template."""
+    inside = name.removeprefix(TEMPLATE_FOLDER)
+    return name == "chat_template.jinja" or (inside != name and _TEMPLATE.fullmatch(inside) is not None)
 
 
 def is_tokenizer(name: str) -> bool:
