@@ -76,7 +76,8 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 def only_family(checkpoint: Checkpoint) -> str:
     """The one family that recognises `checkpoint`. Kinds: `ambiguous-family`, `unknown-family`,
-    `already-converted`."""
+    `already-converted`, `unsupported` (packed weights)."""
+    check_plain(checkpoint)
     said = recognise(checkpoint)
     own = [(name, why) for name, is_own, why in said if is_own]
     if len(own) == 1:

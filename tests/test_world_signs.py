@@ -389,10 +389,13 @@ def test_a_snapshot_whose_blobs_are_gone(originals: Written, tmp_path: Path) -> 
 
 
 def test_the_shared_folder_of_the_hub_cache(tmp_path: Path) -> None:
-    """Its links may have come as texts; they are made links again."""
-    root = shutil.copytree(
-        case("folder_one_level_too_high") / "models--org--name", tmp_path / "models--org--name", symlinks=True
-    )
+    """Its links may have come as texts, which are followed; and made links again."""
+    given = case("folder_one_level_too_high") / "models--org--name"
+    done = api.convert(given, tmp_path / "as-given", family="mistral")
+    assert any("0123abcd" in n for n in done.opened)
+    if not any(f.is_symlink() for f in given.glob("snapshots/*/*")):
+        assert any("copied as texts" in n for n in done.opened)
+    root = shutil.copytree(given, tmp_path / "models--org--name", symlinks=True)
     for file in root.glob("snapshots/*/*"):
         if not file.is_symlink() and (text := file.read_bytes()).startswith(b"../../blobs/"):
             file.chmod(0o644)
@@ -400,7 +403,7 @@ def test_the_shared_folder_of_the_hub_cache(tmp_path: Path) -> None:
             file.unlink()
             file.symlink_to(text.decode())
     done = api.convert(root, tmp_path / "out", family="mistral")
-    assert any("0123abcd" in n for n in done.opened)
+    assert any("0123abcd" in n for n in done.opened) and not any("as texts" in n for n in done.opened)
 
 
 # --- metaseq's names ------------------------------------------------------------------------------------
@@ -573,6 +576,8 @@ def test_packed_weights_are_named(asked: str, name: str, tmp_path: Path) -> None
     error = refused(lambda: api.plan(tensors(tmp_path / "m", name, "norm.weight"), family=asked))
     (problem,) = error.problems
     assert problem.kind == "unsupported" and PACKED[name] in problem.message and hint_of(error)
+    again = refused(lambda: api.convert(tmp_path / "m", tmp_path / "out", family=asked))
+    assert again.problems == error.problems
 
 
 def test_mlx_weights_and_their_way_back_are_named(tmp_path: Path) -> None:

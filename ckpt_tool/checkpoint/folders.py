@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
-from ckpt_tool.checkpoint.hub_cache import repository_of
+from ckpt_tool.checkpoint.hub_cache import blob_of, repository_of
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
 from ckpt_tool.errors import fail
 
@@ -141,7 +141,8 @@ class Directory(Folder):
         status = status_of(path, name)
         if not stat.S_ISREG(status.st_mode):
             fail("wrong-format", f"expected a file, found {kind_of(status)}", file=name)
-        return Place(path, status.st_size)
+        blob = blob_of(path, status.st_size)
+        return Place(path, status.st_size) if blob is None else Place(blob, blob.stat().st_size)
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()

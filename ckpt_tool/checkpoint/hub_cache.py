@@ -9,6 +9,7 @@ from pathlib import Path
 from ckpt_tool.errors import fail
 
 _REPOSITORY = re.compile(r"(?:models|datasets|spaces)--(?P<name>.+)", re.ASCII)
+_LINK = re.compile(r"\.\./\.\./blobs/(?P<name>[0-9a-f]{40}|[0-9a-f]{64})\s?", re.ASCII)
 _COMMIT = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
@@ -45,6 +46,20 @@ def snapshot_of(path: Path) -> tuple[Path, list[str]]:
         hint = f"`hf download {repository_of(root)}` fetches the files"
         fail("wrong-format", "expected a snapshot with the files, found none", file=path.name, hint=hint)
     return chosen, [f"{path.name} is a folder of the Hub's cache; snapshots/{chosen.name} was opened, {why}"]
+
+
+def blob_of(path: Path, size: int) -> Path | None:
+    """What a file of a snapshot stands for, where its link was copied as the text of it: the blob of the same
+    repository that the text names; None for other files."""
+    if size > 100 or path.parent.parent.name != "snapshots" or repository_of(path.absolute()) is None:
+        return None
+    try:
+        text = path.read_bytes()[:100].decode("ascii", "replace")
+    except OSError:
+        return None
+    found = _LINK.fullmatch(text)
+    blob = None if found is None else path.parent.parent.parent / "blobs" / found["name"]
+    return blob if blob is not None and blob.is_file() else None
 
 
 def _main(root: Path) -> Path | None:

@@ -153,6 +153,9 @@ def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkp
         return _open_ranks(*ranks, path, limits)
     checkpoint = _open_folder(directory, path, prefer, limits)
     checkpoint.notes[:0] = notes
+    files = checkpoint.files.items()
+    if any(f.path.parent.name == "blobs" and not (path / name).is_symlink() for name, f in files):
+        checkpoint.notes.append("links of the Hub's cache that had been copied as texts were followed")
     return checkpoint
 
 
