@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -277,7 +277,9 @@ def inspect(
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
+        beside = Counter(left.reason for left in checkpoint.left_out)
         found.notes = [*checkpoint.notes, *checkpoint.readings]
+        found.notes += [f"{count} tensors are none of the model's: {why}" for why, count in beside.items()]
         try:
             if (held := packed(checkpoint.names())) is not None:
                 found.notes.append(f"{held[1]}: {held[0]}, which no family reads; {held[2]}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
-from ckpt_tool.convert.one_by_one import READING, is_stacked
+from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
@@ -62,9 +62,21 @@ def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) 
 def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
     """The findings of this level; `scans` are those of the whole output."""
     findings = [*_planned(subject), *_way_back(subject)] if subject.source else [*_replanned(subject)]
-    if is_stacked(subject.output):
-        findings.append(finding("target tensors", "note", READING))
+    findings += [finding("target tensors", "note", text) for text in subject.output.readings]
+    findings += _wrapped(subject.output)
     return [*findings, *_values(subject, scans), *config(subject)]
+
+
+def _wrapped(output: Checkpoint) -> Iterator[Finding]:
+    """Words before the names of the output, which no loader takes off."""
+    try:
+        words = unwrapped(output.files, label=output.path.name).before
+    except CkptToolError as error:
+        yield from _problems("target tensors", error.problems)
+        return
+    if words:
+        text = f"expected names that loaders know, found `{words}` before every one of them"
+        yield finding("target tensors", "fail", text)
 
 
 def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:

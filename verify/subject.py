@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
@@ -72,13 +72,14 @@ def opened(
 ) -> Iterator[Subject]:
     """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned.
     Without a `source` the one that the manifest records is opened where it still lies there."""
+    as_loaders_do = Limits(as_it_stands=True)  # which take no wrapper off
     with ExitStack() as stack:
-        out = _open(output, "hf")
+        out = _open(output, "hf", as_loaders_do)
         manifest = _manifest_of(out)
         back = manifest is not None and manifest.direction == "to-original"
         if back:
             out.close()
-            out = _open(output, "original")
+            out = _open(output, "original", as_loaders_do)
         stack.enter_context(out)
         src, found = None, None
         if source is not None:
@@ -94,14 +95,14 @@ def opened(
         yield subject
 
 
-def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
+def _open(path: str | os.PathLike[str], prefer: Prefer, limits: Limits | None = None) -> Checkpoint:
     """The weights of one layout where there are two, else those that are there."""
     try:
-        found = open_checkpoint(path, prefer=prefer)
+        found = open_checkpoint(path, prefer=prefer, limits=limits)
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-        found = open_checkpoint(path)
+        found = open_checkpoint(path, limits=limits)
     try:
         return as_families_know(found)
     except BaseException:

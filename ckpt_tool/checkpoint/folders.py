@@ -122,8 +122,9 @@ class Directory(Folder):
                     entries = sorted(os.scandir(self.path / prefix), key=lambda e: e.name)
                 except OSError:
                     continue
-                found += [prefix + e.name for e in entries if not e.is_dir()]
-                deeper += [f"{prefix}{e.name}/" for e in entries if e.is_dir() and e.name != ".git"]
+                folders = {e.name for e in entries if _is_folder(e)}
+                found += [prefix + e.name for e in entries if e.name not in folders]
+                deeper += [f"{prefix}{e.name}/" for e in entries if e.name in folders - {".git"}]
                 if len(found) + len(deeper) > SURVEYED:
                     return found
             level = deeper
@@ -148,6 +149,13 @@ class Directory(Folder):
     def outer(self) -> Folder | None:
         parent = Path(os.path.abspath(self.path)).parent
         return Directory(parent) if parent != self.path else None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, say
+        return False
 
 
 def status_of(path: Path, name: str) -> os.stat_result:

@@ -55,7 +55,7 @@ from ckpt_tool.checkpoint.weight_sets import (
     set_of,
     vocabulary_kind,
 )
-from ckpt_tool.checkpoint.wrapping import unwrapped
+from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 
@@ -71,6 +71,7 @@ class Limits:
     """What opening accepts beyond what the formats themselves say."""
 
     safetensors_header: int = HEADER_LIMIT  # bytes
+    as_it_stands: bool = False  # names are those in the files, whatever a training program put before them
 
 
 @dataclass
@@ -304,7 +305,7 @@ def _open_set(
             problems.extend(_across(files, chosen, index))
         fail_all(problems)
         readings = [] if index is None else list(index.notes(files))
-        own = unwrapped(files, label=path.name)
+        own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
     except BaseException:
         for file in files.values():
             file.close()

@@ -20,6 +20,7 @@ from ckpt_tool.checkpoint.pickle_records import (
 from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.checkpoint.torch_globals import standing
 from ckpt_tool.checkpoint.unpickle import Machine
+from ckpt_tool.checkpoint.wrapping import beside_weights
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
@@ -61,7 +62,14 @@ def read_state(pickled: Pickled, *, file: str) -> State:
             if type(v) is Inert and v.fields.keys() & {"_parameters", "_modules"}  # a whole torch module
         ]
     fail_all([*splitter.problems, *name_problems(state.tensors, file=file)])
-    fail_all(p for n, t in state.tensors.items() if (p := _tensor_problem(n, t, file)))
+    odd = {n: p for n, t in state.tensors.items() if (p := _tensor_problem(n, t, file))}
+    fail_all(p for n, p in odd.items() if beside_weights(n.partition(".")[0]) is None)
+    if len(odd) == len(state.tensors):
+        fail_all(odd.values())
+    for name in odd:  # of training, where nobody needs it
+        del state.tensors[name]
+    if odd:
+        state.notes = (*state.notes, f"{len(odd)} tensors of training are no dense ones: not read")
     return state
 
 

@@ -284,6 +284,9 @@ def check_finished(found: WeightSet, names: Collection[str], *, file: str) -> No
             fail("truncated", message, file=file, hint=f"finish the download, or remove {name} if it is")
 
 
+_APART = "move those that are not meant to a folder of their own"
+
+
 def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ()) -> None:
     """Fail with `missing-shard` (which numbers) or `ambiguous-input` unless each shard is there once."""
     if not found.numbered:
@@ -296,15 +299,14 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
     twice = sorted({n for n in numbers if numbers.count(n) > 1})
     if twice:
         both = ", ".join(m[0] for m in matches if int(m["number"]) in twice)
-        problems.append(Problem("ambiguous-input", f"expected each shard once, found {both}", file))
+        problems.append(
+            Problem("ambiguous-input", f"expected each shard once, found {both}", file, hint=_APART)
+        )
     counts = {int(m["count"]) for m in matches if "count" in pattern.regex.groupindex}
     if len(counts) > 1:
         shown = ", ".join(str(c) for c in sorted(counts))
-        problems.append(
-            Problem(
-                "ambiguous-input", f"expected shards of one set, found sets of {shown} side by side", file
-            )
-        )
+        message = f"expected shards of one set, found sets of {shown} side by side"
+        problems.append(Problem("ambiguous-input", message, file, hint=_APART))
     else:
         last = max([*numbers, *(int(m["number"]) for m in listed)])
         count = counts.pop() if counts else last - pattern.first + 1
@@ -317,10 +319,10 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
             names = ", ".join(_renumber(sample, n) for n in missing[:8])
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             message = f"expected {count} shards, found {len(present & set(wanted))}: {names}{more} not there"
-            problems.append(Problem("missing-shard", message, file))
+            problems.append(Problem("missing-shard", message, file, hint="download what is missing too"))
         if stray:
             message = f"expected shards up to {count}, found number {stray[-1]}"
-            problems.append(Problem("ambiguous-input", message, file))
+            problems.append(Problem("ambiguous-input", message, file, hint=_APART))
     fail_all(problems)
 
 

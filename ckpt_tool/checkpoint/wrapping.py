@@ -13,7 +13,7 @@ as it would be a guess which of two models in the files is meant.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
@@ -53,6 +53,8 @@ _OWN = re.compile(
 _WRAPPED = re.compile(
     r"model\.(tok_embeddings\.|(\w+\.)+(layers|layer|h)\.\d+\.|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.)"
 )
+# The first names of whole models, by which any word before all of them is known for a wrapper's.
+_ROOTS = ("tok_embeddings.", "model.embed_tokens.", "lm_head.", "transformer.wte.", "transformer.h.0.")
 _LORA = re.compile(r"(^|[._])lora_")
 
 
@@ -61,6 +63,7 @@ class Unwrapped:
     """The files with the model's own names, and what was done to come there."""
 
     files: dict[str, TensorFile]
+    before: str = ""  # what stood before every name
     readings: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
@@ -69,13 +72,13 @@ def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
     """`files` as they are where nobody wrapped them; `label` is how the checkpoint is called. Kinds:
     `bad-name` (a word before some names only), `ambiguous-input` (two sets of weights), `duplicate-tensor`
     and `shard-conflict` (names that become equal)."""
-    names = dict.fromkeys(n for f in files.values() for n in f.tensors)
-    found = _Names(label, {n: n for n in names})
+    held = {n: t for f in files.values() for n, t in f.tensors.items()}
+    found = _Names(label, {n: n for n in held}, {n for n, t in held.items() if t.numel == 1})
     found.take_off()
     if not (found.before or found.inside or found.beside):
         return Unwrapped(files)
     fail_all(_conflicts(files, found.own))
-    made = Unwrapped({}, [*found.words(), *(_not_carried(files) if found.before else ())])
+    made = Unwrapped({}, found.before, [*found.words(), *(_not_carried(files) if found.before else ())])
     for name, file in files.items():
         made.files[name] = Renamed(file, {found.own[n]: n for n in file.tensors if n in found.own})
         made.files[name].metadata = _unwrapped_metadata(file.metadata, found.before)
@@ -86,8 +89,9 @@ def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
 class _Names:
     """Names on the way to those of the model: `own` has the present one of each in the files."""
 
-    def __init__(self, label: str, own: dict[str, str]) -> None:
+    def __init__(self, label: str, own: dict[str, str], single: Collection[str]) -> None:
         self.label, self.own = label, own
+        self.single = single  # those that hold one number
         self.before = ""  # what stood before every name
         self.inside: dict[str, None] = {}  # the words that stood inside some
         self.beside: dict[str, str] = {}  # name in the files -> what it is
@@ -95,8 +99,8 @@ class _Names:
     def take_off(self) -> None:
         while self._take_before() or self._take_inside():
             pass
-        if self.before or self.inside or not _of_a_reader(self.own.values()):
-            self._set_aside()
+        if self.before or self.inside or not any(map(_READERS.match, self.own.values())):
+            self._set_aside(counts=bool(self.before))
 
     def words(self) -> Iterator[str]:
         if self.before:
@@ -121,9 +125,8 @@ class _Names:
 
     def _take_before(self) -> bool:
         """One word that stands before every name; what is known to stand beside the weights is set aside."""
-        firsts = {n.partition(".")[0] for n in self.own.values()}
-        rest = {word for word in firsts if _state_of(word) is None}
-        weights = [n for n in self.own.values() if n.partition(".")[0] in rest]
+        weights = [own for n, own in self.own.items() if self._beside(n) is None]
+        rest = {n.partition(".")[0] for n in weights}
         for word in (*_INSIDE, *_BEFORE):
             if word.partition(".")[0] not in rest:
                 continue
@@ -132,14 +135,30 @@ class _Names:
                 continue
             if len(with_it) < len(weights):
                 self._refuse(word, with_it, weights)
-            self._set_aside()
-            self.own = {n: own.removeprefix(f"{word}.") for n, own in self.own.items()}
-            self.before += f"{word}."
-            return True
+            return self._strip(word)
+        if len(rest) == 1 and "model" not in rest:
+            (word,) = rest
+            if any(n.startswith(tuple(f"{word}.{root}" for root in _ROOTS)) for n in weights):
+                return self._strip(word)
         return False
 
-    def _set_aside(self) -> None:
-        reasons = {n: _state_of(own.partition(".")[0]) for n, own in self.own.items()}
+    def _strip(self, word: str) -> bool:
+        self._set_aside(counts=True)
+        self.own = {n: own.removeprefix(f"{word}.") for n, own in self.own.items()}
+        self.before += f"{word}."
+        return True
+
+    def _beside(self, name: str, *, counts: bool = True) -> str | None:
+        """What the tensor called `name` in the files is, if it is no weight. `counts`: one number under a
+        word alone is no weight either, where the weights are in a dict of their own."""
+        own = self.own[name]
+        word, dot, _ = own.partition(".")
+        if counts and not dot and name in self.single and len(self.own) > len(self.single):
+            return "one number of the training run"
+        return beside_weights(word)
+
+    def _set_aside(self, *, counts: bool) -> None:
+        reasons = {n: self._beside(n, counts=counts) for n in self.own}
         if all(reasons.values()):
             return
         self.beside |= {n: reason for n, reason in reasons.items() if reason is not None}
@@ -164,8 +183,8 @@ class _Names:
         )
 
 
-def _state_of(word: str) -> str | None:
-    """What names that begin with `word` are, if it is training's."""
+def beside_weights(word: str) -> str | None:
+    """What names that begin with `word` are, if it is training's and no model's."""
     return next((reason for pattern, reason in _STATE.items() if pattern.fullmatch(word)), None)
 
 
@@ -176,12 +195,8 @@ def _is_own(word: str, names: list[str]) -> bool:
     return word == "model" and (any(map(_OWN.match, names)) or not any(map(_WRAPPED.match, names)))
 
 
-_READERS = re.compile(r"(model\d*\.)?(language_model|embedding|decoder|encoder)\.")
-
-
-def _of_a_reader(names: Iterable[str]) -> bool:
-    """Whether these are names of a program whose reader knows what is beside the weights."""
-    return any(map(_READERS.match, names))
+# The first words of a program whose reader knows what its checkpoints hold beside the weights.
+_READERS = re.compile(r"(model\d*\.)?(language_model|embedding)\.")
 
 
 def _conflicts(files: Mapping[str, TensorFile], own: Mapping[str, str]) -> Iterator[Problem]:
