@@ -182,8 +182,8 @@ def convert(
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
         chosen = choose(checkpoint, family, to)
-        sums: dict[str, Any] = {"checksums": checksums, "progress": _reading(checkpoint, progress)}
-        made = plan(checkpoint, family=chosen.name, to=to, options=options, **sums)
+        said = _reading(checkpoint, progress)
+        made = plan(checkpoint, family=chosen.name, to=to, options=asked, checksums=checksums, progress=said)
         opened = checkpoint.opened()
         if on_plan is not None:
             on_plan(made)

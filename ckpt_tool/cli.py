@@ -452,10 +452,10 @@ def demo(out: str, overwrite: bool) -> int:
 
 
 @cli.command()
-@click.option("--only", metavar="FAMILY", help="One family's variants.")
+@click.option("--only", multiple=True, metavar="FAMILY", help="One family's variants.")
 @click.option("--no-judge", is_flag=True, help="Leave transformers out.")
 @as_json
-def table(only: str | None, no_judge: bool, as_json: bool) -> int:
+def table(only: tuple[str, ...], no_judge: bool, as_json: bool) -> int:
     """Convert, verify and round-trip every tiny variant; print family x variant x result."""
     from ckpt_tool.table import run
 

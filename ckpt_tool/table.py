@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +38,16 @@ class Row:
     verdict: str
 
 
-def run(*, only: str | None, judge: bool, as_json: bool, screen: Console) -> int:
-    """Print the table. 0 when every row passes, 1 when a difference was found, 2 when a row shows neither."""
+def run(*, only: Collection[str], judge: bool, as_json: bool, screen: Console) -> int:
+    """Print the table, of the families in `only` where there are any. 0 when every row passes, 1 when a
+    difference was found, 2 when a row shows neither."""
     from ckpt_tool.fixtures.variants import VARIANTS
 
-    chosen = [v for v in VARIANTS.values() if only in (None, v.family)]
-    if not chosen:
-        known = sorted({v.family for v in VARIANTS.values()})
-        message = f"expected one of {', '.join(known)}, found {only!r}"
-        fail("usage", message, where="--only", hint=near(only or "", known))
+    known = sorted({v.family for v in VARIANTS.values()})
+    for name in set(only) - {*known}:
+        message = f"expected one of {', '.join(known)}, found {name!r}"
+        fail("usage", message, where="--only", hint=near(name, known))
+    chosen = [v for v in VARIANTS.values() if not only or v.family in only]
     made = list(rows(chosen, judge, None if as_json else screen))
     if as_json:
         print(json.dumps([asdict(r) for r in made], indent=2))

@@ -512,3 +512,20 @@ def test_templates_are_found_in_an_archive_and_beside_a_tokenizer(
     ):
         found = {d.name: d.content for d in plan.documents}
         assert {n: found[n] for n in JINJA} == JINJA
+
+
+def test_the_table_takes_several_families(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from ckpt_tool import table
+
+    def made(variants: list[Any], *_: Any) -> list[table.Row]:
+        return [table.Row(v.family, v.id, 1, "pass", None, None, "equal", "pass") for v in variants]
+
+    monkeypatch.setattr(table, "rows", made)
+    assert table.run(only=("qwen3", "gemma2"), judge=False, as_json=True, screen=Console()) == 0
+    assert {row["family"] for row in json.loads(capsys.readouterr().out)} == {"qwen3", "gemma2"}
+    with pytest.raises(CkptToolError, match="'nonsense'"):
+        table.run(only=("qwen3", "nonsense"), judge=False, as_json=True, screen=Console())
