@@ -35,6 +35,7 @@ from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name,
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import fail, printable
 
@@ -317,7 +318,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     tokenizer = published.copied(files)
     if config["rope_scaling"].value is None:
         del config["rope_scaling"]
-    notes = [*notes_on_precision(run), *left_out, *published.counted(words, files)]
+    notes = [*notes_on_precision(run), *left_out, *published.counted(words, files), *template_notes(files)]
     notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
