@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
 from ckpt_tool.errors import Problem, fail, fail_all, printable
@@ -183,6 +184,7 @@ class _Names:
         )
 
 
+@lru_cache(1024)
 def beside_weights(word: str) -> str | None:
     """What names that begin with `word` are, if it is training's and no model's."""
     return next((reason for pattern, reason in _STATE.items() if pattern.fullmatch(word)), None)

@@ -460,8 +460,8 @@ def tokenizer_kind(known: Known) -> str | None:
 
 
 def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict[str, Value]:
-    """bos_token_id and eos_token_id: set by the user, told by the tokenizer, or by rule; pad_token_id only
-    when set, since none of these models was trained with one."""
+    """bos_token_id and eos_token_id: set by the user, told by the tokenizer, else by params.json, or by rule;
+    pad_token_id only when set, since none of these models was trained with one."""
     bos, eos, whose = d.ids(known)
     words = known["vocab_size"]
     rules = {
@@ -470,7 +470,10 @@ def token_ids(d: Consolidated, known: Known, tokenizer: TokenizerResult) -> dict
         else given(None, f"{i} of {whose} is none of {words} words")
         for n, i in (("bos_token_id", bos), ("eos_token_id", eos))
     }
-    found = {n: known.facts.token_ids(n, rule=tokenizer.facts.get(n, r)) for n, r in rules.items()}
+    found = {}
+    for name, otherwise in rules.items():
+        keys = () if name in tokenizer.facts else (name,)
+        found[name] = known.facts.token_ids(name, *keys, rule=tokenizer.facts.get(name, otherwise))
     if "pad_token_id" in known.facts.settings:
         found["pad_token_id"] = known.facts.token_ids("pad_token_id", rule=None)
     return found
@@ -481,7 +484,8 @@ def no_ids(config: Mapping[str, Value]) -> list[str]:
     unknown = [n for n in ("bos_token_id", "eos_token_id") if config[n].value is None]
     if not unknown:
         return []
-    return [f"{' and '.join(unknown)} are null ({config[unknown[0]].source}): --set {unknown[0]}=ID says it"]
+    why, first = config[unknown[0]].source, unknown[0]
+    return [f"null stands for {' and '.join(unknown)} ({why}): --set {first}=ID says which it is"]
 
 
 # --- Hugging Face to original ---------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def cores(known: Known) -> Value:
     once = known.once.get("mp_num")
     if type(once) is int:
         return Value(once, "ckpt-tool.json")
-    if signs := [k for k in SIGNS if known.facts.given(k)]:
+    if signs := [k for k in SIGNS if known.facts.given(k) or k in known.options.settings]:
         message = f"expected how many blocks qkv_proj has, found {' and '.join(signs)}, as CodeGen 2 has them"
         hint = "--set mp_num=8 for CodeGen 2, --set mp_num=4 for a CodeGen 1 with keys of its own"
         known.refuse("missing-fact", message, "mp_num", hint)

@@ -149,18 +149,18 @@ def context(known: Known) -> Value:
         return given(8192, f"Llama 3 ({', '.join(yes)}; not scaled)")
     if known["rope_theta"] == 1e6:
         return given(16384, "Code Llama (rope_theta 1e6)")
+    one, why = first(known)
+    if one:
+        return given(2048, f"Llama 1 ({why})")
     if known["vocab_size"] >= CODE_LLAMA_ROWS and known["hidden_size"] == 8192:
         return given(4096, f"Llama 2 70B, or Code Llama 70B Python or Instruct ({', '.join(no)})")
-    one, why = first(known)
-    return given(2048, f"Llama 1 ({why})") if one else given(4096, f"Llama 2 ({why})")
+    return given(4096, f"Llama 2 ({why})")
 
 
-def ids(known: Known) -> tuple[int | None, int | None, str]:
+def ids(known: Known) -> tuple[int, int, str]:
     """Where no tokenizer tells them."""
     if not llama3(known):
         return 1, 2, "Llama 1, 2 and Code Llama tokenizers"
-    if known["vocab_size"] <= LLAMA3_WORDS + 1:
-        return None, None, f"Llama 3's 128000 and 128001 are not among {known['vocab_size']} words"
     return LLAMA3_WORDS, LLAMA3_WORDS + 1, "Llama 3 tokenizers"
 
 
