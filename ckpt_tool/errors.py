@@ -57,7 +57,7 @@ class Problem:
             "message": printable(self.message, 2000),
             "file": None if self.file is None else printable(self.file),
             "where": None if self.where is None else printable(self.where),
-            "hint": self.hint,
+            "hint": None if self.hint is None else printable(self.hint, 1000),
         }
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from difflib import SequenceMatcher
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -30,6 +29,8 @@ def recognise(checkpoint: Checkpoint) -> list[Said]:
 def nearness(tensors: Collection[str], names: Iterable[str]) -> float:
     """How near `names` come to having the `tensors` of a family: 0 to 1. What stands before a name (a
     wrapper's `module.`) counts little, and what all models have nothing alone."""
+    from difflib import SequenceMatcher
+
     parts = [n.split(".") for n in names]
     first = [p for p in parts if not any(x.isdigit() and x != "0" for x in p)][:COMPARED]
 
@@ -160,6 +161,9 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     what is missing then says nothing."""
     if error.kind not in _OF_ANOTHER:
         return error
+    asked = to == "hf" and error.kind == "missing-fact"
+    if asked and chosen.document and chosen.document not in checkpoint.documents:
+        error = CkptToolError(_no_document(checkpoint, chosen.document), *error.problems)
     said = recognise(checkpoint)
     own = {name: why for name, is_own, why in said if is_own}
     if to == "original":
@@ -180,6 +184,13 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     why = _wrapped(chosen.tensors, names) or next(why for name, _, why in said if name == chosen.name)
     first = Problem("unknown-family", f"expected an original of {chosen.name}; {why}", checkpoint.path.name)
     return CkptToolError(first, *error.problems)
+
+
+def _no_document(checkpoint: Checkpoint, name: str) -> Problem:
+    """What comes before questions that a file would answer."""
+    message = f"expected {name} beside the weights, found none: shapes do not tell what follows"
+    hint = f"put the download's {name} there, or give each value by --set"
+    return Problem("missing-file", message, checkpoint.path.name, hint=hint)
 
 
 def check_own(checkpoint: Checkpoint, chosen: Family) -> None:

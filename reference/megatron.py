@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from ckpt_tool.reference import transformer
 from ckpt_tool.reference.blocks import GELUS, VERSION_0, VERSION_1, VERSION_2
-from ckpt_tool.reference.facts import Shapes, disagreements, first, refuse
+from ckpt_tool.reference.facts import Shapes, disagreements, first, only, refuse
 
 T = TypeVar("T")
 MASKED = -10000.0  # Megatron's score of a key that is not to be seen; its fused kernels exclude it exactly
@@ -62,7 +62,27 @@ OPTIONAL = ("tokentype", "head_word")  # the last stage's own table of words; th
 # Layers, width, feed-forward width, positions, padded words -> heads: the 345M GPT-2 v0.0, BERT v0.1 cased
 # and uncased, the only published files; they may carry no args.
 PUBLISHED = {(24, 1024, 4096, P, V): 16 for P, V in ((1024, 50304), (512, 29056), (512, 30592))}
-NOT_COMPUTED = ("swiglu", "squared_relu", "num_experts", "qk_layernorm")
+# Arguments of other models, where they are not switched off.
+NOT_COMPUTED = (
+    *("swiglu", "gated_linear_unit", "squared_relu", "quick_geglu", "activation_func_clamp_value"),
+    *(
+        "num_experts",
+        "num_moe_experts",
+        "qk_layernorm",
+        "qk_l2_norm",
+        "attention_output_gate",
+        "softmax_scale",
+    ),
+    *("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq", "window_size"),
+    *("use_rotary_position_embeddings", "multi_query_attention", "retro_add_retriever", "mtp_num_layers"),
+    *("is_hybrid_model", "heterogeneous_layers_config_path", "use_mup"),
+)
+VALUES = {
+    "softmax_type": ("vanilla",),
+    "normalization": ("LayerNorm",),
+    "position_embedding_type": ("learned_absolute",),
+    "add_bias_linear": (True,),
+}
 NORM_FROM_ZERO = ("apply_layernorm_1p", "layernorm_zero_centered_gamma")
 
 
@@ -121,7 +141,11 @@ class Config(transformer.Config):
 
 def _problems(c: Config, params: Mapping[str, Any], ranks: int, rows: int) -> Iterator[str]:
     """`rows` of words are on each rank."""
-    yield from (f"expected no `{name}`, found {params[name]}" for name in NOT_COMPUTED if params.get(name))
+    everything = params.get("args") or {}  # lists too
+    said = {**(everything if isinstance(everything, Mapping) else {}), **params}
+    off: tuple[Any, ...] = (None, False, 0, "", [], [-1, -1], [-1, 0])
+    yield from (f"expected no `{n}`, found {said[n]}" for n in NOT_COMPUTED if said.get(n) not in off)
+    yield from only(said, VALUES)
     if not c.n_heads:
         yield "expected `num_attention_heads` in args or given by name, found neither"
     elif c.n_heads % c.n_groups or c.n_groups % ranks:

@@ -42,6 +42,23 @@ class Config(Published):
         "qk_layernorm": (False,),
         "num_experts": (),
         "window_size": (),
+        "layernorm_zero_centered_gamma": (False,),
+        "qk_l2_norm": (False,),
+        "attention_output_gate": (False,),
+        "softmax_type": ("vanilla",),
+        "softmax_scale": (),
+        "no_rope_freq": (),
+        "mrope_section": (),
+        "squared_relu": (False,),
+        "quick_geglu": (False,),
+        "glu_linear_offset": (0,),
+        "activation_func_clamp_value": (),
+        "multi_latent_attention": (False,),
+        "experimental_attention_variant": (),
+        "linear_attention_freq": (),
+        "is_hybrid_model": (False,),
+        "mtp_num_layers": (0,),
+        "use_mup": (False,),
     }
 
     @classmethod
@@ -52,7 +69,10 @@ class Config(Published):
         `overrides` facts from the user under their Hugging Face names, which win. ValueError with all that is
         missing and that this pass does not compute."""
         words = next((name for name in sorted(shapes) if name.endswith(WORDS)), None)
-        facts = told(_in_hf_names(params), overrides, ranks if words is None else 1)
+        said = _in_hf_names(params)
+        if said.get("use_rope_scaling") and "rope_scaling" not in overrides:
+            said["rope_scaling"] = _stretched(said.get("rope_scaling_factor"))
+        facts = told(said, overrides, ranks if words is None else 1)
         refuse(only(facts, cls.computed))
         if words is None:
             refuse(unread(facts, {*READ, *ARGS, *cls.computed}))
@@ -62,10 +82,24 @@ class Config(Published):
         return cls(**numbers(facts, names, shapes), biased=("qkv",), n_words=int(rows))
 
 
+def _stretched(factor: Any) -> dict[str, Any]:
+    """What `RotaryEmbedding._apply_scaling` computes by default (core_v0.12.0, rotary_pos_embedding.py); the
+    argument for another factor reached it in some releases only."""
+    if factor not in (None, 8):
+        raise ValueError(f"expected `rope_scaling_factor` 8 or rope_scaling given by name, found {factor}")
+    turned = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": 8, **turned}
+
+
 def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
     args = params.get("args")
     made = {**params, **(args if isinstance(args, Mapping) else {})}
     made |= {name: first(*(made.get(n) for n in (name, *others))) for name, others in ARGS.items()}
+    marked = made.get("no_rope_freq")  # layers marked 1 are not turned
+    if isinstance(marked, list) and not any(marked):
+        del made["no_rope_freq"]
+    if made.get("window_size") in ([-1, -1], [-1, 0]):  # all that is before a token
+        del made["window_size"]
     if "num_query_groups" in made:  # args have a number of groups even where queries are not grouped
         grouped = made.get("group_query_attention")
         made["num_key_value_heads"] = made["num_query_groups" if grouped else "num_attention_heads"]

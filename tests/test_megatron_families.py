@@ -425,14 +425,12 @@ def test_two_gelus_are_told_and_come_back(tmp_path: Path) -> None:
 
 def test_what_the_architecture_cannot_say_is_told() -> None:
     flags = {
-        "apply_residual_connection_post_layernorm": True,
         "attention_softmax_in_fp32": True,
         "apply_query_key_layer_scaling": True,
     }
     for name in FAMILIES:
         checkpoint, _ = original(name, told={**args(), **flags})
         plan = family(name).plan(checkpoint, WITH_WORDS)
-        assert any("apply_residual_connection_post_layernorm" in n for n in plan.notes)
         assert any("apply_query_key_layer_scaling" in n for n in plan.notes)
     assert plan.config["reorder_and_upcast_attn"].value is True
     assert plan.config["reorder_and_upcast_attn"].source == "args: attention_softmax_in_fp32"
@@ -475,6 +473,7 @@ def test_no_tensor_of_the_optimizer_is_taken_for_one_of_the_model(id: str, tmp_p
         (3.0, {"padded_vocab_size": 128}, {}, {"config-mismatch"}),
         (3.0, {"swiglu": True, "normalization": "RMSNorm"}, {}, {"unsupported"}),
         (3.0, {"apply_layernorm_1p": True}, {}, {"unsupported"}),
+        (3.0, {"apply_residual_connection_post_layernorm": True}, {}, {"unsupported"}),
         (3.0, {"kv_channels": 5}, {}, {"unsupported"}),
         (3.0, {"group_query_attention": True, "num_query_groups": 2}, {}, {"unsupported"}),
         (3.0, {"layernorm_epsilon": 0.0}, {}, {"bad-config"}),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits, StorageRef, TensorRecord
-from ckpt_tool.checkpoint.unpickle import Cut, read_pickle, scan_imports
+from ckpt_tool.checkpoint.unpickle import Machine, read_pickle, scan_imports
 from ckpt_tool.errors import CkptToolError
 
 PLAIN = st.recursive(
@@ -267,8 +267,15 @@ def test_reading_the_same_big_tuple_again_and_again_costs_its_length() -> None:
 def test_more_data_can_be_asked_for() -> None:
     whole = pickle.dumps({"a": [1, "b"]}, 2)
     for size in range(len(whole)):
-        with pytest.raises(Cut):
-            read(whole[:size], more=True)
+        asked: list[int] = []
+
+        def feed(offset: int, asked: list[int] = asked) -> bytes:
+            asked.append(offset)
+            return whole[offset:]
+
+        machine = Machine(whole[:size], file="x", end=len(whole), feed=feed)
+        assert machine.run().value == {"a": [1, "b"]}
+        assert len(asked) == 1 and asked[0] <= size
         assert refusal(whole[:size], cut="truncated").kind == "truncated"
     found = read_pickle(whole + b"and more", file="x")
     assert (found.value, found.end) == ({"a": [1, "b"]}, len(whole))

@@ -3,6 +3,7 @@ not judged by the way back."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,11 +22,13 @@ from ckpt_tool.convert.families import Family, family
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.fixtures.families.qwen2 import qwen2
-from ckpt_tool.fixtures.megatron_core import Core
+from ckpt_tool.fixtures.megatron_core import Core, write_file
 from ckpt_tool.fixtures.numbers import drawn
 from ckpt_tool.fixtures.pickles import StateDict, Tensor, write_torch_zip
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.headers_only import held
 from tests.megatron_models import FAMILIES as MEGATRON
+from tests.megatron_models import args
 from tests.test_megatron_families import WITH_WORDS, again, carried_out, check, converted, original, truth
 
 Written = Callable[[str], Path]
@@ -238,3 +241,219 @@ def test_two_stages_of_two_layers_and_one(tmp_path: Path) -> None:
         for f in open_checkpoint(p).files.values()
     ]
     assert sorted(both[:2]) == sorted(both[2:])
+
+
+# --- arguments of a run ---------------------------------------------------------------------------------
+
+ROPE = "qwen2_core_rope_scaling_args"
+BLOCK = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+BLOCK["original_max_position_embeddings"] = 8192
+# Arguments that make another model of the same tensors, with a value that does.
+OTHER_MODELS: dict[str, Any] = {
+    "softmax_type": "off-by-one",
+    "softmax_scale": 0.1,
+    "squared_relu": True,
+    "quick_geglu": True,
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 7.0,
+    "apply_layernorm_1p": True,
+    "layernorm_zero_centered_gamma": True,
+    "qk_layernorm": True,
+    "qk_l2_norm": True,
+    "attention_output_gate": True,
+    "multi_latent_attention": True,
+    "experimental_attention_variant": "dsa",
+    "linear_attention_freq": 4,
+    "window_size": (128, 0),
+    "num_experts": 8,
+    "mtp_num_layers": 1,
+    "retro_add_retriever": True,
+    "is_hybrid_model": True,
+    "hybrid_override_pattern": "M-*",
+    "heterogeneous_layers_config_path": "layers.json",
+    "use_mup": True,
+    "mup_output_mult": 0.5,
+}
+LEARNED_ONLY: dict[str, Any] = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "use_rotary_position_embeddings": True,
+    "add_position_embedding": False,
+    "add_bias_linear": False,
+    "apply_residual_connection_post_layernorm": True,
+}
+GATED_ONLY: dict[str, Any] = {
+    "swiglu": False,
+    "normalization": "LayerNorm",
+    "position_embedding_type": "yarn",
+    "rope_type": "yarn",
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "rotary_percent": 0.5,
+    "rotary_interleaved": True,
+    "rotary_seq_len_interpolation_factor": 4,
+    "no_rope_freq": [0, 1],
+    "mrope_section": [16, 24, 24],
+}
+OF_DIALECT = {"megatron-bert": LEARNED_ONLY, "megatron-gpt2": LEARNED_ONLY, "qwen2": GATED_ONLY}
+REFUSED = [(f, n, v) for f, own in OF_DIALECT.items() for n, v in (OTHER_MODELS | own).items()]
+# Of a run of 2024 and 2025, with an effect on it and none on what was saved.
+HARMLESS: dict[str, Any] = {
+    "lr": 3e-4,
+    "lr_decay_style": "cosine",
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "train_iters": 500_000,
+    "global_batch_size": 1024,
+    "micro_batch_size": 1,
+    "init_method_std": 0.02,
+    "attention_dropout": 0.0,
+    "data_path": ["0.6", "/data/web", "0.4", "/data/code"],
+    "split": "99,1,0",
+    "tokenizer_model": "/models/tokenizer",
+    "tiktoken_num_special_tokens": 1000,
+    "save": "/out",
+    "ckpt_format": "torch",
+    "dist_ckpt_strictness": "assume_ok_unexpected",
+    "wandb_project": "pretraining",
+    "tensorboard_dir": "/logs",
+    "recompute_granularity": "selective",
+    "recompute_modules": ["core_attn"],
+    "overlap_grad_reduce": True,
+    "use_distributed_optimizer": True,
+    "sequence_parallel": True,
+    "transformer_impl": "transformer_engine",
+    "apply_rope_fusion": True,
+    "masked_softmax_fusion": True,
+    "moe_router_topk": 2,
+    "moe_layer_freq": 1,
+    "moe_token_dispatcher_type": "allgather",
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "mscale": 1.0,
+    "retro_encoder_layers": 2,
+    "mtp_loss_scaling_factor": 0.1,
+    "mup_width_mult": 1.0,
+    "mamba_state_dim": 128,
+    "window_size": (-1, 0),
+    "softmax_type": "vanilla",
+    "rope_scaling_factor": 8.0,
+    "vision_backbone_type": "vit",
+    "img_h": 224,
+    "inference_max_seq_length": 2560,
+    "distributed_timeout_minutes": 10,
+    "profile_ranks": [0],
+    "error_injection_type": "transient_error",
+    "fork_switch": False,
+    "fork_list": [],
+    "fork_text": "",
+    "fork_number": 0,
+}
+
+
+def plan_with(name: str, changes: dict[str, Any], **settings: Any) -> Plan:
+    """The plan of a model of the family whose args have these too."""
+    if name == "qwen2":
+        tensors = {n: t.shape for n, t in Core(QWEN).rank(0, drawn("qwen", 0)).items()}
+        file, told = {"release/mp_rank_00/model_optim_rng.pt": tensors}, Core(QWEN).args()
+        source = held(file, {"args": {**told, **changes}, "checkpoint_version": 3.0})
+    else:
+        source, _ = original(name, told={**args(), **changes})
+    return family(name).plan(source, Options(settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"), REFUSED, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_an_argument_of_another_model_is_refused_by_name(name: str, argument: str, value: Any) -> None:
+    with pytest.raises(CkptToolError) as caught:
+        plan_with(name, {argument: value})
+    problem = next(p for p in caught.value.problems if p.where == argument)
+    assert problem.kind == "unsupported" and f"found {argument} = " in problem.message
+    with pytest.raises(CkptToolError):  # nor can it be left out
+        plan_with(name, {argument: value}, **{argument: None})
+
+
+@pytest.mark.parametrize("name", OF_DIALECT)
+def test_harmless_arguments_change_nothing(name: str) -> None:
+    plain, full = plan_with(name, {}), plan_with(name, HARMLESS)
+    assert plain.digest() == full.digest()
+    noted = plan_with(name, {"fp8": "hybrid"})
+    assert any("fp8" in note for note in noted.notes)
+
+
+@pytest.mark.parametrize("value", [3, "sometimes", True, [0, 2]], ids=str)
+@pytest.mark.parametrize("name", OF_DIALECT)
+def test_an_argument_that_nothing_knows_is_refused_with_a_way_out(name: str, value: Any) -> None:
+    with pytest.raises(CkptToolError) as caught:
+        plan_with(name, {"fork_attention": value})
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("unsupported", "fork_attention")
+    assert problem.hint and problem.hint.endswith("--set fork_attention=null")
+    plan = plan_with(name, {"fork_attention": value}, fork_attention=None)
+    assert any("is left out, as --set fork_attention=null asks" in note for note in plan.notes)
+    with pytest.raises(CkptToolError) as caught:
+        plan_with(name, {}, fork_attention=None)
+    assert caught.value.kind == "usage"
+
+
+def test_what_is_left_out_is_recorded_and_verified(tmp_path: Path) -> None:
+    core, source, out = Core(QWEN), tmp_path / "in", tmp_path / "out"
+    told = {**core.args(), "fork_logger": "http"}
+    write_file(source / "release" / "mp_rank_00", core.rank(0, drawn("qwen", 0)), told)
+    (source / "latest_checkpointed_iteration.txt").write_text("release")
+    code, text = said("convert", "qwen2", "--in", source, "--out", out)
+    assert code == 2 and "args: fork_logger" in text and not out.exists()
+    code, text = said("convert", "qwen2", "--in", source, "--out", out, "--set", "fork_logger=null")
+    assert code == 0 and 'note args: fork_logger = "http" is left out' in text
+    code, text = said("verify", out, "--source", source, "--level", "coverage", "--level", "bits")
+    assert code == 0 and "fork_logger = null" in text, text
+
+
+def test_scaled_frequencies_of_core_are_those_of_llama(tmp_path: Path) -> None:
+    source, out = case(ROPE, "scaled"), tmp_path / "out"
+    code, text = said("convert", "qwen2", "--in", source, "--out", out)
+    assert code == 0, text
+    assert json.loads((out / "config.json").read_text())["rope_scaling"] == BLOCK
+    code, text = said("verify", out, "--source", source, "--level", "parity")
+    assert code == 0, text
+    code, text = said("convert", "qwen2", "--to", "original", "--in", out, "--out", tmp_path / "back")
+    assert code == 0, text
+    with open_checkpoint(tmp_path / "back") as back:
+        (file,) = back.files.values()
+        told = file.metadata["args"].fields
+    assert (told["use_rope_scaling"], told["rope_scaling_factor"]) == (True, 8.0)
+    config = json.loads((out / "config.json").read_text()) | {"rope_scaling": None}
+    (out / "config.json").write_text(json.dumps(config))
+    assert said("verify", out, "--source", source, "--level", "parity")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "argument", "value"),
+    [
+        ("scaled_32", "rope_scaling_factor", "32.0"),
+        ("no_rope_freq", "no_rope_freq", "[0, 1]"),
+        ("softmax_off_by_one", "softmax_type", "off-by-one"),
+    ],
+)
+def test_other_frequencies_and_softmaxes_are_refused(
+    folder: str, argument: str, value: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, text = said("convert", "qwen2", "--in", case(ROPE, folder), "--out", out)
+    assert code == 2 and f"unsupported: error[unsupported]: args: {argument}:" in text and value in text, text
+    assert not out.exists()
+    if folder == "scaled_32":
+        block = text.split("--set '")[1].split("'")[0]
+        code, text = said("convert", "qwen2", "--in", case(ROPE, folder), "--out", out, "--set", block)
+        assert code == 0, text
+        assert json.loads((out / "config.json").read_text())["rope_scaling"] == BLOCK | {"factor": 32.0}
+        assert said("verify", out, "--source", case(ROPE, folder), "--level", "parity")[0] == 0
+
+
+def test_a_plain_run_converts_as_before(tmp_path: Path) -> None:
+    code, text = said("convert", "qwen2", "--in", case(ROPE, "plain"), "--out", tmp_path / "out")
+    assert code == 0, text
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("rope_scaling") is None

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ckpt_tool import api, program
-from ckpt_tool.checkpoint import signs
+from ckpt_tool.checkpoint import hub, signs
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError, near
@@ -57,6 +58,22 @@ def put(folder: Path, *names: str, content: bytes = b"x") -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+class Nothing(TensorFile):
+    """A file of which only the name matters."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        raise KeyError(name)
+
+    def extent(self, name: str) -> tuple[int, int] | None:
+        return None
+
+    def check_unchanged(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
 
 
 # --- other programs' files ------------------------------------------------------------------------------
@@ -218,6 +235,28 @@ def test_an_adapter_beside_the_weights_is_noted(originals: Written, tmp_path: Pa
         assert any("adapter_config.json" in n for n in checkpoint.notes)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_documents_that_are_pointers_are_never_taken_for_the_document(
+    name: str, originals: Written, tmp_path: Path
+) -> None:
+    """A clone without its large files; the weights may have been downloaded apart."""
+    original = originals(name)
+    if original.is_file() or not any(f.suffix in (".json", ".model") for f in original.iterdir()):
+        return  # an archive, or no document beside the weights
+    options = Options(settings=VARIANTS[name].settings)
+    unread = {"tokenizer.model"} if (original / "tokenizer.json").is_file() else set()
+    for document in original.iterdir():
+        if document.suffix not in (".json", ".model") or document.name in unread:
+            continue
+        folder = shutil.copytree(original, tmp_path / document.name)
+        (folder / document.name).write_bytes(POINTER)
+        error = refused(lambda f=folder: api.plan(f, family=VARIANTS[name].family, options=options))  # type: ignore[misc]
+        assert any("git lfs pull" in (p.hint or "") for p in error.problems), document.name
+
+
 # --- a level too high or too deep -----------------------------------------------------------------------
 
 
@@ -277,6 +316,58 @@ def test_the_folder_of_the_hub_cache_is_opened_at_its_snapshot(
         assert checkpoint.path == root / "snapshots" / "0123abcd" and "params.json" in checkpoint.documents
         assert any("snapshots/0123abcd was opened, as refs/main says" in n for n in checkpoint.notes)
     assert api.convert(root / inside, tmp_path / "out", family="mistral").plan.outputs
+
+
+def test_convert_and_plan_show_what_was_opened(
+    originals: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(cached(tmp_path, originals("mistral-7b-v0.1"), "0123abcd", main="0123abcd"))
+    assert program.run(["plan", "mistral", "--in", root]) == 0
+    assert program.run(["convert", "mistral", "--in", root, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("snapshots/0123abcd") == 2
+    assert program.run(["plan", "mistral", "--in", root, "--json"]) == 0
+    assert "refs/main says" in json.loads(capsys.readouterr().out)["opened"][0]
+
+
+def test_many_files_share_a_note() -> None:
+    files: dict[str, TensorFile] = {f"part-{k}": Nothing() for k in range(40)}
+    notes = [*(f"{f}: kept as inert data" for f in files), *(f"note {k}" for k in range(30))]
+    told = Checkpoint(Path("x"), files, notes=notes).opened()
+    assert told[0] == "part-0 and 39 more files: kept as inert data" and told[1] == "note 0"
+    assert len(told) == 11 and told[-1].startswith("21 more notes")
+
+
+REPOSITORIES = {
+    ("model.Q4_K_M.gguf", "config.json"): ("GGUF", "get the release"),
+    ("original/mp8/consolidated.00.pth", "original/mp8/params.json"): (
+        "found them in original/mp8",
+        "--include 'original/mp8*'",
+    ),
+    ("adapter_config.json", "adapter_model.safetensors"): ("adapter", "PeftModel"),
+    ("README.md",): ("1 other file: README.md", "folder that holds the weights"),
+}
+
+
+@pytest.mark.parametrize("names", REPOSITORIES)
+def test_a_repository_of_the_hub_is_told_by_its_names(names: tuple[str, ...]) -> None:
+    error = refused(lambda: hub.wanted(names, "hf://org/name@v1"))
+    what, way = REPOSITORIES[names]
+    assert what in error.problems[0].message and way in hint_of(error)
+
+
+@pytest.mark.parametrize("called", ["consolidated.pth", "consolidated.0.pth", "consolidated.pt"])
+def test_a_single_file_with_another_number_or_none(called: str, originals: Written, tmp_path: Path) -> None:
+    folder = shutil.copytree(originals("mistral-7b-v0.1"), tmp_path / "m")
+    (folder / "consolidated.00.pth").rename(folder / called)
+    with api.open_checkpoint(folder) as checkpoint:
+        assert list(checkpoint.files) == [called]
+    shutil.copy(folder / called, folder / "consolidated.00.pth")
+    error = refused(lambda: api.open_checkpoint(folder))
+    assert error.kind == "ambiguous-input"
+    if called == "consolidated.pth":
+        api.open_checkpoint(folder / "consolidated.00.pth").close()  # the hint, followed
+    elif called == "consolidated.0.pth":
+        assert "to a folder of their own" in hint_of(error)
 
 
 def test_snapshots_without_a_word_on_which(originals: Written, tmp_path: Path) -> None:
@@ -428,7 +519,8 @@ def tensors(folder: Path, *names: str, **config: object) -> Path:
 
 
 NEARLY = {
-    "module.layers.0.attention.wq.weight": ["llama", "mistral", "mixtral"],
+    "layers.0.attention.wq.weight": ["llama", "mistral", "mixtral"],
+    "policy.layers.0.attention.wq.weight": ["llama", "mistral", "mixtral"],
     "model.layers.0.self_attn.k_norm.weight": ["qwen3"],
     "gpt_neox.layers.0.attention.dense.weight": ["gpt-neox"],
     "transformer.h.0.attn.c_attn.weight": ["codegen"],
@@ -447,6 +539,13 @@ def test_auto_names_the_near_misses_only(
     assert 1 <= len(misses) <= 3 and all(len(line) <= 100 for line in misses)
     told = [line.split(": ")[1] for line in misses]
     assert told[: len(NEARLY[name])] == NEARLY[name]
+
+
+def test_names_below_another_word_are_said_to_be_there(tmp_path: Path) -> None:
+    folder = tensors(tmp_path / "m", "policy.layers.0.attention.wq.weight")
+    for asked in ("auto", "llama"):
+        error = refused(lambda asked=asked: api.plan(folder, family=asked))  # type: ignore[misc]
+        assert any("found it below `policy.`" in p.message for p in error.problems)
 
 
 def test_auto_says_what_the_files_hold_where_nothing_is_near(tmp_path: Path) -> None:

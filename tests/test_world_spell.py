@@ -429,3 +429,86 @@ def test_stored_frequencies_of_another_base_are_said(
         found = [f for f in made.outcome.findings if f.kind == "stale-frequencies"]
         assert [f.tensor for f in found] == [name][:k]
         assert all(f"{base:g}" in f.message and f"{7 * base:g}" in f.message for f in found)
+
+
+# --- chat templates -------------------------------------------------------------------------------------
+
+JINJA = {
+    "chat_template.jinja": b"{{ messages }}\n",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+}
+LISTED = [{"name": "default", "template": "{{ old }}"}, {"name": "tool_use", "template": "{{ tools }}"}]
+
+
+@pytest.fixture
+def templated(originals: Written, tmp_path: Path) -> Callable[..., Path]:
+    """A published original with chat templates in files of their own, or in tokenizer_config.json."""
+
+    def made(variant: str, files: Mapping[str, bytes], listed: Any = None) -> Path:
+        folder = tmp_path / "in"
+        shutil.copytree(originals(variant), folder)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        if listed is not None:
+            file = folder / "tokenizer_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": listed}))
+        return folder
+
+    return made
+
+
+PUBLISHED = ["qwen2-0.5b", "qwen3-0.6b", "gemma-2-2b", "pythia-410m"]
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_chat_templates_are_carried_over_both_ways(
+    variant: str, templated: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = {**JINJA, "chat_template.json": b'{"chat_template": "{{ messages }}"}'}
+    folder = templated(variant, files, [{**LISTED[0], "template": "{{ messages }}"}, LISTED[1]])
+    there = api.convert(folder, tmp_path / "there")
+    back = api.convert(tmp_path / "there", tmp_path / "back", to="original")
+    for made in (there, back):
+        assert {n: (made.out / n).read_bytes() for n in files} == files
+        assert (made.out / "tokenizer_config.json").read_bytes() == (
+            folder / "tokenizer_config.json"
+        ).read_bytes()
+        assert not [n for n in made.plan.notes if "chat template" in n]
+    again = api.convert(folder, tmp_path / "there", overwrite=True)  # a folder inside is the output's own
+    assert (again.out / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"{{ tools }}"
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_which_of_two_chat_templates_counts_is_said(variant: str, templated: Callable[..., Path]) -> None:
+    notes = api.plan(templated(variant, JINJA, LISTED)).notes
+    (said,) = [n for n in notes if "chat template" in n]
+    assert (
+        "tokenizer_config.json has another chat template (default) than" in said and "transformers 5" in said
+    )
+
+
+def test_a_chat_template_that_is_changed_or_missing_is_a_difference(
+    templated: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = templated("qwen2-0.5b", JINJA)
+    out = api.convert(folder, tmp_path / "out").out
+    changed = out / "additional_chat_templates" / "tool_use.jinja"
+    for content in (b"{{ other }}", None):
+        changed.unlink() if content is None else changed.write_bytes(content)
+        report = api.verify(out, folder, levels=["coverage"])
+        found = [f for f in report.findings if f.status == "fail"]
+        assert any("tool_use" in str(f.where) for f in found), found
+
+
+def test_templates_are_found_in_an_archive_and_beside_a_tokenizer(
+    templated: Callable[..., Path], originals: Written, tmp_path: Path
+) -> None:
+    folder = templated("qwen2-0.5b", JINJA)
+    archive = shutil.make_archive(str(tmp_path / "model"), "tar", tmp_path, "in")
+    for plan in (
+        api.plan(archive),
+        api.plan(originals("qwen2-0.5b"), options=Options(tokenizer=str(folder))),
+    ):
+        found = {d.name: d.content for d in plan.documents}
+        assert {n: found[n] for n in JINJA} == JINJA

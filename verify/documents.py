@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
@@ -163,7 +164,7 @@ def _templates(
         return
     try:
         held = {n: beside.json(n) for n in (*TEMPLATES[1:], "tokenizer_config.json") if n in beside.names}
-        files = {n: beside.text(n) for n in sorted(beside.names) if _is_template(n)}
+        files = {n: beside.text(n) for n in sorted(beside.names) if is_template(n)}
     except Damaged as damage:
         yield finding("chat template", "fail", str(damage), damage.name)
         return
@@ -197,15 +198,10 @@ def _templates(
         yield finding("chat template", "pass", f"{len(want)} chat template(s) as in the source")
 
 
-def _is_template(name: str) -> bool:
-    return name == "chat_template.jinja" or (
-        name.startswith("additional_chat_templates/") and name.endswith(".jinja")
-    )
-
-
 def _others(expected: Mapping[str, bytes], beside: Beside, recorded: Mapping[str, str]) -> Iterator[Finding]:
     """Documents that nothing else compares: of an original that was written back, params.json and so on."""
-    rest = [n for n in expected if n not in (GENERATION, *TEMPLATES) and not is_tokenizer_file(n)]
+    compared = {n for n in expected if n in TEMPLATES or is_template(n)}  # on the way to Hugging Face
+    rest = [n for n in expected if n not in (GENERATION, *compared) and not is_tokenizer_file(n)]
     wrong = []
     for name in rest:
         if name not in beside.names:
@@ -267,7 +263,7 @@ def _known(
     if subject.direction != "to-hf":
         return known
     if expected or not recorded:
-        known |= {n for n in beside.names if _is_template(n) or n in TEMPLATES}
+        known |= {n for n in beside.names if is_template(n) or n in TEMPLATES}
     if recorded:
         return known
     if subject.plan is None:  # nothing to compare with: the original's own file is one of the model's

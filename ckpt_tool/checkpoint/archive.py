@@ -17,7 +17,7 @@ from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
-from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
+from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, is_document, is_template, is_weights
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail, printable
 
@@ -49,7 +49,7 @@ class ArchiveFolder(Folder):
 
     def names(self) -> list[str]:
         inside = [name[len(self.prefix) :] for name in self.members.names if name.startswith(self.prefix)]
-        return sorted(name for name in inside if "/" not in name.removeprefix("original/"))
+        return sorted(n for n in inside if "/" not in n.removeprefix(ORIGINAL_FOLDER) or is_template(n))
 
     def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
         """All of them: they are listed already."""
@@ -74,8 +74,9 @@ class ArchiveFolder(Folder):
 
 def needed(name: str) -> bool:
     """Whether a member may be part of a checkpoint."""
-    last = PurePosixPath(name).name
-    return is_document(last) or is_weights(last)
+    path = PurePosixPath(name)
+    inner = is_template(f"{path.parent.name}/{path.name}")
+    return inner or is_document(path.name) or is_weights(path.name)
 
 
 def open_archive(

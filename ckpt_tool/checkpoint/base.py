@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.errors import fail
 
 
@@ -161,6 +162,8 @@ class Document:
             fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
         if len(data) > limit:
             fail("bad-config", f"expected at most {limit} bytes, found more", file=self.name)
+        if (sign := pointer(data)) is not None:
+            fail("wrong-format", f"expected a document, found {sign.what}", file=self.name, hint=sign.hint)
         return data
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.hub_cache import repository_of
+from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
 from ckpt_tool.errors import fail
 
 CHECKED_BYTES = 64 << 20
@@ -52,7 +53,7 @@ class Folder(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The files directly in it, and those in its folder `original`."""
+        """The files directly in it, and those in its folders `original` and `additional_chat_templates`."""
 
     def has(self, name: str) -> bool:
         """Whether the file `name` is directly in it."""
@@ -97,8 +98,9 @@ class Directory(Folder):
 
     def names(self) -> list[str]:
         found = self._list(self.path)
-        if "original" in found and (self.path / "original").is_dir():
-            found += [f"original/{name}" for name in self._list(self.path / "original")]
+        for folder in (ORIGINAL_FOLDER, TEMPLATE_FOLDER):
+            if folder[:-1] in found and (self.path / folder).is_dir():
+                found += [folder + name for name in self._list(self.path / folder)]
         return found
 
     def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
@@ -120,8 +122,9 @@ class Directory(Folder):
                     entries = sorted(os.scandir(self.path / prefix), key=lambda e: e.name)
                 except OSError:
                     continue
-                found += [prefix + e.name for e in entries if not e.is_dir()]
-                deeper += [f"{prefix}{e.name}/" for e in entries if e.is_dir() and e.name != ".git"]
+                folders = {e.name for e in entries if _is_folder(e)}
+                found += [prefix + e.name for e in entries if e.name not in folders]
+                deeper += [f"{prefix}{e.name}/" for e in entries if e.name in folders - {".git"}]
                 if len(found) + len(deeper) > SURVEYED:
                     return found
             level = deeper
@@ -146,6 +149,13 @@ class Directory(Folder):
     def outer(self) -> Folder | None:
         parent = Path(os.path.abspath(self.path)).parent
         return Directory(parent) if parent != self.path else None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, say
+        return False
 
 
 def status_of(path: Path, name: str) -> os.stat_result:

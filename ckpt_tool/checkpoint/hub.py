@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ckpt_tool.checkpoint.no_weights import Around, refuse
-from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, Prefer, is_document, locate
+from ckpt_tool.checkpoint.weight_sets import Prefer, belongs, locate
 from ckpt_tool.errors import CkptToolError, fail, missing_package
 
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -62,9 +62,7 @@ def wanted(names: Iterable[str], address: str, prefer: Prefer | None = None) -> 
     if found is None:
         refuse(names, _around(address))
     within, chosen = found
-    documents = [
-        n for n in names if "/" not in n.removeprefix(ORIGINAL_FOLDER) and is_document(n.split("/")[-1])
-    ]
+    documents = [n for n in names if belongs(n)]
     return [*(within + n for n in chosen.files), *documents]
 
 

@@ -49,7 +49,10 @@ def snapshot_of(path: Path) -> tuple[Path, list[str]]:
 
 def _main(root: Path) -> Path | None:
     try:
-        text = (root / "refs" / "main").read_bytes()[:200].decode("ascii", "replace").strip()
+        if not (root / "refs" / "main").is_file():
+            return None
+        with open(root / "refs" / "main", "rb") as file:
+            text = file.read(200).decode("ascii", "replace").strip()
     except OSError:
         return None
     return root / "snapshots" / text if _COMMIT.fullmatch(text) and text not in (".", "..") else None

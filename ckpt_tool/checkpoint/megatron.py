@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
-from ckpt_tool.checkpoint.pickle_records import Inert
+from ckpt_tool.checkpoint.pickle_records import Global, Inert, describe
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -208,16 +208,36 @@ def grid(checkpoint: Checkpoint) -> list[list[str]]:
 
 def arguments(file: TensorFile) -> dict[str, Any] | None:
     """The plain values among the pickled args, those of ARGUMENTS first; None where there are no args."""
-    found = file.metadata.get("args")
-    if isinstance(found, Inert):
-        fields: Mapping[Any, Any] = found.fields
-    elif isinstance(found, dict):
-        fields = found
-    else:
+    fields = _args_of(file)
+    if fields is None:
         return None
     plain = {k: v for k, v in fields.items() if isinstance(k, str) and _is_plain(v)}
     first = {k: plain[k] for k in ARGUMENTS if k in plain}
     return {**first, **plain}
+
+
+def every_argument(file: TensorFile) -> dict[str, Any] | None:
+    """All pickled args: lists as lists, a global by its name, a layout of pipeline stages as it was asked
+    for, and other objects in words. None where there are no args."""
+    fields = _args_of(file)
+    if fields is None:
+        return None
+    return {k: _in_words(v) for k, v in fields.items() if isinstance(k, str)}
+
+
+def _args_of(file: TensorFile) -> Mapping[Any, Any] | None:
+    found = file.metadata.get("args")
+    return found.fields if isinstance(found, Inert) else found if isinstance(found, dict) else None
+
+
+def _in_words(value: object, depth: int = 4) -> Any:
+    if _is_plain(value):
+        return value
+    if isinstance(value, list | tuple) and depth:
+        return [_in_words(v, depth - 1) for v in value]
+    if isinstance(value, Inert) and "input_data" in value.fields and depth:
+        return _in_words(value.fields["input_data"], depth - 1)
+    return str(value) if isinstance(value, Global) else {} if value == {} else describe(value)
 
 
 def _is_plain(value: object) -> bool:

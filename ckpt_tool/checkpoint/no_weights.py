@@ -118,7 +118,7 @@ def _refuse_unnamed(paths: Collection[str], here: Collection[str], around: Aroun
     if not paths:
         fail("wrong-format", f"{USUAL}, found an empty folder", file=around.label, hint="was it downloaded?")
     alone = all(is_document(p.rpartition("/")[2]) for p in paths)
-    what = "documents only" if alone else f"{len(paths)} other files"
+    what = "documents only" if alone else f"{len(paths)} other file{'s' * (len(paths) != 1)}"
     fail(
         "wrong-format",
         f"{USUAL}, found {what}: {_list(sorted(paths, key=lambda p: (p.count('/'), p)))}",

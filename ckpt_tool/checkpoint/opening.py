@@ -43,9 +43,11 @@ from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
     Prefer,
     WeightSet,
+    belongs,
     check_complete,
     check_finished,
     is_document,
+    is_template,
     is_tokenizer,
     is_weights,
     locate,
@@ -263,8 +265,8 @@ def _open_ranks(folder: Folder, ranks: RankFolders, path: Path, limits: Limits) 
 def _add_documents(checkpoint: Checkpoint, folder: Folder, names: Iterable[str]) -> None:
     """The documents among `names`, listed without their folders; later ones come before earlier ones."""
     for name in names:
-        short = name.rpartition("/")[2]
-        if is_document(short):
+        short = name if is_template(name) else name.rpartition("/")[2]
+        if is_document(short) or is_template(short):
             checkpoint.documents[short] = folder.document(name, short)
 
 
@@ -375,8 +377,8 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
     """The documents beside the weights, by their names there; those of an `original/` further in keep that
     prefix. Llama 1 and 2 keep tokenizer.model one level above the weights, so it is looked for there too."""
     inside = [name for name in folder.names() if name.startswith(within)]
-    called = {name.removeprefix(within): name for name in inside if is_document(name.rpartition("/")[2])}
-    found = {short: folder.document(name, short) for short, name in called.items()}
+    called = {name.removeprefix(within): name for name in inside}
+    found = {short: folder.document(name, short) for short, name in called.items() if belongs(short)}
     outer = folder if within else folder.outer()
     if original and not any(map(is_tokenizer, found)) and outer is not None and outer.has(TOKENIZER):
         found[TOKENIZER] = outer.document(TOKENIZER)

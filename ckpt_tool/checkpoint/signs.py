@@ -237,6 +237,12 @@ def by_start(head: bytes) -> Sign | None:
     return None
 
 
+def pointer(data: bytes) -> Sign | None:
+    """What a document is that only stands for one, as a clone without its large files has them."""
+    found = by_start(data[:64])
+    return found if found is not None and "pointer" in found.what else None
+
+
 def by_name(name: str) -> Sign | None:
     """What a file of this name is as a rule."""
     return next((s for s in SIGNS if s.beside is None and s.tells(name)), None)

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.checkpoint.pickle_bytes import WINDOW
 from ckpt_tool.checkpoint.pickle_records import Limits, Pickled, StorageRef
 from ckpt_tool.checkpoint.torch_file import TorchFile, storage_bytes
 from ckpt_tool.checkpoint.torch_state import State, read_state, unsafe_problems
-from ckpt_tool.checkpoint.unpickle import Cut, Machine
+from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import CkptToolError, Problem, fail
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_BYTES = MAGIC.to_bytes(10, "little")
 _PROTOCOL = 1001
-_FIRST_READ = 1 << 20
-_PICKLE_LIMIT = 64 << 20
+_FIRST_READ = 64 << 10
 _ITEMSIZES = {d.torch: d.itemsize for d in DTYPES.values()} | {
     **{"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4},
 }
@@ -67,7 +67,7 @@ def legacy_imports(path: Path, name: str, *, window: Window | None = None) -> tu
     data = ByteRange(path, name, window)
     try:
         at = _read_head(data)
-        return _machine(data, at, _PICKLE_LIMIT).scan()
+        return _machine(data, at).scan()
     finally:
         data.close()
 
@@ -105,28 +105,31 @@ def _read_pickles(data: ByteRange) -> tuple[Pickled, list[str], int]:
     return pickled, keys, at
 
 
-def _machine(data: ByteRange, at: int, size: int, limits: Limits | None = None) -> Machine:
-    size = min(size, data.size - at)
-    more = at + size < data.size and size < _PICKLE_LIMIT
-    kind = "truncated" if at + size == data.size else "pickle-limit"
-    limits = limits or Limits()
-    return Machine(data.read(at, size), file=data.name, limits=limits, base=at, more=more, cut=kind)
+def _machine(data: ByteRange, at: int, limits: Limits | None = None) -> Machine:
+    """How long the pickle at byte `at` is shows only by reading it, so a short piece is tried first."""
+
+    def feed(offset: int, most: int = WINDOW) -> bytes:
+        return data.read(offset, min(most, data.size - offset))
+
+    return Machine(
+        feed(at, _FIRST_READ),
+        file=data.name,
+        limits=limits or Limits(),
+        base=at,
+        end=data.size,
+        feed=feed,
+        cut="truncated",
+    )
 
 
 def _pickle_at(data: ByteRange, at: int, limits: Limits | None = None) -> tuple[Pickled, int]:
-    """The pickle at byte `at` and the byte after it. How long it is shows only by reading it, so a short
-    piece is tried first."""
-    size = _FIRST_READ
-    while True:
-        machine = _machine(data, at, size, limits)
-        try:
-            pickled = machine.run()
-        except Cut:
-            size *= 4
-        except CkptToolError as error:
-            raise CkptToolError(*unsafe_problems(machine, data.name), *error.problems) from None
-        else:
-            return pickled, at + pickled.end
+    """The pickle at byte `at` and the byte after it."""
+    machine = _machine(data, at, limits)
+    try:
+        pickled = machine.run()
+    except CkptToolError as error:
+        raise CkptToolError(*unsafe_problems(machine, data.name), *error.problems) from None
+    return pickled, at + pickled.end
 
 
 def _lay_out(data: ByteRange, at: int, keys: list[str], storages: Mapping[str, StorageRef]) -> dict[str, int]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, Record
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.checkpoint.pickle_bytes import WINDOW
 from ckpt_tool.checkpoint.pickle_records import Pickled, StorageRef
 from ckpt_tool.checkpoint.torch_file import TorchFile, storage_bytes
 from ckpt_tool.checkpoint.torch_state import State, read_state, unsafe_problems
-from ckpt_tool.checkpoint.unpickle import Machine, scan_imports
+from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.checkpoint.zip_reader import Member, ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
@@ -102,7 +103,7 @@ def zip_imports(path: Path, name: str, *, window: Window | None = None) -> tuple
     try:
         archive = ZipArchive(data)
         pickle = archive.members[f"{_root(archive)}/data.pkl"]
-        return scan_imports(archive.read(pickle, PICKLE_LIMIT), file=name)
+        return _machine(archive, pickle).scan()
     finally:
         data.close()
 
@@ -158,16 +159,29 @@ def _check_versions(archive: ZipArchive, root: str) -> None:
             )
 
 
+def _machine(archive: ZipArchive, pickle: Member) -> Machine:
+    """The reading of a member: through a window where it is stored, else of at most PICKLE_LIMIT bytes."""
+    if not pickle.stored:
+        return Machine(archive.read(pickle, PICKLE_LIMIT), file=archive.name)
+    for _ in archive.blocks(pickle):  # which compares the checksum at the end
+        pass
+
+    def feed(offset: int) -> bytes:
+        return archive.source.read(pickle.data + offset, min(WINDOW, pickle.size - offset))
+
+    return Machine(feed(0), file=archive.name, end=pickle.size, feed=feed)
+
+
 def _unpickle(archive: ZipArchive, root: str) -> Pickled:
-    data = archive.read(archive.members[f"{root}/data.pkl"], PICKLE_LIMIT)
-    machine = Machine(data, file=archive.name)
+    pickle = archive.members[f"{root}/data.pkl"]
+    machine = _machine(archive, pickle)
     try:
         pickled = machine.run()
     except CkptToolError as error:
         # What the file wanted to import matters more than where it broke.
         raise CkptToolError(*unsafe_problems(machine, archive.name), *error.problems) from None
-    if pickled.end != len(data):
-        extra = len(data) - pickled.end
+    if pickled.end != pickle.size:
+        extra = pickle.size - pickled.end
         fail(
             "trailing-data",
             f"expected the end of the pickle at byte {pickled.end}, found {extra} more bytes",

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from ckpt_tool.checkpoint.pickle_bytes import Cut, Feed, PickleBytes
 from ckpt_tool.checkpoint.pickle_records import (
     LIMITS,
     Global,
@@ -34,27 +35,16 @@ from ckpt_tool.checkpoint.torch_globals import MEANINGS, enum_member, storage
 from ckpt_tool.errors import CkptToolError, fail
 
 
-class Cut(Exception):
-    """The data ended before the pickle did, and the caller has more of it."""
-
-
 def read_pickle(
-    data: bytes,
-    *,
-    file: str,
-    limits: Limits = LIMITS,
-    base: int = 0,
-    more: bool = False,
-    cut: str = "bad-pickle",
+    data: bytes, *, file: str, limits: Limits = LIMITS, base: int = 0, cut: str = "bad-pickle"
 ) -> Pickled:
     """The pickle that starts at `data[0]`; what follows it is left alone.
 
-    `base` is the file offset of `data`, for messages. Where the data ends too early, `more` raises `Cut`,
-    else the error kind is `cut`. Kinds: `bad-pickle`, `unsafe-pickle` (a key that is no plain value, a call
-    of something that is no global, state that shadows a method), `pickle-limit`, `duplicate-tensor`,
-    `storage-conflict`.
+    `base` is the file offset of `data`, for messages. Where the data ends too early the error kind is `cut`.
+    Kinds: `bad-pickle`, `unsafe-pickle` (a key that is no plain value, a call of something that is no global,
+    state that shadows a method), `pickle-limit`, `duplicate-tensor`, `storage-conflict`.
     """
-    return Machine(data, file=file, limits=limits, base=base, more=more, cut=cut).run()
+    return Machine(data, file=file, limits=limits, base=base, cut=cut).run()
 
 
 def scan_imports(data: bytes, *, file: str) -> tuple[str, ...]:
@@ -62,7 +52,7 @@ def scan_imports(data: bytes, *, file: str) -> tuple[str, ...]:
     return Machine(data, file=file).scan()
 
 
-class Machine:
+class Machine(PickleBytes):
     """One reading of one pickle."""
 
     def __init__(
@@ -72,18 +62,12 @@ class Machine:
         file: str,
         limits: Limits = LIMITS,
         base: int = 0,
-        more: bool = False,
+        end: int | None = None,
+        feed: Feed | None = None,
         cut: str = "bad-pickle",
     ) -> None:
-        self.data = data
-        self.file = file
+        super().__init__(data, file=file, base=base, end=end, feed=feed, cut=cut)
         self.limits = limits
-        self.base = base
-        self.more = more
-        self.cut_kind = cut
-        self.pos = 0  # of the next byte to read
-        self.start = 0  # of the opcode being executed
-        self.frame_end = 0
         self.stack: list[object] = []
         self.marked: list[list[object]] = []
         self.memo: dict[int, object] = {}
@@ -101,19 +85,31 @@ class Machine:
         try:
             while True:
                 at = self.start = self.pos
-                if at >= end:
-                    self.cut("the next opcode")
-                left -= 1
-                if left < 0:
-                    self.fault("pickle-limit", f"expected at most {self.limits.opcodes} opcodes, found more")
-                self.pos = at + 1
-                if steps[data[at]]():
-                    break
+                try:
+                    if at >= end:
+                        raise Cut
+                    left -= 1
+                    if left < 0:
+                        self.fault(
+                            "pickle-limit", f"expected at most {self.limits.opcodes} opcodes, found more"
+                        )
+                    self.pos = at + 1
+                    if steps[data[at]]():
+                        break
+                except Cut:
+                    self.move_on()
+                    data, end = self.data, len(self.data)
         except IndexError:
             self.fault("bad-pickle", "expected a value on the stack, found it empty")
         if len(self.stack) != 1 or self.marked:
             self.fault("bad-pickle", f"expected one value at the end, found {len(self.stack)}")
-        return Pickled(self.stack[0], self.imports, frozenset(self.called), self.storages, self.pos)
+        return Pickled(
+            self.stack[0],
+            self.imports,
+            frozenset(self.called),
+            self.storages,
+            self.base + self.pos - self.first,
+        )
 
     def scan(self) -> tuple[str, ...]:
         """The globals that are named up to the end or the first fault, "module.name" in order."""
@@ -121,26 +117,11 @@ class Machine:
             self.run()
         return tuple(map(str, self.imports))
 
-    def fault(self, kind: str, message: str) -> NoReturn:
-        name = "the end"
-        if self.start < len(self.data):
-            code = self.data[self.start]
-            name = _OPCODES[code][0] if code in _OPCODES else f"{code:#04x}"
-        fail(
-            kind, f"{message} (opcode {name} at byte {self.base + self.start} of the pickle)", file=self.file
-        )
-
-    @property
-    def at(self) -> int:
-        """Where the current opcode stands in the file."""
-        return self.base + self.start
-
-    def cut(self, what: str) -> NoReturn:
-        if self.more:
-            raise Cut
-        self.fault(
-            self.cut_kind, f"expected {what}, found the end of the data at byte {self.base + len(self.data)}"
-        )
+    def opcode(self) -> str:
+        if self.start >= len(self.data):
+            return "the end"
+        code = self.data[self.start]
+        return _OPCODES[code][0] if code in _OPCODES else f"{code:#04x}"
 
     def unknown(self) -> NoReturn:
         self.fault(
@@ -149,26 +130,15 @@ class Machine:
 
     # Reading arguments
 
-    def take(self, size: int) -> bytes:
-        at = self.pos
-        self.pos = at + size
-        if self.pos > len(self.data):
-            self.cut(f"{size} bytes")
-        return self.data[at : self.pos]
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
     def counted(self, width: int, read: Callable[[bytes], object]) -> object:
         """What `read` makes of the bytes after a length of `width` bytes."""
         size = self.number(width)
         if size > self.limits.string:
-            if size > len(self.data) - self.pos:
-                self.cut(f"{size} bytes")
-            self.pos += size
+            self.pass_over(size)
             return self.passed_over("bytes")
+        raw = self.take(size)
         self.spend(size)
-        return read(self.take(size))
+        return read(raw)
 
     def passed_over(self, kind: str) -> Inert:
         """A record of a value of which nothing is kept."""
@@ -177,14 +147,13 @@ class Machine:
 
     def value_line(self, read: Callable[[bytes], object]) -> object:
         """What `read` makes of the rest of the line."""
-        end = self.data.find(b"\n", self.pos)
-        if end < 0:
-            self.cut("the end of a line")
-        start, self.pos = self.pos, end + 1
-        if end - start > self.limits.string:
+        size = self.rest_of_line()
+        if size > self.limits.string:
+            self.pass_over(size + 1)
             return self.passed_over("str")
-        self.spend(4 * (end - start))
-        return read(self.data[start:end])
+        raw = self.take(size + 1)[:-1]
+        self.spend(4 * size)
+        return read(raw)
 
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.pos, self.pos + self.limits.string + 1)
@@ -331,18 +300,19 @@ class Machine:
 
     def op_proto(self) -> None:
         version = self.number(1)
-        if self.start != 0:
+        if self.at != self.first:
             self.fault("bad-pickle", "expected the protocol at the start, found it again later")
         if version > 5:
             self.fault("bad-pickle", f"expected pickle protocol 0 to 5, found {version}")
 
     def op_frame(self) -> None:
         size = self.number(8)
-        if self.start < self.frame_end:
+        if self.at < self.frame_end:
             self.fault("bad-pickle", f"expected the frame to last until byte {self.frame_end}, found another")
-        if self.pos + size > len(self.data):
-            self.cut(f"a frame of {size} bytes")
-        self.frame_end = self.pos + size
+        self.frame_end = self.base + self.pos + size
+        if self.frame_end > self.end:
+            found = f"found the end of the data at byte {self.end}"
+            self.fault(self.cut_kind, f"expected a frame of {size} bytes, {found}")
 
     def op_stop(self) -> bool:
         return True

@@ -17,6 +17,7 @@ from ckpt_tool.errors import Problem, fail, fail_all
 
 Prefer = Literal["original", "hf"]
 ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download
+TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in new transformers
 
 _DOCUMENTS = frozenset(
     (
@@ -46,6 +47,7 @@ _DOCUMENTS = frozenset(
 _TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re.ASCII)
 # vocab.txt, and as Megatron's documentation calls them: bert-large-cased-vocab.txt, gpt2-merges.txt
 _VOCABULARY = re.compile(r"([\w.-]{1,80}[-_.])?(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII)
+_TEMPLATE = re.compile(r"[\w.-]{1,80}\.jinja", re.ASCII)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
@@ -123,6 +125,18 @@ def is_document(name: str) -> bool:
         or _TOKENIZER_MODEL.fullmatch(name) is not None
         or vocabulary_kind(name) is not None
     )
+
+
+def belongs(name: str) -> bool:
+    """Whether a file, by its name from the folder of a model, is a document of it or of an original in it."""
+    inside = name.removeprefix(ORIGINAL_FOLDER)
+    return is_template(name) or ("/" not in inside and is_document(inside))
+
+
+def is_template(name: str) -> bool:
+    """Whether `name`, from the folder of its model, is that of a file that holds one chat template."""
+    inside = name.removeprefix(TEMPLATE_FOLDER)
+    return name == "chat_template.jinja" or (inside != name and _TEMPLATE.fullmatch(inside) is not None)
 
 
 def is_tokenizer(name: str) -> bool:
@@ -270,6 +284,9 @@ def check_finished(found: WeightSet, names: Collection[str], *, file: str) -> No
             fail("truncated", message, file=file, hint=f"finish the download, or remove {name} if it is")
 
 
+_APART = "move those that are not meant to a folder of their own"
+
+
 def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ()) -> None:
     """Fail with `missing-shard` (which numbers) or `ambiguous-input` unless each shard is there once."""
     if not found.numbered:
@@ -282,15 +299,14 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
     twice = sorted({n for n in numbers if numbers.count(n) > 1})
     if twice:
         both = ", ".join(m[0] for m in matches if int(m["number"]) in twice)
-        problems.append(Problem("ambiguous-input", f"expected each shard once, found {both}", file))
+        problems.append(
+            Problem("ambiguous-input", f"expected each shard once, found {both}", file, hint=_APART)
+        )
     counts = {int(m["count"]) for m in matches if "count" in pattern.regex.groupindex}
     if len(counts) > 1:
         shown = ", ".join(str(c) for c in sorted(counts))
-        problems.append(
-            Problem(
-                "ambiguous-input", f"expected shards of one set, found sets of {shown} side by side", file
-            )
-        )
+        message = f"expected shards of one set, found sets of {shown} side by side"
+        problems.append(Problem("ambiguous-input", message, file, hint=_APART))
     else:
         last = max([*numbers, *(int(m["number"]) for m in listed)])
         count = counts.pop() if counts else last - pattern.first + 1
@@ -303,10 +319,10 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
             names = ", ".join(_renumber(sample, n) for n in missing[:8])
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             message = f"expected {count} shards, found {len(present & set(wanted))}: {names}{more} not there"
-            problems.append(Problem("missing-shard", message, file))
+            problems.append(Problem("missing-shard", message, file, hint="download what is missing too"))
         if stray:
             message = f"expected shards up to {count}, found number {stray[-1]}"
-            problems.append(Problem("ambiguous-input", message, file))
+            problems.append(Problem("ambiguous-input", message, file, hint=_APART))
     fail_all(problems)
 
 

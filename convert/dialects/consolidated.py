@@ -208,6 +208,7 @@ def family(
         options=(POOLING, *d.options),
         vocabulary=vocabulary,
         classes={name: config},
+        document=params_json.NAME,
         in_memory=in_memory or {},
         tensors=(
             S.format(i=0) + "attention.wq.weight",
@@ -382,7 +383,6 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
     facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
     notes = params_fields.check_unread(facts)
-    params_json.check_there(checkpoint, facts)
     facts.check()
     tokenizer = tokenizer_of(d, known, config)
     config |= token_ids(d, known, tokenizer)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
-from ckpt_tool.checkpoint.megatron import check_complete, check_same_run
+from ckpt_tool.checkpoint.megatron import check_complete, check_same_run, every_argument
 from ckpt_tool.convert import numbers
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
@@ -24,7 +24,14 @@ from ckpt_tool.convert.dialects.megatron_args import (
     gelus,
     heads_fit,
     notes_on,
-    refuse_unsupported,
+)
+from ckpt_tool.convert.dialects.megatron_arguments import (
+    LEARNED,
+    RESIDUAL,
+    UNUSED_BY_LEARNED,
+    answered_for,
+    notes_on_precision,
+    refuse_others,
 )
 from ckpt_tool.convert.dialects.megatron_names import (
     AGES,
@@ -342,7 +349,9 @@ def _check_complete(run: Run) -> None:
 def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     run = open_run(checkpoint)
     facts = Facts(run.told, "args", m.settings(options))
-    refuse_unsupported(facts)
+    only = LEARNED if is_core(run.age) else {**LEARNED, **RESIDUAL}
+    left_out = refuse_others(facts, run, only, UNUSED_BY_LEARNED)
+    facts.check()
     sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
     tokenizer = read_tokenizer(m.name, run, options, **sizes)
     where = "the tokenizer beside the weights" if options.tokenizer is None else "--tokenizer"
@@ -350,7 +359,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})  # as `words` reads it
     config = {m.written_names.get(name, name): value for name, value in known.values().items()}
     known.value(PADDED.name)
-    facts.check_settings({*config, *m.own_names.values()})
+    facts.check_settings({*config, *m.own_names.values(), *answered_for(facts, run, only)})
     facts.check()
     words, rows = known.value("vocab_size"), known.value("rows")
     documents = [
@@ -361,7 +370,14 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
         config,
         [*([generation_config(config)] if "eos_token_id" in config else []), *documents],
         ranks.IGNORED,
-        [*notes_on(run), *padding_notes(words, rows, m.padded), *m.notes(known), *tokenizer.notes],
+        [
+            *notes_on(run),
+            *notes_on_precision(run),
+            *left_out,
+            *padding_notes(words, rows, m.padded),
+            *m.notes(known),
+            *tokenizer.notes,
+        ],
         _kept(run, known),
         [f for tell in m.foretold.values() for f in tell(known)],
     )
@@ -390,6 +406,11 @@ _SPLIT_ARGS = (
 )
 
 
+def _split_args(run: Run) -> dict[str, Any]:
+    said = every_argument(run.checkpoint.files[run.files[0][0]]) or {}
+    return {k: said[k] for k in _SPLIT_ARGS if said.get(k)} if ranks.uneven(run) else {}
+
+
 def _kept(run: Run, known: Known) -> dict[str, Any]:
     """What the Hugging Face layout does not say, for the manifest and the way back."""
     gelu, head_gelu = gelus(known)
@@ -405,8 +426,7 @@ def _kept(run: Run, known: Known) -> dict[str, Any]:
         "words": known["vocab_size"],
         "gelu": gelu.value,
         "head_gelu": head_gelu.value,
-        "args": {k: run.args[k] for k in _KEPT_ARGS if k in run.args}
-        | {k: run.args[k] for k in _SPLIT_ARGS if run.args.get(k)},
+        "args": {k: run.args[k] for k in _KEPT_ARGS if k in run.args} | _split_args(run),
         **ranks.uneven(run),
     }
 

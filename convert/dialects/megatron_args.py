@@ -14,7 +14,7 @@ from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
 from ckpt_tool.convert.dialects.megatron_names import is_core
 from ckpt_tool.convert.dialects.megatron_ranks import Run, args_of
 from ckpt_tool.convert.numbers import Field, Known, anything
-from ckpt_tool.convert.params import SET, UNKNOWN, Facts
+from ckpt_tool.convert.params import SET, UNKNOWN
 from ckpt_tool.convert.plan import Value
 
 Gelu = Literal["erf", "tanh"]
@@ -26,35 +26,6 @@ GELUS: dict[str, Gelu] = {  # what transformers calls them
     "gelu_pytorch_tanh": "tanh",
 }
 ACTIVATION = {"erf": "gelu", "tanh": "gelu_new"}
-
-# Args that change what is computed into something no such model can say in Hugging Face's layout.
-_UNSUPPORTED = {
-    "swiglu": "a gated feed-forward",
-    "squared_relu": "squared ReLU",
-    "num_experts": "experts",
-    "qk_layernorm": "norms of queries and keys",
-    "use_rotary_position_embeddings": "rotary positions",
-    "apply_layernorm_1p": "norms that store their weight less one",
-    "layernorm_zero_centered_gamma": "norms that store their weight less one",
-    "multi_query_attention": "shared keys and values",
-}
-_UNSUPPORTED_VALUES = {
-    "normalization": (("LayerNorm", None), "norms"),
-    "position_embedding_type": (("learned_absolute", None), "positions"),
-    "add_bias_linear": ((True, None), "biases"),
-}
-
-
-def refuse_unsupported(facts: Facts) -> None:
-    args = facts.document or {}
-    for name, what in _UNSUPPORTED.items():
-        if args.get(name):
-            facts.refuse("unsupported", f"expected no {what}, found {name} = {args[name]}", name)
-    for name, (allowed, what) in _UNSUPPORTED_VALUES.items():
-        if args.get(name) not in allowed:
-            message = f"expected plain {what} ({allowed[0]}), found {str(args[name])[:40]}"
-            facts.refuse("unsupported", message, name)
-    facts.check()
 
 
 def heads_fit(known: Known, heads: Value) -> Value:
@@ -182,11 +153,6 @@ def notes_on(run: Run) -> list[str]:
         notes.append(
             "no checkpoint_version is in the file, which makes it 0: query_key_value holds all queries, then "
             "all keys, then all values (files of two weeks of September 2020 are of 1.0 and do not say so)"
-        )
-    if run.args.get("apply_residual_connection_post_layernorm") and not is_core(run.age):
-        notes.append(
-            "args: apply_residual_connection_post_layernorm adds the normalised input to each branch, which "
-            "the Hugging Face model cannot do: its results differ"
         )
     if run.args.get("apply_query_key_layer_scaling"):
         notes.append(

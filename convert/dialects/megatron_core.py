@@ -11,6 +11,7 @@ Source: NVIDIA/Megatron-LM core_v0.9.0 (core/models/gpt, core/transformer), NVID
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,14 +22,22 @@ from ckpt_tool.convert import numbers
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config
+from ckpt_tool.convert.dialects.megatron_arguments import (
+    GATED,
+    UNUSED_BY_GATED,
+    answered_for,
+    notes_on_precision,
+    refuse_others,
+)
 from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
 from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name, count, measured, only
+from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name, count, measured, only, shown
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
+from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.weave import Table, Written, to_hf
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, printable
 
 WORDS = "embedding.word_embeddings.weight"
 FIRST = "decoder.layers.0."
@@ -45,23 +54,21 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
-# Args of other values are of another model.
-ARCHITECTURE: dict[str, tuple[Any, ...]] = {
-    "swiglu": (True, None),
-    "normalization": ("RMSNorm", None),
-    "add_bias_linear": (False, None),
-    "add_qkv_bias": (True, None),
-    "position_embedding_type": ("rope", None),
-    "rotary_percent": (1.0, None),
+ARCHITECTURE: dict[str, Any] = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
 }
-COMPUTED: dict[str, tuple[Any, ...]] = {
-    **ARCHITECTURE,
-    "rotary_interleaved": (False, None),
-    "rotary_seq_len_interpolation_factor": (1, None),
-    "apply_layernorm_1p": (False, None),
-    "qk_layernorm": (False, None),
-    "num_experts": (None,),
-    "window_size": (None,),
+# What use_rope_scaling has beside its factor in every release that knows it.
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -78,7 +85,7 @@ class Core:
     model_type: str
     config: Class
     fields: tuple[Field, ...] = ()
-    unsaid: tuple[str, ...] = ("rope_scaling",)
+    unsaid: tuple[str, ...] = ()
     published_rows: Container[int] = ()
     end_of_text: int = 0
     title: str = "Megatron-Core"
@@ -172,6 +179,29 @@ def _heads_fit(known: Known, kv: Value) -> Value:
     return kv
 
 
+def _scaling(known: Known) -> Value | None:
+    """rope_scaling_factor is an argument since core_v0.11, which pretrain_gpt.py and gpt_builders.py did not
+    hand on up to core_v0.18 (NVIDIA/Megatron-LM): nothing tells whether another than 8 was applied."""
+    args = args_of(known)
+    if not args.get("use_rope_scaling"):
+        return Value(None, "args do not ask for use_rope_scaling")
+    factor = args.get("rope_scaling_factor", 8)
+    if factor != 8:
+        message = (
+            f"expected rope_scaling_factor 8, found {shown(factor)} beside use_rope_scaling: releases up to "
+            "core_v0.18 apply 8 whatever it says"
+        )
+        block = json.dumps(SCALING | {"factor": factor}, separators=(",", ":"), default=str)
+        hint = f"--set 'rope_scaling={printable(block, 200)}', or with factor 8, as the run computed it"
+        known.refuse("unsupported", message, "rope_scaling_factor", hint)
+    return Value(SCALING, "args: use_rope_scaling")
+
+
+def _can_be_said(known: Known) -> bool:
+    block = {k: v for k, v in (known["rope_scaling"] or {}).items() if k != "rope_theta"}
+    return block in ({}, SCALING)
+
+
 def _words(known: Known) -> tuple[str, ...]:
     return tuple(k for k in ("orig_vocab_size", "vocab_size") if known.facts.given(k))[:1]
 
@@ -193,6 +223,7 @@ FIELDS = (
     count("num_key_value_heads", read=_groups, rule=_one_each, check=_heads_fit),
     ranks.epsilon("rms_norm_eps", ask="the epsilon of the norms"),
     numbers.number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
+    numbers.anything("rope_scaling", rule=_scaling, check=numbers.object_or_null),
     count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
     numbers.flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
 )
@@ -278,16 +309,16 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         [numbers.token_ids(n, rule=end) for n in ids if published_words or set(ids) & facts.settings.keys()],
     )
     known = Known(fields, facts, run, options)
-    for name, allowed in COMPUTED.items():
-        if (found := args_of(known).get(name)) not in allowed:
-            known.refuse("unsupported", f"expected {allowed[0]}, found {str(found)[:40]}", name)
+    left_out = refuse_others(facts, run, GATED, UNUSED_BY_GATED)
     config = known.values()
-    facts.check_settings({*config, *ids})
+    facts.check_settings({*config, *ids, *answered_for(facts, run, GATED)})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
     files = published.tokenizer_files(checkpoint, options)
     tokenizer = published.copied(files)
-    notes = published.counted(words, files)
+    if config["rope_scaling"].value is None:
+        del config["rope_scaling"]
+    notes = [*notes_on_precision(run), *left_out, *published.counted(words, files), *template_notes(files)]
     notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
@@ -313,9 +344,10 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     )
     form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
     ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
-    if any(made[name].value for name in m.unsaid):
+    if any(made[name].value for name in m.unsaid) or not _can_be_said(known):
         message = (
-            "expected no scaled frequencies and no window, which the args written here do not say, found some"
+            "expected no window, and no scaled frequencies but those of use_rope_scaling with factor 8 (all "
+            "that args can say), found some"
         )
         fail("unsupported", message, file="config.json")
     known.value(LENGTH.name)
@@ -342,12 +374,15 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
     dtype = known.options.dtype or known.source.dtype
     kv, tied = known.value("num_key_value_heads"), known.value("tie_word_embeddings")
     grouped = Value(kv.value != known["num_attention_heads"], kv.source)
+    scaling = known.value("rope_scaling")
+    scaled = {"use_rope_scaling": True, "rope_scaling_factor": 8.0} if scaling.value else {}
     return {
         **ranks.shared_args(known, form, {"group_query_attention": grouped, "num_query_groups": kv}),
         "norm_epsilon": known.value("rms_norm_eps"),
         "rotary_base": known.value("rope_theta"),
         "untie_embeddings_and_output_weights": Value(not tied.value, tied.source),
-        **{k: Value(v[0], f"{m.model}'s architecture") for k, v in ARCHITECTURE.items()},
+        **{k: Value(v, scaling.source) for k, v in scaled.items()},
+        **{k: Value(v, f"{m.model}'s architecture") for k, v in ARCHITECTURE.items()},
         "tensor_model_parallel_size": Value(form.ranks, "ranks to write"),
         "pipeline_model_parallel_size": Value(1, "one stage"),
         "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),

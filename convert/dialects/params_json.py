@@ -27,7 +27,7 @@ from ckpt_tool.convert.numbers import (
 )
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
-from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.errors import CkptToolError
 
 NAME = "params.json"
 # Fields that only one publisher writes.
@@ -61,14 +61,6 @@ def asked(known: Known, message: str, where: str, hint: str) -> Value:
     """What stands for a value that only the user can tell; `hint` says how."""
     known.refuse("missing-fact", message, where, hint)
     return UNKNOWN
-
-
-def check_there(checkpoint: Checkpoint, facts: Facts) -> None:
-    """Where questions are left, say first that the file which answers them is not there."""
-    if facts.document is None and facts.problems:
-        message = f"expected {NAME} beside the weights, found none: shapes do not tell what follows"
-        hint = f"put the download's {NAME} there, or give each value by --set"
-        facts.problems.insert(0, Problem("missing-file", message, checkpoint.path.name, hint=hint))
 
 
 # --- sizes ----------------------------------------------------------------------------------------------

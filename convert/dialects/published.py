@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
+from ckpt_tool.checkpoint.weight_sets import is_template, vocabulary_kind
 from ckpt_tool.convert.dialects.config_keys import CODE
 from ckpt_tool.convert.dialects.converted import (
     FREQUENCIES,
@@ -55,6 +55,7 @@ from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import rows_without_ids, tokenizer_documents, too_many_ids
 from ckpt_tool.convert.tokenizers.counting import ids_of
+from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Table, Written, misread_config, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, fail, fail_all
@@ -102,13 +103,13 @@ def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes
 
 
 def _is_tokenizer(name: str) -> bool:
-    return name in TOKENIZER or vocabulary_kind(name) in ("vocab.json", "merges.txt")
+    return name in TOKENIZER or is_template(name) or vocabulary_kind(name) in ("vocab.json", "merges.txt")
 
 
 def copied(files: Mapping[str, bytes]) -> list[OutputDocument]:
     """Tokenizer files byte for byte, but for fields that ask for code."""
     made = []
-    for name in TOKENIZER:
+    for name in (*TOKENIZER, *sorted(n for n in files if is_template(n) and n not in TOKENIZER)):
         if name not in files:
             continue
         content, source = files[name], "copied from beside the weights"
@@ -128,7 +129,7 @@ def tokenizer_of(p: Published, known: Known) -> tuple[list[OutputDocument], list
     files = tokenizer_files(known.source.checkpoint, known.options)
     if p.added_tokens is None or "tokenizer.json" in files:
         none = [] if files or p.added_tokens else ["the download has no tokenizer file; none was written"]
-        return copied(files), none or counted(known["vocab_size"], files)
+        return copied(files), none or [*counted(known["vocab_size"], files), *template_notes(files)]
     facts: dict[str, Any] = {"vocab_size": known["vocab_size"], "n_positions": known["n_positions"]}
     notes: list[str] = []
     if "added_tokens.json" not in files:
@@ -137,7 +138,8 @@ def tokenizer_of(p: Published, known: Known) -> tuple[list[OutputDocument], list
         facts |= {"added_tokens": added} if added else {}
     result = tokenizer_documents(files, family=p.name, config=facts)
     made = [OutputDocument(n, d, "the download's vocabulary") for n, d in result.documents.items()]
-    return made, [*notes, *result.notes]
+    made += [d for d in copied(files) if is_template(d.name)]
+    return made, [*notes, *result.notes, *template_notes(files)]
 
 
 def counted(rows: int, files: Mapping[str, bytes]) -> list[str]:
@@ -500,13 +502,11 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     config = config_of(p, known) | signs_of(p, known)
     container = options.family_options.get("container", known.once.get("container", p.container))
     file = "pytorch_model.bin" if container == "pth" else "model.safetensors"
-    documents = [
-        config_document(config),
-        generation(checkpoint, config),
-        *copied(tokenizer_files(checkpoint, options)),
-    ]
+    files = tokenizer_files(checkpoint, options)
+    documents = [config_document(config), generation(checkpoint, config), *copied(files)]
     homes = [(file, known.source.dtype)]
     facts = {n: known[n] for n, usual in p.kept.items() if known[n] != usual}
     kept = {"facts": facts} if facts else {}
-    beside = Written(p.name, config, documents, p.ignored, known.facts.notes, kept)
+    notes = [*known.facts.notes, *template_notes(files)]
+    beside = Written(p.name, config, documents, p.ignored, notes, kept)
     return to_original(rows_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)

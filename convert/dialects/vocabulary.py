@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.weight_sets import TEMPLATE_FOLDER
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.tokenizers import MAX_BYTES
 from ckpt_tool.errors import Problem, fail, fail_all
@@ -40,4 +41,6 @@ def files_beside_or_asked(
 
 def in_folder(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Path]:
     """The wanted files of a folder by name."""
-    return {f.name: f for f in sorted(folder.iterdir()) if wanted(f.name) and f.is_file()}
+    found = [*sorted(folder.iterdir()), *sorted((folder / TEMPLATE_FOLDER).glob("*"))]
+    named = {f.relative_to(folder).as_posix(): f for f in found}
+    return {name: f for name, f in named.items() if wanted(name) and f.is_file()}

@@ -35,6 +35,7 @@ class Family:
     those of the command line that it has beside the general ones, `vocabulary` how its originals write their
     tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
     transformers by model_type. `tensors` are some of an original's names, by which near misses are told;
+    `document` is the file beside the weights that says what shapes do not, where it may be missing;
     `published` says whether originals are in the Hugging Face layout themselves."""
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     classes: Mapping[str, Class] = field(default_factory=dict)
     in_memory: InMemory = field(default_factory=dict)  # what its Hugging Face layout may have stacked
     tensors: tuple[str, ...] = ()
+    document: str | None = None
     published: bool = False
 
 

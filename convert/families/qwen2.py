@@ -97,7 +97,7 @@ CORE = megatron_core.Core(
     model_type="qwen2",
     config=CLASS,
     fields=(only("use_sliding_window", False, "Megatron-Core's GPT has no window"),),
-    unsaid=("rope_scaling", "use_sliding_window"),
+    unsaid=("use_sliding_window",),
     # 151646 tokens and up to 18 more in Qwen2.5, published with 151936 or 152064 rows; Megatron pads to a
     # multiple of 128 for each rank, and people add tokens
     published_rows=range(151646, 153601),

@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_tool.checkpoint.strict_json import parse_object
+from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import fail
 
@@ -209,3 +211,30 @@ def config_documents(
         "tokenizer_config.json": json_bytes(dict(sorted(config.items()))),
         "special_tokens_map.json": json_bytes(dict(sorted(named.items()))),
     }
+
+
+def template_notes(files: Mapping[str, bytes]) -> list[str]:
+    """What counts where chat templates stand in JSON and in files of their own, and are not the same. Source:
+    transformers 4.57.6 and 5.23.0, tokenization_utils_base.py: files of their own stand for all templates of
+    tokenizer_config.json, which alone 4.37.2 reads; chat_template.json is for processors of other inputs."""
+    own = {n: files[n].decode(errors="replace") for n in sorted(files) if is_template(n)}
+    by_name = {PurePosixPath(n).stem.replace("chat_template", "default"): text for n, text in own.items()}
+    notes = []
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        said = _templates(files[name], name) if name in files and own else {}
+        odd = [k for k, text in said.items() if by_name.get(k, "").rstrip("\n") != text.rstrip("\n")]
+        if odd:
+            notes.append(
+                f"{name} has another chat template ({', '.join(odd)}) than {', '.join(own)}, which "
+                "transformers 5 reads instead; both are carried over"
+            )
+    return notes
+
+
+def _templates(content: bytes, name: str) -> dict[str, str]:
+    """Templates by name, as one text or as a list."""
+    found = parse_object(content, file=name, kind="bad-tokenizer").get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+    return {str(e.get("name")): e["template"] for e in entries if isinstance(e.get("template"), str)}
