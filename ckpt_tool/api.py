@@ -131,8 +131,9 @@ def plan(
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
+    seen = one_by_one(source, chosen.in_memory)
     try:
-        made = make(one_by_one(source, chosen.in_memory), options)
+        made = make(seen, options)
     except CkptToolError as error:
         raise explained(error, source, chosen, to) from None
     if to == "hf":
