@@ -533,7 +533,9 @@ def test_a_list_that_is_none_is_ignored(data: bytes, originals: Written, tmp_pat
     assert told(source) == []
 
 
-@pytest.mark.parametrize("variant", ["llama-3-70b", "llama-2-70b", "opt-13b", "bert-v2-tp2", "gpt2-core-tp2"])
+@pytest.mark.parametrize(
+    "variant", ["llama-3-70b", "llama-2-70b", "opt-13b", "bert-v2-tp2", "gpt2-core-tp2", "qwen2-mcore"]
+)
 def test_one_shard_under_two_numbers_is_a_conflict(variant: str, originals: Written, tmp_path: Path) -> None:
     chosen = VARIANTS[variant]
     source = shutil.copytree(originals(variant), tmp_path / "source")
