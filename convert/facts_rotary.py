@@ -23,6 +23,16 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 }
 BOUNDED = ("yarn", "llama3", "longrope")  # which depend on the length that the model was trained for
 OLD_NAMES = {"su": "longrope"}
+# The scaling of Llama 3.1, in which programs take for granted what they have no word for.
+LLAMA3: Mapping[str, Any] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    TRAINED: 8192,
+    "rope_type": "llama3",
+}
+# Values of a scaling that are numbers, those that it may do without included.
+NUMBERS = frozenset((*NEEDED["llama3"], TRAINED, "beta_fast", "beta_slow", "attention_factor"))
 
 
 def kind_of(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.convert.facts_problems import SET, misread
+from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.heads import pooled
 from ckpt_tool.convert.layout import (
     Expansion,
@@ -26,6 +26,7 @@ from ckpt_tool.convert.layout import (
     with_padding,
     without_padding,
 )
+from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
 from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import Problem, fail_all
