@@ -31,6 +31,7 @@ from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Valu
 from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import Problem, fail_all
 
+TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
 
 
@@ -193,9 +194,8 @@ def _with_hints(filled: Expansion, table: Table) -> None:
         replace(s, hint=_way_out(table, s.sources[0].name)) if s.compare == "tied" else s
         for s in filled.steps
     ]
-    hint = "--set tie_word_embeddings=true if the output layer is the embedding"
     filled.problems[:] = [
-        replace(p, hint=hint) if table.head and p.where == table.head and p.hint is None else p
+        replace(p, hint=TIES) if table.head and p.where == table.head and p.hint is None else p
         for p in filled.problems
     ]
 

@@ -402,7 +402,9 @@ FAMILY = consolidated.family(
             ask="the rotary scaling of Llama 3.1 and later, or null for Llama 3",
         ),
         count("max_position_embeddings", "max_position_embeddings", rule=context),
-        flag("tie_word_embeddings", *params_json.TIED, rule=tied_if_small, check=params_json.head_is_there),
+        flag(
+            "tie_word_embeddings", *params_json.TIED_KEYS, rule=tied_if_small, check=params_json.head_is_there
+        ),
         *params_json.alone(
             flag(
                 "use_scaled_rope",
