@@ -251,7 +251,7 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
     """`--set KEY=VALUE` pairs over the values of a `--config` JSON file. A value is JSON where it parses as
     such (`1e6`, `null`, `{"factor": 8}`), else text."""
     from ckpt_tool.checkpoint.strict_json import parse_object
-    from ckpt_tool.convert.facts_rotary import overlaid
+    from ckpt_tool.convert.facts_settings import overlaid
 
     document: dict[str, Any] = {}
     if file is not None:

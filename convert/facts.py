@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -26,15 +25,25 @@ from ckpt_tool.convert.facts_classes import (
     DEFAULTS,
     IDENTITY,
     IDLE,
+    IDS,
     KNOWN_ACTIVATIONS,
     REFUSED,
     Class,
 )
-from ckpt_tool.convert.facts_rotary import BOUNDED, NEEDED, OBJECTS, ROTARY, TRAINED, flat, kind_of
+from ckpt_tool.convert.facts_rotary import (
+    BOUNDED,
+    LAYERS,
+    NEEDED,
+    NUMBERS,
+    OBJECTS,
+    ROTARY,
+    TRAINED,
+    flat,
+    kind_of,
+)
+from ckpt_tool.errors import near
 
 ABSENT = object()  # of a key that is not in the file, where null is a value
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -288,7 +297,9 @@ class _Reader:
         for name in ACTIVATION_KEYS:
             m = self.values.get(name)
             if m is not None and (not isinstance(m.value, str) or m.value not in KNOWN_ACTIVATIONS):
-                self.refuse("unsupported", m.where, f"an activation of transformers{_near(m.value)}", m.said)
+                meant = near(str(m.value), sorted(KNOWN_ACTIVATIONS))
+                known = f"an activation of transformers{f' ({meant})' if meant else ''}"
+                self.refuse("unsupported", m.where, known, m.said)
         read, other = ALTERNATING
         said, m = self.config.get(other), self.values.get(read)
         if m is not None and said is not None:
@@ -408,9 +419,7 @@ class _Reader:
                 self.refuse("bad-config", f"{key}.{name}", f"a value beside rope_type {kind}", "none")
         for name, value in given.items():
             plain = isinstance(value, int | float) and not isinstance(value, bool)
-            if name in ("truncate", "short_factor", "long_factor", "finetuned") or name not in NUMBERS:
-                continue
-            if not plain or not 0 < value < math.inf:
+            if name in NUMBERS and (not plain or not 0 < value < math.inf):
                 self.refuse("bad-config", f"{key}.{name}", "a finite number above 0", value)
 
     # --- windows ----------------------------------------------------------------------------------------
@@ -426,8 +435,8 @@ class _Reader:
         if width.value is not None and (not whole or (on and width.value < 1)):
             self.refuse("bad-config", width.where, "a number of tokens from 1, or null", width.said)
         if isinstance(kinds, list):
-            for kind in dict.fromkeys(k for k in map(shown, kinds) if k not in KINDS):
-                self.refuse("unsupported", "layer_types", " or ".join(KINDS), kind)
+            for kind in dict.fromkeys(k for k in map(shown, kinds) if k not in LAYERS):
+                self.refuse("unsupported", "layer_types", " or ".join(LAYERS), kind)
         if kinds is not None and (not isinstance(kinds, list) or len(kinds) != count):
             text = f"{len(kinds)} kinds" if isinstance(kinds, list) else kinds
             self.contradictions.append(
@@ -468,7 +477,7 @@ class _Reader:
 
     def _whole(self, width: Meaning, kinds: list[Any] | None) -> None:
         """A class with one kind of attention in all layers: `layer_types` may only say that again."""
-        one = KINDS[width.value is not None]
+        one = LAYERS[width.value is not None]
         if kinds is not None and any(k != one for k in kinds):
             self.contradict("sliding_window", ("sliding_window", "read"), ("layer_types", "not read"))
 
@@ -490,18 +499,6 @@ class _Reader:
             else:
                 unknown[key] = value
         return idle, unknown, refused
-
-
-# values of a scaling that are numbers
-NUMBERS = frozenset(
-    ("factor", TRAINED, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-)
-
-
-def _near(name: Any) -> str:
-    """The known name that is nearest to one that is not known, in words."""
-    found = get_close_matches(str(name), KNOWN_ACTIVATIONS, n=1)
-    return f" ({found[0]}?)" if found else ""
 
 
 def _yarn(given: dict[str, Any]) -> dict[str, Any]:

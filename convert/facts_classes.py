@@ -188,13 +188,11 @@ DEFAULTS: dict[str, Any] = {
     "pruned_heads": {},
 }
 
+CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+PACKED = ("quantization_config", "compression_config", "quantization")
 REFUSED = {
-    "auto_map": "asks a loader to run code beside the weights",
-    "trust_remote_code": "asks a loader to run code beside the weights",
-    "custom_pipelines": "asks a loader to run code beside the weights",
-    "quantization": "says that the tensors are packed",
-    "quantization_config": "says that the tensors are packed",
-    "compression_config": "says that the tensors are packed",
+    **dict.fromkeys(CODE, "asks a loader to run code beside the weights"),
+    **dict.fromkeys(PACKED, "says that the tensors are packed"),
 }
 
 DECODER = {"is_decoder": "not read: always causal"}

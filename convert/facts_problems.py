@@ -9,9 +9,9 @@ from typing import Any
 
 from ckpt_tool.convert.facts import Contradiction, read_as
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.params import SET
 from ckpt_tool.errors import Problem
 
-SET = "--set"
 CONFIG = "config.json"
 # said by both of these, what a model computes does not change: tensors have a dtype, a head its rows
 _DECIDED = ("torch_dtype", "num_labels")

@@ -23,6 +23,16 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 }
 BOUNDED = ("yarn", "llama3", "longrope")  # which depend on the length that the model was trained for
 OLD_NAMES = {"su": "longrope"}
+# The scaling of Llama 3.1, in which programs take for granted what they have no word for.
+LLAMA3: Mapping[str, Any] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    TRAINED: 8192,
+    "rope_type": "llama3",
+}
+# Values of a scaling that are numbers, those that it may do without included.
+NUMBERS = frozenset((*NEEDED["llama3"], TRAINED, "beta_fast", "beta_slow", "attention_factor"))
 
 
 def kind_of(found: Mapping[str, Any]) -> str:
@@ -57,36 +67,3 @@ def one_rope(config: Mapping[str, Any], own: Mapping[str, str] | None = None) ->
         trained = rest.pop(TRAINED)  # transformers 5 prefers this place, 4 does not look there
         scaling = scaling if scaling.get(TRAINED) is not None else {**scaling, TRAINED: trained}
     return rest | {"rope_scaling": scaling}
-
-
-# Keys that say one thing in different classes and releases.
-NAMES = (
-    ("torch_dtype", "dtype"),
-    ("hidden_size", "n_embd"),
-    ("num_attention_heads", "n_head"),
-    ("num_hidden_layers", "n_layer"),
-    ("max_position_embeddings", "n_positions"),
-    ("intermediate_size", "n_inner"),
-    ("layer_norm_eps", "layer_norm_epsilon"),
-    ("rope_theta", "rotary_emb_base"),
-    ("partial_rotary_factor", "rotary_pct"),
-    ("num_local_experts", "num_experts"),
-)
-
-
-def overlaid(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`document` with `settings` in place of what it says of the same things, in whatever words."""
-    names = {n for group in NAMES if settings.keys() & {*group} for n in group} | settings.keys()
-    inside = {key: flat(found) for key in OBJECTS if isinstance(found := settings.get(key), Mapping)}
-    names |= {n for found in inside.values() for n in ROTARY if n in found}
-    scaled = bool(settings.keys() & {*OBJECTS})
-    made: dict[str, Any] = {}
-    for key, value in document.items():
-        if key in names or (scaled and key == TRAINED):
-            continue
-        if key in OBJECTS and isinstance(value, Mapping):
-            value = {k: v for k, v in flat(value).items() if k not in names and (not scaled or k in ROTARY)}
-        if key in OBJECTS and scaled and not value:
-            continue
-        made[key] = value
-    return {**made, **settings}

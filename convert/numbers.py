@@ -27,6 +27,7 @@ from ckpt_tool.convert.facts_classes import ROPE as ROPE
 from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
+from ckpt_tool.convert.facts_rotary import LLAMA3 as LLAMA3
 from ckpt_tool.convert.params import MAX_COUNT, Facts, Silent
 from ckpt_tool.convert.params import UNKNOWN as UNKNOWN
 from ckpt_tool.convert.params import shown as shown
@@ -320,10 +321,14 @@ def table_of(
 TIE = "tie_word_embeddings"
 
 
+def may_untie(fields: Mapping[str, Field]) -> bool:
+    """Whether the user may say whether the output layer is the embedding."""
+    return TIE in fields and not fields[TIE].fixed
+
+
 def head_of(known: Known) -> str:
-    """The output layer of a model in the Hugging Face layout, where the user may say whether it is the
-    embedding; else empty."""
-    if known.config is None or TIE not in known.fields or known.fields[TIE].fixed:
+    """The output layer of a model in the Hugging Face layout that `may_untie`; else empty."""
+    if known.config is None or not may_untie(known.fields):
         return ""
     return next(iter(known.config.tied))
 

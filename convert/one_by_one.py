@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Record, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo, View
 from ckpt_tool.errors import Problem, fail_all
 
 # Name of the stacked tensor, of any layer {i}, to those it is made of: equal shares of its first dimension,
@@ -37,18 +37,12 @@ class Share:
     start: int
 
 
-class OneByOne(TensorFile):
+class OneByOne(View):
     """A view of a file in which what is stacked is apart; `shares` are by the names here."""
 
     def __init__(self, stored: TensorFile, shares: Mapping[str, Share]) -> None:
-        self.path, self.name, self.format, self.metadata = (
-            stored.path,
-            stored.name,
-            stored.format,
-            stored.metadata,
-        )
-        self.imports, self.notes = stored.imports, stored.notes
-        self.stored, self.shares = stored, shares
+        super().__init__(stored)
+        self.shares = shares
         self.tensors = {name: share.info for name, share in shares.items()}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -59,21 +53,9 @@ class OneByOne(TensorFile):
         found = self.stored.extent(self.shares[name].stored)
         return None if found is None else (found[0], found[1] + self.shares[name].start)
 
-    def records(self) -> Mapping[str, Record]:
-        return self.stored.records()
-
     def record_of(self, name: str) -> tuple[str, int] | None:
         found = self.stored.record_of(self.shares[name].stored)
         return None if found is None else (found[0], found[1] + self.shares[name].start)
-
-    def check_record(self, key: str) -> bool:
-        return self.stored.check_record(key)
-
-    def check_unchanged(self) -> None:
-        self.stored.check_unchanged()
-
-    def close(self) -> None:
-        self.stored.close()
 
 
 def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:

@@ -149,20 +149,6 @@ class Facts:
             message = f"expected one of {', '.join(names)}, found {printable(name, 60)}"
             self._problem("usage", message, SET, name, near(name, names))
 
-    def unused(self, ignored: Iterable[str]) -> list[str]:
-        """Notes on the file's fields that nothing read. A field that holds an object switches on some part of
-        a model (adapters, another rotary scaling, an image encoder), so it is refused and not noted."""
-        notes = []
-        for key, value in (self.document or {}).items():
-            if key in self.used or key in ignored or value in (None, False, "", [], {}):
-                continue
-            if "." in key or isinstance(value, dict):
-                message = f"expected a plain text model, found {key} = {shown(value)}"
-                self._problem("unsupported", message, self.file, key)
-            else:
-                notes.append(f"{self.file}: {printable(key)} = {shown(value)} is not used")
-        return notes
-
     def _problem(
         self, kind: str, message: str, file: str | None, where: str, hint: str | None = None
     ) -> None:
@@ -235,6 +221,11 @@ _SETTINGS = Class(
     {"rope_theta": None, "rope_scaling": None},
     dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")),
 )
+
+
+def left_out(file: str, name: str, value: Any) -> str:
+    """A note on what a file says and the user sets to null: no field reads it, and nobody here knows it."""
+    return f"{file}: {printable(name, 60)} {shown(value)} is left out (--set {printable(name, 60)}=null)"
 
 
 def shown(value: Any) -> str:

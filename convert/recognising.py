@@ -5,7 +5,6 @@ the near misses only, nearest first, and what the files hold.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -93,8 +92,11 @@ def only_family(checkpoint: Checkpoint) -> str:
     raise CkptToolError(*unknown(checkpoint, said))
 
 
-def unknown(checkpoint: Checkpoint, said: Iterable[Said]) -> list[Problem]:
-    """That no family recognises it: what the files hold, and the near misses, a line each."""
+def unknown(
+    checkpoint: Checkpoint, said: Iterable[Said], wanted: str = "one family to recognise it, found none"
+) -> list[Problem]:
+    """That no family recognises it, or not the `wanted` one: what the files hold, and the near misses, a line
+    each."""
     misses = near_misses(checkpoint, said)
     held = _held(checkpoint)
     hint = "`ckpt-tool inspect` shows all that the files hold, `ckpt-tool families` what is read"
@@ -102,7 +104,7 @@ def unknown(checkpoint: Checkpoint, said: Iterable[Said]) -> list[Problem]:
         hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
     first = Problem(
         "unknown-family",
-        f"expected one family to recognise it, found none; it holds {held}",
+        f"expected {wanted}; it holds {held}",
         checkpoint.path.name,
         hint=hint,
     )
@@ -181,7 +183,7 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     if error.kind == "already-converted":
         return error
     if not alike:
-        return CkptToolError(*(_not(p, chosen) for p in unknown(checkpoint, said)))
+        return CkptToolError(*unknown(checkpoint, said, f"an original of {chosen.name}"))
     why = _wrapped(chosen.tensors, names) or next(why for name, _, why in said if name == chosen.name)
     first = Problem("unknown-family", f"expected an original of {chosen.name}; {why}", checkpoint.path.name)
     return CkptToolError(first, *error.problems)
@@ -211,14 +213,6 @@ def _of_another(checkpoint: Checkpoint, chosen: Family, own: tuple[str, str]) ->
     if "params.json" in checkpoint.documents and nearness(chosen.tensors, checkpoint.names()) >= NEAR:
         hint += f"; if it is {chosen.name} all the same, give its values by --set, without params.json"
     return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
-
-
-def _not(problem: Problem, chosen: Family) -> Problem:
-    """The same said of one family."""
-    text = problem.message.replace(
-        "one family to recognise it, found none;", f"an original of {chosen.name};"
-    )
-    return replace(problem, message=text)
 
 
 def no_config(checkpoint: Checkpoint) -> Problem:

@@ -15,7 +15,7 @@ from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.convert.facts_problems import SET, misread
+from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.heads import pooled
 from ckpt_tool.convert.layout import (
     Expansion,
@@ -26,10 +26,12 @@ from ckpt_tool.convert.layout import (
     with_padding,
     without_padding,
 )
+from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
 from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import Problem, fail_all
 
+TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
 
 
@@ -192,9 +194,8 @@ def _with_hints(filled: Expansion, table: Table) -> None:
         replace(s, hint=_way_out(table, s.sources[0].name)) if s.compare == "tied" else s
         for s in filled.steps
     ]
-    hint = "--set tie_word_embeddings=true if the output layer is the embedding"
     filled.problems[:] = [
-        replace(p, hint=hint) if table.head and p.where == table.head and p.hint is None else p
+        replace(p, hint=TIES) if table.head and p.where == table.head and p.hint is None else p
         for p in filled.problems
     ]
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits, StorageRef, TensorRecord
-from ckpt_tool.checkpoint.unpickle import Machine, read_pickle, scan_imports
+from ckpt_tool.checkpoint.unpickle import Machine, read_pickle
 from ckpt_tool.errors import CkptToolError
 
 PLAIN = st.recursive(
@@ -283,7 +283,7 @@ def test_more_data_can_be_asked_for() -> None:
 
 def test_imports_are_listed_even_before_a_fault() -> None:
     data = b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R0cnumpy\ndtype\n0cbuiltins\neval\n0\xee"
-    assert scan_imports(data, file="x") == ("os.system", "numpy.dtype", "builtins.eval")
+    assert Machine(data, file="x").scan() == ("os.system", "numpy.dtype", "builtins.eval")
     found = read_pickle(data[:-1] + b"N.", file="x")
     assert found.imports == {
         Global("os", "system"): 2,
@@ -334,7 +334,7 @@ def test_nothing_is_imported_or_run(audited: list[str]) -> None:
         found = read(one)
         assert isinstance(found, dict) and str(found["a"].type).endswith("eval")
     for one, _, _ in HOSTILE.values():
-        scan_imports(one[:4096], file="x")
+        Machine(one[:4096], file="x").scan()
     assert audited == []
     assert "antigravity" not in sys.modules
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -234,8 +235,13 @@ def test_every_family_has_a_cell(kind: str) -> None:
     assert set(FAMILIES) == set(BASE)
     for place in set(row.elsewhere.values()):
         file, _, name = place.partition("::")
-        tree = ast.parse((Path(__file__).parent / file).read_text())
-        assert name in {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}, place
+        assert name in written_in(file), place
+
+
+@cache
+def written_in(file: str) -> set[str]:
+    tree = ast.parse((Path(__file__).parent / file).read_text())
+    return {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "files.md"
@@ -269,8 +275,9 @@ def test_the_kind_on_the_family(
     given, out = tmp_path / "models--org--name", tmp_path / "out"
     original = originals(variant.id)
     if row.shards:
-        small = api.Options(settings=variant.settings, max_shard_bytes=1 << 14)
-        api.convert(original, given, family=family, options=small)
+        half = sum(f.stat().st_size for f in conversions(variant.id).glob("*.safetensors")) * 2 // 3
+        small = api.Options(settings=variant.settings, max_shard_bytes=half)
+        api.convert(original, given, family=family, options=small, check=False)
     else:
         folder = conversions(variant.id) if row.back else original
         shutil.copytree(folder if folder.is_dir() else folder.parent, given)
@@ -285,7 +292,7 @@ def test_the_kind_on_the_family(
         assert row.says in str(caught.value.problems[0])
         assert not out.exists()
         return
-    made = api.convert(given, out, **asked)
+    made = api.convert(given, out, **asked, check=False)
     if row.note is not None:
         said = (*made.opened, *made.plan.notes)
         assert any(row.note in note for note in said), said

@@ -117,9 +117,13 @@ def wrapped(folder: Path) -> None:
 
 
 def with_training_state(folder: Path) -> None:
-    """What training programs keep beside weights: a state of 128 bits, and an order of more than 1 MiB."""
+    """What training programs keep beside weights: a state of 128 bits, an order, and more than 1 MiB."""
     as_torch(folder)
-    beside = {"rng_state": {"state": 2**127 + 1, "inc": 2**100 + 1}, "order": list(range(400_000))}
+    beside = {
+        "rng_state": {"state": 2**127 + 1, "inc": 2**100 + 1},
+        "order": list(range(4000)),
+        "log": "x" * (2 << 20),
+    }
     rewritten(lambda ts: {**ts, **beside})(folder)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
-from ckpt_tool.convert.facts import IDS, Meaning, Reading, class_of, classes, differences, read, same, shown
-from ckpt_tool.convert.facts_classes import IDENTITY, IDLE
+from ckpt_tool.convert.facts import Meaning, Reading, class_of, classes, differences, read, same, shown
+from ckpt_tool.convert.facts_classes import IDENTITY, IDLE, IDS
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
 

@@ -53,7 +53,6 @@ DTYPES: dict[str, DType] = {
         DType("BOOL", 1, "u1", "?", "bool"),
     )
 }
-NOTES = 10
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -167,36 +166,44 @@ class Document:
         return data
 
 
-class Renamed(TensorFile):
+class View(TensorFile):
+    """A file seen with other tensors than it has: all but these is the `stored` file's own."""
+
+    def __init__(self, stored: TensorFile) -> None:
+        self.path, self.name, self.format = stored.path, stored.name, stored.format
+        self.metadata, self.imports, self.notes = stored.metadata, stored.imports, stored.notes
+        self.stored = stored
+
+    def records(self) -> Mapping[str, Record]:
+        return self.stored.records()
+
+    def check_record(self, key: str) -> bool:
+        return self.stored.check_record(key)
+
+    def check_unchanged(self) -> None:
+        self.stored.check_unchanged()
+
+    def close(self) -> None:
+        self.stored.close()
+
+
+class Renamed(View):
     """A view of a file whose tensors have other names, or of a part of them: `own` gives for each name here
     that in the file."""
 
-    def __init__(self, file: TensorFile, own: Mapping[str, str]) -> None:
-        self.path, self.name, self.format, self.metadata = file.path, file.name, file.format, file.metadata
-        self.imports, self.notes = file.imports, file.notes
-        self._file, self._own = file, own
-        self.tensors = {new: replace(file.tensors[old], name=new) for new, old in own.items()}
+    def __init__(self, stored: TensorFile, own: Mapping[str, str]) -> None:
+        super().__init__(stored)
+        self.own = own
+        self.tensors = {new: replace(stored.tensors[old], name=new) for new, old in own.items()}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        self._file.read_into(self._own[name], offset, buffer)
+        self.stored.read_into(self.own[name], offset, buffer)
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        return self._file.extent(self._own[name])
-
-    def records(self) -> Mapping[str, Record]:
-        return self._file.records()
+        return self.stored.extent(self.own[name])
 
     def record_of(self, name: str) -> tuple[str, int] | None:
-        return self._file.record_of(self._own[name])
-
-    def check_record(self, key: str) -> bool:
-        return self._file.check_record(key)
-
-    def check_unchanged(self) -> None:
-        self._file.check_unchanged()
-
-    def close(self) -> None:
-        self._file.close()
+        return self.stored.record_of(self.own[name])
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,9 @@ class LeftOut:
 
     tensor: TensorInfo
     reason: str
+
+
+SHOWN_NOTES = 10  # of opening, before the rest is counted
 
 
 @dataclass
@@ -225,9 +235,7 @@ class Checkpoint:
 
     def with_files(self, files: dict[str, TensorFile], *notes: str) -> Checkpoint:
         """The same checkpoint through views of its files."""
-        return Checkpoint(
-            self.path, files, self.documents, [*self.notes, *notes], self.readings, self.left_out
-        )
+        return replace(self, files=files, notes=[*self.notes, *notes])
 
     def __iter__(self) -> Iterator[TensorInfo]:
         for file in self.files.values():
@@ -263,7 +271,7 @@ class Checkpoint:
         return parse_object(self.documents[name].read(), file=name)
 
     def opened(self) -> tuple[str, ...]:
-        """The notes, those that many files share once, at most `NOTES`; `inspect` has all."""
+        """The notes, those that many files share once, at most `SHOWN_NOTES`; `inspect` has all."""
         told: dict[str, list[str]] = {}
         for note in self.notes:
             file, colon, text = note.partition(": ")
@@ -275,8 +283,9 @@ class Checkpoint:
             else text
             for text, files in told.items()
         ]
-        more = [f"{len(lines) - NOTES} more notes: see `ckpt-tool inspect`"] if len(lines) > NOTES else []
-        return (*lines[:NOTES], *more)
+        left = len(lines) - SHOWN_NOTES
+        more = [f"{left} more notes: see `ckpt-tool inspect`"] if left > 0 else []
+        return (*lines[:SHOWN_NOTES], *more)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():

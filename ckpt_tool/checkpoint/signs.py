@@ -55,6 +55,20 @@ def _sign(
 
 
 DOWNLOAD = "the download failed or needs a login; download the file again"
+POINTERS = (
+    _sign(
+        "a git-lfs pointer, not the file it stands for",
+        "run `git lfs pull` where the repository was cloned",
+        "",
+        (0, b"version https://git-lfs.github.com/spec/"),
+    ),
+    _sign(
+        "a Xet pointer, not the file it stands for",
+        "download the file itself, with huggingface_hub or git-xet",
+        "",
+        (0, b"# xet version"),
+    ),
+)
 SLICES = _sign(
     "slices of tensors, one file a rank (torch.distributed's Hugging Face writer)",
     "torch joins them: torch.distributed.checkpoint._consolidate_hf_safetensors,"
@@ -68,19 +82,7 @@ TENSORFLOW = _sign(
 )
 TABLE_END = bytes.fromhex("57fb808b247547db")  # of the tables in which TensorFlow lists tensors
 SIGNS = (
-    # --- what is no file at all ---
-    _sign(
-        "a git-lfs pointer, not the file it stands for",
-        "run `git lfs pull` where the repository was cloned",
-        "",
-        (0, b"version https://git-lfs.github.com/spec/"),
-    ),
-    _sign(
-        "a Xet pointer, not the file it stands for",
-        "download the file itself, with huggingface_hub or git-xet",
-        "",
-        (0, b"# xet version"),
-    ),
+    *POINTERS,
     # --- adapters ---
     _sign(
         "an adapter (PEFT, LoRA) and not a model",
@@ -240,7 +242,7 @@ def by_start(head: bytes) -> Sign | None:
 def pointer(data: bytes) -> Sign | None:
     """What a document is that only stands for one, as a clone without its large files has them."""
     found = by_start(data[:64])
-    return found if found is not None and "pointer" in found.what else None
+    return found if found in POINTERS else None
 
 
 def by_name(name: str) -> Sign | None:

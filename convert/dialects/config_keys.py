@@ -5,17 +5,12 @@ refused by name, with the way out. Which is which, `convert.facts_classes` says,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from ckpt_tool.convert.facts import Reading, read_as
-from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.convert.params import shown
-from ckpt_tool.errors import Problem, fail_all, printable
-
-# Fields that say how a file's tensors were packed, and fields that ask a loader for code of the download.
-PACKED = ("quantization_config", "compression_config", "quantization")
-CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+from ckpt_tool.convert.facts_classes import CODE, PACKED, Class
+from ckpt_tool.convert.params import left_out, shown
+from ckpt_tool.errors import Problem, fail_all, near, printable
 
 
 def read_keys(
@@ -27,9 +22,7 @@ def read_keys(
     out = {k for k in (*found.unknown, *found.refused) if k in settings and settings[k] is None}
     left = {k: v for k, v in document.items() if k not in out}
     fail_all(_not_read(read_as(left, own), left, own))
-    notes = [
-        f"config.json: {printable(k)} {shown(document[k])} is left out (--set {k}=null)" for k in sorted(out)
-    ]
+    notes = [left_out("config.json", k, document[k]) for k in sorted(out)]
     notes += [
         f"config.json: {k} asks for code of the download ({shown(left[k])}) and is left out: {own.name} of "
         "transformers reads the output"
@@ -62,11 +55,9 @@ def _not_read(found: Reading, document: Mapping[str, Any], own: Class) -> Iterat
             yield problem(key, message, f"{null} if that code computes what {stem} of transformers does")
     for key, value in sorted(found.unknown.items()):
         message = f"expected keys that {own.name} reads or that change nothing, found {shown(value)}"
-        near = get_close_matches(key, [*own.numbers, *own.identity], 1, 0.85)
-        meant = f"did you mean {near[0]}? " if near else ""
-        yield problem(
-            key, message, f"{meant}--set {printable(key)}=null leaves it out, if it changes nothing"
-        )
+        meant = near(key, [*own.numbers, *own.identity])
+        hint = f"--set {printable(key)}=null leaves it out, if it changes nothing"
+        yield problem(key, message, f"{meant} {hint}" if meant else hint)
 
 
 def _other_model(found: Any, own: Class) -> str | None:

@@ -35,6 +35,7 @@ from ckpt_tool.convert.numbers import (
     free,
     given,
     head_of,
+    may_untie,
     only,
     repeats,
     turns,
@@ -410,7 +411,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],
         original,
     )
-    untied = "" if d.fields[TIE].fixed else "output.weight"
+    untied = "output.weight" if may_untie(d.fields) else ""
     return to_hf(replace(table_of(rows, config), turns=turns(known), head=untied), download, options, written)
 
 

@@ -11,7 +11,8 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.dialects.config_keys import read_keys
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
-from ckpt_tool.convert.facts_rotary import ROTARY, overlaid
+from ckpt_tool.convert.facts_rotary import ROTARY
+from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value

@@ -244,11 +244,8 @@ def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None)
     axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
     made = replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
     # on the way to Hugging Face: a stage's copy of the embedding is no output layer of its own
-    return made if known.back else replace(made, head=OUTPUT if output != COPY and _may_untie(known) else "")
-
-
-def _may_untie(known: Known) -> bool:
-    return not known.fields[numbers.TIE].fixed
+    own_head = output != COPY and numbers.may_untie(known.fields)
+    return made if known.back else replace(made, head=OUTPUT if own_head else "")
 
 
 # --- opening --------------------------------------------------------------------------------------------
@@ -349,8 +346,8 @@ def _check_complete(run: Run) -> None:
 def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     run = open_run(checkpoint)
     facts = Facts(run.told, "args", m.settings(options))
-    only = LEARNED if is_core(run.age) else {**LEARNED, **RESIDUAL}
-    left_out = refuse_others(facts, run, only, UNUSED_BY_LEARNED)
+    wanted = LEARNED if is_core(run.age) else {**LEARNED, **RESIDUAL}
+    left_out = refuse_others(facts, run, wanted, UNUSED_BY_LEARNED)
     facts.check()
     sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
     tokenizer = read_tokenizer(m.name, run, options, **sizes)
@@ -359,7 +356,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})  # as `words` reads it
     config = {m.written_names.get(name, name): value for name, value in known.values().items()}
     known.value(PADDED.name)
-    facts.check_settings({*config, *m.own_names.values(), *answered_for(facts, run, only)})
+    facts.check_settings({*config, *m.own_names.values(), *answered_for(facts, run, wanted)})
     facts.check()
     words, rows = known.value("vocab_size"), known.value("rows")
     documents = [

@@ -20,7 +20,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.megatron import every_argument
 from ckpt_tool.convert.dialects.megatron_ranks import Run
-from ckpt_tool.convert.params import Facts, shown
+from ckpt_tool.convert.params import Facts, left_out, shown
 from ckpt_tool.errors import printable
 
 # Read by a field or a rule of the dialects.
@@ -131,9 +131,8 @@ HARMLESS = {
         pretrained_bert report_topk_accuracies ict_* bert_load biencoder_* retriever_*
         embedding_path *_report_topk_accuracies titles_data_path indexer_* block_data_path
         evidence_data_path faiss_use_gpu vision_* dino_* swin_* img_* num_classes num_channels
-        patch_dim classes_fraction *_per_class_fraction data_per_class_fraction overlapping_eval
+        patch_dim classes_fraction *_per_class_fraction overlapping_eval
         strict_lambada cloze_eval iterations_to_skip num_epochs *keep_last valid_num_workers
-        use_one_sent_docs
         """,
     "what counts only beside an argument that is refused: experts, another attention, more heads": """
         moe_* mtp_* retro_* mamba_* linear_conv_* linear_key_* linear_value_* linear_num_* dsa_*
@@ -143,7 +142,7 @@ HARMLESS = {
         use_fused_weighted_squared_relu overlap_moe_* experimental_attention_variant_loss_scale_func
         csa_*
         """,
-    "what kind of program saved it": "model_type yaml_cfg attention_softmax_in_fp32 phase bert_load",
+    "what kind of program saved it": "model_type yaml_cfg phase",
 }
 
 
@@ -269,7 +268,7 @@ def refuse_others(facts: Facts, run: Run, only: Mapping[str, Only], unused: str)
         elif is_off(value) or _pattern(_KNOWN).match(name):
             continue
         elif facts.settings.get(name, value) is None:
-            notes[f"args: {name} = {shown(value)} is left out, as --set {name}=null asks"] = None
+            notes[left_out("args", name, value)] = None
         else:
             message = f"expected an argument that is known here, found {name} = {shown(value)}"
             hint = f"if it changes nothing that the model computes, --set {printable(name, 60)}=null"

@@ -31,7 +31,19 @@ from ckpt_tool.convert.dialects.megatron_arguments import (
 )
 from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
 from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.numbers import DTYPE, Class, Field, Known, Size, by_name, count, measured, only, shown
+from ckpt_tool.convert.numbers import (
+    DTYPE,
+    LLAMA3,
+    Class,
+    Field,
+    Known,
+    Size,
+    by_name,
+    count,
+    measured,
+    only,
+    shown,
+)
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
@@ -61,14 +73,6 @@ ARCHITECTURE: dict[str, Any] = {
     "add_qkv_bias": True,
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
-}
-# What use_rope_scaling has beside its factor in every release that knows it.
-SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
 }
 
 
@@ -191,15 +195,15 @@ def _scaling(known: Known) -> Value | None:
             f"expected rope_scaling_factor 8, found {shown(factor)} beside use_rope_scaling: releases up to "
             "core_v0.18 apply 8 whatever it says"
         )
-        block = json.dumps(SCALING | {"factor": factor}, separators=(",", ":"), default=str)
+        block = json.dumps({**LLAMA3, "factor": factor}, separators=(",", ":"), default=str)
         hint = f"--set 'rope_scaling={printable(block, 200)}', or with factor 8, as the run computed it"
         known.refuse("unsupported", message, "rope_scaling_factor", hint)
-    return Value(SCALING, "args: use_rope_scaling")
+    return Value(LLAMA3, "args: use_rope_scaling")  # in every release that knows it
 
 
 def _can_be_said(known: Known) -> bool:
     block = {k: v for k, v in (known["rope_scaling"] or {}).items() if k != "rope_theta"}
-    return block in ({}, SCALING)
+    return block in ({}, LLAMA3)
 
 
 def _words(known: Known) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ckpt_tool.convert.numbers import Field, Known, document, number
 from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source
-from ckpt_tool.convert.weave import Table, Written, to_original
+from ckpt_tool.convert.weave import TIES, Table, Written, to_original
 from ckpt_tool.errors import Problem, fail_all
 
 OPTIONS = (SHARDS, TENSOR_PARALLEL)
@@ -172,8 +172,7 @@ def tie(known: Known) -> Value:
 def output_is_there(known: Known, tied: Value) -> Value:
     if not known.back and not tied.value and OUTPUT not in known.source.tensors:
         message = f"expected this tensor ({tied.source}), found none"
-        hint = "--set tie_word_embeddings=true if the output layer is the embedding"
-        known.refuse("missing-tensor", message, OUTPUT, hint)
+        known.refuse("missing-tensor", message, OUTPUT, TIES)
     return tied
 
 

@@ -27,7 +27,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, table_of
 from ckpt_tool.convert.options import SHARDS
-from ckpt_tool.convert.params import Facts, shown
+from ckpt_tool.convert.params import Facts, left_out, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
@@ -247,9 +247,7 @@ def read_settings(d: Decoder, told: Mapping[str, Any] | None, options: Options) 
     out = {k for k in found if k in options.settings and options.settings[k] is None}
     left = None if told is None else {k: v for k, v in told.items() if k not in out}
     facts = Facts(left, "cfg", {k: v for k, v in options.settings.items() if k not in out})
-    facts.notes += [
-        f"cfg: {printable(k)} {shown(found[k])} is left out (--set {k}=null)" for k in sorted(out)
-    ]
+    facts.notes += [left_out("cfg", k, found[k]) for k in sorted(out)]
     for key in sorted(found.keys() - out):
         message = f"expected settings that {d.title} reads or that change nothing, found {shown(found[key])}"
         hint = f"--set {printable(key)}=null leaves it out, if it changes nothing"

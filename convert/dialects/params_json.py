@@ -27,6 +27,7 @@ from ckpt_tool.convert.numbers import (
 )
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
+from ckpt_tool.convert.weave import TIES
 from ckpt_tool.errors import CkptToolError
 
 NAME = "params.json"
@@ -140,15 +141,14 @@ def alone(*fields: Field) -> list[Field]:
     return [replace(f, keys=f.keys or (f.name,), hidden=True, told=False) for f in fields]
 
 
-TIED = ("tied_embeddings", "tie_word_embeddings")
+TIED_KEYS = ("tied_embeddings", "tie_word_embeddings")
 ACTIVATION = ("hidden_act", "activation", "act_fn")
 
 
 def head_is_there(known: Known, tied: Value) -> Value:
     """A check of tie_word_embeddings: an original without a head must be said to be tied."""
     if not known.back and not tied.value and "output.weight" not in known.source.tensors:
-        hint = "--set tie_word_embeddings=true if the embedding is the head too"
-        known.refuse("missing-tensor", "expected output.weight, found none", "output.weight", hint)
+        known.refuse("missing-tensor", "expected output.weight, found none", "output.weight", TIES)
     return tied
 
 
@@ -157,9 +157,9 @@ def length(known: Known) -> tuple[str, ...]:
     return tuple(k for k in ("max_position_embeddings", "max_seq_len") if known.facts.given(k))[:1]
 
 
-TIE = flag(
+TIED = flag(
     "tie_word_embeddings",
-    *TIED,
+    *TIED_KEYS,
     rule=given(False, "tied_embeddings absent: the head is not tied"),
     check=head_is_there,
 )
@@ -167,7 +167,7 @@ TIE = flag(
 
 def tied(known: Known) -> dict[str, Value]:
     """The entry of the way back, which only models with tied embeddings have."""
-    return {"tied_embeddings": known.value(TIE.name)} if known[TIE.name] else {}
+    return {"tied_embeddings": known.value(TIED.name)} if known[TIED.name] else {}
 
 
 # --- Mistral AI's ---------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_template, vocabulary_kind
-from ckpt_tool.convert.dialects.config_keys import CODE
 from ckpt_tool.convert.dialects.converted import (
     FREQUENCIES,
     GENERATION,
@@ -27,6 +26,7 @@ from ckpt_tool.convert.dialects.converted import (
     read_config,
 )
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_folder
+from ckpt_tool.convert.facts_classes import CODE
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (

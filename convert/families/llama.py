@@ -16,6 +16,7 @@ from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI, asked
 from ckpt_tool.convert.numbers import (
     DECODER,
     DEFAULT,
+    LLAMA3,
     Field,
     Known,
     Value,
@@ -40,7 +41,6 @@ SMALL_FEED_FORWARD = 8192
 LLAMA3_WORDS, LLAMA3_ROWS = 128000, 128256
 LLAMA2_ROWS, CODE_LLAMA_ROWS = 32000, 32016
 LLAMA3_THETA = 5e5
-SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # What a params.json may say of the scaling, and its part in config.json: `rope_scaling_factor` and
 # `rope_high_freq_factor` are those of Meta's Llama 4, the others' second names those of executorch.
 PARTS = {
@@ -206,7 +206,7 @@ def default_theta(known: Known) -> Value | None:
 
 
 def block_of(**parts: object) -> dict[str, object]:
-    return {"factor": 8.0, **SCALING, "rope_type": "llama3", **parts}
+    return {**LLAMA3, **parts}
 
 
 def which_scaling(factor: float) -> str:
@@ -276,7 +276,7 @@ def part(known: Known, name: str) -> Value:
     block, key = known["rope_scaling"], PARTS[name]
     if block is None:
         return ABSENT
-    usual: Mapping[str, object] = {**SCALING, "factor": 32 if surely_small(known) else 8}
+    usual: Mapping[str, object] = {**LLAMA3, "factor": 32 if surely_small(known) else 8}
     unclear = key == "factor" and small(known) and not surely_small(known)
     said = unclear or block[key] != usual[key]
     return Value(block[key] if said else None, f"config.json: rope_scaling.{key}")
@@ -402,7 +402,9 @@ FAMILY = consolidated.family(
             ask="the rotary scaling of Llama 3.1 and later, or null for Llama 3",
         ),
         count("max_position_embeddings", "max_position_embeddings", rule=context),
-        flag("tie_word_embeddings", *params_json.TIED, rule=tied_if_small, check=params_json.head_is_there),
+        flag(
+            "tie_word_embeddings", *params_json.TIED_KEYS, rule=tied_if_small, check=params_json.head_is_there
+        ),
         *params_json.alone(
             flag(
                 "use_scaled_rope",

@@ -53,7 +53,7 @@ FAMILY = consolidated.family(
         params_json.UNSCALED,
         params_json.WINDOW,
         count("max_position_embeddings", read=params_json.length, rule=context),
-        params_json.TIE,
+        params_json.TIED,
     ),
     forms={
         "safetensors": Form(("consolidated.safetensors",), DENSE),  # as Mistral AI publishes today

@@ -120,7 +120,7 @@ FAMILY = consolidated.family(
         params_json.UNSCALED,
         params_json.WINDOW,
         count("max_position_embeddings", read=params_json.length, rule=context),
-        only("tie_word_embeddings", False, "rule: no Mixtral ties its head", keys=params_json.TIED),
+        only("tie_word_embeddings", False, "rule: no Mixtral ties its head", keys=params_json.TIED_KEYS),
     ),
     training={"output_router_logits": False, "router_aux_loss_coef": 0.001},  # the second of the loss only
     forms={
