@@ -54,8 +54,16 @@ _OWN = re.compile(
 _WRAPPED = re.compile(
     r"model\.(tok_embeddings\.|(\w+\.)+(layers|layer|h)\.\d+\.|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.)"
 )
-# The first names of whole models, by which any word before all of them is known for a wrapper's.
-_ROOTS = ("tok_embeddings.", "model.embed_tokens.", "lm_head.", "transformer.wte.", "transformer.h.0.")
+# The first names of whole models, by which any word before all of them is known for a wrapper's; others that
+# are known may stand between.
+_ROOTS = (
+    r"tok_embeddings|model\.embed_tokens|lm_head|transformer\.(wte|h\.0)|gpt_neox\.layers\.0|bert\.embeddings"
+    r"|(model\.)?decoder\.(embed_tokens|layers\.0)|(model\d*\.)?language_model\.\w+"
+    r"|model\d*\.(embedding|decoder|encoder)"
+)
+_WHOLE = re.compile(
+    rf"(?!model\d*\.)\w+\.(({'|'.join(map(re.escape, (*_INSIDE, *_BEFORE)))})\.)*({_ROOTS})\.", re.ASCII
+)
 _LORA = re.compile(r"(^|[._])lora_")
 
 
@@ -125,8 +133,9 @@ class _Names:
         return changed
 
     def _take_before(self) -> bool:
-        """One word that stands before every name; what is known to stand beside the weights is set aside."""
-        weights = [own for n, own in self.own.items() if self._beside(n) is None]
+        """One word that stands before every name; what is known to stand beside the weights is set aside,
+        unless there is nothing else."""
+        weights = [own for n, own in self.own.items() if self._beside(n) is None] or list(self.own.values())
         rest = {n.partition(".")[0] for n in weights}
         for word in (*_INSIDE, *_BEFORE):
             if word.partition(".")[0] not in rest:
@@ -137,10 +146,8 @@ class _Names:
             if len(with_it) < len(weights):
                 self._refuse(word, with_it, weights)
             return self._strip(word)
-        if len(rest) == 1 and "model" not in rest:
-            (word,) = rest
-            if any(n.startswith(tuple(f"{word}.{root}" for root in _ROOTS)) for n in weights):
-                return self._strip(word)
+        if len(rest) == 1 and any(map(_WHOLE.match, weights)):
+            return self._strip(rest.pop())
         return False
 
     def _strip(self, word: str) -> bool:
@@ -236,4 +243,4 @@ def _not_carried(files: Mapping[str, TensorFile]) -> Iterator[str]:
     )
     if keys:
         shown = ", ".join(printable(k, 40) for k in list(keys)[:8]) + (", ..." if len(keys) > 8 else "")
-        yield f"beside the weights and not carried over: {shown}"
+        yield f"beside the weights, read only where the family knows what it is: {shown}"
