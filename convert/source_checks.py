@@ -4,7 +4,7 @@ carry, and shares that no two ranks can have alike."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -78,30 +78,49 @@ def _joined(
 
 
 def repeated_shares(steps: Iterable[Step], checkpoint: Checkpoint, crcs: Mapping[Key, int]) -> list[Problem]:
-    """Files that hold the very bytes of another rank's in every tensor that ranks share out: one file under
-    two numbers. Headers cannot tell it, and neither can copies, which are then equal. Zeros tell nothing."""
-    shares: dict[str, list[tuple[int, str, int]]] = {}
-    telling: set[str] = set()
+    """Files that hold the very bytes of another rank's in every tensor that ranks share out, or of another
+    pipeline stage's in every tensor: one file under two numbers. Headers cannot tell it, and neither can
+    copies, which are then equal. Zeros tell nothing."""
+    held: dict[str, list[_Held]] = {}
     for k, step in enumerate(steps):
-        if step.compare or len({p.file for p in step.sources}) < 2:
+        if step.compare:
             continue
+        shared = len({p.file for p in step.sources}) > 1
         for p in step.sources:
             crc, size = crcs[p.file, p.name], checkpoint.files[p.file].tensors[p.name].nbytes
-            shares.setdefault(p.file, []).append((k, p.name, crc))
-            if crc != _of_zeros(size):
-                telling.add(p.file)
-    first: dict[tuple[tuple[int, str, int], ...], str] = {}
-    problems = []
-    for file in (f for f in shares if f in telling):
-        other = first.setdefault(tuple(shares[file]), file)
+            held.setdefault(p.file, []).append(_Held(k, p.name, crc, shared, crc != _of_zeros(size)))
+    shares = {f: tuple((h.step, h.name, h.crc) for h in hs if h.shared) for f, hs in held.items()}
+    stages = {f: tuple(sorted((h.name, h.crc) for h in hs)) for f, hs in held.items()}
+    telling = [{f for f, hs in held.items() if any(h.tells for h in hs if h.shared)}]
+    telling.append({f for f, hs in held.items() if any(h.tells for h in hs)})
+    ranks = list(_repeated(shares, telling[0], "another share of each tensor", "that ranks share out"))
+    named = {p.file for p in ranks}
+    layers = _repeated(stages, telling[1], "other layers", "it holds")
+    return [*ranks, *(p for p in layers if p.file not in named)]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor that a step reads from a file; `shared` with other files, `tells` unless it is zeros."""
+
+    step: int
+    name: str
+    crc: int
+    shared: bool
+    tells: bool
+
+
+def _repeated(
+    held: Mapping[str, tuple[object, ...]], telling: set[str], expected: str, all_: str
+) -> Iterator[Problem]:
+    """A problem for each of the files `telling` that holds what another does."""
+    first: dict[tuple[object, ...], str] = {}
+    for file, own in held.items():
+        other = first.setdefault(own, file) if file in telling else file
         if other != file:
-            message = (
-                f"expected another share of each tensor than in {other}, found the same bytes in all "
-                f"{len(shares[file])} that ranks share out"
-            )
+            message = f"expected {expected} than in {other}, found the same bytes in all {len(own)} {all_}"
             hint = "one file is there under two numbers: get the one that is missing"
-            problems.append(Problem("shard-conflict", message, file, hint=hint))
-    return problems
+            yield Problem("shard-conflict", message, file, hint=hint)
 
 
 @lru_cache(maxsize=1024)

@@ -25,6 +25,8 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.cli import cli
 from ckpt_tool.convert.families import mixtral
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.families.megatron_gpt2 import WIDE
+from ckpt_tool.fixtures.megatron import FILE
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.inspect import inspect
 from ckpt_tool.verify import verify
@@ -526,6 +528,14 @@ def test_lists_as_they_are_found(kind: str, originals: Written, tmp_path: Path) 
     assert told(source) == [f"checklist.chk: {count} of {count} sums agree"] * bool(count)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_windows_that_lists_itself(encoding: str, originals: Written, tmp_path: Path) -> None:
+    source = shutil.copytree(originals("llama-2-7b"), tmp_path / "source")
+    text = sums(source, "params.json", "consolidated.00.pth") + f"{'0' * 32}  checklist.chk\n"
+    (source / "checklist.chk").write_bytes(text.encode(encoding))
+    assert told(source) == ["checklist.chk: 2 of 2 sums agree"]
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff" * 5000, b"0" * (2 << 20), b"a" * 32 + b"  \0\n"])
 def test_a_list_that_is_none_is_ignored(data: bytes, originals: Written, tmp_path: Path) -> None:
     source = shutil.copytree(originals("mistral-7b-v0.3"), tmp_path / "source")
@@ -547,6 +557,22 @@ def test_one_shard_under_two_numbers_is_a_conflict(variant: str, originals: Writ
         api.convert(source, tmp_path / "out", family=chosen.family, options=Options(settings=chosen.settings))
     assert [p.kind for p in caught.value.problems] == ["shard-conflict"]
     assert "found the same bytes in all" in caught.value.text() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_pipeline_stage_under_two_numbers_is_a_conflict(ranks: int, tmp_path: Path) -> None:
+    """Stages number their layers from 0, so that neither names nor counts tell."""
+    made = WIDE.at("core-fused", flags={"swiglu": False}, stages=4, ranks=ranks, home="iter_0000100")
+    source = made.write(tmp_path / "source", "stages")
+    options = Options(settings=VARIANTS["gpt2-core-pp2"].settings)
+    assert api.convert(source, tmp_path / "out", family="megatron-gpt2", options=options).outcome.manifest
+    for rank in range(ranks):
+        there = source / f"iter_0000100/mp_rank_{rank:02d}_001"
+        shutil.copy(there / FILE, there.with_name(f"mp_rank_{rank:02d}_002") / FILE)
+    with pytest.raises(CkptToolError, match="mp_rank_00_002.*expected other layers than in") as caught:
+        api.convert(source, tmp_path / "twice", family="megatron-gpt2", options=options)
+    assert [p.kind for p in caught.value.problems] == ["shard-conflict"] * ranks
+    assert not (tmp_path / "twice").exists()
 
 
 def test_ranks_of_zeros_are_no_conflict(originals: Written, tmp_path: Path) -> None:

@@ -312,6 +312,67 @@ def test_any_word_before_a_known_model_is_taken_off(first: str) -> None:
     assert "`net.`" in found.readings[0]
 
 
+@pytest.mark.parametrize(
+    "before", ["net.", "actor.model.", "state.", "ema.", "ema_model.module.", "trainer.model."]
+)
+@pytest.mark.parametrize(
+    "variant", ["gpt2-v2-tp2", "gpt2-core-tp2", "bert-v3-virtual", "opt-350m", "llama-2-7b"]
+)
+def test_any_word_before_any_family_is_taken_off(
+    before: str, variant: str, originals: Any, conversions: Any
+) -> None:
+    """Also one of training's, where nothing else is there: who has the average only means the average."""
+    for folder in (originals(variant), conversions(variant)):
+        with open_checkpoint(folder) as checkpoint:
+            names = [n for n in checkpoint.names() if not re.match(r"optimizer|(\w+_)?rng_|lr_scheduler", n)]
+        found = rename({"a.pth": names}, lambda n: before + n)
+        own = list(found.files["a.pth"].tensors)
+        assert own in (names, [f"model.{n}" for n in names])
+        assert f"`{before.removesuffix('model.')}" in found.readings[0]
+
+
+def test_an_average_beside_no_weights_is_the_model() -> None:
+    beside = ["optimizer.state.0.exp_avg", "rng_state"]
+    names = ["layers.0.attention.wq.weight", "tok_embeddings.weight"]
+    found = rename({"a.pth": [*beside, *(f"ema.{n}" for n in names)]}, str)
+    assert list(found.files["a.pth"].tensors) == names and "`ema.`" in found.readings[0]
+    assert [t.tensor.name for t in found.left_out] == beside
+    two = [f"{word}.{n}" for word in ("ema", "model_ema") for n in names]
+    assert list(rename({"a.pth": two}, str).files["a.pth"].tensors) == two
+
+
+def test_virtual_stages_are_no_wrappers() -> None:
+    names = ["model0.language_model.encoder.layers.0.mlp.weight", "model0.language_model.embedding.w.weight"]
+    assert list(rename({"a.pth": names}, str).files["a.pth"].tensors) == names
+
+
+def test_the_version_of_a_format_is_read_from_under_any_word(originals: Any, tmp_path: Path) -> None:
+    file = shutil.copytree(originals("gpt2-v1-bare").parent, tmp_path / "in") / "model_optim_rng.pt"
+    options = Options(settings=VARIANTS["gpt2-v1-bare"].settings)
+    wanted = plan(file, family="megatron-gpt2", options=options)
+    torch.save({"net": torch.load(file, map_location="cpu"), "seed": 1}, file)
+    found = plan(file, family="megatron-gpt2", options=options)
+    assert [s.targets for s in found.steps] == [s.targets for s in wanted.steps]
+    assert [s.axes for s in found.steps] == [s.axes for s in wanted.steps]
+    (told,) = (n for n in found.notes if n.startswith("beside the weights"))
+    assert "only where the family knows what it is" in told
+
+
+@pytest.mark.parametrize("place", ["a tensor", "a tensor under a word", "within the model"])
+def test_the_version_of_a_format_is_not_overlooked(place: str, originals: Any, tmp_path: Path) -> None:
+    """Where there is none the rows of query, key and value are read in another order."""
+    file = shutil.copytree(originals("gpt2-v1-bare").parent, tmp_path / "in") / "model_optim_rng.pt"
+    held = torch.load(file, map_location="cpu")
+    version = held.pop("checkpoint_version")
+    if place == "within the model":
+        held["model"]["checkpoint_version"] = version
+    else:
+        held["checkpoint_version"] = torch.tensor(float(version))
+    torch.save({"net": held} if place == "a tensor under a word" else held, file)
+    with pytest.raises(CkptToolError, match="as a number beside the model, found it elsewhere"):
+        plan(file, family="megatron-gpt2", options=Options(settings=VARIANTS["gpt2-v1-bare"].settings))
+
+
 def test_an_unknown_model_keeps_its_names() -> None:
     names = ["model.stem.weight", "model.blocks.0.weight", "score.weight"]
     assert list(rename({"a.pth": names}, str).files["a.pth"].tensors) == names

@@ -6,6 +6,7 @@ params.json on purpose. Small files are always compared, weights where they are 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import re
@@ -30,7 +31,8 @@ def listed(data: bytes) -> dict[str, str]:
     """The sums in a list by the names of the files, in order. What is no line of a list is skipped, as are
     names that lead elsewhere; of two lines for one name the first counts."""
     found: dict[str, str] = {}
-    for line in data.decode("utf-8", "replace").splitlines():
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what PowerShell writes
+    for line in data.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines():
         match = _LINE.fullmatch(line.strip())
         if match is None:
             continue
@@ -81,6 +83,7 @@ def compare(
             sums = listed(checkpoint.documents[name].read(LIST_BYTES))
         except CkptToolError:
             continue
+        sums.pop(name, None)  # `md5sum * > LIST` lists the list, as it was before it was written
         if sums:
             made.append(_compare(checkpoint, name, sums, weights, progress or (lambda name, count: None)))
     return made

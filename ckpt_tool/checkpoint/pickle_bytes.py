@@ -52,7 +52,9 @@ class PickleBytes:
         raise NotImplementedError
 
     def fault(self, kind: str, message: str) -> NoReturn:
-        fail(kind, f"{message} (opcode {self.opcode()} at byte {self.at} of the pickle)", file=self.file)
+        hint = "save the weights alone with torch.save" if kind == "pickle-limit" else None
+        message = f"{message} (opcode {self.opcode()} at byte {self.at} of the pickle)"
+        fail(kind, message, file=self.file, hint=hint)
 
     def cut(self, what: str) -> NoReturn:
         if self.feed is not None and (self.start > 0 or len(self.data) < min(WINDOW, self.end - self.base)):

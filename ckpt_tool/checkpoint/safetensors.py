@@ -253,6 +253,9 @@ def index_document(weight_map: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+_ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"
+
+
 @dataclass(frozen=True)
 class WeightIndex:
     """An index file as read: tensor name to file name, and the tensors' bytes as it says them, unchecked.
@@ -272,13 +275,13 @@ class WeightIndex:
     def problems(self, files: Mapping[str, TensorFile]) -> Iterator[Problem]:
         """Tensors that are not in exactly one of the opened `files`."""
 
-        def bad(message: str, where: str) -> Problem:
-            return Problem("bad-index", message, self.name, where)
+        def bad(message: str, where: str, hint: str | None = None) -> Problem:
+            return Problem("bad-index", message, self.name, where, hint)
 
         homes = _homes(files)
         for tensor, file in self.weight_map.items():
             if file in files and tensor not in homes:
-                yield bad(f"expected the tensor in {file}, found it in no file", tensor)
+                yield bad(f"expected the tensor in {file}, found it in no file", tensor, _ASIDE)
         for tensor, found in homes.items():
             if len(found) > 1:
                 there = " and ".join(printable(f, 80) for f in found[:4])

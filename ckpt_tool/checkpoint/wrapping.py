@@ -54,8 +54,16 @@ _OWN = re.compile(
 _WRAPPED = re.compile(
     r"model\.(tok_embeddings\.|(\w+\.)+(layers|layer|h)\.\d+\.|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.)"
 )
-# The first names of whole models, by which any word before all of them is known for a wrapper's.
-_ROOTS = ("tok_embeddings.", "model.embed_tokens.", "lm_head.", "transformer.wte.", "transformer.h.0.")
+# The first names of whole models, by which any word before all of them is known for a wrapper's; others that
+# are known may stand between.
+_ROOTS = (
+    r"tok_embeddings|model\.embed_tokens|lm_head|transformer\.(wte|h\.0)|gpt_neox\.layers\.0|bert\.embeddings"
+    r"|(model\.)?decoder\.(embed_tokens|layers\.0)|(model\d*\.)?language_model\.\w+"
+    r"|model\d*\.(embedding|decoder|encoder)"
+)
+_WHOLE = re.compile(
+    rf"(?!model\d*\.)\w+\.(({'|'.join(map(re.escape, (*_INSIDE, *_BEFORE)))})\.)*({_ROOTS})\.", re.ASCII
+)
 _LORA = re.compile(r"(^|[._])lora_")
 
 
@@ -79,11 +87,12 @@ def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
     if not (found.before or found.inside or found.beside):
         return Unwrapped(files)
     fail_all(_conflicts(files, found.own))
-    made = Unwrapped({}, found.before, [*found.words(), *(_not_carried(files) if found.before else ())])
+    made = Unwrapped({}, found.before, [*found.words()])
     for name, file in files.items():
         made.files[name] = Renamed(file, {found.own[n]: n for n in file.tensors if n in found.own})
         made.files[name].metadata = _unwrapped_metadata(file.metadata, found.before)
         made.left_out += [LeftOut(t, found.beside[n]) for n, t in file.tensors.items() if n in found.beside]
+    made.readings += _beside(made.files) if found.before else ()
     return made
 
 
@@ -125,8 +134,12 @@ class _Names:
         return changed
 
     def _take_before(self) -> bool:
-        """One word that stands before every name; what is known to stand beside the weights is set aside."""
+        """One word that stands before every name; what is known to stand beside the weights is set aside,
+        unless it is the only model there."""
         weights = [own for n, own in self.own.items() if self._beside(n) is None]
+        if not weights:
+            words = {n.partition(".")[0] for n in self.own.values() if _WHOLE.match(n)}
+            weights = [n for n in self.own.values() if n.partition(".")[0] in words]
         rest = {n.partition(".")[0] for n in weights}
         for word in (*_INSIDE, *_BEFORE):
             if word.partition(".")[0] not in rest:
@@ -137,10 +150,8 @@ class _Names:
             if len(with_it) < len(weights):
                 self._refuse(word, with_it, weights)
             return self._strip(word)
-        if len(rest) == 1 and "model" not in rest:
-            (word,) = rest
-            if any(n.startswith(tuple(f"{word}.{root}" for root in _ROOTS)) for n in weights):
-                return self._strip(word)
+        if len(rest) == 1 and any(map(_WHOLE.match, weights)):
+            return self._strip(rest.pop())
         return False
 
     def _strip(self, word: str) -> bool:
@@ -225,15 +236,9 @@ def _unwrapped_metadata(metadata: Mapping[str, object], before: str) -> Mapping[
     return metadata
 
 
-def _not_carried(files: Mapping[str, TensorFile]) -> Iterator[str]:
+def _beside(files: Mapping[str, TensorFile]) -> Iterator[str]:
     """What else the dicts hold in which the weights lie."""
-    keys = dict.fromkeys(
-        str(key)
-        for file in files.values()
-        if file.format.startswith("torch")
-        for key in file.metadata
-        if key not in _BEFORE
-    )
+    keys = dict.fromkeys(str(k) for f in files.values() if f.format.startswith("torch") for k in f.metadata)
     if keys:
         shown = ", ".join(printable(k, 40) for k in list(keys)[:8]) + (", ..." if len(keys) > 8 else "")
-        yield f"beside the weights and not carried over: {shown}"
+        yield f"beside the weights, read only where the family knows what it is: {shown}"

@@ -100,8 +100,8 @@ class ZipArchive:
         entries, start = self._directory()
         self.members: dict[str, Member] = {m.name: m for m in self._check_layout(entries, start)}
 
-    def _bad(self, message: str, where: str | None = None) -> NoReturn:
-        fail("bad-zip", message, file=self.name, where=where)
+    def _bad(self, message: str, where: str | None = None, hint: str | None = None) -> NoReturn:
+        fail("bad-zip", message, file=self.name, where=where, hint=hint)
 
     # The end records and the central directory
 
@@ -254,7 +254,8 @@ class ZipArchive:
             )
         parts = name.removesuffix("/").split("/")
         if any(p in ("", ".", "..") for p in parts) or _DRIVE.match(name) or not name.isprintable():
-            self._bad("expected a relative member name of visible characters, found another", name)
+            message = "expected a relative member name of visible characters, found another"
+            self._bad(message, name, "unpack the archive and give the folder")
         return name
 
     def _wide_numbers(self, extra: bytes, count: int, name: str, *, exact: bool) -> list[int]:

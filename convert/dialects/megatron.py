@@ -289,7 +289,7 @@ def open_run(checkpoint: Checkpoint) -> Run:
     first = checkpoint.files[run.files[0][0]]
     iteration = first.metadata.get("iteration")
     iteration = iteration if isinstance(iteration, int) and not isinstance(iteration, bool) else None
-    return replace(run, said_version=_version(first), iteration=iteration)
+    return replace(run, said_version=_version(first, checkpoint), iteration=iteration)
 
 
 def _refuse_names(checkpoint: Checkpoint) -> NoReturn:
@@ -308,9 +308,16 @@ def _refuse_names(checkpoint: Checkpoint) -> NoReturn:
     fail("unsupported", f"expected tensor names of a Megatron of some age, found {shown}", file=label)
 
 
-def _version(file: TensorFile) -> float | None:
+def _version(file: TensorFile, checkpoint: Checkpoint) -> float | None:
     """checkpoint_version: 0 is written by nobody and what a file without one has."""
     if "checkpoint_version" not in file.metadata:
+        names = [*checkpoint.names(), *(t.tensor.name for t in checkpoint.left_out)]
+        within = [n for n in names if n.rpartition(".")[2] == "checkpoint_version"]
+        within += [f"{k}.checkpoint_version" for k, v in file.metadata.items() if _holds_version(v)]
+        if within:
+            message = "expected checkpoint_version as a number beside the model, found it elsewhere"
+            hint = "save it there with torch.save: query_key_value is of another order without it"
+            fail("config-mismatch", message, file=file.name, where=within[0], hint=hint)
         return None
     found = file.metadata["checkpoint_version"]
     if isinstance(found, bool) or not isinstance(found, int | float) or found not in VERSIONS:
@@ -323,6 +330,12 @@ def _version(file: TensorFile) -> float | None:
             hint="it says in which order the rows of query_key_value are; no other order is known",
         )
     return float(found)
+
+
+def _holds_version(value: object, depth: int = 3) -> bool:
+    if not isinstance(value, dict) or not depth:
+        return False
+    return "checkpoint_version" in value or any(_holds_version(v, depth - 1) for v in value.values())
 
 
 def _check_complete(run: Run) -> None:
