@@ -114,6 +114,8 @@ IDLE: dict[str, str] = {
             "router_aux_loss_coef",
             "router_jitter_noise",
             "gradient_checkpointing",
+            "neftune_noise_alpha",
+            "num_steps",
         ),
         TRAINING,
     ),
@@ -125,6 +127,7 @@ IDLE: dict[str, str] = {
             "_name_or_path",
             "_commit_hash",
             "attn_implementation",
+            "cache_implementation",
             "chunk_size_feed_forward",
             "finetuning_task",
             "keys_to_ignore_at_inference",
@@ -132,10 +135,15 @@ IDLE: dict[str, str] = {
             "model_max_length",
             "output_attentions",
             "output_hidden_states",
+            "output_past",
+            "padding_side",
+            "predict_special_tokens",
             "return_dict",
             "task_specific_params",
             "tf_legacy_loss",
             "tokenizer_class",
+            "tokenizer_model_max_length",
+            "tokenizer_padding_side",
             "torchscript",
             "transformers_version",
             "transformers.js_config",
@@ -143,6 +151,9 @@ IDLE: dict[str, str] = {
             "unsloth_version",
             "use_bfloat16",
             "use_cache",
+            "use_flash_attention",
+            "use_flash_attention_2",
+            "use_flash_attn",
         ),
         LOADING,
     ),
@@ -159,7 +170,9 @@ IDLE: dict[str, str] = {
             "forced_eos_token_id",
             "length_penalty",
             "max_length",
+            "max_new_tokens",
             "min_length",
+            "min_new_tokens",
             "no_repeat_ngram_size",
             "num_beam_groups",
             "num_beams",
@@ -177,6 +190,10 @@ IDLE: dict[str, str] = {
         ),
         GENERATION,
     ),
+    **dict.fromkeys(
+        ("cls_token_id", "decoder_start_token_id", "mask_token_id", "sep_token_id", "unk_token_id"),
+        "an id of the tokenizer's",
+    ),
 }
 
 # Defaults of every class for keys that would have an effect with another value.
@@ -185,6 +202,7 @@ DEFAULTS: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
     "tie_encoder_decoder": False,
+    "pretraining_tp": 1,  # which many fine-tunes carry; only LlamaConfig reads it
     "pruned_heads": {},
 }
 

@@ -48,7 +48,7 @@ class Facts:
         settings: Mapping[str, Any],
         rotary: Mapping[str, str] | None = None,
     ) -> None:
-        fail_all(_twice(settings, rotary or {}))
+        fail_all(of_rotary(settings, rotary or {}, SET, "usage"))
         for name, said in ((file, document or {}), (SET, settings)):
             if not isinstance(said.get("rope_parameters"), Mapping | None):
                 message = f"expected an object or null, found {shown(said['rope_parameters'])}"
@@ -205,15 +205,19 @@ def renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
     return found
 
 
-def _twice(settings: Mapping[str, Any], rotary: Mapping[str, str]) -> Iterator[Problem]:
-    """Rotary values that the user's settings say twice and differently."""
+def of_rotary(
+    values: Mapping[str, Any], rotary: Mapping[str, str], file: str, kind: str
+) -> Iterator[Problem]:
+    """Rotary values that `values` say twice and differently, a problem of `kind`, or as nobody reads them."""
     own = replace(_SETTINGS, aliases={name: (other,) for name, other in rotary.items()})
-    for c in read_as(
-        {k: v for k, v in settings.items() if k in (*OBJECTS, *ROTARY, *rotary.values())}, own
-    ).contradictions:
+    found = read_as({k: v for k, v in values.items() if k in (*OBJECTS, *ROTARY, *rotary.values())}, own)
+    for c in found.contradictions:
         (a, x, _), (b, y, _) = c.first, c.second
         message = f"expected one value, found {a} {shown(x)} and {b} {shown(y)}"
-        yield Problem("usage", message, SET, c.name, f"--set {c.name}=VALUE says which")
+        yield Problem(kind, message, file, c.name, f"--set {c.name}=VALUE says which")
+    for w in found.wrong:
+        if w.where in OBJECTS:
+            yield Problem(w.kind, w.text, file, w.where)
 
 
 _SETTINGS = Class(
@@ -233,16 +237,17 @@ def shown(value: Any) -> str:
     return printable(json.dumps(value, default=repr), 60)
 
 
-def _flat(document: Mapping[str, Any], rotary: Mapping[str, str] | None) -> dict[str, Any]:
-    """The document with `model` (some exports nest everything under it) and `moe` opened up, and the rotary
-    values in one place."""
+def opened(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The document with what is under `model`, where some exports nest everything."""
     inner = document.get("model")
-    top = (
-        {**inner, **{k: v for k, v in document.items() if k != "model"}}
-        if isinstance(inner, dict)
-        else document
-    )
-    flat = dict(one_rope(top, rotary))
+    if not isinstance(inner, dict):
+        return document
+    return {**inner, **{k: v for k, v in document.items() if k != "model"}}
+
+
+def _flat(document: Mapping[str, Any], rotary: Mapping[str, str] | None) -> dict[str, Any]:
+    """The document with `model` and `moe` opened up, and the rotary values in one place."""
+    flat = dict(one_rope(opened(document), rotary))
     moe = flat.pop("moe", None)
     if isinstance(moe, dict):
         flat.update({f"moe.{k}": v for k, v in moe.items()})

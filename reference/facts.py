@@ -23,20 +23,35 @@ def fact(
     return found
 
 
-def settings(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`overrides` in the names of transformers 4: 5 keeps theta and scaling in `rope_parameters`."""
-    newer = overrides.get("rope_parameters")
+def settings(told: Mapping[str, Any], decided: Container[str] = ()) -> Mapping[str, Any]:
+    """`told` in the names of transformers 4: 5 keeps theta and scaling in `rope_parameters`. ValueError for
+    two values of theta, unless it is among what the user `decided`, and for a scaling without its kind."""
+    newer = told.get("rope_parameters")
+    for found in (newer, told.get("rope_scaling")):
+        if found and "rope_scaling" not in decided:
+            kindless(found)
     if newer is None:
-        return overrides
-    scaled = newer.get("rope_type", "default") != "default"
-    return {"rope_theta": newer.get("rope_theta"), "rope_scaling": newer if scaled else None, **overrides}
+        return told
+    inner, scaled = newer.get("rope_theta"), newer.get("rope_type", "default") != "default"
+    if "rope_theta" not in decided:
+        one_of({"rope_theta": told.get("rope_theta"), "its object's": inner}, "rope_theta", "its object's")
+    return {"rope_theta": inner, "rope_scaling": newer if scaled else None, **told}
+
+
+def kindless(scaling: Mapping[str, Any]) -> None:
+    """ValueError for values of a scaling of which nothing says what they do."""
+    others = {k for k, v in scaling.items() if v is not None} - {"rope_theta", "partial_rotary_factor"}
+    if others and not others & {"rope_type", "type"}:
+        raise ValueError(f"expected rope_type beside {', '.join(sorted(others))}, found none")
 
 
 def opened(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Some exports nest the settings in `model`."""
+    """Some exports nest the settings in `model`. ValueError for one that has another value beside it."""
     inner = params.get("model")
     if not isinstance(inner, Mapping):
         return params
+    for name, told in inner.items():
+        one_of({f"model.{name}": told, name: params.get(name)}, f"model.{name}", name)
     return {**inner, **{k: v for k, v in params.items() if k != "model"}}
 
 

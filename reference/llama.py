@@ -98,6 +98,7 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), (0,)),
     **dict.fromkeys(("partial_rotary_factor", "embedding_scale_factor", "residual_multiplier"), (1,)),
     **dict.fromkeys(("causal", "apply_embedding", "apply_output"), (True,)),
+    **dict.fromkeys(("norm_topk_prob", "moe.norm_topk_prob"), (True,)),
     **dict.fromkeys(("vision_chunk_size", "vision_num_cross_attention_layers"), (-1, 0)),
     "vision_max_num_chunks": (4, 0),
     "floor_scale": (8192,),
@@ -151,7 +152,7 @@ class Config(decoder.Config):
     ) -> Self:
         """`params` is params.json, `shapes` those of rank 0, `overrides` facts from the user under their
         Hugging Face names, which win. ValueError for what none of them tells."""
-        params, overrides = settings(opened(params)), settings(overrides)
+        params, overrides = settings(opened(params), overrides), settings(overrides)
         check(params, OF_META)
         # Llama 1 and 2 have 10000 in the code and Code Llama as default, Llama 3's code defaults to 500000;
         # only Llama 3 has the 128000 words of its tokenizer, and more, or knows `use_scaled_rope`.

@@ -145,7 +145,7 @@ def _problems(c: Config, params: Mapping[str, Any], ranks: int, rows: int) -> It
     said = {**(everything if isinstance(everything, Mapping) else {}), **params}
     off: tuple[Any, ...] = (None, False, 0, "", [], [-1, -1], [-1, 0])
     yield from (f"expected no `{n}`, found {said[n]}" for n in NOT_COMPUTED if said.get(n) not in off)
-    yield from only(said, VALUES)
+    yield from only(said, {**VALUES, "num_unique_layers": (c.n_layers,)})
     if not c.n_heads:
         yield "expected `num_attention_heads` in args or given by name, found neither"
     elif c.n_heads % c.n_groups or c.n_groups % ranks:

@@ -22,11 +22,14 @@ NOT_FOR_A_PASS = re.compile(
     | router_(aux_loss_coef | jitter_noise) | output_router_logits | pretraining_tp
     | id2label | label2id | num_labels | problem_type | summary_\w+
     | use_cache | use_bfloat16 | torchscript | return_dict | output_(attentions | hidden_states)
-    | tf_legacy_loss | chunk_size_feed_forward | keys_to_ignore_at_inference | cache_implementation
+    | tf_legacy_loss | chunk_size_feed_forward | keys_to_ignore_at_inference
     | _?attn_implementation\w* | _flash_attn_2_enabled | auto_map | trust_remote_code | custom_pipelines
     | is_decoder | max_position_embeddings | n_positions | n_ctx
+    | cache_implementation | (tokenizer_)?padding_side | (tokenizer_)?model_max_length | max_sequence_length
+    | use_flash_att(n | ention(_2)?) | output_past | predict_special_tokens | num_steps | neftune_noise_alpha
     | do_sample | early_stopping | num_(beams | beam_groups | return_sequences) | temperature | typical_p
-    | top_[kp] | (max | min)_length | \w+_penalty | (encoder_)?no_repeat_ngram_size | bad_words_ids
+    | top_[kp] | (max | min)_(length | new_tokens) | \w+_penalty
+    | bad_words_ids | (encoder_)?no_repeat_ngram_size
     | (begin_)?suppress_tokens | forced_(bos | eos)_token_id | remove_invalid_values | output_scores
     | return_dict_in_generate | exponential_decay_length_penalty | prefix
     """,

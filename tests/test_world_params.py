@@ -289,6 +289,42 @@ def test_scalings_are_refused_where_no_model_has_one(name: str, field: str, tmp_
         read_by_the_reference(name, download)
 
 
+BESIDE = [
+    ({"rope_scaling": {"factor": 4}}, "expected rope_type beside factor, found none"),
+    ({"rope_parameters": {"factor": 4}}, "expected rope_type beside factor, found none"),
+    ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}}, "expected one value"),
+    ({"model": {"norm_eps": 0.5}}, "expected one value"),
+]
+
+
+@EACH
+@pytest.mark.parametrize(("changes", "words"), BESIDE)
+def test_what_is_said_twice_or_by_halves_is_refused(
+    name: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A scaling without its kind is not none at all, as both sides took it to be."""
+    download = with_params(original(ONE[name]), use_scaled_rope=..., **changes)
+    error = refused(lambda: planned(download, tmp_path, name))
+    assert ("bad-config", words) in [(p.kind, p.message[: len(words)]) for p in error.problems]
+    with pytest.raises(ValueError, match=words):
+        read_by_the_reference(name, download)
+
+
+@EACH
+def test_one_theta_of_two_may_be_said(name: str, tmp_path: Path) -> None:
+    download = with_params(original(ONE[name]), rope_theta=7.0, rope_parameters={"rope_theta": 9.0})
+    assert config_of(planned(download, tmp_path, name, rope_theta=9.0))["rope_theta"] == 9.0
+    assert read_by_the_reference(name, download, rope_theta=9.0).rope_theta == 9.0
+
+
+@EACH
+def test_a_scaling_that_the_user_says_by_halves_does_not_take_away_the_file_s(
+    name: str, tmp_path: Path
+) -> None:
+    error = refused(lambda: planned(original(ONE[name]), tmp_path, name, rope_scaling={"factor": 4}))
+    assert [(p.kind, p.where) for p in error.problems] == [("bad-config", "rope_scaling")]
+
+
 def test_the_other_name_of_theta(tmp_path: Path) -> None:
     download = with_params(original("llama-3-8b"), rope_theta=..., rope_freq_base=7e4)
     assert planned(download, tmp_path / "a", "llama").config["rope_theta"].value == 7e4

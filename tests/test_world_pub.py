@@ -17,6 +17,7 @@ import pytest
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.convert import facts
 from ckpt_tool.convert.dialects import metaseq_settings
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.tokenizers import counting, tokenizer_documents
@@ -143,6 +144,24 @@ BESIDES: dict[str, dict[str, Any]] = {
         "n_ctx": 620,
     },
 }
+
+
+# What trainers and old releases leave: GPT-2 medium and large, Polyglot, vicuna, fine-tunes.
+LEFT_BY_TRAINERS: dict[str, Any] = {
+    **dict.fromkeys(("output_past", "predict_special_tokens", "use_flash_attention_2"), True),
+    **{"tokenizer_model_max_length": 2048, "tokenizer_padding_side": "right", "padding_side": "left"},
+    **{"num_steps": "global_step320000", "cache_implementation": "static", "max_new_tokens": 512},
+    **{"sep_token_id": 3, "decoder_start_token_id": 1, "pretraining_tp": 1},
+}
+
+
+@pytest.mark.parametrize("model_type", facts.classes())
+def test_what_trainers_leave_is_known_in_every_class(model_type: str) -> None:
+    unread = pytest.importorskip("ckpt_tool.reference.unread").unread
+    assert not facts.read({"model_type": model_type} | LEFT_BY_TRAINERS, model_type).unknown
+    assert not [*unread(LEFT_BY_TRAINERS, ())]
+    if model_type != "llama":
+        assert facts.read({"model_type": model_type, "pretraining_tp": 2}, model_type).unknown
 
 
 @pytest.mark.parametrize("name", BESIDES)

@@ -68,6 +68,7 @@ HARMLESS = {
         """,
     "memory, kernels and messages between devices: the same sums, rounded elsewhere": """
         *_fusion *_fused *recompute* checkpoint_activations checkpoint_num_layers distribute_*
+        activations_checkpoint_* cpu_optimizer cpu_torch_adam no_async_*
         *overlap* *cuda_graph* *offload* tp_comm_* tp_only_amax_red ddp_* DDP_impl *_ddp *fsdp*
         nccl_* *_nccl distributed_* local_rank rank world_size use_ring_exchange_p2p batch_p2p_*
         deallocate_* defer_* delay_* wgrad_* align_* async_tensor_model_parallel_allreduce barrier_*
@@ -102,6 +103,7 @@ HARMLESS = {
         metadata_path chat_template null_tokenizer_* allow_ambiguous_pad_tokens *_cache_path
         mid_level_dataset_surplus renormalize_blend_weights per_dataset_* extra_vocab_size text_key
         loose_json presplit_sentences lazy_loader shuffle delim input_data_sizes_file
+        resume_dataloader use_npy_data_loader split_valid batch_size_thresholds
         max_num_samples *_preds_per_seq data_epochs query_in_block_prob use_one_sent_docs cache_dir
         eos_token eod_token
         """,
@@ -113,7 +115,7 @@ HARMLESS = {
         stream_ckpt_dequant *_msc* object_storage_cache_path hf_ckpt_path
         """,
     "logs and measurements": """
-        log_* *_log_interval logging_level tensorboard_* wandb_* one_logger_* enable_one_logger
+        log_* *_log_interval logging_level tensorboard_* wandb_* one_logger_* *_one_logger
         timing_* app_tag_* config_logger_dir profile profile_* use_pytorch_profiler
         use_nsys_profiler pytorch_profiler_* record_* memory_* throughput_window_size
         runtime_time_unit filter_warnings modules_to_filter set_level_for_all_loggers straggler_*
@@ -142,7 +144,8 @@ HARMLESS = {
         use_fused_weighted_squared_relu overlap_moe_* experimental_attention_variant_loss_scale_func
         csa_*
         """,
-    "what kind of program saved it": "model_type yaml_cfg phase",
+    "what counts only beside num_unique_layers": "param_sharing_style",
+    "what kind of program saved it": "model_type yaml_cfg phase bert_load",
 }
 
 
@@ -259,6 +262,10 @@ def refuse_others(facts: Facts, run: Run, only: Mapping[str, Only], unused: str)
     knows; `unused` names those that such a model does not read. Notes on what the user answers for: a name
     that nothing knows is left out where --set says null."""
     notes: dict[str, None] = {}
+    once = Only(
+        "as many as there are layers", (run.args.get("num_layers"), None)
+    )  # of 2020, all of them by default
+    only = {**only, "num_unique_layers": once}
     for name, value in _every(run):
         if _pattern(unused).match(name):
             continue

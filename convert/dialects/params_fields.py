@@ -98,6 +98,8 @@ OTHER_MODELS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "vision_num_cross_attention_layers": ("the model sees images", (-1, *OFF)),
     "is_eagle": ("the model only drafts for another", OFF),
     "moe": ("there are experts", OFF),
+    "norm_topk_prob": ("the chosen experts do not share one whole", (True,)),
+    "moe.norm_topk_prob": ("the chosen experts do not share one whole", (True,)),
 }
 
 

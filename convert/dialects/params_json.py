@@ -5,11 +5,13 @@ not there, and the document of the way back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.facts import same
+from ckpt_tool.convert.facts_rotary import OBJECTS
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.numbers import (
     DEFAULT,
@@ -25,10 +27,10 @@ from ckpt_tool.convert.numbers import (
     measured,
     number,
 )
-from ckpt_tool.convert.params import SET, UNKNOWN, Facts
+from ckpt_tool.convert.params import SET, UNKNOWN, Facts, of_rotary, opened, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
 from ckpt_tool.convert.weave import TIES
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.errors import CkptToolError, Problem
 
 NAME = "params.json"
 # Fields that only one publisher writes.
@@ -52,10 +54,24 @@ def read(checkpoint: Checkpoint, options: Options) -> Facts:
     """The file may be missing: then what shapes do not tell is asked for."""
     document = checkpoint.json(NAME) if NAME in checkpoint.documents else None
     facts = Facts(document, NAME, options.settings)
+    facts.problems += _twice(document or {}, facts)
     kind = (facts.document or {}).get("model_type")
     if kind not in (None, "transformer", *FAMILIES):
         facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
     return facts
+
+
+def _twice(document: Mapping[str, Any], facts: Facts) -> Iterator[Problem]:
+    """What the file says twice and differently: beside `model` and in it, in a rotary object and beside."""
+    inner, top = document.get("model"), opened(document)
+    for key, value in (inner if isinstance(inner, dict) else {}).items():
+        if not same(value, top[key]):
+            message = f"expected one value, found model.{key} {shown(value)} and {key} {shown(top[key])}"
+            yield Problem("bad-config", message, NAME, key, "keep the right one in a copy of the file")
+    for problem in of_rotary(top, {}, NAME, "bad-config"):
+        name = "rope_scaling" if problem.where in OBJECTS else problem.where
+        if name not in facts.settings:
+            yield problem
 
 
 def asked(known: Known, message: str, where: str, hint: str) -> Value:

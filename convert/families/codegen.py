@@ -239,12 +239,13 @@ CLASS = Class(
     prefix="transformer.",
     words="wte.weight",
 )
+OF_GPTJ = {**CLASS.idle, "rotary": "not read: always rotary"}  # that of GPT-J 6B says so
 
 FAMILY = published.family(
     name="codegen",
     title="CodeGen 1",
     summary="CodeGen 1 350M to 16B (nl, multi, mono): tar.gz or folder of pytorch_model.bin; also to GPT-J",
-    classes={"codegen": CLASS, "gptj": replace(CLASS, name="GPTJConfig")},
+    classes={"codegen": CLASS, "gptj": replace(CLASS, name="GPTJConfig", idle=OF_GPTJ)},
     targets={"gptj": "gptj"},
     fields=FIELDS,
     axes=AXES,

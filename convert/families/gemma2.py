@@ -36,10 +36,7 @@ CLASS = Class(
     },
     {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 8192},
     aliases={"sliding_window": ("sliding_window_size",)},  # both are in the published 9B
-    idle={
-        "hidden_act": "not read: hidden_activation is",
-        "cache_implementation": "says how to run or load, not what",
-    },
+    idle={"hidden_act": "not read: hidden_activation is"},
     windows="alternate",
 )
 
