@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
-from ckpt_tool.convert.families import FAMILIES, Family, family, option_problems
-from ckpt_tool.convert.one_by_one import one_by_one
+from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import (
     check_own,
@@ -104,9 +103,10 @@ def _family_of_converted(checkpoint: Checkpoint) -> Family:
         return family(own[0])
     fail(
         "unknown-family",
-        f"expected an architecture that one family writes, found {architectures}",
+        f"expected an architecture that one family writes, found {printable(json.dumps(architectures), 100)}",
         file="config.json",
         where="architectures",
+        hint="`ckpt-tool families` shows the classes; `convert FAMILY --to original` names the family",
     )
 
 
@@ -131,7 +131,7 @@ def plan(
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
-    seen = one_by_one(source, chosen.in_memory)
+    seen = as_family_knows(source, chosen)
     try:
         made = make(seen, options)
     except CkptToolError as error:
@@ -190,7 +190,7 @@ def convert(
             on_plan(made)
         outcome = execute(
             made,
-            one_by_one(checkpoint, chosen.in_memory),
+            as_family_knows(checkpoint, chosen),
             target,
             jobs=jobs,
             resume=resume,

@@ -432,7 +432,7 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
         fail("usage", f"expected a name from `ckpt-tool fixtures`, found {name!r}", where="NAME", hint=hint)
     if out is None:
         fail("usage", "expected --out DIR, found none", where="--out")
-    free_place(Path(out), (), make_parents=True)
+    free_place(Path(out), (), make_parents=True, flags=False)
     print(VARIANTS[name].write(Path(out)))
     return 0
 

@@ -90,7 +90,7 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     from ckpt_tool.convert.replaceable import contents_of, look, remove
 
     if not overwrite and not (folder / MARKER).is_file():
-        free_place(folder, (), make_parents=True)
+        free_place(folder, (), make_parents=True, flags=False)
         return
     place = place_for(folder, (), make_parents=True)
     if not os.path.lexists(place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.errors import printable
@@ -120,4 +121,7 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         if not bad:
             line("coverage", "every source and target tensor accounted for", "green")
     if plan.direction == "to-hf":
-        line("next", f"ckpt-tool verify {printable(done.out)} --source {printable(source)}")
+        line(
+            "next",
+            f"ckpt-tool verify {printable(quote(str(done.out)))} --source {printable(quote(str(source)))}",
+        )

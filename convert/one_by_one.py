@@ -1,4 +1,4 @@
-"""Tensors that a library holds as one in memory, and a folder therefore has as one: read one by one.
+"""Tensors that a library holds otherwise in memory, and a folder therefore has so: read as on disk.
 
 transformers 5 stacks the experts of a layer when it loads a model and takes them apart again in
 save_pretrained(); who saves state_dict() itself, or asks for no original format, has the stacked ones on the
@@ -9,11 +9,11 @@ run of the bytes of the stacked one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo, View
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo, View
 from ckpt_tool.errors import Problem, fail_all
 
 # Name of the stacked tensor, of any layer {i}, to those it is made of: equal shares of its first dimension,
@@ -85,6 +85,22 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
         files[file.name] = OneByOne(file, shares)
     fail_all(problems)
     return replace(checkpoint, files=files, readings=(*checkpoint.readings, READING))
+
+
+def as_on_disk(checkpoint: Checkpoint, held_as: Mapping[str, str], told_by: Collection[str]) -> Checkpoint:
+    """`checkpoint`, or, where it has one of the tensors `told_by`, a view of it in which those that are
+    called as in memory have the names that save_pretrained() writes."""
+    names = set(checkpoint.names())
+    moved = {old: new for old, new in held_as.items() if old in names and new not in names}
+    if not moved or names.isdisjoint(told_by):
+        return checkpoint
+    files: dict[str, TensorFile] = {}
+    for name, file in checkpoint.files.items():
+        own = {moved.get(n, n): n for n in file.tensors}
+        files[name] = Renamed(file, own) if moved.keys() & file.tensors.keys() else file
+    readings = [f"{old} was read as {new}, its name on disk; transformers 5 has the other in memory, and 4"
+                " does not load it" for old, new in moved.items()]  # fmt: skip
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, *readings))
 
 
 def is_stacked(checkpoint: Checkpoint) -> bool:

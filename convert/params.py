@@ -146,8 +146,9 @@ class Facts:
         """Collect a problem for each setting that no getter knows."""
         names = sorted(known)
         for name in self.settings.keys() - {*names, *BOOKKEEPING}:
-            message = f"expected one of {', '.join(names)}, found {printable(name, 60)}"
-            self._problem("usage", message, SET, name, near(name, names))
+            meant = near(name, names)
+            wanted = "the name of a value of this config" if meant else f"one of {', '.join(names)}"
+            self._problem("usage", f"expected {wanted}, found {printable(name, 60)}", SET, name, meant)
 
     def _problem(
         self, kind: str, message: str, file: str | None, where: str, hint: str | None = None

@@ -33,13 +33,19 @@ def place_for(out: Path, inputs: Iterable[Path], *, make_parents: bool = False) 
 
 
 def free_place(
-    out: Path, inputs: Iterable[Path], *, replace: Replace = "nothing", make_parents: bool = False
+    out: Path,
+    inputs: Iterable[Path],
+    *,
+    replace: Replace = "nothing",
+    make_parents: bool = False,
+    flags: bool = True,
 ) -> Path:
-    """`place_for`, where nothing stands or what `replace` allows; else `output-exists`, `not-replaceable`."""
+    """`place_for`, where nothing stands or what `replace` allows; else `output-exists`, `not-replaceable`.
+    `flags` says that the command has options that replace what stands there."""
     place = place_for(out, inputs, make_parents=make_parents)
     if (found := _lstat(place)) is not None:
         if replace == "nothing":
-            refuse_existing(place, out, found)
+            refuse_existing(place, out, found, flags=flags)
         look(place, replace, shown=out)
     return place
 

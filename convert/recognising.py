@@ -13,6 +13,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
 SHOWN = 3
+ALONE = "save what is below {} alone, with torch.save, if those are the weights that are meant"
 COMPARED = 400  # names; those of the first layer tell as much as all
 
 GENERIC = frozenset(("model", "decoder", "encoder", "layers", "h", "0", "weight", "bias"))
@@ -100,7 +101,11 @@ def unknown(
     misses = near_misses(checkpoint, said)
     held = _held(checkpoint)
     hint = "`ckpt-tool inspect` shows all that the files hold, `ckpt-tool families` what is read"
-    if misses:
+    names = checkpoint.names()
+    wrapped = _wrapped(family(misses[0][0]).tensors, names) if misses else None
+    if wrapped is not None:
+        hint = ALONE.format(wrapped.rpartition(" ")[2])
+    elif misses:
         hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
     first = Problem(
         "unknown-family",
@@ -169,8 +174,11 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
         error = CkptToolError(_no_document(checkpoint, chosen.document), *error.problems)
     said = recognise(checkpoint)
     own = {name: why for name, is_own, why in said if is_own}
+    if to == "original" and "config.json" not in checkpoint.documents:
+        return CkptToolError(no_config(checkpoint))
     if to == "original":
-        return error if "config.json" in checkpoint.documents else CkptToolError(no_config(checkpoint))
+        other = _converted_by_another(checkpoint, chosen)
+        return error if other is None else CkptToolError(other)
     if chosen.name in own:
         return error
     names = checkpoint.names()
@@ -184,9 +192,24 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
         return error
     if not alike:
         return CkptToolError(*unknown(checkpoint, said, f"an original of {chosen.name}"))
-    why = _wrapped(chosen.tensors, names) or next(why for name, _, why in said if name == chosen.name)
+    if (wrapped := _wrapped(chosen.tensors, names)) is not None:  # all that is missing then is there
+        message = f"expected an original of {chosen.name}; {wrapped}"
+        hint = ALONE.format(wrapped.rpartition(" ")[2])
+        return CkptToolError(Problem("unknown-family", message, checkpoint.path.name, hint=hint))
+    why = next(why for name, _, why in said if name == chosen.name)
     first = Problem("unknown-family", f"expected an original of {chosen.name}; {why}", checkpoint.path.name)
     return CkptToolError(first, *error.problems)
+
+
+def _converted_by_another(checkpoint: Checkpoint, chosen: Family) -> Problem | None:
+    """That a Hugging Face folder is not of the family that was named for the way back."""
+    said = _architecture(checkpoint)
+    own = [n for n in FAMILIES if said in (*family(n).architectures, *family(n).classes)]
+    if said is None or len(own) != 1 or chosen.name in own:
+        return None
+    message = f"expected a Hugging Face folder of {chosen.name}, found one of {own[0]} (config.json: {said})"
+    hint = f"`ckpt-tool convert {own[0]} --to original`"
+    return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
 
 
 def _no_document(checkpoint: Checkpoint, name: str) -> Problem:

@@ -101,11 +101,11 @@ def look(folder: Path, replace: Replace, *, shown: Path | None = None, read: boo
     return found
 
 
-def refuse_existing(place: Path, shown: Path, status: os.stat_result) -> NoReturn:
+def refuse_existing(place: Path, shown: Path, status: os.stat_result, *, flags: bool = True) -> NoReturn:
     """`output-exists`, with the way out that there is for what stands there."""
     ways: tuple[tuple[str, Replace], ...] = (("--overwrite", "outputs"), ("--overwrite-foreign", "models"))
     hint = "choose another --out"
-    for option, replace in ways:
+    for option, replace in ways if flags else ():
         with suppress(CkptToolError):
             look(place, replace, read=False)
             hint = f"{option} replaces it"

@@ -318,3 +318,12 @@ def test_places_are_told_as_rows_columns_or_elements() -> None:
     wrong[2:4] = True
     assert place(wrong) == "rows 2 to 3"
     assert place(np.ones((6, 5), bool)) == "every element"
+
+
+def test_a_base_that_the_class_calls_otherwise_is_planted_and_taken_back() -> None:
+    from ckpt_tool.verify.mistakes import rope_theta
+
+    assert rope_theta({"model_type": "gpt_neox", "rotary_emb_base": 500}) == ("rotary_emb_base", 500.0)
+    newer = {"rope_parameters": {"rope_theta": 7.0}}
+    assert rope_theta({"model_type": "gpt_neox", **newer}) == ("rope_theta", 7.0)
+    assert rope_theta({"model_type": "llama", "rotary_emb_base": 500}) == ("rope_theta", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as torch_file
 
 from ckpt_tool import api, program
 from ckpt_tool.checkpoint import hub, signs
@@ -626,3 +628,103 @@ def test_a_path_spelled_wrong_and_a_name_of_the_hub(tmp_path: Path) -> None:
     assert "Mistral-7B" in hint_of(refused(lambda: api.open_checkpoint(tmp_path / "mistral-7b")))
     assert "hf://org/name" in hint_of(refused(lambda: api.open_checkpoint("org/name")))
     assert near("quite", ("different",)) is None
+
+
+# --- hints that are pasted ------------------------------------------------------------------------------
+
+
+def pasted(hint: str) -> str:
+    """The path after --in as a shell takes it."""
+    return shlex.split(hint.partition("--in ")[2])[0]
+
+
+def test_a_path_with_spaces_in_a_hint_can_be_pasted(
+    originals: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = shutil.copytree(originals("mistral-7b-v0.1"), tmp_path / "my runs" / "a model")
+    put(inner, "tokenizer/tokenizer.json", content=b"{}")
+    for given in (tmp_path / "my runs", inner / "tokenizer", inner / "params.json"):
+        hint = hint_of(refused(lambda given=given: api.open_checkpoint(given)))  # type: ignore[misc]
+        assert Path(pasted(hint)) == inner
+    put(tmp_path / "my lora", "adapter_config.json")
+    assert "'" in hint_of(refused(lambda: api.open_checkpoint(tmp_path / "my lora")))
+    out = tmp_path / "o ut"
+    assert program.run(["convert", "mistral", "--in", str(inner), "--out", str(out)]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert f"ckpt-toolverify'{out}'--source'{inner}'".replace(" ", "") in said
+
+
+@pytest.mark.parametrize(("inside", "given"), [("tokenizer", "."), ("tokenizer/x", ".."), ("", "tokenizer")])
+def test_the_folder_above_is_named_from_wherever_one_stands(
+    inside: str, given: str, originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(originals("mistral-7b-v0.1"), tmp_path / "m")
+    put(folder, "tokenizer/x/tokenizer.json", content=b"{}")
+    monkeypatch.chdir(folder / inside)
+    error = refused(lambda: api.open_checkpoint(given))
+    assert Path(pasted(hint_of(error))).resolve() == folder.resolve()
+
+
+@pytest.mark.parametrize("name", [f for f in FAMILIES if f != "mistral"])
+def test_the_way_back_of_another_family_names_it(name: str, conversions: Written) -> None:
+    error = refused(lambda: api.plan(conversions("mistral-7b-v0.1"), family=name, to="original"))
+    assert error.kind == "unknown-family" and "MistralForCausalLM" in error.problems[0].message
+    assert "`ckpt-tool convert mistral --to original`" in hint_of(error) and len(error.problems) == 1
+
+
+@pytest.mark.parametrize("command", ["fixtures mistral-7b-v0.1", "demo"])
+def test_a_command_names_no_flag_that_it_has_not(
+    command: str, conversions: Written, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.run([*command.split(), "--out", str(conversions("mistral-7b-v0.1"))]) == 2
+    said = capsys.readouterr().err
+    assert "output-exists" in said and "--overwrite" not in said and "choose another --out" in said
+
+
+@pytest.mark.parametrize("word", ["ema", "model_ema"])
+def test_a_file_of_an_average_alone_is_told_by_its_names(
+    word: str, originals: Written, tmp_path: Path
+) -> None:
+    import torch
+
+    original = originals("mistral-7b-v0.3")
+    folder = shutil.copytree(original, tmp_path / "m")
+    held = torch_file(folder / "consolidated.safetensors")
+    (folder / "consolidated.safetensors").unlink()
+    torch.save({word: held}, folder / "consolidated.00.pth")
+    for name in ("mistral", "auto"):
+        error = refused(lambda name=name: api.plan(folder, family=name))  # type: ignore[misc]
+        assert f"`{word}.`" in str(error) and "tie_word_embeddings" not in str(error)
+        assert f"save what is below `{word}.` alone" in hint_of(error)
+    torch.save(held, folder / "consolidated.00.pth")  # as the hint says
+    assert len(api.plan(folder, family="mistral").steps) == len(held)
+
+
+def test_a_head_called_as_in_memory_is_read_as_on_disk(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """What transformers 5 holds of GPT-NeoX, saved as state_dict()."""
+    import torch
+
+    original, right = originals("gpt-neox-20b"), conversions("gpt-neox-20b")
+    held = {n: x for f in sorted(original.glob("*.safetensors")) for n, x in torch_file(f).items()}
+    held["lm_head.weight"] = held.pop("embed_out.weight")
+    unwanted = shutil.ignore_patterns("*.safetensors", "*.index.json")
+    for wrap in (dict, lambda held: {"state_dict": held}):
+        folder = shutil.copytree(original, tmp_path / f"in{wrap is dict}", ignore=unwanted)
+        torch.save(wrap(held), folder / "pytorch_model.bin")
+        done = api.convert(folder, tmp_path / f"out{wrap is dict}")
+        assert any("lm_head.weight was read as embed_out.weight" in n for n in done.plan.notes)
+        assert (done.out / "model.safetensors").read_bytes() == (right / "model.safetensors").read_bytes()
+        assert api.verify(done.out, folder, levels=("coverage", "bits")).exit_code == 0
+    report = api.verify(tmp_path / "inTrue", original, levels=("coverage", "bits"))
+    assert report.exit_code == 0 and any("in memory" in f.message for f in report.findings)
+    held["embed_out.weight"] = held["lm_head.weight"] + 1
+    torch.save(held, tmp_path / "inTrue" / "pytorch_model.bin")  # which of the two is the head?
+    error = refused(lambda: api.plan(tmp_path / "inTrue", family="gpt-neox"))
+    assert error.kind == "uncovered-tensors" and "lm_head.weight" in str(error)
+
+
+def test_a_source_and_none_are_not_both_asked_for(conversions: Written, originals: Written) -> None:
+    out, source = conversions("mistral-7b-v0.1"), originals("mistral-7b-v0.1")
+    assert refused(lambda: api.verify(out, source, no_source=True)).kind == "usage"

@@ -66,6 +66,7 @@ def verify(
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
+    _check_one(source, no_source)
     accepted = tuple(accept)
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
@@ -106,6 +107,11 @@ def _computed(
     except ImportError as error:
         return not_computed(error, asked.levels, asked.against)
     return compute(subject, asked, facts, tell)
+
+
+def _check_one(source: str | os.PathLike[str] | None, no_source: bool) -> None:
+    if no_source and source is not None:
+        fail("usage", "expected a source to compare with, or none, found both", where="no_source")
 
 
 def _check_choices(levels: Iterable[str], against: str | None, compute_dtype: str, device: str) -> None:

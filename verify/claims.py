@@ -73,12 +73,12 @@ class Judgement:
 def judge(findings: Sequence[Finding], claim: Claim, could_not_run: bool = False) -> Judgement:
     """The verdict over all findings."""
     failures = [f for f in findings if f.status == "fail"]
+    undecided = [f for f in findings if f.status == "undecided"]
     if could_not_run:
-        return Judgement("undecided", _first(failures) or "could not run")
+        return Judgement("undecided", _first(undecided) or "could not run")
     if failures:
         return Judgement("fail", _cause(findings) or _first(failures))
     missing = tuple(_not_shown(findings, claim))
-    undecided = [f for f in findings if f.status == "undecided"]
     if undecided:
         return Judgement("undecided", f"could not be judged: {_first(undecided)}", missing)
     if missing:

@@ -109,7 +109,7 @@ def run_check(
         for p in error.problems:
             where = ": ".join(x for x in (p.file, p.where) if x) or None
             text = p.message if p.hint is None else f"{p.message} ({p.hint})"
-            report.findings.append(Finding(LEVEL, "run", "fail", text, where, data={"kind": p.kind}))
+            report.findings.append(Finding(LEVEL, "run", "undecided", text, where, data={"kind": p.kind}))
         return report
     report.title = check.name
     report.findings += [*_required(check, report), *_barred(check, report)]

@@ -208,9 +208,9 @@ def to_plant(
     made += _perturbed(vectors, kind, config)
     if phase > 0:
         return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
-    theta = rope_theta(config)
+    key, theta = rope_theta(config)
     if theta is not None:
-        made.append(Change("rope_theta ten times as large", config={"rope_theta": theta * 10}))
+        made.append(Change(f"{key} ten times as large", config={key: theta * 10}))
     for key in EPS_KEYS:
         if config.get(key):
             made.append(Change(f"{key} ten times as large", config={key: config[key] * 10}))
@@ -290,10 +290,14 @@ def to_undo(
     return [*_config_changes(plan, config), *made]
 
 
-def rope_theta(config: Mapping[str, Any]) -> float | None:
+def rope_theta(config: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The base of the rotary frequencies, and what the class of the config calls it."""
     newer = config.get("rope_parameters")
-    found = config.get("rope_theta", newer.get("rope_theta") if isinstance(newer, Mapping) else None)
-    return None if found is None else float(found)
+    if isinstance(newer, Mapping) and newer.get("rope_theta") is not None:
+        return "rope_theta", float(newer["rope_theta"])
+    names = (*_class_of(config).aliases.get("rope_theta", ()), "rope_theta")
+    key = next((n for n in names if config.get(n) is not None), "rope_theta")
+    return key, None if config.get(key) is None else float(config[key])
 
 
 def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = False) -> list[Change]:
@@ -303,17 +307,18 @@ def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = F
         (k, v.value) for k, v in planned.items() if k not in WITHOUT_EFFECT and config.get(k) != v.value
     ]
     several = dict(values)
+    base, theta = rope_theta(config)
     values += [(k, v) for k in EPS_KEYS if k in config for v in (1e-5, 1e-6, 1e-12)]
     values += [(k, v) for k in GELU_KEYS if (v := OTHER_GELU.get(str(config.get(k))))]
     if head:
         values += [("tie_word_embeddings", True), ("tie_word_embeddings", False)]
     else:
-        values += [("rope_theta", v) for v in (1e4, 5e5, 1e6, 1e8, 1e9) if rope_theta(config) is not None]
+        values += [(base, v) for v in (1e4, 5e5, 1e6, 1e8, 1e9) if theta is not None]
         values += [("sliding_window", None), ("sliding_window", 4096)] if "sliding_window" in config else []
         values += [
             ("rope_scaling", v) for v in (None, _llama3(8.0), _llama3(32.0)) if "rope_scaling" in config
         ]
-    now = {**config, "rope_theta": rope_theta(config)}
+    now = {**config, base: theta}
     made: dict[str, Change] = {}
     for key, v in values:
         if now.get(key) != v:

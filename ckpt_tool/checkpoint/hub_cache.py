@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from ckpt_tool.errors import fail
 
@@ -40,7 +41,7 @@ def snapshot_of(path: Path) -> tuple[Path, list[str]]:
             "ambiguous-input",
             f"expected one snapshot, or refs/main to say which, found {names}",
             file=path.name,
-            hint=f"give the one that is meant: --in {snapshots[0]}",
+            hint=f"give the one that is meant: --in {quote(str(snapshots[0]))}",
         )
     else:
         hint = f"`hf download {repository_of(root)}` fetches the files"

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 
 from ckpt_tool.checkpoint.archive import around as archived
 from ckpt_tool.checkpoint.archive import open_archive
@@ -209,14 +210,16 @@ def _around(folder: Folder, path: Path) -> Around:
     outer = folder.outer()
     above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
     own = path.resolve()
+    parent = path.parent if path.name not in ("", "..") else path / ".."
 
     def at(place: str) -> str:
         """Of a path that starts with the folder's own name, or with nothing where it ends before it."""
-        return str(path / place.removeprefix(own.name).lstrip("/")) if place else str(path.parent)
+        return quote(str(path / place.removeprefix(own.name).lstrip("/") if place else parent))
 
-    return Around(
-        folder.label, own.name, lambda sub: f"--in {path / sub}", at, f"--in {path.parent}" if above else None
-    )
+    def give(place: Path) -> str:
+        return f"--in {quote(str(place))}"
+
+    return Around(folder.label, own.name, lambda sub: give(path / sub), at, give(parent) if above else None)
 
 
 def _rank_folders(folder: Folder, path: Path) -> RankFolders | None:

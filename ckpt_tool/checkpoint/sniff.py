@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from shlex import quote
 from typing import Literal, NoReturn
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
@@ -120,7 +121,7 @@ def check_zip_names(names: Collection[str], name: str) -> bool:
 
 
 def _filled(sign: Sign, data: ByteRange) -> str:
-    return sign.hint.format(at=data.path.parent)
+    return sign.hint.format(at=quote(str(data.path.parent)))
 
 
 def _onward(found: str, data: ByteRange) -> str | None:
@@ -129,7 +130,7 @@ def _onward(found: str, data: ByteRange) -> str | None:
     if unfinished(name) is not None:
         return "the download was not finished; go on with it, then run this again"
     if found.startswith(("a JSON text", "text")) or is_document(name):
-        return f"give the folder of the weights: --in {data.path.parent}"
+        return f"give the folder of the weights: --in {quote(str(data.path.parent))}"
     return None
 
 

@@ -226,6 +226,7 @@ class Published:
     notes: Callable[[Known], list[str]] = lambda _: []
     # hidden fields that the way back asks for again, with the value of every published model
     kept: Mapping[str, Any] = field(default_factory=dict)
+    held_as: Mapping[str, str] = field(default_factory=dict)  # name in memory -> on disk, where they differ
     signs: tuple[str, ...] = ()  # keys of config.json by which an original is told that is otherwise
 
     @property
@@ -262,6 +263,7 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
         classes=p.classes,
         tensors=(p.told_by, *(t for layout in p.layouts.values() for t in layout.tensors)),
         published=True,
+        held_as=p.held_as,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.convert.one_by_one import InMemory, one_by_one
+from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
@@ -50,6 +50,7 @@ class Family:
     foretold: tuple[str, ...] = ()
     classes: Mapping[str, Class] = field(default_factory=dict)
     in_memory: InMemory = field(default_factory=dict)  # what its Hugging Face layout may have stacked
+    held_as: Mapping[str, str] = field(default_factory=dict)  # or called otherwise: to the name on disk
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
@@ -61,8 +62,15 @@ def family(name: str) -> Family:
     return found
 
 
+def as_family_knows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
+    """`checkpoint` with the names that `chosen` has on disk, and what it may find stacked one by one."""
+    return one_by_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.in_memory)
+
+
 def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with what any family may find stacked one by one; see `one_by_one`."""
+    """The same for any family; see `one_by_one`."""
+    for chosen in map(family, FAMILIES):
+        checkpoint = as_on_disk(checkpoint, chosen.held_as, chosen.tensors)
     return one_by_one(checkpoint, {n: parts for f in FAMILIES for n, parts in family(f).in_memory.items()})
 
 

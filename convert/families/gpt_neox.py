@@ -71,6 +71,7 @@ FAMILY = published.family(
     rows=rows,
     told_by="gpt_neox.layers.0.attention.query_key_value.weight",
     head="embed_out.weight",
+    held_as={"lm_head.weight": "embed_out.weight"},  # of transformers 5
     ignored={
         r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias": "the causal mask, which the model makes itself",
         r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq": "recomputed from rotary_emb_base",
