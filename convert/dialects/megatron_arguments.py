@@ -145,7 +145,7 @@ HARMLESS = {
         csa_*
         """,
     "what counts only beside num_unique_layers": "param_sharing_style",
-    "what kind of program saved it": "model_type yaml_cfg phase bert_load",
+    "what kind of program saved it": "model_type yaml_cfg phase",
 }
 
 
