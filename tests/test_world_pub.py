@@ -604,6 +604,9 @@ def test_a_vocabulary_is_counted_without_being_made() -> None:
         said = json.dumps({"added_tokens_decoder": {"60": {"content": "x"}}}, indent=indent).encode()
         found = counting.ids_of({"tokenizer.json": data, "tokenizer_config.json": said})
         assert found == (61, "tokenizer_config.json")
+        old = {"added_tokens.json": json.dumps({"x": 70}, indent=indent).encode()}
+        assert counting.ids_of({"tokenizer.json": data} | old) == (71, "added_tokens.json")
+        assert counting.ids_of({"tokenizer.json": data, "tokenizer_config.json": said} | old) == found
         plain = {"vocab.json": json.dumps(vocab, indent=indent).encode()}
         assert counting.ids_of(plain) == (8, "vocab.json")
         more = {"added_tokens.json": json.dumps({"x": 8}, indent=indent).encode()}

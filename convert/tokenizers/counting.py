@@ -18,9 +18,9 @@ _KEY = re.compile(rb'"(\d{1,10})"\s*+:\s*+\{')
 
 
 def ids_of(files: Mapping[str, bytes]) -> tuple[int, str] | None:
-    """The ids of tokenizer.json, else of vocab.json with added_tokens.json, with those of
-    tokenizer_config.json, which transformers adds; with the file that has the largest. None where no file
-    tells it, as one that holds another kind of vocabulary."""
+    """The ids of tokenizer.json, else of vocab.json, with those that transformers adds, of
+    tokenizer_config.json or, where that has none, of added_tokens.json; with the file that has the largest.
+    None where no file tells it, as one that holds another kind of vocabulary."""
     found: dict[str, int] = {}
     for name, numbers in _numbers(files):
         found[name] = max(found.get(name, -1), max(numbers, default=-1))
@@ -40,10 +40,10 @@ def _numbers(files: Mapping[str, bytes]) -> Iterator[tuple[str, Iterator[int]]]:
             yield "tokenizer.json", (int(m[1]) for m in _ID.finditer(data, added.end(), last))
     elif (data := files.get("vocab.json")) is not None:
         yield "vocab.json", _of_object(data, data.find(b"{") + 1)
-        if (more := files.get("added_tokens.json")) is not None:
-            yield "added_tokens.json", _of_object(more, more.find(b"{") + 1)
     if (config := files.get("tokenizer_config.json")) is not None and (at := _DECODER.search(config)):
         yield "tokenizer_config.json", (int(m[1]) for m in _KEY.finditer(config, at.end()))
+    elif (more := files.get("added_tokens.json")) is not None:
+        yield "added_tokens.json", _of_object(more, more.find(b"{") + 1)
 
 
 def _of_object(data: bytes, start: int) -> Iterator[int]:
