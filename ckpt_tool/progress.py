@@ -77,16 +77,16 @@ def size(count: float) -> str:
 
 def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     """The lines after a conversion: what was written, what is odd about it, what to do next."""
+    from rich.text import Text
+
+    from ckpt_tool.terminal import paragraph, say
+
     plan, outcome = done.plan, done.outcome
     tensors = sum(len(f.tensors) for f in plan.outputs)
     moved = sum(s.note != "rename" for s in plan.steps if not s.compare)
     compared = sum(bool(s.compare) for s in plan.steps)
 
     def line(label: str, text: str, style: str = "") -> None:
-        from rich.text import Text
-
-        from ckpt_tool.terminal import paragraph
-
         paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
 
     line(
@@ -120,8 +120,8 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
             line("coverage", printable(f"{finding.where or ''} {finding.message}", 500), "red")
         if not bad:
             line("coverage", "every source and target tensor accounted for", "green")
-    if plan.direction == "to-hf":
-        line(
-            "next",
-            f"ckpt-tool verify {printable(quote(str(done.out)))} --source {printable(quote(str(source)))}",
+    if plan.direction == "to-hf":  # in one line, to be pasted
+        verify = (
+            f"ckpt-tool verify {printable(quote(str(done.out)))} --source {printable(quote(str(source)))}"
         )
+        say(screen, Text.assemble((f"   {'next':<10}", "dim"), verify))

@@ -216,3 +216,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         "source": "/abs",
         "prompts": str(tmp_path / "p.json"),
     }
+
+
+def test_what_could_not_run_is_undecided_on_the_screen_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ckpt_tool import program
+
+    path = write(tmp_path, "[[check]]\nname = 'absent'\nout = 'nowhere'\n")
+    assert program.run(["gate", str(path)]) == 2
+    assert "\n  undecided run " in capsys.readouterr().out

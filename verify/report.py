@@ -265,7 +265,7 @@ def render(reports: Sequence[Report], console: Console) -> None:
             say(console, Text.assemble((level, "bold"), f"  {_counts(findings)}"))
             width = min(CHECK_WIDTH, max(len(shown(f.check)) for f in findings))
             for f in findings:
-                head = Text.assemble((f"  {f.status:<{STATUS_WIDTH - 2}}", COLOURS[f.status]))
+                head = Text.assemble((f"  {f.status:<{STATUS_WIDTH - 3}} ", COLOURS[f.status]))
                 head.append(f"{shown(f.check):<{width}} ")
                 paragraph(console, _sentence(f), first=head, hang=STATUS_WIDTH + width + 1)
                 for table in f.tables:

@@ -13,6 +13,7 @@ from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
 from ckpt_tool.errors import fail, printable
 
 USUAL = "expected weight files (consolidated.*, model*.safetensors, pytorch_model*.bin)"
+EMPTY = "was it downloaded? Weights that lie more than four folders deeper are opened at their own folder"
 _MAY_BE_WEIGHTS = re.compile(r".+\.(pt|pth|bin|safetensors|ckpt|tar|tgz|tar\.gz|zip)", re.ASCII)
 _BESIDE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|scaler|training_args|recipe_state|trainer_state|optim_)[\w.-]*",
@@ -116,7 +117,7 @@ def _refuse_unnamed(paths: Collection[str], here: Collection[str], around: Aroun
         hint = f"give the folder above, which holds weights: {around.above}"
         fail("wrong-format", f"{USUAL}, found none", file=around.label, hint=hint)
     if not paths:
-        fail("wrong-format", f"{USUAL}, found an empty folder", file=around.label, hint="was it downloaded?")
+        fail("wrong-format", f"{USUAL}, found no files", file=around.label, hint=EMPTY)
     alone = all(is_document(p.rpartition("/")[2]) for p in paths)
     what = "documents only" if alone else f"{len(paths)} other file{'s' * (len(paths) != 1)}"
     fail(
