@@ -134,8 +134,8 @@ def plan(
     seen = as_family_knows(source, chosen)
     try:
         made = make(seen, options)
-    except CkptToolError as error:
-        raise explained(error, source, chosen, to) from None
+    except CkptToolError as error:  # without the frames, which hold what was read of large documents
+        raise explained(error.with_traceback(None), source, chosen, to) from None
     if to == "hf":
         check_own(source, chosen)
     sums = checklist.notes(source, weights=checksums, progress=progress)

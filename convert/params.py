@@ -233,8 +233,13 @@ def left_out(file: str, name: str, value: Any) -> str:
     return f"{file}: {printable(name, 60)} {shown(value)} is left out (--set {printable(name, 60)}=null)"
 
 
+LONG = 1000  # characters
+
+
 def shown(value: Any) -> str:
     """A value in a message, as JSON."""
+    if isinstance(value, str) and len(value) > LONG:  # not copied: a file may hold 16 MiB of it
+        return f"{printable(json.dumps(value[:30])[:-1])}… ({len(value)} characters)"
     return printable(json.dumps(value, default=repr), 60)
 
 

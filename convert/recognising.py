@@ -119,7 +119,11 @@ def unknown(
 def _held(checkpoint: Checkpoint) -> str:
     names = checkpoint.names()
     inside = [n for n in names if ".0." in n] or names
-    text = f"{len(names)} tensors such as {printable(inside[0], 80)}" if names else "no tensors"
+    text = (
+        f"{len(names)} tensor{'s' * (len(names) > 1)} such as {printable(inside[0], 80)}"
+        if names
+        else "no tensors"
+    )
     architecture = _architecture(checkpoint)
     return f"{text}, config.json says {printable(architecture, 60)}" if architecture else text
 
@@ -188,7 +192,7 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
         return CkptToolError(first, *(error.problems if alike else ()))
     if (converted := _converted(checkpoint)) is not None:
         return CkptToolError(already_converted(checkpoint, converted))
-    if error.kind == "already-converted":
+    if error.kind in ("already-converted", "unsupported"):  # which know what it is
         return error
     if not alike:
         return CkptToolError(*unknown(checkpoint, said, f"an original of {chosen.name}"))
