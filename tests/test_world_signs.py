@@ -555,7 +555,7 @@ def test_names_below_another_word_are_said_to_be_there(tmp_path: Path) -> None:
 
 def test_auto_says_what_the_files_hold_where_nothing_is_near(tmp_path: Path) -> None:
     error = refused(lambda: api.plan(tensors(tmp_path / "m", "conv1.weight")))
-    assert len(error.problems) == 1 and "1 tensors such as conv1.weight" in error.problems[0].message
+    assert len(error.problems) == 1 and "1 tensor such as conv1.weight" in error.problems[0].message
 
 
 PACKED = {
