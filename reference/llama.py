@@ -116,12 +116,14 @@ STRETCH = {
 OF_META = frozenset(("use_scaled_rope", "rope_freq_base", *(n for names in STRETCH.values() for n in names)))
 
 
-def check(params: Mapping[str, Any], more: frozenset[str] = frozenset()) -> None:
+def check(params: Mapping[str, Any], overrides: Mapping[str, Any], more: frozenset[str]) -> None:
     """ValueError for settings with which the model is another than the one computed here. `more` are read
-    by a family; a document without any size is none of settings, but whatever a file of weights carries."""
+    by a family, and null in `overrides` leaves a name out that is not known; a document without any size is
+    none of settings, but whatever a file of weights carries."""
     if params.get("dim") is None and params.get("hidden_size") is None:
         return
-    refuse([*only(params, COMPUTED), *strange(params, {*KNOWN, *TIED, *COMPUTED, *more})])
+    nulls = {name for name, told in overrides.items() if told is None}
+    refuse([*only(params, COMPUTED), *strange(params, {*KNOWN, *TIED, *COMPUTED, *more, *nulls})])
 
 
 def names_of(params: Mapping[str, Any], overrides: Mapping[str, Any], shapes: Shapes) -> Names:
@@ -153,7 +155,7 @@ class Config(decoder.Config):
         """`params` is params.json, `shapes` those of rank 0, `overrides` facts from the user under their
         Hugging Face names, which win. ValueError for what none of them tells."""
         params, overrides = settings(opened(params), overrides), settings(overrides)
-        check(params, OF_META)
+        check(params, overrides, OF_META)
         # Llama 1 and 2 have 10000 in the code and Code Llama as default, Llama 3's code defaults to 500000;
         # only Llama 3 has the 128000 words of its tokenizer, and more, or knows `use_scaled_rope`.
         words = shapes.get("output.weight", shapes.get("tok_embeddings.weight", (0,)))[0] * ranks

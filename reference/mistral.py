@@ -30,7 +30,7 @@ class Config(decoder.Config):
         if ranks != 1:
             raise ValueError(f"expected one rank (Mistral AI's files are not model-parallel), found {ranks}")
         params, overrides = settings(opened(params), overrides), settings(overrides)
-        check(params, WINDOWS | EXPERTS if more else WINDOWS)
+        check(params, overrides, WINDOWS | EXPERTS if more else WINDOWS)
         scaling = {**(params.get("rope_scaling") or {}), **(overrides.get("rope_scaling") or {})}
         if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
             raise ValueError(f"expected rope_type `default`, found `{kind}`")

@@ -382,7 +382,8 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         facts.refuse("unsupported", f"expected {what} in family {d.name}, found some", where)
     config = known.values()
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
-    facts.check_settings({*config, "bos_token_id", "eos_token_id", "pad_token_id"})
+    ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    facts.check_settings({*config, *ids, *params_fields.unknown_set_to_null(facts)})
     notes = params_fields.check_unread(facts)
     facts.check()
     tokenizer = tokenizer_of(d, known, config)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_tool.convert.params import Facts, shown
+from ckpt_tool.convert.params import Facts, left_out, shown
 from ckpt_tool.errors import printable
 
 RUN, SAMPLING, TRAINING, IDS, NAMED = (
@@ -116,14 +116,22 @@ def check_unread(facts: Facts) -> list[str]:
                 usual = "none" if defaults is OFF else json.dumps(defaults[0])
                 message = f"expected {usual}, found {shown(value)}, with which {effect}"
                 facts.refuse("unsupported", message, key)
+        elif key in unknown_set_to_null(facts):
+            notes.append(left_out(facts.file, key, value))
         elif value in OFF:
             notes.append(f"{facts.file}: {printable(key)} = {shown(value)} is not known, and taken as off")
         elif "." in key or isinstance(value, dict):
             facts.refuse("unsupported", f"expected a plain text model, found {key} = {shown(value)}", key)
         else:
             message = f"expected fields that are known here, found {printable(key)} = {shown(value)}"
-            hint = (
-                f"if the model computes the same without {printable(key)}, make it null in a copy of the file"
-            )
+            hint = f"--set {printable(key)}=null leaves it out, if the model computes the same without it"
             facts.refuse("unsupported", message, key, hint)
     return notes
+
+
+def unknown_set_to_null(facts: Facts) -> set[str]:
+    """The fields that nobody here knows and that the user leaves out. One that is known to make another model
+    cannot be left out."""
+    told = {k for k, v in (facts.document or {}).items() if "." not in k and not isinstance(v, dict)}
+    nulls = {k for k, v in facts.settings.items() if v is None}
+    return nulls & told - facts.used - HARMLESS.keys() - OTHER_MODELS.keys()
