@@ -562,6 +562,9 @@ PACKED = {
     "model.layers.0.self_attn.q_proj.qweight": "GPTQ or AWQ",
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": "LoRA",
     "layers.0.attention.wq.lora_b.weight": "LoRA",
+    "base_model.model.model.layers.0.mlp.down_proj.ia3_l": "IA3",
+    "model.layers.0.self_attn.q_proj.lora_E.default": "LoRA",
+    "layers.0.attention.wq.hada_w1_a": "LoHa",
     "model.layers.0.mlp.up_proj.weight.absmax": "bitsandbytes",
     "model.layers.0.mlp.up_proj.SCB": "bitsandbytes",
     "model.layers.0.mlp.up_proj.weight_packed": "compressed-tensors",
@@ -725,3 +728,9 @@ def test_a_head_called_as_in_memory_is_read_as_on_disk(
 def test_a_source_and_none_are_not_both_asked_for(conversions: Written, originals: Written) -> None:
     out, source = conversions("mistral-7b-v0.1"), originals("mistral-7b-v0.1")
     assert refused(lambda: api.verify(out, source, no_source=True)).kind == "usage"
+
+
+def test_an_original_alone_is_nothing_to_verify(originals: Written) -> None:
+    for asked in ({}, {"no_source": True}):
+        error = refused(lambda asked=asked: api.verify(originals("llama-2-7b"), **asked))  # type: ignore[misc]
+        assert "found an original of llama" in str(error) and "`ckpt-tool convert llama`" in hint_of(error)

@@ -147,6 +147,12 @@ def _subject(
     _find_family(subject)
     if subject.family is not None and src is not None:
         _make_plan(subject, settings)
+    elif subject.family is not None and hf is None and manifest is None:
+        message = (
+            f"expected a converted folder, found an original of {subject.family.name} and nothing beside"
+        )
+        hint = f"`ckpt-tool convert {subject.family.name}` converts it; verify compares the result with it"
+        fail("wrong-format", message, file=out.path.name, hint=hint)
     return subject
 
 

@@ -272,7 +272,16 @@ MERGE = "merge them into the model first (peft: merge_and_unload), or give the m
 UNQUANTISED = "`mlx_lm.convert --hf-path IN --mlx-path OUT --dequantize` writes plain weights"
 # The last parts of a tensor's name -> what packs tensors like that, what to do.
 _PACKED = (
-    (r"lora_(a|b|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?", "LoRA factors", MERGE),
+    (
+        r"lora_(a|b|e|ranknum|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?",
+        "LoRA factors",
+        MERGE,
+    ),
+    (
+        r"(ia3_l|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_[rs]|vera_(a|b|lambda_[bd]))(\.[\w-]+)?",
+        "factors of an adapter (IA3, LoHa, LoKr, OFT, VeRA)",
+        MERGE,
+    ),
     (r"qzeros|g_idx|qweight", "GPTQ or AWQ weights of few bits", UNPACKED),
     (r"weight\.(absmax|quant_map|nested_absmax)|scb", "bitsandbytes weights of few bits", UNPACKED),
     (r"weight_packed", "weights of few bits (compressed-tensors)", UNPACKED),
