@@ -64,7 +64,7 @@ _ROOTS = (
 _WHOLE = re.compile(
     rf"(?!model\d*\.)\w+\.(({'|'.join(map(re.escape, (*_INSIDE, *_BEFORE)))})\.)*({_ROOTS})\.", re.ASCII
 )
-_LORA = re.compile(r"(^|[._])lora_")
+_ADAPTER = re.compile(r"(^|[._])(lora|ia3|hada|lokr|b?oft|vera)_")
 
 
 @dataclass
@@ -204,7 +204,7 @@ def beside_weights(word: str) -> str | None:
 def _is_own(word: str, names: list[str]) -> bool:
     """Whether `word` belongs to the model's names, as far as they are known."""
     if word == "base_model.model":
-        return any(map(_LORA.search, names))  # an adapter, which has to be merged
+        return any(map(_ADAPTER.search, names))  # an adapter, which has to be merged
     return word == "model" and (any(map(_OWN.match, names)) or not any(map(_WRAPPED.match, names)))
 
 
