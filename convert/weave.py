@@ -13,7 +13,6 @@ from typing import Any
 
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.crosscheck import disagreements
-from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.heads import pooled
@@ -74,9 +73,8 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
     """The plan of a conversion to the Hugging Face layout. config.json is written from the config and need
     not be among the documents."""
     dtype = source.dtype
-    model_type = class_of({k: v.value for k, v in written.config.items()})
-    if model_type is not None:
-        fail_all(misread_config(written.config, classes()[model_type]))
+    if (own := _class_of(written)) is not None:
+        fail_all(misread_config(written.config, own))
     filled = _filled_in(table, source, "sources", original=source.homes, converted=lambda _: ("", dtype))
     if table.words is not None:
         filled.steps[:] = [without_padding(s, WORDS, table.words) for s in filled.steps]
@@ -101,6 +99,14 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         foretold=written.foretold,
         turns=table.turns,
     )
+
+
+def _class_of(written: Written) -> Class | None:
+    """The class that reads the config: one of the family's own, so that no other family is imported."""
+    from ckpt_tool.convert.families import family  # which imports this module's parts
+
+    said = written.config.get("model_type")
+    return None if said is None else family(written.family).classes.get(said.value)
 
 
 def misread_config(config: Mapping[str, Value], own: Class) -> list[Problem]:
