@@ -176,13 +176,13 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     asked = to == "hf" and error.kind == "missing-fact"
     if asked and chosen.document and chosen.document not in checkpoint.documents:
         error = CkptToolError(_no_document(checkpoint, chosen.document), *error.problems)
-    said = recognise(checkpoint)
-    own = {name: why for name, is_own, why in said if is_own}
     if to == "original" and "config.json" not in checkpoint.documents:
         return CkptToolError(no_config(checkpoint))
     if to == "original":
         other = _converted_by_another(checkpoint, chosen)
         return error if other is None else CkptToolError(other)
+    said = recognise(checkpoint)
+    own = {name: why for name, is_own, why in said if is_own}
     if chosen.name in own:
         return error
     names = checkpoint.names()

@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import codecs
 import pickle
 import struct
 import sys
@@ -329,6 +330,9 @@ def test_nothing_is_imported_or_run(audited: list[str]) -> None:
             return eval, ("__import__('antigravity')",)
 
     data = [pickle.dumps({"a": Bomb()}, protocol) for protocol in range(6)]
+    codecs.lookup(
+        "raw-unicode-escape"
+    )  # Python loads a codec when it is first used, by nobody's name but ours
     audited.clear()  # what pickle itself did
     for one in data:
         found = read(one)

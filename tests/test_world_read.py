@@ -191,10 +191,10 @@ def test_wrapped_weights_give_the_plan_of_plain_ones(variant: str, originals: An
             continue  # metaseq's own reader knows the dict, and asks about numbers beside it
         folder = Path(shutil.copytree(originals(variant), tmp_path / kind))
         rewrite(folder, WRAPPED[kind])
-        same_but_for_the_wrapper(wanted, folder, kind, options)
+        check_same_but_for_the_wrapper(wanted, folder, kind, options)
 
 
-def same_but_for_the_wrapper(wanted: Plan, folder: Path, kind: str, options: Options) -> None:
+def check_same_but_for_the_wrapper(wanted: Plan, folder: Path, kind: str, options: Options) -> None:
     found = plan(folder, family=wanted.family, options=options)
     if wanted.family != "opt":  # whose reader has a place for what stands before its names
         assert [s.sources for s in found.steps] == [s.sources for s in wanted.steps]

@@ -3,6 +3,7 @@ a value in it can be as long as the file."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ class Cut(Exception):
     """An opcode reaches beyond the window; it is read again from its start."""
 
 
-class PickleBytes:
+class PickleBytes(ABC):
     """`data` are the first bytes, from the offset `base` on, and all where there is no `feed`; `end` is the
     offset at which they end at the latest. Where they end too early the error kind is `cut`."""
 
@@ -47,9 +48,9 @@ class PickleBytes:
         """Where the current opcode stands in the file."""
         return self.base + self.start
 
+    @abstractmethod
     def opcode(self) -> str:
         """The name of the current opcode, or "the end"."""
-        raise NotImplementedError
 
     def fault(self, kind: str, message: str) -> NoReturn:
         hint = "save the weights alone with torch.save" if kind == "pickle-limit" else None
