@@ -6,8 +6,6 @@ import copy
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,12 @@ from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.claims import Claim, judge
 from ckpt_tool.verify.report import Finding, Report
+from tests.in_process import program
 
 Written = Callable[[str], Path]
 PLAIN, RANKS = "mistral-7b-v0.3", "llama-3-70b"
 CHEAP = ("coverage", "bits")
 NOT_COMPARED = "not compared with a source"
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckpt_tool", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def statuses(report: Report, check: str) -> list[str]:
@@ -76,7 +70,7 @@ def test_random_weights_of_which_nothing_could_be_compared_do_not_pass(pair: Pai
     for name, x in weights.items():
         weights[name] = rng.permutation(x.reshape(-1)).reshape(x.shape)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    found = run("verify", out, "--source", source)
+    found = program("verify", str(out), "--source", str(source), cwd=out.parent)
     assert found.returncode == 2, found.stdout
     assert "pass" not in found.stdout.splitlines()[0]
     assert "nothing was compared with the source, neither bits nor numbers" in " ".join(found.stdout.split())
@@ -144,7 +138,8 @@ def test_the_cause_comes_first(pair: Pair) -> None:
     report = verify(out, source)
     assert report.exit_code == 1
     assert report.headline.startswith("layer 1: self_attn.q_proj rows not permuted for rotary")
-    first = run("verify", out, "--source", source).stdout.splitlines()[0]
+    said = program("verify", str(out), "--source", str(source), cwd=out.parent).stdout
+    first = said.splitlines()[0]
     assert first.startswith("ckpt-tool verify: fail: layer 1: self_attn.q_proj rows not")
 
 
@@ -242,8 +237,8 @@ def test_other_names_in_a_tokenizers_config_count(more: dict[str, Any], pair: Pa
     assert verify(out, source, levels=CHEAP).exit_code == 1
 
 
-def test_no_command_shows_the_help_as_it_is_laid_out() -> None:
-    found = run()
+def test_no_command_shows_the_help_as_it_is_laid_out(tmp_path: Path) -> None:
+    found = program(cwd=tmp_path)
     assert found.returncode == 2
     assert found.stderr.startswith("Usage:") and "\n" in found.stderr.strip()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from ckpt_tool.fixtures.flaws import plant
 from ckpt_tool.program import wants_json
+from tests.in_process import program
 
 Written = Callable[[str], Path]
 VARIANT = "mistral-float32"
@@ -83,10 +85,22 @@ def tiny(originals: Written, conversions: Written, tmp_path: Path) -> Path:
     ],
 )
 def test_every_command_ends_with_0_1_or_2_by_one_rule(code: int, arguments: str, tiny: Path) -> None:
-    done = run(*arguments.split(), cwd=tiny)
+    done = program(*arguments.split(), cwd=tiny)
     assert done.returncode == code, (done.stdout[-500:], done.stderr[-500:])
+    assert "Traceback" not in done.stderr
     if code == 2 and arguments:
         assert "error[" in done.stderr or "undecided" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [(0, "families"), (1, "verify bad --source in --level bits"), (2, "nonsense"), (2, "inspect nowhere")],
+)
+def test_the_process_ends_with_the_code_of_the_command(code: int, arguments: str, tiny: Path) -> None:
+    done, here = run(*arguments.split(), cwd=tiny), program(*arguments.split(), cwd=tiny)
+    assert done.returncode == here.returncode == code
+    said = [re.sub(r"(?m)^  seconds .*$", "", x.stdout + x.stderr) for x in (done, here)]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,25 @@ BEYOND_437 = {
 }
 
 
+Verdict = tuple[dict[str, Any], Any]
+
+
+@pytest.fixture(scope="module")
 def judged(
-    release: str, variants: list[str], conversions: Written, scratch: Path
-) -> tuple[dict[str, Any], Any]:
-    """What that release reports and computes for each variant: (reports, logits by variant)."""
+    conversions: Written, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[list[str], Verdict]]:
+    """`judged(release)`: the variants it can express, and what it reports and computes for each of them, as
+    (reports, logits by variant). Each release is asked once."""
+
+    @cache
+    def asked(release: str) -> tuple[list[str], Verdict]:
+        variants = [v for v in VARIANTS if release != "tf4.37" or v not in BEYOND_437]
+        return variants, _judged(release, variants, conversions, tmp_path_factory.mktemp(release))
+
+    return asked
+
+
+def _judged(release: str, variants: list[str], conversions: Written, scratch: Path) -> Verdict:
     judge = ROOT / ".judges" / release
     if not judge.is_dir():
         pytest.skip(f"{release} is not set up; `make test` does it")
@@ -86,27 +102,36 @@ def reference_logits(variant: str, converted: Path, source: Path) -> np.ndarray:
     return logits
 
 
+@pytest.fixture(scope="module")
+def reference(conversions: Written, originals: Written) -> Callable[[str], np.ndarray]:
+    """`reference(variant)`: see `reference_logits`, computed once."""
+    return cache(lambda variant: reference_logits(variant, conversions(variant), originals(variant)))
+
+
 @pytest.mark.parametrize("release", ["tf4.37", "tf4.57"])
 def test_older_releases_load_every_output_and_agree(
-    release: str, conversions: Written, originals: Written, tmp_path: Path
+    release: str,
+    judged: Callable[[str], tuple[list[str], Verdict]],
+    reference: Callable[[str], np.ndarray],
 ) -> None:
-    variants = [v for v in VARIANTS if release != "tf4.37" or v not in BEYOND_437]
-    reports, logits = judged(release, variants, conversions, tmp_path)
+    variants, (reports, logits) = judged(release)
     for variant in variants:
         report = reports[variant]
         assert report["missing_keys"] == [] and report["unexpected_keys"] == [], variant
-        expected = reference_logits(variant, conversions(variant), originals(variant))
+        expected = reference(variant)
         found = logits[variant]
         nmse = float(((found - expected) ** 2).mean() / expected.var())
         assert nmse <= 1e-10, (variant, nmse)
 
 
-def test_the_releases_tokenize_alike(conversions: Written, tmp_path: Path) -> None:
+def test_the_releases_tokenize_alike(
+    conversions: Written, judged: Callable[[str], tuple[list[str], Verdict]]
+) -> None:
     from transformers import AutoTokenizer
 
     variants = ["mistral-7b-v0.1", "llama-2-7b", "llama-3-8b"]
     for release in ("tf4.37", "tf4.57"):
-        reports, _ = judged(release, variants, conversions, tmp_path / release)
+        _, (reports, _) = judged(release)
         for variant in variants:
             current = AutoTokenizer.from_pretrained(conversions(variant))
             assert reports[variant]["tokens"] == [current(t)["input_ids"] for t in TEXTS], (release, variant)

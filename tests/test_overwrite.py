@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ckpt_tool.convert.durable import Identity, Staging
 from ckpt_tool.convert.replaceable import look
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.in_process import program
 
 Written = Callable[[str], Path]
 Place = Callable[[Path], object]
@@ -445,11 +445,6 @@ def test_a_folder_that_comes_meanwhile_is_not_replaced_for_the_flag(work: Path) 
 
 
 # --- the same for every command -------------------------------------------------------------------------
-
-
-def program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckpt_tool", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_the_command_line_says_it_in_one_sentence_and_leads_out(work: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import verify
+from ckpt_tool.verify import prompts, verify
 
 pytest.importorskip("transformers")
 
@@ -57,39 +57,61 @@ CHOSEN = (
 )
 
 
+def kind(folder: Path) -> str:
+    """What a release makes of a folder, but for sizes: two of one kind load and are saved again alike."""
+
+    def without_sizes(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without_sizes(v) for k, v in value.items()}
+        return without_sizes(value[0]) if isinstance(value, list) else isinstance(value, float | int) or value
+
+    return json.dumps(without_sizes(json.loads((folder / "config.json").read_text())), sort_keys=True)
+
+
+def chosen(release: str, way: str, conversions: Written) -> list[str]:
+    """The current release saves every variant again, plainly; older ones one of each kind, and other ways one
+    of each family."""
+    able = [v for v in VARIANTS if release != "tf4.37" or v not in NOT_IN_437]
+    if way != "plain":
+        return [v for v in able if v in CHOSEN]
+    if release == "tf5":
+        return able
+    first = {kind(conversions(v)): v for v in reversed(able)}
+    return [v for v in able if v in {*first.values(), *CHOSEN, *(named for named, _, _ in WRONG.values())}]
+
+
 @pytest.fixture(scope="session")
 def saved_again(conversions: Written, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """`saved_again(release, way)`: the variants that this release saves again, below `folder`."""
+    """`saved_again(release, way)`: the variants that this release saves again, below `folder`. A release runs
+    once and saves every way."""
     root = tmp_path_factory.mktemp("saved-again")
-    known: dict[tuple[str, str], list[str]] = {}
+    known: dict[str, dict[str, list[str]]] = {}
 
     def save(release: str, way: str, folder: list[Path]) -> list[str]:
         folder.append(root / release / way)
-        if (release, way) not in known:
+        if release not in known:
             env = {**os.environ, "HF_HUB_OFFLINE": "1"}
             if release != "tf5":
                 judge = ROOT / ".judges" / release
                 if not judge.is_dir():
                     pytest.skip(f"{release} is not set up; `make test` does it")
                 env["PYTHONPATH"] = str(judge)
-            variants = [v for v in VARIANTS if release != "tf4.37" or v not in NOT_IN_437]
-            if way != "plain":
-                variants = [v for v in variants if v in CHOSEN]
+            variants = {w: chosen(release, w, conversions) for r, w in CASES if r == release}
             jobs = []
-            for v in variants:
-                arguments = dict(WAYS[way])
+            for w, v in ((w, v) for w, own in variants.items() for v in own):
+                arguments = dict(WAYS[w])
                 if "to" in arguments:
                     arguments["to"] = json.loads((conversions(v) / "config.json").read_text())["torch_dtype"]
-                jobs.append([str(conversions(v)), str(folder[0] / v), arguments])
-            listed = root / f"{release}-{way}.json"
+                jobs.append([str(conversions(v)), str(root / release / w / v), arguments])
+            listed = root / f"{release}.json"
             listed.write_text(json.dumps(jobs))
             script = ROOT / "tests" / "save_again_script.py"
             command = [sys.executable, "-W", "ignore", str(script), str(listed)]
             run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stderr[-3000:]
             assert json.loads(run.stdout.splitlines()[-1]) == {}
-            known[release, way] = variants
-        return known[release, way]
+            known[release] = variants
+        return known[release][way]
 
     return save
 
@@ -103,8 +125,14 @@ CASES = [(r, w) for r in RELEASES for w in WAYS if not (r == "tf5" and w == "bin
 
 @pytest.mark.parametrize(("release", "way"), CASES)
 def test_what_a_release_saves_again_passes(
-    release: str, way: str, saved_again: Callable[..., list[str]], originals: Written
+    release: str,
+    way: str,
+    saved_again: Callable[..., list[str]],
+    originals: Written,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # 4.37.2 writes the width 4096 of a window that is off: 4160 tokens would take a minute and show nothing.
+    monkeypatch.setattr(prompts, "WINDOW_LIMIT", 4096)
     folder: list[Path] = []
     variants = saved_again(release, way, folder)
     verdicts = {}

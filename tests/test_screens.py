@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ckpt_tool.fixtures.flaws import plant
 from ckpt_tool.terminal import Column, consoles, paragraph, table, wrapped
+from tests.in_process import TERMINAL, program
 
 GOLDEN = Path(__file__).parent / "golden"
 # Measured numbers and times differ from run to run and from machine to machine; their width does not matter
@@ -80,17 +81,18 @@ def place(tmp_path_factory: pytest.TempPathFactory, originals: Callable[[str], P
     return folder
 
 
-def ran(arguments: list[str], cwd: Path, columns: int | None, **more: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+def shown(arguments: list[str], cwd: Path, columns: int | None) -> str:
+    done = program(*arguments, cwd=cwd, columns=columns)
+    return done.stdout + done.stderr
+
+
+def printed(arguments: list[str], cwd: Path, columns: int | None) -> str:
+    """By a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in TERMINAL}
     if columns is not None:
         environment["COLUMNS"] = str(columns)
-    done = subprocess.run(
-        [sys.executable, "-m", "ckpt_tool", *arguments],
-        cwd=cwd,
-        env={**environment, **more},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "ckpt_tool", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     return done.stdout + done.stderr
 
 
@@ -106,19 +108,25 @@ def test_screens(screen: str, columns: int, place: Path) -> None:
     import shutil
 
     shutil.rmtree(place / "bert-hf", ignore_errors=True)
-    shown = "".join(ran(arguments, place, columns) for arguments in SCREENS[screen])
-    assert "\x1b" not in shown and "Traceback" not in shown
-    for line in shown.splitlines():
+    text = "".join(shown(arguments, place, columns) for arguments in SCREENS[screen])
+    assert "\x1b" not in text and "Traceback" not in text
+    for line in text.splitlines():
         assert line == line.rstrip(), repr(line)
         assert cell_len(line) <= columns or screen == "errors", line  # an error is one line, for machines
     file = GOLDEN / f"{screen}-{columns}.txt"
     if os.environ.get("CKPT_TOOL_GOLDEN") == "write":
-        file.write_text(masked(shown), encoding="utf-8")
-    assert masked(shown) == file.read_text(encoding="utf-8")
+        file.write_text(masked(text), encoding="utf-8")
+    assert masked(text) == file.read_text(encoding="utf-8")
 
 
 def test_redirected_output_is_80_columns_wide_and_follows_columns(place: Path) -> None:
-    assert ran(["families"], place, None) == ran(["families"], place, 80) != ran(["families"], place, 120)
+    narrow, wide = printed(["families"], place, None), printed(["families"], place, 120)
+    assert narrow == shown(["families"], place, 80) != wide == shown(["families"], place, 120)
+
+
+def test_a_process_shows_what_was_shown_here(place: Path) -> None:
+    arguments = SCREENS["verify-fail"][0]
+    assert masked(printed(arguments, place, 80)) == masked(shown(arguments, place, 80))
 
 
 def test_no_color_leaves_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:

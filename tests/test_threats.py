@@ -12,12 +12,14 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.forked import MOMENT, Forker
 
 CLI = [sys.executable, "-m", "ckpt_tool"]
 MEMORY = 250 << 20
+SPACE = 6 << 30
 SECONDS = 20.0
 
 
@@ -44,33 +48,56 @@ def high_water(pid: int) -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forker() -> Iterator[None]:
+    Run.forker = Forker()
+    yield
+    Run.forker.close()
+
+
+def loaded(
+    arguments: list[str], cwd: Path, environment: dict[str, str]
+) -> tuple[int, Callable[[], int | None]]:
+    """A child that loads the program itself: its process id, and what waits for it as `Forker.ended` does."""
+    with open(cwd / "stdout", "wb") as out, open(cwd / "stderr", "wb") as err:
+        child = subprocess.Popen(
+            [*CLI, *arguments],
+            cwd=cwd,
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (SPACE, SPACE)),
+        )
+
+    def ended() -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(MOMENT)
+        return None
+
+    return child.pid, ended
+
+
 class Run:
-    """One finished child: exit code, what it printed, peak resident bytes."""
+    """One finished child: exit code, what it printed, peak resident bytes. With an `environment` of its own
+    it loads the program anew."""
+
+    forker: Forker
 
     def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
-        started = time.monotonic()
-        with open(cwd / "stdout", "wb") as out, open(cwd / "stderr", "wb") as err:
-            child = subprocess.Popen(
-                [*CLI, *arguments],
-                cwd=cwd,
-                stdout=out,
-                stderr=err,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {})},
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)),
-            )
-            self.peak = 0
-            while True:
-                # not ru_maxrss: it counts what this test process held when it forked
-                self.peak = max(self.peak, high_water(child.pid))
-                pid, status = os.waitpid(child.pid, os.WNOHANG)
-                if pid:
-                    break
-                if time.monotonic() - started > SECONDS:
-                    child.kill()
-                time.sleep(0.003)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        self.code = child.returncode
+        began = time.monotonic()
+        if environment is None:
+            pid, ended = self.forker.start(arguments, cwd, SPACE), self.forker.ended
+        else:
+            pid, ended = loaded(arguments, cwd, environment)
+        self.peak = 0
+        while (code := ended()) is None:
+            # not ru_maxrss: it counts what this test process held when it forked
+            self.peak = max(self.peak, high_water(pid))
+            if time.monotonic() - began > SECONDS:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.code = code
         self.out = (cwd / "stdout").read_text(encoding="utf-8", errors="replace")
         self.err = (cwd / "stderr").read_text(encoding="utf-8", errors="replace")
         (cwd / "stdout").unlink()
