@@ -36,7 +36,8 @@ def renumbered(files: Mapping[str, bytes]) -> tuple[int, str, int] | None:
     (findings/added_tokens_renumbered.sh); None where they do, and without a tokenizer.json."""
     if "tokenizer.json" not in files:
         return None
-    first, *added = [*_numbers(files), ("", iter(()))]
+    none: Iterator[int] = iter(())
+    first, *added = [*_numbers(files), ("", none)]
     free = max(first[1], default=-1) + 1
     for number, name in sorted((number, name) for name, numbers in added for number in numbers):
         if number > free:
