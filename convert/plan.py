@@ -59,7 +59,7 @@ class Foretold:
     name: str
     reason: str
     values: Mapping[str, Any]
-    where: tuple[str, ...]
+    where: tuple[str | int, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {

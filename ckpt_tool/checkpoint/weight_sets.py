@@ -50,6 +50,11 @@ _TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re
 # vocab.txt, and as Megatron's documentation calls them: bert-large-cased-vocab.txt, gpt2-merges.txt
 _VOCABULARY = re.compile(r"([\w.-]{1,80}[-_.])?(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII)
 _TEMPLATE = re.compile(r"[\w.-]{1,80}\.jinja", re.ASCII)
+# What Google's code reads, and as the repositories of that code call it: bert_config.json,
+# uncased_L-24_H-128_B-512_A-4_F-4_OPT.json.
+_SETTINGS = re.compile(
+    r"(?:model|canine|(?:[a-z]{1,20}_?)?bert)_config\.json|(?:un|multi_)?cased_L-[\w.-]{1,80}\.json", re.ASCII
+)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
@@ -126,7 +131,13 @@ def is_document(name: str) -> bool:
         name in _DOCUMENTS
         or _TOKENIZER_MODEL.fullmatch(name) is not None
         or vocabulary_kind(name) is not None
+        or is_settings(name)
     )
+
+
+def is_settings(name: str) -> bool:
+    """Whether a file is what Google's TensorFlow code is told of a model; see `_SETTINGS`."""
+    return _SETTINGS.fullmatch(name) is not None
 
 
 def belongs(name: str) -> bool:
