@@ -131,6 +131,8 @@ class Plan:
     # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
     # it. No part of what is done.
     turns: Value | None = None
+    # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
+    unread: str = ""
 
     @property
     def bytes_out(self) -> int:
@@ -233,6 +235,7 @@ def assemble(
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
     turns: Value | None = None,
+    unread: str = "",
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
@@ -274,6 +277,7 @@ def assemble(
         foretold=tuple(foretold),
         asked=_asked(options, config),
         turns=turns,
+        unread=unread,
     )
 
 
