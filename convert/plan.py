@@ -195,6 +195,8 @@ def _step_json(step: Step) -> dict[str, Any]:
         }
         if p.ranges:
             entry["ranges"] = {a: [lo, hi] for a, lo, hi in p.ranges}
+        if p.taken:
+            entry["taken"] = {a: [lo, hi] for a, lo, hi in p.taken}
         return entry
 
     made: dict[str, Any] = {
@@ -207,6 +209,8 @@ def _step_json(step: Step) -> dict[str, Any]:
         made["compare"] = step.compare
     if step.mean:
         made["mean"] = step.mean
+    if step.copied:
+        made["copied"] = True
     return made
 
 
