@@ -246,8 +246,8 @@ def assemble(
     `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
     target files are laid out here (size limit, index); for "to-original" each target part already names
     its file, and `outputs` lists those files in order; `compared` are steps that only compare, as they are to
-    be done. Every problem of the stage is raised together:
-    missing tensors, tensors nothing claims, shapes and dtypes that disagree.
+    be done. Every problem of the stage is raised together: missing tensors, tensors nothing claims, shapes
+    and dtypes that disagree.
     """
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = dtypes.typed([*steps, *compared], options.dtype)
@@ -262,10 +262,7 @@ def assemble(
         steps = [_placed(s, home) for s in steps]
         documents = [*documents, *index]
     else:
-        files = [
-            OutputFile(n, _format(n), tuple(t for t in wanted if t.file == n), _metadata(n))
-            for n in (outputs or [])
-        ]
+        files = [_output(n, wanted) for n in outputs or ()]
     return Plan(
         family=family,
         direction=direction,
@@ -283,6 +280,10 @@ def assemble(
         turns=turns,
         unread=unread,
     )
+
+
+def _output(name: str, wanted: Iterable[TensorInfo]) -> OutputFile:
+    return OutputFile(name, _format(name), tuple(t for t in wanted if t.file == name), _metadata(name))
 
 
 def _written(steps: Iterable[Step]) -> list[TensorInfo]:

@@ -14,7 +14,7 @@ tokens of a chunk, K chunks, V vocabulary, L labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -318,3 +318,88 @@ HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor
     "token_classification": lambda x, ranks, c: wide(linear(x, ranks[0], "classifier.")),
     "question_answering": lambda x, ranks, c: span_logits(x, ranks[0]),
 }
+
+
+# --- what converters get wrong ----------------------------------------------------------------------------
+
+Change = Callable[[Tensors], dict[str, Tensor]]
+EMA = tuple(f"ema_gate.{n}" for n in ("damping_factor", "decay_factor", "ema_expansion_matrix"))
+BOTH_WAYS = (*EMA, "ema_gate.kernel_projection_matrix")
+
+
+def mistakes(names: Collection[str], c: Config) -> dict[str, Change | tuple[Change, Change]]:
+    """What the publisher calls alpha, beta, gamma, delta and omega is called otherwise here, and some of
+    these names stand for two tensors: exchanges, and parameters stored after their sigmoid. Each in all
+    layers whose tensors are among `names`; pairs of a mistake and of what takes it back."""
+    ends = ".mega_layer.qk_weight"
+    layers = [n.removesuffix("qk_weight") for n in names if n.endswith(ends)]
+    if not layers:
+        return {}
+    damping, decay = EMA[:2]
+    stored = in_all(layers, (damping, decay), torch.sigmoid), in_all(layers, (damping, decay), torch.logit)
+    missing = in_all(layers, ("ema_gate.residual_weight",), torch.zeros_like), lost
+    made: dict[str, Change | tuple[Change, Change]] = {
+        "EMA: damping and decay (delta and alpha) exchanged": exchanged(layers, damping, decay),
+        "EMA: damping and decay stored after their sigmoid": stored,
+        "EMA: the residual weight (omega) left out": missing,
+        "query and key exchanged": in_all(layers, ("qk_weight", "qk_bias"), lambda x: x.flip(0)),
+        "weight and bias of query and key (gamma and beta) exchanged": exchanged(
+            layers, "qk_weight", "qk_bias"
+        ),
+        "mx_proj: the candidate before query, key and gate of the values": (
+            candidate_first(layers, back=False),
+            candidate_first(layers, back=True),
+        ),
+    }
+    if c.both_ways:
+        made["EMA: forward and backward exchanged"] = in_all(
+            layers, BOTH_WAYS, lambda x: x.roll(len(x) // 2, 0)
+        )
+    if c.bias == "rotary":
+        made["rotary bias: alpha and beta exchanged"] = exchanged(
+            layers, "rel_pos_bias.alpha", "rel_pos_bias.b_param"
+        )
+    return made
+
+
+def in_all(layers: Collection[str], names: Collection[str], change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda w: {p + n: change(w[p + n]).contiguous() for p in layers for n in names}
+
+
+def exchanged(layers: Collection[str], one: str, other: str) -> Change:
+    pairs = [(p + a, p + b) for p in layers for a, b in ((one, other), (other, one))]
+    return lambda w: {a: w[b] for a, b in pairs}
+
+
+def candidate_first(layers: Collection[str], *, back: bool) -> Change:
+    """The last D rows of `mx_proj` right after its first D; `back` puts them last again."""
+
+    def make(w: Tensors) -> dict[str, Tensor]:
+        made = {}
+        for name in [f"{p}mx_proj.{kind}" for p in layers for kind in ("weight", "bias")]:
+            D = len(w[name.partition("mx_proj")[0] + "ema_gate.residual_weight"])
+            made[name] = torch.cat([w[name][:D], w[name][D:].roll(-D if back else D, 0)])
+        return made
+
+    return make
+
+
+def lost(w: Tensors) -> dict[str, Tensor]:
+    raise ValueError("expected values, which nothing tells any more")
+
+
+OTHERS = {"softmax": "laplace", "laplace": "relu2", "relu2": "laplace"}
+
+
+def config_mistakes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    scores, first = config.get("attention_activation", "softmax"), config.get("normalize_before_mega", True)
+    made: dict[str, dict[str, Any]] = {
+        f"attention_activation {OTHERS.get(scores)}": {"attention_activation": OTHERS.get(scores)},
+        f"normalize_before_mega {str(not first).lower()}": {"normalize_before_mega": not first},
+    }
+    rotary = config.get("relative_positional_bias", "rotary") == "rotary"
+    if (
+        config.get("use_chunking") and rotary and int(config["chunk_size"]) <= 256
+    ):  # the prompts have 600 tokens
+        made["chunks taken for one"] = {"use_chunking": False}
+    return made

@@ -167,6 +167,7 @@ CLASS = Class(
         "type_vocab_size": "read with add_token_type_embeddings alone",
     },
     causal=False,
+    distances=".rel_pos_bias.rel_pos_bias",
     prefix="mega.",
     words="embedding_layer.word_embeddings.weight",
     tied={"mlm_head.weight": "", "lm_head.weight": ""},
