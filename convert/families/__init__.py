@@ -54,6 +54,7 @@ class Family:
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
+    unread: str = ""  # a pattern of the names of tensors, in either layout, that no pass reads
 
 
 def family(name: str) -> Family:
