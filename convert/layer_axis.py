@@ -12,11 +12,11 @@ moe/experts.py: sharded_state_dict).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.convert.one_by_one import Share, Shares
 from ckpt_tool.errors import Problem, fail_all
 
@@ -24,11 +24,21 @@ FORMAT = "dcp"
 # With a number after `layers`, or without one where the first axis counts them.
 _LAYERS = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?!\d)(?P<rest>.+)", re.ASCII)
 _EXPERTS = re.compile(r"(?P<before>.*\.mlp\.experts\.)experts\.(?P<rest>linear_fc[12]\..+)", re.ASCII)
+_CORE = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.linear_qkv\.", re.ASCII)
+# Of `singleton_local_shards`, whose gates and ups are apart.
+_UNITS = re.compile(r"(?P<before>.*linear_fc1\.)weight_(?P<which>[wv])", re.ASCII)
+_WHICH = {"w": "gate.weight", "v": "up.weight"}
 READING = "a tensor of Megatron-Core's that holds all layers is read as one for each"
+READ_APART = "linear_fc1.weight_w and weight_v are read as linear_fc1.gate.weight and linear_fc1.up.weight"
 
 
 class NumberedLayers(Shares):
     """A view of a folder in which layers are apart."""
+
+
+def of_megatron(names: Iterable[str]) -> bool:
+    """Whether these are names of Megatron-Core's, whose numbers are in its arguments."""
+    return any(_CORE.search(name) for name in names)
 
 
 def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
@@ -36,10 +46,17 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
     `shape-mismatch` for a tensor without these axes, or with another number of layers than others have."""
     files: dict[str, TensorFile] = {}
     problems: list[Problem] = []
+    readings: dict[str, None] = {}
     for name, file in checkpoint.files.items():
         files[name] = file
-        if file.format != FORMAT or not any(map(_is_stacked, file.tensors)):
+        if file.format != FORMAT:
             continue
+        if any(map(_UNITS.fullmatch, file.tensors)):
+            file, readings[READ_APART] = Renamed(file, {_units(n): n for n in file.tensors}), None
+            files[name] = file
+        if not any(map(_is_stacked, file.tensors)):
+            continue
+        readings[READING] = None
         shares = {s.info.name: s for t in file.tensors.values() for s in _numbered(t)}
         lengths = {t.shape[:1] for t in file.tensors.values() if _LAYERS.fullmatch(t.name)}
         short = next((t for t in file.tensors.values() if _is_stacked(t.name) and not _fits(t)), None)
@@ -50,9 +67,14 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
             problems.append(Problem("shape-mismatch", message, name, where))
         files[name] = NumberedLayers(file, shares)
     fail_all(problems)
-    if all(files[n] is f for n, f in checkpoint.files.items()):
+    if not readings:
         return checkpoint
-    return replace(checkpoint, files=files, readings=(*checkpoint.readings, READING))
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, *readings))
+
+
+def _units(name: str) -> str:
+    found = _UNITS.fullmatch(name)
+    return name if found is None else found["before"] + _WHICH[found["which"]]
 
 
 def _is_stacked(name: str) -> bool:
