@@ -18,7 +18,12 @@ from ckpt_tool.checkpoint.archive import open_archive
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
+from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
+from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
+from ckpt_tool.checkpoint.dcp_metadata import METADATA
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
+from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
+from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
     TRACKER,
@@ -37,14 +42,16 @@ from ckpt_tool.checkpoint.safetensors import (
     open_safetensors,
     read_index,
 )
-from ckpt_tool.checkpoint.signs import SLICES
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
+from ckpt_tool.checkpoint.tf_bundle import open_bundle
+from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
     Prefer,
     WeightSet,
     belongs,
+    bundle_set,
     check_complete,
     check_finished,
     is_document,
@@ -65,6 +72,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 NEAR = 2000  # names that are compared with one that is not there
 INDEX_BYTES = 64 << 20  # an index grows with the number of tensors; the largest published are near 5 MiB
 TOKENIZER = "tokenizer.model"
+STATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,10 @@ def open_checkpoint(
         checkpoint.notes[:0] = notes
         return checkpoint
     given = Path(text)
-    status = _status(given, text)
     limits = limits or Limits()
+    if (bundle := _bundle_at(given)) is not None:
+        return bundle
+    status = _status(given, text)
     if stat.S_ISDIR(status.st_mode):
         checkpoint = _open_directory(given, prefer, limits)
     elif stat.S_ISREG(status.st_mode):
@@ -123,14 +133,35 @@ def open_checkpoint(
     return checkpoint
 
 
+def _bundle_at(given: Path) -> Checkpoint | None:
+    """The bundle of TensorFlow that a path means: one of its files, or what their names have in common."""
+    if os.path.isdir(given) or not os.path.isdir(given.parent):
+        return None
+    directory = Directory(given.parent)
+    try:
+        beside = os.listdir(given.parent)
+    except OSError:
+        return None
+    prefix = bundle_at(given.name, beside)
+    if prefix is None:
+        return None
+    chosen = bundle_set(prefix, beside, file=directory.label)
+    checkpoint = _open_bundle(directory, chosen, given.with_name(chosen.files[0]))
+    if given.name != prefix:
+        checkpoint.notes.append(
+            f"{given.name} is a part of the TensorFlow checkpoint {prefix}; all of it was opened"
+        )
+    return checkpoint
+
+
 def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: Path | None) -> Checkpoint:
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
-    if SLICES.tells(path.name):
-        fail("wrong-format", f"expected a checkpoint, found {SLICES.what}", file=path.name, hint=SLICES.hint)
+    if SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp"):
+        return _open_directory(path.parent, prefer, limits)  # which is read whole
     numbered = set_of(path.name, beside)
     single = WeightSet(path.name, (path.name,), None, "original")
     check_finished(numbered or single, beside, file=directory.label)
@@ -163,11 +194,17 @@ def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkp
 def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
     try:
         names = folder.names()
+        if not any(map(is_weights, names)) and (whole := _open_pieces(folder, path, limits)) is not None:
+            return whole
         ranks = None if prefer == "hf" else _rank_folders(folder, path)
         if ranks is not None:
             return _open_ranks(folder, ranks, path, limits)
         found = locate(
-            names, file=folder.label, prefer=prefer, checklist=lambda within: _checklist(folder, within)
+            names,
+            file=folder.label,
+            prefer=prefer,
+            checklist=lambda within: _checklist(folder, within),
+            state=lambda within: _state(folder, within),
         )
         if found is None and prefer == "hf" and (ranks := _rank_folders(folder, path)) is not None:
             return _open_ranks(folder, ranks, path, limits)  # a wish: nothing else is there
@@ -181,6 +218,34 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
     except BaseException:
         folder.close()
         raise
+
+
+def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
+    """A folder in which no file holds whole tensors: a checkpoint of torch.distributed, or slices; None for
+    another."""
+    if (there := find_dcp(folder)) is not None:
+        within, notes = there
+        file: TensorFile = open_dcp_folder(folder, within)
+    elif slices := slice_files(folder.names()):
+        within, notes = "", []
+        file = open_slices(folder.place, slices, limits.safetensors_header)
+    else:
+        return None
+    try:
+        documents = _documents(folder, within, False, notes)
+        above = folder if within else folder.outer() if is_part(path.resolve().name) else None
+        if above is not None:
+            outer = [n for n in above.names() if belongs(n) and n not in documents]
+            documents |= {name: above.document(name) for name in outer}
+        files = {file.name: file}
+        own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+    except BaseException:
+        file.close()
+        raise
+    notes += file.notes
+    return OpenedCheckpoint(
+        path, own.files, documents, notes, tuple(own.readings), tuple(own.left_out), folder=folder
+    )
 
 
 def _status(given: Path, text: str) -> os.stat_result:
@@ -286,6 +351,8 @@ def _open_set(
 ) -> OpenedCheckpoint:
     """Open the files of `chosen`, which lie in the part `within` of `folder`, and what belongs to them.
     `seen` is the only file, where that was looked into already."""
+    if chosen.files[0].endswith(".index"):
+        return _open_bundle(folder, chosen, path, within)
     notes = list(chosen.notes)
     if within:
         notes.append(f"the weights were found in {within}")
@@ -321,6 +388,18 @@ def _open_set(
     readings += own.readings
     return OpenedCheckpoint(
         path, own.files, documents, notes, tuple(readings), tuple(own.left_out), folder=folder
+    )
+
+
+def _open_bundle(folder: Folder, chosen: WeightSet, path: Path, within: str = "") -> OpenedCheckpoint:
+    """Open a bundle of TensorFlow. Its names are those of variables: nothing was wrapped around them."""
+    notes = list(chosen.notes)
+    if within:
+        notes.append(f"the weights were found in {within}")
+    documents = _documents(folder, within, True, notes)
+    found = open_bundle(folder, chosen.files[0].removesuffix(".index"), within=within)
+    return OpenedCheckpoint(
+        path, found.files, documents, [*notes, *found.notes], (), tuple(found.left_out), folder=folder
     )
 
 
@@ -366,7 +445,12 @@ def _open_file(place: Place, name: str, limits: Limits, seen: _Seen | None = Non
 
 
 def _across(files: dict[str, TensorFile], chosen: WeightSet, index: WeightIndex | None) -> Iterable[Problem]:
-    """What the opened files say against each other."""
+    """What the opened files say against each other, and against being whole."""
+    for name, file in files.items():
+        if (cut := is_slice(file)) is not None:
+            message = "expected whole tensors, found a slice that torch.distributed wrote"
+            hint = "give the folder with the slices of all ranks, under the names that they were written with"
+            yield Problem("wrong-format", message, name, cut, hint)
     if index is not None:
         yield from index.problems(files)
     elif "-of-" in chosen.label:  # whole tensors, spread over files; model-parallel shards repeat names
@@ -390,6 +474,14 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
         found[TOKENIZER] = outer.document(TOKENIZER)
         notes.append(f"{TOKENIZER} was taken from the folder above the weights")
     return found
+
+
+def _state(folder: Folder, within: str) -> str:
+    """The text of TensorFlow's state file; nothing where there is none of a size for it."""
+    name = within + STATE
+    if name not in folder.names() or folder.place(name).size > STATE_BYTES:
+        return ""
+    return folder.document(name).read(STATE_BYTES).decode("utf-8", "replace")
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:
