@@ -29,6 +29,25 @@ def _keep_freed_memory() -> None:
 
 _keep_freed_memory()
 
+# The files that take longest, each more than 15 seconds: dealt out first, so that no worker is left alone
+# with one at the end. By itself xdist begins with those of the most tests.
+LONGEST = (
+    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_precisions.py", "test_flaws.py",
+    "test_judges.py", "test_exit_codes.py", "test_plan_digests.py", "test_diagnosis.py",
+    "test_casts_verified.py", "test_families_opt_codegen_qwen2.py", "test_verify.py", "test_json_memory.py",
+    "test_megatron_families.py", "test_claims.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 Written = Callable[[str], Path]
 SHARED_REAL = Path(__file__).parents[2] / "shared" / "real"
 
