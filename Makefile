@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := ckpt_tool convert reference verify fixtures tests benchmarks
 
+# Programs that tests start by the hundred find the tree compiled, whatever the shell says of bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test lint format types wheel base check table bench clean
 
 setup: $(VENV)/.ready
@@ -22,9 +25,8 @@ demo: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<
 	touch $@
 
-# Programs that tests start find the tree compiled, whatever the shell says of bytecode.
 test: setup .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)

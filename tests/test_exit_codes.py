@@ -177,7 +177,10 @@ def test_the_traceback_is_there_for_who_asks(how: str, tiny: Path) -> None:
 TALKING = ["families", "fixtures --json", "inspect in --all", "plan auto --in in --json", "--help"]
 
 
-@pytest.mark.parametrize("command", [*TALKING, "convert auto --in in --out new", "verify bad --source in"])
+@pytest.mark.parametrize(
+    "command",
+    [*TALKING, "convert auto --in in --out new", "verify bad --source in --level bits"],
+)
 def test_a_pipe_that_nobody_reads_ends_with_141(command: str, tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
