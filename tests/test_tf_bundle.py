@@ -12,6 +12,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ckpt_tool import program
 from ckpt_tool.checkpoint import open_checkpoint
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import MULTIPLES, combine_c, crc32c, masked, unmasked
 from ckpt_tool.checkpoint.tf_bundle import BundleFile
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
@@ -78,6 +80,16 @@ def test_crc32c_of_any_length_and_in_any_pieces(start: bytes, times: int, cut: i
     at = len(data) * cut // 61
     assert crc32c(data[at:], crc32c(data[:at])) == want
     assert combine_c(crc32c(data[:at]), crc32c(data[at:]), len(data) - at) == want
+
+
+@given(st.data(), st.binary(min_size=9, max_size=400))
+@settings(max_examples=40)
+def test_crc32c_of_intervals_in_any_order(data: st.DataObject, content: bytes) -> None:
+    edges = [0, *sorted(data.draw(st.sets(st.integers(1, len(content) - 1), max_size=9))), len(content)]
+    collector = IntervalCrc(combine_c)
+    for start, stop in data.draw(st.permutations(list(pairwise(edges)))):
+        collector.add(start, stop - start, crc32c(content[start:stop]))
+    assert collector.value(len(content)) == crc32c(content)
 
 
 def test_the_folding_polynomials_are_multiples_of_the_generator() -> None:
