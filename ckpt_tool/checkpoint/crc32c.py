@@ -82,7 +82,7 @@ class _Folding:
         return int(np.bitwise_xor.reduce(self._table[self._places])) ^ 0xFFFFFFFF
 
 
-def _few(data: memoryview, crc: int) -> int:
+def _few(data: bytes | memoryview, crc: int) -> int:
     """Bit by bit."""
     crc ^= 0xFFFFFFFF
     for byte in data:
@@ -94,19 +94,12 @@ def _few(data: memoryview, crc: int) -> int:
 
 @lru_cache(maxsize=1)
 def _remainders() -> np.ndarray:
-    """(_LEFT, 256): what each value of each of the last `_LEFT` bytes adds to the checksum. A bit adds
-    x^(32 + bits after it)."""
-    power = 1 << 31
-    for _ in range(32):
-        power = _GENERATOR.times_x(power)
-    found = []
-    for _ in range(8 * _LEFT):
-        found.append(power)
-        power = _GENERATOR.times_x(power)
-    of_bits = np.array(found[::-1], np.uint32).reshape(_LEFT, 8)
-    made = np.zeros((_LEFT, 256), np.uint32)
-    for bit in range(8):
-        made ^= of_bits[:, bit : bit + 1] * (np.arange(256, dtype=np.uint32) >> bit & 1)
+    """(_LEFT, 256): what each value of each of the last `_LEFT` bytes adds to the checksum."""
+    last = [_few(bytes([value]), 0xFFFFFFFF) ^ 0xFFFFFFFF for value in range(256)]  # from a remainder of 0
+    made = np.empty((_LEFT, 256), np.uint32)
+    made[-1] = last
+    for k in range(_LEFT - 1, 0, -1):  # one zero byte more behind it
+        made[k - 1] = made[-1][made[k] & 0xFF] ^ (made[k] >> 8)
     return made
 
 
