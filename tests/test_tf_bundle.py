@@ -41,7 +41,8 @@ from ckpt_tool.checkpoint.tf_coding import (
 from ckpt_tool.checkpoint.tf_table import entries, table
 from ckpt_tool.convert.execute import Outcome, execute
 from ckpt_tool.convert.layout import Part, Step, parse_dims
-from ckpt_tool.convert.plan import OutputFile, Plan, _step_problems
+from ckpt_tool.convert.plan import OutputFile, Plan, _step_problems, _told_apart
+from ckpt_tool.convert.recognising import only_family
 from ckpt_tool.errors import CkptToolError, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -456,6 +457,40 @@ def test_planning_names_the_data_file_that_a_tensor_needs(tmp_path: Path) -> Non
             found = list(_step_problems([steps[name]], checkpoint))
             assert [p.kind for p in found] == kinds
             assert all(p.file == "p.data-00001-of-00002" and p.where == "b" for p in found)
+
+
+def test_what_is_no_number_is_shown_by_name_and_refused_where_it_is_claimed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [
+        entry(b"c", message(type=8, shape=(2,), size=16)),
+        entry(b"h", message(type=20, size=4, offset=16)),
+    ]
+    items += [entry(b"s", message(type=7, size=5, offset=20)), entry(b"w", message(offset=32))]
+    folder = put(tmp_path / "in", index=forged(block(HEAD, *items)), d0of1=TINY_DATA)
+    assert program.run(["inspect", str(folder)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "c (2,) complex64 is left out: of type complex64, which is not converted" in shown
+    assert "h (2,) resource is left out" in shown and "s (2,) string is left out: text, no numbers" in shown
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.names() == ["w"]
+        missing = [Problem("missing-tensor", "expected this tensor, found none", where=n) for n in "cx"]
+        found = list(_told_apart(missing, checkpoint))
+    assert [(p.kind, p.where) for p in found] == [("unsupported-dtype", "c"), ("missing-tensor", "x")]
+    assert found[0].message == "expected a dtype known here, found complex64" and found[0].file == DATA_FILE
+
+
+def test_a_bundle_that_no_family_reads_is_named(tmp_path: Path) -> None:
+    some(tmp_path / "names", "p")
+    with open_checkpoint(tmp_path / "names") as checkpoint, pytest.raises(CkptToolError) as caught:
+        only_family(checkpoint)
+    assert caught.value.kind == "unknown-family" and "(a TensorFlow checkpoint)" in str(caught.value)
+    (tmp_path / "objects").mkdir()
+    names = [f"model/{n}/.ATTRIBUTES/VARIABLE_VALUE" for n in ("a..b", "x.Sy")]
+    write_bundle(tmp_path / "objects" / "p", {n: Content.of(floats(1), "F32") for n in names})
+    with open_checkpoint(tmp_path / "objects") as checkpoint, pytest.raises(CkptToolError) as caught:
+        only_family(checkpoint)
+    assert "TensorFlow 2 checkpoint of objects, named after attributes" in str(caught.value)
 
 
 # --- damaged and hostile --------------------------------------------------------------------------------
