@@ -232,7 +232,7 @@ def _passes(
             noisy = reference.outputs(ids, given)
         out, said = made.compute(name)
         found.said += said
-        used = _names(out, ours)
+        used = {head: _name(out, head, wanted, ours) for head, wanted in ours.items()}
         found.lacking |= {head for head, name in used.items() if name is None}
         found.more |= {n for n, x in out.items() if isinstance(x, Tensor)} - {*used.values()} - {"loss"}
         for head, output in used.items():
@@ -301,7 +301,7 @@ def _not_compared(found: Passes, version: str) -> list[Finding]:
     """What the library does not give, or gives beside, and what it warned of."""
     made = []
     if silent := sorted(found.lacking - found.by_head.keys()):
-        status: Status = "note" if found.by_head else "undecided"  # a class has the heads it is for
+        status: Status = "undecided" if "head" in silent and not found.by_head else "note"
         text = f"transformers {version} gives no {', '.join(silent)} for the class in config.json"
         made.append(finding("logits", status, f"{text}: not compared"))
     if found.more:
@@ -313,23 +313,16 @@ def _not_compared(found: Passes, version: str) -> list[Finding]:
     return made
 
 
-def _names(out: Mapping[str, Any], ours: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """What the library calls each head, None where it does not give it. A head that we know by its name for
-    it is called so, or `logits` by a class that has no other; `head` is what is left of `logits`, beside
-    others `prediction_logits`, or the last hidden state of a class without any."""
-    given = {name for name, x in out.items() if x is not None}
-    used: dict[str, str | None] = {head: head for head in ours if head in given}
-    for head in ours:
-        if head not in used and head != "head":
-            alone = "logits" in given - {*used.values()} and out["logits"].shape == ours[head].shape
-            used[head] = "logits" if alone else None
-    if "head" in ours and "head" not in used:
-        known = ("logits", "prediction_logits", "last_hidden_state")
-        held = [name for name in known if name in given and name not in used.values()]
-        alike = [name for name in held if out[name].shape == ours["head"].shape]
-        fallback = [name for name in held if name != "last_hidden_state"]
-        used["head"] = next(iter([*alike, *fallback]), None)
-    return {head: used[head] for head in ours}
+def _name(out: Mapping[str, Any], head: str, wanted: Tensor, ours: Collection[str]) -> str | None:
+    """What the library calls a head that we know by its name for it: of a class with one the logits are
+    `logits`, beside others `prediction_logits`; of one without any the head is the last hidden state, which
+    classes that put one of `ours` on it do not give."""
+    main = [n for n in ("logits", "prediction_logits", "last_hidden_state") if n not in ours]
+    names = main if head == "head" else [head]
+    held = [name for name in names if out.get(name) is not None]
+    alike = [name for name in held if out[name].shape == wanted.shape]
+    fallback = [name for name in held if name != "last_hidden_state"]
+    return next(iter([*alike, *fallback]), None)
 
 
 def _by_prompt(passes: list[logits.Pass], dtype: torch.dtype, kind: logits.Kind) -> dict[str, logits.Logits]:
