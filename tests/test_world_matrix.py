@@ -37,6 +37,7 @@ BASE = {
     "qwen3": "qwen3-0.6b",
     "gemma2": "gemma-2-27b",
     "gpt-neox": "pythia-410m",
+    "mega": "mega-laplace",
 }
 
 
@@ -81,15 +82,19 @@ KINDS: dict[str, Kind] = {
         back=True,
         refused="bad-config",
         says="rope_parameters.rope_theta",
-        never={**each((*MEGATRON, "opt"), LEARNED), "codegen": "the base is in the code: no key says it"},
+        never={
+            **each((*MEGATRON, "opt"), LEARNED),
+            **each(("codegen", "mega"), "the base is in the code: no key says it"),
+        },
     ),
     "a tied head with values of its own": Kind(
         world.nothing,
         elsewhere={
             **each(
-                others("mixtral", "codegen"),
+                others("mixtral", "codegen", "mega"),
                 "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
             ),
+            "mega": "test_mega.py::test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out",
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
         },
         never={"codegen": "its head has a bias, and no class ties it"},
@@ -114,6 +119,7 @@ KINDS: dict[str, Kind] = {
                 "test_world_pub.py::test_a_key_that_nobody_reads_is_refused_by_name_and_the_hint_leads_out",
             ),
             "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
+            "mega": "test_mega.py::test_an_argument_that_nobody_reads_is_refused_and_the_hint_leads_out",
         },
     ),
     "quantised weights": Kind(
@@ -149,9 +155,10 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others(*MEGATRON, *PUBLISHED),
+                others(*MEGATRON, *PUBLISHED, "mega"),
                 "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
             ),
+            "mega": "test_mega.py::test_the_vocabulary_is_roberta_s_in_both_releases",
             **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
         },
         never=each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),

@@ -53,9 +53,20 @@ class Met:
         return max(self.raw.values(), key=lambda r: (r.distance.max_delta, r.share))
 
 
+LAYERS = "layers"  # stands for each of them among the phases of a foretold difference
+
+
 def expected(subject: Subject) -> dict[Phase, Foretold]:
     """The foretold difference of each phase that has one."""
-    return {} if subject.plan is None else {p: f for f in subject.plan.foretold for p in f.where}
+    if subject.plan is None:
+        return {}
+    layers: Iterable[Phase] = range(int(subject.config.get("num_hidden_layers") or 0))
+    return {
+        phase: f
+        for f in subject.plan.foretold
+        for where in f.where
+        for phase in (layers if where == LAYERS else (where,))
+    }
 
 
 def taken_back(side: Side, known: Foretold | None) -> Side:
@@ -63,15 +74,17 @@ def taken_back(side: Side, known: Foretold | None) -> Side:
     return side if known is None else side.changed(Change(known.name, config=known.values))
 
 
-def bound_of(side: Side, phase: Phase, x: Tensor) -> Tensor | None:
-    """By how much the result of the phase may be off at each place; None where the reading has no bound."""
-    found = getattr(side.module, "bounds", {}).get(phase)
-    return None if found is None else found(x, side.ranks, side.config)
+def bound_of(side: Side, phase: Phase, sample: Sample) -> Tensor | None:
+    """By how much the result of the phase may be off at each place; None where the reading has no bound. That
+    of layers gets the number of the layer and the further inputs besides."""
+    found = getattr(side.module, "bounds", {}).get(LAYERS if isinstance(phase, int) else phase)
+    more = (phase, sample.given) if isinstance(phase, int) else ()
+    return None if found is None else found(sample.x, side.ranks, side.config, *more)
 
 
 def raw(side: Side, phase: Phase, sample: Sample, found: Tensor, slack: float) -> Raw:
     """`found` against the sample's reference and the bound for its input; `slack` is for rounding."""
-    bound = bound_of(side, phase, sample.x)
+    bound = bound_of(side, phase, sample)
     distance = sample.of(found)
     if bound is None or found.shape != sample.wanted.shape or not math.isfinite(distance.max_delta):
         return Raw(distance, math.nan, math.inf, False)
