@@ -323,16 +323,15 @@ HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor
 # --- what the library computes otherwise ------------------------------------------------------------------
 
 
-def undivided(x: Tensor, ranks: Ranks, c: Config, i: int, given: Inputs) -> Tensor:
+def undivided(x: Tensor, ranks: Ranks, c: Config, i: int, mask: Tensor | None = None) -> Tensor:
     """How far a layer is from what it would give if its RMS norms divided: for these weights and this input
     no less and no more than that."""
-    mask = given.get("mask")
     with_it = layer(x, i, ranks, replace(c, divides=True), mask)
     return (layer(x, i, ranks, c, mask) - with_it).abs()
 
 
 # By phase: what a difference that the plan foretells may come to.
-bounds: dict[str, Callable[..., Tensor]] = {"layers": undivided}
+bounds: dict[str, Callable[..., Tensor]] = {"layer": undivided}
 
 # --- what converters get wrong ----------------------------------------------------------------------------
 
