@@ -359,37 +359,75 @@ def test_lengths_that_a_pass_takes() -> None:
 
 # --- the tokenizer ----------------------------------------------------------------------------------------
 
+OLDEST = ROOT / ".judges" / "tf4.37"
 SLOW_AND_FAST = """
 import json, sys
-from transformers import AutoTokenizer, RobertaTokenizer, RobertaTokenizerFast
-folder, texts = sys.argv[1], json.load(open(sys.argv[2]))
+from transformers import AutoTokenizer, MegaForMaskedLM, RobertaTokenizer, RobertaTokenizerFast
+folder, texts, out = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
+MegaForMaskedLM.from_pretrained(folder).save_pretrained(out)
 made = [AutoTokenizer.from_pretrained(folder), RobertaTokenizerFast.from_pretrained(folder)]
 made.append(RobertaTokenizer(folder + "/vocab.json", folder + "/merges.txt"))
 print(json.dumps([[t(x)["input_ids"] for x in texts] for t in made]))
 """
 
 
-def test_the_vocabulary_is_roberta_s_in_both_releases(conversions: Written, tmp_path: Path) -> None:
-    """The publisher's own tokenizer is that of fairseq's files, as RobertaTokenizer of 4.37.2 reads them."""
-    from transformers import AutoTokenizer
-
-    judge = ROOT / ".judges" / "tf4.37"
-    if not judge.is_dir():
+@pytest.fixture(scope="module")
+def oldest(conversions: Written, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any, Path]:
+    """What transformers 4.37.2 makes of a conversion: texts, their ids by three classes, and the folder that
+    it saves the model into again."""
+    if not OLDEST.is_dir():
         pytest.skip("tf4.37 is not set up; `make test` does it")
-    folder = conversions("mega-wikitext")
+    folder = tmp_path_factory.mktemp("oldest")
     asked = list(texts(["<s>", "</s>", "<mask>", "<pad>"], ["Hello", "Ġworld"]))
-    (tmp_path / "texts.json").write_text(json.dumps(asked))
+    (folder / "texts.json").write_text(json.dumps(asked))
+    given = [str(conversions("mega-wikitext")), str(folder / "texts.json"), str(folder / "again")]
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SLOW_AND_FAST, str(folder), str(tmp_path / "texts.json")],
-        env={**os.environ, "PYTHONPATH": str(judge), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-W", "ignore", "-c", SLOW_AND_FAST, *given],
+        env={**os.environ, "PYTHONPATH": str(OLDEST), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    auto, fast, slow = json.loads(run.stdout.splitlines()[-1])
-    now = [AutoTokenizer.from_pretrained(folder)(x)["input_ids"] for x in asked]
-    assert auto == fast == slow == now
-    assert now[0] == [0, 2] and now[asked.index("<mask>")][1] == 314
+    return asked, json.loads(run.stdout.splitlines()[-1]), folder / "again"
+
+
+def test_the_vocabulary_is_roberta_s_in_both_releases(
+    oldest: tuple[list[str], Any, Path], conversions: Written
+) -> None:
+    """The publisher's own tokenizer is that of fairseq's files, as RobertaTokenizer of 4.37.2 reads them."""
+    from transformers import AutoTokenizer
+
+    asked, (auto, fast, slow), _ = oldest
+    folder = conversions("mega-wikitext")
+    now = AutoTokenizer.from_pretrained(folder)
+    ids = [now(x)["input_ids"] for x in asked]
+    assert auto == fast == slow == ids
+    assert ids[0] == [0, 2] and ids[asked.index("<mask>")][1] == 314
     said = json.loads((folder / "tokenizer_config.json").read_text())
     assert said["tokenizer_class"] == "RobertaTokenizer"
+
+
+def test_what_the_library_saves_again_goes_back_to_the_original(
+    oldest: tuple[list[str], Any, Path], originals: Written, tmp_path: Path
+) -> None:
+    _, _, saved = oldest
+    api.convert(saved, tmp_path / "back", family="mega", to="original", check=False)
+    for name in ("encoder_weights.pt", "mlm_head_weights.pt"):
+        folders = (originals("mega-wikitext"), tmp_path / "back")
+        one, two = (torch.load(f / name, weights_only=True) for f in folders)
+        assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert api.verify(tmp_path / "back", saved, levels=("bits",)).status == "pass"
+
+
+def test_the_release_that_has_it_shows_what_it_forgets(tmp_path: Path) -> None:
+    """The library's numbers are those that were foretold, and no release without the class passes."""
+    if not OLDEST.is_dir():
+        pytest.skip("tf4.37 is not set up; `make test` does it")
+    source, out = RMS_NORM.write(tmp_path / "original"), tmp_path / "out"
+    api.convert(source, out, family="mega", check=False)
+    asked: dict[str, Any] = {"levels": (), "against": "transformers", "accept": ("mega-rms-norm",)}
+    report = api.verify(out, source, transformers_python=OLDEST, **asked)
+    assert report.status == "pass", report.findings
+    assert any("mega-rms-norm" in f.message and "4.37.2" in f.message for f in report.level("transformers"))
+    assert api.verify(out, source, **asked).exit_code == 2
