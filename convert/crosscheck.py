@@ -56,14 +56,15 @@ def disagreements(
             tensor = None if file is None else file.tensors.get(part.name)
             if tensor is None or len(tensor.shape) != len(part.dims):
                 continue
-            box = part.box(sizes)
+            box = part.whole(sizes)
             for k, (group, found) in enumerate(zip(part.dims, tensor.shape, strict=True)):
                 measured = tuple(dict.fromkeys(fields[a] for a in group if a in fields))
                 expected = prod(box[a][1] - box[a][0] for a in group)
                 if expected == found:
                     confirmed.add(measured)
                 elif measured not in first:
-                    split = any(a in group for a, _, _ in part.ranges)
+                    longer = any(p.taken for p in step.sources)  # ranges say where copies lie
+                    split = not longer and any(a in group for a, _, _ in part.ranges)
                     first[measured] = Disagreement(measured, part, k, expected, found, split)
     return [d for measured, d in first.items() if measured not in confirmed and measured]
 

@@ -31,9 +31,10 @@ from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
+from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
 from ckpt_tool.convert.journal import Entry
-from ckpt_tool.convert.layout import Block, Step
+from ckpt_tool.convert.layout import COPIED, Block, Step
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
@@ -427,6 +428,9 @@ class _Run:
         if step.compare == "tied":
             rows = f"; {int(found.rows.sum())} of {found.rows.size} rows" if len(part.dims) > 1 else ""
             message = f"expected the values of {kept.name} as the config ties them, found {text}{rows}"
+            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
+        if step.compare == COPIED:
+            message = f"expected what {target.name} is made from, {in_words(step)}, found {text}"
             return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
         message = f"expected the copy in {kept.file}, found {text}"
         if self.plan.strict_replicas or found.is_large:

@@ -34,10 +34,12 @@ Dims = tuple[tuple[str, ...], ...]
 Box = dict[str, tuple[int, int]]
 # Where a tensor of a table is: its file and dtype, and its name there where that is another than the table's.
 Home = tuple[str, str] | tuple[str, str, str]
-Place = tuple[Dims, tuple[tuple[str, int, int], ...]]
+Ranges = tuple[tuple[str, int, int], ...]
+Place = tuple[Dims, Ranges, Ranges]
 
 # A run shorter than this is gathered through memory, a longer one is copied file to file.
 COPY_RUN = 32 * 1024  # bytes
+COPIED = "copied"  # why the way back of a copy compares
 
 
 def parse_dims(text: str) -> Dims:
@@ -58,25 +60,32 @@ def dims_text(dims: Dims) -> str:
 @dataclass(frozen=True)
 class Part:
     """A tensor's place in a step: its axis order grouped into dimensions, and the ranges of those axes
-    of which it holds only a share (a rank's heads, one expert)."""
+    of which it holds only a share (a rank's heads, one expert). A step uses all of it, or what lies in the
+    ranges `taken` (one row, which it repeats elsewhere)."""
 
     file: str
     name: str
     dtype: str
     dims: Dims
-    ranges: tuple[tuple[str, int, int], ...] = ()
+    ranges: Ranges = ()
+    taken: Ranges = ()
 
     @cached_property
     def order(self) -> tuple[str, ...]:
         return tuple(a for g in self.dims for a in g)
 
-    def box(self, axes: Mapping[str, int]) -> Box:
+    def whole(self, axes: Mapping[str, int]) -> Box:
+        """Where the tensor lies in the space; a copy of one row may reach beyond it."""
         box = {a: (0, axes[a]) for a in self.order}
         box.update({a: (lo, hi) for a, lo, hi in self.ranges})
         return box
 
+    def box(self, axes: Mapping[str, int]) -> Box:
+        """The part of it that the step uses."""
+        return {**self.whole(axes), **{a: (lo, hi) for a, lo, hi in self.taken}}
+
     def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        box = self.box(axes)
+        box = self.whole(axes)
         return tuple(prod(box[a][1] - box[a][0] for a in g) for g in self.dims)
 
 
@@ -178,8 +187,9 @@ def _assign(target: np.ndarray, source: np.ndarray) -> None:
 class Step:
     """Source tensors become target tensors. With `compare` set (a reason: "tied", "replicated") nothing is
     written: the target, produced by another step, must already hold these elements. With `mean` the targets
-    lack that axis and hold the mean over it (pooling.py), which has no way back. `hint` says what to do where
-    the comparison fails; it is no part of what is done."""
+    lack that axis and hold the mean over it (pooling.py), which has no way back. `copied` says that the
+    targets repeat what others hold: the way back compares. `hint` says what to do where the comparison fails;
+    it is no part of what is done."""
 
     axes: tuple[tuple[str, int], ...]
     sources: tuple[Part, ...]
@@ -187,6 +197,7 @@ class Step:
     note: str = ""
     compare: str = ""
     mean: str = ""
+    copied: bool = False
     hint: str = ""
 
     @property
@@ -194,10 +205,12 @@ class Step:
         return dict(self.axes)
 
     def inverse(self) -> Step:
-        """The way back: targets become sources. A comparison's inverse writes (each copy gets its bytes)."""
+        """The way back: targets become sources. A comparison's inverse writes (each copy gets its bytes), and
+        that of a copy compares."""
         if self.mean:
             raise ValueError(f"{self.targets[0].name}: a mean cannot be taken back")
-        return replace(self, sources=self.targets, targets=self.sources, compare="")
+        compare = COPIED if self.copied and not self.compare else ""
+        return replace(self, sources=self.targets, targets=self.sources, compare=compare)
 
     @cached_property
     def reached(self) -> tuple[Part, ...]:
@@ -216,7 +229,9 @@ class Step:
 
     def defects(self) -> list[str]:
         """Why this step would lose or repeat elements; empty when each side tiles the domain exactly."""
-        sides = tuple(tuple((p.dims, p.ranges) for p in side) for side in (self.sources, self.reached))
+        sides = tuple(
+            tuple((p.dims, p.ranges, p.taken) for p in side) for side in (self.sources, self.reached)
+        )
         return list(_defects(self.axes, sides))
 
     def blocks(self, block_bytes: int = 256 * 1024, tile_bytes: int = 8 << 20) -> Iterator[Block]:
@@ -327,7 +342,7 @@ class Step:
 
     def _runs(self, part: Part, box: Box) -> Runs:
         """Where the elements of `box` stand in `part`, which contains it."""
-        own = part.box(self.sizes)
+        own = part.whole(self.sizes)
         strides, stride = {}, 1
         for a in reversed(part.order):
             strides[a] = stride
@@ -348,8 +363,8 @@ class Step:
 
 @lru_cache(maxsize=1024)  # the layers of a model differ in names only
 def _defects(axes: tuple[tuple[str, int], ...], sides: tuple[tuple[Place, ...], ...]) -> tuple[str, ...]:
-    """See `Step.defects`; a place is a part's dims and ranges."""
-    sources, targets = (tuple(Part("", "", "", dims, ranges) for dims, ranges in side) for side in sides)
+    """See `Step.defects`; a place is a part's dims, ranges and what is taken of it."""
+    sources, targets = (tuple(Part("", "", "", *place) for place in side) for side in sides)
     step = Step(axes, sources, targets)
     found = []
     names = {frozenset(p.order) for p in (*step.sources, *step.targets)}
@@ -467,6 +482,7 @@ class Rule:
     split: str | None
     compare: str
     note: str
+    copied: bool = False
 
 
 def rule(
@@ -477,6 +493,7 @@ def rule(
     cut: str | tuple[str, tuple[int | str, ...]] | None = None,
     split: str | None = None,
     tied: bool = False,
+    copied: bool = False,
     note: str = "",
 ) -> Rule:
     """A row of a family's table, read left to right to convert and right to left to invert.
@@ -485,7 +502,8 @@ def rule(
     are shares of the axis `cut=("s", (r, 1, 1))` (sizes, or names of axes sizes); a name that carries an
     index the other side lacks (`{e}`) is one share of size 1 for each value: `cut="e"`. `split` names the
     axis that model-parallel ranks of the source share out; without it they hold copies (compared). `tied`
-    rows do not write: their target comes from another row and must be equal.
+    rows do not write: their target comes from another row and must be equal. A `copied` row writes once more
+    what another row writes too; the way back compares.
     """
     left, _, right = pattern.partition("->")
     axis, sizes = (cut, ()) if isinstance(cut, str) or cut is None else cut
@@ -499,6 +517,7 @@ def rule(
         split,
         "tied" if tied else "",
         note,
+        copied,
     )
     if {a for g in made.left for a in g} != {a for g in made.right for a in g}:
         raise ValueError(f"{pattern!r}: the two sides name different axes")
@@ -607,7 +626,7 @@ def _expand_row(
             first[key] = rank
             writers += parts
     note = row.note or _describe(row)
-    out.steps.append(Step(used, tuple(writers), tuple(targets), note, row.compare))
+    out.steps.append(Step(used, tuple(writers), tuple(targets), note, row.compare, copied=row.copied))
     out.steps += [Step(used, tuple(c), tuple(targets), note, row.compare or "replicated") for c in copies]
 
 

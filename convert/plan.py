@@ -193,6 +193,8 @@ def _step_json(step: Step) -> dict[str, Any]:
         }
         if p.ranges:
             entry["ranges"] = {a: [lo, hi] for a, lo, hi in p.ranges}
+        if p.taken:
+            entry["taken"] = {a: [lo, hi] for a, lo, hi in p.taken}
         return entry
 
     made: dict[str, Any] = {
@@ -205,6 +207,8 @@ def _step_json(step: Step) -> dict[str, Any]:
         made["compare"] = step.compare
     if step.mean:
         made["mean"] = step.mean
+    if step.copied:
+        made["copied"] = True
     return made
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
+from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import SPARE_BYTES
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan import Dropped, Plan
@@ -109,7 +110,7 @@ def _layout(step: Step) -> str:
     left, right = dims_text(step.sources[0].dims), dims_text(step.targets[0].dims)
     change = "" if left == right else f"{left} -> {right}"
     words = {"tied": "compared: tied", "replicated": "compared: copies on other ranks"}
-    return ", ".join(x for x in (words[step.compare] if step.compare else "", change) if x)
+    return ", ".join(x for x in (words.get(step.compare, ""), change, in_words(step)) if x)
 
 
 def _config(plan: Plan, console: Console) -> None:

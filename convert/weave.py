@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.convert.casting import CASTABLE
+from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
@@ -41,7 +42,9 @@ class Table:
     that are no padding, None where there is none; `indices` other indices than the layer's. `repeats` are
     tensors of the converted model, each with that whose values it must have. `turns` is the base of rotary
     frequencies that are not scaled, with its source. `head` is what the checkpoint
-    calls its output layer where the user may say whether it is the embedding."""
+    calls its output layer where the user may say whether it is the embedding. `copies` are the rows of an
+    axis that converted tensors repeat after the last; the way back compares them unless `compared` is false,
+    and `unlike` says what to do where they differ."""
 
     rows: Sequence[Rule]
     axes: Mapping[str, int]
@@ -53,6 +56,9 @@ class Table:
     repeats: Mapping[str, str] = field(default_factory=dict)
     turns: Value | None = None
     head: str = ""
+    copies: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    compared: bool = True
+    unlike: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Written:
     notes: Sequence[str] = ()
     original: Mapping[str, Any] = field(default_factory=dict)
     foretold: Sequence[Foretold] = ()
+    lossy: Sequence[str] = ()
 
 
 def to_hf(table: Table, source: Source, options: Options, written: Written) -> Plan:
@@ -133,6 +140,8 @@ def to_original(
     filled = _filled_in(table, source, "targets", original=homes, converted=converted)
     if table.words is not None:
         filled.steps[:] = [with_padding(s.inverse(), WORDS, table.words).inverse() for s in filled.steps]
+    parts = [p for s in filled.steps for p in apart(s, compared=table.compared)]
+    filled.steps[:] = [replace(p, hint=table.unlike) if p.copied else p for p in parts]
     return assemble(
         family=written.family,
         direction="to-original",
@@ -145,6 +154,7 @@ def to_original(
         options=options,
         outputs=files,
         notes=written.notes,
+        lossy=written.lossy,
         original=written.original,
         foretold=written.foretold,
         turns=table.turns,
@@ -168,6 +178,8 @@ def _filled_in(
         original=original,
         converted=converted,
     )
+    for axis, rows in table.copies.items():
+        filled.steps[:] = [with_copies(s, axis, table.axes[axis], rows) for s in filled.steps]
     _with_hints(filled, table)
     layers = layer_problems(table.layers, source.layers)
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
@@ -181,12 +193,12 @@ def _repeated(steps: Iterable[Step], table: Table, source: Source) -> Iterator[S
     """Steps that compare each of `Table.repeats` with what the tensor that it repeats becomes."""
     for name, other in table.repeats.items():
         others = {t.name for t in source.tensors.get(other, ())}
-        step = next((s for s in steps if all(p.name in others for p in s.targets)), None)
-        if step is None:
-            continue  # said to be missing
         (there,) = source.tensors[name]
-        parts = [replace(p, file=there.file, name=there.name, dtype=there.dtype) for p in step.targets]
-        yield replace(step.inverse(), sources=tuple(parts), compare="tied", hint=_way_out(table, there.name))
+        made = [s for s in steps if all(p.name in others for p in s.targets)]
+        for step in [s for s in made if s.copied] + made[:1]:  # none: said to be missing
+            parts = [replace(p, file=there.file, name=there.name, dtype=there.dtype) for p in step.targets]
+            hint = _way_out(table, there.name)
+            yield replace(step.inverse(), sources=tuple(parts), compare="tied", hint=hint)
 
 
 def _way_out(table: Table, name: str) -> str:

@@ -24,7 +24,22 @@ A module is found by the folder: that of a family by its name, that of architect
 
 Those with several heads have them in `HEADS`, by what they are for; each takes what `encode(ids, ranks, c)`
 gives (`phases.passes` makes both it and `forward`), and losses.py has its loss. A pass that takes more than
-ids says so in `inputs(ranks, c)`: "token_types" and "mask", (B, T) each.
+ids says so in `inputs(ranks, c)`: "token_types" and "mask", (B, T) each; "entity_ids" and "entity_mask",
+(B, E) each, with "entity_positions", (B, E, M), the tokens of each mention, -1 for none; "entity_start" and
+"entity_end", (B, E), for a head that reads the words at both ends. A mask is 1 for what is real.
+
+What verification asks a reading besides, where it says it:
+
+    fits(tokens, c) -> int              the largest length up to `tokens` that a pass takes, 0: none
+    padding(tokens, longest, c) -> int  how many of `tokens` a row may have that is padded to `longest`, where
+                                        a padded position would else reach a real one in one layout only
+    vocabulary(c) -> int                the ids that there are, where config.json does not say it
+
+and a reading of the Hugging Face layout, of its architecture's own mistakes:
+
+    mistakes(names, c) -> {words: how}  in the tensors of these names; `how` makes the wrong tensors out of
+                                        all, by name, or is a pair of that and of what makes them right again
+    config_mistakes(config) -> {words: other values of config.json}
 """
 
 from __future__ import annotations

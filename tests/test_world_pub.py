@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
@@ -586,6 +587,34 @@ def test_ids_of_a_published_tokenizer_are_counted(name: str, originals: Written,
     assert error.kind == "bad-tokenizer" and f"at most {rows} ids" in str(error)
     shutil.copytree(originals(name), tmp_path / "right")
     assert api.plan(folder, options=api.Options(tokenizer=tmp_path / "right"))  # the hint leads out
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_an_added_token_after_a_gap_gets_another_id(file: str, originals: Written, tmp_path: Path) -> None:
+    """And what the plan says of it is what tokenizers does."""
+    folder = copied(originals("qwen3-0.6b"), tmp_path / "in")
+    read = json.loads((folder / "tokenizer.json").read_text())
+    free = 1 + max([*read["model"]["vocab"].values(), *(t["id"] for t in read["added_tokens"])])
+    plain = {n: p.read_bytes() for n in ("tokenizer.json",) if (p := folder / n).exists()}
+    assert counting.renumbered(plain) is None and counting.renumbered({}) is None
+    token = {**read["added_tokens"][-1], "id": free + 3, "content": "[MINE]"}
+    told = {
+        "tokenizer.json": {**read, "added_tokens": [*read["added_tokens"], token]},
+        "tokenizer_config.json": {"added_tokens_decoder": {str(free + 3): {"content": "[MINE]"}}},
+        "added_tokens.json": {"[MINE]": free + 3},
+    }[file]
+    (folder / file).write_text(json.dumps(told))
+    if file == "added_tokens.json":
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    (note,) = [n for n in api.plan(folder).notes if "next free id" in n]
+    assert f"id {free + 3} ({file}) the next free id, {free}," in note and "add 3 unused" in note
+    if file == "tokenizer.json":
+        assert Tokenizer.from_file(str(folder / file)).token_to_id("[MINE]") == free
+        fill = [{**token, "id": free + k, "content": f"[unused{k}]"} for k in range(3)]
+        told["added_tokens"][-1:-1] = fill
+        (folder / file).write_text(json.dumps(told))
+        assert not [n for n in api.plan(folder).notes if "next free id" in n]
+        assert Tokenizer.from_file(str(folder / file)).token_to_id("[MINE]") == free + 3
 
 
 def test_a_vocabulary_is_counted_without_being_made() -> None:

@@ -119,7 +119,6 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "FSDP weights": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin"),
     "torch.distributed": (".metadata", "__0_0.distcp"),
     "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
-    "slices": tuple(f"shard-0000{k}-model-00001-of-00001.safetensors" for k in (1, 2)),
     "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
     "DeepSpeed checkpoint": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),
     "GGUF": ("model.Q4_K_M.gguf", "config.json"),

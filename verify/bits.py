@@ -17,7 +17,7 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.carry import pieces
 from ckpt_tool.convert.casting import CASTABLE, cast, common, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
-from ckpt_tool.convert.layout import Access, Block, Step
+from ckpt_tool.convert.layout import COPIED, Access, Block, Step
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.report import Finding, Status
@@ -117,7 +117,8 @@ def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
             result.cast += not step.mean and not exact
             result.pooled += bool(step.mean)
         for d in made:
-            (result.copies if step.compare and not d.drift.is_large else result.differences).append(d)
+            drifted = step.compare not in ("", COPIED) and not d.drift.is_large
+            (result.copies if drifted else result.differences).append(d)
         result.compared += sum(t.nbytes for t in sources)
     return result
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,15 @@ from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
-from ckpt_tool.verify.prompts import Prompt, cut, positions, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import (
+    Lengths,
+    Prompt,
+    cut,
+    positions,
+    prompts_for,
+    tokenizer_of,
+    with_inputs,
+)
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
@@ -45,14 +54,16 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
         tell(f"needs {facts['needs']}")
         table = positions(subject.config, subject.hf, subject.original)
-        rows = prompts_for(subject.config, asked.prompts, tokenizer_of(subject.hf), table=table)
-        readings = _readings(subject, asked, rows)
+        readings = _readings(subject, asked)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
+        config, lengths = _with_vocabulary(subject.config, sides), _lengths(sides)
+        rows = prompts_for(config, asked.prompts, tokenizer_of(subject.hf), table=table, lengths=lengths)
         inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
-        prompts = with_inputs(rows, inputs, subject.config)
+        prompts = with_inputs(rows, inputs, config, lengths)
+        readings = _asked_of(readings, config, prompts)
         found: list[Finding] = []
         if "parity" in asked.levels:
-            found += cut(rows, subject.config, table)
+            found += cut(rows, config, table)
             found += _parity(subject, readings, prompts, tell, asked.accept)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
@@ -63,6 +74,46 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         if asked.against is not None:
             found += _judged(subject, asked, readings, prompts, tell)
         return found
+
+
+def _with_vocabulary(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
+    """config.json with the ids that all sides have: some models have no vocab_size, some originals fewer."""
+    said = [s.vocabulary for s in sides if s.vocabulary > 0]
+    return {**config, "vocab_size": min(said)} if said else dict(config)
+
+
+def _lengths(sides: list[Side]) -> Lengths:
+    """What every side takes."""
+
+    def fits(tokens: int) -> int:
+        before = -1
+        while sides and 0 < tokens != before:
+            before, tokens = tokens, min(s.fits(tokens) for s in sides)
+        return max(tokens, 0)
+
+    def padded(tokens: int, longest: int) -> int:
+        before = -1
+        while sides and 0 < tokens != before:
+            before, tokens = tokens, min(s.padded(tokens, longest) for s in sides)
+        return max(tokens, 0)
+
+    return Lengths(fits, padded)
+
+
+def _asked_of(readings: Readings, config: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Readings:
+    """The readings, or why there is no prompt for them."""
+    if prompts or not config:
+        return readings
+    if type(config.get("vocab_size")) is not int:
+        reason: tuple[Status, str] = (
+            "fail",
+            "expected vocab_size in config.json, found none: there are no prompts",
+        )
+    elif readings.reason is not None and readings.reason[0] != "undecided":
+        return readings
+    else:
+        reason = "skipped", "expected a prompt of a length that both passes take, found none"
+    return replace(readings, reason=reason)
 
 
 def _named(subject: Subject) -> str | None:
@@ -84,7 +135,7 @@ def _threads(subject: Subject) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> Readings:
+def _readings(subject: Subject, asked: Asked) -> Readings:
     dtype = getattr(torch, asked.dtype)
     if asked.device.startswith("cuda") and not torch.cuda.is_available():
         fail("usage", "expected a CUDA device, found none", where="device")
@@ -105,8 +156,6 @@ def _readings(subject: Subject, asked: Asked, rows: Mapping[str, list[int]]) -> 
             reason = "skipped", f"the original cannot be read without more facts (--set): {_said(error)}"
     if subject.hf is None:
         reason = "skipped", "neither side is in the Hugging Face layout"
-    elif not rows:
-        reason = "fail", "expected vocab_size in config.json, found none: there are no prompts"
     else:
         try:
             converted = converted_side(subject, dtype, asked.device)

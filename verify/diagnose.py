@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ckpt_tool.checkpoint.base import DTYPES
-from ckpt_tool.checkpoint.tensor_names import layer_of, short
+from ckpt_tool.checkpoint.tensor_names import layer_of, short, stack_of
 from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance
@@ -147,9 +147,10 @@ def diagnose(
 
 def _all_of(phase: Phase, shapes: Mapping[str, tuple[int, ...]], evidence: Evidence) -> list[str]:
     """The tensors of the phase: those that it read, and those of its layer that no token was sent to."""
-    if isinstance(phase, int):
+    stacks = {stack_of(name) for name in shapes} - {None}
+    if isinstance(phase, int) and not stacks:
         return [n for n in evidence.where if layer_of(n) == phase]
-    return list(shapes)
+    return [n for n in evidence.where if n in shapes or (isinstance(phase, int) and stack_of(n) in stacks)]
 
 
 def _counted(explanation: Explanation) -> str:
@@ -191,7 +192,7 @@ def _taken_back(
 ) -> list[Attempt]:
     """Each known mistake taken back; `besides` is what the bits have explained already."""
     attempts = []
-    for change in to_undo(phase, subject.plan, shapes, subject.config):
+    for change in to_undo(phase, subject.plan, shapes, side):
         if besides is not None and not change.config:
             continue
         try:
@@ -239,7 +240,7 @@ def _rows(original: Side, converted: Side, samples: Iterable[Sample]) -> str | N
         return None
     wrong = (a != b).any(-1).nonzero().flatten()
     sought = wrong[:ROWS]
-    vocabulary = int(converted.raw.get("vocab_size") or 0)
+    vocabulary = converted.vocabulary
     found: dict[int, int] = {}
     for start in range(0, vocabulary, TABLE_BLOCK):
         block = torch.arange(start, min(start + TABLE_BLOCK, vocabulary), device=device)

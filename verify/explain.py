@@ -18,7 +18,8 @@ import numpy as np
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
 from ckpt_tool.convert.casting import common
-from ckpt_tool.convert.layout import Part, Step, apply
+from ckpt_tool.convert.copies import joined
+from ckpt_tool.convert.layout import COPIED, Part, Step, apply
 from ckpt_tool.verify.altered import alteration, place, recast
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
 from ckpt_tool.verify.rowmaps import Rows, hashes, span
@@ -77,11 +78,15 @@ class Evidence:
         self.subject, self.plan = subject, subject.plan
         self.forward = subject.direction == "to-hf"
         self.where: dict[str, tuple[Step, Part]] = {}
-        for step in subject.plan.steps:
-            if not step.compare and not (step.mean and not self.forward):
-                turned = step if self.forward else step.inverse()
-                self.where |= {p.name: (turned, p) for p in turned.targets}
+        for step in self._steps(subject.plan.steps):
+            self.where |= {p.name: (step, p) for p in step.targets}
         self._made: dict[int, list[np.ndarray]] = {}
+
+    def _steps(self, planned: Sequence[Step]) -> list[Step]:
+        """Those that make the Hugging Face side's tensors out of the original's."""
+        if self.forward:
+            return [s for s in planned if not s.compare]
+        return joined([s.inverse() for s in planned if not s.mean and s.compare in ("", COPIED)])
 
     def info(self, name: str) -> TensorInfo | None:
         """The tensor as it lies on the Hugging Face side."""

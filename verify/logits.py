@@ -1,11 +1,11 @@
-"""Logits of whole passes, prompt by prompt, and the verdict over them."""
+"""What the heads of whole passes give, prompt by prompt, and the verdict over it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,29 +18,38 @@ from ckpt_tool.verify.sides import Sample
 CANNOT_TELL = "and so is noise alone: this dtype cannot decide, a wider --compute-dtype can"
 
 
+# What a head gives: logits of the token at each position, logits of other things (classes, entities), or
+# values that are no logits (hidden states).
+Kind = Literal["words", "classes", "values"]
+
+
+def kind_of(head: str, result: Tensor, vocabulary: int) -> Kind:
+    """Of what a head of that name, by transformers' names for outputs, has given."""
+    if head == "head":
+        return "words" if result.shape[-1] >= vocabulary else "values"
+    return "classes" if head.endswith("logits") else "values"
+
+
 @dataclass(frozen=True)
 class Logits:
-    """One prompt's logits, with the bar from its own noise floor."""
+    """One prompt's result, with the bar from its own noise floor; `logits` is None where it has none."""
 
     distance: Distance
-    logits: LogitDistance
+    logits: LogitDistance | None
     bar: Bar
     tokens: int
 
     @property
+    def _alike(self) -> bool:
+        return self.logits is None or self.logits.top1 == 1.0
+
+    @property
     def holds(self) -> bool:
-        return self.bar.holds(self.distance) and self.logits.top1 == 1.0
+        return self.bar.holds(self.distance) and self._alike
 
     @property
     def cannot_tell(self) -> bool:
-        return self.bar.cannot_tell(self.distance) and self.logits.top1 == 1.0
-
-
-def compare(found: Tensor, reference: Tensor, noisy: Tensor, ids: Tensor, dtype: torch.dtype) -> Logits:
-    """`noisy` is the reference run with its sums reversed; all (1, T, V)."""
-    bar = bar_for([distance(noisy, reference)], dtype)
-    measured = logit_distance(found, reference, ids, 2 * bar.max_delta)
-    return Logits(distance(found, reference), measured, bar, ids.shape[1])
+        return self.bar.cannot_tell(self.distance) and self._alike
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Pass:
     noisy: Tensor
 
 
-def by_prompt(passes: list[Pass], dtype: torch.dtype) -> dict[str, Logits]:
+def by_prompt(passes: list[Pass], dtype: torch.dtype, kind: Kind = "words") -> dict[str, Logits]:
     """The comparison of each prompt; padding is left out. Where a head gives one result for each row, the
     noise of a prompt is that of a few numbers, so all prompts share a bar."""
     made: dict[str, Logits] = {}
@@ -65,14 +74,12 @@ def by_prompt(passes: list[Pass], dtype: torch.dtype) -> dict[str, Logits]:
         found = p.found
         if found is None or found.shape != s.wanted.shape:
             found = torch.full_like(s.wanted, math.nan)
-        wanted, real = s.real(s.wanted), s.real(found)
-        if shared:
-            bar = bar_for(shared, dtype)
-            measured = logit_distance(real, wanted, None, 2 * bar.max_delta)
-            made[p.name] = Logits(s.of(found), measured, bar, wanted.shape[1])
-        else:
-            ids = s.real(s.x[..., None])[..., 0]
-            made[p.name] = compare(real, wanted, s.real(p.noisy), ids, dtype)
+        wanted, real, noisy = s.real(s.wanted), s.real(found), s.real(p.noisy)
+        bar = bar_for(shared or [distance(noisy, wanted)], dtype)
+        far = s.of(found) if shared else distance(real, wanted)
+        ids = s.real(s.x[..., None])[..., 0] if kind == "words" and not shared else None
+        likely = None if kind == "values" else logit_distance(real, wanted, ids, 2 * bar.max_delta)
+        made[p.name] = Logits(far, likely, bar, wanted.shape[1])
     return made
 
 
@@ -87,6 +94,14 @@ def variances_of(results: list[Tree]) -> tuple[float | None, ...]:
     return tuple(made)
 
 
+def variances_of_each(results: list[Tree]) -> list[tuple[float | None, ...]]:
+    """Those of each result, among the results that have as many tensors of as many axes: without entities,
+    say, there is none of them."""
+    kinds = [tuple(y.ndim for y in leaves(result)) for result in results]
+    known = {k: variances_of([r for r, own in zip(results, kinds, strict=True) if own == k]) for k in kinds}
+    return [known[kind] for kind in kinds]
+
+
 def finding(
     level: str,
     subject: str,
@@ -96,41 +111,38 @@ def finding(
 ) -> Finding:
     """The verdict, and the table behind it; `subject` says whose logits, against which, `where` of which head
     if it is not the first."""
-    columns = (
+    columns: tuple[str, ...] = (
         "prompt", "tokens", "NMSE", "bar", "noise", "|delta|", "|logit|", "at",
         "KL", "top-1", "top-5", "loss",
     )  # fmt: skip
-    rows = tuple(
-        (
-            name, x.tokens, x.distance.nmse, x.bar.nmse, x.bar.noise.nmse, x.distance.max_delta,
-            x.distance.magnitude, x.distance.worst,
-            x.logits.kl, f"{x.logits.top1:.2%}", f"{x.logits.top5:.2%}", x.logits.loss,
-        )
-        for name, x in results.items()
-    )  # fmt: skip
+    likely = {name: x.logits for name, x in results.items() if x.logits is not None}
+    rows: list[tuple[str | float | None, ...]] = []
+    for name, x in results.items():
+        d, p = x.distance, x.logits
+        row = (name, x.tokens, d.nmse, x.bar.nmse, x.bar.noise.nmse, d.max_delta, d.magnitude, d.worst)
+        rows.append(row if p is None else (*row, p.kl, f"{p.top1:.2%}", f"{p.top5:.2%}", p.loss))
+    if not likely:
+        columns = tuple(c.replace("logit", "value") for c in columns[:8])
     name, worst = max(results.items(), key=lambda item: item[1].distance.nmse)
-    top1 = min(x.logits.top1 for x in results.values())
-    kl = max(x.logits.kl for x in results.values())
-    ties = sum(x.logits.ties for x in results.values())
-    tied = f" ({ties} ties nearer than the bar)" if ties else ""
-    text = (
-        f"{subject}: top-1 agreement {top1:.2%}{tied}, max KL {number(kl)} nats, "
-        f"max |delta| {number(worst.distance.max_delta)} of logits up to {number(worst.distance.magnitude)}; "
-        f"worst prompt {name}"
+    data: dict[str, Any] = {"nmse": worst.distance.nmse, "max_delta": worst.distance.max_delta}
+    text, values = f"{subject}: ", "values"
+    if likely:
+        data |= {"top1": min(p.top1 for p in likely.values()), "kl": max(p.kl for p in likely.values())}
+        ties = sum(p.ties for p in likely.values())
+        tied = f" ({ties} ties nearer than the bar)" if ties else ""
+        text += f"top-1 agreement {data['top1']:.2%}{tied}, max KL {number(data['kl'])} nats, "
+        values = "logits"
+    text += (
+        f"max |delta| {number(worst.distance.max_delta)} of {values} up to "
+        f"{number(worst.distance.magnitude)}; worst prompt {name}"
     )
     over = [x for x in results.values() if not x.holds]
     status: Status = "pass" if not over else "undecided" if all(x.cannot_tell for x in over) else "fail"
-    data: dict[str, Any] = {
-        "top1": top1,
-        "kl": kl,
-        "nmse": worst.distance.nmse,
-        "max_delta": worst.distance.max_delta,
-    }
     if status == "undecided":
         text = f"{text}; over the cap {CAPS[str(dtype).removeprefix('torch.')]:g} for {dtype}, {CANNOT_TELL}"
     else:
         data["exactness"] = "within noise floor" if status == "pass" else "differs"
     return Finding(
         level, "logits", status, text, where,
-        measured=worst.distance.nmse, bar=worst.bar.nmse, data=data, tables=(Table(columns, rows),),
+        measured=worst.distance.nmse, bar=worst.bar.nmse, data=data, tables=(Table(columns, tuple(rows)),),
     )  # fmt: skip

@@ -3,7 +3,8 @@ cause.
 
 Most follow from the family's own table, so no family is named here. Where a row reorders axes, a converter
 can forget to, can read the source in another order, or can cut it into another number of heads; where two
-tensors of a layer have one shape, it can exchange them. What remains are values of config.json."""
+tensors of a layer have one shape, it can exchange them. What remains are values of config.json, and what the
+reading of the architecture says of its own (`mistakes` and `config_mistakes`, reference/__init__.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
-from ckpt_tool.verify.sides import Change, Phase, Tensors
+from ckpt_tool.verify.sides import Change, Phase, Side, Tensors
 
 Sizes = Mapping[str, int]
 
@@ -176,26 +177,59 @@ OTHER_GELU = {"gelu": "gelu_new", "gelu_python": "gelu_new"} | dict.fromkeys(
 
 
 def to_plant(
+    phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], side: Side
+) -> list[Change]:
+    """The negative controls of one phase of `side`. `shapes` holds the tensors that the phase has read, so
+    that an expert that no token was sent to is not blamed for staying unseen."""
+    own = [Change(name, plant) for name, plant, _ in _own_tensors(side, shapes)]
+    own += [Change(name, config=values) for name, values in _own_values(side)]
+    return [*own, *_planted(phase, plan, shapes, side.raw)]
+
+
+def _own_tensors(
+    side: Side, names: Iterable[str]
+) -> list[tuple[str, Callable[[Tensors], dict[str, Tensor]], Callable[[Tensors], dict[str, Tensor]]]]:
+    """Mistakes that the reading says its architecture's converters make in these tensors: (words, what makes
+    the wrong tensors out of the right ones, and what the right ones out of the wrong)."""
+    found = getattr(side.module, "mistakes", None)
+    made = {} if found is None else found(tuple(names), side.config)
+    return [(words, *(how if isinstance(how, tuple) else (how, how))) for words, how in made.items()]
+
+
+def _own_values(side: Side) -> list[tuple[str, dict[str, Any]]]:
+    """The same of config.json: (words, other values)."""
+    found = getattr(side.module, "config_mistakes", None)
+    return [] if found is None else list(found(side.raw).items())
+
+
+def layer_in(phase: Phase, shapes: Iterable[str]) -> int | None:
+    """The number that the tensors of a phase have in their names, where they are those of a layer: a model of
+    several stacks counts each from 0."""
+    found = {layer_of(name) for name in shapes}
+    if isinstance(phase, int):
+        found -= {None}
+    return found.pop() if len(found) == 1 else phase if isinstance(phase, int) else None
+
+
+def _planted(
     phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> list[Change]:
-    """The negative controls of one phase. `shapes` holds the tensors that the phase has read, so that an
-    expert that no token was sent to is not blamed for staying unseen."""
-    kind = _class_of(config)
-    if isinstance(phase, str):
+    kind, layer = _class_of(config), layer_in(phase, shapes)
+    if layer is None:
         made = [Change(*_of_matrix(n, s, kind, undo=False)) for n, s in shapes.items() if len(s) == 2]
         made += _perturbed((n for n, s in shapes.items() if len(s) == 1), kind, config)
         made += _other_gelus(config)
         if phase == "head" and config.get("tie_word_embeddings") is False:
             made.append(Change("output layer tied to the embedding", config={"tie_word_embeddings": True}))
         return made
-    found = [r for r in reorders(plan, phase) if r.name in shapes]
+    found = [r for r in reorders(plan, layer) if r.name in shapes]
     made = []
     for r in found:
         for b in beliefs(r, found):
             if b.order == r.right or b.sizes != r.sizes:
                 made.append(Change(f"{short(r.name)} {b.words}", planted(r, b)))
-    made += misread(fused(plan, phase))[:2]
-    swaps = exchanges(shapes, shapes, phase)
+    made += misread(fused(plan, layer))[:2]
+    swaps = exchanges(shapes, shapes, layer)
     kinds = {"experts": [c for c in swaps if c.name.startswith("experts")][:1]}
     kinds["others"] = [c for c in swaps if not c.name.startswith("experts")][:4]
     made += [c for group in kinds.values() for c in group]
@@ -206,7 +240,7 @@ def to_plant(
     # with them its slowly turned channels still add nearly that.
     vectors = (n for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias))
     made += _perturbed(vectors, kind, config)
-    if phase > 0:
+    if layer > 0:
         return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
     key, theta = rope_theta(config)
     if theta is not None:
@@ -255,10 +289,24 @@ def _other_gelus(config: Mapping[str, Any]) -> list[Change]:
 
 
 def to_undo(
+    phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], side: Side
+) -> list[Change]:
+    """What to try on a phase of `side` that differs: for each known mistake the change that would take it
+    back."""
+    own = [Change(name, undo) for name, _, undo in _own_tensors(side, shapes)]
+    values = [(key, value) for _, known in _own_values(side) for key, value in known.items()]
+    return [
+        *_config_changes(plan, side.raw, values, phase == "head"),
+        *own,
+        *_undone(phase, plan, shapes, side.raw),
+    ]
+
+
+def _undone(
     phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> list[Change]:
-    """What to try on a phase that differs: for each known mistake the change that would take it back."""
-    if isinstance(phase, str):
+    layer = layer_in(phase, shapes)
+    if layer is None:
         made, kind = [], _class_of(config)
         for n, s in shapes.items():
             if len(s) == 2 and _of_words(n, kind):
@@ -269,8 +317,8 @@ def to_undo(
                 ]
             elif len(s) == 2:
                 made.append(Change(*_of_matrix(n, s, kind, undo=True)))
-        return [*_config_changes(plan, config, head=phase == "head"), *made]
-    found = [r for r in reorders(plan, phase) if r.name in shapes]
+        return made
+    found = [r for r in reorders(plan, layer) if r.name in shapes]
     made = [Change(f"{short(r.name)} {b.words}", undone(r, b)) for r in found for b in beliefs(r, found)]
     if len(found) > 1:
         for rotary in ([r for r in found if r.rotary], [r for r in found if not r.rotary]):
@@ -279,15 +327,15 @@ def to_undo(
                 first = [beliefs(r, found)[0] for r in rotary]
                 makers = [undone(r, b) for r, b in zip(rotary, first, strict=True)]
                 made.append(Change(f"{names} {first[0].words}", together(makers)))
-    made += misread(fused(plan, phase), undo=True)
+    made += misread(fused(plan, layer), undo=True)
     made += [
         Change(f"{short(r.name)} permuted twice", planted(r, Belief("", r.right, r.sizes))) for r in found
     ]
-    made += exchanges(shapes, shapes, phase)
+    made += exchanges(shapes, shapes, layer)
     made += [
         Change(f"{short(n)} transposed", transpose(n, back=True)) for n, s in shapes.items() if len(s) == 2
     ]
-    return [*_config_changes(plan, config), *made]
+    return made
 
 
 def rope_theta(config: Mapping[str, Any]) -> tuple[str, float | None]:
@@ -300,13 +348,17 @@ def rope_theta(config: Mapping[str, Any]) -> tuple[str, float | None]:
     return key, None if config.get(key) is None else float(config[key])
 
 
-def _config_changes(plan: Plan | None, config: Mapping[str, Any], head: bool = False) -> list[Change]:
-    """Other values of config.json: those that the source gives, then those that publishers have used."""
+def _config_changes(
+    plan: Plan | None, config: Mapping[str, Any], own: Iterable[tuple[str, Any]], head: bool
+) -> list[Change]:
+    """Other values of config.json: those that the source gives, then `own` of the architecture, then those
+    that publishers have used."""
     planned = plan.config if plan is not None and plan.direction == "to-hf" else {}
     values: list[tuple[str, Any]] = [
         (k, v.value) for k, v in planned.items() if k not in WITHOUT_EFFECT and config.get(k) != v.value
     ]
     several = dict(values)
+    values += own
     base, theta = rope_theta(config)
     values += [(k, v) for k in EPS_KEYS if k in config for v in (1e-5, 1e-6, 1e-12)]
     values += [(k, v) for k in GELU_KEYS if (v := OTHER_GELU.get(str(config.get(k))))]

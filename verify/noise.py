@@ -1,8 +1,8 @@
 """How much a float result moves when nothing but the order of its sums changes.
 
 The noise floor of a comparison is measured, not assumed: the same reading of the same weights is run again
-while every contraction (matmul, linear, einsum) and every sum or mean adds its terms in reverse order. What
-differs then is rounding alone."""
+while every contraction (matmul, linear, conv1d, einsum) and every sum or mean adds its terms in reverse
+order. What differs then is rounding alone."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class ReversedSums(TorchFunctionMode):
         if func in _MATMULS:
             a, b = args
             args = (a.flip(-1), b.flip(-2 if b.ndim > 1 else -1))
+        elif func is F.conv1d:
+            args = (args[0].flip(-2), args[1].flip(-2), *args[2:]) if not _grouped(args, kwargs) else args
         elif func is F.linear:
             args = (args[0].flip(-1), args[1].flip(-1), *args[2:])
         elif func is torch.einsum and isinstance(args[0], str):
@@ -39,6 +41,11 @@ class ReversedSums(TorchFunctionMode):
             dims = range(args[0].ndim) if dim is None else [dim] if isinstance(dim, int) else dim
             args = (args[0].flip(*dims), *args[1:])
         return func(*args, **kwargs)
+
+
+def _grouped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a convolution sums over a share of the channels only."""
+    return int(kwargs.get("groups", args[6] if len(args) > 6 else 1)) != 1
 
 
 def _reversed_operands(equation: str, operands: tuple[Tensor, ...]) -> list[Tensor]:

@@ -23,13 +23,25 @@ from ckpt_tool.verify.diagnose import Diagnosis, diagnose
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.prompts import Prompt
+from ckpt_tool.verify.prompts import ENTITIES, Prompt
 from ckpt_tool.verify.report import Finding, Status, Table, number
-from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text, same, tensors
+from ckpt_tool.verify.sides import (
+    BROKEN,
+    Change,
+    Phase,
+    Sample,
+    Side,
+    Tensors,
+    holds_numbers,
+    phase_text,
+    same,
+    tensors,
+)
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "parity"
 EVERY_ROW = "every row"  # the sweep over the embedding, beside the prompts
+EVERY_ENTITY = "every entity"
 SWEEP = 512  # ids at once
 DIAGNOSED = 3  # differing phases that are looked into
 
@@ -126,8 +138,9 @@ def lockstep(
         runs.append(Run(name, ids, given, ids, ids, ids))
     last = original.config.n_layers - 1
     expected = foretold.expected(subject)
-    heads = ("head", *original.heads)
-    for phase in original.phases:
+    kinds = original.kinds([{}, *(r.given for r in runs)])
+    heads = [str(phase) for phase, kind in kinds.items() if kind == "head"]
+    for phase in kinds:
         if progress is not None:
             progress(f"parity: {phase_text(phase)} of {original.config.n_layers} layers")
         with ExitStack() as stack:
@@ -135,9 +148,13 @@ def lockstep(
             stack.enter_context(converted.keep())
             known = expected.get(phase)
             side = foretold.taken_back(converted, known)
-            step, shapes, samples = _phase(original, side, phase, runs, weights.dtype)
+            own = _wanted(original, phase, runs)
+            if not own:
+                continue  # a head of what no prompt has
+            step, shapes, samples = _phase(original, side, phase, own, weights.dtype)
             if phase == "embed":
-                _sweep(original, side, step, samples)
+                for rows in _sweeps(original, side, shapes):
+                    _sweep(original, side, step, samples, rows)
             result.steps.append(step)
             if known is not None and step.broken is None:
                 met = foretold.measure(known, converted, phase, samples, step.bar, step.holds)
@@ -145,29 +162,39 @@ def lockstep(
             if not step.holds and len(result.diagnoses) < DIAGNOSED:
                 cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
-            elif phase in ("embed", 0, last, *heads) and step.holds:
-                changes = to_plant(phase, subject.plan, shapes, side.raw)
+            elif (isinstance(phase, str) or phase in (0, last)) and step.holds:
+                changes = to_plant(phase, subject.plan, shapes, side)
                 result.controls += _control(side, phase, changes, samples, step.bar)
     for head in heads:
         passes = []
         for r in runs:
-            wanted, free, noisy = r.made[head]
-            passes.append(logits.Pass(r.name, Sample(r.ids, wanted, r.given), free, noisy))
-        result.logits[head] = logits.by_prompt(passes, weights.dtype)
+            if head in r.made:
+                wanted, free, noisy = r.made[head]
+                passes.append(logits.Pass(r.name, Sample(r.ids, wanted, r.given), free, noisy))
+        if passes:
+            kind = logits.kind_of(head, passes[0].sample.wanted, converted.vocabulary)
+            result.logits[head] = logits.by_prompt(passes, weights.dtype, kind)
     return result
 
 
+def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tree]]:
+    """The runs that have this phase, and what the original makes of it; a head may be of what only some
+    prompts have, such as entities."""
+    made = [(r, _own(original, phase, r.x, r.given)) for r in runs if original.has(phase, r.given)]
+    return made if isinstance(phase, int) else [(r, y) for r, y in made if holds_numbers(y)]
+
+
 def _phase(
-    original: Side, converted: Side, phase: Phase, runs: list[Run], dtype: torch.dtype
+    original: Side, converted: Side, phase: Phase, own: list[tuple[Run, Tree]], dtype: torch.dtype
 ) -> tuple[Step, dict[str, tuple[int, ...]], dict[str, Sample]]:
-    """One phase for every prompt; moves the runs on, unless it is a head. Also the shapes of the converted
-    tensors that it read, and the samples by prompt."""
+    """One phase for every prompt that has it; moves the runs on, unless it is a head. Also the shapes of the
+    converted tensors that it read, and the samples by prompt."""
     noise, distances, broken = [], {}, None
     before = converted.weights[0].used.copy()
     converted.weights[0].used.clear()
-    wanted = [_own(original, phase, r.x, r.given) for r in runs]
-    variances = logits.variances_of(wanted)
-    samples = {r.name: Sample(r.x, y, r.given, variances) for r, y in zip(runs, wanted, strict=True)}
+    runs, wanted = [r for r, _ in own], [y for _, y in own]
+    variances = logits.variances_of_each(wanted)
+    samples = {r.name: Sample(r.x, y, r.given, v) for r, y, v in zip(runs, wanted, variances, strict=True)}
     for r, sample in zip(runs, samples.values(), strict=True):
         with ReversedSums():
             noise.append(sample.of(_own(original, phase, r.x, r.given)))
@@ -181,10 +208,10 @@ def _phase(
         if r.free is not None:
             with suppress(*BROKEN):
                 free = converted.run(phase, r.free, r.given)
-        if isinstance(phase, int) or phase == "embed":
-            r.x, r.free, r.noisy = sample.wanted, free, noisy
+        if original.reading(r.given)[phase].kind == "head":
+            r.made[str(phase)] = sample.wanted, free, noisy
         else:
-            r.made[phase] = sample.wanted, free, noisy
+            r.x, r.free, r.noisy = sample.wanted, free, noisy
     used = converted.weights[0].used
     shapes = {n: i.shape for n, i in converted.weights[0].tensors.items() if n in used}
     used |= before
@@ -199,25 +226,53 @@ def _own(original: Side, phase: Phase, x: Tree, given: Tensors) -> Tree:
         raise NoPass(text) from error
 
 
-def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample]) -> None:
-    """Every row of the embedding, whether a prompt uses it or not, each as a prompt of its own. The first
-    block that differs joins the samples for the diagnosis."""
-    vocabulary = int(converted.raw.get("vocab_size") or 0)
+@dataclass(frozen=True)
+class Sweep:
+    """A table whose rows are each sent through the embedding: `inputs` makes a batch of ids (B, 1) and the
+    further inputs of a prompt each out of numbers of rows (B, 1)."""
+
+    name: str
+    rows: int
+    inputs: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+def _sweeps(original: Side, converted: Side, shapes: Mapping[str, tuple[int, ...]]) -> list[Sweep]:
+    """Of the words, and of the entities where a pass takes them. Where ids are hashed to fewer rows, each row
+    has one of twice as many ids that follow each other."""
+    table = max((shape[0] for shape in shapes.values() if shape), default=0)
+    made = [Sweep(EVERY_ROW, min(converted.vocabulary, 2 * table), lambda ids: (ids, {}))]
+    named = converted.raw.get("entity_vocab_size")
+    if type(named) is int and set(ENTITIES) <= {*original.inputs} & {*converted.inputs}:
+        made.append(Sweep(EVERY_ENTITY, named, _as_entities))
+    return made
+
+
+def _as_entities(ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Prompts of the first word alone, which is mentioned as that entity."""
+    zeros = torch.zeros_like(ids)
+    given = {"entity_ids": ids, "entity_mask": zeros + 1, "entity_positions": zeros[..., None]}
+    return zeros, given
+
+
+def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample], rows: Sweep) -> None:
+    """Every row of a table, whether a prompt uses it or not, each as a prompt of its own. The first block
+    that differs joins the samples for the diagnosis."""
     device = original.weights[0].device
-    for start in range(0, vocabulary, SWEEP):
-        ids = torch.arange(start, min(start + SWEEP, vocabulary), device=device).view(-1, 1)
+    for start in range(0, rows.rows, SWEEP):
+        at = torch.arange(start, min(start + SWEEP, rows.rows), device=device).view(-1, 1)
+        ids, given = rows.inputs(at)
         try:
-            sample = Sample(ids, original.run("embed", ids))
-            rows, found = (mapped(_as_one_row, y) for y in (sample.wanted, converted.run("embed", ids)))
-            d = Sample(ids, rows).of(found)
+            sample = Sample(ids, original.run("embed", ids, given), given)
+            one_row = [mapped(_as_one_row, y) for y in (sample.wanted, converted.run("embed", ids, given))]
+            d = Sample(ids, one_row[0]).of(one_row[1])
         except BROKEN as error:
             step.broken = step.broken or f"{type(error).__name__}: {error}"
             return
-        worst = step.distances.get(EVERY_ROW)
+        worst = step.distances.get(rows.name)
         if worst is None or d.nmse > worst.nmse:
-            step.distances[EVERY_ROW] = Distance(d.max_delta, d.nmse, start + d.worst, d.magnitude)
-        if not step.bar.holds(d) and EVERY_ROW not in samples:
-            samples[EVERY_ROW] = sample
+            step.distances[rows.name] = Distance(d.max_delta, d.nmse, start + d.worst, d.magnitude)
+        if not step.bar.holds(d) and rows.name not in samples:
+            samples[rows.name] = sample
 
 
 def _as_one_row(y: Tensor) -> Tensor:
@@ -239,7 +294,7 @@ def _control(
         if not _alters(converted, change):
             continue
         changed = converted.changed(change)
-        if isinstance(phase, str) and change.config and not _reaches(converted, changed, phase, samples):
+        if change.config and not _reaches(converted, changed, phase, samples):
             continue
         worst, caught = 0.0, False
         for sample in sorted(samples.values(), key=lambda s: s.tokens):
@@ -315,12 +370,14 @@ def _alters(side: Side, change: Change) -> bool:
 
 def _reaches(side: Side, changed: Side, phase: Phase, samples: Mapping[str, Sample]) -> bool:
     """Whether a phase depends on what was changed at all: a gelu is not in every head."""
-    first = min(samples.values(), key=lambda s: s.tokens)
-    try:
-        one, other = (s.run(phase, first.x, first.given) for s in (side, changed))
-    except BROKEN:
-        return True
-    return not same(one, other)
+    for sample in sorted(samples.values(), key=lambda s: s.tokens):
+        try:
+            one, other = (s.run(phase, sample.x, sample.given) for s in (side, changed))
+        except BROKEN:
+            return True
+        if not same(one, other):
+            return True
+    return False
 
 
 # --- findings -------------------------------------------------------------------------------------------
@@ -342,7 +399,7 @@ def findings(
     dtype = original.weights[0].dtype
     whole = [
         logits.finding(
-            LEVEL, f"{_of(head)} of the whole pass", found, dtype, None if head == "head" else head
+            LEVEL, f"{_of(head, found)} of the whole pass", found, dtype, None if head == "head" else head
         )
         for head, found in result.logits.items()
     ]
@@ -351,11 +408,13 @@ def findings(
     if original.config.n_layers != converted.config.n_layers:
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
         made.insert(0, finding("layers", "fail", text, data={"exactness": "differs"}))
-    return [*made, *_unseen(converted, prompts), *(d.finding() for d in result.diagnoses)]
+    made += [*_unasked(original, converted, prompts, result), *_unseen(converted, prompts)]
+    return [*made, *(d.finding() for d in result.diagnoses)]
 
 
-def _of(head: str) -> str:
-    return "logits" if head == "head" else head.replace("_", " ")
+def _of(head: str, found: Mapping[str, logits.Logits]) -> str:
+    first = "last hidden state" if all(x.logits is None for x in found.values()) else "logits"
+    return first if head == "head" else head.replace("_", " ")
 
 
 def _layers(result: Parity, dtype: str) -> Finding:
@@ -449,13 +508,29 @@ def _precision(blind: list[Planted], dtype: str) -> str:
     return f"{text}; --compute-dtype {widest} sees {'them' if len(blind) > 1 else 'it'}"
 
 
+def _unasked(original: Side, converted: Side, prompts: Mapping[str, Prompt], result: Parity) -> list[Finding]:
+    """Heads, and inputs of both sides, that no prompt has reached."""
+    made = []
+    held = dict.fromkeys([*original.heads(), *converted.heads()])
+    if silent := [head for head in held if head not in result.logits]:
+        text = f"not compared, as the other side or every prompt lacks it: {', '.join(silent)}"
+        made.append(finding("unseen", "note", text, data={"heads": silent}))
+    taken = {*original.inputs} & {*converted.inputs}
+    if converted.raw.get("type_vocab_size") in (0, 1):
+        taken -= {"token_types"}  # there is one type
+    if missed := sorted(taken - {name for p in prompts.values() for name in p.given}):
+        text = f"no prompt has {', '.join(missed)}: what a pass makes of it was not compared"
+        made.append(finding("unseen", "note", text, data={"inputs": missed}))
+    return made
+
+
 def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
     """What these prompts cannot show; the bits level can."""
     made = []
     weights = converted.weights[0]
     rows = [row for prompt in prompts.values() for row in prompt.ids]
     ids = {i for row in rows for i in row}
-    vocabulary = int(converted.raw.get("vocab_size") or 0)
+    vocabulary = converted.vocabulary
     if len(ids) < vocabulary:
         text = (
             f"prompts send {len(ids):,} of {vocabulary:,} embedding rows through the layers; all rows were "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,42 +32,102 @@ TABLES = {
     "embed_positions.weight": 2,
     "wpe.weight": 0,
     "position_embeddings.weight": 0,  # also Megatron's `embedding.position_embeddings`
+    "position_embeddings": 0,  # a variable of TensorFlow
 }
+# A vector of biases by relative position, from the farthest before to the farthest after.
+RELATIVE = ".rel_pos_bias"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Rows of token ids of one length, run in one pass. `given` are further inputs of the same shape:
-    `token_types`, and `mask`, which is 1 for tokens and 0 for padding."""
+    """Rows of token ids of one length, run in one pass. `given` are further inputs by name, nested lists
+    whose first axis is that of the rows (reference/__init__.py has their shapes)."""
 
     ids: list[list[int]]
-    given: Mapping[str, list[list[int]]]
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the readings say of lengths: `fits` gives the largest number of tokens, up to the one that it is
+    asked about, that a pass takes (0: none), `padded` how many of so many tokens a row may have that is
+    padded to a longer one."""
+
+    fits: Callable[[int], int] = lambda tokens: tokens
+    padded: Callable[[int, int], int] = lambda tokens, longest: tokens
+
+    def cut(self, rows: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """The rows that there are at the lengths that fit."""
+        fitted = {name: row[: self.fits(len(row))] for name, row in rows.items()}
+        return {name: row for name, row in fitted.items() if row}
 
 
 def with_inputs(
-    rows: Mapping[str, list[int]], inputs: Iterable[str], config: Mapping[str, Any]
+    rows: Mapping[str, list[int]],
+    inputs: Iterable[str],
+    config: Mapping[str, Any],
+    lengths: Lengths = Lengths(),
 ) -> dict[str, Prompt]:
-    """Each row alone, and for a model that takes them two segments, and a batch of two rows of which one is
-    padded."""
+    """Each row alone, and for a model that takes them two segments, two entities, and a batch of two rows of
+    which one is padded, in words and entities."""
     made = {name: Prompt([row], {}) for name, row in rows.items()}
     taken = set(inputs) - ({"token_types"} if config.get("type_vocab_size") in (0, 1) else set())
     if not taken or not {"long", "other"} <= rows.keys():
         return made
+    found = config.get("pad_token_id")
+    pad = found if type(found) is int else 0
     one, two = rows["long"][:BATCH], rows["other"]
-    two = two[: max(1, len(one) * 2 // 3)]  # where a short table of positions cut both, still the shorter
+    one = _without(pad, one[: lengths.fits(len(one))])
+    two = _without(pad, two[: max(1, len(one) * 2 // 3)])  # where a short table cut both, still the shorter
+    two = two[: lengths.padded(len(two), len(one))]
     padding = len(one) - len(two)
-    types, mask = (
-        [_halves(one), _halves(two) + [0] * padding],
-        [[1] * len(one), [1] * len(two) + [0] * padding],
-    )
-    if "token_types" in taken:
-        made["segments"] = Prompt([one], {"token_types": types[:1]})
-    if "mask" in taken and padding > 0:
-        pad = config.get("pad_token_id")
-        filled = two + [pad if isinstance(pad, int) else 0] * padding
-        given = {"token_types": types, "mask": mask}
-        made["padded"] = Prompt([one, filled], {k: v for k, v in given.items() if k in taken})
+    given: dict[str, Any] = {
+        "token_types": [_halves(one), _halves(two) + [0] * padding],
+        "mask": [[1] * len(one), [1] * len(two) + [0] * padding],
+    }
+    if taken >= set(ENTITIES):
+        given |= entities(len(one), len(two), config.get("entity_vocab_size"))
+    own = {name: x for name, x in given.items() if name in taken}
+    if "token_types" in own:
+        made["segments"] = Prompt([one], {"token_types": own["token_types"][:1]})
+    if "entity_ids" in own:
+        alone = {name: [x[0][:2]] for name, x in own.items() if name in ENTITIES}
+        made["entities"] = Prompt([one], alone)
+    if "mask" in own and padding > 0 and two:
+        made["padded"] = Prompt([one, two + [pad] * padding], own)
     return made
+
+
+ENTITIES = ("entity_ids", "entity_mask", "entity_positions")
+PLACES = 5  # tokens that a mention may have; one more than the longest has
+SHORTEST = 8  # tokens that leave room for the mentions
+
+
+def entities(longer: int, shorter: int, vocabulary: Any) -> dict[str, Any]:
+    """Entities of two rows of so many tokens: three in the first, mentions of one, three and four tokens; in
+    the second one, and two of padding. Nothing where there is no vocabulary of entities, or no room."""
+    if type(vocabulary) is not int or vocabulary < 2 or shorter < SHORTEST:
+        return {}
+    ids = [(17 + 7919 * k * k + 31 * k) % vocabulary for k in range(1, 5)]
+    spans = [(longer // 3, 1), (longer // 2, 3), (1, 4)]
+    return {
+        "entity_ids": [ids[:3], [ids[3], 0, 0]],
+        "entity_mask": [[1, 1, 1], [1, 0, 0]],
+        "entity_positions": [
+            [_mention(*span) for span in spans],
+            [_mention(shorter // 2, 2), *[_mention(0, 0)] * 2],
+        ],
+    }
+
+
+def _mention(first: int, tokens: int) -> list[int]:
+    return [*range(first, first + tokens), *[-1] * (PLACES - tokens)]
+
+
+def _without(pad: int, row: list[int]) -> list[int]:
+    """The row with another token where it has that of padding, which some models tell by its id alone."""
+    other = next((i for i in row if i != pad), pad)
+    return [other if i == pad else i for i in row]
 
 
 def _halves(row: list[int]) -> list[int]:
@@ -102,9 +162,11 @@ def prompts_for(
     tokenizer: Any = None,
     *,
     table: int | None = None,
+    lengths: Lengths = Lengths(),
 ) -> dict[str, list[int]]:
     """Rows of token ids by name, for the vocabulary of `config`; none where it does not say its size. The
-    fixed ones are cut to `table` tokens (None: what `config` says), longer ones of the user are refused."""
+    fixed ones are cut to `table` tokens (None: what `config` says) and to lengths that fit; those of the user
+    that would have to be cut are refused."""
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return {}
@@ -117,7 +179,7 @@ def prompts_for(
         rows["window"] = rows["long"] + [(17 + 7919 * k * k + 31 * k) % vocabulary for k in range(more_ids)]
     rows |= {n: row for n, row in masked_row(tokenizer).items() if max(row, default=vocabulary) < vocabulary}
     table = _positions(config) if table is None else table
-    rows = {name: row[:table] for name, row in rows.items()}
+    rows = lengths.cut({name: row[:table] for name, row in rows.items()})
     given = read_prompts(more) if isinstance(more, str | os.PathLike) else more
     if given is not None:
         named = given if isinstance(given, Mapping) else {f"given {k}": r for k, r in enumerate(given)}
@@ -128,6 +190,10 @@ def prompts_for(
             if table is not None and len(row) > table:
                 text = f"expected at most {table} tokens, as many as there are positions, found {len(row)}"
                 fail("usage", text, where=f"prompt {name}")
+            if (fitting := lengths.fits(len(row))) != len(row):
+                near = f"{fitting} are the most below" if fitting else "as no shorter one does either"
+                text = f"expected a number of tokens that the model takes, found {len(row)} ({near})"
+                fail("usage", text, where=f"prompt {name}")
             rows[name] = list(row)
     return rows
 
@@ -136,7 +202,8 @@ def positions(config: Mapping[str, Any], *sides: Checkpoint | None) -> int | Non
     """How many tokens a prompt may have: the rows of the shortest table of positions that a side holds, or
     fewer where config.json says so; None where positions have no end. A config that claims more than the
     table has is not believed."""
-    rows = [n for side in sides if side is not None for t in side if (n := _rows(t)) is not None]
+    chunked = bool(config.get("use_chunking"))
+    rows = [n for side in sides if side is not None for t in side if (n := _rows(t, chunked)) is not None]
     said = _positions(config)
     if rows and said is None:
         claimed = config.get("max_position_embeddings")
@@ -144,11 +211,14 @@ def positions(config: Mapping[str, Any], *sides: Checkpoint | None) -> int | Non
     return min([*rows, *([] if said is None else [said])], default=None)
 
 
-def _rows(tensor: TensorInfo) -> int | None:
-    """The tokens that a table of positions has rows for; None for any other tensor."""
+def _rows(tensor: TensorInfo, chunked: bool) -> int | None:
+    """The tokens that a table of positions has rows for; None for any other tensor, and for biases that are
+    of the positions in a chunk, of which a prompt may have many."""
     for name, unused in TABLES.items():
         if tensor.name.endswith(name) and len(tensor.shape) == 2 and tensor.shape[0] > unused:
             return tensor.shape[0] - unused
+    if tensor.name.endswith(RELATIVE) and len(tensor.shape) == 1 and not chunked:
+        return (tensor.shape[0] + 1) // 2
     return None
 
 
@@ -160,16 +230,15 @@ def _positions(config: Mapping[str, Any]) -> int | None:
 
 
 def cut(rows: Mapping[str, list[int]], config: Mapping[str, Any], table: int | None) -> list[Finding]:
-    """A note of what the table of positions left of the fixed prompts."""
-    whole = prompts_for(config, None, table=sys.maxsize) if table is not None else {}
-    short = [
-        f"{n} {len(whole[n])} to {len(rows[n])}" for n in whole if n in rows and len(rows[n]) < len(whole[n])
-    ]
+    """A note of what the table of positions, and the lengths that a pass takes, left of the fixed prompts."""
+    whole = prompts_for(config, None, table=sys.maxsize)
+    left = {n: (len(row), len(rows.get(n, ()))) for n, row in whole.items()}
+    short = [f"{n} {had} to {kept}" for n, (had, kept) in left.items() if kept < had]
     if not short:
         return []
-    text = (
-        f"cut to the {table} positions there are: {', '.join(short)} tokens; what is longer was not compared"
-    )
+    tables = [kept for _, kept in left.values() if kept == table]
+    why = f"the {table} positions there are" if tables else "lengths that the pass takes"
+    text = f"cut to {why}: {', '.join(short)} tokens; what is longer was not compared"
     return [Finding("parity", "prompts", "note", text, data={"positions": table})]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -67,12 +67,24 @@ class Side:
     def reading(self, given: Tensors = NOTHING) -> dict[Phase, protocol.Phase]:
         """The phases of the module for these further inputs."""
         found = self.module.phases(self.ranks, self.config, given)
-        return {p.name if p.index is None else p.index: p for p in found}
+        return {p.name if p.index is None or p.kind != "layer" else p.index: p for p in found}
+
+    def fits(self, tokens: int) -> int:
+        """The largest length up to `tokens` that a pass takes; 0 where it takes none."""
+        found = getattr(self.module, "fits", None)
+        return tokens if found is None else int(found(tokens, self.config))
+
+    def padded(self, tokens: int, longest: int) -> int:
+        """How many of `tokens` a row may have that is padded to `longest`."""
+        found = getattr(self.module, "padding", None)
+        return tokens if found is None else int(found(tokens, longest, self.config))
 
     @property
-    def heads(self) -> list[str]:
-        """Those beside "head" that the tensors hold, by the names of their logits in transformers."""
-        return [p.name for p in self.reading().values() if p.kind == "head" and p.name != "head"]
+    def vocabulary(self) -> int:
+        """How many token ids there are; 0 where neither the reading nor config.json says it."""
+        found = getattr(self.module, "vocabulary", None)
+        said = self.raw.get("vocab_size") if found is None else found(self.config)
+        return said if type(said) is int else 0
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -89,9 +101,19 @@ class Side:
                 known.add(name)
         return known
 
-    @property
-    def phases(self) -> list[Phase]:
-        return list(self.reading())
+    def kinds(self, givens: Iterable[Tensors] = (NOTHING,)) -> dict[Phase, str]:
+        """The kind of each phase that a pass with any of these further inputs has: in order, heads last."""
+        found: dict[Phase, str] = {}
+        for given in givens:
+            found |= {name: phase.kind for name, phase in self.reading(given).items()}
+        return dict(sorted(found.items(), key=lambda item: item[1] == "head"))
+
+    def heads(self, givens: Iterable[Tensors] = (NOTHING,)) -> list[str]:
+        """Those beside "head" that the tensors hold, by the names of their logits in transformers."""
+        return [str(name) for name, kind in self.kinds(givens).items() if kind == "head" and name != "head"]
+
+    def has(self, phase: Phase, given: Tensors) -> bool:
+        return phase in self.reading(given)
 
     @property
     def used(self) -> set[str]:
@@ -99,7 +121,7 @@ class Side:
 
     def run(self, phase: Phase, x: Tree, given: Tensors = NOTHING) -> Tree:
         """The output of one phase: x is ids (B, T) for the first, else what the phase before gave. `given`
-        are further inputs (B, T) by name. KeyError for a phase that this side does not have."""
+        are further inputs by name, the batch first. KeyError for a phase that this side does not have."""
         with torch.inference_mode():
             return self.reading(given)[phase].run(x)
 
@@ -109,9 +131,10 @@ class Side:
         return out
 
     def outputs(self, ids: Tensor, given: Tensors = NOTHING) -> dict[str, Tensor]:
-        """The logits of every head of one pass; those of `forward` are "head"."""
+        """The logits of every head of one pass that gives any; those of `forward` are "head"."""
         with torch.inference_mode():
-            return protocol.outputs(list(self.reading(given).values()), ids)
+            found = protocol.outputs(list(self.reading(given).values()), ids)
+        return {name: y for name, y in found.items() if holds_numbers(y)}
 
     def encode(self, ids: Tensor, given: Tensors = NOTHING) -> Tree:
         """The last layer's output, (B, T, D) in most."""
@@ -184,11 +207,37 @@ class Sample:
 
     def real(self, y: Tensor) -> Tensor:
         """The positions of `y` that are not padding, row after row: (1, positions, C)."""
-        mask = self.given.get("mask")
         if y.ndim <= 2:
             return y.reshape(1, len(y), -1)
+        mask = mask_of(self.given, len(y), y.shape[1], grouped=y.ndim == 3)
         y = y.flatten(2)
-        return y if mask is None or y.shape[:2] != mask.shape else y[mask.bool()][None]
+        return y if mask is None else y[mask][None]
+
+
+def mask_of(given: Tensors, rows: int, length: int, *, grouped: bool = True) -> Tensor | None:
+    """Which positions of a stream of that length are no padding, (rows, length); None where nothing tells.
+
+    A stream is one of words, or of entities, or of the entities after the words, or one in which each
+    position stands for the same number of words (`grouped`), a last group that is not whole left out: such a
+    position is real where any of its words is."""
+    words, named = given.get("mask"), given.get("entity_mask")
+    for mask in (words, named):
+        if mask is not None and mask.shape == (rows, length):
+            return mask.bool()
+    if words is None or len(words) != rows or not grouped:
+        return None
+    tokens = words.shape[1]
+    if named is not None and length == tokens + named.shape[1]:
+        return torch.cat([words, named], 1).bool()
+    group = tokens // length if 0 < length < tokens else 0
+    if group > 1 and tokens // group == length:
+        return words[:, : group * length].reshape(rows, length, group).bool().any(-1)
+    return None
+
+
+def holds_numbers(y: Tree) -> bool:
+    """Whether there is anything in a result: that of entities has nothing where there are none."""
+    return any(t.numel() > 0 for t in protocol.leaves(y))
 
 
 def _skeleton(x: Tree) -> Tree:

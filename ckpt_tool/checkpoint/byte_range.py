@@ -108,3 +108,18 @@ class ByteRange:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+class Part(ByteRange):
+    """A part of an open range, for which the range stays responsible: closing it does nothing."""
+
+    def __init__(self, whole: ByteRange, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > whole.size:
+            message = f"expected at least {offset + size} bytes, found {whole.size}"
+            fail("truncated", message, file=whole.name)
+        self.path, self.name = whole.path, whole.name
+        self.descriptor, self.fingerprint = whole.descriptor, whole.fingerprint
+        self.base, self.size = whole.base + offset, size
+
+    def close(self) -> None:
+        """Nothing: the whole is closed by who opened it."""

@@ -99,7 +99,7 @@ def find_ranks(
         if any(map(is_of_megatron, names)):
             fail("missing-shard", f"expected mp_rank_00/{FILE}, found no file of that name", file=label)
         return None
-    within, notes = _current(found, label, tracker)
+    within, notes = current(found, label, tracker)
     matches = list(found[within].values())
     if expert := next((m for m in matches if m["expert"]), None):
         fail("unsupported", f"expected no expert-parallel ranks, found {expert['folder']}", file=label)
@@ -108,7 +108,7 @@ def find_ranks(
     return RankFolders(tuple(m[0] for m in matches), tuple(notes))
 
 
-def _current(
+def current(
     found: Mapping[str, object], label: str, tracker: Callable[[str], str | None]
 ) -> tuple[str, list[str]]:
     """The iteration folder to read, as a prefix of names, and what to say about the others."""

@@ -18,7 +18,12 @@ from ckpt_tool.checkpoint.archive import open_archive
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
+from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
+from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
+from ckpt_tool.checkpoint.dcp_metadata import METADATA
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
+from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
+from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
     TRACKER,
@@ -37,7 +42,6 @@ from ckpt_tool.checkpoint.safetensors import (
     open_safetensors,
     read_index,
 )
-from ckpt_tool.checkpoint.signs import SLICES
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
@@ -129,8 +133,8 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
         return _open_ranks(*ranks, path, limits)
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
-    if SLICES.tells(path.name):
-        fail("wrong-format", f"expected a checkpoint, found {SLICES.what}", file=path.name, hint=SLICES.hint)
+    if SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp"):
+        return _open_directory(path.parent, prefer, limits)  # which is read whole
     numbered = set_of(path.name, beside)
     single = WeightSet(path.name, (path.name,), None, "original")
     check_finished(numbered or single, beside, file=directory.label)
@@ -163,6 +167,8 @@ def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkp
 def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
     try:
         names = folder.names()
+        if not any(map(is_weights, names)) and (whole := _open_pieces(folder, path, limits)) is not None:
+            return whole
         ranks = None if prefer == "hf" else _rank_folders(folder, path)
         if ranks is not None:
             return _open_ranks(folder, ranks, path, limits)
@@ -181,6 +187,34 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
     except BaseException:
         folder.close()
         raise
+
+
+def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
+    """A folder in which no file holds whole tensors: a checkpoint of torch.distributed, or slices; None for
+    another."""
+    if (there := find_dcp(folder)) is not None:
+        within, notes = there
+        file: TensorFile = open_dcp_folder(folder, within)
+    elif slices := slice_files(folder.names()):
+        within, notes = "", []
+        file = open_slices(folder.place, slices, limits.safetensors_header)
+    else:
+        return None
+    try:
+        documents = _documents(folder, within, False, notes)
+        above = folder if within else folder.outer() if is_part(path.resolve().name) else None
+        if above is not None:
+            outer = [n for n in above.names() if belongs(n) and n not in documents]
+            documents |= {name: above.document(name) for name in outer}
+        files = {file.name: file}
+        own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+    except BaseException:
+        file.close()
+        raise
+    notes += file.notes
+    return OpenedCheckpoint(
+        path, own.files, documents, notes, tuple(own.readings), tuple(own.left_out), folder=folder
+    )
 
 
 def _status(given: Path, text: str) -> os.stat_result:
@@ -366,7 +400,12 @@ def _open_file(place: Place, name: str, limits: Limits, seen: _Seen | None = Non
 
 
 def _across(files: dict[str, TensorFile], chosen: WeightSet, index: WeightIndex | None) -> Iterable[Problem]:
-    """What the opened files say against each other."""
+    """What the opened files say against each other, and against being whole."""
+    for name, file in files.items():
+        if (cut := is_slice(file)) is not None:
+            message = "expected whole tensors, found a slice that torch.distributed wrote"
+            hint = "give the folder with the slices of all ranks, under the names that they were written with"
+            yield Problem("wrong-format", message, name, cut, hint)
     if index is not None:
         yield from index.problems(files)
     elif "-of-" in chosen.label:  # whole tensors, spread over files; model-parallel shards repeat names

@@ -69,12 +69,6 @@ POINTERS = (
         (0, b"# xet version"),
     ),
 )
-SLICES = _sign(
-    "slices of tensors, one file a rank (torch.distributed's Hugging Face writer)",
-    "torch joins them: torch.distributed.checkpoint._consolidate_hf_safetensors,"
-    " consolidate_safetensors_files(IN, OUT, dict.fromkeys(NAMES, 1)); or save consolidated",
-    r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors",
-)
 TENSORFLOW = _sign(
     "a TensorFlow checkpoint",
     f"no family is read from TensorFlow; {RELEASE}",
@@ -133,7 +127,6 @@ SIGNS = (
         " dcp_to_torch {at} OUT.pt` then joins it",
         r"[^/]*\.distcp",
     ),
-    SLICES,
     _sign(
         "a DeepSpeed checkpoint (ZeRO)",
         "`python zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins it; put config.json"

@@ -75,6 +75,13 @@ def layer_of(name: str) -> int | None:
     return next(iter(numbers(name)), None)
 
 
+def stack_of(name: str) -> tuple[str, int] | None:
+    """The layer a tensor belongs to with what stands before its number, as a model may have several stacks of
+    layers; None outside of them."""
+    found = _NUMBER.search(name)
+    return None if found is None else (name[: found.start()], int(found[1]))
+
+
 def short(name: str) -> str:
     """A tensor's name within its layer, without `weight`: `self_attn.q_proj`."""
     inside = _NUMBER.split(name, maxsplit=1)[-1].lstrip("./")

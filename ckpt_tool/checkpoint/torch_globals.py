@@ -357,6 +357,12 @@ _DATA = {
     "torch": {"device", "Generator"},
     "torch.torch_version": {"TorchVersion"},
     "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
     **{
         package: {"ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"}
         for package in (

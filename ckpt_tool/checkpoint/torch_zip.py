@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, Record
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.pickle_bytes import WINDOW
-from ckpt_tool.checkpoint.pickle_records import Pickled, StorageRef
+from ckpt_tool.checkpoint.pickle_records import Pickled, StorageRef, TensorRecord
 from ckpt_tool.checkpoint.torch_file import TorchFile, storage_bytes
 from ckpt_tool.checkpoint.torch_state import State, read_state, unsafe_problems
 from ckpt_tool.checkpoint.unpickle import Machine
@@ -79,8 +80,9 @@ def open_torch_zip(path: Path, name: str, *, window: Window | None = None) -> To
     return torch_zip(archive)
 
 
-def torch_zip(archive: ZipArchive) -> TorchZipFile:
-    """The torch file that the archive is, which closes it in the end, or now where it is none.
+def torch_zip(archive: ZipArchive, bare: str | None = None) -> TorchZipFile:
+    """The torch file that the archive is, which closes it in the end, or now where it is none. With `bare`
+    its pickle is a tensor and no dict, and the tensor is called that.
 
     Kinds: those of `read_pickle` and `read_state`, and `wrong-format`, `unsupported-byteorder`,
     `size-mismatch`, `missing-record`, `trailing-data`.
@@ -89,12 +91,24 @@ def torch_zip(archive: ZipArchive) -> TorchZipFile:
         root = _root(archive)
         _check_versions(archive, root)
         pickled = _unpickle(archive, root)
+        if bare is not None and type(pickled.value) is TensorRecord:
+            pickled = replace(pickled, value={bare: pickled.value})
         state = read_state(pickled, file=archive.name)
         members = _match_storages(archive, root, state, pickled.storages)
         return TorchZipFile(archive, root, state, members)
     except BaseException:
         archive.source.close()
         raise
+
+
+def zip_value(archive: ZipArchive) -> object:
+    """What the pickle of a torch zip holds, as data, where that need not be tensors. Kinds: those of
+    `read_pickle`."""
+    root = _root(archive)
+    _check_versions(archive, root)
+    pickled = _unpickle(archive, root)
+    fail_all(unsafe_problems(pickled, archive.name))
+    return pickled.value
 
 
 def zip_imports(path: Path, name: str, *, window: Window | None = None) -> tuple[str, ...]:

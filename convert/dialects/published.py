@@ -54,7 +54,7 @@ from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts, renamed
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import rows_without_ids, tokenizer_documents, too_many_ids
-from ckpt_tool.convert.tokenizers.counting import ids_of
+from ckpt_tool.convert.tokenizers.counting import ids_of, renumbered
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Table, Written, misread_config, to_hf, to_original
@@ -150,7 +150,17 @@ def counted(rows: int, files: Mapping[str, bytes]) -> list[str]:
     ids, name = found
     if ids > rows:
         too_many_ids(rows, f"{ids} ({name})", name)
-    return rows_without_ids(rows, ids, name)
+    return [*rows_without_ids(rows, ids, name), *_renumbered(files)]
+
+
+def _renumbered(files: Mapping[str, bytes]) -> list[str]:
+    if (found := renumbered(files)) is None:
+        return []
+    said, name, free = found
+    return [
+        f"transformers gives the added token of id {said} ({name}) the next free id, {free}, whose row is "
+        f"another's: add {said - free} unused tokens before it to tokenizer.json"
+    ]
 
 
 def generation(checkpoint: Checkpoint, config: Mapping[str, Value]) -> OutputDocument:

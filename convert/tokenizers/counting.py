@@ -30,6 +30,22 @@ def ids_of(files: Mapping[str, bytes]) -> tuple[int, str] | None:
     return found[largest] + 1, largest
 
 
+def renumbered(files: Mapping[str, bytes]) -> tuple[int, str, int] | None:
+    """An added token that a tokenizer.json which is read by transformers gives another id than a file says:
+    its id, the file, and the next free id, which it gets. The ids of added tokens count on without a gap
+    (findings/added_tokens_renumbered.sh); None where they do, and without a tokenizer.json."""
+    if "tokenizer.json" not in files:
+        return None
+    none: Iterator[int] = iter(())
+    first, *added = [*_numbers(files), ("", none)]
+    free = max(first[1], default=-1) + 1
+    for number, name in sorted((number, name) for name, numbers in added for number in numbers):
+        if number > free:
+            return (number, name, free) if free else None
+        free = max(free, number + 1)
+    return None
+
+
 def _numbers(files: Mapping[str, bytes]) -> Iterator[tuple[str, Iterator[int]]]:
     if (data := files.get("tokenizer.json")) is not None:
         if (vocab := _VOCAB.search(data)) is None:

@@ -1,0 +1,187 @@
+"""A tensor that lies in pieces: boxes of a whole, each in a place of its own, read as one dense tensor.
+
+Files of many processes hold boxes (offset and size along each axis) and nothing says that they make a whole:
+it is checked, exactly, before any of them is read.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = tuple[int, ...]
+Bits = npt.NDArray[np.unsignedinteger]
+P = TypeVar("P")  # where a piece lies
+
+CELLS = 1 << 22  # of the grid that the borders of all pieces of one tensor make
+BLOCK = 4 << 20  # dense bytes that are put together at once
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(Generic[P]):
+    """A box of a tensor: its first element and its size along each axis, in elements."""
+
+    start: Numbers
+    size: Numbers
+    place: P
+
+    def __str__(self) -> str:
+        return box(self.start, tuple(a + n for a, n in zip(self.start, self.size, strict=True)))
+
+
+def box(first: Numbers, stop: Numbers) -> str:
+    """`[0:3, 4:8]`."""
+    return f"[{', '.join(f'{a}:{b}' for a, b in zip(first, stop, strict=True))}]"
+
+
+def tiling_fault(shape: Numbers, pieces: Sequence[Piece[P]]) -> tuple[str, str] | None:
+    """What keeps `pieces` from making up a tensor of `shape`, each element once: the kind of the error, and
+    the first place of it in words. None where they do."""
+    for p in pieces:
+        inside = len(p.start) == len(p.size) == len(shape) and all(
+            a >= 0 and n >= 0 and a + n <= whole for a, n, whole in zip(p.start, p.size, shape, strict=True)
+        )
+        if not inside:
+            return "size-mismatch", f"expected pieces inside {list(shape)}, found {p}"
+    if len(pieces) == 1 and pieces[0].size == shape or prod(shape) == 0:
+        return None
+    solid = [p for p in pieces if prod(p.size)]
+    borders = [
+        sorted({0, whole, *(b for p in solid for b in (p.start[k], p.start[k] + p.size[k]))})
+        for k, whole in enumerate(shape)
+    ]
+    cells = [len(b) - 1 for b in borders]
+    if prod(cells) > CELLS:
+        return "limits", f"expected pieces that border on at most {CELLS} cells, found {prod(cells)}"
+    covered = np.zeros(cells, np.uint8)
+    for k, p in enumerate(solid):
+        where = tuple(
+            slice(bisect_left(b, a), bisect_left(b, a + n))
+            for a, n, b in zip(p.start, p.size, borders, strict=True)
+        )
+        if covered[where].any():
+            other = next(o for o in solid[:k] if _meet(o, p))
+            return "shard-conflict", f"expected pieces apart from each other, found {other} and {p}"
+        covered[where] = 1
+    if covered.all():
+        return None
+    hole = [int(k) for k in np.argwhere(covered == 0)[0]]
+    first = tuple(b[k] for b, k in zip(borders, hole, strict=True))
+    stop = tuple(b[k + 1] for b, k in zip(borders, hole, strict=True))
+    return "missing-shard", f"expected a piece for {box(first, stop)} of {list(shape)}, found none"
+
+
+def _meet(one: Piece[P], other: Piece[P]) -> bool:
+    return all(
+        max(a, b) < min(a + n, b + m)
+        for a, n, b, m in zip(one.start, one.size, other.start, other.size, strict=True)
+    )
+
+
+Read = Callable[[P, int, Bits], None]  # fill the array with a piece's dense elements from a given one on
+
+
+class Joined(Generic[P]):
+    """Tensors in pieces as dense bytes. `read` reads of one piece; each thread keeps the last block that it
+    put together, as callers ask for smaller parts in order."""
+
+    def __init__(self, read: Read[P]) -> None:
+        self._read = read
+        self._local = threading.local()
+
+    def read_into(
+        self,
+        name: str,
+        shape: Numbers,
+        pieces: Sequence[Piece[P]],
+        bits: str,
+        offset: int,
+        buffer: memoryview,
+    ) -> None:
+        """Fill `buffer` with the bytes from `offset` on of the row-major tensor `name`; `bits` is the numpy
+        type of an element's bits, `pieces` make the tensor up and are in the order of their first
+        elements."""
+        itemsize = np.dtype(bits).itemsize
+        per_block = BLOCK // itemsize
+        done = 0
+        while done < len(buffer):
+            number, skip = divmod(offset + done, per_block * itemsize)
+            if getattr(self._local, "held", None) != (name, number):
+                first = number * per_block
+                dense: Bits = np.empty(min(per_block, prod(shape) - first), np.dtype(bits))
+                self._fill(dense, shape, pieces, first)
+                self._local.dense, self._local.held = dense.data.cast("B"), (name, number)
+            part = self._local.dense[skip : skip + len(buffer) - done]
+            buffer[done : done + len(part)] = part
+            done += len(part)
+
+    def forget(self) -> None:
+        self._local = threading.local()
+
+    def _fill(self, out: Bits, shape: Numbers, pieces: Sequence[Piece[P]], first: int) -> None:
+        """The elements from `first` on."""
+        if not shape:
+            self._read(pieces[0].place, 0, out)
+            return
+        done = 0
+        for corner, rows in runs(shape, first, first + len(out)):
+            depth = len(corner) - 1
+            sizes = (rows, *shape[depth + 1 :])
+            room = out[done : done + prod(sizes)].reshape(sizes)
+            for p in pieces:
+                self._copy(p, corner, room)
+            done += room.size
+
+    def _copy(self, p: Piece[P], corner: Numbers, room: Bits) -> None:
+        """What `p` has of a box of whole rows: `room` begins at `corner`, which fixes all axes before the
+        last of it; the axes after that are whole."""
+        *fixed, row = corner
+        depth = len(fixed)
+        if not all(a <= x < a + n for x, a, n in zip(fixed, p.start, p.size, strict=False)):
+            return
+        low, high = max(row, p.start[depth]), min(row + len(room), p.start[depth] + p.size[depth])
+        inner = p.size[depth + 1 :]
+        if low >= high or not prod(inner):
+            return
+        at = 0  # of the first row in the piece, counted in rows
+        for x, a, n in zip((*fixed, low), p.start, p.size, strict=False):
+            at = at * n + x - a
+        columns = (slice(a, a + n) for a, n in zip(p.start[depth + 1 :], inner, strict=True))
+        part = room[(slice(low - row, high - row), *columns)]
+        if part.flags.c_contiguous:
+            self._read(p.place, at * prod(inner), part.reshape(-1))
+            return
+        dense: Bits = np.empty(part.shape, part.dtype)
+        self._read(p.place, at * prod(inner), dense.reshape(-1))
+        part[...] = dense
+
+
+def runs(shape: Numbers, first: int, last: int) -> Iterator[tuple[Numbers, int]]:
+    """Elements `first` to `last` of the row-major order as boxes of whole rows, in order: each as the index
+    of its first row, which is as long as the axes that it counts through, and how many rows along the last of
+    these axes."""
+    if first >= last:
+        return
+    if not shape:
+        yield (0,), 1
+        return
+    inner = prod(shape[1:])
+    row, skip = divmod(first, inner)
+    end_row, tail = divmod(last, inner)
+    if row == end_row:
+        yield from (((row, *corner), n) for corner, n in runs(shape[1:], skip, tail))
+        return
+    if skip:
+        yield from (((row, *corner), n) for corner, n in runs(shape[1:], skip, inner))
+        row += 1
+    if row < end_row:
+        yield (row,), end_row - row
+    if tail:
+        yield from (((end_row, *corner), n) for corner, n in runs(shape[1:], 0, tail))

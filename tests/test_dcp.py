@@ -1,0 +1,400 @@
+"""Folders of torch.distributed.checkpoint: read as data, piece by piece, and refused where pieces are no
+whole. The writers are torch's own, and one of ours for pieces that torch cuts only with many processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as classes
+
+from ckpt_tool import api
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.dcp import DcpFile
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.pieces import Joined, Piece, tiling_fault
+from ckpt_tool.errors import CkptToolError
+from tests.conftest import Written
+
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+TORCH_DIST = sorted(p.name for p in CASES.glob("torch-dist-*"))
+Bytes = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def contents(checkpoint: Checkpoint) -> Bytes:
+    return {t.name: (t.dtype, t.shape, checkpoint.read(t).tobytes()) for t in checkpoint}
+
+
+def expected(file: Path) -> Bytes:
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    return {
+        name: (e["dtype"], tuple(e["shape"]), raw[8 + size + a : 8 + size + b])
+        for name, e in header.items()
+        if name != "__metadata__"
+        for a, b in [e["data_offsets"]]
+    }
+
+
+def refused(action: Callable[[], object]) -> CkptToolError:
+    with pytest.raises(CkptToolError) as caught:
+        action()
+    return caught.value
+
+
+# --- real files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not TORCH_DIST, reason="the folder of cases is not beside this checkout")
+@pytest.mark.parametrize("case", TORCH_DIST)
+def test_shared_folders_hold_the_expected_tensors(case: str) -> None:
+    wanted = dict(expected(CASES / case / "expected.safetensors"))
+    with open_checkpoint(CASES / case / "ckpt") as checkpoint:
+        found = contents(checkpoint)
+        found |= {
+            left.tensor.name: (left.tensor.dtype, left.tensor.shape, b"") for left in checkpoint.left_out
+        }
+        notes = " ".join(checkpoint.notes)
+        states = sum("_extra_state" in n for f in checkpoint.files.values() for n in f.tensors)
+        checked = sum(f.check_record(k) for f in checkpoint.files.values() for k in f.records())
+    assert states == 0
+    if case == "torch-dist-dcp-plain":
+        assert "complex64" in notes and wanted.pop("model.c64")
+        name = "opt.state.0.exp_avg"  # left out by name
+        wanted[name] = (*wanted[name][:2], b"")
+    assert found == wanted
+    assert ("hf" in case) == (checked == 0)
+
+
+# --- torch as the writer ------------------------------------------------------------------------------------
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    for file in sorted(folder.glob("consolidated.*.pth")):
+        found |= torch.load(file, weights_only=True)
+    return found
+
+
+def beside(source: Path, folder: Path) -> None:
+    """The small files of a model."""
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt", ".model"):
+            shutil.copy(file, folder)
+
+
+def saved(state: Mapping[str, Any], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is distributed
+        dcp.save(dict(state), checkpoint_id=str(folder), no_dist=True)
+
+
+Tree = dict[str, Any]
+TREES: dict[str, Callable[[Tree], Tree]] = {
+    "bare": lambda model: model,
+    "model and optimizer": lambda model: {
+        "model": model,
+        "optimizer": {"state": {n: {"exp_avg": torch.zeros_like(x)} for n, x in model.items()}},
+        "step": 7,
+    },
+    "module": lambda model: {f"module.{n}": x for n, x in model.items()},
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("variant", ["qwen2-0.5b", "llama-3-8b"])
+def test_state_dicts_convert_as_what_they_are(
+    variant: str, tree: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Of Hugging Face's names and of the publisher's: the same bytes as from the original."""
+    folder = tmp_path / "step-100"
+    saved(TREES[tree](weights(originals(variant))), folder)
+    beside(originals(variant), folder)
+    api.convert(folder, tmp_path / "out")
+    ours, theirs = (f / "model.safetensors" for f in (tmp_path / "out", conversions(variant)))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, tmp_path: Path) -> None:
+    """accelerate puts weights into a folder of their own, and people give any of its files."""
+    inner = tmp_path / "run" / "pytorch_model_fsdp_0"
+    saved({"model": weights(originals("qwen2-0.5b"))}, inner)
+    beside(originals("qwen2-0.5b"), inner.parent)
+    plans = [api.plan(p).digest() for p in (inner.parent, inner, inner / ".metadata", inner / "__0_0.distcp")]
+    assert len(set(plans)) == 1
+    shutil.copytree(inner, tmp_path / "run" / "pytorch_model_fsdp_1")
+    error = refused(lambda: api.plan(inner.parent))
+    assert error.kind == "ambiguous-input" and "pytorch_model_fsdp_1/" in str(error)
+
+
+# --- pieces of any kind -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    start: tuple[int, ...]
+    data: torch.Tensor
+
+
+def save(folder: Path, tensors: Mapping[str, Sequence[Chunk]], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Write a folder whose tensors lie in these pieces, each in the file of a rank of its own; the metadata
+    is returned, to be changed and written again."""
+    folder.mkdir()
+    files: dict[str, io.BytesIO] = {}
+    state, storage = {}, {}
+    for name, chunks in tensors.items():
+        for k, chunk in enumerate(chunks):
+            path = f"__{k}_0.distcp"
+            file = files.setdefault(path, io.BytesIO())
+            offset = file.tell()
+            torch.save(chunk.data, file)
+            index = classes.MetadataIndex(name, torch.Size(chunk.start))
+            storage[index] = filesystem._StorageInfo(path, offset, file.tell() - offset)
+        boxes = [classes.ChunkStorageMetadata(torch.Size(c.start), c.data.shape) for c in chunks]
+        properties = classes.TensorProperties(dtype=chunks[0].data.dtype)
+        state[name] = classes.TensorStorageMetadata(properties, torch.Size(shapes[name]), boxes)
+    for path, file in files.items():
+        (folder / path).write_bytes(file.getvalue())
+    made = classes.Metadata(state, storage_data=storage)
+    write(folder, made)
+    return made
+
+
+def write(folder: Path, metadata: object) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol=4))
+
+
+def cut(whole: torch.Tensor, *borders: Sequence[int]) -> list[Chunk]:
+    """A grid of pieces; `borders` are the cuts of each axis, with 0 and its end."""
+    boxes = product(*(pairwise(b) for b in borders))
+    return [
+        Chunk(tuple(a for a, _ in box), whole[tuple(slice(a, b) for a, b in box)].clone()) for box in boxes
+    ]
+
+
+GRID = torch.arange(7 * 10, dtype=torch.float32).view(7, 10)
+
+
+def grid(folder: Path) -> Any:
+    return save(folder, {"w": cut(GRID, (0, 3, 6, 7), (0, 4, 10))}, {"w": (7, 10)})
+
+
+def test_pieces_and_strides(tmp_path: Path) -> None:
+    """A piece that is stored transposed has its elements elsewhere than row by row."""
+    pieces = cut(GRID, (0, 4, 7), (0, 10))
+    pieces[0] = Chunk(pieces[0].start, pieces[0].data.t().contiguous().t())
+    whole = torch.randn(5, 3).t()
+    save(tmp_path / "in", {"w": pieces, "t": [Chunk((0, 0), whole)]}, {"w": (7, 10), "t": (3, 5)})
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        found = contents(checkpoint)
+        (file,) = checkpoint.files.values()
+        assert isinstance(file, DcpFile) and file.extent("w") is None
+        assert all(file.check_record(key) for key in file.records())
+    assert found["w"][2] == GRID.numpy().tobytes() and found["t"][2] == whole.contiguous().numpy().tobytes()
+
+
+@st.composite
+def cuttings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Piece[tuple[int, ...]]]]:
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
+    borders = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=3))}) for n in shape]
+    boxes = list(product(*(pairwise(b) for b in borders)))
+    made = [Piece(tuple(a for a, _ in box), tuple(b - a for a, b in box), ()) for box in boxes]
+    return shape, sorted(made, key=lambda p: p.start)
+
+
+@given(cuttings(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_part_of_any_pieces(
+    cutting: tuple[tuple[int, ...], list[Piece[Any]]], data: st.DataObject
+) -> None:
+    """Read in parts of any size, and with any piece gone or twice."""
+    shape, pieces = cutting
+    whole = np.arange(np.prod(shape, dtype=int), dtype="<u2").reshape(shape)
+    assert tiling_fault(shape, pieces) is None
+    boxes = [tuple(slice(a, a + n) for a, n in zip(p.start, p.size, strict=True)) for p in pieces]
+    held = [Piece(p.start, p.size, k) for k, p in enumerate(pieces)]
+
+    def read(place: int, first: int, out: np.ndarray) -> None:
+        out[:] = whole[boxes[place]].reshape(-1)[first : first + len(out)]
+
+    joined: Joined[int] = Joined(read)
+    start = data.draw(st.integers(0, whole.nbytes - 1))
+    room = bytearray(data.draw(st.integers(1, whole.nbytes - start)))
+    joined.read_into("w", shape, held, "<u2", start, memoryview(room))
+    assert bytes(room) == whole.tobytes()[start : start + len(room)]
+    k = data.draw(st.integers(0, len(pieces) - 1))
+    gone, twice = tiling_fault(shape, pieces[:k] + pieces[k + 1 :]), tiling_fault(shape, [*pieces, pieces[k]])
+    if shape:
+        assert gone is not None and gone[0] == "missing-shard"
+        assert twice is not None and twice[0] == "shard-conflict"
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def first_box(made: Any) -> Any:
+    return made.state_dict_metadata["w"].chunks[0]
+
+
+def first_place(made: Any) -> Any:
+    return next(iter(made.storage_data.values()))
+
+
+def no_bytes(made: Any) -> None:
+    made.storage_data.pop(next(iter(made.storage_data)))
+
+
+def set_size(made: Any, *size: int) -> None:
+    made.state_dict_metadata["w"].size = torch.Size(size)
+
+
+def box(made: Any, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    found = first_box(made)
+    index = classes.MetadataIndex("w", found.offsets)
+    place = made.storage_data.pop(index)
+    found.offsets, found.sizes = torch.Size(offsets), torch.Size(sizes)
+    made.storage_data[classes.MetadataIndex("w", found.offsets)] = place
+
+
+def put(name: str, value: object) -> Callable[[Any], None]:
+    return lambda made: setattr(first_place(made), name, value)
+
+
+def another_dtype(made: Any) -> None:
+    made.state_dict_metadata["w"].properties = classes.TensorProperties(dtype=torch.float16)
+
+
+BROKEN: dict[str, tuple[Callable[[Any], object], str, str]] = {
+    "a hole": (lambda m: m.state_dict_metadata["w"].chunks.pop(), "missing-shard", "[6:7, 4:10]"),
+    "an overlap": (partial(box, offsets=(1, 0), sizes=(3, 4)), "shard-conflict", "[1:4, 0:4]"),
+    "outside": (partial(box, offsets=(5, 0), sizes=(3, 4)), "size-mismatch", "[5:8, 0:4]"),
+    "other axes": (partial(box, offsets=(0,), sizes=(3,)), "size-mismatch", "inside [7, 10]"),
+    "no bytes": (no_bytes, "missing-record", "the piece at [0, 0]"),
+    "another item's size": (lambda m: set_size(m, 7, 11), "missing-shard", "[0:3, 10:11]"),
+    "an absurd size": (lambda m: set_size(m, 1 << 60, 1 << 60), "size-mismatch", "2^62"),
+    "a negative size": (lambda m: set_size(m, -7, 10), "size-mismatch", "2^62"),
+    "a path upwards": (put("relative_path", "../__0_0.distcp"), "bad-input", "'../__0_0.distcp'"),
+    "an absolute path": (put("relative_path", "/etc/hostname"), "bad-input", "'/etc/hostname'"),
+    "a folder": (put("relative_path", ".."), "bad-input", "'..'"),
+    "no such file": (put("relative_path", "__9_0.distcp"), "missing-shard", "which rank 9 wrote"),
+    "beyond the file": (put("length", 1 << 40), "truncated", "at least 1099511627776 bytes"),
+    "before the file": (put("offset", -5), "size-mismatch", "bytes at -5"),
+    "transformed": (put("transform_descriptors", ["zstd"]), "unsupported", "zstd"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_pieces_that_are_no_whole_are_refused(fault: str, tmp_path: Path) -> None:
+    change, kind, words = BROKEN[fault]
+    made = grid(tmp_path / "in")
+    change(made)
+    write(tmp_path / "in", made)
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert error.kind == kind and words in str(error), str(error)
+
+
+def test_an_item_must_be_what_the_metadata_says(tmp_path: Path) -> None:
+    """Its dtype, its place and its checksum."""
+    made = grid(tmp_path / "in")
+    another_dtype(made)
+    write(tmp_path / "in", made)
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        error = refused(lambda: contents(checkpoint))
+    assert error.kind == "size-mismatch" and "F16 [3, 4] as .metadata says, found F32 [3, 4]" in str(error)
+
+    made = grid(tmp_path / "odd")
+    first_place(made).offset, first_place(made).length = 3, first_place(made).length - 3
+    write(tmp_path / "odd", made)
+    with open_checkpoint(tmp_path / "odd") as checkpoint:
+        error = refused(lambda: contents(checkpoint))
+    assert "__0_0.distcp" in str(error) and error.kind in ("wrong-format", "bad-zip", "truncated")
+
+    grid(tmp_path / "damaged")
+    data = bytearray((tmp_path / "damaged" / "__0_0.distcp").read_bytes())
+    at = data.find(GRID[:3, :4].contiguous().numpy().tobytes())
+    data[at + 5] ^= 1
+    (tmp_path / "damaged" / "__0_0.distcp").write_bytes(data)
+    with open_checkpoint(tmp_path / "damaged") as checkpoint:
+        contents(checkpoint)
+        (file,) = checkpoint.files.values()
+        error = refused(lambda: [file.check_record(key) for key in file.records()])
+    assert error.kind == "checksum" and "w" in str(error)
+
+
+class Calls:
+    """What a pickle that runs something would hold; a harmless function stands for it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return len, ("abc",)
+
+
+def test_a_metadata_is_data(tmp_path: Path) -> None:
+    made = grid(tmp_path / "in")
+    made.planner_data = Calls()
+    write(tmp_path / "in", made)
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert error.kind == "unsafe-pickle" and "builtins.len" in str(error)
+    write(tmp_path / "in", {"w": 1})
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert error.kind == "wrong-format" and "a torch.distributed checkpoint" in str(error)
+    write(tmp_path / "in", {"state_dict_metadata": {}})
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert error.kind == "wrong-format" and "storage_data" in str(error)
+    grid(tmp_path / "cut")
+    (tmp_path / "in" / ".metadata").write_bytes((tmp_path / "cut" / ".metadata").read_bytes()[:-40])
+    assert refused(lambda: open_checkpoint(tmp_path / "in")).kind == "bad-pickle"
+    (tmp_path / "in" / ".metadata").unlink()
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert "without its .metadata, a hidden file" in str(error)
+
+
+# --- slices in safetensors ----------------------------------------------------------------------------------
+
+
+def sliced(folder: Path, whole: torch.Tensor) -> None:
+    folder.mkdir()
+    for k, chunk in enumerate(cut(whole, (0, 3, 7), (0, 10))):
+        told = {"w": {"saved_offsets": list(chunk.start)}}
+        own = {"w": chunk.data}
+        if k:
+            own["norm"], told["norm"] = torch.ones(3), {"saved_offsets": [0]}
+        name = folder / f"shard-{k + 1:05d}-model-00001-of-00001.safetensors"
+        save_file(own, name, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(told)})
+
+
+def test_slices_are_joined_and_never_taken_for_tensors(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    sliced(folder, GRID)
+    files = sorted(folder.iterdir())
+    for given_ in (folder, files[1]):
+        with open_checkpoint(given_) as checkpoint:
+            found = contents(checkpoint)
+            assert "slices of 2 ranks were joined" in " ".join(checkpoint.notes)
+        assert found["w"] == ("F32", (7, 10), GRID.numpy().tobytes()) and found["norm"][1] == (3,)
+    files[1].rename(folder / "model.safetensors")
+    error = refused(lambda: open_checkpoint(folder / "model.safetensors"))
+    assert error.kind == "wrong-format" and "found a slice" in str(error)
+    (folder / "model.safetensors").rename(files[1])
+    files[0].unlink()
+    error = refused(lambda: open_checkpoint(folder))
+    assert error.kind == "missing-shard" and "[0:3, 0:10]" in str(error)
