@@ -44,6 +44,7 @@ DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu", "local_transformer_
 # Of a run, or without effect: see above.
 OF_TRAINING = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "__comment__"}
 OF_TRAINING |= {"type_vocab_size", "downsampling_kernel_size"}
+SPANS = ("start_logits", "end_logits")
 PUBLISHED = (12, 768, 3072)  # layers, width, feed-forward width of canine-s and canine-c
 
 
@@ -119,6 +120,11 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len(found)
 
 
+def vocabulary(c: Config) -> int:
+    """Any code point."""
+    return 0x110000
+
+
 def fits(tokens: int, c: Config) -> int:
     """The largest number of characters up to `tokens` that the pass takes: a molecule at least."""
     most = min(tokens, c.n_positions)
@@ -145,7 +151,7 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     (w,) = ranks
     if unknown := sorted(inputs.keys() - {"token_types", "mask"}):
         raise TypeError(f"expected no inputs {', '.join(unknown)}, as this pass takes none of them")
-    mask = inputs.get("mask")
+    mask, asked = inputs.get("mask"), "cls/tydi/output_weights" in w
 
     def deep(i: int) -> Phase:
         return Phase(f"layer {i}", "layer", i, partial(deep_layer, i=i, w=w, c=c, mask=mask))
@@ -157,8 +163,13 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
         *(deep(i) for i in range(c.n_layers)),
         Phase("projection", "layer", None, partial(projection, w=w, c=c)),
         Phase("final_char_encoder", "layer", None, partial(final, w=w, c=c, mask=mask)),
-        Phase("head", "head", None, lambda x: sequence(x)),
+        Phase("head", "head", None, sequence),
         Phase("pooler_output", "head", None, lambda x: pool(x, ranks)),
+        *(
+            Phase(name, "head", None, partial(spans, ranks=ranks, k=k))
+            for k, name in enumerate(SPANS)
+            if asked
+        ),
     ]
 
 
@@ -286,6 +297,11 @@ def classes(y: Tensor, ranks: Ranks, stem: str = "output_") -> Tensor:
     return wide(y @ ranks[0][stem + "weights"].T + ranks[0][stem + "bias"])
 
 
+def spans(x: Both, ranks: Ranks, k: int) -> Tensor:
+    """Logits (B, T) of TyDi QA, which has them of the first and of the last character of the answer."""
+    return classes(sequence(x), ranks, "cls/tydi/output_")[..., k]
+
+
 # What `encode` gives goes into each. Question answering has logits of the first and of the last character of
 # the answer, (B, T) each.
 HEADS: dict[str, Callable[[Both, Ranks, Config], Tensor | tuple[Tensor, ...]]] = {
@@ -293,5 +309,5 @@ HEADS: dict[str, Callable[[Both, Ranks, Config], Tensor | tuple[Tensor, ...]]] =
     "sequence_classification": lambda x, ranks, c: classes(pool(x, ranks), ranks),
     "multiple_choice": lambda x, ranks, c: classes(pool(x, ranks), ranks).squeeze(-1),
     "token_classification": lambda x, ranks, c: classes(sequence(x), ranks),
-    "question_answering": lambda x, ranks, c: classes(sequence(x), ranks, "cls/tydi/output_").unbind(-1),
+    "question_answering": lambda x, ranks, c: (spans(x, ranks, 0), spans(x, ranks, 1)),
 }

@@ -37,6 +37,10 @@ from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, passes
 
 CLASSES = "Model ForSequenceClassification ForMultipleChoice ForTokenClassification ForQuestionAnswering"
 ARCHITECTURES = tuple(f"Canine{name}" for name in CLASSES.split())
+CLASSIFIERS = {
+    "CanineForSequenceClassification": "sequence_classification",
+    "CanineForTokenClassification": "token_classification",
+}
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
 ABSENT = {  # what CanineConfig takes for absent keys
     "hidden_size": 768,
@@ -66,6 +70,7 @@ class Config:
     norm_eps: float
     activation: str
     root: str  # of all names but those of heads
+    classifies: str | None = None  # which of the heads the classifier is
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -91,7 +96,13 @@ class Config:
             norm_eps=float(config["layer_norm_eps"]),
             activation=one_of(config, "hidden_act", ACTIVATIONS),
             root="" if config.get("architectures") == ["CanineModel"] else "canine.",
+            classifies=CLASSIFIERS.get((config.get("architectures") or [""])[0]),
         )
+
+
+def vocabulary(c: Config) -> int:
+    """As many as there are code points in Unicode."""
+    return 1114112
 
 
 def fits(tokens: int, c: Config) -> int:
@@ -137,7 +148,20 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
         Phase("head", "head", None, lambda x: x[0]),
         Phase("pooler_output", "head", None, lambda x: pool(x, ranks, c)),
     ]
-    return made
+    return [*made, *(Phase(name, "head", None, head) for name, head in own_heads(ranks, c).items())]
+
+
+def own_heads(ranks: Ranks, c: Config) -> dict[str, Callable[[Both], Tensor]]:
+    """Those of the class with a head, by the names of its outputs; choices are several texts, not one."""
+    if "qa_outputs.weight" in ranks[0]:
+        return {
+            "start_logits": lambda x: span_logits(x[0], ranks[0])[0],
+            "end_logits": lambda x: span_logits(x[0], ranks[0])[1],
+        }
+    if c.classifies is None or "classifier.weight" not in ranks[0]:
+        return {}
+    pooled = c.classifies == "sequence_classification"
+    return {"logits": lambda x: classified(pool(x, ranks, c) if pooled else x[0], ranks)}
 
 
 forward, encode = passes(phases)
@@ -169,50 +193,62 @@ def self_attention(x: Tensor, w: Tensors, p: str, c: Config, seen: Tensor | None
     return weigh(scores, v, keys == 0)
 
 
+def attended_norm(x: Tensor, attended: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
+    y = linear(attended, w, p + "attention.output.dense.") + x
+    return layer_norm(y, w, p + "attention.output.LayerNorm.", c.norm_eps)
+
+
 def bert_layer(x: Tensor, attended: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
-    y = layer_norm(
-        linear(attended, w, p + "attention.output.dense.") + x,
-        w,
-        p + "attention.output.LayerNorm.",
-        c.norm_eps,
-    )
+    y = attended_norm(x, attended, w, p, c)
     units = activate(linear(y, w, p + "intermediate.dense."), c.activation)
     return layer_norm(linear(units, w, p + "output.dense.") + y, w, p + "output.LayerNorm.", c.norm_eps)
 
 
 def local_layer(x: Tensor, w: Tensors, c: Config, mask: Tensor | None) -> Tensor:
+    p = c.root + "initial_char_encoder.layer.0."
+    return bert_layer(x, local_attention(x, w, c, mask), w, p, c)
+
+
+def local_attention(x: Tensor, w: Tensors, c: Config, mask: Tensor | None) -> Tensor:
     """The windows as a batch of their own, the last one filled up with what nobody sees."""
-    (B, T, D), p = x.shape, c.root + "initial_char_encoder.layer.0."
+    B, T, D = x.shape
     more = -T % c.window
     windows = F.pad(x, (0, 0, 0, more)).view(-1, c.window, D)  # (B * T/W, W, D)
     seen = torch.ones(B, T, device=x.device) if mask is None else mask
     # a last window of padding weighs all its own characters alike, and none of those that fill it up
     filled = F.pad(seen.to(x.dtype), (0, more), value=-1.0).view(-1, c.window)
-    attended = self_attention(windows, w, p + "attention.self.", c, filled)
-    return bert_layer(x, attended.view(B, -1, D)[:, :T], w, p, c)
+    p = c.root + "initial_char_encoder.layer.0.attention.self."
+    return self_attention(windows, w, p, c, filled).view(B, -1, D)[:, :T]
 
 
-def downsample(x: Tensor, w: Tensors, c: Config) -> Both:
-    """One molecule of each `rate` characters, but for the last, before which comes the first character."""
+def downsampled(x: Tensor, w: Tensors, c: Config) -> Tensor:
+    """One molecule of each `rate` characters, but for the last, before which comes the first character:
+    (B, M, D)."""
     if x.shape[1] < c.rate:
         raise ValueError(f"expected at least {c.rate} characters, found {x.shape[1]}")
     p = c.root + "chars_to_molecules."
     made = F.conv1d(x.mT, w[p + "conv.weight"], w[p + "conv.bias"], stride=c.rate).mT
-    molecules = torch.cat([x[:, :1], activate(made, c.activation)[:, :-1]], dim=1)
-    return x, layer_norm(molecules, w, p + "LayerNorm.", c.norm_eps)
+    return torch.cat([x[:, :1], activate(made, c.activation)[:, :-1]], dim=1)
+
+
+def downsample(x: Tensor, w: Tensors, c: Config) -> Both:
+    return x, layer_norm(downsampled(x, w, c), w, c.root + "chars_to_molecules.LayerNorm.", c.norm_eps)
+
+
+def molecules_seen(mask: Tensor | None, c: Config) -> Tensor | None:
+    """(B, M)."""
+    return None if mask is None else F.max_pool1d(wide(mask)[:, None], c.rate)[:, 0]
 
 
 def encoder_layer(x: Both, i: int, w: Tensors, c: Config, mask: Tensor | None) -> Both:
-    characters, m = x
-    p = f"{c.root}encoder.layer.{i}."
-    pooled = None if mask is None else F.max_pool1d(wide(mask)[:, None], c.rate)[:, 0]  # (B, M)
-    attended = self_attention(m, w, p + "attention.self.", c, pooled)
+    (characters, m), p = x, f"{c.root}encoder.layer.{i}."
+    attended = self_attention(m, w, p + "attention.self.", c, molecules_seen(mask, c))
     return characters, bert_layer(m, attended, w, p, c)
 
 
-def upsample(x: Both, w: Tensors, c: Config) -> Both:
+def upsampled(x: Both, w: Tensors, c: Config) -> Tensor:
     """Each character beside its molecule, those without one beside the last; then a convolution that keeps
-    the length."""
+    the length, and its gelu: (B, T, D)."""
     (characters, m), p = x, c.root + "projection."
     lengths = torch.full((m.shape[1],), c.rate, device=m.device)
     lengths[0] = 0
@@ -220,8 +256,11 @@ def upsample(x: Both, w: Tensors, c: Config) -> Both:
     both = torch.cat([characters, m.repeat_interleave(lengths, dim=1)], dim=-1)
     before = (c.kernel - 1) // 2
     both = F.pad(both.mT, (before, c.kernel - 1 - before))
-    made = activate(F.conv1d(both, w[p + "conv.weight"], w[p + "conv.bias"]).mT, c.activation)
-    return layer_norm(made, w, p + "LayerNorm.", c.norm_eps), m
+    return activate(F.conv1d(both, w[p + "conv.weight"], w[p + "conv.bias"]).mT, c.activation)
+
+
+def upsample(x: Both, w: Tensors, c: Config) -> Both:
+    return layer_norm(upsampled(x, w, c), w, c.root + "projection.LayerNorm.", c.norm_eps), x[1]
 
 
 def final_layer(x: Both, w: Tensors, c: Config, mask: Tensor | None) -> Both:
@@ -250,6 +289,76 @@ HEADS: dict[str, Callable[[Both, Ranks, Config], Tensor | tuple[Tensor, Tensor]]
     "multiple_choice": lambda x, ranks, c: classified(pool(x, ranks, c), ranks).squeeze(-1),
     "token_classification": lambda x, ranks, c: classified(x[0], ranks),
     "question_answering": lambda x, ranks, c: span_logits(x[0], ranks[0]),
+}
+
+
+# --- foretold differences -------------------------------------------------------------------------------
+
+# The two forms of gelu are nowhere further apart than 4.7324e-4, which they are at -2.699 and 2.699.
+GELU_GAP = 4.74e-4
+
+
+def after_norm(z: Tensor, reach: Tensor | float, gamma: Tensor, eps: float) -> Tensor:
+    """How far each number that a layer norm makes of z (B, T, D) can move when z moves by `reach` in length.
+
+    The norm takes the mean away and divides by s, the root of variance and epsilon. Its derivative is a
+    contraction over s, and s itself moves by at most reach / sqrt(D) on the way."""
+    y = wide(z)
+    s = (y.var(-1, correction=0, keepdim=True) + eps).sqrt() - reach / y.shape[-1] ** 0.5
+    return torch.where(s > 0, reach / s, torch.inf) * wide(gamma).abs()
+
+
+def layer_bound(x: Tensor, w: Tensors, p: str, c: Config, attended: Tensor) -> Tensor:
+    """Of a layer: what leaves its gelu moves by at most GELU_GAP in each of F units, so what the next matrix
+    makes of it by that times sqrt(F) and its largest singular value."""
+    y = attended_norm(x, attended, w, p, c)
+    units = activate(linear(y, w, p + "intermediate.dense."), c.activation)
+    matrix = wide(w[p + "output.dense.weight"])
+    reach = GELU_GAP * units.shape[-1] ** 0.5 * torch.linalg.matrix_norm(matrix, 2)
+    gamma = w[p + "output.LayerNorm.weight"]
+    return after_norm(linear(units, w, p + "output.dense.") + y, reach, gamma, c.norm_eps)
+
+
+def initial_bound(x: Tensor, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
+    w, p = ranks[0], c.root + "initial_char_encoder.layer.0."
+    return layer_bound(x, w, p, c, local_attention(x, w, c, mask))
+
+
+def molecules_bound(x: Tensor, ranks: Ranks, c: Config) -> Both:
+    """The first molecule has not been through the gelu."""
+    w, p = ranks[0], c.root + "chars_to_molecules."
+    z = downsampled(x, w, c)
+    bound = after_norm(z, GELU_GAP * z.shape[-1] ** 0.5, w[p + "LayerNorm.weight"], c.norm_eps)
+    bound[:, 0] = 0
+    return torch.zeros_like(x), bound
+
+
+def deep_bound(x: Both, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Both:
+    (characters, m), w, p = x, ranks[0], f"{c.root}encoder.layer.{i}."
+    attended = self_attention(m, w, p + "attention.self.", c, molecules_seen(mask, c))
+    return torch.zeros_like(characters), layer_bound(m, w, p, c, attended)
+
+
+def projection_bound(x: Both, ranks: Ranks, c: Config) -> Both:
+    w, p = ranks[0], c.root + "projection."
+    z = upsampled(x, w, c)
+    bound = after_norm(z, GELU_GAP * z.shape[-1] ** 0.5, w[p + "LayerNorm.weight"], c.norm_eps)
+    return bound, torch.zeros_like(x[1])
+
+
+def final_bound(x: Both, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Both:
+    (characters, m), w, p = x, ranks[0], c.root + "final_char_encoder.layer.0."
+    attended = self_attention(characters, w, p + "attention.self.", c, mask)
+    return layer_bound(characters, w, p, c, attended), torch.zeros_like(m)
+
+
+# By phase, "layer" for those of the deep stack: what the other form of gelu may come to.
+bounds: dict[str, Callable[..., Tensor | Both]] = {
+    "initial_char_encoder": initial_bound,
+    "chars_to_molecules": molecules_bound,
+    "layer": deep_bound,
+    "projection": projection_bound,
+    "final_char_encoder": final_bound,
 }
 
 

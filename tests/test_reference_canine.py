@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference import canine, hf_canine, losses
+from ckpt_tool.reference.phases import leaves
 from tests.test_house_reference import plant
 
 State = dict[str, Tensor]
@@ -406,6 +408,37 @@ def test_padding_as_it_is_advised_keeps_the_layouts_together() -> None:
     }
 
 
+def test_the_other_gelu_stays_within_its_bounds() -> None:
+    """In every phase, of which each is given the same; most use a good part of their bound."""
+    sizes, given = Sizes(), batch()
+    state = hf_state(random_state(sizes))
+    both = [
+        hf_canine.Config.from_hf(sizes.config(act) | {"architectures": ["CanineModel"]})
+        for act in ("gelu", "gelu_new")
+    ]
+    ids, inputs = given["ids"], {n: t for n, t in given.items() if n != "ids"}
+    x, used = ids, {}
+    for erf, tanh in zip(*(hf_canine.phases([state], c, inputs) for c in both), strict=True):
+        if erf.kind == "head":
+            continue
+        found, wanted = erf.run(x), tanh.run(x)
+        name = "layer" if erf.index is not None else erf.name
+        if name == "embed":
+            assert torch.equal(found, wanted)
+        else:
+            bound_of = hf_canine.bounds[name]
+            more = (erf.index,) if name == "layer" else ()
+            told = {"mask": given["mask"]} if "mask" in signature(bound_of).parameters else {}
+            bound = bound_of(x, *more, [state], both[0], **told)
+            shares = []
+            for a, b, most in zip(leaves(found), leaves(wanted), leaves(bound), strict=True):
+                assert ((a - b).abs() <= most + 1e-6).all(), erf.name
+                shares.append(float(((a - b).abs().max()) / most.max().clamp(min=1e-9)))
+            used[erf.name] = max(shares)
+        x = wanted
+    assert len(used) == sizes.layers + 4 and all(0.01 < share < 1 for share in used.values()), used
+
+
 # --- what does not fit ------------------------------------------------------------------------------------
 
 
@@ -459,8 +492,8 @@ MUTANTS = {
     "windows one wider": (
         ("canine.initial", "torch.split(x, c.window, 1), torch.split(seen, c.window, 1)",
          "torch.split(x, c.window + 1, 1), torch.split(seen, c.window + 1, 1)"),
-        ("hf_canine.local_layer", "    (B, T, D), p = x.shape",
-         "    from dataclasses import replace\n    c = replace(c, window=c.window + 1)\n    (B, T, D), p = "
+        ("hf_canine.local_attention", "    B, T, D = x.shape",
+         "    from dataclasses import replace\n    c = replace(c, window=c.window + 1)\n    B, T, D = "
          "x.shape"),
     ),
     "padding seen": (
@@ -469,46 +502,46 @@ MUTANTS = {
     ),
     "no molecule dropped": (
         ("canine.to_molecules", "[x[:, :1], made[:, :-1]]", "[made]"),
-        ("hf_canine.downsample", "x[:, :1], activate(made, c.activation)[:, :-1]",
+        ("hf_canine.downsampled", "x[:, :1], activate(made, c.activation)[:, :-1]",
          "activate(made, c.activation)"),
     ),
     "first character through the convolution": (
         ("canine.to_molecules", "x[:, :1]", "made[:, :1]"),
-        ("hf_canine.downsample", "torch.cat([x[:, :1]", "torch.cat([activate(made, c.activation)[:, :1]"),
+        ("hf_canine.downsampled", "torch.cat([x[:, :1]", "torch.cat([activate(made, c.activation)[:, :1]"),
     ),
     "convolution without its gelu": (
         ("canine.to_molecules", "activate(convolution(x, w, DOWN + \"conv/\", c.rate), c.activation)",
          "convolution(x, w, DOWN + \"conv/\", c.rate)"),
-        ("hf_canine.downsample", "activate(made, c.activation)", "made"),
+        ("hf_canine.downsampled", "activate(made, c.activation)", "made"),
     ),
     "mask of molecules by the last character": (
         ("canine.deep_layer", "amax(-1)", "select(-1, -1)"),
-        ("hf_canine.encoder_layer", "F.max_pool1d(wide(mask)[:, None], c.rate)[:, 0]",
+        ("hf_canine.molecules_seen", "F.max_pool1d(wide(mask)[:, None], c.rate)[:, 0]",
          "wide(mask)[:, c.rate - 1 :: c.rate]"),
     ),
     "molecules repeated one place late": (
         ("canine.repeated", "torch.arange(T, device=m.device) //",
          "(torch.arange(T, device=m.device) - 1).clamp(min=0) //"),
-        ("hf_canine.upsample", "m.repeat_interleave(lengths, dim=1)",
+        ("hf_canine.upsampled", "m.repeat_interleave(lengths, dim=1)",
          "m.repeat_interleave(lengths, dim=1)[:, [0, *range(characters.shape[1] - 1)]]"),
     ),
     "first molecule repeated too": (
         ("canine.repeated", "// rate + 1", "// rate"),
-        ("hf_canine.upsample", "lengths[0] = 0", "lengths[0] = c.rate"),
+        ("hf_canine.upsampled", "lengths[0] = 0", "lengths[0] = c.rate"),
     ),
     "padded on the other side": (
         ("canine.projection", "before, both, after", "after, both, before"),
-        ("hf_canine.upsample", "(before, c.kernel - 1 - before)", "(c.kernel - 1 - before, before)"),
+        ("hf_canine.upsampled", "(before, c.kernel - 1 - before)", "(c.kernel - 1 - before, before)"),
     ),
     "molecules before characters": (
         ("canine.projection", "[characters, repeated(m, characters.shape[1], c.rate)]",
          "[repeated(m, characters.shape[1], c.rate), characters]"),
-        ("hf_canine.upsample", "[characters, m.repeat_interleave(lengths, dim=1)]",
+        ("hf_canine.upsampled", "[characters, m.repeat_interleave(lengths, dim=1)]",
          "[m.repeat_interleave(lengths, dim=1), characters]"),
     ),
     "taps the other way": (
         ("canine.convolution", "enumerate(kernel)", "enumerate(kernel.flip(0))"),
-        ("hf_canine.upsample", 'w[p + "conv.weight"]', 'w[p + "conv.weight"].flip(-1)'),
+        ("hf_canine.upsampled", 'w[p + "conv.weight"]', 'w[p + "conv.weight"].flip(-1)'),
     ),
     "pooled from the last molecule": (
         ("canine.pool", "0, :]", "-1, :]"),
