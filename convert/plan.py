@@ -14,6 +14,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
+from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
@@ -58,7 +59,7 @@ class Foretold:
     name: str
     reason: str
     values: Mapping[str, Any]
-    where: tuple[str, ...]
+    where: tuple[str | int, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,7 +80,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A container to write: `format` is "safetensors" or "torch-zip"; tensors in file order. A torch file may
+    """A container to write: `format` is "safetensors", "torch-zip" or "tf-bundle" (a data file; the index is
+    made when all of them are written, in the order of their numbers); tensors in file order. A torch file may
     nest its tensors in `dicts`, hold plain values `beside` them, and tensors that are the same for every
     model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`."""
 
@@ -325,6 +327,8 @@ def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _format(name: str) -> str:
+    if is_data(name):
+        return "tf-bundle"
     return "safetensors" if name.endswith(".safetensors") else "torch-zip"
 
 
@@ -370,6 +374,10 @@ def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Pr
             yield Problem("shape-mismatch", defect, where=step.sources[0].name)
         for part in step.sources:
             yield from _shape_problems(part, step, checkpoint)
+            file = checkpoint.files.get(part.file)
+            if file is not None and (missing := file.absent(part.name)) is not None:
+                message = f"expected {missing}, which holds this tensor, found no such file"
+                yield Problem("missing-shard", message, missing, part.name, "download what is missing too")
 
 
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:

@@ -23,6 +23,7 @@ import ckpt_tool.reference.phases as protocol
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.checkpoint.weight_sets import is_settings
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance, farthest
@@ -311,9 +312,9 @@ def _side(
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the publisher says about the model: params.json, or what the weight files carry beside the
-    tensors, pickled args as plain values among it."""
-    for name in ("params.json", "config.json"):
+    """What the publisher says about the model: params.json or the like, or what the weight files carry beside
+    the tensors, pickled args as plain values among it."""
+    for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
     first = next(iter(checkpoint.files.values()))
