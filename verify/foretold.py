@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ckpt_tool.convert.plan import Foretold
+from ckpt_tool.reference.phases import taken
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import Change, Phase, Sample, Side, phase_text
@@ -63,15 +64,21 @@ def taken_back(side: Side, known: Foretold | None) -> Side:
     return side if known is None else side.changed(Change(known.name, config=known.values))
 
 
-def bound_of(side: Side, phase: Phase, x: Tensor) -> Tensor | None:
-    """By how much the result of the phase may be off at each place; None where the reading has no bound."""
-    found = getattr(side.module, "bounds", {}).get(phase)
-    return None if found is None else found(x, side.ranks, side.config)
+def bound_of(side: Side, phase: Phase, sample: Sample) -> Tensor | None:
+    """By how much the result of the phase may be off at each place; None where the reading has no bound. All
+    layers have one, "layer", which takes the number of each."""
+    numbered = isinstance(phase, int)
+    found = getattr(side.module, "bounds", {}).get("layer" if numbered else phase)
+    if found is None:
+        return None
+    number = (phase,) if numbered else ()
+    bound: Tensor = found(sample.x, *number, side.ranks, side.config, **taken(found, sample.given))
+    return bound
 
 
 def raw(side: Side, phase: Phase, sample: Sample, found: Tensor, slack: float) -> Raw:
     """`found` against the sample's reference and the bound for its input; `slack` is for rounding."""
-    bound = bound_of(side, phase, sample.x)
+    bound = bound_of(side, phase, sample)
     distance = sample.of(found)
     if bound is None or found.shape != sample.wanted.shape or not math.isfinite(distance.max_delta):
         return Raw(distance, math.nan, math.inf, False)
