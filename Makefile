@@ -22,8 +22,9 @@ demo: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<
 	touch $@
 
+# Programs that tests start find the tree compiled, whatever the shell says of bytecode.
 test: setup .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)
@@ -60,3 +61,4 @@ table: setup
 
 clean:
 	rm -rf build ckpt-tool-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -prune -exec rm -r {} +

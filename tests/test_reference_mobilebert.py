@@ -3,9 +3,13 @@ model that its config can say, and what is refused."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +34,8 @@ from tests.mobilebert_models import (
     original,
     variables,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -173,39 +179,62 @@ def given(head: Head) -> dict[str, Tensor]:
     return {"ids": ids, "token_types": types, "mask": mask}
 
 
-def measured(name: str, told: Mapping[str, Any], dtype: torch.dtype) -> tuple[float, float, float]:
-    """How far the outputs and the losses of both readings are at most from those of transformers, and the
-    largest output."""
+@dataclass(frozen=True)
+class Case:
+    """A head on a kind of model: what goes into a class of transformers, and into both readings."""
+
+    head: Head
+    told: Mapping[str, Any]
+    ours: State
+    theirs: State
+    inputs: dict[str, Tensor]
+    labels: dict[str, Tensor]
+
+    @property
+    def call(self) -> dict[str, Tensor]:
+        """As transformers names it."""
+        x = self.inputs
+        names = {"input_ids": "ids", "token_type_ids": "token_types", "attention_mask": "mask"}
+        return {**{name: x[own] for name, own in names.items()}, **self.labels}
+
+
+def case(name: str, told: Mapping[str, Any], dtype: torch.dtype) -> Case:
     head = HEADS[name]
     own = {} if head.variables is None else {head.variables[0]: (head.variables[1], D)}
-    state = variables(told, own)
+    state = cast(variables(told, own), dtype)
     theirs = converted(state, "qa_outputs" if head.head == "question_answering" else "classifier")
-    model = judge(theirs, told, head.name, dtype, **dict(head.config))
-    x = given(head)
     labels = {n: t.to(dtype) if t.is_floating_point() else t for n, t in head.labels.items()}
-    with torch.no_grad():
-        wanted = model(
-            input_ids=x["ids"], token_type_ids=x["token_types"], attention_mask=x["mask"],
-            **{n: t.clone() for n, t in labels.items()},
-        )  # fmt: skip
+    return Case(head, told, state, theirs, given(head), labels)
+
+
+def distances(case: Case, wanted: Mapping[str, Any]) -> tuple[float, float, float]:
+    """How far the outputs and the losses of both readings are at most from those of transformers, and the
+    largest output."""
+    head, x = case.head, case.inputs
     root = "mobilebert." if head.name == "Model" else "\0"
-    theirs = {n.removeprefix(root): t for n, t in theirs.items()}
+    config = {**case.told, "architectures": [f"MobileBert{head.name}"]}
     sides: list[tuple[Any, Any, State]] = [
-        (tf, original(state, told), state),
-        (hf, hf.Config.from_hf({**told, "architectures": [f"MobileBert{head.name}"]}), theirs),
+        (tf, original(case.ours, case.told), case.ours),
+        (hf, hf.Config.from_hf(config), {n.removeprefix(root): t for n, t in case.theirs.items()}),
     ]
     off, of_loss, size = 0.0, 0.0, 0.0
     for module, c, tensors in sides:
-        ranks = [cast(tensors, dtype)]
-        y = module.encode(x["ids"], ranks, c, token_types=x["token_types"], mask=x["mask"])
-        out = module.HEADS[head.head](y, ranks, c)
-        outputs = out if isinstance(out, tuple) else (out,)
-        for output, field in zip(outputs, head.outputs, strict=True):
+        y = module.encode(x["ids"], [tensors], c, token_types=x["token_types"], mask=x["mask"])
+        out = module.HEADS[head.head](y, [tensors], c)
+        found = out if isinstance(out, tuple) else (out,)
+        for output, field in zip(found, head.outputs, strict=True):
             off = max(off, largest(output, wanted[field]))
             size = max(size, float(output.abs().max()))
         if head.loss is not None:
-            of_loss = max(of_loss, abs(float(head.loss(*outputs, **labels) - wanted.loss)))
+            of_loss = max(of_loss, abs(float(head.loss(*found, **case.labels) - wanted["loss"])))
     return off, of_loss, size
+
+
+def measured(name: str, told: Mapping[str, Any], dtype: torch.dtype) -> tuple[float, float, float]:
+    made = case(name, told, dtype)
+    model = judge(made.theirs, told, made.head.name, dtype, **dict(made.head.config))
+    with torch.no_grad():
+        return distances(made, model(**{n: t.clone() for n, t in made.call.items()}))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -217,6 +246,29 @@ def test_every_head_and_its_loss_are_those_of_transformers(
     for told in (STUDENT, POOLED):
         off, of_loss, size = measured(name, told, dtype)
         assert size > 0.5 and off <= bound and of_loss <= bound
+
+
+def test_every_head_and_its_loss_are_those_of_transformers_4_37(tmp_path: Path) -> None:
+    """In float32, with a pooler and without one."""
+    release = ROOT / ".judges" / "tf4.37"
+    if not release.is_dir():
+        pytest.skip("tf4.37 is not set up; `make test` does it")
+    cases = [case(name, told, torch.float32) for name in HEADS for told in (STUDENT, POOLED)]
+    asked = []
+    for made in cases:
+        bare = made.head.name == "Model"
+        state = {n.removeprefix("mobilebert.") if bare else n: x for n, x in made.theirs.items()}
+        config = {**made.told, **dict(made.head.config)}
+        asked.append(("MobileBertConfig", f"MobileBert{made.head.name}", config, state, made.call))
+    torch.save(asked, tmp_path / "in.pt")
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "heads_script.py", tmp_path / "in.pt", tmp_path / "out.pt"],
+        env={**os.environ, "PYTHONPATH": str(release)}, check=True, timeout=120,
+    )  # fmt: skip
+    answers = torch.load(tmp_path / "out.pt")
+    for made, answer in zip(cases, answers, strict=True):
+        off, of_loss, size = distances(made, answer)
+        assert size > 0.5 and off <= 1e-5 and of_loss <= 1e-5, made.head.name
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

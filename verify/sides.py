@@ -20,6 +20,7 @@ from torch import Tensor
 
 import ckpt_tool.reference as reference
 import ckpt_tool.reference.phases as protocol
+from ckpt_tool.checkpoint.arguments import MODEL_ARGUMENTS, read_arguments
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
@@ -317,6 +318,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
+    if MODEL_ARGUMENTS in checkpoint.documents:
+        return read_arguments(checkpoint.documents[MODEL_ARGUMENTS])
     first = next(iter(checkpoint.files.values()))
     found = {k: plain(v) for f in checkpoint.files.values() for k, v in f.metadata.items()}
     return {**found, **(arguments(first) or {})}

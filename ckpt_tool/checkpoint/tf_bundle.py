@@ -16,17 +16,19 @@ from ckpt_tool.checkpoint.base import LeftOut, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.crc32c import PIECE, crc32c
 from ckpt_tool.checkpoint.folders import Folder
+from ckpt_tool.checkpoint.pieces import Bits, Joined, Piece, tiling_fault
 from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.checkpoint.tf_coding import (
     OBJECT_GRAPH,
     VARIABLE,
+    by_start,
     object_path,
     slice_key,
     slice_name,
+    whole_box,
 )
 from ckpt_tool.checkpoint.tf_entries import TYPES, Entry, Index, read_index
 from ckpt_tool.checkpoint.tf_names import data_name
-from ckpt_tool.checkpoint.tf_slices import Slice, fault, shown, whole_box
 from ckpt_tool.errors import Problem, fail, fail_all
 
 INDEX_LIMIT = 256 << 20  # bytes; a model of 1,100 tensors has an index of 50 kB
@@ -85,11 +87,13 @@ class BundleFile(TensorFile):
         index: ByteRange,
         places: _Places,
         entries: Mapping[str, Entry],
-        slices: Mapping[str, Sequence[Slice]],
-        parts: Mapping[str, Sequence[Entry]],
+        pieces: Mapping[str, Sequence[Piece[Entry]]],
     ) -> None:
         self._shard, self._index, self._places = shard, index, places
-        self._entries, self._slices, self._parts = entries, slices, parts
+        self._entries, self._pieces = entries, pieces
+        self._joined: Joined[Entry] = Joined(
+            lambda entry, first, bits: self._read(entry, first * bits.itemsize, bits)
+        )
         self.name = places.names[shard]
         self.path = places.there[shard].path if shard in places.there else index.path
         self.tensors, self.others, self.metadata = {}, {}, {}
@@ -99,7 +103,7 @@ class BundleFile(TensorFile):
             else:
                 kind = TYPES[entry.type][0]
                 self.others[name] = OtherTensor(
-                    name, kind, entry.shape, self.name, _stored(name, entry, parts)
+                    name, kind, entry.shape, self.name, sum(e.size for e in self._runs(name))
                 )
         self._missing = {n for n in entries if any(e.shard not in places.there for e in self._runs(n))}
 
@@ -108,7 +112,11 @@ class BundleFile(TensorFile):
 
     def _runs(self, name: str) -> Sequence[Entry]:
         """Where the bytes of a tensor lie: itself, or its slices."""
-        return self._parts.get(name, (self._entries[name],))
+        found = self._pieces.get(name)
+        return (self._entries[name],) if found is None else [p.place for p in found]
+
+    def _read(self, entry: Entry, offset: int, bits: Bits) -> None:
+        self._places.read(entry, offset, bits.data.cast("B"), self.name)
 
     def absent(self, name: str) -> str | None:
         """The data file that is not there, of those that hold a tensor."""
@@ -121,16 +129,18 @@ class BundleFile(TensorFile):
         info = self.tensors.get(name) or self.others[name]
         if offset < 0 or offset + len(buffer) > info.nbytes:
             raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside tensor {name}")
-        if name not in self._slices:
-            self._places.read(self._entries[name], offset, buffer, name)
+        entry = self._entries[name]
+        if name not in self._pieces:
+            self._places.read(entry, offset, buffer, name)
             return
-        for part in self._slices[name]:
-            part.fill(offset, buffer)
+        itemsize = TYPES[entry.type][2]
+        bits = f"<u{itemsize}" if itemsize <= 8 else f"V{itemsize}"
+        self._joined.read_into(name, entry.shape, self._pieces[name], bits, offset, buffer)
 
     def extent(self, name: str) -> tuple[int, int] | None:
         entry = self._entries[name]
         data = self._places.there.get(entry.shard)
-        if name in self._slices or data is None:
+        if name in self._pieces or data is None:
             return None
         return data.descriptor, data.base + entry.offset
 
@@ -141,12 +151,12 @@ class BundleFile(TensorFile):
             if name in self._missing:
                 continue
             for k, entry in enumerate(self._runs(name)):
-                key = f"{name} {k}" if name in self._slices else name
+                key = f"{name} {k}" if name in self._pieces else name
                 found[key] = Record(key, entry.offset, entry.size, None, crc32c=entry.crc32c, of=name)
         return found
 
     def record_of(self, name: str) -> tuple[str, int] | None:
-        return None if name in self._slices or name not in self.tensors else (name, 0)
+        return None if name in self._pieces or name not in self.tensors else (name, 0)
 
     def check_record(self, key: str) -> bool:
         name, k = key, 0
@@ -160,7 +170,7 @@ class BundleFile(TensorFile):
             self._places.read(entry, start, piece, name)
             crc = crc32c(piece, crc)
         if crc != entry.crc32c:
-            part = f", slice {k + 1} of {len(self._runs(name))}" if name in self._slices else ""
+            part = f", slice {k + 1} of {len(self._runs(name))}" if name in self._pieces else ""
             fail(
                 "checksum",
                 f"expected CRC-32C {entry.crc32c:08x} as the index says, found {crc:08x} in the {entry.size} "
@@ -177,13 +187,10 @@ class BundleFile(TensorFile):
             self._places.there[self._shard].check_unchanged()
 
     def close(self) -> None:
+        self._joined.forget()
         self._index.close()
         for data in self._places.there.values():
             data.close()
-
-
-def _stored(name: str, entry: Entry, parts: Mapping[str, Sequence[Entry]]) -> int:
-    return sum(e.size for e in parts[name]) if name in parts else entry.size
 
 
 @dataclass
@@ -213,8 +220,8 @@ def open_bundle(folder: Folder, prefix: str, *, within: str = "") -> Bundle:
             fail("header-limit", message, file=data.name)
         index = read_index(data)
         fail_all(name_problems(index.tensors, file=data.name))
-        parts = _joined(index, data.name)
-        used = {e.shard for name, e in index.tensors.items() for e in parts.get(name, (e,))}
+        pieces = _joined(index, data.name)
+        used = {e.shard for name, entry in index.tensors.items() for e in _runs(name, entry, pieces)}
         names = _Names(prefix, index.shards)
         have = {n.removeprefix(within) for n in folder.names() if n.startswith(within)}
         there = {k: open_(names[k]) for k in sorted(used) if names[k] in have}
@@ -222,8 +229,8 @@ def open_bundle(folder: Folder, prefix: str, *, within: str = "") -> Bundle:
             message = f"expected {names[min(used)]} beside its index, found no data file"
             fail("missing-shard", message, file=data.name, hint="download what is missing too")
         places = _Places(names, there)
-        fail_all(_data_problems(index, parts, places))
-        return _bundle(index, data, places, parts, used)
+        fail_all(_data_problems(index, pieces, places))
+        return _bundle(index, data, places, pieces, used)
     except BaseException:
         for file in opened:
             file.close()
@@ -243,30 +250,33 @@ class _Names(Sequence[str]):
         return data_name(self.prefix, shard, self.shards)
 
 
-def _joined(index: Index, file: str) -> dict[str, list[Entry]]:
+Pieces = dict[str, list[Piece[Entry]]]  # of the tensors that are kept in slices, in order
+
+
+def _joined(index: Index, file: str) -> Pieces:
     """The slices of each tensor that is kept in some. Each must be there once, fit the type and, together,
     make up the shape; none may be left over."""
-    found: dict[str, list[Entry]] = {}
+    found: Pieces = {}
     left = dict(index.slices)
     problems: list[Problem] = []
     for name, entry in index.tensors.items():
         if not entry.slices:
             continue
         own = found[name] = []
-        boxes = [whole_box(box, entry.shape) for box in entry.slices]
-        for box, (starts, lengths) in zip(entry.slices, boxes, strict=True):
-            part = left.pop(slice_key(name, box), None)
+        for box in by_start(entry.slices):
+            piece = Piece(*whole_box(box, entry.shape), left.pop(slice_key(name, box), None))
+            part = piece.place
             if part is None:
-                text = f"expected a slice {shown(starts, lengths)} of {list(entry.shape)}, found none"
+                text = f"expected the slice {piece} of {list(entry.shape)}, found none"
                 problems.append(Problem("bad-bundle", text, file, name))
-            elif (part.type, part.shape) != (entry.type, lengths):
-                text = f"expected {_typed(entry.type, lengths)} in the slice {shown(starts, lengths)}, found "
+            elif (part.type, part.shape) != (entry.type, piece.size):
+                text = f"expected {_typed(entry.type, piece.size)} in the slice {piece}, found "
                 problems.append(Problem("bad-bundle", text + _typed(part.type, part.shape), file, name))
             else:
-                own.append(part)
-        if (wrong := fault(entry.shape, boxes)) is not None:
-            text = f"expected slices that make up the shape {list(entry.shape)}, found {wrong}"
-            problems.append(Problem("bad-bundle", text, file, name))
+                own.append(Piece(piece.start, piece.size, part))
+        if len(own) == len(entry.slices) and (wrong := tiling_fault(entry.shape, own)) is not None:
+            kind = "limits" if wrong[0] == "limits" else "bad-bundle"
+            problems.append(Problem(kind, wrong[1], file, name))
     for key in left:
         text = "expected slices of tensors that the index has, found one of another"
         problems.append(Problem("bad-bundle", text, file, slice_name(key)))
@@ -278,11 +288,11 @@ def _typed(kind: int, shape: Sequence[int]) -> str:
     return f"{TYPES[kind][0]} {list(shape)}"
 
 
-def _data_problems(index: Index, parts: Mapping[str, Sequence[Entry]], places: _Places) -> Iterator[Problem]:
+def _data_problems(index: Index, pieces: Pieces, places: _Places) -> Iterator[Problem]:
     """What the entries say of the data files that is not so: bytes past their ends, bytes of two tensors."""
     runs: dict[int, list[tuple[int, int, str]]] = {shard: [] for shard in places.there}
     for name, entry in index.tensors.items():
-        for part in parts.get(name, (entry,)):
+        for part in _runs(name, entry, pieces):
             if part.size and part.shard in runs:
                 runs[part.shard].append((part.offset, part.size, name))
     for shard, held in runs.items():
@@ -300,32 +310,22 @@ def _data_problems(index: Index, parts: Mapping[str, Sequence[Entry]], places: _
             at, last = offset + count, name
 
 
-def _bundle(
-    index: Index, data: ByteRange, places: _Places, parts: Mapping[str, Sequence[Entry]], used: set[int]
-) -> Bundle:
+def _runs(name: str, entry: Entry, pieces: Pieces) -> list[Entry]:
+    """Where the bytes of a tensor lie: itself, or its slices."""
+    return [p.place for p in pieces[name]] if name in pieces else [entry]
+
+
+def _bundle(index: Index, data: ByteRange, places: _Places, pieces: Pieces, used: set[int]) -> Bundle:
     made = Bundle(notes=_notes(index, places, used))
     homes: dict[int, dict[str, Entry]] = {shard: {} for shard in sorted(used)}
     for name, entry in index.tensors.items():
-        homes[parts[name][0].shard if name in parts else entry.shard][name] = entry
+        homes[_runs(name, entry, pieces)[0].shard][name] = entry
     for shard, entries in homes.items():
-        own = {name: parts[name] for name in entries if name in parts}
-        slices = {name: _slices(name, entries[name], own[name], places) for name in own}
-        file = BundleFile(shard, data, places, entries, slices, own)
+        own = {name: pieces[name] for name in entries if name in pieces}
+        file = BundleFile(shard, data, places, entries, own)
         made.files[file.name] = file
         made.left_out += [LeftOut(t, _reason(t)) for t in file.others.values()]
     return made
-
-
-def _slices(name: str, entry: Entry, parts: Sequence[Entry], places: _Places) -> list[Slice]:
-    itemsize = TYPES[entry.type][2]
-
-    def one(box: tuple[tuple[int, ...], tuple[int, ...]], part: Entry) -> Slice:
-        starts, lengths = box
-        read = lambda offset, buffer: places.read(part, offset, buffer, name)  # noqa: E731
-        return Slice(entry.shape, starts, lengths, itemsize, read)
-
-    boxes = [whole_box(box, entry.shape) for box in entry.slices]
-    return [one(box, part) for box, part in zip(boxes, parts, strict=True)]
 
 
 def _reason(tensor: OtherTensor) -> str:

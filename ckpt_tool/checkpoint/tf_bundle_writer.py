@@ -15,11 +15,11 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.crc32c import crc32c
+from ckpt_tool.checkpoint.pieces import Piece, tiling_fault
 from ckpt_tool.checkpoint.tensor_names import name_problems
-from ckpt_tool.checkpoint.tf_coding import Box, by_start, slice_key
+from ckpt_tool.checkpoint.tf_coding import Box, by_start, slice_key, whole_box
 from ckpt_tool.checkpoint.tf_entries import NUMBER_OF, Entry, header
 from ckpt_tool.checkpoint.tf_names import data_name
-from ckpt_tool.checkpoint.tf_slices import fault, whole_box
 from ckpt_tool.checkpoint.tf_table import table
 from ckpt_tool.errors import fail_all
 
@@ -132,8 +132,8 @@ def _in_order(
             continue
         boxes = by_start(slices[name])
         parts = [whole_box(box, content.shape) for box in boxes]
-        if (wrong := fault(content.shape, parts)) is not None:
-            raise ValueError(f"{name}: {wrong}")
+        if (wrong := tiling_fault(content.shape, [Piece(*part, None) for part in parts])) is not None:
+            raise ValueError(f"{name}: {wrong[1]}")
         entries[name.encode()] = Entry(NUMBER_OF[content.dtype], content.shape, slices=tuple(boxes))
         bits = np.frombuffer(b"".join(content.pieces()), DTYPES[content.dtype].bits).reshape(content.shape)
         for box, (starts, lengths) in zip(boxes, parts, strict=True):

@@ -112,6 +112,12 @@ def slice_key(name: str, box: Box) -> bytes:
     return made
 
 
+def whole_box(box: Box, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(starts, lengths) of a slice of a tensor of `shape`, with the lengths that it leaves out."""
+    lengths = tuple(size - s if n is None else n for (s, n), size in zip(box, shape, strict=True))
+    return tuple(s for s, _ in box), lengths
+
+
 def slice_name(key: bytes) -> str | None:
     """The name of the tensor that a key of a slice speaks of, for messages; None where there is none."""
     end = key.find(b"\x00\x01", 1)
