@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import threading
 import zlib
@@ -392,6 +393,8 @@ class _Run:
         """What is odd about the values; with `strict`, values that are not finite are refused."""
         found = []
         for (file, name), target in targets.items():
+            if self.plan.unread and re.fullmatch(self.plan.unread, name):
+                continue
             values = target.values
             if values.non_finite:
                 shape = target.info.shape or (1,)

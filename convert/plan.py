@@ -59,7 +59,7 @@ class Foretold:
     name: str
     reason: str
     values: Mapping[str, Any]
-    where: tuple[str, ...]
+    where: tuple[str | int, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -133,6 +133,8 @@ class Plan:
     # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
     # it. No part of what is done.
     turns: Value | None = None
+    # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
+    unread: str = ""
 
     @property
     def bytes_out(self) -> int:
@@ -239,14 +241,15 @@ def assemble(
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
     turns: Value | None = None,
+    unread: str = "",
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
     `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
     target files are laid out here (size limit, index); for "to-original" each target part already names
     its file, and `outputs` lists those files in order; `compared` are steps that only compare, as they are to
-    be done. Every problem of the stage is raised together:
-    missing tensors, tensors nothing claims, shapes and dtypes that disagree.
+    be done. Every problem of the stage is raised together: missing tensors, tensors nothing claims, shapes
+    and dtypes that disagree.
     """
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = dtypes.typed([*steps, *compared], options.dtype)
@@ -262,10 +265,7 @@ def assemble(
         steps = [_placed(s, home) for s in steps]
         documents = [*documents, *index]
     else:
-        files = [
-            OutputFile(n, _format(n), tuple(t for t in wanted if t.file == n), _metadata(n))
-            for n in (outputs or [])
-        ]
+        files = [_output(n, wanted) for n in outputs or ()]
     return Plan(
         family=family,
         direction=direction,
@@ -281,7 +281,12 @@ def assemble(
         foretold=tuple(foretold),
         asked=_asked(options, config),
         turns=turns,
+        unread=unread,
     )
+
+
+def _output(name: str, wanted: Iterable[TensorInfo]) -> OutputFile:
+    return OutputFile(name, _format(name), tuple(t for t in wanted if t.file == name), _metadata(name))
 
 
 def _written(steps: Iterable[Step]) -> list[TensorInfo]:

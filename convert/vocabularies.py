@@ -17,7 +17,8 @@ class Vocabulary:
     read the converted files alike.
 
     Of GPT-2's files alone: `named` are the tokens with a meaning of their own ("bos_token" and its like, to
-    text), which text can spell; with `begins` bos_token comes before every text."""
+    text), which text can spell; with `begins` bos_token comes before every text, with `frames`, of RoBERTa,
+    cls_token stands before and sep_token after it, and mask_token takes the space before it."""
 
     kind: Literal["sentencepiece", "wordpiece", "byte-level"] = "sentencepiece"
     classes: tuple[str, ...] = ()
@@ -26,6 +27,7 @@ class Vocabulary:
         default_factory=lambda: {name: END_OF_TEXT for name in ("bos_token", "eos_token", "unk_token")}
     )
     begins: bool = False
+    frames: bool = False
 
 
 MISTRAL_AI = Vocabulary(classes=("LlamaTokenizer", "MistralCommonTokenizer", "MistralCommonBackend"))

@@ -149,13 +149,16 @@ def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Te
 
 
 def perturb(name: str, kind: Class, heads: int) -> Callable[[Tensors], dict[str, Tensor]]:
-    """The largest element of a vector, one per cent larger; of query, key and value in one, the query's."""
+    """The largest element of a vector, one per cent larger; of query, key and value in one, the query's; of
+    distances one of the least, to what is not later, which every prompt has."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name].clone()
         part = torch.arange(len(x), device=x.device)
         if kind.fused_bias is not None and name.endswith(kind.fused_bias):
             part = part.view(heads if kind.fused_by_head else 1, 3, -1)[:, 0].flatten()
+        if kind.distances is not None and name.endswith(kind.distances):
+            part = part[: len(part) // 2 + 1][-3:]
         x[part[x[part].abs().argmax()]] *= 1.01
         return {name: x}
 

@@ -43,6 +43,7 @@ _DOCUMENTS = frozenset(
         "consolidated.safetensors.index.json",
         "pytorch_model.bin.index.json",
         "latest_checkpointed_iteration.txt",
+        "model_args.pkl",
         INDEX_NAME,
     )
 )
@@ -50,22 +51,30 @@ _TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re
 # vocab.txt, and as Megatron's documentation calls them: bert-large-cased-vocab.txt, gpt2-merges.txt
 _VOCABULARY = re.compile(r"([\w.-]{1,80}[-_.])?(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII)
 _TEMPLATE = re.compile(r"[\w.-]{1,80}\.jinja", re.ASCII)
+# What Google's code reads, and as the repositories of that code call it: bert_config.json,
+# uncased_L-24_H-128_B-512_A-4_F-4_OPT.json.
+_SETTINGS = re.compile(
+    r"(?:model|canine|(?:[a-z]{1,20}_?)?bert)_config\.json|(?:un|multi_)?cased_L-[\w.-]{1,80}\.json", re.ASCII
+)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
 @dataclass(frozen=True)
 class _Pattern:
     """One way of naming a set of weight files; the groups are its number and, if told, how many there are.
-    Files of one set differ in these only."""
+    Files of one set differ in these only, or make up what `label` calls them."""
 
     regex: re.Pattern[str]
     first: int  # the lowest shard number
     origin: Prefer
     index: str | None = None
+    label: str | None = None
 
 
-def _pattern(regex: str, first: int, origin: Prefer, index: str | None = None) -> _Pattern:
-    return _Pattern(re.compile(regex, re.ASCII), first, origin, index)
+def _pattern(
+    regex: str, first: int, origin: Prefer, index: str | None = None, label: str | None = None
+) -> _Pattern:
+    return _Pattern(re.compile(regex, re.ASCII), first, origin, index, label)
 
 
 # metaseq calls a part after the run that saved it, and after its shard, of which a joined part has one:
@@ -87,6 +96,8 @@ _PATTERNS = (
     _pattern(r"model(_optim)?_rng\.pt", 0, "original"),
     _pattern(rf"{_METASEQ}-model_part-(?P<number>\d{{1,4}})(?:-shard0)?\.pt", 0, "original"),
     _pattern(rf"reshard\.pt|restored\.pt|{_METASEQ}-shard0\.pt", 0, "original"),
+    # a state dict for each part of a model
+    _pattern(r"(encoder|mlm_head)_weights\.pt", 0, "original", label="encoder and mlm_head_weights.pt"),
     _pattern(r"model\.safetensors", 0, "hf"),
     _pattern(
         r"model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
@@ -126,7 +137,13 @@ def is_document(name: str) -> bool:
         name in _DOCUMENTS
         or _TOKENIZER_MODEL.fullmatch(name) is not None
         or vocabulary_kind(name) is not None
+        or is_settings(name)
     )
+
+
+def is_settings(name: str) -> bool:
+    """Whether a file is what Google's TensorFlow code is told of a model; see `_SETTINGS`."""
+    return _SETTINGS.fullmatch(name) is not None
 
 
 def belongs(name: str) -> bool:
@@ -165,7 +182,7 @@ def find_sets(names: Collection[str]) -> list[WeightSet]:
         matches.sort(key=lambda m: (int(m.groupdict().get("number") or 0), m[0]))
         alike: dict[str, list[str]] = {}
         for m in matches:
-            alike.setdefault(_label(m), []).append(m[0])
+            alike.setdefault(pattern.label or _label(m), []).append(m[0])
         index = pattern.index if pattern.index in names else None
         sets += [WeightSet(label, tuple(files), index, pattern.origin) for label, files in alike.items()]
     return sets
@@ -298,8 +315,9 @@ def bundle_set(prefix: str, names: Collection[str], *, file: str, notes: tuple[s
 
 
 def set_of(name: str, names: Collection[str]) -> WeightSet | None:
-    """The set of numbered shards among `names` that the file `name` is one of."""
-    return next((s for s in find_sets(names) if s.numbered and name in s.files), None)
+    """The set of several files among `names`, or of numbered ones, that the file `name` is one of."""
+    several = (s for s in find_sets(names) if s.numbered or len(s.files) > 1)
+    return next((s for s in several if name in s.files), None)
 
 
 def _ambiguous(sets: list[WeightSet], file: str) -> None:
