@@ -24,12 +24,17 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
+from ckpt_tool.checkpoint.tf_names import is_part
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.fixtures.families import mobilebert
+from ckpt_tool.fixtures.shapes import shape_of, spread
 
 BLOCK = 8 << 20
 NOISY_MEDIAN, NOISY_SPREAD = (0.9, 1.1), 1.5
@@ -86,6 +91,36 @@ class Model:
         return {**common, "multiple_of": 256, "vocab_size": -1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """MobileBERT's published sizes with other layers, in float32, as TensorFlow saves them."""
+
+    layers: int
+
+    def write(self, folder: Path) -> None:
+        sizes = {
+            **{"hidden_size": 512, "intermediate_size": 512, "intra_bottleneck_size": 128},
+            **{"embedding_size": 128, "vocab_size": 30522, "num_hidden_layers": self.layers},
+        }
+        config = mobilebert.STUDENT | sizes | {"max_position_embeddings": 512}
+        axes = {letter: config[key] for key, letter in mobilebert.SIZES.items()}
+        axes |= {"e": config["num_feedforward_networks"] - 1, "x": axes["d"] - axes["w"]}
+        noise = np.random.Generator(np.random.SFC64(0))
+        tensors = {
+            name: Content("F32", (shape := shape_of(words, axes)[0]), partial(_normal, noise, shape))
+            for name, words, _ in spread(mobilebert.shapes(config, mobilebert.PRETRAINED), axes)
+        }
+        folder.mkdir(parents=True)
+        (folder / "bert_config.json").write_text(json.dumps(config))
+        for path in write_bundle(folder / "mobilebert_variables.ckpt", tensors):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _normal(noise: np.random.Generator, shape: tuple[int, ...]) -> list[bytes]:
+    return [noise.standard_normal(shape, dtype=np.float32).tobytes()]
+
+
 def write_original(folder: Path, model: Model, seed: int = 0) -> int:
     """The original as torch zips and params.json: random bytes with one exponent bit cleared, so finite and
     incompressible, equal on all ranks where ranks hold copies. Returns the bytes of the weight files."""
@@ -115,7 +150,8 @@ def write_original(folder: Path, model: Model, seed: int = 0) -> int:
 
 
 def weights(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in (".pth", ".safetensors"))
+    ours = (p for p in folder.iterdir() if p.suffix in (".pth", ".safetensors") or is_part(p.name))
+    return sorted(ours)
 
 
 # --- running --------------------------------------------------------------------------------------------
@@ -236,7 +272,7 @@ BACK = "{python} -m ckpt_tool convert FAMILY --to original --in {source} --out {
 class Case:
     what: str
     family: str
-    model: Model
+    model: Model | Bundle
     back: bool = False
 
 
@@ -247,6 +283,7 @@ CASES = {
     "B4a": Case("Mistral, 0.25 B", "mistral", dataclasses.replace(MISTRAL, layers=2)),
     "B4b": Case("Mistral, 1.9 B", "mistral", dataclasses.replace(MISTRAL, layers=29)),
     "B5": Case("12,600 small tensors, 1 GB of embeddings", "mistral", SMALL),
+    "B6": Case("MobileBERT of 100 layers, a TensorFlow bundle", "mobilebert", Bundle(100)),
     "B7": Case("Mistral, 1.2 B, back to the original", "mistral", MISTRAL, back=True),
 }
 
@@ -254,7 +291,10 @@ CASES = {
 def measure(case: Case, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     source = work / "source"
     shutil.rmtree(source, ignore_errors=True)
-    write_original(source, case.model)
+    if isinstance(case.model, Bundle):
+        case.model.write(source)
+    else:
+        write_original(source, case.model)
 
     def fill(template: str) -> str:
         return template.replace("FAMILY", case.family).replace("JOBS", str(options.jobs))
