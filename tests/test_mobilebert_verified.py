@@ -139,6 +139,9 @@ def test_every_class_is_judged_by_all_that_it_gives(name: str, tmp_path: Path) -
     compared = [f for f in found if f.check == "logits" and f.status == "pass"]
     assert {f.where for f in compared} == heads
     assert all(f.data["nmse"] <= 1e-10 for f in compared)
+    beside = [f.message for f in found if f.check == "logits" and f.status == "note"]
+    assert all("gives no last hidden state for the class" in text for text in beside)
+    assert len(beside) == (None not in heads)
 
 
 # --- documented values ------------------------------------------------------------------------------------

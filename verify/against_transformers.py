@@ -302,7 +302,8 @@ def _not_compared(found: Passes, version: str) -> list[Finding]:
     made = []
     if silent := sorted(found.lacking - found.by_head.keys()):
         status: Status = "undecided" if "head" in silent and not found.by_head else "note"
-        text = f"transformers {version} gives no {', '.join(silent)} for the class in config.json"
+        words = ", ".join("last hidden state" if h == "head" and found.by_head else h for h in silent)
+        text = f"transformers {version} gives no {words} for the class in config.json"
         made.append(finding("logits", status, f"{text}: not compared"))
     if found.more:
         text = f"{', '.join(sorted(found.more))} of transformers {version} has no reading of ours beside it"
