@@ -347,6 +347,7 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     made = plan(tmp_path, bundle, variables={**model, **state, **scalars, **teacher, **lost})
     assert {d.tensor.name for d in made.dropped} == {*state, *scalars, *teacher, *lost}
     assert {d.reason for d in made.dropped if d.tensor.name in state} == {"state of the optimizer"}
+    assert f"{len(state) + 2} variables left out: state of the optimizer" in made.notes
     assert values(made)["num_hidden_layers"] == 3
 
 
