@@ -35,11 +35,9 @@ from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.plan import Value as Value
-from ckpt_tool.convert.source import Source, dtype_value
+from ckpt_tool.convert.source import MAX_LAYERS, Source, dtype_value
 from ckpt_tool.convert.weave import Table
 from ckpt_tool.errors import CkptToolError
-
-MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)

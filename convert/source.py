@@ -88,9 +88,14 @@ def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], st
     return Source(checkpoint, tensors, 1, layer_count(tensors, layer))
 
 
+MAX_LAYERS = 10_000
+
+
 def layer_count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number of a layer. No model has MAX_LAYERS: a tensor of a later one is none
+    of the layers', and left for the plan to refuse by name."""
     found = (re.match(pattern, n) for n in names)
-    return max((int(m[1][:9]) + 1 for m in found if m), default=0)
+    return max((n + 1 for m in found if m and (n := int(m[1][:9])) < MAX_LAYERS), default=0)
 
 
 def dtype_value(source: Source, options: Options) -> Value:

@@ -347,6 +347,7 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     made = plan(tmp_path, bundle, variables={**model, **state, **scalars, **teacher, **lost})
     assert {d.tensor.name for d in made.dropped} == {*state, *scalars, *teacher, *lost}
     assert {d.reason for d in made.dropped if d.tensor.name in state} == {"state of the optimizer"}
+    assert f"{len(state) + 2} variables left out: state of the optimizer" in made.notes
     assert values(made)["num_hidden_layers"] == 3
 
 
@@ -355,6 +356,15 @@ def test_an_unknown_variable_is_refused_by_name(tmp_path: Path) -> None:
     found = problems(lambda: plan(tmp_path, student(), variables={**shapes_of(student()), **more}))
     assert found == {next(iter(more)): found[next(iter(more))]}
     assert found[next(iter(more))][0] == "uncovered-tensors"
+
+
+@pytest.mark.parametrize("name", ["layer_99999999/output", "layer_0/ffn_layer_999999/output"])
+def test_a_number_in_a_name_makes_no_million_layers(name: str, tmp_path: Path) -> None:
+    odd = f"bert/encoder/{name}/dense/kernel"
+    told = {"num_attention_heads": 4, "hidden_act": "relu"}
+    bare = replace(student(), config=None)
+    found = problems(lambda: plan(tmp_path, bare, told, variables={**shapes_of(bare), odd: (44, 36)}))
+    assert found[odd][0] == "uncovered-tensors"
 
 
 def test_fake_quantisation_is_left_out_only_when_asked(tmp_path: Path) -> None:

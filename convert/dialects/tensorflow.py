@@ -10,6 +10,7 @@ class, and not of the one in transformers. Without the file sizes are measured.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -364,7 +365,7 @@ def plan(t: Trained, checkpoint: Checkpoint, options: Options) -> Plan:
         config,
         [OutputDocument(n, d, "the download's vocabulary") for n, d in tokenizer.documents.items()],
         {**t.left_out, **t.dropped(known)},
-        [*_no_settings(t, known), *facts.notes, *t.notes(known), *tokenizer.notes],
+        [*_no_settings(t, known), *_counted(t, known), *facts.notes, *t.notes(known), *tokenizer.notes],
         {**_kept(source, facts), **t.kept(known)},
         [f for tell in t.foretold.values() for f in tell(known)],
     )
@@ -380,6 +381,14 @@ def _no_settings(t: Trained, known: Known) -> list[str]:
     if "config.json" in known.source.checkpoint.documents:
         note += "; config.json is a model's of transformers, and was not read"
     return [note]
+
+
+def _counted(t: Trained, known: Known) -> list[str]:
+    """How many variables are left out, for each reason: training keeps more of them than the model has."""
+    patterns = [(re.compile(p), reason) for p, reason in {**t.left_out, **t.dropped(known)}.items()]
+    names = known.source.checkpoint.names()
+    reasons = Counter(next((why for p, why in patterns if p.fullmatch(n)), "") for n in names)
+    return [f"{n} variable{'s' * (n > 1)} left out: {why}" for why, n in reasons.items() if why]
 
 
 def _bare(t: Trained, config: Mapping[str, Value], rows: Iterable[Rule]) -> list[Rule]:

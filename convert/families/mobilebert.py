@@ -268,8 +268,8 @@ _FFN = re.compile(r"bert/encoder/layer_\d+/ffn_layer_(\d{1,6})/.*", re.ASCII)
 
 
 def stacked(known: Known) -> Value:
-    numbers = [int(m[1]) for n in known.source.tensors if (m := _FFN.fullmatch(n))]
-    return Value(max(numbers, default=-1) + 2, "ffn_layer_N in the names, and one more")
+    numbers = {m[1] for n in known.source.tensors if (m := _FFN.fullmatch(n))}  # however large they are
+    return Value(len(numbers) + 1, "ffn_layer_N in the names, and one more")
 
 
 # (layers, width, width of a word, of the block, feed-forward, feed-forwards) -> name, activation: config/ of
