@@ -28,6 +28,7 @@ from ckpt_tool.verify.subject import Subject
 LIMIT = 1 << 30  # bytes of a tensor that is explained; a larger one is only located
 HEADS = ("num_attention_heads", "n_head")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+NOUNS = ("row", "column", "tap")  # of the dimensions; a convolution has three
 KEPT = 256 << 20  # bytes of made tensors kept for the next question
 Changed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by name: expected and found
 
@@ -217,10 +218,9 @@ def located(evidence: Evidence, name: str, expected: np.ndarray, found: np.ndarr
     wrong = expected != found
     text = f"{int(wrong.sum()):,} elements differ, {place(wrong)}"
     for dim, axes in enumerate(evidence.axes(name)):
-        touched = np.flatnonzero(wrong.any(axis=1 - dim) if wrong.ndim == 2 else wrong)
-        rows = Rows(
-            np.empty(wrong.shape[dim]), np.empty(0), axes, evidence.ranks(name, dim), ("row", "column")[dim]
-        )
+        touched = np.flatnonzero(wrong.any(axis=tuple(d for d in range(wrong.ndim) if d != dim)))
+        noun = NOUNS[min(dim, len(NOUNS) - 1)]
+        rows = Rows(np.empty(wrong.shape[dim]), np.empty(0), axes, evidence.ranks(name, dim), noun)
         for word, outer, blocks, size in rows.levels:
             share = {int(t) // size for t in touched}
             if size > 1 and len(share) == 1 and outer * blocks > 1:
