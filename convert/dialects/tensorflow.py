@@ -254,7 +254,8 @@ def activation(
             return _own_activation(known, told, names)
         name = told.value
         if not isinstance(name, str) or name not in {*TANH_FORMS, *names.values(), *besides}:
-            found = f"expected one of {', '.join(dict.fromkeys(names.values()))}, found {shown(name)}"
+            known_ones = ", ".join(dict.fromkeys((*names.values(), *besides)))
+            found = f"expected one of {known_ones}, found {shown(name)}"
             hint = "gelu_new is the tanh form, which the original's gelu is" if name == "gelu" else None
             known.refuse("unsupported", found, "hidden_act", hint)
         return told
