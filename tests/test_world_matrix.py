@@ -41,6 +41,7 @@ BASE = {
     "gpt-neox": "pythia-410m",
     "mobilebert": "mobilebert-squad",
     "canine": "canine-tydi",
+    "mega": "mega-laplace",
 }
 
 
@@ -87,16 +88,17 @@ KINDS: dict[str, Kind] = {
         says="rope_parameters.rope_theta",
         never={
             **each((*MEGATRON, *TENSORFLOW, "opt"), LEARNED),
-            "codegen": "the base is in the code: no key says it",
+            **each(("codegen", "mega"), "the base is in the code: no key says it"),
         },
     ),
     "a tied head with values of its own": Kind(
         world.nothing,
         elsewhere={
             **each(
-                others("mixtral", "codegen", *TENSORFLOW),
+                others("mixtral", "codegen", *TENSORFLOW, "mega"),
                 "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
             ),
+            "mega": "test_mega.py::test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out",
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
             "mobilebert": "test_mobilebert.py::test_a_decoder_with_values_of_its_own_is_refused",
         },
@@ -124,6 +126,7 @@ KINDS: dict[str, Kind] = {
             "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
             "mobilebert": "test_mobilebert.py::test_a_config_that_says_otherwise_is_refused",
             "canine": "test_canine.py::test_what_the_model_is_not_is_refused_by_name",
+            "mega": "test_mega.py::test_an_argument_that_nobody_reads_is_refused_and_the_hint_leads_out",
         },
     ),
     "quantised weights": Kind(
@@ -161,10 +164,11 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others(*MEGATRON, *PUBLISHED, *TENSORFLOW),
+                others(*MEGATRON, *PUBLISHED, *TENSORFLOW, "mega"),
                 "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
             ),
             "mobilebert": "test_mobilebert.py::test_rows_without_an_id_are_told",
+            "mega": "test_mega.py::test_the_vocabulary_is_roberta_s_in_both_releases",
             **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
         },
         never={

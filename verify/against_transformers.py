@@ -315,13 +315,14 @@ def _not_compared(found: Passes, version: str) -> list[Finding]:
 
 def _name(out: Mapping[str, Any], head: str, wanted: Tensor, ours: Collection[str]) -> str | None:
     """What the library calls a head that we know by its name for it: of a class with one the logits are
-    `logits`, beside others `prediction_logits`; of one without any the head is the last hidden state, which
-    classes that put one of `ours` on it do not give."""
+    `logits`, whichever it is, beside others `prediction_logits`; of one without any the head is the last
+    hidden state, which classes that put one of `ours` on it do not give."""
     main = [n for n in ("logits", "prediction_logits", "last_hidden_state") if n not in ours]
-    names = main if head == "head" else [head]
-    held = [name for name in names if out.get(name) is not None]
-    alike = [name for name in held if out[name].shape == wanted.shape]
-    fallback = [name for name in held if name != "last_hidden_state"]
+    held = [n for n in (main if head == "head" else [head, *main]) if out.get(n) is not None]
+    alike = [n for n in held if out[n].shape == wanted.shape]
+    if head != "head":
+        return head if head in held else "logits" if "logits" in alike else None
+    fallback = [n for n in held if n != "last_hidden_state" and out[n].ndim == wanted.ndim]
     return next(iter([*alike, *fallback]), None)
 
 
