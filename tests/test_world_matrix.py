@@ -24,7 +24,7 @@ Written = Callable[[str], Path]
 PUBLISHED = ("codegen", "qwen2", "qwen3", "gemma2", "gpt-neox")
 CONSOLIDATED = ("mistral", "mixtral", "llama")
 MEGATRON = ("megatron-bert", "megatron-gpt2")
-TENSORFLOW = ("mobilebert",)
+TENSORFLOW = ("mobilebert", "canine")
 NO_TORCH = "a TensorFlow bundle has no dicts, and no program of torch writes it"
 # One file of 16-bit weights each, without a set of ranks around it; of TensorFlow a bundle in float32.
 BASE = {
@@ -40,6 +40,7 @@ BASE = {
     "gemma2": "gemma-2-27b",
     "gpt-neox": "pythia-410m",
     "mobilebert": "mobilebert-squad",
+    "canine": "canine-tydi",
     "mega": "mega-laplace",
 }
 
@@ -101,7 +102,7 @@ KINDS: dict[str, Kind] = {
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
             "mobilebert": "test_mobilebert.py::test_a_decoder_with_values_of_its_own_is_refused",
         },
-        never={"codegen": "its head has a bias, and no class ties it"},
+        never={"codegen": "its head has a bias, and no class ties it", "canine": "it has no output layer"},
     ),
     # unknown is not harmless
     "a key of config.json that no list has": Kind(
@@ -124,6 +125,7 @@ KINDS: dict[str, Kind] = {
             ),
             "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
             "mobilebert": "test_mobilebert.py::test_a_config_that_says_otherwise_is_refused",
+            "canine": "test_canine.py::test_what_the_model_is_not_is_refused_by_name",
             "mega": "test_mega.py::test_an_argument_that_nobody_reads_is_refused_and_the_hint_leads_out",
         },
     ),
@@ -154,6 +156,7 @@ KINDS: dict[str, Kind] = {
             **each(MEGATRON, "test_world_meg.py::test_harmless_arguments_change_nothing"),
             "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
             "mobilebert": "test_mobilebert.py::test_the_published_model_without_its_config",
+            "canine": "test_canine.py::test_the_published_sizes_need_no_config",
         },
     ),
     # what files have besides
@@ -168,13 +171,16 @@ KINDS: dict[str, Kind] = {
             "mega": "test_mega.py::test_the_vocabulary_is_roberta_s_in_both_releases",
             **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
         },
-        never=each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
+        never={
+            **each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
+            "canine": "ids are code points, which are hashed to rows",
+        },
     ),
     "norms in float32": Kind(
         world.float32_norms,
         note="keeps its dtype",
         same=False,
-        elsewhere={"mobilebert": "test_mobilebert.py::test_every_variable_keeps_its_dtype"},
+        elsewhere=each(TENSORFLOW, "test_mobilebert.py::test_every_variable_keeps_its_dtype"),
     ),
     "an index with another total_size": Kind(
         world.wrong_total_size, back=True, shards=True, note="total_size"
@@ -189,7 +195,10 @@ KINDS: dict[str, Kind] = {
     ),
     "training state beside the weights": Kind(
         world.with_training_state,
-        elsewhere={"mobilebert": "test_mobilebert.py::test_state_of_the_training_is_left_out_and_counted"},
+        elsewhere={
+            "mobilebert": "test_mobilebert.py::test_state_of_the_training_is_left_out_and_counted",
+            "canine": "test_canine.py::test_heads_without_a_class_are_left_out_with_the_reason",
+        },
     ),
     "an integer of 10^30 in tokenizer_config.json": Kind(
         world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True

@@ -4,12 +4,27 @@ the first GPT-2 files have no other names. They are read under the names that th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import CkptToolError
 
 HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
 NOTE = "tensors are named without `{}`, which transformers adds when it loads them"
+
+
+def without_head(config: Mapping[str, Any]) -> bool:
+    """Whether config.json names a model alone, whose tensors have no prefix."""
+    return str(config.get("architectures")).endswith("Model']") and "LMHead" not in str(config)
+
+
+def is_bare(checkpoint: Checkpoint) -> bool:
+    """Whether it is such a model, told by its embedding."""
+    config = checkpoint.json("config.json")
+    kind = class_of(config) if without_head(config) else None
+    return kind is not None and classes()[kind].words in checkpoint.names()
 
 
 def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
@@ -25,9 +40,8 @@ def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
     if kind is None:
         return checkpoint
     prefix, words = classes()[kind].prefix, classes()[kind].words
-    bare = str(config.get("architectures")).endswith("Model']") and "LMHead" not in str(config)
     names = checkpoint.names()
-    if bare or words not in names or any(n.startswith(prefix) for n in names):
+    if without_head(config) or words not in names or any(n.startswith(prefix) for n in names):
         return checkpoint
     files: dict[str, TensorFile] = {
         name: Renamed(file, {n if n.startswith(HEADS) else prefix + n: n for n in file.tensors})

@@ -21,7 +21,7 @@ from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import near_misses
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
-from ckpt_tool.verify.prefixed import with_prefix
+from ckpt_tool.verify.prefixed import is_bare, with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
 
@@ -160,7 +160,7 @@ def _is_hf(checkpoint: Checkpoint) -> bool:
     if "config.json" not in checkpoint.documents:
         return False
     named = ("lm_head", "embeddings.", *(c.prefix for c in classes().values()))
-    return any(t.name.startswith(named) for t in checkpoint)
+    return any(t.name.startswith(named) for t in checkpoint) or is_bare(checkpoint)
 
 
 def values_with_sources(subject: Subject) -> dict[str, tuple[Any, str]]:

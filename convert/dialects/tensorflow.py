@@ -243,16 +243,20 @@ ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "relu6": "relu6", "tanh": "ta
 TANH_FORMS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
 
 
-def activation(default: str, measure: Measure, *, names: Mapping[str, str] = ACTIVATIONS) -> Field:
+def activation(
+    default: str, measure: Measure, *, names: Mapping[str, str] = ACTIVATIONS, besides: Sequence[str] = ()
+) -> Field:
     """`hidden_act`, by the name that transformers has for what the original computes; the user gives it by
-    that name too. `names` are those of the original, `default` and what `measure` gives are among them."""
+    that name too. `names` are those of the original, `default` and what `measure` gives are among them;
+    `besides` are others that config.json may have though the original computes none of them."""
 
     def check(known: Known, told: Value) -> Value:
         if not known.back and told.source != SET:
             return _own_activation(known, told, names)
         name = told.value
-        if not isinstance(name, str) or (name not in TANH_FORMS and name not in names.values()):
-            found = f"expected one of {', '.join(dict.fromkeys(names.values()))}, found {shown(name)}"
+        if not isinstance(name, str) or name not in {*TANH_FORMS, *names.values(), *besides}:
+            known_ones = ", ".join(dict.fromkeys((*names.values(), *besides)))
+            found = f"expected one of {known_ones}, found {shown(name)}"
             hint = "gelu_new is the tanh form, which the original's gelu is" if name == "gelu" else None
             known.refuse("unsupported", found, "hidden_act", hint)
         return told

@@ -46,7 +46,7 @@ def convert(config: Mapping[str, Any]) -> TokenizerResult:
     }
     notes = [
         "text becomes its code points, so no file holds a vocabulary",
-        "transformers 5 gives token type 0 to the second of two texts too, where the original and transformers "
-        "4 give it 1: pass token_type_ids",
+        "of two texts the second has token type 1 in the original and in transformers 4; the tokenizer of "
+        "transformers 5 gives it 0: pass token_type_ids there",
     ]
     return TokenizerResult(documents, notes, CODE_POINTS, facts)
