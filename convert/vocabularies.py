@@ -19,7 +19,7 @@ class Vocabulary:
     Of GPT-2's files alone: `named` are the tokens with a meaning of their own ("bos_token" and its like, to
     text), which text can spell; with `begins` bos_token comes before every text."""
 
-    kind: Literal["sentencepiece", "wordpiece", "byte-level"] = "sentencepiece"
+    kind: Literal["sentencepiece", "wordpiece", "byte-level", "entity-spans"] = "sentencepiece"
     classes: tuple[str, ...] = ()
     ranks: bool = False
     named: Mapping[str, str] = field(

@@ -31,6 +31,7 @@ BASE = {
     "llama": "llama-3-8b",
     "megatron-bert": "bert-v1-bare",
     "megatron-gpt2": "gpt2-v1-bare",
+    "mluke": "mluke-aware",
     "opt": "opt-bare",
     "codegen": "codegen-16b-nl",
     "qwen2": "qwen2-0.5b",
@@ -81,16 +82,20 @@ KINDS: dict[str, Kind] = {
         back=True,
         refused="bad-config",
         says="rope_parameters.rope_theta",
-        never={**each((*MEGATRON, "opt"), LEARNED), "codegen": "the base is in the code: no key says it"},
+        never={
+            **each((*MEGATRON, "opt", "mluke"), LEARNED),
+            "codegen": "the base is in the code: no key says it",
+        },
     ),
     "a tied head with values of its own": Kind(
         world.nothing,
         elsewhere={
             **each(
-                others("mixtral", "codegen"),
+                others("mixtral", "codegen", "mluke"),
                 "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
             ),
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
+            "mluke": "test_families_mluke.py::test_a_tied_head_of_other_values_is_refused",
         },
         never={"codegen": "its head has a bias, and no class ties it"},
     ),
@@ -114,6 +119,7 @@ KINDS: dict[str, Kind] = {
                 "test_world_pub.py::test_a_key_that_nobody_reads_is_refused_by_name_and_the_hint_leads_out",
             ),
             "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
+            "mluke": "test_families_mluke.py::test_what_metadata_says_is_used_or_refused_by_name",
         },
     ),
     "quantised weights": Kind(
@@ -141,6 +147,7 @@ KINDS: dict[str, Kind] = {
             **each(CONSOLIDATED, "test_world_params.py::test_no_published_model_needs_an_answer"),
             **each(PUBLISHED, "test_world_pub.py::test_what_published_models_have_besides_converts"),
             **each(MEGATRON, "test_world_meg.py::test_harmless_arguments_change_nothing"),
+            "mluke": "test_families_mluke.py::test_a_published_model_asks_nothing",
             "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
         },
     ),
@@ -149,12 +156,15 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others(*MEGATRON, *PUBLISHED),
+                others(*MEGATRON, *PUBLISHED, "mluke"),
                 "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
             ),
             **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
         },
-        never=each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
+        never={
+            **each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
+            "mluke": "the rows after the tokenizer's ids are those that are added",
+        },
     ),
     "norms in float32": Kind(world.float32_norms, note="keeps its dtype", same=False),
     "an index with another total_size": Kind(
