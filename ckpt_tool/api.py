@@ -22,6 +22,7 @@ from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
+from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import (
     check_own,
@@ -126,6 +127,7 @@ def plan(
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:
             return plan(opened, family=family, to=to, options=options, checksums=checksums)
+    source = layers_apart(source)
     check_plain(source)
     chosen = choose(source, family, to)
     options = options or Options()

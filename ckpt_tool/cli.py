@@ -235,6 +235,11 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@click.option(
+    "--transformers-python",
+    metavar="PATH",
+    help="Python, or folder of packages, with a transformers for what the installed one lacks.",
+)
 @report_files
 def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
@@ -269,6 +274,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         device=asked["device"],
         checkpoint_id=asked["checkpoint_id"],
         settings=api.settings(asked["pairs"]),
+        transformers_python=asked.get("transformers_python"),
         progress=follow,
         **chosen,
     )

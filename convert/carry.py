@@ -18,6 +18,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
+from ckpt_tool.checkpoint.crc32c import crc32c
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.casting import cast, common
 from ckpt_tool.convert.layout import Access, Block, Runs, Step
@@ -28,16 +29,18 @@ CHUNK = 256 * 1024  # bytes moved at a time by a plain copy
 BLOCK = 1 << 20  # bytes of a block that joins or cuts tensors: fewer, larger pieces (benchmarks/README.md)
 PIECE = 16 << 20  # bytes of one plain copy that one worker does in a row
 BATCH = 4 << 20  # bytes of small blocks handed to a worker together
+RUN_C = 4 << 10  # bytes of a run from which on its CRC-32C is worth the call; else it is taken in order later
 TILE = 16 << 20  # bytes of a block that exchanges inner axes: its runs get longer with its size
 
 Run = tuple[int, int, int]  # first byte, bytes, CRC32
 
 
 class Source:
-    """A tensor as one step reads it. `crc` is None where another step already takes its checksum."""
+    """A tensor as one step reads it. `crc` is None where another step already takes its checksum; `crc32c`
+    collects the other one, where its file has that to compare with."""
 
-    def __init__(self, info: TensorInfo, crc: IntervalCrc | None) -> None:
-        self.info, self.crc = info, crc
+    def __init__(self, info: TensorInfo, crc: IntervalCrc | None, crc32c: IntervalCrc | None = None) -> None:
+        self.info, self.crc, self.crc32c = info, crc, crc32c
         self.itemsize = DTYPES[info.dtype].itemsize
         self.bits = np.dtype(DTYPES[info.dtype].bits)
 
@@ -131,12 +134,14 @@ class Carrier:
         room = lane.room("in", min(step, read.numel), source.bits)
         cast_room = room if same else lane.room("cast", room.size, target.bits)
         values = Values(target.info.dtype)
-        crc_in = crc_out = 0
+        crc_in = crc_out = crc_c = 0
         for start in range(0, read.numel, step):
             bits = room[: read.numel - start]
             data = bits.data.cast("B")
             self.checkpoint.read_into(source.info, start_in + start * source.itemsize, data)
             crc_in = zlib.crc32(data, crc_in)
+            if source.crc32c is not None:
+                crc_c = crc32c(data, crc_c)
             if not same:
                 bits = cast_room[: bits.size]
                 cast(room[: bits.size], source.info.dtype, target.info.dtype, bits)
@@ -148,7 +153,7 @@ class Carrier:
             target.write(data, start_out + start * target.itemsize)
         size_in, size_out = read.numel * source.itemsize, read.numel * target.itemsize
         disk.start_writeback(target.descriptor, target.offset + start_out, size_out)
-        self._learn_source(source, [(start_in, size_in, crc_in)])
+        self._learn_source(source, [(start_in, size_in, crc_in)], [(start_in, size_in, crc_c)])
         self._learn_target(target, [(start_out, size_out, crc_in if same else crc_out)], values)
         lane.read_bytes += size_in
         lane.written_bytes += size_out
@@ -221,20 +226,24 @@ class Carrier:
         stored = bits if same else lane.room("as stored", bits.size, source.bits)
         data, size = stored.data.cast("B"), access.runs.length * source.itemsize
         runs: list[Run] = []
+        runs_c: list[Run] = []
         for k, offset in enumerate(access.runs.offsets()):
             part = data[k * size : (k + 1) * size]
             self.checkpoint.read_into(source.info, offset * source.itemsize, part)
             if source.crc is not None:
                 runs.append((offset * source.itemsize, size, zlib.crc32(part)))
-        self._learn_source(source, runs)
+            if source.crc32c is not None and (size >= RUN_C or size == source.info.nbytes):
+                runs_c.append((offset * source.itemsize, size, crc32c(part)))
+        self._learn_source(source, runs, runs_c)
         lane.read_bytes += len(data)
         if not same:
             cast(stored, source.info.dtype, dtype, bits)
 
-    def _learn_source(self, source: Source, runs: Iterable[Run]) -> None:
-        if source.crc is not None:
-            for run in runs:
-                source.crc.add(*run)
+    def _learn_source(self, source: Source, runs: Iterable[Run], runs_c: Iterable[Run]) -> None:
+        for crc, known in ((source.crc, runs), (source.crc32c, runs_c)):
+            if crc is not None:
+                for run in known:
+                    crc.add(*run)
 
     def _learn_target(self, target: Target, runs: Iterable[Run], values: Values) -> None:
         with self.lock:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import threading
 import zlib
@@ -24,9 +25,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ckpt_tool import __version__
-from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
+from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
+from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
+from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
@@ -92,6 +96,8 @@ def layout_of(output: OutputFile) -> Layout:
     if output.format == "torch-zip":
         constants = {name: (dtype, shape, data) for name, dtype, shape, data in output.constants}
         return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
+    if output.format == "tf-bundle":
+        return BundleLayout(tensors)
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 
@@ -255,6 +261,7 @@ class _Run:
     origin: str | None  # the address of the source, or its path from the output
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[Key, int] = field(default_factory=dict)
+    crcs_c: dict[Key, IntervalCrc] = field(default_factory=dict)  # of sources that carry a CRC-32C
     hashes: dict[Key, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
@@ -361,8 +368,19 @@ class _Run:
             crc = None
             if (index, i) in self.first_readers:
                 crc = crcs.setdefault((part.file, part.name), IntervalCrc())
-            sources.append(Source(info, crc))
+            sources.append(Source(info, crc, None if crc is None else self._crc_c(part.file, part.name)))
         return Bound(step, sources, [targets[p.file, p.name] for p in step.targets])
+
+    def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
+        """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
+        record = self.checkpoint.files[file].record_of(name)
+        if record is None or self._records[file][record[0]].crc32c is None:
+            return None
+        return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
+
+    @cached_property
+    def _records(self) -> dict[str, Mapping[str, Record]]:
+        return {f.name: f.records() for f in self.checkpoint.files.values()}
 
     def _write_all(self, name: str, descriptor: int, writes: Iterable[tuple[int, bytes]]) -> None:
         for offset, data in writes:
@@ -375,6 +393,8 @@ class _Run:
         """What is odd about the values; with `strict`, values that are not finite are refused."""
         found = []
         for (file, name), target in targets.items():
+            if self.plan.unread and re.fullmatch(self.plan.unread, name):
+                continue
             values = target.values
             if values.non_finite:
                 shape = target.info.shape or (1,)
@@ -547,7 +567,12 @@ class _Run:
             self.sources[key] = crc
 
         self._each(iter(unread), read, "check", "")
-        found = check_records(self.checkpoint, self.sources)
+        known_c = {
+            key: crc
+            for key, collected in self.crcs_c.items()
+            if (crc := collected.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)) is not None
+        }
+        found = check_records(self.checkpoint, self.sources, known_c)
         problems = [*found.wrong, *repeated_shares(self.plan.steps, self.checkpoint, self.sources)]
 
         def check(place: tuple[str, str], _: Lane) -> None:
@@ -582,7 +607,7 @@ class _Run:
                 source=self.origin,
             )
 
-        documents = list(self.plan.documents)
+        documents = [*self.plan.documents, *self._indexes()]
         if extra is not None:
             documents += extra(made(documents))
         for document in documents:
@@ -590,6 +615,37 @@ class _Run:
         content = made(documents)
         self.staging.write(MANIFEST, as_document(content))
         return content
+
+    def _indexes(self) -> Iterator[OutputDocument]:
+        """The index of each TensorFlow bundle, of the checksums of what was written."""
+        bundles: dict[str, list[OutputFile]] = {}
+        for file in sorted(self.plan.outputs, key=lambda f: f.name):
+            if file.format == "tf-bundle":
+                bundles.setdefault(bundle_of(file.name), []).append(file)
+        for prefix, files in bundles.items():
+            crcs: dict[str, int] = {}
+            for file in files:
+                crcs |= self._castagnoli(file)
+            listed = [[(t.name, t.dtype, t.shape) for t in f.tensors] for f in files]
+            yield OutputDocument(f"{prefix}.index", index_of(listed, crcs), "the list of tensors")
+
+    def _castagnoli(self, file: OutputFile) -> dict[str, int]:
+        """The CRC-32C of each tensor of a finished file. Read back: only they are wanted of bundles, and what
+        an interrupted run left has none."""
+        found: dict[str, int] = {}
+        with contextlib.ExitStack() as stack:
+            descriptor = self.staging.reopen(file.name)
+            stack.callback(os.close, descriptor)
+
+            def work(info: TensorInfo, lane: Lane) -> None:
+                crc = 0
+                target = Target(info, descriptor, self.layouts[file.name].offsets[info.name])
+                for data in _chunks(target, lane):
+                    crc = crc32c(data, crc)
+                found[info.name] = crc
+
+            self._each(iter(file.tensors), work, "finish", file.name)
+        return found
 
     # --- the workers ---
 

@@ -37,6 +37,7 @@ class Class:
     key_bias: str = ".self_attn.k_proj.bias"
     fused_bias: str | None = None
     fused_by_head: bool = False
+    distances: str | None = None  # how a table of numbers by distance ends, with that of none in its middle
     # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     masked: float = -1e9  # what releases up to 4.30 set masked scores to

@@ -58,7 +58,8 @@ def headers_digest(file: TensorFile) -> str:
     for t in file.tensors.values():
         digest.update(repr((t.name, t.dtype, t.shape)).encode("utf-8", "surrogatepass"))
     for key, r in file.records().items():
-        digest.update(repr((key, r.size, r.crc32)).encode("utf-8", "surrogatepass"))
+        told = (key, r.size, r.crc32) if r.crc32c is None else (key, r.size, r.crc32c)
+        digest.update(repr(told).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

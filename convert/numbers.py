@@ -28,8 +28,9 @@ from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
 from ckpt_tool.convert.facts_rotary import LLAMA3 as LLAMA3
-from ckpt_tool.convert.params import MAX_COUNT, Facts, Silent
+from ckpt_tool.convert.params import MAX_COUNT as MAX_COUNT
 from ckpt_tool.convert.params import UNKNOWN as UNKNOWN
+from ckpt_tool.convert.params import Facts, Silent
 from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options

@@ -37,8 +37,8 @@ class Share:
     start: int
 
 
-class OneByOne(View):
-    """A view of a file in which what is stacked is apart; `shares` are by the names here."""
+class Shares(View):
+    """A view of a file in which tensors are runs of the bytes of others; `shares` are by the names here."""
 
     def __init__(self, stored: TensorFile, shares: Mapping[str, Share]) -> None:
         super().__init__(stored)
@@ -56,6 +56,10 @@ class OneByOne(View):
     def record_of(self, name: str) -> tuple[str, int] | None:
         found = self.stored.record_of(self.shares[name].stored)
         return None if found is None else (found[0], found[1] + self.shares[name].start)
+
+
+class OneByOne(Shares):
+    """A view of a file in which what a library stacks in memory is apart."""
 
 
 def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:

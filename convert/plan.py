@@ -14,6 +14,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
+from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
@@ -58,7 +59,7 @@ class Foretold:
     name: str
     reason: str
     values: Mapping[str, Any]
-    where: tuple[str, ...]
+    where: tuple[str | int, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,7 +80,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A container to write: `format` is "safetensors" or "torch-zip"; tensors in file order. A torch file may
+    """A container to write: `format` is "safetensors", "torch-zip" or "tf-bundle" (a data file; the index is
+    made when all of them are written, in the order of their numbers); tensors in file order. A torch file may
     nest its tensors in `dicts`, hold plain values `beside` them, and tensors that are the same for every
     model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`."""
 
@@ -131,6 +133,8 @@ class Plan:
     # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
     # it. No part of what is done.
     turns: Value | None = None
+    # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
+    unread: str = ""
 
     @property
     def bytes_out(self) -> int:
@@ -237,20 +241,22 @@ def assemble(
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
     turns: Value | None = None,
+    unread: str = "",
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
     `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
     target files are laid out here (size limit, index); for "to-original" each target part already names
     its file, and `outputs` lists those files in order; `compared` are steps that only compare, as they are to
-    be done. Every problem of the stage is raised together:
-    missing tensors, tensors nothing claims, shapes and dtypes that disagree.
+    be done. Every problem of the stage is raised together: missing tensors, tensors nothing claims, shapes
+    and dtypes that disagree.
     """
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = dtypes.typed([*steps, *compared], options.dtype)
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
-    problems = [*_kept_problems(kept, checkpoint), *expansion.problems, *_step_problems(steps, checkpoint)]
+    missing = _told_apart(expansion.problems, checkpoint)
+    problems = [*_kept_problems(kept, checkpoint), *missing, *_step_problems(steps, checkpoint)]
     fail_all([*problems, *_uncovered(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps)
     if direction == "to-hf":
@@ -259,10 +265,7 @@ def assemble(
         steps = [_placed(s, home) for s in steps]
         documents = [*documents, *index]
     else:
-        files = [
-            OutputFile(n, _format(n), tuple(t for t in wanted if t.file == n), _metadata(n))
-            for n in (outputs or [])
-        ]
+        files = [_output(n, wanted) for n in outputs or ()]
     return Plan(
         family=family,
         direction=direction,
@@ -278,7 +281,12 @@ def assemble(
         foretold=tuple(foretold),
         asked=_asked(options, config),
         turns=turns,
+        unread=unread,
     )
+
+
+def _output(name: str, wanted: Iterable[TensorInfo]) -> OutputFile:
+    return OutputFile(name, _format(name), tuple(t for t in wanted if t.file == name), _metadata(name))
 
 
 def _written(steps: Iterable[Step]) -> list[TensorInfo]:
@@ -309,6 +317,17 @@ def _unclaimed(
     return dropped, uncovered
 
 
+def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """`problems`, where a tensor is not missing but left out for its type."""
+    others = {t.tensor.name: t.tensor for t in checkpoint.left_out if t.tensor.dtype not in DTYPES}
+    for problem in problems:
+        tensor = others.get(problem.where or "")
+        if problem.kind == "missing-tensor" and tensor is not None:
+            message = f"expected a dtype known here, found {tensor.dtype}"
+            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name)
+        yield problem
+
+
 def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Problem]:
     """What was asked for with --drop and is not left out."""
     for name in sorted(names):
@@ -325,6 +344,8 @@ def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _format(name: str) -> str:
+    if is_data(name):
+        return "tf-bundle"
     return "safetensors" if name.endswith(".safetensors") else "torch-zip"
 
 
@@ -370,6 +391,10 @@ def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Pr
             yield Problem("shape-mismatch", defect, where=step.sources[0].name)
         for part in step.sources:
             yield from _shape_problems(part, step, checkpoint)
+            file = checkpoint.files.get(part.file)
+            if file is not None and (missing := file.absent(part.name)) is not None:
+                message = f"expected {missing}, which holds this tensor, found no such file"
+                yield Problem("missing-shard", message, missing, part.name, "download what is missing too")
 
 
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:

@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterable
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.tf_coding import VARIABLE
 from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
@@ -23,6 +25,7 @@ Said = tuple[str, bool, str]  # name of the family, whether it is its own, why
 
 def recognise(checkpoint: Checkpoint) -> list[Said]:
     """Each family's word on an original checkpoint."""
+    checkpoint = layers_apart(checkpoint)
     return [(name, *family(name).recognise(checkpoint)) for name in FAMILIES]
 
 
@@ -124,6 +127,10 @@ def _held(checkpoint: Checkpoint) -> str:
         if names
         else "no tensors"
     )
+    if any(f.format == "tf-bundle" for f in checkpoint.files.values()):
+        objects = any(n.endswith(VARIABLE) for n in names)
+        what = "2 checkpoint of objects, named after attributes" if objects else "checkpoint"
+        text = f"{text} (a TensorFlow {what})"
     architecture = _architecture(checkpoint)
     return f"{text}, config.json says {printable(architecture, 60)}" if architecture else text
 
@@ -173,7 +180,7 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     what is missing then says nothing."""
     if error.kind not in _OF_ANOTHER:
         return error
-    asked = to == "hf" and error.kind == "missing-fact"
+    asked = to == "hf" and error.kind == "missing-fact" and not of_megatron(checkpoint.names())
     if asked and chosen.document and chosen.document not in checkpoint.documents:
         error = CkptToolError(_no_document(checkpoint, chosen.document), *error.problems)
     if to == "original" and "config.json" not in checkpoint.documents:

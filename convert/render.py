@@ -12,8 +12,9 @@ from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import SPARE_BYTES
+from ckpt_tool.convert.facts import ranges
 from ckpt_tool.convert.layout import Part, Step, dims_text
-from ckpt_tool.convert.plan import Dropped, Plan
+from ckpt_tool.convert.plan import Dropped, Foretold, Plan
 from ckpt_tool.errors import printable
 from ckpt_tool.terminal import Column, paragraph, say, table
 
@@ -42,7 +43,7 @@ def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None
     for part in (_steps, _config, _dropped, _outputs):
         part(plan, console)
     paragraph(console, needs(plan), first="needs: ", hang=7)
-    foretold = [f"{f.name}, in {', '.join(f.where)}: {f.reason}" for f in plan.foretold]
+    foretold = [f"{f.name}, in {_places(f)}: {f.reason}" for f in plan.foretold]
     notes = (*opened, *plan.notes)
     for label, lines in (("note", notes), ("lossy", plan.lossy), ("foretold", foretold)):
         for line in lines:
@@ -56,6 +57,12 @@ def needs(plan: Plan) -> str:
     free = written + written // 100 + SPARE_BYTES  # as the executor asks before it starts
     memory = f"at most {MEMORY_BYTES // 10**6} MB of memory"
     return f"{_size(written)} to write, {_size(free)} free where the output goes, {memory}"
+
+
+def _places(foretold: Foretold) -> str:
+    layers = [place for place in foretold.where if isinstance(place, int)]
+    named = [place for place in foretold.where if isinstance(place, str)]
+    return ", ".join([*named, *([f"layers {ranges(layers)}"] if layers else [])])
 
 
 def _steps(plan: Plan, console: Console) -> None:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
@@ -61,7 +62,7 @@ class Source:
     def counted_layers(self) -> Value | None:
         return Value(self.layers, "layers in the tensor names") if self.layers else None
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """The safetensors name of the dtype that most of the floating numbers have; norms kept in a wider one
         may be more tensors than the matrices."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
-from ckpt_tool.checkpoint.crc32 import combine
+from ckpt_tool.checkpoint.crc32 import Combine, combine
+from ckpt_tool.checkpoint.crc32c import combine_c
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.errors import Problem
 
@@ -26,32 +27,36 @@ class RecordCheck:
     unchecked: dict[str, int] = field(default_factory=dict)
 
 
-def check_records(checkpoint: Checkpoint, crcs: Mapping[Key, int]) -> RecordCheck:
-    """Put together the CRC32 of each record from those of the tensors in it (`crcs`, whole tensors)."""
+def check_records(
+    checkpoint: Checkpoint, crcs: Mapping[Key, int], crcs_c: Mapping[Key, int] | None = None
+) -> RecordCheck:
+    """Put together the checksum of each record from those of the tensors in it (whole tensors; `crcs` are
+    CRC-32s, `crcs_c` CRC-32Cs)."""
     found = RecordCheck()
     for file in checkpoint.files.values():
         tensors = _tensors_by_record(file)
         for key, record in file.records().items():
-            if record.size == 0:
+            unwanted = record.of is not None and (file.name, record.of) not in crcs
+            if record.size == 0 or unwanted:
                 continue
-            if record.crc32 is None:
+            other = record.crc32c is not None
+            wanted = record.crc32c if other else record.crc32
+            if wanted is None:
                 found.unchecked[file.name] = found.unchecked.get(file.name, 0) + 1
                 continue
             names = tensors.get(key, [])
-            crc = _joined(record, file, names, crcs)
+            crc = _joined(record, file, names, (crcs_c or {}) if other else crcs, _WAYS[other])
             if crc is None:
                 found.unread.append((file.name, key))
-            elif crc != record.crc32:
-                found.wrong.append(
-                    Problem(
-                        "checksum",
-                        f"expected CRC32 {record.crc32:08x} as the file says, found {crc:08x}",
-                        file.name,
-                        names[0][1],
-                        "the file is damaged: download it again",
-                    )
-                )
+            elif crc != wanted:
+                what = "CRC-32C" if other else "CRC32"
+                message = f"expected {what} {wanted:08x} as the file says, found {crc:08x}"
+                hint = "the file is damaged: download it again"
+                found.wrong.append(Problem("checksum", message, file.name, names[0][1], hint))
     return found
+
+
+_WAYS: Mapping[bool, Combine] = {False: combine, True: combine_c}
 
 
 def _tensors_by_record(file: TensorFile) -> dict[str, list[tuple[int, str]]]:
@@ -65,9 +70,13 @@ def _tensors_by_record(file: TensorFile) -> dict[str, list[tuple[int, str]]]:
 
 
 def _joined(
-    record: Record, file: TensorFile, names: list[tuple[int, str]], crcs: Mapping[Key, int]
+    record: Record,
+    file: TensorFile,
+    names: list[tuple[int, str]],
+    crcs: Mapping[Key, int],
+    combine: Combine,
 ) -> int | None:
-    """The record's CRC32 if some of its tensors follow one another from its first byte to its last."""
+    """The record's checksum if some of its tensors follow one another from its first byte to its last."""
     at = crc = 0
     for start, name in sorted(names):
         known = crcs.get((file.name, name))

@@ -64,7 +64,8 @@ class Table:
 @dataclass(frozen=True)
 class Written:
     """What goes beside the tensors of a plan. `ignored` are patterns of tensors to leave out, with reasons;
-    `original` is what the manifest keeps for another conversion."""
+    `original` is what the manifest keeps for another conversion, `unread` a pattern of the names of tensors
+    that no pass reads."""
 
     family: str
     config: Mapping[str, Value]
@@ -73,6 +74,7 @@ class Written:
     notes: Sequence[str] = ()
     original: Mapping[str, Any] = field(default_factory=dict)
     foretold: Sequence[Foretold] = ()
+    unread: str = ""
     lossy: Sequence[str] = ()
 
 
@@ -105,6 +107,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         original=written.original,
         foretold=written.foretold,
         turns=table.turns,
+        unread=written.unread,
     )
 
 
@@ -158,6 +161,7 @@ def to_original(
         original=written.original,
         foretold=written.foretold,
         turns=table.turns,
+        unread=written.unread,
     )
 
 
@@ -234,11 +238,12 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
 
 
 def _dtype_problems(steps: Iterable[Step], side: str) -> list[Problem]:
-    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits."""
+    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits; a scalar may
+    count something."""
     parts = dict.fromkeys(p for s in steps for p in (s.sources if side == "sources" else s.targets))
     expected = f"expected {', '.join(CASTABLE)}"
     return [
         Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name)
         for p in parts
-        if p.dtype not in CASTABLE
+        if p.dtype not in CASTABLE and p.dims
     ]

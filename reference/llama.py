@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-from ckpt_tool.reference import decoder
+from ckpt_tool.reference import decoder, megatron_core
 from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, fact, first, one_of, only, opened, refuse, settings, strange
 from ckpt_tool.reference.rope import RopeScaling
@@ -154,6 +154,8 @@ class Config(decoder.Config):
     ) -> Self:
         """`params` is params.json, `shapes` those of rank 0, `overrides` facts from the user under their
         Hugging Face names, which win. ValueError for what none of them tells."""
+        if megatron_core.words_of(shapes) is not None:
+            return cls(**megatron_core.made(params, shapes, ranks, overrides))
         params, overrides = settings(opened(params), overrides), settings(overrides)
         check(params, overrides, OF_META)
         # Llama 1 and 2 have 10000 in the code and Code Llama as default, Llama 3's code defaults to 500000;

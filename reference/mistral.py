@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ckpt_tool.reference import decoder
+from ckpt_tool.reference import decoder, megatron_core
 from ckpt_tool.reference.facts import Shapes, first, opened, settings
 from ckpt_tool.reference.llama import check, names_of, numbers
 
@@ -27,6 +27,8 @@ class Config(decoder.Config):
         """`params` is params.json, `shapes` those of all tensors, `overrides` facts from the user under their
         Hugging Face names, which win; `more` are further fields. ValueError for what none of them tells and
         for scaled frequencies, which no model of Mistral AI's in this layout has."""
+        if megatron_core.words_of(shapes) is not None:
+            return cls(**megatron_core.made(params, shapes, ranks, overrides))
         if ranks != 1:
             raise ValueError(f"expected one rank (Mistral AI's files are not model-parallel), found {ranks}")
         params, overrides = settings(opened(params), overrides), settings(overrides)

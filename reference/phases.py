@@ -43,7 +43,7 @@ def decoder_phases(
     """Those of the usual stack: `embed(ids, ranks, c)`, `c.n_layers` times `layer(x, i, ranks, c)`, and
     heads(x, ranks, c). The first two get those of `inputs` that they have a parameter for; TypeError for an
     input that neither takes, as it would be ignored."""
-    into_embed, into_layer = _taken(embed, inputs), _taken(layer, inputs)
+    into_embed, into_layer = taken(embed, inputs), taken(layer, inputs)
     if unknown := sorted(inputs.keys() - into_embed.keys() - into_layer.keys()):
         raise TypeError(f"expected no inputs {', '.join(unknown)}, as this pass takes none of them")
 
@@ -60,7 +60,8 @@ def decoder_phases(
     ]
 
 
-def _taken(function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
+def taken(function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
+    """Those inputs that the function has a parameter for."""
     known = signature(function).parameters
     return {name: x for name, x in inputs.items() if name in known}
 

@@ -1,10 +1,8 @@
 """Qwen2 (Qwen1.5, Qwen2 and Qwen2.5, dense) as it is published, which is in the tensors and the config.json
-of transformers, and as Megatron-Core trains it: `decoder.layers.{i}.self_attention.linear_qkv`, with
-tensor-parallel ranks. Pipeline stages are joined before (`megatron.join_stages`).
+of transformers, and as Megatron-Core trains it (megatron_core.py).
 
 Source: Bai et al. 2023 (arXiv 2309.16609, section 2.3), Yang et al. 2024 (arXiv 2407.10671, section 2.2) for
-the model; the documentation of Qwen2Config in transformers 4.57 for its numbers; NVIDIA/Megatron-LM
-core_v0.9.0 and NVIDIA-NeMo/Megatron-Bridge @067f987d for the other layout.
+the model; the documentation of Qwen2Config in transformers 4.57 for its numbers.
 """
 
 from __future__ import annotations
@@ -12,118 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ckpt_tool.reference.decoder import Names
-from ckpt_tool.reference.facts import Shapes, first, only, refuse
-from ckpt_tool.reference.published import AS_PUBLISHED, READ, Published, numbers, tied, told
-from ckpt_tool.reference.unread import unread
-
-# Facts under their Hugging Face names, and what Megatron's args call them; the first that is there counts.
-ARGS = {
-    "num_hidden_layers": ("num_layers",),
-    "head_dim": ("kv_channels",),
-    "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
-    "rope_theta": ("rotary_base",),
-}
-WORDS = "embedding.word_embeddings.weight"
+from ckpt_tool.reference import megatron_core
+from ckpt_tool.reference.facts import Shapes
+from ckpt_tool.reference.published import Published
 
 
 class Config(Published):
-    computed = {
-        "hidden_act": ("silu",),
-        "swiglu": (True,),
-        "normalization": ("RMSNorm",),
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (True,),
-        "position_embedding_type": ("rope",),
-        "rotary_percent": (1,),
-        "rotary_interleaved": (False,),
-        "rotary_seq_len_interpolation_factor": (1,),
-        "apply_layernorm_1p": (False,),
-        "qk_layernorm": (False,),
-        "num_experts": (),
-        "window_size": (),
-        "layernorm_zero_centered_gamma": (False,),
-        "qk_l2_norm": (False,),
-        "attention_output_gate": (False,),
-        "softmax_type": ("vanilla",),
-        "softmax_scale": (),
-        "no_rope_freq": (),
-        "mrope_section": (),
-        "squared_relu": (False,),
-        "quick_geglu": (False,),
-        "glu_linear_offset": (0,),
-        "activation_func_clamp_value": (),
-        "multi_latent_attention": (False,),
-        "experimental_attention_variant": (),
-        "linear_attention_freq": (),
-        "is_hybrid_model": (False,),
-        "mtp_num_layers": (0,),
-        "use_mup": (False,),
-    }
+    computed = {"hidden_act": ("silu",), "num_experts": ()}
 
     @classmethod
     def from_original(
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
     ) -> Self:
-        """`params` is config.json, or Megatron's pickled args as plain values; `shapes` those of rank 0,
-        `overrides` facts from the user under their Hugging Face names, which win. ValueError with all that is
-        missing and that this pass does not compute."""
-        words = next((name for name in sorted(shapes) if name.endswith(WORDS)), None)
-        said = _in_hf_names(params)
-        if said.get("use_rope_scaling") and "rope_scaling" not in overrides:
-            said["rope_scaling"] = _stretched(said.get("rope_scaling_factor"))
-        facts = told(said, overrides, ranks if words is None else 1)
-        refuse(only(facts, cls.computed))
-        if words is None:
-            refuse(unread(facts, {*READ, *ARGS, *cls.computed}))
-            return cls(**numbers(facts, tied(AS_PUBLISHED, facts), shapes), biased=("qkv",))
-        names = _of_megatron(words, shapes, facts.get("tie_word_embeddings"))
-        rows = first(facts.get("vocab_size"), shapes[words][0] * ranks)  # those after it are padding
-        return cls(**numbers(facts, names, shapes), biased=("qkv",), n_words=int(rows))
+        """`params` is config.json, or what Megatron's files carry; else as `Published` has it."""
+        if megatron_core.words_of(shapes) is not None:
+            return cls(**megatron_core.made(params, shapes, ranks, overrides, biased=True))
+        return super().from_original(params, shapes, ranks, overrides)
 
-
-def _stretched(factor: Any) -> dict[str, Any]:
-    """What `RotaryEmbedding._apply_scaling` computes by default (core_v0.12.0, rotary_pos_embedding.py); the
-    argument for another factor reached it in some releases only."""
-    if factor not in (None, 8):
-        raise ValueError(f"expected `rope_scaling_factor` 8 or rope_scaling given by name, found {factor}")
-    turned = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-    return {"rope_type": "llama3", "factor": 8, **turned}
-
-
-def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
-    args = params.get("args")
-    made = {**params, **(args if isinstance(args, Mapping) else {})}
-    made |= {name: first(*(made.get(n) for n in (name, *others))) for name, others in ARGS.items()}
-    marked = made.get("no_rope_freq")  # layers marked 1 are not turned
-    if isinstance(marked, list) and not any(marked):
-        del made["no_rope_freq"]
-    if made.get("window_size") in ([-1, -1], [-1, 0]):  # all that is before a token
-        del made["window_size"]
-    if "num_query_groups" in made:  # args have a number of groups even where queries are not grouped
-        grouped = made.get("group_query_attention")
-        made["num_key_value_heads"] = made["num_query_groups" if grouped else "num_attention_heads"]
-    if "untie_embeddings_and_output_weights" in made:
-        made["tie_word_embeddings"] = not made["untie_embeddings_and_output_weights"]
-    return made
-
-
-def _of_megatron(words: str, shapes: Shapes, tied: bool | None) -> Names:
-    root = words.removesuffix(WORDS)
-    block, output = root + "decoder.layers.", root + "output_layer.weight"
-    # Transformer Engine has the norms in the layers after them.
-    engine = f"{block}0.self_attention.linear_qkv.layer_norm_weight" in shapes
-    # The last pipeline stage has a copy of tied words.
-    own_output = output in shapes or (tied is not None and not tied)
-    return Names(
-        word=words,
-        block=block,
-        norm_1="self_attention.linear_qkv.layer_norm_" if engine else "input_layernorm.",
-        qkv=("self_attention.linear_qkv.",),
-        out="self_attention.linear_proj.",
-        norm_2="mlp.linear_fc1.layer_norm_" if engine else "pre_mlp_layernorm.",
-        units=("mlp.linear_fc1.",),
-        down="mlp.linear_fc2.",
-        final_norm=root + "decoder.final_layernorm.",
-        output=output if own_output else words,
-    )
+    @classmethod
+    def traits(cls, facts: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+        return {"biased": ("qkv",)}

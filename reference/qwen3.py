@@ -6,8 +6,10 @@ for its numbers.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
+from ckpt_tool.reference import megatron_core
+from ckpt_tool.reference.facts import Shapes
 from ckpt_tool.reference.published import Published
 
 
@@ -21,6 +23,15 @@ class Config(Published):
         "max_window_layers": 28,
     }
     computed = {"hidden_act": ("silu",), "attention_bias": (False,), "num_experts": ()}
+
+    @classmethod
+    def from_original(
+        cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any]
+    ) -> Self:
+        """`params` is config.json, or what Megatron's files carry; else as `Published` has it."""
+        if megatron_core.words_of(shapes) is not None:
+            return cls(**megatron_core.made(params, shapes, ranks, overrides))
+        return super().from_original(params, shapes, ranks, overrides)
 
     @classmethod
     def traits(cls, facts: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:

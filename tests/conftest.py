@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,19 @@ settings.register_profile("suite", deadline=None, derandomize=True)  # the same 
 settings.load_profile("suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
+
+
+def _keep_freed_memory() -> None:
+    """Memory that was freed is used again and not given back: a pass over the long prompt frees and takes
+    megabytes at each operation, and a third of its time would go into fresh pages. Of this process alone:
+    programs that tests start allocate as they do for everybody."""
+    trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
+    with suppress(AttributeError):  # another C library
+        for option in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
+
+
+_keep_freed_memory()
 
 Written = Callable[[str], Path]
 SHARED_REAL = Path(__file__).parents[2] / "shared" / "real"

@@ -41,9 +41,9 @@ def lines_of_code(text: str) -> int:
 def row(folder: Path, files: dict[str, str]) -> tuple[int, dict[str, Any]]:
     """Exit code and the row of `ckpt-tool table` from a copy of the tree with these files in it."""
     tree = folder / "ckpt_tool"
-    shutil.copytree(ROOT / "ckpt_tool", tree, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "ckpt_tool", tree)
     for room in ROOMS:
-        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / room, tree / room)
     for path, text in files.items():
         assert not (tree / path).exists()
         (tree / path).write_text(text, encoding="utf-8")

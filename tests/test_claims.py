@@ -323,6 +323,9 @@ def test_recorded_settings_that_the_source_does_not_tell_are_listed(pair: Pair) 
         assert name in note.message
 
 
+OWN = ("original", "options", "family", "direction")  # of a manifest, what a dialect reads
+
+
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where something stands in a JSON value; of a list its first entry."""
     if at:
@@ -345,23 +348,25 @@ def with_value(content: Any, at: tuple[Any, ...], value: Any) -> Any:
 
 @pytest.mark.parametrize("variant", [PLAIN, "bert-v2-tp2", "opt-350m"])
 def test_no_value_of_a_manifest_ends_in_a_traceback(variant: str, pair: Pair) -> None:
-    """Everything is either read, or `bad-config`, or told as a finding; on the way back too."""
+    """Everything is either read, or `bad-config`, or told as a finding; on the way back too. Of a second
+    family what its own dialect reads: the rest is read for all by the same lines."""
     source, out = pair(variant)
     path = out / "ckpt-tool.json"
     right = json.loads(path.read_text())
-    refused = 0
-    for at in paths(right):
+    refused, tried = 0, 0
+    for at in paths(right if variant == PLAIN else {k: right[k] for k in OWN}):
         for value in (None, True, -1, "x", [], [1], {}):
             path.write_text(json.dumps(with_value(right, at, value)))
             for attempt in (
                 lambda: verify(out, levels="coverage", no_source=True),
                 lambda: api.plan(out, family=VARIANTS[variant].family, to="original"),
             ):
+                tried += 1
                 try:
                     attempt()
                 except CkptToolError as error:
                     refused += error.kind == "bad-config"
-    assert refused > 100
+    assert refused > tried / 5
 
 
 def test_a_given_fact_that_the_source_contradicts_is_no_parity(

@@ -13,7 +13,7 @@ import torch
 
 from ckpt_tool.fixtures.flaws import Folder
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import against_transformers, parity, verify
+from ckpt_tool.verify import against_transformers, library, parity, verify
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.sides import Change
 
@@ -159,7 +159,7 @@ def test_a_judge_that_cannot_load_a_right_output_is_no_difference(
     def raises(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(against_transformers, "_load", raises)
+    monkeypatch.setattr(library, "load", raises)
     found = run("llama-2-7b", conversions("llama-2-7b"), originals("llama-2-7b"), against="transformers")
     assert (found.exit_code, of(found, "load", "transformers").status) == (2, "undecided")
     assert str(error) in of(found, "load", "transformers").message

@@ -3,6 +3,8 @@ what an architecture's reading says of its own mistakes, and heads that give no 
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert.plan import Foretold
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks
+from ckpt_tool.fixtures.flaws import plant
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, mapped
+from ckpt_tool.verify import library, other_release, verify
 from ckpt_tool.verify.compute import Readings, _asked_of, _lengths, _with_vocabulary
 from ckpt_tool.verify.mistakes import to_plant, to_undo
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.parity import Parity, findings, lockstep
 from ckpt_tool.verify.prompts import Lengths, Prompt, cut, positions, prompts_for, with_inputs
+from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.sides import Sample, Side, mask_of
 from ckpt_tool.verify.weights import Weights
 
+Written = Callable[[str], Path]
 WIDTH, WORDS, NAMED = 6, 40, 12
 SHAPES = {
     "words": (WORDS, WIDTH), "names": (NAMED, WIDTH), "places": (64, WIDTH), "first": (WIDTH, WIDTH),
@@ -334,3 +341,134 @@ def test_the_noise_of_a_convolution_is_measured() -> None:
     with ReversedSums():
         other = torch.nn.functional.conv1d(x, w, b, stride=4)
     assert 0 < float((one - other).abs().max()) < 1e-4
+
+
+OLDER = Path(__file__).parents[1] / ".judges" / "tf4.37"
+JUDGED = "llama-2-7b"
+
+
+# --- differences foretold in any phase ------------------------------------------------------------------
+
+
+def bounded(x: Streams, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Streams:
+    """Nothing may move but what is named: by 1 each, padding by nothing."""
+    assert i == 0 and c.scale == 3.0
+    words = torch.ones_like(x.words) if mask is None else torch.ones_like(x.words) * mask[..., None]
+    return Streams(words, None if x.entities is None else torch.ones_like(x.entities))
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "pass"), (1e-3, "fail")])
+def test_a_difference_foretold_in_a_layer_of_streams(
+    factor: float, status: str, sided: Callable[..., Side]
+) -> None:
+    def bound(**asked: Any) -> Streams:
+        return mapped(lambda t: t * factor, bounded(**asked))  # type: ignore[no-any-return]
+
+    def named(x: Streams, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Streams:
+        return bound(x=x, i=i, ranks=ranks, c=c, mask=mask)
+
+    module: Any = SimpleNamespace(**{**vars(READING), "bounds": {"layer": named}})
+    original, converted = sided(module), sided(module, {**RAW, "scale": 3.0}, scale=3.0)
+    known: Any = Foretold("other-scale", "two scales", {"scale": 2.0}, (0,))  # type: ignore[arg-type]
+    subject: Any = SimpleNamespace(plan=SimpleNamespace(foretold=[known]), source=None, config=RAW)
+    subject.plan.steps, subject.plan.config, subject.plan.direction = [], {}, "to-hf"
+    lengths = _lengths([original, converted])
+    rows = prompts_for({**RAW, "vocab_size": WORDS}, None, table=62, lengths=lengths)
+    prompts = with_inputs(rows, original.inputs, {**RAW, "vocab_size": WORDS}, lengths)
+    result = lockstep(subject, original, converted, prompts)
+    assert all(s.holds for s in result.steps)
+    made = findings(result, original, converted, prompts, ["other-scale"])
+    (found,) = (f for f in made if f.check == "foretold")
+    assert (found.where, found.status) == ("layer 0", status), found.message
+    assert found.bar == pytest.approx(factor) and 1e-3 < (found.measured or 0) < 1.0
+
+
+# --- transformers of another environment ----------------------------------------------------------------
+
+
+@pytest.fixture
+def without_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed release has no class that any output is of."""
+    monkeypatch.setattr(library, "installed", lambda: SimpleNamespace(__version__="9.9"))
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+
+
+def against(out: Path, source: Path, elsewhere: Path | None) -> Report:
+    return verify(out, source, levels=(), against="transformers", transformers_python=elsewhere)
+
+
+def told(report: Report, check: str) -> Finding:
+    (found,) = (f for f in report.level("transformers") if f.check == check)
+    return found
+
+
+@pytest.mark.skipif(not OLDER.is_dir(), reason="transformers 4.37.2 is not set up; `make test` does it")
+@pytest.mark.parametrize("named", ["python", "variable"])
+def test_a_release_elsewhere_judges_what_the_installed_one_lacks(
+    named: str, originals: Written, conversions: Written, tmp_path: Path,
+    without_the_class: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={OLDER} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    if named == "variable":
+        monkeypatch.setenv(library.VARIABLE, str(OLDER))
+    report = against(conversions(JUDGED), originals(JUDGED), python if named == "python" else None)
+    assert (report.exit_code, told(report, "load").status) == (0, "pass")
+    found = told(report, "logits")
+    assert found.message.startswith("transformers 4.37.2, eager, against the original layout's reading")
+    assert found.status == "pass" and 0 < found.data["nmse"] <= 1e-10
+
+
+@pytest.mark.skipif(not OLDER.is_dir(), reason="transformers 4.37.2 is not set up; `make test` does it")
+def test_a_release_elsewhere_finds_differences(
+    originals: Written, conversions: Written, tmp_path: Path, without_the_class: None
+) -> None:
+    folder = Path(shutil.copytree(conversions(JUDGED), tmp_path / "out"))
+    plant(folder, "norm-eps")
+    report = against(folder, originals(JUDGED), OLDER)
+    assert (report.exit_code, told(report, "logits").status) == (1, "fail")
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        (None, "transformers 9.9 has no LlamaForCausalLM; --transformers-python PATH (or CKPT_TOOL_"),
+        ("none", "none cannot be started: No such file or directory; --transformers-python"),
+        ("silent", "silent ended with exit code 3 and no answer (it said nothing); --transformers-python"),
+        ("bare", "cannot import what it takes (ModuleNotFoundError: No module named 'no_such_package')"),
+        ("lacking", "neither this release of transformers nor 4.0 of "),
+    ],
+)  # fmt: skip
+def test_where_no_release_judges_nothing_passes(
+    where: str | None, words: str, originals: Written, conversions: Written, tmp_path: Path,
+    without_the_class: None,
+) -> None:  # fmt: skip
+    lines = {
+        "silent": "exit 3",
+        "bare": f'exec {sys.executable} "$@"',
+        "lacking": f'exec {sys.executable} "$@"',
+    }
+    path = None if where is None else tmp_path / where
+    if path is not None and where in lines:
+        (tmp_path / "transformers.py").write_text(
+            "import no_such_package" if where == "bare" else "__version__ = '4.0'"
+        )
+        path.write_text(f"#!/bin/sh\nexport PYTHONPATH={tmp_path}\n{lines[str(where)]}\n")
+        path.chmod(0o755)
+    report = against(conversions(JUDGED), originals(JUDGED), path)
+    found = told(report, "logits")
+    assert (report.exit_code, found.status) == (2, "skipped")
+    assert words in found.message
+
+
+def test_an_input_that_a_class_does_not_take_is_not_left_out() -> None:
+    class Model:
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> None: ...
+
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assert library.arguments(Model(), ids, {"mask": ids}).keys() == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="expected entity_ids, token_type_ids among the arguments"):
+        library.arguments(Model(), ids, {"token_types": ids, "entity_ids": ids})
+    with pytest.raises(ValueError, match="expected token_type_ids among the arguments"):
+        other_release.compute(torch, Model(), {"input_ids": ids, "token_type_ids": ids}, "cpu")

@@ -22,7 +22,7 @@ from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Asked, Claim
 from ckpt_tool.verify.confirm import confirm
-from ckpt_tool.verify.coverage import coverage, scan
+from ckpt_tool.verify.coverage import Scan, coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.prompts import Prompts, read_prompts
@@ -49,6 +49,7 @@ def verify(
     device: str = "cpu",
     checkpoint_id: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    transformers_python: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
@@ -61,13 +62,15 @@ def verify(
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
-    under their Hugging Face names; those recorded in the output's manifest are known already. Raises
-    `CkptToolError` for what cannot be opened; everything else is a finding."""
+    under their Hugging Face names; those recorded in the output's manifest are known already.
+    `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
+    one lacks (None: CKPT_TOOL_TRANSFORMERS). Raises `CkptToolError` for what cannot be opened; all else is a
+    finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
     _check_one(source, no_source)
-    accepted = tuple(accept)
+    accepted, elsewhere = tuple(accept), transformers_python
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
         prompts = read_prompts(prompts)  # before anything large is in memory
@@ -78,10 +81,7 @@ def verify(
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source)
-        scans = []
-        if {"coverage", "bits"} & set(asked):
-            tell("reading the output")
-            scans = list(scan(subject.output))
+        scans = _scanned(subject, asked, tell)
         if "coverage" in asked:
             report.findings += coverage(subject, scans)
             report.findings += documents(subject)
@@ -91,11 +91,19 @@ def verify(
             tell("bits: comparing with the source")
             report.findings += bits(subject, scans)
         if {"parity", "documented"} & set(asked) or against is not None:
-            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted)
+            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere)
             report.findings += _computed(subject, wanted, report.facts, tell)
         report.findings += by_bits(subject, report.findings)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
+
+
+def _scanned(subject: Subject, asked: Iterable[str], tell: Callable[[str], None]) -> list[Scan]:
+    """What the levels that look at every byte of the output share."""
+    if not {"coverage", "bits"} & set(asked):
+        return []
+    tell("reading the output")
+    return list(scan(subject.output))
 
 
 def _computed(

@@ -1,37 +1,32 @@
-"""A judge that is not ours: `transformers` loads the output as any user would, and its logits are held
-against the original layout's own reading.
-
-Eager attention is asked for, since other kernels have deviated from the models: sdpa ignores the sliding
-window in transformers 4.37, flash kernels see one key more or less (transformers issues 28980, 29623)."""
+"""A judge that is not ours: `transformers` loads the output as any user would, and what its heads give is
+held against the original layout's own reading."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from inspect import signature
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.convert.plan import Foretold
-from ckpt_tool.verify import foretold, logits
+from ckpt_tool.verify import foretold, library, logits
+from ckpt_tool.verify.library import Library, NotLoaded, Unavailable, one_line, release
 from ckpt_tool.verify.measure import CAPS, MARGIN, Bar
 from ckpt_tool.verify.missing import not_run
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt
-from ckpt_tool.verify.report import Finding, Status, shown
+from ckpt_tool.verify.report import Finding, Status, number, shown
 from ckpt_tool.verify.sides import Phase, Sample, Side, tensors
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "transformers"
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # What the library says when weights and model do not fit together; other warnings are about other things.
 ABOUT_WEIGHTS = re.compile(
     r"newly initialized|not initialized|not used when|missing|unexpected|mismatch|reinitiali[sz]ed|"
@@ -50,11 +45,12 @@ OF_THE_FILES = re.compile(
 class Judged:
     """`reference` is what the library is held against: the original's reading, or the converted one without a
     source. `converted` is that of config.json, where it can be read and is not the reference. `accepted` are
-    names of foretold differences."""
+    names of foretold differences, `elsewhere` where the user has another release (verify.library)."""
 
     reference: Side
     converted: Side | None
     accepted: tuple[str, ...] = ()
+    elsewhere: str | os.PathLike[str] | None = None
 
 
 def finding(check: str, status: Status, message: str, **more: Any) -> Finding:
@@ -72,46 +68,76 @@ def against_transformers(
 ) -> list[Finding]:
     """The findings of this comparison. What the library raises is no difference: it could not be judged then,
     unless the files of the output are at fault."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import transformers
-        except ImportError as error:
-            return [not_run(LEVEL, "import", error)]
     assert subject.hf is not None
     if (reason := _unaffordable(subject, dtype, device)) is not None:
         return [finding("load", "skipped", reason)]
-    if progress is not None:
-        progress(f"transformers {transformers.__version__}: loading")
-    deviations = [
-        finding("deviation", "note", text) for text in _deviations(subject, transformers.__version__)
-    ]
-    said: list[str] = []
-    version = transformers.__version__
     try:
-        model, info = _load(transformers, subject, dtype, device, said)
-    except Exception as error:  # a library may raise anything
-        text = f"transformers {version} cannot load the output: {_one_line(error)}"
-        if deviations and _version(version) < (4, 43):
+        judge = _judge(subject, library.elsewhere(judged.elsewhere))
+    except ImportError as error:
+        return [not_run(LEVEL, "import", error)]
+    except Unavailable as reason:
+        return [finding("logits", "skipped", str(reason), data={"open": True})]
+    try:
+        made = _loaded(judge, subject, prompts, dtype, device, progress)
+    except Unavailable as reason:
+        return [finding("logits", "skipped", str(reason), data={"open": True})]
+    except NotLoaded as error:
+        text = f"transformers {error.version} cannot load the output: {error.error}"
+        deviations = _deviations(subject, error.version)
+        if deviations and release(error.version) < (4, 43):
             return [finding("load", "skipped", text), *deviations]
-        return [finding("load", _fault(transformers, subject, error), text), *deviations]
-    made = [*_loading(version, info, said), *deviations]
+        return [finding("load", _fault(judge, subject, error), text), *deviations]
+    version = made.version
+    loading = [*_loading(version, made.info, made.said), *_deviations(subject, version)]
     try:
-        return [*made, *_logits(version, subject, model, judged, prompts, progress)]
+        return [*loading, *_logits(subject, made, judged, prompts, progress)]
     except Exception as error:
-        text = f"transformers {version} cannot compute it in {dtype}: {_one_line(error)}"
-        return [*made, finding("logits", "undecided", text)]
+        text = f"transformers {version} cannot compute it in {dtype}: {one_line(error)}"
+        return [*loading, finding("logits", "undecided", text)]
 
 
-def _one_line(error: Exception) -> str:
-    return shown(" ".join(f"{type(error).__name__}: {error}".split()), 400)
+def _judge(subject: Subject, other: Path | None) -> Any:
+    """The installed release where it has the architecture, else the Python of another that the user named.
+    ImportError or Unavailable where there is neither."""
+    try:
+        transformers = library.installed()
+    except ImportError:
+        if other is None:
+            raise
+        return other
+    try:
+        architecture = library.architecture_of(subject)
+    except ValueError:
+        return transformers  # which tells what is wrong when it loads
+    if hasattr(transformers, architecture):
+        return transformers
+    if other is None:
+        text = f"transformers {transformers.__version__} has no {architecture}"
+        raise Unavailable(f"{text}; {library.HINT}")
+    return other
 
 
-def _fault(transformers: Any, subject: Subject, error: Exception) -> Status:
+def _loaded(
+    judge: Any,
+    subject: Subject,
+    prompts: Mapping[str, Prompt],
+    dtype: str,
+    device: str,
+    progress: Callable[[str], None] | None,
+) -> Library:
+    if progress is not None:
+        progress(f"transformers {getattr(judge, '__version__', judge)}: loading")
+    make = library.there if isinstance(judge, Path) else library.here
+    return make(judge, subject, prompts, dtype, device)
+
+
+def _fault(transformers: Any, subject: Subject, error: NotLoaded) -> Status:
     """Whether the output is at fault for an exception while it was loaded: its files, or a config.json of
     which the library makes no model."""
-    if isinstance(error, FileNotFoundError) or OF_THE_FILES.search(_one_line(error)):
+    if isinstance(error.own, FileNotFoundError) or OF_THE_FILES.search(error.error):
         return "fail"
+    if error.own is None:
+        return "undecided"  # raised elsewhere, where no model is made of config.json alone
     assert subject.hf is not None
     (architecture, *_) = subject.config.get("architectures") or [""]
     chosen = getattr(transformers, str(architecture), None)
@@ -128,10 +154,6 @@ def _fault(transformers: Any, subject: Subject, error: Exception) -> Status:
     return "undecided"
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(p) for p in text.split(".")[:2] if p.isdecimal())
-
-
 def _unaffordable(subject: Subject, dtype: str, device: str) -> str | None:
     assert subject.hf is not None
     itemsize = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
@@ -143,57 +165,6 @@ def _unaffordable(subject: Subject, dtype: str, device: str) -> str | None:
     if need <= free:
         return None
     return f"the whole model takes {need / 1e9:.1f} GB in {dtype}, {free / 1e9:.1f} GB are free"
-
-
-def _load(transformers: Any, subject: Subject, dtype: str, device: str, said: list[str]) -> tuple[Any, Any]:
-    """The model in eval mode and what loading reports; warnings that were logged or raised are added to
-    `said`."""
-    assert subject.hf is not None and subject.family is not None
-    (architecture, *_) = subject.config.get("architectures") or [""]
-    if architecture not in subject.family.architectures:  # a name in a file decides nothing but this
-        raise ValueError(f"expected one of {subject.family.architectures}, found {architecture!r}")
-    chosen = getattr(transformers, architecture)
-    word = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
-    more: dict[str, Any] = {word: getattr(torch, dtype)}
-    if _version(transformers.__version__) >= (5, 0) and any(map(subject.config.get, EXPERTS)):
-        more["experts_implementation"] = "eager"  # the default, a grouped product, has no float64
-    transformers.utils.logging.disable_progress_bar()
-    with _listening(said):
-        model, info = chosen.from_pretrained(
-            os.fspath(subject.hf.path),
-            attn_implementation="eager",
-            output_loading_info=True,
-            local_files_only=True,
-            **more,
-        )
-    return model.to(device).eval(), info
-
-
-@contextmanager
-def _listening(said: list[str]) -> Iterator[None]:
-    """What the library logs or raises as a warning inside is added to `said`, and printed nowhere."""
-    logger = logging.getLogger("transformers")
-    before = logger.propagate, logger.handlers[:]
-    logger.handlers, logger.propagate = [_Listener(said)], False
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        own = [w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning)]
-        said += [str(w.message) for w in own]
-    finally:
-        logger.propagate, logger.handlers = before
-
-
-class _Listener(logging.Handler):
-    """Collects what the library logs as a warning or worse."""
-
-    def __init__(self, said: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.said = said
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
 
 
 def _loading(version: str, info: Mapping[str, Any], said: list[str]) -> list[Finding]:
@@ -214,80 +185,145 @@ def _loading(version: str, info: Mapping[str, Any], said: list[str]) -> list[Fin
     return [finding("load", "pass", text), finding("warnings", "note", note, data={"warnings": said[:20]})]
 
 
-def _deviations(subject: Subject, version: str) -> list[str]:
-    """Where this release is known not to compute what the model is, in words."""
-    made, release, config = [], _version(version), subject.config
-    if isinstance(config.get("sliding_window"), int) and release < (4, 43):
+def _deviations(subject: Subject, version: str) -> list[Finding]:
+    """Where this release is known not to compute what the model is."""
+    made, config = [], subject.config
+    if isinstance(config.get("sliding_window"), int) and release(version) < (4, 43):
         made.append(
             f"transformers {version} ignores the sliding window in its default sdpa attention; eager does not"
         )
     width = config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
-    if config.get("head_dim") not in (None, width) and release < (4, 43):
+    if config.get("head_dim") not in (None, width) and release(version) < (4, 43):
         made.append(
             f"transformers {version} has no head_dim and takes hidden_size / num_attention_heads = {width}"
         )
-    if (config.get("rope_scaling") or {}).get("rope_type") == "llama3" and release < (4, 43):
+    if (config.get("rope_scaling") or {}).get("rope_type") == "llama3" and release(version) < (4, 43):
         made.append(f"transformers {version} does not know rope_type llama3")
-    return made
+    return [finding("deviation", "note", text) for text in made]
 
 
-def _logits(
-    version: str,
-    subject: Subject,
-    model: Any,
+@dataclass
+class Passes:
+    """What was computed of each prompt: by head the passes to compare, and where a difference is foretold the
+    original's own result with the library's. `lacking` are heads that the library does not
+    give, `more` its outputs that no head of ours is."""
+
+    by_head: dict[str, list[logits.Pass]] = field(default_factory=dict)
+    raws: dict[str, dict[str, tuple[Sample, Tensor]]] = field(default_factory=dict)
+    lacking: set[str] = field(default_factory=set)
+    more: set[str] = field(default_factory=set)
+    said: list[str] = field(default_factory=list)
+
+
+def _passes(
+    made: Library,
     judged: Judged,
+    expected: Mapping[Phase, Foretold],
     prompts: Mapping[str, Prompt],
     progress: Callable[[str], None] | None,
-) -> list[Finding]:
-    reference = judged.reference
-    dtype = reference.weights[0].dtype
-    passes: dict[str, list[logits.Pass]] = {}
-    raws: dict[str, dict[str, tuple[Sample, Tensor]]] = {}
-    expected = foretold.expected(subject) if judged.converted is not None else {}
-    said: list[str] = []
+) -> Passes:
+    found, reference, trunk = Passes(), judged.reference, _trunk(judged, expected)
     for name, prompt in prompts.items():
         if progress is not None:
-            progress(f"transformers {version}: prompt {name}")
+            progress(f"transformers {made.version}: prompt {name}")
         ids, given = tensors(prompt, reference.weights[0].device)
         ours = reference.outputs(ids, given)
         with ReversedSums():
             noisy = reference.outputs(ids, given)
-        with _listening(said), torch.inference_mode():
-            out = model(**_arguments(model, ids, given))
-        for head, wanted in ours.items():
-            if (found := _of(out, head)) is None:
-                continue  # of a class that does not give it
-            found = found.to(wanted.dtype)
-            if head in expected:
+        out, said = made.compute(name)
+        found.said += said
+        used = {head: _name(out, head, wanted, ours) for head, wanted in ours.items()}
+        found.lacking |= {head for head, name in used.items() if name is None}
+        found.more |= {n for n, x in out.items() if isinstance(x, Tensor)} - {*used.values()} - {"loss"}
+        for head, output in used.items():
+            if output is None:
+                continue
+            wanted, its = ours[head], out[output].to(ours[head].dtype)
+            if head in expected or trunk:
                 assert judged.converted is not None
-                encoded = reference.encode(ids, given)
-                raws.setdefault(head, {})[name] = Sample(encoded, wanted, given), found
-                wanted = judged.converted.run(head, encoded)
+                found.raws.setdefault(head, {})[name] = Sample(ids, wanted, given), its
+                wanted = _wanted(reference, judged.converted, head, ids, given, trunk)
                 with ReversedSums():
-                    noisy[head] = judged.converted.run(head, reference.encode(ids, given))
-            passes.setdefault(head, []).append(
-                logits.Pass(name, Sample(ids, wanted, given), found, noisy[head])
-            )
+                    noisy[head] = _wanted(reference, judged.converted, head, ids, given, trunk)
+            one = logits.Pass(name, Sample(ids, wanted, given), its, noisy[head])
+            found.by_head.setdefault(head, []).append(one)
+    return found
+
+
+def _trunk(judged: Judged, expected: Mapping[Phase, Foretold]) -> bool:
+    """Whether a difference is foretold before the heads, so that it reaches all of them."""
+    heads = {"head", *judged.reference.heads()}
+    return bool(expected.keys() - heads)
+
+
+def _logits(
+    subject: Subject,
+    library: Library,
+    judged: Judged,
+    prompts: Mapping[str, Prompt],
+    progress: Callable[[str], None] | None,
+) -> list[Finding]:
+    reference, version = judged.reference, library.version
+    dtype = reference.weights[0].dtype
+    expected = foretold.expected(subject) if judged.converted is not None else {}
+    found, trunk = _passes(library, judged, expected, prompts, progress), _trunk(judged, expected)
     side = "the original layout's reading" if subject.original is not None else "our reading (no source)"
     words = f"transformers {version}, eager, against {side}"
     made = []
-    for head, own in passes.items():
-        rows = int(subject.config.get("vocab_size") or 0)
-        results = _by_prompt(own, dtype, logits.kind_of(head, own[0].sample.wanted, rows))
-        text = f"{words}, {expected[head].name} aside" if head in expected else words
+    for head, own in found.by_head.items():
+        vocabulary = (judged.converted or reference).vocabulary
+        results = _by_prompt(own, dtype, logits.kind_of(head, own[0].sample.wanted, vocabulary))
+        known = [expected[head]] if head in expected else [*expected.values()] if trunk else []
+        text = f"{words}, {known[0].name} aside" if known else words
         verdict = logits.finding(LEVEL, text, results, dtype, None if head == "head" else head)
         if verdict.status == "fail":
-            converted = judged.converted if head in expected else None
-            verdict = _by_rounding(verdict, own, prompts, reference, converted)
+            verdict = _by_rounding(verdict, own, prompts, judged, bool(known), trunk)
         made.append(verdict)
-        if head in expected:
+        if head in expected and not trunk:
             alone = verdict.status == "pass"
             bars = {name: x.bar for name, x in results.items()}
-            made += _foretold(judged, expected[head], head, raws[head], bars, alone)
-    if said:
-        text = f"transformers {version} warns while it computes: {said[0]}"
-        made.append(finding("warnings", "note", shown(text, 400), data={"warnings": said[:20]}))
+            made += _foretold(judged, expected[head], head, found.raws[head], bars, alone)
+    if trunk:
+        made += _of_the_whole(judged, expected, found)
+    return [*made, *_not_compared(found, version)]
+
+
+def _of_the_whole(judged: Judged, expected: Mapping[Phase, Foretold], found: Passes) -> list[Finding]:
+    """Of each difference that is foretold before the heads, what all that are come to at their end."""
+    sizes = [sample.of(its) for raws in found.raws.values() for sample, its in raws.values()]
+    worst = max(sizes, key=lambda d: d.max_delta)
+    size = f"largest |delta| {number(worst.max_delta)} of values up to {number(worst.magnitude)}"
+    known = {f.name: f for f in expected.values()}
+    return [foretold.of_the_whole(LEVEL, f, size, name in judged.accepted) for name, f in known.items()]
+
+
+def _not_compared(found: Passes, version: str) -> list[Finding]:
+    """What the library does not give, or gives beside, and what it warned of."""
+    made = []
+    if silent := sorted(found.lacking - found.by_head.keys()):
+        status: Status = "undecided" if "head" in silent and not found.by_head else "note"
+        text = f"transformers {version} gives no {', '.join(silent)} for the class in config.json"
+        made.append(finding("logits", status, f"{text}: not compared"))
+    if found.more:
+        text = f"{', '.join(sorted(found.more))} of transformers {version} has no reading of ours beside it"
+        made.append(finding("unseen", "note", f"{text}: not compared"))
+    if found.said:
+        text = f"transformers {version} warns while it computes: {found.said[0]}"
+        made.append(finding("warnings", "note", shown(text, 400), data={"warnings": found.said[:20]}))
     return made
+
+
+def _name(out: Mapping[str, Any], head: str, wanted: Tensor, ours: Collection[str]) -> str | None:
+    """What the library calls a head that we know by its name for it: of a class with one the logits are
+    `logits`, whichever it is, beside others `prediction_logits`; of one without any the head is the last
+    hidden state, which classes that put one of `ours` on it do not give."""
+    main = [n for n in ("logits", "prediction_logits", "last_hidden_state") if n not in ours]
+    held = [n for n in (main if head == "head" else [head, *main]) if out.get(n) is not None]
+    alike = [n for n in held if out[n].shape == wanted.shape]
+    if head != "head":
+        return head if head in held else "logits" if "logits" in alike else None
+    fallback = [n for n in held if n != "last_hidden_state" and out[n].ndim == wanted.ndim]
+    return next(iter([*alike, *fallback]), None)
 
 
 def _by_prompt(passes: list[logits.Pass], dtype: torch.dtype, kind: logits.Kind) -> dict[str, logits.Logits]:
@@ -307,22 +343,25 @@ def _foretold(
 ) -> list[Finding]:
     """The difference itself, the library's result against the original's, against the bound."""
     assert judged.converted is not None
-    made = {
-        name: foretold.raw(judged.converted, head, sample, found, bars[name].max_delta)
-        for name, (sample, found) in raws.items()
-    }
+    made = {}
+    for name, (sample, found) in raws.items():
+        encoded = replace(sample, x=judged.reference.encode(sample.x, sample.given))
+        made[name] = foretold.raw(judged.converted, head, encoded, found, bars[name].max_delta)
     largest = max(bars.values(), key=lambda b: b.max_delta)
     met = foretold.Met(known, head, made, largest, alone)
     return foretold.findings(LEVEL, [met], judged.accepted)
 
 
 def _wanted(
-    reference: Side, converted: Side | None, head: str, ids: Tensor, given: Mapping[str, Tensor]
+    reference: Side, converted: Side | None, head: str, ids: Tensor, given: Mapping[str, Tensor], trunk: bool
 ) -> Tensor:
     """What the library is to compute: the reference's result of a head, or what `converted` makes of the
-    reference's last layer where the head itself is foretold to differ."""
+    reference's last layer where the head itself is foretold to differ, of the whole where what comes before
+    is (`trunk`)."""
     if converted is None:
         return reference.outputs(ids, given)[head]
+    if trunk:
+        return converted.outputs(ids, given)[head]
     found: Tensor = converted.run(head, reference.encode(ids, given))
     return found
 
@@ -331,13 +370,16 @@ def _by_rounding(
     verdict: Finding,
     passes: Collection[logits.Pass],
     prompts: Mapping[str, Prompt],
-    reference: Side,
-    converted: Side | None,
+    judged: Judged,
+    known: bool,
+    trunk: bool,
 ) -> Finding:
     """A difference once more, by what rounding it may be. The library keeps parts of a float64 model in
     float32 (norms, rotary angles), and rounds to 16 bits in other places than the original does: noise of our
     own sums does not show that. Our reading in float32 beside the one in this precision does; a hundred times
-    its NMSE may be rounding, up to the cap of the coarser of the two precisions."""
+    its NMSE may be rounding, up to the cap of the coarser of the two precisions. `known` and `trunk` say
+    what is foretold to differ."""
+    reference, converted = judged.reference, judged.converted if known else None
     weights, head = reference.weights[0], verdict.where or "head"
     name = str(weights.dtype).removeprefix("torch.")
     if name == "float32":
@@ -348,14 +390,14 @@ def _by_rounding(
     worst, bar = 0.0, math.inf
     for p in passes:
         ids, given = tensors(prompts[p.name], weights.device)
-        rounded = p.sample.of(_wanted(other, its, head, ids, given).to(weights.dtype)).nmse
+        rounded = p.sample.of(_wanted(other, its, head, ids, given, trunk).to(weights.dtype)).nmse
         assert p.found is not None
         d, limit = p.sample.of(p.found).nmse, min(cap, MARGIN**2 * rounded)
         if not d <= limit:
             return verdict
         if d >= worst:
             worst, bar = d, limit
-    whole = name == "float64" and verdict.data["top1"] == 1.0
+    whole = name == "float64" and verdict.data.get("top1", 1.0) == 1.0
     why = (
         "transformers keeps norms and rotary angles of a float64 model in float32, whose rounding is the bar"
         if name == "float64"
@@ -368,25 +410,3 @@ def _by_rounding(
     return replace(
         verdict, status=status, message=f"{verdict.message}; {why}", measured=worst, bar=bar, data=data
     )
-
-
-def _arguments(model: Any, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of a call of the model: the mask even if nothing is padded, since some warn without one; no cache."""
-    named = {
-        "attention_mask": given.get("mask", torch.ones_like(ids)),
-        "token_type_ids": given.get("token_types"),
-        "entity_ids": given.get("entity_ids"),
-        "entity_attention_mask": given.get("entity_mask"),
-        "entity_position_ids": given.get("entity_positions"),
-        "use_cache": False,
-    }
-    known = signature(model.forward).parameters
-    return {"input_ids": ids, **{k: v for k, v in named.items() if k in known and v is not None}}
-
-
-def _of(out: Any, head: str) -> Tensor | None:
-    """The logits of a head, by our name for it: the first one of a class is `logits` or, beside others,
-    `prediction_logits`."""
-    names = ("logits", "prediction_logits") if head == "head" else (head,)
-    found: Tensor | None = next((out[name] for name in names if name in out), None)
-    return found

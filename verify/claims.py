@@ -47,6 +47,7 @@ class Asked:
     device: str
     checkpoint_id: str | None
     accept: tuple[str, ...] = ()  # foretold differences that do not fail
+    elsewhere: str | os.PathLike[str] | None = None  # where another release of transformers is
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ def _judged(
         return [Finding("transformers", "logits", "skipped", text)]
     if readings.original is not None and readings.reason is not None and readings.reason[0] != "fail":
         return [Finding("transformers", "logits", *readings.reason)]
-    judged = Judged(judge, None if judge is readings.converted else readings.converted, asked.accept)
+    converted = None if judge is readings.converted else readings.converted
+    judged = Judged(judge, converted, asked.accept, asked.elsewhere)
     return against_transformers(
         subject, judged, prompts, dtype=asked.dtype, device=asked.device, progress=tell
     )

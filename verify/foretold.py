@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 
-from torch import Tensor
+import torch
 
 from ckpt_tool.convert.plan import Foretold
+from ckpt_tool.reference.phases import Tree, leaves
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.report import Finding, Status, Table, number
-from ckpt_tool.verify.sides import Change, Phase, Sample, Side, phase_text
+from ckpt_tool.verify.sides import NOTHING, Change, Phase, Sample, Side, Tensors, phase_text
 from ckpt_tool.verify.subject import Subject
 
 
@@ -53,9 +55,20 @@ class Met:
         return max(self.raw.values(), key=lambda r: (r.distance.max_delta, r.share))
 
 
+EVERY_LAYER = "layer"  # stands for each of them among the phases of a foretold difference
+
+
 def expected(subject: Subject) -> dict[Phase, Foretold]:
     """The foretold difference of each phase that has one."""
-    return {} if subject.plan is None else {p: f for f in subject.plan.foretold for p in f.where}
+    if subject.plan is None:
+        return {}
+    layers: Iterable[Phase] = range(int(subject.config.get("num_hidden_layers") or 0))
+    return {
+        phase: f
+        for f in subject.plan.foretold
+        for where in f.where
+        for phase in (layers if where == EVERY_LAYER else (where,))
+    }
 
 
 def taken_back(side: Side, known: Foretold | None) -> Side:
@@ -63,21 +76,37 @@ def taken_back(side: Side, known: Foretold | None) -> Side:
     return side if known is None else side.changed(Change(known.name, config=known.values))
 
 
-def bound_of(side: Side, phase: Phase, x: Tensor) -> Tensor | None:
-    """By how much the result of the phase may be off at each place; None where the reading has no bound."""
-    found = getattr(side.module, "bounds", {}).get(phase)
-    return None if found is None else found(x, side.ranks, side.config)
+def bound_of(side: Side, phase: Phase, x: Tree, given: Tensors = NOTHING) -> Tree | None:
+    """By how much the result of the phase may be off at each place, in a tree of its tensors; None where the
+    reading has no bound. That of numbered layers is called "layer", and takes the number too; each takes
+    those of the further inputs that it has a parameter for."""
+    known = getattr(side.module, "bounds", {})
+    found = known.get(phase, known.get("layer") if isinstance(phase, int) else None)
+    if found is None:
+        return None
+    asked = {"i": phase, **given}
+    more = {name: value for name, value in asked.items() if name in signature(found).parameters}
+    with torch.inference_mode():
+        return found(x, ranks=side.ranks, c=side.config, **more)
 
 
-def raw(side: Side, phase: Phase, sample: Sample, found: Tensor, slack: float) -> Raw:
+def raw(side: Side, phase: Phase, sample: Sample, found: Tree, slack: float) -> Raw:
     """`found` against the sample's reference and the bound for its input; `slack` is for rounding."""
-    bound = bound_of(side, phase, sample.x)
-    distance = sample.of(found)
-    if bound is None or found.shape != sample.wanted.shape or not math.isfinite(distance.max_delta):
+    bound, distance = bound_of(side, phase, sample.x, sample.given), sample.of(found)
+    limits, wanted, its = ([] if y is None else leaves(y) for y in (bound, sample.wanted, found))
+    alike = len(limits) == len(wanted) and all(
+        b.shape == y.shape for b, y in zip(limits, wanted, strict=True)
+    )
+    if not alike or not math.isfinite(distance.max_delta):
         return Raw(distance, math.nan, math.inf, False)
-    delta, bound = sample.real((found - sample.wanted).abs()), sample.real(bound)
-    inside = bool((delta <= bound + slack).all())
-    return Raw(distance, float(bound.max()), float((delta / (bound + slack)).max()), inside)
+    largest, share, inside = 0.0, 0.0, True
+    for b, y, z in zip(limits, wanted, its, strict=True):
+        if y.is_floating_point() and y.numel():
+            delta, most = sample.real((z - y).abs()), sample.real(b)
+            inside &= bool((delta <= most + slack).all())
+            largest = max(largest, float(most.max()))
+            share = max(share, float((delta / (most + slack)).max()))
+    return Raw(distance, largest, share, inside)
 
 
 def measure(
@@ -88,6 +117,19 @@ def measure(
         name: raw(side, phase, s, side.run(phase, s.x, s.given), bar.max_delta) for name, s in samples.items()
     }
     return Met(known, phase, made, bar, alone)
+
+
+def of_the_whole(level: str, known: Foretold, size: str, accepted: bool) -> Finding:
+    """What a difference in the phases before the heads comes to at the end of a pass, in words, where nothing
+    bounds it."""
+    text = (
+        f"{known.name}, as accepted: {known.reason}; {size}; level parity holds each phase to its bound"
+        if accepted
+        else f"differs as foretold: {known.reason}; {size}; all else agrees; --accept {known.name} accepts it"
+    )
+    exactness = "within the foretold difference" if accepted else "differs"
+    data = {"foretold": known.name, "exactness": exactness}
+    return Finding(level, "foretold", "note" if accepted else "fail", text, data=data)
 
 
 def findings(level: str, met: Iterable[Met], accepted: Collection[str]) -> list[Finding]:

@@ -20,9 +20,11 @@ from torch import Tensor
 
 import ckpt_tool.reference as reference
 import ckpt_tool.reference.phases as protocol
+from ckpt_tool.checkpoint.arguments import MODEL_ARGUMENTS, read_arguments
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.checkpoint.weight_sets import is_settings
 from ckpt_tool.convert.copies import copied_rows
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
@@ -314,11 +316,13 @@ def _side(
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the publisher says about the model: params.json, or what the weight files carry beside the
-    tensors, pickled args as plain values among it."""
-    for name in ("params.json", "config.json", "metadata.json"):
+    """What the publisher says about the model: params.json or the like, or what the weight files carry beside
+    the tensors, pickled args as plain values among it."""
+    for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json", "metadata.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
+    if MODEL_ARGUMENTS in checkpoint.documents:
+        return read_arguments(checkpoint.documents[MODEL_ARGUMENTS])
     first = next(iter(checkpoint.files.values()))
     found = {k: plain(v) for f in checkpoint.files.values() for k, v in f.metadata.items()}
     return {**found, **(arguments(first) or {})}

@@ -17,6 +17,7 @@ from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
+from ckpt_tool.checkpoint.tf_names import STATE, is_part
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, is_document, is_template, is_weights
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail, printable
@@ -76,7 +77,9 @@ def needed(name: str) -> bool:
     """Whether a member may be part of a checkpoint."""
     path = PurePosixPath(name)
     inner = is_template(f"{path.parent.name}/{path.name}")
-    return inner or is_document(path.name) or is_weights(path.name)
+    return (
+        inner or is_document(path.name) or is_weights(path.name) or is_part(path.name) or path.name == STATE
+    )
 
 
 def open_archive(

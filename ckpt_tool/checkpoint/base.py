@@ -93,12 +93,16 @@ class Fingerprint:
 class Record:
     """A run of file bytes that carries a checksum of its own (a member of a torch zip, say).
 
-    `crc32` is None where the file does not say; such bytes are reported as unchecked."""
+    `crc32` is None where the file does not say; such bytes are reported as unchecked, unless it carries a
+    `crc32c` (the CRC of Castagnoli's polynomial) instead. `of` is the one tensor that the record is or is a
+    part of: it is not looked at where that tensor is not read."""
 
     key: str
     offset: int
     size: int
     crc32: int | None
+    crc32c: int | None = None
+    of: str | None = None
 
 
 class TensorFile(ABC):
@@ -106,7 +110,7 @@ class TensorFile(ABC):
 
     path: Path
     name: str  # within the checkpoint, e.g. "consolidated.00.pth"
-    format: str  # "torch-zip", "torch-legacy", "safetensors"
+    format: str  # "torch-zip", "torch-legacy", "safetensors", "tf-bundle"
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]  # what is not a tensor: pickled args, safetensors __metadata__
     imports: tuple[str, ...] = ()  # globals that a pickle named, "module.name"; none was imported
@@ -115,6 +119,10 @@ class TensorFile(ABC):
     @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the dense bytes of tensor `name` starting at byte `offset`. Thread-safe."""
+
+    def absent(self, name: str) -> str | None:
+        """The file that is not there and holds bytes of tensor `name`, None where all are there."""
+        return None
 
     @abstractmethod
     def extent(self, name: str) -> tuple[int, int] | None:
@@ -195,6 +203,16 @@ class Renamed(View):
         super().__init__(stored)
         self.own = own
         self.tensors = {new: replace(stored.tensors[old], name=new) for new, old in own.items()}
+
+    def absent(self, name: str) -> str | None:
+        return self.stored.absent(self.own[name])
+
+    def records(self) -> Mapping[str, Record]:
+        new = {old: new for new, old in self.own.items()}
+        return {
+            key: r if r.of is None else replace(r, of=new.get(r.of, r.of))
+            for key, r in self.stored.records().items()
+        }
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         self.stored.read_into(self.own[name], offset, buffer)

@@ -9,76 +9,76 @@ of x^0.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 
-_GENERATOR = 0xEDB88320  # reflected, without x^32
+Combine = Callable[[int, int, int], int]
 
 
-def _times_x(a: int) -> int:
-    return (a >> 1) ^ _GENERATOR if a & 1 else a >> 1
+class Generator:
+    """The polynomial that a CRC of 32 bits divides by: `reflected`, without x^32."""
+
+    def __init__(self, reflected: int) -> None:
+        self.reflected = reflected
+        power = 1 << 31
+        for _ in range(8):
+            power = self.times_x(power)
+        self._bytes = [power]  # x^(8 * 2^k) for k = 0, 1, ...; enough for any length below 2^64
+        for _ in range(63):
+            self._bytes.append(self.product(self._bytes[-1], self._bytes[-1]))
+        self._shift = lru_cache(maxsize=256)(self._tables)
+
+    def times_x(self, a: int) -> int:
+        return (a >> 1) ^ self.reflected if a & 1 else a >> 1
+
+    def product(self, a: int, b: int) -> int:
+        """a * b modulo the generator."""
+        result = 0
+        for bit in range(31, -1, -1):
+            if a >> bit & 1:
+                result ^= b
+            b = self.times_x(b)
+        return result
+
+    def _tables(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """Multiplication by x^(8 * length), as one table for each nibble of the other factor, lowest
+        first."""
+        factor, k = 1 << 31, 0
+        while length >> k:
+            if length >> k & 1:
+                factor = self.product(factor, self._bytes[k])
+            k += 1
+        bits = [factor]  # the products with 1 << 31, 1 << 30, ..., 1
+        for _ in range(31):
+            bits.append(self.times_x(bits[-1]))
+        tables = []
+        for low in range(0, 32, 4):
+            table = [0]
+            for bit in range(low, low + 4):
+                table += [entry ^ bits[31 - bit] for entry in table]
+            tables.append(tuple(table))
+        return tuple(tables)
+
+    def combine(self, crc_a: int, crc_b: int, length_b: int) -> int:
+        """The CRC of A followed by B, from those of A and B and the number of bytes in B.
+
+        About a microsecond where `length_b` is one of the last 256 lengths used, else about 50.
+        """
+        t0, t1, t2, t3, t4, t5, t6, t7 = self._shift(length_b)
+        return (
+            t0[crc_a & 15]
+            ^ t1[crc_a >> 4 & 15]
+            ^ t2[crc_a >> 8 & 15]
+            ^ t3[crc_a >> 12 & 15]
+            ^ t4[crc_a >> 16 & 15]
+            ^ t5[crc_a >> 20 & 15]
+            ^ t6[crc_a >> 24 & 15]
+            ^ t7[crc_a >> 28]
+            ^ crc_b
+        )
 
 
-def _product(a: int, b: int) -> int:
-    """a * b modulo the generator."""
-    result = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            result ^= b
-        b = _times_x(b)
-    return result
-
-
-def _powers() -> list[int]:
-    """x^(8 * 2^k) for k = 0, 1, ...; enough for any length below 2^64."""
-    power = 1 << 31
-    for _ in range(8):
-        power = _times_x(power)
-    powers = [power]
-    for _ in range(63):
-        powers.append(_product(powers[-1], powers[-1]))
-    return powers
-
-
-_BYTES = _powers()
-
-
-@lru_cache(maxsize=256)
-def _shift(length: int) -> tuple[tuple[int, ...], ...]:
-    """Multiplication by x^(8 * length), as one table for each nibble of the other factor, lowest first."""
-    factor, k = 1 << 31, 0
-    while length >> k:
-        if length >> k & 1:
-            factor = _product(factor, _BYTES[k])
-        k += 1
-    bits = [factor]  # the products with 1 << 31, 1 << 30, ..., 1
-    for _ in range(31):
-        bits.append(_times_x(bits[-1]))
-    tables = []
-    for low in range(0, 32, 4):
-        table = [0]
-        for bit in range(low, low + 4):
-            table += [entry ^ bits[31 - bit] for entry in table]
-        tables.append(tuple(table))
-    return tuple(tables)
-
-
-def combine(crc_a: int, crc_b: int, length_b: int) -> int:
-    """The CRC-32 of A followed by B, from those of A and B and the number of bytes in B.
-
-    About a microsecond where `length_b` is one of the last 256 lengths used, else about 50.
-    """
-    t0, t1, t2, t3, t4, t5, t6, t7 = _shift(length_b)
-    return (
-        t0[crc_a & 15]
-        ^ t1[crc_a >> 4 & 15]
-        ^ t2[crc_a >> 8 & 15]
-        ^ t3[crc_a >> 12 & 15]
-        ^ t4[crc_a >> 16 & 15]
-        ^ t5[crc_a >> 20 & 15]
-        ^ t6[crc_a >> 24 & 15]
-        ^ t7[crc_a >> 28]
-        ^ crc_b
-    )
+combine: Combine = Generator(0xEDB88320).combine  # of zlib's CRC-32
 
 
 class IntervalCrc:
@@ -86,7 +86,8 @@ class IntervalCrc:
 
     Neighbours are joined at once, so memory grows with the number of holes and not of ranges."""
 
-    def __init__(self) -> None:
+    def __init__(self, combine: Combine = combine) -> None:
+        self._combine = combine
         self._lock = threading.Lock()
         self._from: dict[int, tuple[int, int]] = {}  # first byte -> (byte after the last, crc)
         self._until: dict[int, int] = {}  # byte after the last -> first byte
@@ -104,11 +105,11 @@ class IntervalCrc:
             if start in self._until:
                 before = self._until.pop(start)
                 _, left = self._from.pop(before)
-                start, crc = before, combine(left, crc, length)
+                start, crc = before, self._combine(left, crc, length)
             if stop in self._from:
                 after, right = self._from.pop(stop)
                 del self._until[after]
-                crc = combine(crc, right, after - stop)
+                crc = self._combine(crc, right, after - stop)
                 stop = after
             self._from[start] = (stop, crc)
             self._until[stop] = start

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
+from ckpt_tool.checkpoint.tf_names import DATA
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
 from ckpt_tool.errors import fail, printable
 
@@ -78,6 +79,9 @@ def weight_folders(paths: Collection[str]) -> list[str]:
     found: dict[str, None] = {}
     for path in paths:
         *folders, name = path.split("/")
+        data = DATA.fullmatch(name)
+        if data is not None and "/".join([*folders, f"{data['prefix']}.index"]) not in paths:
+            continue
         if folders and is_weights(name):
             while folders and may_hold_ranks(folders[-1]):
                 folders.pop()

@@ -43,12 +43,15 @@ from ckpt_tool.checkpoint.safetensors import (
     read_index,
 )
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
+from ckpt_tool.checkpoint.tf_bundle import open_bundle
+from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
     Prefer,
     WeightSet,
     belongs,
+    bundle_set,
     check_complete,
     check_finished,
     is_document,
@@ -69,6 +72,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 NEAR = 2000  # names that are compared with one that is not there
 INDEX_BYTES = 64 << 20  # an index grows with the number of tensors; the largest published are near 5 MiB
 TOKENIZER = "tokenizer.model"
+STATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,10 @@ def open_checkpoint(
         checkpoint.notes[:0] = notes
         return checkpoint
     given = Path(text)
-    status = _status(given, text)
     limits = limits or Limits()
+    if (bundle := _bundle_at(given)) is not None:
+        return bundle
+    status = _status(given, text)
     if stat.S_ISDIR(status.st_mode):
         checkpoint = _open_directory(given, prefer, limits)
     elif stat.S_ISREG(status.st_mode):
@@ -124,6 +130,27 @@ def open_checkpoint(
         fail("wrong-format", f"expected a folder or a file, found {kind_of(status)}", file=text)
     if given.is_symlink():
         checkpoint.notes.append(f"{text} is a link to {given.resolve()}")
+    return checkpoint
+
+
+def _bundle_at(given: Path) -> Checkpoint | None:
+    """The bundle of TensorFlow that a path means: one of its files, or what their names have in common."""
+    if os.path.isdir(given) or not os.path.isdir(given.parent):
+        return None
+    directory = Directory(given.parent)
+    try:
+        beside = os.listdir(given.parent)
+    except OSError:
+        return None
+    prefix = bundle_at(given.name, beside)
+    if prefix is None:
+        return None
+    chosen = bundle_set(prefix, beside, file=directory.label)
+    checkpoint = _open_bundle(directory, chosen, given.with_name(chosen.files[0]))
+    if given.name != prefix:
+        checkpoint.notes.append(
+            f"{given.name} is a part of the TensorFlow checkpoint {prefix}; all of it was opened"
+        )
     return checkpoint
 
 
@@ -142,7 +169,8 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
         check_complete(numbered, file=directory.label, expected=_checklist(directory))
         checkpoint = _open_set(directory, numbered, directory.path, limits)
         if len(numbered.files) > 1:
-            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} shards; all were opened")
+            what = "shards" if numbered.numbered else "files of one model"
+            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} {what}; all were opened")
         return checkpoint
     seen = _look(Place(path, 0), path.name)
     if seen.format in ("zip", "tar", "tar.gz"):
@@ -173,7 +201,11 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         if ranks is not None:
             return _open_ranks(folder, ranks, path, limits)
         found = locate(
-            names, file=folder.label, prefer=prefer, checklist=lambda within: _checklist(folder, within)
+            names,
+            file=folder.label,
+            prefer=prefer,
+            checklist=lambda within: _checklist(folder, within),
+            state=lambda within: _state(folder, within),
         )
         if found is None and prefer == "hf" and (ranks := _rank_folders(folder, path)) is not None:
             return _open_ranks(folder, ranks, path, limits)  # a wish: nothing else is there
@@ -320,6 +352,8 @@ def _open_set(
 ) -> OpenedCheckpoint:
     """Open the files of `chosen`, which lie in the part `within` of `folder`, and what belongs to them.
     `seen` is the only file, where that was looked into already."""
+    if chosen.files[0].endswith(".index"):
+        return _open_bundle(folder, chosen, path, within)
     notes = list(chosen.notes)
     if within:
         notes.append(f"the weights were found in {within}")
@@ -355,6 +389,18 @@ def _open_set(
     readings += own.readings
     return OpenedCheckpoint(
         path, own.files, documents, notes, tuple(readings), tuple(own.left_out), folder=folder
+    )
+
+
+def _open_bundle(folder: Folder, chosen: WeightSet, path: Path, within: str = "") -> OpenedCheckpoint:
+    """Open a bundle of TensorFlow. Its names are those of variables: nothing was wrapped around them."""
+    notes = list(chosen.notes)
+    if within:
+        notes.append(f"the weights were found in {within}")
+    documents = _documents(folder, within, True, notes)
+    found = open_bundle(folder, chosen.files[0].removesuffix(".index"), within=within)
+    return OpenedCheckpoint(
+        path, found.files, documents, [*notes, *found.notes], (), tuple(found.left_out), folder=folder
     )
 
 
@@ -429,6 +475,14 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
         found[TOKENIZER] = outer.document(TOKENIZER)
         notes.append(f"{TOKENIZER} was taken from the folder above the weights")
     return found
+
+
+def _state(folder: Folder, within: str) -> str:
+    """The text of TensorFlow's state file; nothing where there is none of a size for it."""
+    name = within + STATE
+    if name not in folder.names() or folder.place(name).size > STATE_BYTES:
+        return ""
+    return folder.document(name).read(STATE_BYTES).decode("utf-8", "replace")
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:

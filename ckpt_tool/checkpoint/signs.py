@@ -69,10 +69,33 @@ POINTERS = (
         (0, b"# xet version"),
     ),
 )
-TENSORFLOW = _sign(
-    "a TensorFlow checkpoint",
-    f"no family is read from TensorFlow; {RELEASE}",
-    r"[^/]*\.(index|data-\d{5}-of-\d{5}|ckpt\.meta)|saved_model\.pb(txt)?|[^/]*\.pb",
+# A bundle with its index and data files is read; these are what is left where a part of it is not there.
+_BESIDE_IT = "download the files beside it too: PREFIX.index and PREFIX.data-00000-of-00001 belong together"
+TENSORFLOW = (
+    _sign(
+        "a TensorFlow SavedModel, whose weights are named after objects of a program",
+        f"no family is read from it; {RELEASE}",
+        r"saved_model\.pb(txt)?",
+    ),
+    _sign("the index of a TensorFlow checkpoint without its data files", _BESIDE_IT, r"[^/]+\.index"),
+    _sign(
+        "data files of a TensorFlow checkpoint without its index", _BESIDE_IT, r"[^/]+\.data-\d{5}-of-\d{5}"
+    ),
+    _sign(
+        "the graph of a TensorFlow checkpoint without its weights", _BESIDE_IT, r"[^/]*\.ckpt(-\d+)?\.meta"
+    ),
+    _sign("a TensorFlow graph", f"no family is read from it; {RELEASE}", r"[^/]*\.pb"),
+)
+# What ends like an index of TensorFlow and is none: the whole checkpoint, as it was written before 2017.
+V1 = _sign(
+    "a TensorFlow V1 checkpoint (one file, as before 2017)",
+    "TensorFlow writes it anew: r = tf.train.load_checkpoint(FILE); n = [*r.get_variable_to_shape_map()];"
+    ' tf.raw_ops.SaveV2(prefix=OUT, tensor_names=n, shape_and_slices=[""] * len(n),'
+    " tensors=[r.get_tensor(k) for k in n]); then give OUT.index",
+)
+RENAMED_INDEX = _sign(
+    "the index of a TensorFlow checkpoint",
+    "call it PREFIX.index again, beside PREFIX.data-00000-of-00001, and give that",
 )
 TABLE_END = bytes.fromhex("57fb808b247547db")  # of the tables in which TensorFlow lists tensors
 SIGNS = (
@@ -160,7 +183,7 @@ SIGNS = (
         r"[^/]*\.(h5|hdf5|keras)",
         (0, b"\x89HDF\r\n\x1a\n"),
     ),
-    TENSORFLOW,
+    *TENSORFLOW,
     _sign(
         "a Flax model",
         "transformers 4 reads it: from_pretrained({at}, from_flax=True).save_pretrained(OUT); then give OUT",
@@ -230,6 +253,13 @@ def by_start(head: bytes) -> Sign | None:
         if any(head[place : place + len(magic)] == magic for place, magic in sign.starts):
             return sign
     return None
+
+
+def table_of(head: bytes) -> Sign:
+    """What a table of TensorFlow is that starts with `head`. Its first key is empty, and the value under it a
+    message: of a checkpoint before 2017, one whose first field is the list of tensors."""
+    value = head[2:].lstrip(bytes(range(0x80, 0x100)))[1:]  # after its length, of 7 bits a byte
+    return V1 if head[:2] == b"\0\0" and value[:1] == b"\x0a" else RENAMED_INDEX
 
 
 def pointer(data: bytes) -> Sign | None:

@@ -16,10 +16,10 @@ from ckpt_tool.checkpoint.signs import (
     DOWNLOAD,
     RELEASE,
     TABLE_END,
-    TENSORFLOW,
     Sign,
     by_name,
     by_start,
+    table_of,
     unfinished,
 )
 from ckpt_tool.checkpoint.tar import BLOCK, is_tar_header
@@ -72,7 +72,8 @@ def sniff(data: ByteRange) -> Format:
     if len(head) < len(LEGACY) and any(magic.startswith(head) for magic in known):
         fail("truncated", f"expected a whole file, found its first {data.size} bytes", file=data.name)
     if data.size > 48 and data.read(data.size - len(TABLE_END), len(TABLE_END)) == TABLE_END:
-        _wrong(TENSORFLOW.what, data.name, TENSORFLOW.hint)
+        sign = table_of(head)
+        _wrong(sign.what, data.name, sign.hint)
     named = _by_name(data.name)
     if named is not None:
         return named  # the reader of that format says what is wrong with it

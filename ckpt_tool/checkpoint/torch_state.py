@@ -47,7 +47,7 @@ def read_state(pickled: Pickled, *, file: str) -> State:
     `unsupported-device`, `bad-view`.
     """
     root = pickled.value
-    paths = _survey(root, file)
+    paths = surveyed(root, file)
     fail_all(unsafe_problems(pickled, file, paths))
     if type(root) is not dict:
         kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
@@ -101,7 +101,7 @@ def _notes(pickled: Pickled) -> Iterator[str]:
         yield f"kept as inert data, not imported: {shown}"
 
 
-def _survey(root: object, file: str) -> dict[Global, str]:
+def surveyed(root: object, file: str) -> dict[Global, str]:
     """Check nesting and self-reference, visiting each container once; where each global first stands."""
     paths: dict[Global, str] = {}
     heights: dict[int, int] = {}  # of finished containers, and 0 of those still open

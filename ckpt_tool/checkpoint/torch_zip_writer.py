@@ -180,7 +180,12 @@ def _pickle(
         if name[done:] in inner:
             raise ValueError(f"{name}: something else stands there already")
         inner[name[done:]] = _Pickled(_tensor(str(index), dtype, shape))
-    return b"\x80\x02" + _value(tree) + b"."
+    return plain_pickle(tree)
+
+
+def plain_pickle(value: object) -> bytes:
+    """A pickle of its own of a plain value, `Namespace`s in it, as `beside` may hold them."""
+    return b"\x80\x02" + _value(value) + b"."
 
 
 class _Pickled(bytes):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME
 from ckpt_tool.checkpoint.signs import unfinished
+from ckpt_tool.checkpoint.tf_names import bundles, is_data, newest
 from ckpt_tool.errors import Problem, fail, fail_all
 
 Prefer = Literal["original", "hf"]
@@ -45,6 +47,7 @@ _DOCUMENTS = frozenset(
         "consolidated.safetensors.index.json",
         "pytorch_model.bin.index.json",
         "latest_checkpointed_iteration.txt",
+        "model_args.pkl",
         INDEX_NAME,
     )
 )
@@ -52,22 +55,30 @@ _TOKENIZER_MODEL = re.compile(r"tokenizer\.model(\.v\d{1,3})?(\.?m\d{1,3})?", re
 # vocab.txt, and as Megatron's documentation calls them: bert-large-cased-vocab.txt, gpt2-merges.txt
 _VOCABULARY = re.compile(r"([\w.-]{1,80}[-_.])?(?P<kind>vocab\.txt|vocab\.json|merges\.txt)", re.ASCII)
 _TEMPLATE = re.compile(r"[\w.-]{1,80}\.jinja", re.ASCII)
+# What Google's code reads, and as the repositories of that code call it: bert_config.json,
+# uncased_L-24_H-128_B-512_A-4_F-4_OPT.json.
+_SETTINGS = re.compile(
+    r"(?:model|canine|(?:[a-z]{1,20}_?)?bert)_config\.json|(?:un|multi_)?cased_L-[\w.-]{1,80}\.json", re.ASCII
+)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
 @dataclass(frozen=True)
 class _Pattern:
     """One way of naming a set of weight files; the groups are its number and, if told, how many there are.
-    Files of one set differ in these only."""
+    Files of one set differ in these only, or make up what `label` calls them."""
 
     regex: re.Pattern[str]
     first: int  # the lowest shard number
     origin: Prefer
     index: str | None = None
+    label: str | None = None
 
 
-def _pattern(regex: str, first: int, origin: Prefer, index: str | None = None) -> _Pattern:
-    return _Pattern(re.compile(regex, re.ASCII), first, origin, index)
+def _pattern(
+    regex: str, first: int, origin: Prefer, index: str | None = None, label: str | None = None
+) -> _Pattern:
+    return _Pattern(re.compile(regex, re.ASCII), first, origin, index, label)
 
 
 # metaseq calls a part after the run that saved it, and after its shard, of which a joined part has one:
@@ -89,6 +100,8 @@ _PATTERNS = (
     _pattern(r"model(_optim)?_rng\.pt", 0, "original"),
     _pattern(rf"{_METASEQ}-model_part-(?P<number>\d{{1,4}})(?:-shard0)?\.pt", 0, "original"),
     _pattern(rf"reshard\.pt|restored\.pt|{_METASEQ}-shard0\.pt", 0, "original"),
+    # a state dict for each part of a model
+    _pattern(r"(encoder|mlm_head)_weights\.pt", 0, "original", label="encoder and mlm_head_weights.pt"),
     _pattern(r"model\.safetensors", 0, "hf"),
     _pattern(
         r"model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
@@ -128,7 +141,13 @@ def is_document(name: str) -> bool:
         name in _DOCUMENTS
         or _TOKENIZER_MODEL.fullmatch(name) is not None
         or vocabulary_kind(name) is not None
+        or is_settings(name)
     )
+
+
+def is_settings(name: str) -> bool:
+    """Whether a file is what Google's TensorFlow code is told of a model; see `_SETTINGS`."""
+    return _SETTINGS.fullmatch(name) is not None
 
 
 def belongs(name: str) -> bool:
@@ -156,7 +175,7 @@ def vocabulary_kind(name: str) -> str | None:
 
 def is_weights(name: str) -> bool:
     """Whether `name` (without folders) is named like a weight file."""
-    return any(p.regex.fullmatch(name) for p in _PATTERNS)
+    return is_data(name) or any(p.regex.fullmatch(name) for p in _PATTERNS)
 
 
 def find_sets(names: Collection[str]) -> list[WeightSet]:
@@ -167,7 +186,7 @@ def find_sets(names: Collection[str]) -> list[WeightSet]:
         matches.sort(key=lambda m: (int(m.groupdict().get("number") or 0), m[0]))
         alike: dict[str, list[str]] = {}
         for m in matches:
-            alike.setdefault(_label(m), []).append(m[0])
+            alike.setdefault(pattern.label or _label(m), []).append(m[0])
         index = pattern.index if pattern.index in names else None
         sets += [WeightSet(label, tuple(files), index, pattern.origin) for label, files in alike.items()]
     return sets
@@ -238,11 +257,13 @@ def locate(
     file: str,
     prefer: Prefer | None = None,
     checklist: Callable[[str], Iterable[str]] = lambda within: (),
+    state: Callable[[str], str] = lambda within: "",
 ) -> tuple[str, WeightSet] | None:
     """(where the weights are: "" or "original/", the set to open), from the names in a folder.
 
     `prefer` is a wish: where only the other kind is there, that is taken. `checklist` gives the weight files
-    that the publisher's checklist in one of the two places lists.
+    that the publisher's checklist in one of the two places lists, `state` the text of TensorFlow's state file
+    there. A bundle of TensorFlow is taken where nothing else is meant.
     """
     here = [n for n in names if "/" not in n]
     inner = [n.removeprefix(ORIGINAL_FOLDER) for n in names if n.startswith(ORIGINAL_FOLDER)]
@@ -256,13 +277,51 @@ def locate(
             if not within and chosen.origin == "hf" and any(s.origin == "original" for s in find_sets(inner)):
                 note = f"the folder {ORIGINAL_FOLDER} holds weights too; they were left aside"
                 chosen = replace(chosen, notes=(*chosen.notes, note))
-            return within, chosen
+            aside = [f"the TensorFlow checkpoint {p} was left aside" for p in bundles(inside)]
+            return within, replace(chosen, notes=(*chosen.notes, *aside))
+        for within, inside in places if wish != "hf" else ():
+            label = f"{file}/{within}".rstrip("/")
+            bundle = _bundle(inside, file=label, state=partial(state, within))
+            if bundle is not None:
+                return within, bundle
     return None
 
 
+def _bundle(names: Collection[str], *, file: str, state: Callable[[], str]) -> WeightSet | None:
+    """The bundle of TensorFlow among `names`; of several, the one that the state file names. Kinds:
+    `ambiguous-input`, `truncated`."""
+    found = bundles(names)
+    if not found:
+        return None
+    prefix, *others = found
+    notes: tuple[str, ...] = ()
+    if others:
+        chosen = newest(state())
+        if chosen not in found:
+            fail(
+                "ambiguous-input",
+                f"expected one TensorFlow checkpoint, found {len(found)}: {', '.join([*found][:8])}",
+                file=file,
+                hint="give the one that is meant by its index: --in FOLDER/PREFIX.index",
+            )
+        prefix = chosen
+        notes = (
+            f"of {len(found)} TensorFlow checkpoints {prefix} was taken, which the file `checkpoint` names",
+        )
+    return bundle_set(prefix, names, file=file, notes=notes)
+
+
+def bundle_set(prefix: str, names: Collection[str], *, file: str, notes: tuple[str, ...] = ()) -> WeightSet:
+    """The bundle `prefix` among `names`, its download finished."""
+    found = WeightSet(f"{prefix}.index", bundles(names)[prefix], None, "original", notes)
+    check_finished(found, names, file=file)
+    return found
+
+
 def set_of(name: str, names: Collection[str]) -> WeightSet | None:
-    """The set of numbered shards among `names` that the file `name` is one of."""
-    return next((s for s in find_sets(names) if s.numbered and name in s.files), None)
+    """The set of several files among `names`, or of numbered ones, that the file `name` is one of."""
+    several = (s for s in find_sets(names) if s.numbered or len(s.files) > 1)
+    return next((s for s in several if name in s.files), None)
 
 
 def _ambiguous(sets: list[WeightSet], file: str) -> None:

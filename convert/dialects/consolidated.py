@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects import params_fields, params_json
 from ckpt_tool.convert.dialects.converted import FREQUENCIES, generation_config, kept_facts, read_config
+from ckpt_tool.convert.dialects.layouts import Layout, asked_layout, layout_of, layout_option
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
@@ -68,6 +69,8 @@ _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 
 # Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all.
 IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
+
+CONSOLIDATED = "consolidated"  # in `--form`
 
 # The config value behind each axis of the rows; beside them `half` and `two` make a head.
 AXES = {
@@ -147,6 +150,8 @@ class Consolidated:
     first. `params` is what params.json says, in order. `ids` gives the first and the last token and whose
     they are, where no tokenizer tells.
 
+    `layouts` are others that such models are trained in, by the word in `--form`.
+
     `lacks` are parts that the family has not, in words, and the fields of params.json for them. `words_axis`
     is the axis of tok_embeddings that ranks share, unless the original tells. `untold` and `unsaid` are notes
     on what an original, or its params.json of the way back, leaves open.
@@ -161,6 +166,7 @@ class Consolidated:
     told: Callable[[Seen], tuple[bool, str]]
     ids: Callable[[Known], tuple[int | None, int | None, str]]
     options: tuple[Option, ...]
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     lacks: tuple[str, tuple[str, ...]] = ("", ())
     words_axis: Callable[[Known], str] = lambda _: "v"
     untold: Callable[[Known], list[str]] = lambda _: []
@@ -199,6 +205,7 @@ def family(
         free(f"default of {config.name}", **every, **(training or {})),
     )
     d = Consolidated(fields=own, **said)
+    form = layout_option(CONSOLIDATED, d.layouts)
     return Family(
         name=name,
         summary=summary,
@@ -206,12 +213,13 @@ def family(
         recognise=partial(recognise, d),
         plan=partial(plan, d),
         plan_original=partial(plan_original, d),
-        options=(POOLING, *d.options),
+        options=tuple({o.name: o for o in (POOLING, *form, *d.options)}.values()),
         vocabulary=vocabulary,
         classes={name: config},
         document=params_json.NAME,
         in_memory=in_memory or {},
         tensors=(
+            *(t for layout in d.layouts.values() for t in layout.tensors),
             S.format(i=0) + "attention.wq.weight",
             *(form.rows[0].source[0].format(i=0, e=0) for form in d.forms.values()),
         ),
@@ -281,6 +289,8 @@ def feed_forward(names: Sequence[str]) -> str | None:
 
 def recognise(d: Consolidated, checkpoint: Checkpoint) -> tuple[bool, str]:
     names = checkpoint.names()
+    if (layout := layout_of(d.layouts, names)) is not None:
+        return layout.recognise(set(names))
     if reason := foreign(names):
         return False, reason
     tensors = [set(f.tensors) for f in checkpoint.files.values()]
@@ -373,6 +383,8 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     """No transformers_version is written: no version of it made this folder, both 4 and 5 read one without,
     and the one place that looks at it (5's repair of tokenizers saved by older versions) takes none as old.
     """
+    if (layout := layout_of(d.layouts, checkpoint.names())) is not None:
+        return layout.plan(checkpoint, options)
     download = open_download(checkpoint)
     facts = params_json.read(checkpoint, options)
     known = Known(d.fields, facts, download, options, once=kept_facts(checkpoint))
@@ -498,6 +510,9 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
+    if (layout := asked_layout(d.name, CONSOLIDATED, d.layouts, known)) is not None:
+        own = {n: f for n, f in d.fields.items() if n in d.config.numbers or f is DTYPE}
+        return layout.plan_original(checkpoint, options, replace(known, fields=own))
     values = known.values(n for n in d.fields if n in d.config.numbers)
     facts.check_settings(values)
     facts.check()

@@ -1,5 +1,6 @@
-"""Gated decoders with biases for query, key and value in Megatron-Core's GPT layout, which are trained over
-tensor-parallel ranks and pipeline stages: another layout of a family that is published in Hugging Face's.
+"""Gated decoders in Megatron-Core's GPT layout, which are trained over tensor-parallel ranks and pipeline
+stages: another layout of a family that is published otherwise. The ranks' own files and the joined tensors of
+a torch_dist folder (see `layer_axis`) have the same names.
 
 linear_qkv holds, for each key/value head, the queries that share it, the key and the value; a rank holds
 whole groups. linear_fc1 of a rank holds the gates of its units, then their ups. The tables leave out what
@@ -25,6 +26,7 @@ from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_arguments import (
     GATED,
     UNUSED_BY_GATED,
+    Only,
     answered_for,
     notes_on_precision,
     refuse_others,
@@ -70,44 +72,76 @@ ARCHITECTURE: dict[str, Any] = {
     "swiglu": True,
     "normalization": "RMSNorm",
     "add_bias_linear": False,
-    "add_qkv_bias": True,
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
 }
 
 
 @dataclass(frozen=True)
+class Ends:
+    """The tokens that begin and end a text (None: nothing does), in every vocabulary of as many `rows`,
+    whatever it is padded to; `why` says whose they are."""
+
+    rows: Container[int]
+    begins: int | None
+    ends: int | None
+    why: str
+
+
+@dataclass(frozen=True)
 class Core:
     """A family whose models are trained in this layout. `config` is the class of its config.json, `fields`
     are written there beside those that args say; those called `unsaid` must be empty, since args have no word
-    for them. A vocabulary of as many rows as `published_rows` has, whatever it is padded to, is the published
-    one, whose `end_of_text` begins and ends a text."""
+    for them. `biases` says whether query, key and value have some, `head_norms` whether each head of query
+    and key is normalised, `own_width` whether heads may be of another width than they share out."""
 
     family: str
     model: str  # as people call it
     architecture: str
     model_type: str
     config: Class
+    biases: bool = False
+    head_norms: bool = False
+    own_width: bool = True
     fields: tuple[Field, ...] = ()
     unsaid: tuple[str, ...] = ()
-    published_rows: Container[int] = ()
-    end_of_text: int = 0
+    ends: tuple[Ends, ...] = ()
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
-    tensors: tuple[str, ...] = ("decoder.layers.0.self_attention.linear_qkv.bias",)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The one by which near misses are told."""
+        return (f"{FIRST}self_attention.{'linear_qkv.bias' if self.biases else 'linear_qkv.weight'}",)
+
+    @property
+    def args(self) -> dict[str, Only]:
+        """The values of arguments that its tensors stand for."""
+        qkv = "biases for query, key and value"
+        own = {"add_qkv_bias": Only(qkv, (True, None)) if self.biases else Only(f"no {qkv}", (False, None))}
+        if self.head_norms:
+            own["qk_layernorm"] = Only("norms of queries and keys", (True, None))
+        return {**GATED, **own}
 
     def holds(self, names: Iterable[str]) -> bool:
         return prefix_of(names) is not None
 
     def recognise(self, names: Collection[str]) -> tuple[bool, str]:
-        p = f"{prefix_of(names)}{FIRST}"
-        if f"{p}self_attention.linear_qkv.bias" not in names:
-            why = "Megatron-Core names without biases for query, key and value, which "
-            return False, f"{why}{self.model} has"
-        if f"{p}mlp.linear_fc1.bias" in names:
-            why = f"Megatron-Core names with biases in the feed-forward, which {self.model} has none of"
-            return False, why
-        return True, "Megatron-Core names with biases for query, key and value only"
+        p, kinds = f"{prefix_of(names)}{FIRST}", "Megatron-Core names"
+        for suffix, what, has in (
+            ("self_attention.linear_qkv.bias", "biases for query, key and value", self.biases),
+            ("self_attention.q_layernorm.weight", "norms of queries and keys", self.head_norms),
+            ("mlp.linear_fc1.bias", "biases in the feed-forward", False),
+            ("mlp.router.weight", "experts", False),
+        ):
+            there = p + suffix in names
+            if there != has:
+                which = "which" if has else f"of which {self.model} has none"
+                return False, f"{kinds} {'with' if there else 'without'} {what}, " + (
+                    f"{which} {self.model} has" if has else which
+                )
+        own = "biases for query, key and value only" if self.biases else "norms of queries and keys"
+        return True, f"{kinds} with {own}" if self.biases or self.head_norms else f"{kinds} without biases"
 
     def plan(self, checkpoint: Checkpoint, options: Options) -> Plan:
         return plan(self, checkpoint, options)
@@ -122,9 +156,9 @@ def _shared(known: Known) -> int:
     return int(known["num_attention_heads"] // known["num_key_value_heads"])
 
 
-def rules(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
+def rules(m: Core, known: Known, *, engine: bool, head: bool, apart: bool = False) -> tuple[Rule, ...]:
     """`engine`: the norms stand in the layers after them; `head`: there is an output layer, where words and
-    output are tied the last stage's copy of the words."""
+    output are tied the last stage's copy of the words; `apart`: gates and ups are tensors of their own."""
     before, after = NORMS[engine]
     qkv = [
         rule(
@@ -134,9 +168,17 @@ def rules(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
             cut=("s", (_shared(known), 1, 1)),
             split="k",
         )
-        for kind, pattern in (("weight", "(k s h) d"), ("bias", "(k s h)"))
+        for kind, pattern in (("weight", "(k s h) d"), ("bias", "(k s h)"))[: 1 + m.biases]
     ]
-    fc1 = (T + "mlp.gate_proj.weight", T + "mlp.up_proj.weight")
+    norms = [
+        rule(f"{S}self_attention.{p}_layernorm.weight", f"{T}self_attn.{p}_norm.weight", "h") for p in "qk"
+    ]
+    fc1, parts = f"{S}mlp.linear_fc1", [f"{T}mlp.{p}_proj.weight" for p in ("gate", "up")]
+    units = (
+        [rule(f"{fc1}.{a}.weight", b, "f d", split="f") for a, b in zip(("gate", "up"), parts, strict=True)]
+        if apart
+        else [rule(f"{fc1}.weight", tuple(parts), "(g f) d", cut=("g", (1, 1)), split="f")]
+    )
     tied = bool(known["tie_word_embeddings"])
     last = rule(
         OUTPUT, "model.embed_tokens.weight" if tied else "lm_head.weight", "v d", split="v", tied=tied
@@ -145,9 +187,10 @@ def rules(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
         rule(WORDS, "model.embed_tokens.weight", "v d", split="v"),
         rule(S + before, T + "input_layernorm.weight", "d"),
         *qkv,
+        *(norms if m.head_norms else ()),
         rule(S + "self_attention.linear_proj.weight", T + "self_attn.o_proj.weight", "d (n h)", split="n"),
         rule(S + after, T + "post_attention_layernorm.weight", "d"),
-        rule(S + "mlp.linear_fc1.weight", fc1, "(g f) d", cut=("g", (1, 1)), split="f"),
+        *units,
         rule(S + "mlp.linear_fc2.weight", T + "mlp.down_proj.weight", "d f", split="f"),
         rule("decoder.final_layernorm.weight", "model.norm.weight", "d"),
         *((last,) if head else ()),
@@ -158,21 +201,21 @@ def rules(known: Known, *, engine: bool, head: bool) -> tuple[Rule, ...]:
 
 
 def _groups(known: Known) -> tuple[str, ...]:
-    """num_query_groups is there, and 1, also where queries are not grouped."""
-    return ("num_query_groups",) if args_of(known).get("group_query_attention") else ()
+    """num_query_groups is there, and 1, also where a run says that queries are not grouped."""
+    return ("num_query_groups",) if args_of(known).get("group_query_attention", True) else ()
 
 
 def _one_each(known: Known) -> Value | None:
     if not args_of(known) or _groups(known):
-        return None
+        return None  # num_query_groups says it, or the user is asked
     why = "args: group_query_attention is not set, so one for each query head"
     return Value(known["num_attention_heads"], why)
 
 
 def _heads_fit(known: Known, kv: Value) -> Value:
     width, heads, shares = known["hidden_size"], known["num_attention_heads"], known.source.ranks
-    channels = args_of(known).get("kv_channels")
-    if width % heads or channels not in (None, width // heads):
+    channels = None if "head_dim" in known.fields else args_of(known).get("kv_channels")
+    if "head_dim" not in known.fields and (width % heads or channels not in (None, width // heads)):
         message = f"expected heads of {width} / {heads} channels, found {channels or 'a rest'}"
         known.refuse("config-mismatch", message, "num_attention_heads")
     elif heads % kv.value or kv.value % shares:
@@ -231,23 +274,37 @@ FIELDS = (
     count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
     numbers.flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
 )
+
+
+def _width(known: Known) -> Value | None:
+    """kv_channels is among the args of every run; else heads share out the width."""
+    width, heads = known["hidden_size"], known["num_attention_heads"]
+    return None if width % heads else Value(width // heads, "rule: hidden_size / num_attention_heads")
+
+
+HEAD_DIM = count("head_dim", "kv_channels", rule=_width, ask="the width of a head")
 LENGTH = count("max_position_embeddings", "max_position_embeddings", ask="the longest text")
 
 
-def rows_of(known: Known, padded: int, *, engine: bool, head: bool) -> Table:
-    """`padded` counts the words with their padding. Axes: k key/value heads, s queries that share one, the
-    key and the value, n query heads, h head width, d width, g gate and up, f feed-forward width, v words."""
+def own_fields(m: Core) -> tuple[Field, ...]:
+    return (*FIELDS, *((HEAD_DIM,) if m.own_width else ()))
+
+
+def rows_of(m: Core, known: Known, padded: int, **form: bool) -> Table:
+    """`padded` counts the words with their padding, `form` is that of `rules`. Axes: k key/value heads, s
+    queries that share one, the key and the value, n query heads, h head width, d width, g gate and up, f
+    feed-forward width, v words."""
     axes: dict[str, Size] = {
         "k": "num_key_value_heads",
         "d": "hidden_size",
         "f": "intermediate_size",
         "n": "num_attention_heads",
         "s": lambda _: _shared(known) + 2,
-        "h": lambda _: int(known["hidden_size"] // known["num_attention_heads"]),
+        "h": "head_dim" if m.own_width else lambda _: known["hidden_size"] // known["num_attention_heads"],
         "g": lambda _: 2,
         "v": lambda _: padded,
     }
-    table = numbers.table_of(known, rules(known, engine=engine, head=head), axes)
+    table = numbers.table_of(known, rules(m, known, **form), axes)
     return replace(table, words=known["vocab_size"])
 
 
@@ -258,6 +315,11 @@ def prefix_of(names: Iterable[str]) -> str | None:
     """What stands before every name; None where these are no names of Megatron-Core's GPT."""
     stem = f"{FIRST}self_attention.linear_qkv.weight"
     return next((n.removesuffix(stem) for n in names if n.endswith(stem)), None)
+
+
+def is_apart(run: Run) -> bool:
+    """Whether gates and ups are tensors of their own."""
+    return f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors
 
 
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
@@ -279,13 +341,13 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
 
     run = ranks.open_ranks(checkpoint, "core", own)
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
-    if down is None or up is None or up.shape[0] != 2 * down.shape[-1]:
-        fail(
-            "unsupported",
-            "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
-            file=checkpoint.path.name,
-        )
-    return run
+    if is_apart(run) or (down is not None and up is not None and up.shape[0] == 2 * down.shape[-1]):
+        return run
+    fail(
+        "unsupported",
+        "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
+        file=checkpoint.path.name,
+    )
 
 
 # --- to Hugging Face ------------------------------------------------------------------------------------
@@ -297,25 +359,27 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         fail("usage", message, where="--gqa", hint="convert first, then pool the heads of what comes out")
     run, why = open_run(m, checkpoint), f"family {m.family}"
     rows, ids = run.size(WORDS, 0), ("bos_token_id", "eos_token_id")
-    published_words = rows is not None and rows.value in m.published_rows
-    end = numbers.given(m.end_of_text, f"<|endoftext|> in every {m.model} vocabulary")
     facts = Facts(run.told, "args", options.settings)
+    ends = ends_of(m, 0 if rows is None else rows.value)
+    if ends is None and set(ids) & facts.settings.keys():
+        ends = Ends((), None, None, "not set")
+    texts = {} if ends is None else dict(zip(ids, (ends.begins, ends.ends), strict=True))
     fields = by_name(
         only("architectures", [m.architecture], why),
         only("model_type", m.model_type, why),
-        FIELDS,
+        own_fields(m),
         m.fields,
         LENGTH,
         DTYPE,
         numbers.free(
             f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True
         ),
-        [numbers.token_ids(n, rule=end) for n in ids if published_words or set(ids) & facts.settings.keys()],
+        [numbers.token_ids(n, rule=numbers.given(i, ends.why if ends else "")) for n, i in texts.items()],
     )
     known = Known(fields, facts, run, options)
-    left_out = refuse_others(facts, run, GATED, UNUSED_BY_GATED)
+    left_out = refuse_others(facts, run, m.args, UNUSED_BY_GATED)
     config = known.values()
-    facts.check_settings({*config, *ids, *answered_for(facts, run, GATED)})
+    facts.check_settings({*config, *ids, *answered_for(facts, run, m.args)})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
     files = published.tokenizer_files(checkpoint, options)
@@ -326,14 +390,31 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
-    engine, head = f"{FIRST}{NORMS[True][0]}" in run.tensors, run.keeps(OUTPUT, options)
-    kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, "engine": engine, "head": head}
+    form = {
+        "engine": f"{FIRST}{NORMS[True][0]}" in run.tensors,
+        "head": run.keeps(OUTPUT, options),
+        "apart": is_apart(run),
+    }
+    kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, **form}
+    del kept["apart"]  # ranks have gates and ups together
     if run.stages > 1:
         kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, kept)
-    table = replace(rows_of(known, padding, engine=engine, head=head), head=OUTPUT)
+    table = replace(rows_of(m, known, padding, **form), head=OUTPUT)
     return to_hf(table, run, options, written)
+
+
+def ends_of(m: Core, rows: int) -> Ends | None:
+    """Those of a vocabulary of as many rows. Where it is none that is published, null stands for what nothing
+    tells, unless the class takes null itself."""
+    found = next((e for e in m.ends if rows in e.rows), None)
+    taken = all(m.config.identity.get(n) is None for n in ("bos_token_id", "eos_token_id"))
+    return (
+        found
+        if found is not None or taken
+        else Ends((), None, None, "no published vocabulary has as many rows")
+    )
 
 
 # --- from Hugging Face ----------------------------------------------------------------------------------
@@ -343,12 +424,13 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
-    known = Known(
-        by_name(FIELDS, LENGTH), facts, known.source, options, m.config, known.once, back=True, made=made
-    )
+    own = by_name(own_fields(m), LENGTH)
+    known = Known(own, facts, known.source, options, m.config, known.once, back=True, made=made)
     form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
     ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
-    if any(made[name].value for name in m.unsaid) or not _can_be_said(known):
+    document = facts.document or {}
+    asked_for = {n: made[n].value if n in made else document.get(n) for n in m.unsaid}
+    if any(asked_for.values()) or not _can_be_said(known):
         message = (
             "expected no window, and no scaled frequencies but those of use_rope_scaling with factor 8 (all "
             "that args can say), found some"
@@ -369,7 +451,8 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         notes,
         {"form": "mcore", "tensor_parallel": form.ranks},
     )
-    table = rows_of(known, form.rows, engine=bool(known.once.get("engine", True)), head=not tied)
+    engine = bool(known.once.get("engine", True))
+    table = rows_of(m, known, form.rows, engine=engine, head=not tied)
     return ranks.to_ranks(table, known.source, options, written, form, str)
 
 
@@ -387,6 +470,8 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
         "untie_embeddings_and_output_weights": Value(not tied.value, tied.source),
         **{k: Value(v, scaling.source) for k, v in scaled.items()},
         **{k: Value(v, f"{m.model}'s architecture") for k, v in ARCHITECTURE.items()},
+        "add_qkv_bias": Value(m.biases, f"{m.model}'s architecture"),
+        "qk_layernorm": Value(m.head_norms, f"{m.model}'s architecture"),
         "tensor_model_parallel_size": Value(form.ranks, "ranks to write"),
         "pipeline_model_parallel_size": Value(1, "one stage"),
         "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),

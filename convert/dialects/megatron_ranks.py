@@ -277,7 +277,9 @@ def shared_args(known: Known, form: Form, groups: Mapping[str, Value]) -> dict[s
     return {
         **document(known, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
         **groups,
-        "kv_channels": Value(width // known["num_attention_heads"], "width / heads"),
+        "kv_channels": known.value("head_dim")
+        if "head_dim" in known.fields
+        else Value(width // known["num_attention_heads"], "width / heads"),
         "max_position_embeddings": length,
         "seq_length": length,
         "padded_vocab_size": Value(form.rows, "rows to write"),

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
@@ -25,6 +25,7 @@ from ckpt_tool.convert.dialects.converted import (
     kept_facts,
     read_config,
 )
+from ckpt_tool.convert.dialects.layouts import Layout, asked_layout, layout_of, layout_option
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked, in_folder
 from ckpt_tool.convert.facts_classes import CODE
 from ckpt_tool.convert.families import Family
@@ -49,7 +50,7 @@ from ckpt_tool.convert.numbers import (
     table_of,
     written,
 )
-from ckpt_tool.convert.options import CONTAINER, POOLING, Option
+from ckpt_tool.convert.options import CONTAINER, POOLING
 from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts, renamed
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
 from ckpt_tool.convert.source import whole_tensors
@@ -60,6 +61,7 @@ from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Table, Written, misread_config, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, fail, fail_all
 
+AS_PUBLISHED = "hf"  # in `--form`
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -183,22 +185,6 @@ def container_of(checkpoint: Checkpoint) -> str:
 # --- what a family says of itself -----------------------------------------------------------------------
 
 
-class Layout(Protocol):
-    """Another layout that the same models are published in."""
-
-    title: str
-    options: tuple[Option, ...]
-    tensors: tuple[str, ...]  # some of its names
-
-    def holds(self, names: Sequence[str]) -> bool: ...
-
-    def recognise(self, names: Sequence[str]) -> tuple[bool, str]: ...
-
-    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan: ...
-
-    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan: ...
-
-
 # (name of the download, words in vocab.json) -> tokens to add with their ids, notes
 AddedTokens = Callable[[str, int], tuple[Mapping[str, int], list[str]]]
 
@@ -257,9 +243,7 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
     """The record of a family that is published like this; `said` are the parts of `Published`, `pools` says
     whether key/value heads can be pooled."""
     p = Published(**said)
-    words = "; ".join(f"{word}: {layout.title}" for word, layout in p.layouts.items())
-    form = Option("form", f"Layout to write; {words}.", "original", choices=("hf", *p.layouts))
-    others = [o for layout in p.layouts.values() for o in (*layout.options, form)]
+    others = layout_option(AS_PUBLISHED, p.layouts)
     return Family(
         name=p.name,
         summary=summary,
@@ -399,9 +383,8 @@ GATED = (
 
 def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
     names = set(checkpoint.names())
-    for layout in p.layouts.values():
-        if layout.holds(list(names)):
-            return layout.recognise(list(names))
+    if (layout := layout_of(p.layouts, names)) is not None:
+        return layout.recognise(names)
     if p.told_by not in names:
         return False, f"no {p.told_by}"
     found = model_type_of(checkpoint)
@@ -473,9 +456,8 @@ def rows_of(p: Published, known: Known) -> Table:
 
 
 def plan(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
-    for layout in p.layouts.values():
-        if layout.holds(checkpoint.names()):
-            return layout.plan(checkpoint, options)
+    if (layout := layout_of(p.layouts, checkpoint.names())) is not None:
+        return layout.plan(checkpoint, options)
     own, why = recognise(p, checkpoint)
     if not own:
         fail("unsupported", f"expected {p.title}, found {why}", file=checkpoint.path.name)
@@ -504,13 +486,8 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     known = read(
         p, checkpoint, options, said if said in p.classes and said is not None else p.model_type, back=True
     )
-    if p.layouts:
-        form = options.family_options.get("form", known.once.get("form", "hf"))
-        if form not in ("hf", *p.layouts):
-            words = " or ".join(("hf", *p.layouts))
-            fail("usage", f"expected {words} for family {p.name}, found {form}", where="--form")
-        if form in p.layouts:
-            return p.layouts[form].plan_original(checkpoint, options, known)
+    if (layout := asked_layout(p.name, AS_PUBLISHED, p.layouts, known)) is not None:
+        return layout.plan_original(checkpoint, options, known)
     config = config_of(p, known) | signs_of(p, known)
     container = options.family_options.get("container", known.once.get("container", p.container))
     file = "pytorch_model.bin" if container == "pth" else "model.safetensors"

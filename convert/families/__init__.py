@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
@@ -54,6 +55,7 @@ class Family:
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
+    unread: str = ""  # a pattern of the names of tensors, in either layout, that no pass reads
 
 
 def family(name: str) -> Family:
@@ -64,11 +66,13 @@ def family(name: str) -> Family:
 
 def as_family_knows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     """`checkpoint` with the names that `chosen` has on disk, and what it may find stacked one by one."""
-    return one_by_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.in_memory)
+    checkpoint = as_on_disk(layers_apart(checkpoint), chosen.held_as, chosen.tensors)
+    return one_by_one(checkpoint, chosen.in_memory)
 
 
 def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
-    """The same for any family; see `one_by_one`."""
+    """The same for any family; see `one_by_one` and `layers_apart`."""
+    checkpoint = layers_apart(checkpoint)
     for chosen in map(family, FAMILIES):
         checkpoint = as_on_disk(checkpoint, chosen.held_as, chosen.tensors)
     return one_by_one(checkpoint, {n: parts for f in FAMILIES for n, parts in family(f).in_memory.items()})

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ckpt_tool.convert.dialects import consolidated, params_json
+from ckpt_tool.convert.dialects import consolidated, megatron_core, params_json
 from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
+from ckpt_tool.convert.dialects.megatron_core import Ends
 from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI, asked
 from ckpt_tool.convert.numbers import (
     DECODER,
@@ -364,16 +365,35 @@ def unsaid(known: Known) -> list[str]:
     return notes
 
 
+CLASS = like_llama(
+    "LlamaConfig",
+    {"attention_bias": False, "mlp_bias": False},
+    context=2048,
+    idle={**DECODER, "pretraining_tp": "the same sums in parts"},
+)
+# Megatron pads the words of the published vocabularies to a multiple of 128 for each rank.
+CORE = megatron_core.Core(
+    family="llama",
+    model="Llama",
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    config=CLASS,
+    fields=(
+        only("attention_bias", False, "no biases in linear_qkv"),
+        only("mlp_bias", False, "no biases in linear_fc1"),
+        only("pretraining_tp", 1, "one process; more would imitate the rounding of ranks"),
+    ),
+    ends=(
+        Ends(range(128256, 129281), 128000, 128001, "Llama 3's vocabulary"),
+        Ends(range(32000, 32769), 1, 2, "the vocabulary of Llama 1 and 2"),
+    ),
+)
+
 FAMILY = consolidated.family(
     name="llama",
-    summary="Llama 1, 2, 3, 3.1, 3.2, 3.3 (text) and Code Llama: consolidated.NN.pth with params.json",
+    summary="Llama 1, 2, 3 to 3.3 (text), Code Llama: consolidated.NN.pth with params.json; Megatron-Core",
     architecture="LlamaForCausalLM",
-    config=like_llama(
-        "LlamaConfig",
-        {"attention_bias": False, "mlp_bias": False},
-        context=2048,
-        idle={**DECODER, "pretraining_tp": "the same sums in parts"},
-    ),
+    config=CLASS,
     told=told,
     lacks=(
         "no sliding window and no experts",
@@ -438,5 +458,6 @@ FAMILY = consolidated.family(
     untold=untold,
     unsaid=unsaid,
     options=(consolidated.SHARDS,),
+    layouts={"mcore": CORE},
     vocabulary=consolidated.Vocabulary(classes=("LlamaTokenizer", "CodeLlamaTokenizer"), ranks=True),
 )

@@ -7,10 +7,11 @@ tekken.json, as mistralai/mistral-inference @2557e12d reads them (first release 
 
 from __future__ import annotations
 
-from ckpt_tool.convert.dialects import consolidated, params_json
+from ckpt_tool.convert.dialects import consolidated, megatron_core, params_json
 from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
+from ckpt_tool.convert.dialects.megatron_core import Ends
 from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI
-from ckpt_tool.convert.numbers import Known, Value, count, given, like_llama, only, some
+from ckpt_tool.convert.numbers import MAX_COUNT, Known, Value, count, given, like_llama, only, some
 
 NEMO = {"hidden_size": 5120, "num_hidden_layers": 40, "head_dim": 128, "intermediate_size": 14336}
 
@@ -35,15 +36,27 @@ def context(known: Known) -> Value:
     return given(32768, "as published with Mistral models")
 
 
+CLASS = like_llama(
+    "MistralConfig",
+    {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+    context=131072,
+)
+CORE = megatron_core.Core(
+    family="mistral",
+    model="Mistral",
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    config=CLASS,
+    fields=(only("sliding_window", None, "Megatron-Core's GPT has no window"),),
+    unsaid=("sliding_window",),
+    ends=(Ends(range(1, MAX_COUNT), 1, 2, "every Mistral tokenizer"),),
+)
+
 FAMILY = consolidated.family(
     name="mistral",
-    summary="Mistral 7B v0.1 to v0.3, Nemo, Small, Large, Codestral: consolidated.* with params.json",
+    summary="Mistral 7B v0.1 to v0.3, Nemo, Small, Large, Codestral: consolidated.*; Megatron-Core",
     architecture="MistralForCausalLM",
-    config=like_llama(
-        "MistralConfig",
-        {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
-        context=131072,
-    ),
+    config=CLASS,
     told=told,
     lacks=("no experts", ("moe.num_experts",)),
     fields=(
@@ -62,5 +75,6 @@ FAMILY = consolidated.family(
     params=(*params_json.MISTRAL_AI, some("sliding_window"), params_json.tied),
     ids=lambda _: (1, 2, "every Mistral tokenizer"),
     options=(consolidated.CONTAINER,),
+    layouts={"mcore": CORE},
     vocabulary=consolidated.MISTRAL_AI,
 )

@@ -11,6 +11,7 @@ NVIDIA-NeMo/Megatron-Bridge @067f987d (models/qwen). Linear weights are (out, in
 from __future__ import annotations
 
 from ckpt_tool.convert.dialects import megatron_core, published
+from ckpt_tool.convert.dialects.megatron_core import Ends
 from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, head_width, weights
 from ckpt_tool.convert.numbers import (
     DECODER,
@@ -90,18 +91,21 @@ FIELDS = by_name(
     count("head_dim", silent=lambda known: Value(head_width(known), ""), check=heads_fit, hidden=True),
 )
 
+# 151646 tokens and up to 18 more in Qwen2.5, published with 151936 or 152064 rows; Megatron pads to a
+# multiple of 128 for each rank, and people add tokens.
+END = 151643
+ENDS = Ends(range(151646, 153601), END, END, "<|endoftext|> in every Qwen2 vocabulary")
 CORE = megatron_core.Core(
     family="qwen2",
     model="Qwen2",
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     config=CLASS,
+    biases=True,
+    own_width=False,
     fields=(only("use_sliding_window", False, "Megatron-Core's GPT has no window"),),
     unsaid=("use_sliding_window",),
-    # 151646 tokens and up to 18 more in Qwen2.5, published with 151936 or 152064 rows; Megatron pads to a
-    # multiple of 128 for each rank, and people add tokens
-    published_rows=range(151646, 153601),
-    end_of_text=151643,
+    ends=(ENDS,),
 )
 
 FAMILY = published.family(

@@ -82,6 +82,13 @@ def read_merges(data: bytes, file: str, vocab: Mapping[str, int]) -> list[tuple[
     return merges
 
 
+def framed(named: Mapping[str, str], vocab: Mapping[str, int]) -> dict[str, Any]:
+    """The post-processor of RoBERTa: cls_token, a text, sep_token, and sep_token, a text, sep_token again for
+    a second one."""
+    ends = {word: [named[f"{word}_token"], vocab[named[f"{word}_token"]]] for word in ("sep", "cls")}
+    return {"type": "RobertaProcessing", **ends, "trim_offsets": True, "add_prefix_space": False}
+
+
 def convert(
     vocab_data: bytes,
     merges_data: bytes,
@@ -97,7 +104,8 @@ def convert(
     follow the vocabulary; text is searched for them before anything else."""
     vocab = read_vocabulary(vocab_data, files[0], use.named.values())
     merges = read_merges(merges_data, files[1], vocab)
-    added = [AddedToken(vocab[text], text) for text in dict.fromkeys(use.named.values())]
+    mask = use.named.get("mask_token") if use.frames else None
+    added = [AddedToken(vocab[text], text, lstrip=text == mask) for text in dict.fromkeys(use.named.values())]
     later = more_tokens.after(vocab, len(vocab))
     added = sorted([*added, *later], key=lambda token: token.id)
     named = {**more_tokens.named(later), **use.named}
@@ -109,6 +117,9 @@ def convert(
         template = bos_template(AddedToken(vocab[begin], begin))
         after = {"type": "Sequence", "processors": [after, template]}
         more["add_bos_token"] = True
+    if use.frames:
+        after = framed(use.named, vocab)
+        more["tokenizer_class"] = use.classes[0]
     length = config.get("n_positions", config.get("max_position_embeddings"))
     if isinstance(length, int) and not isinstance(length, bool) and length > 0:
         more["model_max_length"] = length

@@ -41,18 +41,20 @@ _ROLES = ("pad_token", "mask_token", "sep_token", "cls_token")
 @dataclass(frozen=True)
 class AddedToken:
     """A token that Hugging Face looks for in text before the model sees it; `control` ones are left out by
-    `skip_special_tokens`. `normalized`: looked for after the normalizer has run."""
+    `skip_special_tokens`. `normalized`: looked for after the normalizer has run; `lstrip`: with the space
+    before it."""
 
     id: int
     text: str
     control: bool = True
     normalized: bool = False
+    lstrip: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
             "content": self.text,
             "single_word": False,
-            "lstrip": False,
+            "lstrip": self.lstrip,
             "rstrip": False,
             "normalized": self.normalized,
             "special": self.control,

@@ -1,0 +1,49 @@
+"""A pickle of arguments beside the weights, read as data: the machine that reads torch files reads it, and
+nothing that it names is imported or called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_tool.checkpoint.base import Document
+from ckpt_tool.checkpoint.pickle_records import Inert, describe, plain
+from ckpt_tool.checkpoint.torch_state import surveyed, unsafe_problems
+from ckpt_tool.checkpoint.unpickle import Machine
+from ckpt_tool.errors import CkptToolError, fail, fail_all
+
+LIMIT = 1 << 20  # bytes; arguments are names and numbers
+MODEL_ARGUMENTS = "model_args.pkl"
+
+
+def read_arguments(document: Document) -> dict[str, object]:
+    """The dict that the pickle holds, with each argparse.Namespace as the dict of its arguments. A value that
+    is no plain one becomes the words for what it is. Kinds: those of `read_pickle`, `unsafe-pickle` for a
+    call of what may not stand in data, `wrong-format` for what is no dict, `trailing-data`, `bad-config` (too
+    large)."""
+    data, file = document.read(LIMIT), document.name
+    machine = Machine(data, file=file)
+    try:
+        pickled = machine.run()
+    except CkptToolError as error:
+        raise CkptToolError(*unsafe_problems(machine, file), *error.problems) from None
+    fail_all(unsafe_problems(pickled, file, surveyed(pickled.value, file)))
+    if pickled.end != len(data):
+        extra = len(data) - pickled.end
+        message = f"expected the end of the pickle at byte {pickled.end}, found {extra} more bytes"
+        fail("trailing-data", message, file=file)
+    if not isinstance(pickled.value, Mapping):
+        fail("wrong-format", f"expected a dict of arguments, found {describe(pickled.value)}", file=file)
+    return _told(pickled.value)
+
+
+def _told(fields: Mapping[Any, object]) -> dict[str, object]:
+    return {k: _value(v) for k, v in fields.items() if type(k) is str}
+
+
+def _value(value: object) -> object:
+    if isinstance(value, Inert) and str(value.type) == "argparse.Namespace":
+        return _told(value.fields)
+    if value is None or isinstance(value, bool | int | float | str | list | tuple | Mapping):
+        return plain(value)
+    return describe(value)

@@ -1,0 +1,57 @@
+"""Other layouts than the published one that models of a family are kept in; `--form` chooses one on the way
+back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.numbers import Known
+from ckpt_tool.convert.options import Option
+from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.errors import fail
+
+FORM = "form"
+
+
+class Layout(Protocol):
+    """Another layout that the same models are kept in."""
+
+    title: str
+    options: tuple[Option, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Some of its names."""
+
+    def holds(self, names: Collection[str]) -> bool: ...
+
+    def recognise(self, names: Collection[str]) -> tuple[bool, str]: ...
+
+    def plan(self, checkpoint: Checkpoint, options: Options) -> Plan: ...
+
+    def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan: ...
+
+
+def layout_option(usual: str, layouts: Mapping[str, Layout]) -> tuple[Option, ...]:
+    """The options that the layouts have, and the one that chooses; `usual` stands for the published one."""
+    words = "; ".join(f"{word}: {layout.title}" for word, layout in layouts.items())
+    form = Option(FORM, f"Layout to write; {words}.", "original", choices=(usual, *layouts))
+    return tuple(o for layout in layouts.values() for o in (*layout.options, form))
+
+
+def layout_of(layouts: Mapping[str, Layout], names: Collection[str]) -> Layout | None:
+    """The one that tensors of these names are in; None for the published one."""
+    return next((layout for layout in layouts.values() if layout.holds(names)), None)
+
+
+def asked_layout(family: str, usual: str, layouts: Mapping[str, Layout], known: Known) -> Layout | None:
+    """The one to write: as asked, else as the original was; None for the published one, called `usual`."""
+    if not layouts:
+        return None
+    form = known.options.family_options.get(FORM, known.once.get(FORM, usual))
+    if form not in (usual, *layouts):
+        words = " or ".join((usual, *layouts))
+        fail("usage", f"expected {words} for family {family}, found {form}", where="--form")
+    return layouts.get(form)

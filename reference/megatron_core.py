@@ -1,0 +1,140 @@
+"""A gated decoder with rotary positions as Megatron-Core trains it, whatever it is called when it is
+published: `decoder.layers.{i}.self_attention.linear_qkv`, in tensor-parallel ranks or joined. Pipeline stages
+are joined before (`megatron.join_stages`).
+
+Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.19.2 (core/models/gpt, core/transformer),
+NVIDIA-NeMo/Megatron-Bridge @067f987d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_tool.reference.decoder import Names
+from ckpt_tool.reference.facts import Shapes, first, only, refuse
+from ckpt_tool.reference.published import numbers, told
+
+# Facts under their Hugging Face names, and what args call them; the first that is there counts.
+ARGS = {
+    "num_hidden_layers": ("num_layers",),
+    "head_dim": ("kv_channels",),
+    "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
+    "rope_theta": ("rotary_base",),
+}
+WORDS = "embedding.word_embeddings.weight"
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "swiglu": (True,),
+    "normalization": ("RMSNorm",),
+    "add_bias_linear": (False,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (1,),
+    "apply_layernorm_1p": (False,),
+    "num_experts": (),
+    "window_size": (),
+    "layernorm_zero_centered_gamma": (False,),
+    "qk_l2_norm": (False,),
+    "attention_output_gate": (False,),
+    "softmax_type": ("vanilla",),
+    "softmax_scale": (),
+    "no_rope_freq": (),
+    "mrope_section": (),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "glu_linear_offset": (0,),
+    "activation_func_clamp_value": (),
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (),
+    "linear_attention_freq": (),
+    "is_hybrid_model": (False,),
+    "mtp_num_layers": (0,),
+    "use_mup": (False,),
+}
+
+
+def words_of(shapes: Shapes) -> str | None:
+    """The name of the word table where these are tensors of Megatron-Core's."""
+    return next((name for name in sorted(shapes) if name.endswith(WORDS)), None)
+
+
+def made(
+    params: Mapping[str, Any],
+    shapes: Shapes,
+    ranks: int,
+    overrides: Mapping[str, Any],
+    *,
+    biased: bool = False,
+) -> dict[str, Any]:
+    """The parts of a `decoder.Config`. `params` is what the files carry, Megatron's pickled args as plain
+    values among it; `shapes` those of rank 0, `overrides` facts from the user under their Hugging Face names,
+    which win; `biased` says whether query, key and value have biases. ValueError with all that is missing and
+    that this pass does not compute."""
+    words = words_of(shapes)
+    assert words is not None
+    said = _in_hf_names(params)
+    if said.get("use_rope_scaling") and "rope_scaling" not in overrides:
+        said["rope_scaling"] = _stretched(said.get("rope_scaling_factor"))
+    facts = told(said, overrides, 1)
+    names = _of_megatron(words, shapes, facts.get("tie_word_embeddings"))
+    normed = any(name.endswith("q_layernorm.weight") for name in shapes)
+    own = {"add_qkv_bias": (biased,), "qk_layernorm": (normed,)}
+    refuse(only(facts, {**COMPUTED, **own}))
+    rows = first(facts.get("vocab_size"), shapes[words][0] * ranks)  # those after it are padding
+    found = numbers(facts, names, shapes)
+    found["n_words"] = int(rows)
+    if biased:
+        found["biased"] = ("qkv",)
+    if normed:
+        found["head_norms"] = ("self_attention.q_layernorm.", "self_attention.k_layernorm.")
+    return found
+
+
+def _stretched(factor: Any) -> dict[str, Any]:
+    """What `RotaryEmbedding._apply_scaling` computes by default (core_v0.12.0, rotary_pos_embedding.py); the
+    argument for another factor reached it in some releases only."""
+    if factor not in (None, 8):
+        raise ValueError(f"expected `rope_scaling_factor` 8 or rope_scaling given by name, found {factor}")
+    turned = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": 8, **turned}
+
+
+def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
+    args = params.get("args")
+    made = {**params, **(args if isinstance(args, Mapping) else {})}
+    made |= {name: first(*(made.get(n) for n in (name, *others))) for name, others in ARGS.items()}
+    marked = made.get("no_rope_freq")  # layers marked 1 are not turned
+    if isinstance(marked, list) and not any(marked):
+        del made["no_rope_freq"]
+    if made.get("window_size") in ([-1, -1], [-1, 0]):  # all that is before a token
+        del made["window_size"]
+    if "num_query_groups" in made:  # args have a number of groups even where queries are not grouped
+        grouped = made.get("group_query_attention", True)
+        made["num_key_value_heads"] = made["num_query_groups" if grouped else "num_attention_heads"]
+    if "untie_embeddings_and_output_weights" in made:
+        made["tie_word_embeddings"] = not made["untie_embeddings_and_output_weights"]
+    return made
+
+
+def _of_megatron(words: str, shapes: Shapes, tied: bool | None) -> Names:
+    root = words.removesuffix(WORDS)
+    block, output = root + "decoder.layers.", root + "output_layer.weight"
+    # Transformer Engine has the norms in the layers after them.
+    engine = f"{block}0.self_attention.linear_qkv.layer_norm_weight" in shapes
+    apart = f"{block}0.mlp.linear_fc1.gate.weight" in shapes  # of `singleton_local_shards`
+    # The last pipeline stage has a copy of tied words.
+    own_output = output in shapes or (tied is not None and not tied)
+    return Names(
+        word=words,
+        block=block,
+        norm_1="self_attention.linear_qkv.layer_norm_" if engine else "input_layernorm.",
+        qkv=("self_attention.linear_qkv.",),
+        out="self_attention.linear_proj.",
+        norm_2="mlp.linear_fc1.layer_norm_" if engine else "pre_mlp_layernorm.",
+        units=("mlp.linear_fc1.gate.", "mlp.linear_fc1.up.") if apart else ("mlp.linear_fc1.",),
+        down="mlp.linear_fc2.",
+        final_norm=root + "decoder.final_layernorm.",
+        output=output if own_output else words,
+    )
