@@ -96,7 +96,7 @@ def _mark(rows: np.ndarray, step: Step, access: Access, places: np.ndarray) -> N
     shape, first = part.shape(step.sizes), _first(part)
     if not first or not places.size:
         return
-    begin = part.box(step.sizes)[first[0]][0] * prod(step.sizes[a] for a in first[1:])
+    begin = part.whole(step.sizes)[first[0]][0] * prod(step.sizes[a] for a in first[1:])
     run, rest = np.divmod(places, access.runs.length)
     rows[begin + (np.array(access.runs.offsets())[run] + rest) // prod(shape[1:])] = True
 

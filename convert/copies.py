@@ -61,6 +61,18 @@ def in_words(step: Step) -> str:
     return told or ("a copy" if step.copied else "")
 
 
+def copied_rows(steps: Sequence[Step]) -> dict[str, list[int]]:
+    """By the name of an original's tensor, the rows of it that the converted one holds once more after the
+    last, in order."""
+    found: dict[str, dict[int, int]] = {}
+    for step in (s for s in steps if s.compare in ("", COPIED)):
+        for p in (*step.sources, *step.targets):
+            for axis, at, _ in p.taken:
+                for first in (lo for a, lo, _ in p.ranges if a == axis and lo):
+                    found.setdefault(p.name, {})[at] = at - first
+    return {name: [rows[at] for at in sorted(rows)] for name, rows in found.items() if rows}
+
+
 def joined(steps: Sequence[Step]) -> list[Step]:
     """Steps that `apart` has made, and others, as they were before."""
     made: dict[tuple[str, ...], Step] = {}

@@ -104,7 +104,8 @@ def _names(names: list[list[str]], parts: Sequence[Part]) -> list[str]:
     for group in names:
         alike.setdefault(fold_key(group[0]), []).extend(group)
     folded = [printable(folded_name(list(dict.fromkeys(g)))) for g in alike.values()]
-    ranks = len(parts) // max(1, len({p.name for p in parts}))
+    own = [p for p in parts if not p.taken] or parts  # copies are told in words
+    ranks = len(own) // max(1, len({p.name for p in own}))
     return [*folded[:-1], f"{folded[-1]}  ({ranks} ranks)"] if ranks > 1 else folded
 
 

@@ -20,7 +20,7 @@ class Vocabulary:
     text), which text can spell; with `begins` bos_token comes before every text, with `frames`, of RoBERTa,
     cls_token stands before and sep_token after it, and mask_token takes the space before it."""
 
-    kind: Literal["sentencepiece", "wordpiece", "byte-level", "codepoints"] = "sentencepiece"
+    kind: Literal["sentencepiece", "wordpiece", "byte-level", "codepoints", "entity-spans"] = "sentencepiece"
     classes: tuple[str, ...] = ()
     ranks: bool = False
     named: Mapping[str, str] = field(

@@ -55,3 +55,16 @@ def span(start: Tensor, end: Tensor, first: Tensor, last: Tensor) -> Tensor:
         for logits, positions in ((start, first), (end, last))
     ]
     return (losses[0] + losses[1]) / 2
+
+
+def words_and_entities(words: Tensor, entities: Tensor, labels: Tensor, entity_labels: Tensor) -> Tensor:
+    """The sum of the masked LM losses of words (B, T, V) and of entities (B, E, U), labels (B, T), (B, E)."""
+    return labelled(words, labels) + labelled(entities, entity_labels)
+
+
+def of_entities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Classification of an entity or of two (B, L), or of spans (B, E, L): labels with an axis less name one
+    class each; those of the same shape are truth values of each class."""
+    if labels.ndim < logits.ndim:
+        return labelled(logits, labels)
+    return binary_cross_entropy_with_logits(logits.flatten(), labels.flatten().to(logits.dtype))

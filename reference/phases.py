@@ -76,7 +76,7 @@ def passes(phases: Callable[..., list[Phase]]) -> tuple[Callable[..., Tree], Cal
         return run(phases(ranks, c, given(**inputs)), ids)
 
     def encode(ids: Tensor, ranks: Ranks, c: Any, **inputs: Tensor | None) -> Tree:
-        flat = {name: x.flatten(0, -2) for name, x in given(**inputs).items()}
+        flat = {name: x.flatten(0, ids.ndim - 2) for name, x in given(**inputs).items()}
         x = trunk(phases(ranks, c, flat), ids.flatten(0, -2))
         return x if ids.ndim == 2 else mapped(lambda t: t.view(*ids.shape[:-1], *t.shape[1:]), x)
 

@@ -33,6 +33,7 @@ BASE = {
     "llama": "llama-3-8b",
     "megatron-bert": "bert-v1-bare",
     "megatron-gpt2": "gpt2-v1-bare",
+    "mluke": "mluke-aware",
     "opt": "opt-bare",
     "codegen": "codegen-16b-nl",
     "qwen2": "qwen2-0.5b",
@@ -87,7 +88,7 @@ KINDS: dict[str, Kind] = {
         refused="bad-config",
         says="rope_parameters.rope_theta",
         never={
-            **each((*MEGATRON, *TENSORFLOW, "opt"), LEARNED),
+            **each((*MEGATRON, *TENSORFLOW, "opt", "mluke"), LEARNED),
             **each(("codegen", "mega"), "the base is in the code: no key says it"),
         },
     ),
@@ -95,11 +96,12 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others("mixtral", "codegen", *TENSORFLOW, "mega"),
+                others("mixtral", "codegen", *TENSORFLOW, "mega", "mluke"),
                 "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
             ),
             "mega": "test_mega.py::test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out",
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
+            "mluke": "test_families_mluke.py::test_a_tied_head_of_other_values_is_refused",
             "mobilebert": "test_mobilebert.py::test_a_decoder_with_values_of_its_own_is_refused",
         },
         never={"codegen": "its head has a bias, and no class ties it", "canine": "it has no output layer"},
@@ -124,6 +126,7 @@ KINDS: dict[str, Kind] = {
                 "test_world_pub.py::test_a_key_that_nobody_reads_is_refused_by_name_and_the_hint_leads_out",
             ),
             "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
+            "mluke": "test_families_mluke.py::test_what_metadata_says_is_used_or_refused_by_name",
             "mobilebert": "test_mobilebert.py::test_a_config_that_says_otherwise_is_refused",
             "canine": "test_canine.py::test_what_the_model_is_not_is_refused_by_name",
             "mega": "test_mega.py::test_an_argument_that_nobody_reads_is_refused_and_the_hint_leads_out",
@@ -154,6 +157,7 @@ KINDS: dict[str, Kind] = {
             **each(CONSOLIDATED, "test_world_params.py::test_no_published_model_needs_an_answer"),
             **each(PUBLISHED, "test_world_pub.py::test_what_published_models_have_besides_converts"),
             **each(MEGATRON, "test_world_meg.py::test_harmless_arguments_change_nothing"),
+            "mluke": "test_families_mluke.py::test_a_published_model_asks_nothing",
             "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
             "mobilebert": "test_mobilebert.py::test_the_published_model_without_its_config",
             "canine": "test_canine.py::test_the_published_sizes_need_no_config",
@@ -164,7 +168,7 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others(*MEGATRON, *PUBLISHED, *TENSORFLOW, "mega"),
+                others(*MEGATRON, *PUBLISHED, *TENSORFLOW, "mega", "mluke"),
                 "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
             ),
             "mobilebert": "test_mobilebert.py::test_rows_without_an_id_are_told",
@@ -174,6 +178,7 @@ KINDS: dict[str, Kind] = {
         never={
             **each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
             "canine": "ids are code points, which are hashed to rows",
+            "mluke": "the rows after the tokenizer's ids are those that are added",
         },
     ),
     "norms in float32": Kind(

@@ -46,6 +46,7 @@ CONVERTED = {
     "llama": "llama-3.1-8b",
     "mistral": "mistral-7b-v0.3",
     "mixtral": "mixtral-c",
+    "mluke": "mluke-aware",
     "opt": "opt-13b",
     "megatron-bert": "bert-ngc-cased",
     "megatron-gpt2": "gpt2-ngc-stored",

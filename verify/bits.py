@@ -25,7 +25,7 @@ from ckpt_tool.verify.rounding import other_roundings
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "bits"
-DOCUMENT_LIMIT = 64 << 20  # bytes of a file beside the weights
+DOCUMENT_LIMIT = 1 << 30  # bytes of a file beside the weights: a list of entities has a hundred million
 PIECE = 1 << 20  # bytes compared at a time where a block is one long run
 
 

@@ -25,6 +25,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.checkpoint.weight_sets import is_settings
+from ckpt_tool.convert.copies import copied_rows
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance, farthest
@@ -282,6 +283,8 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
         told["num_key_value_heads"] = subject.config["num_key_value_heads"]
     if staged and subject.config.get("vocab_size"):
         told.setdefault("vocab_size", subject.config["vocab_size"])  # rows of padding are not compared
+    if subject.plan is not None and (rows := copied_rows(subject.plan.steps)):
+        told["copied_rows"] = rows
     config = module.Config.from_original(_facts(checkpoint), shapes, len(ranks), told)
     return _side(module, config, checkpoint, ranks, dtype, device)
 
@@ -315,7 +318,7 @@ def _side(
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the publisher says about the model: params.json or the like, or what the weight files carry beside
     the tensors, pickled args as plain values among it."""
-    for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json"):
+    for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json", "metadata.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
     if MODEL_ARGUMENTS in checkpoint.documents:

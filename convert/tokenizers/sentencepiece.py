@@ -170,6 +170,29 @@ def read(data: bytes, file: str) -> Model:
     return model
 
 
+def pieces(data: bytes, file: str) -> tuple[Piece, ...]:
+    """The pieces of a sentencepiece model of any type, in id order; `bad-tokenizer` for what is none."""
+    if len(data) > MAX_BYTES or not looks_like(data):
+        message = f"expected a sentencepiece model of at most {MAX_BYTES} bytes, found {data[:16]!r}"
+        fail("bad-tokenizer", message, file=file)
+    fields = _Fields(data, file)
+    found: list[Piece] = []
+    for number, wire, first, last in fields.walk(0, len(data)):
+        if number == 1 and wire == _BYTES:
+            found.append(_piece(fields, first, last))
+        if len(found) > MAX_PIECES:
+            fail("bad-tokenizer", f"expected at most {MAX_PIECES} pieces, found more", file=file)
+    return tuple(found)
+
+
+def charsmap(data: bytes, file: str) -> bytes:
+    """The precompiled table by which a model replaces characters; empty where it has none."""
+    fields = _Fields(data, file)
+    specs = [(a, b) for n, w, a, b in fields.walk(0, len(data)) if n == 3 and w == _BYTES]
+    tables = [data[a:b] for spec in specs for n, w, a, b in fields.walk(*spec) if n == 2 and w == _BYTES]
+    return tables[-1] if tables else b""
+
+
 def _piece(fields: _Fields, start: int, end: int) -> Piece:
     text, score, kind = "", 0.0, NORMAL
     for number, wire, first, last in fields.walk(start, end):
