@@ -22,8 +22,14 @@ demo: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<
 	touch $@
 
+# TensorFlow, the judge of bundles, is large: where it does not come within two minutes its tests are skipped.
+.judges/tensorflow/.ready: tests/judges/tensorflow.txt $(VENV)/.ready
+	rm -rf .judges/tensorflow
+	if timeout 120 $(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/tensorflow -r $<; \
+	then touch $@; else rm -rf .judges/tensorflow; echo "TensorFlow was not installed: its tests are skipped"; fi
+
 # Programs that tests start find the tree compiled, whatever the shell says of bytecode.
-test: setup .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
+test: setup .judges/tensorflow/.ready .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup

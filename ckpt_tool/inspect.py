@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint import checklist
-from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
 from ckpt_tool.checkpoint.megatron import arguments
@@ -277,8 +277,8 @@ def inspect(
         found.files = [_view(file) for file in checkpoint.files.values()]
         found.tensors = list(checkpoint)
         found.documents = {d.name: d.size for d in checkpoint.documents.values()}
-        beside = Counter(left.reason for left in checkpoint.left_out)
-        found.notes = [*checkpoint.notes, *checkpoint.readings]
+        beside = Counter(left.reason for left in checkpoint.left_out if left.tensor.dtype in DTYPES)
+        found.notes = [*checkpoint.notes, *checkpoint.readings, *_not_numbers(checkpoint)]
         found.notes += [f"{count} tensors are none of the model's: {why}" for why, count in beside.items()]
         try:
             if (held := packed(checkpoint.names())) is not None:
@@ -291,6 +291,16 @@ def inspect(
         except CkptToolError as error:
             found.refused = list(error.problems)
     return found
+
+
+def _not_numbers(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is left out for its type, by name."""
+    others = [left for left in checkpoint.left_out if left.tensor.dtype not in DTYPES]
+    for left in others[:SHOWN_METADATA]:
+        t = left.tensor
+        yield f"{printable(t.name)} {t.shape} {t.dtype} is left out: {left.reason}"
+    if len(others) > SHOWN_METADATA:
+        yield f"{len(others) - SHOWN_METADATA} more tensors are left out for their type"
 
 
 def _view(file: TensorFile) -> FileView:

@@ -255,7 +255,8 @@ def assemble(
     steps = dtypes.typed([*steps, *compared], options.dtype)
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
-    problems = [*_kept_problems(kept, checkpoint), *expansion.problems, *_step_problems(steps, checkpoint)]
+    missing = _told_apart(expansion.problems, checkpoint)
+    problems = [*_kept_problems(kept, checkpoint), *missing, *_step_problems(steps, checkpoint)]
     fail_all([*problems, *_uncovered(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps)
     if direction == "to-hf":
@@ -314,6 +315,17 @@ def _unclaimed(
         else:
             dropped.append(Dropped(tensor, reason))
     return dropped, uncovered
+
+
+def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """`problems`, where a tensor is not missing but left out for its type."""
+    others = {t.tensor.name: t.tensor for t in checkpoint.left_out if t.tensor.dtype not in DTYPES}
+    for problem in problems:
+        tensor = others.get(problem.where or "")
+        if problem.kind == "missing-tensor" and tensor is not None:
+            message = f"expected a dtype known here, found {tensor.dtype}"
+            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name)
+        yield problem
 
 
 def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Problem]:

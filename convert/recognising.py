@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.tf_coding import VARIABLE
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
@@ -126,6 +127,10 @@ def _held(checkpoint: Checkpoint) -> str:
         if names
         else "no tensors"
     )
+    if any(f.format == "tf-bundle" for f in checkpoint.files.values()):
+        objects = any(n.endswith(VARIABLE) for n in names)
+        what = "2 checkpoint of objects, named after attributes" if objects else "checkpoint"
+        text = f"{text} (a TensorFlow {what})"
     architecture = _architecture(checkpoint)
     return f"{text}, config.json says {printable(architecture, 60)}" if architecture else text
 

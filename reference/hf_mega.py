@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -319,6 +319,19 @@ HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor
     "question_answering": lambda x, ranks, c: span_logits(x, ranks[0]),
 }
 
+
+# --- what the library computes otherwise ------------------------------------------------------------------
+
+
+def undivided(x: Tensor, ranks: Ranks, c: Config, i: int, mask: Tensor | None = None) -> Tensor:
+    """How far a layer is from what it would give if its RMS norms divided: for these weights and this input
+    no less and no more than that."""
+    with_it = layer(x, i, ranks, replace(c, divides=True), mask)
+    return (layer(x, i, ranks, c, mask) - with_it).abs()
+
+
+# By phase: what a difference that the plan foretells may come to.
+bounds: dict[str, Callable[..., Tensor]] = {"layer": undivided}
 
 # --- what converters get wrong ----------------------------------------------------------------------------
 

@@ -9,29 +9,36 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 
+def head(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a language model, what the last layer gives for another one."""
+    if type(model).__name__.endswith(("CausalLM", "MaskedLM", "LMHeadModel", "ForPreTraining")):
+        found = model(ids)
+        return found.prediction_logits if "prediction_logits" in found else found.logits
+    return model.base_model(ids).last_hidden_state
+
+
 def main(out: str, folders: list[str]) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForPreTraining, AutoTokenizer, logging
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer, logging
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     arrays, reports = {}, {}
     for folder in folders:
-        pretraining = AutoConfig.from_pretrained(folder).architectures == ["MegatronBertForPreTraining"]
-        auto = AutoModelForPreTraining if pretraining else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
+        (named,) = AutoConfig.from_pretrained(folder).architectures
+        model, info = getattr(transformers, named).from_pretrained(
             folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         vocab = model.config.vocab_size
         ids = torch.from_numpy(np.load(Path(folder) / "judge_ids.npy")) % vocab
         with torch.no_grad():
-            found = model(ids)
-            logits = found.prediction_logits if pretraining else found.logits
-            arrays[Path(folder).name] = logits.numpy()
+            arrays[Path(folder).name] = head(model, ids).numpy()
         report = {
             k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
         }

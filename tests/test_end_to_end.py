@@ -15,6 +15,9 @@ from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.fixtures.variants import VARIANTS
 
 Written = Callable[[str], Path]
+# What the current release of transformers has dropped is judged by the oldest one.
+OLDEST = Path(__file__).parents[1] / ".judges" / "tf4.37"
+DROPPED = ("mega",)
 
 
 def test_every_family_has_variants() -> None:
@@ -36,7 +39,13 @@ def test_config_holds_what_the_original_means(variant: str, conversions: Written
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_verified_at_every_level_judged_and_round_tripped(variant: str, tmp_path: Path) -> None:
+def test_verified_at_every_level_judged_and_round_tripped(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if VARIANTS[variant].family in DROPPED:
+        if not OLDEST.is_dir():
+            pytest.skip("tf4.37 is not set up; `make test` does it")
+        monkeypatch.setenv("CKPT_TOOL_TRANSFORMERS", str(OLDEST))
     found = table.row(VARIANTS[variant], tmp_path, judge=True)
     assert found.verdict == "pass", found
     assert found.bits == "pass"

@@ -24,14 +24,14 @@ def raw(family: str) -> dict[str, Any]:
 def test_every_entry_of_a_family_is_read(family: str) -> None:
     entries = load(family)
     assert [e.id for e in entries] == [e["id"] for e in raw(family)["entries"]]
-    own = {family, "gpt2"} if family == "megatron_gpt2" else {family}
+    own = {family, *{"megatron_gpt2": ["gpt2"], "mluke": ["luke"]}.get(family, [])}
     assert {e.family for e in entries} == own
     assert all(e.id.startswith(f"{e.family}.") for e in entries)
 
 
 def test_ids_are_unique_over_all_families() -> None:
     ids = [e.id for e in load_all()]
-    assert len(ids) == len(set(ids)) == 19 + 13 + 57 + 4 + 17 + 15 + 7 + 15
+    assert len(ids) == len(set(ids)) == 19 + 13 + 57 + 4 + 17 + 15 + 7 + 15 + 19 + 5 + 5 + 22
 
 
 def test_a_family_without_documented_values_has_no_entries() -> None:
@@ -48,8 +48,8 @@ def test_only_status_gate_decides() -> None:
 
 @pytest.mark.parametrize("entry", [e for e in load_all() if e.expected.index is not None], ids=lambda e: e.id)
 def test_values_fit_the_part_of_the_tensor_they_describe(entry: Any) -> None:
-    vocabulary = entry.expected.shape[-1] if entry.expected.shape else 1000
-    logits = np.zeros((len(entry.input_ids), len(entry.input_ids[0]), vocabulary))
+    shape = entry.expected.shape or (len(entry.input_ids), len(entry.input_ids[0]), 1000)
+    logits = np.zeros(shape)
     assert logits[entry.expected.index].shape == np.shape(entry.expected.values)
 
 
@@ -81,6 +81,11 @@ def test_mistral_fp32_slice_reads_as_documented() -> None:
             "megatron_bert.uncased_345m.last_hidden_state",
         ),
         ("openai-community/gpt2", "gpt2", "gpt2.tokenizer.hello_world"),
+        ("google/mobilebert-uncased", "mobilebert", "mobilebert.base.last_hidden_state"),
+        ("canine-s", "canine", "canine.base.tydiqa_swahili.pooler_output"),
+        ("mnaylor/mega-base-wikitext", "mega", "mega.mlm.logits_slice"),
+        ("studio-ousia/mluke-base", "mluke", "mluke.base.iso639.entity_hidden"),
+        ("studio-ousia/luke-large", "luke", "luke.large.ivanovic.word_hidden"),
     ],
 )
 def test_a_checkpoint_finds_its_entries(checkpoint: str, family: str, some: str) -> None:
@@ -173,6 +178,10 @@ def broken(change: str) -> dict[str, Any]:
             first["input"]["input_ids"] = [1, 306]
         case "offline":
             first["offline_inputs"] = False
+        case "mode":
+            first["tolerance"]["mode"] = "relative"
+        case "ratio with atol":
+            first["tolerance"] = {"atol": 1e-3, "rtol": 1e-3, "basis": "source", "mode": "ratio"}
         case "source":
             first["source"] = {"path": "somewhere"}
     return data
@@ -194,6 +203,8 @@ def broken(change: str) -> dict[str, Any]:
         "tolerance",
         "ids",
         "offline",
+        "mode",
+        "ratio with atol",
         "source",
     ],
 )

@@ -36,6 +36,8 @@ BEYOND_437 = {
         and v.true_config["head_dim"] * v.true_config["num_attention_heads"] != v.true_config["hidden_size"]
     )
 }
+# In 4.37.2 alone, which judges it in test_end_to_end.py.
+DROPPED = {v.id for v in VARIANTS.values() if v.family == "mega"}
 
 
 def judged(
@@ -90,7 +92,8 @@ def reference_logits(variant: str, converted: Path, source: Path) -> np.ndarray:
 def test_older_releases_load_every_output_and_agree(
     release: str, conversions: Written, originals: Written, tmp_path: Path
 ) -> None:
-    variants = [v for v in VARIANTS if release != "tf4.37" or v not in BEYOND_437]
+    beyond = DROPPED | (BEYOND_437 if release == "tf4.37" else set())
+    variants = [v for v in VARIANTS if v not in beyond]
     reports, logits = judged(release, variants, conversions, tmp_path)
     for variant in variants:
         report = reports[variant]

@@ -364,6 +364,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shared": ({"use_bottleneck_attention": True}, {}, "expected use_bottleneck_attention True, as told"),
     "bottleneck": ({"use_bottleneck": False}, {}, "expected use_bottleneck False, as told, found 1"),
     "of another model": ({"relative_attention": 4}, {}, "found `relative_attention` 4"),
+    "untied": ({}, {"tie_word_embeddings": False}, "expected `tie_word_embeddings` True, found False"),
     "by name": ({}, {"intra_bottleneck_size": 128}, "expected intra_bottleneck_size 128, as told, found 20"),
 }
 

@@ -24,7 +24,9 @@ Written = Callable[[str], Path]
 PUBLISHED = ("codegen", "qwen2", "qwen3", "gemma2", "gpt-neox")
 CONSOLIDATED = ("mistral", "mixtral", "llama")
 MEGATRON = ("megatron-bert", "megatron-gpt2")
-# One file of 16-bit weights each, without a set of ranks around it.
+TENSORFLOW = ("mobilebert",)
+NO_TORCH = "a TensorFlow bundle has no dicts, and no program of torch writes it"
+# One file of 16-bit weights each, without a set of ranks around it; of TensorFlow a bundle in float32.
 BASE = {
     "mistral": "mistral-7b-v0.1",
     "mixtral": "mixtral-a",
@@ -37,6 +39,8 @@ BASE = {
     "qwen3": "qwen3-0.6b",
     "gemma2": "gemma-2-27b",
     "gpt-neox": "pythia-410m",
+    "mobilebert": "mobilebert-squad",
+    "mega": "mega-laplace",
 }
 
 
@@ -81,16 +85,21 @@ KINDS: dict[str, Kind] = {
         back=True,
         refused="bad-config",
         says="rope_parameters.rope_theta",
-        never={**each((*MEGATRON, "opt"), LEARNED), "codegen": "the base is in the code: no key says it"},
+        never={
+            **each((*MEGATRON, *TENSORFLOW, "opt"), LEARNED),
+            **each(("codegen", "mega"), "the base is in the code: no key says it"),
+        },
     ),
     "a tied head with values of its own": Kind(
         world.nothing,
         elsewhere={
             **each(
-                others("mixtral", "codegen"),
+                others("mixtral", "codegen", *TENSORFLOW, "mega"),
                 "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
             ),
+            "mega": "test_mega.py::test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out",
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
+            "mobilebert": "test_mobilebert.py::test_a_decoder_with_values_of_its_own_is_refused",
         },
         never={"codegen": "its head has a bias, and no class ties it"},
     ),
@@ -114,6 +123,8 @@ KINDS: dict[str, Kind] = {
                 "test_world_pub.py::test_a_key_that_nobody_reads_is_refused_by_name_and_the_hint_leads_out",
             ),
             "opt": "test_world_pub.py::test_a_setting_of_another_model_is_refused_by_name",
+            "mobilebert": "test_mobilebert.py::test_a_config_that_says_otherwise_is_refused",
+            "mega": "test_mega.py::test_an_argument_that_nobody_reads_is_refused_and_the_hint_leads_out",
         },
     ),
     "quantised weights": Kind(
@@ -142,6 +153,7 @@ KINDS: dict[str, Kind] = {
             **each(PUBLISHED, "test_world_pub.py::test_what_published_models_have_besides_converts"),
             **each(MEGATRON, "test_world_meg.py::test_harmless_arguments_change_nothing"),
             "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
+            "mobilebert": "test_mobilebert.py::test_the_published_model_without_its_config",
         },
     ),
     # what files have besides
@@ -149,22 +161,36 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others(*MEGATRON, *PUBLISHED),
+                others(*MEGATRON, *PUBLISHED, *TENSORFLOW, "mega"),
                 "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
             ),
+            "mobilebert": "test_mobilebert.py::test_rows_without_an_id_are_told",
+            "mega": "test_mega.py::test_the_vocabulary_is_roberta_s_in_both_releases",
             **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
         },
         never=each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
     ),
-    "norms in float32": Kind(world.float32_norms, note="keeps its dtype", same=False),
+    "norms in float32": Kind(
+        world.float32_norms,
+        note="keeps its dtype",
+        same=False,
+        elsewhere={"mobilebert": "test_mobilebert.py::test_every_variable_keeps_its_dtype"},
+    ),
     "an index with another total_size": Kind(
         world.wrong_total_size, back=True, shards=True, note="total_size"
     ),
-    "backslashes in the zip": Kind(world.backslashes),
-    "state_dict around the weights": Kind(world.wrapped, note="state_dict"),
-    "_orig_mod. before every name": Kind(world.prefixed("_orig_mod."), note="_orig_mod."),
-    "module. before every name": Kind(world.prefixed("module."), note="module."),
-    "training state beside the weights": Kind(world.with_training_state),
+    "backslashes in the zip": Kind(world.backslashes, never=each(TENSORFLOW, NO_TORCH)),
+    "state_dict around the weights": Kind(world.wrapped, note="state_dict", never=each(TENSORFLOW, NO_TORCH)),
+    "_orig_mod. before every name": Kind(
+        world.prefixed("_orig_mod."), note="_orig_mod.", never=each(TENSORFLOW, NO_TORCH)
+    ),
+    "module. before every name": Kind(
+        world.prefixed("module."), note="module.", never=each(TENSORFLOW, NO_TORCH)
+    ),
+    "training state beside the weights": Kind(
+        world.with_training_state,
+        elsewhere={"mobilebert": "test_mobilebert.py::test_state_of_the_training_is_left_out_and_counted"},
+    ),
     "an integer of 10^30 in tokenizer_config.json": Kind(
         world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True
     ),

@@ -23,6 +23,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix in WEIGHTS and f.is_file())
 
 
+def without_weights(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.suffix in (*WEIGHTS, ".index") or ".data-" in file.name:
+            file.unlink()
+
+
 def load(file: Path) -> Tensors:
     if file.suffix == ".safetensors":
         return load_file(file)
@@ -187,16 +193,14 @@ def in_the_hubs_cache(folder: Path) -> None:
 
 
 def adapter(folder: Path) -> None:
-    for file in weight_files(folder):
-        file.unlink()
+    without_weights(folder)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     save_file({name.format(x): torch.zeros(4, 4) for x in "AB"}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
 
 
 def gguf(folder: Path) -> None:
-    for file in weight_files(folder):
-        file.unlink()
+    without_weights(folder)
     (folder / "model-q4_0.gguf").write_bytes(b"GGUF" + bytes(60))
 
 

@@ -232,7 +232,7 @@ def _passes(
             noisy = reference.outputs(ids, given)
         out, said = made.compute(name)
         found.said += said
-        used = {head: _name(out, head, wanted) for head, wanted in ours.items()}
+        used = {head: _name(out, head, wanted, ours) for head, wanted in ours.items()}
         found.lacking |= {head for head, name in used.items() if name is None}
         found.more |= {n for n, x in out.items() if isinstance(x, Tensor)} - {*used.values()} - {"loss"}
         for head, output in used.items():
@@ -301,7 +301,7 @@ def _not_compared(found: Passes, version: str) -> list[Finding]:
     """What the library does not give, or gives beside, and what it warned of."""
     made = []
     if silent := sorted(found.lacking - found.by_head.keys()):
-        status: Status = "undecided" if "head" in silent else "note"
+        status: Status = "undecided" if "head" in silent and not found.by_head else "note"
         text = f"transformers {version} gives no {', '.join(silent)} for the class in config.json"
         made.append(finding("logits", status, f"{text}: not compared"))
     if found.more:
@@ -313,13 +313,16 @@ def _not_compared(found: Passes, version: str) -> list[Finding]:
     return made
 
 
-def _name(out: Mapping[str, Any], head: str, wanted: Tensor) -> str | None:
+def _name(out: Mapping[str, Any], head: str, wanted: Tensor, ours: Collection[str]) -> str | None:
     """What the library calls a head that we know by its name for it: of a class with one the logits are
-    `logits`, beside others `prediction_logits`; of one without any the head is the last hidden state."""
-    names = ("logits", "prediction_logits", "last_hidden_state") if head == "head" else (head,)
-    held = [name for name in names if out.get(name) is not None]
-    alike = [name for name in held if out[name].shape == wanted.shape]
-    fallback = [name for name in held if name != "last_hidden_state"]
+    `logits`, whichever it is, beside others `prediction_logits`; of one without any the head is the last
+    hidden state, which classes that put one of `ours` on it do not give."""
+    main = [n for n in ("logits", "prediction_logits", "last_hidden_state") if n not in ours]
+    held = [n for n in (main if head == "head" else [head, *main]) if out.get(n) is not None]
+    alike = [n for n in held if out[n].shape == wanted.shape]
+    if head != "head":
+        return head if head in held else "logits" if "logits" in alike else None
+    fallback = [n for n in held if n != "last_hidden_state" and out[n].ndim == wanted.ndim]
     return next(iter([*alike, *fallback]), None)
 
 

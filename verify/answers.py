@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ckpt_tool import reference
 from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
+from ckpt_tool.verify.entity_inputs import NAMES, NoEntities, entity_inputs, titles
 from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS
 from ckpt_tool.verify.sides import Side
@@ -24,12 +26,20 @@ WORK_LIMIT = {"cpu": 3e13, "cuda": 3e16}  # floating-point operations for one en
 
 # What the heads with more than `logits` give, by the names of transformers and of the entries.
 RESULTS = {
-    "base_model": ("last_hidden_state", "pooler_output"),
+    "base_model": ("last_hidden_state", "pooler_output", "entity_last_hidden_state"),
+    "masked_lm": ("logits", "entity_logits"),
     "pretraining": ("prediction_logits", "seq_relationship_logits"),
     "question_answering": ("start_logits", "end_logits"),
 }
 TEXT_INPUTS = {"text", "text_pair", "texts", "add_special_tokens", "padding", "padding_side", "max_length",
                "pad_token_id", "input_ids", "attention_mask", "token_type_ids", "bos", "eos"}  # fmt: skip
+
+
+# Those that another head of the reading answers: the entity side of a masked language model.
+ANSWERED_BY = {"entity_prediction": "masked_lm"}
+DEFAULTS = {"base_model": "last_hidden_state", "entity_prediction": "entity_logits"}
+# Further inputs that a head takes, and not what comes before it, by their names as its parameters.
+OF_HEADS = {"entity_start": "start", "entity_end": "end"}
 
 
 class Skip(Exception):
@@ -42,7 +52,7 @@ class Contradiction(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (B, T) and further inputs of that shape: `mask`, `token_types`."""
+    """Token ids (B, T) and further inputs by name, as reference/__init__.py has them."""
 
     ids: Tensor
     given: Mapping[str, Tensor]
@@ -60,13 +70,14 @@ class Runner:
 
     def rows(self, entry: Expectation) -> list[list[int]]:
         """The entry's token ids, or those of its text."""
-        unknown = set(entry.input) - TEXT_INPUTS
+        entities = NAMES if "entity_ids" in self.side.inputs else set()
+        unknown = set(entry.input) - TEXT_INPUTS - entities
         if unknown:
             raise Skip(f"this reading does not take {', '.join(sorted(unknown))}")
         rows = entry.input_ids
         if rows is None:
             rows = [list(self._encoded(entry).ids)]
-        vocabulary, largest_id = int(self.subject.config.get("vocab_size") or 0), max(map(max, rows))
+        vocabulary, largest_id = self.side.vocabulary, max(map(max, rows))
         if largest_id >= vocabulary:
             raise Contradiction(
                 f"expected a vocabulary that has token {largest_id}, found {vocabulary} words"
@@ -96,6 +107,11 @@ class Runner:
             given["token_types"] = torch.tensor(types, device=self.device)
         if mask is not None and not all(map(all, mask)):
             given["mask"] = torch.tensor(mask, device=self.device)
+        assert self.subject.hf is not None
+        try:
+            given |= entity_inputs(entry.input, self.subject.hf, self.device)
+        except NoEntities as reason:
+            raise Skip(str(reason)) from None
         return Batch(torch.tensor(rows, device=self.device), given)
 
     def _encoded(self, entry: Expectation) -> Any:
@@ -114,23 +130,26 @@ class Runner:
         """What a head gives, by the names of `RESULTS`, else as `logits`; Skip where the output has no such
         head."""
         side, module = self.side, self.side.module
+        head = ANSWERED_BY.get(head, head)
         known = getattr(module, "HEADS", {})
         choices = head == "multiple_choice"  # the rows are the choices of one question
         ids = batch.ids[None] if choices else batch.ids
         given = {k: x[None] if choices else x for k, x in batch.given.items()}
+        of_head = {OF_HEADS[name]: given.pop(name) for name in OF_HEADS if name in given}
         if left := given.keys() - side.takes(given):
             words = {"mask": "the batch is padded, and this reading takes no mask",
                      "token_types": "this reading takes no token types"}  # fmt: skip
-            raise Skip("; ".join(words[name] for name in sorted(left)))
+            raise Skip("; ".join(words.get(n, f"this reading takes no {n}") for n in sorted(left)))
         with torch.inference_mode():
             if head not in known:
                 if head != "causal_lm":
                     raise Skip(f"no reading of {module.__name__.rpartition('.')[2]} for the head {head}")
                 return {"logits": module.forward(ids, side.ranks, side.config, **given)}
+            if foreign := of_head.keys() - signature(known[head]).parameters:
+                raise Skip(f"the head {head} takes no {', '.join(sorted(foreign))}")
+            encoded = module.encode(ids, side.ranks, side.config, **given)
             try:
-                found = known[head](
-                    module.encode(ids, side.ranks, side.config, **given), side.ranks, side.config
-                )
+                found = known[head](encoded, side.ranks, side.config, **of_head)
             except KeyError as missing:
                 raise Skip(f"the output does not hold the head {head}: no tensor {missing}") from None
             if head == "sequence_classification" and found.ndim == 3:
@@ -141,7 +160,7 @@ class Runner:
     def result(self, entry: Expectation, batch: Batch, default: str = "logits") -> Tensor:
         """The one that the entry is about."""
         head = "causal_lm" if entry.head == "generation" else entry.head
-        found, name = self.outputs(head, batch), entry.expected.tensor or default
+        found, name = self.outputs(head, batch), entry.expected.tensor or DEFAULTS.get(head, default)
         if name not in found:
             raise Skip(f"the head {head} gives {', '.join(found)} here, not {name}")
         return found[name]
@@ -187,11 +206,35 @@ class Runner:
             if "argmax" not in str(labels.get("rule")):
                 raise Skip(f"labels by a rule that is not known here: {labels.get('rule')}")
             return losses.labelled(logits, logits.argmax(-1)).item()
+        if head == "masked_lm" and isinstance(labels, Mapping) and "entity_labels" in labels:
+            return self._words_and_entities(entry, made).item()
         name = "next_sentence_label" if head == "next_sentence_prediction" else "labels"
         wanted = self._labels(entry, name)
+        if head.startswith("entity_"):
+            single = wanted.ndim == logits.ndim - 1
+            return losses.classification(logits, wanted, losses.PROBLEMS[1 if single else 2]).item()
         if head == "sequence_classification":
             return losses.classification(logits, wanted, self.subject.config.get("problem_type")).item()
         return losses.labelled(logits, wanted).item()
+
+    def _words_and_entities(self, entry: Expectation, made: Mapping[str, Tensor]) -> Tensor:
+        if "entity_logits" not in made:
+            raise Skip("the entry has labels of entities, and its input has none")
+        total = losses.labelled(made["entity_logits"], self._labels(entry, "entity_labels"))
+        if "labels" in entry.labels:
+            total = total + losses.labelled(made["logits"], self._labels(entry, "labels"))
+        return total
+
+    def titles(self) -> dict[int, list[str]]:
+        """The titles of each entity of the output; Skip without its vocabulary."""
+        assert self.subject.hf is not None
+        made: dict[int, list[str]] = {}
+        try:
+            for title, i in titles(self.subject.hf).items():
+                made.setdefault(i, []).append(title)
+        except NoEntities as reason:
+            raise Skip(str(reason)) from None
+        return made
 
     def _labels(self, entry: Expectation, name: str) -> Tensor:
         found = entry.labels.get(name) if isinstance(entry.labels, Mapping) else entry.labels
@@ -218,7 +261,7 @@ class Runner:
         text = MASKED_TEXT.format(mask)
         ids = self.tokenizer.encode(text).ids
         where = self.tokenizer.token_to_id(mask)
-        vocabulary = int(self.subject.config.get("vocab_size") or 0)
+        vocabulary = self.side.vocabulary
         if where not in ids or max(ids) >= vocabulary:
             return None
         try:

@@ -4,6 +4,7 @@ did not run passes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
-from ckpt_tool.verify.expectations import Expectation, match
+from ckpt_tool.verify.expectations import Expectation, Tolerance, match
 from ckpt_tool.verify.prompts import tokenizer_of
 from ckpt_tool.verify.report import Finding, Status
-from ckpt_tool.verify.sides import Side
+from ckpt_tool.verify.sides import Side, mask_of
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "documented"
@@ -100,6 +101,9 @@ def _verdict(entry: Expectation, holds: bool, message: str, **more: Any) -> Find
 def _tolerance(entry: Expectation, runner: Runner) -> tuple[float, float]:
     """(atol, rtol) for a documented number held against one computed in this dtype."""
     t = entry.tolerance
+    if t.ratio:
+        _precise_enough(entry, runner)
+        return 0.0, t.rtol
     if entry.dtype not in PRECISION:
         raise Skip(f"documented in {entry.dtype}, which cannot be computed here")
     if entry.dtype == runner.dtype == "float32":
@@ -123,19 +127,20 @@ def _numbers(entry: Expectation, runner: Runner) -> Finding:
     elif expected.reduce is not None:
         raise Skip(f"documented after a reduction: {expected.reduce}")
     real = torch.ones(result.shape, dtype=torch.bool)
-    if "mask" in batch.given and result.shape[:2] == batch.ids.shape:
-        real = (
-            batch.given["mask"].bool().cpu().view(*batch.ids.shape, *[1] * (result.ndim - 2)).expand_as(real)
-        )
+    mask = mask_of(batch.given, *result.shape[:2], grouped=False) if result.ndim > 2 else None
+    if mask is not None:
+        real = mask.cpu().view(*mask.shape, *[1] * (result.ndim - 2)).expand_as(real)
     values = torch.tensor(expected.values, dtype=torch.float64)
     try:
         found, real = _part(result, entry), _part(real, entry)
-        delta = (found.reshape(values.shape) - values).abs()[real.reshape(values.shape)]
+        delta = _apart(found.reshape(values.shape), values, entry.tolerance)[real.reshape(values.shape)]
     except (IndexError, RuntimeError):
         raise Skip(f"documented for a result of another shape than {tuple(result.shape)}") from None
     if not delta.numel():
         raise Skip("documented at padded positions only")
     bars = (atol + rtol * values.abs())[real.reshape(values.shape)]
+    if entry.tolerance.ratio:
+        bars = torch.full_like(bars, rtol)
     worst = int((delta - bars).argmax())
     text = f"{delta.numel()} documented values of {expected.kind}, computed in {runner.dtype}"
     if delta.numel() < values.numel():
@@ -143,6 +148,13 @@ def _numbers(entry: Expectation, runner: Runner) -> Finding:
     return _verdict(
         entry, bool((delta <= bars).all()), text, measured=float(delta[worst]), bar=float(bars[worst])
     )
+
+
+def _apart(found: Tensor, values: Tensor, tolerance: Tolerance) -> Tensor:
+    """How far apart they are, in the tolerance's measure; infinite where there is no ratio."""
+    if not tolerance.ratio:
+        return (found - values).abs()
+    return (values / found - 1).abs().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _part(x: Tensor, entry: Expectation) -> Tensor:
@@ -177,6 +189,10 @@ def _labels(entry: Expectation, runner: Runner) -> Finding:
     expected = entry.expected
     result = runner.result(entry, runner.batch(entry)).double().cpu()
     op, position = str(expected.more.get("op", "argmax")), expected.more.get("position")
+    if entry.head == "entity_prediction":
+        return _entity(entry, runner, result)
+    if op.endswith("non-zero classes only"):
+        return _mentions(entry, runner, result)
     if position is not None:
         return _likeliest(entry, runner, result[0, position])
     if op != "argmax" or "index" in expected.more:
@@ -184,6 +200,26 @@ def _labels(entry: Expectation, runner: Runner) -> Finding:
     found = [runner.label(i) for i in result.argmax(-1).flatten().tolist()]
     want = expected.values if isinstance(expected.values, list) else [expected.values]
     return _same(entry, found, [str(w) for w in want])
+
+
+def _entity(entry: Expectation, runner: Runner, logits: Tensor) -> Finding:
+    """The entity most likely in one place; one has titles in several languages."""
+    place = tuple(entry.expected.more.get("index", (0, 0)))
+    best, want = int(logits[place].argmax()), str(entry.expected.values)
+    found = runner.titles().get(best, [])
+    language = want.partition(":")[0] + ":"
+    own = [t for t in found if t.startswith(language)] or found or [str(best)]
+    return _same(entry, [want] if want in found else own, [want])
+
+
+def _mentions(entry: Expectation, runner: Runner, logits: Tensor) -> Finding:
+    """The spans of a text (1, E, L) that are of any class but the first, with their classes."""
+    spans, text = entry.input.get("entity_spans"), entry.input.get("text")
+    if not isinstance(spans, list) or not isinstance(text, str) or logits.shape[:2] != (1, len(spans)):
+        raise Skip("the entry does not give the spans of its text")
+    classes = logits[0].argmax(-1).tolist()
+    found = [f"{text[a:b]} {runner.label(k)}" for (a, b), k in zip(spans, classes, strict=True) if k != 0]
+    return _same(entry, found, [" ".join(pair) for pair in entry.expected.values])
 
 
 def _likeliest(entry: Expectation, runner: Runner, logits: Tensor) -> Finding:

@@ -55,9 +55,20 @@ class Met:
         return max(self.raw.values(), key=lambda r: (r.distance.max_delta, r.share))
 
 
+EVERY_LAYER = "layer"  # stands for each of them among the phases of a foretold difference
+
+
 def expected(subject: Subject) -> dict[Phase, Foretold]:
     """The foretold difference of each phase that has one."""
-    return {} if subject.plan is None else {p: f for f in subject.plan.foretold for p in f.where}
+    if subject.plan is None:
+        return {}
+    layers: Iterable[Phase] = range(int(subject.config.get("num_hidden_layers") or 0))
+    return {
+        phase: f
+        for f in subject.plan.foretold
+        for where in f.where
+        for phase in (layers if where == EVERY_LAYER else (where,))
+    }
 
 
 def taken_back(side: Side, known: Foretold | None) -> Side:

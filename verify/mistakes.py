@@ -148,9 +148,13 @@ def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Te
     return make
 
 
+PAIR = 2
+
+
 def perturb(name: str, kind: Class, heads: int) -> Callable[[Tensors], dict[str, Tensor]]:
     """The largest element of a vector, one per cent larger; of query, key and value in one, the query's; of
-    distances one of the least, to what is not later, which every prompt has."""
+    distances one of the least, to what is not later, which every prompt has; both of two, which may be those
+    of two outputs (the first and the last token of an answer)."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name].clone()
@@ -159,7 +163,7 @@ def perturb(name: str, kind: Class, heads: int) -> Callable[[Tensors], dict[str,
             part = part.view(heads if kind.fused_by_head else 1, 3, -1)[:, 0].flatten()
         if kind.distances is not None and name.endswith(kind.distances):
             part = part[: len(part) // 2 + 1][-3:]
-        x[part[x[part].abs().argmax()]] *= 1.01
+        x[part[x[part].abs().argmax()] if len(x) > PAIR else part] *= 1.01
         return {name: x}
 
     return make
@@ -220,7 +224,7 @@ def _planted(
     kind, layer = _class_of(config), layer_in(phase, shapes)
     if layer is None:
         made = [Change(*_of_matrix(n, s, kind, undo=False)) for n, s in shapes.items() if len(s) == 2]
-        made += _perturbed((n for n, s in shapes.items() if len(s) == 1), kind, config)
+        made += _perturbed({n: s for n, s in shapes.items() if len(s) == 1}, kind, config)
         made += _other_gelus(config)
         if phase == "head" and config.get("tie_word_embeddings") is False:
             made.append(Change("output layer tied to the embedding", config={"tie_word_embeddings": True}))
@@ -241,7 +245,7 @@ def _planted(
     made += [Change(f"{short(n)} transposed", transpose(n)) for n in square[:2]]
     # Without rotary positions a key's bias adds the same to all scores of a query, which softmax takes away;
     # with them its slowly turned channels still add nearly that.
-    vectors = (n for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias))
+    vectors = {n: s for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias)}
     made += _perturbed(vectors, kind, config)
     if layer > 0:
         return made  # a wrong config value shows in the first layer; an epsilon hides in larger inputs
@@ -259,9 +263,14 @@ def _class_of(config: Mapping[str, Any]) -> Class:
     return classes().get(class_of(config) or "", Class("", {}, {}))
 
 
-def _perturbed(names: Iterable[str], kind: Class, config: Mapping[str, Any]) -> list[Change]:
+def _perturbed(
+    vectors: Mapping[str, tuple[int, ...]], kind: Class, config: Mapping[str, Any]
+) -> list[Change]:
     heads = int(config.get("num_attention_heads") or 1)
-    return [Change(f"{short(n)}: one weight 1 % off", perturb(n, kind, heads)) for n in names]
+    return [
+        Change(f"{short(n)}: {'one weight' if s > PAIR else 'both weights'} 1 % off", perturb(n, kind, heads))
+        for n, (s,) in vectors.items()
+    ]
 
 
 def _of_words(name: str, kind: Class) -> bool:

@@ -105,7 +105,7 @@ class IntervalCrc:
             if start in self._until:
                 before = self._until.pop(start)
                 _, left = self._from.pop(before)
-                start, crc = before, combine(left, crc, length)
+                start, crc = before, self._combine(left, crc, length)
             if stop in self._from:
                 after, right = self._from.pop(stop)
                 del self._until[after]

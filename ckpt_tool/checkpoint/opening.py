@@ -169,7 +169,8 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
         check_complete(numbered, file=directory.label, expected=_checklist(directory))
         checkpoint = _open_set(directory, numbered, directory.path, limits)
         if len(numbered.files) > 1:
-            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} shards; all were opened")
+            what = "shards" if numbered.numbered else "files of one model"
+            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} {what}; all were opened")
         return checkpoint
     seen = _look(Place(path, 0), path.name)
     if seen.format in ("zip", "tar", "tar.gz"):

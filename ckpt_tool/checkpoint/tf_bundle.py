@@ -33,7 +33,7 @@ from ckpt_tool.errors import Problem, fail, fail_all
 
 INDEX_LIMIT = 256 << 20  # bytes; a model of 1,100 tensors has an index of 50 kB
 _STRINGS = {
-    "string": "text, no numbers: the tokenizer or the object graph of a checkpoint, say",
+    "string": "text, no numbers",
     "resource": "a handle of the program that saved it",
     "variant": "a value that only TensorFlow's own code reads",
 }

@@ -16,6 +16,8 @@ _UINT64 = (1 << 64) - 1
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
     """(number below 2^64, place after it)."""
+    if at < len(data) and data[at] < 0x80:
+        return data[at], at + 1  # almost all are
     value = 0
     for k in range(10):
         if at + k >= len(data):

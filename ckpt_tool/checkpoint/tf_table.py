@@ -66,12 +66,13 @@ def _index_block(data: ByteRange) -> tuple[int, int]:
         message = f"expected the end of a table ({TABLE_END.hex()}), found {footer[-8:].hex()}"
         fail("truncated", message, file=data.name, hint=_DAMAGED)
     try:
-        at = 0
-        for _ in range(2):  # of the metaindex block, which is empty, and of the index block
-            offset, at = varint(footer, at)
-            size, at = varint(footer, at)
+        meta, at = varint(footer, 0)
+        meta_size, at = varint(footer, at)
+        offset, at = varint(footer, at)
+        size, at = varint(footer, at)
     except ValueError as error:
         _bad(data, f"expected the places of two blocks in the footer, found {error}")
+    _block(data, meta, meta_size)  # names of filters, of which TensorFlow has none
     return offset, size
 
 

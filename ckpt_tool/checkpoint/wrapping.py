@@ -52,7 +52,8 @@ _OWN = re.compile(
 )
 # It is a wrapper's before names that begin with no such word, and before another root of a whole model.
 _WRAPPED = re.compile(
-    r"model\.(tok_embeddings\.|(\w+\.)+(layers|layer|h)\.\d+\.|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.)"
+    r"model\.(tok_embeddings\.|(\w+\.)+(layers|layer|h)\.\d+\.|(\w+\.)*encoders\.\d+\."
+    r"|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.)"
 )
 # The first names of whole models, by which any word before all of them is known for a wrapper's; others that
 # are known may stand between.

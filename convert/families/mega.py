@@ -501,7 +501,7 @@ def rms_norm(known: Known) -> tuple[Foretold, ...]:
         "MegaRMSNorm of transformers 4.37.2 multiplies by the weight and forgets to divide by the root of "
         "the mean square, as the original does: it computes other numbers in every layer"
     )
-    return (Foretold(RMS_NORM, reason, {"rms_norm_divides": True}, ("layers",)),)
+    return (Foretold(RMS_NORM, reason, {"rms_norm_divides": True}, ("layer",)),)
 
 
 def notes(known: Known) -> list[str]:

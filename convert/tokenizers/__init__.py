@@ -1,8 +1,8 @@
 """Tokenizer files: from an original download to a Hugging Face folder, and back.
 
 The original file always stays in the folder, byte for byte, so the way back copies it. The Hugging Face
-side is made from it by recipe, without its library: `sentencepiece`, `tekken`, `tiktoken`, `wordpiece` and
-`gpt2` hold one format each.
+side is made from it by recipe, without its library: `sentencepiece`, `tekken`, `tiktoken`, `wordpiece`,
+`gpt2` and `codepoints` hold one format each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ckpt_tool.convert.families import family as family_of
-from ckpt_tool.convert.tokenizers import gpt2, sentencepiece, tekken, tiktoken, wordpiece
+from ckpt_tool.convert.tokenizers import codepoints, gpt2, sentencepiece, tekken, tiktoken, wordpiece
 from ckpt_tool.convert.tokenizers.hf_files import ADDED, MAP, More, TokenizerResult, read_more
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import fail
@@ -51,6 +51,8 @@ def tokenizer_documents(
     empty and a note says so.
     """
     vocabulary = family_of(family).vocabulary
+    if vocabulary.kind == "codepoints":
+        return codepoints.convert(config)
     found = _candidates(documents, vocabulary)
     if not found:
         return TokenizerResult({}, ["the download has no tokenizer file; none was written"], 0)
@@ -181,6 +183,8 @@ def original_tokenizer_documents(
     """
     kind = "sentencepiece" if family is None else family_of(family).vocabulary.kind
     more = {ADDED: hf_documents[ADDED]} if ADDED in hf_documents else {}
+    if kind == "codepoints":
+        return {}
     if kind != "sentencepiece":
         names = ("vocab.txt",) if kind == "wordpiece" else ("vocab.json", "merges.txt")
         held = all(name in hf_documents for name in names)
