@@ -510,8 +510,11 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
-    if (layout := asked_layout(d.name, CONSOLIDATED, d.layouts, known)) is not None:
-        own = {n: f for n, f in d.fields.items() if n in d.config.numbers or f is DTYPE}
+    if (
+        layout := asked_layout(d.name, CONSOLIDATED, d.layouts, known, [o.name for o in d.options])
+    ) is not None:
+        apart = ("head_dim",)  # which params.json has otherwise
+        own = {n: f for n, f in d.fields.items() if n in d.config.numbers and n not in apart or f is DTYPE}
         return layout.plan_original(checkpoint, options, replace(known, fields=own))
     values = known.values(n for n in d.fields if n in d.config.numbers)
     facts.check_settings(values)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.numbers import Known
-from ckpt_tool.convert.options import Option
+from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import fail
 
@@ -46,12 +46,20 @@ def layout_of(layouts: Mapping[str, Layout], names: Collection[str]) -> Layout |
     return next((layout for layout in layouts.values() if layout.holds(names)), None)
 
 
-def asked_layout(family: str, usual: str, layouts: Mapping[str, Layout], known: Known) -> Layout | None:
-    """The one to write: as asked, else as the original was; None for the published one, called `usual`."""
+def asked_layout(
+    family: str, usual: str, layouts: Mapping[str, Layout], known: Known, own: Collection[str]
+) -> Layout | None:
+    """The one to write: as asked, else as the original was; None for the published one, called `usual`, which
+    has the options `own`."""
     if not layouts:
         return None
     form = known.options.family_options.get(FORM, known.once.get(FORM, usual))
     if form not in (usual, *layouts):
         words = " or ".join((usual, *layouts))
         fail("usage", f"expected {words} for family {family}, found {form}", where="--form")
+    if form == usual:
+        others = {o.name: o for layout in layouts.values() for o in layout.options if o.name not in own}
+        for name in given(known.options).keys() & others.keys():
+            words = " or ".join(f"--form {word}" for word in layouts)
+            fail("usage", f"expected {words} beside it, found --form {usual}", where=others[name].flag)
     return layouts.get(form)

@@ -282,7 +282,7 @@ def _width(known: Known) -> Value | None:
     return None if width % heads else Value(width // heads, "rule: hidden_size / num_attention_heads")
 
 
-HEAD_DIM = count("head_dim", "kv_channels", rule=_width, ask="the width of a head")
+HEAD_DIM = count("head_dim", "kv_channels", rule=_width, silent=_width, ask="the width of a head")
 LENGTH = count("max_position_embeddings", "max_position_embeddings", ask="the longest text")
 
 
