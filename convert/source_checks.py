@@ -51,6 +51,8 @@ def check_records(
             elif crc != wanted:
                 what = "CRC-32C" if other else "CRC32"
                 message = f"expected {what} {wanted:08x} as the file says, found {crc:08x}"
+                if other:
+                    message += f" in the {record.size} bytes from byte {record.offset} on"
                 hint = "the file is damaged: download it again"
                 found.wrong.append(Problem("checksum", message, file.name, names[0][1], hint))
     return found

@@ -444,6 +444,7 @@ def test_a_flipped_bit_stops_a_conversion(dims: str, sliced: bool, tmp_path: Pat
         carried(tmp_path / "in", tmp_path / "out", outputs, "safetensors", step)
     (problem,) = caught.value.problems
     assert problem.kind == "checksum" and problem.where == "k" and problem.file == DATA_FILE
+    assert ("from byte 280000 on, slice 2 of 2" if sliced else "from byte 0 on") in problem.message
     assert "CRC-32C" in problem.message and not (tmp_path / "out").exists()
 
 
