@@ -285,7 +285,8 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
         told.setdefault("vocab_size", subject.config["vocab_size"])  # rows of padding are not compared
     if subject.plan is not None and (rows := copied_rows(subject.plan.steps)):
         told["copied_rows"] = rows
-    config = module.Config.from_original(_facts(checkpoint), shapes, len(ranks), told)
+    facts = _facts(checkpoint, subject.family.document)
+    config = module.Config.from_original(facts, shapes, len(ranks), told)
     return _side(module, config, checkpoint, ranks, dtype, device)
 
 
@@ -315,13 +316,13 @@ def _side(
     return Side(module, config, weights, raw or {}, weights)
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the publisher says about the model: params.json or the like, or what the weight files carry beside
-    the tensors, pickled args as plain values among it."""
+def _facts(checkpoint: Checkpoint, document: str | None) -> dict[str, Any]:
+    """What the publisher says about the model: params.json or the like, the pickle that is the family's
+    `document`, or what the weight files carry beside the tensors, pickled args as plain values among it."""
     for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json", "metadata.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
-    if MODEL_ARGUMENTS in checkpoint.documents:
+    if document == MODEL_ARGUMENTS and document in checkpoint.documents:
         return read_arguments(checkpoint.documents[MODEL_ARGUMENTS])
     first = next(iter(checkpoint.files.values()))
     found = {k: plain(v) for f in checkpoint.files.values() for k, v in f.metadata.items()}

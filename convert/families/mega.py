@@ -312,7 +312,9 @@ def unread(name: str, key: str, default: float | bool) -> Field:
     """What only training reads, carried over from the arguments and back."""
 
     def take(known: Known) -> Value:
-        return state_dicts.beside(known, name, default, name if known.back else key)
+        of_class = 0.1 if isinstance(default, float) else default
+        where, usual = (name, of_class) if known.back else (key, default)
+        return state_dicts.beside(known, name, usual, where)
 
     return follows(name, take, free=True)
 
@@ -510,6 +512,10 @@ def notes(known: Known) -> list[str]:
     if isinstance(said, bool) and said != known["bidirectional"]:
         told = known.value("bidirectional").source
         made.append(f"bidirectional {shown(said)} of the arguments is not what was built ({told})")
+    if known["is_decoder"] and known["use_chunking"]:
+        made.append(
+            f"transformers computes a decoder's text of whole chunks of {known['chunk_size']} tokens alone"
+        )
     if known["is_decoder"] and known["truncation"] is not None:
         made.append("transformers leaves the truncation out where it caches (use_cache true, its default)")
     return made
