@@ -4,7 +4,8 @@
     python benchmarks/detection.py --right [--jobs 2]
 
 Every kind of mistake (fixtures/flaws_kinds.py, and the tables of documents where there are any) is planted on
-disk into the conversion of a tiny original of every family, one at a time, and the whole is verified.
+disk into the conversion of a tiny original of every family, one at a time, and the whole is verified; so are
+the mistakes that the reading of an architecture says are its own (own.py).
 
     acts      the logits of the converted model change in at least one bit
     caught    the verdict is not a pass
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import own  # beside this file
 
 from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
@@ -59,6 +62,7 @@ PLANTED = {
     "qwen3": ("qwen3-0.6b", "qwen3-8b", "qwen3-float32"),
     "gemma2": ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
     "gpt-neox": ("pythia-410m", "redpajama-3b", "gpt-neox-20b", "gpt-neox-tied"),
+    "mega": ("mega-wikitext", "mega-laplace", "mega-chunks", "mega-decoder"),
 }
 
 
@@ -119,6 +123,8 @@ def planted(kind: str, folder: Path) -> Truth | None:
             return None
         finally:
             opened.checkpoint.close()
+    if kind.startswith(own.PREFIX):
+        return own.plant(kind, folder)
     where = kinds_of_documents()[kind](folder)
     return None if where is None else Truth(None, (str(where),), ".*")
 
@@ -169,7 +175,7 @@ def judged(kind: str, variant: str, folder: Path, source: Path, right: Path, tru
     named = bool(causes) and truth.names(causes[0])
     if keys and not causes:
         named = any(f.where in keys for f in failing)
-    if kind not in KINDS:
+    if kind not in KINDS and not kind.startswith(own.PREFIX):
         named = any(truth.tensors[0] in f"{f.where} {f.message}" for f in failing)
     return Outcome(
         kind, chosen.family, variant, acts, report.status != "pass", located(report, truth), named,
@@ -223,8 +229,8 @@ def table(outcomes: Sequence[Outcome], key: str) -> list[str]:
         groups[getattr(o, key)].append(o)
     width = max([len(g) for g in groups] + [len(key)])
     lines = [f"{key:{width}} " + " ".join(f"{c:>8}" for c in COLUMNS)]
-    for group, own in groups.items():
-        lines.append(f"{group:{width}} " + " ".join(f"{n:8d}" for n in counted(own)))
+    for group, its in groups.items():
+        lines.append(f"{group:{width}} " + " ".join(f"{n:8d}" for n in counted(its)))
     lines.append(f"{'all':{width}} " + " ".join(f"{n:8d}" for n in counted(outcomes)))
     return lines
 
@@ -253,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(right(root, families, asked.sample, asked.jobs, asked.json))
         kinds = [k for k in (*KINDS, *kinds_of_documents()) if asked.kind in k]
         listed = tasks(root, families, kinds, asked.sample)
+        for family in families:
+            found = dict.fromkeys(k for v in PLANTED[family] for k in own.kinds(made(root, v)[1]))
+            listed += tasks(root, [family], [k for k in found if asked.kind in k], asked.sample)
         with ProcessPoolExecutor(asked.jobs) as pool:
             outcomes = [o for o in pool.map(outcome, listed, chunksize=4) if o is not None]
     print("\n".join(table(outcomes, "kind")), end="\n\n")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,7 +243,8 @@ def test_no_bias_of_a_key_is_planted_into(architecture: str, name: str, altered:
     """What it adds to the scores of a query is the same for all keys, but for what the rotation makes of it:
     softmax takes it away. Twelve numbers are query, key and value of two heads of two channels."""
     config = {"architectures": [architecture], "num_attention_heads": 2}
-    made = [c for c in to_plant(0, None, {name: (12,)}, config) if c.name.endswith("1 % off")]
+    side: Any = SimpleNamespace(module=None, config=None, raw=config)
+    made = [c for c in to_plant(0, None, {name: (12,)}, side) if c.name.endswith("1 % off")]
     right = torch.arange(1.0, 13.0)
     found = [change.tensors({name: right})[name] for change in made]
     assert [i for x in found for i in (x != right).nonzero().flatten().tolist()] == altered

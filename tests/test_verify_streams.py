@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from torch import Tensor
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.plan import Foretold
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures.flaws import plant
+from ckpt_tool.fixtures.flaws import Folder, plant
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, mapped
 from ckpt_tool.verify import library, other_release, verify
 from ckpt_tool.verify.compute import Readings, _asked_of, _lengths, _with_vocabulary
@@ -472,3 +473,32 @@ def test_an_input_that_a_class_does_not_take_is_not_left_out() -> None:
         library.arguments(Model(), ids, {"token_types": ids, "entity_ids": ids})
     with pytest.raises(ValueError, match="expected token_type_ids among the arguments"):
         other_release.compute(torch, Model(), {"input_ids": ids, "token_type_ids": ids}, "cpu")
+
+
+# --- tensors of three axes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda x: x[:, ::-1], "ema_gate.damping_factor axis-2 slices in reverse order"),
+        (lambda x: np.roll(x, 1, 0), "ema_gate.damping_factor axis-1 slices"),
+        (lambda x: x.transpose(2, 1, 0).reshape(x.shape), "ema_gate.damping_factor transposed: axes 2 1 3"),
+        (
+            lambda x: np.where(np.arange(x.size).reshape(x.shape) % 7 == 3, x ^ (1 << 22), x),
+            "bit 22 flipped in 41 elements, the first (0, 3, 0)",
+        ),
+    ],
+)
+def test_what_is_wrong_in_three_axes_is_told(
+    spoil: Callable[[np.ndarray], np.ndarray], words: str, originals: Written, conversions: Written,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(conversions("mega-chunks"), tmp_path / "out"))
+    folder, name = Folder(out), "mega.layers.1.mega_layer.ema_gate.damping_factor"
+    folder.set(name, spoil(folder.get(name)))
+    folder.checkpoint.close()
+    report = verify(out, originals("mega-chunks"), levels="parity")
+    found = report.level("diagnosis")[0]
+    assert (report.exit_code, found.where) == (1, "layer 1")
+    assert words in found.message, found.message

@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from ckpt_tool.verify.subject import Subject
 LIMIT = 1 << 30  # bytes of a tensor that is explained; a larger one is only located
 HEADS = ("num_attention_heads", "n_head")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-NOUNS = ("row", "column", "tap")  # of the dimensions; a convolution has three
+AXES = 4  # of a tensor whose axes are tried in other orders
 KEPT = 256 << 20  # bytes of made tensors kept for the next question
 Changed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by name: expected and found
 
@@ -218,14 +219,19 @@ def located(evidence: Evidence, name: str, expected: np.ndarray, found: np.ndarr
     wrong = expected != found
     text = f"{int(wrong.sum()):,} elements differ, {place(wrong)}"
     for dim, axes in enumerate(evidence.axes(name)):
-        touched = np.flatnonzero(wrong.any(axis=tuple(d for d in range(wrong.ndim) if d != dim)))
-        noun = NOUNS[min(dim, len(NOUNS) - 1)]
-        rows = Rows(np.empty(wrong.shape[dim]), np.empty(0), axes, evidence.ranks(name, dim), noun)
+        touched = np.flatnonzero(np.moveaxis(wrong, dim, 0).reshape(wrong.shape[dim], -1).any(1))
+        shares, noun = evidence.ranks(name, dim), _noun(wrong.ndim, dim)
+        rows = Rows(np.empty(wrong.shape[dim]), np.empty(0), axes, shares, noun)
         for word, outer, blocks, size in rows.levels:
             share = {int(t) // size for t in touched}
             if size > 1 and len(share) == 1 and outer * blocks > 1:
                 return f"{text}, all in {word} {share.pop()}"
     return text
+
+
+def _noun(axes: int, dim: int) -> str:
+    """What lies along one axis of a tensor of so many: of a convolution's kernel, say."""
+    return "element" if axes == 1 else ("row", "column")[dim] if axes == 2 else f"axis-{dim + 1} slice"
 
 
 # --- several tensors at once ----------------------------------------------------------------------------
@@ -447,14 +453,27 @@ def _single(
     own = next((r for r in table if r.name == name), None)
     if own is not None and (words := _reordered(evidence, own, expected, found, table)):
         return words
-    if expected.ndim == 2 and np.array_equal(np.ascontiguousarray(expected.T).reshape(expected.shape), found):
-        return "transposed"
+    if expected.ndim == 0:
+        return None
+    if words := _transposed(expected, found):
+        return words
     if words := _needlessly(evidence, name, expected, found, own):
         return words
     dtype = evidence.where[name][1].dtype
     if words := alteration(expected, found, dtype, _sizes(evidence, name)):
         return words
     return _by_rows(evidence, name, expected, found, own)
+
+
+def _transposed(expected: np.ndarray, found: np.ndarray) -> str | None:
+    """The axes in another order, in the shape they had; a kernel has three of which the source may reverse
+    all."""
+    n = expected.ndim
+    for order in permutations(range(n)) if 1 < n <= AXES else ():
+        moved = np.ascontiguousarray(expected.transpose(order)).reshape(expected.shape)
+        if order != tuple(range(n)) and np.array_equal(moved, found):
+            return "transposed" if n == 2 else f"transposed: axes {' '.join(str(k + 1) for k in order)}"
+    return None
 
 
 def _reordered(
@@ -526,11 +545,8 @@ def _by_rows(
 ) -> str | None:
     axes = evidence.axes(name)
     for dim in range(expected.ndim):
-        if expected.ndim > 2:
-            break
         right, wrong = (np.moveaxis(x, dim, 0) for x in (expected, found))
-        noun = "element" if expected.ndim == 1 else ("row", "column")[dim]
-        shares = evidence.ranks(name, dim)
+        noun, shares = _noun(expected.ndim, dim), evidence.ranks(name, dim)
         rotary = own is not None and own.rotary
         rows = Rows(hashes(right), hashes(wrong), axes[dim], shares, noun, rotary)
         if words := rows.words():

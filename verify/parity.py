@@ -456,10 +456,13 @@ def _layers(result: Parity, dtype: str) -> Finding:
     d = worst.worst[1]
     layers = sum(isinstance(s.phase, int) for s in result.steps)
     heads = "head" if len(result.logits) == 1 else f"{len(result.logits)} heads"
+    apart = [s.phase for s in result.steps if isinstance(s.phase, str)]
+    stages = "".join(f", {p}" for p in apart if p != "embed" and p not in result.logits)
     exactness = "bit-identical" if d.max_delta == 0 else "within noise floor"
     text = (
-        f"embedding, {layers} layers and {heads} agree on {len(result.logits['head'])} prompts, {dtype}; "
-        f"largest NMSE in {phase_text(worst.phase)} over a noise floor of {number(worst.bar.noise.nmse)}"
+        f"embedding, {layers} layers{stages} and {heads} agree on {len(result.logits['head'])} prompts, "
+        f"{dtype}; largest NMSE in {phase_text(worst.phase)} over a noise floor of "
+        f"{number(worst.bar.noise.nmse)}"
     )
     if result.foretold:
         names = ", ".join(dict.fromkeys(m.foretold.name for m in result.foretold))
