@@ -286,10 +286,10 @@ FIRST = "initial_char_encoder.layer.0.attention."
 MISTAKES: dict[str, tuple[Edit, str, str]] = {
     "hash": (wrong_hash, "embed", "HashBucketCodepointEmbedder_0 rows shifted by +31"),
     "tables": (as_text, "embed", "HashBucketCodepointEmbedder_10, "),
-    "taps": (changed(UP, lambda x: x[..., ::-1]), "projection", "taps reversed"),
-    "upsampling": (changed(UP, lambda x: np.roll(x, 1, -1)), "projection", "taps off by one"),
-    "halves": (changed(UP, halves), "projection", "characters and molecules exchanged"),
-    "in-out": (changed(DOWN, lambda x: x.swapaxes(0, 1)), "chars_to_molecules", "in and out exchanged"),
+    "taps": (changed(UP, lambda x: x[..., ::-1]), "projection", "projection.conv"),
+    "upsampling": (changed(UP, lambda x: np.roll(x, 1, -1)), "projection", "slices shifted by +1"),
+    "halves": (changed(UP, halves), "projection", "slices shifted by +60"),
+    "in-out": (changed(DOWN, lambda x: x.swapaxes(0, 1)), "chars_to_molecules", "transposed: axes 2 1 3"),
     "query-key": (
         lambda f: f.swap(f"{FIRST}self.query.weight", f"{FIRST}self.key.weight"),
         "initial_char_encoder",

@@ -52,13 +52,13 @@ MOST_TABLES = 16  # as many primes as the code has
 
 
 def rows(known: Known) -> list[Rule]:
-    """Axes: d and c the width, b the rows of a table of hashes and h its columns, p positions, t token types,
-    f the feed-forward's width, j the taps of one convolution, k those of the other, w the width of characters
+    """Axes: d and c the width, r the rows of a table of hashes and h its columns, p positions, y token types,
+    f the feed-forward's width, j the taps of one convolution, m those of the other, w the width of characters
     beside molecules."""
     C = "canine."
     return [
-        rule(HASHED + "{s}", f"{C}char_embeddings.HashBucketCodepointEmbedder_{{s}}.weight", "b h"),
-        rule(TYPES, f"{C}char_embeddings.token_type_embeddings.weight", "t d"),
+        rule(HASHED + "{s}", f"{C}char_embeddings.HashBucketCodepointEmbedder_{{s}}.weight", "r h"),
+        rule(TYPES, f"{C}char_embeddings.token_type_embeddings.weight", "y d"),
         rule(POSITIONS, f"{C}char_embeddings.char_position_embeddings.weight", "p d"),
         *norm("char_embeddings/LayerNorm", f"{C}char_embeddings.LayerNorm", "d"),
         *layer("initial_char_encoder/layer_0", f"{C}initial_char_encoder.layer.0"),
@@ -66,7 +66,7 @@ def rows(known: Known) -> list[Rule]:
         rule(f"{DOWN}conv/bias", f"{C}chars_to_molecules.conv.bias", "c"),
         *norm(f"{DOWN}LayerNorm", f"{C}chars_to_molecules.LayerNorm", "d"),
         *layer("bert/layer_{i}", f"{C}encoder.layer.{{i}}"),
-        rule(f"{UP}conv/kernel", f"{C}projection.conv.weight", "k w c -> c w k"),
+        rule(f"{UP}conv/kernel", f"{C}projection.conv.weight", "m w c -> c w m"),
         rule(f"{UP}conv/bias", f"{C}projection.conv.bias", "c"),
         *norm(f"{UP}LayerNorm", f"{C}projection.LayerNorm", "d"),
         *layer(f"{UP}layer_0", f"{C}final_char_encoder.layer.0"),
@@ -92,11 +92,11 @@ def axes(known: Known) -> dict[str, Size]:
         "d": "hidden_size",
         "c": "hidden_size",
         "f": "intermediate_size",
-        "b": "num_hash_buckets",
+        "r": "num_hash_buckets",
         "p": "num_hash_buckets",  # of transformers, and of an original where that is not refused
-        "t": "type_vocab_size",
+        "y": "type_vocab_size",
         "j": "downsampling_rate",
-        "k": "upsampling_kernel_size",
+        "m": "upsampling_kernel_size",
         "h": lambda k: int(k["hidden_size"]) // int(k["num_hash_functions"]),
         "w": lambda k: 2 * int(k["hidden_size"]),
         "two": lambda _: 2,
