@@ -219,6 +219,11 @@ def test_the_tensors_decide_on_the_directions(tmp_path: Path, originals: Written
     assert [(p.kind, p.where) for p in error.problems] == [("config-mismatch", "is_decoder")]
 
 
+def test_the_original_has_one_order_of_norms(originals: Written) -> None:
+    error = refused(originals(BASE), settings={"normalize_before_mega": True})
+    assert [(p.kind, p.where) for p in error.problems] == [("unsupported", "normalize_before_ffn")]
+
+
 def test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out(
     originals: Written, tmp_path: Path
 ) -> None:

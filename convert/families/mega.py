@@ -298,7 +298,7 @@ def of_one_direction(known: Known, found: Value) -> Value:
 
 
 def both_norms(known: Known, found: Value) -> Value:
-    if known.back and found.value != known["normalize_before_mega"]:
+    if found.value != known["normalize_before_mega"]:
         message = f"expected normalize_before_mega's {shown(known['normalize_before_mega'])}, found "
         known.refuse("unsupported", f"{message}{shown(found.value)}", "normalize_before_ffn")
     return found
