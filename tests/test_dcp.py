@@ -149,6 +149,24 @@ def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, 
     assert error.kind == "ambiguous-input" and "pytorch_model_fsdp_1/" in str(error)
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_a_folder_in_an_archive(kind: str, originals: Written, tmp_path: Path) -> None:
+    """As .nemo is one, with the weights in a folder of their own; and with a file gone."""
+    run = tmp_path / "run"
+    saved(weights(originals("qwen2-0.5b")), run / "weights")
+    beside(originals("qwen2-0.5b"), run)
+
+    def packed(name: str) -> Path:
+        pack = {"tar": "tar", "tar.gz": "gztar", "zip": "zip"}[kind]
+        return Path(shutil.make_archive(str(tmp_path / name), pack, run))
+
+    whole = packed("whole")
+    assert len(api.plan(whole).outputs[0].tensors) == 38
+    (run / "weights" / "__0_0.distcp").rename(run / "weights" / "__1_0.distcp")
+    error = refused(lambda: open_checkpoint(packed("other")))
+    assert error.kind == "missing-shard" and "which rank 0 wrote" in str(error)
+
+
 # --- pieces of any kind -------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 METADATA = ".metadata"
+DATA = ".distcp"
 METADATA_BYTES = 1 << 30
 DIMENSIONS = 16
 # A model of half a million tensors has a few hundred opcodes for each; memory is that of the file many times
