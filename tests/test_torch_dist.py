@@ -122,6 +122,15 @@ def test_a_published_model_is_written_as_ranks_where_it_is_asked_for(
     assert error.kind == "usage" and "--form mcore" in str(error)
 
 
+def test_an_absurd_number_of_layers_is_refused(tmp_path: Path) -> None:
+    """Which costs nothing where a layer is empty."""
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    empty = [Chunk((0, 0, 0), torch.zeros(1 << 40, 0, 2))]
+    save(tmp_path / "in", {name: empty}, {name: (1 << 40, 0, 2)})
+    error = refused(lambda: api.plan(tmp_path / "in", family="llama"))
+    assert error.kind == "shape-mismatch" and f"[{1 << 40}, 0, 2]" in str(error)
+
+
 # --- files that megatron-core wrote -------------------------------------------------------------------------
 
 DENSE = ("gated-tp2pp2", "mcore012", "mcore015", "mcore019-tp2pp2", "singleton")
