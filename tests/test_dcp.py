@@ -167,6 +167,17 @@ def test_a_folder_in_an_archive(kind: str, originals: Written, tmp_path: Path) -
     assert error.kind == "missing-shard" and "which rank 0 wrote" in str(error)
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_files_that_stand_for_others_are_named(name: str, tmp_path: Path) -> None:
+    saved({"w": GRID}, tmp_path / "in")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234\n"
+    (tmp_path / "in" / name).write_text(pointer)
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert error.kind == "wrong-format" and "git-lfs" in error.text().lower() and name in error.text()
+    (tmp_path / "in" / name).write_text("")
+    assert refused(lambda: open_checkpoint(tmp_path / "in")).kind == "truncated"
+
+
 # --- pieces of any kind -------------------------------------------------------------------------------------
 
 

@@ -120,8 +120,8 @@ def _root(members: Members) -> str:
         return ""
     paths = [PurePosixPath(name) for name in members.names]
     dcp = {p.parent for p in paths if p.suffix == DATA} & {p.parent for p in paths if p.name == METADATA}
-    found = {p.parent for p in paths if is_weights(p.name)} - dcp
-    parents = {str(p) for p in (*found, *(p.parent if is_dcp_part(p.name) else p for p in dcp))}
+    plain = {p.parent for p in paths if is_weights(p.name)} - dcp
+    parents = {str(p) for p in (*plain, *(p.parent if is_dcp_part(p.name) else p for p in dcp))}
     prefixes = {"" if parent == "." else parent + "/" for parent in parents}
     roots = sorted(
         p for p in prefixes if not (p.endswith("original/") and p[: -len("original/")] in prefixes)

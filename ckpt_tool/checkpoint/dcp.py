@@ -15,6 +15,7 @@ import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Piece
+from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
@@ -253,6 +255,10 @@ def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
         if own.size > METADATA_BYTES:
             fail("pickle-limit", f"expected at most {METADATA_BYTES} bytes, found {own.size}", file=name)
         data = own.read(0, own.size)
+        if (sign := pointer(data)) is not None:
+            fail("wrong-format", f"expected a list of tensors, found {sign.what}", file=name, hint=sign.hint)
+        if not data:
+            fail("truncated", "expected a list of tensors, found an empty file", file=name)
         told = read_metadata(data, file=name)
         places: dict[str, Place] = {}
         fail_all(_missing(told, place, places))
@@ -279,4 +285,10 @@ def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Pla
             yield Problem("missing-shard", f"expected {path}{whose}, found no such file", METADATA)
             continue
         if there.size < end:
+            with closing(ByteRange(there.path, path, there.window)) as data:
+                sign = pointer(data.head(64))
+            if sign is not None:
+                message = f"expected data of tensors, found {sign.what}"
+                yield Problem("wrong-format", message, path, hint=sign.hint)
+                continue
             yield Problem("truncated", f"expected at least {end} bytes, found {there.size}", path)
