@@ -14,6 +14,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.compute import _with_window
 from ckpt_tool.verify.prompts import cut, positions, prompts_for
+from ckpt_tool.verify.sides import Side
 
 
 @pytest.mark.parametrize("variant", ["opt-13b", "opt-350m", "gpt2-v2-tp2", "bert-v2-tp2"])
@@ -55,6 +56,10 @@ def test_a_config_that_claims_more_positions_than_the_table_has_is_not_believed(
     assert cut(prompts_for(config, None), config, None) == []
 
 
+def side_with(**values: Any) -> Side:
+    return Side(SimpleNamespace(), SimpleNamespace(**values), ())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("original", "converted", "longest"),
     [
@@ -67,9 +72,8 @@ def test_a_config_that_claims_more_positions_than_the_table_has_is_not_believed(
 def test_a_prompt_goes_beyond_the_window_that_a_layer_has(
     original: Any, converted: Any, longest: int
 ) -> None:
-    sides: Any = [SimpleNamespace(config=SimpleNamespace(windows=own)) for own in (original, converted)]
+    sides = [side_with(windows=own) for own in (original, converted)]
     config = {"vocab_size": 300, "sliding_window": 4096, "use_sliding_window": False}
     rows = prompts_for(_with_window(config, sides), None)
     assert max(map(len, rows.values())) == longest
-    unread: Any = SimpleNamespace(config=SimpleNamespace())
-    assert _with_window(config, [unread]) == config
+    assert _with_window(config, [side_with()]) == config

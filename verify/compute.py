@@ -86,10 +86,10 @@ def _with_vocabulary(config: Mapping[str, Any], sides: list[Side]) -> dict[str, 
 def _with_window(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
     """config.json with the widest window that a layer of either side has, if a prompt can go beyond: it may
     be turned off beside its width, and one side may lack what the other has."""
-    layers = [getattr(s.config, "windows", None) for s in sides]
-    if not layers or None in layers:
+    known = [own for s in sides if (own := s.windows) is not None]
+    if not known or len(known) < len(sides):
         return dict(config)
-    widths = [w for own in layers for w in own if w is not None and w < WINDOW_LIMIT]
+    widths = [w for own in known for w in own if w < WINDOW_LIMIT]
     return {**config, "sliding_window": max(widths, default=None)}
 
 
