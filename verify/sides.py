@@ -83,6 +83,12 @@ class Side:
         return tokens if found is None else int(found(tokens, longest, self.config))
 
     @property
+    def windows(self) -> list[int] | None:
+        """How wide the windows of those layers are that have one; None where the reading knows of none."""
+        found = getattr(self.config, "windows", None)
+        return None if found is None else [w for w in found if w is not None]
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids there are; 0 where neither the reading nor config.json says it."""
         found = getattr(self.module, "vocabulary", None)
