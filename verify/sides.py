@@ -101,6 +101,12 @@ class Side:
         found = getattr(self.module, "inputs", None)
         return () if found is None else tuple(found(self.ranks, self.config))
 
+    @property
+    def unused(self) -> frozenset[str]:
+        """Parameters that the class makes and no pass reads, so that a file may lack them."""
+        found = getattr(self.module, "unused", None)
+        return frozenset(() if found is None else found(self.config))
+
     def takes(self, given: Tensors) -> set[str]:
         """Those further inputs that a pass takes at all; the others are refused."""
         known = set()
