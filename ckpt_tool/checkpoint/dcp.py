@@ -68,7 +68,8 @@ class DcpFile(TensorFile):
         self.imports = tuple(n for n in told.imports if not n.startswith(_USUAL))
         self._data: dict[str, ByteRange] = {}
         self._items: OrderedDict[Item, TorchZipFile] = OrderedDict()
-        self._owners = {p.place: t for t in told.tensors.values() for p in t.pieces}
+        self._owners = {p.place: (t, p) for t in told.tensors.values() for p in t.pieces}
+        self._keys = {_key(item): item for item in self._owners}
         self._seen: dict[Item, IntervalCrc] = {}
         self._lock = threading.Lock()
         self._joined: Joined[Item] = Joined(self._read)
@@ -113,8 +114,7 @@ class DcpFile(TensorFile):
 
     def _parsed(self, item: Item) -> TorchZipFile:
         """The zip of a piece, which must be what the metadata says of it."""
-        told = self._owners[item]
-        piece = next(p for p in told.pieces if p.place == item)
+        told, piece = self._owners[item]
         try:
             opened = torch_zip(ZipArchive(Part(self.data(item.path), item.offset, item.length)), _BARE)
         except CkptToolError as error:
@@ -172,9 +172,9 @@ class DcpFile(TensorFile):
     def records(self) -> Mapping[str, Record]:
         """Those of all items, by file and place: every item is parsed for it."""
         found = {}
-        for item in self._owners:
+        for key, item in self._keys.items():
             for record in self._item(item).records().values():
-                found[_key(item)] = replace(record, key=_key(item))
+                found[key] = replace(record, key=key)
         return found
 
     def record_of(self, name: str) -> tuple[str, int] | None:
@@ -183,7 +183,7 @@ class DcpFile(TensorFile):
         return None if place is None else (_key(self._told.tensors[name].pieces[0].place), place[1])
 
     def check_record(self, key: str) -> bool:
-        item = next(i for i in self._owners if _key(i) == key)
+        item = self._keys[key]
         opened = self._item(item)
         (record,) = opened.records().values()
         seen = self._seen.get(item)
@@ -194,7 +194,7 @@ class DcpFile(TensorFile):
             (inner,) = opened.records()
             return opened.check_record(inner)
         except CkptToolError as error:
-            name = self._owners[item].name
+            name = self._owners[item][0].name
             raise CkptToolError(*(replace(p, file=item.path, where=name) for p in error.problems)) from None
 
     # --- beside the tensors ---
