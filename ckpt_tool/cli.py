@@ -8,7 +8,7 @@ Imports stay inside the commands, so that `--help` costs nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -408,8 +408,13 @@ def families(as_json: bool) -> int:
     from ckpt_tool.terminal import Column, table
 
     heads = (Column("family", whole=True), Column("Hugging Face class"), Column("originals"))
-    table(_consoles()[0], heads, [(f.name, ", ".join(f.architectures), f.summary) for f in known])
+    table(_consoles()[0], heads, [(f.name, _first(f.architectures), f.summary) for f in known])
     return 0
+
+
+def _first(names: Sequence[str]) -> str:
+    """One or two names, or the first of more: the longest of many do not fit into a column of 80."""
+    return ", ".join(names) if len(names) < 3 else f"{names[0]}\nand {len(names) - 1} more"
 
 
 @cli.command()

@@ -237,7 +237,6 @@ def test_a_ratio_is_held_for_every_number(off: float, status: str, runner: Made)
 
 NO_TOKENIZER = "the output has no tokenizer.json that can be read"
 NO_ENTITIES = "the output has no entity_vocab.json, which tells the ids of entities"
-ENCODING = documented.UNSTATED["encoding"]
 SKIPPED = {
     "canine.tokenizer.life_is_like": NO_TOKENIZER,
     "mega.conversion.original_vs_hf": "a rule in words, about the library that generates: allclose(",

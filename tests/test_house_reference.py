@@ -28,6 +28,8 @@ from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
 from tests import published_models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Written = Callable[[str], Path]
 ROOM = Path(__file__).parents[1] / "reference"
 # Of neither side: what a pass is made of, and the losses that the outputs of both are put into.
@@ -710,14 +712,6 @@ def judged(conversions: Written, published: Published) -> Callable[[str, Batch],
         return known[variant]
 
     return logits
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import cmath
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,8 @@ from ckpt_tool.reference import (
     original,
     rope,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REAL = Path(__file__).parents[1].parent / "shared" / "real" / "aidreams260K"
 State = dict[str, Tensor]
@@ -246,15 +248,6 @@ CASES = {
 @pytest.fixture(params=CASES)
 def tiny(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, FLOAT64_BAR), (torch.float32, FLOAT32_BAR)])

@@ -4,7 +4,7 @@ lengths, padding, and mistakes in the parts that no other model has."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -17,16 +17,10 @@ from ckpt_tool.reference import canine, hf_canine, losses
 from ckpt_tool.reference.phases import leaves
 from tests.test_house_reference import plant
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 State = dict[str, Tensor]
 SPECIAL = 57344, 57345  # [CLS], [SEP]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- models -----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,12 @@ from ckpt_tool.fixtures.families.mluke import shapes as named_shapes
 from ckpt_tool.fixtures.shapes import shape_of, spread
 from ckpt_tool.reference import hf_luke, losses, mluke
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 State = dict[str, Tensor]
 SIZES = {"v": 14, "u": 6, "d": 8, "m": 4, "i": 2, "f": 12, "p": 12, "t": 1}
 ROWS = {mluke.WORDS: [5, 6], mluke.ENTITIES: [2]}
 TOLD = {"num_attention_heads": 2, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "pad_token_id": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def original_state(aware: bool = False, sizes: dict[str, int] = SIZES) -> State:

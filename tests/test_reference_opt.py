@@ -4,7 +4,7 @@ with older computations, and stop agreeing when one rule is broken."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference import converted, hf_blocks, loss, losses, original
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -198,15 +200,6 @@ CASES = {
 @pytest.fixture(params=CASES)
 def tiny(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, FLOAT64_BAR), (torch.float32, FLOAT32_BAR)])

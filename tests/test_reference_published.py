@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 from ckpt_tool.reference import NotComputed, converted, original
 from tests import published_models
 from tests.published_models import CASES, ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 RELEASES = {"tf5": None, "tf4.57": ROOT / ".judges" / "tf4.57"}
@@ -81,14 +83,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         return Tiny(CASES[case]["family"], config, state, judged)
 
     return tiny
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def nmse(expected: Tensor, found: Tensor) -> float:

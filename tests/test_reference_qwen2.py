@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from ckpt_tool.reference import converted, hf_blocks, hf_rope, loss, losses, original, rope
 from ckpt_tool.reference.blocks import rotate_halves
 from ckpt_tool.reference.megatron import join_stages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -186,15 +188,6 @@ CASES = {
 @pytest.fixture(params=CASES)
 def tiny(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, FLOAT64_BAR), (torch.float32, FLOAT32_BAR)])

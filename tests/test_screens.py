@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -122,6 +123,15 @@ def test_screens(screen: str, columns: int, place: Path) -> None:
 def test_redirected_output_is_80_columns_wide_and_follows_columns(place: Path) -> None:
     narrow, wide = printed(["families"], place, None), printed(["families"], place, 120)
     assert narrow == shown(["families"], place, 80) != wide == shown(["families"], place, 120)
+
+
+def test_no_class_of_a_family_is_broken_and_json_names_all(place: Path) -> None:
+    told = json.loads(shown(["families", "--json"], place, 80))
+    words = {word.rstrip(",") for word in shown(["families"], place, 80).split()}
+    for family in told:
+        names = family["architectures"]
+        assert set(names if len(names) < 3 else names[:1]) <= words, family["name"]
+    assert any(len(family["architectures"]) > 2 for family in told)
 
 
 def test_a_process_shows_what_was_shown_here(place: Path) -> None:

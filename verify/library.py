@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckpt_tool.verify.other_release import Said
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import shown
 from ckpt_tool.verify.sides import tensors
@@ -170,7 +171,7 @@ def listening(said: list[str]) -> Iterator[None]:
     """What the library logs or raises as a warning inside is added to `said`, and printed nowhere."""
     logger = logging.getLogger("transformers")
     before = logger.propagate, logger.handlers[:]
-    logger.handlers, logger.propagate = [_Listener(said)], False
+    logger.handlers, logger.propagate = [Said(said)], False
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -179,17 +180,6 @@ def listening(said: list[str]) -> Iterator[None]:
         said += [str(w.message) for w in own]
     finally:
         logger.propagate, logger.handlers = before
-
-
-class _Listener(logging.Handler):
-    """Collects what the library logs as a warning or worse."""
-
-    def __init__(self, said: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.said = said
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
 
 
 # --- installed elsewhere --------------------------------------------------------------------------------

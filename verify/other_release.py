@@ -21,11 +21,11 @@ KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 class Said(logging.Handler):
-    """Collects what is logged as a warning or worse."""
+    """Adds what is logged as a warning or worse to `texts`."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self.texts: list[str] = []
+        self.texts = texts
 
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
@@ -33,7 +33,7 @@ class Said(logging.Handler):
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"failed": "import"}
-    said = Said()
+    said = Said([])
     try:
         import numpy as np
         import torch

@@ -38,10 +38,7 @@ def is_part(name: str) -> bool:
 def find_dcp(folder: Folder) -> tuple[str, list[str]] | None:
     """The part of `folder` that holds a `.metadata` with data files, as a prefix of names, and notes; None
     where there is none. Kinds: `ambiguous-input` (several), and those of Megatron's tracker."""
-    names = [
-        *folder.names(),
-        *folder.below(is_part),
-    ]
+    names = [*folder.names(), *folder.below(is_part)]
     inside: dict[str, set[str]] = {}
     for name in names:
         above, slash, last = name.rpartition("/")
