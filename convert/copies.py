@@ -9,6 +9,8 @@ from dataclasses import replace
 
 from ckpt_tool.convert.layout import COPIED, Part, Step
 
+DROPPED = "--drop-copies"  # what a plan that leaves copies out without comparing them calls lossy
+
 
 def with_copies(step: Step, axis: str, held: int, rows: Sequence[int]) -> Step:
     """`step` with targets that hold, beyond the `held` first of `axis` which are the sources' own, a copy of

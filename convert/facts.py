@@ -357,8 +357,11 @@ class _Reader:
         self.values[name] = self._one(name, said, default)
         value = self.values[name].value
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        whole = name not in (*self.own.numbers, *self.own.aliases) and "rope_theta" in self.own.numbers
         if not number and value is not None:
             self.refuse("bad-config", self.values[name].where, "a finite number above 0", value)
+        elif name == "partial_rotary_factor" and whole and value not in (None, 1):
+            self.refuse("unsupported", self.values[name].where, "heads that are turned whole", value)
 
     def _object(self, key: str) -> Mapping[str, Any]:
         """An object of rotary values; of one for each kind of layer, the one that all share."""

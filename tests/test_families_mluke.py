@@ -119,6 +119,9 @@ def test_the_way_back_refuses_copies_that_are_none_any_more(
     convert("mluke", folder, tmp_path / "back", to="original", family_options={"drop_copies": True})
     lossy = json.loads((tmp_path / "back" / "ckpt-tool.json").read_text())["lossy"]
     assert len(lossy) == 1 and "--drop-copies" in lossy[0]
+    report = api.verify(tmp_path / "back", folder, levels=("bits",))
+    assert (report.status, report.exactness) == ("pass", "identical without copies")
+    assert "copies that were left out and compared with nothing" in report.headline
 
 
 def test_a_tied_head_of_other_values_is_refused(bare: Path, tmp_path: Path) -> None:

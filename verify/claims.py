@@ -27,10 +27,12 @@ PROOFS = {
     ("transformers", "logits"): "what transformers computes of it",
 }
 NOT_COMPARED = "not compared with a source"
+WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen
 CLASSES = (
     "differs",
     "within the foretold difference",
     "within noise floor",
+    WITHOUT_COPIES,
     "identical after cast",
     "bit-identical",
 )
@@ -130,6 +132,8 @@ def _proved(findings: Sequence[Finding]) -> str:
     text = f"{', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]} are those of its source"
     if exactness(findings) == "identical after cast":
         text += " once it is cast or pooled as recorded or accepted"
+    if exactness(findings) == WITHOUT_COPIES:
+        text += ", but for the copies that were left out and compared with nothing"
     for level, check in PROOFS:
         own = [f for f in findings if (f.level, f.check) == (level, check) and f.status == "skipped"]
         if own and level != "transformers":

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.copies import DROPPED
 from ckpt_tool.convert.dialects.config_keys import read_keys
 from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.dialects.entity_vocabulary import (
@@ -108,7 +109,8 @@ def family(*, summary: str, **said: Any) -> Family:
         options=OPTIONS,
         vocabulary=Tokens("entity-spans", ("MLukeTokenizer",)),
         classes=e.config,
-        tensors=(e.told_by, "entity_embeddings.position_embeddings.weight"),
+        tensors=(e.told_by, "entity_embeddings.position_embeddings.weight", f"luke.{e.told_by}"),
+        held_as={"lm_head.decoder.bias": "lm_head.bias"},  # of transformers 5, which saves it so too
         document=METADATA,
     )
 
@@ -170,7 +172,7 @@ def plan_original(e: Encoder, checkpoint: Checkpoint, options: Options) -> Plan:
     at = _copied(e, known)
     fail_all(_outside(known, at, e))
     form = _form_back(known, once)
-    lossy = [f"--drop-copies: {DROP_COPIES.help}"] if _drops(options) else []
+    lossy = [f"{DROPPED}: {DROP_COPIES.help}"] if _drops(options) else []
     beside = Written(
         e.name,
         {n: v for n, v in config.items() if n not in ("architectures", "model_type")},

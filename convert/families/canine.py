@@ -201,6 +201,7 @@ CLASS = Class(
         "pad_token_id": 0,
         "max_position_embeddings": 16384,
     },
+    idle={"tie_word_embeddings": "no output layer to tie"},
     idle_numbers={
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
