@@ -229,12 +229,14 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):
                 disk.unlink(name, dir_fd=self._folder)
 
-    def write(self, name: str, content: bytes) -> None:
-        """A small file, complete and on the disk when this returns."""
+    def write(self, name: str, content: bytes | Iterable[bytes]) -> None:
+        """A file beside the weights, or the pieces of it, complete and on the disk when this returns."""
         descriptor = self.create(name, 0)
         try:
-            if content:
-                disk.write_at(descriptor, content, 0)
+            at = 0
+            for piece in (content,) if isinstance(content, bytes) else content:
+                disk.write_at(descriptor, piece, at)
+                at += len(piece)
             disk.fsync(descriptor)
         except OSError as error:
             raise disk.failure(error, name) from None

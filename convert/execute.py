@@ -287,7 +287,7 @@ class _Run:
         finished = [self._taken_up(files) for files, _ in parts]
         missing = [f for (files, _), there in zip(parts, finished, strict=True) if not there for f in files]
         self.staging.check_space(
-            sum(self.layouts[f.name].size for f in missing) + sum(len(d.content) for d in self.plan.documents)
+            sum(self.layouts[f.name].size for f in missing) + sum(d.size for d in self.plan.documents)
         )
         for (files, steps), there in zip(parts, finished, strict=True):
             if not there:
@@ -613,7 +613,7 @@ class _Run:
         if extra is not None:
             documents += extra(made(documents))
         for document in documents:
-            self.staging.write(document.name, document.content)
+            self.staging.write(document.name, document.pieces())
         content = made(documents)
         self.staging.write(MANIFEST, as_document(content))
         return content

@@ -117,10 +117,7 @@ def manifest(
         "original": dict(plan.original),
         "outputs": [{"file": f.name, "format": f.format, "bytes": sizes[f.name]} for f in plan.outputs],
         "tensors": _tensor_entries(plan, targets, sha256),
-        "documents": [
-            {"file": d.name, "sha256": hashlib.sha256(d.content).hexdigest(), "source": d.source}
-            for d in documents
-        ],
+        "documents": [{"file": d.name, "sha256": d.sha256, "source": d.source} for d in documents],
         "dropped": [
             {"file": d.tensor.file, "tensor": d.tensor.name, "bytes": d.tensor.nbytes, "reason": d.reason}
             for d in plan.dropped

@@ -9,10 +9,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
+from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
@@ -102,11 +104,30 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class OutputDocument:
-    """A small file to write, with its content and where it came from."""
+    """A file to write beside the weights, with its content and where it came from. What may be too large to
+    hold in memory is in a temporary file."""
 
     name: str
-    content: bytes
+    held: bytes | Spool
     source: str
+
+    @property
+    def content(self) -> bytes:
+        return self.held if isinstance(self.held, bytes) else b"".join(self.held.pieces())
+
+    @property
+    def size(self) -> int:
+        return len(self.held) if isinstance(self.held, bytes) else self.held.size
+
+    @cached_property
+    def sha256(self) -> str:
+        found = hashlib.sha256()
+        for piece in self.pieces():
+            found.update(piece)
+        return found.hexdigest()
+
+    def pieces(self) -> Iterable[bytes]:
+        return (self.held,) if isinstance(self.held, bytes) else self.held.pieces()
 
 
 @dataclass(frozen=True)
@@ -167,10 +188,7 @@ class Plan:
                 }
                 for f in self.outputs
             ],
-            "documents": [
-                {"file": d.name, "sha256": hashlib.sha256(d.content).hexdigest(), "source": d.source}
-                for d in self.documents
-            ],
+            "documents": [{"file": d.name, "sha256": d.sha256, "source": d.source} for d in self.documents],
             "notes": list(self.notes),
             "lossy": list(self.lossy),
             "original": dict(self.original),

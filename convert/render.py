@@ -52,7 +52,7 @@ def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None
 
 def needs(plan: Plan) -> str:
     """What converting takes, in words: bytes to write, room on the disk, memory."""
-    documents = sum(len(d.content) for d in plan.documents)
+    documents = sum(d.size for d in plan.documents)
     written = sum(sum(t.nbytes for t in f.tensors) for f in plan.outputs) + documents
     free = written + written // 100 + SPARE_BYTES  # as the executor asks before it starts
     memory = f"at most {MEMORY_BYTES // 10**6} MB of memory"
@@ -153,7 +153,7 @@ def _outputs(plan: Plan, console: Console) -> None:
     ]
     if len(plan.outputs) > SHOWN_FILES:
         rows.append((f"... and {len(plan.outputs) - SHOWN_FILES} more", "", "", ""))
-    rows += [(printable(d.name), "", _size(len(d.content)), printable(d.source)) for d in plan.documents]
+    rows += [(printable(d.name), "", _size(d.size), printable(d.source)) for d in plan.documents]
     heads = (Column("file"), Column("tensors", right=True), Column("size", right=True), Column("what"))
     table(console, heads, rows, title="Files")
 

@@ -22,6 +22,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.studio_ousia import entity_lines
 from ckpt_tool.fixtures.tokenizers import unigram_model
 from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.beside import Beside, Damaged
 
 BARE = {"num_attention_heads": 7, "layer_norm_eps": 3e-5, "hidden_act": "gelu"}
 
@@ -210,12 +211,14 @@ def document(tmp_path: Path, content: bytes) -> Document:
 
 def test_entities_are_named_by_language_and_come_back(tmp_path: Path) -> None:
     found = Vocabulary(document(tmp_path, entity_lines(40)), 40)
-    made = json.loads(found.content)
+    written = b"".join(found.content.pieces())
+    made = json.loads(written)
     assert [made[t] for t in ("[PAD]", "[UNK]", "[MASK]", "[MASK2]")] == [0, 1, 2, 40]
     assert made["en:Japan"] == 3 and made["ja:日本"] == made["en:日本"] == 4 and made["en:A: B"] == 8
-    assert dict(entries(found.content)) == made
-    again = Vocabulary(document(tmp_path, written_back(found.content)), 40)
-    assert again.content == found.content
+    assert dict(entries([written])) == dict(entries(bytes([b]) for b in written)) == made
+    lines = b"".join(written_back([written]).pieces())
+    again = Vocabulary(document(tmp_path, lines), 40)
+    assert b"".join(again.content.pieces()) == written
 
 
 LINE = '{"id": %d, "entities": [["%s", "en"]], "count": 1}\n'
@@ -242,4 +245,19 @@ def test_entities_that_are_none_are_refused_by_line(content: str, says: str, tmp
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1', b'{"a": 1}x', b'{"a": "b"}', b'{"a": 1,}'])
 def test_what_is_no_vocabulary_of_entities_is_refused_on_the_way_back(content: bytes) -> None:
-    assert refused(lambda: list(entries(content))).problems[0].kind == "bad-tokenizer"
+    assert (
+        refused(lambda: list(entries([content[:3], content[3:]] if content[:3] else []))).problems[0].kind
+        == "bad-tokenizer"
+    )
+
+
+def test_a_published_list_of_entities_is_not_too_large_to_verify(tmp_path: Path) -> None:
+    for name, fits in (("entity_vocab.json", True), ("entity_vocab.jsonl", True), ("other.json", False)):
+        with open(tmp_path / name, "wb") as f:
+            f.truncate((64 << 20) + 1)
+        beside = Beside(tmp_path, frozenset([name]), True, {})
+        if fits:
+            assert len(beside.read(name)) == (64 << 20) + 1
+        else:
+            with pytest.raises(Damaged):
+                beside.read(name)

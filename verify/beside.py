@@ -13,6 +13,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.strangers import listing
 
 LIMIT = 64 << 20  # bytes; the largest tokenizer.json published is near 35 MB
+LARGER = {"entity_vocab.json": 1 << 30, "entity_vocab.jsonl": 1 << 30}  # a hundred million as published
 
 
 class Damaged(Exception):
@@ -43,7 +44,7 @@ class Beside:
         if document is None and not path.is_file():
             raise Damaged(name, "expected a file, found something else")
         try:
-            return (document or Document(name, path, path.stat().st_size)).read(LIMIT)
+            return (document or Document(name, path, path.stat().st_size)).read(LARGER.get(name, LIMIT))
         except CkptToolError as error:
             raise Damaged(name, error.problems[0].message) from error
 

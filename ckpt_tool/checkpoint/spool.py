@@ -1,4 +1,4 @@
-"""A temporary file without a name, for members that an archive holds deflated.
+"""A temporary file without a name, for what is too large to hold in memory.
 
 It is unlinked before the first byte is written, so that nothing is left behind however the program ends.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from ckpt_tool.errors import fail
+
+PIECE = 1 << 20
 
 
 class Spool:
@@ -36,21 +39,32 @@ class Spool:
     def write(self, piece: bytes) -> None:
         """Append `piece`; a full disk is `disk-full`."""
         view = memoryview(piece)
+        descriptor = self.descriptor if self.path else -1
         while view:
             try:
-                count = os.write(self.descriptor, view)
+                count = os.write(descriptor, view)
             except OSError as error:
                 self._fail(error)
             self.size += count
             view = view[count:]
 
+    def pieces(self) -> Iterator[bytes]:
+        """What was written, some of it at a time."""
+        at = 0
+        while at < self.size:
+            piece = os.pread(self.descriptor, min(PIECE, self.size - at), at)
+            if not piece:
+                break
+            at += len(piece)
+            yield piece
+
     def _fail(self, error: OSError) -> NoReturn:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fail(
             "disk-full" if full else "write-failed",
-            f"expected room for inflated members after {self.size} bytes, found: {error.strerror}",
+            f"expected room for a temporary file after {self.size} bytes, found: {error.strerror}",
             file=self.folder,
-            hint="set TMPDIR to a folder with room, or unpack the archive first",
+            hint="set TMPDIR to a folder with room; an archive can be unpacked first",
         )
 
     def close(self) -> None:
@@ -58,3 +72,6 @@ class Spool:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()

@@ -6,18 +6,21 @@ Source: studio-ousia/luke @25165454 (luke/utils/entity_vocab.py, convert_luke_to
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import Document
+from ckpt_tool.checkpoint.signs import pointer
+from ckpt_tool.checkpoint.spool import PIECE, Spool
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 LINES, OBJECT = "entity_vocab.jsonl", "entity_vocab.json"
@@ -25,35 +28,66 @@ PAD, UNKNOWN, MASK, SECOND = "[PAD]", "[UNK]", "[MASK]", "[MASK2]"
 SPECIAL = (PAD, UNKNOWN, MASK)
 MAX_BYTES = 1 << 30  # twice what 1.2 million entities in 24 languages take
 MAX_LINE = 1 << 20
+_OPEN = re.compile(rb"\s*\{")
 _ENTRY = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:\s*(\d{1,9})\s*([,}])')
 SHOWN = 8  # problems before the rest is counted
 
 
-def lines(document: Document) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of a file that may be larger than what fits into memory; `bad-tokenizer` for a line or a
-    file that no vocabulary has."""
+@contextmanager
+def opened(document: Document) -> Iterator[BinaryIO]:
+    """A file that may be larger than what fits into memory; `bad-tokenizer` for one that no vocabulary is."""
     if document.size > MAX_BYTES:
         fail(
             "bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {document.size}", file=document.name
         )
     try:
         with open(document.path, "rb") as f:
-            number = 0
-            while line := f.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    message = f"expected at most {MAX_LINE} bytes, found more"
-                    fail("bad-tokenizer", message, file=document.name, where=f"line {number}")
-                if line.strip():
-                    yield number, line
+            if (sign := pointer(f.read(1024))) is not None:
+                message = f"expected a document, found {sign.what}"
+                fail("wrong-format", message, file=document.name, hint=sign.hint)
+            f.seek(0)
+            yield f
     except OSError as error:
         fail("read-failed", f"cannot be read: {os.strerror(error.errno or 0)}", file=document.name)
+
+
+def lines(document: Document) -> Iterator[tuple[int, bytes]]:
+    """(number, line); `bad-tokenizer` for a line that no vocabulary has."""
+    with opened(document) as f:
+        number = 0
+        while line := f.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                message = f"expected at most {MAX_LINE} bytes, found more"
+                fail("bad-tokenizer", message, file=document.name, where=f"line {number}")
+            if line.strip():
+                yield number, line
+
+
+def pieces(document: Document) -> Iterator[bytes]:
+    """The bytes, some of them at a time."""
+    with opened(document) as f:
+        while piece := f.read(PIECE):
+            yield piece
+
+
+def spooled(parts: Iterable[bytes]) -> Spool:
+    """All of many short parts."""
+    made, held, size = Spool(), list[bytes](), 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= PIECE:
+            made.write(b"".join(held))
+            held, size = [], 0
+    made.write(b"".join(held))
+    return made
 
 
 class Vocabulary:
     """The vocabulary of `document` for a table of `rows` entities. `ids` has its special tokens, `content`
     is what transformers reads, with `[MASK2]` after the last entity; every problem is raised at once. Held in
-    memory are what is written, and 8 bytes for each name."""
+    memory are 8 bytes for each name."""
 
     def __init__(self, document: Document, rows: int) -> None:
         self.file, self.rows = document.name, rows
@@ -61,17 +95,19 @@ class Vocabulary:
         self.found: list[Problem] = []
         self.more = 0
         self._seen = bytearray(rows)  # by id
-        hashes = array("q")
-        made = io.BytesIO()
-        made.write(b"{")
+        self._hashes = array("q")
+        self.content = spooled(self._parts(document))
+        self._check(self._hashes, document)
+        del self._hashes
+
+    def _parts(self, document: Document) -> Iterator[bytes]:
+        yield b"{"
         for number, line in lines(document):
             id, names = self._entry(line, f"line {number}")
             for name in names:
-                hashes.append(hash(name))
-                made.write(b"%s: %d, " % (_text(name), id))
-        made.write(b"%s: %d}\n" % (_text(SECOND), rows))
-        self._check(hashes, document)
-        self.content = made.getvalue()
+                self._hashes.append(hash(name))
+                yield b"%s: %d, " % (_text(name), id)
+        yield b"%s: %d}\n" % (_text(SECOND), self.rows)
 
     def _check(self, hashes: array[int], document: Document) -> None:
         """What the file says as a whole."""
@@ -80,7 +116,8 @@ class Vocabulary:
         if missing := self._seen.count(0):
             message = f"expected an entity for each of {self.rows} rows, found none for {missing}"
             self._refuse(message, f"id {self._seen.index(0)}")
-        ordered = np.sort(np.frombuffer(hashes, dtype="<i8"))
+        ordered = np.frombuffer(hashes, dtype="<i8")
+        ordered.sort()
         twice = {int(h) for h in ordered[1:][ordered[1:] == ordered[:-1]][:SHOWN]}
         if twice:
             first: dict[str, int] = {}
@@ -119,7 +156,7 @@ class Vocabulary:
 
 
 def _text(name: str) -> bytes:
-    return json.dumps(name, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return encode_basestring(name).encode("utf-8", "surrogatepass")
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -148,36 +185,49 @@ def _is_entity(x: Any) -> bool:
 # --- the way back -----------------------------------------------------------------------------------------
 
 
-def entries(content: bytes) -> Iterator[tuple[str, int]]:
+def entries(parts: Iterable[bytes]) -> Iterator[tuple[str, int]]:
     """(name, id) of `entity_vocab.json`, in order, one at a time; `bad-tokenizer` for another file."""
-    at = re.compile(rb"\s*\{").match(content)
-    position, more = (at.end(), True) if at else (0, False)
-    while more and (found := _ENTRY.match(content, position)):
-        try:
-            name = json.loads(found[1])
-        except ValueError:
-            break
-        yield name, int(found[2])
-        position, more = found.end(), found[3] == b","
-    if more or at is None or content[position:].strip():
+    source = iter(parts)
+    held, before, at = b"", 0, 0
+    wanted, more = _OPEN, True
+    while more:
+        found = wanted.match(held, at)
+        if found is None:
+            piece = next(source, b"") if len(held) - at <= MAX_LINE else b""
+            held, before, at = held[at:] + piece, before + at, 0
+            if not piece:
+                break
+            continue
+        at = found.end()
+        if wanted is _ENTRY:
+            try:
+                name = json.loads(found[1])
+            except ValueError:
+                at = found.start()
+                break
+            yield name, int(found[2])
+            more = found[3] == b","
+        wanted = _ENTRY
+    if more or held[at:].strip() or any(piece.strip() for piece in source):
         message = "expected an object from names to ids, found something else"
-        fail("bad-tokenizer", message, file=OBJECT, where=f"byte {position}")
+        fail("bad-tokenizer", message, file=OBJECT, where=f"byte {before + at}")
 
 
-def special_ids(content: bytes) -> dict[str, int]:
+def special_ids(document: Document) -> dict[str, int]:
     """The ids of special tokens in `entity_vocab.json`."""
-    return {name: id for name, id in entries(content) if name in (*SPECIAL, SECOND)}
+    return {name: id for name, id in entries(pieces(document)) if name in (*SPECIAL, SECOND)}
 
 
-def written_back(content: bytes) -> bytes:
+def written_back(parts: Iterable[bytes]) -> Spool:
     """`entity_vocab.jsonl` of what transformers reads, less `[MASK2]`. How often each entity was linked is
     not known any more: counts are 0."""
-    made = io.BytesIO()
-    names = (x for x in entries(content) if x[0] != SECOND)
-    for id, held in groupby(names, key=lambda x: x[1]):
+    return spooled(_lines_of(entries(parts)))
+
+
+def _lines_of(named: Iterable[tuple[str, int]]) -> Iterator[bytes]:
+    for id, held in groupby((x for x in named if x[0] != SECOND), key=lambda x: x[1]):
         item = {"id": id, "entities": [_in_parts(name) for name, _ in held], "count": 0}
-        made.write(json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    return made.getvalue()
+        yield json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _in_parts(name: str) -> list[str | None]:

@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, Document
 from ckpt_tool.convert.copies import DROPPED
 from ckpt_tool.convert.dialects.config_keys import read_keys
 from ckpt_tool.convert.dialects.converted import kept_facts, read_config
 from ckpt_tool.convert.dialects.entity_vocabulary import (
     LINES,
     MASK,
-    MAX_BYTES,
     OBJECT,
     Vocabulary,
+    pieces,
     special_ids,
     written_back,
 )
@@ -167,7 +167,7 @@ def plan_original(e: Encoder, checkpoint: Checkpoint, options: Options) -> Plan:
     known = Known(_with_starts(e), facts, source, options, own, once, back=True)
     config = known.values()
     tokens = _tokenizer(checkpoint, options)
-    entities = _entities(checkpoint)
+    entities = checkpoint.documents.get(OBJECT)
     known.told = _kept_starts(e, once) or _starts(tokens, None if entities is None else special_ids(entities))
     at = _copied(e, known)
     fail_all(_outside(known, at, e))
@@ -363,13 +363,8 @@ def _documents(
     return made, notes
 
 
-def _entities(checkpoint: Checkpoint) -> bytes | None:
-    found = checkpoint.documents.get(OBJECT)
-    return None if found is None else found.read(MAX_BYTES)
-
-
 def _documents_back(
-    known: Known, tokens: Mapping[str, bytes], entities: bytes | None, once: Mapping[str, Any]
+    known: Known, tokens: Mapping[str, bytes], entities: Document | None, once: Mapping[str, Any]
 ) -> list[OutputDocument]:
     """metadata.json with what the original had around the configuration, the entities, and the tokenizer,
     which an original has elsewhere."""
@@ -390,7 +385,7 @@ def _documents_back(
     text = json.dumps({**around, "model_config": model}, indent=2) + "\n"
     made = [OutputDocument(METADATA, text.encode(), "the values of config.json")]
     if entities is not None:
-        made.append(OutputDocument(LINES, written_back(entities), OBJECT))
+        made.append(OutputDocument(LINES, written_back(pieces(entities)), OBJECT))
     return made + [OutputDocument(n, data, "the tokenizer in the folder") for n, data in tokens.items()]
 
 
