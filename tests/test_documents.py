@@ -290,3 +290,30 @@ def test_documents_of_an_original_are_compared_too(
         report = verify(back, conversions(variant), levels="coverage")
         assert any(name in str(f.where) for f in about_documents(report, "fail")), name
         (back / name).write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "values"),
+    [
+        ("mluke-aware", "entity_vocab.json", None),  # which no tokenizer.json says
+        ("canine-tydi", "tokenizer_config.json", None),  # a tokenizer without a vocabulary
+        ("mluke-aware", "tokenizer_config.json", {"task": "entity_pair_classification"}),
+        ("mluke-aware", "tokenizer_config.json", {"max_mention_length": 3}),
+    ],
+)
+def test_what_only_one_file_of_a_tokenizer_says_is_not_done_without(
+    variant: str,
+    name: str,
+    values: dict[str, Any] | None,
+    originals: Written,
+    conversions: Written,
+    tmp_path: Path,
+) -> None:
+    out = copied(conversions(variant), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    if values is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_text(json.dumps(json.loads((out / name).read_text()) | values))
+    (wrong,) = about_documents(verify(out, originals(variant), levels="coverage"), "fail")
+    assert all(word in f"{wrong.where} {wrong.message}" for word in (name, *(values or ())))
