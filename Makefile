@@ -64,8 +64,8 @@ base: wheel
 check: lint types base test
 
 # family x variant x (bits, parity, judge, round trip)
-table: setup
-	$(BIN)/python -m ckpt_tool table
+table: setup .judges/tf4.37/.ready
+	CKPT_TOOL_TRANSFORMERS=$${CKPT_TOOL_TRANSFORMERS:-.judges/tf4.37} $(BIN)/python -m ckpt_tool table
 
 clean:
 	rm -rf build ckpt-tool-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

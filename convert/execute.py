@@ -143,7 +143,7 @@ def execute(
     calling thread. Raises `CkptToolError` (kinds of durable.py, `checksum`, `tied-mismatch`,
     `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
     """
-    files = [f.path for f in checkpoint.files.values() if not f.path.is_relative_to("/proc")]
+    files = [p for f in checkpoint.files.values() for p in f.paths if not p.is_relative_to("/proc")]
     replace_what = replaced_by(overwrite, overwrite_foreign)
     place = free_place(out, [checkpoint.path, *files], replace=replace_what)
     digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
@@ -207,6 +207,8 @@ def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[st
     for file in checkpoint.files.values():
         inflated = file.path.is_relative_to("/proc")  # a temporary file: its times are of this run
         found[file.name] = {**({} if inflated else _stamp(file.path)), "headers": digests[file.name]}
+        others = {p for p in file.paths if p != file.path and not p.is_relative_to("/proc")}
+        found |= {path.name: _stamp(path) for path in sorted(others)}
     return found
 
 

@@ -21,6 +21,7 @@ from ckpt_tool.convert.one_by_one import Share, Shares
 from ckpt_tool.errors import Problem, fail_all
 
 FORMAT = "dcp"
+MOST = 1 << 17  # layers, or experts in all layers
 # With a number after `layers`, or without one where the first axis counts them.
 _LAYERS = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?!\d)(?P<rest>.+)", re.ASCII)
 _EXPERTS = re.compile(r"(?P<before>.*\.mlp\.experts\.)experts\.(?P<rest>linear_fc[12]\..+)", re.ASCII)
@@ -57,7 +58,6 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
         if not any(map(_is_stacked, file.tensors)):
             continue
         readings[READING] = None
-        shares = {s.info.name: s for t in file.tensors.values() for s in _numbered(t)}
         lengths = {t.shape[:1] for t in file.tensors.values() if _LAYERS.fullmatch(t.name)}
         short = next((t for t in file.tensors.values() if _is_stacked(t.name) and not _fits(t)), None)
         if short is not None or len(lengths) > 1:
@@ -65,7 +65,10 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
             message = f"expected an axis for layers, as long in every tensor, found {found}"
             where = None if short is None else short.name
             problems.append(Problem("shape-mismatch", message, name, where))
-        files[name] = NumberedLayers(file, shares)
+            continue
+        files[name] = NumberedLayers(
+            file, {s.info.name: s for t in file.tensors.values() for s in _numbered(t)}
+        )
     fail_all(problems)
     if not readings:
         return checkpoint
@@ -83,6 +86,8 @@ def _is_stacked(name: str) -> bool:
 
 def _fits(tensor: TensorInfo) -> bool:
     axes = bool(_LAYERS.fullmatch(tensor.name)) + bool(_EXPERTS.fullmatch(tensor.name))
+    if prod(tensor.shape[:axes]) > MOST:
+        return False
     return len(tensor.shape) > axes or (len(tensor.shape) == axes and not _EXPERTS.fullmatch(tensor.name))
 
 

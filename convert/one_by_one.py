@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo, View
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Record, Renamed, TensorFile, TensorInfo, View
 from ckpt_tool.errors import Problem, fail_all
 
 # Name of the stacked tensor, of any layer {i}, to those it is made of: equal shares of its first dimension,
@@ -44,6 +44,16 @@ class Shares(View):
         super().__init__(stored)
         self.shares = shares
         self.tensors = {name: share.info for name, share in shares.items()}
+
+    def records(self) -> Mapping[str, Record]:
+        """That of a tensor which is apart here is its first share's."""
+        first: dict[str, str] = {}
+        for name, share in self.shares.items():
+            first.setdefault(share.stored, name)
+        return {
+            key: r if r.of is None else replace(r, of=first.get(r.of, r.of))
+            for key, r in self.stored.records().items()
+        }
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         share = self.shares[name]

@@ -50,9 +50,11 @@ def near_misses(checkpoint: Checkpoint, said: Iterable[Said]) -> list[tuple[str,
     """(family, why not) of at most three that come near, nearest first."""
     if (converted := _converted(checkpoint)) is not None:
         return [(converted, "the tensors have Hugging Face names already")]
-    names = checkpoint.names()
+    names = layers_apart(checkpoint).names()
     found = [(nearness(family(f).tensors, names), f, why) for f, own, why in said if not own]
-    found = sorted((x for x in found if x[0] >= NEAR), key=lambda x: (-x[0], x[1]))
+    # Of equally near ones those first that know these names and say what is otherwise.
+    found.sort(key=lambda x: (-round(x[0], 2), x[2].startswith("no "), -x[0], x[1]))
+    found = [x for x in found if x[0] >= NEAR]
     return [(f, _wrapped(family(f).tensors, names) or why) for _, f, why in found[:SHOWN]]
 
 

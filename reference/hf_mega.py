@@ -1,7 +1,7 @@
 """Mega in the Hugging Face layout, `mega.layers.{i}.`, without `mega.` for MegaModel. Each head as its class
 computes it; cross attention is not read.
 
-Source: transformers 4.37.2, models/mega, which later releases have not (4.40 is the last).
+Source: transformers 4.37.2, models/mega, which releases from 5 on have not.
 
 MegaRMSNorm there forgets its division: it multiplies by the weight alone. This reading does so too, as it is
 to compute what the library computes; with `rms_norm_divides` in its config, which no config.json has, it

@@ -137,6 +137,15 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
     return ("token_types", "mask")
 
 
+def unused(c: Config) -> tuple[str, ...]:
+    """Parameters that the class makes whatever config.json says, and that no pass reads or that are empty."""
+    turned = f"{c.root}embeddings.embedding_transformation."
+    return (
+        *(() if c.widened else (f"{turned}weight", f"{turned}bias")),
+        *(() if c.factored else (EXTRA,)),
+    )
+
+
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     """Without an LM head "head" is the last hidden state. Choices are not a phase, as they want ids of their
     own."""

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+CODE_POINTS = 0x110000  # where a config has no size of a vocabulary
+
 
 def head(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The logits of a language model, what the last layer gives for another one."""
@@ -35,7 +37,7 @@ def main(out: str, folders: list[str]) -> None:
         model, info = getattr(transformers, named).from_pretrained(
             folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
-        vocab = model.config.vocab_size
+        vocab = getattr(model.config, "vocab_size", CODE_POINTS)
         ids = torch.from_numpy(np.load(Path(folder) / "judge_ids.npy")) % vocab
         with torch.no_grad():
             arrays[Path(folder).name] = head(model, ids).numpy()

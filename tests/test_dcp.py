@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -26,8 +27,9 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as classes
 
 from ckpt_tool import api
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, View
 from ckpt_tool.checkpoint.dcp import DcpFile
+from ckpt_tool.checkpoint.dcp_metadata import Item
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pieces import Joined, Piece, tiling_fault
 from ckpt_tool.errors import CkptToolError
@@ -147,6 +149,35 @@ def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, 
     assert error.kind == "ambiguous-input" and "pytorch_model_fsdp_1/" in str(error)
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_a_folder_in_an_archive(kind: str, originals: Written, tmp_path: Path) -> None:
+    """As .nemo is one, with the weights in a folder of their own; and with a file gone."""
+    run = tmp_path / "run"
+    saved(weights(originals("qwen2-0.5b")), run / "weights")
+    beside(originals("qwen2-0.5b"), run)
+
+    def packed(name: str) -> Path:
+        pack = {"tar": "tar", "tar.gz": "gztar", "zip": "zip"}[kind]
+        return Path(shutil.make_archive(str(tmp_path / name), pack, run))
+
+    whole = packed("whole")
+    assert len(api.plan(whole).outputs[0].tensors) == 38
+    (run / "weights" / "__0_0.distcp").rename(run / "weights" / "__1_0.distcp")
+    error = refused(lambda: open_checkpoint(packed("other")))
+    assert error.kind == "missing-shard" and "which rank 0 wrote" in str(error)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_files_that_stand_for_others_are_named(name: str, tmp_path: Path) -> None:
+    saved({"w": GRID}, tmp_path / "in")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234\n"
+    (tmp_path / "in" / name).write_text(pointer)
+    error = refused(lambda: open_checkpoint(tmp_path / "in"))
+    assert error.kind == "wrong-format" and "git-lfs" in error.text().lower() and name in error.text()
+    (tmp_path / "in" / name).write_text("")
+    assert refused(lambda: open_checkpoint(tmp_path / "in")).kind == "truncated"
+
+
 # --- pieces of any kind -------------------------------------------------------------------------------------
 
 
@@ -264,6 +295,13 @@ def no_bytes(made: Any) -> None:
     made.storage_data.pop(next(iter(made.storage_data)))
 
 
+def one_place(made: Any) -> None:
+    """For two pieces of one size."""
+    first, second, third, *_ = made.storage_data
+    made.storage_data[third] = made.storage_data[first]
+    assert second
+
+
 def set_size(made: Any, *size: int) -> None:
     made.state_dict_metadata["w"].size = torch.Size(size)
 
@@ -290,6 +328,7 @@ BROKEN: dict[str, tuple[Callable[[Any], object], str, str]] = {
     "outside": (partial(box, offsets=(5, 0), sizes=(3, 4)), "size-mismatch", "[5:8, 0:4]"),
     "other axes": (partial(box, offsets=(0,), sizes=(3,)), "size-mismatch", "inside [7, 10]"),
     "no bytes": (no_bytes, "missing-record", "the piece at [0, 0]"),
+    "another piece's bytes": (one_place, "shard-conflict", "bytes of its own"),
     "another item's size": (lambda m: set_size(m, 7, 11), "missing-shard", "[0:3, 10:11]"),
     "an absurd size": (lambda m: set_size(m, 1 << 60, 1 << 60), "size-mismatch", "2^62"),
     "a negative size": (lambda m: set_size(m, -7, 10), "size-mismatch", "2^62"),
@@ -339,6 +378,57 @@ def test_an_item_must_be_what_the_metadata_says(tmp_path: Path) -> None:
         (file,) = checkpoint.files.values()
         error = refused(lambda: [file.check_record(key) for key in file.records()])
     assert error.kind == "checksum" and "w" in str(error)
+
+
+def test_an_optimizer_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
+    """Megatron flattens its states into buckets with gaps."""
+    name = "optimizer.state.exp_avg"
+    save(
+        tmp_path / "in",
+        {"w": cut(GRID, (0, 3, 7), (0, 10)), name: cut(GRID, (0, 3, 6), (0, 10))},
+        {"w": (7, 10), name: (7, 10)},
+    )
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        assert list(contents(checkpoint)) == ["w"]
+        assert "1 tensors of the optimizer" in " ".join(checkpoint.notes)
+
+
+def test_thousands_of_pieces_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed once, few files are open at a time, and what nobody reads is not read through."""
+    monkeypatch.setattr("ckpt_tool.checkpoint.open_files.HELD", 4)
+    whole = torch.arange(40 * 40, dtype=torch.float32).view(40, 40)
+    tensors = {"w": cut(whole, (0, 40), range(41)), "optim.w": cut(whole, range(41), (0, 40))}
+    save(tmp_path / "in", tensors, {"w": (40, 40), "optim.w": (40, 40)})
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        (file,) = checkpoint.files.values()
+        stored = file.stored if isinstance(file, View) else file
+        assert isinstance(stored, DcpFile) and len(file.paths) == 41
+        parsed: list[Item] = []
+        parse = stored._parsed
+        monkeypatch.setattr(stored, "_parsed", lambda item, data: parsed.append(item) or parse(item, data))
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(2):
+            assert contents(checkpoint)["w"][2] == whole.numpy().tobytes()
+        assert {r.of for r in file.records().values()} == {"w", "optim.w"}
+        assert len(parsed) == len(set(parsed)) == 80
+        assert len(os.listdir("/proc/self/fd")) <= before + 4
+        checkpoint.check_unchanged()
+        (tmp_path / "in" / "__7_0.distcp").touch()
+        assert refused(checkpoint.check_unchanged).kind == "input-changed"
+
+
+def test_a_conversion_does_not_go_on_with_other_bytes(originals: Written, tmp_path: Path) -> None:
+    """All files of the folder tell a later run that it is the same source, not its list alone."""
+    from ckpt_tool.convert.execute import _fingerprints
+
+    folder = tmp_path / "step-100"
+    saved(weights(originals("qwen2-0.5b")), folder)
+    made = []
+    for _ in range(2):
+        with open_checkpoint(folder) as checkpoint:
+            made.append(_fingerprints(checkpoint, dict.fromkeys(checkpoint.files, "")))
+        (folder / "__0_0.distcp").touch()
+    assert made[0]["__0_0.distcp"] != made[1]["__0_0.distcp"] and made[0][".metadata"] == made[1][".metadata"]
 
 
 class Calls:

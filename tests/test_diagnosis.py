@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
@@ -24,8 +25,12 @@ from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import Report, verify
 from ckpt_tool.verify.altered import alteration, place
+from ckpt_tool.verify.diagnose import Diagnosis
+from ckpt_tool.verify.explain import Evidence, Explanation, explain
+from ckpt_tool.verify.measure import Distance
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.rowmaps import Rows, as_text, hashes, located
+from ckpt_tool.verify.subject import opened
 
 Written = Callable[[str], Path]
 assert flaws_values  # adds its kinds
@@ -330,3 +335,39 @@ def test_a_base_that_the_class_calls_otherwise_is_planted_and_taken_back() -> No
     newer = {"rope_parameters": {"rope_theta": 7.0}}
     assert rope_theta({"model_type": "gpt_neox", **newer}) == ("rope_theta", 7.0)
     assert rope_theta({"model_type": "llama", "rotary_emb_base": 500}) == ("rope_theta", None)
+
+
+@pytest.mark.parametrize(
+    ("explanation", "told"),
+    [
+        (
+            Explanation(compared=4),
+            "all 4 tensors hold the bits that the source gives, so a value of config.json",
+        ),
+        (Explanation(compared=4, left=1), "all 4 tensors compared hold the bits that the source gives"),
+        (Explanation(), None),  # nothing of the phase is there
+        (
+            Explanation(compared=1, left=1, missing=["pooler.dense.bias"]),
+            "the output lacks pooler.dense.bias",
+        ),
+    ],
+)
+def test_config_is_at_fault_only_where_every_tensor_was_compared(
+    explanation: Explanation, told: str | None
+) -> None:
+    found = Diagnosis("pooler_output", Distance(1.0, 1.0, 0, 1.0), [], None, explanation).finding()
+    text = f"none of 0 known mistakes explains the difference{f'; {told}' if told else ''}"
+    assert found.message.startswith(text)
+    assert ("config.json" in found.message) == (explanation == Explanation(compared=4))
+
+
+def test_a_tensor_that_is_not_there_holds_no_bits(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = shutil.copytree(conversions("mobilebert-classifier"), tmp_path / "out")
+    w = load_file(out / "model.safetensors")
+    del w["classifier.bias"]
+    save_file(w, out / "model.safetensors", metadata={"format": "pt"})
+    with opened(out, originals("mobilebert-classifier"), {}) as subject:
+        found = explain(Evidence(subject), ["classifier.weight", "classifier.bias"])
+    assert (found.compared, found.left, found.missing) == (1, 1, ["classifier.bias"])

@@ -280,3 +280,40 @@ def test_entities_of_published_vocabularies_make_the_rest_run(runner: Made) -> N
         found = run(runner(vocabulary, words=250_100), e)
         assert found.status in ("pass", "fail") and "expected" in found.message, (e.id, found)
     assert len(left) == 4
+
+
+# --- inputs that a model has no room for ----------------------------------------------------------------
+
+
+def test_an_input_of_another_model_is_told_and_breaks_nothing(runner: Made, tmp_path: Path) -> None:
+    """More positions than the table has, no row for an entity, a tensor that is not there, sizes that do not
+    fit: the first two show that it is another model, of the others nothing is known."""
+    e = entry("base_model", {"kind": "hidden_slice", "values": [[[0.0]]], "slice": ["0:1", "0:1", "0:1"]})
+    made = runner()
+    save_file({"char_position_embeddings.weight": torch.zeros(4, 2)}, tmp_path / "model.safetensors")
+    short = replace(made, subject=SimpleNamespace(config={}, hf=open_checkpoint(tmp_path)))  # type: ignore
+    found = run(short, e)
+    assert (found.status, found.message) == ("fail", "expected positions for 5 tokens, found 4")
+    for error, status, words in (
+        (IndexError("index out of range in self"), "fail", "found a shorter table"),
+        (KeyError("luke.pooler.dense.weight"), "skipped", "the output has no luke.pooler.dense.weight"),
+        (RuntimeError("shapes do not fit"), "skipped", "RuntimeError: shapes do not fit"),
+    ):
+
+        def broken(*given: Any, error: Exception = error, **more: Any) -> Any:
+            raise error
+
+        side = replace(made.side, module=SimpleNamespace(**vars(made.side.module) | {"encode": broken}))
+        found = run(replace(made, side=side), e)
+        assert found.status == status and words in found.message
+
+
+def test_a_tokenizer_encodes_without_special_tokens_where_a_value_says_so() -> None:
+    class Words:
+        def encode(self, text: str, add_special_tokens: bool) -> Any:
+            return SimpleNamespace(ids=[0, 7, 2] if add_special_tokens else [7])
+
+    expected = {"kind": "token_ids", "values": [7]}
+    told = {"text": "a", "add_special_tokens": False}
+    e = entry("tokenizer", expected, input=told, offline_inputs=False, input_ids_origin=None)
+    assert documented._encode(e, Words()).status == "pass"

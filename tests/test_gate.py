@@ -208,9 +208,11 @@ def test_equal_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "[[check]]\nname='a'\nout='b/c'\nsource='/abs'\nprompts='p.json'\n")
+    other = "transformers_python='old/bin/python'"
+    path = write(tmp_path, f"[[check]]\nname='a'\nout='b/c'\nsource='/abs'\nprompts='p.json'\n{other}\n")
     _, (check,) = read_gate(path)
     made: dict[str, Any] = {"out": check.out, "source": check.source, "prompts": check.prompts}
+    assert check.transformers_python == str(tmp_path / "old" / "bin" / "python")
     assert made == {
         "out": str(tmp_path / "b" / "c"),
         "source": "/abs",

@@ -14,6 +14,7 @@ import pytest
 from ckpt_tool.convert.facts import class_of, classes, differences, ranges, read, same, shown
 from ckpt_tool.convert.facts_classes import IDENTITY
 from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.verify import meanings
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {
@@ -362,3 +363,16 @@ def test_a_value_is_shown_as_one_looks_for_it() -> None:
 )
 def test_values_of_json_are_one_by_meaning(a: Any, b: Any, equal: bool) -> None:
     assert same(a, b) is equal and same(b, a) is equal
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"no": 0, "yes": 1}, None),
+        ({"LABEL_0": 0, "LABEL_1": 1}, None),  # what the class fills in beside names of one's own
+        ({"no": 1, "yes": 0}, "expected no to be 0, as id2label says, found 1"),
+    ],
+)
+def test_classes_have_one_number(numbers: dict[str, int], message: str | None) -> None:
+    config = {"id2label": {"0": "no", 1: "yes"}, "label2id": numbers}
+    assert [f.message for f in meanings._labels(config)] == ([message] if message else [])

@@ -106,6 +106,24 @@ def test_a_pickle_that_is_no_arguments_is_refused(case: str, tmp_path: Path, mon
     assert not (tmp_path / "ran").exists()
 
 
+def test_shared_lists_are_not_multiplied(tmp_path: Path) -> None:
+    """A few hundred bytes stand for 10^24 values."""
+    many: list[Any] = [0] * 10
+    for _ in range(24):
+        many = [many] * 10
+    assert read(pickle.dumps({"depth": 4, "x": many, "y": [1, [2]]}), tmp_path) == {
+        "depth": 4,
+        "x": "a list",
+        "y": [1, [2]],
+    }
+
+
+def test_a_rate_that_json_cannot_say_is_not_carried_over(tmp_path: Path) -> None:
+    with open_checkpoint(changed(tmp_path, dropout=float("nan"))) as checkpoint:
+        made = api.plan(checkpoint, family="mega", options=Options())
+    assert made.config["dropout_prob"].value == 0.1
+
+
 # --- opening ----------------------------------------------------------------------------------------------
 
 
@@ -157,6 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "scores": ({"attention_activation_fn": "cosine"}, "unsupported", "attention_activation_fn"),
     "bias": ({"rel_pos_bias": "alibi"}, "unsupported", "rel_pos_bias"),
     "chunk 0": ({"encoder_chunk_size": 0}, "bad-config", "encoder_chunk_size"),
+    "chunk that is none": ({"encoder_chunk_size": None}, "bad-config", "encoder_chunk_size"),
     "truncation 0": ({"truncation_length": 0}, "bad-config", "truncation_length"),
     "depth": ({"depth": 4}, "missing-tensor", "num_hidden_layers"),
     "another depth": ({"encoder_layers": 5}, "bad-config", "depth"),
@@ -198,6 +217,11 @@ def test_the_tensors_decide_on_the_directions(tmp_path: Path, originals: Written
     assert any(note.startswith("bidirectional false of the arguments") for note in made.notes)
     error = refused(originals(BASE), settings={"is_decoder": True})
     assert [(p.kind, p.where) for p in error.problems] == [("config-mismatch", "is_decoder")]
+
+
+def test_the_original_has_one_order_of_norms(originals: Written) -> None:
+    error = refused(originals(BASE), settings={"normalize_before_mega": True})
+    assert [(p.kind, p.where) for p in error.problems] == [("unsupported", "normalize_before_ffn")]
 
 
 def test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out(

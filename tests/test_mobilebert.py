@@ -333,6 +333,24 @@ def test_what_transformers_makes_and_does_not_use_is_told(tmp_path: Path) -> Non
 # --- what is left out -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trigrams", [False, True])
+def test_what_transformers_saves_and_does_not_use_is_left_out(trigrams: bool, tmp_path: Path) -> None:
+    """As its classes save a model whose words are as wide as it is."""
+    as_wide = student(MASKED, embedding_size=60, trigram_input=trigrams)
+    del (shapes := shapes_of(as_wide))["cls/predictions/extra_output_weights"]
+    made = plan(tmp_path, as_wide, variables=shapes)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(values(made)))
+    turned = "mobilebert.embeddings.embedding_transformation."
+    more = {f"{turned}weight": (60, 180 if trigrams else 60), f"{turned}bias": (60,)}
+    saved = {**planned(made)["model.safetensors"], **more, "cls.predictions.dense.weight": (0, 328)}
+    folder = held({"model.safetensors": saved}, {}, {"config.json": config})
+    back = family("mobilebert").plan_original(folder, Options())
+    assert planned(back)[FILE] == shapes
+    unused = {"cls.predictions.dense.weight"} | (set() if trigrams else more.keys())
+    assert {d.tensor.name for d in back.dropped} == unused
+
+
 def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     bundle = student()
     model = shapes_of(bundle)

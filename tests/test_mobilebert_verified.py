@@ -18,6 +18,7 @@ from ckpt_tool.fixtures.families.mobilebert import mobilebert
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.reference import hf_mobilebert as hf
 from ckpt_tool.verify import verify
+from ckpt_tool.verify.against_transformers import _loading
 from tests.mobilebert_models import STUDENT, D, State, V, converted, variables
 
 NEXT = "ForNextSentencePrediction"
@@ -50,6 +51,27 @@ def tiny(name: str, own: Mapping[str, int], folder: Path, words: int) -> Path:
     if name == "Model":
         theirs = {n.removeprefix("mobilebert."): x for n, x in theirs.items()}
     return saved(folder, config, theirs)
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [D, D - 2])
+def test_a_key_may_be_missing_that_no_pass_reads(words: int) -> None:
+    """Of words as wide as the model, without trigrams, the class still makes what would widen them."""
+    told = STUDENT | {"embedding_size": words, "hidden_size": D, "trigram_input": False}
+    unused = hf.Config.from_hf({**told, "architectures": ["MobileBertForMaskedLM"]})
+    turned = "mobilebert.embeddings.embedding_transformation."
+    keys = [f"{turned}weight", f"{turned}bias", "cls.predictions.dense.weight"]
+    assert hf.unused(unused) == (tuple(keys) if words == D else ())
+    for lacking, said, status in (
+        (keys, f"newly initialized: {keys}", "pass" if words == D else "fail"),
+        ([*keys, "mobilebert.pooler.dense.bias"], "", "fail"),
+        (keys, "size mismatch for mobilebert.embeddings.LayerNorm.weight", "fail"),
+    ):
+        (made,) = _loading("5.0", {"missing_keys": lacking}, [said] if said else [], hf.unused(unused))
+        assert made.status == status
+        assert words != D or status == "fail" or all(key in made.message for key in keys)
 
 
 # --- known mistakes ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from ckpt_tool.api import Options, convert
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
+from ckpt_tool.verify.compute import _with_window
 from ckpt_tool.verify.prompts import cut, positions, prompts_for
+from ckpt_tool.verify.sides import Side
 
 
 @pytest.mark.parametrize("variant", ["opt-13b", "opt-350m", "gpt2-v2-tp2", "bert-v2-tp2"])
@@ -51,3 +54,26 @@ def test_a_config_that_claims_more_positions_than_the_table_has_is_not_believed(
     (note,) = cut(rows, config, 64)
     assert note.status == "note" and "long 600 to 64" in note.message
     assert cut(prompts_for(config, None), config, None) == []
+
+
+def side_with(**values: Any) -> Side:
+    return Side(SimpleNamespace(), SimpleNamespace(**values), ())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("original", "converted", "longest"),
+    [
+        ((None, None), (None, None), 600),  # turned off beside its width
+        ((None, 700), (None, 700), 764),
+        ((700, 700), (None, None), 764),  # which config.json lacks
+        ((700, 700), (9000, None), 764),  # and another is too wide for a prompt
+    ],
+)
+def test_a_prompt_goes_beyond_the_window_that_a_layer_has(
+    original: Any, converted: Any, longest: int
+) -> None:
+    sides = [side_with(windows=own) for own in (original, converted)]
+    config = {"vocab_size": 300, "sliding_window": 4096, "use_sliding_window": False}
+    rows = prompts_for(_with_window(config, sides), None)
+    assert max(map(len, rows.values())) == longest
+    assert _with_window(config, [side_with()]) == config

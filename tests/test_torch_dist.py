@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ckpt_tool import api
-from ckpt_tool.errors import CkptToolError
 from tests.conftest import Written
 from tests.test_dcp import Chunk, refused, save
 
@@ -122,6 +121,15 @@ def test_a_published_model_is_written_as_ranks_where_it_is_asked_for(
     assert error.kind == "usage" and "--form mcore" in str(error)
 
 
+def test_an_absurd_number_of_layers_is_refused(tmp_path: Path) -> None:
+    """Which costs nothing where a layer is empty."""
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    empty = [Chunk((0, 0, 0), torch.zeros(1 << 40, 0, 2))]
+    save(tmp_path / "in", {name: empty}, {name: (1 << 40, 0, 2)})
+    error = refused(lambda: api.plan(tmp_path / "in", family="llama"))
+    assert error.kind == "shape-mismatch" and f"[{1 << 40}, 0, 2]" in str(error)
+
+
 # --- files that megatron-core wrote -------------------------------------------------------------------------
 
 DENSE = ("gated-tp2pp2", "mcore012", "mcore015", "mcore019-tp2pp2", "singleton")
@@ -164,4 +172,6 @@ def test_shared_folders_of_other_models_are_named(tmp_path: Path) -> None:
         api.verify(tmp_path / "gpt2", folder["numbered-bias"], levels=("coverage", "bits")).status == "pass"
     )
     error = refused(lambda: api.plan(folder["moe"], family="llama"))
-    assert "with experts" in error.text() and isinstance(error, CkptToolError)
+    assert "with experts" in error.text() and "Megatron-Bridge" in (error.problems[0].hint or "")
+    error = refused(lambda: api.plan(folder["moe"]))  # the nearest families say why, too
+    assert error.kind == "unknown-family" and "with experts, of which Llama has none" in error.text()

@@ -88,7 +88,8 @@ def against_transformers(
             return [finding("load", "skipped", text), *deviations]
         return [finding("load", _fault(judge, subject, error), text), *deviations]
     version = made.version
-    loading = [*_loading(version, made.info, made.said), *_deviations(subject, version)]
+    unused = (judged.converted or judged.reference).unused
+    loading = [*_loading(version, made.info, made.said, unused), *_deviations(subject, version)]
     try:
         return [*loading, *_logits(subject, made, judged, prompts, progress)]
     except Exception as error:
@@ -167,22 +168,31 @@ def _unaffordable(subject: Subject, dtype: str, device: str) -> str | None:
     return f"the whole model takes {need / 1e9:.1f} GB in {dtype}, {free / 1e9:.1f} GB are free"
 
 
-def _loading(version: str, info: Mapping[str, Any], said: list[str]) -> list[Finding]:
-    """Keys that do not fit fail, as do warnings about weights; other warnings are notes."""
+def _loading(
+    version: str, info: Mapping[str, Any], said: list[str], unused: Collection[str] = ()
+) -> list[Finding]:
+    """Keys that do not fit fail, as do warnings about weights; other warnings are notes. Missing keys that
+    are `unused` are named, and no failure: what the class fills them with is in no result."""
     names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     wrong = {k: sorted(map(str, info[k])) for k in names if info.get(k)}
+    idle = [name for name in wrong.get("missing_keys", []) if name in unused]
+    if idle and len(idle) == len(wrong["missing_keys"]):
+        del wrong["missing_keys"]
     if wrong:
         text = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:4])}" for k, v in wrong.items())
         return [finding("load", "fail", f"transformers {version} loads it with {text}", data=wrong)]
-    grave = [text for text in said if ABOUT_WEIGHTS.search(text)]
+    other = [text for text in said if not any(name in text for name in idle)]
+    grave = [text for text in other if ABOUT_WEIGHTS.search(text)]
     if grave:
         text = f"transformers {version} loads it with a warning: {grave[0]}"
         return [finding("load", "fail", shown(text, 400), data={"warnings": grave[:20]})]
     text = f"transformers {version} loads it: no missing, unexpected or mismatched key"
-    if not said:
-        return [finding("load", "pass", f"{text}, no warning")]
-    note = shown(f"transformers {version} warns while it loads: {said[0]}", 400)
-    return [finding("load", "pass", text), finding("warnings", "note", note, data={"warnings": said[:20]})]
+    if idle:
+        text += f" but {', '.join(idle)}, which the class makes and does not use"
+    if not other:
+        return [finding("load", "pass", text if said else f"{text}, no warning")]
+    note = shown(f"transformers {version} warns while it loads: {other[0]}", 400)
+    return [finding("load", "pass", text), finding("warnings", "note", note, data={"warnings": other[:20]})]
 
 
 def _deviations(subject: Subject, version: str) -> list[Finding]:

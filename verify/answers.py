@@ -4,7 +4,8 @@ the value is of, with what else the entry gives, and the loss of that head."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -17,8 +18,9 @@ from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify.entity_inputs import NAMES, NoEntities, entity_inputs, titles
 from ckpt_tool.verify.expectations import Expectation
-from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS
-from ckpt_tool.verify.sides import Side
+from ckpt_tool.verify.library import one_line
+from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS, positions
+from ckpt_tool.verify.sides import BROKEN, Side
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import largest
 
@@ -48,6 +50,20 @@ class Skip(Exception):
 
 class Contradiction(Exception):
     """What makes it plain, without running anything, that the checkpoint is not the documented one."""
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """What a pass over an input raises that the model was not made for, or that lacks a tensor."""
+    try:
+        yield
+    except KeyError as missing:
+        raise Skip(f"the pass cannot run: the output has no {missing.args[0]}") from missing
+    except IndexError:
+        text = "expected a row for each token, type, position and entity of the input, found a shorter table"
+        raise Contradiction(text) from None
+    except BROKEN as error:
+        raise Skip(f"the pass cannot run: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,9 @@ class Runner:
             raise Contradiction(
                 f"expected a vocabulary that has token {largest_id}, found {vocabulary} words"
             )
+        longest, table = max(map(len, rows)), positions(self.subject.config, self.subject.hf)
+        if table is not None and longest > table:
+            raise Contradiction(f"expected positions for {longest} tokens, found {table}")
         return rows
 
     def unpadded(self, entry: Expectation) -> list[list[int]]:
@@ -124,7 +143,8 @@ class Runner:
         return self.tokenizer.encode(text, pair, add_special_tokens=special)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.side.forward(ids)
+        with passing():
+            return self.side.forward(ids)
 
     def outputs(self, head: str, batch: Batch) -> dict[str, Tensor]:
         """What a head gives, by the names of `RESULTS`, else as `logits`; Skip where the output has no such
@@ -140,7 +160,7 @@ class Runner:
             words = {"mask": "the batch is padded, and this reading takes no mask",
                      "token_types": "this reading takes no token types"}  # fmt: skip
             raise Skip("; ".join(words.get(n, f"this reading takes no {n}") for n in sorted(left)))
-        with torch.inference_mode():
+        with torch.inference_mode(), passing():
             if head not in known:
                 if head != "causal_lm":
                     raise Skip(f"no reading of {module.__name__.rpartition('.')[2]} for the head {head}")
@@ -267,7 +287,7 @@ class Runner:
         try:
             self.affordable(len(ids))
             logits = self.outputs("masked_lm", Batch(torch.tensor([ids], device=self.device), {}))["logits"]
-        except Skip:
+        except (Skip, Contradiction):
             return None
         best = logits[0, ids.index(where)].double().softmax(-1).topk(min(5, vocabulary))
         words = [

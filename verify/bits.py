@@ -270,7 +270,8 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
         key = (t.file, t.name)
         size["used" if key in moved else "copies" if key in copies else "dropped"] += t.nbytes
     planned_drop = sum(d.tensor.nbytes for d in subject.plan.dropped)
-    whole = sum(f.path.stat().st_size for f in subject.source.files.values() if f.path.is_file())
+    paths = {p for f in subject.source.files.values() for p in f.paths}
+    whole = sum(p.stat().st_size for p in paths if p.is_file())
     rest = whole - sum(size.values())
     parts = [f"{size['used']:,} used"]
     parts += [f"{size['copies']:,} in copies that were compared"] if size["copies"] else []

@@ -17,6 +17,7 @@ from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.prompts import (
+    WINDOW_LIMIT,
     Lengths,
     Prompt,
     cut,
@@ -56,7 +57,7 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         table = positions(subject.config, subject.hf, subject.original)
         readings = _readings(subject, asked)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
-        config, lengths = _with_vocabulary(subject.config, sides), _lengths(sides)
+        config, lengths = _as_read(subject.config, sides), _lengths(sides)
         rows = prompts_for(config, asked.prompts, tokenizer_of(subject.hf), table=table, lengths=lengths)
         inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
         prompts = with_inputs(rows, inputs, config, lengths)
@@ -80,6 +81,20 @@ def _with_vocabulary(config: Mapping[str, Any], sides: list[Side]) -> dict[str, 
     """config.json with the ids that all sides have: some models have no vocab_size, some originals fewer."""
     said = [s.vocabulary for s in sides if s.vocabulary > 0]
     return {**config, "vocab_size": min(said)} if said else dict(config)
+
+
+def _with_window(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
+    """config.json with the widest window that a layer of either side has, if a prompt can go beyond: it may
+    be turned off beside its width, and one side may lack what the other has."""
+    known = [own for s in sides if (own := s.windows) is not None]
+    if not known or len(known) < len(sides):
+        return dict(config)
+    widths = [w for own in known for w in own if w < WINDOW_LIMIT]
+    return {**config, "sliding_window": max(widths, default=None)}
+
+
+def _as_read(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
+    return _with_window(_with_vocabulary(config, sides), sides)
 
 
 def _lengths(sides: list[Side]) -> Lengths:

@@ -86,8 +86,15 @@ class Diagnosis:
             return None
         if e.differing:
             return e.text
-        why = "a value of config.json is at fault"
-        return f"all {e.compared} tensors hold the bits that the source gives, so {why}"
+        if e.missing:
+            more = f" and {len(e.missing) - 1} more" if len(e.missing) > 1 else ""
+            return f"the output lacks {short(e.missing[0])}{more}"
+        if not e.compared:
+            return None
+        why = "" if e.left else ", so a value of config.json is at fault"
+        return (
+            f"all {e.compared} tensors {'compared ' * bool(e.left)}hold the bits that the source gives{why}"
+        )
 
 
 def diagnose(

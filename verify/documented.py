@@ -388,9 +388,10 @@ def _encode(entry: Expectation, tokenizer: Any) -> Finding:
     text = entry.input.get("text")
     if entry.expected.kind != "token_ids" or not isinstance(text, str):
         raise Skip("needs more of a tokenizer than encoding one text")
-    if set(entry.input) - {"text", "bos", "eos"} or entry.input.get("eos"):
+    if set(entry.input) - {"text", "bos", "eos", "add_special_tokens"} or entry.input.get("eos"):
         raise Skip("asks for options that tokenizer.json does not take")
-    found, want = tokenizer.encode(text).ids, list(entry.expected.values)
+    special = bool(entry.input.get("add_special_tokens", True))
+    found, want = tokenizer.encode(text, add_special_tokens=special).ids, list(entry.expected.values)
     same = found == want
     text = (
         f"{len(want)} token ids are the documented ones"

@@ -43,12 +43,15 @@ class Cause:
 @dataclass
 class Explanation:
     """`causes` together account for all that differs where `open` is empty; `open` says of each tensor that
-    no known mistake explains where it differs. `differing` counts the elements by tensor, of `compared`."""
+    no known mistake explains where it differs. `differing` counts the elements by tensor, of `compared`;
+    `left` were not compared, and `missing` are tensors of the whole model that the output lacks."""
 
     causes: list[Cause] = field(default_factory=list)
     open: dict[str, str] = field(default_factory=dict)
     differing: dict[str, int] = field(default_factory=dict)
     compared: int = 0
+    left: int = 0
+    missing: list[str] = field(default_factory=list)
 
     @property
     def cause(self) -> str | None:
@@ -177,20 +180,19 @@ def _recast(x: np.ndarray, source: str, target: str) -> np.ndarray:
 
 def explain(evidence: Evidence, names: Sequence[str]) -> Explanation:
     """The mistakes in some tensors of the Hugging Face side, as a rule those of one layer."""
-    made = Explanation()
+    made = Explanation(missing=[n for n in evidence.where if evidence.info(n) is None])
     changed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in sorted(n for n in names if n in evidence.where):
         info = evidence.info(name)
-        made.compared += 1
-        if info is None:
-            continue
-        if info.nbytes > LIMIT:
-            made.compared -= 1  # neither compared nor explained here: the bits level does
+        if info is None or info.nbytes > LIMIT:
+            made.left += 1  # neither compared nor explained here: the bits level does
             continue
         try:
             expected, found = evidence.pair(name)
         except KeyError:
+            made.left += 1
             continue
+        made.compared += 1
         if expected.shape != found.shape or expected.dtype != found.dtype:
             made.differing[name] = found.size
             if expected.dtype == found.dtype and np.array_equal(expected.T, found):

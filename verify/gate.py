@@ -60,6 +60,7 @@ class Check:
     compute_dtype: str = "float32"
     device: str = "cpu"
     checkpoint_id: str | None = None
+    transformers_python: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # of the family, for the conversion
     bars: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +103,7 @@ def run_check(
             device=check.device,
             checkpoint_id=check.checkpoint_id,
             settings=check.settings,
+            transformers_python=check.transformers_python,
             progress=progress,
         )
     except CkptToolError as error:
@@ -287,7 +289,7 @@ def _check(
         wrong("bars", "expected a table of bars, found another value")
     if not sound:
         return None
-    for key in ("out", "source", "prompts"):
+    for key in ("out", "source", "prompts", "transformers_python"):
         if key in made and not made[key].startswith(HUB):
             made[key] = os.fspath(gate.parent / made[key])
     return Check(**made, file=os.fspath(gate))

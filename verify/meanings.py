@@ -57,6 +57,7 @@ def _in_itself(subject: Subject, found: Reading) -> Iterator[Finding]:
         yield finding("fail", c.text, f"config.json: {c.name}", data=data)
     for w in found.wrong:
         yield finding("fail", w.text, f"config.json: {w.where}", data={"found": subject.config.get(w.where)})
+    yield from _labels(subject.config)
     for key, reason in found.refused.items():
         text = f"expected a config for plain weights, found {key}, which {reason}"
         yield finding("fail", text, f"config.json: {key}")
@@ -70,6 +71,20 @@ def _in_itself(subject: Subject, found: Reading) -> Iterator[Finding]:
         text = f"expected {most} (dtype of the tensors), found {said.text}"
         data = {"expected": most, "found": said.said}
         yield finding("fail", text, f"config.json: {said.where}", data=data)
+
+
+def _labels(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Names of classes that `label2id` gives another number than `id2label`; it may have none of them."""
+    names, numbers = config.get("id2label"), config.get("label2id")
+    if not isinstance(names, Mapping) or not isinstance(numbers, Mapping):
+        return
+    numbered = {str(k): v for k, v in names.items()}
+    for name, number in numbers.items():
+        own = [k for k, v in numbered.items() if v == name]
+        if own and str(number) not in own:
+            text = f"expected {shown(name)} to be {own[0]}, as id2label says, found {shown(number)}"
+            yield finding("fail", text, "config.json: label2id", data={"expected": own[0], "found": number})
+            return
 
 
 def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Iterator[Finding]:

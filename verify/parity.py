@@ -9,9 +9,10 @@ caught at that bar."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ckpt_tool.verify.diagnose import Diagnosis, diagnose
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.prompts import ENTITIES, Prompt
+from ckpt_tool.verify.prompts import ENTITIES, Prompt, table_rows
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import (
     BROKEN,
@@ -42,6 +43,7 @@ from ckpt_tool.verify.subject import Subject
 LEVEL = "parity"
 EVERY_ROW = "every row"  # the sweep over the embedding, beside the prompts
 EVERY_ENTITY = "every entity"
+PLACES = "entity_embeddings.position_embeddings.weight"  # positions where entities are mentioned
 SWEEP = 512  # ids at once
 DIAGNOSED = 3  # differing phases that are looked into
 
@@ -243,15 +245,17 @@ def _sweeps(original: Side, converted: Side, shapes: Mapping[str, tuple[int, ...
     made = [Sweep(EVERY_ROW, min(converted.vocabulary, 2 * table), lambda ids: (ids, {}))]
     named = converted.raw.get("entity_vocab_size")
     if type(named) is int and set(ENTITIES) <= {*original.inputs} & {*converted.inputs}:
-        made.append(Sweep(EVERY_ENTITY, named, _as_entities))
+        places = max((shape[0] for n, shape in shapes.items() if n.endswith(PLACES)), default=1)
+        as_entities = partial(_as_entities, named=named, places=places)
+        made.append(Sweep(EVERY_ENTITY, max(named, places), as_entities))
     return made
 
 
-def _as_entities(ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Prompts of the first word alone, which is mentioned as that entity."""
-    zeros = torch.zeros_like(ids)
-    given = {"entity_ids": ids, "entity_mask": zeros + 1, "entity_positions": zeros[..., None]}
-    return zeros, given
+def _as_entities(rows: Tensor, named: int, places: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Prompts of the first word alone, each with an entity, and each somewhere else: all of both tables."""
+    zeros = torch.zeros_like(rows)
+    positions = (rows % places)[..., None]
+    return zeros, {"entity_ids": rows % named, "entity_mask": zeros + 1, "entity_positions": positions}
 
 
 def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample], rows: Sweep) -> None:
@@ -545,9 +549,18 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
         why = "experts never chosen, or unused"
         text = f"{len(unread)} of {len(weights)} tensors were not read by any prompt ({why})"
         made.append(finding("unseen", "note", text, ", ".join(unread[:3]), data={"tensors": unread[:100]}))
-    window = converted.raw.get("sliding_window")
-    longest = max(map(len, rows))
-    if isinstance(window, int) and longest <= window:
+    longest, window = max(map(len, rows)), max(converted.windows or (), default=0)
+    if longest <= window:
         text = f"the longest prompt has {longest} tokens and cannot see the sliding window of {window}"
         made.append(finding("unseen", "note", text))
-    return made
+    return [*made, *_beyond(converted, longest)]
+
+
+def _beyond(converted: Side, longest: int) -> Iterator[Finding]:
+    """Positions after the end of the longest prompt; those of entities are all compared with the entities."""
+    for name, info in converted.weights[0].tensors.items():
+        rows = table_rows(info, bool(converted.raw.get("use_chunking")))
+        if rows is not None and not name.endswith(PLACES) and longest < (most := converted.fits(rows)):
+            text = f"the longest prompt has {longest:,} tokens: others of {most:,} positions were not seen"
+            yield finding("unseen", "note", text, name, data={"positions": longest, "table": most})
+            return

@@ -203,7 +203,9 @@ def positions(config: Mapping[str, Any], *sides: Checkpoint | None) -> int | Non
     fewer where config.json says so; None where positions have no end. A config that claims more than the
     table has is not believed."""
     chunked = bool(config.get("use_chunking"))
-    rows = [n for side in sides if side is not None for t in side if (n := _rows(t, chunked)) is not None]
+    rows = [
+        n for side in sides if side is not None for t in side if (n := table_rows(t, chunked)) is not None
+    ]
     said = _positions(config)
     if rows and said is None:
         claimed = config.get("max_position_embeddings")
@@ -211,7 +213,7 @@ def positions(config: Mapping[str, Any], *sides: Checkpoint | None) -> int | Non
     return min([*rows, *([] if said is None else [said])], default=None)
 
 
-def _rows(tensor: TensorInfo, chunked: bool) -> int | None:
+def table_rows(tensor: TensorInfo, chunked: bool) -> int | None:
     """The tokens that a table of positions has rows for; None for any other tensor, and for biases that are
     of the positions in a chunk, of which a prompt may have many."""
     for name, unused in TABLES.items():

@@ -83,6 +83,12 @@ class Side:
         return tokens if found is None else int(found(tokens, longest, self.config))
 
     @property
+    def windows(self) -> list[int] | None:
+        """How wide the windows of those layers are that have one; None where the reading knows of none."""
+        found = getattr(self.config, "windows", None)
+        return None if found is None else [w for w in found if w is not None]
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids there are; 0 where neither the reading nor config.json says it."""
         found = getattr(self.module, "vocabulary", None)
@@ -94,6 +100,12 @@ class Side:
         """What a pass takes besides token ids."""
         found = getattr(self.module, "inputs", None)
         return () if found is None else tuple(found(self.ranks, self.config))
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Parameters that the class makes and no pass reads, so that a file may lack them."""
+        found = getattr(self.module, "unused", None)
+        return frozenset(() if found is None else found(self.config))
 
     def takes(self, given: Tensors) -> set[str]:
         """Those further inputs that a pass takes at all; the others are refused."""

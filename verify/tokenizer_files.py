@@ -25,6 +25,7 @@ from ckpt_tool.verify.tokenizer_config import (
 from ckpt_tool.verify.tokenizer_ids import Difference, Ids, Unreadable, compare, shown
 
 LEVEL, CHECK = "coverage", "tokenizer"
+ENTITIES = "entity_vocab.json"
 JSON, CONFIG, MAP, ADDED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -288,10 +289,13 @@ def _lines(data: bytes) -> list[bytes]:
 def _can_load(missing: list[str], held: set[str], beside: Beside, result: _Result) -> None:
     """What is left without the `missing` files, which no manifest asks for: one that says it all, or not."""
     slow = {"tokenizer.model"} <= held or {"vocab.json", "merges.txt"} <= held or "vocab.txt" in held
+    if ENTITIES in missing:
+        result.fail(ENTITIES, "expected this file, found none: no other has the ids of entities")
+        missing = [n for n in missing if n != ENTITIES]
     if JSON in missing and not slow:
         result.fail(JSON, "expected this file, found none, nor another that a tokenizer can be made of")
         return
-    if CONFIG in missing and JSON in held:
+    if CONFIG in missing and (JSON in held or not slow):
         result.fail(CONFIG, "expected this file, found none: its class, limit and special tokens are lost")
         missing = [n for n in missing if n != CONFIG]
     if JSON in missing and _reads_json_only(beside):

@@ -12,6 +12,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.dcp_folders import COMMON
+from ckpt_tool.checkpoint.dcp_folders import is_part as is_dcp_part
+from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse
@@ -28,11 +31,14 @@ class Members:
 
     def __init__(self, label: str, names: Collection[str], locate: Callable[[str], Place]) -> None:
         self.label, self.names, self._locate = label, names, locate
+        self._all = frozenset(names)
         self._places: dict[str, Place] = {}
         self.held: list[ByteRange | Spool] = []  # open for as long as the members may be read
 
     def place(self, name: str) -> Place:
         if name not in self._places:
+            if name not in self._all:
+                fail("not-found", "expected a member of that name, found none", file=name)
             self._places[name] = self._locate(name)
         return self._places[name]
 
@@ -78,7 +84,12 @@ def needed(name: str) -> bool:
     path = PurePosixPath(name)
     inner = is_template(f"{path.parent.name}/{path.name}")
     return (
-        inner or is_document(path.name) or is_weights(path.name) or is_part(path.name) or path.name == STATE
+        inner
+        or is_document(path.name)
+        or is_weights(path.name)
+        or is_part(path.name)
+        or path.name in (STATE, METADATA, COMMON)
+        or path.suffix == DATA
     )
 
 
@@ -102,13 +113,15 @@ def open_archive(
 
 
 def _root(members: Members) -> str:
-    """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it, and
-    Megatron's rank folders to the archive."""
+    """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it, so
+    do the folders that trainers make for a torch.distributed checkpoint, and Megatron's rank folders belong
+    to the archive."""
     if any(map(is_of_megatron, members.names)):
         return ""
-    parents = {
-        str(PurePosixPath(name).parent) for name in members.names if is_weights(PurePosixPath(name).name)
-    }
+    paths = [PurePosixPath(name) for name in members.names]
+    dcp = {p.parent for p in paths if p.suffix == DATA} & {p.parent for p in paths if p.name == METADATA}
+    plain = {p.parent for p in paths if is_weights(p.name)} - dcp
+    parents = {str(p) for p in (*plain, *(p.parent if is_dcp_part(p.name) else p for p in dcp))}
     prefixes = {"" if parent == "." else parent + "/" for parent in parents}
     roots = sorted(
         p for p in prefixes if not (p.endswith("original/") and p[: -len("original/")] in prefixes)

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Document
-from ckpt_tool.checkpoint.pickle_records import Inert, describe, plain
+from ckpt_tool.checkpoint.pickle_records import Inert, children, describe, plain
 from ckpt_tool.checkpoint.torch_state import surveyed, unsafe_problems
 from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import CkptToolError, fail, fail_all
 
 LIMIT = 1 << 20  # bytes; arguments are names and numbers
 MODEL_ARGUMENTS = "model_args.pkl"
+MOST = 10_000  # values inside one, each as often as it is reached
 
 
 def read_arguments(document: Document) -> dict[str, object]:
@@ -44,6 +45,17 @@ def _told(fields: Mapping[Any, object]) -> dict[str, object]:
 def _value(value: object) -> object:
     if isinstance(value, Inert) and str(value.type) == "argparse.Namespace":
         return _told(value.fields)
-    if value is None or isinstance(value, bool | int | float | str | list | tuple | Mapping):
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | Mapping) and _reached(value, {}) <= MOST:
         return plain(value)
     return describe(value)
+
+
+def _reached(value: object, known: dict[int, int]) -> int:
+    """The values inside a container: shared ones, of which a few bytes make billions, count each time."""
+    if not isinstance(value, list | tuple | dict | Inert):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_reached(v, known) for _, v in children(value))
+    return known[id(value)]

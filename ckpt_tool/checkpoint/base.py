@@ -116,6 +116,11 @@ class TensorFile(ABC):
     imports: tuple[str, ...] = ()  # globals that a pickle named, "module.name"; none was imported
     notes: tuple[str, ...] = ()
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that are read: `path`, and those with the bytes where it only lists them."""
+        return (self.path,)
+
     @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the dense bytes of tensor `name` starting at byte `offset`. Thread-safe."""
@@ -181,6 +186,10 @@ class View(TensorFile):
         self.path, self.name, self.format = stored.path, stored.name, stored.format
         self.metadata, self.imports, self.notes = stored.metadata, stored.imports, stored.notes
         self.stored = stored
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return self.stored.paths
 
     def records(self) -> Mapping[str, Record]:
         return self.stored.records()

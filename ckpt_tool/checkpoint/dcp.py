@@ -11,13 +11,13 @@ Source: torch 2.13.0 (distributed/checkpoint/filesystem.py).
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange, Part
@@ -32,48 +32,59 @@ from ckpt_tool.checkpoint.dcp_metadata import (
     read_metadata,
 )
 from ckpt_tool.checkpoint.folders import Place
+from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Piece
+from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 FORMAT = "dcp"
-HELD = 64  # items whose headers are kept parsed
 COMMON_STATE = re.compile(r"common_state/shard_0_1")
-SHOWN = 1 << 20  # bytes of an entry that is no tensor, which is read for what it says
 _BARE = "tensor"
 # What every `.metadata` names.
 _USUAL = ("torch.distributed.checkpoint.", "torch.", "pathlib.")
 _RANK = re.compile(r"__(\d+)_\d+\.distcp", re.ASCII)
 
 
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """How a piece lies in its item: the place of its first byte in the file, None where its elements are not
+    one run of plain bytes, and the record that it begins in, at byte `start`."""
+
+    at: int | None
+    record: Record | None
+    start: int
+
+
 class DcpFile(TensorFile):
-    """The tensors of a folder with a `.metadata`. An item is parsed when it is first read, so that opening
-    costs what the metadata costs. Each piece read in full, in any order, has its CRC-32 compared at the end
-    without being read again."""
+    """The tensors of a folder with a `.metadata`. An item is parsed once, when it is first read, so that
+    opening costs what the metadata costs. Each piece read in full, in any order, has its CRC-32 compared at
+    the end without being read again."""
 
     format = FORMAT
 
-    def __init__(
-        self, own: ByteRange, told: Metadata, digest: str, open_data: Callable[[str], ByteRange]
-    ) -> None:
+    def __init__(self, own: ByteRange, told: Metadata, places: Mapping[str, Place]) -> None:
         self.path, self.name = own.path, own.name
-        self._own, self._told, self.digest = own, told, digest
-        self._open = open_data
+        self._own, self._told = own, told
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, t.dtype, t.shape, own.name) for name, t in told.tensors.items()
         }
         self.metadata: Mapping[str, object] = {}
         self.imports = tuple(n for n in told.imports if not n.startswith(_USUAL))
-        self._data: dict[str, ByteRange] = {}
-        self._items: OrderedDict[Item, TorchZipFile] = OrderedDict()
+        self._files = Files(places)
+        self._places: dict[Item, Laid] = {}
         self._owners = {p.place: (t, p) for t in told.tensors.values() for p in t.pieces}
         self._keys = {_key(item): item for item in self._owners}
         self._seen: dict[Item, IntervalCrc] = {}
         self._lock = threading.Lock()
-        self._joined: Joined[Item] = Joined(self._read)
+        self._joined: Joined[Item] = Joined(self._collected)
         self.notes = tuple(self._counts())
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((self.path, *(p.path for p in self._files.places.values()))))
 
     def _counts(self) -> list[str]:
         """What the folder holds besides tensors that are read."""
@@ -86,40 +97,34 @@ class DcpFile(TensorFile):
             shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
             are = "entry is no tensor and was" if len(others) == 1 else "entries are no tensors and were"
             made.append(f"{len(others)} {are} left out: {shown}")
+        if unfit := len(self._told.unfit):
+            made.append(f"{unfit} tensors of the optimizer were left out: not every element of them is there")
         for name, dtype in sorted(self._told.odd.items()):
             made.append(f"{name} is of dtype {dtype}, which no weights have: left out")
         return made
 
     # --- items ---
 
-    def data(self, path: str) -> ByteRange:
-        """The file of that name, opened once."""
-        with self._lock:
-            if path not in self._data:
-                self._data[path] = self._open(path)
-            return self._data[path]
+    def _laid(self, item: Item) -> Laid:
+        found = self._places.get(item)
+        if found is None:
+            with self._files.use(item.path) as data:
+                opened = self._parsed(item, data)
+                extent, place = opened.extent(_BARE), opened.record_of(_BARE)
+                record = None if place is None else opened.records()[place[0]]
+                plain = extent is not None and record is not None
+                found = Laid(extent[1] if extent and plain else None, record, place[1] if place else 0)
+                opened.close()
+            self._places[item] = found
+        return found
 
-    def _item(self, item: Item) -> TorchZipFile:
-        with self._lock:
-            found = self._items.get(item)
-            if found is not None:
-                self._items.move_to_end(item)
-                return found
-        opened = self._parsed(item)
-        with self._lock:
-            self._items[item] = opened
-            while len(self._items) > HELD:
-                self._items.popitem(last=False)
-        return opened
-
-    def _parsed(self, item: Item) -> TorchZipFile:
+    def _parsed(self, item: Item, data: ByteRange) -> TorchZipFile:
         """The zip of a piece, which must be what the metadata says of it."""
         told, piece = self._owners[item]
         try:
-            opened = torch_zip(ZipArchive(Part(self.data(item.path), item.offset, item.length)), _BARE)
+            opened = torch_zip(ZipArchive(Part(data, item.offset, item.length)), _BARE)
         except CkptToolError as error:
-            problems = [replace(p, file=item.path, where=told.name) for p in error.problems]
-            raise CkptToolError(*problems) from None
+            raise _of(error, item, told) from None
         there = opened.tensors.get(_BARE)
         if there is None or len(opened.tensors) != 1:
             found = f"{len(opened.tensors)} others"
@@ -134,22 +139,33 @@ class DcpFile(TensorFile):
             )
         return opened
 
-    def _read(self, item: Item, first: int, out: Bits) -> None:
-        opened = self._item(item)
-        data = out.data.cast("B")
-        start = first * out.itemsize
-        opened.read_into(_BARE, start, data)
-        if opened.record_of(_BARE) is not None:
+    def _read(self, item: Item, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the dense bytes of a piece from `start` on."""
+        laid = self._laid(item)
+        with self._files.use(item.path) as data:
+            if laid.at is not None:
+                data.read_into(laid.at - data.base + start, buffer, self._owners[item][0].name)
+                return
+            opened = self._parsed(item, data)
+            opened.read_into(_BARE, start, buffer)
+            opened.close()
+
+    def _collected(self, item: Item, first: int, out: Bits) -> None:
+        """Elements of a piece from `first` on, their checksum kept."""
+        data, start = out.data.cast("B"), first * out.itemsize
+        self._read(item, start, data)
+        if self._laid(item).record is not None:
             with self._lock:
                 seen = self._seen.setdefault(item, IntervalCrc())
             seen.add(start, len(data), zlib.crc32(data))
 
     # --- tensors ---
 
-    def _single(self, name: str) -> TorchZipFile | None:
-        """The item that is the whole tensor."""
+    def _single(self, name: str) -> Item | None:
+        """The item that is the whole tensor, row by row."""
         pieces = self._told.tensors[name].pieces
-        return self._item(pieces[0].place) if len(pieces) == 1 else None
+        whole = len(pieces) == 1 and self._laid(pieces[0].place).at is not None
+        return pieces[0].place if whole else None
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         told: Told = self._told.tensors[name]
@@ -159,43 +175,44 @@ class DcpFile(TensorFile):
             )
         if not len(buffer):
             return
-        if len(told.pieces) == 1:
-            self._item(told.pieces[0].place).read_into(_BARE, offset, buffer)
+        if (item := self._single(name)) is not None:
+            self._read(item, offset, buffer)
             return
         bits = DTYPES[told.dtype].bits
         self._joined.read_into(name, told.shape, told.pieces, bits, offset, buffer)
 
-    def extent(self, name: str) -> tuple[int, int] | None:
-        single = self._single(name)
-        return None if single is None or not self.tensors[name].nbytes else single.extent(_BARE)
+    def extent(self, name: str) -> None:
+        """None: files are opened while they are read, for a folder may have thousands of them."""
 
     def records(self) -> Mapping[str, Record]:
-        """Those of all items, by file and place: every item is parsed for it."""
-        found = {}
-        for key, item in self._keys.items():
-            for record in self._item(item).records().values():
-                found[key] = replace(record, key=key)
-        return found
+        """Those of all items, by file and place: every item is parsed for it, once."""
+        return {
+            key: replace(record, key=key, of=self._owners[item][0].name)
+            for key, item in self._keys.items()
+            if (record := self._laid(item).record) is not None
+        }
 
     def record_of(self, name: str) -> tuple[str, int] | None:
-        single = self._single(name)
-        place = None if single is None else single.record_of(_BARE)
-        return None if place is None else (_key(self._told.tensors[name].pieces[0].place), place[1])
+        item = self._single(name)
+        return None if item is None else (_key(item), self._laid(item).start)
 
     def check_record(self, key: str) -> bool:
         item = self._keys[key]
-        opened = self._item(item)
-        (record,) = opened.records().values()
+        record = self._laid(item).record
+        if record is None:
+            raise KeyError(key)
         seen = self._seen.get(item)
         crc = None if seen is None else seen.value(record.size)
         if crc is not None and crc == record.crc32:
             return True
-        try:
-            (inner,) = opened.records()
-            return opened.check_record(inner)
-        except CkptToolError as error:
-            name = self._owners[item][0].name
-            raise CkptToolError(*(replace(p, file=item.path, where=name) for p in error.problems)) from None
+        with self._files.use(item.path) as data:
+            opened = self._parsed(item, data)
+            try:
+                return opened.check_record(record.key)
+            except CkptToolError as error:
+                raise _of(error, item, self._owners[item][0]) from None
+            finally:
+                opened.close()
 
     # --- beside the tensors ---
 
@@ -204,22 +221,25 @@ class DcpFile(TensorFile):
         item = next((i for n, i in self._told.objects.items() if COMMON_STATE.fullmatch(n)), None)
         if item is None:
             return {}
-        archive = ZipArchive(Part(self.data(item.path), item.offset, item.length))
-        value = zip_value(archive)
+        with self._files.use(item.path) as data:
+            value = zip_value(ZipArchive(Part(data, item.offset, item.length)))
         inner = value[0] if type(value) is list and len(value) == 1 else value
         found = inner.fields if type(inner) is Inert else inner
         return {k: v for k, v in found.items() if type(k) is str} if isinstance(found, Mapping) else {}
 
     def check_unchanged(self) -> None:
         self._own.check_unchanged()
-        for data in list(self._data.values()):
-            data.check_unchanged()
+        self._files.check_unchanged()
 
     def close(self) -> None:
         self._joined.forget()
-        for data in self._data.values():
-            data.close()
+        self._files.close()
         self._own.close()
+
+
+def _of(error: CkptToolError, item: Item, told: Told) -> CkptToolError:
+    """`error` as one of a piece."""
+    return CkptToolError(*(replace(p, file=item.path, where=told.name) for p in error.problems))
 
 
 def _key(item: Item) -> str:
@@ -235,28 +255,28 @@ def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
         if own.size > METADATA_BYTES:
             fail("pickle-limit", f"expected at most {METADATA_BYTES} bytes, found {own.size}", file=name)
         data = own.read(0, own.size)
+        if (sign := pointer(data)) is not None:
+            fail("wrong-format", f"expected a list of tensors, found {sign.what}", file=name, hint=sign.hint)
+        if not data:
+            fail("truncated", "expected a list of tensors, found an empty file", file=name)
         told = read_metadata(data, file=name)
-        fail_all(_missing(told, place))
-
-        def opened(path: str) -> ByteRange:
-            found = place(path)
-            return ByteRange(found.path, path, found.window)
-
-        return DcpFile(own, told, hashlib.sha256(data).hexdigest(), opened)
+        places: dict[str, Place] = {}
+        fail_all(_missing(told, place, places))
+        return DcpFile(own, told, places)
     except BaseException:
         own.close()
         raise
 
 
-def _missing(told: Metadata, place: Callable[[str], Place]) -> Iterable[Problem]:
-    """Files that are named and not there, or too short."""
+def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Place]) -> Iterable[Problem]:
+    """Files that are named and not there, or too short; the others are `found`."""
     ends: dict[str, int] = {}
     pieces: list[Piece[Item]] = [p for t in told.tensors.values() for p in t.pieces]
     for item in (*(p.place for p in pieces), *told.objects.values()):
         ends[item.path] = max(ends.get(item.path, 0), item.offset + item.length)
     for path, end in sorted(ends.items()):
         try:
-            size = place(path).size
+            there = found[path] = place(path)
         except CkptToolError as error:
             if error.kind != "not-found":
                 raise
@@ -264,5 +284,11 @@ def _missing(told: Metadata, place: Callable[[str], Place]) -> Iterable[Problem]
             whose = "" if rank is None else f", which rank {rank[1]} wrote"
             yield Problem("missing-shard", f"expected {path}{whose}, found no such file", METADATA)
             continue
-        if size < end:
-            yield Problem("truncated", f"expected at least {end} bytes, found {size}", path)
+        if there.size < end:
+            with closing(ByteRange(there.path, path, there.window)) as data:
+                sign = pointer(data.head(64))
+            if sign is not None:
+                message = f"expected data of tensors, found {sign.what}"
+                yield Problem("wrong-format", message, path, hint=sign.hint)
+                continue
+            yield Problem("truncated", f"expected at least {end} bytes, found {there.size}", path)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp import DcpFile, open_dcp
-from ckpt_tool.checkpoint.dcp_metadata import METADATA
-from ckpt_tool.checkpoint.folders import Folder, Place
+from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
+from ckpt_tool.checkpoint.folders import Folder
 from ckpt_tool.checkpoint.megatron import TRACKER, current, is_iteration_folder
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.torch_zip import zip_value
@@ -22,8 +22,6 @@ from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail
 
 COMMON = "common.pt"  # what Megatron up to 0.16 keeps of the run, beside the tensors
-HEAD = 4096
-_BEGINS = b"state_dict_metadata"  # the first field of every `.metadata`
 # Folders that trainers make for a checkpoint, or for the weights within it.
 _FOLDER = re.compile(
     r"weights|model|distcp|dist_ckpt|sharded|pytorch_model_fsdp_\d+|(global_?)?step[-_]?\d+|checkpoint[-_]\d+"
@@ -48,9 +46,7 @@ def find_dcp(folder: Folder) -> tuple[str, list[str]] | None:
     found = {
         prefix: None
         for prefix, files in inside.items()
-        if METADATA in files
-        and any(f.endswith(".distcp") for f in files)
-        and _is_metadata(folder.place(prefix + METADATA))
+        if METADATA in files and any(f.endswith(DATA) for f in files)
     }
     if not found:
         return None
@@ -69,14 +65,6 @@ def find_dcp(folder: Folder) -> tuple[str, list[str]] | None:
         fail("ambiguous-input", f"expected one checkpoint, found {shown}", file=folder.label, hint=hint)
     (prefix,) = found
     return prefix, [f"the weights were found in {prefix}"]
-
-
-def _is_metadata(place: Place) -> bool:
-    data = ByteRange(place.path, METADATA, place.window)
-    try:
-        return _BEGINS in data.head(HEAD)
-    finally:
-        data.close()
 
 
 def open_folder(folder: Folder, prefix: str) -> DcpFile:

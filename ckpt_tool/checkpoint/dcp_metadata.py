@@ -27,6 +27,7 @@ from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 METADATA = ".metadata"
+DATA = ".distcp"
 METADATA_BYTES = 1 << 30
 DIMENSIONS = 16
 # A model of half a million tensors has a few hundred opcodes for each; memory is that of the file many times
@@ -36,6 +37,8 @@ _FILE = re.compile(r"[\w.-]{1,255}", re.ASCII)
 _DTYPES = {d.torch: d.name for d in DTYPES.values()}
 # Written by Megatron for each module, and what an optimizer knows of each parameter.
 EXTRA_STATE = re.compile(r"(.*[._])?_extra_state(/shard_[\d._]+)?", re.ASCII)
+# Megatron flattens its tensors into buckets with gaps between them.
+OPTIMIZER = re.compile(r"(.*\.)?optim\w*\.", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,12 @@ class Told:
 @dataclass
 class Metadata:
     """`objects` are the entries that are no tensors, each with its bytes; `odd` tensors of a dtype that is
-    not read, by name."""
+    not read, by name, `unfit` those of the optimizer that are not whole."""
 
     tensors: dict[str, Told] = field(default_factory=dict)
     objects: dict[str, Item] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
+    unfit: list[str] = field(default_factory=list)
     imports: tuple[str, ...] = ()
     version: str | None = None
 
@@ -132,6 +136,7 @@ class _Reader:
     def items(self, storage: Mapping[object, object]) -> dict[str, dict[Numbers | None, Item]]:
         """By name and first element, None for entries that are no tensors."""
         found: dict[str, dict[Numbers | None, Item]] = {}
+        owners: dict[tuple[str, int], str] = {}
         for key, value in storage.items():
             index = self.fields(key, "the index of a piece")
             name, start = index.get("fqn"), index.get("offset")
@@ -142,6 +147,11 @@ class _Reader:
             if found.setdefault(name, {}).setdefault(first, item) is not item:
                 message = f"expected one place for each piece, found two for the one at {first}"
                 self.problems.append(Problem("shard-conflict", message, self.file, name))
+            elif (item.path, item.offset) in owners:
+                other = printable(owners[item.path, item.offset])
+                message = f"expected bytes of its own for each piece, found those of {other}"
+                self.problems.append(Problem("shard-conflict", message, self.file, name))
+            owners[item.path, item.offset] = name
         return found
 
     def item(self, told: Mapping[str, object], name: str) -> Item:
@@ -192,7 +202,10 @@ class _Reader:
             return
         if len(pieces) < len(chunks):
             return  # said by `pieces`
-        if (fault := tiling_fault(shape, pieces)) is not None:
+        if (fault := tiling_fault(shape, pieces)) is not None and OPTIMIZER.match(name):
+            found.unfit.append(name)
+            return
+        if fault is not None:
             self.problems.append(Problem(fault[0], fault[1], self.file, name))
             return
         pieces.sort(key=lambda p: p.start)

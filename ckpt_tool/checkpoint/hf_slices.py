@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Place
@@ -44,6 +45,10 @@ class SlicedFile(TensorFile):
         self.notes = (
             f"slices of {ranks} ranks were joined; their files do not say how many ranks there were",
         )
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(f.path for f in self._files)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         own, told = self._pieces[name], self.tensors[name]

@@ -7,7 +7,7 @@ it is checked, exactly, before any of them is read.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -34,6 +34,10 @@ class Piece(Generic[P]):
 
     def __str__(self) -> str:
         return box(self.start, tuple(a + n for a, n in zip(self.start, self.size, strict=True)))
+
+
+def _row(p: Piece[P]) -> int:
+    return p.start[0]
 
 
 def box(first: Numbers, stop: Numbers) -> str:
@@ -130,12 +134,15 @@ class Joined(Generic[P]):
         if not shape:
             self._read(pieces[0].place, 0, out)
             return
-        done = 0
+        done, widest = 0, max(p.size[0] for p in pieces)
         for corner, rows in runs(shape, first, first + len(out)):
+            last = corner[0] + (rows - 1 if len(corner) == 1 else 0)
+            low = bisect_right(pieces, corner[0] - widest, key=_row)
+            near = pieces[low : bisect_right(pieces, last, key=_row)]
             depth = len(corner) - 1
             sizes = (rows, *shape[depth + 1 :])
             room = out[done : done + prod(sizes)].reshape(sizes)
-            for p in pieces:
+            for p in near:
                 self._copy(p, corner, room)
             done += room.size
 

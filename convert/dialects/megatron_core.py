@@ -68,6 +68,8 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
+EXPORT = "NVIDIA's Megatron-Bridge exports models with experts to Hugging Face"
+
 ARCHITECTURE: dict[str, Any] = {
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -326,7 +328,8 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
     if not ours:
-        fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name)
+        hint = EXPORT if "with experts" in why else None
+        fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name, hint=hint)
     prefix = prefix_of(checkpoint.names()) or ""
 
     # virtual stages are `model0`, `model1`, ...

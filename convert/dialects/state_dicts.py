@@ -7,6 +7,7 @@ such a folder.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -195,6 +196,7 @@ def beside(known: Known, name: str, default: Any, key: str) -> Value:
         return known.facts.like(name, default, "")
     found = (known.facts.document or {}).get(key)
     plain = isinstance(found, bool) if isinstance(default, bool) else isinstance(found, int | float)
-    if plain and isinstance(found, bool) == isinstance(default, bool):
+    finite = isinstance(found, int | float) and math.isfinite(found)  # JSON has no other numbers
+    if plain and finite and isinstance(found, bool) == isinstance(default, bool):
         return Value(found, f"{known.facts.file}: {key}")
     return Value(default, f"rule: {name} changes nothing that is computed")

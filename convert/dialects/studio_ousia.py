@@ -351,6 +351,7 @@ def _documents(
         length = known["max_position_embeddings"] - 2
         said = "the tokenizer given or beside the weights"
         made = [OutputDocument(n, b, said) for n, b in entity_spans.documents(data, words, length).items()]
+        notes.append(entity_spans.OTHERWISE)
     else:
         notes.append(f"no {entity_spans.MODEL} was given or is beside the weights; no tokenizer was written")
     if vocabulary is not None:

@@ -77,8 +77,8 @@ class Trained:
     `documents` is what the config json may be called, as it is written first; `entries` are its keys, in
     order, and the fields behind them. `indices` are those of the rows beside the layer's, `config` what
     config.json says beside the fields, `kept` what the manifest keeps, `check` collects what else stands in
-    the way, `dropped` adds to what is left out. `stem` is what the bundle is called that is written where
-    nothing is known of the original's."""
+    the way, `dropped` adds to what is left out, `unread` to what is left out of a folder of transformers.
+    `stem` is what the bundle is called that is written where nothing is known of the original's."""
 
     name: str
     title: str
@@ -102,6 +102,7 @@ class Trained:
     kept: Callable[[Known], Mapping[str, Any]] = lambda _: {}
     check: Callable[[Known], None] = lambda _: None
     dropped: Callable[[Known], Mapping[str, str]] = lambda _: {}
+    unread: Callable[[Known], Mapping[str, str]] = lambda _: {}
     notes: Callable[[Known], list[str]] = lambda _: []
     foretold: Mapping[str, Callable[[Known], Sequence[Foretold]]] = field(default_factory=dict)  # by name
 
@@ -451,7 +452,7 @@ def plan_original(t: Trained, checkpoint: Checkpoint, options: Options) -> Plan:
         t.name,
         settings,
         [document, *(OutputDocument(n, d, "the vocabulary in the folder") for n, d in vocabulary.items())],
-        {rf"({re.escape(t.own.prefix)})?embeddings\.position_ids": "0, 1, 2, ..."},
+        {rf"({re.escape(t.own.prefix)})?embeddings\.position_ids": "0, 1, 2, ...", **t.unread(known)},
         [*facts.notes, *(["no vocab.txt is there; none was written"] if no_words else [])],
         {"stem": once["stem"], "document": once["document"]},
         [f for tell in t.foretold.values() for f in tell(known)],

@@ -18,6 +18,7 @@ from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DEFAULT,
     DTYPE,
+    UNKNOWN,
     Class,
     Entry,
     Field,
@@ -208,6 +209,7 @@ def one_of(*values: str) -> Callable[[Known, Value], Value]:
         if found.value not in values:
             message = f"expected {' or '.join(values)}, found {shown(found.value)}"
             known.refuse("unsupported", message, found.source.rpartition(": ")[2])
+            return UNKNOWN
         return found
 
     return check
@@ -237,7 +239,8 @@ def least(smallest: int, *others: object) -> Callable[[Known, Value], Value]:
             wanted = " or ".join([f"a number from {smallest}", *map(shown, others)])
             message = f"expected {wanted}, found {shown(found.value)}"
             known.refuse("bad-config", message, found.source.rpartition(": ")[2])
-        return found
+            return UNKNOWN
+        return found if found.value is None else Value(int(found.value), found.source)
 
     return check
 
@@ -295,7 +298,7 @@ def of_one_direction(known: Known, found: Value) -> Value:
 
 
 def both_norms(known: Known, found: Value) -> Value:
-    if known.back and found.value != known["normalize_before_mega"]:
+    if found.value != known["normalize_before_mega"]:
         message = f"expected normalize_before_mega's {shown(known['normalize_before_mega'])}, found "
         known.refuse("unsupported", f"{message}{shown(found.value)}", "normalize_before_ffn")
     return found
@@ -507,7 +510,7 @@ def rms_norm(known: Known) -> tuple[Foretold, ...]:
 
 
 def notes(known: Known) -> list[str]:
-    made = ["Mega is in transformers up to 4.40: a later release does not load the output"]
+    made = ["Mega is in transformers before 5: a later release does not load the output"]
     said = (known.facts.document or {}).get("bidirectional")
     if isinstance(said, bool) and said != known["bidirectional"]:
         told = known.value("bidirectional").source

@@ -152,6 +152,17 @@ def unpooled(known: Known) -> dict[str, str]:
     return {} if has_pooler(known) else {r"bert/pooler/.*": f"{known['architectures'][0]} has no pooler"}
 
 
+def unread(known: Known) -> dict[str, str]:
+    """What transformers makes and saves whatever config.json says, and then does not use."""
+    made = {}
+    if not turns(known):
+        name = r"(mobilebert\.)?embeddings\.embedding_transformation\.(weight|bias)"
+        made[name] = "transformers does not use it: words are as wide as the model, without trigrams"
+    if known["hidden_size"] == known["embedding_size"]:
+        made[r"cls\.predictions\.dense\.weight"] = "it has no elements: words are as wide as the model"
+    return made
+
+
 def layer_rows(known: Known, n: str) -> list[Rule]:
     made = list[Rule]()
 
@@ -606,6 +617,7 @@ FAMILY = tensorflow.family(
     kept=lambda known: {"spans": spans(known)} if SPANS in heads(known) else {},
     check=check,
     dropped=unpooled,
+    unread=unread,
     notes=notes,
     foretold={EPS: norm_epsilon},
     vocabulary=Vocabulary("wordpiece", ("BertTokenizer", "MobileBertTokenizer")),

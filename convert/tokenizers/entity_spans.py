@@ -19,6 +19,11 @@ from ckpt_tool.errors import Problem, fail_all
 MODEL = "sentencepiece.bpe.model"
 OFFSET = 1
 MARKERS = {"<ent>": "@", "<ent2>": "#"}  # and the piece whose embedding each starts from
+# Its class takes the pieces from tokenizer.json, and no more; nothing in the files changes that.
+OTHERWISE = (
+    "MLukeTokenizer of transformers 5 (5.23.0) gives what has no piece the id of <s>, 0 and not 3, replaces "
+    "no characters and keeps every space; releases before 5 and tokenizer.json read texts as the model does"
+)
 NAMED = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -112,6 +117,7 @@ def _tokenizer_json(
     assert len(vocab) == words
     frame = [_special("<s>"), _sequence("A"), _special("</s>")]
     ids = {"<s>": 0, "</s>": 2}
+    end = {"type": "Strip", "strip_left": False, "strip_right": True}
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
     table = base64.b64encode(replacements).decode()
     replaced = [{"type": "Precompiled", "precompiled_charsmap": table}] if table else []
@@ -121,7 +127,7 @@ def _tokenizer_json(
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": int(k), **token} for k, token in added.items()],
-        "normalizer": {"type": "Sequence", "normalizers": [*replaced, spaces]},
+        "normalizer": {"type": "Sequence", "normalizers": [*replaced, end, spaces]},
         "pre_tokenizer": space,
         "post_processor": {
             "type": "TemplateProcessing",
