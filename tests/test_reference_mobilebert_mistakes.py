@@ -215,7 +215,16 @@ MUTANTS: dict[str, tuple[str, Edit, Edit]] = {
 # tests of their own.
 NO_NUMBERS = {
     "tf": {"inputs", "phases", "sequence", "_seen", "_narrow", "_problems"},
-    "hf": {"inputs", "phases", "last", "_into_attention", "word_table", "mistakes", "config_mistakes"}
+    "hf": {
+        "unused",
+        "inputs",
+        "phases",
+        "last",
+        "_into_attention",
+        "word_table",
+        "mistakes",
+        "config_mistakes",
+    }
     | {"_moved", "_thirds_back", "_refactored", "gap", "embed_gap", "layer_bound"},
 }
 

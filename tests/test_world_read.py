@@ -89,7 +89,10 @@ def rename(held: Mapping[str, list[str]], change: Callable[[str], str]) -> Unwra
 SEEN: set[frozenset[str]] = set()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+WRAPPED = ("mluke-base", "mluke-deepspeed")  # as they are published, and trained
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in WRAPPED])
 def test_the_names_of_no_model_are_taken_for_wrapped_ones(variant: str, originals: Any) -> None:
     """And those of every original come back from under every wrapper."""
     chosen = VARIANTS[variant]

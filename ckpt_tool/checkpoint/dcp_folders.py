@@ -14,13 +14,16 @@ from collections.abc import Mapping
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp import DcpFile, open_dcp
 from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
-from ckpt_tool.checkpoint.folders import Folder
+from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import TRACKER, current, is_iteration_folder
 from ckpt_tool.checkpoint.pickle_records import Inert
+from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail
 
+HEAD = 4096
+FIRST = b"state_dict_metadata"  # the first field of every `.metadata`
 COMMON = "common.pt"  # what Megatron up to 0.16 keeps of the run, beside the tensors
 # Folders that trainers make for a checkpoint, or for the weights within it.
 _FOLDER = re.compile(
@@ -46,7 +49,9 @@ def find_dcp(folder: Folder) -> tuple[str, list[str]] | None:
     found = {
         prefix: None
         for prefix, files in inside.items()
-        if METADATA in files and any(f.endswith(DATA) for f in files)
+        if METADATA in files
+        and any(f.endswith(DATA) for f in files)
+        and not _is_another(folder.place(prefix + METADATA))
     }
     if not found:
         return None
@@ -65,6 +70,16 @@ def find_dcp(folder: Folder) -> tuple[str, list[str]] | None:
         fail("ambiguous-input", f"expected one checkpoint, found {shown}", file=folder.label, hint=hint)
     (prefix,) = found
     return prefix, [f"the weights were found in {prefix}"]
+
+
+def _is_another(place: Place) -> bool:
+    """Whether it is a file of something else: the names around it then say what the folder is."""
+    data = ByteRange(place.path, METADATA, place.window)
+    try:
+        head = data.head(HEAD)
+    finally:
+        data.close()
+    return bool(head) and FIRST not in head and pointer(head) is None
 
 
 def open_folder(folder: Folder, prefix: str) -> DcpFile:
