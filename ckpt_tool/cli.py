@@ -257,12 +257,6 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
 
     _, log = _consoles()
     chosen: dict[str, Any] = {"levels": levels} if levels else {}
-    quiet = not log.is_terminal
-
-    def follow(text: str) -> None:
-        if not quiet:
-            log.print(text, style="dim", markup=False)
-
     return api.verify(
         out,
         source,
@@ -275,7 +269,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         checkpoint_id=asked["checkpoint_id"],
         settings=api.settings(asked["pairs"]),
         transformers_python=asked.get("transformers_python"),
-        progress=follow,
+        progress=_following(log),
         **chosen,
     )
 
@@ -328,6 +322,96 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
         out, source, ("parity",), {**asked, "against": None, "prompts": None, "checkpoint_id": None}
     )
     return _write_report(report, asked, files)
+
+
+@cli.command()
+@click.argument("out", metavar="DIR")
+@click.option("--source", metavar="PATH", required=True, help="The original it was made from.")
+@click.option("--sign", "key", metavar="KEY", help="Sign with the private key in this PEM file.")
+@click.option("--write", "file", metavar="FILE", help="Where to; by default into DIR.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["coverage", "bits", "parity", "documented"]),
+    help="Levels to verify (default: all).",
+)
+@click.option("--against", type=click.Choice(["transformers"]), help="Also compare with transformers.")
+@click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+def certificate(out: str, source: str, key: str | None, file: str | None, **asked: Any) -> int:
+    """Verify DIR against its source and write down what was shown, as an in-toto Statement.
+
+    \b
+    ckpt-tool certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --sign key.pem
+    """
+    from ckpt_tool import api
+    from ckpt_tool.certificates import made
+
+    screen, log = _consoles()
+    return made(
+        out,
+        source,
+        file,
+        key,
+        {**asked, "settings": api.settings(asked.pop("pairs"))},
+        screen,
+        _following(log),
+    )
+
+
+@cli.command("check-certificate")
+@click.argument("out", metavar="DIR")
+@click.option("--certificate", "file", metavar="FILE", help="The certificate, when not in DIR.")
+@click.option("--key", metavar="KEY", help="Public key (PEM) that it must be signed with.")
+@click.option("--source", metavar="PATH", help="The original, for --spot and --full.")
+@click.option(
+    "--spot", type=int, metavar="K", help="Make K tensors, chosen at random, again from the source."
+)
+@click.option("--full", is_flag=True, help="Verify again: the same certificate must come out.")
+@click.option("--seed", type=int, help="Choose the same tensors as another run with this seed.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@report_files
+def check_certificate(out: str, source: str | None, file: str | None, **asked: Any) -> int:
+    """Check that a certificate holds for DIR: exit code 1 when it does not.
+
+    \b
+    ckpt-tool check-certificate Mistral-7B-v0.1-hf --key public.pem
+    ckpt-tool check-certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --spot 20
+    """
+    from ckpt_tool import api
+    from ckpt_tool.verify.certificate_check import check
+
+    files = _report_files(asked, (out, source, file, asked["key"]))
+    report = check(
+        out,
+        file=file,
+        key=asked["key"],
+        source=source,
+        spot=asked["spot"],
+        full=asked["full"],
+        seed=asked["seed"],
+        settings=api.settings(asked["pairs"]),
+        device=asked["device"],
+        progress=_following(_consoles()[1]),
+    )
+    return _write_report(report, asked, files)
+
+
+def _following(log: Console) -> Callable[[str], None]:
+    """What tells a person at a terminal how far a verification is."""
+
+    def follow(text: str) -> None:
+        if log.is_terminal:
+            log.print(text, style="dim", markup=False)
+
+    return follow
 
 
 @cli.command()
