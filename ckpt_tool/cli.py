@@ -415,6 +415,43 @@ def _following(log: Console) -> Callable[[str], None]:
 
 
 @cli.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--family", metavar="NAME", help="Family of originals that do not tell it.")
+@click.option("--logits/--no-logits", default=None, help="Compute with both (default: where they differ).")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact that an original lacks.")
+@report_files
+def compare(a: str, b: str, **asked: Any) -> int:
+    """Compare two checkpoints in any layouts, shardings and dtypes. Exit code 1 where they differ.
+
+    \b
+    ckpt-tool compare mistral-7B-v0.1 Mistral-7B-v0.1-hf
+    ckpt-tool compare base fine-tuned --html moved.html
+    """
+    from ckpt_tool import api
+    from ckpt_tool.verify.compare import compare as run
+
+    files = _report_files(asked, (a, b))
+    if asked["family"] is not None:
+        api.check_name(asked["family"])
+    report = run(
+        a,
+        b,
+        family=asked["family"],
+        settings=api.settings(asked["pairs"]),
+        logits=asked["logits"],
+        compute_dtype=asked["compute_dtype"],
+        device=asked["device"],
+        progress=_following(_consoles()[1]),
+    )
+    return _write_report(report, asked, files)
+
+
+@cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
 @click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")

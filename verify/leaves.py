@@ -10,11 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify import merkle
 from ckpt_tool.verify.bits import moved
@@ -81,19 +82,27 @@ def derived(plan: Plan, source: Checkpoint, tensor: TensorInfo) -> str:
     ]
     if not made:
         raise ValueError(f"no step writes {tensor.name}")
-    size = DTYPES[tensor.dtype].itemsize
     with tempfile.TemporaryFile(prefix="ckpt-tool-") as file:
-        file.truncate(tensor.nbytes)
-        for step, target in made:
-            inputs = [source.files[p.file].tensors[p.name] for p in step.sources]
-            for access, values in moved(step, source, inputs, tensor.dtype):
-                if access.part == target:
-                    _put(file.fileno(), access.runs.offsets(), access.runs.length * size, values)
+        fill(file, made, source, tensor)
         held = hashlib.sha256()
         file.seek(0)
         while piece := file.read(PIECE):
             held.update(piece)
     return held.hexdigest()
+
+
+def fill(
+    file: IO[bytes], made_by: Iterable[tuple[Step, int]], source: Checkpoint, tensor: TensorInfo
+) -> None:
+    """Write the dense bytes of `tensor` into an empty file, as these (step, number of its target) make it out
+    of `source`."""
+    size = DTYPES[tensor.dtype].itemsize
+    file.truncate(tensor.nbytes)
+    for step, target in made_by:
+        inputs = [source.files[p.file].tensors[p.name] for p in step.sources]
+        for access, values in moved(step, source, inputs, tensor.dtype):
+            if access.part == target:
+                _put(file.fileno(), access.runs.offsets(), access.runs.length * size, values)
 
 
 def _put(descriptor: int, offsets: Iterable[int], length: int, values: np.ndarray) -> None:
