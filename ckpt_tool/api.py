@@ -242,11 +242,11 @@ def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     return run(out, source, **asked)
 
 
-def gate(file: Source, *, progress: Callable[[str], None] | None = None) -> Reports:
-    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate`."""
+def gate(file: Source, **asked: Any) -> Reports:
+    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate.run_gate`."""
     from ckpt_tool.verify.gate import run_gate
 
-    return run_gate(file, convert, progress=progress)
+    return run_gate(file, convert, **asked)
 
 
 def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:

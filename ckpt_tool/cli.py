@@ -499,17 +499,35 @@ def _show_plan(
 
 @cli.command()
 @click.argument("file", metavar="PARITY.TOML")
+@click.option("--only", multiple=True, metavar="NAME", help="Run this check alone; also a pattern of names.")
+@click.option("--list", "listed", is_flag=True, help="List the checks and stop.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first check that does not pass.")
+@click.option("--baseline", metavar="FILE", help="JSON report of an earlier run: fail on what got worse.")
 @report_files
-def gate(file: str, **asked: Any) -> int:
+def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
     """Run the conversions and verifications listed in a TOML file; for CI."""
     from pathlib import Path
 
     from ckpt_tool import api
-    from ckpt_tool.verify.gate import read_gate
+    from ckpt_tool.verify.gate import chosen, read_gate
 
-    checks = read_gate(Path(file))[1]
+    checks = chosen(read_gate(Path(file))[1], only, file)
+    if listed:
+        from ckpt_tool.terminal import Column, table
+
+        heads = (Column("check", whole=True), Column("convert"), Column("source"), Column("out"))
+        table(_consoles()[0], heads, [(c.name, c.convert or "", c.source or "", c.out) for c in checks])
+        return 0
     files = _report_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
-    return _write_report(api.gate(file), asked, files)
+    _, log = _consoles()
+    reports = api.gate(
+        file,
+        only=only,
+        fail_fast=asked["fail_fast"],
+        baseline=asked["baseline"],
+        progress=_following(log),
+    )
+    return _write_report(reports, asked, files)
 
 
 @cli.command()
