@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan
@@ -214,7 +215,8 @@ def _coverage(out: Path) -> Report:
 
 
 def _address(source: Source) -> str | None:
-    return os.fspath(source) if os.fspath(source).startswith(HUB) else None
+    text = os.fspath(source)
+    return None if scheme_of(text) is None else without_secrets(text)
 
 
 def _reading(

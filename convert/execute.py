@@ -28,6 +28,7 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
+from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
@@ -42,6 +43,7 @@ from ckpt_tool.convert.layout import COPIED, Block, Step
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
+from ckpt_tool.convert.read_ahead import ReadAhead
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
 from ckpt_tool.convert.stale import stale
@@ -116,7 +118,7 @@ def check_output(
 ) -> None:
     """Fail with `output-conflict`, `output-exists`, `not-replaceable` or `output-failed` before anything is
     opened. `beside` are other files that are read."""
-    inputs = [Path(p) for p in (source, *beside) if not os.fspath(p).startswith("hf://")]
+    inputs = [Path(p) for p in (source, *beside) if scheme_of(os.fspath(p)) is None]
     free_place(out, inputs, replace=replaced_by(overwrite, overwrite_foreign))
 
 
@@ -159,6 +161,7 @@ def execute(
             outcome = run.carry_out(extra_documents)
             staging.publish()
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = resumable(error) and bool(staging.entries) and not staging.published
             staging.leave(keep=keep)
@@ -212,7 +215,9 @@ def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[st
     return found
 
 
-def _stamp(path: Path) -> dict[str, int]:
+def _stamp(path: Path) -> dict[str, Any]:
+    if (remote := remote_of(path)) is not None:
+        return dict(remote.stamp)
     status = os.stat(path)
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
@@ -269,7 +274,7 @@ class _Run:
     resumed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.carrier = Carrier(self.checkpoint)
+        self.carrier, self.ahead = Carrier(self.checkpoint), ReadAhead(self.checkpoint)
         self.lanes = [Lane() for _ in range(self.jobs)]
         self.pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="ckpt-tool")
         self.stopping = threading.Event()
@@ -327,7 +332,7 @@ class _Run:
             crcs: dict[Key, IntervalCrc] = {}
             bound = [self._bind(k, targets, crcs) for k in indices]
             self._each(
-                batches(b for b in bound if not b.step.compare),
+                self.ahead.of(batches(b for b in bound if not b.step.compare)),
                 self._carry,
                 "copy",
                 files[0].name,
@@ -427,7 +432,7 @@ class _Run:
                 if place[id(b)] not in different and not self.carrier.same(b, block, lane):
                     different.add(place[id(b)])
 
-        self._each(batches(bound, copy_bytes=CHUNK), compare, "check", "")
+        self._each(self.ahead.of(batches(bound, copy_bytes=CHUNK)), compare, "check", "")
         verdicts = [self._judge(bound[k]) for k in sorted(different)]
         fail_all(v for v in verdicts if isinstance(v, Problem))
         return [v for v in verdicts if isinstance(v, Finding)]

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.checkpoint.opening import HUB
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert import options
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
@@ -314,7 +314,7 @@ def _check(
     if not sound:
         return None
     for key in ("out", "source", "prompts", "transformers_python"):
-        if key in made and not made[key].startswith(HUB):
+        if key in made and scheme_of(made[key]) is None:
             made[key] = os.fspath(gate.parent / made[key])
     return Check(**made, file=os.fspath(gate))
 

@@ -98,11 +98,11 @@ def opened(
 def _open(path: str | os.PathLike[str], prefer: Prefer, limits: Limits | None = None) -> Checkpoint:
     """The weights of one layout where there are two, else those that are there."""
     try:
-        found = open_checkpoint(path, prefer=prefer, limits=limits)
+        found = open_checkpoint(path, prefer=prefer, limits=limits, hub="download")
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-        found = open_checkpoint(path, limits=limits)
+        found = open_checkpoint(path, limits=limits, hub="download")
     try:
         return as_families_know(found)
     except BaseException:
