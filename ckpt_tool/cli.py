@@ -94,6 +94,16 @@ how = _options(
 )
 
 
+several = _options(
+    click.option("--worker", metavar="I/N", help="Make share I of N of the files, beside other processes."),
+    click.option("--finish", is_flag=True, help="Publish what all workers made (with --worker: if last)."),
+    click.option("--ray", metavar="ADDRESS|local", help="Make the shares as tasks of a Ray cluster."),
+    click.option(
+        "--tasks", type=click.IntRange(1, 9999), metavar="N", help="How many of them (else two a node)."
+    ),
+)
+
+
 def _plan_options(asked: dict[str, Any]) -> Options:
     from ckpt_tool.api import settings
     from ckpt_tool.convert.options import fields
@@ -149,6 +159,7 @@ def cli() -> None:
     "--overwrite-foreign", is_flag=True, help="Also a folder of other weights, configs and tokenizers."
 )
 @click.option("--resume", is_flag=True, help="Go on from what an interrupted run left.")
+@several
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
@@ -165,6 +176,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     """
     from ckpt_tool import api
     from ckpt_tool.progress import following
+    from ckpt_tool.spread_command import carry_out, wanted
 
     options = _plan_options(asked)
     if asked["dry_run"]:
@@ -178,6 +190,9 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
             plan_table(made, log)
 
+    if wanted(asked):
+        shared = api.Shared(source, out, family, _direction(asked["to"]), options, on_plan=on_plan)
+        return carry_out(shared, asked, as_json, screen, log)
     with following(log) as progress:
         done = api.convert(
             source,
