@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
@@ -352,8 +352,7 @@ class Run:
         )
 
     def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
-        for bound, block in batch:
-            self.carrier.carry(bound, block, lane)
+        self.carrier.carry_all(batch, lane)
 
     def _bind(self, index: int, targets: Mapping[Key, Target], crcs: dict[Key, IntervalCrc]) -> Bound:
         step = self.plan.steps[index]
@@ -543,7 +542,7 @@ class Run:
             def work(info: TensorInfo, lane: Lane) -> None:
                 crc = 0
                 for data in _chunks(Target(info, descriptor, layout.offsets[info.name]), lane):
-                    crc = zlib.crc32(data, crc)
+                    crc = crc32(data, crc)
                 if crc != crcs[info.name]:
                     wrong.append(info.name)
 
@@ -585,7 +584,7 @@ class Run:
             for start in range(0, info.nbytes, CHUNK):
                 room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
                 self.checkpoint.read_into(info, start, room)
-                crc = zlib.crc32(room, crc)
+                crc = crc32(room, crc)
                 lane.read_bytes += len(room)
             found[key] = crc
 

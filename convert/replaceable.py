@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import stat
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.manifest import CERTIFICATE, MANIFEST, MANIFEST_VERSION
 from ckpt_tool.errors import CkptToolError, fail, printable
 
@@ -317,7 +317,7 @@ def _crc(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
     for start in range(0, tensor.nbytes, _CHUNK):
         piece = room[: min(_CHUNK, tensor.nbytes - start)]
         checkpoint.read_into(tensor, start, piece)
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
     return crc
 
 
