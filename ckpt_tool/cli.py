@@ -89,7 +89,12 @@ how = _options(
     click.option(
         "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output shard."
     ),
-    click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
+    click.option(
+        "--drop",
+        multiple=True,
+        metavar="NAME",
+        help="Leave out a tensor, or all that a pattern such as '*/Momentum' fits.",
+    ),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
 )
 
