@@ -158,7 +158,11 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
 @click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
-@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Compare large weights with checklist.chk or SHA256SUMS too (reads them).",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
 @as_json
 def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
@@ -338,7 +342,11 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 @cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
-@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Compare large weights with checklist.chk or SHA256SUMS too (reads them).",
+)
 @as_json
 def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""

@@ -3,10 +3,13 @@ command that proves an output, patterns of names, files that are not there, valu
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shlex import split
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint.hub_cache import root
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
 from ckpt_tool.convert.plan import Options
@@ -229,3 +233,88 @@ def test_arguments_of_numpy_are_numbers(tmp_path: Path, originals: Written, prot
     (folder / "model_args.pkl").write_bytes(pickle.dumps(told, protocol=protocol))
     with pytest.raises(CkptToolError, match="encoder_chunk_size"):
         api.plan(folder)
+
+
+# --- other layouts, and the table -----------------------------------------------------------------------
+
+
+def test_what_args_of_megatron_cannot_say_is_said(tmp_path: Path, conversions: Written) -> None:
+    """The note's own words, given when the ranks are read again, give the same config.json."""
+    told = {"eos_token_id": [5, 6], "attention_dropout": 0.125, "bos_token_id": 4}
+    folder = changed(conversions("llama-mcore"), tmp_path / "hf", "config.json", **told)
+    options = Options(family_options={"form": "mcore"})
+    plan = api.convert(folder, tmp_path / "back", to="original", options=options).plan
+    (note,) = [n for n in plan.notes if "args do not say" in n]
+    words = note.partition("reading the ranks again takes ")[2]
+    said(f"convert llama --in back --out again {words}", tmp_path)
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads(
+        (folder / "config.json").read_text()
+    )
+    same = api.plan(conversions("llama-mcore"), to="original", options=options)
+    assert not [n for n in same.notes if "args do not say" in n]
+
+
+def test_a_refused_scaling_is_held_against_the_layout_to_write(tmp_path: Path, conversions: Written) -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    folder = changed(conversions("llama-mcore"), tmp_path / "hf", "config.json", rope_scaling=linear)
+    for form, whose in (("mcore", "args"), ("consolidated", "params.json")):
+        with pytest.raises(CkptToolError) as error:
+            api.plan(folder, to="original", options=Options(family_options={"form": form}))
+        (problem,) = error.value.problems
+        assert problem.kind == "unsupported" and f"all that {whose} can say" in problem.message
+
+
+def test_the_table_says_why_a_row_is_no_pass() -> None:
+    from rich.console import Console
+
+    from ckpt_tool import table
+
+    row = table.Row("mega", "mega-base", 1, "pass", 1e-12, None, "equal", "undecided", "no judge was there")
+    screen = Console(width=80, record=True, file=io.StringIO())
+    table.draw([row, replace(row, variant="mega-two"), replace(row, verdict="pass", why="")], screen)
+    text = screen.export_text()
+    assert text.splitlines()[-1] == "mega-base undecided (and 1 more): no judge was there"
+    assert text.count("no judge was there") == 1
+
+
+# --- sums beside the weights, and places that are not for outputs ---------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "sha256sum.txt", "MD5SUMS"])
+def test_lists_of_sums_are_compared(tmp_path: Path, originals: Written, name: str) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(originals("llama-2-70b"), folder)
+    for old in folder.glob("*checklist.chk"):
+        old.unlink()
+    algorithm = "md5" if name.startswith("MD5") else "sha256"
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    sums = {p.name: hashlib.new(algorithm, p.read_bytes()).hexdigest() for p in files}
+    plain = "".join(f"{x}  ./{n}\n" for n, x in sums.items())
+    tagged = "".join(f"{algorithm.upper()} ({n}) = {x.upper()}\n" for n, x in sums.items())
+    for text in (plain, tagged):
+        (folder / name).write_text(text)
+        assert f"{name}: {len(sums)} of {len(sums)} sums agree" in api.plan(folder).notes
+    (folder / "params.json").write_text((folder / "params.json").read_text() + "\n")
+    first, second = [n for n in api.plan(folder).notes if name in n]
+    assert first.startswith(f"params.json has {algorithm} ") and sums["params.json"] in first
+    assert second == f"{name}: {len(sums) - 1} of {len(sums)} sums agree"
+    max(folder.glob("consolidated.*")).unlink()  # the last shard, which nothing but the list tells of
+    with pytest.raises(CkptToolError, match=r"missing-shard.*consolidated.07.pth not there"):
+        api.plan(folder)
+
+
+def test_no_output_goes_into_the_hubs_cache(
+    tmp_path: Path, originals: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    repository = tmp_path / "elsewhere" / "models--org--name"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    cache.mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    for out in (cache / "out", cache, repository / "snapshots" / "abc", repository / "snapshots" / "new"):
+        with pytest.raises(CkptToolError) as error:
+            api.convert(originals("qwen2-0.5b"), out, overwrite=True)
+        assert error.value.kind == "output-conflict" and "in the Hub's cache" in str(error.value)
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert root() == tmp_path / "home" / "hub"
