@@ -25,7 +25,7 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.plan import Options, Plan, dropped_names
 from ckpt_tool.convert.recognising import (
     check_own,
     check_plain,
@@ -51,13 +51,15 @@ Source = str | os.PathLike[str]
 @dataclass(frozen=True)
 class Conversion:
     """What `convert` did: the plan, what executing it measured, and the cheap verification levels; `opened`
-    are the notes of opening the input (which folder, which of two sets of weights)."""
+    are the notes of opening the input (which folder, which of two sets of weights), `insisted` the settings
+    whose value is not the source's own: `verify` has to be told them again."""
 
     out: Path
     plan: Plan
     outcome: Outcome
     report: Report | None = field(default=None)
     opened: tuple[str, ...] = ()
+    insisted: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and findings of the run, and the coverage report where it ran."""
@@ -125,8 +127,8 @@ def plan(
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
-    publisher's checklist.chk lists are compared with it, large weights only with `checksums`; `progress` is
-    told of each file of weights and the bytes read of it."""
+    publisher's list of sums (checklist.chk, SHA256SUMS) names are compared with it, large weights only with
+    `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:
@@ -138,6 +140,7 @@ def plan(
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
     seen = as_family_knows(source, chosen)
+    options = replace(options, drop=dropped_names(options.drop, seen))
     try:
         made = make(seen, options)
     except CkptToolError as error:  # without the frames, which hold what was read of large documents
@@ -207,8 +210,28 @@ def convert(
             overwrite=overwrite,
             overwrite_foreign=overwrite_foreign,
         )
+        insisted = _insisted(checkpoint, chosen, asked) if to == "hf" else {}
     report = _coverage(target) if check and to == "hf" else None
-    return Conversion(target, made, outcome, report, opened)
+    return Conversion(target, made, outcome, report, opened, insisted)
+
+
+def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[str, Any]:
+    """The settings to which the source itself says something else."""
+    if not options.settings:
+        return {}
+    from ckpt_tool.verify.recorded import settled
+
+    seen = as_family_knows(layers_apart(checkpoint), chosen)
+    options = replace(options, drop=dropped_names(options.drop, seen))
+    settings = options.settings
+    try:
+        alone = chosen.plan(seen, replace(options, settings={})).config
+        doubted = {n for n, v in settings.items() if n in alone and alone[n].value != v}
+    except CkptToolError:  # it needs some of them
+        doubted = set(settings)
+    agreed = {n: v for n, v in settings.items() if n not in doubted}
+    _, kept = settled(lambda o: chosen.plan(seen, o), options, agreed)
+    return {n: v for n, v in settings.items() if n not in kept.settings}
 
 
 def _coverage(out: Path) -> Report:

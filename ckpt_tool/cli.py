@@ -89,7 +89,12 @@ how = _options(
     click.option(
         "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output shard."
     ),
-    click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
+    click.option(
+        "--drop",
+        multiple=True,
+        metavar="NAME",
+        help="Leave out a tensor, or all that a pattern such as '*/Momentum' fits.",
+    ),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
 )
 
@@ -164,7 +169,11 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
 @click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
-@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Compare large weights with checklist.chk or SHA256SUMS too (reads them).",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
 @as_json
 def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
@@ -469,7 +478,11 @@ def compare(a: str, b: str, **asked: Any) -> int:
 @cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
-@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Compare large weights with checklist.chk or SHA256SUMS too (reads them).",
+)
 @as_json
 def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
@@ -77,6 +78,8 @@ ARCHITECTURE: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
 }
+# What args do not say, or not for the model that is made of them, and changes no number.
+TRAINED: dict[str, Any] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
 
 
 @dataclass(frozen=True)
@@ -374,9 +377,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         m.fields,
         LENGTH,
         DTYPE,
-        numbers.free(
-            f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True
-        ),
+        numbers.free(f"default of {m.config.name}", **TRAINED),
         [numbers.token_ids(n, rule=numbers.given(i, ends.why if ends else "")) for n, i in texts.items()],
     )
     known = Known(fields, facts, run, options)
@@ -443,7 +444,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
     words, tied = known["vocab_size"], bool(known["tie_word_embeddings"])
-    left, notes = form.rows - words, ranks.split_notes(known, form)
+    left, notes = form.rows - words, [*ranks.split_notes(known, form), *_unsaid_notes(m, document, form)]
     if left:
         notes.append(f"{left} rows of padding follow the {words} words; they repeat the first words")
     written = Written(
@@ -457,6 +458,16 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     engine = bool(known.once.get("engine", True))
     table = rows_of(m, known, form.rows, engine=engine, head=not tied)
     return ranks.to_ranks(table, known.source, options, written, form, str)
+
+
+def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:
+    """The values of config.json that args have no word for, where reading the ranks again gives others."""
+    ends = ends_of(m, form.rows)
+    again = {**TRAINED, "bos_token_id": ends and ends.begins, "eos_token_id": ends and ends.ends}
+    lost = {n: document[n] for n, v in again.items() if document.get(n, v) != v}
+    told = {n: printable(json.dumps(v, separators=(",", ":")), 100) for n, v in lost.items()}
+    words = " ".join(f"--set {quote(f'{n}={text}')}" for n, text in told.items())
+    return [f"args do not say {', '.join(lost)}: reading the ranks again takes {words}"] if lost else []
 
 
 def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
