@@ -87,8 +87,7 @@ TRAINERS = {
     "fsdp/pytorch_model_fsdp_0": ("torch.distributed", "accelerate merge-weights"),
     "deepspeed": ("DeepSpeed", "zero_to_fp32.py"),
     "deepspeed/global_step100": ("DeepSpeed", "zero_to_fp32.py"),
-    "nemo": ("NeMo archive", "convert_*_nemo_to_hf.py"),
-    "nemo/model.nemo": ("NeMo archive", "convert_*_nemo_to_hf.py"),
+    "nemo": ("NeMo archive", "nemo/model.nemo"),
     "torchtune": ("meta_model_0.pt", "meta_model_0.pt"),
 }
 
@@ -113,7 +112,10 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "adapter (PEFT, LoRA)": ("adapter_0.pt", "config.json"),
     "NeMo 2": ("context/io.json", "weights/.metadata", "weights/common.pt", "weights/__0_0.distcp"),
-    "NeMo archive": ("model_config.yaml", "model_weights/x.bin"),
+    "NeMo checkpoint in zarr": ("model_config.yaml", "model_weights/model.words.weight/.zarray"),
+    "NeMo archive": ("model.nemo", "README.md"),
+    ".qnemo": ("model.qnemo",),
+    "NeMo model": ("model_config.yaml", "model_weights/x.bin"),
     "torch_dist": (".metadata", "metadata.json", "__0_0.distcp"),
     "zarr": ("iter_0000100/embedding.word_embeddings.weight/.zarray",),
     "FSDP weights": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin"),

@@ -35,6 +35,7 @@ from ckpt_tool.checkpoint.megatron import (
     may_hold_ranks,
 )
 from ckpt_tool.checkpoint.no_weights import Around, refuse, tells
+from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_NAME,
@@ -234,10 +235,14 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         return None
     try:
         documents = _documents(folder, within, False, notes)
-        above = folder if within else folder.outer() if is_part(path.resolve().name) else None
+        outer = folder.outer() if not within and is_part(path.resolve().name) else None
+        above = folder if within else outer
         if above is not None:
-            outer = [n for n in above.names() if belongs(n) and n not in documents]
-            documents |= {name: above.document(name) for name in outer}
+            beside = [n for n in above.names() if belongs(n) and n not in documents]
+            documents |= {name: above.document(name) for name in beside}
+        _add_run_documents(documents, folder, within)
+        if outer is not None:
+            _add_run_documents(documents, outer, "")
         files = {file.name: file}
         own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
     except BaseException:
@@ -247,6 +252,14 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
     return OpenedCheckpoint(
         path, own.files, documents, notes, tuple(own.readings), tuple(own.left_out), folder=folder
     )
+
+
+def _add_run_documents(documents: dict[str, Document], folder: Folder, within: str) -> None:
+    """What the program that trained it put around the weights in the part `within` of `folder`."""
+    paths = [*folder.names(), *folder.below(lambda n: may_hold_documents(n) or n in within.split("/"))]
+    for short, path in run_documents(paths, within).items():
+        if short not in documents:
+            documents[short] = folder.document(path, short)
 
 
 def _status(given: Path, text: str) -> os.stat_result:
@@ -331,6 +344,7 @@ def _open_ranks(folder: Folder, ranks: RankFolders, path: Path, limits: Limits) 
     ):
         _add_documents(checkpoint, outer, [n for n in outer.names() if vocabulary_kind(n)])
     _add_documents(checkpoint, folder, sorted(beside, key=lambda n: n.count("/")))
+    _add_run_documents(checkpoint.documents, folder, "/".join([*ranks.files[0].split("/")[:-2], ""]))
     return checkpoint
 
 
@@ -380,6 +394,8 @@ def _open_set(
         fail_all(problems)
         readings = [] if index is None else list(index.notes(files))
         own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+        if MODEL_CONFIG in documents:
+            _add_run_documents(documents, folder, within)
     except BaseException:
         for file in files.values():
             file.close()
