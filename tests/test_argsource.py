@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.safe_yaml import read_yaml
@@ -307,3 +308,69 @@ def test_numbers_of_yaml_are_those_that_people_mean() -> None:
     assert read_yaml(text, file="a.yaml") == {
         "a": 1e-5, "b": "1e-5", "c": 1e-5, "d": "2020-01-01", "e": [1, None], "f": [1, None], "1": True,
     }  # fmt: skip
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------------
+
+
+def deepspeed(source: Path, folder: Path, **beside: Any) -> Path:
+    """What DeepSpeed 0.19.8 saves of a model in ZeRO 2, over two processes."""
+    step = folder / "global_step7"
+    step.mkdir(parents=True)
+    module = {n: x for f in sorted(source.glob("*.safetensors")) for n, x in load_file(f).items()}
+    state = {
+        "module": module,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [{n: x.shape for n, x in module.items()}],
+        "dp_world_size": 2,
+        "mp_world_size": 1,
+        "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+        "ds_version": "0.19.8",
+        **beside,
+    }
+    torch.save(state, step / "mp_rank_00_model_states.pt")
+    for k in range(2):
+        torch.save({"ds_version": "0"}, step / f"bf16_zero_pp_rank_{k}_mp_rank_00_optim_states.pt")
+    (folder / "latest").write_text("global_step7")
+    (folder / "zero_to_fp32.py").write_text("raise SystemExit\n")
+    for document in source.glob("*.json"):
+        if "index" not in document.name:
+            shutil.copy(document, folder)
+    return folder
+
+
+def test_the_module_of_deepspeed_is_the_model(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    source = deepspeed(originals("qwen2-0.5b"), tmp_path / "in")
+    step = source / "global_step7"
+    for k, given in enumerate((source, step, step / "mp_rank_00_model_states.pt")):
+        made = api.convert(given, tmp_path / f"out{k}", family="qwen2")
+        same(tmp_path / f"out{k}", conversions("qwen2-0.5b"))
+        assert any("zero_to_fp32.py joins" in note for note in made.opened)
+    assert api.verify(tmp_path / "out0", source).status == "pass"
+    shutil.copytree(step, source / "global_step8")
+    api.plan(source, family="qwen2")
+    (source / "latest").write_text("../elsewhere")
+    assert refused(lambda: api.plan(source, family="qwen2")).kind == "ambiguous-input"
+
+
+def test_parts_of_a_model_of_deepspeed_are_refused_by_name(originals: Written, tmp_path: Path) -> None:
+    source = deepspeed(originals("qwen2-0.5b"), tmp_path / "in")
+    step = source / "global_step7"
+    shutil.copy(step / "mp_rank_00_model_states.pt", step / "mp_rank_01_model_states.pt")
+    for given in (source, step, step / "mp_rank_01_model_states.pt"):
+        error = refused(lambda given=given: api.plan(given, family="qwen2"))  # type: ignore[misc]
+        assert error.kind == "unsupported" and "one model-parallel rank" in error.text()
+    (step / "mp_rank_01_model_states.pt").unlink()
+    (step / "layer_0_expert_1_mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert "experts" in refused(lambda: api.plan(step, family="qwen2")).text()
+    for name in [*step.iterdir()]:
+        name.unlink()
+    (step / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
+    error = refused(lambda: api.plan(source, family="qwen2"))
+    assert "zero_to_fp32.py" in (error.problems[0].hint or "")
+    alone = deepspeed(originals("qwen2-0.5b"), tmp_path / "two", mp_world_size=2)
+    error = refused(lambda: api.plan(alone, family="qwen2"))
+    assert error.kind == "unsupported" and "mp_world_size 2" in error.text()

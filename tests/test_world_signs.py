@@ -85,8 +85,6 @@ TRAINERS = {
     "megatron_dist": ("torch_dist", "--ckpt-format torch"),
     "fsdp": ("torch.distributed", "accelerate merge-weights"),
     "fsdp/pytorch_model_fsdp_0": ("torch.distributed", "accelerate merge-weights"),
-    "deepspeed": ("DeepSpeed", "zero_to_fp32.py"),
-    "deepspeed/global_step100": ("DeepSpeed", "zero_to_fp32.py"),
     "nemo": ("NeMo archive", "nemo/model.nemo"),
     "torchtune": ("meta_model_0.pt", "meta_model_0.pt"),
 }
@@ -122,7 +120,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "torch.distributed": (".metadata", "__0_0.distcp"),
     "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
     "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
-    "DeepSpeed checkpoint": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),
+    "DeepSpeed pipeline": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),
     "GGUF": ("model.Q4_K_M.gguf", "config.json"),
     "GGML": ("ggml-model-q4_0.bin", "params.json"),
     "Keras format": ("tf_model.h5", "config.json"),

@@ -21,6 +21,13 @@ from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
 from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
 from ckpt_tool.checkpoint.dcp_metadata import METADATA
+from ckpt_tool.checkpoint.deepspeed import (
+    LATEST,
+    check_one_rank,
+    find_model_states,
+    is_model_states,
+    may_be_step,
+)
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
 from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
 from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
@@ -159,6 +166,8 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
+    if is_model_states(path.name) and (states := _open_states(directory, path, limits)) is not None:
+        return states
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
     if SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp"):
@@ -213,6 +222,8 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         if found is None and INDEX_NAME in names:
             listed = read_index(folder.document(INDEX_NAME).read(INDEX_BYTES), name=INDEX_NAME).files()
             fail_all(Problem("bad-index", f"expected {f}, found no such file", INDEX_NAME) for f in listed)
+        if found is None and (states := _open_states(folder, path, limits)) is not None:
+            return states
         if found is None:
             refuse(folder.survey(), _around(folder, path))
         within, chosen = found
@@ -252,6 +263,25 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
     return OpenedCheckpoint(
         path, own.files, documents, notes, tuple(own.readings), tuple(own.left_out), folder=folder
     )
+
+
+def _open_states(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
+    """The model that DeepSpeed keeps in one file; what belongs to it may lie in the folder above."""
+    inside = folder.names()
+    latest = folder.document(LATEST).read(1024).decode("utf-8", "replace").strip() if LATEST in inside else ""
+    paths = [*inside, *folder.below(lambda n: may_be_step(n) or n == latest, 1)]
+    found = find_model_states(paths, label=folder.label, latest=latest)
+    if found is None:
+        return None
+    within, chosen = found
+    checkpoint = _open_set(folder, chosen, path, limits, within)
+    for file in checkpoint.files.values():
+        check_one_rank(file.metadata, file=file.name)
+    outer = folder if within else folder.outer()
+    if outer is not None and (within or LATEST in outer.names()):
+        beside = [n for n in outer.names() if belongs(n) and n not in checkpoint.documents]
+        checkpoint.documents |= {n: outer.document(n) for n in beside}
+    return checkpoint
 
 
 def _add_run_documents(documents: dict[str, Document], folder: Folder, within: str) -> None:

@@ -163,11 +163,16 @@ SIGNS = (
         r"[^/]*\.distcp",
     ),
     _sign(
-        "a DeepSpeed checkpoint (ZeRO)",
-        "`python zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins it; put config.json"
-        " or params.json into OUT and give that",
+        "layers of a DeepSpeed pipeline, or experts, each in a file of its own",
+        "the program that trained it knows which is which: save the whole model with it",
+        r"(global_step\d+/)?(layer_\d+-model_\d+-|(layer_\d+_)?expert_\d+_mp_rank_\d+_)model_states\.pt",
+    ),
+    _sign(
+        "a DeepSpeed checkpoint (ZeRO) whose files hold parts of tensors",
+        "`python {at}/zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins them; put"
+        " config.json or params.json into OUT and give that",
         r"(global_step\d+/)?((bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"
-        r"|mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt)|zero_to_fp32\.py",
+        r"|mp_rank_\d+_model_states\.pt)|zero_to_fp32\.py",
     ),
     # --- other libraries ---
     _sign(
