@@ -24,8 +24,11 @@ from ckpt_tool.checkpoint.arguments import MODEL_ARGUMENTS, read_arguments
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.checkpoint.run_documents import RUN_DOCUMENTS
+from ckpt_tool.checkpoint.safe_yaml import read_yaml
 from ckpt_tool.checkpoint.weight_sets import is_settings
 from ckpt_tool.convert.copies import copied_rows
+from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance, farthest
@@ -332,11 +335,19 @@ def side_of(
 def _facts(checkpoint: Checkpoint, document: str | None) -> dict[str, Any]:
     """What the publisher says about the model: params.json or the like, the pickle that is the family's
     `document`, or what the weight files carry beside the tensors, pickled args as plain values among it."""
+    if of_megatron(checkpoint.names()):
+        runs = [d for name, d in checkpoint.documents.items() if name in RUN_DOCUMENTS]
+        return {**{d.name: read_yaml(d.read(), file=d.name) for d in runs}, **_carried(checkpoint)}
     for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json", "metadata.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
     if document == MODEL_ARGUMENTS and document in checkpoint.documents:
         return read_arguments(checkpoint.documents[MODEL_ARGUMENTS])
+    return _carried(checkpoint)
+
+
+def _carried(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the files of weights hold beside the tensors."""
     first = next(iter(checkpoint.files.values()))
     found = {k: plain(v) for f in checkpoint.files.values() for k, v in f.metadata.items()}
     return {**found, **(arguments(first) or {})}
