@@ -458,6 +458,6 @@ FAMILY = consolidated.family(
     untold=untold,
     unsaid=unsaid,
     options=(consolidated.SHARDS,),
-    layouts={"mcore": CORE},
+    layouts=megatron_core.layouts_of(CORE),
     vocabulary=consolidated.Vocabulary(classes=("LlamaTokenizer", "CodeLlamaTokenizer"), ranks=True),
 )
