@@ -73,56 +73,17 @@ class Stored:
 
 def metadata_of(tensors: Mapping[str, Stored], objects: Mapping[str, Item]) -> bytes:
     """The content of `.metadata`; `objects` are entries that are no tensors."""
-    p = _Pickle()
-
-    def properties(dtype: str) -> None:
-        p.new("TensorProperties")
-        p.tuple_of(
-            partial(p.name, "torch", DTYPES[dtype].torch),
-            p.strided,
-            partial(p.constant, False),
-            p.contiguous,
-            partial(p.constant, False),
-        )
-        p.build()
-
-    def stored(told: Stored) -> None:
-        p.object(
-            "TensorStorageMetadata",
-            properties=partial(properties, told.dtype),
-            size=partial(p.size, told.shape),
-            chunks=partial(p.list_of, [partial(chunk, x) for x in told.pieces]),
-        )
-
-    def chunk(piece: Piece[Item]) -> None:
-        p.object(
-            "ChunkStorageMetadata",
-            offsets=partial(p.size, piece.start),
-            sizes=partial(p.size, piece.size),
-        )
-
-    def place(item: Item) -> None:
-        p.object(
-            "_StorageInfo",
-            relative_path=partial(p.text, item.path),
-            offset=partial(p.integer, item.offset),
-            length=partial(p.integer, item.length),
-        )
-
-    def index(name: str, start: Numbers | None) -> None:
-        own = {} if start is None else {"offset": partial(p.size, start)}
-        p.object("MetadataIndex", fqn=partial(p.text, name), **own, index=partial(p.constant, None))
-
+    p = _Metadata()
     held: list[tuple[Write, Write]] = [
-        (partial(p.text, name), partial(stored, told)) for name, told in tensors.items()
+        (partial(p.text, name), partial(p.tensor, told)) for name, told in tensors.items()
     ]
     held += [(partial(p.text, name), partial(p.new, "BytesStorageMetadata")) for name in objects]
     lies: list[tuple[Write, Write]] = [
-        (partial(index, name, x.start), partial(place, x.place))
+        (partial(p.index, name, x.start), partial(p.item, x.place))
         for name, told in tensors.items()
         for x in told.pieces
     ]
-    lies += [(partial(index, name, None), partial(place, item)) for name, item in objects.items()]
+    lies += [(partial(p.index, name, None), partial(p.item, item)) for name, item in objects.items()]
     p.object(
         "Metadata",
         state_dict_metadata=partial(p.dict_of, held),
@@ -194,13 +155,7 @@ class _Pickle:
 
         self._once(numbers, write)
 
-    def strided(self) -> None:
-        self._called("torch.serialization", "_get_layout", partial(self.text, "torch.strided"))
-
-    def contiguous(self) -> None:
-        self._called(f"{_MODULE}metadata", "_MEM_FORMAT_ENCODING", partial(self.integer, 0))
-
-    def _called(self, module: str, name: str, argument: Write) -> None:
+    def called(self, module: str, name: str, argument: Write) -> None:
         def write() -> None:
             self.name(module, name)
             argument()
@@ -239,3 +194,46 @@ class _Pickle:
         self.new(name)
         self.dict_of((partial(self.text, key), write) for key, write in fields.items())
         self.build()
+
+
+class _Metadata(_Pickle):
+    """The objects that `.metadata` is made of."""
+
+    def tensor(self, told: Stored) -> None:
+        self.object(
+            "TensorStorageMetadata",
+            properties=partial(self.properties, told.dtype),
+            size=partial(self.size, told.shape),
+            chunks=partial(self.list_of, [partial(self.chunk, x) for x in told.pieces]),
+        )
+
+    def properties(self, dtype: str) -> None:
+        """Its state is a tuple: dtype, layout, requires_grad, memory format, pin_memory."""
+        self.new("TensorProperties")
+        self.tuple_of(
+            partial(self.name, "torch", DTYPES[dtype].torch),
+            partial(self.called, "torch.serialization", "_get_layout", partial(self.text, "torch.strided")),
+            partial(self.constant, False),
+            partial(self.called, f"{_MODULE}metadata", "_MEM_FORMAT_ENCODING", partial(self.integer, 0)),
+            partial(self.constant, False),
+        )
+        self.build()
+
+    def chunk(self, piece: Piece[Item]) -> None:
+        self.object(
+            "ChunkStorageMetadata",
+            offsets=partial(self.size, piece.start),
+            sizes=partial(self.size, piece.size),
+        )
+
+    def item(self, item: Item) -> None:
+        self.object(
+            "_StorageInfo",
+            relative_path=partial(self.text, item.path),
+            offset=partial(self.integer, item.offset),
+            length=partial(self.integer, item.length),
+        )
+
+    def index(self, name: str, start: Numbers | None) -> None:
+        own = {} if start is None else {"offset": partial(self.size, start)}
+        self.object("MetadataIndex", fqn=partial(self.text, name), **own, index=partial(self.constant, None))
