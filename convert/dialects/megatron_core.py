@@ -426,7 +426,8 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     kept = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding, **form}
     del kept["apart"]  # ranks have gates and ups together
     if (layers := _layers_of(run)) is not None:
-        kept |= {"form": FOLDER, "layers": layers}
+        parallel = ranks.whole_number(run.args.get("tensor_model_parallel_size"))  # words are padded for them
+        kept |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
     if run.stages > 1:
         kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
