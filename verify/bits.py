@@ -304,9 +304,10 @@ def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
     if subject.manifest is None:
         yield finding("checksums", "skipped", "the output has no manifest (ckpt-tool.json) with checksums")
         return
-    crcs, wrong = dict(subject.manifest.crcs), []
+    crcs = {(subject.named(file), name): crc for (file, name), crc in subject.manifest.crcs.items()}
+    wrong = []
     for s in scans:
-        want = crcs.pop((s.tensor.file, s.tensor.name), None)
+        want = crcs.pop((subject.named(s.tensor.file), s.tensor.name), None)
         if want is None:
             text = "expected a checksum in the manifest, found none"
             wrong.append(finding("checksums", "fail", text, s.tensor.name))

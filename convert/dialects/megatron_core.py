@@ -20,9 +20,9 @@ from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert import numbers
+from ckpt_tool.convert import layer_axis, numbers
+from ckpt_tool.convert.dialects import megatron_dist, published
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
-from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_arguments import (
     GATED,
@@ -48,7 +48,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import Option
+from ckpt_tool.convert.options import SHARDS, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -71,6 +71,8 @@ IGNORED = {
 }
 
 EXPORT = "NVIDIA's Megatron-Bridge exports models with experts to Hugging Face"
+
+RANKS, FOLDER = "mcore", "torch_dist"  # words of `--form`
 
 ARCHITECTURE: dict[str, Any] = {
     "swiglu": True,
@@ -114,6 +116,7 @@ class Core:
     ends: tuple[Ends, ...] = ()
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
+    form: str = RANKS  # to write
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -155,6 +158,14 @@ class Core:
     def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
         """`known` are the fields of the published layout, read from config.json."""
         return plan_original(self, checkpoint, options, known)
+
+
+def layouts_of(m: Core) -> dict[str, Core]:
+    """What such models are written in, by the word in `--form`: the files of ranks, or a folder of
+    torch.distributed that any number of ranks loads."""
+    own = tuple(o for o in m.options if o is not SHARDS)
+    title = f"{m.title} for any number of ranks (dist_checkpointing)"
+    return {RANKS: m, FOLDER: replace(m, form=FOLDER, title=title, options=(*own, megatron_dist.OPTION))}
 
 
 def _shared(known: Known) -> int:
@@ -328,6 +339,16 @@ def is_apart(run: Run) -> bool:
     return f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors
 
 
+def _layers_of(run: Run) -> str | None:
+    """How a folder of torch.distributed has its layers (of `megatron_dist.LAYERS`); None for files of
+    ranks."""
+    if all(f.format != layer_axis.FORMAT for f in run.checkpoint.files.values()):
+        return None
+    if layer_axis.READING in run.checkpoint.readings:
+        return megatron_dist.STACKED
+    return megatron_dist.SINGLETON if is_apart(run) else megatron_dist.APART
+
+
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
@@ -402,8 +423,11 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         "head": run.keeps(OUTPUT, options),
         "apart": is_apart(run),
     }
-    kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, **form}
+    kept = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding, **form}
     del kept["apart"]  # ranks have gates and ups together
+    if (layers := _layers_of(run)) is not None:
+        parallel = ranks.whole_number(run.args.get("tensor_model_parallel_size"))  # words are padded for them
+        kept |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
     if run.stages > 1:
         kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
@@ -428,7 +452,8 @@ def ends_of(m: Core, rows: int) -> Ends | None:
 
 
 def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
-    """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
+    """The files of ranks, one pipeline stage, or a torch_dist folder; with the args that reading again
+    needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
     own = by_name(own_fields(m), LENGTH)
@@ -456,11 +481,27 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         published.copied(published.tokenizer_files(checkpoint, options)),
         {},
         notes,
-        {"form": "mcore", "tensor_parallel": form.ranks},
+        {"form": m.form, "tensor_parallel": form.ranks},
     )
+    if m.form == FOLDER:
+        return _to_folder(m, known, options, written, form)
     engine = bool(known.once.get("engine", True))
     table = rows_of(m, known, form.rows, engine=engine, head=not tied)
     return ranks.to_ranks(table, known.source, options, written, form, str)
+
+
+def _to_folder(m: Core, known: Known, options: Options, written: Written, form: Form) -> Plan:
+    """In a torch_dist folder, where the norms are called as Transformer Engine has them whoever computes
+    them, and the ranks of `form` say only how far the vocabulary is padded."""
+    layers = options.family_options.get("layers", known.once.get("layers"))
+    if layers not in megatron_dist.LAYERS:
+        layers = megatron_dist.STACKED
+    head = not known["tie_word_embeddings"]
+    apart = layers == megatron_dist.SINGLETON
+    table = rows_of(m, known, form.rows, engine=True, head=head, apart=apart)
+    written = replace(written, original={**written.original, "layers": layers})
+    version = form.version or 3.0
+    return megatron_dist.to_folder(table, known.source, options, written, layers=layers, version=version)
 
 
 def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:
