@@ -26,7 +26,7 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
-from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_VERSION
+from ckpt_tool.convert.manifest import CERTIFICATE, MANIFEST, MANIFEST_VERSION
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 # nothing; an empty folder or an output of this tool; that or a folder of a model's files
@@ -78,7 +78,7 @@ class Written:
 
     @property
     def names(self) -> set[str]:
-        return {MANIFEST, *self.weights, *self.documents}
+        return {MANIFEST, CERTIFICATE, *self.weights, *self.documents}
 
 
 def look(folder: Path, replace: Replace, *, shown: Path | None = None, read: bool = True) -> Contents:

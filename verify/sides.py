@@ -302,7 +302,7 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
         told["copied_rows"] = rows
     facts = _facts(checkpoint, subject.family.document)
     config = module.Config.from_original(facts, shapes, len(ranks), told)
-    return _side(module, config, checkpoint, ranks, dtype, device)
+    return side_of(module, config, checkpoint, ranks, dtype, device)
 
 
 def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
@@ -312,10 +312,10 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     module = reference.converted(str(architecture))
     config = module.Config.from_hf(subject.config)
     checkpoint = subject.hf if subject.direction == "to-hf" else cast_forward(subject.hf, subject.plan)
-    return _side(module, config, checkpoint, ranks_of(checkpoint), dtype, device, subject.config)
+    return side_of(module, config, checkpoint, ranks_of(checkpoint), dtype, device, subject.config)
 
 
-def _side(
+def side_of(
     module: ModuleType,
     config: Any,
     checkpoint: Checkpoint,
@@ -324,6 +324,7 @@ def _side(
     device: str,
     raw: Mapping[str, Any] | None = None,
 ) -> Side:
+    """`module` over the tensors of `checkpoint` in each rank, computed in `dtype`."""
     make: Callable[..., Weights] = Weights
     if is_stacked(checkpoint):
         make = partial(StackedWeights, apart=module.apart)

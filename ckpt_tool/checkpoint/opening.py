@@ -42,6 +42,7 @@ from ckpt_tool.checkpoint.megatron import (
     may_hold_ranks,
 )
 from ckpt_tool.checkpoint.no_weights import Around, refuse, tells
+from ckpt_tool.checkpoint.remote_path import Way, scheme_of
 from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
@@ -109,23 +110,21 @@ def open_checkpoint(
     prefer: Prefer | None = None,
     limits: Limits | None = None,
     spool_dir: str | os.PathLike[str] | None = None,
+    hub: Way = "stream",
 ) -> Checkpoint:
-    """Open a folder, a weight file, a zip or tar(.gz) of a folder, or `hf://org/name[@rev]`.
+    """Open a folder, a weight file, a zip or tar(.gz) of a folder, or an address: `hf://org/name[@rev]`,
+    http(s) or what fsspec knows. `hub` says whether repositories of the Hub are read by ranges or downloaded
+    into its cache, where the environment does not.
 
     `prefer` says which weights to take where a folder holds the original and the converted ones: without it
     the originals are taken if params.json stands beside them. `spool_dir` (TMPDIR by default) takes the
     inflated members of archives. A weight file that is one of a numbered set opens the whole set.
     """
     text = os.fspath(path)
-    if text.startswith(HUB):
-        from ckpt_tool.checkpoint.hub import fetch
-
-        local, notes = fetch(text, prefer=prefer)
-        checkpoint = _open_directory(local, prefer, limits or Limits())
-        checkpoint.notes[:0] = notes
-        return checkpoint
-    given = Path(text)
     limits = limits or Limits()
+    if scheme_of(text) is not None:
+        return _open_address(text, prefer, limits, None if spool_dir is None else Path(spool_dir), hub)
+    given = Path(text)
     if (bundle := _bundle_at(given)) is not None:
         return bundle
     status = _status(given, text)
@@ -138,6 +137,34 @@ def open_checkpoint(
         fail("wrong-format", f"expected a folder or a file, found {kind_of(status)}", file=text)
     if given.is_symlink():
         checkpoint.notes.append(f"{text} is a link to {given.resolve()}")
+    return checkpoint
+
+
+def _open_address(
+    text: str, prefer: Prefer | None, limits: Limits, spool_dir: Path | None, hub: Way
+) -> Checkpoint:
+    """Open what is not on this machine. Files are asked for as they are wanted."""
+    from ckpt_tool.checkpoint.hub import fetch
+    from ckpt_tool.checkpoint.remote_folder import open_folder
+
+    single = None
+    if text.startswith(HUB):
+        found, notes = fetch(text, prefer=prefer, wish=hub)
+        if isinstance(found, Path):
+            checkpoint = _open_directory(found, prefer, limits)
+            checkpoint.notes[:0] = notes
+            return checkpoint
+    else:
+        (found, single), notes = open_folder(text), []
+    try:
+        if single is None:
+            checkpoint = _open_folder(found, found.path, prefer, limits)
+        else:
+            checkpoint = _open_named(found, found.path / single, prefer, limits, spool_dir)
+    except BaseException:
+        found.close()
+        raise
+    checkpoint.notes[:0] = notes
     return checkpoint
 
 
@@ -172,21 +199,29 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     refuse_flat(path.name, beside)
     if SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp"):
         return _open_directory(path.parent, prefer, limits)  # which is read whole
-    numbered = set_of(path.name, beside)
-    single = WeightSet(path.name, (path.name,), None, "original")
-    check_finished(numbered or single, beside, file=directory.label)
+    return _open_named(directory, path, prefer, limits, spool_dir)
+
+
+def _open_named(
+    folder: Folder, path: Path, prefer: Prefer | None, limits: Limits, spool_dir: Path | None
+) -> Checkpoint:
+    """Open the file of `folder` that has the name of `path`, and the set that it belongs to."""
+    name, beside = path.name, [n for n in folder.names() if "/" not in n]
+    numbered = set_of(name, beside)
+    single = WeightSet(name, (name,), None, "original")
+    check_finished(numbered or single, beside, file=folder.label)
     if numbered is not None:
-        check_complete(numbered, file=directory.label, expected=_checklist(directory))
-        checkpoint = _open_set(directory, numbered, directory.path, limits)
+        check_complete(numbered, file=folder.label, expected=_checklist(folder))
+        checkpoint = _open_set(folder, numbered, path.parent, limits)
         if len(numbered.files) > 1:
             what = "shards" if numbered.numbered else "files of one model"
-            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} {what}; all were opened")
+            checkpoint.notes.append(f"{name} is one of {len(numbered.files)} {what}; all were opened")
         return checkpoint
-    seen = _look(Place(path, 0), path.name)
+    seen = _look(folder.place(name), name)
     if seen.format in ("zip", "tar", "tar.gz"):
         archive = open_archive(seen.archive or seen.data, seen.format, spool_dir=spool_dir)
         return _open_folder(archive, path, prefer, limits)
-    return _open_set(directory, single, path, limits, seen=seen)
+    return _open_set(folder, single, path, limits, seen=seen)
 
 
 def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
@@ -315,7 +350,7 @@ def _names(path: Path) -> list[str]:
 def _around(folder: Folder, path: Path) -> Around:
     """How to speak of a folder, and of what is in it and around it."""
     if not isinstance(folder, Directory):
-        return archived(folder.label)
+        return folder.around or archived(folder.label)
     outer = folder.outer()
     above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
     own = path.resolve()

@@ -28,6 +28,7 @@ STORED, DEFLATED = 0, 8
 MEMBER_LIMIT = 100_000
 DIRECTORY_LIMIT = 64 << 20
 RATIO_LIMIT = 200
+_BEFORE = 64  # bytes before a local header that are looked at: what ends the member before it
 PADDING_LIMIT = 4096  # zero bytes between two members, as alignment tools leave them
 _BLOCK = 256 << 10
 
@@ -295,6 +296,13 @@ class ZipArchive:
                 f"expected a header before byte {directory}, found its place given as {last.header}",
                 last.name,
             )
+        self.source.expect(
+            (
+                max(0, e.header - _BEFORE),
+                min(_BEFORE + _LOCAL.size + len(e.raw_name) + 64, directory - e.header),
+            )
+            for e in ordered
+        )
         for entry, follower in zip_longest(ordered, ordered[1:]):
             limit = directory if follower is None else follower.header
             member = self._member(entry, limit)
