@@ -40,6 +40,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
     from ckpt_tool.convert.parts import Part, Settings
+    from ckpt_tool.verify.parts import Seen
     from ckpt_tool.verify.report import Report, Reports
 
 __all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
@@ -346,6 +347,13 @@ def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     from ckpt_tool.verify import verify as run
 
     return run(out, source, **asked)
+
+
+def verify_part(out: Source, source: Source | None, worker: Worker, **asked: Any) -> Seen:
+    """Look at a worker's share of `out`; see `ckpt_tool.verify.verify_part`."""
+    from ckpt_tool.verify import verify_part as run
+
+    return run(out, source, worker, **asked)
 
 
 def gate(file: Source, *, progress: Callable[[str], None] | None = None) -> Reports:

@@ -255,6 +255,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     metavar="PATH",
     help="Python, or folder of packages, with a transformers for what the installed one lacks.",
 )
+@click.option("--worker", metavar="I/N", help="Look at share I of N, beside other processes.")
+@click.option("--finish", is_flag=True, help="Join what all workers saw into the report.")
 @report_files
 def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
@@ -262,6 +264,10 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     \b
     ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
     """
+    if asked["worker"]:
+        from ckpt_tool.spread_command import look
+
+        return look(out, source, levels, asked, *_consoles())
     files = _report_files(asked, (out, source, asked["prompts"]))
     report = _run_verify(out, source, levels, asked)
     return _write_report(report, asked, files)
@@ -291,6 +297,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         settings=api.settings(asked["pairs"]),
         transformers_python=asked.get("transformers_python"),
         progress=follow,
+        joined=asked.get("finish", False),
         **chosen,
     )
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits
@@ -25,11 +26,12 @@ from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import Scan, coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.missing import not_computed
+from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
 from ckpt_tool.verify.prompts import Prompts, read_prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
 
-__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "verify"]
+__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
 LEVELS = ("coverage", "bits", "parity", "documented")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -51,6 +53,8 @@ def verify(
     settings: Mapping[str, Any] | None = None,
     transformers_python: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    joined: bool = False,
+    workers: int | None = None,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
@@ -81,7 +85,8 @@ def verify(
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source)
-        scans = _scanned(subject, asked, tell)
+        seen = _joined(subject, out, asked, tell, workers) if joined else None
+        scans = _scanned(subject, asked, tell) if seen is None else seen.scans
         if "coverage" in asked:
             report.findings += coverage(subject, scans)
             report.findings += documents(subject)
@@ -89,13 +94,56 @@ def verify(
         report.findings += unneeded(subject, accepted)
         if "bits" in asked:
             tell("bits: comparing with the source")
-            report.findings += bits(subject, scans)
+            report.findings += bits(subject, scans, None if seen is None else seen.compared)
         if {"parity", "documented"} & set(asked) or against is not None:
             wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere)
             report.findings += _computed(subject, wanted, report.facts, tell)
         report.findings += by_bits(subject, report.findings)
+        if seen is not None:
+            report.facts["workers"] = f"{seen.workers}, each with a share of the tensors and steps"
+            seen.remove()
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
+
+
+def verify_part(
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    worker: Worker,
+    *,
+    levels: Iterable[str] | None = None,
+    no_source: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Seen:
+    """Look at a worker's share of what coverage and bits look at, as one of several processes on machines
+    that share a file system. What it saw is written down beside `out`, for `verify(joined=True)`."""
+    asked = _shared(SHARED if levels is None else tuple(levels))
+    _check_one(source, no_source)
+    with opened(out, source, settings, look_for_source=not no_source) as subject:
+        return look(subject, out, worker, asked, progress or (lambda text: None))
+
+
+def _shared(levels: Iterable[str]) -> tuple[str, ...]:
+    """Those of the levels that workers share; `usage` for none."""
+    _check_choices(levels, None, "float32", "cpu")
+    found = tuple(level for level in levels if level in SHARED)
+    if not found:
+        words = " or ".join(SHARED)
+        message = f"expected a level that workers share ({words}), found {', '.join(levels) or 'none'}"
+        fail("usage", message, where="levels")
+    return found
+
+
+def _joined(
+    subject: Subject,
+    out: str | os.PathLike[str],
+    asked: Iterable[str],
+    tell: Callable[[str], None],
+    workers: int | None,
+) -> Joined:
+    tell("joining what the workers saw")
+    return join(subject, out, _shared(asked), tell, workers)
 
 
 def _scanned(subject: Subject, asked: Iterable[str], tell: Callable[[str], None]) -> list[Scan]:
