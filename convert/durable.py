@@ -28,6 +28,7 @@ RESUMABLE = (
     "write-failed",
     "limits",
     "read-failed",
+    "download-failed",
     "out-of-memory",
     "interrupted",
     "output-changed",

@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -28,10 +27,12 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
+from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
@@ -42,6 +43,7 @@ from ckpt_tool.convert.layout import COPIED, Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
+from ckpt_tool.convert.read_ahead import ReadAhead
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import first_readers, groups
 from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
@@ -117,7 +119,7 @@ def check_output(
 ) -> None:
     """Fail with `output-conflict`, `output-exists`, `not-replaceable` or `output-failed` before anything is
     opened. `beside` are other files that are read."""
-    inputs = [Path(p) for p in (source, *beside) if not os.fspath(p).startswith("hf://")]
+    inputs = [Path(p) for p in (source, *beside) if scheme_of(os.fspath(p)) is None]
     free_place(out, inputs, replace=replaced_by(overwrite, overwrite_foreign))
 
 
@@ -160,6 +162,7 @@ def execute(
             outcome = run.carry_out(extra_documents)
             staging.publish()
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = resumable(error) and bool(staging.entries) and not staging.published
             staging.leave(keep=keep)
@@ -213,7 +216,9 @@ def fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str
     return found
 
 
-def _stamp(path: Path) -> dict[str, int]:
+def _stamp(path: Path) -> dict[str, Any]:
+    if (remote := remote_of(path)) is not None:
+        return dict(remote.stamp)
     status = os.stat(path)
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
@@ -241,7 +246,7 @@ class Run:
     whole: Mapping[str, Sequence[Key]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.carrier = Carrier(self.checkpoint)
+        self.carrier, self.ahead = Carrier(self.checkpoint), ReadAhead(self.checkpoint)
         self.lanes = [Lane() for _ in range(self.jobs)]
         self.pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="ckpt-tool")
         self.stopping = threading.Event()
@@ -313,7 +318,7 @@ class Run:
             crcs: dict[Key, IntervalCrc] = {}
             bound = [self._bind(k, targets, crcs) for k in indices]
             self._each(
-                batches(b for b in bound if not b.step.compare),
+                self.ahead.of(batches(b for b in bound if not b.step.compare)),
                 self._carry,
                 "copy",
                 files[0].name,
@@ -347,8 +352,7 @@ class Run:
         )
 
     def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
-        for bound, block in batch:
-            self.carrier.carry(bound, block, lane)
+        self.carrier.carry_all(batch, lane)
 
     def _bind(self, index: int, targets: Mapping[Key, Target], crcs: dict[Key, IntervalCrc]) -> Bound:
         step = self.plan.steps[index]
@@ -415,7 +419,7 @@ class Run:
                 if place[id(b)] not in different and not self.carrier.same(b, block, lane):
                     different.add(place[id(b)])
 
-        self._each(batches(bound, copy_bytes=CHUNK), compare, "check", "")
+        self._each(self.ahead.of(batches(bound, copy_bytes=CHUNK)), compare, "check", "")
         verdicts = [self._judge(bound[k]) for k in sorted(different)]
         fail_all(v for v in verdicts if isinstance(v, Problem))
         return [v for v in verdicts if isinstance(v, Finding)]
@@ -538,7 +542,7 @@ class Run:
             def work(info: TensorInfo, lane: Lane) -> None:
                 crc = 0
                 for data in _chunks(Target(info, descriptor, layout.offsets[info.name]), lane):
-                    crc = zlib.crc32(data, crc)
+                    crc = crc32(data, crc)
                 if crc != crcs[info.name]:
                     wrong.append(info.name)
 
@@ -580,7 +584,7 @@ class Run:
             for start in range(0, info.nbytes, CHUNK):
                 room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
                 self.checkpoint.read_into(info, start, room)
-                crc = zlib.crc32(room, crc)
+                crc = crc32(room, crc)
                 lane.read_bytes += len(room)
             found[key] = crc
 

@@ -428,7 +428,7 @@ def test_what_all_workers_saw_is_the_report_of_one(
     assert wrong.status == "fail" and sum(f.check == "round trip" for f in wrong.findings) >= 4
     seen = looked_at(out, source, 4)
     assert sum(s.differences > 0 for s in seen) >= 2
-    joined = verify(out, source, levels=levels, joined=True, workers=4)
+    joined = verify(out, source, levels=levels, joined=True)
     assert findings(joined) == findings(wrong) and joined.exactness == "differs"
 
 

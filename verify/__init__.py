@@ -23,7 +23,7 @@ from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Asked, Claim
 from ckpt_tool.verify.confirm import confirm
-from ckpt_tool.verify.coverage import Scan, coverage, scan
+from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
@@ -54,22 +54,20 @@ def verify(
     transformers_python: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
     joined: bool = False,
-    workers: int | None = None,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
 
     `levels` (None: all) and everything else that is asked for by name must run for the report to pass.
     `no_source` says that there is none to compare with: the report passes then where the output is consistent
-    with its manifest. `accept` names differences that the plan or the report foretells, which then do not
-    fail.
+    with its manifest. `accept` names foretold differences (of plan or report), which then do not fail.
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
     under their Hugging Face names; those recorded in the output's manifest are known already.
     `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
-    one lacks (None: CKPT_TOOL_TRANSFORMERS). Raises `CkptToolError` for what cannot be opened; all else is a
-    finding."""
+    one lacks (None: CKPT_TOOL_TRANSFORMERS). `joined`: coverage and bits go by what workers (`verify_part`)
+    saw. Raises `CkptToolError` for what cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
@@ -85,23 +83,19 @@ def verify(
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source)
-        seen = _joined(subject, out, asked, tell, workers) if joined else None
-        scans = _scanned(subject, asked, tell) if seen is None else seen.scans
+        seen = _seen(subject, out, asked, tell, joined)
         if "coverage" in asked:
-            report.findings += coverage(subject, scans)
-            report.findings += documents(subject)
-            report.findings += confirm(subject)
+            report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
         report.findings += unneeded(subject, accepted)
         if "bits" in asked:
             tell("bits: comparing with the source")
-            report.findings += bits(subject, scans, None if seen is None else seen.compared)
+            report.findings += bits(subject, seen.scans, seen.compared)
         if {"parity", "documented"} & set(asked) or against is not None:
             wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere)
             report.findings += _computed(subject, wanted, report.facts, tell)
         report.findings += by_bits(subject, report.findings)
-        if seen is not None:
-            report.facts["workers"] = f"{seen.workers}, each with a share of the tensors and steps"
-            seen.remove()
+        report.facts |= seen.facts
+        seen.remove()
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
 
@@ -135,23 +129,21 @@ def _shared(levels: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def _joined(
+def _seen(
     subject: Subject,
     out: str | os.PathLike[str],
     asked: Iterable[str],
     tell: Callable[[str], None],
-    workers: int | None,
+    joined: bool,
 ) -> Joined:
-    tell("joining what the workers saw")
-    return join(subject, out, _shared(asked), tell, workers)
-
-
-def _scanned(subject: Subject, asked: Iterable[str], tell: Callable[[str], None]) -> list[Scan]:
     """What the levels that look at every byte of the output share."""
-    if not {"coverage", "bits"} & set(asked):
-        return []
+    if joined:
+        tell("joining what the workers saw")
+        return join(subject, out, _shared(asked), tell)
+    if not set(SHARED) & set(asked):
+        return Joined()
     tell("reading the output")
-    return list(scan(subject.output))
+    return Joined(list(scan(subject.output)))
 
 
 def _computed(

@@ -20,6 +20,7 @@ from typing import Any
 
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import TensorInfo
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert import journal
 from ckpt_tool.convert.claims import at_work, claimed, remove_claims
 from ckpt_tool.convert.comparing import Difference as Drift
@@ -71,12 +72,18 @@ class Seen:
 
 @dataclass
 class Joined:
-    """What all workers saw, in the order in which one process sees it."""
+    """What all `workers` saw, in the order in which one process sees it. `compared` is None where the steps
+    of the plan were not compared; `paths` are the files it was read from."""
 
-    workers: int
-    scans: list[Scan]
-    compared: Comparison | None  # None without a source
+    scans: list[Scan] = field(default_factory=list)
+    compared: Comparison | None = None
+    workers: int = 0
     paths: list[Path] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        text = f"{self.workers}, each with a share of the tensors and steps"
+        return {"workers": text} if self.workers else {}
 
     def remove(self) -> None:
         """Remove what the workers wrote down."""
@@ -164,11 +171,10 @@ def join(
     out: str | os.PathLike[str],
     levels: Collection[str],
     tell: Tell,
-    count: int | None = None,
 ) -> Joined:
     """What all workers saw of this output and source; `missing-parts`, `resume-mismatch` or `output-busy`
     where that is not all there is to see."""
-    number = count or _count(out)
+    number = _count(out)
     identity = _identity(subject)
     scans: dict[Key, Scan] = {}
     steps: dict[int, Comparison] = {}
@@ -201,17 +207,17 @@ def join(
         compared = Comparison()
         for k in range(len(subject.plan.steps)):
             compared.add(steps[k])
-    return Joined(number, [scans[t.file, t.name] for t in subject.output], compared, paths)
+    return Joined([scans[t.file, t.name] for t in subject.output], compared, number, paths)
 
 
 # --- what is written down -------------------------------------------------------------------------------
 
 
 def _path(out: str | os.PathLike[str], worker: Worker) -> Path:
-    place = Path(os.path.realpath(out))
-    if os.fspath(out).startswith("hf://"):
-        message = "expected an output on a file system that all workers share, found one on the hub"
+    if (scheme := scheme_of(os.fspath(out))) is not None:
+        message = f"expected an output on a file system that all workers share, found one at {scheme}://"
         fail("usage", message, where="--worker", hint="download it first")
+    place = Path(os.path.realpath(out))
     return place.with_name(f".{place.name}.ckpt-tool-verify-of-{worker.count}.{worker.number}")
 
 
