@@ -240,6 +240,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 )
 @click.option("--expectations", metavar="FILE", help="Values that a trusted run recorded, to hold against.")
 @click.option("--record", metavar="FILE", help="Record what it computes, if it passes.")
+@click.option("--worker", metavar="I/N", help="Look at share I of N, beside other processes.")
+@click.option("--finish", is_flag=True, help="Join what all workers saw into the report.")
 @report_files
 def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
@@ -247,6 +249,10 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     \b
     ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
     """
+    if asked["worker"]:
+        from ckpt_tool.spread_command import look
+
+        return look(out, source, levels, asked, *consoles())
     files = checked_files(asked, (out, source, asked["prompts"], asked["expectations"]))
     report = _run_verify(out, source, levels, asked)
     if asked["record"] is not None and report.status == "pass":
@@ -292,6 +298,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         transformers_python=asked.get("transformers_python"),
         expectations=asked.get("expectations"),
         progress=following_at(log),
+        joined=asked.get("finish", False),
         **chosen,
     )
 
