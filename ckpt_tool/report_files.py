@@ -43,7 +43,7 @@ class ReportFiles:
         problems: list[Problem] = []
         for option, file in self.files.items():
             try:
-                _write(file, forms[option]().encode("utf-8", "backslashreplace"))
+                write_whole(file, forms[option]().encode("utf-8", "backslashreplace"))
             except BrokenPipeError:
                 raise
             except OSError as error:
@@ -96,7 +96,7 @@ def _is_stream(file: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _write(file: str, data: bytes) -> None:
+def write_whole(file: str, data: bytes) -> None:
     """All of `data` in one step: whoever reads `file` sees it whole, or what was there before."""
     if _is_stream(file):
         with open(file, "wb") as stream:

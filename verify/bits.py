@@ -157,6 +157,14 @@ def _compare_step(
     return [d for d in differences if d.count]
 
 
+def moved(
+    step: Step, source: Checkpoint, inputs: Sequence[TensorInfo], dtype: str
+) -> Iterator[tuple[Access, np.ndarray]]:
+    """What `step` makes of `inputs`, piece by piece: where it goes, and its raw bits in `dtype`."""
+    for block in pieces(step, copy_bytes=PIECE):
+        yield from zip(block.writes, _apply(block, source, inputs, dtype), strict=True)
+
+
 def _apply(
     block: Block, checkpoint: Checkpoint, inputs: Sequence[TensorInfo], cast_to: str | None
 ) -> list[np.ndarray]:
