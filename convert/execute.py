@@ -371,14 +371,17 @@ class Run:
 
     def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
         """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
+        if file not in self._records_c:
+            return None
         record = self.checkpoint.files[file].record_of(name)
-        if record is None or self._records[file][record[0]].crc32c is None:
+        if record is None or self._records_c[file][record[0]].crc32c is None:
             return None
         return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
 
     @cached_property
-    def _records(self) -> dict[str, Mapping[str, Record]]:
-        return {f.name: f.records() for f in self.checkpoint.files.values()}
+    def _records_c(self) -> dict[str, Mapping[str, Record]]:
+        """The records of the files whose format has such checksums."""
+        return {f.name: f.records() for f in self.checkpoint.files.values() if f.format == "tf-bundle"}
 
     def _write_all(self, name: str, descriptor: int, writes: Iterable[tuple[int, bytes]]) -> None:
         for offset, data in writes:

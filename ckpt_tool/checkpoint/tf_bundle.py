@@ -8,7 +8,7 @@ these files can be executed, and the graph beside them (`.meta`) is not opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -144,7 +144,7 @@ class BundleFile(TensorFile):
             return None
         return data.descriptor, data.base + entry.offset
 
-    def records(self) -> Mapping[str, Record]:
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         """Each tensor, and each slice of one, has a checksum of its own."""
         found: dict[str, Record] = {}
         for name in self.tensors:
