@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -440,7 +440,7 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
         else [f"model-{k:05d}-of-{total:05d}.safetensors" for k in range(1, total + 1)]
     )
     files = [
-        OutputFile(n, "safetensors", tuple(replace(t, file=n) for t in g), _metadata(n))
+        OutputFile(n, "safetensors", tuple(TensorInfo(t.name, t.dtype, t.shape, n) for t in g), _metadata(n))
         for n, g in zip(names, groups, strict=True)
     ]
     if total == 1:
@@ -451,7 +451,7 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
 
 
 def _placed(step: Step, home: Mapping[str, str]) -> Step:
-    return replace(step, targets=tuple(replace(p, file=home[p.name]) for p in step.targets))
+    return step.with_targets(tuple(p.at_home(home[p.name]) for p in step.targets))
 
 
 def _absent(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
