@@ -7,6 +7,7 @@ storage offset or archive the file holds it in. Memory is the caller's buffer an
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -177,6 +178,16 @@ class Document:
         if (sign := pointer(data)) is not None:
             fail("wrong-format", f"expected a document, found {sign.what}", file=self.name, hint=sign.hint)
         return data
+
+    def sha256(self, limit: int) -> str:
+        """Of all its bytes, which are read a few at a time; refuses what `read` refuses for its size."""
+        if self.size > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        try:
+            with open(self.path, "rb") as f:
+                return hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError as error:
+            fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
 
 
 class View(TensorFile):
