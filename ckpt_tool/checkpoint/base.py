@@ -7,6 +7,7 @@ storage offset or archive the file holds it in. Memory is the caller's buffer an
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -192,6 +193,16 @@ class Document:
     def open(self) -> BinaryIO:
         """The document, for reading as much of it as is wanted at a time; may raise OSError."""
         return open(self.path, "rb")
+
+    def sha256(self, limit: int) -> str:
+        """Of all its bytes, which are read a few at a time; refuses what `read` refuses for its size."""
+        if self.size > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        try:
+            with self.open() as f:
+                return hashlib.file_digest(f, "sha256")  # type: ignore[arg-type].hexdigest()
+        except OSError as error:
+            fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
 
 
 class View(TensorFile):
