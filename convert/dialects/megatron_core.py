@@ -70,7 +70,7 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
-EXPORT = "NVIDIA's Megatron-Bridge exports models with experts to Hugging Face"
+EXPORT = "NVIDIA's Megatron-Bridge exports models of this kind to Hugging Face"
 
 RANKS, FOLDER = "mcore", "torch_dist"  # words of `--form`
 
@@ -140,6 +140,8 @@ class Core:
 
     def recognise(self, names: Collection[str]) -> tuple[bool, str]:
         p, kinds = f"{prefix_of(names)}{FIRST}", "Megatron-Core names"
+        if f"{prefix_of(names)}decoder.final_norm.weight" in names:
+            return False, f"{kinds} of a HybridModel, whose layers hold attention or a feed-forward each"
         for suffix, what, has in (
             ("self_attention.linear_qkv.bias", "biases for query, key and value", self.biases),
             ("self_attention.q_layernorm.weight", "norms of queries and keys", self.head_norms),
@@ -354,7 +356,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
     if not ours:
-        hint = EXPORT if "with experts" in why else None
+        hint = EXPORT if "with experts" in why or "HybridModel" in why else None
         fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name, hint=hint)
     prefix = prefix_of(checkpoint.names()) or ""
 
@@ -369,6 +371,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
                 yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
     run = with_documents(ranks.open_ranks(checkpoint, "core", own))
+    _refuse_formats(run)
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
     if is_apart(run) or (down is not None and up is not None and up.shape[0] == 2 * down.shape[-1]):
         return run
@@ -377,6 +380,19 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
         "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
         file=checkpoint.path.name,
     )
+
+
+def _refuse_formats(run: Run) -> None:
+    """Megatron's formats of FSDP have the same container and other names and shapes."""
+    asked, file = run.args.get("ckpt_format"), run.checkpoint.path.name
+    if asked in ("fsdp_dtensor", "torch_dcp") and any(
+        f.format == "dcp" for f in run.checkpoint.files.values()
+    ):
+        message = (
+            f"expected Megatron's torch_dist, found a checkpoint of its format {asked} (args: ckpt_format)"
+        )
+        hint = "load it with Megatron and save it with --ckpt-format torch_dist"
+        fail("unsupported", message, file=file, hint=hint)
 
 
 # --- to Hugging Face ------------------------------------------------------------------------------------
