@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -126,6 +126,11 @@ class TensorFile(ABC):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the dense bytes of tensor `name` starting at byte `offset`. Thread-safe."""
 
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """These (tensor, first byte, bytes) will be read soon: files that are not on this machine begin to
+        fetch them."""
+        return None
+
     def absent(self, name: str) -> str | None:
         """The file that is not there and holds bytes of tensor `name`, None where all are there."""
         return None
@@ -179,13 +184,20 @@ class Document:
             fail("wrong-format", f"expected a document, found {sign.what}", file=self.name, hint=sign.hint)
         return data
 
+    def open(self) -> BinaryIO:
+        """The document, for reading as much of it as is wanted at a time; may raise OSError."""
+        return open(self.path, "rb")
+
     def sha256(self, limit: int) -> str:
         """Of all its bytes, which are read a few at a time; refuses what `read` refuses for its size."""
         if self.size > limit:
             fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        digest = hashlib.sha256()
         try:
-            with open(self.path, "rb") as f:
-                return hashlib.file_digest(f, "sha256").hexdigest()
+            with self.open() as f:
+                while piece := f.read(1 << 20):
+                    digest.update(piece)
+            return digest.hexdigest()
         except OSError as error:
             fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
 
@@ -236,6 +248,9 @@ class Renamed(View):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         self.stored.read_into(self.own[name], offset, buffer)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        self.stored.expect((self.own[name], offset, size) for name, offset, size in ranges)
 
     def extent(self, name: str) -> tuple[int, int] | None:
         return self.stored.extent(self.own[name])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.checkpoint.weight_sets import CHECKLISTS
 from ckpt_tool.errors import CkptToolError
 
@@ -122,6 +123,8 @@ def _size(file: TensorFile) -> int | None:
     """Of a file that lies in a folder; one inside an archive has the archive's own checksum."""
     if file.path.name != file.name.rpartition("/")[2]:
         return None
+    if (remote := remote_of(file.path)) is not None:
+        return remote.size
     try:
         return os.stat(file.path).st_size
     except OSError:

@@ -4,6 +4,8 @@ belong together, and what stands beside the tensors.
     latest_checkpointed_iteration.txt                 `release`, or the number of an iteration
     iter_0001000/mp_rank_01/model_optim_rng.pt        tensor-parallel rank 1
     release/mp_rank_01_003/model_optim_rng.pt         tensor-parallel rank 1, pipeline stage 3
+    mp_rank_01/model_weights.ckpt                     in an archive of NeMo; with pipeline stages
+    tp_rank_01_pp_rank_003/model_weights.ckpt
 
 Source: NVIDIA/Megatron-LM v1.0 to core_v0.9.0, checkpointing.py.
 """
@@ -23,8 +25,12 @@ TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"  # the development versions of 2022 called it model_rng.pt
 _ITERATION = re.compile(r"iter_\d{7,}|release", re.ASCII)
 # A third number is an expert-parallel rank.
-_RANK = re.compile(r"mp_rank_(?P<rank>\d{2,4})(_(?P<stage>\d{3,5}))?(?P<expert>_\d{3,5})?", re.ASCII)
-_PATH = re.compile(rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/model(_optim)?_rng\.pt", re.ASCII)
+_RANK = re.compile(
+    r"[mt]p_rank_(?P<rank>\d{2,4})(_(?:pp_rank_)?(?P<stage>\d{3,5}))?(?P<expert>_\d{3,5})?", re.ASCII
+)
+_PATH = re.compile(
+    rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/(model(_optim)?_rng\.pt|model_weights\.ckpt)", re.ASCII
+)
 _SHOWN = 8
 
 # The arguments that say what a model computes and how it was shared out, in the order they are shown.

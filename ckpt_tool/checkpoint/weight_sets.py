@@ -52,6 +52,9 @@ _DOCUMENTS = frozenset(
         "pytorch_model.bin.index.json",
         "latest_checkpointed_iteration.txt",
         "model_args.pkl",
+        "run_config.yaml",
+        "model_config.yaml",
+        "integrity.json",
         INDEX_NAME,
     )
 )
@@ -102,6 +105,7 @@ _PATTERNS = (
         "consolidated.safetensors.index.json",
     ),
     _pattern(r"model(_optim)?_rng\.pt", 0, "original"),
+    _pattern(r"model_weights\.ckpt", 0, "original"),  # NeMo
     _pattern(rf"{_METASEQ}-model_part-(?P<number>\d{{1,4}})(?:-shard0)?\.pt", 0, "original"),
     _pattern(rf"reshard\.pt|restored\.pt|{_METASEQ}-shard0\.pt", 0, "original"),
     # a state dict for each part of a model

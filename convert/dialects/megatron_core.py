@@ -32,7 +32,8 @@ from ckpt_tool.convert.dialects.megatron_arguments import (
     notes_on_precision,
     refuse_others,
 )
-from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
+from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, STRETCHED, Form, Own, Run, args_of
+from ckpt_tool.convert.dialects.megatron_settings import with_documents
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
@@ -275,7 +276,7 @@ FIELDS = (
     count("num_key_value_heads", read=_groups, rule=_one_each, check=_heads_fit),
     ranks.epsilon("rms_norm_eps", ask="the epsilon of the norms"),
     numbers.number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
-    numbers.anything("rope_scaling", rule=_scaling, check=numbers.object_or_null),
+    numbers.anything("rope_scaling", STRETCHED, rule=_scaling, check=numbers.object_or_null),
     count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
     numbers.flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
 )
@@ -345,7 +346,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
                 chunk = int(m[1]) if m.re.groups else 0
                 yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
-    run = ranks.open_ranks(checkpoint, "core", own)
+    run = with_documents(ranks.open_ranks(checkpoint, "core", own))
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
     if is_apart(run) or (down is not None and up is not None and up.shape[0] == 2 * down.shape[-1]):
         return run
@@ -365,7 +366,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         fail("usage", message, where="--gqa", hint="convert first, then pool the heads of what comes out")
     run, why = open_run(m, checkpoint), f"family {m.family}"
     rows, ids = run.size(WORDS, 0), ("bos_token_id", "eos_token_id")
-    facts = Facts(run.told, "args", options.settings)
+    facts = Facts(run.told, "args", options.settings, places=run.places)
     ends = ends_of(m, 0 if rows is None else rows.value)
     if ends is None and set(ids) & facts.settings.keys():
         ends = Ends((), None, None, "not set")
@@ -383,6 +384,8 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     known = Known(fields, facts, run, options)
     left_out = refuse_others(facts, run, m.args, UNUSED_BY_GATED)
     config = known.values()
+    if "activation_func" in run.places:
+        config["hidden_act"] = Value("silu", ": ".join(run.places["activation_func"]))
     facts.check_settings({*config, *ids, *answered_for(facts, run, m.args)})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value

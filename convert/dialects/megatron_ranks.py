@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
@@ -29,6 +29,7 @@ SPLIT = "layers_of_parts"  # in the manifest
 DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 RELEASE = "release"
 OUTPUT = "output_layer.weight"
+STRETCHED = "stretched_frequencies"  # what documents say of them, as the block of config.json
 IGNORED = {
     r"optimizer\..*": "state of the optimizer: only training needs it",
     r"(lr|opt_param)_scheduler\..*": "state of the schedule: only training needs it",
@@ -47,7 +48,9 @@ class Run(Source):
     """What the files say of the run beside the tensors. `told` are the pickled args, None where the file has
     none; `said_version` is None where it says no checkpoint_version, which stands for 0. `files` are
     [rank][stage], `chunks` counts the virtual stages, `split` the layers of each part: the first chunks of
-    all stages, then the second."""
+    all stages, then the second. Where documents beside the files say some of `told`, `places` has the file
+    and the name there of each, and `elsewhere` for each document its name, what it says, and what it calls
+    that."""
 
     age: str
     files: list[list[str]]
@@ -55,6 +58,8 @@ class Run(Source):
     split: tuple[int, ...] = ()
     said_version: float | None = None
     iteration: int | None = None
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    elsewhere: tuple[tuple[str, Mapping[str, Any], Mapping[str, str]], ...] = ()
 
     @property
     def version(self) -> float:
