@@ -129,8 +129,7 @@ def plan(
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
     publisher's list of sums (checklist.chk, SHA256SUMS, integrity.json) names are compared with it, large
-    weights only with
-    `checksums`; `progress` is told of each file of weights and the bytes read of it."""
+    weights only with `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:
