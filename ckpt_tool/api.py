@@ -25,7 +25,7 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.plan import Options, Plan, dropped_names
 from ckpt_tool.convert.recognising import (
     check_own,
     check_plain,
@@ -41,6 +41,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
     from ckpt_tool.convert.parts import Part, Settings
+    from ckpt_tool.verify.parts import Seen
     from ckpt_tool.verify.report import Report, Reports
 
 __all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
@@ -51,13 +52,15 @@ Source = str | os.PathLike[str]
 @dataclass(frozen=True)
 class Conversion:
     """What `convert` did: the plan, what executing it measured, and the cheap verification levels; `opened`
-    are the notes of opening the input (which folder, which of two sets of weights)."""
+    are the notes of opening the input (which folder, which of two sets of weights), `insisted` the settings
+    whose value is not the source's own: `verify` has to be told them again."""
 
     out: Path
     plan: Plan
     outcome: Outcome
     report: Report | None = field(default=None)
     opened: tuple[str, ...] = ()
+    insisted: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and findings of the run, and the coverage report where it ran."""
@@ -125,8 +128,9 @@ def plan(
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
-    publisher's checklist.chk or Megatron's integrity.json lists are compared with it, large weights only with
-    `checksums`; `progress` is told of each file of weights and the bytes read of it."""
+    publisher's list of sums (checklist.chk, SHA256SUMS) or Megatron's integrity.json name are compared with
+    it, large weights only with `checksums`; `progress` is told of each file of weights and the bytes read of
+    it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:
@@ -138,6 +142,7 @@ def plan(
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
     seen = as_family_knows(source, chosen)
+    options = replace(options, drop=dropped_names(options.drop, seen))
     try:
         made = make(seen, options)
     except CkptToolError as error:  # without the frames, which hold what was read of large documents
@@ -208,8 +213,28 @@ def convert(
             overwrite=overwrite,
             overwrite_foreign=overwrite_foreign,
         )
+        insisted = _insisted(checkpoint, chosen, asked) if to == "hf" else {}
     report = _coverage(target) if check and to == "hf" else None
-    return Conversion(target, made, outcome, report, opened)
+    return Conversion(target, made, outcome, report, opened, insisted)
+
+
+def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[str, Any]:
+    """The settings to which the source itself says something else."""
+    if not options.settings:
+        return {}
+    from ckpt_tool.verify.recorded import settled
+
+    seen = as_family_knows(layers_apart(checkpoint), chosen)
+    options = replace(options, drop=dropped_names(options.drop, seen))
+    settings = options.settings
+    try:
+        alone = chosen.plan(seen, replace(options, settings={})).config
+        doubted = {n for n, v in settings.items() if n in alone and alone[n].value != v}
+    except CkptToolError:  # it needs some of them
+        doubted = set(settings)
+    agreed = {n: v for n, v in settings.items() if n not in doubted}
+    _, kept = settled(lambda o: chosen.plan(seen, o), options, agreed)
+    return {n: v for n, v in settings.items() if n not in kept.settings}
 
 
 def _coverage(out: Path) -> Report:
@@ -269,6 +294,18 @@ class PartMade:
 
 
 @dataclass(frozen=True)
+class _Begun:
+    """A plan, its source as the family knows it, how to carry it out, the notes of opening the source, and
+    the settings to which the source says something else."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    settings: Settings
+    opened: tuple[str, ...]
+    insisted: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Shared:
     """A conversion that several processes carry out: what `convert` takes, the same in each of them. `tell`
     is called with what a process waits for."""
@@ -290,8 +327,8 @@ class Shared:
     beside: tuple[Source, ...] = ()
 
     @contextmanager
-    def planned(self) -> Iterator[tuple[Plan, Checkpoint, Settings, tuple[str, ...]]]:
-        """The plan, the source as its family knows it, how to carry it out, and the notes of opening it."""
+    def planned(self) -> Iterator[_Begun]:
+        """Open the source and plan."""
         from ckpt_tool.convert.execute import check_output
         from ckpt_tool.convert.parts import Settings
 
@@ -320,7 +357,8 @@ class Shared:
                 address=_address(self.source),
                 **replaced,
             )
-            yield made, as_family_knows(checkpoint, chosen), settings, checkpoint.opened()
+            insisted = _insisted(checkpoint, chosen, self.options) if self.to == "hf" else {}
+            yield _Begun(made, as_family_knows(checkpoint, chosen), settings, checkpoint.opened(), insisted)
 
 
 def convert_part(asked: Shared, worker: Worker) -> PartMade:
@@ -328,9 +366,9 @@ def convert_part(asked: Shared, worker: Worker) -> PartMade:
     workers fill, or go on with what a stopped one of the same number has left. See convert/parts.py."""
     from ckpt_tool.convert.parts import carry_part
 
-    with asked.planned() as (made, checkpoint, settings, opened):
-        part = carry_part(made, checkpoint, Path(asked.out), worker, settings)
-    return PartMade(Path(asked.out), made, part, opened)
+    with asked.planned() as begun:
+        part = carry_part(begun.plan, begun.checkpoint, Path(asked.out), worker, begun.settings)
+    return PartMade(Path(asked.out), begun.plan, part, begun.opened)
 
 
 def publish_parts(asked: Shared, *, count: int | None = None, check: bool = True) -> Conversion:
@@ -338,10 +376,10 @@ def publish_parts(asked: Shared, *, count: int | None = None, check: bool = True
     `convert` writes. `count` workers; None takes it from the parts. `check` runs the coverage level on it."""
     from ckpt_tool.convert.parts import publish
 
-    with asked.planned() as (made, checkpoint, settings, opened):
-        outcome = publish(made, checkpoint, Path(asked.out), settings, count=count)
+    with asked.planned() as begun:
+        outcome = publish(begun.plan, begun.checkpoint, Path(asked.out), begun.settings, count=count)
     report = _coverage(Path(asked.out)) if check and asked.to == "hf" else None
-    return Conversion(Path(asked.out), made, outcome, report, opened)
+    return Conversion(Path(asked.out), begun.plan, outcome, report, begun.opened, begun.insisted)
 
 
 def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
@@ -349,6 +387,13 @@ def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     from ckpt_tool.verify import verify as run
 
     return run(out, source, **asked)
+
+
+def verify_part(out: Source, source: Source | None, worker: Worker, **asked: Any) -> Seen:
+    """Look at a worker's share of `out`; see `ckpt_tool.verify.verify_part`."""
+    from ckpt_tool.verify import verify_part as run
+
+    return run(out, source, worker, **asked)
 
 
 def gate(file: Source, **asked: Any) -> Reports:

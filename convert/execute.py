@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -28,11 +27,13 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
+from ckpt_tool.checkpoint.dcp_writer import DistLayout
 from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
@@ -101,6 +102,9 @@ def layout_of(output: OutputFile) -> Layout:
         return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
     if output.format == "tf-bundle":
         return BundleLayout(tensors)
+    if output.format == "dcp":
+        pieces = zip(tensors, output.chunks, strict=True)
+        return DistLayout([(name, dtype, chunk.shape(shape)) for (name, dtype, shape), chunk in pieces])
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 
@@ -352,8 +356,7 @@ class Run:
         )
 
     def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
-        for bound, block in batch:
-            self.carrier.carry(bound, block, lane)
+        self.carrier.carry_all(batch, lane)
 
     def _bind(self, index: int, targets: Mapping[Key, Target], crcs: dict[Key, IntervalCrc]) -> Bound:
         step = self.plan.steps[index]
@@ -368,14 +371,17 @@ class Run:
 
     def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
         """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
+        if file not in self._records_c:
+            return None
         record = self.checkpoint.files[file].record_of(name)
-        if record is None or self._records[file][record[0]].crc32c is None:
+        if record is None or self._records_c[file][record[0]].crc32c is None:
             return None
         return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
 
     @cached_property
-    def _records(self) -> dict[str, Mapping[str, Record]]:
-        return {f.name: f.records() for f in self.checkpoint.files.values()}
+    def _records_c(self) -> dict[str, Mapping[str, Record]]:
+        """The records of the files whose format has such checksums."""
+        return {f.name: f.records() for f in self.checkpoint.files.values() if f.format == "tf-bundle"}
 
     def _write_all(self, name: str, descriptor: int, writes: Iterable[tuple[int, bytes]]) -> None:
         for offset, data in writes:
@@ -543,7 +549,7 @@ class Run:
             def work(info: TensorInfo, lane: Lane) -> None:
                 crc = 0
                 for data in _chunks(Target(info, descriptor, layout.offsets[info.name]), lane):
-                    crc = zlib.crc32(data, crc)
+                    crc = crc32(data, crc)
                 if crc != crcs[info.name]:
                     wrong.append(info.name)
 
@@ -585,7 +591,7 @@ class Run:
             for start in range(0, info.nbytes, CHUNK):
                 room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
                 self.checkpoint.read_into(info, start, room)
-                crc = zlib.crc32(room, crc)
+                crc = crc32(room, crc)
                 lane.read_bytes += len(room)
             found[key] = crc
 

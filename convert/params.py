@@ -184,7 +184,7 @@ class Facts:
         places = self._places(name, keys, null)
         if not places:
             if (found := rule() if callable(rule) else rule) is not None:
-                return found
+                return self._with_null(found, keys)
             where = keys[0] if keys and self.document is not None else name
             file = None if self.document is None else self.file
             self._problem("missing-fact", f"expected {ask}, found none", file, where, f"--set {name}=VALUE")
@@ -199,6 +199,13 @@ class Facts:
         except CkptToolError as error:
             self.problems += map(self._placed, error.problems)
             return UNKNOWN
+
+    def _with_null(self, found: Value, keys: tuple[str, ...]) -> Value:
+        """What stands where the file is silent, which says so where it has the key and no value."""
+        nulls = [k for k in keys if k in (self.document or {})]
+        if not nulls or found.value is None or any(k in found.source for k in nulls):
+            return found
+        return replace(found, source=f"{found.source}; {nulls[0]} is null in {self.file}")
 
     def _source(self, key: str) -> str:
         return ": ".join(self.places.get(key, (self.file, key)))

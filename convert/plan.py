@@ -8,11 +8,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.dcp_metadata import DATA
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
@@ -20,9 +22,10 @@ from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 PLAN_VERSION = 1
+_PATTERN = re.compile(r"[*?[]")  # signs of a shell's pattern
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -81,11 +84,26 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Where a tensor to write lies in one of a torch.distributed folder: that is called `key`, and `start` is
+    its first element there. Axes of that which the tensor has not come first, and it is one long there."""
+
+    key: str
+    start: tuple[int, ...]
+
+    def shape(self, own: tuple[int, ...]) -> tuple[int, ...]:
+        """That of a tensor of the shape `own` there."""
+        return (1,) * (len(self.start) - len(own)) + own
+
+
+@dataclass(frozen=True)
 class OutputFile:
-    """A container to write: `format` is "safetensors", "torch-zip" or "tf-bundle" (a data file; the index is
-    made when all of them are written, in the order of their numbers); tensors in file order. A torch file may
+    """A container to write: `format` is "safetensors", "torch-zip", "tf-bundle" (a data file; the index is
+    made when all of them are written, in the order of their numbers) or "dcp" (a data file of a
+    torch.distributed folder); tensors in file order. A torch file may
     nest its tensors in `dicts`, hold plain values `beside` them, and tensors that are the same for every
-    model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`."""
+    model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`. The tensors of a data file are
+    `chunks`, one for each, of tensors of their folder."""
 
     name: str
     format: str
@@ -94,6 +112,7 @@ class OutputFile:
     dicts: tuple[str, ...] = ()
     beside: Mapping[str, object] = field(default_factory=dict)
     constants: tuple[tuple[str, str, tuple[int, ...], bytes], ...] = ()
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def held(self) -> tuple[TensorInfo, ...]:
@@ -185,6 +204,7 @@ class Plan:
                         if f.constants
                         else {}
                     ),
+                    **({"chunks": [[c.key, list(c.start)] for c in f.chunks]} if f.chunks else {}),
                 }
                 for f in self.outputs
             ],
@@ -346,12 +366,41 @@ def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator
         yield problem
 
 
+def dropped_names(asked: Iterable[str], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The tensors that --drop means: names, or patterns as a shell has them (`*` stands for `/` and `.` too).
+    `usage` for a pattern without a tensor; a name without one is told when the plan is made."""
+    there = dict.fromkeys([*checkpoint.names(), *(t.tensor.name for t in checkpoint.left_out)])
+    found: dict[str, None] = {}
+    problems = []
+    for text in asked:
+        if text in there or not _PATTERN.search(text):
+            found[text] = None
+            continue
+        matched = [name for name in there if fnmatchcase(name, text)]
+        if not matched:
+            message = (
+                f"expected a pattern of the names of tensors, found none that it fits among {len(there)}"
+            )
+            hint = "`ckpt-tool inspect --all` lists the names"
+            problems.append(Problem("usage", message, "--drop", text, hint))
+        found |= dict.fromkeys(matched)
+    fail_all(problems)
+    return tuple(found)
+
+
 def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What was asked for with --drop and is not left out."""
+    """What was asked for with --drop and is not left out, of layers together."""
+    needed: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(names):
-        there = "one that it needs" if checkpoint.find(name) else "none of that name"
-        message = f"expected a tensor that the model does not need, found {there}"
+        if checkpoint.find(name):
+            needed.setdefault(fold_key(name), []).append(name)
+            continue
+        message = "expected a tensor that the model does not need, found none of that name"
         yield Problem("usage", message, file="--drop", where=name)
+    for alike in needed.values():
+        what = "one that it needs" if len(alike) == 1 else f"{len(alike)} that it needs"
+        message = f"expected a tensor that the model does not need, found {what}"
+        yield Problem("usage", message, file="--drop", where=folded_name(alike))
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
@@ -364,6 +413,8 @@ def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
 def _format(name: str) -> str:
     if is_data(name):
         return "tf-bundle"
+    if name.endswith(DATA):
+        return "dcp"
     return "safetensors" if name.endswith(".safetensors") else "torch-zip"
 
 
@@ -389,7 +440,7 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
         else [f"model-{k:05d}-of-{total:05d}.safetensors" for k in range(1, total + 1)]
     )
     files = [
-        OutputFile(n, "safetensors", tuple(replace(t, file=n) for t in g), _metadata(n))
+        OutputFile(n, "safetensors", tuple(TensorInfo(t.name, t.dtype, t.shape, n) for t in g), _metadata(n))
         for n, g in zip(names, groups, strict=True)
     ]
     if total == 1:
@@ -400,19 +451,29 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
 
 
 def _placed(step: Step, home: Mapping[str, str]) -> Step:
-    return replace(step, targets=tuple(replace(p, file=home[p.name]) for p in step.targets))
+    return step.with_targets(tuple(p.at_home(home[p.name]) for p in step.targets))
+
+
+def _absent(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """One problem for each file that is not there and holds what a step reads."""
+    held: dict[str, dict[str, None]] = {}
+    for part in (p for s in steps for p in s.sources):
+        file = checkpoint.files.get(part.file)
+        if file is not None and (missing := file.absent(part.name)) is not None:
+            held.setdefault(missing, {})[part.name] = None
+    for missing, (first, *others) in held.items():
+        more = f" and {len(others)} more tensors of the model" if others else ""
+        message = f"expected this file, which holds {printable(first)}{more}, found no such file"
+        yield Problem("missing-shard", message, missing, hint="download what is missing too")
 
 
 def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+    yield from _absent(steps, checkpoint)
     for step in steps:
         for defect in step.defects():
             yield Problem("shape-mismatch", defect, where=step.sources[0].name)
         for part in step.sources:
             yield from _shape_problems(part, step, checkpoint)
-            file = checkpoint.files.get(part.file)
-            if file is not None and (missing := file.absent(part.name)) is not None:
-                message = f"expected {missing}, which holds this tensor, found no such file"
-                yield Problem("missing-shard", message, missing, part.name, "download what is missing too")
 
 
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:
@@ -443,7 +504,7 @@ def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
             f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
             file=group[0].file,
             where=folded_name([t.name for t in group]),
-            hint="--drop NAME leaves a tensor out, and records it",
+            hint="--drop NAME leaves a tensor out (a pattern: several), and records it",
         )
         for (_, shape, dtype), group in folded.items()
     ]

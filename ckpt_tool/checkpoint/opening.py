@@ -57,6 +57,7 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
+    CHECKLISTS,
     Prefer,
     WeightSet,
     belongs,
@@ -567,8 +568,8 @@ def _state(folder: Folder, within: str) -> str:
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:
-    """The file names that the publisher's checklist.chk lists; one too large for that is none."""
-    name = within + "checklist.chk"
-    if name not in folder.names() or folder.place(name).size > LIST_BYTES:
-        return []
-    return [n for n in listed(folder.document(name).read(LIST_BYTES)) if "/" not in n]
+    """The file names that lists of the publisher's have; one too large for that is none."""
+    names = folder.names()
+    there = [name for n in CHECKLISTS if (name := within + n) in names]
+    texts = [folder.document(n).read(LIST_BYTES) for n in there if folder.place(n).size <= LIST_BYTES]
+    return [n for text in texts for n in listed(text) if "/" not in n]

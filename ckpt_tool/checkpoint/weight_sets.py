@@ -21,11 +21,15 @@ Prefer = Literal["original", "hf"]
 ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download
 TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in new transformers
 
+# Lists of sums, which name every file that there should be.
+CHECKLISTS = (
+    *("checklist.chk", "tokenizer_checklist.chk", "MD5SUMS", "md5sum.txt"),
+    *("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "sha256sum.txt"),
+)
 _DOCUMENTS = frozenset(
     (
         "params.json",
-        "checklist.chk",
-        "tokenizer_checklist.chk",
+        *CHECKLISTS,
         "tekken.json",
         "config.json",
         "generation_config.json",

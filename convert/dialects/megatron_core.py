@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert import numbers
+from ckpt_tool.convert import layer_axis, numbers
+from ckpt_tool.convert.dialects import megatron_dist, published
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
-from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_arguments import (
     GATED,
@@ -47,7 +48,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import Option
+from ckpt_tool.convert.options import SHARDS, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -71,6 +72,8 @@ IGNORED = {
 
 EXPORT = "NVIDIA's Megatron-Bridge exports models of this kind to Hugging Face"
 
+RANKS, FOLDER = "mcore", "torch_dist"  # words of `--form`
+
 ARCHITECTURE: dict[str, Any] = {
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -78,6 +81,8 @@ ARCHITECTURE: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
 }
+# What args do not say, or not for the model that is made of them, and changes no number.
+TRAINED: dict[str, Any] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Core:
     ends: tuple[Ends, ...] = ()
     title: str = "Megatron-Core"
     options: tuple[Option, ...] = ranks.OPTIONS
+    form: str = RANKS  # to write
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -154,6 +160,14 @@ class Core:
     def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
         """`known` are the fields of the published layout, read from config.json."""
         return plan_original(self, checkpoint, options, known)
+
+
+def layouts_of(m: Core) -> dict[str, Core]:
+    """What such models are written in, by the word in `--form`: the files of ranks, or a folder of
+    torch.distributed that any number of ranks loads."""
+    own = tuple(o for o in m.options if o is not SHARDS)
+    title = f"{m.title} for any number of ranks (dist_checkpointing)"
+    return {RANKS: m, FOLDER: replace(m, form=FOLDER, title=title, options=(*own, megatron_dist.OPTION))}
 
 
 def _shared(known: Known) -> int:
@@ -327,6 +341,16 @@ def is_apart(run: Run) -> bool:
     return f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors
 
 
+def _layers_of(run: Run) -> str | None:
+    """How a folder of torch.distributed has its layers (of `megatron_dist.LAYERS`); None for files of
+    ranks."""
+    if all(f.format != layer_axis.FORMAT for f in run.checkpoint.files.values()):
+        return None
+    if layer_axis.READING in run.checkpoint.readings:
+        return megatron_dist.STACKED
+    return megatron_dist.SINGLETON if is_apart(run) else megatron_dist.APART
+
+
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
@@ -391,9 +415,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         m.fields,
         LENGTH,
         DTYPE,
-        numbers.free(
-            f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True
-        ),
+        numbers.free(f"default of {m.config.name}", **TRAINED),
         [numbers.token_ids(n, rule=numbers.given(i, ends.why if ends else "")) for n, i in texts.items()],
     )
     known = Known(fields, facts, run, options)
@@ -417,8 +439,11 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         "head": run.keeps(OUTPUT, options),
         "apart": is_apart(run),
     }
-    kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, **form}
+    kept = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding, **form}
     del kept["apart"]  # ranks have gates and ups together
+    if (layers := _layers_of(run)) is not None:
+        parallel = ranks.whole_number(run.args.get("tensor_model_parallel_size"))  # words are padded for them
+        kept |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
     if run.stages > 1:
         kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
@@ -443,7 +468,8 @@ def ends_of(m: Core, rows: int) -> Ends | None:
 
 
 def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
-    """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
+    """The files of ranks, one pipeline stage, or a torch_dist folder; with the args that reading again
+    needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
     own = by_name(own_fields(m), LENGTH)
@@ -462,7 +488,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
     words, tied = known["vocab_size"], bool(known["tie_word_embeddings"])
-    left, notes = form.rows - words, ranks.split_notes(known, form)
+    left, notes = form.rows - words, [*ranks.split_notes(known, form), *_unsaid_notes(m, document, form)]
     if left:
         notes.append(f"{left} rows of padding follow the {words} words; they repeat the first words")
     written = Written(
@@ -471,11 +497,37 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         published.copied(published.tokenizer_files(checkpoint, options)),
         {},
         notes,
-        {"form": "mcore", "tensor_parallel": form.ranks},
+        {"form": m.form, "tensor_parallel": form.ranks},
     )
+    if m.form == FOLDER:
+        return _to_folder(m, known, options, written, form)
     engine = bool(known.once.get("engine", True))
     table = rows_of(m, known, form.rows, engine=engine, head=not tied)
     return ranks.to_ranks(table, known.source, options, written, form, str)
+
+
+def _to_folder(m: Core, known: Known, options: Options, written: Written, form: Form) -> Plan:
+    """In a torch_dist folder, where the norms are called as Transformer Engine has them whoever computes
+    them, and the ranks of `form` say only how far the vocabulary is padded."""
+    layers = options.family_options.get("layers", known.once.get("layers"))
+    if layers not in megatron_dist.LAYERS:
+        layers = megatron_dist.STACKED
+    head = not known["tie_word_embeddings"]
+    apart = layers == megatron_dist.SINGLETON
+    table = rows_of(m, known, form.rows, engine=True, head=head, apart=apart)
+    written = replace(written, original={**written.original, "layers": layers})
+    version = form.version or 3.0
+    return megatron_dist.to_folder(table, known.source, options, written, layers=layers, version=version)
+
+
+def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:
+    """The values of config.json that args have no word for, where reading the ranks again gives others."""
+    ends = ends_of(m, form.rows)
+    again = {**TRAINED, "bos_token_id": ends and ends.begins, "eos_token_id": ends and ends.ends}
+    lost = {n: document[n] for n, v in again.items() if document.get(n, v) != v}
+    told = {n: printable(json.dumps(v, separators=(",", ":")), 100) for n, v in lost.items()}
+    words = " ".join(f"--set {quote(f'{n}={text}')}" for n, text in told.items())
+    return [f"args do not say {', '.join(lost)}: reading the ranks again takes {words}"] if lost else []
 
 
 def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
