@@ -128,9 +128,8 @@ def plan(
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
-    publisher's list of sums (checklist.chk, SHA256SUMS) or Megatron's integrity.json name are compared with
-    it, large weights only with `checksums`; `progress` is told of each file of weights and the bytes read of
-    it."""
+    publisher's list of sums (checklist.chk, SHA256SUMS, integrity.json) names are compared with it, large
+    weights only with `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:

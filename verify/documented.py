@@ -224,7 +224,7 @@ def _entity(entry: Expectation, runner: Runner, logits: Tensor) -> Finding:
     """The entity most likely in one place; one has titles in several languages."""
     place = tuple(entry.expected.more.get("index", (0, 0)))
     best, want = int(logits[place].argmax()), str(entry.expected.values)
-    found = runner.titles().get(best, [])
+    found = runner.titles(best)
     language = want.partition(":")[0] + ":"
     own = [t for t in found if t.startswith(language)] or found or [str(best)]
     return _same(entry, [want] if want in found else own, [want])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from ckpt_tool.checkpoint.base import DTYPES
-from ckpt_tool.checkpoint.dcp_metadata import Item
+from ckpt_tool.checkpoint.dcp_places import Item
 from ckpt_tool.checkpoint.pieces import Numbers, Piece
 from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout, bare_tensor

@@ -48,7 +48,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import SHARDS, Option
+from ckpt_tool.convert.options import TENSOR_PARALLEL, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -115,8 +115,11 @@ class Core:
     unsaid: tuple[str, ...] = ()
     ends: tuple[Ends, ...] = ()
     title: str = "Megatron-Core"
-    options: tuple[Option, ...] = ranks.OPTIONS
     form: str = RANKS  # to write
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return (TENSOR_PARALLEL, megatron_dist.OPTION) if self.form == FOLDER else ranks.OPTIONS
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -165,9 +168,7 @@ class Core:
 def layouts_of(m: Core) -> dict[str, Core]:
     """What such models are written in, by the word in `--form`: the files of ranks, or a folder of
     torch.distributed that any number of ranks loads."""
-    own = tuple(o for o in m.options if o is not SHARDS)
-    title = f"{m.title} for any number of ranks (dist_checkpointing)"
-    return {RANKS: m, FOLDER: replace(m, form=FOLDER, title=title, options=(*own, megatron_dist.OPTION))}
+    return {RANKS: m, FOLDER: replace(m, form=FOLDER, title=f"{m.title} for any number of ranks")}
 
 
 def _shared(known: Known) -> int:
