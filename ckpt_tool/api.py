@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.checkpoint import checklist
+from ckpt_tool.checkpoint import checklist, integrity
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
@@ -128,7 +128,8 @@ def plan(
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
-    publisher's list of sums (checklist.chk, SHA256SUMS) names are compared with it, large weights only with
+    publisher's list of sums (checklist.chk, SHA256SUMS, integrity.json) names are compared with it, large
+    weights only with
     `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
@@ -149,6 +150,7 @@ def plan(
     if to == "hf":
         check_own(source, chosen)
     sums = checklist.notes(source, weights=checksums, progress=progress)
+    sums += integrity.notes(source, weights=checksums, progress=progress)
     return replace(made, notes=(*sums, *made.notes))
 
 

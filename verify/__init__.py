@@ -25,6 +25,7 @@ from ckpt_tool.verify.claims import Against, Asked, Claim
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
+from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
 from ckpt_tool.verify.prompts import Prompts, read_prompts
@@ -52,6 +53,7 @@ def verify(
     checkpoint_id: str | None = None,
     settings: Mapping[str, Any] | None = None,
     transformers_python: str | os.PathLike[str] | None = None,
+    expectations: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
     joined: bool = False,
 ) -> Report:
@@ -66,13 +68,16 @@ def verify(
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
     under their Hugging Face names; those recorded in the output's manifest are known already.
     `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
-    one lacks (None: CKPT_TOOL_TRANSFORMERS). `joined`: coverage and bits go by what workers (`verify_part`)
-    saw. Raises `CkptToolError` for what cannot be opened; all else is a finding."""
+    one lacks (None: CKPT_TOOL_TRANSFORMERS). `expectations` is a file of values that a trusted run recorded
+    (`recording`), to be held against instead of the documented ones. `joined`: coverage and bits go by what
+    workers (`verify_part`) saw. Raises `CkptToolError` for what cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
     _check_one(source, no_source)
     accepted, elsewhere = tuple(accept), transformers_python
+    recorded = None if expectations is None else read_file(expectations)
+    asked = asked if recorded is None or "documented" in asked else (*asked, "documented")
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
         prompts = read_prompts(prompts)  # before anything large is in memory
@@ -82,22 +87,29 @@ def verify(
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
-        report.claim = _claim(subject, named, against, checkpoint_id, no_source)
+        report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
         seen = _seen(subject, out, asked, tell, joined)
-        if "coverage" in asked:
-            report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
-        report.findings += unneeded(subject, accepted)
-        if "bits" in asked:
-            tell("bits: comparing with the source")
-            report.findings += bits(subject, seen.scans, seen.compared)
-        if {"parity", "documented"} & set(asked) or against is not None:
-            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere)
-            report.findings += _computed(subject, wanted, report.facts, tell)
-        report.findings += by_bits(subject, report.findings)
+        wanted = Asked(
+            asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere, recorded
+        )
+        _run(subject, wanted, seen, report, tell)
         report.facts |= seen.facts
         seen.remove()
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
+
+
+def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Callable[[str], None]) -> None:
+    """All levels that were asked for, into `report`."""
+    if "coverage" in asked.levels:
+        report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
+    report.findings += unneeded(subject, asked.accept)
+    if "bits" in asked.levels:
+        tell("bits: comparing with the source")
+        report.findings += bits(subject, seen.scans, seen.compared)
+    if {"parity", "documented"} & set(asked.levels) or asked.against is not None:
+        report.findings += _computed(subject, asked, report.facts, tell)
+    report.findings += by_bits(subject, report.findings)
 
 
 def verify_part(
@@ -195,7 +207,12 @@ def _facts(
 
 
 def _claim(
-    subject: Subject, levels: tuple[str, ...], against: str | None, checkpoint_id: str | None, no_source: bool
+    subject: Subject,
+    levels: tuple[str, ...],
+    against: str | None,
+    checkpoint_id: str | None,
+    no_source: bool,
+    expectations: object,
 ) -> Claim:
     """What the caller asked to be shown, by name."""
     asked = [(level, f"level {level}") for level in levels]
@@ -203,5 +220,7 @@ def _claim(
         asked.append((against, f"--against {against}"))
     if checkpoint_id is not None:
         asked.append(("documented", f"--checkpoint-id {checkpoint_id}"))
+    if expectations is not None:
+        asked.append(("documented", "--expectations"))
     found: Against = "manifest" if subject.manifest is not None else "nothing"
     return Claim("source" if subject.source is not None else found, tuple(dict(asked).items()), no_source)

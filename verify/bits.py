@@ -5,7 +5,6 @@ source."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -319,9 +318,10 @@ def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
     if subject.manifest is None:
         yield finding("checksums", "skipped", "the output has no manifest (ckpt-tool.json) with checksums")
         return
-    crcs, wrong = dict(subject.manifest.crcs), []
+    crcs = {(subject.named(file), name): crc for (file, name), crc in subject.manifest.crcs.items()}
+    wrong = []
     for s in scans:
-        want = crcs.pop((s.tensor.file, s.tensor.name), None)
+        want = crcs.pop((subject.named(s.tensor.file), s.tensor.name), None)
         if want is None:
             text = "expected a checksum in the manifest, found none"
             wrong.append(finding("checksums", "fail", text, s.tensor.name))
@@ -334,7 +334,7 @@ def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
         document = subject.output.documents.get(name)
         if document is None:
             continue  # not among the files that opening knows
-        if hashlib.sha256(document.read(DOCUMENT_LIMIT)).hexdigest() != sha256:
+        if document.sha256(DOCUMENT_LIMIT) != sha256:
             text = "expected the SHA-256 that the manifest has for this file, found another"
             wrong.append(finding("checksums", "fail", text, name))
     yield from capped(wrong)
