@@ -51,21 +51,21 @@ def verify(
     settings: Mapping[str, Any] | None = None,
     transformers_python: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    scans: list[Scan] | None = None,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
 
     `levels` (None: all) and everything else that is asked for by name must run for the report to pass.
     `no_source` says that there is none to compare with: the report passes then where the output is consistent
-    with its manifest. `accept` names differences that the plan or the report foretells, which then do not
-    fail.
+    with its manifest. `accept` names foretold differences, which then do not fail.
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
     under their Hugging Face names; those recorded in the output's manifest are known already.
     `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
-    one lacks (None: CKPT_TOOL_TRANSFORMERS). Raises `CkptToolError` for what cannot be opened; all else is a
-    finding."""
+    one lacks (None: CKPT_TOOL_TRANSFORMERS). `scans` is what `scan` gave for the output, if that was read
+    already. Raises `CkptToolError` for what cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
@@ -81,7 +81,7 @@ def verify(
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source)
-        scans = _scanned(subject, asked, tell)
+        scans = _scanned(subject, asked, tell) if scans is None else scans
         if "coverage" in asked:
             report.findings += coverage(subject, scans)
             report.findings += documents(subject)
