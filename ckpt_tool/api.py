@@ -55,7 +55,7 @@ class Conversion:
     are the notes of opening the input (which folder, which of two sets of weights), `insisted` the settings
     whose value is not the source's own: `verify` has to be told them again."""
 
-    out: Path
+    out: Path | str  # an address, where it is no folder on this machine
     plan: Plan
     outcome: Outcome
     report: Report | None = field(default=None)
@@ -177,7 +177,8 @@ def convert(
     on_plan: Callable[[Plan], None] | None = None,
     beside: Iterable[Source] = (),
 ) -> Conversion:
-    """Convert `source` into the folder `out`, crash-safely and in bounded memory.
+    """Convert `source` into the folder `out`, or the repository `hf://org/name`, crash-safely and in bounded
+    memory.
 
     `jobs` worker threads; `strict` refuses non-finite weights; `check` runs the coverage level on the result;
     `checksums` compares large weights too with the publisher's sums. `overwrite` replaces an empty folder or
@@ -185,11 +186,16 @@ def convert(
     files and nothing else, never one that holds an input or a file of `beside`, which the caller has read.
     Raises `CkptToolError` with all problems of a stage; `out` then does not exist (or is what it was before).
     """
+    from ckpt_tool.convert.durable import Staging
     from ckpt_tool.convert.execute import check_output, execute
+    from ckpt_tool.hub_output import HubOutput
 
     check_name(family)
-    target = Path(out)
-    asked = options or Options()
+    asked, check = options or Options(), check and to == "hf"
+    hub = HubOutput.of(out, replaces=overwrite or overwrite_foreign, check=check)
+    if hub is not None:  # what stands there is replaced by a commit, and nothing on this machine
+        overwrite = overwrite_foreign = False
+    target = Path(out) if hub is None else hub.repository.folder
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to) as checkpoint:
@@ -200,21 +206,14 @@ def convert(
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
-            made,
-            as_family_knows(checkpoint, chosen),
-            target,
-            jobs=jobs,
-            resume=resume,
-            sha256=sha256,
-            strict=strict,
-            progress=progress,
-            address=_address(source),
-            overwrite=overwrite,
-            overwrite_foreign=overwrite_foreign,
-        )
+            made, as_family_knows(checkpoint, chosen), target, jobs=jobs, resume=resume, sha256=sha256,
+            strict=strict, progress=progress, address=_address(source), overwrite=overwrite,
+            overwrite_foreign=overwrite_foreign, keep=Staging if hub is None else hub.staging(made),
+        )  # fmt: skip
         insisted = _insisted(checkpoint, chosen, asked) if to == "hf" else {}
-    report = _coverage(target) if check and to == "hf" else None
-    return Conversion(target, made, outcome, report, opened, insisted)
+    report = _coverage(target) if check and hub is None else None
+    done = Conversion(target, made, outcome, report, opened, insisted)
+    return done if hub is None else hub.published(done)
 
 
 def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[str, Any]:
@@ -332,6 +331,9 @@ class Shared:
         from ckpt_tool.convert.parts import Settings
 
         check_name(self.family)
+        if scheme_of(os.fspath(self.out)) is not None:
+            message = "expected a folder that all workers see, found an address"
+            fail("usage", message, file=self.out, where="--out")
         replaced = {"overwrite": self.overwrite, "overwrite_foreign": self.overwrite_foreign}
         beside = [p for p in (*self.beside, self.options.tokenizer) if p is not None]
         check_output(Path(self.out), self.source, beside=beside, **replaced)

@@ -29,6 +29,7 @@ RESUMABLE = (
     "limits",
     "read-failed",
     "download-failed",
+    "upload-failed",
     "out-of-memory",
     "interrupted",
     "output-changed",

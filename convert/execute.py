@@ -112,14 +112,15 @@ def execute(
     progress: Callable[[Progress], None] | None = None,
     extra_documents: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None = None,
     address: str | None = None,
+    keep: Callable[[Path, Identity, Replace], Staging] = Staging,
 ) -> Outcome:
     """Write what `plan` says into the folder `out`, which appears complete or not at all.
 
     `jobs` workers; `resume` goes on with what an interrupted run of the same plan left; `strict` refuses
     values that are not finite instead of recording them; `extra_documents` makes more files from the
-    manifest; `address` is where a source that is not on this machine came from. `progress` is called from the
-    calling thread. Raises `CkptToolError` (kinds of durable.py, `checksum`, `tied-mismatch`,
-    `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
+    manifest; `address` is where a source that is not on this machine came from; `keep` makes what takes the
+    files until all are there. `progress` is called from the calling thread. Raises `CkptToolError` (kinds of
+    durable.py, `checksum`, `tied-mismatch`, `shard-conflict`, `non-finite`, `input-changed`, `read-failed`).
     """
     files = [p for f in checkpoint.files.values() for p in f.paths if not p.is_relative_to("/proc")]
     replace_what = replaced_by(overwrite, overwrite_foreign)
@@ -127,7 +128,7 @@ def execute(
     digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
     identity = Identity(__version__, plan.digest(), fingerprints(checkpoint, digests))
     with locked(place):
-        staging = Staging(place, identity, replace_what)
+        staging = keep(place, identity, replace_what)
         run = Run(
             plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None),
             address or way_to(place, checkpoint.path),
@@ -139,9 +140,9 @@ def execute(
         except BaseException as error:
             run.ahead.stop()
             run.stop()
-            keep = resumable(error) and bool(staging.entries) and not staging.published
-            staging.leave(keep=keep)
-            raise_as_told(error, keep)
+            kept = resumable(error) and bool(staging.entries) and not staging.published
+            staging.leave(keep=kept)
+            raise_as_told(error, kept)
         finally:
             run.stop()
     return replace(outcome, out=out)

@@ -7,6 +7,7 @@ import filecmp
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from huggingface_hub import snapshot_download
 from ckpt_tool.api import convert, open_checkpoint, plan, verify
 from ckpt_tool.checkpoint import http_ranges, remote_file
 from ckpt_tool.checkpoint.remote_path import without_secrets
-from ckpt_tool.convert import read_ahead
+from ckpt_tool.convert import publishing, read_ahead
 from ckpt_tool.convert.execute import Progress
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError, Problem
@@ -29,6 +30,8 @@ MODEL = "mistral-7b-v0.1"
 HUB = "hf://org/model"
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 WEIGHTS = "consolidated.00.pth"
+# huggingface_hub 2.4 sends files in a way that its own HTTP client warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture
@@ -413,3 +416,98 @@ def test_secrets_are_not_kept() -> None:
     assert without_secrets("hf://org/name@main") == "hf://org/name@main"
     assert without_secrets("s3://bucket/a?b") == "s3://bucket/a?b"
     assert without_secrets("a/folder") == "a/folder"
+
+
+# --- publishing -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writing(server: State, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> State:
+    """The server for somebody who may write; what is made on the way lies under `tmp_path/room`."""
+    (tmp_path / "room").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "room"))
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    server.token = "hf_writer"
+    return server
+
+
+def test_an_output_goes_to_a_new_repository(
+    writing: State, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    done = convert(originals(MODEL), "hf://me/made")
+    assert [(c["name"], c["visibility"]) for c in writing.created] == [("made", "private")]
+    assert len(writing.commits) == 1
+    same(writing.root / "me" / "made", conversions(MODEL))
+    assert done.out == "hf://me/made"
+    assert done.report is not None and done.report.status == "pass"
+    assert f"hf://me/made is a new private repository, commit {writing.head}" in done.opened
+    assert [list(p.iterdir()) for p in (tmp_path / "room").iterdir()] == [[]]
+    with open_checkpoint("hf://me/made") as checkpoint:
+        assert "config.json" in checkpoint.documents
+
+
+def test_shards_go_one_by_one_and_leave_the_disk(
+    writing: State, originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Options(max_shard_bytes=150_000)
+    used: list[int] = []
+    monkeypatch.setattr("tests.range_server.LARGE", 10_000)
+    monkeypatch.setattr(publishing, "LARGE", 0)
+
+    def look(_: Progress) -> None:
+        files = [p for p in (tmp_path / "room").rglob("*.safetensors") if p.is_file()]
+        used.append(sum(p.stat().st_blocks * 512 for p in files))
+
+    convert(originals(MODEL), "hf://me/made", options=asked, progress=look)
+    convert(originals(MODEL), tmp_path / "out", options=asked)
+    same(writing.root / "me" / "made", tmp_path / "out")
+    whole = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
+    assert whole > 400_000
+    assert max(used) < 0.75 * whole
+    assert len(writing.uploads) == 5  # four shards, and the manifest, which is large here
+
+
+def test_what_is_there_is_replaced_only_if_asked(
+    writing: State, originals: Written, conversions: Written
+) -> None:
+    folder = writing.root / "me" / "made"
+    folder.mkdir(parents=True)
+    for name in ("pytorch_model.bin", "config.json", "README.md"):
+        (folder / name).write_text("old")
+    problem = refused(lambda: convert(originals(MODEL), "hf://me/made"))
+    assert problem.kind == "output-exists"
+    assert problem.hint is not None and "--overwrite" in problem.hint
+    convert(originals(MODEL), "hf://me/made", overwrite=True)
+    assert (folder / "README.md").read_text() == "old"
+    (folder / "README.md").unlink()
+    same(folder, conversions(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("fault", "path", "kind", "words"),
+    [
+        ("401", "/preupload/", "upload-failed", "does not know who you are"),
+        ("403", "/preupload/", "upload-failed", "you may not write there"),
+        ("409", "/commit/", "upload-failed", "another change is being made"),
+        ("412", "/commit/", "output-changed", "found another commit"),
+        ("403", "/upload/", "upload-failed", "you may not write there"),
+    ],
+)
+def test_what_the_hub_does_not_take(
+    writing: State, originals: Written, conversions: Written, tmp_path: Path,
+    fault: str, path: str, kind: str, words: str,
+) -> None:  # fmt: skip
+    (writing.root / "me" / "made").mkdir(parents=True)
+    writing.fault(fault, path, times=1)
+    problem = refused(lambda: convert(originals(MODEL), "hf://me/made"))
+    assert (problem.kind, problem.file) == (kind, "hf://me/made")
+    assert words in problem.message
+    assert not writing.commits
+    convert(originals(MODEL), "hf://me/made", resume=True)
+    same(writing.root / "me" / "made", conversions(MODEL))
+
+
+def test_outputs_go_to_folders_and_the_hub(originals: Written) -> None:
+    problem = refused(lambda: convert(originals(MODEL), "s3://bucket/model"))
+    assert (problem.kind, problem.where) == ("usage", "--out")
+    assert refused(lambda: convert(originals(MODEL), "hf://me")).kind == "bad-input"
