@@ -42,7 +42,7 @@ def nearness(tensors: Collection[str], names: Iterable[str]) -> float:
         alike = (SequenceMatcher(None, tensor, p).ratio() for p in first if own & set(p))
         return max(alike, default=0.0)
 
-    best = [shared(t.split(".")) for t in tensors]
+    best = [shared(t.split(".")) for t in dict.fromkeys(tensors)]  # layouts may share some
     return max(best, default=0.0) + sum(best) / (1000 * max(1, len(best)))
 
 
