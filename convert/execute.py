@@ -27,7 +27,7 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
-from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tf_bundle_writer import index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.zlibs import crc32
@@ -37,6 +37,7 @@ from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.containers import layout_of
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
+from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.layout import COPIED, Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
@@ -166,37 +167,6 @@ def raise_as_told(error: BaseException, kept: bool, how: str = "run again with -
         problem = Problem("interrupted", f"stopped by {name} before the work was done", hint=hint)
         raise CkptToolError(problem, exit_code=128 + int(number)) from None
     raise error
-
-
-def way_to(place: Path, source: Path) -> str | None:
-    """The path from the output to the source; None for one that is no UTF-8."""
-    path = os.path.relpath(os.path.realpath(source), place)
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return None
-    return path
-
-
-def fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What tells one source from another without reading it: sizes and times of files, `digests` of their
-    headers."""
-    found: dict[str, Any] = {}
-    if checkpoint.path.is_file():
-        found["."] = _stamp(checkpoint.path)
-    for file in checkpoint.files.values():
-        inflated = file.path.is_relative_to("/proc")  # a temporary file: its times are of this run
-        found[file.name] = {**({} if inflated else _stamp(file.path)), "headers": digests[file.name]}
-        others = {p for p in file.paths if p != file.path and not p.is_relative_to("/proc")}
-        found |= {path.name: _stamp(path) for path in sorted(others)}
-    return found
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    if (remote := remote_of(path)) is not None:
-        return dict(remote.stamp)
-    status = os.stat(path)
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 @dataclass

@@ -27,11 +27,10 @@ from ckpt_tool.convert.execute import (
     Outcome,
     Progress,
     Run,
-    fingerprints,
     raise_as_told,
     replaced_by,
-    way_to,
 )
+from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.manifest import Finding, headers_digest
 from ckpt_tool.convert.places import free_place
@@ -430,8 +429,9 @@ class PartStaging(Staging):
         if not keep and not self.claim.lost:
             with contextlib.suppress(OSError):
                 self._remove_leftovers()
-            with contextlib.suppress(OSError):  # others may have files in it
-                os.rmdir(self.path)
+            for folder, _, _ in os.walk(self.path, topdown=False):
+                with contextlib.suppress(OSError):  # others may have files in it
+                    os.rmdir(folder)
 
 
 class WholeStaging(Staging):

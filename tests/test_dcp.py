@@ -418,7 +418,7 @@ def test_thousands_of_pieces_and_files(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_conversion_does_not_go_on_with_other_bytes(originals: Written, tmp_path: Path) -> None:
     """All files of the folder tell a later run that it is the same source, not its list alone."""
-    from ckpt_tool.convert.execute import fingerprints
+    from ckpt_tool.convert.fingerprints import fingerprints
 
     folder = tmp_path / "step-100"
     saved(weights(originals("qwen2-0.5b")), folder)

@@ -25,7 +25,7 @@ from ckpt_tool.convert import journal
 from ckpt_tool.convert.claims import at_work, claimed, remove_claims
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.durable import Identity
-from ckpt_tool.convert.execute import fingerprints
+from ckpt_tool.convert.fingerprints import fingerprints
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.shares import Worker
