@@ -27,6 +27,7 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
+from ckpt_tool.checkpoint.dcp_writer import DistLayout
 from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
@@ -101,6 +102,9 @@ def layout_of(output: OutputFile) -> Layout:
         return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
     if output.format == "tf-bundle":
         return BundleLayout(tensors)
+    if output.format == "dcp":
+        pieces = zip(tensors, output.chunks, strict=True)
+        return DistLayout([(name, dtype, chunk.shape(shape)) for (name, dtype, shape), chunk in pieces])
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 

@@ -93,6 +93,8 @@ def repeated_shares(steps: Iterable[Step], checkpoint: Checkpoint, crcs: Mapping
     """Files that hold the very bytes of another rank's in every tensor that ranks share out, or of another
     pipeline stage's in every tensor: one file under two numbers. Headers cannot tell it, and neither can
     copies, which are then equal. Zeros tell nothing."""
+    if len(checkpoint.files) == 1:
+        return []
     held: dict[str, list[_Held]] = {}
     for k, step in enumerate(steps):
         if step.compare:

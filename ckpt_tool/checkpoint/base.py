@@ -7,6 +7,7 @@ storage offset or archive the file holds it in. Memory is the caller's buffer an
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -192,6 +193,19 @@ class Document:
     def open(self) -> BinaryIO:
         """The document, for reading as much of it as is wanted at a time; may raise OSError."""
         return open(self.path, "rb")
+
+    def sha256(self, limit: int) -> str:
+        """Of all its bytes, which are read a few at a time; refuses what `read` refuses for its size."""
+        if self.size > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        digest = hashlib.sha256()
+        try:
+            with self.open() as f:
+                while piece := f.read(1 << 20):
+                    digest.update(piece)
+        except OSError as error:
+            fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
+        return digest.hexdigest()
 
 
 class View(TensorFile):

@@ -43,6 +43,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 FORMAT = "dcp"
 COMMON_STATE = re.compile(r"common_state/shard_0_1")
+RUN = ("args", "checkpoint_version", "iteration")
 _BARE = "tensor"
 _HEAD = 4096
 BLOCK = 4 << 20
@@ -92,7 +93,9 @@ class DcpFile(TensorFile):
         """What the folder holds besides tensors that are read."""
         states = sum(EXTRA_STATE.fullmatch(n) is not None for n in self._told.objects)
         others = sorted(
-            n for n in self._told.objects if not EXTRA_STATE.fullmatch(n) and not COMMON_STATE.fullmatch(n)
+            n
+            for n in self._told.objects
+            if not EXTRA_STATE.fullmatch(n) and not COMMON_STATE.fullmatch(n) and n not in RUN
         )
         made = [f"{states} entries of extra state (of fp8 scaling, or empty) were left out"] if states else []
         if others:
@@ -238,15 +241,19 @@ class DcpFile(TensorFile):
     # --- beside the tensors ---
 
     def common_state(self) -> Mapping[str, object]:
-        """What Megatron-Core from 0.17 keeps of the run in an entry that is no tensor: a list of one dict."""
+        """What Megatron-Core from 0.17 keeps of the run in an entry that is no tensor, a list of one dict; in
+        its formats without shards (torch_dcp, fsdp_dtensor) each value is an entry."""
         item = next((i for n, i in self._told.objects.items() if COMMON_STATE.fullmatch(n)), None)
         if item is None:
-            return {}
-        with self._files.use(item.path) as data:
-            value = zip_value(ZipArchive(Part(data, item.offset, item.length)))
+            return {n: self._value(self._told.objects[n]) for n in RUN if n in self._told.objects}
+        value = self._value(item)
         inner = value[0] if type(value) is list and len(value) == 1 else value
         found = inner.fields if type(inner) is Inert else inner
         return {k: v for k, v in found.items() if type(k) is str} if isinstance(found, Mapping) else {}
+
+    def _value(self, item: Item) -> object:
+        with self._files.use(item.path) as data:
+            return zip_value(ZipArchive(Part(data, item.offset, item.length)))
 
     def check_unchanged(self) -> None:
         self._own.check_unchanged()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import LeftOut, Record, TensorFile, TensorInfo
@@ -146,6 +147,10 @@ class BundleFile(TensorFile):
 
     def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         """Each tensor, and each slice of one, has a checksum of its own."""
+        return self._records
+
+    @cached_property
+    def _records(self) -> dict[str, Record]:
         found: dict[str, Record] = {}
         for name in self.tensors:
             if name in self._missing:
