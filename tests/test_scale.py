@@ -371,3 +371,12 @@ def test_trees_of_trainers(
     ours, theirs = (f / "model.safetensors" for f in (tmp_path / "out", conversions("qwen2-0.5b")))
     assert ours.read_bytes() == theirs.read_bytes()
     assert made.opened
+
+
+def test_padded_words_of_a_written_folder_are_no_words_to_the_reading(
+    conversions: Written, tmp_path: Path
+) -> None:
+    written = api.Options(family_options={"form": "torch_dist"})
+    api.convert(conversions("llama-1-7b"), tmp_path / "made", family="llama", to="original", options=written)
+    api.convert(tmp_path / "made", tmp_path / "again", family="llama")
+    assert api.verify(tmp_path / "again", tmp_path / "made", levels=("parity",)).status == "pass"
