@@ -7,7 +7,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.errors import fail, printable
+from ckpt_tool.checkpoint.remote_path import scheme_of
+from ckpt_tool.errors import CkptToolError, fail, printable
 from ckpt_tool.progress import conversion_summary, following, size
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ckpt_tool.verify.parts import Seen
 
 TAKEN = ("jobs", "overwrite", "overwrite_foreign", "sha256", "strict", "checksums")
+TAKEN_UP = ("output-busy", "output-exists")  # kinds that say that another worker publishes, or has
 SHOWN = 8  # workers named before the rest is counted
 
 
@@ -51,6 +53,9 @@ def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Cons
     from ckpt_tool import api
 
     worker = worker_of(asked["worker"]) if asked["worker"] else None
+    if (scheme := scheme_of(str(shared.out))) is not None:
+        message = f"expected a folder that all workers share, found one at {scheme}://"
+        fail("usage", message, where="--out", hint="publish into a folder, and upload that")
     check, beside = not asked["no_verify"], (asked["config"],) if asked["config"] else ()
 
     def tell(text: str) -> None:
@@ -67,7 +72,12 @@ def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Cons
         made = None if worker is None else api.convert_part(shared, worker)
         if made is not None and (not asked["finish"] or made.part.missing):
             return _part(made, as_json, screen)
-        done = api.publish_parts(shared, count=None if worker is None else worker.count, check=check)
+        try:
+            done = api.publish_parts(shared, count=None if worker is None else worker.count, check=check)
+        except CkptToolError as error:
+            if made is None or error.kind not in TAKEN_UP:
+                raise
+            return _part(made, as_json, screen, publishing=True)
     return _whole(done, shared, as_json, screen)
 
 
@@ -79,7 +89,7 @@ def _whole(done: Conversion, shared: Shared, as_json: bool, screen: Console) -> 
     return done.report.exit_code if done.report is not None else 0
 
 
-def _part(made: PartMade, as_json: bool, screen: Console) -> int:
+def _part(made: PartMade, as_json: bool, screen: Console, *, publishing: bool = False) -> int:
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
         return 0
@@ -100,7 +110,11 @@ def _part(made: PartMade, as_json: bool, screen: Console) -> int:
     for found in part.outcome.findings[:10]:
         where = f"{found.file}: {found.tensor}" if found.tensor else found.file
         line("found", f"{found.kind}: {printable(where)}: {printable(found.message, 500)}", "yellow")
-    if part.missing:
+    if publishing:
+        line(
+            "next", "nothing: another process publishes it, or has (if none does: --finish without --worker)"
+        )
+    elif part.missing:
         line("next", f"{listed(part.missing, part.worker.count)}, then the same command with --finish")
     else:
         line("next", "all parts are there: the same command with --finish in place of --worker")

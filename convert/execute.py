@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,16 +27,14 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
-from ckpt_tool.checkpoint.dcp_writer import DistLayout
 from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
-from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
-from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
+from ckpt_tool.checkpoint.tf_bundle_writer import index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
-from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
+from ckpt_tool.convert.containers import layout_of
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
 from ckpt_tool.convert.journal import Entry
@@ -79,33 +77,6 @@ class Outcome:
     findings: tuple[Finding, ...]
     manifest: Mapping[str, Any]
     resumed: tuple[str, ...] = ()
-
-
-class Layout(Protocol):
-    """A container that is still to be written, see `SafetensorsLayout`."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def offsets(self) -> Mapping[str, int]: ...
-
-    def header_writes(self) -> Iterable[tuple[int, bytes]]: ...
-
-    def finish(self, crcs: Mapping[str, int]) -> Iterable[tuple[int, bytes]]: ...
-
-
-def layout_of(output: OutputFile) -> Layout:
-    tensors = [(t.name, t.dtype, t.shape) for t in output.tensors]
-    if output.format == "torch-zip":
-        constants = {name: (dtype, shape, data) for name, dtype, shape, data in output.constants}
-        return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
-    if output.format == "tf-bundle":
-        return BundleLayout(tensors)
-    if output.format == "dcp":
-        pieces = zip(tensors, output.chunks, strict=True)
-        return DistLayout([(name, dtype, chunk.shape(shape)) for (name, dtype, shape), chunk in pieces])
-    return SafetensorsLayout(tensors, dict(output.metadata))
 
 
 def replaced_by(overwrite: bool, overwrite_foreign: bool) -> Replace:

@@ -486,3 +486,17 @@ def test_of_several_sentencepiece_models_none_is_taken(tmp_path: Path) -> None:
     assert run_documents(["context/any.model", "weights/x"], "weights/") == {
         "tokenizer.model": "context/any.model"
     }
+
+
+def test_a_dump_that_is_not_whole_is_refused(originals: Written, tmp_path: Path) -> None:
+    """The class of a model may have other defaults than Megatron-Core's."""
+    source = bare(originals("llama-mcore"), tmp_path / "in")
+    config = provider(args_of(originals("llama-mcore")))
+    del config["rotary_base"], config["normalization"]
+    with_yaml(source / "iter_0000100", "run_config.yaml", {"model": config})
+    error = refused(lambda: api.plan(source, family="llama"))
+    assert error.kind == "missing-fact" and "found none of normalization, rotary_base" in error.text()
+    unknown = provider(args_of(originals("llama-mcore")), twist=3)
+    with_yaml(source / "iter_0000100", "run_config.yaml", {"model": unknown})
+    made = api.plan(source, family="llama", options=api.Options(settings={"twist": None}))
+    assert any(note.startswith("run_config.yaml: twist 3 is left out") for note in made.notes)

@@ -309,6 +309,15 @@ def test_the_command_line_makes_a_part_says_what_is_missing_and_publishes(
     assert first.returncode == 0 and "next      --worker 2/2, then the same command" in first.stdout
     again = json.loads(program(*given, "--worker", "1/2", "--json", cwd=tmp_path).stdout)
     assert again["missing"] == [2] and again["resumed"] == again["files"]
+    refused = program(*given[:-4], "--out", "hf://org/name", "--worker", "1/2", cwd=tmp_path)
+    assert refused.returncode == 2 and "found one at hf://" in refused.stderr
+    last_made = program(*given, "--worker", "2/2", cwd=tmp_path, columns=200)
+    assert "all parts are there" in last_made.stdout
+    (folder,) = tmp_path.glob(".out.ckpt-tool-partial-*-of-2")
+    with claimed(folder.with_name(f"{folder.name}.0"), "another worker, which is publishing"):
+        busy = program(*given, "--worker", "1/2", "--finish", cwd=tmp_path, columns=200)
+        assert busy.returncode == 0 and "another process publishes it" in busy.stdout
+        assert program(*given, "--finish", cwd=tmp_path).returncode == 2
     last = program(*given, "--worker", "2/2", "--finish", cwd=tmp_path, columns=200)
     assert last.returncode == 0 and "every source and target tensor accounted for" in last.stdout
     assert hidden(tmp_path) == []
