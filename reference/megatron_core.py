@@ -83,7 +83,8 @@ def made(
     normed = any(name.endswith("q_layernorm.weight") for name in shapes)
     own = {"add_qkv_bias": (biased,), "qk_layernorm": (normed,)}
     refuse(only(facts, {**COMPUTED, **own}))
-    rows = first(facts.get("vocab_size"), shapes[words][0] * ranks)  # those after it are padding
+    # Those after it are padding.
+    rows = first(facts.get("vocab_size"), facts.get("orig_vocab_size"), shapes[words][0] * ranks)
     found = numbers(facts, names, shapes)
     found["n_words"] = int(rows)
     if biased:
