@@ -44,20 +44,27 @@ class Scan:
 def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> Iterator[Scan]:
     """Read every tensor once, block by block."""
     for tensor in checkpoint:
-        values, crc = Values(tensor.dtype), 0
-        itemsize = DTYPES[tensor.dtype].itemsize
-        buffer = np.empty(min(BLOCK, tensor.nbytes) // itemsize, dtype=DTYPES[tensor.dtype].bits)
-        for start in range(0, tensor.numel, max(1, len(buffer))):
-            piece = buffer[: min(len(buffer), tensor.numel - start)]
-            data = piece.data.cast("B")
-            checkpoint.read_into(tensor, start * itemsize, data)
-            crc = crc32(data, crc)
-            at = values.look(piece)
-            if at is not None:
-                values.found_at(start + at)
-            if progress is not None:
-                progress(len(data))
-        yield Scan(tensor, crc, values)
+        yield scan_one(checkpoint, tensor, progress)
+
+
+def scan_one(
+    checkpoint: Checkpoint, tensor: TensorInfo, progress: Callable[[int], None] | None = None
+) -> Scan:
+    """Read one tensor."""
+    values, crc = Values(tensor.dtype), 0
+    itemsize = DTYPES[tensor.dtype].itemsize
+    buffer = np.empty(min(BLOCK, tensor.nbytes) // itemsize, dtype=DTYPES[tensor.dtype].bits)
+    for start in range(0, tensor.numel, max(1, len(buffer))):
+        piece = buffer[: min(len(buffer), tensor.numel - start)]
+        data = piece.data.cast("B")
+        checkpoint.read_into(tensor, start * itemsize, data)
+        crc = crc32(data, crc)
+        at = values.look(piece)
+        if at is not None:
+            values.found_at(start + at)
+        if progress is not None:
+            progress(len(data))
+    return Scan(tensor, crc, values)
 
 
 def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:

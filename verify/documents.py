@@ -11,6 +11,7 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from ckpt_tool.checkpoint.dcp_metadata import METADATA
 from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.convert.plan import Plan
@@ -69,8 +70,13 @@ def _expected(subject: Subject, known: Container[str]) -> dict[str, bytes]:
     return {
         d.name: d.content
         for d in subject.plan.documents
-        if d.name not in (*other, MANIFEST) and d.name not in known and not d.name.endswith(".index.json")
+        if d.name not in (*other, MANIFEST) and d.name not in known and not _is_list(d.name)
     }
+
+
+def _is_list(name: str) -> bool:
+    """Whether a document says which file has which tensor, which others may deal out otherwise."""
+    return name.endswith(".index.json") or name.rpartition("/")[2] == METADATA
 
 
 def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> Iterator[Finding]:
@@ -272,6 +278,9 @@ def _known(
 ) -> set[str]:
     """The files that are planned, recorded, or compared by another check whoever wrote them."""
     known = {*subject.output.files, *expected, *recorded, MANIFEST, "config.json"}
+    root = subject.output.path
+    paths = (p for f in subject.output.files.values() for p in f.paths)
+    known |= {p.relative_to(root).as_posix() for p in paths if p.is_relative_to(root)}
     if len(subject.output.files) > 1:
         known |= {n for n in subject.output.documents if n.endswith(".index.json")}
     if subject.direction != "to-hf":
