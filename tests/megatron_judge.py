@@ -1,4 +1,5 @@
-"""Runs under megatron-core, on the CPU: loads torch_dist folders, writes the logits.
+"""Runs under megatron-core, on the CPU: loads torch_dist folders, writes the logits, and saves the first
+model again in FOLDER.again.
 
     PYTHONPATH=JUDGE python megatron_judge.py RANK RANKS SHARED OUT.npz FOLDER [FOLDER ...]
 
@@ -61,7 +62,7 @@ def model_of(args: Namespace) -> Any:
     )
 
 
-def logits_of(folder: Path) -> np.ndarray:
+def logits_of(folder: Path, *, again: bool) -> np.ndarray:
     """Of the model in `folder`, with every entry of it asked for, and no other."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -76,21 +77,35 @@ def logits_of(folder: Path) -> np.ndarray:
     ids = torch.tensor([IDS]) % args.orig_vocab_size
     places = torch.arange(ids.shape[1])[None]
     hidden = torch.ones(1, 1, ids.shape[1], ids.shape[1]).triu(1).bool()  # from each token, those after it
+    if again:
+        save(model, args, content, folder.with_suffix(".again"))
     with torch.no_grad():
         made: np.ndarray = model(ids, places, hidden)[..., : args.orig_vocab_size].numpy()
     return made
 
 
+def save(model: Any, args: Namespace, content: dict[str, Any], folder: Path) -> None:
+    """By as many processes as have a part of it, one file each."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    folder.mkdir(exist_ok=True)
+    held = {"model": model.sharded_state_dict(metadata=content), "args": args}
+    way = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(held, str(folder), way, content_metadata=content)
+
+
 def main(rank: int, ranks: int, shared: str, out: str, folders: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.cuda.current_device = lambda: torch.device("cpu")  # which it asks for a device
+    torch.cuda.synchronize = lambda *_: None
     torch.distributed.init_process_group("gloo", init_method=f"file://{shared}", rank=rank, world_size=ranks)
     from megatron.core import parallel_state, tensor_parallel
 
     # Dropout, which is off, would take numbers of the GPU's.
     tensor_parallel.get_cuda_rng_tracker = lambda: Namespace(fork=nullcontext)
     parallel_state.initialize_model_parallel(ranks)
-    made = {folder: logits_of(Path(folder)) for folder in folders}
+    made = {folder: logits_of(Path(folder), again=folder == folders[0]) for folder in folders}
     if rank == 0:
         np.savez(out, **made)
     torch.distributed.barrier()

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.dcp_metadata import Item, read_metadata
+from ckpt_tool.checkpoint.dcp_metadata import Item
 from ckpt_tool.checkpoint.dcp_writer import DistLayout, Stored, metadata_of
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pieces import Piece
@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 JUDGE = ROOT / ".judges" / "megatron"
 CASES = ROOT.parent / "shared" / "cases"
 LAYERS = ("stacked", "non_homogeneous", "singleton")
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SMALL = 40_000  # bytes of a data file: several of them
 
 needs_judge = pytest.mark.skipif(
@@ -53,6 +54,16 @@ def written(model: Path, out: Path, layers: str = "stacked", **more: Any) -> Pat
 
 def tensors(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {t.name: (t.dtype, t.shape, checkpoint.read(t).tobytes()) for t in checkpoint}
+
+
+def numbers(folder: Path) -> dict[str, list[Any]]:
+    """The tensors' values, and the entries beside them as they are counted."""
+    with open_checkpoint(folder) as checkpoint:
+        found: dict[str, list[Any]] = {
+            t.name: torch.frombuffer(bytearray(checkpoint.read(t).tobytes()), dtype=TYPES[t.dtype]).tolist()
+            for t in checkpoint
+        }
+        return {**found, "beside": [n for n in checkpoint.notes if "extra state" in n]}
 
 
 # --- there and back -----------------------------------------------------------------------------------------
@@ -131,7 +142,6 @@ def test_metadata_is_what_torch_makes_of_it() -> None:
     assert places[long, torch.Size((0, 0))] == ("__0_0.distcp", 0, 1 << 40)
     assert places["t299", torch.Size((0,))] == ("f", 299, 7) and places["s/shard_0_1", None] == ("o", 1, 2)
     assert len(places) == 303 and found.version == "1.0.0"
-    assert set(read_metadata(metadata_of(many, {}), file="m").tensors) == set(many)
 
 
 def test_an_item_is_a_file_of_torch_wherever_it_begins(tmp_path: Path) -> None:
@@ -228,7 +238,11 @@ def judged(tmp_path: Path) -> Judged:
             )
             for rank in range(ranks)
         ]
-        ends = [run.communicate(timeout=100)[1] for run in runs]
+        try:
+            ends = [run.communicate(timeout=100)[1] for run in runs]
+        finally:
+            for run in runs:
+                run.kill()
         assert [run.returncode for run in runs] == [0] * ranks, "\n".join(end[-2000:] for end in ends)
         return np.load(out)
 
@@ -239,7 +253,7 @@ def judged(tmp_path: Path) -> Judged:
 def test_megatron_core_loads_every_form_on_two_ranks_and_agrees(
     judged: Judged, conversions: Written, originals: Written, tmp_path: Path
 ) -> None:
-    """In its strictest mode: no entry more or less than it asks for."""
+    """In its strictest mode: no entry more or less than it asks for. What it saves reads as the same."""
     made = {
         written(conversions(v), tmp_path / v, layers) / "release": v
         for v, layers in (
@@ -254,3 +268,5 @@ def test_megatron_core_loads_every_form_on_two_ranks_and_agrees(
         ours = found[str(folder)]
         nmse = float(((ours - expected) ** 2).mean() / expected.var())
         assert ours.shape == expected.shape and nmse <= 1e-10, (variant, nmse)
+    first = next(iter(made))
+    assert numbers(first.with_suffix(".again")) == numbers(first)
