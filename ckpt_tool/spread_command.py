@@ -1,4 +1,5 @@
-"""`convert` by several processes: one worker's share, the publishing of all, or both on a Ray cluster."""
+"""`convert` and `verify` by several processes: one worker's share, what follows all of them, or both on a Ray
+cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.errors import fail, printable
+from ckpt_tool.checkpoint.remote_path import scheme_of
+from ckpt_tool.errors import CkptToolError, fail, printable
 from ckpt_tool.progress import conversion_summary, following, size
 
 if TYPE_CHECKING:
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
 
     from ckpt_tool.api import Conversion, PartMade, Shared
     from ckpt_tool.convert.shares import Worker
+    from ckpt_tool.verify.parts import Seen
 
 TAKEN = ("jobs", "overwrite", "overwrite_foreign", "sha256", "strict", "checksums")
+TAKEN_UP = ("output-busy", "output-exists")  # kinds that say that another worker publishes, or has
 SHOWN = 8  # workers named before the rest is counted
 
 
@@ -49,6 +53,9 @@ def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Cons
     from ckpt_tool import api
 
     worker = worker_of(asked["worker"]) if asked["worker"] else None
+    if (scheme := scheme_of(str(shared.out))) is not None:
+        message = f"expected a folder that all workers share, found one at {scheme}://"
+        fail("usage", message, where="--out", hint="publish into a folder, and upload that")
     check, beside = not asked["no_verify"], (asked["config"],) if asked["config"] else ()
 
     def tell(text: str) -> None:
@@ -65,7 +72,12 @@ def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Cons
         made = None if worker is None else api.convert_part(shared, worker)
         if made is not None and (not asked["finish"] or made.part.missing):
             return _part(made, as_json, screen)
-        done = api.publish_parts(shared, count=None if worker is None else worker.count, check=check)
+        try:
+            done = api.publish_parts(shared, count=None if worker is None else worker.count, check=check)
+        except CkptToolError as error:
+            if made is None or error.kind not in TAKEN_UP:
+                raise
+            return _part(made, as_json, screen, publishing=True)
     return _whole(done, shared, as_json, screen)
 
 
@@ -77,7 +89,7 @@ def _whole(done: Conversion, shared: Shared, as_json: bool, screen: Console) -> 
     return done.report.exit_code if done.report is not None else 0
 
 
-def _part(made: PartMade, as_json: bool, screen: Console) -> int:
+def _part(made: PartMade, as_json: bool, screen: Console, *, publishing: bool = False) -> int:
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
         return 0
@@ -98,7 +110,11 @@ def _part(made: PartMade, as_json: bool, screen: Console) -> int:
     for found in part.outcome.findings[:10]:
         where = f"{found.file}: {found.tensor}" if found.tensor else found.file
         line("found", f"{found.kind}: {printable(where)}: {printable(found.message, 500)}", "yellow")
-    if part.missing:
+    if publishing:
+        line(
+            "next", "nothing: another process publishes it, or has (if none does: --finish without --worker)"
+        )
+    elif part.missing:
         line("next", f"{listed(part.missing, part.worker.count)}, then the same command with --finish")
     else:
         line("next", "all parts are there: the same command with --finish in place of --worker")
@@ -110,3 +126,64 @@ def listed(numbers: Sequence[int], count: int) -> str:
     shown = [f"{k}/{count}" for k in numbers[:SHOWN]]
     more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
     return f"--worker {', '.join(shown)}{more}"
+
+
+def look(
+    out: str,
+    source: str | None,
+    levels: Sequence[str],
+    asked: dict[str, Any],
+    screen: Console,
+    log: Console,
+) -> int:
+    """One worker's share of a verification; 1 where it saw a difference."""
+    from ckpt_tool import api
+
+    if asked["finish"]:
+        message = "expected --worker or --finish, found both"
+        fail("usage", message, where="--finish", hint="the report is made once all workers have ended")
+    of_report = [f"--{name}" for name in ("junit", "html", "markdown") if asked[name]]
+    if of_report or asked["json_file"] not in (None, "-"):
+        found = (of_report or ["--json FILE"])[0]
+        fail("usage", f"expected --finish to write the report, found {found} beside --worker", where=found)
+
+    def tell(text: str) -> None:
+        log.print(printable(text, 500), style="dim", markup=False)
+
+    seen = api.verify_part(
+        out,
+        source,
+        worker_of(asked["worker"]),
+        levels=levels or None,
+        no_source=asked["no_source"],
+        settings=api.settings(asked["pairs"]),
+        progress=tell,
+    )
+    if asked["json_file"] is not None:
+        print(json.dumps(seen.to_json(), indent=2))
+    else:
+        _say_seen(seen, screen)
+    return int(seen.differences > 0)
+
+
+def _say_seen(seen: Seen, screen: Console) -> None:
+    from rich.text import Text
+
+    from ckpt_tool.terminal import paragraph
+
+    def line(label: str, text: str, style: str = "") -> None:
+        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
+
+    read = size(sum(s.tensor.nbytes for s in seen.scans))
+    line(
+        "looked at",
+        f"part {seen.worker}: {len(seen.scans)} tensors, {read}; {len(seen.steps)} steps of the plan",
+    )
+    if seen.resumed:
+        line("resumed", f"{seen.resumed} of them had been looked at before")
+    if seen.differences:
+        line("found", f"{seen.differences} tensors differ from the source; --finish tells which", "red")
+    if seen.missing:
+        line("next", f"{listed(seen.missing, seen.worker.count)}, then the same command with --finish")
+    else:
+        line("next", "all parts are there: the same command with --finish in place of --worker")

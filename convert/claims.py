@@ -57,7 +57,12 @@ class Claim:
             _path(stem, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
         )
         self._released = threading.Event()
-        self._write(0)
+        try:
+            self._write(0)
+        except OSError:
+            os.close(self._descriptor)
+            os.unlink(_path(stem, number))
+            raise
         self._beats = threading.Thread(target=self._beat, name="ckpt-tool-claim", daemon=True)
         self._beats.start()
 
@@ -114,7 +119,8 @@ def _claim(stem: Path, what: str, tell: Tell) -> Claim:
                 fail("output-busy", f"expected to be the only run of {what}, found {owner} at it")
             claim = Claim(stem, newest + 1, what)
         except FileExistsError:
-            continue  # another was faster: it lives
+            time.sleep(WATCH)  # another was faster, or this machine's list of the folder is old
+            continue
         except OSError as error:
             fail("output-failed", f"cannot be claimed: {error.strerror or error}", file=stem)
         for number in _numbers(stem):

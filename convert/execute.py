@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,14 +28,13 @@ from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
 from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
-from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
-from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
+from ckpt_tool.checkpoint.tf_bundle_writer import index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
-from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
+from ckpt_tool.convert.containers import layout_of
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
 from ckpt_tool.convert.journal import Entry
@@ -78,30 +77,6 @@ class Outcome:
     findings: tuple[Finding, ...]
     manifest: Mapping[str, Any]
     resumed: tuple[str, ...] = ()
-
-
-class Layout(Protocol):
-    """A container that is still to be written, see `SafetensorsLayout`."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def offsets(self) -> Mapping[str, int]: ...
-
-    def header_writes(self) -> Iterable[tuple[int, bytes]]: ...
-
-    def finish(self, crcs: Mapping[str, int]) -> Iterable[tuple[int, bytes]]: ...
-
-
-def layout_of(output: OutputFile) -> Layout:
-    tensors = [(t.name, t.dtype, t.shape) for t in output.tensors]
-    if output.format == "torch-zip":
-        constants = {name: (dtype, shape, data) for name, dtype, shape, data in output.constants}
-        return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
-    if output.format == "tf-bundle":
-        return BundleLayout(tensors)
-    return SafetensorsLayout(tensors, dict(output.metadata))
 
 
 def replaced_by(overwrite: bool, overwrite_foreign: bool) -> Replace:
@@ -368,14 +343,17 @@ class Run:
 
     def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
         """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
+        if file not in self._records_c:
+            return None
         record = self.checkpoint.files[file].record_of(name)
-        if record is None or self._records[file][record[0]].crc32c is None:
+        if record is None or self._records_c[file][record[0]].crc32c is None:
             return None
         return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
 
     @cached_property
-    def _records(self) -> dict[str, Mapping[str, Record]]:
-        return {f.name: f.records() for f in self.checkpoint.files.values()}
+    def _records_c(self) -> dict[str, Mapping[str, Record]]:
+        """The records of the files whose format has such checksums."""
+        return {f.name: f.records() for f in self.checkpoint.files.values() if f.format == "tf-bundle"}
 
     def _write_all(self, name: str, descriptor: int, writes: Iterable[tuple[int, bytes]]) -> None:
         for offset, data in writes:

@@ -91,6 +91,7 @@ def carry_part(plan: Plan, checkpoint: Checkpoint, out: Path, worker: Worker, se
             run.progress(Progress("finish", "", run.bytes_out, run.bytes_out))
             staging.leave(keep=True)
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = resumable(error) and bool(staging.entries)
             staging.leave(keep=keep)
@@ -117,12 +118,13 @@ def publish(
         fail_all(_problems(parts, number))
         staging = WholeStaging(place, identity, settings.replaces, folder, plan.outputs)
         run = _run(plan, checkpoint, staging, digests, settings)
+        staging.begin()
         try:
-            staging.begin()
             _take_together(run, [e for p in parts.values() for e in p.entries], number)
             outcome = run.conclude()
             staging.publish()
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = (resumable(error) or _may_be_made_good(error)) and not staging.published
             staging.leave(keep=keep)
@@ -213,8 +215,10 @@ def _found(place: Path, plan: str) -> Path:
     """The folder of this plan's parts."""
     found = _folders(place)
     own = [f for f in found if f.name.startswith(f"{_prefix(place)}{plan[:16]}-")]
-    if own or found:
-        return (own or found)[0] if own else _folder(place, plan, int(found[0].name.rpartition("-")[2]))
+    if own:
+        return own[0]
+    if found:  # of another plan, which is refused by the name that ours would have
+        return _folder(place, plan, int(found[0].name.rpartition("-")[2]))
     message = "expected the parts that workers have made, found none beside it"
     fail("missing-parts", message, file=place, hint="--worker 1/N to --worker N/N make them")
 

@@ -20,9 +20,9 @@ from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert import numbers
+from ckpt_tool.convert import layer_axis, numbers
+from ckpt_tool.convert.dialects import megatron_dist, published
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
-from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_arguments import (
     GATED,
@@ -48,7 +48,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import Option
+from ckpt_tool.convert.options import TENSOR_PARALLEL, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -70,7 +70,9 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
-EXPORT = "NVIDIA's Megatron-Bridge exports models with experts to Hugging Face"
+EXPORT = "NVIDIA's Megatron-Bridge exports models of this kind to Hugging Face"
+
+RANKS, FOLDER = "mcore", "torch_dist"  # words of `--form`
 
 ARCHITECTURE: dict[str, Any] = {
     "swiglu": True,
@@ -113,7 +115,11 @@ class Core:
     unsaid: tuple[str, ...] = ()
     ends: tuple[Ends, ...] = ()
     title: str = "Megatron-Core"
-    options: tuple[Option, ...] = ranks.OPTIONS
+    form: str = RANKS  # to write
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return (TENSOR_PARALLEL, megatron_dist.OPTION) if self.form == FOLDER else ranks.OPTIONS
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -134,6 +140,8 @@ class Core:
 
     def recognise(self, names: Collection[str]) -> tuple[bool, str]:
         p, kinds = f"{prefix_of(names)}{FIRST}", "Megatron-Core names"
+        if f"{prefix_of(names)}decoder.final_norm.weight" in names:
+            return False, f"{kinds} of a HybridModel, whose layers hold attention or a feed-forward each"
         for suffix, what, has in (
             ("self_attention.linear_qkv.bias", "biases for query, key and value", self.biases),
             ("self_attention.q_layernorm.weight", "norms of queries and keys", self.head_norms),
@@ -155,6 +163,12 @@ class Core:
     def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
         """`known` are the fields of the published layout, read from config.json."""
         return plan_original(self, checkpoint, options, known)
+
+
+def layouts_of(m: Core) -> dict[str, Core]:
+    """What such models are written in, by the word in `--form`: the files of ranks, or a folder of
+    torch.distributed that any number of ranks loads."""
+    return {RANKS: m, FOLDER: replace(m, form=FOLDER, title=f"{m.title} for any number of ranks")}
 
 
 def _shared(known: Known) -> int:
@@ -328,11 +342,21 @@ def is_apart(run: Run) -> bool:
     return f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors
 
 
+def _layers_of(run: Run) -> str | None:
+    """How a folder of torch.distributed has its layers (of `megatron_dist.LAYERS`); None for files of
+    ranks."""
+    if all(f.format != layer_axis.FORMAT for f in run.checkpoint.files.values()):
+        return None
+    if layer_axis.READING in run.checkpoint.readings:
+        return megatron_dist.STACKED
+    return megatron_dist.SINGLETON if is_apart(run) else megatron_dist.APART
+
+
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
     if not ours:
-        hint = EXPORT if "with experts" in why else None
+        hint = EXPORT if "with experts" in why or "HybridModel" in why else None
         fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name, hint=hint)
     prefix = prefix_of(checkpoint.names()) or ""
 
@@ -347,6 +371,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
                 yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
     run = with_documents(ranks.open_ranks(checkpoint, "core", own))
+    _refuse_formats(run)
     down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
     if is_apart(run) or (down is not None and up is not None and up.shape[0] == 2 * down.shape[-1]):
         return run
@@ -355,6 +380,19 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
         "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
         file=checkpoint.path.name,
     )
+
+
+def _refuse_formats(run: Run) -> None:
+    """Megatron's formats of FSDP have the same container and other names and shapes."""
+    asked, file = run.args.get("ckpt_format"), run.checkpoint.path.name
+    if asked in ("fsdp_dtensor", "torch_dcp") and any(
+        f.format == "dcp" for f in run.checkpoint.files.values()
+    ):
+        message = (
+            f"expected Megatron's torch_dist, found a checkpoint of its format {asked} (args: ckpt_format)"
+        )
+        hint = "load it with Megatron and save it with --ckpt-format torch_dist"
+        fail("unsupported", message, file=file, hint=hint)
 
 
 # --- to Hugging Face ------------------------------------------------------------------------------------
@@ -402,8 +440,11 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         "head": run.keeps(OUTPUT, options),
         "apart": is_apart(run),
     }
-    kept = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding, **form}
+    kept = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding, **form}
     del kept["apart"]  # ranks have gates and ups together
+    if (layers := _layers_of(run)) is not None:
+        parallel = ranks.whole_number(run.args.get("tensor_model_parallel_size"))  # words are padded for them
+        kept |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
     if run.stages > 1:
         kept["pipeline_parallel"] = run.stages
     documents = [generation_config(config), *tokenizer]
@@ -428,7 +469,8 @@ def ends_of(m: Core, rows: int) -> Ends | None:
 
 
 def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
-    """Ranks in the layout of Megatron-Core, one pipeline stage, with the args that reading again needs."""
+    """The files of ranks, one pipeline stage, or a torch_dist folder; with the args that reading again
+    needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
     own = by_name(own_fields(m), LENGTH)
@@ -456,11 +498,27 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         published.copied(published.tokenizer_files(checkpoint, options)),
         {},
         notes,
-        {"form": "mcore", "tensor_parallel": form.ranks},
+        {"form": m.form, "tensor_parallel": form.ranks},
     )
+    if m.form == FOLDER:
+        return _to_folder(m, known, options, written, form)
     engine = bool(known.once.get("engine", True))
     table = rows_of(m, known, form.rows, engine=engine, head=not tied)
     return ranks.to_ranks(table, known.source, options, written, form, str)
+
+
+def _to_folder(m: Core, known: Known, options: Options, written: Written, form: Form) -> Plan:
+    """In a torch_dist folder, where the norms are called as Transformer Engine has them whoever computes
+    them, and the ranks of `form` say only how far the vocabulary is padded."""
+    layers = options.family_options.get("layers", known.once.get("layers"))
+    if layers not in megatron_dist.LAYERS:
+        layers = megatron_dist.STACKED
+    head = not known["tie_word_embeddings"]
+    apart = layers == megatron_dist.SINGLETON
+    table = rows_of(m, known, form.rows, engine=True, head=head, apart=apart)
+    written = replace(written, original={**written.original, "layers": layers})
+    version = form.version or 3.0
+    return megatron_dist.to_folder(table, known.source, options, written, layers=layers, version=version)
 
 
 def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:

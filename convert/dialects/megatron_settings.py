@@ -190,11 +190,10 @@ def _of_nemo_2(document: Mapping[str, Any], file: str) -> Beside:
 def _of_fields(fields: Mapping[str, Any], file: str) -> Beside:
     """Of a dump of the fields of Megatron-Core's TransformerConfig and what GPT models add."""
     said = {k: in_words(v) for k, v in fields.items()}
-    missing = [n for n in _ASKED.split() if n not in said]
-    fail_all(
-        Problem("missing-fact", "expected the whole dump of the model's class, found it without", file, n)
-        for n in missing
-    )
+    if missing := [n for n in _ASKED.split() if n not in said]:
+        message = f"expected all fields of the model's class, found none of {', '.join(missing)}"
+        hint = "its class may have defaults of its own: copy the file from where the checkpoint was saved"
+        fail("missing-fact", message, file=file, hint=hint)
     args = {_RENAMED.get(k, k): v for k, v in said.items() if not _OF_PROGRAMS.fullmatch(k)}
     called = {new: old for old, new in _RENAMED.items()}
     args[CLASS] = None if _CLASSES.fullmatch(str(_last(said.get(CLASS)))) else said.get(CLASS)
