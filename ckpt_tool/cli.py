@@ -42,7 +42,7 @@ def main() -> NoReturn:
 
 
 source_option = click.option(
-    "--in", "source", required=True, metavar="PATH", help="Folder, file or hf://org/name."
+    "--in", "source", required=True, metavar="PATH", help="Folder, file, hf://org/name or URL."
 )
 how = options_of(
     click.option("--to", default="hf", show_default=True, help="Direction."),
@@ -130,7 +130,7 @@ def cli() -> None:
 @cli.command(cls=FamilyCommand)
 @click.argument("family")
 @source_option
-@click.option("--out", required=True, metavar="DIR", help="Folder to write; must not exist.")
+@click.option("--out", required=True, metavar="DIR", help="Folder to write, or hf://org/name.")
 @how
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker threads.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output (atomically, at the end).")

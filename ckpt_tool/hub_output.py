@@ -71,7 +71,8 @@ class HubOutput:
 
     def _report(self) -> Report | None:
         from ckpt_tool.verify import verify
+        from ckpt_tool.verify.parts import Joined
 
         if not self.check:
             return None
-        return verify(self.repository.folder, levels=("coverage",), no_source=True, scans=self.scans)
+        return verify(self.repository.folder, levels=("coverage",), no_source=True, joined=Joined(self.scans))

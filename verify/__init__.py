@@ -23,7 +23,7 @@ from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Asked, Claim
 from ckpt_tool.verify.confirm import confirm
-from ckpt_tool.verify.coverage import Scan, coverage, scan
+from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
@@ -55,15 +55,14 @@ def verify(
     transformers_python: str | os.PathLike[str] | None = None,
     expectations: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
-    joined: bool = False,
-    scans: list[Scan] | None = None,
+    joined: bool | Joined = False,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
 
     `levels` (None: all) and everything else that is asked for by name must run for the report to pass.
     `no_source` says that there is none to compare with: the report passes then where the output is consistent
-    with its manifest. `accept` names foretold differences, which then do not fail.
+    with its manifest. `accept` names foretold differences (of plan or report), which then do not fail.
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
@@ -71,8 +70,8 @@ def verify(
     `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
     one lacks (None: CKPT_TOOL_TRANSFORMERS). `expectations` is a file of values that a trusted run recorded
     (`recording`), to be held against instead of the documented ones. `joined`: coverage and bits go by what
-    workers (`verify_part`) saw; `scans` is what `scan` gave for the output, if that was read already. Raises
-    `CkptToolError` for what cannot be opened; all else is a finding."""
+    workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for what cannot be
+    opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
@@ -90,7 +89,7 @@ def verify(
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
-        seen = Joined(scans) if scans is not None else _seen(subject, out, asked, tell, joined)
+        seen = _seen(subject, out, asked, tell, joined)
         wanted = Asked(
             asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere, recorded
         )
@@ -148,9 +147,11 @@ def _seen(
     out: str | os.PathLike[str],
     asked: Iterable[str],
     tell: Callable[[str], None],
-    joined: bool,
+    joined: bool | Joined,
 ) -> Joined:
     """What the levels that look at every byte of the output share."""
+    if isinstance(joined, Joined):
+        return joined
     if joined:
         tell("joining what the workers saw")
         return join(subject, out, _shared(asked), tell)
