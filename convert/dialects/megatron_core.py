@@ -49,7 +49,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import EXPERT_PARALLEL, Option
+from ckpt_tool.convert.options import EXPERT_PARALLEL, SHARDS, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -117,7 +117,9 @@ class Core:
 
     @property
     def options(self) -> tuple[Option, ...]:
-        return (*ranks.OPTIONS, *((EXPERT_PARALLEL,) if self.experts else ()))
+        if self.experts is None:
+            return ranks.OPTIONS
+        return (*(o for o in ranks.OPTIONS if o is not SHARDS), EXPERT_PARALLEL)  # files are not ranks alone
 
     @property
     def tensors(self) -> tuple[str, ...]:
