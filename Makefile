@@ -25,13 +25,14 @@ demo: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<
 	touch $@
 
-# TensorFlow, the judge of bundles, is large: where it does not come within two minutes its tests are skipped.
-.judges/tensorflow/.ready: tests/judges/tensorflow.txt $(VENV)/.ready
-	rm -rf .judges/tensorflow
-	if timeout 120 $(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/tensorflow -r $<; \
-	then touch $@; else rm -rf .judges/tensorflow; echo "TensorFlow was not installed: its tests are skipped"; fi
+# TensorFlow, the judge of bundles, and Ray are large: where one does not come within two minutes its tests are skipped.
+LARGE := .judges/tensorflow/.ready .judges/ray/.ready
+$(LARGE): .judges/%/.ready: tests/judges/%.txt $(VENV)/.ready
+	rm -rf .judges/$*
+	if timeout 120 $(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<; \
+	then touch $@; else rm -rf .judges/$*; echo "$* was not installed: its tests are skipped"; fi
 
-test: setup .judges/tensorflow/.ready .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
+test: setup $(LARGE) .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup

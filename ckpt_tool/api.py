@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint import checklist
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.plan import Options, Plan, dropped_names
 from ckpt_tool.convert.recognising import (
     check_own,
     check_plain,
@@ -33,10 +35,12 @@ from ckpt_tool.convert.recognising import (
     recognise,
     unknown_name,
 )
+from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
+    from ckpt_tool.convert.parts import Part, Settings
     from ckpt_tool.verify.report import Report, Reports
 
 __all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
@@ -47,13 +51,15 @@ Source = str | os.PathLike[str]
 @dataclass(frozen=True)
 class Conversion:
     """What `convert` did: the plan, what executing it measured, and the cheap verification levels; `opened`
-    are the notes of opening the input (which folder, which of two sets of weights)."""
+    are the notes of opening the input (which folder, which of two sets of weights), `insisted` the settings
+    whose value is not the source's own: `verify` has to be told them again."""
 
     out: Path
     plan: Plan
     outcome: Outcome
     report: Report | None = field(default=None)
     opened: tuple[str, ...] = ()
+    insisted: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers and findings of the run, and the coverage report where it ran."""
@@ -121,8 +127,8 @@ def plan(
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
-    publisher's checklist.chk lists are compared with it, large weights only with `checksums`; `progress` is
-    told of each file of weights and the bytes read of it."""
+    publisher's list of sums (checklist.chk, SHA256SUMS) names are compared with it, large weights only with
+    `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
         with open_for(source, to) as opened:
@@ -134,6 +140,7 @@ def plan(
     fail_all(option_problems(chosen, options, to))
     make = chosen.plan if to == "hf" else chosen.plan_original
     seen = as_family_knows(source, chosen)
+    options = replace(options, drop=dropped_names(options.drop, seen))
     try:
         made = make(seen, options)
     except CkptToolError as error:  # without the frames, which hold what was read of large documents
@@ -203,8 +210,28 @@ def convert(
             overwrite=overwrite,
             overwrite_foreign=overwrite_foreign,
         )
+        insisted = _insisted(checkpoint, chosen, asked) if to == "hf" else {}
     report = _coverage(target) if check and to == "hf" else None
-    return Conversion(target, made, outcome, report, opened)
+    return Conversion(target, made, outcome, report, opened, insisted)
+
+
+def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[str, Any]:
+    """The settings to which the source itself says something else."""
+    if not options.settings:
+        return {}
+    from ckpt_tool.verify.recorded import settled
+
+    seen = as_family_knows(layers_apart(checkpoint), chosen)
+    options = replace(options, drop=dropped_names(options.drop, seen))
+    settings = options.settings
+    try:
+        alone = chosen.plan(seen, replace(options, settings={})).config
+        doubted = {n for n, v in settings.items() if n in alone and alone[n].value != v}
+    except CkptToolError:  # it needs some of them
+        doubted = set(settings)
+    agreed = {n: v for n, v in settings.items() if n not in doubted}
+    _, kept = settled(lambda o: chosen.plan(seen, o), options, agreed)
+    return {n: v for n, v in settings.items() if n not in kept.settings}
 
 
 def _coverage(out: Path) -> Report:
@@ -214,7 +241,8 @@ def _coverage(out: Path) -> Report:
 
 
 def _address(source: Source) -> str | None:
-    return os.fspath(source) if os.fspath(source).startswith(HUB) else None
+    text = os.fspath(source)
+    return None if scheme_of(text) is None else without_secrets(text)
 
 
 def _reading(
@@ -235,6 +263,109 @@ def _reading(
     return follow
 
 
+@dataclass(frozen=True)
+class PartMade:
+    """What `convert_part` did: the plan of the whole, and this worker's part of it."""
+
+    out: Path
+    plan: Plan
+    part: Part
+    opened: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers and findings of this part, and the workers that are not done."""
+        outcome = self.part.outcome
+        return {
+            "out": printable(self.out),
+            "family": self.plan.family,
+            "direction": self.plan.direction,
+            "plan_digest": self.plan.digest(),
+            "worker": str(self.part.worker),
+            "files": [f.name for f in self.part.files],
+            "bytes_read": outcome.bytes_read,
+            "bytes_written": outcome.bytes_written,
+            "findings": [f.to_json() for f in outcome.findings],
+            "resumed": list(outcome.resumed),
+            "missing": list(self.part.missing),
+        }
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A conversion that several processes carry out: what `convert` takes, the same in each of them. `tell`
+    is called with what a process waits for."""
+
+    source: Source
+    out: Source
+    family: str = "auto"
+    to: str = "hf"
+    options: Options = field(default_factory=Options)
+    jobs: int = 2
+    overwrite: bool = False
+    overwrite_foreign: bool = False
+    sha256: bool = False
+    strict: bool = False
+    checksums: bool = False
+    progress: Callable[[Progress], None] | None = None
+    tell: Callable[[str], None] = lambda _: None
+    on_plan: Callable[[Plan], None] | None = None
+    beside: tuple[Source, ...] = ()
+
+    @contextmanager
+    def planned(self) -> Iterator[tuple[Plan, Checkpoint, Settings, tuple[str, ...]]]:
+        """The plan, the source as its family knows it, how to carry it out, and the notes of opening it."""
+        from ckpt_tool.convert.execute import check_output
+        from ckpt_tool.convert.parts import Settings
+
+        check_name(self.family)
+        replaced = {"overwrite": self.overwrite, "overwrite_foreign": self.overwrite_foreign}
+        beside = [p for p in (*self.beside, self.options.tokenizer) if p is not None]
+        check_output(Path(self.out), self.source, beside=beside, **replaced)
+        with open_for(self.source, self.to) as checkpoint:
+            chosen = choose(checkpoint, self.family, self.to)
+            made = plan(
+                checkpoint,
+                family=chosen.name,
+                to=self.to,
+                options=self.options,
+                checksums=self.checksums,
+                progress=_reading(checkpoint, self.progress),
+            )
+            if self.on_plan is not None:
+                self.on_plan(made)
+            settings = Settings(
+                jobs=self.jobs,
+                sha256=self.sha256,
+                strict=self.strict,
+                progress=self.progress or (lambda _: None),
+                tell=self.tell,
+                address=_address(self.source),
+                **replaced,
+            )
+            yield made, as_family_knows(checkpoint, chosen), settings, checkpoint.opened()
+
+
+def convert_part(asked: Shared, worker: Worker) -> PartMade:
+    """Make the share of the output files that is `worker`'s, in a hidden folder beside `asked.out` which all
+    workers fill, or go on with what a stopped one of the same number has left. See convert/parts.py."""
+    from ckpt_tool.convert.parts import carry_part
+
+    with asked.planned() as (made, checkpoint, settings, opened):
+        part = carry_part(made, checkpoint, Path(asked.out), worker, settings)
+    return PartMade(Path(asked.out), made, part, opened)
+
+
+def publish_parts(asked: Shared, *, count: int | None = None, check: bool = True) -> Conversion:
+    """Check the parts of all workers and publish them as the folder `asked.out`: the very bytes that
+    `convert` writes. `count` workers; None takes it from the parts. `check` runs the coverage level on it."""
+    from ckpt_tool.convert.parts import publish
+
+    with asked.planned() as (made, checkpoint, settings, opened):
+        outcome = publish(made, checkpoint, Path(asked.out), settings, count=count)
+    report = _coverage(Path(asked.out)) if check and asked.to == "hf" else None
+    return Conversion(Path(asked.out), made, outcome, report, opened)
+
+
 def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     """Prove the converted folder `out` right; see `ckpt_tool.verify.verify`."""
     from ckpt_tool.verify import verify as run
@@ -242,11 +373,11 @@ def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     return run(out, source, **asked)
 
 
-def gate(file: Source, *, progress: Callable[[str], None] | None = None) -> Reports:
-    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate`."""
+def gate(file: Source, **asked: Any) -> Reports:
+    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate.run_gate`."""
     from ckpt_tool.verify.gate import run_gate
 
-    return run_gate(file, convert, progress=progress)
+    return run_gate(file, convert, **asked)
 
 
 def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:

@@ -89,8 +89,23 @@ how = _options(
     click.option(
         "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output shard."
     ),
-    click.option("--drop", multiple=True, metavar="NAME", help="Leave this tensor out, and record it."),
+    click.option(
+        "--drop",
+        multiple=True,
+        metavar="NAME",
+        help="Leave out a tensor, or all that a pattern such as '*/Momentum' fits.",
+    ),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
+)
+
+
+several = _options(
+    click.option("--worker", metavar="I/N", help="Make share I of N of the files, beside other processes."),
+    click.option("--finish", is_flag=True, help="Publish what all workers made (with --worker: if last)."),
+    click.option("--ray", metavar="ADDRESS|local", help="Make the shares as tasks of a Ray cluster."),
+    click.option(
+        "--tasks", type=click.IntRange(1, 9999), metavar="N", help="How many of them (else two a node)."
+    ),
 )
 
 
@@ -149,11 +164,16 @@ def cli() -> None:
     "--overwrite-foreign", is_flag=True, help="Also a folder of other weights, configs and tokenizers."
 )
 @click.option("--resume", is_flag=True, help="Go on from what an interrupted run left.")
+@several
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--no-verify", is_flag=True, help="Skip the coverage check of the result.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinite weights instead of reporting them.")
 @click.option("--sha256", is_flag=True, help="Record SHA-256 of every tensor beside CRC32 (slower).")
-@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Compare large weights with checklist.chk or SHA256SUMS too (reads them).",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Print the plan before working.")
 @as_json
 def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> int:
@@ -165,6 +185,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     """
     from ckpt_tool import api
     from ckpt_tool.progress import following
+    from ckpt_tool.spread_command import carry_out, wanted
 
     options = _plan_options(asked)
     if asked["dry_run"]:
@@ -178,6 +199,9 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 
             plan_table(made, log)
 
+    if wanted(asked):
+        shared = api.Shared(source, out, family, _direction(asked["to"]), options, on_plan=on_plan)
+        return carry_out(shared, asked, as_json, screen, log)
     with following(log) as progress:
         done = api.convert(
             source,
@@ -257,12 +281,6 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
 
     _, log = _consoles()
     chosen: dict[str, Any] = {"levels": levels} if levels else {}
-    quiet = not log.is_terminal
-
-    def follow(text: str) -> None:
-        if not quiet:
-            log.print(text, style="dim", markup=False)
-
     return api.verify(
         out,
         source,
@@ -275,7 +293,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         checkpoint_id=asked["checkpoint_id"],
         settings=api.settings(asked["pairs"]),
         transformers_python=asked.get("transformers_python"),
-        progress=follow,
+        progress=_following(log),
         **chosen,
     )
 
@@ -331,9 +349,140 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 
 
 @cli.command()
+@click.argument("out", metavar="DIR")
+@click.option("--source", metavar="PATH", required=True, help="The original it was made from.")
+@click.option("--sign", "key", metavar="KEY", help="Sign with the private key in this PEM file.")
+@click.option("--write", "file", metavar="FILE", help="Where to; by default into DIR.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["coverage", "bits", "parity", "documented"]),
+    help="Levels to verify (default: all).",
+)
+@click.option("--against", type=click.Choice(["transformers"]), help="Also compare with transformers.")
+@click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+def certificate(out: str, source: str, key: str | None, file: str | None, **asked: Any) -> int:
+    """Verify DIR against its source and write down what was shown, as an in-toto Statement.
+
+    \b
+    ckpt-tool certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --sign key.pem
+    """
+    from ckpt_tool import api
+    from ckpt_tool.certificates import made
+
+    screen, log = _consoles()
+    return made(
+        out,
+        source,
+        file,
+        key,
+        {**asked, "settings": api.settings(asked.pop("pairs"))},
+        screen,
+        _following(log),
+    )
+
+
+@cli.command("check-certificate")
+@click.argument("out", metavar="DIR")
+@click.option("--certificate", "file", metavar="FILE", help="The certificate, when not in DIR.")
+@click.option("--key", metavar="KEY", help="Public key (PEM) that it must be signed with.")
+@click.option("--source", metavar="PATH", help="The original, for --spot and --full.")
+@click.option(
+    "--spot", type=int, metavar="K", help="Make K tensors, chosen at random, again from the source."
+)
+@click.option("--full", is_flag=True, help="Verify again: the same certificate must come out.")
+@click.option("--seed", type=int, help="Choose the same tensors as another run with this seed.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@report_files
+def check_certificate(out: str, source: str | None, file: str | None, **asked: Any) -> int:
+    """Check that a certificate holds for DIR: exit code 1 when it does not.
+
+    \b
+    ckpt-tool check-certificate Mistral-7B-v0.1-hf --key public.pem
+    ckpt-tool check-certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --spot 20
+    """
+    from ckpt_tool import api
+    from ckpt_tool.verify.certificate_check import check
+
+    files = _report_files(asked, (out, source, file, asked["key"]))
+    report = check(
+        out,
+        file=file,
+        key=asked["key"],
+        source=source,
+        spot=asked["spot"],
+        full=asked["full"],
+        seed=asked["seed"],
+        settings=api.settings(asked["pairs"]),
+        device=asked["device"],
+        progress=_following(_consoles()[1]),
+    )
+    return _write_report(report, asked, files)
+
+
+def _following(log: Console) -> Callable[[str], None]:
+    """What tells a person at a terminal how far a verification is."""
+
+    def follow(text: str) -> None:
+        if log.is_terminal:
+            log.print(text, style="dim", markup=False)
+
+    return follow
+
+
+@cli.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--family", metavar="NAME", help="Family of originals that do not tell it.")
+@click.option("--logits/--no-logits", default=None, help="Compute with both (default: where they differ).")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact that an original lacks.")
+@report_files
+def compare(a: str, b: str, **asked: Any) -> int:
+    """Compare two checkpoints in any layouts, shardings and dtypes. Exit code 1 where they differ.
+
+    \b
+    ckpt-tool compare mistral-7B-v0.1 Mistral-7B-v0.1-hf
+    ckpt-tool compare base fine-tuned --html moved.html
+    """
+    from ckpt_tool import api
+    from ckpt_tool.verify.compare import compare as run
+
+    files = _report_files(asked, (a, b))
+    if asked["family"] is not None:
+        api.check_name(asked["family"])
+    report = run(
+        a,
+        b,
+        family=asked["family"],
+        settings=api.settings(asked["pairs"]),
+        logits=asked["logits"],
+        compute_dtype=asked["compute_dtype"],
+        device=asked["device"],
+        progress=_following(_consoles()[1]),
+    )
+    return _write_report(report, asked, files)
+
+
+@cli.command()
 @click.argument("path")
 @click.option("--all", "everything", is_flag=True, help="List every tensor instead of folding layers.")
-@click.option("--checksums", is_flag=True, help="Compare large weights with checklist.chk too (reads them).")
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Compare large weights with checklist.chk or SHA256SUMS too (reads them).",
+)
 @as_json
 def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     """Show what a checkpoint holds without loading it or running anything in it."""
@@ -378,17 +527,35 @@ def _show_plan(
 
 @cli.command()
 @click.argument("file", metavar="PARITY.TOML")
+@click.option("--only", multiple=True, metavar="NAME", help="Run this check alone; also a pattern of names.")
+@click.option("--list", "listed", is_flag=True, help="List the checks and stop.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first check that does not pass.")
+@click.option("--baseline", metavar="FILE", help="JSON report of an earlier run: fail on what got worse.")
 @report_files
-def gate(file: str, **asked: Any) -> int:
+def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
     """Run the conversions and verifications listed in a TOML file; for CI."""
     from pathlib import Path
 
     from ckpt_tool import api
-    from ckpt_tool.verify.gate import read_gate
+    from ckpt_tool.verify.gate import chosen, read_gate
 
-    checks = read_gate(Path(file))[1]
+    checks = chosen(read_gate(Path(file))[1], only, file)
+    if listed:
+        from ckpt_tool.terminal import Column, table
+
+        heads = (Column("check", whole=True), Column("convert"), Column("source"), Column("out"))
+        table(_consoles()[0], heads, [(c.name, c.convert or "", c.source or "", c.out) for c in checks])
+        return 0
     files = _report_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
-    return _write_report(api.gate(file), asked, files)
+    _, log = _consoles()
+    reports = api.gate(
+        file,
+        only=only,
+        fail_fast=asked["fail_fast"],
+        baseline=asked["baseline"],
+        progress=_following(log),
+    )
+    return _write_report(reports, asked, files)
 
 
 @cli.command()

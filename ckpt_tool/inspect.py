@@ -224,7 +224,8 @@ class Inspection:
             each = [(printable(t.name, 512), str(t.shape), t.dtype, printable(t.file)) for t in self.tensors]
             table(console, (*heads, Column("file")), each, indent=2)
             return
-        folded = list(fold(self.tensors))
+        slots = kept_beside(self.tensors)
+        folded = fold(t for t in self.tensors if t.name not in slots)
         rows = [
             (
                 printable(row.name, 512),
@@ -234,6 +235,10 @@ class Inspection:
                 f"in {row.files} files" if row.files > 1 else "",
             )
             for row in folded
+        ]
+        kinds = Counter((kind, t.dtype) for t in self.tensors if (kind := slots.get(t.name)))
+        rows += [
+            (f"*/{kind}", "variable's", dtype, f"x{n}", "") for (kind, dtype), n in sorted(kinds.items())
         ]
         more = [Column("count", whole=True)]
         if any(row.files > 1 for row in folded):
@@ -362,6 +367,19 @@ def fold(tensors: Iterable[TensorInfo]) -> list[TensorRow]:
                 name = "".join(t + r for t, r in zip(texts, [*map(_range, ranges), ""], strict=True))
                 rows.append(TensorRow(name, dtype, shape, count, files))
     return rows
+
+
+def kept_beside(tensors: Iterable[TensorInfo]) -> dict[str, str]:
+    """What TensorFlow keeps below the names of variables (slots of an optimizer, averages), by name: the word
+    of it that comes last. One that a single variable has is told by its name, as the others are."""
+    shapes = {t.name: t.shape for t in tensors}
+    found = {}
+    for name, shape in shapes.items():
+        above, _, kind = name.rpartition("/")
+        if above and shapes.get(above) == shape:
+            found[name] = kind
+    counts = Counter(found.values())
+    return {name: kind for name, kind in found.items() if counts[kind] > 1}
 
 
 def _boxes(members: list[tuple[int, ...]]) -> Iterator[tuple[list[list[int]], int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,7 +122,25 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         if not bad:
             line("coverage", "every source and target tensor accounted for", "green")
     if plan.direction == "to-hf":  # in one line, to be pasted
-        verify = (
-            f"ckpt-tool verify {printable(quote(str(done.out)))} --source {printable(quote(str(source)))}"
-        )
-        say(screen, Text.assemble((f"   {'next':<10}", "dim"), verify))
+        say(screen, Text.assemble((f"   {'next':<10}", "dim"), printable(_next(done, source), 4096)))
+
+
+def _next(done: Conversion, source: Any) -> str:
+    """The command that proves the output, with all that it has to be told: facts on which the user insisted
+    against the source, and differences that the plan foretells."""
+    words = ["ckpt-tool", "verify", str(done.out), "--source", str(source)]
+    for name, value in done.insisted.items():
+        words += ["--set", f"{name}={_given(value)}"]
+    for known in done.plan.foretold:
+        words += ["--accept", known.name]
+    return " ".join(map(quote, words))
+
+
+def _given(value: Any) -> str:
+    """A value as --set reads it: text as it is, unless it reads as JSON."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
@@ -25,7 +26,7 @@ class ReportFiles:
     def check(self, inputs: Iterable[str | os.PathLike[str]]) -> None:
         """Fail with every problem of the files: no folder to write into, no permission, or a file that is
         read, for which `inputs` are the files and folders that are."""
-        read = [os.path.realpath(p) for p in inputs if not os.fspath(p).startswith("hf://")]
+        read = [os.path.realpath(p) for p in inputs if scheme_of(os.fspath(p)) is None]
         problems = [p for option, file in self.files.items() for p in _problems(option, file, read)]
         taken: dict[str, str] = {}
         for option, file in self.files.items():
@@ -42,7 +43,7 @@ class ReportFiles:
         problems: list[Problem] = []
         for option, file in self.files.items():
             try:
-                _write(file, forms[option]().encode("utf-8", "backslashreplace"))
+                write_whole(file, forms[option]().encode("utf-8", "backslashreplace"))
             except BrokenPipeError:
                 raise
             except OSError as error:
@@ -95,7 +96,7 @@ def _is_stream(file: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _write(file: str, data: bytes) -> None:
+def write_whole(file: str, data: bytes) -> None:
     """All of `data` in one step: whoever reads `file` sees it whole, or what was there before."""
     if _is_stream(file):
         with open(file, "wb") as stream:

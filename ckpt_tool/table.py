@@ -13,7 +13,7 @@ from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.errors import fail, near
+from ckpt_tool.errors import fail, near, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,8 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One variant's results. The NMSE values are the worst over all prompts, None where not measured."""
+    """One variant's results. The NMSE values are the worst over all prompts, None where not measured; `why`
+    says of a verdict that is no pass what it rests on."""
 
     family: str
     variant: str
@@ -36,6 +37,7 @@ class Row:
     judge_nmse: float | None
     round_trip: str
     verdict: str
+    why: str = ""
 
 
 def run(*, only: Collection[str], judge: bool, as_json: bool, screen: Console) -> int:
@@ -84,6 +86,7 @@ def row(variant: Variant, scratch: Path, judge: bool) -> Row:
         judge_nmse=worst(report, "transformers"),
         round_trip="equal" if not differences else differences[0],
         verdict="FAIL" if differences or report.status == "fail" else report.status,
+        why="" if report.status == "pass" else report.headline,
     )
 
 
@@ -165,10 +168,10 @@ def compare(a: Checkpoint, b: Checkpoint, but: Container[str] = ()) -> list[str]
 
 
 def draw(made: list[Row], screen: Console) -> None:
-    """The rows as a table."""
+    """The rows as a table, and below it why some are no pass, those of one reason together."""
     from rich.text import Text
 
-    from ckpt_tool.terminal import Column, table
+    from ckpt_tool.terminal import Column, paragraph, table
 
     columns = (
         Column("family", whole=True),
@@ -193,3 +196,10 @@ def draw(made: list[Row], screen: Console) -> None:
         for r in made
     ]
     table(screen, columns, cells)
+    reasons: dict[str, list[str]] = {}
+    for r in made:
+        if r.why:
+            reasons.setdefault(r.why, []).append(f"{r.variant} {r.verdict}")
+    for why, (first, *others) in reasons.items():
+        more = f" (and {len(others)} more)" if others else ""
+        paragraph(screen, printable(f"{first}{more}: {why}", 2000), hang=2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,9 +18,11 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import crc32c
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.casting import cast, common
 from ckpt_tool.convert.layout import Access, Block, Runs, Step
+from ckpt_tool.convert.outbox import Outbox
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.convert.values import Values
 
@@ -55,11 +56,8 @@ class Target:
         self.crc = IntervalCrc()
         self.values = Values(info.dtype)
 
-    def write(self, data: memoryview, start: int) -> None:
-        try:
-            disk.write_at(self.descriptor, data, self.offset + start)
-        except OSError as error:
-            raise disk.failure(error, self.info.file, offset=self.offset + start) from None
+    def write(self, data: memoryview, start: int, outbox: Outbox) -> None:
+        outbox.put(self.info.file, self.descriptor, self.offset + start, data)
 
     def read(self, buffer: memoryview, start: int) -> None:
         """Bytes written earlier."""
@@ -100,6 +98,7 @@ class Lane:
 
     read_bytes: int = 0
     written_bytes: int = 0
+    outbox: Outbox = field(default_factory=Outbox)
     _rooms: dict[str, np.ndarray] = field(default_factory=dict)
 
     def room(self, purpose: str, count: int, bits: np.dtype[Any]) -> np.ndarray:
@@ -117,6 +116,11 @@ class Carrier:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.lock = threading.Lock()
+
+    def carry_all(self, batch: Iterable[tuple[Bound, Block]], lane: Lane) -> None:
+        for bound, block in batch:
+            self.carry(bound, block, lane)
+        lane.outbox.flush()
 
     def carry(self, bound: Bound, block: Block, lane: Lane) -> None:
         if block.is_copy:
@@ -139,20 +143,19 @@ class Carrier:
             bits = room[: read.numel - start]
             data = bits.data.cast("B")
             self.checkpoint.read_into(source.info, start_in + start * source.itemsize, data)
-            crc_in = zlib.crc32(data, crc_in)
+            crc_in = crc32(data, crc_in)
             if source.crc32c is not None:
                 crc_c = crc32c(data, crc_c)
             if not same:
                 bits = cast_room[: bits.size]
                 cast(room[: bits.size], source.info.dtype, target.info.dtype, bits)
                 data = bits.data.cast("B")
-                crc_out = zlib.crc32(data, crc_out)
+                crc_out = crc32(data, crc_out)
             place = values.look(bits)
             if place is not None:
                 values.found_at(write.runs.base + start + place)
-            target.write(data, start_out + start * target.itemsize)
+            target.write(data, start_out + start * target.itemsize, lane.outbox)
         size_in, size_out = read.numel * source.itemsize, read.numel * target.itemsize
-        disk.start_writeback(target.descriptor, target.offset + start_out, size_out)
         self._learn_source(source, [(start_in, size_in, crc_in)], [(start_in, size_in, crc_c)])
         self._learn_target(target, [(start_out, size_out, crc_in if same else crc_out)], values)
         lane.read_bytes += size_in
@@ -173,10 +176,8 @@ class Carrier:
             runs: list[Run] = []
             for k, offset in enumerate(offsets):
                 part = data[k * size : (k + 1) * size]
-                runs.append((offset * target.itemsize, size, zlib.crc32(part)))
-                target.write(part, offset * target.itemsize)
-            if len(offsets) == 1:
-                disk.start_writeback(target.descriptor, target.offset + runs[0][0], size)
+                runs.append((offset * target.itemsize, size, crc32(part)))
+                target.write(part, offset * target.itemsize, lane.outbox)
             self._learn_target(target, runs, values)
             lane.written_bytes += len(data)
 
@@ -231,7 +232,7 @@ class Carrier:
             part = data[k * size : (k + 1) * size]
             self.checkpoint.read_into(source.info, offset * source.itemsize, part)
             if source.crc is not None:
-                runs.append((offset * source.itemsize, size, zlib.crc32(part)))
+                runs.append((offset * source.itemsize, size, crc32(part)))
             if source.crc32c is not None and (size >= RUN_C or size == source.info.nbytes):
                 runs_c.append((offset * source.itemsize, size, crc32c(part)))
         self._learn_source(source, runs, runs_c)

@@ -28,6 +28,7 @@ RESUMABLE = (
     "write-failed",
     "limits",
     "read-failed",
+    "download-failed",
     "out-of-memory",
     "interrupted",
     "output-changed",
@@ -127,6 +128,11 @@ class Staging:
     _journal_size: int = 0
 
     @property
+    def afresh(self) -> str:
+        """How to begin again where what is left cannot be gone on with."""
+        return "without --resume it is removed and the work starts from the beginning"
+
+    @property
     def path(self) -> Path:
         return self.place.with_name(f"{self._prefix}{self.identity.plan[:16]}")
 
@@ -146,18 +152,13 @@ class Staging:
         """Make the folder, or with `resume` take up what an interrupted run left: then `entries` is what its
         journal says up to the first line that is damaged or does not `belong`, still to be checked against
         the files, and files it does not name are gone."""
-        self._mend_exchange()
-        if os.path.lexists(self.place):
-            if self.replace == "nothing":
-                refuse_existing(self.place, self.place, os.lstat(self.place))
-            self._old = look(self.place, self.replace)
+        self._look_at_place()
         try:
             if resume and self._take_up(belongs):
                 return
-            for name in self._leftovers():
-                _remove(self.place.with_name(name))
-            disk.mkdir(self.path, 0o777)
-            self._folder = _open_folder(self.path)
+            self._remove_leftovers()
+            self._make_folder()
+            self._folder = open_folder(self.path)
             self._journal = os.open(
                 self._journal_path,
                 os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
@@ -171,6 +172,16 @@ class Staging:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise disk.failure(error, str(self.place)) from None
             fail("output-failed", f"cannot be made: {error.strerror or error}", file=self.place)
+
+    def _look_at_place(self) -> None:
+        self._mend_exchange()
+        if os.path.lexists(self.place):
+            if self.replace == "nothing":
+                refuse_existing(self.place, self.place, os.lstat(self.place))
+            self._old = look(self.place, self.replace)
+
+    def _make_folder(self) -> None:
+        disk.mkdir(self.path, 0o777)
 
     def check_space(self, size: int) -> None:
         """`disk-full` unless `size` bytes and something to spare are free."""
@@ -316,7 +327,7 @@ class Staging:
         self._close()
         if not keep and not self.published:
             with contextlib.suppress(OSError):
-                _remove(self.path)
+                remove_tree(self.path)
             with contextlib.suppress(OSError):
                 os.unlink(self._journal_path)
 
@@ -326,7 +337,12 @@ class Staging:
         pattern = re.compile(re.escape(self._prefix) + r"[0-9a-f]{16}(\.journal)?")
         return [n for n in os.listdir(self.place.parent) if pattern.fullmatch(n)]
 
-    def _take_up(self, belongs: Callable[[Entry], bool]) -> bool:
+    def _remove_leftovers(self) -> None:
+        for name in self._leftovers():
+            remove_tree(self.place.with_name(name))
+
+    def _can_take_up(self) -> bool:
+        """Whether this plan's folder and journal are there; `resume-mismatch` where another plan's are."""
         found = self._leftovers()
         if self.path.name not in found or self._journal_path.name not in found:
             others = [n for n in found if not n.endswith(".journal") and n != self.path.name]
@@ -336,13 +352,22 @@ class Staging:
                     "resume-mismatch",
                     f"expected unfinished work of plan {self.identity.plan[:16]}, found some of {plans}",
                     file=self.place,
-                    hint="without --resume it is removed and the work starts from the beginning",
+                    hint=self.afresh,
                 )
+            return False
+        return True
+
+    def _is_leftover(self, name: str) -> bool:
+        """Whether a file of the folder that no entry speaks of may be removed."""
+        return True
+
+    def _take_up(self, belongs: Callable[[Entry], bool]) -> bool:
+        if not self._can_take_up():
             return False
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             self._journal = os.open(self._journal_path, flags)
-            self._folder = _open_folder(self.path)
+            self._folder = open_folder(self.path)
         except OSError:  # a link, a folder for a file: nothing that a run left
             self._close()
             return False
@@ -358,7 +383,7 @@ class Staging:
                 "resume-mismatch",
                 f"expected unfinished work of the same run, found another {' and '.join(differences)}",
                 file=self.place,
-                hint="without --resume it is removed and the work starts from the beginning",
+                hint=self.afresh,
             )
         self._read_entries(lines, belongs)
         os.ftruncate(self._journal, self._journal_size)
@@ -366,7 +391,8 @@ class Staging:
         for folder, folders, files in os.walk(self.path):
             for name in (*files, *(n for n in folders if os.path.islink(os.path.join(folder, n)))):
                 path = Path(folder, name)
-                if path.relative_to(self.path).as_posix() not in kept:
+                known = path.relative_to(self.path).as_posix()
+                if known not in kept and self._is_leftover(known):
                     os.unlink(path)
         return True
 
@@ -391,7 +417,7 @@ class Staging:
         with contextlib.suppress(OSError):
             if os.path.lexists(self._aside):
                 if os.path.lexists(self.place):
-                    _remove(self._aside)
+                    remove_tree(self._aside)
                 else:
                     os.rename(self._aside, self.place)
 
@@ -404,7 +430,7 @@ class Staging:
         self._journal_size += len(line)
 
     def _sync_parent(self) -> None:
-        parent = _open_folder(self.place.parent)
+        parent = open_folder(self.place.parent)
         try:
             disk.fsync(parent)
         finally:
@@ -429,11 +455,11 @@ def _inner(folder: int, name: str) -> Iterator[int]:
         os.close(inner)
 
 
-def _open_folder(path: Path) -> int:
+def open_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _remove(path: Path) -> None:
+def remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -14,8 +14,7 @@ import os
 import re
 import signal
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,21 +27,25 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
+from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
 from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
 from ckpt_tool.convert.journal import Entry
-from ckpt_tool.convert.layout import COPIED, Block, Step
+from ckpt_tool.convert.layout import COPIED, Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
+from ckpt_tool.convert.read_ahead import ReadAhead
 from ckpt_tool.convert.replaceable import Replace
+from ckpt_tool.convert.shares import first_readers, groups
 from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
@@ -116,7 +119,7 @@ def check_output(
 ) -> None:
     """Fail with `output-conflict`, `output-exists`, `not-replaceable` or `output-failed` before anything is
     opened. `beside` are other files that are read."""
-    inputs = [Path(p) for p in (source, *beside) if not os.fspath(p).startswith("hf://")]
+    inputs = [Path(p) for p in (source, *beside) if scheme_of(os.fspath(p)) is None]
     free_place(out, inputs, replace=replaced_by(overwrite, overwrite_foreign))
 
 
@@ -147,30 +150,31 @@ def execute(
     replace_what = replaced_by(overwrite, overwrite_foreign)
     place = free_place(out, [checkpoint.path, *files], replace=replace_what)
     digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
-    identity = Identity(__version__, plan.digest(), _fingerprints(checkpoint, digests))
+    identity = Identity(__version__, plan.digest(), fingerprints(checkpoint, digests))
     with locked(place):
         staging = Staging(place, identity, replace_what)
-        run = _Run(
+        run = Run(
             plan, checkpoint, staging, digests, max(1, jobs), sha256, strict, progress or (lambda _: None),
-            address or _way(place, checkpoint.path),
+            address or way_to(place, checkpoint.path),
         )  # fmt: skip
         staging.begin(resume=resume, belongs=run.belongs)
         try:
             outcome = run.carry_out(extra_documents)
             staging.publish()
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = resumable(error) and bool(staging.entries) and not staging.published
             staging.leave(keep=keep)
-            _raise(error, keep)
+            raise_as_told(error, keep)
         finally:
             run.stop()
     return replace(outcome, out=out)
 
 
-def _raise(error: BaseException, kept: bool) -> None:
-    """`error` as the user should see it, with the hint to resume where something was kept."""
-    hint = "finished files are kept: run again with --resume to go on" if kept else None
+def raise_as_told(error: BaseException, kept: bool, how: str = "run again with --resume to go on") -> None:
+    """`error` as the user should see it, with the hint `how` to go on where something was kept."""
+    hint = f"finished files are kept: {how}" if kept else None
     if isinstance(error, CkptToolError) and kept:
         problems = [replace(p, hint="; ".join(h for h in (p.hint, hint) if h)) for p in error.problems]
         raise CkptToolError(*problems, exit_code=error.exit_code) from None
@@ -188,7 +192,7 @@ def _raise(error: BaseException, kept: bool) -> None:
     raise error
 
 
-def _way(place: Path, source: Path) -> str | None:
+def way_to(place: Path, source: Path) -> str | None:
     """The path from the output to the source; None for one that is no UTF-8."""
     path = os.path.relpath(os.path.realpath(source), place)
     try:
@@ -198,7 +202,7 @@ def _way(place: Path, source: Path) -> str | None:
     return path
 
 
-def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
+def fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
     """What tells one source from another without reading it: sizes and times of files, `digests` of their
     headers."""
     found: dict[str, Any] = {}
@@ -212,44 +216,15 @@ def _fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[st
     return found
 
 
-def _stamp(path: Path) -> dict[str, int]:
+def _stamp(path: Path) -> dict[str, Any]:
+    if (remote := remote_of(path)) is not None:
+        return dict(remote.stamp)
     status = os.stat(path)
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def groups(plan: Plan) -> list[tuple[list[OutputFile], list[int]]]:
-    """Output files that some step writes together or compares, with the indices of those steps."""
-    leader = {f.name: f.name for f in plan.outputs}
-
-    def find(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    for step in plan.steps:
-        first = find(step.targets[0].file)
-        for part in step.targets[1:]:
-            leader[find(part.file)] = first
-    found: dict[str, tuple[list[OutputFile], list[int]]] = {}
-    for file in plan.outputs:
-        found.setdefault(find(file.name), ([], []))[0].append(file)
-    for k, step in enumerate(plan.steps):
-        found[find(step.targets[0].file)][1].append(k)
-    return list(found.values())
-
-
-def _first_readers(steps: Iterable[Step]) -> set[tuple[int, int]]:
-    """(step, index of its source) of the first step that reads each tensor: only what it reads counts towards
-    the tensor's checksum, so that no byte counts twice."""
-    first: dict[Key, tuple[int, int]] = {}
-    for k, step in enumerate(steps):
-        for i, part in enumerate(step.sources):
-            first.setdefault((part.file, part.name), (k, i))
-    return set(first.values())
-
-
 @dataclass
-class _Run:
+class Run:
     """One execution: the workers, and what has been learnt so far."""
 
     plan: Plan
@@ -267,13 +242,15 @@ class _Run:
     hashes: dict[Key, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
+    # by output file, source tensors to be read whole with it where the steps have read a part or nothing
+    whole: Mapping[str, Sequence[Key]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.carrier = Carrier(self.checkpoint)
+        self.carrier, self.ahead = Carrier(self.checkpoint), ReadAhead(self.checkpoint)
         self.lanes = [Lane() for _ in range(self.jobs)]
         self.pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="ckpt-tool")
         self.stopping = threading.Event()
-        self.first_readers = _first_readers(self.plan.steps)
+        self.first_readers = first_readers(self.plan.steps)
         self.layouts = {f.name: layout_of(f) for f in self.plan.outputs}
         self.resumed_bytes = 0
         self.bytes_out = self.plan.bytes_out
@@ -283,6 +260,11 @@ class _Run:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def carry_out(self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None) -> Outcome:
+        self.make_files()
+        return self.conclude(extra)
+
+    def make_files(self) -> None:
+        """Write the output files, but for those that an earlier run finished."""
         parts = groups(self.plan)
         finished = [self._taken_up(files) for files, _ in parts]
         missing = [f for (files, _), there in zip(parts, finished, strict=True) if not there for f in files]
@@ -292,11 +274,20 @@ class _Run:
         for (files, steps), there in zip(parts, finished, strict=True):
             if not there:
                 self._make(files, steps)
+
+    def conclude(
+        self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None = None
+    ) -> Outcome:
+        """What all files of the plan are needed for: checks of the source, documents, the manifest."""
         self._check_sources()
         self.findings += stale(self.checkpoint, self.plan)
         self._say("finish", "")
         made = self._documents(extra)
         self.checkpoint.check_unchanged()
+        return self.outcome(made)
+
+    def outcome(self, made: Mapping[str, Any]) -> Outcome:
+        """What was done, with the manifest `made` of it."""
         return Outcome(
             out=self.staging.place,
             bytes_read=sum(lane.read_bytes for lane in self.lanes),
@@ -327,7 +318,7 @@ class _Run:
             crcs: dict[Key, IntervalCrc] = {}
             bound = [self._bind(k, targets, crcs) for k in indices]
             self._each(
-                batches(b for b in bound if not b.step.compare),
+                self.ahead.of(batches(b for b in bound if not b.step.compare)),
                 self._carry,
                 "copy",
                 files[0].name,
@@ -347,6 +338,8 @@ class _Run:
             total = crc.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)
             if total is not None:
                 known[key] = total
+        wanted = (k for f in files for k in self.whole.get(f.name, ()))
+        known |= self._read_whole([k for k in wanted if k not in known and k not in self.sources])
         self.sources.update(known)
         self.findings += findings
         self.staging.record(
@@ -359,8 +352,7 @@ class _Run:
         )
 
     def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
-        for bound, block in batch:
-            self.carrier.carry(bound, block, lane)
+        self.carrier.carry_all(batch, lane)
 
     def _bind(self, index: int, targets: Mapping[Key, Target], crcs: dict[Key, IntervalCrc]) -> Bound:
         step = self.plan.steps[index]
@@ -427,7 +419,7 @@ class _Run:
                 if place[id(b)] not in different and not self.carrier.same(b, block, lane):
                     different.add(place[id(b)])
 
-        self._each(batches(bound, copy_bytes=CHUNK), compare, "check", "")
+        self._each(self.ahead.of(batches(bound, copy_bytes=CHUNK)), compare, "check", "")
         verdicts = [self._judge(bound[k]) for k in sorted(different)]
         fail_all(v for v in verdicts if isinstance(v, Problem))
         return [v for v in verdicts if isinstance(v, Finding)]
@@ -523,25 +515,34 @@ class _Run:
         self.resumed_bytes += sum(t.nbytes for f in files for t in f.tensors)
         return True
 
-    def _is_intact(self, file: OutputFile, crcs: Mapping[str, int]) -> bool:
+    def has_headers(self, file: OutputFile, crcs: Mapping[str, int]) -> bool:
+        """Whether a finished file is there with its size and all that is not tensor data."""
         layout = self.layouts[file.name]
         try:
             descriptor = self.staging.reopen(file.name)
         except OSError:
             return False
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, descriptor)
+        try:
             if os.fstat(descriptor).st_size != layout.size or set(crcs) != {t.name for t in file.tensors}:
                 return False
-            for offset, data in (*layout.header_writes(), *layout.finish(crcs)):
-                if os.pread(descriptor, len(data), offset) != data:
-                    return False
+            expected = (*layout.header_writes(), *layout.finish(crcs))
+            return all(os.pread(descriptor, len(data), offset) == data for offset, data in expected)
+        finally:
+            os.close(descriptor)
+
+    def _is_intact(self, file: OutputFile, crcs: Mapping[str, int]) -> bool:
+        if not self.has_headers(file, crcs):
+            return False
+        layout = self.layouts[file.name]
+        with contextlib.ExitStack() as stack:
+            descriptor = self.staging.reopen(file.name)
+            stack.callback(os.close, descriptor)
             wrong: list[str] = []
 
             def work(info: TensorInfo, lane: Lane) -> None:
                 crc = 0
                 for data in _chunks(Target(info, descriptor, layout.offsets[info.name]), lane):
-                    crc = zlib.crc32(data, crc)
+                    crc = crc32(data, crc)
                 if crc != crcs[info.name]:
                     wrong.append(info.name)
 
@@ -552,23 +553,8 @@ class _Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        unread = {
-            (p.file, p.name): self.checkpoint.files[p.file].tensors[p.name]
-            for s in self.plan.steps
-            for p in s.sources
-            if (p.file, p.name) not in self.sources
-        }
-
-        def read(key: Key, lane: Lane) -> None:
-            info, crc = unread[key], 0
-            for start in range(0, info.nbytes, CHUNK):
-                room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
-                self.checkpoint.read_into(info, start, room)
-                crc = zlib.crc32(room, crc)
-                lane.read_bytes += len(room)
-            self.sources[key] = crc
-
-        self._each(iter(unread), read, "check", "")
+        read = {(p.file, p.name) for s in self.plan.steps for p in s.sources}
+        self.sources |= self._read_whole(k for k in sorted(read) if k not in self.sources)
         known_c = {
             key: crc
             for key, collected in self.crcs_c.items()
@@ -588,6 +574,22 @@ class _Run:
         for file, count in found.unchecked.items():
             text = f"expected a checksum for each record, found none for {count}: damage would not be noticed"
             self.findings.append(Finding("unchecked-records", text, file, None, {"count": count}))
+
+    def _read_whole(self, keys: Iterable[Key]) -> dict[Key, int]:
+        """The CRC32s of source tensors, read from the first byte to the last."""
+        found: dict[Key, int] = {}
+
+        def read(key: Key, lane: Lane) -> None:
+            info, crc = self.checkpoint.files[key[0]].tensors[key[1]], 0
+            for start in range(0, info.nbytes, CHUNK):
+                room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
+                self.checkpoint.read_into(info, start, room)
+                crc = crc32(room, crc)
+                lane.read_bytes += len(room)
+            found[key] = crc
+
+        self._each(iter(keys), read, "check", "")
+        return found
 
     def _documents(
         self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None

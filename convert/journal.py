@@ -65,8 +65,8 @@ class Entry:
 
 
 def line(content: Mapping[str, Any]) -> bytes:
-    """`content` as a line of the journal."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    """`content` as a line of the journal, in its own order: a manifest is written from it."""
+    text = json.dumps(content, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 

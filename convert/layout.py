@@ -39,6 +39,7 @@ Place = tuple[Dims, Ranges, Ranges]
 
 # A run shorter than this is gathered through memory, a longer one is copied file to file.
 COPY_RUN = 32 * 1024  # bytes
+SMALL_STEP = 4 << 20  # bytes of a step of few blocks: they are made once for all layers
 COPIED = "copied"  # why the way back of a copy compares
 
 
@@ -74,6 +75,11 @@ class Part:
     def order(self) -> tuple[str, ...]:
         return tuple(a for g in self.dims for a in g)
 
+    @property
+    def place(self) -> Place:
+        """What is not its name: parts of different layers differ in nothing else."""
+        return self.dims, self.ranges, self.taken
+
     def whole(self, axes: Mapping[str, int]) -> Box:
         """Where the tensor lies in the space; a copy of one row may reach beyond it."""
         box = {a: (0, axes[a]) for a in self.order}
@@ -104,6 +110,8 @@ class Runs:
 
     def offsets(self) -> list[int]:
         """Element offset of every run, in the order in which the runs stand in a dense buffer."""
+        if not self.shape:
+            return [self.base]
         at = np.array([self.base], dtype=np.int64)
         for n, stride in zip(self.shape, self.strides, strict=True):
             at = (at[:, None] + np.arange(n, dtype=np.int64) * stride).ravel()
@@ -138,12 +146,12 @@ class Block:
     moves: tuple[tuple[int, int, Slices, Slices, tuple[int, ...]], ...]
     mean: int = 0
 
-    @property
+    @cached_property
     def filled(self) -> list[int]:
         """How many elements `shuffle` puts into each of its outputs."""
         return [a.numel * (self.mean or 1) for a in self.writes]
 
-    @property
+    @cached_property
     def is_copy(self) -> bool:
         """One run becomes one run with its elements in the same order: bytes can be copied as they are."""
         if len(self.reads) != 1 or len(self.writes) != 1 or self.mean:
@@ -178,9 +186,9 @@ def _assign(target: np.ndarray, source: np.ndarray) -> None:
             at = tuple(slice(k, k + 1) if a == outer else slice(None) for a in range(target.ndim))
             _assign(target[at], source[at])
         return
-    for start in range(0, target.shape[inner], 16):
-        strip = tuple(slice(start, start + 16) if a == inner else slice(None) for a in range(target.ndim))
-        target[strip] = source[strip]
+    target, source = np.moveaxis(target, inner, 0), np.moveaxis(source, inner, 0)
+    for start in range(0, len(target), 16):
+        target[start : start + 16] = source[start : start + 16]
 
 
 @dataclass(frozen=True)
@@ -229,21 +237,29 @@ class Step:
 
     def defects(self) -> list[str]:
         """Why this step would lose or repeat elements; empty when each side tiles the domain exactly."""
-        sides = tuple(
-            tuple((p.dims, p.ranges, p.taken) for p in side) for side in (self.sources, self.reached)
-        )
-        return list(_defects(self.axes, sides))
+        return list(_defects(self.axes, *self._places(self.reached)))
+
+    def _places(self, targets: tuple[Part, ...]) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+        """Those of both sides."""
+        return tuple(p.place for p in self.sources), tuple(p.place for p in targets)
 
     def blocks(self, block_bytes: int = 256 * 1024, tile_bytes: int = 8 << 20) -> Iterator[Block]:
         """Cut the step into blocks. A block that stays in one run on each side holds at most about
         `block_bytes` (plain copies are not cut); one that must exchange inner axes (a transpose) at most
         `tile_bytes`, since its runs get longer with its size."""
         itemsize = DTYPES[self.sources[0].dtype].itemsize
+        sizes = block_bytes // itemsize, tile_bytes // itemsize, COPY_RUN // itemsize
+        size = prod(n for _, n in self.axes) * itemsize
+        if size <= SMALL_STEP:
+            yield from _few_blocks(self.axes, *self._places(self.targets), self.mean, *sizes)
+        else:
+            yield from self._all_blocks(*sizes)
+
+    def _all_blocks(self, block: int, tile: int, copy_run: int) -> Iterator[Block]:
+        """See `blocks`; sizes in elements."""
         domain = self.domain()
         if all(hi > lo for lo, hi in domain.values()):
-            yield from self._walk(
-                domain, block_bytes // itemsize, tile_bytes // itemsize, COPY_RUN // itemsize
-            )
+            yield from self._walk(domain, block, tile, copy_run)
 
     def _walk(self, box: Box, block: int, tile: int, copy_run: int) -> Iterator[Block]:
         copies = None if self.mean else self._copies(box, copy_run)
@@ -362,10 +378,11 @@ class Step:
 
 
 @lru_cache(maxsize=1024)  # the layers of a model differ in names only
-def _defects(axes: tuple[tuple[str, int], ...], sides: tuple[tuple[Place, ...], ...]) -> tuple[str, ...]:
+def _defects(
+    axes: tuple[tuple[str, int], ...], sources: tuple[Place, ...], targets: tuple[Place, ...]
+) -> tuple[str, ...]:
     """See `Step.defects`; a place is a part's dims, ranges and what is taken of it."""
-    sources, targets = (tuple(Part("", "", "", *place) for place in side) for side in sides)
-    step = Step(axes, sources, targets)
+    step = _nameless(axes, sources, targets)
     found = []
     names = {frozenset(p.order) for p in (*step.sources, *step.targets)}
     if len(names) != 1 or not names <= {frozenset(step.sizes)}:
@@ -381,6 +398,25 @@ def _defects(axes: tuple[tuple[str, int], ...], sides: tuple[tuple[Place, ...], 
         if overlap or covered != size:
             found.append(f"the {label} tensors hold {covered} elements of {size}" + " twice" * overlap)
     return tuple(found)
+
+
+@lru_cache(maxsize=128)
+def _few_blocks(
+    axes: tuple[tuple[str, int], ...],
+    sources: tuple[Place, ...],
+    targets: tuple[Place, ...],
+    mean: str,
+    *sizes: int,
+) -> tuple[Block, ...]:
+    """The blocks of a small step, the same for all layers."""
+    return tuple(_nameless(axes, sources, targets, mean)._all_blocks(*sizes))
+
+
+def _nameless(
+    axes: tuple[tuple[str, int], ...], sources: tuple[Place, ...], targets: tuple[Place, ...], mean: str = ""
+) -> Step:
+    reads, writes = (tuple(Part("", "", "", *place) for place in side) for side in (sources, targets))
+    return Step(axes, reads, writes, mean=mean)
 
 
 def _meet(a: Box, b: Box) -> Box:

@@ -17,6 +17,7 @@ from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.plan import OutputDocument, Plan
 
 MANIFEST = "ckpt-tool.json"
+CERTIFICATE = "ckpt-tool.certificate.json"  # which is made of an output later, see verify.certificate
 MANIFEST_VERSION = 1
 FINDINGS = (
     "non-finite",

@@ -241,7 +241,9 @@ class Known:
             try:
                 asked = {} if f.ask is None else {"ask": f.ask(self) if callable(f.ask) else f.ask}
                 found = f.take(self.facts, name, *self._keys(f), rule=partial(self._rule, f), **asked)
-                self.made[name] = found if f.check is None or found is UNKNOWN else f.check(self, found)
+                self.made[name] = found  # which a check may ask for, by way of another value
+                if f.check is not None and found is not UNKNOWN:
+                    self.made[name] = f.check(self, found)
             except _Refused:
                 self.made[name] = UNKNOWN
         return self.made[name]

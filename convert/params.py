@@ -37,8 +37,9 @@ class Facts:
 
     `document` is the parsed file that came with the weights (None when there is none), `file` its name;
     objects inside it are read under dotted keys ("moe.num_experts"). `settings` are the user's, in Hugging
-    Face config names, `rotary` what the class calls `facts.ROTARY`. Each getter takes that name and the
-    file's own keys for the same thing.
+    Face config names, `rotary` what the class calls `facts.ROTARY`, `places` the (file, key) of values that
+    are from another file, or under another key. Each getter takes that name and the file's own keys for the
+    same thing.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Facts:
         file: str,
         settings: Mapping[str, Any],
         rotary: Mapping[str, str] | None = None,
+        places: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         fail_all(of_rotary(settings, rotary or {}, SET, "usage"))
         for name, said in ((file, document or {}), (SET, settings)):
@@ -55,6 +57,7 @@ class Facts:
                 fail("bad-config", message, file=name, where="rope_parameters")
         self.document = None if document is None else _flat(document, rotary)
         self.file = file
+        self.places = places or {}
         self.settings = one_rope(settings, rotary)
         self.problems: list[Problem] = []
         self.used: set[str] = set()
@@ -153,7 +156,14 @@ class Facts:
     def _problem(
         self, kind: str, message: str, file: str | None, where: str, hint: str | None = None
     ) -> None:
-        self.problems.append(Problem(kind, message, file, where, hint))
+        self.problems.append(self._placed(Problem(kind, message, file, where, hint)))
+
+    def _placed(self, problem: Problem) -> Problem:
+        """With the file and the key that a value is from."""
+        if problem.where is None or problem.file != self.file or problem.where not in self.places:
+            return problem
+        file, key = self.places[problem.where]
+        return replace(problem, file=file, where=key)
 
     def _places(
         self, name: str, keys: tuple[str, ...], null: bool
@@ -174,7 +184,7 @@ class Facts:
         places = self._places(name, keys, null)
         if not places:
             if (found := rule() if callable(rule) else rule) is not None:
-                return found
+                return self._with_null(found, keys)
             where = keys[0] if keys and self.document is not None else name
             file = None if self.document is None else self.file
             self._problem("missing-fact", f"expected {ask}, found none", file, where, f"--set {name}=VALUE")
@@ -185,10 +195,20 @@ class Facts:
             both = " and ".join(f"{k} = {shown(v)}" for k, v in inside)
             self._problem("bad-config", f"expected one value, found {both}", self.file, inside[0][0])
         try:
-            return Value(read(obj, key, file), SET if file == SET else f"{file}: {key}")
+            return Value(read(obj, key, file), SET if file == SET else self._source(key))
         except CkptToolError as error:
-            self.problems += error.problems
+            self.problems += map(self._placed, error.problems)
             return UNKNOWN
+
+    def _with_null(self, found: Value, keys: tuple[str, ...]) -> Value:
+        """What stands where the file is silent, which says so where it has the key and no value."""
+        nulls = [k for k in keys if k in (self.document or {})]
+        if not nulls or found.value is None or any(k in found.source for k in nulls):
+            return found
+        return replace(found, source=f"{found.source}; {nulls[0]} is null in {self.file}")
+
+    def _source(self, key: str) -> str:
+        return ": ".join(self.places.get(key, (self.file, key)))
 
 
 def renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

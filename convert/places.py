@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ckpt_tool.checkpoint.hub_cache import cache_around
 from ckpt_tool.convert.replaceable import Replace, look, mounts_below, refuse_existing
 from ckpt_tool.errors import Problem, fail
 
@@ -95,6 +96,8 @@ def _conflict(out: Path, place: Path, inputs: Iterable[Path]) -> Problem | None:
             return conflict("a folder of its own", what)
         if place in path.parents:
             return conflict("a folder of its own", f"one that holds {what} {path}")
+    if (cache := cache_around(place)) is not None:
+        return conflict("a place that nobody else tidies", f"one in the Hub's cache, {cache}")
     for shown in inputs:
         if (relation := _relation(place, shown)) is not None:
             return conflict("a place apart from the input", relation)

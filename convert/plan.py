@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +21,10 @@ from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 PLAN_VERSION = 1
+_PATTERN = re.compile(r"[*?[]")  # signs of a shell's pattern
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -346,12 +348,41 @@ def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator
         yield problem
 
 
+def dropped_names(asked: Iterable[str], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The tensors that --drop means: names, or patterns as a shell has them (`*` stands for `/` and `.` too).
+    `usage` for a pattern without a tensor; a name without one is told when the plan is made."""
+    there = dict.fromkeys([*checkpoint.names(), *(t.tensor.name for t in checkpoint.left_out)])
+    found: dict[str, None] = {}
+    problems = []
+    for text in asked:
+        if text in there or not _PATTERN.search(text):
+            found[text] = None
+            continue
+        matched = [name for name in there if fnmatchcase(name, text)]
+        if not matched:
+            message = (
+                f"expected a pattern of the names of tensors, found none that it fits among {len(there)}"
+            )
+            hint = "`ckpt-tool inspect --all` lists the names"
+            problems.append(Problem("usage", message, "--drop", text, hint))
+        found |= dict.fromkeys(matched)
+    fail_all(problems)
+    return tuple(found)
+
+
 def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What was asked for with --drop and is not left out."""
+    """What was asked for with --drop and is not left out, of layers together."""
+    needed: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(names):
-        there = "one that it needs" if checkpoint.find(name) else "none of that name"
-        message = f"expected a tensor that the model does not need, found {there}"
+        if checkpoint.find(name):
+            needed.setdefault(fold_key(name), []).append(name)
+            continue
+        message = "expected a tensor that the model does not need, found none of that name"
         yield Problem("usage", message, file="--drop", where=name)
+    for alike in needed.values():
+        what = "one that it needs" if len(alike) == 1 else f"{len(alike)} that it needs"
+        message = f"expected a tensor that the model does not need, found {what}"
+        yield Problem("usage", message, file="--drop", where=folded_name(alike))
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
@@ -403,16 +434,26 @@ def _placed(step: Step, home: Mapping[str, str]) -> Step:
     return replace(step, targets=tuple(replace(p, file=home[p.name]) for p in step.targets))
 
 
+def _absent(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """One problem for each file that is not there and holds what a step reads."""
+    held: dict[str, dict[str, None]] = {}
+    for part in (p for s in steps for p in s.sources):
+        file = checkpoint.files.get(part.file)
+        if file is not None and (missing := file.absent(part.name)) is not None:
+            held.setdefault(missing, {})[part.name] = None
+    for missing, (first, *others) in held.items():
+        more = f" and {len(others)} more tensors of the model" if others else ""
+        message = f"expected this file, which holds {printable(first)}{more}, found no such file"
+        yield Problem("missing-shard", message, missing, hint="download what is missing too")
+
+
 def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+    yield from _absent(steps, checkpoint)
     for step in steps:
         for defect in step.defects():
             yield Problem("shape-mismatch", defect, where=step.sources[0].name)
         for part in step.sources:
             yield from _shape_problems(part, step, checkpoint)
-            file = checkpoint.files.get(part.file)
-            if file is not None and (missing := file.absent(part.name)) is not None:
-                message = f"expected {missing}, which holds this tensor, found no such file"
-                yield Problem("missing-shard", message, missing, part.name, "download what is missing too")
 
 
 def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:
@@ -443,7 +484,7 @@ def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
             f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
             file=group[0].file,
             where=folded_name([t.name for t in group]),
-            hint="--drop NAME leaves a tensor out, and records it",
+            hint="--drop NAME leaves a tensor out (a pattern: several), and records it",
         )
         for (_, shape, dtype), group in folded.items()
     ]

@@ -228,7 +228,10 @@ def _converted_by_another(checkpoint: Checkpoint, chosen: Family) -> Problem | N
 def _no_document(checkpoint: Checkpoint, name: str) -> Problem:
     """What comes before questions that a file would answer."""
     message = f"expected {name} beside the weights, found none: shapes do not tell what follows"
-    hint = f"put the download's {name} there, or give each value by --set"
+    hint = (
+        f"put the download's {name} there, under that name, or give each value by --set, or a JSON file of "
+        "them by --config"
+    )
     return Problem("missing-file", message, checkpoint.path.name, hint=hint)
 
 

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import stat
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
-from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_VERSION
+from ckpt_tool.checkpoint.zlibs import crc32
+from ckpt_tool.convert.manifest import CERTIFICATE, MANIFEST, MANIFEST_VERSION
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 # nothing; an empty folder or an output of this tool; that or a folder of a model's files
@@ -78,7 +78,7 @@ class Written:
 
     @property
     def names(self) -> set[str]:
-        return {MANIFEST, *self.weights, *self.documents}
+        return {MANIFEST, CERTIFICATE, *self.weights, *self.documents}
 
 
 def look(folder: Path, replace: Replace, *, shown: Path | None = None, read: bool = True) -> Contents:
@@ -317,7 +317,7 @@ def _crc(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
     for start in range(0, tensor.nbytes, _CHUNK):
         piece = room[: min(_CHUNK, tensor.nbytes - start)]
         checkpoint.read_into(tensor, start, piece)
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
     return crc
 
 

@@ -3,7 +3,6 @@ carry, and shares that no two ranks can have alike."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +10,7 @@ from functools import lru_cache
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
 from ckpt_tool.checkpoint.crc32 import Combine, combine
 from ckpt_tool.checkpoint.crc32c import combine_c
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.errors import Problem
 
@@ -137,7 +137,7 @@ def _repeated(
 @lru_cache(maxsize=1024)
 def _of_zeros(size: int) -> int:
     """The CRC32 of so many zero bytes."""
-    crc, length, found = zlib.crc32(bytes(1)), 1, 0
+    crc, length, found = crc32(bytes(1)), 1, 0
     while size:
         if size & 1:
             found = combine(found, crc, length)

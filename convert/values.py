@@ -30,13 +30,17 @@ _FORMATS = {
 }
 
 
+_BITS = {d.name: (np.dtype(d.bits), np.dtype(d.bits.replace("u", "i"))) for d in DTYPES.values()}
+
+
 class Values:
     """What the values of one tensor of floating type `dtype` are like, gathered piece by piece."""
 
+    __slots__ = ("first", "format", "largest", "non_finite", "seen", "sign", "signed", "unsigned")
+
     def __init__(self, dtype: str) -> None:
         self.format = _FORMATS.get(dtype)
-        self.unsigned = np.dtype(DTYPES[dtype].bits)
-        self.signed = np.dtype(DTYPES[dtype].bits.replace("u", "i"))
+        self.unsigned, self.signed = _BITS[dtype]
         self.sign = 1 << (8 * self.unsigned.itemsize - 1)
         self.largest = 0  # magnitude bits
         self.seen = 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckpt_tool.reference.decoder import Names
 from ckpt_tool.reference.facts import Shapes, first, only, refuse
+from ckpt_tool.reference.megatron_documents import facts_of
 from ckpt_tool.reference.published import numbers, told
 
 # Facts under their Hugging Face names, and what args call them; the first that is there counts.
@@ -137,7 +138,7 @@ def _stretched(factor: Any) -> dict[str, Any]:
 
 def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
     args = params.get("args")
-    made = {**params, **(args if isinstance(args, Mapping) else {})}
+    made = {**facts_of(params), **params, **(args if isinstance(args, Mapping) else {})}
     made |= {name: first(*(made.get(n) for n in (name, *others))) for name, others in ARGS.items()}
     marked = made.get("no_rope_freq")  # layers marked 1 are not turned
     if isinstance(marked, list) and not any(marked):

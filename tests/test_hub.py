@@ -1,4 +1,5 @@
-"""`hf://` addresses: what is downloaded, what is checked, and what is said when that fails."""
+"""`hf://` addresses whose files are downloaded: which those are, what is checked, and what is said when
+that fails."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     snapshot = tmp_path / "snapshots" / COMMIT
 
     class Api:
-        def model_info(self, repo: str, revision: str | None = None) -> SimpleNamespace:
+        def model_info(self, repo: str, revision: str | None = None, **_: Any) -> SimpleNamespace:
             if state["error"] is not None:
                 raise state["error"]
             state["asked"].append((repo, revision))
@@ -65,6 +66,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             (snapshot / name).symlink_to(blob)
         return str(snapshot)
 
+    monkeypatch.setenv("CKPT_TOOL_HUB", "download")
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     state["snapshot"] = snapshot

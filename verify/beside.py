@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document
+from ckpt_tool.convert.manifest import CERTIFICATE
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.strangers import listing
 
@@ -36,7 +37,8 @@ class Beside:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Beside:
         found = listing(checkpoint.path)
-        return cls(checkpoint.path, frozenset(found.names), found.complete, checkpoint.documents)
+        names = frozenset(found.names) - {CERTIFICATE}  # made of an earlier report
+        return cls(checkpoint.path, names, found.complete, checkpoint.documents)
 
     def read(self, name: str) -> bytes:
         document = self.documents.get(name)

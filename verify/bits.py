@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.convert.carry import pieces
 from ckpt_tool.convert.casting import CASTABLE, cast, common, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
@@ -156,6 +157,14 @@ def _compare_step(
     return [d for d in differences if d.count]
 
 
+def moved(
+    step: Step, source: Checkpoint, inputs: Sequence[TensorInfo], dtype: str
+) -> Iterator[tuple[Access, np.ndarray]]:
+    """What `step` makes of `inputs`, piece by piece: where it goes, and its raw bits in `dtype`."""
+    for block in pieces(step, copy_bytes=PIECE):
+        yield from zip(block.writes, _apply(block, source, inputs, dtype), strict=True)
+
+
 def _apply(
     block: Block, checkpoint: Checkpoint, inputs: Sequence[TensorInfo], cast_to: str | None
 ) -> list[np.ndarray]:
@@ -276,7 +285,8 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
         size["used" if key in moved else "copies" if key in copies else "dropped"] += t.nbytes
     planned_drop = sum(d.tensor.nbytes for d in subject.plan.dropped)
     paths = {p for f in subject.source.files.values() for p in f.paths}
-    whole = sum(p.stat().st_size for p in paths if p.is_file())
+    served = [remote.size for p in paths if (remote := remote_of(p)) is not None]
+    whole = sum(served) + sum(p.stat().st_size for p in paths if p.is_file())
     rest = whole - sum(size.values())
     parts = [f"{size['used']:,} used"]
     parts += [f"{size['copies']:,} in copies that were compared"] if size["copies"] else []

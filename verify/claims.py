@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckpt_tool.verify.report import Finding
 
 Verdict = Literal["pass", "fail", "undecided"]
-Against = Literal["source", "manifest", "nothing"]
+Against = Literal["source", "manifest", "baseline", "nothing"]
 
 # The checks of which one must pass where there is a source, with what each shows; see verify.bits,
 # verify.parity, verify.against_transformers.
@@ -88,6 +88,10 @@ def judge(findings: Sequence[Finding], claim: Claim, could_not_run: bool = False
         return Judgement("undecided", missing[0], missing)
     if claim.against == "source":
         return Judgement("pass", _proved(findings))
+    if claim.against == "baseline":
+        return Judgement(
+            "pass", "no worse than the baseline, of which it has the shortcomings that are noted"
+        )
     return Judgement("pass", f"consistent with its manifest; {NOT_COMPARED}")
 
 
@@ -118,6 +122,8 @@ def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
                 "neither level ran",
             )
             yield f"nothing was compared with the source, neither bits nor numbers: {why}"
+    elif claim.against == "baseline":
+        return
     elif claim.against == "nothing":
         yield f"there is no manifest either; {NOT_COMPARED} (--source PATH compares)"
     elif not claim.no_source:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
@@ -49,7 +50,7 @@ class Readings:
 
 def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -> list[Finding]:
     """The findings of parity, documented values and the outside judge, as far as asked for."""
-    with _threads(subject):
+    with threads_for(subject.output):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
         facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
@@ -57,7 +58,7 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         table = positions(subject.config, subject.hf, subject.original)
         readings = _readings(subject, asked)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
-        config, lengths = _as_read(subject.config, sides), _lengths(sides)
+        config, lengths = as_read(subject.config, sides), lengths_of(sides)
         rows = prompts_for(config, asked.prompts, tokenizer_of(subject.hf), table=table, lengths=lengths)
         inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
         prompts = with_inputs(rows, inputs, config, lengths)
@@ -93,11 +94,12 @@ def _with_window(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]
     return {**config, "sliding_window": max(widths, default=None)}
 
 
-def _as_read(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
+def as_read(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
+    """config.json as far as all sides read it alike: what prompts may be made of."""
     return _with_window(_with_vocabulary(config, sides), sides)
 
 
-def _lengths(sides: list[Side]) -> Lengths:
+def lengths_of(sides: list[Side]) -> Lengths:
     """What every side takes."""
 
     def fits(tokens: int) -> int:
@@ -139,10 +141,10 @@ def _named(subject: Subject) -> str | None:
 
 
 @contextmanager
-def _threads(subject: Subject) -> Iterator[None]:
+def threads_for(checkpoint: Checkpoint) -> Iterator[None]:
     """One thread for a tiny model: waking others takes longer than the work, far longer on a busy machine."""
     before = torch.get_num_threads()
-    if sum(t.numel for t in subject.output) < TINY:
+    if sum(t.numel for t in checkpoint) < TINY:
         torch.set_num_threads(1)
     try:
         yield

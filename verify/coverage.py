@@ -4,7 +4,6 @@ dtypes agree with the plan and config.json, values are numbers, and what changes
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.wrapping import unwrapped
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
@@ -51,7 +51,7 @@ def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) 
             piece = buffer[: min(len(buffer), tensor.numel - start)]
             data = piece.data.cast("B")
             checkpoint.read_into(tensor, start * itemsize, data)
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
             at = values.look(piece)
             if at is not None:
                 values.found_at(start + at)

@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ckpt_tool.checkpoint.opening import HUB
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert import options
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, claims, verify
+from ckpt_tool.verify.baseline import hold_against, read_baseline
 from ckpt_tool.verify.report import Finding, Report, Reports, Status
 
 LEVEL = "gate"
@@ -71,18 +73,40 @@ def run_gate(
     path: str | os.PathLike[str],
     convert: Callable[..., object],
     *,
+    only: Iterable[str] = (),
+    fail_fast: bool = False,
+    baseline: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Reports:
-    """Run every check of a gate file; `convert` is that of `ckpt_tool.api`. A check that cannot run is told
-    in its report, and the others go on; a file that does not read as a gate file is an error of kind
-    `bad-config`, with all its problems."""
+    """Run the checks of a gate file; `convert` is that of `ckpt_tool.api`. A check that cannot run is told
+    in its report, and the others go on, unless `fail_fast`; a file that does not read as a gate file is an
+    error of kind `bad-config`, with all its problems. `only` are names of checks, or shell patterns of them;
+    `baseline` is the JSON report of an earlier run, of which nothing may have got worse."""
     title, checks = read_gate(Path(path))
+    recorded = None if baseline is None else read_baseline(Path(baseline))
     reports = Reports(title, [])
-    for check in checks:
+    for check in chosen(checks, only, path):
         if progress is not None:
             progress(f"gate: {check.name}")
-        reports.reports.append(run_check(check, convert, progress))
+        report = run_check(check, convert, progress)
+        if recorded is not None:
+            hold_against(report, recorded)
+        reports.reports.append(report)
+        if fail_fast and report.status != "pass":
+            break
     return reports
+
+
+def chosen(checks: list[Check], only: Iterable[str], file: str | os.PathLike[str]) -> list[Check]:
+    """Those that a name or pattern of `only` fits, in the order of the file; all without one."""
+    patterns = list(only)
+    names = [c.name for c in checks]
+    for pattern in patterns:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            hint = near(pattern, names) or f"the checks are {', '.join(names)}"
+            message = f"expected the name of a check or a pattern of some, found {pattern!r}"
+            fail("usage", message, file=file, where="--only", hint=hint)
+    return [c for c in checks if not patterns or any(fnmatchcase(c.name, p) for p in patterns)]
 
 
 def run_check(
@@ -290,7 +314,7 @@ def _check(
     if not sound:
         return None
     for key in ("out", "source", "prompts", "transformers_python"):
-        if key in made and not made[key].startswith(HUB):
+        if key in made and scheme_of(made[key]) is None:
             made[key] = os.fspath(gate.parent / made[key])
     return Check(**made, file=os.fspath(gate))
 

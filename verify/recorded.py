@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.opening import HUB, open_checkpoint
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import as_families_know
 from ckpt_tool.convert.kept import Manifest
@@ -36,8 +37,8 @@ class Recorded:
 
 def find_source(out: Checkpoint, manifest: Manifest) -> Checkpoint | None:
     """The source that the manifest records, opened, where it lies there still: the same files with the same
-    headers. The hub is not asked, and what cannot be opened is not the source."""
-    if manifest.source is None or manifest.source.startswith(HUB) or not manifest.sources:
+    headers. Nobody else is asked, and what cannot be opened is not the source."""
+    if manifest.source is None or scheme_of(manifest.source) is not None or not manifest.sources:
         return None
     folder = out.path if out.path.is_dir() else out.path.parent
     prefer: Prefer = "original" if manifest.direction != "to-original" else "hf"

@@ -24,8 +24,11 @@ from ckpt_tool.checkpoint.arguments import MODEL_ARGUMENTS, read_arguments
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
+from ckpt_tool.checkpoint.run_documents import RUN_DOCUMENTS
+from ckpt_tool.checkpoint.safe_yaml import read_yaml
 from ckpt_tool.checkpoint.weight_sets import is_settings
 from ckpt_tool.convert.copies import copied_rows
+from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance, farthest
@@ -299,7 +302,7 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
         told["copied_rows"] = rows
     facts = _facts(checkpoint, subject.family.document)
     config = module.Config.from_original(facts, shapes, len(ranks), told)
-    return _side(module, config, checkpoint, ranks, dtype, device)
+    return side_of(module, config, checkpoint, ranks, dtype, device)
 
 
 def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
@@ -309,10 +312,10 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     module = reference.converted(str(architecture))
     config = module.Config.from_hf(subject.config)
     checkpoint = subject.hf if subject.direction == "to-hf" else cast_forward(subject.hf, subject.plan)
-    return _side(module, config, checkpoint, ranks_of(checkpoint), dtype, device, subject.config)
+    return side_of(module, config, checkpoint, ranks_of(checkpoint), dtype, device, subject.config)
 
 
-def _side(
+def side_of(
     module: ModuleType,
     config: Any,
     checkpoint: Checkpoint,
@@ -321,6 +324,7 @@ def _side(
     device: str,
     raw: Mapping[str, Any] | None = None,
 ) -> Side:
+    """`module` over the tensors of `checkpoint` in each rank, computed in `dtype`."""
     make: Callable[..., Weights] = Weights
     if is_stacked(checkpoint):
         make = partial(StackedWeights, apart=module.apart)
@@ -331,11 +335,19 @@ def _side(
 def _facts(checkpoint: Checkpoint, document: str | None) -> dict[str, Any]:
     """What the publisher says about the model: params.json or the like, the pickle that is the family's
     `document`, or what the weight files carry beside the tensors, pickled args as plain values among it."""
+    if of_megatron(checkpoint.names()):
+        runs = [d for name, d in checkpoint.documents.items() if name in RUN_DOCUMENTS]
+        return {**{d.name: read_yaml(d.read(), file=d.name) for d in runs}, **_carried(checkpoint)}
     for name in ("params.json", *filter(is_settings, checkpoint.documents), "config.json", "metadata.json"):
         if name in checkpoint.documents:
             return checkpoint.json(name)
     if document == MODEL_ARGUMENTS and document in checkpoint.documents:
         return read_arguments(checkpoint.documents[MODEL_ARGUMENTS])
+    return _carried(checkpoint)
+
+
+def _carried(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the files of weights hold beside the tensors."""
     first = next(iter(checkpoint.files.values()))
     found = {k: plain(v) for f in checkpoint.files.values() for k, v in f.metadata.items()}
     return {**found, **(arguments(first) or {})}

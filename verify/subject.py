@@ -98,11 +98,11 @@ def opened(
 def _open(path: str | os.PathLike[str], prefer: Prefer, limits: Limits | None = None) -> Checkpoint:
     """The weights of one layout where there are two, else those that are there."""
     try:
-        found = open_checkpoint(path, prefer=prefer, limits=limits)
+        found = open_checkpoint(path, prefer=prefer, limits=limits, hub="download")
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-        found = open_checkpoint(path, limits=limits)
+        found = open_checkpoint(path, limits=limits, hub="download")
     try:
         return as_families_know(found)
     except BaseException:
@@ -132,7 +132,7 @@ def _subject(
     # some originals look like Hugging Face's layout too
     back = manifest is not None and manifest.direction == "to-original"
     out = out if back else with_prefix(out)
-    hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and _is_hf(c)), None)
+    hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and is_hf(c)), None)
     original = next((c for c in (out, src) if c is not None and c is not hf), None)
     recorded = {} if manifest is None else manifest.settings
     subject = Subject(
@@ -156,7 +156,8 @@ def _subject(
     return subject
 
 
-def _is_hf(checkpoint: Checkpoint) -> bool:
+def is_hf(checkpoint: Checkpoint) -> bool:
+    """Whether its tensors have the names of a model of the library, config.json beside them."""
     if "config.json" not in checkpoint.documents:
         return False
     named = ("lm_head", "embeddings.", *(c.prefix for c in classes().values()))

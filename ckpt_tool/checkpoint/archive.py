@@ -18,6 +18,7 @@ from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse
+from ckpt_tool.checkpoint.run_documents import is_run_document
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
 from ckpt_tool.checkpoint.tf_names import STATE, is_part
@@ -86,6 +87,7 @@ def needed(name: str) -> bool:
     return (
         inner
         or is_document(path.name)
+        or is_run_document(name)
         or is_weights(path.name)
         or is_part(path.name)
         or path.name in (STATE, METADATA, COMMON)

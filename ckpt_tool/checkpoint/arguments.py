@@ -3,6 +3,7 @@ nothing that it names is imported or called."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,10 @@ MOST = 10_000  # values inside one, each as often as it is reached
 
 
 def read_arguments(document: Document) -> dict[str, object]:
-    """The dict that the pickle holds, with each argparse.Namespace as the dict of its arguments. A value that
-    is no plain one becomes the words for what it is. Kinds: those of `read_pickle`, `unsafe-pickle` for a
-    call of what may not stand in data, `wrong-format` for what is no dict, `trailing-data`, `bad-config` (too
-    large)."""
+    """The dict that the pickle holds, with each argparse.Namespace as the dict of its arguments, and numpy's
+    scalars as numbers. A value that is no plain one becomes the words for what it is. Kinds: those of
+    `read_pickle`, `unsafe-pickle` for a call of what may not stand in data, `wrong-format` for what is no
+    dict, `trailing-data`, `bad-config` (too large)."""
     data, file = document.read(LIMIT), document.name
     machine = Machine(data, file=file)
     try:
@@ -45,11 +46,36 @@ def _told(fields: Mapping[Any, object]) -> dict[str, object]:
 def _value(value: object) -> object:
     if isinstance(value, Inert) and str(value.type) == "argparse.Namespace":
         return _told(value.fields)
+    if isinstance(value, Inert) and (number := _number(value)) is not None:
+        return number
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple | Mapping) and _reached(value, {}) <= MOST:
         return plain(value)
     return describe(value)
+
+
+# What numpy calls its numbers, and struct the same bytes.
+_NUMBERS = {
+    "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+    "f2": "e", "f4": "f", "f8": "d",
+}  # fmt: skip
+
+
+def _number(value: Inert) -> int | float | bool | None:
+    """The number that a scalar of numpy holds: programs compute with them, and keep what comes out."""
+    if str(value.type).rpartition(".")[0] not in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        return None
+    match value.args:
+        case (Inert(args=(str() as kind, *_), state=(_, ("<" | ">" | "|") as order, *_)), bytes() as data):
+            form = _NUMBERS.get(kind)
+        case _:
+            return None
+    layout = f"{'>' if order == '>' else '<'}{form}"
+    if form is None or value.type.name != "scalar" or len(data) != struct.calcsize(layout):
+        return None
+    found: int | float | bool = struct.unpack(layout, data)[0]
+    return found
 
 
 def _reached(value: object, known: dict[int, int]) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -125,6 +125,11 @@ class TensorFile(ABC):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the dense bytes of tensor `name` starting at byte `offset`. Thread-safe."""
 
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """These (tensor, first byte, bytes) will be read soon: files that are not on this machine begin to
+        fetch them."""
+        return None
+
     def absent(self, name: str) -> str | None:
         """The file that is not there and holds bytes of tensor `name`, None where all are there."""
         return None
@@ -178,6 +183,10 @@ class Document:
             fail("wrong-format", f"expected a document, found {sign.what}", file=self.name, hint=sign.hint)
         return data
 
+    def open(self) -> BinaryIO:
+        """The document, for reading as much of it as is wanted at a time; may raise OSError."""
+        return open(self.path, "rb")
+
 
 class View(TensorFile):
     """A file seen with other tensors than it has: all but these is the `stored` file's own."""
@@ -225,6 +234,9 @@ class Renamed(View):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         self.stored.read_into(self.own[name], offset, buffer)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        self.stored.expect((self.own[name], offset, size) for name, offset, size in ranges)
 
     def extent(self, name: str) -> tuple[int, int] | None:
         return self.stored.extent(self.own[name])

@@ -9,16 +9,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Fingerprint
+from ckpt_tool.checkpoint.remote_path import RemotePath
 from ckpt_tool.errors import fail
 
 Window = tuple[int, int]  # (offset of the first byte in the file, number of bytes)
 
 
 class ByteRange:
-    """`size` bytes of the file at `path`, addressed from 0; `name` is how messages call it."""
+    """`size` bytes of the file at `path`, addressed from 0; `name` is how messages call it. One whose path is
+    remote is a `RemoteRange`."""
+
+    def __new__(cls, path: Path | ByteRange, *_: object, **__: object) -> ByteRange:
+        """The class that reads from `path`."""
+        return super().__new__(RemoteRange if isinstance(path, RemotePath) else cls)
 
     def __init__(self, path: Path, name: str, window: Window | None = None) -> None:
         self.path = path
@@ -81,6 +89,9 @@ class ByteRange:
             at = self.base + offset
             fail("read-failed", f"cannot be read at byte {at}: {error.strerror}", file=self.name)
 
+    def expect(self, ranges: Iterable[Window]) -> None:
+        """These windows will be read soon. What is on this machine needs no preparation."""
+
     def head(self, size: int) -> bytes:
         """The first `size` bytes, or all there are."""
         return self.read(0, min(size, self.size))
@@ -110,8 +121,48 @@ class ByteRange:
             self.descriptor = -1
 
 
+class RemoteRange(ByteRange):
+    """Bytes of a file that is read over the network. It has no descriptor, and what it holds open belongs to
+    whoever opened the checkpoint."""
+
+    path: RemotePath
+
+    def __init__(self, path: Path, name: str, window: Window | None = None) -> None:
+        assert isinstance(path, RemotePath)
+        self.path, self.name, self.descriptor = path, name, -1
+        served = path.remote.size
+        known = zlib.crc32(repr(sorted(path.remote.stamp.items())).encode())
+        self.fingerprint = Fingerprint(-1, known, served, 0)
+        self.base, self.size = (0, served) if window is None else window
+        if self.base + self.size > served:
+            message = f"expected at least {self.base + self.size} bytes, found {served}"
+            fail("truncated", message, file=name)
+
+    def read_into(self, offset: int, buffer: memoryview, where: str | None = None) -> None:
+        if offset < 0 or offset + len(buffer) > self.size:
+            raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside 0 to {self.size}")
+        self.path.remote.read_into(self.base + offset, buffer, self.name, where)
+
+    def read(self, offset: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def expect(self, ranges: Iterable[Window]) -> None:
+        self.path.remote.expect((self.base + offset, size) for offset, size in ranges)
+
+    def check_unchanged(self) -> None:
+        self.path.remote.check_unchanged(self.name)
+
+    def close(self) -> None:
+        """Nothing: the connections are closed with the checkpoint."""
+
+
 class Part(ByteRange):
     """A part of an open range, for which the range stays responsible: closing it does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> Part:
+        return object.__new__(cls)
 
     def __init__(self, whole: ByteRange, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > whole.size:
@@ -120,6 +171,20 @@ class Part(ByteRange):
         self.path, self.name = whole.path, whole.name
         self.descriptor, self.fingerprint = whole.descriptor, whole.fingerprint
         self.base, self.size = whole.base + offset, size
+        self._whole, self._offset = whole, offset
+
+    def read_into(self, offset: int, buffer: memoryview, where: str | None = None) -> None:
+        if offset < 0 or offset + len(buffer) > self.size:
+            raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside 0 to {self.size}")
+        self._whole.read_into(self._offset + offset, buffer, where)
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset + size > self.size:
+            raise ValueError(f"bytes {offset} to {offset + size} are outside 0 to {self.size}")
+        return self._whole.read(self._offset + offset, size)
+
+    def expect(self, ranges: Iterable[Window]) -> None:
+        self._whole.expect((self._offset + offset, size) for offset, size in ranges)
 
     def close(self) -> None:
         """Nothing: the whole is closed by who opened it."""

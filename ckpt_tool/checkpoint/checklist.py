@@ -1,4 +1,5 @@
-"""The MD5 sums that a publisher lists beside the files: checklist.chk, in the format of `md5sum -c`.
+"""The sums that a publisher lists beside the files: checklist.chk, SHA256SUMS and their like, in the format
+of `md5sum -c` or `sha256sum -c`, with or without the algorithm's name before each.
 
 A sum that differs is told and never refused: published lists were wrong themselves, and people change
 params.json on purpose. Small files are always compared, weights where they are small or it is asked for.
@@ -13,23 +14,26 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.remote_path import remote_of
+from ckpt_tool.checkpoint.weight_sets import CHECKLISTS
 from ckpt_tool.errors import CkptToolError
 
-NAMES = ("checklist.chk", "tokenizer_checklist.chk")
 LIST_BYTES = 1 << 20
 DOCUMENT_BYTES = 32 << 20  # of a file beside the weights; the largest tokenizers have 28 MB
 SMALL = 64 << 20  # bytes of weights that are compared without being asked to: a tenth of a second
-SPEED = 600e6  # bytes of MD5 per second and core, as measured
+SPEED = 600e6  # bytes per second and core, as measured of MD5 and of SHA-256
 SHOWN = 8  # files in notes, before the rest is counted
 _CHUNK = 1 << 20
-_LINE = re.compile(r"\\?([0-9a-fA-F]{32})[ \t]+\*?(.+)|MD5 \((.+)\) = ([0-9a-fA-F]{32})", re.ASCII)
+_SUM = r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64})"
+_LINE = re.compile(rf"\\?{_SUM}[ \t]+\*?(.+)|(?:MD5|SHA256) \((.+)\) = {_SUM}", re.ASCII)
 
 
 def listed(data: bytes) -> dict[str, str]:
-    """The sums in a list by the names of the files, in order. What is no line of a list is skipped, as are
-    names that lead elsewhere; of two lines for one name the first counts."""
+    """The sums in a list by the names of the files, in order: of MD5 or, twice as long, of SHA-256. What is
+    no line of a list is skipped, as are names that lead elsewhere; of two lines for one name the first
+    counts."""
     found: dict[str, str] = {}
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what PowerShell writes
     for line in data.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines():
@@ -56,7 +60,7 @@ class Sums:
     def notes(self) -> Iterator[str]:
         """In words, what differs first."""
         for name, (wanted, found) in list(self.other.items())[:SHOWN]:
-            yield f"{name} has md5 {found}, {self.name} lists {wanted}"
+            yield f"{name} has {_algorithm(wanted)} {found}, {self.name} lists {wanted}"
         if len(self.other) > SHOWN:
             yield f"{len(self.other) - SHOWN} more files have other sums than {self.name} lists"
         compared = len(self.agree) + len(self.other)
@@ -76,7 +80,7 @@ def compare(
     """Compare files with the lists beside them; with `weights` also large ones. `progress` is told of each
     file of weights and the bytes read of it. A list that cannot be read is none."""
     made = []
-    for name in NAMES:
+    for name in CHECKLISTS:
         if name not in checkpoint.documents:
             continue
         try:
@@ -102,16 +106,16 @@ def _compare(
     for file, wanted in sums.items():
         document = checkpoint.documents.get(file)
         if document is not None and document.size <= DOCUMENT_BYTES:
-            found = _of_document(document)
+            found = hashlib.new(_algorithm(wanted), document.read(DOCUMENT_BYTES), usedforsecurity=False)
         elif file in sizes and (weights or small):
-            found = _of_weights(checkpoint.files[file], progress)
+            found = _of_weights(checkpoint.files[file], _algorithm(wanted), progress)
         else:
             made.left |= {file: sizes[file]} if file in sizes else {}
             continue
-        if found == wanted:
+        if found.hexdigest() == wanted:
             made.agree.append(file)
         else:
-            made.other[file] = (wanted, found)
+            made.other[file] = (wanted, found.hexdigest())
     return made
 
 
@@ -119,18 +123,21 @@ def _size(file: TensorFile) -> int | None:
     """Of a file that lies in a folder; one inside an archive has the archive's own checksum."""
     if file.path.name != file.name.rpartition("/")[2]:
         return None
+    if (remote := remote_of(file.path)) is not None:
+        return remote.size
     try:
         return os.stat(file.path).st_size
     except OSError:
         return None
 
 
-def _of_document(document: Document) -> str:
-    return hashlib.md5(document.read(DOCUMENT_BYTES), usedforsecurity=False).hexdigest()
+def _algorithm(listed: str) -> str:
+    """That of a sum, by its length."""
+    return "md5" if len(listed) == 32 else "sha256"
 
 
-def _of_weights(file: TensorFile, progress: Callable[[str, int], None]) -> str:
-    digest, room = hashlib.md5(usedforsecurity=False), memoryview(bytearray(_CHUNK))
+def _of_weights(file: TensorFile, algorithm: str, progress: Callable[[str, int], None]) -> hashlib._Hash:
+    digest, room = hashlib.new(algorithm, usedforsecurity=False), memoryview(bytearray(_CHUNK))
     data = ByteRange(file.path, file.name)
     try:
         for start in range(0, data.size, _CHUNK):
@@ -140,7 +147,7 @@ def _of_weights(file: TensorFile, progress: Callable[[str, int], None]) -> str:
             progress(file.name, len(piece))
     finally:
         data.close()
-    return digest.hexdigest()
+    return digest
 
 
 def notes(

@@ -86,9 +86,12 @@ class IntervalCrc:
 
     Neighbours are joined at once, so memory grows with the number of holes and not of ranges."""
 
+    _lock = (
+        threading.Lock()
+    )  # one for all, since a checkpoint has many tensors and it is held for microseconds
+
     def __init__(self, combine: Combine = combine) -> None:
         self._combine = combine
-        self._lock = threading.Lock()
         self._from: dict[int, tuple[int, int]] = {}  # first byte -> (byte after the last, crc)
         self._until: dict[int, int] = {}  # byte after the last -> first byte
         self._overlap = False

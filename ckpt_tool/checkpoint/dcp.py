@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from ckpt_tool.checkpoint.pieces import Bits, Joined, Piece
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 FORMAT = "dcp"
@@ -157,7 +157,7 @@ class DcpFile(TensorFile):
         if self._laid(item).record is not None:
             with self._lock:
                 seen = self._seen.setdefault(item, IntervalCrc())
-            seen.add(start, len(data), zlib.crc32(data))
+            seen.add(start, len(data), crc32(data))
 
     # --- tensors ---
 

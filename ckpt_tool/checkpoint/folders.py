@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
@@ -16,7 +18,11 @@ from ckpt_tool.checkpoint.hub_cache import blob_of, repository_of
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
 from ckpt_tool.errors import fail
 
+if TYPE_CHECKING:
+    from ckpt_tool.checkpoint.no_weights import Around
+
 CHECKED_BYTES = 64 << 20
+_BUFFER = 1 << 20
 SURVEYED = 20_000  # files; a message needs no more
 
 
@@ -45,11 +51,43 @@ class ArchivedDocument(Document):
         finally:
             data.close()
 
+    def open(self) -> BinaryIO:
+        return io.BufferedReader(_Raw(ByteRange(self.path, self.name, self.window)), _BUFFER)
+
+
+class _Raw(io.RawIOBase):
+    """A range as an open file."""
+
+    def __init__(self, data: ByteRange) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), self._data.size - self._at)
+        self._data.read_into(self._at, view[:count])
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = min(offset + (0, self._at, self._data.size)[whence], self._data.size)
+        return self._at
+
+    def close(self) -> None:
+        self._data.close()
+        super().close()
+
 
 class Folder(ABC):
     """Files by name, with `/` between the parts of a name."""
 
     label: str  # how messages call it
+    around: Around | None = None  # how to speak of it, where it is neither a directory nor an archive
 
     @abstractmethod
     def names(self) -> list[str]:

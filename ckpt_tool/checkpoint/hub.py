@@ -1,36 +1,61 @@
-"""`hf://org/name[@rev]`: a repository of the Hugging Face Hub as a folder on this machine.
+"""`hf://org/name[@rev]`: a repository of the Hugging Face Hub, read by ranges or as a folder on this machine.
 
-Only the files that will be opened are downloaded: which those are is decided from the repository's list of
-files, as it is for a folder. Without a network, what an earlier download left in the cache is used.
+By ranges, what the cache holds already is read from there, and nothing is added to it. Where the files are
+downloaded, only those that will be opened are: which they are is decided from the repository's list of files,
+as it is for a folder. Without a network, what an earlier download left in the cache is used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
+from ckpt_tool.checkpoint.folders import Place
+from ckpt_tool.checkpoint.http_ranges import HttpFile, streams
 from ckpt_tool.checkpoint.no_weights import Around, refuse
+from ckpt_tool.checkpoint.remote_file import Fetcher, Served
+from ckpt_tool.checkpoint.remote_folder import RemoteFolder
+from ckpt_tool.checkpoint.remote_path import Way
 from ckpt_tool.checkpoint.weight_sets import Prefer, belongs, locate
 from ckpt_tool.errors import CkptToolError, fail, missing_package
 
-_ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+WAY = "CKPT_TOOL_HUB"  # the environment variable that says which
+ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _BUFFER = 1 << 20
 
 
-def fetch(address: str, *, prefer: Prefer | None = None) -> tuple[Path, list[str]]:
-    """(the folder with the downloaded files, notes that name the commit). Kinds: `bad-input` for a malformed
-    address, `download-failed`, and those of choosing among the files."""
-    match = _ADDRESS.fullmatch(address)
+def way(wish: Way) -> Way:
+    """How repositories are read: as the environment says, else as the caller wishes."""
+    said = os.environ.get(WAY, "")
+    if said not in ("", "stream", "download"):
+        fail("usage", f"expected stream or download, found {said!r}", where=WAY)
+    return wish if said == "" else "stream" if said == "stream" else "download"
+
+
+def parts(address: str) -> tuple[str, str | None]:
+    """(repository, revision) of an address; `bad-input` for a malformed one."""
+    match = ADDRESS.fullmatch(address)
     if match is None:
         fail("bad-input", "expected hf://org/name or hf://org/name@revision", file=address)
-    repo, revision = match["repo"], match["revision"]
+    return match["repo"], match["revision"]
+
+
+def fetch(
+    address: str, *, prefer: Prefer | None = None, wish: Way = "stream"
+) -> tuple[Path | RemoteFolder, list[str]]:
+    """(the folder with the downloaded files, or the files to be read by ranges; notes that name the commit).
+    Kinds: `bad-input` for a malformed address, `download-failed`, and those of choosing among the files."""
+    repo, revision = parts(address)
+    chosen = way(wish)
     try:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import HfApi, get_session, snapshot_download
     except ImportError as error:
         problem = missing_package(error)
         if problem is None:
@@ -38,7 +63,7 @@ def fetch(address: str, *, prefer: Prefer | None = None) -> tuple[Path, list[str
         raise CkptToolError(replace(problem, file=address)) from None
     started = time.time()
     try:
-        info = HfApi().model_info(repo, revision=revision)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except Exception as error:
         # Offline, or the Hub cannot be asked: the cache may still hold the files.
         try:
@@ -46,6 +71,8 @@ def fetch(address: str, *, prefer: Prefer | None = None) -> tuple[Path, list[str
         except Exception:
             _failed(address, error)
         return folder, [f"{address} was read from the cache at commit {folder.name}"]
+    if chosen == "stream" and streams(get_session()):
+        return _by_ranges(address, repo, info)
     names = wanted([sibling.rfilename for sibling in info.siblings or ()], address, prefer)
     try:
         folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=[_literal(n) for n in names]))
@@ -53,6 +80,71 @@ def fetch(address: str, *, prefer: Prefer | None = None) -> tuple[Path, list[str
         _failed(address, error)
     check_digests([folder / name for name in names], address, since=started)
     return folder, [f"{address} is commit {info.sha}"]
+
+
+# --- by ranges ------------------------------------------------------------------------------------------
+
+
+def _by_ranges(address: str, repo: str, info: Any) -> tuple[RemoteFolder, list[str]]:
+    """The files of one commit: those in the cache as they lie there, the others as the Hub serves them."""
+    cached = _cached(repo, info.sha, [s.rfilename for s in info.siblings or ()])
+    files: dict[str, Callable[[], Served]] = {}
+    digests: dict[str, str] = {}
+    for sibling in info.siblings or ():
+        name = sibling.rfilename
+        if sibling.lfs is not None:
+            digests[name] = f"sha256:{sibling.lfs.sha256}"
+        elif sibling.blob_id is not None:
+            digests[name] = f"git-sha1:{sibling.blob_id}"
+        files[name] = _served(repo, info.sha, sibling, digests.get(name))
+    around, notes = _around(address), [f"{address} is commit {info.sha}"]
+    folder = RemoteFolder(address, files, Fetcher(), around=around, digests=digests, local=cached)
+    if cached:
+        notes.append(f"{len(cached)} of its {len(files)} files were read from the cache")
+    return folder, notes
+
+
+def _served(repo: str, commit: str, sibling: Any, digest: str | None) -> Callable[[], Served]:
+    from huggingface_hub import constants, hf_hub_url
+
+    def served() -> Served:
+        name = sibling.rfilename
+        named = {} if digest is None else dict([digest.split(":", 1)])
+        label = f"hf://{repo}/{name}"
+        size = -1 if sibling.size is None else sibling.size
+        url = hf_hub_url(repo, name, revision=commit, endpoint=constants.ENDPOINT)
+        return HttpFile(url, label, size, token_headers, named, True)
+
+    return served
+
+
+def token_headers(url: str) -> Mapping[str, str]:
+    """What huggingface_hub sends with a request. The token goes to the Hub and to nobody else."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    def origin(address: str) -> tuple[str, str | None, int | None]:
+        told = urlsplit(address)
+        return told.scheme, told.hostname, told.port
+
+    mine = origin(url) == origin(constants.ENDPOINT)
+    headers: dict[str, str] = build_hf_headers(token=None if mine else False, library_name="ckpt-tool")
+    return headers
+
+
+def _cached(repo: str, commit: str, names: Iterable[str]) -> dict[str, Place]:
+    from huggingface_hub import try_to_load_from_cache
+
+    found: dict[str, Place] = {}
+    for name in names:
+        there = try_to_load_from_cache(repo, name, revision=commit)
+        if isinstance(there, str):
+            path = Path(there)
+            found[name] = Place(path, path.stat().st_size)
+    return found
+
+
+# --- as a folder on this machine ------------------------------------------------------------------------
 
 
 def wanted(names: Iterable[str], address: str, prefer: Prefer | None = None) -> list[str]:
@@ -104,9 +196,25 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
+_MEANS = {  # the classes of huggingface_hub that are raised by a status: in words, and what to do
+    "GatedRepoError": ("a repository that asks for its terms to be accepted",
+                       "accept them on its page, and let HF_TOKEN or `hf auth login` say who you are"),
+    "RepositoryNotFoundError": ("no repository of that name, or one that is private",
+                                "where it is private, `hf auth login`, or HF_TOKEN, says who you are"),
+    "RevisionNotFoundError": ("no such branch, tag or commit", None),
+    "DisabledRepoError": ("a repository that was disabled", None),
+    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE set, and nothing of it in the cache",
+                             "`hf download` fetches it where there is a network"),
+}  # fmt: skip
+
+
 def _failed(address: str, error: Exception) -> NoReturn:
     if isinstance(error, CkptToolError):
         raise error
+    for kind in type(error).__mro__:
+        if kind.__name__ in _MEANS:
+            found, hint = _MEANS[kind.__name__]
+            fail("download-failed", f"expected the files of a model, found {found}", file=address, hint=hint)
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     fail("download-failed", f"expected a download, found: {reason}", file=address)

@@ -5,6 +5,8 @@ belong together, and what stands beside the tensors.
     iter_0001000/mp_rank_01/model_optim_rng.pt        tensor-parallel rank 1
     release/mp_rank_01_003/model_optim_rng.pt         tensor-parallel rank 1, pipeline stage 3
     release/mp_rank_01_003_002/model_optim_rng.pt     ... and expert-parallel rank 2
+    mp_rank_01/model_weights.ckpt                     in an archive of NeMo; with pipeline stages
+    tp_rank_01_pp_rank_003/model_weights.ckpt
 
 A second number is an expert-parallel rank where there are no pipeline stages: the files tell which.
 
@@ -26,8 +28,12 @@ from ckpt_tool.errors import Problem, fail, fail_all, printable
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"  # the development versions of 2022 called it model_rng.pt
 _ITERATION = re.compile(r"iter_\d{7,}|release", re.ASCII)
-_RANK = re.compile(r"mp_rank_(?P<rank>\d{2,4})(_(?P<second>\d{3,5})(_(?P<third>\d{3,5}))?)?", re.ASCII)
-_PATH = re.compile(rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/model(_optim)?_rng\.pt", re.ASCII)
+_RANK = re.compile(
+    r"[mt]p_rank_(?P<rank>\d{2,4})(_(?:pp_rank_)?(?P<second>\d{3,5})(_(?P<third>\d{3,5}))?)?", re.ASCII
+)
+_PATH = re.compile(
+    rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/(model(_optim)?_rng\.pt|model_weights\.ckpt)", re.ASCII
+)
 _SHOWN = 8
 _WORDS = "embedding.word_embeddings.weight"  # of which a stage after the first has none
 _EXPERTS = ".mlp.experts."
@@ -238,7 +244,7 @@ def _second_is_expert(checkpoint: Checkpoint) -> bool:
     pipeline stage has."""
     found = {name: m for name in checkpoint.files if (m := _PATH.fullmatch(name))}
     later = next((n for n, m in found.items() if m["second"] and int(m["second"])), None)
-    if later is None or any(m["third"] for m in found.values()):
+    if later is None or any(m["third"] or "_pp_rank_" in m["folder"] for m in found.values()):
         return False
     file = checkpoint.files[later]
     args = arguments(file) or {}

@@ -40,6 +40,7 @@ def refuse(paths: Collection[str], around: Around) -> NoReturn:
     `ambiguous-input` (weights in several folders), `truncated` (downloads that were not finished)."""
     inner = weight_folders(paths)
     here = [p for p in paths if "/" not in p]
+    _refuse_v1(here, around)
     _refuse_sign(here, around, inner)
     if len(inner) > 1:
         shown = _list(inner)
@@ -88,6 +89,17 @@ def weight_folders(paths: Collection[str]) -> list[str]:
             found["/".join(folders)] = None
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)
+
+
+def _refuse_v1(here: Collection[str], around: Around) -> None:
+    """Fail where a file stands beside a graph of its name: in newer checkpoints no file is called
+    by the prefix alone."""
+    graphs = (p.removesuffix(".meta") for p in here if p.endswith(".meta"))
+    whole = [n for g in graphs for n in sorted(here) if re.fullmatch(re.escape(g) + r"(-\d{5}-of-\d{5})?", n)]
+    if whole:
+        message = f"expected weight files, found {signs.V1.what}: {whole[0]}"
+        hint = signs.V1.hint.replace("FILE", repr(around.at(f"{around.own}/{whole[0]}").strip("'")))
+        fail("wrong-format", message, file=around.label, hint=hint)
 
 
 def _refuse_sign(paths: Collection[str], around: Around, inner: list[str]) -> None:

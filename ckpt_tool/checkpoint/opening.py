@@ -21,6 +21,13 @@ from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
 from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
 from ckpt_tool.checkpoint.dcp_metadata import METADATA
+from ckpt_tool.checkpoint.deepspeed import (
+    LATEST,
+    check_one_rank,
+    find_model_states,
+    is_model_states,
+    may_be_step,
+)
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
 from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
 from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
@@ -35,6 +42,8 @@ from ckpt_tool.checkpoint.megatron import (
     may_hold_ranks,
 )
 from ckpt_tool.checkpoint.no_weights import Around, refuse, tells
+from ckpt_tool.checkpoint.remote_path import Way, scheme_of
+from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_NAME,
@@ -48,6 +57,7 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
+    CHECKLISTS,
     Prefer,
     WeightSet,
     belongs,
@@ -101,23 +111,21 @@ def open_checkpoint(
     prefer: Prefer | None = None,
     limits: Limits | None = None,
     spool_dir: str | os.PathLike[str] | None = None,
+    hub: Way = "stream",
 ) -> Checkpoint:
-    """Open a folder, a weight file, a zip or tar(.gz) of a folder, or `hf://org/name[@rev]`.
+    """Open a folder, a weight file, a zip or tar(.gz) of a folder, or an address: `hf://org/name[@rev]`,
+    http(s) or what fsspec knows. `hub` says whether repositories of the Hub are read by ranges or downloaded
+    into its cache, where the environment does not.
 
     `prefer` says which weights to take where a folder holds the original and the converted ones: without it
     the originals are taken if params.json stands beside them. `spool_dir` (TMPDIR by default) takes the
     inflated members of archives. A weight file that is one of a numbered set opens the whole set.
     """
     text = os.fspath(path)
-    if text.startswith(HUB):
-        from ckpt_tool.checkpoint.hub import fetch
-
-        local, notes = fetch(text, prefer=prefer)
-        checkpoint = _open_directory(local, prefer, limits or Limits())
-        checkpoint.notes[:0] = notes
-        return checkpoint
-    given = Path(text)
     limits = limits or Limits()
+    if scheme_of(text) is not None:
+        return _open_address(text, prefer, limits, None if spool_dir is None else Path(spool_dir), hub)
+    given = Path(text)
     if (bundle := _bundle_at(given)) is not None:
         return bundle
     status = _status(given, text)
@@ -130,6 +138,34 @@ def open_checkpoint(
         fail("wrong-format", f"expected a folder or a file, found {kind_of(status)}", file=text)
     if given.is_symlink():
         checkpoint.notes.append(f"{text} is a link to {given.resolve()}")
+    return checkpoint
+
+
+def _open_address(
+    text: str, prefer: Prefer | None, limits: Limits, spool_dir: Path | None, hub: Way
+) -> Checkpoint:
+    """Open what is not on this machine. Files are asked for as they are wanted."""
+    from ckpt_tool.checkpoint.hub import fetch
+    from ckpt_tool.checkpoint.remote_folder import open_folder
+
+    single = None
+    if text.startswith(HUB):
+        found, notes = fetch(text, prefer=prefer, wish=hub)
+        if isinstance(found, Path):
+            checkpoint = _open_directory(found, prefer, limits)
+            checkpoint.notes[:0] = notes
+            return checkpoint
+    else:
+        (found, single), notes = open_folder(text), []
+    try:
+        if single is None:
+            checkpoint = _open_folder(found, found.path, prefer, limits)
+        else:
+            checkpoint = _open_named(found, found.path / single, prefer, limits, spool_dir)
+    except BaseException:
+        found.close()
+        raise
+    checkpoint.notes[:0] = notes
     return checkpoint
 
 
@@ -158,25 +194,35 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
+    if is_model_states(path.name) and (states := _open_states(directory, path, limits)) is not None:
+        return states
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
     if SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp"):
         return _open_directory(path.parent, prefer, limits)  # which is read whole
-    numbered = set_of(path.name, beside)
-    single = WeightSet(path.name, (path.name,), None, "original")
-    check_finished(numbered or single, beside, file=directory.label)
+    return _open_named(directory, path, prefer, limits, spool_dir)
+
+
+def _open_named(
+    folder: Folder, path: Path, prefer: Prefer | None, limits: Limits, spool_dir: Path | None
+) -> Checkpoint:
+    """Open the file of `folder` that has the name of `path`, and the set that it belongs to."""
+    name, beside = path.name, [n for n in folder.names() if "/" not in n]
+    numbered = set_of(name, beside)
+    single = WeightSet(name, (name,), None, "original")
+    check_finished(numbered or single, beside, file=folder.label)
     if numbered is not None:
-        check_complete(numbered, file=directory.label, expected=_checklist(directory))
-        checkpoint = _open_set(directory, numbered, directory.path, limits)
+        check_complete(numbered, file=folder.label, expected=_checklist(folder))
+        checkpoint = _open_set(folder, numbered, path.parent, limits)
         if len(numbered.files) > 1:
             what = "shards" if numbered.numbered else "files of one model"
-            checkpoint.notes.append(f"{path.name} is one of {len(numbered.files)} {what}; all were opened")
+            checkpoint.notes.append(f"{name} is one of {len(numbered.files)} {what}; all were opened")
         return checkpoint
-    seen = _look(Place(path, 0), path.name)
+    seen = _look(folder.place(name), name)
     if seen.format in ("zip", "tar", "tar.gz"):
         archive = open_archive(seen.archive or seen.data, seen.format, spool_dir=spool_dir)
         return _open_folder(archive, path, prefer, limits)
-    return _open_set(directory, single, path, limits, seen=seen)
+    return _open_set(folder, single, path, limits, seen=seen)
 
 
 def _open_directory(path: Path, prefer: Prefer | None, limits: Limits) -> Checkpoint:
@@ -212,6 +258,8 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         if found is None and INDEX_NAME in names:
             listed = read_index(folder.document(INDEX_NAME).read(INDEX_BYTES), name=INDEX_NAME).files()
             fail_all(Problem("bad-index", f"expected {f}, found no such file", INDEX_NAME) for f in listed)
+        if found is None and (states := _open_states(folder, path, limits)) is not None:
+            return states
         if found is None:
             refuse(folder.survey(), _around(folder, path))
         within, chosen = found
@@ -234,10 +282,14 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         return None
     try:
         documents = _documents(folder, within, False, notes)
-        above = folder if within else folder.outer() if is_part(path.resolve().name) else None
+        outer = folder.outer() if not within and is_part(path.resolve().name) else None
+        above = folder if within else outer
         if above is not None:
-            outer = [n for n in above.names() if belongs(n) and n not in documents]
-            documents |= {name: above.document(name) for name in outer}
+            beside = [n for n in above.names() if belongs(n) and n not in documents]
+            documents |= {name: above.document(name) for name in beside}
+        _add_run_documents(documents, folder, within)
+        if outer is not None:
+            _add_run_documents(documents, outer, "")
         files = {file.name: file}
         own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
     except BaseException:
@@ -247,6 +299,33 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
     return OpenedCheckpoint(
         path, own.files, documents, notes, tuple(own.readings), tuple(own.left_out), folder=folder
     )
+
+
+def _open_states(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
+    """The model that DeepSpeed keeps in one file; what belongs to it may lie in the folder above."""
+    inside = folder.names()
+    latest = folder.document(LATEST).read(1024).decode("utf-8", "replace").strip() if LATEST in inside else ""
+    paths = [*inside, *folder.below(lambda n: may_be_step(n) or n == latest, 1)]
+    found = find_model_states(paths, label=folder.label, latest=latest)
+    if found is None:
+        return None
+    within, chosen = found
+    checkpoint = _open_set(folder, chosen, path, limits, within)
+    for file in checkpoint.files.values():
+        check_one_rank(file.metadata, file=file.name)
+    outer = folder if within else folder.outer()
+    if outer is not None and (within or LATEST in outer.names()):
+        beside = [n for n in outer.names() if belongs(n) and n not in checkpoint.documents]
+        checkpoint.documents |= {n: outer.document(n) for n in beside}
+    return checkpoint
+
+
+def _add_run_documents(documents: dict[str, Document], folder: Folder, within: str) -> None:
+    """What the program that trained it put around the weights in the part `within` of `folder`."""
+    paths = [*folder.names(), *folder.below(lambda n: may_hold_documents(n) or n in within.split("/"))]
+    for short, path in run_documents(paths, within).items():
+        if short not in documents:
+            documents[short] = folder.document(path, short)
 
 
 def _status(given: Path, text: str) -> os.stat_result:
@@ -272,7 +351,7 @@ def _names(path: Path) -> list[str]:
 def _around(folder: Folder, path: Path) -> Around:
     """How to speak of a folder, and of what is in it and around it."""
     if not isinstance(folder, Directory):
-        return archived(folder.label)
+        return folder.around or archived(folder.label)
     outer = folder.outer()
     above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
     own = path.resolve()
@@ -331,6 +410,7 @@ def _open_ranks(folder: Folder, ranks: RankFolders, path: Path, limits: Limits) 
     ):
         _add_documents(checkpoint, outer, [n for n in outer.names() if vocabulary_kind(n)])
     _add_documents(checkpoint, folder, sorted(beside, key=lambda n: n.count("/")))
+    _add_run_documents(checkpoint.documents, folder, "/".join([*ranks.files[0].split("/")[:-2], ""]))
     return checkpoint
 
 
@@ -380,6 +460,8 @@ def _open_set(
         fail_all(problems)
         readings = [] if index is None else list(index.notes(files))
         own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+        if MODEL_CONFIG in documents:
+            _add_run_documents(documents, folder, within)
     except BaseException:
         for file in files.values():
             file.close()
@@ -486,8 +568,8 @@ def _state(folder: Folder, within: str) -> str:
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:
-    """The file names that the publisher's checklist.chk lists; one too large for that is none."""
-    name = within + "checklist.chk"
-    if name not in folder.names() or folder.place(name).size > LIST_BYTES:
-        return []
-    return [n for n in listed(folder.document(name).read(LIST_BYTES)) if "/" not in n]
+    """The file names that lists of the publisher's have; one too large for that is none."""
+    names = folder.names()
+    there = [name for n in CHECKLISTS if (name := within + n) in names]
+    texts = [folder.document(n).read(LIST_BYTES) for n in there if folder.place(n).size <= LIST_BYTES]
+    return [n for text in texts for n in listed(text) if "/" not in n]

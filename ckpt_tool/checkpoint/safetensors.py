@@ -57,6 +57,10 @@ class SafetensorsFile(TensorFile):
             raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside tensor {name}")
         self._bytes.read_into(self._data_start + self._begins[name] + offset, buffer, name)
 
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        start = self._data_start
+        self._bytes.expect((start + self._begins[name] + offset, size) for name, offset, size in ranges)
+
     def extent(self, name: str) -> tuple[int, int]:
         return self._bytes.descriptor, self._bytes.base + self._data_start + self._begins[name]
 

@@ -109,15 +109,27 @@ SIGNS = (
     ),
     # --- training programs ---
     _sign(
-        "a NeMo 2 checkpoint",
+        "a NeMo checkpoint in zarr format",
+        "NeMo's scripts/checkpoint_converters/convert_zarr_to_torch_dist.py writes it anew; then give that",
+        r"(model_weights|weights)/[^/]*/\.zarray",
+    ),
+    _sign(
+        "a NeMo 2 checkpoint whose weights are in no format that is read",
         "NeMo writes it for Hugging Face: llm.export_ckpt(path={at}, target='hf', output_path=OUT)",
         r"context/(io\.json|model\.yaml)",
         beside=r"weights/[^/]*",
     ),
+    _sign("a NeMo archive", "give the archive itself: {at}", r"(?P<at>[^/]*\.nemo)"),
     _sign(
-        "a NeMo archive",
+        "a quantised NeMo archive (.qnemo), as TensorRT-LLM reads it",
+        RELEASE,
+        r"[^/]*\.qnemo",
+    ),
+    _sign(
+        "a NeMo model without weights that are read",
         "NeMo's scripts/checkpoint_converters/convert_*_nemo_to_hf.py writes it for Hugging Face",
-        r"[^/]*\.nemo|model_config\.yaml",
+        r"model_config\.yaml",
+        beside=r"[^/]*\.(ckpt|pt|bin|distcp)",
     ),
     _sign(
         "a Megatron checkpoint in torch_dist format (torch.distributed, .distcp)",
@@ -151,11 +163,16 @@ SIGNS = (
         r"[^/]*\.distcp",
     ),
     _sign(
-        "a DeepSpeed checkpoint (ZeRO)",
-        "`python zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins it; put config.json"
-        " or params.json into OUT and give that",
+        "layers of a DeepSpeed pipeline, or experts, each in a file of its own",
+        "the program that trained it knows which is which: save the whole model with it",
+        r"(global_step\d+/)?(layer_\d+-model_\d+-|(layer_\d+_)?expert_\d+_mp_rank_\d+_)model_states\.pt",
+    ),
+    _sign(
+        "a DeepSpeed checkpoint (ZeRO) whose files hold parts of tensors",
+        "`python {at}/zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins them; put"
+        " config.json or params.json into OUT and give that",
         r"(global_step\d+/)?((bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"
-        r"|mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt)|zero_to_fp32\.py",
+        r"|mp_rank_\d+_model_states\.pt)|zero_to_fp32\.py",
     ),
     # --- other libraries ---
     _sign(
@@ -304,6 +321,12 @@ _PACKED = (
         r"(ia3_l|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_[rs]|vera_(a|b|lambda_[bd]))(\.[\w-]+)?",
         "factors of an adapter (IA3, LoHa, LoKr, OFT, VeRA)",
         MERGE,
+    ),
+    (
+        r"(\w*adapter\w*)\.linear_(in|out)(\.weight)?",
+        "LoRA factors of NeMo",
+        "NeMo merges them into the model first: scripts/nlp_language_modeling/merge_lora_weights/merge.py,"
+        " or llm.peft.merge_lora of NeMo 2",
     ),
     (r"qzeros|g_idx|qweight", "GPTQ or AWQ weights of few bits", UNPACKED),
     (r"weight\.(absmax|quant_map|nested_absmax)|scb", "bitsandbytes weights of few bits", UNPACKED),

@@ -15,6 +15,7 @@ from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.signs import (
     DOWNLOAD,
     RELEASE,
+    RENAMED_INDEX,
     TABLE_END,
     Sign,
     by_name,
@@ -23,6 +24,7 @@ from ckpt_tool.checkpoint.signs import (
     unfinished,
 )
 from ckpt_tool.checkpoint.tar import BLOCK, is_tar_header
+from ckpt_tool.checkpoint.tf_names import STATE, newest
 from ckpt_tool.checkpoint.torch_legacy import is_legacy
 from ckpt_tool.checkpoint.weight_sets import is_document
 from ckpt_tool.errors import fail, printable
@@ -73,6 +75,8 @@ def sniff(data: ByteRange) -> Format:
         fail("truncated", f"expected a whole file, found its first {data.size} bytes", file=data.name)
     if data.size > 48 and data.read(data.size - len(TABLE_END), len(TABLE_END)) == TABLE_END:
         sign = table_of(head)
+        if sign is RENAMED_INDEX:
+            sign = by_name(data.name) or sign  # which may be called as it should be
         _wrong(sign.what, data.name, sign.hint)
     named = _by_name(data.name)
     if named is not None:
@@ -80,6 +84,8 @@ def sniff(data: ByteRange) -> Format:
     if (sign := by_name(data.name)) is not None:
         _wrong(sign.what, data.name, _filled(sign, data))
     found = _looks_like(head)
+    if data.name.rpartition("/")[2] == STATE and (prefix := newest(head.decode("utf-8", "replace"))):
+        found = f"the state file of TensorFlow, which names {printable(prefix, 60)} as the newest checkpoint"
     _wrong(found, data.name, _onward(found, data))
 
 
@@ -130,7 +136,7 @@ def _onward(found: str, data: ByteRange) -> str | None:
     name = data.name.rpartition("/")[2]
     if unfinished(name) is not None:
         return "the download was not finished; go on with it, then run this again"
-    if found.startswith(("a JSON text", "text")) or is_document(name):
+    if found.startswith(("a JSON text", "text", "the state file")) or is_document(name):
         return f"give the folder of the weights: --in {quote(str(data.path.parent))}"
     return None
 

@@ -8,7 +8,6 @@ unlinked temporary file; its memory is two buffers, whatever the members' sizes.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NoReturn, Protocol
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.spool import Spool
+from ckpt_tool.checkpoint.zlibs import InflateError, decompressobj
 from ckpt_tool.errors import fail, printable
 
 BLOCK = 512
@@ -86,7 +86,7 @@ class _GzipStream:
         self._read = 0
         self._pending = b""
         self._ready, self._used = b"", 0
-        self._zlib = zlib.decompressobj(31)
+        self._zlib = decompressobj(31)
 
     def _inflate(self) -> bytes:
         """The next piece of at most BUFFER bytes; nothing at the end."""
@@ -99,7 +99,7 @@ class _GzipStream:
                     fail(
                         "trailing-data", "expected the end of the gzip file, found more", file=self.data.name
                     )
-                self._zlib, self._pending = zlib.decompressobj(31), rest
+                self._zlib, self._pending = decompressobj(31), rest
             if not self._pending:
                 self._pending = self._rest_of_file(BUFFER)
                 if not self._pending:
@@ -109,8 +109,8 @@ class _GzipStream:
                         file=self.data.name,
                     )
             try:
-                piece = self._zlib.decompress(self._pending, BUFFER)
-            except zlib.error as error:
+                piece: bytes = self._zlib.decompress(self._pending, BUFFER)
+            except InflateError as error:
                 fail(
                     "checksum",
                     f"the gzip stream is damaged before byte {self._read} ({error})",

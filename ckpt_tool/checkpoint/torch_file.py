@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -68,6 +68,14 @@ class TorchFile(TensorFile):
             piece = self._gathered(name, block)[skip : skip + len(buffer) - done]
             buffer[done : done + len(piece)] = piece
             done += len(piece)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Of tensors that lie in one run; those of other strides are read by blocks of their own."""
+        for name, offset, size in ranges:
+            place = self._places[name]
+            if not place.dims:
+                source, start = self._storage(place.key)
+                source.expect([(start + place.start + offset, size)])
 
     def _gathered(self, name: str, block: int) -> memoryview:
         """Dense block number `block` of a strided tensor. Each thread keeps its last one, as callers ask for

@@ -21,11 +21,15 @@ Prefer = Literal["original", "hf"]
 ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download
 TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in new transformers
 
+# Lists of sums, which name every file that there should be.
+CHECKLISTS = (
+    *("checklist.chk", "tokenizer_checklist.chk", "MD5SUMS", "md5sum.txt"),
+    *("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "sha256sum.txt"),
+)
 _DOCUMENTS = frozenset(
     (
         "params.json",
-        "checklist.chk",
-        "tokenizer_checklist.chk",
+        *CHECKLISTS,
         "tekken.json",
         "config.json",
         "generation_config.json",
@@ -48,6 +52,9 @@ _DOCUMENTS = frozenset(
         "pytorch_model.bin.index.json",
         "latest_checkpointed_iteration.txt",
         "model_args.pkl",
+        "run_config.yaml",
+        "model_config.yaml",
+        "integrity.json",
         INDEX_NAME,
     )
 )
@@ -98,6 +105,7 @@ _PATTERNS = (
         "consolidated.safetensors.index.json",
     ),
     _pattern(r"model(_optim)?_rng\.pt", 0, "original"),
+    _pattern(r"model_weights\.ckpt", 0, "original"),  # NeMo
     _pattern(rf"{_METASEQ}-model_part-(?P<number>\d{{1,4}})(?:-shard0)?\.pt", 0, "original"),
     _pattern(rf"reshard\.pt|restored\.pt|{_METASEQ}-shard0\.pt", 0, "original"),
     # a state dict for each part of a model

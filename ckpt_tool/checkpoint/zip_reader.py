@@ -14,20 +14,22 @@ from __future__ import annotations
 import re
 import stat
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NoReturn
+from zlib import MAX_WBITS
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.spool import Spool
+from ckpt_tool.checkpoint.zlibs import InflateError, crc32, decompressobj
 from ckpt_tool.errors import fail, printable
 
 STORED, DEFLATED = 0, 8
 MEMBER_LIMIT = 100_000
 DIRECTORY_LIMIT = 64 << 20
 RATIO_LIMIT = 200
+_BEFORE = 64  # bytes before a local header that are looked at: what ends the member before it
 PADDING_LIMIT = 4096  # zero bytes between two members, as alignment tools leave them
 _BLOCK = 256 << 10
 
@@ -295,6 +297,13 @@ class ZipArchive:
                 f"expected a header before byte {directory}, found its place given as {last.header}",
                 last.name,
             )
+        self.source.expect(
+            (
+                max(0, e.header - _BEFORE),
+                min(_BEFORE + _LOCAL.size + len(e.raw_name) + 64, directory - e.header),
+            )
+            for e in ordered
+        )
         for entry, follower in zip_longest(ordered, ordered[1:]):
             limit = directory if follower is None else follower.header
             member = self._member(entry, limit)
@@ -395,7 +404,7 @@ class ZipArchive:
         for block in self._stored(member) if member.stored else self._inflated(member):
             if last:
                 yield last
-            crc, last = zlib.crc32(block, crc), block
+            crc, last = crc32(block, crc), block
         if member.checksum is not None and crc != member.crc32:
             message = f"expected crc32 {member.crc32:#010x}, found {crc:#010x}"
             fail("checksum", message, file=self.name, where=member.name)
@@ -413,13 +422,13 @@ class ZipArchive:
                 f"expected at most {RATIO_LIMIT} times the {member.packed} packed bytes, found {member.size}"
             )
             fail("zip-limit", message, file=self.name, where=name)
-        stream = zlib.decompressobj(-zlib.MAX_WBITS)
+        stream = decompressobj(-MAX_WBITS)
         made = 0
         for packed in self._stored(member):
             while packed:
                 try:
                     block = stream.decompress(packed, _BLOCK)
-                except zlib.error as error:
+                except InflateError as error:
                     self._bad(f"expected deflated data, found an error after {made} bytes: {error}", name)
                 made += len(block)
                 if made > member.size:

@@ -41,7 +41,7 @@ def opened(document: Document) -> Iterator[BinaryIO]:
             "bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {document.size}", file=document.name
         )
     try:
-        with open(document.path, "rb") as f:
+        with document.open() as f:
             if (sign := pointer(f.read(1024))) is not None:
                 message = f"expected a document, found {sign.what}"
                 fail("wrong-format", message, file=document.name, hint=sign.hint)

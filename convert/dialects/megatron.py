@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.megatron import check_complete, check_same_run, every_argument
+from ckpt_tool.checkpoint.run_documents import RUN_DOCUMENTS
 from ckpt_tool.convert import numbers
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
@@ -58,6 +59,7 @@ from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 COPY = "word_embeddings_for_head.weight"
+EXPORTS = "NeMo's scripts/checkpoint_converters and Megatron-Bridge export it to Hugging Face"
 ASKED_VERSIONS = ("0", "1.0", "2.0", "3.0")
 OPTIONS = (
     Option("keep_padding", "Keep the rows that pad the vocabulary.", "hf"),
@@ -271,6 +273,7 @@ def open_run(checkpoint: Checkpoint) -> Run:
     age = age_of(checkpoint.names())
     if age is None:
         _refuse_names(checkpoint)
+    _refuse_other_programs(checkpoint, is_core(age))
     table = {own: name for name, own in own_names(age).items()}
     if is_core(age):  # one name for two things; which one it is the families decide
         table[own_names(age)[OUTPUT]] = OUTPUT
@@ -289,6 +292,20 @@ def open_run(checkpoint: Checkpoint) -> Run:
     iteration = first.metadata.get("iteration")
     iteration = iteration if isinstance(iteration, int) and not isinstance(iteration, bool) else None
     return replace(run, said_version=_version(first, checkpoint), iteration=iteration)
+
+
+def _refuse_other_programs(checkpoint: Checkpoint, core: bool) -> None:
+    """NeMo and Megatron-Bridge keep what their models compute in documents that no family of this dialect
+    reads, and NeMo's own classes have the rows of query_key_value in another order than version 0."""
+    found = [n for n in RUN_DOCUMENTS if n in checkpoint.documents]
+    found += [n for n in checkpoint.files if n.rpartition("/")[2] == "model_weights.ckpt"]
+    if found:
+        older = (
+            "NeMo's scripts/checkpoint_converters/convert_gpt_nemo_to_mcore.py writes it as Megatron-Core's"
+        )
+        message = "expected a checkpoint of Megatron-LM, found one of NeMo or Megatron-Bridge of this kind"
+        hint = f"{older}; of those gated decoders are read" if not core else EXPORTS
+        fail("unsupported", message, file=found[0], hint=hint)
 
 
 def _refuse_names(checkpoint: Checkpoint) -> NoReturn:

@@ -21,7 +21,7 @@ from typing import Any
 from ckpt_tool.checkpoint.megatron import every_argument
 from ckpt_tool.convert.dialects.megatron_ranks import Run
 from ckpt_tool.convert.params import Facts, left_out, shown
-from ckpt_tool.errors import printable
+from ckpt_tool.errors import Problem, printable
 
 # Read by a field or a rule of the dialects.
 READ = """
@@ -30,8 +30,8 @@ padded_vocab_size make_vocab_size_divisible_by orig_vocab_size vocab_size tokeni
 norm_epsilon bias_gelu_fusion openai_gelu onnx_safe rotary_base untie_embeddings_and_output_weights
 group_query_attention num_query_groups model_parallel_size tensor_model_parallel_size
 pipeline_model_parallel_size virtual_pipeline_model_parallel_size intermediate_size bert_binary_head
-params_dtype fp16 bf16 use_rope_scaling rope_scaling_factor num_experts num_moe_experts moe_router_topk
-moe_ffn_hidden_size
+params_dtype fp16 bf16 use_rope_scaling rope_scaling_factor stretched_frequencies num_experts num_moe_experts
+moe_router_topk moe_ffn_hidden_size
 """
 
 # Why arguments have no effect on what the saved tensors compute, and which; `*` stands for anything.
@@ -229,6 +229,7 @@ GATED: Mapping[str, Only] = {
     **COMPUTED,
     "swiglu": Only("a gated feed-forward", (True, None)),
     "gated_linear_unit": Only("a gated feed-forward", (True, None)),
+    "activation_func": Only("SiLU in the gate", ("silu", None)),
     "normalization": Only("norms without means", ("RMSNorm", None)),
     "add_bias_linear": Only("no biases", (False, None)),
     "add_qkv_bias": Only("biases for query, key and value", (True, None)),
@@ -272,42 +273,47 @@ def refuse_others(facts: Facts, run: Run, only: Mapping[str, Only], unused: str)
         "as many as there are layers", (run.args.get("num_layers"), None)
     )  # of 2020, all of them by default
     only = {**only, "num_unique_layers": once}
-    for name, value in _every(run):
+    for file, own, name, value in _every(run):
         if _pattern(unused).match(name):
             continue
         if name in only:
             if _fits(value, only[name]):
                 continue
             if only[name].answerable and facts.settings.get(name, value) is None:
-                notes[left_out("args", name, value)] = None
+                notes[left_out(file, own, value)] = None
                 continue
             hint = f"--set {name}=null leaves it out of the model" if only[name].answerable else None
-            facts.refuse("unsupported", _said(only[name], name, value), name, hint)
+            message = _said(only[name], own, value)
+            facts.problems.append(Problem("unsupported", message, file, own, hint))
         elif is_off(value) or _pattern(_KNOWN).match(name):
             continue
         elif facts.settings.get(name, value) is None:
-            notes[left_out("args", name, value)] = None
+            notes[left_out(file, own, value)] = None
         else:
-            message = f"expected an argument that is known here, found {name} = {shown(value)}"
+            message = f"expected an argument that is known here, found {printable(own, 60)} = {shown(value)}"
             hint = f"if it changes nothing that the model computes, --set {printable(name, 60)}=null"
-            facts.refuse("unsupported", message, printable(name, 60), hint)
+            facts.problems.append(Problem("unsupported", message, file, printable(own, 60), hint))
     return [*notes]
 
 
 def answered_for(facts: Facts, run: Run, only: Mapping[str, Only]) -> set[str]:
     """Settings that leave an argument out."""
     left_out = {name for name, value in facts.settings.items() if value is None}
-    return left_out & {name for name, _ in _every(run)} - {n for n, o in only.items() if not o.answerable}
+    kept = {name for name, wanted in only.items() if not wanted.answerable}
+    return left_out & {name for _, _, name, _ in _every(run)} - kept
 
 
-def _every(run: Run) -> Iterator[tuple[str, object]]:
-    """The arguments in the files, each with each value that it has in one of them."""
+def _every(run: Run) -> Iterator[tuple[str, str, str, object]]:
+    """(where it is said, its name there, its name among args, value) of the arguments in the files, each with
+    each value that it has in one of them, and of those in documents."""
     said: dict[str, list[object]] = {}
-    for file in run.checkpoint.files.values():
-        for name, value in (every_argument(file) or {}).items():
+    for held in run.checkpoint.files.values():
+        for name, value in (every_argument(held) or {}).items():
             if value not in said.setdefault(name, []):
                 said[name].append(value)
-                yield name, value
+                yield "args", name, name, value
+    for file, args, called in run.elsewhere:
+        yield from ((file, called.get(name, name), name, value) for name, value in args.items())
 
 
 def _fits(value: object, wanted: Only) -> bool:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
@@ -34,7 +35,8 @@ from ckpt_tool.convert.dialects.megatron_arguments import (
     refuse_others,
 )
 from ckpt_tool.convert.dialects.megatron_experts import UNUSED_BY_ROUTED, Experts
-from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, Form, Own, Run, args_of
+from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, STRETCHED, Form, Own, Run, args_of
+from ckpt_tool.convert.dialects.megatron_settings import with_documents
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DTYPE,
@@ -80,6 +82,8 @@ ARCHITECTURE: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
 }
+# What args do not say, or not for the model that is made of them, and changes no number.
+TRAINED: dict[str, Any] = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,7 @@ FIELDS = (
     count("num_key_value_heads", read=_groups, rule=_one_each, check=_heads_fit),
     ranks.epsilon("rms_norm_eps", ask="the epsilon of the norms"),
     numbers.number("rope_theta", "rotary_base", ask="the base of the rotary frequencies"),
-    numbers.anything("rope_scaling", rule=_scaling, check=numbers.object_or_null),
+    numbers.anything("rope_scaling", STRETCHED, rule=_scaling, check=numbers.object_or_null),
     count("vocab_size", read=_words, rule=measured(WORDS, 0), check=_words_fit),
     numbers.flag("tie_word_embeddings", rule=ranks.tie, check=ranks.output_is_there),
 )
@@ -413,7 +417,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
                 chunk = int(m[1]) if m.re.groups else 0
                 yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
-    run = ranks.open_ranks(checkpoint, "core", own)
+    run = with_documents(ranks.open_ranks(checkpoint, "core", own))
     if _is_gated(run):
         return run
     fail(
@@ -432,7 +436,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         fail("usage", message, where="--gqa", hint="convert first, then pool the heads of what comes out")
     run, why = open_run(m, checkpoint), f"family {m.family}"
     rows, ids = run.size(WORDS, 0), ("bos_token_id", "eos_token_id")
-    facts = Facts(run.told, "args", options.settings)
+    facts = Facts(run.told, "args", options.settings, places=run.places)
     ends = ends_of(m, 0 if rows is None else rows.value)
     if ends is None and set(ids) & facts.settings.keys():
         ends = Ends((), None, None, "not set")
@@ -444,14 +448,14 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         m.fields,
         LENGTH,
         DTYPE,
-        numbers.free(
-            f"default of {m.config.name}", attention_dropout=0.0, initializer_range=0.02, use_cache=True
-        ),
+        numbers.free(f"default of {m.config.name}", **TRAINED),
         [numbers.token_ids(n, rule=numbers.given(i, ends.why if ends else "")) for n, i in texts.items()],
     )
     known = Known(fields, facts, run, options)
     left_out = refuse_others(facts, run, m.args(run), m.unused)
     config = known.values()
+    if "activation_func" in run.places:
+        config["hidden_act"] = Value("silu", ": ".join(run.places["activation_func"]))
     facts.check_settings({*config, *ids, *answered_for(facts, run, m.args(run))})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
@@ -520,7 +524,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
     words, tied = known["vocab_size"], bool(known["tie_word_embeddings"])
-    left, notes = form.rows - words, ranks.split_notes(known, form)
+    left, notes = form.rows - words, [*ranks.split_notes(known, form), *_unsaid_notes(m, document, form)]
     if left:
         notes.append(f"{left} rows of padding follow the {words} words; they repeat the first words")
     written = Written(
@@ -573,6 +577,16 @@ def _form_written(form: Form) -> dict[str, Any]:
     if form.stages > 1:
         found["pipeline_parallel"] = form.stages
     return found
+
+
+def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:
+    """The values of config.json that args have no word for, where reading the ranks again gives others."""
+    ends = ends_of(m, form.rows)
+    again = {**TRAINED, "bos_token_id": ends and ends.begins, "eos_token_id": ends and ends.ends}
+    lost = {n: document[n] for n, v in again.items() if document.get(n, v) != v}
+    told = {n: printable(json.dumps(v, separators=(",", ":")), 100) for n, v in lost.items()}
+    words = " ".join(f"--set {quote(f'{n}={text}')}" for n, text in told.items())
+    return [f"args do not say {', '.join(lost)}: reading the ranks again takes {words}"] if lost else []
 
 
 def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:

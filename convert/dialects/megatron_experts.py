@@ -78,6 +78,11 @@ def rules(published: Experts, kind: str) -> tuple[Rule, ...]:
 # --- numbers --------------------------------------------------------------------------------------------
 
 
+def _width_keys(known: Known) -> tuple[str, ...]:
+    """moe_ffn_hidden_size is null where experts are as wide as args say of all feed-forwards."""
+    return ("moe_ffn_hidden_size",) if known.facts.given("moe_ffn_hidden_size") else ("ffn_hidden_size",)
+
+
 def _width(known: Known) -> Value | None:
     for kind, dimension in (("sequential", 1), ("grouped", 1), ("joined", 0)):
         found = known.source.size(S + KEPT[kind][1].replace("{e}", "0"), dimension)
@@ -102,8 +107,7 @@ def _as_many_as_rows(known: Known, experts: Value) -> Value:
 
 
 FIELDS: tuple[Field, ...] = (
-    # moe_ffn_hidden_size is null where experts are as wide as args say of all feed-forwards
-    count("intermediate_size", "moe_ffn_hidden_size", "ffn_hidden_size", rule=_width),
+    count("intermediate_size", read=_width_keys, rule=_width),
     count(
         "num_local_experts",
         "num_experts",

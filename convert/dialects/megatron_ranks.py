@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
@@ -43,6 +43,7 @@ SPLIT = "layers_of_parts"  # in the manifest
 DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 RELEASE = "release"
 OUTPUT = "output_layer.weight"
+STRETCHED = "stretched_frequencies"  # what documents say of them, as the block of config.json
 # An expert's number follows `local_experts`, or stands after `weight` where one module holds several.
 EXPERT = re.compile(
     r"(?P<before>.*\.mlp\.experts\.(local_experts\.|linear_fc[12]\.weight))(?P<e>\d{1,6})(?P<after>(\..+)?)"
@@ -65,7 +66,9 @@ class Run(Source):
     """What the files say of the run beside the tensors. `told` are the pickled args, None where the file has
     none; `said_version` is None where it says no checkpoint_version, which stands for 0. `files` are
     [rank][stage] of the first of `experts` expert-parallel ranks, `chunks` counts the virtual stages, `split`
-    the layers of each part: the first chunks of all stages, then the second."""
+    the layers of each part: the first chunks of all stages, then the second. Where documents beside the files
+    say some of `told`, `places` has the file and the name there of each, and `elsewhere` for each document
+    its name, what it says, and what it calls that."""
 
     age: str
     files: list[list[str]]
@@ -74,6 +77,8 @@ class Run(Source):
     experts: int = 1
     said_version: float | None = None
     iteration: int | None = None
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    elsewhere: tuple[tuple[str, Mapping[str, Any], Mapping[str, str]], ...] = ()
 
     @property
     def version(self) -> float:

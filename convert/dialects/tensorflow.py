@@ -341,11 +341,24 @@ def read_settings(t: Trained, checkpoint: Checkpoint, options: Options) -> Facts
     left = None if document is None else {k: v for k, v in document.items() if k not in out}
     facts = Facts(left, name, {k: v for k, v in options.settings.items() if k not in out})
     facts.notes += [left_out(name, k, others[k]) for k in sorted(out)]
+    for key in _nulls(t, left or {}, facts.settings):
+        message = "expected a value, found null, which the publisher's code does not take for its default"
+        facts.refuse("bad-config", message, key, f"--set {key}=VALUE says it")
+    facts.check()  # what would follow from a default says nothing
     for key in sorted(others.keys() - out):
         message = f"expected keys that the publisher's code reads, found {shown(others[key])}"
         hint = f"--set {printable(key, 60)}=null leaves it out, if it changes nothing"
         facts.refuse("unsupported", message, printable(key, 60), hint)
     return facts
+
+
+def _nulls(t: Trained, document: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of values that are null and may not be: no activation is one too."""
+    for f in t.fields:
+        for key in f.keys if isinstance(f.keys, tuple) else ():
+            told = f.told and f.name not in ("hidden_act", *settings)
+            if told and key in document and document[key] is None:
+                yield key
 
 
 # --- the two directions ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from ckpt_tool.convert.dialects import consolidated, megatron_core, params_json
 from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
+from ckpt_tool.convert.dialects.layouts import FORM
 from ckpt_tool.convert.dialects.megatron_core import Ends
 from ckpt_tool.convert.dialects.params_json import OF_META, OF_MISTRAL_AI, asked
 from ckpt_tool.convert.numbers import (
@@ -251,7 +252,8 @@ def own_scaling(known: Known) -> tuple[str, ...]:
 def check_scaling(known: Known, found: Value) -> Value:
     """A block in a params.json must be one that a params.json can say otherwise, on the way back as well."""
     own = found.source.startswith(params_json.NAME) and "rope_scaling" in (known.facts.document or {})
-    if not known.back and not own:
+    other_layout = known.back and asked_form(known) not in (None, consolidated.CONSOLIDATED)  # has its check
+    if other_layout or (not known.back and not own):
         return object_or_null(known, found)
     block: Mapping[str, object] = found.value if isinstance(found.value, dict) else {}
     numbers = (block.get(part) for part in PARTS.values())
@@ -270,6 +272,11 @@ def check_scaling(known: Known, found: Value) -> Value:
             message = f"expected one scaling, found rope_scaling and another in {other}"
             known.refuse("bad-config", message, "rope_scaling", "--set rope_scaling=VALUE says which")
     return found
+
+
+def asked_form(known: Known) -> object:
+    """The layout that is to be written, as asked for or as the original was."""
+    return known.options.family_options.get(FORM, known.once.get(FORM))
 
 
 def part(known: Known, name: str) -> Value:

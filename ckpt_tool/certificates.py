@@ -1,0 +1,95 @@
+"""What `ckpt-tool certificate` does around `verify.certificate`: looks at the key and the place before the
+work, signs, writes, and says what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ckpt_tool.convert import disk
+from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.errors import fail
+from ckpt_tool.report_files import write_whole
+from ckpt_tool.terminal import paragraph
+from ckpt_tool.verify.certificate import Request, as_bytes, certify
+from ckpt_tool.verify.signing import sign
+
+
+def made(
+    out: str,
+    source: str,
+    file: str | None,
+    key: str | None,
+    asked: Mapping[str, Any],
+    screen: Console,
+    progress: Callable[[str], None],
+) -> int:
+    """Make the certificate of `out` and write it to `file`, or into `out`. The exit code is that of the
+    verification, whose report is shown where it does not pass."""
+    place = Path(out) / CERTIFICATE if file is None else Path(file)
+    if not place.parent.is_dir() or place.is_dir():
+        fail("output-failed", "expected the name of a file in an existing folder, found none", file=place)
+    if place.exists() and not _is_certificate(place):
+        found = "found a file that is no certificate"
+        fail("output-exists", f"expected a free name or an earlier certificate, {found}", file=place)
+    if key is not None:
+        sign(b"", key)  # before the work: a key that cannot sign is known now
+    request = Request(
+        levels=tuple(asked["levels"]) or None,
+        against=asked["against"],
+        compute_dtype=asked["compute_dtype"],
+        checkpoint_id=asked["checkpoint_id"],
+        accept=tuple(asked["accept"]),
+    )
+    done = certify(
+        out, source, request, settings=asked["settings"], device=asked["device"], progress=progress
+    )
+    if done.statement is None:
+        done.report.render(screen)
+        paragraph(screen, "no certificate was written: only a verification that passes has one")
+        return done.report.exit_code
+    content = as_bytes(done.statement)
+    content = content if key is None else sign(content, key)
+    try:
+        write_whole(os.fspath(place), content)
+    except OSError as error:
+        raise disk.failure(error, os.fspath(place)) from None
+    _told(place, done.statement, key, screen)
+    return 0
+
+
+def _is_certificate(place: Path) -> bool:
+    """Whether a file begins as certificates do: as JSON with their types."""
+    try:
+        content = json.loads(place.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and ("predicateType" in content or "payloadType" in content)
+
+
+def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Console) -> None:
+    predicate = statement["predicate"]
+    said = predicate["verification"]
+    rows = [
+        ("certificate", f"{place}, {'not signed' if key is None else 'signed'}"),
+        ("verdict", f"{said['verdict']} ({said['exactness']}): {said['headline']}"),
+        ("output", _counted(statement["subject"], predicate["target"])),
+        ("source", _counted(predicate["source"]["files"], predicate["source"])),
+        ("plan", str(predicate["plan"]["sha256"])),
+    ]
+    rate = said["planted_mistakes"]
+    if rate is not None:
+        low, _ = rate["interval"]
+        words = f"{rate['caught']} of {rate['planted']} caught, at 95 % confidence at least {100 * low:.1f} %"
+        rows.append(("mistakes", words))
+    for name, text in rows:
+        paragraph(screen, text, first=f"{name:<12}")
+
+
+def _counted(files: Sequence[object], side: Mapping[str, Any]) -> str:
+    return f"{len(files)} files, {len(side['tensors'])} tensors, root {side['root']}"

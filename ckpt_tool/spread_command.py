@@ -1,0 +1,112 @@
+"""`convert` by several processes: one worker's share, the publishing of all, or both on a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from ckpt_tool.errors import fail, printable
+from ckpt_tool.progress import conversion_summary, following, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from ckpt_tool.api import Conversion, PartMade, Shared
+    from ckpt_tool.convert.shares import Worker
+
+TAKEN = ("jobs", "overwrite", "overwrite_foreign", "sha256", "strict", "checksums")
+SHOWN = 8  # workers named before the rest is counted
+
+
+def wanted(asked: dict[str, Any]) -> bool:
+    """Whether the options ask for several processes; `usage` where they contradict each other."""
+    if asked["ray"] and (asked["worker"] or asked["finish"]):
+        other = "--worker" if asked["worker"] else "--finish"
+        fail("usage", f"expected --ray alone, which does both, found {other} beside it", where="--ray")
+    if asked["tasks"] and not asked["ray"]:
+        fail("usage", "expected --ray beside it, found none", where="--tasks")
+    return bool(asked["worker"] or asked["finish"] or asked["ray"])
+
+
+def worker_of(text: str) -> Worker:
+    """`2/4` as a worker."""
+    from ckpt_tool.convert.shares import Worker
+
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text, re.ASCII)
+    if found is None:
+        message = f"expected I/N, worker I of N (from 1/N to N/N), found {text!r}"
+        fail("usage", message, where="--worker")
+    return Worker(int(found[1]), int(found[2]))
+
+
+def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Console, log: Console) -> int:
+    """What was asked for of --worker, --finish and --ray; the exit code."""
+    from dataclasses import replace
+
+    from ckpt_tool import api
+
+    worker = worker_of(asked["worker"]) if asked["worker"] else None
+    check, beside = not asked["no_verify"], (asked["config"],) if asked["config"] else ()
+
+    def tell(text: str) -> None:
+        log.print(printable(text, 500), style="dim", markup=False)
+
+    with following(log) as progress:
+        taken = {k: asked[k] for k in TAKEN}
+        shared = replace(shared, progress=progress, tell=tell, beside=beside, **taken)
+        if asked["ray"]:
+            from ckpt_tool.on_ray import convert_on_ray
+
+            done = convert_on_ray(shared, asked["ray"], tasks=asked["tasks"], check=check, tell=tell)
+            return _whole(done, shared, as_json, screen)
+        made = None if worker is None else api.convert_part(shared, worker)
+        if made is not None and (not asked["finish"] or made.part.missing):
+            return _part(made, as_json, screen)
+        done = api.publish_parts(shared, count=None if worker is None else worker.count, check=check)
+    return _whole(done, shared, as_json, screen)
+
+
+def _whole(done: Conversion, shared: Shared, as_json: bool, screen: Console) -> int:
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+    else:
+        conversion_summary(done, screen, shared.source)
+    return done.report.exit_code if done.report is not None else 0
+
+
+def _part(made: PartMade, as_json: bool, screen: Console) -> int:
+    if as_json:
+        print(json.dumps(made.to_json(), indent=2))
+        return 0
+    from rich.text import Text
+
+    from ckpt_tool.terminal import paragraph
+
+    def line(label: str, text: str, style: str = "") -> None:
+        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
+
+    part = made.part
+    total = sum(t.nbytes for f in part.files for t in f.held)
+    line("made", f"part {part.worker} of {printable(made.out)}: {len(part.files)} file(s), {size(total)}")
+    if part.outcome.resumed:
+        line(
+            "resumed", f"{len(part.outcome.resumed)} of them were there already, and are as they were written"
+        )
+    for found in part.outcome.findings[:10]:
+        where = f"{found.file}: {found.tensor}" if found.tensor else found.file
+        line("found", f"{found.kind}: {printable(where)}: {printable(found.message, 500)}", "yellow")
+    if part.missing:
+        line("next", f"{listed(part.missing, part.worker.count)}, then the same command with --finish")
+    else:
+        line("next", "all parts are there: the same command with --finish in place of --worker")
+    return 0
+
+
+def listed(numbers: Sequence[int], count: int) -> str:
+    """`--worker 2/4 and 3/4`."""
+    shown = [f"{k}/{count}" for k in numbers[:SHOWN]]
+    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+    return f"--worker {', '.join(shown)}{more}"

@@ -1,0 +1,199 @@
+"""`compare`: two checkpoints of one architecture in any two layouts, shardings and dtypes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckpt_tool.api import Options, convert
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.compare import compare
+from ckpt_tool.verify.report import Finding
+from tests.in_process import program
+
+Written = Callable[[str], Path]
+VARIANT = "mistral-float32"
+
+
+def differing(report: Any, level: str = "tensors") -> dict[str, Finding]:
+    found = [f for f in report.findings if f.level == level and f.status == "fail" and f.where]
+    return {str(f.where): f for f in found}
+
+
+def tuned(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], to: Path) -> Path:
+    """A copy of a converted folder with other weights."""
+    shutil.copytree(folder, to)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [VARIANT, "mixtral-b", "llama-1-13b", "gpt2-v3-tp2-pp2", "qwen2-dense", "qwen3-mcore", "opt-125m"],
+)
+def test_an_original_is_equal_to_what_was_made_of_it(
+    variant: str, originals: Written, conversions: Written
+) -> None:
+    if variant not in VARIANTS:  # any of the family
+        variant = next(v for v in VARIANTS if VARIANTS[v].family == variant.split("-")[0])
+    report = compare(originals(variant), conversions(variant), family=VARIANTS[variant].family)
+    assert (report.status, report.exactness) == ("pass", "bit-identical"), report.headline
+    assert "original" in report.facts["A"] and "Hugging Face" in report.facts["B"]
+
+
+def test_two_originals_of_other_shardings(originals: Written, conversions: Written, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    convert(conversions("llama-1-13b"), back, family="llama", to="original", options=Options(shards=1))
+    report = compare(originals("llama-1-13b"), back)
+    assert report.exactness == "bit-identical", report.headline
+    assert "2 files" in report.facts["A"] and "1 file" in report.facts["B"]
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_a_cast_is_told_from_a_change(
+    dtype: str, torch_dtype: torch.dtype, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    def cast(t: dict[str, torch.Tensor]) -> None:
+        t.update({k: v.to(torch_dtype) for k, v in t.items()})
+
+    def wrong(t: dict[str, torch.Tensor]) -> None:
+        cast(t)
+        t["model.norm.weight"][3] *= 1.25
+
+    there = tuned(conversions(VARIANT), cast, tmp_path / "cast")
+    report = compare(originals(VARIANT), there, logits=False)
+    assert report.exactness == "identical after cast", report.headline
+    assert compare(there, originals(VARIANT), logits=False).exactness == "identical after cast"
+    report = compare(originals(VARIANT), tuned(conversions(VARIANT), wrong, tmp_path / "w"), logits=False)
+    assert report.status == "fail" and list(differing(report)) == ["model.norm.weight"]
+
+
+def test_of_two_dtypes_of_16_bits_either_may_be_made_of_the_other(
+    conversions: Written, tmp_path: Path
+) -> None:
+    def as_type(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+        def change(t: dict[str, torch.Tensor]) -> None:
+            t.update({k: v.to(torch.bfloat16).to(dtype) for k, v in t.items()})
+
+        return change
+
+    a = tuned(conversions(VARIANT), as_type(torch.bfloat16), tmp_path / "a")
+    b = tuned(conversions(VARIANT), as_type(torch.float16), tmp_path / "b")
+    assert compare(a, b, logits=False).exactness == "identical after cast"
+    assert compare(b, a, logits=False).exactness == "identical after cast"
+
+
+def test_which_layers_of_a_fine_tune_moved_and_how_far(conversions: Written, tmp_path: Path) -> None:
+    def change(t: dict[str, torch.Tensor]) -> None:
+        t["model.layers.1.self_attn.q_proj.weight"] *= 1.5
+        t["model.layers.0.mlp.up_proj.weight"] = t["model.layers.0.mlp.up_proj.weight"].roll(3, 0)
+        t["model.embed_tokens.weight"][10:13] += 0.5
+
+    there = tuned(conversions(VARIANT), change, tmp_path / "tuned")
+    report = compare(conversions(VARIANT), there)
+    assert (report.status, report.exactness) == ("fail", "differs")
+    found = differing(report)
+    assert len(found) == 3
+    q = found["model.layers.1.self_attn.q_proj.weight"]
+    assert q.data["relative"] == pytest.approx(0.5, rel=1e-6)
+    assert "rows 10 to 12" in found["model.embed_tokens.weight"].message
+    assert "another order" in found["model.layers.0.mlp.up_proj.weight"].message
+    summary = next(f for f in report.findings if f.check == "all tensors")
+    moved = {str(row[0]): row for row in summary.tables[0].rows if str(row[1])[0] != "0"}
+    assert moved.keys() == {"layer 0", "layer 1", "model.embed_tokens"}
+    before = load_file(conversions(VARIANT) / "model.safetensors")
+    layer = [v.double() for k, v in before.items() if k.startswith("model.layers.1.")]
+    own = before["model.layers.1.self_attn.q_proj.weight"].double()
+    size = float(np.sqrt(sum(float(v.square().sum()) for v in layer)))
+    assert moved["layer 1"][2] == pytest.approx(0.5 * float(own.norm()) / size, rel=1e-6)
+    phases = {str(r[0]): r[-1] for f in report.findings if f.check == "lockstep" for r in f.tables[0].rows}
+    assert {k for k, word in phases.items() if word} == {"embed", "layer 0", "layer 1"}
+
+
+def test_rounding_is_within_the_policy_of_its_dtype(conversions: Written, tmp_path: Path) -> None:
+    def cast(t: dict[str, torch.Tensor]) -> None:
+        t.update({k: v.bfloat16() for k, v in t.items()})
+
+    report = compare(conversions(VARIANT), tuned(conversions(VARIANT), cast, tmp_path / "cast"))
+    assert report.status == "pass", report.headline
+    numbers = {f.check: f for f in report.findings if f.level == "numbers"}
+    assert numbers["logits"].bar == 1e-2 and 1e-8 < (numbers["logits"].measured or 0) < 1e-2
+    assert "bfloat16" in numbers["lockstep"].message
+
+
+def test_values_tokenizers_and_tensors_of_one_side_alone(conversions: Written, tmp_path: Path) -> None:
+    def drop(t: dict[str, torch.Tensor]) -> None:
+        del t["model.norm.weight"]
+        t["extra.weight"] = torch.ones(2)
+
+    there = tuned(conversions(VARIANT), drop, tmp_path / "there")
+    config = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps({**config, "rope_theta": 123.0}))
+    tokens = json.loads((there / "tokenizer.json").read_text())
+    first = next(iter(tokens["model"]["vocab"]))
+    text = (there / "tokenizer.json").read_text().replace(json.dumps(first), json.dumps(first + "x"))
+    (there / "tokenizer.json").write_text(text)
+    report = compare(conversions(VARIANT), there, logits=False)
+    assert set(differing(report)) == {"model.norm.weight", "extra.weight"}
+    assert "rope_theta" in differing(report, "config")
+    assert differing(report, "tokenizer")
+
+
+def test_a_tied_head_may_be_stored_or_not(originals: Written, tmp_path: Path) -> None:
+    variant = next(v for v in VARIANTS if VARIANTS[v].family == "qwen2" and "tied" in VARIANTS[v].description)
+    a, b = tmp_path / "a", tmp_path / "b"
+    convert(originals(variant), a, family="qwen2")
+    assert json.loads((a / "config.json").read_text())["tie_word_embeddings"] is True
+
+    def store(t: dict[str, torch.Tensor]) -> None:
+        t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+
+    def other(t: dict[str, torch.Tensor]) -> None:
+        t["lm_head.weight"] = t["model.embed_tokens.weight"] + 1
+
+    assert compare(a, tuned(a, store, b)).status == "pass"
+    assert compare(a, tuned(a, other, tmp_path / "c"), logits=False).status == "fail"
+
+
+def test_the_command(conversions: Written, originals: Written, tmp_path: Path) -> None:
+    a, b = str(originals(VARIANT)), str(conversions(VARIANT))
+    done = program("compare", a, b, cwd=tmp_path)
+    assert done.returncode == 0 and "bit-identical" in done.stdout, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines() if "/" not in line) <= 80
+    there = tuned(Path(b), lambda t: t["model.norm.weight"].add_(1), tmp_path / "there")
+    done = program("compare", a, str(there), "--no-logits", "--json", "--html", "x.html", cwd=tmp_path)
+    assert done.returncode == 1 and json.loads(done.stdout)["status"] == "fail"
+    assert "model.norm.weight" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("nowhere", "also"), "not-found"),
+        (("a", "a", "--family", "none"), "usage"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], kind: str, tmp_path: Path, conversions: Written) -> None:
+    (tmp_path / "a").symlink_to(conversions(VARIANT))
+    done = program("compare", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.split("]")[0]) == (2, f"error[{kind}")
+
+
+def test_other_architectures_are_not_compared_by_chance(conversions: Written) -> None:
+    other = next(v for v in VARIANTS if VARIANTS[v].family == "opt")
+    try:
+        report = compare(conversions(VARIANT), conversions(other), logits=False)
+    except CkptToolError:
+        return
+    assert report.status == "fail"

@@ -1,0 +1,169 @@
+"""What a gate can be asked for in CI: some of its checks, an end at the first that fails, no more than that
+nothing got worse; and the same checks as tests of pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ckpt_tool.api import gate
+from ckpt_tool.testing import assert_parity
+from tests.in_process import program
+
+Written = Callable[[str], Path]
+VARIANT = "mistral-float32"
+GATE = """
+[[check]]
+name = "good one"
+source = "download"
+out = "good"
+levels = ["coverage", "bits"]
+require = ["bits"]
+
+[[check]]
+name = "bad one"
+source = "download"
+out = "bad"
+levels = ["bits"]
+
+[[check]]
+name = "gone"
+source = "download"
+out = "nowhere"
+"""
+
+
+def alter(folder: Path, by: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][2] += by
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def work(originals: Written, conversions: Written, tmp_path: Path) -> Path:
+    (tmp_path / "download").symlink_to(originals(VARIANT))
+    for name in ("good", "bad"):
+        shutil.copytree(conversions(VARIANT), tmp_path / name)
+    alter(tmp_path / "bad", 1.0)
+    (tmp_path / "parity.toml").write_text(GATE)
+    return tmp_path
+
+
+def test_only_some_checks(work: Path) -> None:
+    def titles(*only: str) -> list[str]:
+        return [r.title for r in gate(work / "parity.toml", only=only).reports]
+
+    assert titles("good one") == ["good one"]
+    assert titles("* one") == ["good one", "bad one"]
+    done = program("gate", "parity.toml", "--only", "good on", cwd=work)
+    assert done.returncode == 2 and "did you mean good one?" in done.stderr
+
+
+def test_the_list(work: Path) -> None:
+    done = program("gate", "parity.toml", "--list", cwd=work)
+    assert done.returncode == 0
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[1:]] == ["good one", "bad one", "gone"]
+
+
+def test_the_first_that_fails_ends_it(work: Path) -> None:
+    reports = gate(work / "parity.toml", fail_fast=True)
+    assert [(r.title, r.status) for r in reports.reports] == [("good one", "pass"), ("bad one", "fail")]
+    assert reports.exit_code == 1
+
+
+def test_only_what_got_worse_fails_against_a_baseline(work: Path) -> None:
+    def run(*more: str) -> int:
+        return program("gate", "parity.toml", "--only", "* one", *more, cwd=work).returncode
+
+    assert run("--json", "before.json") == 1
+    assert run("--baseline", "before.json") == 0
+    alter(work / "bad", 1.0)  # farther off
+    assert run("--baseline", "before.json") == 1
+    alter(work / "bad", -1.9)  # nearer
+    assert run("--baseline", "before.json") == 0
+    alter(work / "good", 1e-3)
+    assert run("--baseline", "before.json") == 1
+
+
+def test_a_class_that_got_worse_fails_though_it_would_pass(work: Path) -> None:
+    gate_file = work / "parity.toml"
+    before = json.dumps(gate(gate_file, only=["good one"]).to_json())
+    (work / "before.json").write_text(before.replace('"within noise floor"', '"bit-identical"'))
+    text = GATE.replace('levels = ["coverage", "bits"]\nrequire = ["bits"]', 'levels = ["parity"]')
+    gate_file.write_text(text)
+    reports = gate(gate_file, only=["good one"], baseline=work / "before.json")
+    assert reports.status == "fail"
+    assert "bit-identical in the baseline, within noise floor now" in str(reports.reports[0].findings)
+    assert gate(gate_file, only=["good one"]).status == "pass"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"reports": 3}', '{"reports": [3]}'])
+def test_what_is_no_baseline(text: str, work: Path) -> None:
+    (work / "before.json").write_text(text)
+    done = program("gate", "parity.toml", "--baseline", "before.json", cwd=work)
+    assert (done.returncode, done.stderr.split("]")[0]) == (2, "error[bad-config")
+
+
+# --- pytest ---------------------------------------------------------------------------------------------
+
+OWN = """
+import pytest
+
+def test_mine(assert_parity, ckpt_convert):
+    out = ckpt_convert("download", "mistral")
+    assert out == ckpt_convert("download", "mistral")
+    report = assert_parity(out, "download", levels=["coverage", "bits"])
+    assert report.exactness == "bit-identical"
+
+def test_bad(assert_parity):
+    with pytest.raises(AssertionError, match="model.norm.weight"):
+        assert_parity("bad", "download", levels=["bits"])
+"""
+
+
+def scratch(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v"]  # which finds the plugin
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    return subprocess.run(
+        [*command, *arguments], cwd=work, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_plugin_in_a_scratch_project(work: Path) -> None:
+    (work / "test_own.py").write_text(OWN)
+    alone = scratch(work, "--ckpt-gate", "parity.toml", "--junit-xml", "x.xml")
+    outcomes = {
+        line.partition("::")[2].rpartition("]")[0].partition("]")[0] + "]": line
+        for line in alone.stdout.splitlines()
+        if "::" in line and "%]" in line
+    }
+    passed = {name for name, line in outcomes.items() if " PASSED" in line}
+    failed = {name for name, line in outcomes.items() if " FAILED" in line}
+    assert passed == {"good one[coverage]", "good one[bits]", "good one[gate]", "good one[verdict]"}
+    assert {"bad one[bits]", "bad one[verdict]", "gone[verdict]"} <= failed
+    assert "model.norm.weight" in alone.stdout and "Traceback" not in alone.stdout
+    assert alone.returncode == 1 and "good one[bits]" in (work / "x.xml").read_text()
+    with_own = scratch(work, "test_own.py", "--ckpt-gate", "parity.toml", "-k", "mine or bad or good")
+    assert "test_mine PASSED" in with_own.stdout, with_own.stdout[-3000:]
+    assert "test_bad PASSED" in with_own.stdout
+
+
+def test_a_gate_that_is_none_is_told_by_pytest(work: Path) -> None:
+    (work / "parity.toml").write_text("nothing = 1")
+    done = scratch(work, "--ckpt-gate", "parity.toml")
+    assert done.returncode != 0 and "expected one or more [[check]] tables" in done.stdout
+    assert scratch(work, "--ckpt-gate", "no.toml").returncode == 4
+
+
+def test_assert_parity_returns_what_it_found(work: Path) -> None:
+    assert assert_parity(work / "good", work / "download", levels="bits").status == "pass"
+    with pytest.raises(AssertionError, match=r"fail: .*model\.norm\.weight"):
+        assert_parity(work / "bad", work / "download", levels="bits")

@@ -1,0 +1,322 @@
+"""`ckpt-tool certificate`: what a verification showed, in a form that can be kept, signed and checked again.
+
+An in-toto Statement (in-toto/attestation, spec/v1/statement.md) whose subjects are the files of the output
+and whose predicate (`PREDICATE_TYPE`, docs/certificate.md) holds the digests of the source's files, the whole
+plan, a leaf for each tensor on both sides with their Merkle roots, how values were rounded, and the findings
+with their numbers. It has no times and no paths: equal inputs give equal bytes, as far as the machine gives
+equal numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ckpt_tool import __version__
+from ckpt_tool.convert.casting import rounds
+from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.convert.plan import Plan
+from ckpt_tool.errors import fail
+from ckpt_tool.verify import verify
+from ckpt_tool.verify.leaves import of_tensors, root
+from ckpt_tool.verify.report import Finding, Report
+from ckpt_tool.verify.subject import Subject, opened
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:ckpt-tool:certificate:v1"
+LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+CONFIDENCE = 0.95
+PIECE = 1 << 20
+ENTRIES = 100_000
+ROUNDING = {
+    "widen": "every value kept",
+    "round": "to the nearest value, ties to the even one; too large ones become infinite",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a verification was asked for, without which it cannot be done again."""
+
+    levels: tuple[str, ...] | None = None
+    against: str | None = None
+    compute_dtype: str = "float32"
+    checkpoint_id: str | None = None
+    accept: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "levels": None if self.levels is None else list(self.levels),
+            "against": self.against,
+            "compute_dtype": self.compute_dtype,
+            "checkpoint_id": self.checkpoint_id,
+            "accept": list(self.accept),
+        }
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A verification, and its certificate where it passed."""
+
+    report: Report
+    statement: dict[str, Any] | None
+
+
+def certify(
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    request: Request | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> Certified:
+    """Verify `out` against `source`, and state what was shown. Only a verification that passes has a
+    certificate. Raises as `verify` does."""
+    request = request or Request()
+    tell = progress or (lambda text: None)
+    _folder(out)
+    report = verify(
+        out,
+        source,
+        levels=request.levels,
+        against=request.against,
+        compute_dtype=request.compute_dtype,
+        checkpoint_id=request.checkpoint_id,
+        accept=request.accept,
+        settings=settings,
+        device=device,
+        progress=progress,
+    )
+    if report.status != "pass":
+        return Certified(report, None)
+    with opened(out, source, settings) as subject:
+        return Certified(report, statement(subject, report, request, os.fspath(source), tell))
+
+
+def as_bytes(made: Mapping[str, Any]) -> bytes:
+    return (json.dumps(made, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def statement(
+    subject: Subject, report: Report, request: Request, address: str, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The certificate of a `report` on `subject`, both sides of which are read once more."""
+    plan, source = subject.plan, subject.source
+    if plan is None or source is None:
+        raise ValueError("a report that passes against a source has a plan")
+    tell("certificate: SHA-256 of the source")
+    at_source = [leaf.to_json() for leaf in of_tensors(source, source)]
+    sources = source_digests(subject)
+    tell("certificate: SHA-256 of the output")
+    at_target = [leaf.to_json() for leaf in of_tensors(subject.output, subject.output)]
+    subjects = file_digests(subject.output.path)
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": sha}} for name, sha in sorted(subjects.items())],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "tool": {"name": "ckpt-tool", "version": __version__},
+            "family": plan.family,
+            "direction": plan.direction,
+            "source": {
+                "repository": repository(address, subject),
+                "files": [{"name": n, "sha256": s} for n, s in sorted(sources.items())],
+                "tensors": at_source,
+                "root": root(at_source),
+            },
+            "plan": {"sha256": plan.digest(), **plan.to_json()},
+            "casts": casts(plan),
+            "target": {"tensors": at_target, "root": root(at_target)},
+            "verification": verification(report, request),
+        },
+    }
+
+
+def _folder(out: str | os.PathLike[str]) -> None:
+    if not Path(out).is_dir():
+        what = "a file" if Path(out).exists() else "nothing of that name"
+        fail("bad-input", f"expected the folder of a converted model, found {what}", file=os.fspath(out))
+
+
+def file_digests(folder: Path, leave_out: Iterable[str] = (CERTIFICATE,)) -> dict[str, str]:
+    """SHA-256 of every file below `folder` by its path there, but for certificates."""
+    away, found = set(leave_out), {}
+    for within, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in (".git", ".cache"))
+        for name in sorted(names):
+            path = Path(within) / name
+            called = path.relative_to(folder).as_posix()
+            if called not in away:
+                found[called] = sha256_of(path, called)
+        if len(found) > ENTRIES:
+            fail("limits", f"expected at most {ENTRIES:,} files, found more", file=folder)
+    return found
+
+
+def sha256_of(path: Path, shown: str) -> str:
+    if not path.is_file():  # a broken link, a pipe
+        fail("wrong-format", "expected a regular file, found something else", file=shown)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+    except OSError as error:
+        fail("read-failed", f"cannot be read: {error.strerror}", file=shown)
+    return digest.hexdigest()
+
+
+def source_digests(subject: Subject) -> dict[str, str]:
+    """SHA-256 of the source's files that hold weights and of the documents that were found beside them."""
+    assert subject.source is not None
+    source = subject.source
+    base = source.path if source.path.is_dir() else source.path.parent
+    paths = [p for f in source.files.values() for p in f.paths]
+    paths += [d.path for d in source.documents.values()]
+    found = {}
+    for path in dict.fromkeys(paths):
+        name = path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
+        found[name] = sha256_of(path, name)
+    return found
+
+
+def repository(address: str, subject: Subject) -> dict[str, str] | None:
+    """The repository and the commit that the source was read from, where it has one."""
+    name = re.fullmatch(r"hf://([\w.-]+/[\w.-]+?)(@[\w./-]+)?", address, re.ASCII)
+    notes = () if subject.source is None else subject.source.notes
+    commit = next((m[1] for n in notes if (m := re.search(r"commit ([0-9a-f]{40})\b", n))), None)
+    if name is None:
+        return None
+    return {"hub": name[1], **({"commit": commit} if commit else {})}
+
+
+def casts(plan: Plan) -> list[dict[str, Any]]:
+    """How values of another dtype were made: pairs of dtypes, each with its rounding and how many tensors."""
+    pairs: Counter[tuple[str, str, str]] = Counter()
+    for step in plan.steps:
+        if step.compare:
+            continue
+        for target in step.targets:
+            for dtype in {p.dtype for p in step.sources}:
+                if dtype != target.dtype or step.mean:
+                    pairs[dtype, target.dtype, step.mean] += 1
+    return [
+        {
+            "from": a,
+            "to": b,
+            "rounding": ROUNDING["round" if rounds(a, b) or mean else "widen"],
+            **({"mean_over": mean} if mean else {}),
+            "tensors": n,
+        }
+        for (a, b, mean), n in sorted(pairs.items())
+    ]
+
+
+def verification(report: Report, request: Request) -> dict[str, Any]:
+    """The findings with what was measured, and the catch rate of the planted mistakes with its interval."""
+    kept = {k: report.facts[k] for k in ("computed",) if k in report.facts}
+    if kept:
+        kept["processor"] = _processor()
+    return {
+        "asked": request.to_json(),
+        "verdict": report.status,
+        "exactness": report.exactness,
+        "headline": report.headline,
+        "environment": {**kept, "libraries": dict(_versions())},
+        "planted_mistakes": catch_rate(report.findings),
+        "findings": [f.to_json() for f in report.findings],
+    }
+
+
+def _processor() -> str:
+    """As far as sums of floating numbers may depend on it."""
+    import torch
+
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in LIBRARIES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def catch_rate(findings: Iterable[Finding]) -> dict[str, Any] | None:
+    """How many of the mistakes that were planted were caught, with the interval that holds the true rate with
+    95 % confidence (Clopper and Pearson, Biometrika 26, 1934)."""
+    for f in findings:
+        if f.check == "negative control" and f.tables:
+            shown = [row[-1] for row in f.tables[0].rows]
+            caught = sum(1 for word in shown if word == "yes")
+            low, high = interval(caught, len(shown))
+            return {
+                "planted": len(shown),
+                "caught": caught,
+                "confidence": CONFIDENCE,
+                "interval": [round(low, 6), round(high, 6)],
+            }
+    return None
+
+
+def interval(hits: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The exact interval of a share of which `hits` of `trials` were seen."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else _solve(lambda p: 1 - _at_most(hits - 1, trials, p), tail)
+    high = 1.0 if hits == trials else _solve(lambda p: 1 - _at_most(hits, trials, p), 1 - tail)
+    return low, high
+
+
+def _at_most(k: int, n: int, p: float) -> float:
+    """The chance of at most `k` hits in `n` trials of chance `p`."""
+    if p <= 0 or p >= 1:
+        return 1.0 if p <= 0 or k >= n else 0.0
+    choose = math.lgamma(n + 1)
+    return math.fsum(
+        math.exp(
+            choose - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+        )
+        for i in range(k + 1)
+    )
+
+
+def _solve(grows: Callable[[float], float], wanted: float) -> float:
+    """Where a function that grows from 0 to 1 takes the value `wanted`."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if grows(middle) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def excluded(leaves: int, checked: int, confidence: float = CONFIDENCE) -> int:
+    """The most wrong ones that `leaves` can hold, if `checked` of them, chosen at random, are all right: a
+    larger number would have shown itself with this confidence. Exact, without replacement."""
+    wrong = 0
+    while wrong < leaves - checked and _unseen(leaves, wrong + 1, checked) > 1 - confidence:
+        wrong += 1
+    return wrong
+
+
+def _unseen(leaves: int, wrong: int, checked: int) -> float:
+    """The chance that none of `wrong` leaves is among `checked` ones."""
+    if checked > leaves - wrong:
+        return 0.0
+    return math.exp(
+        math.lgamma(leaves - wrong + 1)
+        - math.lgamma(leaves - wrong - checked + 1)
+        - math.lgamma(leaves + 1)
+        + math.lgamma(leaves - checked + 1)
+    )

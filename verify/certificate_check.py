@@ -1,0 +1,424 @@
+"""`ckpt-tool check-certificate`: does a certificate hold for the files that lie there?
+
+Three depths. Without the source: the signature, the digests of the output's files and tensors, and whether
+the certificate agrees with itself (the plan's digest, the roots, the verdict and its findings). With
+`spot`: tensors chosen at random are made again from the source through the plan, which bounds the share of
+wrong ones. With `full`: the verification is done again, and the certificate must come out as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.strict_json import parse_object
+from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.convert.replaceable import is_model_file
+from ckpt_tool.errors import fail
+from ckpt_tool.verify import certificate as made
+from ckpt_tool.verify import leaves as trees
+from ckpt_tool.verify.claims import Claim, Judgement, judge
+from ckpt_tool.verify.coverage import capped
+from ckpt_tool.verify.leaves import Leaf
+from ckpt_tool.verify.report import Finding, Report, Status
+from ckpt_tool.verify.signing import payload_of, signed_by
+from ckpt_tool.verify.subject import opened
+
+BYTES = 256 << 20  # of a certificate: the largest published models have some tens of megabytes
+
+
+@dataclass
+class Checked(Report):
+    """A report whose verdict says whether the certificate holds; `depth` is what was compared."""
+
+    depth: list[str] = field(default_factory=list)
+
+    @property
+    def judgement(self) -> Judgement:
+        bad = [f for f in self.findings if f.status == "fail"]
+        if bad:
+            where = f"{bad[0].where}: " if bad[0].where else ""
+            return Judgement("fail", where + bad[0].message)
+        return Judgement("pass", "; ".join(self.depth))
+
+
+def check(
+    out: str | os.PathLike[str],
+    *,
+    file: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    spot: int | None = None,
+    full: bool = False,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> Checked:
+    """Check the certificate of the folder `out`, which lies in it or in `file`. `key` is the public key that
+    it must be signed with; `spot` tensors (chosen by `seed` where one is given) or all (`full`) are made
+    again from `source`. Raises `CkptToolError` for what cannot be read."""
+    if (spot is not None or full) != (source is not None):
+        words = "--spot K or --full" if source is not None else "--source PATH"
+        fail("usage", f"expected {words} too, found none", where="--source")
+    if spot is not None and spot < 1:
+        fail("usage", f"expected at least 1 tensor, found {spot}", where="--spot")
+    tell = progress or (lambda text: None)
+    path = Path(out) / CERTIFICATE if file is None else Path(file)
+    content = _read(path)
+    report = Checked("ckpt-tool check-certificate", {"certificate": os.fspath(path)})
+    statement, signature = _opened(content, path.name, key, report)
+    report.findings.append(signature)
+    predicate = _predicate(statement, path.name)
+    report.findings += _itself(predicate)
+    report.findings += _output(Path(out), statement, predicate, path, tell)
+    report.depth.append("the files of the output are those that it names")
+    _verdict_facts(report, predicate)
+    if source is not None and report.status == "pass":
+        report.facts["source"] = os.fspath(source)
+        if spot is not None:
+            report.findings += _spot(out, source, predicate, spot, seed, settings, report, tell)
+        if full:
+            report.findings += _full(out, source, statement, settings, device, report, tell)
+    return report
+
+
+def _finding(level: str, name: str, status: Status, message: str, where: str | None = None) -> Finding:
+    return Finding(level, name, status, message, where)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(BYTES + 1)
+    except FileNotFoundError:
+        hint = (
+            f"`ckpt-tool certificate {path.parent} --source ORIGINAL` writes one; --certificate names another"
+        )
+        fail("not-found", "expected a certificate, found none", file=path, hint=hint)
+    except OSError as error:
+        fail("read-failed", f"cannot be read: {error.strerror}", file=path)
+    if len(data) > BYTES:
+        fail("limits", f"expected at most {BYTES:,} bytes, found more", file=path)
+    return data
+
+
+def _opened(
+    content: bytes, name: str, key: str | os.PathLike[str] | None, report: Checked
+) -> tuple[dict[str, Any], Finding]:
+    """The statement, and the finding about its signature."""
+    found = parse_object(content, file=name)
+    if "payloadType" not in found:
+        status: Status = "fail" if key is not None else "note"
+        words = "it is not signed"
+        return found, _finding("signature", "signature", status, words + _unsigned(key))
+    statement = parse_object(payload_of(found, name), file=name)
+    if key is None:
+        words = "it is signed, and no --key was given to check by whom: anybody can sign"
+        return statement, _finding("signature", "signature", "note", words)
+    if signed_by(found, key, name):
+        report.depth.append("it is signed with the key")
+        return statement, _finding("signature", "signature", "pass", "signed with the key that was given")
+    words = f"expected a signature of the key {os.path.basename(os.fspath(key))}, found none that fits"
+    return statement, _finding("signature", "signature", "fail", words)
+
+
+def _unsigned(key: object) -> str:
+    if key is not None:
+        return ", but a --key was given that it should be signed with"
+    return ": whoever could change the output could write another certificate too"
+
+
+def _predicate(statement: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The predicate, its parts of the types that are used here."""
+    if statement.get("_type") != made.STATEMENT_TYPE or statement.get("predicateType") != made.PREDICATE_TYPE:
+        found = f"{statement.get('_type')!r} with {statement.get('predicateType')!r}"[:200]
+        expected = f"an in-toto Statement with {made.PREDICATE_TYPE}"
+        fail("bad-config", f"expected {expected}, found {found}", file=name, where="predicateType")
+    predicate = statement.get("predicate")
+    checks: list[tuple[str, object, type[list[Any]] | type[dict[str, Any]]]] = [
+        ("subject", statement.get("subject"), list),
+        ("predicate", predicate, dict),
+    ]
+    if isinstance(predicate, dict):
+        checks += [(k, predicate.get(k), dict) for k in ("source", "plan", "target", "verification")]
+        for side in ("source", "target"):
+            part = predicate.get(side)
+            if isinstance(part, dict):
+                checks += [(f"{side}.tensors", part.get("tensors"), list)]
+    for where, value, kind in checks:
+        if not isinstance(value, kind):
+            words = "a list" if kind is list else "an object"
+            fail("bad-config", f"expected {words}, found {type(value).__name__}", file=name, where=where)
+    assert isinstance(predicate, dict)
+    for where, entries, keys in (
+        ("subject", statement["subject"], {"name": str, "digest": dict}),
+        ("source.tensors", predicate["source"]["tensors"], LEAF),
+        ("target.tensors", predicate["target"]["tensors"], LEAF),
+    ):
+        for entry in entries:
+            if not isinstance(entry, dict) or any(not isinstance(entry.get(k), t) for k, t in keys.items()):
+                fail("bad-config", f"expected entries with {', '.join(keys)}", file=name, where=where)
+    return predicate
+
+
+LEAF: dict[str, type] = {"file": str, "name": str, "dtype": str, "shape": list, "sha256": str}
+
+
+# --- without the source ---------------------------------------------------------------------------------
+
+
+def _itself(predicate: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the certificate's own parts belong together."""
+    plan = {k: v for k, v in predicate["plan"].items() if k != "sha256"}
+    digest = hashlib.sha256(trees.canonical(plan)).hexdigest()
+    yield _equal("plan", digest, predicate["plan"].get("sha256"), "the plan's digest is that of its rows")
+    for side in ("source", "target"):
+        part = predicate[side]
+        words = f"the root stands for the {len(part['tensors'])} tensors of the {side}"
+        yield _equal(f"{side} root", trees.root(part["tensors"]), part.get("root"), words)
+    planned = {
+        (t.get("name"), t.get("dtype"), tuple(t.get("shape", ())))
+        for o in plan.get("outputs", [])
+        for t in o.get("tensors", [])
+    } | {(n, d, tuple(s)) for o in plan.get("outputs", []) for n, d, s, _ in o.get("constants", [])}
+    held = {(t["name"], t["dtype"], tuple(t["shape"])) for t in predicate["target"]["tensors"]}
+    words = f"{len(held)} tensors of the target are those of the plan"
+    yield _equal("tensors", sorted(map(repr, held)), sorted(map(repr, planned)), words)
+    said = predicate["verification"]
+    findings = [_as_finding(f) for f in said.get("findings", []) if isinstance(f, dict)]
+    verdict = judge(findings, Claim()).verdict
+    words = f"the verdict follows from its {len(findings)} findings"
+    yield _equal("verdict", verdict, said.get("verdict"), words)
+    if verdict != "pass":
+        yield _finding("certificate", "verdict", "fail", "expected findings that prove it, found others")
+    rate = made.catch_rate(findings)
+    words = "the catch rate follows from the mistakes that were planted"
+    yield _equal("planted mistakes", rate, said.get("planted_mistakes"), words)
+
+
+def _as_finding(f: Mapping[str, Any]) -> Finding:
+    from ckpt_tool.verify.report import Table
+
+    tables = tuple(
+        Table(tuple(t.get("columns", ())), tuple(map(tuple, t.get("rows", ()))))
+        for t in f.get("tables", ())
+        if isinstance(t, dict)
+    )
+    data = f.get("data") if isinstance(f.get("data"), dict) else {}
+    return Finding(
+        str(f.get("level")),
+        str(f.get("check")),
+        f.get("status", "fail"),
+        str(f.get("message")),
+        f.get("where"),
+        data=data or {},
+        tables=tables,
+    )
+
+
+def _equal(name: str, found: Any, said: Any, words: str) -> Finding:
+    if found == said:
+        return _finding("certificate", name, "pass", words)
+    shown = f"expected {_short(said)}, found {_short(found)}" if not isinstance(found, list) else (
+        f"expected those of the plan, found {sum(a not in said for a in found)} others and "
+        f"{sum(a not in found for a in said)} missing"
+    )  # fmt: skip
+    return _finding("certificate", name, "fail", f"it does not agree with itself: {shown}")
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, default=repr)[:200]
+
+
+def _output(
+    out: Path, statement: Mapping[str, Any], predicate: Mapping[str, Any], path: Path,
+    tell: Callable[[str], None],
+) -> Iterator[Finding]:  # fmt: skip
+    if not out.is_dir():
+        fail("not-found", "expected the folder that the certificate is of, found none", file=out)
+    tell("files of the output")
+    said = {s["name"]: s["digest"].get("sha256") for s in statement["subject"]}
+    own = [path.relative_to(out).as_posix()] if path.is_relative_to(out) else []
+    found = made.file_digests(out, [CERTIFICATE, *own])
+    wrong = []
+    for name in sorted(said.keys() | found.keys()):
+        if name not in found:
+            wrong.append(_finding("output", "files", "fail", "expected this file, found none", name))
+        elif name not in said:
+            serious: Status = "fail" if is_model_file(Path(name).name) else "note"
+            words = "the certificate does not speak of this file"
+            wrong.append(_finding("output", "files", serious, words, name))
+        elif found[name] != said[name]:
+            words = f"expected SHA-256 {said[name]}, found {found[name]}"
+            wrong.append(_finding("output", "files", "fail", words, name))
+    yield from capped(wrong)
+    if not any(f.status == "fail" for f in wrong):
+        yield _finding(
+            "output", "files", "pass", f"SHA-256 of all {len(said)} files is that of the certificate"
+        )
+    tell("tensors of the output")
+    yield _tensors(out, predicate)
+
+
+def _tensors(out: Path, predicate: Mapping[str, Any]) -> Finding:
+    """The leaves made again from the files, which the files' digests say nothing of."""
+    prefer: Any = "original" if predicate.get("direction") == "to-original" else "hf"
+    with open_checkpoint(out, prefer=prefer) as checkpoint:
+        found = [leaf.to_json() for leaf in trees.of_tensors(checkpoint, checkpoint)]
+    said = predicate["target"]["tensors"]
+    if found == said:
+        return _finding(
+            "output", "tensors", "pass", f"SHA-256 of all {len(said)} tensors is that of its leaf"
+        )
+    here, there = (next((t for t in a if t not in b), None) for a, b in ((found, said), (said, found)))
+    words = "expected the tensors of the certificate's leaves in their order, found others"
+    where = next((f"{t['file']}: {t['name']}" for t in (here, there) if t is not None), None)
+    return _finding("output", "tensors", "fail", words, where)
+
+
+def _verdict_facts(report: Checked, predicate: Mapping[str, Any]) -> None:
+    said = predicate["verification"]
+    report.facts["it says"] = f"{said.get('verdict')} ({said.get('exactness')}): {said.get('headline')}"
+    rate = said.get("planted_mistakes")
+    if isinstance(rate, dict):
+        report.facts["mistakes"] = f"{rate.get('caught')} of {rate.get('planted')} planted were caught"
+
+
+# --- with the source ------------------------------------------------------------------------------------
+
+
+def _spot(
+    out: str | os.PathLike[str], source: str | os.PathLike[str], predicate: Mapping[str, Any], spot: int,
+    seed: int | None, settings: Mapping[str, Any] | None, report: Checked, tell: Callable[[str], None],
+) -> Iterator[Finding]:  # fmt: skip
+    with opened(out, source, settings) as subject:
+        if subject.plan is None or subject.source is None:
+            text = subject.problems[0].message if subject.problems else "no plan"
+            yield _finding("source", "plan", "fail", f"the source cannot be planned: {text}")
+            return
+        if subject.plan.digest() != predicate["plan"]["sha256"]:
+            words = f"expected a source that gives the plan {predicate['plan']['sha256'][:16]}…, found"
+            yield _finding("source", "plan", "fail", f"{words} another plan {subject.plan.digest()[:16]}…")
+            return
+        yield _finding("source", "plan", "pass", "the source's headers give the plan of the certificate")
+        leaves = _written(subject.plan.outputs, predicate["target"]["tensors"])
+        chosen = _choice(leaves, spot, seed)
+        wrong = []
+        for k, leaf in enumerate(chosen):
+            tell(f"source: tensor {k + 1} of {len(chosen)}")
+            tensor = subject.target(leaf.file, leaf.name)
+            if tensor is None or trees.derived(subject.plan, subject.source, tensor) != leaf.sha256:
+                words = "expected the tensor that the source gives, found another"
+                wrong.append(_finding("source", "spot", "fail", words, f"{leaf.file}: {leaf.name}"))
+        yield from capped(wrong)
+        if not wrong:
+            most = made.excluded(len(leaves), len(chosen))
+            words = _share(most, len(leaves), len(chosen))
+            report.depth.append(words)
+            yield _finding("source", "spot", "pass", words)
+
+
+def _share(most: int, leaves: int, checked: int) -> str:
+    text = f"{checked} of {leaves} tensors were made again from the source, bit for bit"
+    if checked == leaves:
+        return text
+    if not most:
+        return f"{text}: at 95 % confidence none is wrong"
+    share = 100 * most / leaves
+    return f"{text}: at 95 % confidence no more than {most} ({share:.2g} %) are wrong"
+
+
+def _written(outputs: Iterable[Any], said: Iterable[Mapping[str, Any]]) -> list[Leaf]:
+    """The leaves of tensors that are made of the source; constants are the plan's own."""
+    own = {name for o in outputs for name, *_ in o.constants}
+    return [Leaf(t["file"], t["name"], t["dtype"], tuple(t["shape"]), t["sha256"]) for t in said
+            if t["name"] not in own]  # fmt: skip
+
+
+def _choice(leaves: list[Leaf], count: int, seed: int | None) -> list[Leaf]:
+    """Chosen after the certificate was made, so that nobody could prepare for it."""
+    chance = random.SystemRandom() if seed is None else random.Random(seed)
+    return chance.sample(leaves, min(count, len(leaves)))
+
+
+def _full(
+    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any],
+    settings: Mapping[str, Any] | None, device: str, report: Checked, tell: Callable[[str], None],
+) -> Iterator[Finding]:  # fmt: skip
+    again = made.certify(out, source, _request(statement), settings=settings, device=device, progress=tell)
+    if again.statement is None:
+        yield _finding("again", "verification", "fail", f"it does not pass now: {again.report.headline}")
+        return
+    found = json.loads(made.as_bytes(again.statement))
+    if found == statement:
+        words = "the verification was done again, and the certificate came out byte for byte"
+        report.depth.append(words)
+        yield _finding("again", "verification", "pass", words)
+        return
+    before, after = (_without_numbers(s) for s in (statement, found))
+    if before == after:
+        yield _other_numbers(statement, found, report)
+        return
+    where = ", ".join(_differing(before, after)) or "its parts"
+    yield _finding("again", "verification", "fail", "expected the certificate again, found another", where)
+
+
+def _other_numbers(said: Mapping[str, Any], found: Mapping[str, Any], report: Checked) -> Finding:
+    """Everything came out as it was but what was measured."""
+    before, after = (s["predicate"]["verification"].get("environment") for s in (said, found))
+    if before == after:
+        words = "the same libraries on the same kind of processor measured other numbers than it says"
+        return _finding("again", "verification", "fail", words)
+    report.depth.append("it passes again, with other measured numbers")
+    words = (
+        "all but the measured numbers came out byte for byte; these were computed with other libraries, "
+        f"threads or another processor: {_short(before)} then, {_short(after)} now"
+    )
+    return _finding("again", "verification", "pass", words)
+
+
+def _request(statement: Mapping[str, Any]) -> made.Request:
+    asked = statement["predicate"]["verification"].get("asked")
+    if not isinstance(asked, dict):
+        fail("bad-config", "expected an object", file=CERTIFICATE, where="verification.asked")
+    levels = asked.get("levels")
+    return made.Request(
+        levels=None if levels is None else tuple(map(str, levels)),
+        against=asked.get("against"),
+        compute_dtype=str(asked.get("compute_dtype")),
+        checkpoint_id=asked.get("checkpoint_id"),
+        accept=tuple(map(str, asked.get("accept") or ())),
+    )
+
+
+def _without_numbers(statement: Mapping[str, Any]) -> dict[str, Any]:
+    """A statement without what was measured: of each finding the question and the answer are left."""
+    predicate = dict(statement["predicate"])
+    said = dict(predicate["verification"])
+    said.pop("environment", None)
+    said["findings"] = [
+        {k: f.get(k) for k in ("level", "check", "status", "where")}
+        for f in said.get("findings", [])
+        if isinstance(f, dict)
+    ]
+    predicate["verification"] = said
+    predicate.pop("tool", None)
+    return {**statement, "predicate": predicate}
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for key in before.keys() | after.keys():
+        if before.get(key) == after.get(key):
+            continue
+        if key == "predicate":
+            inner = before[key].keys() | after[key].keys()
+            yield from sorted(f"{k}" for k in inner if before[key].get(k) != after[key].get(k))
+        else:
+            yield key

@@ -1,0 +1,305 @@
+"""`ckpt-tool compare A B`: what is the same in two checkpoints of one architecture, and what is not, whatever
+layout, sharding or dtype each is in. Both are read as their Hugging Face layout (`as_hf`); nothing is
+written.
+
+Equal tensors under equal values compute the same, so a pass is only made where something differs; it uses the
+reading of the Hugging Face layout on both sides."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_tool.checkpoint.tensor_names import layer_of
+from ckpt_tool.convert.facts import class_of, classes, differences, read, shown
+from ckpt_tool.convert.plan import natural
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.verify import generation
+from ckpt_tool.verify.as_hf import Shown, shown_as_hf
+from ckpt_tool.verify.claims import Judgement
+from ckpt_tool.verify.comparing_tensors import Pair, compared
+from ckpt_tool.verify.coverage import capped
+from ckpt_tool.verify.report import Finding, Report, Status, Table, number
+
+JSON = "tokenizer.json"
+GENERATION = "generation_config.json"
+MODELS = (
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+HEAD = "lm_head.weight"
+WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass
+class Compared(Report):
+    """`same` is the class of the result: bit-identical, identical after cast, or None where something
+    differs."""
+
+    same: str | None = None
+
+    @property
+    def judgement(self) -> Judgement:
+        bad = [f for f in self.findings if f.status == "fail"]
+        if bad:
+            head = next((f.message for f in bad if f.check == "all tensors"), None)
+            first = f"{bad[0].where}: {bad[0].message}" if bad[0].where else bad[0].message
+            return Judgement("fail", head or first)
+        open_ = [f for f in self.findings if f.status in ("skipped", "undecided") and f.data.get("open")]
+        words = "the tensors, the values of the configuration and the tokenizer are the same"
+        if self.same == "identical after cast":
+            words += " once those of one side are cast"
+        for f in open_:
+            words += f"; {f.level} not compared: {f.message}"
+        return Judgement("pass", words)
+
+    @property
+    def exactness(self) -> str | None:
+        return "differs" if self.judgement.verdict == "fail" else self.same
+
+
+def compare(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    logits: bool | None = None,
+    compute_dtype: str = "float32",
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> Compared:
+    """Compare two checkpoints. `family` says which that of an original is where it does not tell, `settings`
+    are facts that its files lack. `logits`: None makes a pass where something differs, True always, False
+    never. Raises `CkptToolError` for what cannot be opened or planned."""
+    tell = progress or (lambda text: None)
+    began = time.monotonic()
+    report = Compared("ckpt-tool compare")
+    with ExitStack() as stack:
+        sides = []
+        for name, path in (("A", a), ("B", b)):
+            side = stack.enter_context(shown_as_hf(path, settings, family))
+            size = sum(t.nbytes for t in side.checkpoint)
+            count = sum(1 for _ in side.checkpoint)
+            report.facts[name] = f"{os.fspath(path)}: {side.layout}, {count} tensors, {size:,} bytes"
+            sides.append(side)
+        one, other = sides
+        report.findings += _tensors(one, other, report, tell)
+        report.findings += _config(one, other)
+        report.findings += _generation(one, other)
+        report.findings += _tokenizer(one, other)
+        differs = any(f.status == "fail" and f.level in ("tensors", "config") for f in report.findings)
+        cast = report.same == "identical after cast"
+        if logits or (logits is None and (differs or cast)):
+            report.findings += _numbers(one, other, cast and not differs, compute_dtype, device, tell)
+    report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
+    return report
+
+
+def finding(
+    level: str, check: str, status: Status, message: str, where: str | None = None, **more: Any
+) -> Finding:
+    return Finding(level, check, status, message, where, **more)
+
+
+# --- tensors --------------------------------------------------------------------------------------------
+
+
+def _tensors(one: Shown, other: Shown, report: Compared, tell: Callable[[str], None]) -> Iterator[Finding]:
+    here = {t.name: t for t in one.checkpoint}
+    there = {t.name: t for t in other.checkpoint}
+    pairs, alone = [], []
+    for name in sorted(here.keys() | there.keys(), key=natural):
+        tell(f"tensors: {name}")
+        if name in here and name in there:
+            pairs.append(compared(one.checkpoint, other.checkpoint, here[name], there[name]))
+        else:
+            alone.append(_alone(one, other, name))
+    differing = [p for p in pairs if not p.equal]
+    cast = [p for p in pairs if p.equal and p.cast is not None]
+    report.same = "identical after cast" if cast else "bit-identical"
+    if differing:
+        report.same = None
+        yield _summary(pairs, differing)
+    elif not pairs:
+        yield finding("tensors", "all tensors", "fail", "expected tensors of the same names, found none")
+        return
+    elif cast:
+        dtypes = ", ".join(sorted({WORDS[p.cast] for p in cast if p.cast}))
+        text = f"all {len(pairs)} tensors are equal, {len(cast)} of them once cast to {dtypes}"
+        yield finding("tensors", "all tensors", "pass", text, data={"exactness": report.same})
+    else:
+        text = f"all {len(pairs)} tensors are equal, bit for bit"
+        yield finding("tensors", "all tensors", "pass", text, data={"exactness": report.same})
+    yield from capped(alone)
+    yield from capped([_differing(p) for p in sorted(differing, key=lambda p: -p.relative)])
+
+
+def _alone(one: Shown, other: Shown, name: str) -> Finding:
+    """A tensor that only one side has: harmless where it is the head that the other ties to its embedding."""
+    side, rest, label = (one, other, "A") if one.checkpoint.find(name) else (other, one, "B")
+    kind = class_of(rest.config)
+    tied = kind is not None and read(rest.config, kind).numbers["tie_word_embeddings"].value is True
+    if name == HEAD and tied and kind is not None:
+        words = classes()[kind].prefix + classes()[kind].words
+        (own,), table = side.checkpoint.find(name), rest.checkpoint.find(words)
+        if table and compared(side.checkpoint, rest.checkpoint, own, table[0]).equal:
+            text = f"only {label} stores the head, which is the other's {words}, to which it is tied"
+            return finding("tensors", "only one side", "note", text, name)
+    return finding(
+        "tensors", "only one side", "fail", f"expected it on both sides, found it in {label} alone", name
+    )
+
+
+def _summary(pairs: list[Pair], differing: list[Pair]) -> Finding:
+    """How many differ, and a table of which layers moved and how far."""
+    layers: dict[str, list[Pair]] = defaultdict(list)
+    for p in pairs:
+        layer = layer_of(p.a.name)
+        stem = p.a.name.split(".")
+        group = f"layer {layer}" if layer is not None else ".".join(stem[:-1][-2:])
+        layers[group].append(p)
+    rows: list[tuple[str | float | None, ...]] = []
+    for group, members in layers.items():
+        wrong = [p for p in members if not p.equal]
+        moved = math.sqrt(sum(p.moved for p in members if p.comparable))
+        size = math.sqrt(sum(p.size for p in members if p.comparable))
+        worst = max((p.max_delta for p in members), default=0.0)
+        share = moved / size if size else math.inf if moved else 0.0
+        rows.append((group, f"{len(wrong)} of {len(members)}", share, worst))
+    columns = ("part", "differ", "relative change", "max |delta|")
+    text = f"{len(differing)} of {len(pairs)} tensors differ"
+    untouched = sum(1 for members in layers.values() if all(p.equal for p in members))
+    if untouched:
+        text += f"; {untouched} of {len(layers)} parts are untouched"
+    largest = max((p for p in differing if p.comparable), key=lambda p: p.relative, default=None)
+    if largest is not None:
+        text += f"; the largest change is that of {largest.a.name}, {number(largest.relative)} of its size"
+    data = {"exactness": "differs", "differing": len(differing), "tensors": len(pairs)}
+    return finding("tensors", "all tensors", "fail", text, data=data, tables=(Table(columns, tuple(rows)),))
+
+
+def _differing(p: Pair) -> Finding:
+    if p.a.shape != p.b.shape:
+        text = f"expected shape {list(p.a.shape)}, found {list(p.b.shape)}"
+    elif not p.comparable:
+        text = f"expected {p.a.dtype}, found {p.b.dtype}, which cannot be compared"
+    else:
+        at = tuple(_place(p.first or 0, p.a.shape))
+        x, y = p.values
+        text = (
+            f"{p.count:,} of {p.a.numel:,} elements differ {p.where()}, the first at {at}: {x!r} in A and "
+            f"{y!r} in B; max |delta| {number(p.max_delta)}, relative change {number(p.relative)}"
+        ).replace("  ", " ")
+        text += f"; compared in {WORDS[p.cast]}" if p.cast else ""
+        text += f"; the same rows in another order: {p.order}" if p.order else ""
+    data = {"count": p.count, "relative": p.relative, "max_delta": p.max_delta, "order": p.order}
+    return finding("tensors", "tensor", "fail", text, p.a.name, data=data)
+
+
+def _place(element: int, shape: tuple[int, ...]) -> Iterator[int]:
+    for k in range(len(shape)):
+        inner = math.prod(shape[k + 1 :])
+        yield element // inner
+        element %= inner
+
+
+# --- documents ------------------------------------------------------------------------------------------
+
+
+def _config(one: Shown, other: Shown) -> Iterator[Finding]:
+    kind = class_of(one.config)
+    if kind is None or class_of(other.config) != kind:
+        a, b = (shown(s.config.get("model_type")) for s in (one, other))
+        if a != b:
+            yield finding("config", "config", "fail", f"expected model_type {a} (A), found {b} (B)")
+            return
+        text = f"expected a model_type whose values are known here, found {a}"
+        yield finding("config", "config", "skipped", text, data={"open": True})
+        return
+    here, there = read(one.config, kind), read(other.config, kind)
+    found = []
+    for key, x, y in differences(here, there):
+        if key == "torch_dtype":
+            continue  # the dtype of the tensors, which are compared
+        a, b = ("nothing" if v is None else shown(v.said) for v in (x, y))
+        found.append(finding("config", "config", "fail", f"{a} in A, {b} in B", key))
+    for key in sorted(here.unknown.keys() | there.unknown.keys()):
+        if here.unknown.get(key) != there.unknown.get(key):
+            a, b = (shown(s.unknown.get(key, "nothing")) for s in (here, there))
+            found.append(finding("config", "config", "note", f"{a} in A, {b} in B; not known here", key))
+    yield from found
+    if not any(f.status == "fail" for f in found):
+        text = f"all {len(here.numbers)} values that change the numbers mean the same"
+        yield finding("config", "config", "pass", text)
+
+
+def _generation(one: Shown, other: Shown) -> Iterator[Finding]:
+    from ckpt_tool.checkpoint.strict_json import parse_object
+
+    if GENERATION not in one.documents or GENERATION not in other.documents:
+        return
+    a, b = (parse_object(s.documents[GENERATION](), file=GENERATION) for s in (one, other))
+    found = list(generation.differences(a, b))
+    for key, text in found:
+        yield finding("config", "generation config", "note", text, f"{GENERATION}: {key}")
+    if not found:
+        yield finding("config", "generation config", "pass", "generation begins, samples and ends the same")
+
+
+def _tokenizer(one: Shown, other: Shown) -> Iterator[Finding]:
+    from ckpt_tool.verify.tokenizer_ids import Ids, Unreadable
+    from ckpt_tool.verify.tokenizer_ids import compare as compared_ids
+
+    if JSON in one.documents and JSON in other.documents:
+        a, b = one.documents[JSON](), other.documents[JSON]()
+        if a == b:
+            yield finding("tokenizer", "tokenizer", "pass", f"{JSON} is the same file")
+            return
+        try:
+            result = compared_ids(Ids(a), Ids(b))
+        except Unreadable as error:
+            yield finding("tokenizer", "tokenizer", "skipped", str(error), JSON, data={"open": True})
+            return
+        for d in result.differences:
+            yield finding("tokenizer", "tokenizer", "fail", d.message, f"{JSON}: {d.where}")
+        if not result.differences:
+            text = f"written in another way, with the same ids for {result.texts:,} texts"
+            yield finding("tokenizer", "tokenizer", "pass", text, JSON)
+        return
+    common = [n for n in MODELS if n in one.documents and n in other.documents]
+    if not common:
+        text = "the two have no tokenizer file in common"
+        yield finding("tokenizer", "tokenizer", "skipped", text, data={"open": True})
+    for name in common:
+        if one.documents[name]() == other.documents[name]():
+            yield finding("tokenizer", "tokenizer", "pass", f"{name} is the same file")
+        else:
+            yield finding("tokenizer", "tokenizer", "fail", "expected the same file, found another", name)
+
+
+# --- numbers --------------------------------------------------------------------------------------------
+
+
+def _numbers(
+    one: Shown, other: Shown, only_cast: bool, dtype: str, device: str, tell: Callable[[str], None]
+) -> list[Finding]:
+    try:
+        from ckpt_tool.verify.comparing_logits import numbers
+    except ImportError:
+        text = "torch is not installed: pip install 'ckpt-tool[verify]'"
+        return [finding("numbers", "lockstep", "skipped", text, data={"open": True})]
+    try:
+        return list(numbers(one, other, only_cast, dtype, device, tell))
+    except CkptToolError as error:
+        return [finding("numbers", "lockstep", "skipped", error.problems[0].message, data={"open": True})]
