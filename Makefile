@@ -25,8 +25,9 @@ demo: setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<
 	touch $@
 
-# TensorFlow, the judge of bundles, and Ray are large: where one does not come within two minutes its tests are skipped.
-LARGE := .judges/tensorflow/.ready .judges/ray/.ready
+# TensorFlow, the judge of bundles, and Ray are large, and megatron-core, the judge of torch_dist folders, is built for
+# some systems only: where one does not come within two minutes its tests are skipped.
+LARGE := .judges/tensorflow/.ready .judges/ray/.ready .judges/megatron/.ready
 $(LARGE): .judges/%/.ready: tests/judges/%.txt $(VENV)/.ready
 	rm -rf .judges/$*
 	if timeout 120 $(BIN)/pip install -q --disable-pip-version-check --no-deps --target .judges/$* -r $<; \

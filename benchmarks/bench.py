@@ -86,6 +86,7 @@ class Model:
                 "hidden_dim": self.ffn,
                 "n_kv_heads": self.kv_heads,
                 "vocab_size": self.vocab,
+                "rope_theta": 1e4,
                 "sliding_window": 4096,
             }
         return {**common, "multiple_of": 256, "vocab_size": -1}
@@ -171,9 +172,12 @@ class Cost:
 
 
 def run(command: list[str], out: Path, log: Path) -> Cost:
+    # compiled as an installed wheel is: where the variable is set, each start would compile all modules again
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(log.with_name("compiled"))
     started = time.perf_counter()
     with open(log, "wb") as sink:
-        child = subprocess.Popen(command, stdout=sink, stderr=sink)
+        child = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
     peak = 0
     while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         # ru_maxrss would count what this process had when it forked

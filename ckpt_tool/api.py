@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.checkpoint import checklist
+from ckpt_tool.checkpoint import checklist, integrity
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
@@ -41,6 +41,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
     from ckpt_tool.convert.parts import Part, Settings
+    from ckpt_tool.verify.parts import Seen
     from ckpt_tool.verify.report import Report, Reports
 
 __all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
@@ -127,7 +128,8 @@ def plan(
     progress: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """What converting `source` would do, from headers alone. `to` is "hf" or "original". Files that a
-    publisher's list of sums (checklist.chk, SHA256SUMS) names are compared with it, large weights only with
+    publisher's list of sums (checklist.chk, SHA256SUMS, integrity.json) names are compared with it, large
+    weights only with
     `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
@@ -148,6 +150,7 @@ def plan(
     if to == "hf":
         check_own(source, chosen)
     sums = checklist.notes(source, weights=checksums, progress=progress)
+    sums += integrity.notes(source, weights=checksums, progress=progress)
     return replace(made, notes=(*sums, *made.notes))
 
 
@@ -291,6 +294,18 @@ class PartMade:
 
 
 @dataclass(frozen=True)
+class _Begun:
+    """A plan, its source as the family knows it, how to carry it out, the notes of opening the source, and
+    the settings to which the source says something else."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    settings: Settings
+    opened: tuple[str, ...]
+    insisted: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Shared:
     """A conversion that several processes carry out: what `convert` takes, the same in each of them. `tell`
     is called with what a process waits for."""
@@ -312,8 +327,8 @@ class Shared:
     beside: tuple[Source, ...] = ()
 
     @contextmanager
-    def planned(self) -> Iterator[tuple[Plan, Checkpoint, Settings, tuple[str, ...]]]:
-        """The plan, the source as its family knows it, how to carry it out, and the notes of opening it."""
+    def planned(self) -> Iterator[_Begun]:
+        """Open the source and plan."""
         from ckpt_tool.convert.execute import check_output
         from ckpt_tool.convert.parts import Settings
 
@@ -342,7 +357,8 @@ class Shared:
                 address=_address(self.source),
                 **replaced,
             )
-            yield made, as_family_knows(checkpoint, chosen), settings, checkpoint.opened()
+            insisted = _insisted(checkpoint, chosen, self.options) if self.to == "hf" else {}
+            yield _Begun(made, as_family_knows(checkpoint, chosen), settings, checkpoint.opened(), insisted)
 
 
 def convert_part(asked: Shared, worker: Worker) -> PartMade:
@@ -350,9 +366,9 @@ def convert_part(asked: Shared, worker: Worker) -> PartMade:
     workers fill, or go on with what a stopped one of the same number has left. See convert/parts.py."""
     from ckpt_tool.convert.parts import carry_part
 
-    with asked.planned() as (made, checkpoint, settings, opened):
-        part = carry_part(made, checkpoint, Path(asked.out), worker, settings)
-    return PartMade(Path(asked.out), made, part, opened)
+    with asked.planned() as begun:
+        part = carry_part(begun.plan, begun.checkpoint, Path(asked.out), worker, begun.settings)
+    return PartMade(Path(asked.out), begun.plan, part, begun.opened)
 
 
 def publish_parts(asked: Shared, *, count: int | None = None, check: bool = True) -> Conversion:
@@ -360,10 +376,10 @@ def publish_parts(asked: Shared, *, count: int | None = None, check: bool = True
     `convert` writes. `count` workers; None takes it from the parts. `check` runs the coverage level on it."""
     from ckpt_tool.convert.parts import publish
 
-    with asked.planned() as (made, checkpoint, settings, opened):
-        outcome = publish(made, checkpoint, Path(asked.out), settings, count=count)
+    with asked.planned() as begun:
+        outcome = publish(begun.plan, begun.checkpoint, Path(asked.out), begun.settings, count=count)
     report = _coverage(Path(asked.out)) if check and asked.to == "hf" else None
-    return Conversion(Path(asked.out), made, outcome, report, opened)
+    return Conversion(Path(asked.out), begun.plan, outcome, report, begun.opened, begun.insisted)
 
 
 def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
@@ -371,6 +387,13 @@ def verify(out: Source, source: Source | None = None, **asked: Any) -> Report:
     from ckpt_tool.verify import verify as run
 
     return run(out, source, **asked)
+
+
+def verify_part(out: Source, source: Source | None, worker: Worker, **asked: Any) -> Seen:
+    """Look at a worker's share of `out`; see `ckpt_tool.verify.verify_part`."""
+    from ckpt_tool.verify import verify_part as run
+
+    return run(out, source, worker, **asked)
 
 
 def gate(file: Source, **asked: Any) -> Reports:

@@ -8,21 +8,28 @@ Imports stay inside the commands, so that `--help` costs nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from ckpt_tool import __version__
-from ckpt_tool.errors import fail, fail_all, near
+from ckpt_tool.command_parts import (
+    as_json,
+    checked_files,
+    consoles,
+    following_at,
+    options_of,
+    report_files,
+    write_report,
+)
+from ckpt_tool.errors import fail, near
 from ckpt_tool.family_command import FamilyCommand
+from ckpt_tool.proof_commands import COMMANDS
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ckpt_tool.convert.plan import Options
-    from ckpt_tool.report_files import ReportFiles
-    from ckpt_tool.verify.report import Report, Reports
+    from ckpt_tool.verify.report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,43 +41,10 @@ def main() -> NoReturn:
     program.main()
 
 
-def _consoles() -> tuple[Console, Console]:
-    """Rich consoles on stdout and stderr."""
-    from ckpt_tool.terminal import consoles
-
-    return consoles()
-
-
-# --- options shared by commands -------------------------------------------------------------------------
-
-
-def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for decorate in reversed(decorators):
-            function = decorate(function)
-        return function
-
-    return apply
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-report_files = _options(
-    click.option("--junit", metavar="FILE", help="Write JUnit XML."),
-    click.option("--html", metavar="FILE", help="Write one self-contained HTML page."),
-    click.option("--markdown", metavar="FILE", help="Write Markdown."),
-    click.option(
-        "--json",
-        "json_file",
-        metavar="FILE",
-        is_flag=False,
-        flag_value="-",
-        help="Write JSON to FILE (alone: to stdout).",
-    ),
-)
 source_option = click.option(
     "--in", "source", required=True, metavar="PATH", help="Folder, file or hf://org/name."
 )
-how = _options(
+how = options_of(
     click.option("--to", default="hf", show_default=True, help="Direction."),
     click.option(
         "--set",
@@ -99,7 +73,7 @@ how = _options(
 )
 
 
-several = _options(
+several = options_of(
     click.option("--worker", metavar="I/N", help="Make share I of N of the files, beside other processes."),
     click.option("--finish", is_flag=True, help="Publish what all workers made (with --worker: if last)."),
     click.option("--ray", metavar="ADDRESS|local", help="Make the shares as tasks of a Ray cluster."),
@@ -191,7 +165,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     if asked["dry_run"]:
         to, checksums = _direction(asked["to"]), asked["checksums"]
         return _show_plan(source, family, to, options, as_json, checksums=checksums)
-    screen, log = _consoles()
+    screen, log = consoles()
 
     def on_plan(made: Any) -> None:
         if asked["verbose"]:
@@ -264,6 +238,10 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     metavar="PATH",
     help="Python, or folder of packages, with a transformers for what the installed one lacks.",
 )
+@click.option("--expectations", metavar="FILE", help="Values that a trusted run recorded, to hold against.")
+@click.option("--record", metavar="FILE", help="Record what it computes, if it passes.")
+@click.option("--worker", metavar="I/N", help="Look at share I of N, beside other processes.")
+@click.option("--finish", is_flag=True, help="Join what all workers saw into the report.")
 @report_files
 def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
@@ -271,15 +249,40 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     \b
     ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
     """
-    files = _report_files(asked, (out, source, asked["prompts"]))
+    if asked["worker"]:
+        from ckpt_tool.spread_command import look
+
+        return look(out, source, levels, asked, *consoles())
+    files = checked_files(asked, (out, source, asked["prompts"], asked["expectations"]))
     report = _run_verify(out, source, levels, asked)
-    return _write_report(report, asked, files)
+    if asked["record"] is not None and report.status == "pass":
+        _record(out, asked)  # first: a report may be read to its middle
+    return write_report(report, asked, files)
+
+
+def _record(out: str, asked: dict[str, Any]) -> None:
+    from pathlib import Path
+
+    from ckpt_tool import api
+    from ckpt_tool.report_files import write_whole
+    from ckpt_tool.verify.recording import record
+
+    name = asked["checkpoint_id"] or Path(out).resolve().name
+    values = record(
+        out,
+        name,
+        dtype=asked["compute_dtype"],
+        device=asked["device"],
+        settings=api.settings(asked["pairs"]),
+    )
+    write_whole(asked["record"], values)
+    consoles()[1].print(f"recorded in {asked['record']}", markup=False)
 
 
 def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: dict[str, Any]) -> Report:
     from ckpt_tool import api
 
-    _, log = _consoles()
+    _, log = consoles()
     chosen: dict[str, Any] = {"levels": levels} if levels else {}
     return api.verify(
         out,
@@ -293,41 +296,11 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         checkpoint_id=asked["checkpoint_id"],
         settings=api.settings(asked["pairs"]),
         transformers_python=asked.get("transformers_python"),
-        progress=_following(log),
+        expectations=asked.get("expectations"),
+        progress=following_at(log),
+        joined=asked.get("finish", False),
         **chosen,
     )
-
-
-def _report_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> ReportFiles:
-    """The files that reports are to be written to, checked before any work."""
-    from ckpt_tool.report_files import ReportFiles
-
-    named = {f"--{key}": asked.get(key) for key in ("junit", "html", "markdown")}
-    named["--json"] = None if asked.get("json_file") == "-" else asked.get("json_file")
-    files = ReportFiles({option: file for option, file in named.items() if file is not None})
-    files.check([i for i in inputs if i is not None])
-    return files
-
-
-def _write_report(report: Report | Reports, asked: dict[str, Any], files: ReportFiles) -> int:
-    """Files first: they are wanted also where nobody reads the terminal to its end."""
-    from ckpt_tool.verify.report import json_text
-
-    data = json_text(report)
-    forms = {
-        "--junit": report.junit,
-        "--html": report.html,
-        "--markdown": report.markdown,
-        "--json": lambda: data,
-    }
-    problems = files.write(forms)
-    if asked.get("json_file") == "-":
-        print(data, end="")
-    else:
-        screen, _ = _consoles()
-        report.render(screen)
-    fail_all(problems)
-    return report.exit_code
 
 
 @cli.command()
@@ -341,138 +314,11 @@ def _write_report(report: Report | Reports, asked: dict[str, Any], files: Report
 @report_files
 def diagnose(out: str, source: str, **asked: Any) -> int:
     """Find which known mistake explains the difference between DIR and its source."""
-    files = _report_files(asked, (out, source))
+    files = checked_files(asked, (out, source))
     report = _run_verify(
         out, source, ("parity",), {**asked, "against": None, "prompts": None, "checkpoint_id": None}
     )
-    return _write_report(report, asked, files)
-
-
-@cli.command()
-@click.argument("out", metavar="DIR")
-@click.option("--source", metavar="PATH", required=True, help="The original it was made from.")
-@click.option("--sign", "key", metavar="KEY", help="Sign with the private key in this PEM file.")
-@click.option("--write", "file", metavar="FILE", help="Where to; by default into DIR.")
-@click.option(
-    "--level",
-    "levels",
-    multiple=True,
-    type=click.Choice(["coverage", "bits", "parity", "documented"]),
-    help="Levels to verify (default: all).",
-)
-@click.option("--against", type=click.Choice(["transformers"]), help="Also compare with transformers.")
-@click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")
-@click.option(
-    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
-@click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
-def certificate(out: str, source: str, key: str | None, file: str | None, **asked: Any) -> int:
-    """Verify DIR against its source and write down what was shown, as an in-toto Statement.
-
-    \b
-    ckpt-tool certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --sign key.pem
-    """
-    from ckpt_tool import api
-    from ckpt_tool.certificates import made
-
-    screen, log = _consoles()
-    return made(
-        out,
-        source,
-        file,
-        key,
-        {**asked, "settings": api.settings(asked.pop("pairs"))},
-        screen,
-        _following(log),
-    )
-
-
-@cli.command("check-certificate")
-@click.argument("out", metavar="DIR")
-@click.option("--certificate", "file", metavar="FILE", help="The certificate, when not in DIR.")
-@click.option("--key", metavar="KEY", help="Public key (PEM) that it must be signed with.")
-@click.option("--source", metavar="PATH", help="The original, for --spot and --full.")
-@click.option(
-    "--spot", type=int, metavar="K", help="Make K tensors, chosen at random, again from the source."
-)
-@click.option("--full", is_flag=True, help="Verify again: the same certificate must come out.")
-@click.option("--seed", type=int, help="Choose the same tensors as another run with this seed.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
-@report_files
-def check_certificate(out: str, source: str | None, file: str | None, **asked: Any) -> int:
-    """Check that a certificate holds for DIR: exit code 1 when it does not.
-
-    \b
-    ckpt-tool check-certificate Mistral-7B-v0.1-hf --key public.pem
-    ckpt-tool check-certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --spot 20
-    """
-    from ckpt_tool import api
-    from ckpt_tool.verify.certificate_check import check
-
-    files = _report_files(asked, (out, source, file, asked["key"]))
-    report = check(
-        out,
-        file=file,
-        key=asked["key"],
-        source=source,
-        spot=asked["spot"],
-        full=asked["full"],
-        seed=asked["seed"],
-        settings=api.settings(asked["pairs"]),
-        device=asked["device"],
-        progress=_following(_consoles()[1]),
-    )
-    return _write_report(report, asked, files)
-
-
-def _following(log: Console) -> Callable[[str], None]:
-    """What tells a person at a terminal how far a verification is."""
-
-    def follow(text: str) -> None:
-        if log.is_terminal:
-            log.print(text, style="dim", markup=False)
-
-    return follow
-
-
-@cli.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
-@click.option("--family", metavar="NAME", help="Family of originals that do not tell it.")
-@click.option("--logits/--no-logits", default=None, help="Compute with both (default: where they differ).")
-@click.option(
-    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact that an original lacks.")
-@report_files
-def compare(a: str, b: str, **asked: Any) -> int:
-    """Compare two checkpoints in any layouts, shardings and dtypes. Exit code 1 where they differ.
-
-    \b
-    ckpt-tool compare mistral-7B-v0.1 Mistral-7B-v0.1-hf
-    ckpt-tool compare base fine-tuned --html moved.html
-    """
-    from ckpt_tool import api
-    from ckpt_tool.verify.compare import compare as run
-
-    files = _report_files(asked, (a, b))
-    if asked["family"] is not None:
-        api.check_name(asked["family"])
-    report = run(
-        a,
-        b,
-        family=asked["family"],
-        settings=api.settings(asked["pairs"]),
-        logits=asked["logits"],
-        compute_dtype=asked["compute_dtype"],
-        device=asked["device"],
-        progress=_following(_consoles()[1]),
-    )
-    return _write_report(report, asked, files)
+    return write_report(report, asked, files)
 
 
 @cli.command()
@@ -493,7 +339,7 @@ def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        found.render(_consoles()[0], everything=everything)
+        found.render(consoles()[0], everything=everything)
     return 2 if found.refused else 0
 
 
@@ -521,7 +367,7 @@ def _show_plan(
     else:
         from ckpt_tool.convert.render import plan_table
 
-        plan_table(made, _consoles()[0], opened)
+        plan_table(made, consoles()[0], opened)
     return 0
 
 
@@ -544,18 +390,18 @@ def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
         from ckpt_tool.terminal import Column, table
 
         heads = (Column("check", whole=True), Column("convert"), Column("source"), Column("out"))
-        table(_consoles()[0], heads, [(c.name, c.convert or "", c.source or "", c.out) for c in checks])
+        table(consoles()[0], heads, [(c.name, c.convert or "", c.source or "", c.out) for c in checks])
         return 0
-    files = _report_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
-    _, log = _consoles()
+    files = checked_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
+    _, log = consoles()
     reports = api.gate(
         file,
         only=only,
         fail_fast=asked["fail_fast"],
         baseline=asked["baseline"],
-        progress=_following(log),
+        progress=following_at(log),
     )
-    return _write_report(reports, asked, files)
+    return write_report(reports, asked, files)
 
 
 @cli.command()
@@ -575,7 +421,7 @@ def families(as_json: bool) -> int:
     from ckpt_tool.terminal import Column, table
 
     heads = (Column("family", whole=True), Column("Hugging Face class"), Column("originals"))
-    table(_consoles()[0], heads, [(f.name, _first(f.architectures), f.summary) for f in known])
+    table(consoles()[0], heads, [(f.name, _first(f.architectures), f.summary) for f in known])
     return 0
 
 
@@ -603,7 +449,7 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
             from ckpt_tool.terminal import Column, table
 
             heads = (Column("fixture", whole=True), Column("family", whole=True), Column("original"))
-            table(_consoles()[0], heads, [(r["name"], r["family"], r["description"]) for r in rows])
+            table(consoles()[0], heads, [(r["name"], r["family"], r["description"]) for r in rows])
         return 0
     if name not in VARIANTS:
         hint = near(name, VARIANTS)
@@ -626,7 +472,7 @@ def demo(out: str, overwrite: bool) -> int:
 
     from ckpt_tool.demo import run
 
-    return run(Path(out), overwrite=overwrite, screen=_consoles()[0])
+    return run(Path(out), overwrite=overwrite, screen=consoles()[0])
 
 
 @cli.command()
@@ -637,4 +483,8 @@ def table(only: tuple[str, ...], no_judge: bool, as_json: bool) -> int:
     """Convert, verify and round-trip every tiny variant; print family x variant x result."""
     from ckpt_tool.table import run
 
-    return run(only=only, judge=not no_judge, as_json=as_json, screen=_consoles()[0])
+    return run(only=only, judge=not no_judge, as_json=as_json, screen=consoles()[0])
+
+
+for command in COMMANDS:
+    cli.add_command(command)

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.checkpoint import checklist
+from ckpt_tool.checkpoint import checklist, integrity
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
@@ -288,7 +288,8 @@ def inspect(
         try:
             if (held := packed(checkpoint.names())) is not None:
                 found.notes.append(f"{held[1]}: {held[0]}, which no family reads; {held[2]}")
-            found.notes[:0] = checklist.notes(checkpoint, weights=checksums)
+            sums = checklist.notes(checkpoint, weights=checksums)
+            found.notes[:0] = [*sums, *integrity.notes(checkpoint, weights=checksums)]
             found.config = list(_compare(checkpoint))
             if recognise is not None:
                 found.families = recognise(checkpoint)

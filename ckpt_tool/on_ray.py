@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from ckpt_tool.api import Conversion, Shared, convert_part, publish_parts
-from ckpt_tool.checkpoint.opening import HUB
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert.execute import Progress
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
@@ -54,8 +54,8 @@ def convert_on_ray(
     on."""
     ray = _ray()
     shared = _absolute(shared)
-    with shared.planned() as (plan, _, _, _):
-        files, total = len(plan.outputs), plan.bytes_out
+    with shared.planned() as begun:
+        files, total = len(begun.plan.outputs), begun.plan.bytes_out
         began = _begin(ray, address)
         try:
             nodes = [n for n in ray.nodes() if n["Alive"]]
@@ -108,7 +108,7 @@ def _absolute(shared: Shared) -> Shared:
 
     def path(given: str | os.PathLike[str]) -> str:
         text = os.fspath(given)
-        return text if text.startswith(HUB) else os.path.abspath(text)
+        return text if scheme_of(text) is not None else os.path.abspath(text)
 
     tokenizer = shared.options.tokenizer
     options = replace(shared.options, tokenizer=None if tokenizer is None else path(tokenizer))

@@ -1,4 +1,5 @@
-"""`convert` by several processes: one worker's share, the publishing of all, or both on a Ray cluster."""
+"""`convert` and `verify` by several processes: one worker's share, what follows all of them, or both on a Ray
+cluster."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from ckpt_tool.api import Conversion, PartMade, Shared
     from ckpt_tool.convert.shares import Worker
+    from ckpt_tool.verify.parts import Seen
 
 TAKEN = ("jobs", "overwrite", "overwrite_foreign", "sha256", "strict", "checksums")
 SHOWN = 8  # workers named before the rest is counted
@@ -110,3 +112,64 @@ def listed(numbers: Sequence[int], count: int) -> str:
     shown = [f"{k}/{count}" for k in numbers[:SHOWN]]
     more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
     return f"--worker {', '.join(shown)}{more}"
+
+
+def look(
+    out: str,
+    source: str | None,
+    levels: Sequence[str],
+    asked: dict[str, Any],
+    screen: Console,
+    log: Console,
+) -> int:
+    """One worker's share of a verification; 1 where it saw a difference."""
+    from ckpt_tool import api
+
+    if asked["finish"]:
+        message = "expected --worker or --finish, found both"
+        fail("usage", message, where="--finish", hint="the report is made once all workers have ended")
+    of_report = [f"--{name}" for name in ("junit", "html", "markdown") if asked[name]]
+    if of_report or asked["json_file"] not in (None, "-"):
+        found = (of_report or ["--json FILE"])[0]
+        fail("usage", f"expected --finish to write the report, found {found} beside --worker", where=found)
+
+    def tell(text: str) -> None:
+        log.print(printable(text, 500), style="dim", markup=False)
+
+    seen = api.verify_part(
+        out,
+        source,
+        worker_of(asked["worker"]),
+        levels=levels or None,
+        no_source=asked["no_source"],
+        settings=api.settings(asked["pairs"]),
+        progress=tell,
+    )
+    if asked["json_file"] is not None:
+        print(json.dumps(seen.to_json(), indent=2))
+    else:
+        _say_seen(seen, screen)
+    return int(seen.differences > 0)
+
+
+def _say_seen(seen: Seen, screen: Console) -> None:
+    from rich.text import Text
+
+    from ckpt_tool.terminal import paragraph
+
+    def line(label: str, text: str, style: str = "") -> None:
+        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
+
+    read = size(sum(s.tensor.nbytes for s in seen.scans))
+    line(
+        "looked at",
+        f"part {seen.worker}: {len(seen.scans)} tensors, {read}; {len(seen.steps)} steps of the plan",
+    )
+    if seen.resumed:
+        line("resumed", f"{seen.resumed} of them had been looked at before")
+    if seen.differences:
+        line("found", f"{seen.differences} tensors differ from the source; --finish tells which", "red")
+    if seen.missing:
+        line("next", f"{listed(seen.missing, seen.worker.count)}, then the same command with --finish")
+    else:
+        line("next", "all parts are there: the same command with --finish in place of --worker")

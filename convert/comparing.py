@@ -7,7 +7,7 @@ ranks exchanged, differ by the size of the values themselves: never harmless.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -51,6 +51,20 @@ class Difference:
             self.relative_rms <= LARGEST_RELATIVE_RMS
             and self.max_delta <= LARGEST_RELATIVE_DELTA * self.largest
         )
+
+    def to_json(self) -> list[int | str]:
+        """Everything but `rows`, exactly."""
+        sums = (self.max_delta, self.largest, self._squares, self._delta_squares)
+        return [self.count, self.elements, *(x.hex() for x in sums)]
+
+    @classmethod
+    def from_json(cls, data: Sequence[int | str]) -> Difference:
+        """Raises ValueError or TypeError for anything but what `to_json` gives."""
+        count, elements, *sums = data
+        found = cls(count=int(count), elements=int(elements))
+        numbers = [float.fromhex(str(x)) for x in sums]
+        found.max_delta, found.largest, found._squares, found._delta_squares = numbers
+        return found
 
     def add(self, made: np.ndarray, there: np.ndarray, dtype: str) -> None:
         a, b = _values(made, dtype), _values(there, dtype)

@@ -49,13 +49,18 @@ def disagreements(
     the `side` of the steps confirms."""
     confirmed: set[tuple[str, ...]] = set()
     first: dict[tuple[str, ...], Disagreement] = {}
+    seen: set[tuple[object, ...]] = set()  # layers are alike
     for step in steps:
-        sizes = step.sizes
+        sizes, longer = step.sizes, any(p.taken for p in step.sources)  # ranges say where copies lie
         for part in step.sources if side == "sources" else step.targets:
             file = checkpoint.files.get(part.file)
             tensor = None if file is None else file.tensors.get(part.name)
             if tensor is None or len(tensor.shape) != len(part.dims):
                 continue
+            kind = (step.axes, part.dims, part.ranges, tensor.shape, longer)
+            if kind in seen:
+                continue
+            seen.add(kind)
             box = part.whole(sizes)
             for k, (group, found) in enumerate(zip(part.dims, tensor.shape, strict=True)):
                 measured = tuple(dict.fromkeys(fields[a] for a in group if a in fields))
@@ -63,7 +68,6 @@ def disagreements(
                 if expected == found:
                     confirmed.add(measured)
                 elif measured not in first:
-                    longer = any(p.taken for p in step.sources)  # ranges say where copies lie
                     split = not longer and any(a in group for a, _, _ in part.ranges)
                     first[measured] = Disagreement(measured, part, k, expected, found, split)
     return [d for measured, d in first.items() if measured not in confirmed and measured]

@@ -31,7 +31,9 @@ def typed(steps: Iterable[Step], dtype: str | None) -> list[Step]:
 
 
 def _in(step: Step, dtype: str) -> Step:
-    return replace(step, targets=tuple(replace(p, dtype=dtype) for p in step.targets))
+    if all(p.dtype == dtype for p in step.targets):
+        return step
+    return step.with_targets(tuple(replace(p, dtype=dtype) for p in step.targets))
 
 
 def _asked(sources: Sequence[Part], dtype: str | None) -> str:

@@ -27,6 +27,7 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
+from ckpt_tool.checkpoint.dcp_writer import DistLayout
 from ckpt_tool.checkpoint.remote_path import remote_of, scheme_of
 from ckpt_tool.checkpoint.safetensors import SafetensorsLayout
 from ckpt_tool.checkpoint.tf_bundle_writer import BundleLayout, index_of
@@ -101,6 +102,9 @@ def layout_of(output: OutputFile) -> Layout:
         return TorchZipLayout(tensors, dicts=output.dicts, beside=output.beside, constants=constants)
     if output.format == "tf-bundle":
         return BundleLayout(tensors)
+    if output.format == "dcp":
+        pieces = zip(tensors, output.chunks, strict=True)
+        return DistLayout([(name, dtype, chunk.shape(shape)) for (name, dtype, shape), chunk in pieces])
     return SafetensorsLayout(tensors, dict(output.metadata))
 
 
@@ -367,14 +371,17 @@ class Run:
 
     def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
         """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
+        if file not in self._records_c:
+            return None
         record = self.checkpoint.files[file].record_of(name)
-        if record is None or self._records[file][record[0]].crc32c is None:
+        if record is None or self._records_c[file][record[0]].crc32c is None:
             return None
         return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
 
     @cached_property
-    def _records(self) -> dict[str, Mapping[str, Record]]:
-        return {f.name: f.records() for f in self.checkpoint.files.values()}
+    def _records_c(self) -> dict[str, Mapping[str, Record]]:
+        """The records of the files whose format has such checksums."""
+        return {f.name: f.records() for f in self.checkpoint.files.values() if f.format == "tf-bundle"}
 
     def _write_all(self, name: str, descriptor: int, writes: Iterable[tuple[int, bytes]]) -> None:
         for offset, data in writes:

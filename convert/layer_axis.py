@@ -42,6 +42,11 @@ _JOINED = re.compile(
     r"(?P<before>(?:\w+\.)*decoder\.layers\.\d+\.mlp\.)experts\.(?P<which>weight[12])", re.ASCII
 )
 READ_JOINED = "weight1 and weight2 of grouped experts are read as one of each for every expert"
+_OWN_LAYER = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?P<i>\d+)\.(?P<rest>.+)", re.ASCII)
+_OWN_EXPERT = re.compile(
+    r"(?P<before>.*\.mlp\.experts\.)local_experts\.(?P<e>\d+)\.(?P<rest>linear_fc[12]\..+)", re.ASCII
+)
+_OWN_UNITS = re.compile(r"(?P<before>.*linear_fc1\.)(?P<which>gate|up)\.weight", re.ASCII)
 READING = "a tensor of Megatron-Core's that holds all layers is read as one for each"
 READ_APART = "linear_fc1.weight_w and weight_v are read as linear_fc1.gate.weight and linear_fc1.up.weight"
 
@@ -156,3 +161,17 @@ def _numbered(tensor: TensorInfo) -> Iterator[Share]:
             called = f"{experts['before']}local_experts.{e}.{experts['rest']}"
             info = TensorInfo(called, tensor.dtype, shape[1:], tensor.file)
             yield Share(info, tensor.name, i * size + e * own)
+
+
+def key_of(name: str, *, stacked: bool) -> tuple[str, tuple[int, ...]]:
+    """The way back of `layers_apart`: what the tensor that holds the one called `name` is called in a folder,
+    and which it is along each of the axes before its own. `stacked`: one holds all layers; else each has its
+    own, and only experts are together."""
+    if (units := _OWN_UNITS.fullmatch(name)) is not None:
+        name = f"{units['before']}weight_{'w' if units['which'] == 'gate' else 'v'}"
+    index: tuple[int, ...] = ()
+    if (expert := _OWN_EXPERT.fullmatch(name)) is not None:
+        name, index = f"{expert['before']}experts.{expert['rest']}", (int(expert["e"]),)
+    if stacked and (layer := _OWN_LAYER.fullmatch(name)) is not None:
+        name, index = layer["before"] + layer["rest"], (int(layer["i"]), *index)
+    return name, index

@@ -28,6 +28,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.pooling import mean
+from ckpt_tool.convert.strips import assign
 from ckpt_tool.errors import Problem
 
 Dims = tuple[tuple[str, ...], ...]
@@ -54,6 +55,12 @@ def parse_dims(text: str) -> Dims:
     return groups
 
 
+@lru_cache(maxsize=1024)  # the layers of a model differ in names only
+def _order(dims: Dims) -> tuple[str, ...]:
+    return tuple(a for g in dims for a in g)
+
+
+@lru_cache(maxsize=1024)
 def dims_text(dims: Dims) -> str:
     return " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in dims)
 
@@ -71,9 +78,9 @@ class Part:
     ranges: Ranges = ()
     taken: Ranges = ()
 
-    @cached_property
+    @property
     def order(self) -> tuple[str, ...]:
-        return tuple(a for g in self.dims for a in g)
+        return _order(self.dims)
 
     @property
     def place(self) -> Place:
@@ -91,8 +98,18 @@ class Part:
         return {**self.whole(axes), **{a: (lo, hi) for a, lo, hi in self.taken}}
 
     def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        box = self.whole(axes)
-        return tuple(prod(box[a][1] - box[a][0] for a in g) for g in self.dims)
+        return _shape(self.dims, self.ranges, tuple(axes[a] for a in self.order))
+
+    def at_home(self, file: str) -> Part:
+        """The same in another file."""
+        return Part(file, self.name, self.dtype, self.dims, self.ranges, self.taken)
+
+
+@lru_cache(maxsize=1024)
+def _shape(dims: Dims, ranges: Ranges, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """See `Part.shape`; `sizes` of the axes in order."""
+    box = Part("", "", "", dims, ranges).whole(dict(zip(_order(dims), sizes, strict=True)))
+    return tuple(prod(box[a][1] - box[a][0] for a in g) for g in dims)
 
 
 @dataclass(frozen=True)
@@ -166,29 +183,7 @@ class Block:
         sources = [x.reshape(a.shape) for x, a in zip(inputs, self.reads, strict=True)]
         targets = [y.reshape(several + a.shape) for y, a in zip(outputs, self.writes, strict=True)]
         for i, j, source_slices, target_slices, permutation in self.moves:
-            _assign(targets[j][target_slices], sources[i][source_slices].transpose(permutation))
-
-
-def _assign(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, where the inner axes are exchanged in strips of 16 along the target's innermost
-    one: a strip reads 16 rows of the source side by side and fills half a cache line of each target row.
-    numpy alone touches a cache line for every element (benchmarks/README.md: 0.5 against 1.5 to 2.6 GB/s)."""
-    wide = [a for a in range(target.ndim) if target.shape[a] > 1]
-    inner = wide[-1] if wide else None
-    if inner is None or source.strides[inner] == source.itemsize:
-        target[...] = source
-        return
-    across = min(wide, key=lambda a: source.strides[a])  # the source's innermost
-    if len(wide) > 2 and target.shape[inner] * target.shape[across] >= 64 * 1024:
-        # matrix by matrix: among more axes numpy would not keep to one strip
-        outer = next(a for a in wide if a not in (inner, across))
-        for k in range(target.shape[outer]):
-            at = tuple(slice(k, k + 1) if a == outer else slice(None) for a in range(target.ndim))
-            _assign(target[at], source[at])
-        return
-    target, source = np.moveaxis(target, inner, 0), np.moveaxis(source, inner, 0)
-    for start in range(0, len(target), 16):
-        target[start : start + 16] = source[start : start + 16]
+            assign(targets[j][target_slices], sources[i][source_slices].transpose(permutation))
 
 
 @dataclass(frozen=True)
@@ -211,6 +206,12 @@ class Step:
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.axes)
+
+    def with_targets(self, targets: tuple[Part, ...]) -> Step:
+        """The same with others; quicker than `replace`, which counts where there are thousands."""
+        return Step(
+            self.axes, self.sources, targets, self.note, self.compare, self.mean, self.copied, self.hint
+        )
 
     def inverse(self) -> Step:
         """The way back: targets become sources. A comparison's inverse writes (each copy gets its bytes), and

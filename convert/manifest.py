@@ -54,12 +54,12 @@ class Finding:
 
 
 def headers_digest(file: TensorFile) -> str:
-    """SHA-256 of all that a file's headers say: tensors in order, and records with their checksums."""
+    """SHA-256 of all that a file's headers say: tensors in order, and what is told of their bytes (as a rule
+    records with their checksums)."""
     digest = hashlib.sha256(file.format.encode())
     for t in file.tensors.values():
         digest.update(repr((t.name, t.dtype, t.shape)).encode("utf-8", "surrogatepass"))
-    for key, r in file.records().items():
-        told = (key, r.size, r.crc32) if r.crc32c is None else (key, r.size, r.crc32c)
+    for told in file.told():
         digest.update(repr(told).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 

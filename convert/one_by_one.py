@@ -9,7 +9,7 @@ run of the bytes of the stacked one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -45,14 +45,15 @@ class Shares(View):
         self.shares = shares
         self.tensors = {name: share.info for name, share in shares.items()}
 
-    def records(self) -> Mapping[str, Record]:
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         """That of a tensor which is apart here is its first share's."""
         first: dict[str, str] = {}
         for name, share in self.shares.items():
             first.setdefault(share.stored, name)
+        wanted = None if of is None else {s.stored for name, s in self.shares.items() if name in of}
         return {
             key: r if r.of is None else replace(r, of=first.get(r.of, r.of))
-            for key, r in self.stored.records().items()
+            for key, r in self.stored.records(wanted).items()
         }
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:

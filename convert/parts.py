@@ -91,6 +91,7 @@ def carry_part(plan: Plan, checkpoint: Checkpoint, out: Path, worker: Worker, se
             run.progress(Progress("finish", "", run.bytes_out, run.bytes_out))
             staging.leave(keep=True)
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = resumable(error) and bool(staging.entries)
             staging.leave(keep=keep)
@@ -123,6 +124,7 @@ def publish(
             outcome = run.conclude()
             staging.publish()
         except BaseException as error:
+            run.ahead.stop()
             run.stop()
             keep = (resumable(error) or _may_be_made_good(error)) and not staging.published
             staging.leave(keep=keep)

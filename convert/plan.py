@@ -8,12 +8,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.dcp_metadata import DATA
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
@@ -83,11 +84,26 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Where a tensor to write lies in one of a torch.distributed folder: that is called `key`, and `start` is
+    its first element there. Axes of that which the tensor has not come first, and it is one long there."""
+
+    key: str
+    start: tuple[int, ...]
+
+    def shape(self, own: tuple[int, ...]) -> tuple[int, ...]:
+        """That of a tensor of the shape `own` there."""
+        return (1,) * (len(self.start) - len(own)) + own
+
+
+@dataclass(frozen=True)
 class OutputFile:
-    """A container to write: `format` is "safetensors", "torch-zip" or "tf-bundle" (a data file; the index is
-    made when all of them are written, in the order of their numbers); tensors in file order. A torch file may
+    """A container to write: `format` is "safetensors", "torch-zip", "tf-bundle" (a data file; the index is
+    made when all of them are written, in the order of their numbers) or "dcp" (a data file of a
+    torch.distributed folder); tensors in file order. A torch file may
     nest its tensors in `dicts`, hold plain values `beside` them, and tensors that are the same for every
-    model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`."""
+    model (`constants`: name, dtype, shape, bytes), see `TorchZipLayout`. The tensors of a data file are
+    `chunks`, one for each, of tensors of their folder."""
 
     name: str
     format: str
@@ -96,6 +112,7 @@ class OutputFile:
     dicts: tuple[str, ...] = ()
     beside: Mapping[str, object] = field(default_factory=dict)
     constants: tuple[tuple[str, str, tuple[int, ...], bytes], ...] = ()
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def held(self) -> tuple[TensorInfo, ...]:
@@ -187,6 +204,7 @@ class Plan:
                         if f.constants
                         else {}
                     ),
+                    **({"chunks": [[c.key, list(c.start)] for c in f.chunks]} if f.chunks else {}),
                 }
                 for f in self.outputs
             ],
@@ -395,6 +413,8 @@ def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
 def _format(name: str) -> str:
     if is_data(name):
         return "tf-bundle"
+    if name.endswith(DATA):
+        return "dcp"
     return "safetensors" if name.endswith(".safetensors") else "torch-zip"
 
 
@@ -420,7 +440,7 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
         else [f"model-{k:05d}-of-{total:05d}.safetensors" for k in range(1, total + 1)]
     )
     files = [
-        OutputFile(n, "safetensors", tuple(replace(t, file=n) for t in g), _metadata(n))
+        OutputFile(n, "safetensors", tuple(TensorInfo(t.name, t.dtype, t.shape, n) for t in g), _metadata(n))
         for n, g in zip(names, groups, strict=True)
     ]
     if total == 1:
@@ -431,7 +451,7 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
 
 
 def _placed(step: Step, home: Mapping[str, str]) -> Step:
-    return replace(step, targets=tuple(replace(p, file=home[p.name]) for p in step.targets))
+    return step.with_targets(tuple(p.at_home(home[p.name]) for p in step.targets))
 
 
 def _absent(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -21,11 +21,14 @@ from typing import Literal, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.dcp import FORMAT as DISTRIBUTED
+from ckpt_tool.checkpoint.dcp_metadata import DATA
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
 from ckpt_tool.checkpoint.zlibs import crc32
+from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.manifest import CERTIFICATE, MANIFEST, MANIFEST_VERSION
 from ckpt_tool.errors import CkptToolError, fail, printable
 
@@ -294,7 +297,8 @@ def _other_tensors(folder: Path, stamps: tuple[tuple[str, Stamp], ...]) -> tuple
         return names
     try:
         with open_checkpoint(folder, prefer="hf" if written.direction == "to-hf" else "original") as opened:
-            return tuple(n for n in names if not _holds(opened, n, written.tensors.get(n, {})))
+            apart = layers_apart(opened)
+            return tuple(n for n in names if not _holds(apart, n, written.tensors.get(n, {})))
     except (CkptToolError, OSError):
         return names
 
@@ -303,12 +307,17 @@ def _holds(
     checkpoint: Checkpoint, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...], str]]
 ) -> bool:
     file = checkpoint.files.get(name)
-    if file is None or file.tensors.keys() != tensors.keys():
+    if file is None and name.endswith(DATA):  # a part of a folder that reads as one file
+        file = next((f for f in checkpoint.files.values() if f.format == DISTRIBUTED), None)
+        own = set() if file is None else set(file.tensors) & set(tensors)
+    else:
+        own = set() if file is None else set(file.tensors)
+    if file is None or own != set(tensors):
         return False
     return all(
         (t.dtype, tuple(t.shape)) == tensors[t.name][:2]
         and f"{_crc(checkpoint, t):08x}" == tensors[t.name][2]
-        for t in file.tensors.values()
+        for t in map(file.tensors.__getitem__, own)
     )
 
 

@@ -3,7 +3,7 @@ carry, and shares that no two ranks can have alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -34,8 +34,9 @@ def check_records(
     CRC-32s, `crcs_c` CRC-32Cs)."""
     found = RecordCheck()
     for file in checkpoint.files.values():
-        tensors = _tensors_by_record(file)
-        for key, record in file.records().items():
+        read = {name for of, name in crcs if of == file.name}
+        tensors = _tensors_by_record(file, read)
+        for key, record in file.records(read).items():
             unwanted = record.of is not None and (file.name, record.of) not in crcs
             if record.size == 0 or unwanted:
                 continue
@@ -61,11 +62,11 @@ def check_records(
 _WAYS: Mapping[bool, Combine] = {False: combine, True: combine_c}
 
 
-def _tensors_by_record(file: TensorFile) -> dict[str, list[tuple[int, str]]]:
-    """For each record the tensors that are runs of it, as (first byte, name)."""
+def _tensors_by_record(file: TensorFile, read: Collection[str]) -> dict[str, list[tuple[int, str]]]:
+    """For each record the tensors, of those `read`, that are runs of it, as (first byte, name)."""
     found: dict[str, list[tuple[int, str]]] = {}
     for name in file.tensors:
-        place = file.record_of(name)
+        place = file.record_of(name) if name in read else None
         if place is not None:
             found.setdefault(place[0], []).append((place[1], name))
     return found
@@ -92,6 +93,8 @@ def repeated_shares(steps: Iterable[Step], checkpoint: Checkpoint, crcs: Mapping
     """Files that hold the very bytes of another rank's in every tensor that ranks share out, or of another
     pipeline stage's in every tensor: one file under two numbers. Headers cannot tell it, and neither can
     copies, which are then equal. Zeros tell nothing."""
+    if len(checkpoint.files) == 1:
+        return []
     held: dict[str, list[_Held]] = {}
     for k, step in enumerate(steps):
         if step.compare:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,6 +46,7 @@ class State:
     before an answer."""
 
     root: Path
+    address: str = ""
     elsewhere: str = ""  # the address that large files are served from
     seen: list[Seen] = field(default_factory=list)
     faults: list[list[object]] = field(default_factory=list)
@@ -74,11 +76,9 @@ class State:
         return None
 
     def sha256(self, path: Path) -> str:
-        """Of a small file that of its bytes, of a large one that of its name: nobody reads 2.4 GB here."""
         if path not in self.digests:
-            size = path.stat().st_size
-            text = path.read_bytes() if size < 64 << 20 else str(path).encode()
-            self.digests[path] = hashlib.sha256(text).hexdigest()
+            with open(path, "rb") as file:
+                self.digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return self.digests[path]
 
     @property
@@ -88,6 +88,14 @@ class State:
 
 def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _tree_entry(told: dict[str, Any]) -> dict[str, Any]:
+    """A file as the list of a tree has it."""
+    made = {"type": "file", "path": told["rfilename"], "size": told["size"], "oid": told["blobId"]}
+    if "lfs" in told:
+        made["lfs"] = {**told["lfs"], "oid": told["lfs"]["sha256"]}
+    return made
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -142,14 +150,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         if parts == ["whoami-v2"]:
             return self.json({"name": "me", "type": "user"})
-        repo, revision = "/".join(parts[1:3]), "/".join(parts[4:]) or "main"
+        repo, revision = "/".join(parts[1:3]), parts[4] if len(parts) > 4 else "main"
         folder = self.state.root / repo
         if not folder.is_dir():
             return self.answer(404, b"", {"x-error-code": "RepoNotFound"})
         commit = self.state.refs.get(revision, revision if revision == self.state.head else None)
         if commit is None:
             return self.answer(404, b"", {"x-error-code": "RevisionNotFound"})
-        self.json({"id": repo, "sha": commit, "siblings": list(self.siblings(folder))})
+        siblings = list(self.siblings(folder))
+        if parts[3:4] == ["tree"]:
+            return self.json([_tree_entry(s) for s in siblings])
+        self.json({"id": repo, "sha": commit, "siblings": siblings})
 
     def siblings(self, folder: Path) -> Iterator[dict[str, object]]:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -329,7 +340,7 @@ def serving(root: Path) -> Iterator[tuple[str, State]]:
     made = type("Bound", (Handler,), {"state": state})
     servers = [Server(("127.0.0.1", 0), made) for _ in range(2)]
     first, second = (f"http://127.0.0.1:{s.server_address[1]}" for s in servers)
-    state.elsewhere = second
+    state.address, state.elsewhere = first, second
     threads = [threading.Thread(target=s.serve_forever, args=(0.01,)) for s in servers]
     for thread in threads:
         thread.start()

@@ -3,6 +3,8 @@ YAML beside the weights, archives of NeMo 1, folders of NeMo 2. The same weights
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import io
 import json
 import shutil
@@ -17,9 +19,10 @@ import yaml
 from safetensors.torch import load_file
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint.run_documents import run_documents
 from ckpt_tool.checkpoint.safe_yaml import read_yaml
 from tests.conftest import Written
-from tests.test_dcp import refused
+from tests.test_dcp import Chunk, refused, save
 from tests.test_torch_dist import joined, loaded
 
 Args = dict[str, Any]
@@ -374,3 +377,112 @@ def test_parts_of_a_model_of_deepspeed_are_refused_by_name(originals: Written, t
     alone = deepspeed(originals("qwen2-0.5b"), tmp_path / "two", mp_world_size=2)
     error = refused(lambda: api.plan(alone, family="qwen2"))
     assert error.kind == "unsupported" and "mp_world_size 2" in error.text()
+
+
+# --- integrity.json -------------------------------------------------------------------------------------
+
+
+def test_files_are_those_that_megatron_listed(originals: Written, tmp_path: Path) -> None:
+    source = joined(originals("llama-mcore"), tmp_path / "in")
+    inner = source / "iter_0000100"
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in inner.iterdir()}
+    listed = inner / "integrity.json"
+
+    def told(**more: Any) -> str:
+        listed.write_text(json.dumps({"algorithm": "sha256", "files": {**sums, **more}}))
+        return " ".join(api.plan(source, family="llama").notes)
+
+    assert f"the SHA-256 of all {len(sums)} files of the weights agree" in told()
+    told(**{"run_config.yaml": "0" * 64})  # not there, and nothing of the weights
+    with_yaml(inner, "run_config.yaml", {"model": provider(args_of(originals("llama-mcore")))})
+    assert "run_config.yaml is another than" in told(**{"run_config.yaml": "0" * 64})  # changed on purpose
+    common = (inner / "common.pt").read_bytes()
+    (inner / "common.pt").write_bytes(common + b"x")
+    assert refused(told).problems[0].file == "common.pt"
+    (inner / "common.pt").write_bytes(common)
+    data = inner / "__0_0.distcp"
+    right = data.read_bytes()
+    data.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    error = refused(told)
+    assert error.kind == "checksum" and error.problems[0].file == "__0_0.distcp"
+    data.write_bytes(right)
+    for name, digest in (("../x", "0" * 64), ("a", "0" * 63), ("b", 5)):
+        assert refused(lambda n=name, d=digest: told(**{n: d})).kind == "bad-config"  # type: ignore[misc]
+    listed.write_text('{"algorithm": "md5", "files": {}}')
+    assert refused(lambda: api.plan(source, family="llama")).kind == "unsupported"
+
+
+# --- what is not read -----------------------------------------------------------------------------------
+
+
+def test_other_formats_of_megatron_are_refused_by_name(originals: Written, tmp_path: Path) -> None:
+    source = joined(originals("llama-mcore"), tmp_path / "in")
+    common = source / "iter_0000100" / "common.pt"
+    for asked in ("fsdp_dtensor", "torch_dcp"):
+        args = argparse.Namespace(**{**args_of(originals("llama-mcore")), "ckpt_format": asked})
+        torch.save({"args": args}, common)
+        error = refused(lambda: api.plan(source, family="llama"))
+        assert error.kind == "unsupported" and f"its format {asked}" in error.text()
+
+
+def test_layers_of_a_hybrid_model_are_refused_by_name(tmp_path: Path) -> None:
+    x = torch.ones(4, 4)
+    names = ("embedding.word_embeddings", "decoder.layers.0.self_attention.linear_qkv", "decoder.final_norm",
+             "decoder.layers.1.mlp.linear_fc1", "output_layer")  # fmt: skip
+    save(
+        tmp_path / "in",
+        {f"{n}.weight": [Chunk((0, 0), x)] for n in names},
+        {f"{n}.weight": (4, 4) for n in names},
+    )
+    error = refused(lambda: api.plan(tmp_path / "in", family="llama"))
+    assert "HybridModel" in error.text() and "Megatron-Bridge" in error.text()
+
+
+def test_models_of_nemo_that_are_no_gated_decoders_are_refused(originals: Written, tmp_path: Path) -> None:
+    """Whose rows of query_key_value would be read as those of version 0."""
+    with api.open_checkpoint(originals("gpt2-2023-float32")) as checkpoint:
+        names = {t.name: torch.zeros(t.shape) for t in checkpoint}
+    flat = {n if n.startswith("model.") else f"model.{n}": x for n, x in names.items()}
+    parts = {"model_config.yaml": b"mcore_gpt: false\n", "model_weights.ckpt": saved(flat)}
+    error = refused(lambda: api.plan(archived(parts, tmp_path / "a.nemo"), family="megatron-gpt2"))
+    assert error.kind == "unsupported" and "convert_gpt_nemo_to_mcore.py" in error.text()
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------
+
+VOCABULARY = b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'
+
+
+def test_tokenizers_around_the_weights_are_carried(originals: Written, tmp_path: Path) -> None:
+    """Of Megatron-Bridge and NeMo 2 in folders, of NeMo 1 under names that begin with an MD5."""
+    source = originals("llama-mcore")
+    bridge = bare(source, tmp_path / "bridge")
+    inner = bridge / "iter_0000100"
+    with_yaml(inner, "run_config.yaml", {"model": provider(args_of(source))})
+    (inner / "tokenizer").mkdir()
+    (inner / "tokenizer" / "tokenizer.json").write_bytes(VOCABULARY)
+    nemo = tmp_path / "nemo"
+    shutil.copytree(inner, nemo / "weights", ignore=shutil.ignore_patterns("tokenizer", "*.yaml"))
+    with_yaml(nemo / "context", "model.yaml", {"config": provider(args_of(source))})
+    (nemo / "context" / "nemo_tokenizer").mkdir()
+    (nemo / "context" / "nemo_tokenizer" / "tokenizer.json").write_bytes(VOCABULARY)
+    md5 = "0123456789abcdef" * 2
+    parts = {"model_config.yaml": yaml.safe_dump(nemo_1(args_of(source))).encode()}
+    parts |= {f"{md5}_tokenizer.json": VOCABULARY, **dict(ranks_of_nemo(source, "model."))}
+    for given in (bridge, inner, nemo, nemo / "weights", archived(parts, tmp_path / "a.nemo", "w:gz")):
+        plan = api.plan(given, family="llama")
+        (found,) = (d for d in plan.documents if d.name == "tokenizer.json")
+        assert found.content == VOCABULARY
+
+
+def test_of_several_sentencepiece_models_none_is_taken(tmp_path: Path) -> None:
+    one, other = "a" * 32, "b" * 32
+    assert run_documents([f"{one}_x.model"], "") == {"tokenizer.model": f"{one}_x.model"}
+    assert run_documents([f"{one}_x.model", f"{other}_x.model"], "") == {"tokenizer.model": f"{one}_x.model"}
+    assert run_documents([f"{one}_x.model", f"{other}_y.model"], "") == {}
+    assert run_documents([f"{one}_tokenizer.model", f"{other}_y.model"], "") == {
+        "tokenizer.model": f"{one}_tokenizer.model"
+    }
+    assert run_documents(["context/any.model", "weights/x"], "weights/") == {
+        "tokenizer.model": "context/any.model"
+    }

@@ -29,7 +29,6 @@ from torch.distributed.checkpoint import metadata as classes
 from ckpt_tool import api
 from ckpt_tool.checkpoint.base import Checkpoint, View
 from ckpt_tool.checkpoint.dcp import DcpFile
-from ckpt_tool.checkpoint.dcp_metadata import Item
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pieces import Joined, Piece, tiling_fault
 from ckpt_tool.errors import CkptToolError
@@ -403,9 +402,9 @@ def test_thousands_of_pieces_and_files(tmp_path: Path, monkeypatch: pytest.Monke
         (file,) = checkpoint.files.values()
         stored = file.stored if isinstance(file, View) else file
         assert isinstance(stored, DcpFile) and len(file.paths) == 41
-        parsed: list[Item] = []
+        parsed: list[int] = []
         parse = stored._parsed
-        monkeypatch.setattr(stored, "_parsed", lambda item, data: parsed.append(item) or parse(item, data))
+        monkeypatch.setattr(stored, "_parsed", lambda k, *rest: parsed.append(k) or parse(k, *rest))
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(2):
             assert contents(checkpoint)["w"][2] == whole.numpy().tobytes()
@@ -419,14 +418,14 @@ def test_thousands_of_pieces_and_files(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_conversion_does_not_go_on_with_other_bytes(originals: Written, tmp_path: Path) -> None:
     """All files of the folder tell a later run that it is the same source, not its list alone."""
-    from ckpt_tool.convert.execute import _fingerprints
+    from ckpt_tool.convert.execute import fingerprints
 
     folder = tmp_path / "step-100"
     saved(weights(originals("qwen2-0.5b")), folder)
     made = []
     for _ in range(2):
         with open_checkpoint(folder) as checkpoint:
-            made.append(_fingerprints(checkpoint, dict.fromkeys(checkpoint.files, "")))
+            made.append(fingerprints(checkpoint, dict.fromkeys(checkpoint.files, "")))
         (folder / "__0_0.distcp").touch()
     assert made[0]["__0_0.distcp"] != made[1]["__0_0.distcp"] and made[0][".metadata"] == made[1][".metadata"]
 

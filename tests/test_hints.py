@@ -15,13 +15,16 @@ from shlex import split
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.hub_cache import root
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.verify import verify
 from tests.in_process import program
 
 Written = Callable[[str], Path]
@@ -318,3 +321,47 @@ def test_no_output_goes_into_the_hubs_cache(
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     assert root() == tmp_path / "home" / "hub"
+
+
+# --- what other releases leave out, and lists that are too long to hold ---------------------------------
+
+
+def test_a_tied_copy_that_is_missing_says_what_comes_of_it(
+    tmp_path: Path, conversions: Written, originals: Written
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(conversions("mluke-base"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.decoder.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "ckpt-tool.json").unlink()
+    report = verify(folder, originals("mluke-base"), levels=("coverage",))
+    (found,) = [f for f in report.findings if f.status == "fail"]
+    assert (
+        found.where == "lm_head.decoder.weight" and "luke.embeddings.word_embeddings.weight" in found.message
+    )
+    (folder / "tokenizer.json").unlink()  # as release 4 saves it
+    texts = [f.message for f in verify(folder, originals("mluke-base"), levels=("coverage",)).findings]
+    assert any("of sentencepiece.bpe.model alone transformers 5 makes other ids" in t for t in texts)
+
+
+def test_a_list_of_entities_is_compared_without_being_held(
+    tmp_path: Path, conversions: Written, originals: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, held = Document.read, []
+
+    def reading(document: Document, limit: int = 16 << 20) -> bytes:
+        held.append(document.name)
+        return read(document, limit)
+
+    monkeypatch.setattr(Document, "read", reading)
+    folder, source = tmp_path / "hf", originals("mluke-base")
+    shutil.copytree(conversions("mluke-base"), folder)
+    report = verify(folder, source, levels=("coverage", "bits"))
+    assert report.exit_code == 0 and "entity_vocab.json" not in held
+    (compared,) = [f.message for f in report.findings if f.check == "tokenizer"]
+    assert "entity_vocab.json" in compared
+    words = folder / "entity_vocab.json"
+    words.write_text(words.read_text().replace("Japan", "Japon", 1))
+    failed = [f.where for f in verify(folder, source, levels=("coverage",)).findings if f.status == "fail"]
+    assert failed and all("entity_vocab.json" in str(where) for where in failed)

@@ -1,5 +1,4 @@
-"""`hf://` addresses whose files are downloaded: which those are, what is checked, and what is said when
-that fails."""
+"""`hf://` addresses whose files are downloaded: which, what is checked, and what is said when that fails."""
 
 from __future__ import annotations
 

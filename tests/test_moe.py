@@ -238,6 +238,22 @@ def test_what_cannot_be_shared_out_is_said(
     assert error.kind == kind and says in error.text()
 
 
+def test_a_torch_dist_folder_has_the_experts_of_a_layer_in_one_tensor(
+    conversions: Written, tmp_path: Path
+) -> None:
+    source = conversions("mixtral-mcore")
+    asked = {"form": "torch_dist"}
+    api.convert(source, tmp_path / "out", to="original", options=api.Options(family_options=asked))
+    with api.open_checkpoint(tmp_path / "out") as folder:
+        (experts,) = folder.find("decoder.layers.mlp.experts.experts.linear_fc1.weight")
+        assert experts.shape == (3, 8, 88, 60) and "decoder.layers.pre_mlp_layernorm.weight" in folder.names()
+    api.convert(tmp_path / "out", tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(source)
+    options = api.Options(family_options={**asked, "layers": "singleton"})
+    error = refused(lambda: api.plan(source, to="original", options=options))
+    assert error.kind == "usage" and "non_homogeneous" in error.text()
+
+
 # --- arguments ----------------------------------------------------------------------------------------------
 
 OTHERWISE = {

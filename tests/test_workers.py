@@ -1,4 +1,4 @@
-"""Several processes carry out one plan: shares, claims, what is published, and what is refused."""
+"""Several processes carry out one plan or verify one output: shares, claims, what comes of it, wrong use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tool.api import Conversion, Options, PartMade, Shared, convert, convert_part, plan, publish_parts
+from ckpt_tool.api import (
+    Conversion,
+    Options,
+    PartMade,
+    Shared,
+    convert,
+    convert_part,
+    plan,
+    publish_parts,
+    verify,
+    verify_part,
+)
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.convert import claims, parts
 from ckpt_tool.convert.claims import Claim, at_work, claimed
@@ -23,6 +34,8 @@ from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.shares import Worker, restricted, shares, whole_reads
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.parts import Seen
+from ckpt_tool.verify.report import Report
 from tests.in_process import program
 
 ROOT = Path(__file__).parents[1]
@@ -378,6 +391,94 @@ def test_a_worker_whose_claim_was_taken_over_stops_and_removes_nothing(
         kind, message, _ = problem(lambda: convert_part(asked, Worker(1, 2)))
     assert kind == "output-busy" and "another took it over" in message
     assert len(list(folder.iterdir())) >= 1 and list(tmp_path.glob("*-of-2.1.journal"))
+
+
+# --- verifying ------------------------------------------------------------------------------------------
+
+
+def findings(report: Report) -> list[dict[str, object]]:
+    return [f.to_json() for f in report.findings]
+
+
+def looked_at(out: Path, source: Path, count: int) -> list[Seen]:
+    return [verify_part(out, source, Worker(k, count)) for k in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("llama-2-70b", None), ("mistral-7b-v0.3", "F16")])
+def test_what_all_workers_saw_is_the_report_of_one(
+    originals: Written, tmp_path: Path, variant: str, dtype: str | None
+) -> None:
+    source, out = originals(variant), tmp_path / "out"
+    options = Options(max_shard_bytes=50_000 if dtype else 100_000, dtype=dtype)
+    convert(source, out, family=VARIANTS[variant].family, options=options, check=False)
+    levels = ("coverage", "bits")
+    right = verify(out, source, levels=levels)
+    assert right.status == "pass"
+    seen = looked_at(out, source, 3)
+    assert [s.missing for s in seen] == [(2, 3), (3,), ()] and not any(s.differences for s in seen)
+    joined = verify(out, source, levels=levels, joined=True)
+    assert findings(joined) == findings(right) and joined.headline == right.headline
+    assert joined.facts["workers"].startswith("3, ") and hidden(tmp_path) == []
+    for file in sorted(out.glob("*.safetensors"))[::2]:  # bytes that are not the source's, NaN among them
+        data = bytearray(file.read_bytes())
+        data[-1000:-990] = b"\xff" * 10
+        data[-3000] ^= 1
+        file.write_bytes(data)
+    wrong = verify(out, source, levels=levels)
+    assert wrong.status == "fail" and sum(f.check == "round trip" for f in wrong.findings) >= 4
+    seen = looked_at(out, source, 4)
+    assert sum(s.differences > 0 for s in seen) >= 2
+    joined = verify(out, source, levels=levels, joined=True)
+    assert findings(joined) == findings(wrong) and joined.exactness == "differs"
+
+
+def test_a_verdict_counts_only_what_all_workers_saw(originals: Written, tmp_path: Path) -> None:
+    source, out = originals("mistral-7b-v0.3"), tmp_path / "out"
+    convert(source, out, options=SHARDS, check=False)
+
+    def joined(**more: object) -> Report:
+        return verify(out, source, **{"levels": ("coverage", "bits"), "joined": True, **more})
+
+    assert problem(joined)[0] == "missing-parts"
+    verify_part(out, source, Worker(1, 2))
+    kind, message, hint = problem(joined)
+    assert (kind, hint) == ("missing-parts", "run again: --worker 2/2")
+    assert problem(lambda: verify_part(out, source, Worker(1, 3)))[0] == "resume-mismatch"
+    assert problem(lambda: joined(levels="parity"))[0] == "usage"
+    verify_part(out, source, Worker(2, 2), levels=["coverage"])
+    assert problem(joined)[2] == "run again: --worker 2/2"  # it has not looked at the bits
+    written = tmp_path / ".out.ckpt-tool-verify-of-2.2"
+    lines = written.read_bytes().splitlines(keepends=True)
+    written.write_bytes(b"".join(lines[:4]) + lines[4][:-9])  # stopped while it wrote
+    assert verify_part(out, source, Worker(2, 2)).resumed == 3
+    os.utime(next(out.glob("*.safetensors")))
+    kind, message, hint = problem(joined)
+    assert kind == "resume-mismatch" and "found another output model-0000" in message
+    assert hint == "give every worker the same output and source, and run again: --worker 1/2"
+    assert [s.resumed for s in looked_at(out, source, 2)] == [0, 0]
+    assert joined().status == "pass"
+    assert hidden(tmp_path) == []
+
+
+def test_the_command_line_verifies_by_workers(
+    conversions: Written, originals: Written, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(conversions("mistral-7b-v0.3"), tmp_path / "out"))
+    given = ("verify", "out", "--source", str(originals("mistral-7b-v0.3")))
+    levels = ("--level", "coverage", "--level", "bits")
+    first = program(*given, "--worker", "1/2", cwd=tmp_path, columns=200)
+    assert first.returncode == 0 and "next      --worker 2/2, then the same command" in first.stdout
+    assert program(*given, "--worker", "1/2", "--finish", cwd=tmp_path).returncode == 2
+    assert "found --html" in program(*given, "--worker", "1/2", "--html", "x", cwd=tmp_path).stderr
+    last = json.loads(program(*given, "--worker", "2/2", "--json", cwd=tmp_path).stdout)
+    assert last["missing"] == [] and last["tensors"] > 0 and last["steps"] > 0
+    report = program(*given, *levels, "--finish", cwd=tmp_path, columns=200)
+    assert report.returncode == 0 and "2, each with a share of the tensors and steps" in report.stdout
+    file = next(out.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    codes = [program(*given, "--worker", f"{k}/2", cwd=tmp_path).returncode for k in (1, 2)]
+    assert sorted(codes) == [0, 1]
+    assert program(*given, *levels, "--finish", cwd=tmp_path).returncode == 1
 
 
 # --- Ray ------------------------------------------------------------------------------------------------

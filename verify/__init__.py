@@ -16,20 +16,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import Against, Asked, Claim
 from ckpt_tool.verify.confirm import confirm
-from ckpt_tool.verify.coverage import Scan, coverage, scan
+from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
+from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
+from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
 from ckpt_tool.verify.prompts import Prompts, read_prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
 
-__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "verify"]
+__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
 LEVELS = ("coverage", "bits", "parity", "documented")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -50,27 +53,31 @@ def verify(
     checkpoint_id: str | None = None,
     settings: Mapping[str, Any] | None = None,
     transformers_python: str | os.PathLike[str] | None = None,
+    expectations: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    joined: bool = False,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
 
     `levels` (None: all) and everything else that is asked for by name must run for the report to pass.
     `no_source` says that there is none to compare with: the report passes then where the output is consistent
-    with its manifest. `accept` names differences that the plan or the report foretells, which then do not
-    fail.
+    with its manifest. `accept` names foretold differences (of plan or report), which then do not fail.
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
     under their Hugging Face names; those recorded in the output's manifest are known already.
     `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
-    one lacks (None: CKPT_TOOL_TRANSFORMERS). Raises `CkptToolError` for what cannot be opened; all else is a
-    finding."""
+    one lacks (None: CKPT_TOOL_TRANSFORMERS). `expectations` is a file of values that a trusted run recorded
+    (`recording`), to be held against instead of the documented ones. `joined`: coverage and bits go by what
+    workers (`verify_part`) saw. Raises `CkptToolError` for what cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = LEVELS if levels is None else named
     _check_choices(asked, against, compute_dtype, device)
     _check_one(source, no_source)
     accepted, elsewhere = tuple(accept), transformers_python
+    recorded = None if expectations is None else read_file(expectations)
+    asked = asked if recorded is None or "documented" in asked else (*asked, "documented")
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
         prompts = read_prompts(prompts)  # before anything large is in memory
@@ -80,30 +87,75 @@ def verify(
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
-        report.claim = _claim(subject, named, against, checkpoint_id, no_source)
-        scans = _scanned(subject, asked, tell)
-        if "coverage" in asked:
-            report.findings += coverage(subject, scans)
-            report.findings += documents(subject)
-            report.findings += confirm(subject)
-        report.findings += unneeded(subject, accepted)
-        if "bits" in asked:
-            tell("bits: comparing with the source")
-            report.findings += bits(subject, scans)
-        if {"parity", "documented"} & set(asked) or against is not None:
-            wanted = Asked(asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere)
-            report.findings += _computed(subject, wanted, report.facts, tell)
-        report.findings += by_bits(subject, report.findings)
+        report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
+        seen = _seen(subject, out, asked, tell, joined)
+        wanted = Asked(
+            asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere, recorded
+        )
+        _run(subject, wanted, seen, report, tell)
+        report.facts |= seen.facts
+        seen.remove()
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
 
 
-def _scanned(subject: Subject, asked: Iterable[str], tell: Callable[[str], None]) -> list[Scan]:
+def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Callable[[str], None]) -> None:
+    """All levels that were asked for, into `report`."""
+    if "coverage" in asked.levels:
+        report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
+    report.findings += unneeded(subject, asked.accept)
+    if "bits" in asked.levels:
+        tell("bits: comparing with the source")
+        report.findings += bits(subject, seen.scans, seen.compared)
+    if {"parity", "documented"} & set(asked.levels) or asked.against is not None:
+        report.findings += _computed(subject, asked, report.facts, tell)
+    report.findings += by_bits(subject, report.findings)
+
+
+def verify_part(
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    worker: Worker,
+    *,
+    levels: Iterable[str] | None = None,
+    no_source: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Seen:
+    """Look at a worker's share of what coverage and bits look at, as one of several processes on machines
+    that share a file system. What it saw is written down beside `out`, for `verify(joined=True)`."""
+    asked = _shared(SHARED if levels is None else tuple(levels))
+    _check_one(source, no_source)
+    with opened(out, source, settings, look_for_source=not no_source) as subject:
+        return look(subject, out, worker, asked, progress or (lambda text: None))
+
+
+def _shared(levels: Iterable[str]) -> tuple[str, ...]:
+    """Those of the levels that workers share; `usage` for none."""
+    _check_choices(levels, None, "float32", "cpu")
+    found = tuple(level for level in levels if level in SHARED)
+    if not found:
+        words = " or ".join(SHARED)
+        message = f"expected a level that workers share ({words}), found {', '.join(levels) or 'none'}"
+        fail("usage", message, where="levels")
+    return found
+
+
+def _seen(
+    subject: Subject,
+    out: str | os.PathLike[str],
+    asked: Iterable[str],
+    tell: Callable[[str], None],
+    joined: bool,
+) -> Joined:
     """What the levels that look at every byte of the output share."""
-    if not {"coverage", "bits"} & set(asked):
-        return []
+    if joined:
+        tell("joining what the workers saw")
+        return join(subject, out, _shared(asked), tell)
+    if not set(SHARED) & set(asked):
+        return Joined()
     tell("reading the output")
-    return list(scan(subject.output))
+    return Joined(list(scan(subject.output)))
 
 
 def _computed(
@@ -155,7 +207,12 @@ def _facts(
 
 
 def _claim(
-    subject: Subject, levels: tuple[str, ...], against: str | None, checkpoint_id: str | None, no_source: bool
+    subject: Subject,
+    levels: tuple[str, ...],
+    against: str | None,
+    checkpoint_id: str | None,
+    no_source: bool,
+    expectations: object,
 ) -> Claim:
     """What the caller asked to be shown, by name."""
     asked = [(level, f"level {level}") for level in levels]
@@ -163,5 +220,7 @@ def _claim(
         asked.append((against, f"--against {against}"))
     if checkpoint_id is not None:
         asked.append(("documented", f"--checkpoint-id {checkpoint_id}"))
+    if expectations is not None:
+        asked.append(("documented", "--expectations"))
     found: Against = "manifest" if subject.manifest is not None else "nothing"
     return Claim("source" if subject.source is not None else found, tuple(dict(asked).items()), no_source)

@@ -245,16 +245,13 @@ class Runner:
             total = total + losses.labelled(made["logits"], self._labels(entry, "labels"))
         return total
 
-    def titles(self) -> dict[int, list[str]]:
-        """The titles of each entity of the output; Skip without its vocabulary."""
+    def titles(self, entity: int) -> list[str]:
+        """Those of one entity of the output; Skip without its vocabulary."""
         assert self.subject.hf is not None
-        made: dict[int, list[str]] = {}
         try:
-            for title, i in titles(self.subject.hf).items():
-                made.setdefault(i, []).append(title)
+            return [title for title, i in titles(self.subject.hf) if i == entity]
         except NoEntities as reason:
             raise Skip(str(reason)) from None
-        return made
 
     def _labels(self, entry: Expectation, name: str) -> Tensor:
         found = entry.labels.get(name) if isinstance(entry.labels, Mapping) else entry.labels

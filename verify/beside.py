@@ -40,13 +40,22 @@ class Beside:
         names = frozenset(found.names) - {CERTIFICATE}  # made of an earlier report
         return cls(checkpoint.path, names, found.complete, checkpoint.documents)
 
-    def read(self, name: str) -> bytes:
-        document = self.documents.get(name)
-        path = self.folder / name
-        if document is None and not path.is_file():
+    def document(self, name: str) -> Document:
+        found, path = self.documents.get(name), self.folder / name
+        if found is None and not path.is_file():
             raise Damaged(name, "expected a file, found something else")
+        return found or Document(name, path, path.stat().st_size)
+
+    def read(self, name: str) -> bytes:
         try:
-            return (document or Document(name, path, path.stat().st_size)).read(LARGER.get(name, LIMIT))
+            return self.document(name).read(LARGER.get(name, LIMIT))
+        except CkptToolError as error:
+            raise Damaged(name, error.problems[0].message) from error
+
+    def sha256(self, name: str) -> str:
+        """Of the file's bytes, which are not held at once."""
+        try:
+            return self.document(name).sha256(LARGER.get(name, LIMIT))
         except CkptToolError as error:
             raise Damaged(name, error.problems[0].message) from error
 

@@ -5,7 +5,6 @@ source."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,40 +88,54 @@ class Comparison:
     pooled: int = 0  # tensors compared with the mean over the source's heads
     missing: list[str] = field(default_factory=list)
 
+    def add(self, other: Comparison) -> None:
+        """Take in what comparing further steps found."""
+        self.differences += other.differences
+        self.copies += other.copies
+        self.compared += other.compared
+        self.cast += other.cast
+        self.pooled += other.pooled
+        self.missing += other.missing
+
 
 def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
     """Walk steps of the plan, which is there as is the source."""
-    assert subject.source is not None
     result = Comparison()
     for step in steps:
-        sources = [subject.source.files[p.file].tensors[p.name] for p in step.sources]
-        targets = [subject.target(p.file, p.name) for p in step.targets]
-        if any(t is None for t in targets):
-            result.missing += [p.name for p, t in zip(step.targets, targets, strict=True) if t is None]
-            continue
-        found = [t for t in targets if t is not None]
-        fits = all(t.shape == p.shape(step.sizes) for p, t in zip(step.targets, found, strict=True))
-        dtypes, wanted = {t.dtype for t in found}, {p.dtype for p in step.targets}
-        if not fits or (
-            dtypes != wanted and not step.compare
-        ):  # what a copy is compared with is also written
-            result.missing += [f"{t.name} ({t.dtype} {t.shape})" for t in found]
-            continue
-        if wanted == dtypes == {t.dtype for t in sources} and not step.mean:
-            made = _compare_step(
-                step.inverse(), subject.output, found, subject.source, sources, bool(step.compare)
-            )
-        else:
-            made = _compare_step(
-                step, subject.source, sources, subject.output, found, bool(step.compare), wanted.pop()
-            )
-            exact = bool(step.compare) and not any(rounds(t.dtype, step.targets[0].dtype) for t in sources)
-            result.cast += not step.mean and not exact
-            result.pooled += bool(step.mean)
-        for d in made:
-            drifted = step.compare not in ("", COPIED) and not d.drift.is_large
-            (result.copies if drifted else result.differences).append(d)
-        result.compared += sum(t.nbytes for t in sources)
+        result.add(compare_step(subject, step))
+    return result
+
+
+def compare_step(subject: Subject, step: Step) -> Comparison:
+    """What one step of the plan gives against what is there."""
+    assert subject.source is not None
+    result = Comparison()
+    sources = [subject.source.files[p.file].tensors[p.name] for p in step.sources]
+    targets = [subject.target(p.file, p.name) for p in step.targets]
+    if any(t is None for t in targets):
+        result.missing += [p.name for p, t in zip(step.targets, targets, strict=True) if t is None]
+        return result
+    found = [t for t in targets if t is not None]
+    fits = all(t.shape == p.shape(step.sizes) for p, t in zip(step.targets, found, strict=True))
+    dtypes, wanted = {t.dtype for t in found}, {p.dtype for p in step.targets}
+    if not fits or (dtypes != wanted and not step.compare):  # what a copy is compared with is also written
+        result.missing += [f"{t.name} ({t.dtype} {t.shape})" for t in found]
+        return result
+    if wanted == dtypes == {t.dtype for t in sources} and not step.mean:
+        made = _compare_step(
+            step.inverse(), subject.output, found, subject.source, sources, bool(step.compare)
+        )
+    else:
+        made = _compare_step(
+            step, subject.source, sources, subject.output, found, bool(step.compare), wanted.pop()
+        )
+        exact = bool(step.compare) and not any(rounds(t.dtype, step.targets[0].dtype) for t in sources)
+        result.cast += not step.mean and not exact
+        result.pooled += bool(step.mean)
+    for d in made:
+        drifted = step.compare not in ("", COPIED) and not d.drift.is_large
+        (result.copies if drifted else result.differences).append(d)
+    result.compared += sum(t.nbytes for t in sources)
     return result
 
 
@@ -203,14 +216,15 @@ def finding(check: str, status: Status, message: str, where: str | None = None, 
     return Finding(LEVEL, check, status, message, where, **more)
 
 
-def bits(subject: Subject, scans: list[Scan]) -> list[Finding]:
-    """The findings of this level; `scans` are those of the whole output."""
+def bits(subject: Subject, scans: list[Scan], compared: Comparison | None = None) -> list[Finding]:
+    """The findings of this level; `scans` are those of the whole output, `compared` what comparing all steps
+    of the plan found where that was done already."""
     found = list(_checksums(subject, scans))
     if subject.source is None:
         return [finding("round trip", "skipped", "no source was given to compare with"), *found]
     if subject.plan is None:
         return [finding("round trip", "skipped", "the source could not be planned: see coverage"), *found]
-    result = compare(subject, subject.plan.steps)
+    result = compare(subject, subject.plan.steps) if compared is None else compared
     return [*_round_trip(subject, result), *_accounting(subject, result), *found]
 
 
@@ -304,9 +318,10 @@ def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
     if subject.manifest is None:
         yield finding("checksums", "skipped", "the output has no manifest (ckpt-tool.json) with checksums")
         return
-    crcs, wrong = dict(subject.manifest.crcs), []
+    crcs = {(subject.named(file), name): crc for (file, name), crc in subject.manifest.crcs.items()}
+    wrong = []
     for s in scans:
-        want = crcs.pop((s.tensor.file, s.tensor.name), None)
+        want = crcs.pop((subject.named(s.tensor.file), s.tensor.name), None)
         if want is None:
             text = "expected a checksum in the manifest, found none"
             wrong.append(finding("checksums", "fail", text, s.tensor.name))
@@ -319,7 +334,7 @@ def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
         document = subject.output.documents.get(name)
         if document is None:
             continue  # not among the files that opening knows
-        if hashlib.sha256(document.read(DOCUMENT_LIMIT)).hexdigest() != sha256:
+        if document.sha256(DOCUMENT_LIMIT) != sha256:
             text = "expected the SHA-256 that the manifest has for this file, found another"
             wrong.append(finding("checksums", "fail", text, name))
     yield from capped(wrong)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from ckpt_tool.verify.expectations import Expectation
     from ckpt_tool.verify.prompts import Prompts
     from ckpt_tool.verify.report import Finding
 
@@ -50,6 +51,7 @@ class Asked:
     checkpoint_id: str | None
     accept: tuple[str, ...] = ()  # foretold differences that do not fail
     elsewhere: str | os.PathLike[str] | None = None  # where another release of transformers is
+    recorded: Sequence[Expectation] | None = None  # values to hold against instead of the documented ones
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,19 @@ def judge(findings: Sequence[Finding], claim: Claim, could_not_run: bool = False
         return Judgement(
             "pass", "no worse than the baseline, of which it has the shortcomings that are noted"
         )
-    return Judgement("pass", f"consistent with its manifest; {NOT_COMPARED}")
+    shown = [f"consistent with its manifest; {NOT_COMPARED}"] if claim.against == "manifest" else []
+    if count := _documented(findings, claim):
+        shown.insert(0, f"gives the {count} values that were asked for" if shown else (
+            f"gives the {count} values that were asked for; {NOT_COMPARED}"
+        ))  # fmt: skip
+    return Judgement("pass", ", and is ".join(shown))
+
+
+def _documented(findings: Sequence[Finding], claim: Claim) -> int:
+    """How many documented or recorded values it gives, where it was asked by name whether it does."""
+    if not any(level == "documented" for level, _ in claim.asked):
+        return 0
+    return sum(1 for f in findings if f.level == "documented" and f.status == "pass")
 
 
 def exactness(findings: Sequence[Finding]) -> str | None:
@@ -122,7 +136,7 @@ def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
                 "neither level ran",
             )
             yield f"nothing was compared with the source, neither bits nor numbers: {why}"
-    elif claim.against == "baseline":
+    elif claim.against == "baseline" or _documented(findings, claim):
         return
     elif claim.against == "nothing":
         yield f"there is no manifest either; {NOT_COMPARED} (--source PATH compares)"

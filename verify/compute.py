@@ -71,7 +71,13 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
             found += documented(
-                subject, readings.converted, ids, dtype=asked.dtype, device=asked.device, progress=tell
+                subject,
+                readings.converted,
+                ids,
+                dtype=asked.dtype,
+                device=asked.device,
+                recorded=asked.recorded,
+                progress=tell,
             )
         if asked.against is not None:
             found += _judged(subject, asked, readings, prompts, tell)

@@ -5,7 +5,8 @@ did not run passes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ckpt_tool.verify.sides import Side, mask_of
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "documented"
+CONTRADICTED = "by its sizes"
 FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 PRECISION = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 FLOAT32_ATOL = {"hidden_slice": 5e-4}  # float32 against float32 of other hardware; the others:
@@ -42,14 +44,16 @@ def documented(
     *,
     dtype: str,
     device: str,
+    recorded: Sequence[Expectation] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Finding]:
-    """The findings of this level. `side` is the converted reading; None where it could not be made."""
-    ids = list(checkpoint_ids)
+    """The findings of this level. `side` is the converted reading; None where it could not be made. Entries
+    that somebody `recorded` are run instead of the documented ones."""
+    ids = sorted({e.checkpoint for e in recorded}) if recorded is not None else list(checkpoint_ids)
     if not ids:
         reason = "no published name of this checkpoint is known: --checkpoint-id gives one"
         return [finding("documented values", "skipped", reason)]
-    entries = match(ids)
+    entries = match(ids) if recorded is None else list(recorded)
     if not entries:
         return [finding("documented values", "skipped", f"nothing is documented for {', '.join(ids)}")]
     made, doubtful = [], [e.id for e in entries if not e.shown]
@@ -64,7 +68,8 @@ def documented(
         except Skip as reason:
             made.append(finding(entry.id, "skipped", str(reason)))
         except Contradiction as reason:
-            made.append(_verdict(entry, False, str(reason)))
+            made.append(replace(_verdict(entry, False, str(reason)), where=CONTRADICTED))
+    made = _another_model(made, ids)
     words = runner.masked_word() if runner is not None else None
     if words is not None:
         made.append(finding("masked word", "note", f"{words}; no value is documented"))
@@ -72,6 +77,16 @@ def documented(
         text = f"{len(doubtful)} documented values are doubtful or known wrong and never decide"
         made.append(finding("doubtful", "note", text, where=", ".join(doubtful[:4]), data={"ids": doubtful}))
     return made
+
+
+def _another_model(found: list[Finding], ids: list[str]) -> list[Finding]:
+    """Entries that this model cannot be of, by its sizes, are one sentence."""
+    wrong = [f for f in found if f.where == CONTRADICTED and f.status == "fail"]
+    if not wrong:
+        return found
+    text = f"this is not {' or '.join(ids)}, whose documented values it cannot have: {wrong[0].message}"
+    rest = [f for f in found if f.where != CONTRADICTED]
+    return [finding("documented values", "fail", text, data={"ids": [f.check for f in wrong]}), *rest]
 
 
 def _run(entry: Expectation, runner: Runner | None, subject: Subject) -> Finding:
@@ -142,7 +157,10 @@ def _numbers(entry: Expectation, runner: Runner) -> Finding:
     if entry.tolerance.ratio:
         bars = torch.full_like(bars, rtol)
     worst = int((delta - bars).argmax())
-    text = f"{delta.numel()} documented values of {expected.kind}, computed in {runner.dtype}"
+    over = int((delta > bars).sum())
+    text = f"{delta.numel()} documented values of {expected.kind}"
+    text = f"{over} of {text} differ" if over else text
+    text += f", computed in {runner.dtype}"
     if delta.numel() < values.numel():
         text += f"; {values.numel() - delta.numel()} at padded positions are left out"
     return _verdict(
@@ -206,7 +224,7 @@ def _entity(entry: Expectation, runner: Runner, logits: Tensor) -> Finding:
     """The entity most likely in one place; one has titles in several languages."""
     place = tuple(entry.expected.more.get("index", (0, 0)))
     best, want = int(logits[place].argmax()), str(entry.expected.values)
-    found = runner.titles().get(best, [])
+    found = runner.titles(best)
     language = want.partition(":")[0] + ":"
     own = [t for t in found if t.startswith(language)] or found or [str(best)]
     return _same(entry, [want] if want in found else own, [want])

@@ -7,12 +7,14 @@ source the manifest and the files' agreement with each other are all there is. c
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+from ckpt_tool.checkpoint.dcp_metadata import METADATA
 from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert.manifest import MANIFEST
+from ckpt_tool.convert.plan import Plan
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
 from ckpt_tool.verify.beside import Beside, Damaged
@@ -37,30 +39,44 @@ def documents(subject: Subject) -> list[Finding]:
         return []  # one weight file alone, or an archive
     recorded = {} if subject.manifest is None else dict(subject.manifest.documents)
     found = [*_recorded(beside, recorded, subject)]
-    expected = None if subject.plan is None else _expected(subject)
-    if expected is None:
+    if subject.plan is None:
         found += _alone(subject, beside, recorded)
-    else:
-        found += tokenizer(subject, expected, beside, recorded)
-        found += _generation(subject, expected, beside, recorded)
-        found += _templates(subject, expected, beside, recorded)
-        found += _others(expected, beside, recorded)
-    return [*found, *_strangers(subject, beside, expected or {}, recorded)]
+        return [*found, *_strangers(subject, beside, {}, recorded)]
+    large = _large_and_equal(subject.plan, beside)
+    expected = _expected(subject, large)
+    found += tokenizer(subject, expected, beside, recorded, equal=large)
+    found += _generation(subject, expected, beside, recorded)
+    found += _templates(subject, expected, beside, recorded)
+    found += _others(expected, beside, recorded, large)
+    return [*found, *_strangers(subject, beside, {**expected, **dict.fromkeys(large, b"")}, recorded)]
 
 
 def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:
     return Finding(LEVEL, check, status, message, where, **more)
 
 
-def _expected(subject: Subject) -> dict[str, bytes]:
-    """What the plan would write beside the weights, but for what other checks compare."""
+def _large_and_equal(plan: Plan, beside: Beside) -> frozenset[str]:
+    """The documents that may be too large to hold and lie there byte for byte as the plan writes them."""
+    large = [d for d in plan.documents if not isinstance(d.held, bytes) and d.name in beside.names]
+    with suppress(Damaged):  # told where the file is compared by itself
+        return frozenset(d.name for d in large if beside.sha256(d.name) == d.sha256)
+    return frozenset()
+
+
+def _expected(subject: Subject, known: Container[str]) -> dict[str, bytes]:
+    """What the plan would write beside the weights, but for what other checks compare, or is `known`."""
     assert subject.plan is not None
     other = {"config.json"} if subject.direction == "to-hf" else set()
     return {
         d.name: d.content
         for d in subject.plan.documents
-        if d.name not in other and not d.name.endswith(".index.json") and d.name != MANIFEST
+        if d.name not in (*other, MANIFEST) and d.name not in known and not _is_list(d.name)
     }
+
+
+def _is_list(name: str) -> bool:
+    """Whether a document says which file has which tensor, which others may deal out otherwise."""
+    return name.endswith(".index.json") or name.rpartition("/")[2] == METADATA
 
 
 def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> Iterator[Finding]:
@@ -72,7 +88,7 @@ def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> 
             wrong.append(finding("documents", "fail", text, name))
         elif name not in subject.output.documents:
             try:
-                if hashlib.sha256(beside.read(name)).hexdigest() != sha256:
+                if beside.sha256(name) != sha256:
                     text = "expected the SHA-256 that the manifest has for this file, found another"
                     wrong.append(finding("documents", "fail", text, name))
             except Damaged as damage:
@@ -86,7 +102,7 @@ def _recorded(beside: Beside, recorded: Mapping[str, str], subject: Subject) -> 
 def _as_recorded(name: str, beside: Beside, recorded: Mapping[str, str]) -> bool:
     """Whether the file has the bytes that the manifest has the SHA-256 of."""
     try:
-        return recorded.get(name) == hashlib.sha256(beside.read(name)).hexdigest()
+        return recorded.get(name) == beside.sha256(name)
     except Damaged:
         return False
 
@@ -198,8 +214,11 @@ def _templates(
         yield finding("chat template", "pass", f"{len(want)} chat template(s) as in the source")
 
 
-def _others(expected: Mapping[str, bytes], beside: Beside, recorded: Mapping[str, str]) -> Iterator[Finding]:
-    """Documents that nothing else compares: of an original that was written back, params.json and so on."""
+def _others(
+    expected: Mapping[str, bytes], beside: Beside, recorded: Mapping[str, str], equal: Collection[str]
+) -> Iterator[Finding]:
+    """Documents that nothing else compares: of an original that was written back, params.json and so on.
+    Those called `equal` have been compared."""
     compared = {n for n in expected if n in TEMPLATES or is_template(n)}  # on the way to Hugging Face
     rest = [n for n in expected if n not in (GENERATION, *compared) and not is_tokenizer_file(n)]
     wrong = []
@@ -214,6 +233,7 @@ def _others(expected: Mapping[str, bytes], beside: Beside, recorded: Mapping[str
         except Damaged as damage:
             wrong.append(finding("documents", "fail", str(damage), name))
     yield from capped(wrong)
+    rest += sorted(n for n in equal if not is_tokenizer_file(n))
     if rest and not wrong:
         yield finding("documents", "pass", f"{', '.join(rest)}: as the plan writes them")
 
@@ -258,6 +278,9 @@ def _known(
 ) -> set[str]:
     """The files that are planned, recorded, or compared by another check whoever wrote them."""
     known = {*subject.output.files, *expected, *recorded, MANIFEST, "config.json"}
+    root = subject.output.path
+    paths = (p for f in subject.output.files.values() for p in f.paths)
+    known |= {p.relative_to(root).as_posix() for p in paths if p.is_relative_to(root)}
     if len(subject.output.files) > 1:
         known |= {n for n in subject.output.documents if n.endswith(".index.json")}
     if subject.direction != "to-hf":

@@ -3,13 +3,15 @@ they are mentioned, as a pass takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.dialects.entity_vocabulary import entries, pieces
+from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.beside import Beside, Damaged
 
 VOCABULARY = "entity_vocab.json"  # title: id, the title of a language as "en:Japan"
@@ -39,7 +41,7 @@ def entity_inputs(told: Mapping[str, Any], checkpoint: Checkpoint, device: str) 
         )
     ids = told.get("entity_ids")
     if ids is None:
-        known = titles(checkpoint)
+        known = {title: i for title, i in titles(checkpoint) if title in told["entity_tokens"]}
         if missing := [t for t in told["entity_tokens"] if t not in known]:
             raise NoEntities(
                 f"expected entities {', '.join(missing[:4])} in {VOCABULARY}, found none of the name"
@@ -49,13 +51,13 @@ def entity_inputs(told: Mapping[str, Any], checkpoint: Checkpoint, device: str) 
     return {name: torch.tensor(rows, device=device) for name, rows in found.items()}
 
 
-def titles(checkpoint: Checkpoint) -> dict[str, int]:
-    """The ids of the output's entities by their titles; NoEntities without a vocabulary that can be read."""
+def titles(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """The titles of the output's entities and their ids, one at a time: there may be millions. NoEntities
+    without a vocabulary that can be read."""
     beside = Beside.of(checkpoint)
     if VOCABULARY not in beside.names:
         raise NoEntities(f"the output has no {VOCABULARY}, which tells the ids of entities")
     try:
-        found = beside.json(VOCABULARY)
-    except Damaged as error:
+        yield from entries(pieces(beside.document(VOCABULARY)))
+    except (Damaged, CkptToolError) as error:
         raise NoEntities(f"{VOCABULARY} cannot be read: {error}") from error
-    return {title: i for title, i in found.items() if type(i) is int}

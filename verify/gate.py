@@ -63,6 +63,7 @@ class Check:
     device: str = "cpu"
     checkpoint_id: str | None = None
     transformers_python: str | None = None
+    expectations: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # of the family, for the conversion
     bars: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +129,7 @@ def run_check(
             checkpoint_id=check.checkpoint_id,
             settings=check.settings,
             transformers_python=check.transformers_python,
+            expectations=check.expectations,
             progress=progress,
         )
     except CkptToolError as error:
@@ -313,7 +315,7 @@ def _check(
         wrong("bars", "expected a table of bars, found another value")
     if not sound:
         return None
-    for key in ("out", "source", "prompts", "transformers_python"):
+    for key in ("out", "source", "prompts", "transformers_python", "expectations"):
         if key in made and scheme_of(made[key]) is None:
             made[key] = os.fspath(gate.parent / made[key])
     return Check(**made, file=os.fspath(gate))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.dcp import FORMAT as DISTRIBUTED
 from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.facts import classes
@@ -56,10 +57,15 @@ class Subject:
         converter may have dealt the tensors out to other files."""
         if self.direction == "to-hf":
             return {("", t.name): t for t in self.output}
-        return {(t.file, t.name): t for t in self.output}
+        return {(self.named(t.file), t.name): t for t in self.output}
+
+    def named(self, file: str) -> str:
+        """What tells a file of the output from others: nothing in a torch.distributed folder, which reads as
+        one file whatever data files its tensors were dealt out to."""
+        return "" if any(f.format == DISTRIBUTED for f in self.output.files.values()) else file
 
     def target(self, file: str, name: str) -> TensorInfo | None:
-        return self.targets.get(("" if self.direction == "to-hf" else file, name))
+        return self.targets.get(("" if self.direction == "to-hf" else self.named(file), name))
 
 
 @contextmanager

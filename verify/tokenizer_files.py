@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from ckpt_tool.verify.tokenizer_ids import Difference, Ids, Unreadable, compare,
 
 LEVEL, CHECK = "coverage", "tokenizer"
 ENTITIES = "entity_vocab.json"
+PIECES = "sentencepiece.bpe.model"  # whose ids fairseq moved
 JSON, CONFIG, MAP, ADDED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +49,7 @@ def is_tokenizer_file(name: str) -> bool:
     short = name.removeprefix("original/")
     return (
         short in TOKENIZER_FILES
-        or short == "tekken.json"
+        or short in ("tekken.json", PIECES)
         or short.startswith("tokenizer.model")
         or vocabulary_kind(short) is not None
     )
@@ -76,11 +77,17 @@ class _Result:
 
 
 def tokenizer(
-    subject: Subject, expected: Mapping[str, bytes], beside: Beside, recorded: Mapping[str, str]
+    subject: Subject,
+    expected: Mapping[str, bytes],
+    beside: Beside,
+    recorded: Mapping[str, str],
+    *,
+    equal: Collection[str] = (),
 ) -> list[Finding]:
-    """The findings about the tokenizer; `expected` is what the plan writes, `recorded` the manifest's."""
+    """The findings about the tokenizer; `expected` is what the plan writes, `recorded` the manifest's. The
+    files called `equal` have been compared, byte for byte."""
     want = {n: data for n, data in expected.items() if is_tokenizer_file(n)}
-    held = {n for n in beside.names if is_tokenizer_file(n)}
+    held = {n for n in beside.names if is_tokenizer_file(n) and n not in equal}
     if not want:
         return list(_unexpected(subject, beside, held, recorded))
     if not held:
@@ -88,7 +95,7 @@ def tokenizer(
             return []  # each is named as missing from the manifest's files
         text = "the source has a tokenizer, the output has none"
         return [finding("skipped", text, data={"open": True})]
-    result = _Result()
+    result = _Result(compared=[n for n in equal if is_tokenizer_file(n)])
     _compare(subject, want, held, beside, recorded, result)
     if result.wrong and (given := _given(subject, want, beside, recorded)):
         return [given]
@@ -289,6 +296,10 @@ def _lines(data: bytes) -> list[bytes]:
 def _can_load(missing: list[str], held: set[str], beside: Beside, result: _Result) -> None:
     """What is left without the `missing` files, which no manifest asks for: one that says it all, or not."""
     slow = {"tokenizer.model"} <= held or {"vocab.json", "merges.txt"} <= held or "vocab.txt" in held
+    if JSON in missing and PIECES in held:
+        text = f"expected this file, found none: of {PIECES} alone transformers 5 makes other ids"
+        result.fail(JSON, text)
+        missing = [n for n in missing if n != JSON]
     if ENTITIES in missing:
         result.fail(ENTITIES, "expected this file, found none: no other has the ids of entities")
         missing = [n for n in missing if n != ENTITIES]

@@ -7,9 +7,10 @@ storage offset or archive the file holds it in. Memory is the caller's buffer an
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -139,9 +140,15 @@ class TensorFile(ABC):
         """(file descriptor, file offset) where the dense bytes of `name` lie in one plain run, else
         None (strided views, say)."""
 
-    def records(self) -> Mapping[str, Record]:
-        """Checksummed runs by key; empty where the format has none."""
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
+        """Checksummed runs by key; empty where the format has none. With `of`, those of other tensors alone
+        need not be there."""
         return {}
+
+    def told(self) -> Iterator[object]:
+        """What the headers say beside the tensors: the records with their checksums."""
+        for key, r in self.records().items():
+            yield (key, r.size, r.crc32) if r.crc32c is None else (key, r.size, r.crc32c)
 
     def record_of(self, name: str) -> tuple[str, int] | None:
         """(record key, first byte in the record) of a tensor that is one run of a record, else None."""
@@ -187,6 +194,19 @@ class Document:
         """The document, for reading as much of it as is wanted at a time; may raise OSError."""
         return open(self.path, "rb")
 
+    def sha256(self, limit: int) -> str:
+        """Of all its bytes, which are read a few at a time; refuses what `read` refuses for its size."""
+        if self.size > limit:
+            fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        digest = hashlib.sha256()
+        try:
+            with self.open() as f:
+                while piece := f.read(1 << 20):
+                    digest.update(piece)
+        except OSError as error:
+            fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
+        return digest.hexdigest()
+
 
 class View(TensorFile):
     """A file seen with other tensors than it has: all but these is the `stored` file's own."""
@@ -200,8 +220,11 @@ class View(TensorFile):
     def paths(self) -> tuple[Path, ...]:
         return self.stored.paths
 
-    def records(self) -> Mapping[str, Record]:
-        return self.stored.records()
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
+        return self.stored.records(of)
+
+    def told(self) -> Iterator[object]:
+        return self.stored.told()
 
     def check_record(self, key: str) -> bool:
         return self.stored.check_record(key)
@@ -225,11 +248,12 @@ class Renamed(View):
     def absent(self, name: str) -> str | None:
         return self.stored.absent(self.own[name])
 
-    def records(self) -> Mapping[str, Record]:
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         new = {old: new for new, old in self.own.items()}
+        wanted = None if of is None else {old for name, old in self.own.items() if name in of}
         return {
             key: r if r.of is None else replace(r, of=new.get(r.of, r.of))
-            for key, r in self.stored.records().items()
+            for key, r in self.stored.records(wanted).items()
         }
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:

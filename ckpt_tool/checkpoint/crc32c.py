@@ -1,4 +1,5 @@
-"""CRC-32C (Castagnoli), the checksum of TensorFlow's files, in numpy: about 4 GB/s on one core.
+"""CRC-32C (Castagnoli), the checksum of TensorFlow's files, in numpy: about 4 GB/s on one core, and half of
+that for 64 KiB. Where google-crc32c is installed with its C code, that takes it: about 17 GB/s.
 
 zlib has only the other CRC-32, and one byte after another in Python gives 7 MB/s. A multiple of the generator
 with few terms makes long data short instead: where x^a + x^b + x^c + 1 is divisible by it, x^a may be
@@ -14,8 +15,11 @@ them. Parameters: RFC 3720, appendix B.4. Masked checksums: LevelDB's util/crc32
 from __future__ import annotations
 
 import threading
+import warnings
 from bisect import bisect_right
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
+from importlib import import_module
 
 import numpy as np
 
@@ -36,6 +40,28 @@ _local = threading.local()
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """The checksum of bytes with the checksum `crc` followed by `data`."""
     view = memoryview(data).cast("B")
+    library = _library()
+    if library is not None:
+        for start in range(0, len(view), PIECE):
+            crc = library(crc, bytes(view[start : start + PIECE]))
+        return crc
+    return _folded(view, crc)
+
+
+@cache
+def _library() -> Callable[[int, bytes], int] | None:
+    """The function of google-crc32c, if it is there and no Python."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = import_module("google_crc32c")
+    except ImportError:
+        return None
+    extend: Callable[[int, bytes], int] = found.extend
+    return extend if found.implementation == "c" else None
+
+
+def _folded(view: memoryview, crc: int) -> int:
+    """The same in numpy."""
     folding: _Folding | None = getattr(_local, "folding", None)
     if folding is None:
         folding = _local.folding = _Folding()

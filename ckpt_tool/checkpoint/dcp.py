@@ -11,9 +11,10 @@ Source: torch 2.13.0 (distributed/checkpoint/filesystem.py).
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,15 +26,15 @@ from ckpt_tool.checkpoint.dcp_metadata import (
     EXTRA_STATE,
     METADATA,
     METADATA_BYTES,
-    Item,
     Metadata,
     Told,
     read_metadata,
 )
+from ckpt_tool.checkpoint.dcp_places import Item
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pickle_records import Inert
-from ckpt_tool.checkpoint.pieces import Bits, Joined, Piece
+from ckpt_tool.checkpoint.pieces import Bits, Joined
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
@@ -42,7 +43,10 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 FORMAT = "dcp"
 COMMON_STATE = re.compile(r"common_state/shard_0_1")
+RUN = ("args", "checkpoint_version", "iteration")
 _BARE = "tensor"
+_HEAD = 4096
+BLOCK = 4 << 20
 # What every `.metadata` names.
 _USUAL = ("torch.distributed.checkpoint.", "torch.", "pathlib.")
 _RANK = re.compile(r"__(\d+)_\d+\.distcp", re.ASCII)
@@ -74,12 +78,11 @@ class DcpFile(TensorFile):
         self.metadata: Mapping[str, object] = {}
         self.imports = tuple(n for n in told.imports if not n.startswith(_USUAL))
         self._files = Files(places)
-        self._places: dict[Item, Laid] = {}
-        self._owners = {p.place: (t, p) for t in told.tensors.values() for p in t.pieces}
-        self._keys = {_key(item): item for item in self._owners}
-        self._seen: dict[Item, IntervalCrc] = {}
+        # By the number of a piece.
+        self._places: dict[int, Laid] = {}
+        self._seen: dict[int, IntervalCrc] = {}
         self._lock = threading.Lock()
-        self._joined: Joined[Item] = Joined(self._collected)
+        self._joined: Joined[int] = Joined(self._collected)
         self.notes = tuple(self._counts())
 
     @property
@@ -90,7 +93,9 @@ class DcpFile(TensorFile):
         """What the folder holds besides tensors that are read."""
         states = sum(EXTRA_STATE.fullmatch(n) is not None for n in self._told.objects)
         others = sorted(
-            n for n in self._told.objects if not EXTRA_STATE.fullmatch(n) and not COMMON_STATE.fullmatch(n)
+            n
+            for n in self._told.objects
+            if not EXTRA_STATE.fullmatch(n) and not COMMON_STATE.fullmatch(n) and n not in RUN
         )
         made = [f"{states} entries of extra state (of fp8 scaling, or empty) were left out"] if states else []
         if others:
@@ -105,22 +110,31 @@ class DcpFile(TensorFile):
 
     # --- items ---
 
-    def _laid(self, item: Item) -> Laid:
-        found = self._places.get(item)
+    def _item(self, number: int) -> Item:
+        return self._told.table.item(number)
+
+    def _owner(self, number: int) -> Told:
+        """The tensor that a piece is of."""
+        return self._told.tensors[self._told.owners.of(number)]
+
+    def _laid(self, number: int) -> Laid:
+        found = self._places.get(number)
         if found is None:
+            item = self._item(number)
             with self._files.use(item.path) as data:
-                opened = self._parsed(item, data)
+                opened = self._parsed(number, item, data)
                 extent, place = opened.extent(_BARE), opened.record_of(_BARE)
                 record = None if place is None else opened.records()[place[0]]
                 plain = extent is not None and record is not None
                 found = Laid(extent[1] if extent and plain else None, record, place[1] if place else 0)
                 opened.close()
-            self._places[item] = found
+            self._places[number] = found
         return found
 
-    def _parsed(self, item: Item, data: ByteRange) -> TorchZipFile:
+    def _parsed(self, number: int, item: Item, data: ByteRange) -> TorchZipFile:
         """The zip of a piece, which must be what the metadata says of it."""
-        told, piece = self._owners[item]
+        told = self._owner(number)
+        size = told.pieces[number - told.pieces.first].size
         try:
             opened = torch_zip(ZipArchive(Part(data, item.offset, item.length)), _BARE)
         except CkptToolError as error:
@@ -129,43 +143,43 @@ class DcpFile(TensorFile):
         if there is None or len(opened.tensors) != 1:
             found = f"{len(opened.tensors)} others"
             fail("wrong-format", f"expected one tensor, found {found}", file=item.path, where=told.name)
-        if (there.dtype, there.shape) != (told.dtype, piece.size):
+        if (there.dtype, there.shape) != (told.dtype, size):
             fail(
                 "size-mismatch",
-                f"expected {told.dtype} {list(piece.size)} as .metadata says, found {there.dtype} "
+                f"expected {told.dtype} {list(size)} as .metadata says, found {there.dtype} "
                 f"{list(there.shape)}",
                 file=item.path,
                 where=told.name,
             )
         return opened
 
-    def _read(self, item: Item, start: int, buffer: memoryview) -> None:
+    def _read(self, number: int, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the dense bytes of a piece from `start` on."""
-        laid = self._laid(item)
+        laid, item = self._laid(number), self._item(number)
         with self._files.use(item.path) as data:
             if laid.at is not None:
-                data.read_into(laid.at - data.base + start, buffer, self._owners[item][0].name)
+                data.read_into(laid.at - data.base + start, buffer, self._owner(number).name)
                 return
-            opened = self._parsed(item, data)
+            opened = self._parsed(number, item, data)
             opened.read_into(_BARE, start, buffer)
             opened.close()
 
-    def _collected(self, item: Item, first: int, out: Bits) -> None:
+    def _collected(self, number: int, first: int, out: Bits) -> None:
         """Elements of a piece from `first` on, their checksum kept."""
         data, start = out.data.cast("B"), first * out.itemsize
-        self._read(item, start, data)
-        if self._laid(item).record is not None:
+        self._read(number, start, data)
+        if self._laid(number).record is not None:
             with self._lock:
-                seen = self._seen.setdefault(item, IntervalCrc())
+                seen = self._seen.setdefault(number, IntervalCrc())
             seen.add(start, len(data), crc32(data))
 
     # --- tensors ---
 
-    def _single(self, name: str) -> Item | None:
-        """The item that is the whole tensor, row by row."""
+    def _single(self, name: str) -> int | None:
+        """The piece that is the whole tensor, row by row."""
         pieces = self._told.tensors[name].pieces
-        whole = len(pieces) == 1 and self._laid(pieces[0].place).at is not None
-        return pieces[0].place if whole else None
+        whole = len(pieces) == 1 and self._laid(pieces.first).at is not None
+        return pieces.first if whole else None
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         told: Told = self._told.tensors[name]
@@ -175,8 +189,8 @@ class DcpFile(TensorFile):
             )
         if not len(buffer):
             return
-        if (item := self._single(name)) is not None:
-            self._read(item, offset, buffer)
+        if (number := self._single(name)) is not None:
+            self._read(number, offset, buffer)
             return
         bits = DTYPES[told.dtype].bits
         self._joined.read_into(name, told.shape, told.pieces, bits, offset, buffer)
@@ -184,48 +198,62 @@ class DcpFile(TensorFile):
     def extent(self, name: str) -> None:
         """None: files are opened while they are read, for a folder may have thousands of them."""
 
-    def records(self) -> Mapping[str, Record]:
-        """Those of all items, by file and place: every item is parsed for it, once."""
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
+        """By the number of the piece, which is parsed for it, once."""
         return {
-            key: replace(record, key=key, of=self._owners[item][0].name)
-            for key, item in self._keys.items()
-            if (record := self._laid(item).record) is not None
+            str(number): replace(record, key=str(number), of=name)
+            for name, told in self._told.tensors.items()
+            if of is None or name in of
+            for number in range(told.pieces.first, told.pieces.first + len(told.pieces))
+            if (record := self._laid(number).record) is not None
         }
 
     def record_of(self, name: str) -> tuple[str, int] | None:
-        item = self._single(name)
-        return None if item is None else (_key(item), self._laid(item).start)
+        number = self._single(name)
+        return None if number is None else (str(number), self._laid(number).start)
 
     def check_record(self, key: str) -> bool:
-        item = self._keys[key]
-        record = self._laid(item).record
+        number = int(key)
+        record = self._laid(number).record
         if record is None:
             raise KeyError(key)
-        seen = self._seen.get(item)
+        seen = self._seen.get(number)
         crc = None if seen is None else seen.value(record.size)
         if crc is not None and crc == record.crc32:
             return True
+        item = self._item(number)
         with self._files.use(item.path) as data:
-            opened = self._parsed(item, data)
+            opened = self._parsed(number, item, data)
             try:
                 return opened.check_record(record.key)
             except CkptToolError as error:
-                raise _of(error, item, self._owners[item][0]) from None
+                raise _of(error, item, self._owner(number)) from None
             finally:
                 opened.close()
+
+    def told(self) -> Iterator[object]:
+        """What `.metadata` says, which names each piece and its bytes; no piece is opened for it."""
+        digest = hashlib.sha256()
+        for at in range(0, self._own.size, BLOCK):
+            digest.update(self._own.read(at, min(BLOCK, self._own.size - at)))
+        yield digest.hexdigest()
 
     # --- beside the tensors ---
 
     def common_state(self) -> Mapping[str, object]:
-        """What Megatron-Core from 0.17 keeps of the run in an entry that is no tensor: a list of one dict."""
+        """What Megatron-Core from 0.17 keeps of the run in an entry that is no tensor, a list of one dict; in
+        its formats without shards (torch_dcp, fsdp_dtensor) each value is an entry."""
         item = next((i for n, i in self._told.objects.items() if COMMON_STATE.fullmatch(n)), None)
         if item is None:
-            return {}
-        with self._files.use(item.path) as data:
-            value = zip_value(ZipArchive(Part(data, item.offset, item.length)))
+            return {n: self._value(self._told.objects[n]) for n in RUN if n in self._told.objects}
+        value = self._value(item)
         inner = value[0] if type(value) is list and len(value) == 1 else value
         found = inner.fields if type(inner) is Inert else inner
         return {k: v for k, v in found.items() if type(k) is str} if isinstance(found, Mapping) else {}
+
+    def _value(self, item: Item) -> object:
+        with self._files.use(item.path) as data:
+            return zip_value(ZipArchive(Part(data, item.offset, item.length)))
 
     def check_unchanged(self) -> None:
         self._own.check_unchanged()
@@ -242,10 +270,6 @@ def _of(error: CkptToolError, item: Item, told: Told) -> CkptToolError:
     return CkptToolError(*(replace(p, file=item.path, where=told.name) for p in error.problems))
 
 
-def _key(item: Item) -> str:
-    return f"{item.path}@{item.offset}"
-
-
 def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
     """The folder whose files `place` finds, opened: `.metadata` is read, and the files that it names must be
     there and long enough. Kinds: those of `read_metadata`, `missing-shard`, `truncated`."""
@@ -254,12 +278,11 @@ def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
     try:
         if own.size > METADATA_BYTES:
             fail("pickle-limit", f"expected at most {METADATA_BYTES} bytes, found {own.size}", file=name)
-        data = own.read(0, own.size)
-        if (sign := pointer(data)) is not None:
+        if (sign := pointer(own.head(_HEAD))) is not None:
             fail("wrong-format", f"expected a list of tensors, found {sign.what}", file=name, hint=sign.hint)
-        if not data:
+        if not own.size:
             fail("truncated", "expected a list of tensors, found an empty file", file=name)
-        told = read_metadata(data, file=name)
+        told = read_metadata(own, file=name)
         places: dict[str, Place] = {}
         fail_all(_missing(told, place, places))
         return DcpFile(own, told, places)
@@ -270,11 +293,7 @@ def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
 
 def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Place]) -> Iterable[Problem]:
     """Files that are named and not there, or too short; the others are `found`."""
-    ends: dict[str, int] = {}
-    pieces: list[Piece[Item]] = [p for t in told.tensors.values() for p in t.pieces]
-    for item in (*(p.place for p in pieces), *told.objects.values()):
-        ends[item.path] = max(ends.get(item.path, 0), item.offset + item.length)
-    for path, end in sorted(ends.items()):
+    for path, end in sorted(told.ends.items()):
         try:
             there = found[path] = place(path)
         except CkptToolError as error:

@@ -13,41 +13,35 @@ Source: torch 2.13.0 (distributed/checkpoint/metadata.py, filesystem.py), megatr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import NoReturn
 
+import numpy as np
+
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.dcp_listing import BOX, Chunks, Listing
+from ckpt_tool.checkpoint.dcp_places import MOST, Ints, Item, Listed, Owners, Table
+from ckpt_tool.checkpoint.pickle_bytes import WINDOW
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits, describe
-from ckpt_tool.checkpoint.pieces import Numbers, Piece, tiling_fault
+from ckpt_tool.checkpoint.pickle_rows import fields_of
+from ckpt_tool.checkpoint.pieces import Boxes, Numbers, tiling_fault
 from ckpt_tool.checkpoint.tensor_names import name_fault
 from ckpt_tool.checkpoint.torch_state import unsafe_problems
-from ckpt_tool.checkpoint.unpickle import Machine
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 METADATA = ".metadata"
 DATA = ".distcp"
 METADATA_BYTES = 1 << 30
-DIMENSIONS = 16
-# A model of half a million tensors has a few hundred opcodes for each; memory is that of the file many times
-# over.
-LIMITS = Limits(opcodes=400_000_000, memo=100_000_000, tensors=0, memory=4 << 30)
-_FILE = re.compile(r"[\w.-]{1,255}", re.ASCII)
+HELD = 32 << 20  # bytes that are read once; of more, a part at a time, twice
+# A model of half a million tensors has a few hundred opcodes for each.
+LIMITS = Limits(opcodes=400_000_000, memo=100_000_000, tensors=0, memory=2 << 30)
 _DTYPES = {d.torch: d.name for d in DTYPES.values()}
 # Written by Megatron for each module, and what an optimizer knows of each parameter.
 EXTRA_STATE = re.compile(r"(.*[._])?_extra_state(/shard_[\d._]+)?", re.ASCII)
 # Megatron flattens its tensors into buckets with gaps between them.
 OPTIMIZER = re.compile(r"(.*\.)?optim\w*\.", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """The bytes of one piece: `length` from `offset` on of the file `path` of the folder."""
-
-    path: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,173 +51,177 @@ class Told:
     name: str
     dtype: str
     shape: Numbers
-    pieces: tuple[Piece[Item], ...]
+    pieces: Boxes
 
 
 @dataclass
 class Metadata:
-    """`objects` are the entries that are no tensors, each with its bytes; `odd` tensors of a dtype that is
-    not read, by name, `unfit` those of the optimizer that are not whole."""
+    """`table` and `owners` say where the pieces of `tensors` are and whose they are, by their numbers;
+    `objects` are the entries that are no tensors, each with its bytes; `odd` tensors of a dtype that is not
+    read, by name, `unfit` those of the optimizer that are not whole. `ends` are the files that any of them
+    are in, and how long each is at least."""
 
+    table: Table
     tensors: dict[str, Told] = field(default_factory=dict)
+    owners: Owners = field(default_factory=Owners)
     objects: dict[str, Item] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
     unfit: list[str] = field(default_factory=list)
+    ends: dict[str, int] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     version: str | None = None
 
 
-def read_metadata(data: bytes, *, file: str) -> Metadata:
-    """What the bytes of a `.metadata` say, checked: every tensor is made up of its pieces, each element once,
-    and every piece has its bytes, in a file of the folder. Fails with every problem found: kinds of
-    `read_pickle`, `wrong-format`, `unsafe-pickle`, `bad-name`, `size-mismatch`, `shard-conflict`,
-    `missing-shard`, `missing-record`, `unsupported`."""
-    machine = Machine(data, file=file, limits=LIMITS)
+def read_metadata(source: ByteRange, *, file: str) -> Metadata:
+    """What a `.metadata` says, checked: every tensor is made up of its pieces, each element once, and every
+    piece has its bytes, in a file of the folder. Fails with every problem found: kinds of `read_pickle`,
+    `wrong-format`, `unsafe-pickle`, `bad-name`, `size-mismatch`, `shard-conflict`, `missing-shard`,
+    `missing-record`, `unsupported`."""
+    size = source.size
+    held = source.read(0, size) if size <= HELD else b""
+
+    def feed(offset: int) -> bytes:
+        count = min(WINDOW, size - offset)
+        return held[offset : offset + count] if held else source.read(offset, count)
+
+    listed = Listed(file)
+    machine = Listing(feed(0), file=file, limits=LIMITS, end=size, feed=feed, pairs=listed.take)
     try:
         pickled = machine.run()
     except CkptToolError as error:
         raise CkptToolError(*unsafe_problems(machine, file), *error.problems) from None
     fail_all(unsafe_problems(pickled, file))
-    if pickled.end != len(data):
-        extra = len(data) - pickled.end
+    if pickled.end != size:
+        extra = size - pickled.end
         fail(
             "trailing-data",
             f"expected the end of the pickle at byte {pickled.end}, found {extra} more",
             file=file,
         )
-    return _Reader(file).read(pickled.value, tuple(map(str, pickled.imports)))
+    imports = tuple(map(str, pickled.imports))
+    root = pickled.value
+    del machine, pickled
+    return _Reader(file, listed).read(root, imports)
 
 
 class _Reader:
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, listed: Listed) -> None:
         self.file = file
+        self.listed = listed
+        self.fault = listed.fault
         self.problems: list[Problem] = []
-
-    def fault(self, message: str, where: str | None = None, kind: str = "bad-pickle") -> NoReturn:
-        fail(kind, message, file=self.file, where=where)
-
-    def fields(self, value: object, what: str, where: str | None = None) -> Mapping[str, object]:
-        if type(value) is not Inert or not value.fields:
-            self.fault(f"expected {what}, found {describe(value)}", where)
-        return value.fields
+        self.numbers: list[Ints] = []  # of the places, in the order of the tensors' pieces
+        self.pieces = 0
 
     def read(self, root: object, imports: tuple[str, ...]) -> Metadata:
-        told = root.fields if type(root) is Inert else {}
-        state, storage = told.get("state_dict_metadata"), told.get("storage_data")
+        state, storage, version = fields_of(root, ("state_dict_metadata", "storage_data", "version"))
         if type(state) is not dict or type(storage) is not dict:
             self.fault(
                 f"expected state_dict_metadata and storage_data of a torch.distributed checkpoint, found "
                 f"{describe(root)}",
                 kind="wrong-format",
             )
-        items = self.items(storage)
-        version = told.get("version")
-        found = Metadata(imports=imports, version=version if type(version) is str else None)
-        for name, entry in state.items():
+        if storage or len(self.listed.dicts.keys() | {id(storage)}) > 1:
+            what = "others beside them" if storage else "another dict of them"
+            self.fault(f"expected the places of pieces in storage_data alone, found {what}")
+        found = Metadata(self.listed.table(), imports=imports)
+        found.version = version if type(version) is str else None
+        self.problems += self.listed.conflicts()
+        self.places = self.listed.by_name()
+        for name in list(state):
+            entry = state.pop(name)
             fault = name_fault(name) if type(name) is str else "expected a name, found none"
             if fault is not None:
                 self.problems.append(Problem("bad-name", fault, self.file))
-                continue
-            own = items.pop(name, {})
-            chunks = entry.fields.get("chunks") if type(entry) is Inert else None
-            if chunks is None:
-                self.other(name, entry, own, found)
+            elif fields_of(entry, ("chunks",))[0] is None:
+                self.other(name, entry, found)
             else:
-                self.tensor(name, self.fields(entry, "a tensor's entry", name), own, found)
+                self.tensor(name, entry, found)
         fail_all(self.problems)
+        every = np.concatenate(self.numbers) if self.numbers else np.zeros(0, np.int64)
+        found.table = found.table.taken(every)
+        found.ends = found.table.ends()
+        for item in found.objects.values():
+            found.ends[item.path] = max(found.ends.get(item.path, 0), item.offset + item.length)
         return found
 
-    def items(self, storage: Mapping[object, object]) -> dict[str, dict[Numbers | None, Item]]:
-        """By name and first element, None for entries that are no tensors."""
-        found: dict[str, dict[Numbers | None, Item]] = {}
-        owners: dict[tuple[str, int], str] = {}
-        for key, value in storage.items():
-            index = self.fields(key, "the index of a piece")
-            name, start = index.get("fqn"), index.get("offset")
-            if type(name) is not str:
-                self.fault(f"expected the name of a piece, found {describe(name)}")
-            first = None if start is None else self.numbers(start, "the first element of a piece", name)
-            item = self.item(self.fields(value, "the place of a piece", name), name)
-            if found.setdefault(name, {}).setdefault(first, item) is not item:
-                message = f"expected one place for each piece, found two for the one at {first}"
-                self.problems.append(Problem("shard-conflict", message, self.file, name))
-            elif (item.path, item.offset) in owners:
-                other = printable(owners[item.path, item.offset])
-                message = f"expected bytes of its own for each piece, found those of {other}"
-                self.problems.append(Problem("shard-conflict", message, self.file, name))
-            owners[item.path, item.offset] = name
-        return found
-
-    def item(self, told: Mapping[str, object], name: str) -> Item:
-        path, offset, length = (told.get(k) for k in ("relative_path", "offset", "length"))
-        if type(path) is not str or type(offset) is not int or type(length) is not int:
-            self.fault("expected a file, an offset and a length, found other values", name)
-        if not _FILE.fullmatch(path) or path in (".", ".."):
-            self.fault(
-                f"expected the name of a file of the folder, found {printable(path)!r}", name, "bad-input"
-            )
-        if told.get("transform_descriptors"):
-            what = f"{printable(str(told['transform_descriptors']), 60)}"
-            self.fault(
-                f"expected plain bytes, found ones that the writer transformed ({what})", name, "unsupported"
-            )
-        if offset < 0 or length < 0 or offset + length >= 1 << 63:
-            self.fault(f"expected a place in a file, found {length} bytes at {offset}", name, "size-mismatch")
-        return Item(path, offset, length)
-
-    def numbers(self, value: object, what: str, name: str) -> Numbers:
-        if type(value) is not tuple or len(value) > DIMENSIONS or any(type(n) is not int for n in value):
-            self.fault(
-                f"expected {what} in at most {DIMENSIONS} whole numbers, found {describe(value)}", name
-            )
-        return value
-
-    def other(self, name: str, told: object, own: Mapping[Numbers | None, Item], found: Metadata) -> None:
+    def other(self, name: str, told: object, found: Metadata) -> None:
         """An entry that is no tensor."""
-        item = own.get(None) or next(iter(own.values()), None)
-        if type(told) is not Inert or item is None:
+        rows = self.places.rows(name)
+        if type(told) is not Inert or not len(rows):
             self.problems.append(Problem("missing-record", "expected its bytes, found none", self.file, name))
             return
-        found.objects[name] = item
+        bare = rows[self.places.axes[rows] < 0]
+        found.objects[name] = found.table.item(int((bare if len(bare) else rows)[0]))
 
-    def tensor(
-        self, name: str, told: Mapping[str, object], own: Mapping[Numbers | None, Item], found: Metadata
-    ) -> None:
-        shape = self.numbers(told.get("size"), "a shape", name)
-        chunks = told.get("chunks")
-        if not isinstance(chunks, list):
-            self.fault(f"expected a list of pieces, found {describe(chunks)}", name)
+    def tensor(self, name: str, entry: object, found: Metadata) -> None:
+        size, chunks, properties = fields_of(entry, ("size", "chunks", "properties"))
+        shape = self.listed.numbers(size, "a shape", name)
         if min((0, *shape)) < 0 or prod(max(n, 1) for n in shape) > 1 << 62:
             self.fault(f"expected a shape of at most 2^62 elements, found {shape}", name, "size-mismatch")
-        pieces = list(self.pieces(name, chunks, own))
-        dtype = self.dtype(told.get("properties"), name)
+        if type(chunks) is not Chunks:
+            self.malformed(chunks, name, shape)
+        dtype = self.dtype(properties, name)
+        starts, sizes, numbers = self.matched(name, chunks)
         if dtype not in _DTYPES:
             found.odd[name] = dtype
             return
-        if len(pieces) < len(chunks):
-            return  # said by `pieces`
-        if (fault := tiling_fault(shape, pieces)) is not None and OPTIMIZER.match(name):
+        if numbers is None:
+            return  # said by `matched`
+        fault = tiling_fault(shape, boxes := Boxes(starts, sizes, self.pieces))
+        if fault is not None and OPTIMIZER.match(name):
             found.unfit.append(name)
-            return
-        if fault is not None:
+        elif fault is not None:
             self.problems.append(Problem(fault[0], fault[1], self.file, name))
-            return
-        pieces.sort(key=lambda p: p.start)
-        found.tensors[name] = Told(name, _DTYPES[dtype], shape, tuple(pieces))
+        else:
+            found.tensors[name] = Told(name, _DTYPES[dtype], shape, boxes)
+            found.owners.add(self.pieces, name)
+            self.numbers.append(numbers)
+            self.pieces += len(numbers)
 
-    def pieces(
-        self, name: str, chunks: list[object], own: Mapping[Numbers | None, Item]
-    ) -> Iterator[Piece[Item]]:
+    def malformed(self, chunks: object, name: str, shape: Numbers) -> NoReturn:
+        """Of chunks that could not be packed."""
+        if type(chunks) is not list:
+            self.fault(f"expected a list of pieces, found {describe(chunks)}", name)
         for chunk in chunks:
-            box = self.fields(chunk, "the box of a piece", name)
-            start = self.numbers(box.get("offsets"), "the first element of a piece", name)
-            size = self.numbers(box.get("sizes"), "the size of a piece", name)
-            item = own.get(start)
-            if item is None:
-                message = f"expected the bytes of the piece at {list(start)}, found no place for them"
-                self.problems.append(Problem("missing-record", message, self.file, name))
-                continue
-            yield Piece(start, size, item)
+            start, size = fields_of(chunk, BOX)
+            start = self.listed.numbers(start, "the first element of a piece", name)
+            size = self.listed.numbers(size, "the size of a piece", name)
+            if not len(start) == len(size) == len(shape):
+                found = f"one of {list(size)} at {list(start)}"
+                self.fault(f"expected pieces inside {list(shape)}, found {found}", name, "size-mismatch")
+        self.fault(f"expected pieces, found {len(chunks)} others", name)
+
+    def matched(self, name: str, chunks: Chunks) -> tuple[Ints, Ints, Ints | None]:
+        """The first elements, sizes and places of a tensor's pieces, in the order of their first elements;
+        None where some have no place, or two."""
+        axes = chunks.axes
+        boxes = np.array(chunks.numbers, np.int64).reshape(chunks.count, 2, axes)
+        starts, sizes = boxes[:, 0], boxes[:, 1]
+        rows = self.places.rows(name)
+        if len(rows) == chunks.count == 1 and self.places.axes[rows[0]] == axes:
+            there = self.places.starts(rows, axes)
+            if (there == starts).all():
+                return starts, sizes, rows
+        own = rows[self.places.axes[rows] == axes]
+        there = self.places.starts(own, axes)
+        here, other = _order(starts), _order(there)
+        starts, sizes, there, own = starts[here], sizes[here], there[other], own[other]
+        again = (there[1:] == there[:-1]).all(axis=1) if len(there) else np.zeros(0, bool)
+        if again.any():
+            first = tuple(there[int(np.argmax(again))].tolist())
+            message = f"expected one place for each piece, found two for the one at {first}"
+            self.problems.append(Problem("shard-conflict", message, self.file, name))
+            return starts, sizes, None
+        if len(own) == chunks.count and bool((there == starts).all()):
+            return starts, sizes, own
+        known = {tuple(s): k for k, s in enumerate(there.tolist())}
+        gone = [s for s in starts.tolist() if tuple(s) not in known]
+        for start in gone[:MOST]:
+            message = f"expected the bytes of the piece at {start}, found no place for them"
+            self.problems.append(Problem("missing-record", message, self.file, name))
+        at = [known.get(tuple(s), 0) for s in starts.tolist()]
+        return starts, sizes, None if gone else own[np.array(at, np.int64)]
 
     def dtype(self, properties: object, name: str) -> str:
         """The torch name; the properties are a tuple that begins with it, or in old releases fields."""
@@ -234,3 +232,10 @@ class _Reader:
         if type(named) is not Global or named.module != "torch":
             self.fault(f"expected a torch dtype, found {describe(named)}", name)
         return named.name
+
+
+def _order(starts: Ints) -> Ints:
+    """That in which the first elements come one after the other."""
+    if not starts.shape[1]:
+        return np.arange(len(starts))
+    return np.lexsort(tuple(starts[:, k] for k in reversed(range(starts.shape[1]))))

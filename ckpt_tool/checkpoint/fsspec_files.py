@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.remote_file import Again, Served
 from ckpt_tool.checkpoint.remote_path import without_secrets
@@ -68,6 +69,14 @@ def _version(told: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(told[key]) for key in _VERSION if told.get(key) is not None}
 
 
+def _stored(store: Any, path: str, label: str) -> Served:
+    try:
+        told = store.info(path)  # lists tell less of a file
+    except Exception as error:
+        _refuse(error, label)
+    return StoredFile(store, path, label, int(told["size"]), _version(told))
+
+
 def listing(address: str) -> tuple[dict[str, Callable[[], Served]], str | None]:
     """(the files at an address by name, the name of the one that it means, None where it means a folder)."""
     shown = without_secrets(address)
@@ -102,12 +111,12 @@ def listing(address: str) -> tuple[dict[str, Callable[[], Served]], str | None]:
         name = path.removeprefix(folder).lstrip("/")
         if info["type"] != "file" or any(p in ("", ".", "..") for p in name.split("/")):
             continue
-        stored = StoredFile(store, path, f"{shown}/{name}", int(info["size"]), _version(info))
-        files[name] = lambda stored=stored: stored  # type: ignore[misc]
+        label = f"{shown.rpartition('/')[0] if single else shown}/{name}"
+        files[name] = partial(_stored, store, path, label)
     return files, root.rpartition("/")[2] if single else None
 
 
-def _refuse(error: Exception, shown: str) -> None:
+def _refuse(error: Exception, shown: str) -> NoReturn:
     text = printable(error, 200) or type(error).__name__
     if isinstance(error, ValueError) and re.match("Protocol not known", str(error)):
         fail(

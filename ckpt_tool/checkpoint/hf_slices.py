@@ -14,17 +14,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Place
+from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Numbers, Piece, tiling_fault
-from ckpt_tool.checkpoint.safetensors import SafetensorsFile, open_safetensors
+from ckpt_tool.checkpoint.safetensors import SafetensorsFile, header_of
 from ckpt_tool.errors import Problem, fail, fail_all
 
 NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 INFO = "DCP_SHARDING_INFO"
-Slice = tuple[SafetensorsFile, str]  # and its name there
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The bytes of a slice of dtype `dtype`: they begin at byte `begin` of the file called `file`."""
+
+    file: str
+    begin: int
+    dtype: str
 
 
 class SlicedFile(TensorFile):
@@ -32,50 +42,49 @@ class SlicedFile(TensorFile):
 
     format = "safetensors"
 
-    def __init__(self, files: list[SafetensorsFile], pieces: Mapping[str, list[Piece[Slice]]]) -> None:
+    def __init__(self, files: Files, pieces: Mapping[str, list[Piece[Slice]]]) -> None:
         self._files, self._pieces = files, pieces
-        self.path, self.name = files[0].path, files[0].name
+        first = next(iter(files.places))
+        self.path, self.name = files.places[first].path, first
         self.metadata: Mapping[str, object] = {}
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, own[0].place[0].tensors[name].dtype, _shape(own), self.name)
-            for name, own in pieces.items()
+            name: TensorInfo(name, own[0].place.dtype, _shape(own), self.name) for name, own in pieces.items()
         }
-        self._joined: Joined[Slice] = Joined(_read)
-        ranks = len({m["rank"] for f in files if (m := NAME.fullmatch(f.name))})
+        self._joined: Joined[Slice] = Joined(self._read)
+        ranks = len({m["rank"] for f in files.places if (m := NAME.fullmatch(f))})
         self.notes = (
             f"slices of {ranks} ranks were joined; their files do not say how many ranks there were",
         )
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return tuple(f.path for f in self._files)
+        return tuple(place.path for place in self._files.places.values())
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         own, told = self._pieces[name], self.tensors[name]
         if offset < 0 or offset + len(buffer) > told.nbytes:
             raise ValueError(f"{name}: bytes {offset} to {offset + len(buffer)} of {told.nbytes}")
         if len(own) == 1:
-            own[0].place[0].read_into(name, offset, buffer)
+            self._fill(own[0].place, offset, buffer, name)
         else:
             self._joined.read_into(name, told.shape, own, DTYPES[told.dtype].bits, offset, buffer)
 
-    def extent(self, name: str) -> tuple[int, int] | None:
-        own = self._pieces[name]
-        return own[0].place[0].extent(name) if len(own) == 1 else None
+    def _fill(self, place: Slice, offset: int, buffer: memoryview, name: str | None = None) -> None:
+        with self._files.use(place.file) as data:
+            data.read_into(place.begin + offset, buffer, name)
+
+    def _read(self, place: Slice, first: int, out: Bits) -> None:
+        self._fill(place, first * out.itemsize, out.data.cast("B"))
+
+    def extent(self, name: str) -> None:
+        """None: files are opened while they are read, for there may be thousands of them."""
 
     def check_unchanged(self) -> None:
-        for file in self._files:
-            file.check_unchanged()
+        self._files.check_unchanged()
 
     def close(self) -> None:
         self._joined.forget()
-        for file in self._files:
-            file.close()
-
-
-def _read(place: Slice, first: int, out: Bits) -> None:
-    file, name = place
-    file.read_into(name, first * out.itemsize, out.data.cast("B"))
+        self._files.close()
 
 
 def _shape(pieces: list[Piece[Slice]]) -> Numbers:
@@ -91,39 +100,43 @@ def slice_files(names: Collection[str]) -> list[str]:
 def open_slices(place: Callable[[str], Place], names: list[str], header_limit: int) -> SlicedFile:
     """The files `names` as one. Kinds: those of `open_safetensors`, `bad-safetensors` (no place of a slice),
     `dtype-mismatch`, `shard-conflict`, `missing-shard`."""
-    files: list[SafetensorsFile] = []
+    files = Files({name: place(name) for name in names})
     try:
-        for name in names:
-            there = place(name)
-            files.append(open_safetensors(there.path, name, window=there.window, header_limit=header_limit))
         pieces: dict[str, list[Piece[Slice]]] = {}
-        for file in files:
-            offsets = _offsets(file)
-            for name, told in file.tensors.items():
-                start = offsets.get(name)
-                if start is None or len(start) != len(told.shape):
-                    message = f"expected the place of this slice in {INFO}, found none"
-                    fail("bad-safetensors", message, file=file.name, where=name)
-                pieces.setdefault(name, []).append(Piece(start, told.shape, (file, name)))
-        for own in pieces.values():
-            own.sort(key=lambda p: p.start)
+        for name in names:
+            with files.use(name) as data:
+                for told, start, begin in _slices(header_of(data, header_limit)):
+                    own = Piece(start, told.shape, Slice(name, begin, told.dtype))
+                    pieces.setdefault(told.name, []).append(own)
+        for slices in pieces.values():
+            slices.sort(key=lambda p: p.start)
         fail_all(_faults(pieces))
         return SlicedFile(files, pieces)
     except BaseException:
-        for file in files:
-            file.close()
+        files.close()
         raise
+
+
+def _slices(file: SafetensorsFile) -> Iterator[tuple[TensorInfo, Numbers, int]]:
+    """The slices in a file: where each begins in its tensor, and in the file."""
+    offsets = _offsets(file)
+    for name, told in file.tensors.items():
+        start = offsets.get(name)
+        if start is None or len(start) != len(told.shape):
+            message = f"expected the place of this slice in {INFO}, found none"
+            fail("bad-safetensors", message, file=file.name, where=name)
+        yield told, start, file.begin(name)
 
 
 def _faults(pieces: Mapping[str, list[Piece[Slice]]]) -> Iterator[Problem]:
     for name, own in pieces.items():
-        dtypes = sorted({p.place[0].tensors[name].dtype for p in own})
+        dtypes = sorted({p.place.dtype for p in own})
         if len(dtypes) > 1 or len({len(p.start) for p in own}) > 1:
             found = " and ".join(dtypes)
             message = f"expected slices of one dtype and as many axes, found {found}"
-            yield Problem("dtype-mismatch", message, own[0].place[0].name, name)
+            yield Problem("dtype-mismatch", message, own[0].place.file, name)
         elif (fault := tiling_fault(_shape(own), own)) is not None:
-            yield Problem(fault[0], fault[1], own[0].place[0].name, name)
+            yield Problem(fault[0], fault[1], own[0].place.file, name)
 
 
 def _offsets(file: SafetensorsFile) -> dict[str, Numbers]:

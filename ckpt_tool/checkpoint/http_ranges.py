@@ -25,7 +25,7 @@ READ_SECONDS = 30.0  # without a byte
 REDIRECTS = 5
 WHOLE = 8 << 20  # bytes of a file that is read whole where its server knows no ranges
 _PART = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
+BUSY = (408, 425, 429, 500, 502, 503, 504)
 _MOVED = (301, 302, 303, 307, 308)
 _KEPT = ("etag", "last-modified")  # headers that tell a version from another; the first that there is counts
 
@@ -157,7 +157,7 @@ class HttpFile:
         status = answer.status_code
         if status in (200, 206):
             return
-        if status in _BUSY:
+        if status in BUSY:
             after = answer.headers.get("retry-after", "")
             raise Again(f"status {status}", float(after) if after.isdigit() else None)
         if status == 416:

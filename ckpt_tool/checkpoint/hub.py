@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ckpt_tool.checkpoint.folders import Place
-from ckpt_tool.checkpoint.http_ranges import HttpFile, streams
+from ckpt_tool.checkpoint.http_ranges import BUSY, HttpFile, streams
 from ckpt_tool.checkpoint.no_weights import Around, refuse
-from ckpt_tool.checkpoint.remote_file import Fetcher, Served
+from ckpt_tool.checkpoint.remote_file import Again, Fetcher, Served
 from ckpt_tool.checkpoint.remote_folder import RemoteFolder
 from ckpt_tool.checkpoint.remote_path import Way
 from ckpt_tool.checkpoint.weight_sets import Prefer, belongs, locate
@@ -63,7 +63,7 @@ def fetch(
         raise CkptToolError(replace(problem, file=address)) from None
     started = time.time()
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        info = _told(address, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     except Exception as error:
         # Offline, or the Hub cannot be asked: the cache may still hold the files.
         try:
@@ -80,6 +80,23 @@ def fetch(
         _failed(address, error)
     check_digests([folder / name for name in names], address, since=started)
     return folder, [f"{address} is commit {info.sha}"]
+
+
+def _told(address: str, ask: Callable[[], Any]) -> Any:
+    """What the Hub answers, asked again while it is busy."""
+    found: list[Any] = []
+
+    def once() -> None:
+        try:
+            found.append(ask())
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in BUSY:
+                raise Again(f"status {status}") from None
+            raise
+
+    Fetcher().patiently(address, once)
+    return found[0]
 
 
 # --- by ranges ------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ it is checked, exactly, before any of them is read.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,45 @@ class Piece(Generic[P]):
         return box(self.start, tuple(a + n for a, n in zip(self.start, self.size, strict=True)))
 
 
+@dataclass(frozen=True, slots=True)
+class Boxes(Sequence[Piece[int]]):
+    """The pieces of one tensor without an object for each, in the order of their first elements: `starts` and
+    `sizes` are int64 arrays [pieces, axes]. The place of a piece is its number, that of the first `first`."""
+
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, key: int) -> Piece[int]: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Piece[int]]: ...
+    def __getitem__(self, key: int | slice) -> Piece[int] | list[Piece[int]]:
+        if isinstance(key, slice):
+            return [self[k] for k in range(*key.indices(len(self)))]
+        k = range(len(self))[key]
+        return Piece(tuple(self.starts[k].tolist()), tuple(self.sizes[k].tolist()), self.first + k)
+
+    def near(self, first: int, last: int) -> list[Piece[int]]:
+        """Those that may have some of the rows `first` to `last` of the first axis."""
+        rows = self.starts[:, 0]
+        low, high = np.searchsorted(rows, (first - int(self.sizes[:, 0].max()), last), "right")
+        return self[int(low) : int(high)]
+
+
 def _row(p: Piece[P]) -> int:
     return p.start[0]
+
+
+def _near(pieces: Sequence[Piece[P]], first: int, last: int) -> Sequence[Piece[P]]:
+    if isinstance(pieces, Boxes):
+        return pieces.near(first, last)  # type: ignore[return-value]
+    widest = max(p.size[0] for p in pieces)
+    low = bisect_right(pieces, first - widest, key=_row)
+    return pieces[low : bisect_right(pieces, last, key=_row)]
 
 
 def box(first: Numbers, stop: Numbers) -> str:
@@ -48,45 +85,70 @@ def box(first: Numbers, stop: Numbers) -> str:
 def tiling_fault(shape: Numbers, pieces: Sequence[Piece[P]]) -> tuple[str, str] | None:
     """What keeps `pieces` from making up a tensor of `shape`, each element once: the kind of the error, and
     the first place of it in words. None where they do."""
-    for p in pieces:
-        inside = len(p.start) == len(p.size) == len(shape) and all(
-            a >= 0 and n >= 0 and a + n <= whole for a, n, whole in zip(p.start, p.size, shape, strict=True)
-        )
-        if not inside:
-            return "size-mismatch", f"expected pieces inside {list(shape)}, found {p}"
-    if len(pieces) == 1 and pieces[0].size == shape or prod(shape) == 0:
+    for p in () if isinstance(pieces, Boxes) else pieces:
+        if not len(p.start) == len(p.size) == len(shape) or max((0, *p.start, *p.size, *shape)) >= 1 << 63:
+            return _outside(shape, p)
+    if len(pieces) == 1 and pieces[0].size == shape and not any(pieces[0].start):
         return None
-    solid = [p for p in pieces if prod(p.size)]
-    borders = [
-        sorted({0, whole, *(b for p in solid for b in (p.start[k], p.start[k] + p.size[k]))})
-        for k, whole in enumerate(shape)
-    ]
+    if isinstance(pieces, Boxes):
+        starts, sizes = pieces.starts, pieces.sizes
+    else:
+        numbers = np.array([(*p.start, *p.size) for p in pieces], np.int64).reshape(
+            len(pieces), 2, len(shape)
+        )
+        starts, sizes = numbers[:, 0], numbers[:, 1]
+    if starts.shape[1] != len(shape):
+        return _outside(shape, pieces[0])
+    whole = np.array(shape, np.int64)
+    inside = ((starts >= 0) & (sizes >= 0) & (starts <= whole) & (sizes <= whole - starts)).all(axis=1)
+    if not inside.all():
+        return _outside(shape, pieces[int(np.argmin(inside))])
+    if prod(shape) == 0:
+        return None
+    solid = np.flatnonzero((sizes > 0).all(axis=1))
+    return _covering_fault(shape, starts[solid], sizes[solid])
+
+
+def _outside(shape: Numbers, piece: Piece[P]) -> tuple[str, str]:
+    return "size-mismatch", f"expected pieces inside {list(shape)}, found {piece}"
+
+
+def _covering_fault(
+    shape: Numbers, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> tuple[str, str] | None:
+    """As `tiling_fault`, for boxes with elements that lie inside. Their borders make a grid, and each covers
+    a box of its cells."""
+    ends = starts + sizes
+    borders = [np.unique(np.concatenate(([0, n], starts[:, k], ends[:, k]))) for k, n in enumerate(shape)]
     cells = [len(b) - 1 for b in borders]
     if prod(cells) > CELLS:
         return "limits", f"expected pieces that border on at most {CELLS} cells, found {prod(cells)}"
+    low = np.stack([np.searchsorted(b, starts[:, k]) for k, b in enumerate(borders)], 1) if shape else starts
+    high = np.stack([np.searchsorted(b, ends[:, k]) for k, b in enumerate(borders)], 1) if shape else ends
     covered = np.zeros(cells, np.uint8)
-    for k, p in enumerate(solid):
-        where = tuple(
-            slice(bisect_left(b, a), bisect_left(b, a + n))
-            for a, n, b in zip(p.start, p.size, borders, strict=True)
-        )
-        if covered[where].any():
-            other = next(o for o in solid[:k] if _meet(o, p))
-            return "shard-conflict", f"expected pieces apart from each other, found {other} and {p}"
-        covered[where] = 1
+    each = bool(shape) and bool((high == low + 1).all())  # a cell each, as almost always
+    numbers = np.ravel_multi_index(tuple(low.T), tuple(cells)) if each else low[:, 0:0]
+    if each and len(np.unique(numbers)) == len(numbers):
+        covered.reshape(-1)[numbers] = 1
+    else:
+        for k, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+            where = tuple(map(slice, a, b))
+            if covered[where].any():
+                return "shard-conflict", _overlap(starts, ends, k)
+            covered[where] = 1
     if covered.all():
         return None
     hole = [int(k) for k in np.argwhere(covered == 0)[0]]
-    first = tuple(b[k] for b, k in zip(borders, hole, strict=True))
-    stop = tuple(b[k + 1] for b, k in zip(borders, hole, strict=True))
+    first = tuple(int(b[k]) for b, k in zip(borders, hole, strict=True))
+    stop = tuple(int(b[k + 1]) for b, k in zip(borders, hole, strict=True))
     return "missing-shard", f"expected a piece for {box(first, stop)} of {list(shape)}, found none"
 
 
-def _meet(one: Piece[P], other: Piece[P]) -> bool:
-    return all(
-        max(a, b) < min(a + n, b + m)
-        for a, n, b, m in zip(one.start, one.size, other.start, other.size, strict=True)
-    )
+def _overlap(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], k: int) -> str:
+    """That piece `k` has elements of an earlier one."""
+    meet = (np.maximum(starts[:k], starts[k]) < np.minimum(ends[:k], ends[k])).all(axis=1)
+    one, other = (box(tuple(starts[i].tolist()), tuple(ends[i].tolist())) for i in (int(np.argmax(meet)), k))
+    return f"expected pieces apart from each other, found {one} and {other}"
 
 
 Read = Callable[[P, int, Bits], None]  # fill the array with a piece's dense elements from a given one on
@@ -134,15 +196,13 @@ class Joined(Generic[P]):
         if not shape:
             self._read(pieces[0].place, 0, out)
             return
-        done, widest = 0, max(p.size[0] for p in pieces)
+        done = 0
         for corner, rows in runs(shape, first, first + len(out)):
             last = corner[0] + (rows - 1 if len(corner) == 1 else 0)
-            low = bisect_right(pieces, corner[0] - widest, key=_row)
-            near = pieces[low : bisect_right(pieces, last, key=_row)]
             depth = len(corner) - 1
             sizes = (rows, *shape[depth + 1 :])
             room = out[done : done + prod(sizes)].reshape(sizes)
-            for p in near:
+            for p in _near(pieces, corner[0], last):
                 self._copy(p, corner, room)
             done += room.size
 

@@ -16,15 +16,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any, Protocol
 
 from ckpt_tool.errors import CkptToolError, fail
 
 CONNECTIONS = 8  # requests at a time
-PIECE = 4 << 20  # bytes of one request at most
-HELD = 32 << 20  # bytes kept in memory, for all files together
-AHEAD = 24 << 20  # bytes announced and not read yet, from which on nothing more is announced
+PIECE = 2 << 20  # bytes of one request at most
+HELD = 24 << 20  # bytes kept in memory, for all files together
+AHEAD = 16 << 20  # bytes announced and not read yet, from which on nothing more is announced
 FIRST = 16 << 10  # bytes of the first request somewhere; four times as many with each that follows in order
+PAGES = 256 << 10  # bytes of a piece from which on it has pages of its own
 GAP = 64 << 10  # bytes that are fetched and thrown away rather than asked around
 STREAMS = 32  # places of one file at which reading goes on in order
 TRIES = 6  # in a row without a byte
@@ -62,7 +64,7 @@ class Segment:
     """Bytes from `start` on, fetched or on their way. `wanted` of them were announced and not read yet."""
 
     start: int
-    data: bytearray
+    data: bytearray | mmap
     wanted: int = 0
     done: Future[None] = field(default_factory=Future)
 
@@ -246,7 +248,8 @@ class RemoteFile:
         return self._starts[place] if place < len(self._starts) else self.size
 
     def _begin(self, start: int, size: int) -> Segment:
-        segment = Segment(start, bytearray(size))
+        # Large ones as pages of their own, which go back at once and leave no holes among other memory.
+        segment = Segment(start, bytearray(size) if size < PAGES else mmap(-1, size))
         insort(self._starts, start)
         self._segments[start] = segment
         self.fetcher.keep(self, segment)

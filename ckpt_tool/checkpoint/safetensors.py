@@ -61,6 +61,10 @@ class SafetensorsFile(TensorFile):
         start = self._data_start
         self._bytes.expect((start + self._begins[name] + offset, size) for name, offset, size in ranges)
 
+    def begin(self, name: str) -> int:
+        """The byte of the file that a tensor begins with."""
+        return self._data_start + self._begins[name]
+
     def extent(self, name: str) -> tuple[int, int]:
         return self._bytes.descriptor, self._bytes.base + self._data_start + self._begins[name]
 
@@ -81,13 +85,14 @@ def open_safetensors(
     """
     data = ByteRange(path, name, window)
     try:
-        return _read_header(data, header_limit)
+        return header_of(data, header_limit)
     except BaseException:
         data.close()
         raise
 
 
-def _read_header(data: ByteRange, limit: int) -> SafetensorsFile:
+def header_of(data: ByteRange, limit: int) -> SafetensorsFile:
+    """The file that `data` is, which closes it."""
     file = data.name
     if data.size < 8:
         fail("truncated", f"expected 8 bytes of header length, found {data.size} bytes", file=file)

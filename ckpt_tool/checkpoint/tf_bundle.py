@@ -8,8 +8,9 @@ these files can be executed, and the graph beside them (`.meta`) is not opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import LeftOut, Record, TensorFile, TensorInfo
@@ -144,8 +145,12 @@ class BundleFile(TensorFile):
             return None
         return data.descriptor, data.base + entry.offset
 
-    def records(self) -> Mapping[str, Record]:
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         """Each tensor, and each slice of one, has a checksum of its own."""
+        return self._records
+
+    @cached_property
+    def _records(self) -> dict[str, Record]:
         found: dict[str, Record] = {}
         for name in self.tensors:
             if name in self._missing:

@@ -49,24 +49,31 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 def fields(message: bytes) -> Iterator[tuple[int, int, int | bytes]]:
     """(field number, wire type, value) of each field in order; bytes for a string or message in it."""
-    at = 0
-    while at < len(message):
-        tag, at = varint(message, at)
+    at, end = 0, len(message)
+    while at < end:
+        tag = message[at]
+        if tag < 0x80:  # almost all are
+            at += 1
+        else:
+            tag, at = varint(message, at)
         number, wire = tag >> 3, tag & 7
         if not number:
             raise ValueError("a field of number 0")
-        if wire == VARINT:
-            value, at = varint(message, at)
-            yield number, wire, value
-            continue
-        if wire == BYTES:
-            size, at = varint(message, at)
+        if wire in (VARINT, BYTES):
+            size = message[at] if at < end else 0x80
+            if size < 0x80:
+                at += 1
+            else:
+                size, at = varint(message, at)
+            if wire == VARINT:
+                yield number, wire, size
+                continue
         elif wire in (FIXED32, FIXED64):
             size = 4 if wire == FIXED32 else 8
         else:
             raise ValueError(f"a field of wire type {wire}")
-        if size > len(message) - at:
-            raise ValueError(f"a field of {size} bytes where {len(message) - at} are left")
+        if size > end - at:
+            raise ValueError(f"a field of {size} bytes where {end - at} are left")
         run = message[at : at + size]
         yield number, wire, run if wire == BYTES else int.from_bytes(run, "little")
         at += size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 from ckpt_tool.checkpoint.base import DTYPES
@@ -211,6 +212,10 @@ def _entry(value: bytes) -> Entry:
 
 
 def _shape(message: bytes) -> tuple[int, ...]:
+    return _common_shape(message) if len(message) <= 64 else _any_shape(message)
+
+
+def _any_shape(message: bytes) -> tuple[int, ...]:
     shape: list[int] = []
     for number, wire, value in fields(message):
         if number == 3 and value:
@@ -228,6 +233,9 @@ def _shape(message: bytes) -> tuple[int, ...]:
     if prod(max(n, 1) for n in shape) > ELEMENT_LIMIT:
         raise ValueError("a shape of more than 2^56 elements")
     return tuple(shape)
+
+
+_common_shape = lru_cache(maxsize=256)(_any_shape)  # the layers of a model have few
 
 
 def _box(message: bytes) -> Box:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class TorchZipFile(TorchFile):
                 self._spooled[key] = self._archive.spool(member)
             return self._spooled[key], 0
 
-    def records(self) -> Mapping[str, Record]:
+    def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         """The stored storages by key; a deflated one is checked while it is inflated."""
         base = self._bytes.base
         return {k: Record(k, base + m.data, m.size, m.checksum) for k, m in self._members.items() if m.stored}

@@ -80,6 +80,7 @@ class TorchZipLayout:
         dicts: Iterable[str] = (),
         beside: Mapping[str, object] | None = None,
         constants: Mapping[str, tuple[str, tuple[int, ...], bytes]] | None = None,
+        document: bytes | None = None,
     ) -> None:
         known = constants or {}
         listed = [*tensors, *((name, dtype, shape) for name, (dtype, shape, _) in known.items())]
@@ -90,7 +91,8 @@ class TorchZipLayout:
         self._others: list[_Part] = []
         self._end = 0
         self._root = root
-        self._others.append(self._place("data.pkl", _pickle(listed, dicts, beside or {})))
+        held = _pickle(listed, dicts, beside or {}) if document is None else document
+        self._others.append(self._place("data.pkl", held))
         self._others.append(self._place("byteorder", b"little"))
         for index, (name, dtype, shape) in enumerate(tensors):
             size = prod(shape) * DTYPES[dtype].itemsize
@@ -181,6 +183,20 @@ def _pickle(
             raise ValueError(f"{name}: something else stands there already")
         inner[name[done:]] = _Pickled(_tensor(str(index), dtype, shape))
     return plain_pickle(tree)
+
+
+def whole_zip(value: object, *, root: str = "archive") -> bytes:
+    """A torch zip of a plain value without tensors, `Namespace`s in it."""
+    layout = TorchZipLayout([], root=root, document=plain_pickle(value))
+    made = bytearray(layout.size)
+    for offset, data in layout.finish({}):
+        made[offset : offset + len(data)] = data
+    return bytes(made)
+
+
+def bare_tensor(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The pickle of one tensor and nothing around it, the first of its file."""
+    return b"\x80\x02" + _tensor("0", dtype, shape) + b"."
 
 
 def plain_pickle(value: object) -> bytes:

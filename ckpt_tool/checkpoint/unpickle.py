@@ -74,7 +74,10 @@ class Machine(PickleBytes):
         self.memory = limits.memory - len(data)
 
     def run(self) -> Pickled:
-        steps = [_OPCODES[code][1].__get__(self) if code in _OPCODES else self.unknown for code in range(256)]
+        steps = [
+            getattr(self, _OPCODES[code][1].__name__) if code in _OPCODES else self.unknown
+            for code in range(256)
+        ]
         data, end = self.data, len(self.data)
         left = self.limits.opcodes
         try:

@@ -40,7 +40,8 @@ def layout_option(usual: str, layouts: Mapping[str, Layout]) -> tuple[Option, ..
     """The options that the layouts have, and the one that chooses; `usual` stands for the published one."""
     words = "; ".join(f"{word}: {layout.title}" for word, layout in layouts.items())
     form = Option(FORM, f"Layout to write; {words}.", "original", choices=(usual, *layouts))
-    return tuple(o for layout in layouts.values() for o in (*layout.options, form))
+    found = {o.name: o for layout in layouts.values() for o in layout.options}
+    return (*found.values(), form) if layouts else ()
 
 
 def layout_of(layouts: Mapping[str, Layout], names: Collection[str]) -> Layout | None:
@@ -59,9 +60,11 @@ def asked_layout(
     if form not in (*usual, *layouts):
         words = " or ".join((*usual, *layouts))
         fail("usage", f"expected {words} for family {family}, found {form}", where="--form")
-    if form not in layouts:
-        others = {o.name: o for layout in layouts.values() for o in layout.options if o.name not in own}
-        for name in given(known.options).keys() & others.keys():
-            words = " or ".join(f"--form {word}" for word in layouts)
-            fail("usage", f"expected {words} beside it, found --form {form}", where=others[name].flag)
-    return layouts.get(form)
+    chosen = layouts.get(form)
+    has = {*own} if chosen is None else {o.name for o in chosen.options}
+    others = {o.name: o for layout in layouts.values() for o in layout.options if o.name not in has}
+    for name in given(known.options).keys() & others.keys():
+        having = [w for w, layout in layouts.items() if name in {o.name for o in layout.options}]
+        words = " or ".join(f"--form {word}" for word in having)
+        fail("usage", f"expected {words} beside it, found --form {form}", where=others[name].flag)
+    return chosen

@@ -21,8 +21,8 @@ from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert import numbers
-from ckpt_tool.convert.dialects import megatron_experts, published
+from ckpt_tool.convert import layer_axis, numbers
+from ckpt_tool.convert.dialects import megatron_dist, megatron_experts, published
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_arguments import (
@@ -51,7 +51,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import EXPERT_PARALLEL, SHARDS, Option
+from ckpt_tool.convert.options import EXPERT_PARALLEL, SHARDS, TENSOR_PARALLEL, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -73,7 +73,9 @@ IGNORED = {
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
 }
 
-EXPORT = "NVIDIA's Megatron-Bridge exports models with experts to Hugging Face"
+EXPORT = "NVIDIA's Megatron-Bridge exports models of this kind to Hugging Face"
+
+RANKS, FOLDER = "mcore", "torch_dist"  # words of `--form`
 
 ARCHITECTURE: dict[str, Any] = {
     "swiglu": True,
@@ -118,9 +120,12 @@ class Core:
     title: str = "Megatron-Core"
     experts: Experts | None = None
     reads: tuple[Field, ...] = ()
+    form: str = RANKS  # to write
 
     @property
     def options(self) -> tuple[Option, ...]:
+        if self.form == FOLDER:
+            return (TENSOR_PARALLEL, megatron_dist.OPTION)
         if self.experts is None:
             return ranks.OPTIONS
         return (*(o for o in ranks.OPTIONS if o is not SHARDS), EXPERT_PARALLEL)  # files are not ranks alone
@@ -153,6 +158,8 @@ class Core:
 
     def recognise(self, names: Collection[str]) -> tuple[bool, str]:
         p, kinds = f"{prefix_of(names)}{FIRST}", "Megatron-Core names"
+        if f"{prefix_of(names)}decoder.final_norm.weight" in names:
+            return False, f"{kinds} of a HybridModel, whose layers hold attention or a feed-forward each"
         for suffix, what, has in (
             ("self_attention.linear_qkv.bias", "biases for query, key and value", self.biases),
             ("self_attention.q_layernorm.weight", "norms of queries and keys", self.head_norms),
@@ -176,6 +183,12 @@ class Core:
     def plan_original(self, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
         """`known` are the fields of the published layout, read from config.json."""
         return plan_original(self, checkpoint, options, known)
+
+
+def layouts_of(m: Core) -> dict[str, Core]:
+    """What such models are written in, by the word in `--form`: the files of ranks, or a folder of
+    torch.distributed that any number of ranks loads."""
+    return {RANKS: m, FOLDER: replace(m, form=FOLDER, title=f"{m.title} for any number of ranks")}
 
 
 def _shared(known: Known) -> int:
@@ -399,11 +412,21 @@ def _is_gated(run: Run) -> bool:
     return up.shape[0] == 2 * down.shape[-1]
 
 
+def _layers_of(run: Run, kept: Kept) -> str | None:
+    """How a folder of torch.distributed has its layers (of `megatron_dist.LAYERS`); None for files of
+    ranks."""
+    if all(f.format != layer_axis.FORMAT for f in run.checkpoint.files.values()):
+        return None
+    if layer_axis.READING in run.checkpoint.readings:
+        return megatron_dist.STACKED
+    return megatron_dist.SINGLETON if kept.apart or kept.experts == "apart" else megatron_dist.APART
+
+
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
     """Kinds: `unsupported`, `missing-shard`, `shard-conflict`, `missing-tensor`."""
     ours, why = m.recognise(set(checkpoint.names()))
     if not ours:
-        hint = EXPORT if "with experts" in why else None
+        hint = EXPORT if "with experts" in why or "HybridModel" in why else None
         fail("unsupported", f"expected {m.model}, found {why}", file=checkpoint.path.name, hint=hint)
     prefix = prefix_of(checkpoint.names()) or ""
 
@@ -418,6 +441,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
                 yield Own(name, chunk, *ranks.without_layer(name[m.end() :]))
 
     run = with_documents(ranks.open_ranks(checkpoint, "core", own))
+    _refuse_formats(run)
     if _is_gated(run):
         return run
     fail(
@@ -425,6 +449,19 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
         "expected a gated feed-forward (two rows of linear_fc1 to a column of linear_fc2), found another",
         file=checkpoint.path.name,
     )
+
+
+def _refuse_formats(run: Run) -> None:
+    """Megatron's formats of FSDP have the same container and other names and shapes."""
+    asked, file = run.args.get("ckpt_format"), run.checkpoint.path.name
+    if asked in ("fsdp_dtensor", "torch_dcp") and any(
+        f.format == "dcp" for f in run.checkpoint.files.values()
+    ):
+        message = (
+            f"expected Megatron's torch_dist, found a checkpoint of its format {asked} (args: ckpt_format)"
+        )
+        hint = "load it with Megatron and save it with --ckpt-format torch_dist"
+        fail("unsupported", message, file=file, hint=hint)
 
 
 # --- to Hugging Face ------------------------------------------------------------------------------------
@@ -468,8 +505,13 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
     kept = kept_as(m, run, options)
-    original = {"form": "mcore", "tensor_parallel": run.ranks, "rows": padding}
+    original = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding}
     original |= {"engine": kept.engine, "head": kept.head, **_shared_out(run, kept)}
+    if (layers := _layers_of(run, kept)) is not None:
+        parallel = ranks.whole_number(run.args.get("tensor_model_parallel_size"))  # words are padded for them
+        original |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
+        if m.experts is not None:
+            original["norms_fused"] = kept.norms[1] == NORMS[True][1]
     documents = [generation_config(config), *tokenizer]
     written = Written(m.family, config, documents, IGNORED, notes, original)
     table = replace(rows_of(m, known, padding, kept), head=OUTPUT)
@@ -506,7 +548,8 @@ def ends_of(m: Core, rows: int) -> Ends | None:
 
 
 def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
-    """Ranks and pipeline stages in the layout of Megatron-Core, with the args that reading again needs."""
+    """The files of ranks and pipeline stages, or a torch_dist folder; with the args that reading again
+    needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
     own = by_name(own_fields(m), LENGTH)
@@ -533,8 +576,10 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         published.copied(published.tokenizer_files(checkpoint, options)),
         {},
         notes,
-        _form_written(form),
+        _form_written(m, form),
     )
+    if m.form == FOLDER:
+        return _to_folder(m, known, options, written, form)
     kept = Kept(
         norms_named(bool(known.once.get("engine", True)), m.experts is not None),
         head=not tied or form.stages > 1,  # the last stage has a copy of tied words
@@ -545,38 +590,61 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
 
 
 def _form(m: Core, known: Known) -> Form:
-    """What the user asked for, else what the original was. Raises what cannot be shared out."""
-    tensor_parallel, shared = ranks.ranks_of(known), ranks.stages_of(known)
-    experts, own_experts = 1, 0
-    if m.experts is not None:
-        count = int(known["num_local_experts"])
-        asked = known.options.family_options.get(EXPERT_PARALLEL.name)
-        experts = ranks.whole_number(asked, known.once.get("expert_parallel"))
-        if count % experts and asked is None:
-            experts = 1
-        own_experts = count // experts
-        if count % experts:
-            message = f"expected num_local_experts {count} to divide by {EXPERT_PARALLEL.flag} {experts}"
-            fail("config-mismatch", f"{message}, found a rest", where=EXPERT_PARALLEL.flag)
-    form = Form(
-        tensor_parallel,
-        ranks.padded(known, tensor_parallel),
-        stages=shared.stages,
-        chunks=shared.chunks,
-        split=shared.split,
-        experts=experts,
-        own_experts=own_experts,
-    )
+    """What the user asked for, else what the original was; a folder has words padded for as many ranks.
+    Raises what cannot be shared out."""
+    tensor_parallel = ranks.ranks_of(known)
+    form = Form(tensor_parallel, ranks.padded(known, tensor_parallel))
+    if m.form == RANKS:
+        shared = ranks.stages_of(known)
+        form = replace(form, stages=shared.stages, chunks=shared.chunks, split=shared.split)
+        if m.experts is not None:
+            form = _with_experts(known, form)
     ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
     return form
 
 
-def _form_written(form: Form) -> dict[str, Any]:
+def _with_experts(known: Known, form: Form) -> Form:
+    count = int(known["num_local_experts"])
+    asked = known.options.family_options.get(EXPERT_PARALLEL.name)
+    experts = ranks.whole_number(asked, known.once.get("expert_parallel"))
+    if count % experts and asked is not None:
+        message = f"expected num_local_experts {count} to divide by {EXPERT_PARALLEL.flag} {experts}"
+        fail("config-mismatch", f"{message}, found a rest", where=EXPERT_PARALLEL.flag)
+    if count % experts:
+        experts = 1
+    return replace(form, experts=experts, own_experts=count // experts)
+
+
+def _form_written(m: Core, form: Form) -> dict[str, Any]:
     """For the manifest."""
-    found: dict[str, Any] = {"form": "mcore", "tensor_parallel": form.ranks}
+    found: dict[str, Any] = {"form": m.form, "tensor_parallel": form.ranks}
     if form.stages > 1:
         found["pipeline_parallel"] = form.stages
     return found
+
+
+def _to_folder(m: Core, known: Known, options: Options, written: Written, form: Form) -> Plan:
+    """In a torch_dist folder, where the norms are called as Transformer Engine has them whoever computes
+    them, and the ranks of `form` say only how far the vocabulary is padded."""
+    asked = options.family_options.get("layers")
+    if m.experts is not None and asked == megatron_dist.SINGLETON:
+        message = f"expected layers {megatron_dist.STACKED} or {megatron_dist.APART} of a model with experts"
+        fail("usage", f"{message}, found {asked}", where=megatron_dist.OPTION.flag)
+    layers = known.once.get("layers") if asked is None else asked
+    if layers not in megatron_dist.LAYERS:
+        layers = megatron_dist.STACKED
+    if m.experts is not None and layers == megatron_dist.SINGLETON:
+        layers = megatron_dist.APART
+    fused = m.experts is None or known.once.get("norms_fused") is True
+    kept = Kept(
+        norms_named(True, not fused),
+        head=not known["tie_word_embeddings"],
+        apart=layers == megatron_dist.SINGLETON,
+    )
+    table = rows_of(m, known, form.rows, kept)
+    written = replace(written, original={**written.original, "layers": layers})
+    version = form.version or 3.0
+    return megatron_dist.to_folder(table, known.source, options, written, layers=layers, version=version)
 
 
 def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:

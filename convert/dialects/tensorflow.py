@@ -310,9 +310,9 @@ def original_source(t: Trained, checkpoint: Checkpoint) -> Source:
     own, why = recognise(t, checkpoint)
     if not own:
         fail("unsupported", f"expected {t.title} of TensorFlow 1, found {why}", file=checkpoint.path.name)
-    left_out = [re.compile(pattern) for pattern in t.left_out]
+    left_out = re.compile("|".join(f"(?:{pattern})" for pattern in t.left_out) or r"(?!)")
     whole = whole_tensors(checkpoint, t.layer[0])
-    tensors = {n: x for n, x in whole.tensors.items() if not any(p.fullmatch(n) for p in left_out)}
+    tensors = {n: x for n, x in whole.tensors.items() if not left_out.fullmatch(n)}
     return replace(whole, tensors=tensors, layers=layer_count(tensors, t.layer[0]))
 
 

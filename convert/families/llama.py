@@ -465,6 +465,6 @@ FAMILY = consolidated.family(
     untold=untold,
     unsaid=unsaid,
     options=(consolidated.SHARDS,),
-    layouts={"mcore": CORE},
+    layouts=megatron_core.layouts_of(CORE),
     vocabulary=consolidated.Vocabulary(classes=("LlamaTokenizer", "CodeLlamaTokenizer"), ranks=True),
 )

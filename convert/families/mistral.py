@@ -75,6 +75,6 @@ FAMILY = consolidated.family(
     params=(*params_json.MISTRAL_AI, some("sliding_window"), params_json.tied),
     ids=lambda _: (1, 2, "every Mistral tokenizer"),
     options=(consolidated.CONTAINER,),
-    layouts={"mcore": CORE},
+    layouts=megatron_core.layouts_of(CORE),
     vocabulary=consolidated.MISTRAL_AI,
 )

@@ -164,9 +164,11 @@ FAMILY = consolidated.family(
     ids=lambda _: (1, 2, "Mistral tokenizers"),
     options=(
         consolidated.CONTAINER,
-        consolidated.Option("form", "Layout to write.", "original", choices=("A", "B", "C", "mcore")),
+        consolidated.Option(
+            "form", "Layout to write.", "original", choices=("A", "B", "C", "mcore", "torch_dist")
+        ),
     ),
-    layouts={"mcore": CORE},
+    layouts=megatron_core.layouts_of(CORE),
     vocabulary=consolidated.MISTRAL_AI,
     in_memory=IN_MEMORY,
 )

@@ -119,7 +119,7 @@ FAMILY = published.family(
     told_by="model.layers.0.self_attn.q_proj.bias",
     never="model.layers.0.self_attn.o_proj.bias",
     why="Hugging Face names with biases for query, key and value, as Qwen2's are",
-    layouts={"mcore": CORE},
+    layouts=megatron_core.layouts_of(CORE),
     pools=True,
     vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )

@@ -45,6 +45,6 @@ FAMILY = published.family(
     ),
     rows=decoder(*attention(), *weights(f"{T}self_attn.q_norm", f"{T}self_attn.k_norm", pattern="h")),
     told_by="model.layers.0.self_attn.q_norm.weight",
-    layouts={"mcore": CORE},
+    layouts=megatron_core.layouts_of(CORE),
     vocabulary=Vocabulary(classes=("Qwen2Tokenizer", "GPT2Tokenizer")),
 )

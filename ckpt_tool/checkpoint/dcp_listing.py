@@ -1,0 +1,300 @@
+"""The pickle machine for a `.metadata`, which may list a million pieces: what nobody needs of it is let go as
+soon as it is read, and pieces and their places are packed into numbers.
+
+Memory stays near what is kept: values of the memo that nothing recalls are not held, as a look through the
+bytes for BINGET and LONG_BINGET shows; so a piece's objects are gone when it is packed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt_tool.checkpoint.pickle_bytes import WINDOW, Feed
+from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits
+from ckpt_tool.checkpoint.pickle_rows import (
+    CLOSING,
+    NUMBER,
+    OPENING,
+    SIZE,
+    TEXT,
+    Form,
+    Row,
+    fields_of,
+    learnt,
+    number,
+    numbers,
+    recalled,
+)  # fmt: skip
+from ckpt_tool.checkpoint.unpickle import Machine
+
+SHORT = 256  # memo entries that BINGET reaches: one byte more or less is no pointer, so all are held
+TRIED = 32  # objects of one class that a form is looked for in
+CACHED = 1 << 14
+BOX = ("offsets", "sizes")
+ROW = 500  # bytes that a Row and its values are counted with until it is packed
+_GETS = {b"j": 5, b"h": 2}  # opcodes that recall an entry of the memo, and how long they are
+Places = Callable[[dict[object, object], list[object]], None]
+
+
+class Chunks:
+    """The boxes of one tensor's pieces: `numbers` has the first element of each and then its size."""
+
+    __slots__ = ("axes", "count", "numbers")
+
+    def __init__(self, axes: int, count: int, numbers: array[int]) -> None:
+        self.axes, self.count, self.numbers = axes, count, numbers
+
+
+def packed(chunks: list[object]) -> Chunks | None:
+    """The boxes, None where one of them is none, or they differ in the number of their axes."""
+    found: array[int] = array("q")
+    axes = -1
+    for chunk in chunks:
+        start, size = fields_of(chunk, BOX)
+        if type(start) is not tuple or type(size) is not tuple:
+            return None
+        axes = len(start) if axes < 0 else axes
+        if len(start) != axes or len(size) != axes:
+            return None
+        try:
+            found.extend(start)
+            found.extend(size)
+        except (OverflowError, TypeError):
+            return None
+    return Chunks(max(axes, 0), len(chunks), found)
+
+
+class Listing(Machine):
+    """One reading of a `.metadata`. `pairs` takes the items of a dict whose keys are indices of pieces, in
+    whatever dict they are; the dict itself stays empty."""
+
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        file: str,
+        limits: Limits,
+        end: int,
+        feed: Feed,
+        pairs: Places,
+    ) -> None:
+        super().__init__(data, file=file, limits=limits, end=end, feed=feed)
+        self.pairs = pairs
+        self.recalls = wanted(feed, end)
+        self.spend(8 * len(self.recalls))
+        self.next = 0  # of `recalls`
+        self.awaited = self.awaited_from(0)
+        self.memoised = 0
+        self.put = False  # whether an opcode has numbered its entry itself
+        self.forms: dict[int, list[Form]] = {}
+        self.tried: dict[Global, int] = {}
+        self.sizes: dict[bytes, tuple[int, ...]] = {}
+
+    # --- the memo ---
+
+    def awaited_from(self, index: int) -> int:
+        """The first entry from `index` on that something may recall."""
+        if index < SHORT:
+            return index
+        while self.next < len(self.recalls) and self.recalls[self.next] < index:
+            self.next += 1
+        return int(self.recalls[self.next]) if self.next < len(self.recalls) else 1 << 62
+
+    def op_memoize(self) -> None:
+        if self.put:
+            self.remember(self.memoised)
+            return
+        if self.memoised >= self.limits.memo:
+            self.fault("pickle-limit", f"expected at most {self.limits.memo} memo entries, found more")
+        if self.memoised == self.awaited:
+            self.memory -= 128
+            self.memo[self.memoised] = self.stack[-1]
+            self.awaited = self.awaited_from(self.memoised + 1)
+        self.memoised += 1
+
+    def remember(self, index: int) -> None:
+        """Entries that are numbered: all before the first of them are made already, in order."""
+        if not self.put:
+            self.put, self.dense = True, self.memoised
+        if index >= self.dense and index not in self.memo:
+            self.memoised += 1
+        super().remember(index)
+
+    # --- rows ---
+
+    def op_binget(self) -> None:
+        index = self.take(1)[0]
+        if index not in self.forms or not self.rows(index):
+            self.recall(index)
+
+    def op_long_binget(self) -> None:
+        index = self.number(4)
+        if index not in self.forms or not self.rows(index):
+            self.recall(index)
+
+    def rows(self, kind: int) -> int:
+        """Push the object that begins at this opcode, where one of its class's forms fits it, and those that
+        follow; how many."""
+        pushed, data = 0, self.data
+        while known := self.forms.get(kind):
+            for form in known:
+                if (values := self.fitting(form)) is not None:
+                    break
+            else:
+                return pushed
+            if form is not known[0]:  # others like it follow
+                known.remove(form)
+                known.insert(0, form)
+            if form.plain:
+                values = [values[k] if k >= 0 else form.plain[-k - 1] for k in form.order]
+            self.push(Row(form.type, form.names, values, self.at, ROW), ROW)
+            pushed += 1
+            at = self.start = self.pos
+            code = data[at : at + 1]
+            if code == b"j" and at + 5 <= len(data):
+                kind = int.from_bytes(data[at + 1 : at + 5], "little")
+            elif code == b"h" and at + 2 <= len(data):
+                kind = data[at + 1]
+            else:
+                return pushed
+        return pushed
+
+    def fitting(self, form: Form) -> list[object] | None:
+        """The values of the object that begins at this opcode, and the reading moved behind it; None, and
+        nothing done, where it is otherwise than `form` says or something may recall a part of it."""
+        data, at, entry, memo = self.data, self.start, self.memoised, self.memo
+        values: list[object] = []
+        texts: dict[int, str] = {}
+        for pattern, kinds, made, after in form.parts:
+            if (found := pattern.match(data, at)) is None:
+                return None
+            for what, part in zip(kinds, found.groups(), strict=True):
+                if what is SIZE:
+                    values.append(self.sizes.get(part) or self.decoded(part))
+                elif what is NUMBER:
+                    values.append(part[1] if part[0] == 0x4B else number(part))
+                elif (recall := recalled(part)) in memo:
+                    values.append(memo[recall])
+                else:
+                    return None
+            at, entry = found.end(), entry + made
+            if not after:
+                continue
+            if data.startswith(TEXT, at):
+                end = at + 2 + data[at + 1] if at + 1 < len(data) else len(data)
+                if data[end : end + 1] != b"\x94":
+                    return None
+                texts[entry] = self.text(data[at + 2 : end])
+                values.append(texts[entry])
+                entry, at = entry + 1, end + 1
+            else:
+                get = data[at : at + _GETS.get(data[at : at + 1], 0)]
+                if not get or (recall := recalled(get)) not in memo:
+                    return None
+                values.append(memo[recall])
+                at += len(get)
+        if self.put or entry > self.limits.memo or (entry > self.awaited and not self.kept(entry, texts)):
+            return None
+        if texts:
+            self.memory -= sum(map(len, texts.values()))
+        self.memoised, self.pos = entry, at
+        return values
+
+    def kept(self, entry: int, texts: Mapping[int, str]) -> bool:
+        """Keep those of the `texts` that something may recall; False, and nothing done, where that may recall
+        another entry before `entry`."""
+        if self.awaited < SHORT:
+            return False
+        low, high = np.searchsorted(self.recalls, (self.memoised, entry))
+        numbers = self.recalls[low:high].tolist()
+        if not texts.keys() >= set(numbers):
+            return False
+        for k in numbers:
+            self.memory -= 128
+            self.memo[k] = texts[k]
+        self.awaited = self.awaited_from(entry)
+        return True
+
+    def decoded(self, data: bytes) -> tuple[int, ...]:
+        if len(self.sizes) >= CACHED:
+            self.sizes.clear()
+        found = self.sizes[data] = numbers(data)
+        return found
+
+    def op_dup(self) -> None:
+        super().op_dup()
+        if type(self.stack[-1]) is Row:
+            self.stack[-1].cost = 0  # as it is held elsewhere too
+
+    def learn(self, target: Inert) -> None:
+        """Keep the form of the object that this BUILD ends, if it has one."""
+        tried = self.tried.get(target.type, 0)
+        made = target.at - self.base  # of its NEWOBJ, in the window
+        if tried >= TRIED or self.memoised < SHORT or not self.data.startswith(OPENING, made - 1):
+            return
+        self.tried[target.type] = tried + 1
+        for get, size in _GETS.items():
+            begin = made - 1 - size
+            if begin < 0 or not self.data.startswith(get, begin):
+                continue
+            form = learnt(self.data[begin : self.pos], self.memo)
+            if form is None or form.type is not target.type:
+                continue
+            known = self.forms.setdefault(recalled(self.data[begin : made - 1]), [])
+            if form.parts not in [f.parts for f in known]:
+                known.insert(0, form)
+            return
+
+    # --- what is kept ---
+
+    def op_build(self) -> None:
+        super().op_build()
+        target = self.stack[-1]
+        if type(target) is not Inert or type(target.state) is not dict:
+            return
+        state = target.state
+        chunks = state.get("chunks")
+        if type(chunks) is list and (boxes := packed(chunks)) is not None:
+            state["chunks"] = boxes
+            self.let_go(chunks)
+            self.spend(16 * len(boxes.numbers) + 200)
+        elif "tensor_data" in state:  # of a rank's plan, which nobody needs
+            target.state = None
+        elif self.data.endswith(CLOSING, 0, self.pos):
+            self.learn(target)
+
+    def set_items(self, target: object, flat: list[object]) -> None:
+        first = flat[0] if flat else None
+        index = type(first) is Row or type(first) is Inert
+        if not index or type(target) is not dict or len(flat) % 2 or fields_of(first, ("fqn",)) == (None,):
+            super().set_items(target, flat)
+            return
+        self.pairs(target, flat)
+        self.let_go(flat)
+        self.spend(100 * len(flat))
+
+    def let_go(self, values: list[object]) -> None:
+        """No longer hold these, whoever else has the list."""
+        for value in values:
+            if type(value) is Row:
+                self.memory += value.cost
+                value.cost = 0
+        values.clear()
+
+
+def wanted(feed: Feed, end: int) -> npt.NDArray[np.int64]:
+    """Every memo entry that LONG_BINGET may recall, in order: bytes that look like one are counted in."""
+    found = [np.zeros(0, np.int64)]
+    for at in range(0, end, WINDOW - 4):  # the last four bytes are seen twice
+        data = np.frombuffer(feed(at), np.uint8)
+        starts = np.flatnonzero(data[:-4] == ord("j")) if len(data) > 4 else found[0]
+        values = sum(data[starts + 1 + k].astype(np.int64) << (8 * k) for k in range(4))
+        found.append(np.unique(values)[:])
+        if len(found) > 64:
+            found = [np.unique(np.concatenate(found))]
+    every = np.unique(np.concatenate(found))
+    return every[(every >= SHORT) & (every < end)]

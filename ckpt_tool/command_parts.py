@@ -1,0 +1,92 @@
+"""What commands share: options, the consoles, and how a report is shown and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ckpt_tool.errors import fail_all
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckpt_tool.report_files import ReportFiles
+    from ckpt_tool.verify.report import Report, Reports
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def consoles() -> tuple[Console, Console]:
+    """Rich consoles on stdout and stderr."""
+    from ckpt_tool import terminal
+
+    return terminal.consoles()
+
+
+def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorate in reversed(decorators):
+            function = decorate(function)
+        return function
+
+    return apply
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+report_files = options_of(
+    click.option("--junit", metavar="FILE", help="Write JUnit XML."),
+    click.option("--html", metavar="FILE", help="Write one self-contained HTML page."),
+    click.option("--markdown", metavar="FILE", help="Write Markdown."),
+    click.option(
+        "--json",
+        "json_file",
+        metavar="FILE",
+        is_flag=False,
+        flag_value="-",
+        help="Write JSON to FILE (alone: to stdout).",
+    ),
+)
+
+
+def checked_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> ReportFiles:
+    """The files that reports are to be written to, checked before any work."""
+    from ckpt_tool.report_files import ReportFiles
+
+    named = {f"--{key}": asked.get(key) for key in ("junit", "html", "markdown")}
+    named["--json"] = None if asked.get("json_file") == "-" else asked.get("json_file")
+    files = ReportFiles({option: file for option, file in named.items() if file is not None})
+    files.check([i for i in inputs if i is not None])
+    return files
+
+
+def write_report(report: Report | Reports, asked: dict[str, Any], files: ReportFiles) -> int:
+    """Files first: they are wanted also where nobody reads the terminal to its end."""
+    from ckpt_tool.verify.report import json_text
+
+    data = json_text(report)
+    forms = {
+        "--junit": report.junit,
+        "--html": report.html,
+        "--markdown": report.markdown,
+        "--json": lambda: data,
+    }
+    problems = files.write(forms)
+    if asked.get("json_file") == "-":
+        print(data, end="")
+    else:
+        screen, _ = consoles()
+        report.render(screen)
+    fail_all(problems)
+    return report.exit_code
+
+
+def following_at(log: Console) -> Callable[[str], None]:
+    """What tells a person at a terminal how far a verification is."""
+
+    def follow(text: str) -> None:
+        if log.is_terminal:
+            log.print(text, style="dim", markup=False)
+
+    return follow

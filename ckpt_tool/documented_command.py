@@ -1,0 +1,102 @@
+"""`ckpt-tool expectations list` and `show`: the documented values that the package holds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from typing import Any
+
+from rich.console import Console
+
+from ckpt_tool.errors import fail, near
+from ckpt_tool.terminal import Column, paragraph, table
+from ckpt_tool.verify.expectations import Expectation, load_all, match
+
+DTYPES = {"float64", "float32", "float16", "bfloat16"}
+
+
+def listed(as_json: bool, screen: Console) -> int:
+    """Published models with how many entries there are, how many may decide, and how many need no
+    tokenizer."""
+    by_model: dict[tuple[str, str], list[Expectation]] = defaultdict(list)
+    for e in load_all():
+        by_model[e.family, e.checkpoint].append(e)
+    rows = [
+        {
+            "checkpoint": checkpoint,
+            "family": family,
+            "entries": len(entries),
+            "gates": sum(e.gates for e in entries),
+            "offline": sum(e.offline_inputs for e in entries),
+        }
+        for (family, checkpoint), entries in sorted(by_model.items())
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    heads = (
+        Column("published model"),
+        Column("family", whole=True),
+        Column("entries", right=True),
+        Column("gates", right=True),
+        Column("without tokenizer", right=True, spare=1),
+    )
+    cells = [
+        (r["checkpoint"], r["family"], str(r["entries"]), str(r["gates"]), str(r["offline"])) for r in rows
+    ]
+    table(screen, heads, cells)  # type: ignore[arg-type]
+    return 0
+
+
+def shown(name: str, as_json: bool, screen: Console) -> int:
+    """The entries of one published model, by any of its names."""
+    entries = match([name])
+    if not entries:
+        known = sorted({e.checkpoint for e in load_all()})
+        hint = near(name, known) or "`ckpt-tool expectations list` lists the models"
+        message = "expected a published model of which values are documented, found none of that name"
+        fail("usage", message, file=name, where="CHECKPOINT", hint=hint)
+    if as_json:
+        print(json.dumps([_plain(e) for e in entries], indent=2))
+        return 0
+    counts = Counter(e.status for e in entries)
+    words = ", ".join(f"{n} {s}" for s, n in counts.items())
+    paragraph(screen, f"{len(entries)} entries: {words}", first=f"{entries[0].checkpoint}: ")
+    heads = (
+        Column("entry"),
+        Column("value", whole=True),
+        Column("of"),
+        Column("status", whole=True),
+        Column("needs"),
+    )
+    table(screen, heads, [(e.id, e.expected.kind, e.head, e.status, needs(e)) for e in entries])
+    return 0
+
+
+def needs(e: Expectation) -> str:
+    """What must be there to run it."""
+    parts = [f"{e.dtype}" if e.dtype in DTYPES else f"{e.dtype}, which is not computed here"]
+    if e.device != "any":
+        parts.append(e.device)
+    parts.append("ids are given" if e.offline_inputs else "its tokenizer")
+    rows = e.input_ids
+    if rows is not None:
+        parts.append(f"{sum(map(len, rows)):,} tokens")
+    return ", ".join(parts)
+
+
+def _plain(e: Expectation) -> dict[str, Any]:
+    return {
+        "id": e.id,
+        "checkpoint": e.checkpoint,
+        "head": e.head,
+        "kind": e.expected.kind,
+        "status": e.status,
+        "dtype": e.dtype,
+        "device": e.device,
+        "needs": needs(e),
+        "input": dict(e.input),
+        "values": e.expected.values,
+        "tolerance": {"atol": e.tolerance.atol, "rtol": e.tolerance.rtol},
+        "source": dict(e.source),
+    }

@@ -1,0 +1,180 @@
+"""Commands about proof that is kept and shown: certificates, comparisons, documented values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckpt_tool.command_parts import as_json, checked_files, consoles, following_at, report_files, write_report
+
+
+@click.command()
+@click.argument("out", metavar="DIR")
+@click.option("--source", metavar="PATH", required=True, help="The original it was made from.")
+@click.option("--sign", "key", metavar="KEY", help="Sign with the private key in this PEM file.")
+@click.option("--write", "file", metavar="FILE", help="Where to; by default into DIR.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["coverage", "bits", "parity", "documented"]),
+    help="Levels to verify (default: all).",
+)
+@click.option("--against", type=click.Choice(["transformers"]), help="Also compare with transformers.")
+@click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+def certificate(out: str, source: str, key: str | None, file: str | None, **asked: Any) -> int:
+    """Verify DIR against its source and write down what was shown, as an in-toto Statement.
+
+    \b
+    ckpt-tool certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --sign key.pem
+    """
+    from ckpt_tool import api
+    from ckpt_tool.certificates import made
+
+    screen, log = consoles()
+    return made(
+        out,
+        source,
+        file,
+        key,
+        {**asked, "settings": api.settings(asked.pop("pairs"))},
+        screen,
+        following_at(log),
+    )
+
+
+@click.command("check-certificate")
+@click.argument("out", metavar="DIR")
+@click.option("--certificate", "file", metavar="FILE", help="The certificate, when not in DIR.")
+@click.option("--key", metavar="KEY", help="Public key (PEM) that it must be signed with.")
+@click.option("--source", metavar="PATH", help="The original, for --spot and --full.")
+@click.option(
+    "--spot", type=int, metavar="K", help="Make K tensors, chosen at random, again from the source."
+)
+@click.option("--full", is_flag=True, help="Verify again: the same certificate must come out.")
+@click.option("--seed", type=int, help="Choose the same tensors as another run with this seed.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@report_files
+def check_certificate(out: str, source: str | None, file: str | None, **asked: Any) -> int:
+    """Check that a certificate holds for DIR: exit code 1 when it does not.
+
+    \b
+    ckpt-tool check-certificate Mistral-7B-v0.1-hf --key public.pem
+    ckpt-tool check-certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --spot 20
+    """
+    from ckpt_tool import api
+    from ckpt_tool.verify.certificate_check import check
+
+    files = checked_files(asked, (out, source, file, asked["key"]))
+    report = check(
+        out,
+        file=file,
+        key=asked["key"],
+        source=source,
+        spot=asked["spot"],
+        full=asked["full"],
+        seed=asked["seed"],
+        settings=api.settings(asked["pairs"]),
+        device=asked["device"],
+        progress=following_at(consoles()[1]),
+    )
+    return write_report(report, asked, files)
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--family", metavar="NAME", help="Family of originals that do not tell it.")
+@click.option("--logits/--no-logits", default=None, help="Compute with both (default: where they differ).")
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact that an original lacks.")
+@report_files
+def compare(a: str, b: str, **asked: Any) -> int:
+    """Compare two checkpoints in any layouts, shardings and dtypes. Exit code 1 where they differ.
+
+    \b
+    ckpt-tool compare mistral-7B-v0.1 Mistral-7B-v0.1-hf
+    ckpt-tool compare base fine-tuned --html moved.html
+    """
+    from ckpt_tool import api
+    from ckpt_tool.verify.compare import compare as run
+
+    files = checked_files(asked, (a, b))
+    if asked["family"] is not None:
+        api.check_name(asked["family"])
+    report = run(
+        a,
+        b,
+        family=asked["family"],
+        settings=api.settings(asked["pairs"]),
+        logits=asked["logits"],
+        compute_dtype=asked["compute_dtype"],
+        device=asked["device"],
+        progress=following_at(consoles()[1]),
+    )
+    return write_report(report, asked, files)
+
+
+@click.group()
+def expectations() -> None:
+    """Documented values of published models: what is known, and what a model gives."""
+
+
+@expectations.command("list")
+@as_json
+def list_expectations(as_json: bool) -> int:
+    """List the published models of which values are documented."""
+    from ckpt_tool.documented_command import listed
+
+    return listed(as_json, consoles()[0])
+
+
+@expectations.command("show")
+@click.argument("name", metavar="CHECKPOINT")
+@as_json
+def show_expectations(name: str, as_json: bool) -> int:
+    """Show what is documented of one, and what each value needs to be run."""
+    from ckpt_tool.documented_command import shown
+
+    return shown(name, as_json, consoles()[0])
+
+
+@expectations.command("run")
+@click.argument("out", metavar="DIR")
+@click.option("--checkpoint-id", required=True, metavar="ID", help="Published name of the model in DIR.")
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@report_files
+def run_expectations(out: str, **asked: Any) -> int:
+    """Run what is documented of a model: `verify DIR --level documented`."""
+    from ckpt_tool import api
+
+    files = checked_files(asked, (out,))
+    report = api.verify(
+        out,
+        levels=("documented",),
+        checkpoint_id=asked["checkpoint_id"],
+        compute_dtype=asked["compute_dtype"],
+        device=asked["device"],
+        progress=following_at(consoles()[1]),
+    )
+    return write_report(report, asked, files)
+
+
+COMMANDS = (certificate, check_certificate, compare, expectations)

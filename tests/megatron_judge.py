@@ -1,0 +1,101 @@
+"""Runs under megatron-core, on the CPU: loads torch_dist folders, writes the logits.
+
+    PYTHONPATH=JUDGE python megatron_judge.py RANK RANKS SHARED OUT.npz FOLDER [FOLDER ...]
+
+One process for each tensor-parallel rank, which meet in the file SHARED. Not a test module;
+tests/test_dist_write.py starts it.
+"""
+
+import sys
+import warnings
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+IDS = [1, 5, 9, 2, 7, 3, 11, 4, 8, 6, 12, 10] * 4
+
+
+def model_of(args: Namespace) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.parallel_state import get_tensor_model_parallel_world_size
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        kv_channels=args.kv_channels,
+        layernorm_epsilon=args.norm_epsilon,
+        normalization=args.normalization,
+        gated_linear_unit=args.swiglu,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
+        tensor_model_parallel_size=get_tensor_model_parallel_world_size(),
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base,
+        rotary_percent=args.rotary_percent,
+        rope_scaling=getattr(args, "use_rope_scaling", False),
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        parallel_output=False,
+    )
+
+
+def logits_of(folder: Path) -> np.ndarray:
+    """Of the model in `folder`, with every entry of it asked for, and no other."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    args = common["args"]
+    model = model_of(args).eval()
+    wanted = {"model": model.sharded_state_dict(metadata=content)}
+    loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_ALL)
+    model.load_state_dict(loaded["model"])
+    ids = torch.tensor([IDS]) % args.orig_vocab_size
+    places = torch.arange(ids.shape[1])[None]
+    hidden = torch.ones(1, 1, ids.shape[1], ids.shape[1]).triu(1).bool()  # from each token, those after it
+    with torch.no_grad():
+        made: np.ndarray = model(ids, places, hidden)[..., : args.orig_vocab_size].numpy()
+    return made
+
+
+def main(rank: int, ranks: int, shared: str, out: str, folders: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    torch.cuda.current_device = lambda: torch.device("cpu")  # which it asks for a device
+    torch.distributed.init_process_group("gloo", init_method=f"file://{shared}", rank=rank, world_size=ranks)
+    from megatron.core import parallel_state, tensor_parallel
+
+    # Dropout, which is off, would take numbers of the GPU's.
+    tensor_parallel.get_cuda_rng_tracker = lambda: Namespace(fork=nullcontext)
+    parallel_state.initialize_model_parallel(ranks)
+    made = {folder: logits_of(Path(folder)) for folder in folders}
+    if rank == 0:
+        np.savez(out, **made)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])

@@ -1,0 +1,218 @@
+"""What makes thousands of small tensors cheap: blocks made once for all layers, neighbours written together,
+checksums from quicker libraries. None of it may change a byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from ckpt_tool.api import convert
+from ckpt_tool.checkpoint import crc32c as castagnoli
+from ckpt_tool.checkpoint import zlibs
+from ckpt_tool.checkpoint.crc32c import crc32c
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert import disk
+from ckpt_tool.convert.layout import SMALL_STEP, Part, Step, parse_dims, with_mean
+from ckpt_tool.convert.outbox import HELD, SMALL, Outbox
+from ckpt_tool.convert.strips import assign
+from ckpt_tool.errors import CkptToolError
+
+Writes = list[tuple[int, int]]  # (first byte, bytes)
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
+    """Each write to an output file, as it comes."""
+    made: Writes = []
+    pwrite = disk.pwrite
+
+    def counted(descriptor: int, data: bytes, offset: int) -> int:
+        made.append((offset, len(data)))
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(disk, "pwrite", counted)
+    return made
+
+
+@pytest.fixture
+def descriptor(tmp_path: Path) -> Iterator[int]:
+    opened = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield opened
+    os.close(opened)
+
+
+# --- writing together -----------------------------------------------------------------------------------
+
+
+def test_neighbours_are_one_write_and_what_is_large_goes_at_once(descriptor: int, writes: Writes) -> None:
+    outbox, content = Outbox(), bytearray(random.Random(1).randbytes(3 * HELD))
+    for start in range(0, 1000, 10):
+        outbox.put("f", descriptor, start, memoryview(content)[start : start + 10])
+    assert not writes
+    outbox.put("f", descriptor, 1000, memoryview(content)[1000 : 1001 + SMALL])
+    assert writes == [(0, 1000), (1000, SMALL + 1)]
+    outbox.put("f", descriptor, 5000 + SMALL, memoryview(content)[5000 + SMALL : 5010 + SMALL])
+    outbox.put("f", descriptor, 4000 + SMALL, memoryview(content)[4000 + SMALL : 4010 + SMALL])
+    outbox.flush()
+    assert writes[2:] == [(5000 + SMALL, 10), (4000 + SMALL, 10)]
+    outbox.flush()
+    assert len(writes) == 4
+
+
+def test_any_order_of_pieces_gives_the_same_bytes(tmp_path: Path, writes: Writes) -> None:
+    chance = random.Random(4)
+    content = [chance.randbytes(5 * HELD) for _ in range(2)]
+    borders = [sorted({0, len(c), *(chance.randrange(len(c)) for _ in range(300))}) for c in content]
+    pieces = [(k, a, b) for k in (0, 1) for a, b in zip(borders[k], borders[k][1:], strict=False)]
+    for order in (pieces, chance.sample(pieces, len(pieces))):
+        opened = [os.open(tmp_path / str(k), os.O_RDWR | os.O_CREAT | os.O_TRUNC) for k in (0, 1)]
+        outbox, scratch = Outbox(), bytearray(5 * HELD)
+        for k, a, b in order:
+            scratch[: b - a] = content[k][a:b]  # what is put may be overwritten afterwards
+            outbox.put(str(k), opened[k], a, memoryview(scratch)[: b - a])
+        outbox.flush()
+        assert [os.pread(d, 6 * HELD, 0) for d in opened] == content
+        for d in opened:
+            os.close(d)
+        if order is pieces:
+            assert len(writes) < len(pieces) / 2
+        writes.clear()
+
+
+def test_a_full_disk_is_told_of_the_file_and_byte_that_were_held(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    outbox = Outbox()
+    outbox.put("first", descriptor, 64, memoryview(b"abcd"))
+    monkeypatch.setattr(disk, "pwrite", full)
+    with pytest.raises(CkptToolError) as raised:
+        outbox.put("second", descriptor, 0, memoryview(bytes(SMALL + 1)))
+    (problem,) = raised.value.problems
+    assert (problem.kind, problem.file) == ("disk-full", "first") and "at byte 64" in problem.message
+
+
+def test_a_model_of_small_tensors_takes_few_writes(
+    originals: Callable[[str], Path], conversions: Callable[[str], Path], tmp_path: Path, writes: Writes
+) -> None:
+    done = convert(
+        originals("mobilebert-uncased"), tmp_path / "out", family="mobilebert", jobs=1, check=False
+    )
+    (output,) = done.plan.outputs
+    small = sum(t.nbytes <= SMALL for t in output.tensors)
+    assert small > 80 and len(writes) < small / 4
+    made = (tmp_path / "out" / output.name).read_bytes()
+    assert made == (conversions("mobilebert-uncased") / output.name).read_bytes()
+    with open_checkpoint(tmp_path / "out") as there:
+        assert {(t.file, t.name): zlib.crc32(there.read(t).tobytes()) for t in there} == done.outcome.targets
+
+
+# --- blocks ---------------------------------------------------------------------------------------------
+
+
+def part(name: str, dims: str, *ranges: tuple[str, int, int]) -> Part:
+    return Part("f", name, "F32", parse_dims(dims), ranges)
+
+
+STEPS = {
+    "rename": Step((("a", 6), ("b", 8)), (part("x", "a b"),), (part("y", "a b"),)),
+    "transpose": Step((("a", 60), ("b", 40)), (part("x", "a b"),), (part("y", "b a"),)),
+    "rotary": Step((("n", 4), ("h", 3), ("t", 2)), (part("x", "(n h t)"),), (part("y", "(n t h)"),)),
+    "fused": Step(
+        (("s", 3), ("a", 7), ("b", 5)),
+        tuple(part(name, "(s a) b", ("s", k, k + 1)) for k, name in enumerate("qkv")),
+        (part("qkv", "b (s a)"),),
+    ),
+    "mean": with_mean(Step((("n", 8), ("h", 3)), (part("x", "n h"),), (part("y", "n h"),)), "n", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_blocks_of_a_layer_are_those_of_another(kind: str) -> None:
+    step = STEPS[kind]
+    sizes = (100, 1000, 8192)  # elements
+    made = list(step.blocks(400, 4000))
+    assert made and made == list(step._all_blocks(*sizes))
+    other = step.with_targets(tuple(p.at_home("g") for p in step.targets))
+    assert all(a is b for a, b in zip(made, other.blocks(400, 4000), strict=True))
+    assert list(step.blocks(80, 160)) != made or kind in ("rename", "rotary", "mean")
+
+
+def test_blocks_of_a_large_step_are_not_kept() -> None:
+    rows = SMALL_STEP // 4 // 64
+    step = Step((("a", rows + 1), ("b", 64)), (part("x", "a b"),), (part("y", "b a"),))
+    assert next(step.blocks()) is not next(step.blocks())
+
+
+@pytest.mark.parametrize(
+    "shape", [(33, 50), (2, 33, 50), (1, 70, 1, 40), (3, 300, 260), (5,), (1, 1), (4, 0)]
+)
+def test_strips_move_what_plain_assignment_moves(shape: tuple[int, ...]) -> None:
+    source = np.random.default_rng(0).integers(0, 1 << 31, shape, dtype=np.uint32)
+    for turned in (source.T, np.moveaxis(source, -1, 0), np.swapaxes(source, 0, -1), source):
+        target = np.zeros(turned.shape, np.uint32)
+        assign(target, turned)
+        assert np.array_equal(target, turned)
+
+
+# --- checksums ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 512, 70_000, 262_144, 600_001])
+def test_both_ways_to_a_castagnoli_checksum_agree(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(size).randbytes(size)
+    folded = castagnoli._folded(memoryview(data), 7)
+    asked: list[int] = []
+
+    def extend(crc: int, chunk: bytes) -> int:
+        asked.append(len(chunk))
+        return castagnoli._folded(memoryview(chunk), crc)
+
+    monkeypatch.setattr(castagnoli, "_library", lambda: extend)
+    assert crc32c(data, 7) == crc32c(memoryview(bytearray(data)), 7) == folded
+    assert sum(asked) == 2 * size and max(asked, default=0) <= castagnoli.PIECE
+
+
+@pytest.mark.parametrize(("implementation", "used"), [("c", True), ("python", False), (None, False)])
+def test_google_crc32c_is_used_where_it_is_compiled(
+    implementation: str | None, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("google_crc32c")
+    module.__dict__.update(implementation=implementation, extend=lambda crc, chunk: 0)
+    monkeypatch.setitem(sys.modules, "google_crc32c", module if implementation else None)
+    assert (castagnoli._library.__wrapped__() is not None) == used
+
+
+def test_the_installed_google_crc32c_agrees() -> None:
+    library = pytest.importorskip("google_crc32c")
+    data = random.Random(3).randbytes(100_001)
+    assert library.extend(9, data) == castagnoli._folded(memoryview(data), 9)
+    assert library.value(b"123456789") == 0xE3069283
+
+
+def test_zlib_serves_where_zlib_ng_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zlib_ng.zlib_ng", None)
+    assert zlibs._module() is zlib
+
+
+def test_the_checksum_and_inflate_in_use_are_those_of_zlib() -> None:
+    data = random.Random(5).randbytes(50_000) + bytes(50_000)
+    for start in (0, 1, 49_999):
+        assert zlibs.crc32(memoryview(data)[start:], 77) == zlib.crc32(data[start:], 77)
+    packed = zlib.compress(data)
+    stream = zlibs.decompressobj(zlib.MAX_WBITS)
+    assert stream.decompress(packed, 60_000) + stream.decompress(stream.unconsumed_tail) == data
+    assert stream.eof and stream.unused_data == b""
+    with pytest.raises(zlibs.InflateError):
+        zlibs.decompressobj(zlib.MAX_WBITS).decompress(b"\x78\x9cnothing of the kind")
