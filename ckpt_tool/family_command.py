@@ -73,6 +73,8 @@ def _as_click(option: Option) -> click.Option:
     text = option.help if option.to == "hf" else f"{option.help.rstrip('.')} (--to original)."
     if option.choices:
         return click.Option([option.flag], type=click.Choice(option.choices), help=text)
+    if option.several:
+        return click.Option([option.flag], metavar=option.metavar, help=text)
     if option.most:
         number = click.IntRange(1, option.most)
         return click.Option([option.flag], type=number, metavar=option.metavar, help=text)

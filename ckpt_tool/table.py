@@ -140,7 +140,7 @@ def _form(checkpoint: Checkpoint) -> dict[str, str]:
     chosen = {"container": "safetensors" if suffix == "safetensors" else "pth"}
     if any(".block_sparse_moe." in n for n in names):
         chosen = {"form": "B"}
-    elif any(".experts." in n for n in names):
+    elif any(".feed_forward.experts." in f".{n}" for n in names):
         chosen = {"form": "C" if suffix == "safetensors" else "A"}
     return chosen
 

@@ -5,8 +5,14 @@ of a layer: read as one for each layer and expert, under the names that the rank
     decoder.layers.mlp.experts.experts.linear_fc2.weight [L, E, d, f]
                                        decoder.layers.{i}.mlp.experts.local_experts.{e}.linear_fc2.weight
 
+In the ranks' own files grouped experts (GroupedMLP, up to core_v0.16) are two tensors of a layer, whose bytes
+are one expert after the other, whatever the shapes say:
+
+    decoder.layers.{i}.mlp.experts.weight1 [d, E 2 f]  E times [d, 2 f], as local_experts.{e}.weight1
+    decoder.layers.{i}.mlp.experts.weight2 [E f, d]    E times [f, d], as local_experts.{e}.weight2
+
 Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.19.2 (core/transformer/transformer_block.py,
-moe/experts.py: sharded_state_dict).
+moe/experts.py: sharded_state_dict; GroupedMLP.forward).
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from dataclasses import replace
 from math import prod
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.megatron import expert_grids
 from ckpt_tool.convert.one_by_one import Share, Shares
 from ckpt_tool.errors import Problem, fail_all
 
@@ -29,6 +36,12 @@ _CORE = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.linear_qkv\.", re.
 # Of `singleton_local_shards`, whose gates and ups are apart.
 _UNITS = re.compile(r"(?P<before>.*linear_fc1\.)weight_(?P<which>[wv])", re.ASCII)
 _WHICH = {"w": "gate.weight", "v": "up.weight"}
+# Of `singleton_local_shards`, whose experts are numbered and tensors of their own.
+_ALONE = re.compile(r"(?P<before>.*\.mlp\.experts\.)experts\.(?P<rest>\d+\.linear_fc[12]\..+)", re.ASCII)
+_JOINED = re.compile(
+    r"(?P<before>(?:\w+\.)*decoder\.layers\.\d+\.mlp\.)experts\.(?P<which>weight[12])", re.ASCII
+)
+READ_JOINED = "weight1 and weight2 of grouped experts are read as one of each for every expert"
 _OWN_LAYER = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?P<i>\d+)\.(?P<rest>.+)", re.ASCII)
 _OWN_EXPERT = re.compile(
     r"(?P<before>.*\.mlp\.experts\.)local_experts\.(?P<e>\d+)\.(?P<rest>linear_fc[12]\..+)", re.ASCII
@@ -56,8 +69,10 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
     for name, file in checkpoint.files.items():
         files[name] = file
         if file.format != FORMAT:
+            if any(map(_JOINED.fullmatch, file.tensors)):
+                files[name], readings[READ_JOINED] = _experts_apart(file, checkpoint, problems), None
             continue
-        if any(map(_UNITS.fullmatch, file.tensors)):
+        if any(_UNITS.fullmatch(n) or _ALONE.fullmatch(n) for n in file.tensors):
             file, readings[READ_APART] = Renamed(file, {_units(n): n for n in file.tensors}), None
             files[name] = file
         if not any(map(_is_stacked, file.tensors)):
@@ -81,8 +96,37 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _units(name: str) -> str:
+    if (alone := _ALONE.fullmatch(name)) is not None:
+        name = f"{alone['before']}local_experts.{alone['rest']}"
     found = _UNITS.fullmatch(name)
     return name if found is None else found["before"] + _WHICH[found["which"]]
+
+
+def _experts_apart(file: TensorFile, checkpoint: Checkpoint, problems: list[Problem]) -> TensorFile:
+    """A rank's grouped experts, of which it has as many as the router has rows for each expert-parallel
+    rank."""
+    shares: dict[str, Share] = {}
+    parallel = len(expert_grids(checkpoint))
+    for tensor in file.tensors.values():
+        found = _JOINED.fullmatch(tensor.name)
+        if found is None:
+            shares[tensor.name] = Share(tensor, tensor.name, 0)
+            continue
+        router = file.tensors.get(f"{found['before']}router.weight")
+        experts = router.shape[0] // parallel if router is not None and router.shape else 0
+        axis = 1 if found["which"] == "weight1" else 0
+        if not 0 < experts <= MOST or len(tensor.shape) != 2 or tensor.shape[axis] % experts:
+            message = f"expected shares of {experts} experts in dimension {axis}, found shape"
+            problems.append(Problem("shape-mismatch", f"{message} {tensor.shape}", file.name, tensor.name))
+            continue
+        shape = tuple(n // experts if k == axis else n for k, n in enumerate(tensor.shape))
+        size = prod(shape) * DTYPES[tensor.dtype].itemsize
+        for e in range(experts):
+            called = f"{found['before']}experts.local_experts.{e}.{found['which']}"
+            shares[called] = Share(
+                TensorInfo(called, tensor.dtype, shape, tensor.file), tensor.name, e * size
+            )
+    return NumberedLayers(file, shares)
 
 
 def _is_stacked(name: str) -> bool:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Option:
     """`name` is a field of `plan.Options` or a key of its `family_options`. A value is one of `choices`, a
-    whole number from 1 to `most`, or, without either, true for what was asked for. `to` is the direction in
-    which the option has a meaning."""
+    whole number from 1 to `most`, with `several` such numbers from 0 with commas between, or, without any of
+    these, true for what was asked for. `to` is the direction in which the option has a meaning."""
 
     name: str
     help: str
@@ -25,6 +25,7 @@ class Option:
     choices: tuple[str, ...] = ()
     most: int = 0
     metavar: str = "N"
+    several: bool = False
 
     @property
     def flag(self) -> str:
@@ -34,6 +35,10 @@ class Option:
         """What is expected of a value that is not one of this option's, in words."""
         if self.choices:
             return None if value in self.choices else f"expected {' or '.join(self.choices)}"
+        if self.several:
+            numbers = value.split(",") if isinstance(value, str) else []
+            fit = all(n.isascii() and n.isdecimal() and len(n) < 7 and int(n) <= self.most for n in numbers)
+            return None if numbers and fit else f"expected numbers up to {self.most} as in 3,5,4"
         if self.most:
             whole = isinstance(value, int) and not isinstance(value, bool)
             return None if whole and 1 <= value <= self.most else f"expected a number from 1 to {self.most}"
@@ -44,6 +49,21 @@ class Option:
 SHARDS = Option("shards", "Model-parallel ranks to write.", "original", most=1024)
 CONTAINER = Option("container", "Container to write.", "original", choices=("pth", "safetensors"))
 TENSOR_PARALLEL = Option("tensor_parallel", "Tensor-parallel ranks to write.", "original", most=1024)
+PIPELINE_PARALLEL = Option(
+    "pipeline_parallel", "Pipeline stages to write.", "original", most=1024, metavar="M"
+)
+PIPELINE_LAYERS = Option(
+    "pipeline_layers",
+    "Layers of each pipeline stage, where they differ.",
+    "original",
+    most=10_000,
+    metavar="N,N,...",
+    several=True,
+)
+VIRTUAL_STAGES = Option(
+    "virtual_stages", "Virtual stages of each pipeline stage to write.", "original", most=1024
+)
+EXPERT_PARALLEL = Option("expert_parallel", "Expert-parallel ranks to write.", "original", most=1024)
 POOLING = Option("gqa", "Pool the key/value heads to N (lossy).", "hf", most=65536)
 
 

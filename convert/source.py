@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,8 @@ from ckpt_tool.errors import Problem, fail, fail_all
 class Source:
     """`tensors` holds each name of the table once for every model-parallel rank, in their order; `ranks` is 1
     where files hold whole tensors. `told` are the hyper-parameters that a file of weights carries beside its
-    tensors, None without any; `prefix` stood before every name."""
+    tensors, None without any; `prefix` stood before every name. `copies` are further tensors that must equal
+    one of `tensors`, by the file and the name of that."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, tuple[TensorInfo, ...]]
@@ -33,6 +34,7 @@ class Source:
     told: Mapping[str, Any] | None = None
     prefix: str = ""
     stages: int = 1
+    copies: Mapping[tuple[str, str], tuple[Home, ...]] = field(default_factory=dict)
 
     def homes(self, name: str) -> list[Home]:
         """Where the tensor is and what it is called there, for each rank."""

@@ -20,6 +20,7 @@ from ckpt_tool.convert.heads import pooled
 from ckpt_tool.convert.layout import (
     Expansion,
     Home,
+    Part,
     Rule,
     Step,
     expand,
@@ -84,7 +85,14 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
     dtype = source.dtype
     if (own := _class_of(written)) is not None:
         fail_all(misread_config(written.config, own))
-    filled = _filled_in(table, source, "sources", original=source.homes, converted=lambda _: ("", dtype))
+    filled = _filled_in(
+        table,
+        source,
+        "sources",
+        original=source.homes,
+        converted=lambda _: ("", dtype),
+        again=lambda part: source.copies.get((part.file, part.name), ()),
+    )
     if table.words is not None:
         filled.steps[:] = [without_padding(s, WORDS, table.words) for s in filled.steps]
     config, lossy = written.config, []
@@ -133,14 +141,16 @@ def to_original(
     *,
     files: Sequence[str],
     homes: Callable[[str], Sequence[Home]],
+    again: Callable[[Part], Sequence[Home]] = lambda _: (),
 ) -> Plan:
     """The plan of the way back. `source` is the converted model, `files` are the weight files to write in
-    order, and `homes(name)` says which of them hold the tensor of that name in the table, for each rank."""
+    order, and `homes(name)` says which of them hold the tensor of that name in the table, for each rank;
+    `again(part)` where else the same part of it is written."""
 
     def converted(name: str) -> Home | None:
         return next(iter(source.homes(name)), None)
 
-    filled = _filled_in(table, source, "targets", original=homes, converted=converted)
+    filled = _filled_in(table, source, "targets", original=homes, converted=converted, again=again)
     if table.words is not None:
         filled.steps[:] = [with_padding(s.inverse(), WORDS, table.words).inverse() for s in filled.steps]
     parts = [p for s in filled.steps for p in apart(s, compared=table.compared)]
@@ -172,6 +182,7 @@ def _filled_in(
     *,
     original: Callable[[str], Sequence[Home]],
     converted: Callable[[str], Home | None],
+    again: Callable[[Part], Sequence[Home]],
 ) -> Expansion:
     """The rows with every index filled in. `side` is that of the steps which the checkpoint holds. Numbers
     that no tensor confirms are raised at once: what else would be said follows from them."""
@@ -182,6 +193,7 @@ def _filled_in(
         original=original,
         converted=converted,
     )
+    filled.steps += [copy for step in filled.steps for copy in _copies(step, again)]
     for axis, rows in table.copies.items():
         filled.steps[:] = [with_copies(s, axis, table.axes[axis], rows) for s in filled.steps]
     _with_hints(filled, table)
@@ -191,6 +203,16 @@ def _filled_in(
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
     filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
     return filled
+
+
+def _copies(step: Step, again: Callable[[Part], Sequence[Home]]) -> Iterator[Step]:
+    """The same step for each further place of all of its parts, compared."""
+    for places in zip(*map(again, step.sources), strict=True):
+        parts = [
+            replace(part, file=file, dtype=dtype, name=name[0] if name else part.name)
+            for part, (file, dtype, *name) in zip(step.sources, places, strict=True)
+        ]
+        yield replace(step, sources=tuple(parts), compare=step.compare or "replicated")
 
 
 def _repeated(steps: Iterable[Step], table: Table, source: Source) -> Iterator[Step]:

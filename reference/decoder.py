@@ -58,6 +58,10 @@ class Names:
     down: str
     final_norm: str
     output: str  # the words themselves where they are the output layer too
+    router: str = "feed_forward.gate.weight"
+    # of expert {e}: gate, down and up as whole names, or gates with ups and down
+    expert: tuple[str, ...] = tuple(f"feed_forward.experts.{{e}}.{w}.weight" for w in ("w1", "w2", "w3"))
+    inward: bool = False  # those of experts lie as (in, out)
     after: tuple[str, str] = ("", "")  # norms of what the two branches give, if there are any
 
 
@@ -170,18 +174,24 @@ def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tenso
 
 
 def experts(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
-    """Out of one tensor for each matrix, or of three (E*F, D), in which w2 alone lies as (in, out)."""
+    """The part of the sum over hidden units that this rank's units of all experts contribute: (B, T, D). Out
+    of tensors of each expert, or of three of all (E*F, D), in which w2 alone lies as (in, out)."""
     if c.stacked:
         p += "block_sparse_moe."
         stacks = [w[p + name].chunk(c.n_experts) for name in ("w1", "w2", "w3")]  # each E times (F, D)
-    else:
-        p += "feed_forward."
 
     def expert(e: int) -> Expert:
         if c.stacked:
             w1, w2, w3 = (stack[e] for stack in stacks)
             return w1, w2.T, w3
-        w1, w2, w3 = (w[f"{p}experts.{e}.{name}.weight"] for name in ("w1", "w2", "w3"))
+        made = [w[p + name.replace("{e}", str(e))] for name in c.names.expert]
+        made = [matrix.T for matrix in made] if c.names.inward else made
+        if len(made) == 2:
+            gates_and_ups, w2 = made
+            w1, w3 = gates_and_ups.chunk(2)
+            return w1, w2, w3
+        w1, w2, w3 = made
         return w1, w2, w3
 
-    return mixture(x, w[p + "gate.weight"], c.n_experts, c.n_experts_per_token, expert)
+    router = w[p + ("gate.weight" if c.stacked else c.names.router)]
+    return mixture(x, router, c.n_experts, c.n_experts_per_token, expert)

@@ -281,3 +281,21 @@ def join_stages(stages: Sequence[Mapping[str, T]]) -> dict[str, T]:
             raise ValueError(f"expected layers 0 to {len(here) - 1} on stage {p}, found {sorted(here)[:8]}")
         before += len(here)
     return joined
+
+
+def join_experts(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    """One tensor-parallel rank of every expert-parallel rank, in order, as one mapping: each numbers its
+    experts from 0, and has a copy of all other tensors, of which the first's is taken. ValueError where one
+    has another number of experts."""
+    pattern = re.compile(r"(.*\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)((?:\..+)?)")
+    joined: dict[str, T] = {}
+    counts = [len({m[2] for name in part if (m := pattern.fullmatch(name))}) for part in parts]
+    if len(set(counts)) > 1:
+        raise ValueError(f"expected as many experts on every expert-parallel rank, found {counts}")
+    for k, part in enumerate(parts):
+        for name, tensor in part.items():
+            if (m := pattern.fullmatch(name)) is not None:
+                joined[f"{m[1]}{k * counts[0] + int(m[2])}{m[3]}"] = tensor
+            else:
+                joined.setdefault(name, tensor)
+    return joined

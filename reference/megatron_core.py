@@ -1,6 +1,7 @@
 """A gated decoder with rotary positions as Megatron-Core trains it, whatever it is called when it is
 published: `decoder.layers.{i}.self_attention.linear_qkv`, in tensor-parallel ranks or joined. Pipeline stages
-are joined before (`megatron.join_stages`).
+and expert-parallel ranks are joined before (`megatron.join_stages`, `join_experts`). A token goes to the
+experts of its highest logits, whose shares are a softmax over those alone.
 
 Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.19.2 (core/models/gpt, core/transformer),
 NVIDIA-NeMo/Megatron-Bridge @067f987d.
@@ -22,6 +23,7 @@ ARGS = {
     "head_dim": ("kv_channels",),
     "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
     "rope_theta": ("rotary_base",),
+    "num_experts_per_tok": ("moe_router_topk",),
 }
 WORDS = "embedding.word_embeddings.weight"
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -34,7 +36,6 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
     "rotary_seq_len_interpolation_factor": (1,),
     "apply_layernorm_1p": (False,),
-    "num_experts": (),
     "window_size": (),
     "layernorm_zero_centered_gamma": (False,),
     "qk_l2_norm": (False,),
@@ -54,6 +55,33 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (0,),
     "use_mup": (False,),
 }
+# Of models with experts; of others `num_experts` may not be told.
+ROUTED: dict[str, tuple[Any, ...]] = {
+    "moe_router_pre_softmax": (False,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (1,),
+    "moe_router_group_topk": (),
+    "moe_router_topk_limited_devices": (),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    "moe_shared_expert_intermediate_size": (0,),
+    "moe_layer_freq": (1,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (0,),
+    "moe_mlp_glu_interleave_size": (0,),
+}
+# How experts are kept: of each the gates with the ups, or those, down, and ups.
+IN_ONE = "mlp.experts."
+KEPT = (
+    ("local_experts.{e}.linear_fc1.weight", "local_experts.{e}.linear_fc2.weight"),
+    ("linear_fc1.weight{e}", "linear_fc2.weight{e}"),
+    ("local_experts.{e}.weight1", "local_experts.{e}.weight2"),
+    (
+        "local_experts.{e}.linear_fc1.gate.weight",
+        "local_experts.{e}.linear_fc2.weight",
+        "local_experts.{e}.linear_fc1.up.weight",
+    ),
+)
 
 
 def words_of(shapes: Shapes) -> str | None:
@@ -82,13 +110,19 @@ def made(
     names = _of_megatron(words, shapes, facts.get("tie_word_embeddings"))
     normed = any(name.endswith("q_layernorm.weight") for name in shapes)
     own = {"add_qkv_bias": (biased,), "qk_layernorm": (normed,)}
-    refuse(only(facts, {**COMPUTED, **own}))
+    router = shapes.get(f"{names.block}0.mlp.router.weight")
+    refuse(only(facts, {**COMPUTED, **own, **({"num_experts": ()} if router is None else ROUTED)}))
     # Those after it are padding.
     rows = first(facts.get("vocab_size"), facts.get("orig_vocab_size"), shapes[words][0] * ranks)
     found = numbers(facts, names, shapes)
     found["n_words"] = int(rows)
     if biased:
         found["biased"] = ("qkv",)
+    if router is not None:
+        top = facts.get("num_experts_per_tok")
+        if top is None:
+            raise ValueError("expected `moe_router_topk` or num_experts_per_tok given by name, found neither")
+        found |= {"n_experts": router[0], "n_experts_per_token": int(top)}
     if normed:
         found["head_norms"] = ("self_attention.q_layernorm.", "self_attention.k_layernorm.")
     return found
@@ -110,6 +144,10 @@ def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
     marked = made.get("no_rope_freq")  # layers marked 1 are not turned
     if isinstance(marked, list) and not any(marked):
         del made["no_rope_freq"]
+    for name in ("moe_layer_freq", "moe_router_load_balancing_type"):  # of each layer, or each loss
+        told_each = made.get(name)
+        if isinstance(told_each, list) and told_each and all(v in ROUTED[name] for v in told_each):
+            made[name] = told_each[0]
     if made.get("window_size") in ([-1, -1], [-1, 0]):  # all that is before a token
         del made["window_size"]
     if "num_query_groups" in made:  # args have a number of groups even where queries are not grouped
@@ -123,20 +161,30 @@ def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
 def _of_megatron(words: str, shapes: Shapes, tied: bool | None) -> Names:
     root = words.removesuffix(WORDS)
     block, output = root + "decoder.layers.", root + "output_layer.weight"
-    # Transformer Engine has the norms in the layers after them.
-    engine = f"{block}0.self_attention.linear_qkv.layer_norm_weight" in shapes
+    # Transformer Engine has norms in the layers after them.
+    norms = [
+        within if f"{block}0.{within}weight" in shapes else apart
+        for within, apart in (
+            ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+            ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+        )
+    ]
     apart = f"{block}0.mlp.linear_fc1.gate.weight" in shapes  # of `singleton_local_shards`
+    experts = next((k for k in KEPT if f"{block}0.{IN_ONE}{k[0].format(e=0)}" in shapes), KEPT[0])
     # The last pipeline stage has a copy of tied words.
     own_output = output in shapes or (tied is not None and not tied)
     return Names(
         word=words,
         block=block,
-        norm_1="self_attention.linear_qkv.layer_norm_" if engine else "input_layernorm.",
+        norm_1=norms[0],
         qkv=("self_attention.linear_qkv.",),
         out="self_attention.linear_proj.",
-        norm_2="mlp.linear_fc1.layer_norm_" if engine else "pre_mlp_layernorm.",
+        norm_2=norms[1],
         units=("mlp.linear_fc1.gate.", "mlp.linear_fc1.up.") if apart else ("mlp.linear_fc1.",),
         down="mlp.linear_fc2.",
         final_norm=root + "decoder.final_layernorm.",
         output=output if own_output else words,
+        router="mlp.router.weight",
+        expert=tuple(IN_ONE + name for name in experts),
+        inward=experts == KEPT[2],
     )

@@ -9,7 +9,7 @@ ml-explore/mlx-examples @1120adab). The files of one download together are one m
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ckpt_tool.reference import mistral
+from ckpt_tool.reference import megatron_core, mistral
 from ckpt_tool.reference.facts import Shapes, fact, opened
 
 
@@ -18,7 +18,10 @@ class Config(mistral.Config):
     def from_original(
         cls, params: Mapping[str, Any], shapes: Shapes, ranks: int, overrides: Mapping[str, Any], **more: Any
     ) -> Self:
-        """`params` is params.json with Mistral AI's or Hugging Face keys; else as for Mistral."""
+        """`params` is params.json with Mistral AI's or Hugging Face keys, or what Megatron's files carry;
+        else as for Mistral."""
+        if megatron_core.words_of(shapes) is not None:
+            return cls(**megatron_core.made(params, shapes, ranks, overrides))
         params = opened(params)
         params = {**params, **(params.get("moe") or {})}
         # Both published models send a token to two experts; a file with Hugging Face keys leaves it out.

@@ -140,7 +140,7 @@ def test_a_gap_in_the_ranks_is_named(missing: list[str], of: str) -> None:
         (["iter_0000010/.metadata", "iter_0000010/__0_0.distcp"], "missing-shard"),
         ([f"mp_rank_00_000/{FILE}", f"mp_rank_00/{FILE}"], "ambiguous-input"),
         ([f"a/mp_rank_00/{FILE}", f"b/mp_rank_00/{FILE}"], "ambiguous-input"),
-        ([f"mp_rank_00_000_000/{FILE}"], "unsupported"),
+        ([f"mp_rank_00_000_001/{FILE}"], "missing-shard"),
         ([f"mp_rank_9999_99999/{FILE}"], "missing-shard"),
     ],
 )

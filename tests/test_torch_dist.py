@@ -172,6 +172,6 @@ def test_shared_folders_of_other_models_are_named(tmp_path: Path) -> None:
         api.verify(tmp_path / "gpt2", folder["numbered-bias"], levels=("coverage", "bits")).status == "pass"
     )
     error = refused(lambda: api.plan(folder["moe"], family="llama"))
-    assert "with experts" in error.text() and "Megatron-Bridge" in (error.problems[0].hint or "")
-    error = refused(lambda: api.plan(folder["moe"]))  # the nearest families say why, too
-    assert error.kind == "unknown-family" and "with experts, of which Llama has none" in error.text()
+    assert "with experts" in error.text() and "convert mixtral" in (error.problems[0].hint or "")
+    error = refused(lambda: api.plan(folder["moe"], family="qwen2"))
+    assert error.kind == "unknown-family" and "mixtral" in error.text()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.megatron import grid
+from ckpt_tool.checkpoint.megatron import expert_grids
 from ckpt_tool.checkpoint.tensor_names import layer_of
 
 PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
@@ -76,11 +76,15 @@ class Weights(Mapping[str, Tensor]):
 def ranks_of(checkpoint: Checkpoint, *, stages: bool = False) -> list[Mapping[str, TensorInfo]]:
     """One mapping for each model-parallel rank. Files that share a name are ranks, each a mapping of its own;
     files of different names are one model dealt out over several files, and so one mapping. With `stages`
-    they are Megatron's, whose pipeline stages are joined: names number the layers through the model then."""
+    they are Megatron's, whose pipeline stages and expert-parallel ranks are joined: names number layers and
+    experts through the model then."""
     if stages:
-        from ckpt_tool.reference.megatron import join_stages
+        from ckpt_tool.reference.megatron import join_experts, join_stages
 
-        return [join_stages([checkpoint.files[f].tensors for f in row]) for row in grid(checkpoint)]
+        return [
+            join_experts([join_stages([checkpoint.files[f].tensors for f in row]) for row in rows])
+            for rows in zip(*expert_grids(checkpoint), strict=True)
+        ]
     files: list[Mapping[str, TensorInfo]] = [f.tensors for f in checkpoint.files.values() if f.tensors]
     if len({name for f in files for name in f}) == sum(map(len, files)):
         return [{name: info for f in files for name, info in f.items()}]

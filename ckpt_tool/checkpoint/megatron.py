@@ -4,8 +4,11 @@ belong together, and what stands beside the tensors.
     latest_checkpointed_iteration.txt                 `release`, or the number of an iteration
     iter_0001000/mp_rank_01/model_optim_rng.pt        tensor-parallel rank 1
     release/mp_rank_01_003/model_optim_rng.pt         tensor-parallel rank 1, pipeline stage 3
+    release/mp_rank_01_003_002/model_optim_rng.pt     ... and expert-parallel rank 2
     mp_rank_01/model_weights.ckpt                     in an archive of NeMo; with pipeline stages
     tp_rank_01_pp_rank_003/model_weights.ckpt
+
+A second number is an expert-parallel rank where there are no pipeline stages: the files tell which.
 
 Source: NVIDIA/Megatron-LM v1.0 to core_v0.9.0, checkpointing.py.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
@@ -24,14 +28,16 @@ from ckpt_tool.errors import Problem, fail, fail_all, printable
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"  # the development versions of 2022 called it model_rng.pt
 _ITERATION = re.compile(r"iter_\d{7,}|release", re.ASCII)
-# A third number is an expert-parallel rank.
 _RANK = re.compile(
-    r"[mt]p_rank_(?P<rank>\d{2,4})(_(?:pp_rank_)?(?P<stage>\d{3,5}))?(?P<expert>_\d{3,5})?", re.ASCII
+    r"[mt]p_rank_(?P<rank>\d{2,4})(_(?:pp_rank_)?(?P<second>\d{3,5})(_(?P<third>\d{3,5}))?)?", re.ASCII
 )
 _PATH = re.compile(
     rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/(model(_optim)?_rng\.pt|model_weights\.ckpt)", re.ASCII
 )
 _SHOWN = 8
+_WORDS = "embedding.word_embeddings.weight"  # of which a stage after the first has none
+_EXPERTS = ".mlp.experts."
+Place = tuple[int, int, int]  # tensor-parallel rank, pipeline stage, expert-parallel rank
 
 # The arguments that say what a model computes and how it was shared out, in the order they are shown.
 ARGUMENTS = (
@@ -49,6 +55,7 @@ ARGUMENTS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
     "layernorm_epsilon",
     "norm_epsilon",
     "bias_gelu_fusion",
@@ -95,7 +102,7 @@ def find_ranks(
 
     Of several iterations the one is taken that `tracker(prefix)` names, the text of
     latest_checkpointed_iteration.txt in the part `prefix` of the folder. Kinds: `missing-shard`,
-    `ambiguous-input`, `bad-config`, `unsupported`.
+    `ambiguous-input`, `bad-config`.
     """
     found: dict[str, dict[str, re.Match[str]]] = {}
     for name in names:
@@ -107,8 +114,6 @@ def find_ranks(
         return None
     within, notes = current(found, label, tracker)
     matches = list(found[within].values())
-    if expert := next((m for m in matches if m["expert"]), None):
-        fail("unsupported", f"expected no expert-parallel ranks, found {expert['folder']}", file=label)
     matches.sort(key=_place)
     _check_grid(matches, label)
     return RankFolders(tuple(m[0] for m in matches), tuple(notes))
@@ -153,39 +158,53 @@ def current(
     return next(iter(found)), []
 
 
-def _place(m: re.Match[str]) -> tuple[int, int]:
-    return int(m["rank"]), int(m["stage"] or 0)
+def _place(m: re.Match[str], *, experts: bool = False) -> Place:
+    """`experts`: a second number is an expert-parallel rank where it is the last."""
+    second, third = int(m["second"] or 0), int(m["third"] or 0)
+    return (int(m["rank"]), 0, second) if experts and not m["third"] else (int(m["rank"]), second, third)
 
 
 def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
     """Every stage of every rank once."""
     places = [_place(m) for m in matches]
-    staged = any(m["stage"] for m in matches)
+    numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
     twice = sorted({m["folder"] for m in matches if places.count(_place(m)) > 1})
     if twice:
         fail("ambiguous-input", f"expected each rank once, found {' and '.join(twice)}", file=label)
-    ranks, stages = 1 + max(t for t, _ in places), 1 + max(p for _, p in places)
-    if ranks * stages > 16 * len(places) + 64:
+    sizes = [1 + max(p[k] for p in places) for k in range(3)]
+    if prod(sizes) > 16 * len(places) + 64:
         fail(
             "missing-shard",
             f"expected ranks numbered from 0 on, found {len(places)} up to {matches[-1]['folder']}",
             file=label,
         )
+    there, (ranks, stages, experts) = set(places), sizes
     missing = [
-        folder_name(t, p, staged) for t in range(ranks) for p in range(stages) if (t, p) not in set(places)
+        _folder((t, p, e), numbered)
+        for t in range(ranks)
+        for p in range(stages)
+        for e in range(experts)
+        if (t, p, e) not in there
     ]
     if missing:
-        sizes = f"{ranks} tensor-parallel ranks" + (f" x {stages} pipeline stages" if staged else "")
+        second = "pipeline stages" if numbered != 1 else "pipeline stages or expert-parallel ranks"
+        said = f"{ranks} tensor-parallel ranks" + (f" x {stages} {second}" if numbered else "")
+        said += f" x {experts} expert-parallel ranks" if numbered > 1 else ""
         fail(
             "missing-shard",
-            f"expected {sizes}, found {len(places)} of {ranks * stages}: {_list(missing)} not there",
+            f"expected {said}, found {len(places)} of {prod(sizes)}: {_list(missing)} not there",
             file=label,
         )
 
 
-def folder_name(rank: int, stage: int, staged: bool) -> str:
-    """`staged` where there is more than one pipeline stage."""
-    return f"mp_rank_{rank:02d}_{stage:03d}" if staged else f"mp_rank_{rank:02d}"
+def _folder(place: Place, numbered: int) -> str:
+    return f"mp_rank_{place[0]:02d}" + "".join(f"_{n:03d}" for n in place[1 : 1 + numbered])
+
+
+def folder_name(rank: int, stage: int, staged: bool, expert: int | None = None) -> str:
+    """`staged` where there is more than one pipeline stage, `expert` where there are several expert-parallel
+    ranks."""
+    return _folder((rank, stage, 0), int(staged)) + ("" if expert is None else f"_{expert:03d}")
 
 
 def _list(names: Sequence[str]) -> str:
@@ -197,19 +216,42 @@ def _list(names: Sequence[str]) -> str:
 
 
 def grid(checkpoint: Checkpoint) -> list[list[str]]:
-    """The files as [tensor-parallel rank][pipeline stage]. A file that no rank folder names is alone."""
-    placed: dict[tuple[int, int], str] = {}
+    """The files as [tensor-parallel rank][pipeline stage], of the first expert-parallel rank."""
+    return expert_grids(checkpoint)[0]
+
+
+def expert_grids(checkpoint: Checkpoint) -> list[list[list[str]]]:
+    """The files as [expert-parallel rank][tensor-parallel rank][pipeline stage]. A file that no rank folder
+    names is alone."""
+    placed: dict[Place, str] = {}
+    experts = _second_is_expert(checkpoint)
     for name in checkpoint.files:
         m = _PATH.fullmatch(name)
-        placed[(0, 0) if m is None else _place(m)] = name
-    ranks, stages = 1 + max(t for t, _ in placed), 1 + max(p for _, p in placed)
-    if len(placed) != len(checkpoint.files) or len(placed) != ranks * stages:
+        placed[(0, 0, 0) if m is None else _place(m, experts=experts)] = name
+    ranks, stages, parallel = (1 + max(p[k] for p in placed) for k in range(3))
+    if len(placed) != len(checkpoint.files) or len(placed) != ranks * stages * parallel:
         fail(
             "ambiguous-input",
             f"expected the ranks of one Megatron checkpoint, found {_list(list(checkpoint.files))}",
             file=checkpoint.path.name,
         )
-    return [[placed[t, p] for p in range(stages)] for t in range(ranks)]
+    return [[[placed[t, p, e] for p in range(stages)] for t in range(ranks)] for e in range(parallel)]
+
+
+def _second_is_expert(checkpoint: Checkpoint) -> bool:
+    """Whether two numbers in a folder's name are a tensor-parallel and an expert-parallel rank: as args say,
+    else where a file with the second above 0 has both experts and the embedding, which only the first
+    pipeline stage has."""
+    found = {name: m for name in checkpoint.files if (m := _PATH.fullmatch(name))}
+    later = next((n for n, m in found.items() if m["second"] and int(m["second"])), None)
+    if later is None or any(m["third"] or "_pp_rank_" in m["folder"] for m in found.values()):
+        return False
+    file = checkpoint.files[later]
+    args = arguments(file) or {}
+    stages, experts = args.get("pipeline_model_parallel_size"), args.get("expert_model_parallel_size")
+    if isinstance(stages, int) and isinstance(experts, int) and (stages > 1) != (experts > 1):
+        return experts > 1
+    return any(n.endswith(_WORDS) for n in file.tensors) and any(_EXPERTS in n for n in file.tensors)
 
 
 def arguments(file: TensorFile) -> dict[str, Any] | None:
@@ -253,8 +295,9 @@ def _is_plain(value: object) -> bool:
 def check_same_run(checkpoint: Checkpoint) -> None:
     """Fail with `shard-conflict` where the files are of different iterations or versions, or of runs that
     were shared out otherwise; with `missing-shard` where args speak of more ranks than there are."""
-    rows = grid(checkpoint)
-    names = [name for row in rows for name in row]
+    grids = expert_grids(checkpoint)
+    rows = grids[0]
+    names = [name for one in grids for row in one for name in row]
     first = checkpoint.files[names[0]]
     if first.format == "dcp":
         return  # the ranks are joined there, whatever args say of them
@@ -278,17 +321,18 @@ def check_same_run(checkpoint: Checkpoint) -> None:
             problems.append(Problem("shard-conflict", message, name, f"args: {odd[0]}", _TOGETHER))
     fail_all(problems)
     args = arguments(first) or {}
-    ranks, stages = len(rows), len(rows[0])
     told = {
         "tensor_model_parallel_size": args.get("tensor_model_parallel_size", args.get("model_parallel_size")),
         "pipeline_model_parallel_size": args.get("pipeline_model_parallel_size"),
+        "expert_model_parallel_size": args.get("expert_model_parallel_size"),
     }
-    for key, found in zip(told, (ranks, stages), strict=True):
+    sizes = zip(told, ("ranks", "stages", "experts"), (len(rows), len(rows[0]), len(grids)), strict=True)
+    for key, which, found in sizes:
         wanted = told[key]
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted == found:
             continue
         if wanted > found:
-            check_complete(checkpoint, **{"ranks" if key.startswith("tensor") else "stages": wanted}, why=key)
+            check_complete(checkpoint, **{which: wanted}, why=key)
         message = f"expected {wanted} as args say, found {found}"
         problems.append(Problem("shard-conflict", message, first.name, f"args: {key}", _TOGETHER))
     fail_all(problems)
@@ -297,23 +341,31 @@ def check_same_run(checkpoint: Checkpoint) -> None:
 _TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
 
 
-def check_complete(checkpoint: Checkpoint, *, ranks: int = 1, stages: int = 1, why: str) -> None:
+def check_complete(
+    checkpoint: Checkpoint, *, ranks: int = 1, stages: int = 1, experts: int = 1, why: str
+) -> None:
     """Fail with `missing-shard`, naming the folders that are not there, unless there are as many; `why` says
     what the numbers are known from."""
-    rows = grid(checkpoint)
-    ranks, stages = max(ranks, len(rows)), max(stages, len(rows[0]))
-    if ranks * stages > 1 << 20:
-        fail("bad-config", f"expected a number of ranks, found {ranks} x {stages}", where=why)
+    grids = expert_grids(checkpoint)
+    found = len(grids[0]), len(grids[0][0]), len(grids)
+    wanted = tuple(map(max, (ranks, stages, experts), found))
+    if prod(wanted) > 1 << 20:
+        fail("bad-config", f"expected a number of ranks, found {' x '.join(map(str, wanted))}", where=why)
+    several = wanted[2] > 1
     missing = [
-        folder_name(t, p, stages > 1)
-        for t in range(ranks)
-        for p in range(stages)
-        if t >= len(rows) or p >= len(rows[0])
+        folder_name(t, p, wanted[1] > 1, e if several else None)
+        for t in range(wanted[0])
+        for p in range(wanted[1])
+        for e in range(wanted[2])
+        if t >= found[0] or p >= found[1] or e >= found[2]
     ]
     if missing:
+        shown = 3 if several else 2
+        said = ("tensor-parallel ranks", "pipeline stages", "expert-parallel ranks")[:shown]
+        counts = " x ".join(f"{n} {what}" for n, what in zip(wanted, said, strict=False))
         fail(
             "missing-shard",
-            f"expected {ranks} tensor-parallel ranks x {stages} pipeline stages ({why}), found "
-            f"{len(rows)} x {len(rows[0])}: {_list(missing)} not there",
+            f"expected {counts} ({why}), found {' x '.join(map(str, found[:shown]))}: "
+            f"{_list(missing)} not there",
             file=checkpoint.path.name,
         )

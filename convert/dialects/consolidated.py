@@ -180,7 +180,7 @@ class Consolidated:
     @property
     def option(self) -> str | None:
         """The option that chooses a form."""
-        return next((o.name for o in self.options if set(o.choices) == self.forms.keys()), None)
+        return next((o.name for o in self.options if set(o.choices) >= self.forms.keys()), None)
 
 
 def family(
@@ -510,11 +510,12 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
-    if (
-        layout := asked_layout(d.name, CONSOLIDATED, d.layouts, known, [o.name for o in d.options])
-    ) is not None:
+    usual = (CONSOLIDATED,) if d.option is None else tuple(d.forms)
+    layout = asked_layout(d.name, usual, d.layouts, known, [o.name for o in d.options])
+    if layout is not None:
         apart = ("head_dim",)  # which params.json has otherwise
         own = {n: f for n, f in d.fields.items() if n in d.config.numbers and n not in apart or f is DTYPE}
+        own |= {f.name: f for f in layout.reads}
         return layout.plan_original(checkpoint, options, replace(known, fields=own))
     values = known.values(n for n in d.fields if n in d.config.numbers)
     facts.check_settings(values)

@@ -3,11 +3,11 @@ back."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.numbers import Known
+from ckpt_tool.convert.numbers import Field, Known
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import fail
@@ -16,9 +16,11 @@ FORM = "form"
 
 
 class Layout(Protocol):
-    """Another layout that the same models are kept in."""
+    """Another layout that the same models are kept in. `reads` are fields of config.json that may say more
+    there than where the published layout is written."""
 
     title: str
+    reads: tuple[Field, ...]
     options: tuple[Option, ...]
 
     @property
@@ -48,15 +50,15 @@ def layout_of(layouts: Mapping[str, Layout], names: Collection[str]) -> Layout |
 
 
 def asked_layout(
-    family: str, usual: str, layouts: Mapping[str, Layout], known: Known, own: Collection[str]
+    family: str, usual: Sequence[str], layouts: Mapping[str, Layout], known: Known, own: Collection[str]
 ) -> Layout | None:
-    """The one to write: as asked, else as the original was; None for the published one, called `usual`, which
-    has the options `own`."""
+    """The one to write: as asked, else as the original was; None for the published one, whose forms are
+    called as in `usual`, and which has the options `own`."""
     if not layouts:
         return None
-    form = known.options.family_options.get(FORM, known.once.get(FORM, usual))
-    if form not in (usual, *layouts):
-        words = " or ".join((usual, *layouts))
+    form = known.options.family_options.get(FORM, known.once.get(FORM, usual[0]))
+    if form not in (*usual, *layouts):
+        words = " or ".join((*usual, *layouts))
         fail("usage", f"expected {words} for family {family}, found {form}", where="--form")
     chosen = layouts.get(form)
     has = {*own} if chosen is None else {o.name for o in chosen.options}

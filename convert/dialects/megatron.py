@@ -64,7 +64,6 @@ ASKED_VERSIONS = ("0", "1.0", "2.0", "3.0")
 OPTIONS = (
     Option("keep_padding", "Keep the rows that pad the vocabulary.", "hf"),
     *ranks.OPTIONS,
-    Option("pipeline_parallel", "Pipeline stages to write.", "original", most=1024, metavar="M"),
     Option("checkpoint_version", "Order of query_key_value to write.", "original", ASKED_VERSIONS),
 )
 
@@ -517,24 +516,17 @@ def _form(known: Known) -> Form:
     as_core = isinstance(age, str) and is_core(age) and asked.get("checkpoint_version") is not None
     if not isinstance(age, str) or age not in AGES or (as_core and version != 3.0):
         age = "encoder" if version == 3.0 else "transformer"
-    tensor_parallel, depth = ranks.ranks_of(known), once.get("pipeline_parallel")
-    stages, layers = whole_number(asked.get("pipeline_parallel"), depth), known["num_hidden_layers"]
-    chunks = whole_number(once.get("virtual_stages")) if depth == stages else 1
-    split = ranks.split_as_it_was(known, stages, chunks)
-    if not split and layers % (stages * chunks):
-        chunks = 1
-    if not split and layers % stages and asked.get("pipeline_parallel") is None:
-        stages = 1
+    tensor_parallel, shared = ranks.ranks_of(known), ranks.stages_of(known)
     form = Form(
         tensor_parallel,
         ranks.padded(known, tensor_parallel, _divisor(known)),
         age,
         version,
-        stages,
-        chunks,
+        shared.stages,
+        shared.chunks,
         whole_number(once.get("iteration"), otherwise=0),
         once.get("release") is not False or not once.get("iteration"),
-        split,
+        shared.split,
     )
     ranks.check_shares(known, form, "num_attention_heads", "intermediate_size")
     return form
@@ -568,8 +560,7 @@ def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
     dtype, core, sharing = known.options.dtype or known.source.dtype, is_core(form.age), "ranks to write"
     shares = {"model_parallel_size": Value(form.ranks, sharing)} if (form.version or 0) < 3 else {}
     if form.version == 3.0 or form.stages > 1:
-        shares["tensor_model_parallel_size"] = Value(form.ranks, sharing)
-        shares["pipeline_model_parallel_size"] = Value(form.stages, sharing)
+        shares |= ranks.split_args(form)
     args = {
         **ranks.shared_args(known, form, {}),
         "make_vocab_size_divisible_by": Value(_divisor(known), "the original's, or 128"),
@@ -580,6 +571,8 @@ def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
         **shares,
     }
     once = {k: Value(v, "ckpt-tool.json: the original's args") for k, v in _once_args(known).items()}
-    if not form.split:
+    if not form.split or form.split != tuple(known.once.get(ranks.SPLIT) or ()):
         once = {k: v for k, v in once.items() if k not in _SPLIT_ARGS}
+    elif once.keys() & _SPLIT_ARGS:  # the original's own words for the same
+        args = {k: v for k, v in args.items() if k not in _SPLIT_ARGS}
     return {**args, **{k: v for k, v in once.items() if k not in args}, **m.args(known)}

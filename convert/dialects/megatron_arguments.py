@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from functools import cache
 from typing import Any
@@ -30,7 +30,8 @@ padded_vocab_size make_vocab_size_divisible_by orig_vocab_size vocab_size tokeni
 norm_epsilon bias_gelu_fusion openai_gelu onnx_safe rotary_base untie_embeddings_and_output_weights
 group_query_attention num_query_groups model_parallel_size tensor_model_parallel_size
 pipeline_model_parallel_size virtual_pipeline_model_parallel_size intermediate_size bert_binary_head
-params_dtype fp16 bf16 use_rope_scaling rope_scaling_factor stretched_frequencies
+params_dtype fp16 bf16 use_rope_scaling rope_scaling_factor stretched_frequencies num_experts num_moe_experts
+moe_router_topk moe_ffn_hidden_size
 """
 
 # Why arguments have no effect on what the saved tensors compute, and which; `*` stands for anything.
@@ -136,8 +137,8 @@ HARMLESS = {
         patch_dim classes_fraction *_per_class_fraction overlapping_eval
         strict_lambada cloze_eval iterations_to_skip num_epochs *keep_last valid_num_workers
         """,
-    "what counts only beside an argument that is refused: experts, another attention, more heads": """
-        moe_* mtp_* retro_* mamba_* linear_conv_* linear_key_* linear_value_* linear_num_* dsa_*
+    "what counts only beside an argument that is refused: another attention, more heads": """
+        mtp_* retro_* mamba_* linear_conv_* linear_key_* linear_value_* linear_num_* dsa_*
         q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor
         mscale mscale_all_dim beta_fast beta_slow original_max_position_embeddings cache_mla_latents
         mla_down_proj_fusion yarn_* relative_attention_* window_attn_skip_freq
@@ -152,10 +153,14 @@ HARMLESS = {
 @dataclass(frozen=True)
 class Only:
     """Values of an argument that the tables take for granted, the default first, and what others make of the
-    model."""
+    model. `each`: a list of such values counts as well; `below`: so does a number below 0. `answerable`: what
+    others do is for training, and --set NAME=null leaves it out."""
 
     what: str
     values: tuple[Any, ...]
+    each: bool = False
+    below: bool = False
+    answerable: bool = False
 
 
 def _off(what: str) -> Only:
@@ -216,7 +221,7 @@ LEARNED: Mapping[str, Only] = {
     "add_bias_linear": Only("biases", (True, None)),
 }
 UNUSED_BY_LEARNED = (
-    "rotary_* use_rope_scaling rope_* no_rope_freq mrope_section apply_rope_fusion add_qkv_bias"
+    "rotary_* use_rope_scaling rope_* no_rope_freq mrope_section apply_rope_fusion add_qkv_bias moe_*"
 )
 
 # Of gated decoders with rotary positions and biases for query, key and value.
@@ -237,6 +242,7 @@ GATED: Mapping[str, Only] = {
 # Megatron-Core's layers never look at the first, and the second is of learned positions.
 UNUSED_BY_GATED = """apply_residual_connection_post_layernorm add_position_embedding
     use_rotary_position_embeddings"""
+UNUSED_BY_DENSE = "moe_*"
 # As for the first, older code does.
 RESIDUAL = {
     "apply_residual_connection_post_layernorm": _off("branches added to the normalised input"),
@@ -271,8 +277,14 @@ def refuse_others(facts: Facts, run: Run, only: Mapping[str, Only], unused: str)
         if _pattern(unused).match(name):
             continue
         if name in only:
-            if not _fits(value, only[name]):
-                facts.problems.append(Problem("unsupported", _said(only[name], own, value), file, own))
+            if _fits(value, only[name]):
+                continue
+            if only[name].answerable and facts.settings.get(name, value) is None:
+                notes[left_out(file, own, value)] = None
+                continue
+            hint = f"--set {name}=null leaves it out of the model" if only[name].answerable else None
+            message = _said(only[name], own, value)
+            facts.problems.append(Problem("unsupported", message, file, own, hint))
         elif is_off(value) or _pattern(_KNOWN).match(name):
             continue
         elif facts.settings.get(name, value) is None:
@@ -287,7 +299,8 @@ def refuse_others(facts: Facts, run: Run, only: Mapping[str, Only], unused: str)
 def answered_for(facts: Facts, run: Run, only: Mapping[str, Only]) -> set[str]:
     """Settings that leave an argument out."""
     left_out = {name for name, value in facts.settings.items() if value is None}
-    return left_out & {name for _, _, name, _ in _every(run)} - {*only}
+    kept = {name for name, wanted in only.items() if not wanted.answerable}
+    return left_out & {name for _, _, name, _ in _every(run)} - kept
 
 
 def _every(run: Run) -> Iterator[tuple[str, str, str, object]]:
@@ -304,6 +317,10 @@ def _every(run: Run) -> Iterator[tuple[str, str, str, object]]:
 
 
 def _fits(value: object, wanted: Only) -> bool:
+    if wanted.each and isinstance(value, list) and value:
+        return all(_fits(v, replace(wanted, each=False)) for v in value)
+    if wanted.below and isinstance(value, int | float) and value < 0:
+        return True
     if wanted.values[0] is None and is_off(value):
         return True
     return any(value == v and isinstance(value, bool) is isinstance(v, bool) for v in wanted.values)

@@ -1,6 +1,7 @@
-"""Gated decoders in Megatron-Core's GPT layout, which are trained over tensor-parallel ranks and pipeline
-stages: another layout of a family that is published otherwise. The ranks' own files and the joined tensors of
-a torch_dist folder (see `layer_axis`) have the same names.
+"""Gated decoders in Megatron-Core's GPT layout, dense or with experts (see `megatron_experts`), which are
+trained over tensor-parallel ranks, pipeline stages and expert-parallel ranks: another layout of a family that
+is published otherwise. The ranks' own files and the joined tensors of a torch_dist folder (see `layer_axis`)
+have the same names.
 
 linear_qkv holds, for each key/value head, the queries that share it, the key and the value; a rank holds
 whole groups. linear_fc1 of a rank holds the gates of its units, then their ups. The tables leave out what
@@ -21,17 +22,19 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.convert import layer_axis, numbers
-from ckpt_tool.convert.dialects import megatron_dist, published
+from ckpt_tool.convert.dialects import megatron_dist, megatron_experts, published
 from ckpt_tool.convert.dialects import megatron_ranks as ranks
 from ckpt_tool.convert.dialects.converted import generation_config
 from ckpt_tool.convert.dialects.megatron_arguments import (
     GATED,
+    UNUSED_BY_DENSE,
     UNUSED_BY_GATED,
     Only,
     answered_for,
     notes_on_precision,
     refuse_others,
 )
+from ckpt_tool.convert.dialects.megatron_experts import UNUSED_BY_ROUTED, Experts
 from ckpt_tool.convert.dialects.megatron_ranks import OUTPUT, STRETCHED, Form, Own, Run, args_of
 from ckpt_tool.convert.dialects.megatron_settings import with_documents
 from ckpt_tool.convert.layout import Rule, rule
@@ -48,7 +51,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
 )
-from ckpt_tool.convert.options import TENSOR_PARALLEL, Option
+from ckpt_tool.convert.options import EXPERT_PARALLEL, SHARDS, TENSOR_PARALLEL, Option
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
@@ -115,25 +118,40 @@ class Core:
     unsaid: tuple[str, ...] = ()
     ends: tuple[Ends, ...] = ()
     title: str = "Megatron-Core"
+    experts: Experts | None = None
+    reads: tuple[Field, ...] = ()
     form: str = RANKS  # to write
 
     @property
     def options(self) -> tuple[Option, ...]:
-        return (TENSOR_PARALLEL, megatron_dist.OPTION) if self.form == FOLDER else ranks.OPTIONS
+        if self.form == FOLDER:
+            return (TENSOR_PARALLEL, megatron_dist.OPTION)
+        if self.experts is None:
+            return ranks.OPTIONS
+        return (*(o for o in ranks.OPTIONS if o is not SHARDS), EXPERT_PARALLEL)  # files are not ranks alone
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """The one by which near misses are told."""
+        if self.experts:
+            return (f"{FIRST}mlp.router.weight",)
         return (f"{FIRST}self_attention.{'linear_qkv.bias' if self.biases else 'linear_qkv.weight'}",)
 
-    @property
-    def args(self) -> dict[str, Only]:
+    def args(self, run: Run) -> dict[str, Only]:
         """The values of arguments that its tensors stand for."""
         qkv = "biases for query, key and value"
         own = {"add_qkv_bias": Only(qkv, (True, None)) if self.biases else Only(f"no {qkv}", (False, None))}
         if self.head_norms:
             own["qk_layernorm"] = Only("norms of queries and keys", (True, None))
-        return {**GATED, **own}
+        if not self.experts:
+            return {**GATED, **own}
+        dense = ("num_experts", "num_moe_experts")
+        return {k: v for k, v in GATED.items() if k not in dense} | own | megatron_experts.arguments(run)
+
+    @property
+    def unused(self) -> str:
+        """The arguments that it does not read."""
+        return f"{UNUSED_BY_GATED} {UNUSED_BY_ROUTED if self.experts else UNUSED_BY_DENSE}"
 
     def holds(self, names: Iterable[str]) -> bool:
         return prefix_of(names) is not None
@@ -146,7 +164,7 @@ class Core:
             ("self_attention.linear_qkv.bias", "biases for query, key and value", self.biases),
             ("self_attention.q_layernorm.weight", "norms of queries and keys", self.head_norms),
             ("mlp.linear_fc1.bias", "biases in the feed-forward", False),
-            ("mlp.router.weight", "experts", False),
+            ("mlp.router.weight", "experts", self.experts is not None),
         ):
             there = p + suffix in names
             if there != has:
@@ -154,8 +172,10 @@ class Core:
                 return False, f"{kinds} {'with' if there else 'without'} {what}, " + (
                     f"{which} {self.model} has" if has else which
                 )
-        own = "biases for query, key and value only" if self.biases else "norms of queries and keys"
-        return True, f"{kinds} with {own}" if self.biases or self.head_norms else f"{kinds} without biases"
+        own = "experts" if self.experts else "norms of queries and keys"
+        own = "biases for query, key and value only" if self.biases else own
+        special = self.biases or self.head_norms or self.experts
+        return True, f"{kinds} with {own}" if special else f"{kinds} without biases"
 
     def plan(self, checkpoint: Checkpoint, options: Options) -> Plan:
         return plan(self, checkpoint, options)
@@ -176,10 +196,30 @@ def _shared(known: Known) -> int:
     return int(known["num_attention_heads"] // known["num_key_value_heads"])
 
 
-def rules(m: Core, known: Known, *, engine: bool, head: bool, apart: bool = False) -> tuple[Rule, ...]:
-    """`engine`: the norms stand in the layers after them; `head`: there is an output layer, where words and
-    output are tied the last stage's copy of the words; `apart`: gates and ups are tensors of their own."""
-    before, after = NORMS[engine]
+@dataclass(frozen=True)
+class Kept:
+    """How a model lies in its tensors: the names of a layer's two `norms`, whether there is an output layer
+    (`head`; where words and output are tied the last stage's copy of the words), whether gates and ups are
+    tensors of their own (`apart`), and how `experts` are kept (see `megatron_experts.KEPT`)."""
+
+    norms: tuple[str, str]
+    head: bool
+    apart: bool = False
+    experts: str | None = None
+
+    @property
+    def engine(self) -> bool:
+        """Whether Transformer Engine has norms in the layers after them."""
+        return self.norms[0] == NORMS[True][0]
+
+
+def norms_named(engine: bool, experts: bool) -> tuple[str, str]:
+    """Before experts there is always a norm of its own."""
+    return NORMS[engine][0], NORMS[engine and not experts][1]
+
+
+def rules(m: Core, known: Known, kept: Kept) -> tuple[Rule, ...]:
+    before, after = kept.norms
     qkv = [
         rule(
             f"{S}self_attention.linear_qkv.{kind}",
@@ -194,11 +234,19 @@ def rules(m: Core, known: Known, *, engine: bool, head: bool, apart: bool = Fals
         rule(f"{S}self_attention.{p}_layernorm.weight", f"{T}self_attn.{p}_norm.weight", "h") for p in "qk"
     ]
     fc1, parts = f"{S}mlp.linear_fc1", [f"{T}mlp.{p}_proj.weight" for p in ("gate", "up")]
-    units = (
-        [rule(f"{fc1}.{a}.weight", b, "f d", split="f") for a, b in zip(("gate", "up"), parts, strict=True)]
-        if apart
-        else [rule(f"{fc1}.weight", tuple(parts), "(g f) d", cut=("g", (1, 1)), split="f")]
-    )
+    units = [
+        *(
+            [
+                rule(f"{fc1}.{a}.weight", b, "f d", split="f")
+                for a, b in zip(("gate", "up"), parts, strict=True)
+            ]
+            if kept.apart
+            else [rule(f"{fc1}.weight", tuple(parts), "(g f) d", cut=("g", (1, 1)), split="f")]
+        ),
+        rule(S + "mlp.linear_fc2.weight", T + "mlp.down_proj.weight", "d f", split="f"),
+    ]
+    if m.experts is not None:
+        units = [*megatron_experts.rules(m.experts, kept.experts or megatron_experts.SEQUENTIAL)]
     tied = bool(known["tie_word_embeddings"])
     last = rule(
         OUTPUT, "model.embed_tokens.weight" if tied else "lm_head.weight", "v d", split="v", tied=tied
@@ -211,9 +259,8 @@ def rules(m: Core, known: Known, *, engine: bool, head: bool, apart: bool = Fals
         rule(S + "self_attention.linear_proj.weight", T + "self_attn.o_proj.weight", "d (n h)", split="n"),
         rule(S + after, T + "post_attention_layernorm.weight", "d"),
         *units,
-        rule(S + "mlp.linear_fc2.weight", T + "mlp.down_proj.weight", "d f", split="f"),
         rule("decoder.final_layernorm.weight", "model.norm.weight", "d"),
-        *((last,) if head else ()),
+        *((last,) if kept.head else ()),
     )
 
 
@@ -307,13 +354,13 @@ LENGTH = count("max_position_embeddings", "max_position_embeddings", ask="the lo
 
 
 def own_fields(m: Core) -> tuple[Field, ...]:
-    return (*FIELDS, *((HEAD_DIM,) if m.own_width else ()))
+    return (*FIELDS, *((HEAD_DIM,) if m.own_width else ()), *(megatron_experts.FIELDS if m.experts else ()))
 
 
-def rows_of(m: Core, known: Known, padded: int, **form: bool) -> Table:
-    """`padded` counts the words with their padding, `form` is that of `rules`. Axes: k key/value heads, s
-    queries that share one, the key and the value, n query heads, h head width, d width, g gate and up, f
-    feed-forward width, v words."""
+def rows_of(m: Core, known: Known, padded: int, kept: Kept) -> Table:
+    """`padded` counts the words with their padding. Axes: k key/value heads, s queries that share one, the
+    key and the value, n query heads, h head width, d width, g gate and up, f feed-forward width, v words, e
+    experts."""
     axes: dict[str, Size] = {
         "k": "num_key_value_heads",
         "d": "hidden_size",
@@ -323,9 +370,11 @@ def rows_of(m: Core, known: Known, padded: int, **form: bool) -> Table:
         "h": "head_dim" if m.own_width else lambda _: known["hidden_size"] // known["num_attention_heads"],
         "g": lambda _: 2,
         "v": lambda _: padded,
+        **({"e": "num_local_experts"} if m.experts else {}),
     }
-    table = numbers.table_of(known, rules(m, known, **form), axes)
-    return replace(table, words=known["vocab_size"])
+    table = numbers.table_of(known, rules(m, known, kept), axes)
+    indices = {"e": table.axes["e"]} if m.experts else {}
+    return replace(table, words=known["vocab_size"], indices=indices)
 
 
 # --- the files ------------------------------------------------------------------------------------------
@@ -337,19 +386,40 @@ def prefix_of(names: Iterable[str]) -> str | None:
     return next((n.removesuffix(stem) for n in names if n.endswith(stem)), None)
 
 
-def is_apart(run: Run) -> bool:
-    """Whether gates and ups are tensors of their own."""
-    return f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors
+def kept_as(m: Core, run: Run, options: Options) -> Kept:
+    before, after = (
+        next((n for n in (NORMS[True][k], NORMS[False][k]) if FIRST + n in run.tensors), NORMS[False][k])
+        for k in (0, 1)
+    )
+    kind = megatron_experts.kind_of(run.tensors) if m.experts else None
+    apart = f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors
+    return Kept((before, after), run.keeps(OUTPUT, options), apart, kind)
 
 
-def _layers_of(run: Run) -> str | None:
+def _is_gated(run: Run) -> bool:
+    """Whether a feed-forward has gates and ups: two rows in for each column out."""
+    kind = megatron_experts.kind_of(run.tensors)
+    if kind == "apart" or f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors:
+        return True
+    names = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
+    if kind is not None:
+        names = megatron_experts.KEPT[kind]
+    up, down = (run.first(FIRST + n.replace("{e}", "0")) for n in names)
+    if up is None or down is None:
+        return False
+    if kind == "joined":
+        return up.shape[-1] == 2 * down.shape[0]
+    return up.shape[0] == 2 * down.shape[-1]
+
+
+def _layers_of(run: Run, kept: Kept) -> str | None:
     """How a folder of torch.distributed has its layers (of `megatron_dist.LAYERS`); None for files of
     ranks."""
     if all(f.format != layer_axis.FORMAT for f in run.checkpoint.files.values()):
         return None
     if layer_axis.READING in run.checkpoint.readings:
         return megatron_dist.STACKED
-    return megatron_dist.SINGLETON if is_apart(run) else megatron_dist.APART
+    return megatron_dist.SINGLETON if kept.apart or kept.experts == "apart" else megatron_dist.APART
 
 
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
@@ -372,8 +442,7 @@ def open_run(m: Core, checkpoint: Checkpoint) -> Run:
 
     run = with_documents(ranks.open_ranks(checkpoint, "core", own))
     _refuse_formats(run)
-    down, up = (run.first(f"{FIRST}mlp.linear_fc{k}.weight") for k in (2, 1))
-    if is_apart(run) or (down is not None and up is not None and up.shape[0] == 2 * down.shape[-1]):
+    if _is_gated(run):
         return run
     fail(
         "unsupported",
@@ -420,11 +489,11 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         [numbers.token_ids(n, rule=numbers.given(i, ends.why if ends else "")) for n, i in texts.items()],
     )
     known = Known(fields, facts, run, options)
-    left_out = refuse_others(facts, run, m.args, UNUSED_BY_GATED)
+    left_out = refuse_others(facts, run, m.args(run), m.unused)
     config = known.values()
     if "activation_func" in run.places:
         config["hidden_act"] = Value("silu", ": ".join(run.places["activation_func"]))
-    facts.check_settings({*config, *ids, *answered_for(facts, run, m.args)})
+    facts.check_settings({*config, *ids, *answered_for(facts, run, m.args(run))})
     facts.check()
     words, padding = known["vocab_size"], known["vocab_size"] if rows is None else rows.value
     files = published.tokenizer_files(checkpoint, options)
@@ -435,22 +504,32 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
     notes += [] if tokenizer else ["no tokenizer file is beside the ranks; none was written"]
     if padding != words:
         notes.append(f"{padding - words} rows of padding after the {words} words were left out")
-    form = {
-        "engine": f"{FIRST}{NORMS[True][0]}" in run.tensors,
-        "head": run.keeps(OUTPUT, options),
-        "apart": is_apart(run),
-    }
-    kept = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding, **form}
-    del kept["apart"]  # ranks have gates and ups together
-    if (layers := _layers_of(run)) is not None:
+    kept = kept_as(m, run, options)
+    original = {"form": RANKS, "tensor_parallel": run.ranks, "rows": padding}
+    original |= {"engine": kept.engine, "head": kept.head, **_shared_out(run, kept)}
+    if (layers := _layers_of(run, kept)) is not None:
         parallel = ranks.whole_number(run.args.get("tensor_model_parallel_size"))  # words are padded for them
-        kept |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
-    if run.stages > 1:
-        kept["pipeline_parallel"] = run.stages
+        original |= {"form": FOLDER, "layers": layers, "tensor_parallel": parallel}
+        if m.experts is not None:
+            original["norms_fused"] = kept.norms[1] == NORMS[True][1]
     documents = [generation_config(config), *tokenizer]
-    written = Written(m.family, config, documents, IGNORED, notes, kept)
-    table = replace(rows_of(m, known, padding, **form), head=OUTPUT)
+    written = Written(m.family, config, documents, IGNORED, notes, original)
+    table = replace(rows_of(m, known, padding, kept), head=OUTPUT)
     return to_hf(table, run, options, written)
+
+
+def _shared_out(run: Run, kept: Kept) -> dict[str, Any]:
+    """For the manifest: how layers and experts were shared out, where they were."""
+    found: dict[str, Any] = {}
+    if run.stages > 1:
+        found = {"pipeline_parallel": run.stages, **ranks.uneven(run)}
+    if run.chunks > 1:
+        found["virtual_stages"] = run.chunks
+    if run.experts > 1:
+        found["expert_parallel"] = run.experts
+    if kept.experts == megatron_experts.GROUPED:
+        found["grouped"] = True
+    return found
 
 
 def ends_of(m: Core, rows: int) -> Ends | None:
@@ -469,14 +548,13 @@ def ends_of(m: Core, rows: int) -> Ends | None:
 
 
 def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Known) -> Plan:
-    """The files of ranks, one pipeline stage, or a torch_dist folder; with the args that reading again
+    """The files of ranks and pipeline stages, or a torch_dist folder; with the args that reading again
     needs."""
     facts, made = known.facts, known.values(known.fields)
     facts.check()
     own = by_name(own_fields(m), LENGTH)
     known = Known(own, facts, known.source, options, m.config, known.once, back=True, made=made)
-    form = Form(asked := ranks.ranks_of(known), ranks.padded(known, asked))
-    ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
+    form = _form(m, known)
     document = facts.document or {}
     asked_for = {n: made[n].value if n in made else document.get(n) for n in m.unsaid}
     if any(asked_for.values()) or not _can_be_said(known):
@@ -498,24 +576,72 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
         published.copied(published.tokenizer_files(checkpoint, options)),
         {},
         notes,
-        {"form": m.form, "tensor_parallel": form.ranks},
+        _form_written(m, form),
     )
     if m.form == FOLDER:
         return _to_folder(m, known, options, written, form)
-    engine = bool(known.once.get("engine", True))
-    table = rows_of(m, known, form.rows, engine=engine, head=not tied)
+    kept = Kept(
+        norms_named(bool(known.once.get("engine", True)), m.experts is not None),
+        head=not tied or form.stages > 1,  # the last stage has a copy of tied words
+        experts=megatron_experts.GROUPED if known.once.get("grouped") is True else None,
+    )
+    table = rows_of(m, known, form.rows, kept)
     return ranks.to_ranks(table, known.source, options, written, form, str)
+
+
+def _form(m: Core, known: Known) -> Form:
+    """What the user asked for, else what the original was; a folder has words padded for as many ranks.
+    Raises what cannot be shared out."""
+    tensor_parallel = ranks.ranks_of(known)
+    form = Form(tensor_parallel, ranks.padded(known, tensor_parallel))
+    if m.form == RANKS:
+        shared = ranks.stages_of(known)
+        form = replace(form, stages=shared.stages, chunks=shared.chunks, split=shared.split)
+        if m.experts is not None:
+            form = _with_experts(known, form)
+    ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
+    return form
+
+
+def _with_experts(known: Known, form: Form) -> Form:
+    count = int(known["num_local_experts"])
+    asked = known.options.family_options.get(EXPERT_PARALLEL.name)
+    experts = ranks.whole_number(asked, known.once.get("expert_parallel"))
+    if count % experts and asked is not None:
+        message = f"expected num_local_experts {count} to divide by {EXPERT_PARALLEL.flag} {experts}"
+        fail("config-mismatch", f"{message}, found a rest", where=EXPERT_PARALLEL.flag)
+    if count % experts:
+        experts = 1
+    return replace(form, experts=experts, own_experts=count // experts)
+
+
+def _form_written(m: Core, form: Form) -> dict[str, Any]:
+    """For the manifest."""
+    found: dict[str, Any] = {"form": m.form, "tensor_parallel": form.ranks}
+    if form.stages > 1:
+        found["pipeline_parallel"] = form.stages
+    return found
 
 
 def _to_folder(m: Core, known: Known, options: Options, written: Written, form: Form) -> Plan:
     """In a torch_dist folder, where the norms are called as Transformer Engine has them whoever computes
     them, and the ranks of `form` say only how far the vocabulary is padded."""
-    layers = options.family_options.get("layers", known.once.get("layers"))
+    asked = options.family_options.get("layers")
+    if m.experts is not None and asked == megatron_dist.SINGLETON:
+        message = f"expected layers {megatron_dist.STACKED} or {megatron_dist.APART} of a model with experts"
+        fail("usage", f"{message}, found {asked}", where=megatron_dist.OPTION.flag)
+    layers = known.once.get("layers") if asked is None else asked
     if layers not in megatron_dist.LAYERS:
         layers = megatron_dist.STACKED
-    head = not known["tie_word_embeddings"]
-    apart = layers == megatron_dist.SINGLETON
-    table = rows_of(m, known, form.rows, engine=True, head=head, apart=apart)
+    if m.experts is not None and layers == megatron_dist.SINGLETON:
+        layers = megatron_dist.APART
+    fused = m.experts is None or known.once.get("norms_fused") is True
+    kept = Kept(
+        norms_named(True, not fused),
+        head=not known["tie_word_embeddings"],
+        apart=layers == megatron_dist.SINGLETON,
+    )
+    table = rows_of(m, known, form.rows, kept)
     written = replace(written, original={**written.original, "layers": layers})
     version = form.version or 3.0
     return megatron_dist.to_folder(table, known.source, options, written, layers=layers, version=version)
@@ -547,7 +673,14 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
         **{k: Value(v, f"{m.model}'s architecture") for k, v in ARCHITECTURE.items()},
         "add_qkv_bias": Value(m.biases, f"{m.model}'s architecture"),
         "qk_layernorm": Value(m.head_norms, f"{m.model}'s architecture"),
-        "tensor_model_parallel_size": Value(form.ranks, "ranks to write"),
-        "pipeline_model_parallel_size": Value(1, "one stage"),
+        **ranks.split_args(form),
+        **_expert_args(m, known, form),
         "params_dtype": Value(f"torch.{DTYPES[dtype].torch}", "dtype of the tensors"),
     }
+
+
+def _expert_args(m: Core, known: Known, form: Form) -> dict[str, Value]:
+    if m.experts is None:
+        return {}
+    grouped = known.once.get("grouped") is True
+    return megatron_experts.args(known, grouped=grouped, experts=form.experts, ranks=form.ranks)

@@ -1,35 +1,53 @@
 """The files of a Megatron checkpoint of any age, read and written: ranks that each hold a share of every
-tensor, pipeline stages that count their layers from 0, and the pickled args beside the tensors.
+tensor, pipeline stages that count their layers from 0, expert-parallel ranks that count their experts from 0
+and hold all other tensors once more, and the pickled args beside the tensors.
 
-    latest_checkpointed_iteration.txt, release/mp_rank_TT[_PPP]/model_optim_rng.pt
+    latest_checkpointed_iteration.txt, release/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.megatron import FILE, TRACKER, arguments, check_same_run, folder_name, grid
+from ckpt_tool.checkpoint.megatron import (
+    FILE,
+    TRACKER,
+    arguments,
+    check_same_run,
+    expert_grids,
+    folder_name,
+)
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects.megatron_names import DICTS, FIRST, is_core
-from ckpt_tool.convert.layout import Home
+from ckpt_tool.convert.layout import Home, Part
 from ckpt_tool.convert.numbers import Field, Known, document, number
-from ckpt_tool.convert.options import SHARDS, TENSOR_PARALLEL
+from ckpt_tool.convert.options import (
+    PIPELINE_LAYERS,
+    PIPELINE_PARALLEL,
+    SHARDS,
+    TENSOR_PARALLEL,
+    VIRTUAL_STAGES,
+)
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.weave import TIES, Table, Written, to_original
-from ckpt_tool.errors import Problem, fail_all
+from ckpt_tool.errors import Problem, fail, fail_all
 
-OPTIONS = (SHARDS, TENSOR_PARALLEL)
+OPTIONS = (SHARDS, TENSOR_PARALLEL, PIPELINE_PARALLEL, PIPELINE_LAYERS, VIRTUAL_STAGES)
 SPLIT = "layers_of_parts"  # in the manifest
 DIVISOR = 128  # --make-vocab-size-divisible-by, by default
 RELEASE = "release"
 OUTPUT = "output_layer.weight"
 STRETCHED = "stretched_frequencies"  # what documents say of them, as the block of config.json
+# An expert's number follows `local_experts`, or stands after `weight` where one module holds several.
+EXPERT = re.compile(
+    r"(?P<before>.*\.mlp\.experts\.(local_experts\.|linear_fc[12]\.weight))(?P<e>\d{1,6})(?P<after>(\..+)?)"
+)
 IGNORED = {
     r"optimizer\..*": "state of the optimizer: only training needs it",
     r"(lr|opt_param)_scheduler\..*": "state of the schedule: only training needs it",
@@ -47,15 +65,16 @@ IGNORED = {
 class Run(Source):
     """What the files say of the run beside the tensors. `told` are the pickled args, None where the file has
     none; `said_version` is None where it says no checkpoint_version, which stands for 0. `files` are
-    [rank][stage], `chunks` counts the virtual stages, `split` the layers of each part: the first chunks of
-    all stages, then the second. Where documents beside the files say some of `told`, `places` has the file
-    and the name there of each, and `elsewhere` for each document its name, what it says, and what it calls
-    that."""
+    [rank][stage] of the first of `experts` expert-parallel ranks, `chunks` counts the virtual stages, `split`
+    the layers of each part: the first chunks of all stages, then the second. Where documents beside the files
+    say some of `told`, `places` has the file and the name there of each, and `elsewhere` for each document
+    its name, what it says, and what it calls that."""
 
     age: str
     files: list[list[str]]
     chunks: int = 1
     split: tuple[int, ...] = ()
+    experts: int = 1
     said_version: float | None = None
     iteration: int | None = None
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -90,15 +109,16 @@ def open_ranks(checkpoint: Checkpoint, age: str, own: Callable[[Iterable[str]], 
     """Sort out the files; `own` finds the tensors of the model among the names in one. Kinds:
     `missing-shard`, `missing-tensor`, `shard-conflict`."""
     check_same_run(checkpoint)
-    files = grid(checkpoint)
-    found = {f: list(own(checkpoint.files[f].tensors)) for row in files for f in row}
+    grids = expert_grids(checkpoint)
+    files = grids[0]
+    found = {f: list(own(checkpoint.files[f].tensors)) for one in grids for row in one for f in row}
     chunks = 1 + max((t.chunk for own in found.values() for t in own), default=0)
-    joined = [_joined(checkpoint, {f: found[f] for f in row}, chunks) for row in files]
+    joined = [[_joined(checkpoint, {f: found[f] for f in row}, chunks) for row in one] for one in grids]
     held = {f: {t.name: checkpoint.files[f].tensors[t.name] for t in own} for f, own in found.items()}
-    columns = [[row[stage] for row in files] for stage in range(len(files[0]))]
+    columns = [[row[stage] for one in grids for row in one] for stage in range(len(files[0]))]
     fail_all(p for column in columns for p in rank_problems(column, held))
-    tensors = {n: tuple(rank[n] for rank, _ in joined) for n in joined[0][0]}
-    told, split = arguments(checkpoint.files[files[0][0]]), joined[0][1]
+    tensors, copies = _experts_joined([[tensors for tensors, _ in one] for one in joined])
+    told, split = arguments(checkpoint.files[files[0][0]]), joined[0][0][1]
     return Run(
         checkpoint,
         tensors,
@@ -106,11 +126,35 @@ def open_ranks(checkpoint: Checkpoint, age: str, own: Callable[[Iterable[str]], 
         sum(split),
         told,
         stages=len(files[0]),
+        copies=copies,
         age=age,
         files=files,
         chunks=chunks,
         split=split,
+        experts=len(grids),
     )
+
+
+def _experts_joined(
+    grids: Sequence[Sequence[Mapping[str, TensorInfo]]],
+) -> tuple[dict[str, tuple[TensorInfo, ...]], dict[tuple[str, str], tuple[Home, ...]]]:
+    """`grids` are the tensors of [expert-parallel rank][tensor-parallel rank] by their names. Experts are
+    numbered through the ranks; all other tensors are copies of the first rank's."""
+    first, *others = grids
+    tensors = {n: tuple(rank[n] for rank in first) for n in first[0]}
+    numbers = [int(m["e"]) for n in first[0] if (m := EXPERT.fullmatch(n))]
+    own = 1 + max(numbers, default=-1)
+    copies: dict[tuple[str, str], tuple[Home, ...]] = {}
+    for k, ranks in enumerate(others, 1):
+        for name in ranks[0]:
+            there = tuple(rank[name] for rank in ranks)
+            if (m := EXPERT.fullmatch(name)) is not None:
+                tensors[f"{m['before']}{k * own + int(m['e'])}{m['after']}"] = there
+                continue
+            for one, copy in zip(tensors[name], there, strict=True):
+                place = one.file, one.name
+                copies[place] = (*copies.get(place, ()), (copy.file, copy.dtype, copy.name))
+    return tensors, copies
 
 
 def _joined(
@@ -188,7 +232,7 @@ def output_is_there(known: Known, tied: Value) -> Value:
 class Form:
     """How to write: `version` None writes no checkpoint_version, which stands for 0. `rows` is the vocabulary
     with its padding, `chunks` counts the virtual stages, `split` the layers of each part as `Run` has them,
-    empty where all have as many."""
+    empty where all have as many; each of `experts` expert-parallel ranks holds `own_experts`."""
 
     ranks: int
     rows: int
@@ -199,17 +243,25 @@ class Form:
     iteration: int = 0
     release: bool = True
     split: tuple[int, ...] = ()
+    experts: int = 1
+    own_experts: int = 0
 
     @property
     def tracker(self) -> str:
         return RELEASE if self.release else str(self.iteration)
 
-    def files(self) -> list[list[str]]:
-        """[rank][stage]."""
+    def files(self) -> list[list[list[str]]]:
+        """[expert-parallel rank][rank][stage]."""
         folder, staged = RELEASE if self.release else f"iter_{self.iteration:07d}", self.stages > 1
         return [
-            [f"{folder}/{folder_name(t, p, staged)}/{FILE}" for p in range(self.stages)]
-            for t in range(self.ranks)
+            [
+                [
+                    f"{folder}/{folder_name(t, p, staged, e if self.experts > 1 else None)}/{FILE}"
+                    for p in range(self.stages)
+                ]
+                for t in range(self.ranks)
+            ]
+            for e in range(self.experts)
         ]
 
 
@@ -223,7 +275,49 @@ def uneven(run: Run) -> dict[str, Any]:
     return {SPLIT: list(run.split)} if len(set(run.split)) > 1 else {}
 
 
-def split_as_it_was(known: Known, stages: int, chunks: int) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Stages:
+    """How to share layers out: as `Form` has it."""
+
+    stages: int
+    chunks: int
+    split: tuple[int, ...]
+
+
+def stages_of(known: Known) -> Stages:
+    """As asked for, else as the original was; what only the original had is left where it no longer fits.
+    Kind `usage` for what was asked for and contradicts itself."""
+    asked, once, layers = known.options.family_options, known.once, known["num_hidden_layers"]
+    counts = _asked_layers(asked.get(PIPELINE_LAYERS.name))
+    depth, virtual = asked.get(PIPELINE_PARALLEL.name), asked.get(VIRTUAL_STAGES.name)
+    was = whole_number(once.get("pipeline_parallel"))
+    # a list that is longer than there are stages has as many parts again for each chunk
+    chunks = whole_number(virtual, len(counts) // depth if counts and depth else None)
+    stages = whole_number(depth, len(counts) // chunks if counts else None, was)
+    if virtual is None and not counts and stages == was:
+        chunks = whole_number(once.get("virtual_stages"))
+    if counts and (len(counts) != stages * chunks or sum(counts) != layers):
+        message = f"expected {stages * chunks} numbers that add up to {layers} layers, found"
+        fail("usage", f"{message} {', '.join(map(str, counts))}", where=PIPELINE_LAYERS.flag)
+    if 0 in counts[1:-1]:
+        message = "expected layers in every stage but the first and the last, found a stage of none"
+        fail("usage", message, where=PIPELINE_LAYERS.flag)
+    if virtual is not None and virtual > 1 and stages == 1:
+        message = "expected pipeline stages beside virtual ones, found one stage"
+        fail("usage", message, where=VIRTUAL_STAGES.flag, hint="--pipeline-parallel M")
+    split = counts or _split_as_it_was(known, stages, chunks)
+    if not split and layers % (stages * chunks) and virtual is None:
+        chunks = 1
+    if not split and layers % stages and depth is None:
+        stages = 1
+    return Stages(stages, chunks, split if len(set(split)) > 1 else ())
+
+
+def _asked_layers(text: Any) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if isinstance(text, str) else ()
+
+
+def _split_as_it_was(known: Known, stages: int, chunks: int) -> tuple[int, ...]:
     """The layers of each part where the original's were shared out unevenly over as many; else none."""
     found = known.once.get(SPLIT)
     if not isinstance(found, list) or len(found) != stages * chunks:
@@ -232,11 +326,34 @@ def split_as_it_was(known: Known, stages: int, chunks: int) -> tuple[int, ...]:
     return tuple(found) if counts and sum(found) == known["num_hidden_layers"] else ()
 
 
+def split_args(form: Form) -> dict[str, Value]:
+    """What args say of stages and of layers that are shared out unevenly: in the words of core_v0.9.0 where
+    those in the middle have as many, else in the layout of core_v0.13.0 (pipeline_parallel_layer_layout.py),
+    in which E is the embedding, t a layer and L the output layer."""
+    why, n = "ranks to write", len(form.split)
+    found: dict[str, Any] = {
+        "tensor_model_parallel_size": form.ranks,
+        "pipeline_model_parallel_size": form.stages,
+    }
+    if form.chunks > 1:
+        found["virtual_pipeline_model_parallel_size"] = form.chunks
+    if form.split and form.chunks == 1 and len(set(form.split[1:-1])) <= 1 and all(form.split):
+        middle = form.split[1:-1] or form.split[1:]
+        ends = {"first": form.split[0], "last": form.split[-1]}
+        found |= {f"decoder_{k}_pipeline_num_layers": v for k, v in ends.items() if v != middle[0]}
+    elif form.split:
+        parts = [f"{'E' * (k == 0)}{'t' * c}{'L' * (k == n - 1)}" for k, c in enumerate(form.split)]
+        found["pipeline_model_parallel_layout"] = "|".join(parts)
+    return {k: Value(v, why) for k, v in found.items()}
+
+
 def split_notes(known: Known, form: Form) -> list[str]:
     if form.split:
         counts = ", ".join(map(str, form.split))
-        return [f"layers are shared out over the stages as the original's were: {counts}"]
-    once, asked = whole_number(known.once.get("pipeline_parallel")), "pipeline_parallel"
+        as_asked = known.options.family_options.get(PIPELINE_LAYERS.name) is not None
+        how = "as asked" if as_asked else "as the original's were"
+        return [f"layers are shared out over the stages {how}: {counts}"]
+    once, asked = whole_number(known.once.get("pipeline_parallel")), PIPELINE_PARALLEL.name
     if form.stages < once and known.options.family_options.get(asked) is None:
         return [f"the original had {once} pipeline stages; one is written"]
     return []
@@ -264,12 +381,14 @@ def check_shares(known: Known, form: Form, *shared: str) -> None:
     sizes = {name: int(known[name]) for name in shared} | {"the padded vocabulary": form.rows}
     found = [(name, size, form.ranks, "--tensor-parallel") for name, size in sizes.items()]
     if not form.split:
-        found.append(("num_hidden_layers", known["num_hidden_layers"], form.stages, "--pipeline-parallel"))
+        by = "--pipeline-parallel" + (f" x {VIRTUAL_STAGES.flag}" if form.chunks > 1 else "")
+        found.append(("num_hidden_layers", known["num_hidden_layers"], form.stages * form.chunks, by))
     fail_all(
         Problem(
             "config-mismatch",
             f"expected {name} {size} to divide by {by_name} {by}, found a rest",
             where=by_name,
+            hint=f"{PIPELINE_LAYERS.flag} shares them out unevenly" if name == "num_hidden_layers" else None,
         )
         for name, size, by, by_name in found
         if size % by
@@ -280,7 +399,11 @@ def shared_args(known: Known, form: Form, groups: Mapping[str, Value]) -> dict[s
     """The args that every age has; `groups` say which queries share a key and a value."""
     length, width = known.value("max_position_embeddings"), known["hidden_size"]
     return {
-        **document(known, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
+        **document(
+            known,
+            ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+            {"ffn_hidden_size": "intermediate_size"},
+        ),
         **groups,
         "kv_channels": known.value("head_dim")
         if "head_dim" in known.fields
@@ -299,13 +422,15 @@ def to_ranks(
     of the table, `{i}` for the layer in both."""
     tracker = OutputDocument(TRACKER, form.tracker.encode(), "names the folder of the ranks")
     files = form.files()
+    dtype, layers = options.dtype or source.dtype, table.layers.value
     plan = to_original(
         table,
         source,
         options,
         replace(written, documents=[tracker, *written.documents]),
-        files=[f for stage in zip(*files, strict=True) for f in stage],
-        homes=_homes(form, files, table.layers.value, options.dtype or source.dtype, own),
+        files=[f for one in files for stage in zip(*one, strict=True) for f in stage],
+        homes=_homes(form, files, layers, dtype, own),
+        again=_again(files),
     )
     beside: dict[str, object] = {"args": Namespace({k: v.value for k, v in written.config.items()})}
     if form.version is not None:
@@ -320,9 +445,10 @@ def _models(form: Form) -> list[str]:
 
 
 def _homes(
-    form: Form, files: list[list[str]], layers: int, dtype: str, own: Callable[[str], str]
+    form: Form, files: list[list[list[str]]], layers: int, dtype: str, own: Callable[[str], str]
 ) -> Callable[[str], list[Home]]:
-    """Where each tensor of the tables goes, and what it is called there."""
+    """Where each tensor of the tables goes, and what it is called there; of those that every expert-parallel
+    rank has, where the first has it."""
     parts, models = form.stages * form.chunks, _models(form)
     split = form.split or (layers // parts,) * parts
     places = [(part, local) for part, count in enumerate(split) for local in range(count)]
@@ -330,11 +456,28 @@ def _homes(
     def homes(name: str) -> list[Home]:
         template, layer = without_layer(name)
         if layer is None:
-            part, local = (0 if name.startswith(FIRST) else parts - 1), 0
+            part, local = (0 if name.removeprefix("embedding.").startswith(FIRST) else parts - 1), 0
         else:
             part, local = places[layer]
+        rank = 0
+        if form.own_experts and (m := EXPERT.fullmatch(template)) is not None:
+            rank, e = divmod(int(m["e"]), form.own_experts)
+            template = f"{m['before']}{e}{m['after']}"
         chunk, stage = divmod(part, form.stages)
         there = f"{models[chunk]}.{own(template).replace('{i}', str(local))}"
-        return [(row[stage], dtype, there) for row in files]
+        return [(row[stage], dtype, there) for row in files[rank]]
 
     return homes
+
+
+def _again(files: list[list[list[str]]]) -> Callable[[Part], list[Home]]:
+    """Where else what the first expert-parallel rank holds is written, unless it is an expert's."""
+    first, *others = ([f for row in one for f in row] for one in files)
+    place = {f: k for k, f in enumerate(first)}
+
+    def again(part: Part) -> list[Home]:
+        if EXPERT.fullmatch(part.name) is not None:
+            return []
+        return [(one[place[part.file]], part.dtype, part.name) for one in others]
+
+    return again

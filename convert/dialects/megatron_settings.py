@@ -111,10 +111,14 @@ def _check_ranks(run: Run, beside: Beside) -> None:
     """Files of ranks are as many as the document says; those of torch.distributed are joined."""
     if any(f.format == "dcp" for f in run.checkpoint.files.values()):
         return
-    wanted = {"ranks": "tensor_model_parallel_size", "stages": "pipeline_model_parallel_size"}
-    for what, name in wanted.items():
+    wanted = {
+        "ranks": ("tensor_model_parallel_size", run.ranks),
+        "stages": ("pipeline_model_parallel_size", run.stages),
+        "experts": ("expert_model_parallel_size", run.experts),
+    }
+    for what, (name, found) in wanted.items():
         size = beside.args.get(name)
-        if type(size) is int and size > (run.ranks if what == "ranks" else run.stages):
+        if type(size) is int and size > found:
             check_complete(run.checkpoint, **{what: size}, why=f"{beside.file}: {name}")
 
 

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B and 8x22B.
+"""Mixtral 8x7B and 8x22B, and Mixtrals that were trained in Megatron-Core.
 
 Three published forms. A: one `consolidated.00.pth` with a tensor for each expert; B: `consolidated.00.pt`
 to `.07.pt` that hold different tensors, with the experts of a layer stacked and w2 transposed; C:
@@ -11,10 +11,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckpt_tool.convert.dialects import consolidated, params_json
+from ckpt_tool.convert.dialects import consolidated, megatron_core, params_json
 from ckpt_tool.convert.dialects.consolidated import Form, S, Seen, T
+from ckpt_tool.convert.dialects.megatron_core import Ends
+from ckpt_tool.convert.dialects.megatron_experts import Experts
 from ckpt_tool.convert.layout import rule
-from ckpt_tool.convert.numbers import DEFAULT, Known, Value, count, given, like_llama, only, some
+from ckpt_tool.convert.numbers import (
+    DEFAULT,
+    MAX_COUNT,
+    Known,
+    Value,
+    count,
+    flag,
+    given,
+    like_llama,
+    only,
+    some,
+)
 
 SE, TE = S + "feed_forward.experts.{e}.", T + "block_sparse_moe.experts.{e}."
 EXPERTS = (
@@ -83,24 +96,43 @@ def context(known: Known) -> Value:
     return given(32768, "as published with 8x7B")
 
 
+CLASS = like_llama(
+    "MixtralConfig",
+    {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    context=131072,
+    aliases={"num_local_experts": ("num_experts",)},
+)
+CORE = megatron_core.Core(
+    family="mixtral",
+    model="Mixtral",
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    config=CLASS,
+    experts=Experts(
+        router=T + "block_sparse_moe.gate.weight",
+        gate=TE + "w1.weight",
+        up=TE + "w3.weight",
+        down=TE + "w2.weight",
+    ),
+    fields=(only("sliding_window", None, "Megatron-Core's GPT has no window"),),
+    unsaid=("sliding_window",),
+    ends=(Ends(range(1, MAX_COUNT), 1, 2, "every Mistral tokenizer"),),
+    reads=(flag("tie_word_embeddings", rule=None),),
+)
+
 FAMILY = consolidated.family(
     name="mixtral",
-    summary="Mixtral 8x7B, 8x22B: consolidated.*.pth, the eight .pt files, or consolidated.safetensors",
+    summary="Mixtral 8x7B, 8x22B: consolidated.*, the eight .pt files; Megatron-Core",
     architecture="MixtralForCausalLM",
-    config=like_llama(
-        "MixtralConfig",
-        {
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "rope_theta": 1e6,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": None,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-        context=131072,
-        aliases={"num_local_experts": ("num_experts",)},
-    ),
+    config=CLASS,
     told=told,
     fields=(
         only("hidden_act", "silu", "the original's experts", keys=params_json.ACTIVATION),
@@ -132,8 +164,11 @@ FAMILY = consolidated.family(
     ids=lambda _: (1, 2, "Mistral tokenizers"),
     options=(
         consolidated.CONTAINER,
-        consolidated.Option("form", "Layout to write.", "original", choices=("A", "B", "C")),
+        consolidated.Option(
+            "form", "Layout to write.", "original", choices=("A", "B", "C", "mcore", "torch_dist")
+        ),
     ),
+    layouts=megatron_core.layouts_of(CORE),
     vocabulary=consolidated.MISTRAL_AI,
     in_memory=IN_MEMORY,
 )

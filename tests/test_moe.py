@@ -1,0 +1,332 @@
+"""Mixtral as Megatron-Core trains it, and how ranks, stages and experts are shared out over files: every way
+in which experts are kept is one model, every way of sharing out is read back, and what the router does
+otherwise is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckpt_tool import api
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.families.llama import MCORE as LLAMA
+from ckpt_tool.fixtures.families.mixtral import MCORE, mcore
+from ckpt_tool.fixtures.megatron_core import Core
+from tests.conftest import Written
+
+CASE = Path(__file__).parents[2] / "shared" / "cases" / "torch-dist-moe"
+ASKED = {"max_position_embeddings": 128, "num_experts_per_tok": 2}
+FILE = "model_optim_rng.pt"
+
+
+def bytes_of(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()
+
+
+def folders(root: Path) -> list[str]:
+    return sorted(f.parent.name for f in root.rglob(FILE))
+
+
+def refused(act: Callable[[], object]) -> CkptToolError:
+    with pytest.raises(CkptToolError) as caught:
+        act()
+    return caught.value
+
+
+def written(core: Core, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return core.write(folder, "mixtral-mcore")
+
+
+def changed(source: Path, change: Callable[[dict[str, Any], str], None]) -> None:
+    """`change` gets the content of each rank's file and the name of its folder."""
+    for file in source.rglob(FILE):
+        held = torch.load(file, weights_only=False)
+        change(held, file.parent.name)
+        torch.save(held, file)
+
+
+# --- read ---------------------------------------------------------------------------------------------------
+
+KEPT = {
+    "apart, by stages": Core(MCORE, parallel=4, stages=(2, 1), engine=False),
+    "grouped": Core(MCORE, ranks=2, kept="grouped"),
+    "joined": Core(MCORE, ranks=2, parallel=2, kept="joined"),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_experts_are_one_model_however_they_are_kept(kept: str, conversions: Written, tmp_path: Path) -> None:
+    source = written(KEPT[kept], tmp_path / "in")
+    api.convert(source, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(conversions("mixtral-mcore"))
+    levels = ("coverage", "bits", "parity") if kept == "joined" else ("coverage", "bits")
+    report = api.verify(tmp_path / "out", source, levels=levels)
+    assert (report.status, report.exactness) == ("pass", "bit-identical")
+
+
+def test_a_second_number_is_an_expert_rank_without_args_too(conversions: Written, tmp_path: Path) -> None:
+    """Where both a stage's number and an expert-parallel rank's are possible the tensors tell."""
+    source = written(Core(MCORE, parallel=2), tmp_path / "in")
+    assert folders(source) == ["mp_rank_00_000", "mp_rank_00_001"]
+    args = dict(vars(torch.load(next(source.rglob(FILE)), weights_only=False)["args"]))
+    changed(source, lambda held, _: held.pop("args"))
+    told = json.loads((conversions("mixtral-mcore") / "config.json").read_text())
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta")
+    settings = {n: told[n] for n in (*names, "max_position_embeddings", "num_experts_per_tok")}
+    assert args["num_experts"] == told["num_local_experts"]
+    options = api.Options(settings=settings)
+    api.convert(source, tmp_path / "out", family="mixtral", options=options)
+    assert bytes_of(tmp_path / "out")[0] == bytes_of(conversions("mixtral-mcore"))[0]
+
+
+def test_copies_of_expert_parallel_ranks_are_compared(originals: Written, tmp_path: Path) -> None:
+    source = written(Core(MCORE, ranks=2, parallel=2), tmp_path / "in")
+
+    def other_router(held: dict[str, Any], folder: str) -> None:
+        if folder == "mp_rank_01_001":
+            held["model"]["decoder.layers.1.mlp.router.weight"][3, 5] += 1
+
+    changed(source, other_router)
+    error = refused(lambda: api.convert(source, tmp_path / "out"))
+    assert "decoder.layers.1.mlp.router.weight" in error.text() and "mp_rank_01_001" in error.text()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("mp_rank_01_001", "", "mp_rank_01_001 not there"),
+        (
+            "mp_rank_00_001",
+            "decoder.layers.0.mlp.experts.local_experts.3.linear_fc2.weight",
+            "local_experts.3",
+        ),
+    ],
+)
+def test_a_missing_share_of_the_experts_is_named(name: str, place: str, message: str, tmp_path: Path) -> None:
+    source = written(Core(MCORE, ranks=2, parallel=2), tmp_path / "in")
+    (file,) = source.rglob(f"{name}/{FILE}")
+    if place:
+        held = torch.load(file, weights_only=False)
+        del held["model"][place]
+        torch.save(held, file)
+    else:
+        file.unlink()
+    error = refused(lambda: api.plan(source))
+    assert error.kind in ("missing-shard", "shard-conflict") and message in error.text()
+
+
+@pytest.mark.skipif(not CASE.is_dir(), reason="the folder of cases is not beside this checkout")
+def test_the_case_of_experts_comes_out_as_megatron_core_wrote_it(tmp_path: Path) -> None:
+    error = refused(lambda: api.plan(CASE / "ckpt"))
+    assert {p.where for p in error.problems} == {"max_position_embeddings", "moe_router_topk"}
+    assert all(f"--set {name}=" in error.text() for name in ASKED)
+    api.convert(CASE / "ckpt", tmp_path / "out", options=api.Options(settings=ASKED))
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(CASE / "expected.safetensors")
+    layers = "decoder.layers.mlp."
+    for i in range(2):
+        t = f"model.layers.{i}.block_sparse_moe."
+        assert torch.equal(ours[f"{t}gate.weight"], theirs[f"{layers}router.weight"][i])
+        for e in range(4):
+            gate, up = theirs[f"{layers}experts.experts.linear_fc1.weight"][i, e].chunk(2)
+            down = theirs[f"{layers}experts.experts.linear_fc2.weight"][i, e]
+            for w, whole in (("w1", gate), ("w3", up), ("w2", down)):
+                assert torch.equal(ours[f"{t}experts.{e}.{w}.weight"], whole)
+    assert api.verify(tmp_path / "out", CASE / "ckpt").status == "pass"
+
+
+# --- write --------------------------------------------------------------------------------------------------
+
+SHARED = [
+    ({}, ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]),  # as the original was
+    ({"tensor_parallel": 1, "expert_parallel": 1}, ["mp_rank_00"]),
+    (
+        {"tensor_parallel": 1, "expert_parallel": 1, "pipeline_layers": "1,2"},
+        ["mp_rank_00_000", "mp_rank_00_001"],
+    ),
+    (
+        {"tensor_parallel": 1, "expert_parallel": 2, "pipeline_parallel": 2, "pipeline_layers": "0,1,1,1"},
+        [f"mp_rank_00_{p:03d}_{e:03d}" for p in range(2) for e in range(2)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "made"), SHARED)
+def test_ranks_are_read_back_however_they_share_the_model_out(
+    asked: Mapping[str, Any], made: list[str], conversions: Written, tmp_path: Path
+) -> None:
+    source, out = conversions("mixtral-mcore"), tmp_path / "out"
+    api.convert(source, out, to="original", options=api.Options(family_options=asked))
+    assert folders(out) == made
+    api.convert(out, tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(source)
+    assert api.verify(out, source, levels=("coverage", "bits")).status == "pass"
+
+
+def test_ranks_go_back_as_they_came(conversions: Written, originals: Written, tmp_path: Path) -> None:
+    """Experts with their numbers on each rank, and all else on every expert-parallel rank."""
+    api.convert(conversions("mixtral-mcore"), tmp_path / "out", to="original")
+    for before in originals("mixtral-mcore").rglob(FILE):
+        (after,) = (tmp_path / "out").rglob(f"{before.parent.name}/{FILE}")
+        one, two = (torch.load(f, weights_only=False)["model"] for f in (before, after))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(x, two[n]) for n, x in one.items())
+
+
+def test_grouped_experts_go_back_grouped(tmp_path: Path) -> None:
+    source = written(Core(MCORE, parallel=2, kept="grouped"), tmp_path / "in")
+    api.convert(source, tmp_path / "hf")
+    api.convert(tmp_path / "hf", tmp_path / "out", to="original")
+    (file,) = (tmp_path / "out").rglob(f"mp_rank_00_001/{FILE}")
+    held = torch.load(file, weights_only=False)
+    assert "decoder.layers.2.mlp.experts.linear_fc1.weight3" in held["model"]
+    assert held["args"].moe_grouped_gemm and held["args"].expert_model_parallel_size == 2
+
+
+def test_stages_of_dense_models_say_how_they_share_layers_out(tmp_path: Path) -> None:
+    """In the words of the releases that read them; a tied model has its words on the last stage once more."""
+    tied = Core(
+        type(LLAMA)(LLAMA.shapes, {**LLAMA.config, "tie_word_embeddings": True, "num_hidden_layers": 5})
+    )
+    api.convert(written(tied, tmp_path / "in"), tmp_path / "hf", family="llama")
+    for layers, words in (
+        ("2,1,2", {"decoder_first_pipeline_num_layers": 2, "decoder_last_pipeline_num_layers": 2}),
+        ("1,3,1", {"decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 1}),
+        ("1,1,2,1", {"pipeline_model_parallel_layout": "Et|t|tt|tL"}),
+    ):
+        out, again = tmp_path / layers, tmp_path / f"{layers}-again"
+        asked = {"pipeline_layers": layers}
+        api.convert(tmp_path / "hf", out, to="original", options=api.Options(family_options=asked))
+        *_, last = sorted(out.rglob(FILE))
+        held = torch.load(last, weights_only=False)
+        args = vars(held["args"])
+        assert {k: v for k, v in args.items() if k in words} == words
+        assert args["pipeline_model_parallel_size"] == len(layers.split(","))
+        first = torch.load(sorted(out.rglob(FILE))[0], weights_only=False)["model"]
+        table = first["embedding.word_embeddings.weight"]
+        assert torch.equal(held["model"]["output_layer.weight"], table) and len(table) > 0
+        api.convert(out, again, family="llama")
+        assert bytes_of(again) == bytes_of(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "says"),
+    [
+        ({"pipeline_layers": "2,2"}, "usage", "add up to 3 layers"),
+        ({"pipeline_layers": "1,0,2"}, "usage", "but the first and the last"),
+        ({"pipeline_layers": "one"}, "usage", "as in 3,5,4"),
+        ({"pipeline_parallel": 2}, "config-mismatch", "--pipeline-layers"),
+        ({"virtual_stages": 2}, "usage", "--pipeline-parallel M"),
+        ({"expert_parallel": 3}, "config-mismatch", "--expert-parallel 3"),
+        ({"form": "C", "expert_parallel": 2}, "usage", "--form mcore"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_said(
+    asked: Mapping[str, Any], kind: str, says: str, conversions: Written
+) -> None:
+    options = api.Options(family_options=asked)
+    error = refused(lambda: api.plan(conversions("mixtral-mcore"), to="original", options=options))
+    assert error.kind == kind and says in error.text()
+
+
+def test_a_torch_dist_folder_has_the_experts_of_a_layer_in_one_tensor(
+    conversions: Written, tmp_path: Path
+) -> None:
+    source = conversions("mixtral-mcore")
+    asked = {"form": "torch_dist"}
+    api.convert(source, tmp_path / "out", to="original", options=api.Options(family_options=asked))
+    with api.open_checkpoint(tmp_path / "out") as folder:
+        (experts,) = folder.find("decoder.layers.mlp.experts.experts.linear_fc1.weight")
+        assert experts.shape == (3, 8, 88, 60) and "decoder.layers.pre_mlp_layernorm.weight" in folder.names()
+    api.convert(tmp_path / "out", tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(source)
+    options = api.Options(family_options={**asked, "layers": "singleton"})
+    error = refused(lambda: api.plan(source, to="original", options=options))
+    assert error.kind == "usage" and "non_homogeneous" in error.text()
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+OTHERWISE = {
+    "moe_router_pre_softmax": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_group_topk": 4,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
+    "moe_shared_expert_intermediate_size": 64,
+    "moe_layer_freq": [0, 1, 1],
+    "moe_latent_size": 8,
+    "moe_expert_capacity_factor": 1.25,
+    "moe_input_jitter_eps": 0.01,
+    "moe_apply_probs_on_input": True,
+    "moe_mlp_glu_interleave_size": 32,
+    "moe_of_a_fork": 3,
+    "expert_tensor_parallel_size": 2,
+}
+NO_EFFECT = {
+    "moe_router_dtype": "fp64",
+    "moe_z_loss_coeff": 0.001,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_layer_freq": 1,
+    "moe_expert_capacity_factor": -1,
+    "moe_router_topk_scaling_factor": 1.0,
+    "moe_token_drop_policy": "position",
+    "moe_ffn_hidden_size": 44,
+    "ffn_hidden_size": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(Core(mcore(1, 60, 6, 2, 10, 44, 308, 4)), tmp_path_factory.mktemp("moe") / "in")
+
+
+def with_args(source: Path, folder: Path, args: Mapping[str, Any]) -> Path:
+    (file,) = source.rglob(FILE)
+    held = torch.load(io.BytesIO(file.read_bytes()), weights_only=False)
+    vars(held["args"]).update(args)
+    folder.mkdir(exist_ok=True)
+    torch.save(held, folder / FILE)
+    return folder
+
+
+def test_each_argument_that_changes_the_routing_is_refused(one_layer: Path, tmp_path: Path) -> None:
+    found = refused(lambda: api.plan(with_args(one_layer, tmp_path / "all", OTHERWISE), family="mixtral"))
+    assert {p.where for p in found.problems} == OTHERWISE.keys()
+    assert {p.kind for p in found.problems} == {"unsupported"}
+    api.plan(with_args(one_layer, tmp_path / "none", NO_EFFECT), family="mixtral")
+
+
+def test_what_only_training_does_may_be_left_out_by_name(one_layer: Path, tmp_path: Path) -> None:
+    dropped = {"moe_expert_capacity_factor": 1.25, "moe_input_jitter_eps": 0.01}
+    source = with_args(one_layer, tmp_path / "in", dropped)
+    error = refused(lambda: api.plan(source, family="mixtral"))
+    assert all(p.hint == f"--set {p.where}=null leaves it out of the model" for p in error.problems)
+    settings = dict.fromkeys(dropped)
+    made = api.convert(source, tmp_path / "out", family="mixtral", options=api.Options(settings=settings))
+    assert sum("left out" in n for n in made.plan.notes) >= 2
+    assert api.verify(tmp_path / "out", source).status == "pass"
+
+
+def test_numbers_of_experts_are_used_or_asked_for(one_layer: Path, tmp_path: Path) -> None:
+    for args, kind, where in (
+        ({"num_experts": 5}, "config-mismatch", "num_local_experts"),
+        ({"moe_router_topk": 5}, "config-mismatch", "num_experts_per_tok"),
+        ({"moe_router_topk": None}, "missing-fact", "moe_router_topk"),
+        ({"moe_ffn_hidden_size": 40}, "config-mismatch", "intermediate_size"),
+    ):
+        source = with_args(one_layer, tmp_path / "in", args)
+        error = refused(partial(api.plan, source, family="mixtral"))
+        assert (error.kind, error.problems[0].where) == (kind, where), args
+    plan = api.plan(with_args(one_layer, tmp_path / "in", {"moe_router_topk": 3}), family="mixtral")
+    assert plan.config["num_experts_per_tok"].value == 3
