@@ -372,21 +372,38 @@ def _md(text: str) -> str:
 
 # --- HTML -----------------------------------------------------------------------------------------------
 
+FOLDED_ROWS = 12  # of a table, before the page folds it
+
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;
 color:#1c1e21;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .4rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
+p.verdict{font-size:1.15rem;border-left:.3rem solid;padding:.3rem .8rem;margin:.4rem 0 1rem}
+figure{margin:.4rem 0}figcaption{color:#57606a;font-size:.8rem}
+svg.c{width:100%;max-width:45rem;height:auto;display:block}
+svg.c text{font:11px system-ui,sans-serif;fill:#57606a}svg.c .g{stroke:#dde1e6}svg.c .a{stroke:#8b949e}
+svg.c .good{fill:#2da44e}svg.c .bad{fill:#cf222e}svg.c path{fill:none;stroke:#0969da;stroke-width:1.5}
+svg.c .noise{stroke:#8b949e;stroke-dasharray:2 3}summary{cursor:pointer;color:#57606a;font-size:.85rem}
+.scroll{overflow-x:auto}
 table{border-collapse:collapse;margin:.3rem 0 .8rem;width:100%}td,th{padding:.25rem .6rem;text-align:left;
 border-bottom:1px solid #dde1e6;vertical-align:top;overflow-wrap:break-word}
+table.f{table-layout:fixed}.f>tbody>tr>th:nth-child(1){width:3.6rem}.f>tbody>tr>th:nth-child(2){width:8.5rem}
+.f>tbody>tr>th:nth-child(n+4){width:5rem}.f>tbody>tr>td{overflow-wrap:anywhere}.d td{overflow-wrap:normal}
+@media(max-width:40rem){body{margin:1rem auto}dl{display:block}dd{margin:0 0 .4rem}
+table.f,.f>tbody,.f>tbody>tr,.f>tbody>tr>td{display:block;text-align:left}.f>tbody>tr:first-child{display:none}
+.f>tbody>tr>td{border:0;padding:.1rem 0}.f>tbody>tr{border-bottom:1px solid #8b949e;padding:.4rem 0}}
 th{font-weight:600;color:#57606a;white-space:nowrap}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .w{font-family:ui-monospace,monospace;
-font-size:.85rem}.s{font-weight:600;white-space:nowrap}.pass{color:#1a7f37}.fail{color:#cf222e}.skipped{color:#9a6700}
+font-size:.85rem}.s{font-weight:600;white-space:nowrap}.pass{color:#1a7f37}.fail{color:#cf222e}
+.skipped,.undecided{color:#9a6700}
 .note{color:#0969da}table.d{width:auto;font-size:.8rem}table.d td,table.d th{padding:.2rem .4rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem}
 dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}td,th{border-color:#30363d}
-.pass{color:#3fb950}.fail{color:#f85149}.skipped{color:#d29922}.note{color:#58a6ff}th,dt{color:#8b949e}}
+.pass{color:#3fb950}.fail{color:#f85149}.skipped{color:#d29922}.note{color:#58a6ff}
+th,dt,figcaption,summary{color:#8b949e}.undecided,.skipped{color:#d29922}
+svg.c text{fill:#8b949e}svg.c .g{stroke:#30363d}svg.c .good{fill:#3fb950}svg.c .bad{fill:#f85149}svg.c path.bar{stroke:#58a6ff}}
 """
 
 
@@ -395,14 +412,14 @@ def page(reports: Sequence[Report], title: str | None = None) -> str:
     name = title or (reports[0].title if reports else "verification")
     body = [f"<h1>{_h(name)}</h1>"]
     for report in reports:
-        body.append(
-            f'<h2>{_h(report.title)}: <span class="{report.status}">{_h(_verdict(report))}</span></h2>'
-        )
+        if name != report.title or len(reports) > 1:
+            body.append(f"<h2>{_h(report.title)}</h2>")
+        body.append(f'<p class="verdict {report.status}">{_h(_verdict(report))}</p>')
         body.append(
             "<dl>" + "".join(f"<dt>{_h(k)}</dt><dd>{_h(v)}</dd>" for k, v in report.facts.items()) + "</dl>"
         )
         for level, findings in _levels(report):
-            body.append(f"<h3>{_h(level)}: {_counts(findings)}</h3><table>")
+            body.append(f"<h3>{_h(level)}: {_counts(findings)}</h3><table class='f'>")
             body.append("<tr><th></th><th>check</th><th>finding</th><th>measured</th><th>bar</th></tr>")
             for f in findings:
                 where = f'<div class="w">{_h(f.where)}</div>' if f.where else ""
@@ -426,6 +443,16 @@ def page(reports: Sequence[Report], title: str | None = None) -> str:
 
 
 def _html_table(table: Table) -> str:
+    from ckpt_tool.verify.pictures import picture
+
+    drawn = picture(table)
+    made = f'<div class="scroll">{_plain_table(table)}</div>'
+    if len(table.rows) <= FOLDED_ROWS:
+        return drawn + made
+    return f"{drawn}<details><summary>{len(table.rows)} rows</summary>{made}</details>"
+
+
+def _plain_table(table: Table) -> str:
     head = "".join(f"<th>{_h(c)}</th>" for c in table.columns)
     rows = "".join(
         "<tr>"
