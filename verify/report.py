@@ -403,7 +403,8 @@ dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}td,th{border-color:#30363d}
 .pass{color:#3fb950}.fail{color:#f85149}.skipped{color:#d29922}.note{color:#58a6ff}
 th,dt,figcaption,summary{color:#8b949e}.undecided,.skipped{color:#d29922}
-svg.c text{fill:#8b949e}svg.c .g{stroke:#30363d}svg.c .good{fill:#3fb950}svg.c .bad{fill:#f85149}svg.c path.bar{stroke:#58a6ff}}
+svg.c text{fill:#8b949e}svg.c .g{stroke:#30363d}svg.c .good{fill:#3fb950}svg.c .bad{fill:#f85149}
+svg.c path.bar{stroke:#58a6ff}}
 """
 
 
