@@ -288,7 +288,9 @@ def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:
 def parse_object(data: bytes, *, file: str, kind: str = "bad-config") -> dict[str, Any]:
     """The JSON object in `data`, integers as in `parse`; anything else is refused."""
     found: dict[str, Any] = {}
-    for key, value in members(data, file=file, kind=kind, wide=True):
+    known = members(data, file=file, kind=kind, wide=True)
+    del data  # which is text now, and may be 16 MiB
+    for key, value in known:
         if key in found:
             fail(kind, "expected each key once, found it twice in one object", file=file, where=key)
         found[key] = value
