@@ -227,12 +227,23 @@ def _converted_by_another(checkpoint: Checkpoint, chosen: Family) -> Problem | N
 
 def _no_document(checkpoint: Checkpoint, name: str) -> Problem:
     """What comes before questions that a file would answer."""
-    message = f"expected {name} beside the weights, found none: shapes do not tell what follows"
+    inside, way = _kept_by(checkpoint)
+    message = f"expected {name} beside the weights{inside}, found none: shapes do not tell what follows"
     hint = (
         f"put the download's {name} there, under that name, or give each value by --set, or a JSON file of "
-        "them by --config"
+        f"them by --config{way}"
     )
     return Problem("missing-file", message, checkpoint.path.name, hint=hint)
+
+
+def _kept_by(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Whose files they are where another program keeps a state dict in files of its own, and what else turns
+    them into something that is read."""
+    if any(name.endswith("_model_states.pt") for name in checkpoint.files):
+        return " of a DeepSpeed checkpoint", "; zero_to_fp32.py in its folder writes float32 weights of it"
+    if checkpoint.path.suffix == ".nemo":
+        return " of a NeMo archive", "; NeMo's own scripts export it"
+    return "", ""
 
 
 def check_own(checkpoint: Checkpoint, chosen: Family) -> None:

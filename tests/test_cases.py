@@ -45,8 +45,8 @@ def wrapped(name: str, family: str) -> Case:
     return Case(f"{folder}/{name}", family, says=("names were read without",), expected=f"{folder}/expected")
 
 
-def trainer(name: str, family: str, *says: str) -> Case:
-    return Case(f"files_of_other_trainers/{name}", family, "wrong-format", says)
+def trainer(name: str, family: str, *says: str, kind: str = "wrong-format") -> Case:
+    return Case(f"files_of_other_trainers/{name}", family, kind, says)
 
 
 def args(name: str, *says: str) -> Case:
@@ -81,9 +81,9 @@ LIST = [
     trainer("megatron_dist/iter_0000100", "qwen2", ".distcp", "--ckpt-convert-format torch"),
     trainer("megatron_dist", "qwen2", ".distcp", "--ckpt-convert-format torch"),
     trainer("fsdp", "llama", ".distcp", "accelerate merge-weights"),
-    trainer("deepspeed", "llama", "DeepSpeed", "zero_to_fp32.py"),
+    trainer("deepspeed", "llama", "DeepSpeed", "zero_to_fp32.py", kind="missing-file"),
     trainer("nemo", "llama", "a NeMo archive"),
-    trainer("nemo/model.nemo", "llama", "a NeMo archive"),
+    trainer("nemo/model.nemo", "llama", "a NeMo archive", kind="missing-file"),
     trainer("torchtune", "llama", "meta_model_0.pt"),
     Case("files_of_other_trainers/torchtune/meta_model_0.pt", "llama"),
     Case("folder_one_level_too_high/models--org--name", "mistral"),
