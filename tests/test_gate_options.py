@@ -167,3 +167,46 @@ def test_assert_parity_returns_what_it_found(work: Path) -> None:
     assert assert_parity(work / "good", work / "download", levels="bits").status == "pass"
     with pytest.raises(AssertionError, match=r"fail: .*model\.norm\.weight"):
         assert_parity(work / "bad", work / "download", levels="bits")
+
+
+# --- in a workflow --------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+def gate_step() -> str:
+    """The script of the action's own step."""
+    import yaml
+
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    (step,) = [s for s in action["runs"]["steps"] if s.get("name") == "Gate"]
+    return str(step["run"])
+
+
+def test_the_action_writes_summary_annotations_and_reports_and_keeps_the_exit_code(work: Path) -> None:
+    environment = {
+        **os.environ,
+        "FILE": "parity.toml",
+        "REPORTS": "reports",
+        "ARGUMENTS": "--only *one",
+        "GITHUB_STEP_SUMMARY": str(work / "summary.md"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-f", "-c", gate_step()]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("::")]
+    assert lines[0].startswith("::error title=bad one::fail: ")
+    assert any("model.norm.weight" in line for line in lines)
+    assert not any("good one" in line for line in lines)
+    assert "## bad one: fail" in (work / "summary.md").read_text()
+    assert {p.name for p in (work / "reports").iterdir()} == {
+        f"parity.{s}" for s in ("xml", "json", "html", "md")
+    }
+
+
+def test_annotations_cannot_be_broken_out_of() -> None:
+    from ckpt_tool.annotations import command
+
+    line = command("error", "a:b,c", "50 %\n::stop-commands::x")
+    assert line == "::error title=a%3Ab%2Cc::50 %25%0A::stop-commands::x"
