@@ -200,6 +200,24 @@ def test_options_of_another_form_are_refused(asked: dict[str, Any], words: str, 
     assert error.kind == "usage" and words in error.text()
 
 
+@pytest.mark.parametrize("form", ["mcore", "torch_dist"])
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [("mixtral-mcore", "--form A"), ("mistral-7b-v0.1", "--form consolidated"), ("qwen3-mcore", "--form hf")],
+)
+def test_the_container_is_one_of_the_published_layout(
+    form: str, variant: str, words: str, conversions: Written, tmp_path: Path
+) -> None:
+    """And the form that the message names takes it."""
+    asked = {"form": form, "container": "pth"}
+    options = api.Options(family_options=asked)
+    error = refused(lambda: api.plan(conversions(variant), to="original", options=options))
+    assert (error.kind, error.problems[0].where) == ("usage", "--container") and words in error.text()
+    options = api.Options(family_options={**asked, "form": words.split()[1]})
+    (file,) = api.plan(conversions(variant), to="original", options=options).outputs
+    assert Path(file.name).suffix in (".pth", ".bin")
+
+
 def test_an_output_is_replaced_and_a_changed_one_is_not(conversions: Written, tmp_path: Path) -> None:
     out = written(conversions("llama-mcore"), tmp_path / "dist")
     copy = tmp_path / "copy"
