@@ -218,6 +218,21 @@ def test_the_container_is_one_of_the_published_layout(
     assert Path(file.name).suffix in (".pth", ".bin")
 
 
+def test_ranks_of_a_folder_only_pad_the_words_unless_asked_for(conversions: Written, tmp_path: Path) -> None:
+    """Since core_v0.14 a folder may come from more ranks than there are key/value heads."""
+    out = written(conversions("llama-mcore"), tmp_path / "dist")
+    common = torch.load(out / "release" / "common.pt", weights_only=False)
+    common["args"].tensor_model_parallel_size = 64
+    torch.save(common, out / "release" / "common.pt")
+    api.convert(out, tmp_path / "hf", family="llama")
+    api.convert(tmp_path / "hf", tmp_path / "again", to="original")
+    with open_checkpoint(out) as one, open_checkpoint(tmp_path / "again") as other:
+        assert tensors(one) == tensors(other)
+    asked = api.Options(family_options={"form": "torch_dist", "tensor_parallel": 64})
+    error = refused(lambda: api.plan(tmp_path / "hf", to="original", options=asked))
+    assert error.kind == "config-mismatch" and "num_key_value_heads" in error.text()
+
+
 def test_an_output_is_replaced_and_a_changed_one_is_not(conversions: Written, tmp_path: Path) -> None:
     out = written(conversions("llama-mcore"), tmp_path / "dist")
     copy = tmp_path / "copy"
