@@ -261,22 +261,16 @@ def judged(tmp_path: Path) -> Judged:
     def asked(ranks: int, folders: list[Path]) -> Mapping[str, np.ndarray]:
         out = tmp_path / "logits.npz"
         script = [sys.executable, "-W", "ignore", str(Path(megatron_judge.__file__))]
-        runs = [
-            subprocess.Popen(
-                [*script, str(rank), str(ranks), str(tmp_path / "meeting"), str(out), *map(str, folders)],
-                env={**os.environ, "PYTHONPATH": str(JUDGE), "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            ends = [run.communicate(timeout=100)[1] for run in runs]
-        finally:
-            for run in runs:
-                run.kill()
-        assert [run.returncode for run in runs] == [0] * ranks, "\n".join(end[-2000:] for end in ends)
+        run = subprocess.run(
+            [*script, str(ranks), str(tmp_path / "meeting"), str(out), *map(str, folders)],
+            env={**os.environ, "PYTHONPATH": str(JUDGE), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
         return np.load(out)
 
     return asked
