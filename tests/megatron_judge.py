@@ -47,8 +47,19 @@ def model_of(args: Namespace) -> Any:
         params_dtype=torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        **routed(args),
     )
-    spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=args.qk_layernorm,
+        normalization=args.normalization,
+    )
+    if config.num_moe_experts:  # as Transformer Engine's layers call it before experts, unlike local ones
+        names = spec.submodules.sharded_state_dict_keys_map
+        spec.submodules.sharded_state_dict_keys_map = {
+            k: v for k, v in names.items() if k != "pre_mlp_layernorm."
+        }
     return GPTModel(
         config,
         spec,
@@ -62,6 +73,24 @@ def model_of(args: Namespace) -> Any:
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         parallel_output=False,
     )
+
+
+def routed(args: Namespace) -> dict[str, Any]:
+    """What the configuration says of a model with experts."""
+    if not getattr(args, "num_experts", None):
+        return {}
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # which it takes for imported where Transformer Engine is not there
+    return {
+        "num_moe_experts": args.num_experts,
+        "moe_router_topk": args.moe_router_topk,
+        "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": args.moe_router_pre_softmax,
+        "moe_router_score_function": args.moe_router_score_function,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",  # another takes streams of a GPU
+    }
 
 
 def logits_of(folder: Path, *, again: bool) -> np.ndarray:

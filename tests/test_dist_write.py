@@ -282,11 +282,13 @@ def test_megatron_core_loads_every_form_on_two_ranks_and_agrees(
 ) -> None:
     """In its strictest mode: no entry more or less than it asks for. What it saves reads as the same."""
     made = {
-        written(conversions(v), tmp_path / v, layers) / "release": v
+        written(conversions(v), tmp_path / f"{v}-{layers}", layers) / "release": v
         for v, layers in (
             ("llama-mcore", "stacked"),
             ("qwen2-mcore-tied", "singleton"),
             ("qwen3-mcore", "non_homogeneous"),
+            ("mixtral-mcore", "singleton"),
+            ("mixtral-mcore", "stacked"),
         )
     }
     found = judged(2, list(made))
