@@ -163,15 +163,17 @@ def _numbered(tensor: TensorInfo) -> Iterator[Share]:
             yield Share(info, tensor.name, i * size + e * own)
 
 
-def key_of(name: str, *, stacked: bool) -> tuple[str, tuple[int, ...]]:
+def key_of(name: str, *, stacked: bool, alone: bool = False) -> tuple[str, tuple[int, ...]]:
     """The way back of `layers_apart`: what the tensor that holds the one called `name` is called in a folder,
     and which it is along each of the axes before its own. `stacked`: one holds all layers; else each has its
-    own, and only experts are together."""
+    own, and only experts are together, or, `alone`, each of these has its own, too."""
     if (units := _OWN_UNITS.fullmatch(name)) is not None:
         name = f"{units['before']}weight_{'w' if units['which'] == 'gate' else 'v'}"
     index: tuple[int, ...] = ()
     if (expert := _OWN_EXPERT.fullmatch(name)) is not None:
-        name, index = f"{expert['before']}experts.{expert['rest']}", (int(expert["e"]),)
+        number = f"{expert['e']}." if alone else ""
+        name = f"{expert['before']}experts.{number}{expert['rest']}"
+        index = () if alone else (int(expert["e"]),)
     if stacked and (layer := _OWN_LAYER.fullmatch(name)) is not None:
         name, index = layer["before"] + layer["rest"], (int(layer["i"]), *index)
     return name, index

@@ -1,10 +1,11 @@
 """Runs under megatron-core, on the CPU: loads torch_dist folders, writes the logits, and saves the first
 model again in FOLDER.again.
 
-    PYTHONPATH=JUDGE python megatron_judge.py RANK RANKS SHARED OUT.npz FOLDER [FOLDER ...]
+    PYTHONPATH=JUDGE python megatron_judge.py RANKS SHARED OUT.npz FOLDER [FOLDER ...]
 
-One process for each tensor-parallel rank, which meet in the file SHARED. Not a test module;
-tests/test_dist_write.py starts it.
+One process for each tensor-parallel rank, which meet in the file SHARED; all are forks of one that has
+loaded megatron-core, which takes longer than the rest. Not a test module; tests/test_dist_write.py starts
+it.
 """
 
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing import start_processes
 
 IDS = [1, 5, 9, 2, 7, 3, 11, 4, 8, 6, 12, 10] * 4
 
@@ -45,8 +47,19 @@ def model_of(args: Namespace) -> Any:
         params_dtype=torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        **routed(args),
     )
-    spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=args.qk_layernorm,
+        normalization=args.normalization,
+    )
+    if config.num_moe_experts:  # as Transformer Engine's layers call it before experts, unlike local ones
+        names = spec.submodules.sharded_state_dict_keys_map
+        spec.submodules.sharded_state_dict_keys_map = {
+            k: v for k, v in names.items() if k != "pre_mlp_layernorm."
+        }
     return GPTModel(
         config,
         spec,
@@ -60,6 +73,24 @@ def model_of(args: Namespace) -> Any:
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         parallel_output=False,
     )
+
+
+def routed(args: Namespace) -> dict[str, Any]:
+    """What the configuration says of a model with experts."""
+    if not getattr(args, "num_experts", None):
+        return {}
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # which it takes for imported where Transformer Engine is not there
+    return {
+        "num_moe_experts": args.num_experts,
+        "moe_router_topk": args.moe_router_topk,
+        "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": args.moe_router_pre_softmax,
+        "moe_router_score_function": args.moe_router_score_function,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",  # another takes streams of a GPU
+    }
 
 
 def logits_of(folder: Path, *, again: bool) -> np.ndarray:
@@ -95,8 +126,7 @@ def save(model: Any, args: Namespace, content: dict[str, Any], folder: Path) -> 
     dist_checkpointing.save(held, str(folder), way, content_metadata=content)
 
 
-def main(rank: int, ranks: int, shared: str, out: str, folders: list[str]) -> None:
-    warnings.simplefilter("ignore")
+def run(rank: int, ranks: int, shared: str, out: str, folders: list[str]) -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # which it asks for a device
     torch.cuda.synchronize = lambda *_: None
     torch.distributed.init_process_group("gloo", init_method=f"file://{shared}", rank=rank, world_size=ranks)
@@ -112,5 +142,14 @@ def main(rank: int, ranks: int, shared: str, out: str, folders: list[str]) -> No
     torch.distributed.destroy_process_group()
 
 
+def main(ranks: int, *where: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.compile = lambda f, **_: f  # it decorates many functions, and to load the compiler takes seconds
+    from megatron.core import dist_checkpointing  # noqa: F401
+    from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401
+
+    start_processes(run, (ranks, *where), ranks, start_method="fork")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

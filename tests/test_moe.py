@@ -249,9 +249,43 @@ def test_a_torch_dist_folder_has_the_experts_of_a_layer_in_one_tensor(
         assert experts.shape == (3, 8, 88, 60) and "decoder.layers.pre_mlp_layernorm.weight" in folder.names()
     api.convert(tmp_path / "out", tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(source)
-    options = api.Options(family_options={**asked, "layers": "singleton"})
-    error = refused(lambda: api.plan(source, to="original", options=options))
-    assert error.kind == "usage" and "non_homogeneous" in error.text()
+
+
+def test_a_singleton_folder_has_experts_and_gates_apart(conversions: Written, tmp_path: Path) -> None:
+    """Under the names that megatron-core 0.16.1 asks for (moe/experts.py, mlp.py: sharded_state_dict)."""
+    source, asked = conversions("mixtral-mcore"), {"form": "torch_dist", "layers": "singleton"}
+    api.convert(source, tmp_path / "out", to="original", options=api.Options(family_options=asked))
+    expert = "decoder.layers.2.mlp.experts.experts.7"
+    with api.open_checkpoint(tmp_path / "out") as folder:
+        found = {n.removeprefix(expert) for n in folder.names() if n.startswith(expert)}
+        (gate,) = folder.find(f"{expert}.linear_fc1.weight_w")
+    assert found == {".linear_fc1.weight_w", ".linear_fc1.weight_v", ".linear_fc2.weight"}
+    assert gate.shape == (44, 60)
+    state = f"{expert}.linear_fc1._extra_state/shard_0_1"
+    assert state.encode() in (tmp_path / "out" / "release" / ".metadata").read_bytes()
+    assert api.verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
+    api.convert(tmp_path / "out", tmp_path / "again")
+    one, other = (load_file(f / "model.safetensors") for f in (source, tmp_path / "again"))
+    assert one.keys() == other.keys() and all(torch.equal(x, other[n]) for n, x in one.items())
+    api.convert(tmp_path / "again", tmp_path / "third", to="original")  # unasked, as it was
+    for file in (tmp_path / "out" / "release").iterdir():
+        assert file.read_bytes() == (tmp_path / "third" / "release" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["mcore", "torch_dist"])
+def test_scaled_frequencies_go_back_where_args_can_say_them(form: str, tmp_path: Path) -> None:
+    """params.json, which cannot, has no say in it."""
+    source = written(Core(mcore(1, 60, 6, 2, 10, 44, 308, 4)), tmp_path / "in")
+    changed(source, lambda held, _: setattr(held["args"], "use_rope_scaling", True))
+    api.convert(source, tmp_path / "hf", family="mixtral")
+    options = api.Options(family_options={"form": form})
+    api.convert(tmp_path / "hf", tmp_path / "out", to="original", options=options)
+    api.convert(tmp_path / "out", tmp_path / "again", family="mixtral")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 8
+    published = api.Options(family_options={"form": "A"})
+    error = refused(lambda: api.plan(tmp_path / "hf", to="original", options=published))
+    assert error.kind == "unsupported" and "params.json" in error.text()
 
 
 # --- arguments ----------------------------------------------------------------------------------------------

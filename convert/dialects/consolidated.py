@@ -20,7 +20,7 @@ from ckpt_tool.checkpoint.weight_sets import is_tokenizer
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects import params_fields, params_json
 from ckpt_tool.convert.dialects.converted import FREQUENCIES, generation_config, kept_facts, read_config
-from ckpt_tool.convert.dialects.layouts import Layout, asked_layout, layout_of, layout_option
+from ckpt_tool.convert.dialects.layouts import FORM, Layout, asked_layout, layout_of, layout_option
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
@@ -510,7 +510,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
-    usual = (CONSOLIDATED,) if d.option is None else tuple(d.forms)
+    usual = tuple(d.forms) if d.option == FORM else (CONSOLIDATED,)
     layout = asked_layout(d.name, usual, d.layouts, known, [o.name for o in d.options])
     if layout is not None:
         apart = ("head_dim",)  # which params.json has otherwise

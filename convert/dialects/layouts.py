@@ -60,11 +60,11 @@ def asked_layout(
     if form not in (*usual, *layouts):
         words = " or ".join((*usual, *layouts))
         fail("usage", f"expected {words} for family {family}, found {form}", where="--form")
-    chosen = layouts.get(form)
-    has = {*own} if chosen is None else {o.name for o in chosen.options}
-    others = {o.name: o for layout in layouts.values() for o in layout.options if o.name not in has}
-    for name in given(known.options).keys() & others.keys():
-        having = [w for w, layout in layouts.items() if name in {o.name for o in layout.options}]
-        words = " or ".join(f"--form {word}" for word in having)
-        fail("usage", f"expected {words} beside it, found --form {form}", where=others[name].flag)
-    return chosen
+    options = {word: [o.name for o in layout.options] for word, layout in layouts.items()}
+    options |= {word: [n for n in own if n != FORM] for word in usual}
+    for name in given(known.options):
+        having = [f"--form {word}" for word, names in options.items() if name in names]
+        if having and f"--form {form}" not in having:
+            flag = f"--{name.replace('_', '-')}"
+            fail("usage", f"expected {' or '.join(having)} beside it, found --form {form}", where=flag)
+    return layouts.get(form)

@@ -399,7 +399,7 @@ def kept_as(m: Core, run: Run, options: Options) -> Kept:
 def _is_gated(run: Run) -> bool:
     """Whether a feed-forward has gates and ups: two rows in for each column out."""
     kind = megatron_experts.kind_of(run.tensors)
-    if kind == "apart" or f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors:
+    if kind == megatron_experts.APART or f"{FIRST}mlp.linear_fc1.gate.weight" in run.tensors:
         return True
     names = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
     if kind is not None:
@@ -419,7 +419,11 @@ def _layers_of(run: Run, kept: Kept) -> str | None:
         return None
     if layer_axis.READING in run.checkpoint.readings:
         return megatron_dist.STACKED
-    return megatron_dist.SINGLETON if kept.apart or kept.experts == "apart" else megatron_dist.APART
+    return (
+        megatron_dist.SINGLETON
+        if kept.apart or kept.experts == megatron_experts.APART
+        else megatron_dist.APART
+    )
 
 
 def open_run(m: Core, checkpoint: Checkpoint) -> Run:
@@ -599,7 +603,8 @@ def _form(m: Core, known: Known) -> Form:
         form = replace(form, stages=shared.stages, chunks=shared.chunks, split=shared.split)
         if m.experts is not None:
             form = _with_experts(known, form)
-    ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
+    if m.form == RANKS or TENSOR_PARALLEL.name in known.options.family_options:
+        ranks.check_shares(known, form, "num_key_value_heads", "intermediate_size")
     return form
 
 
@@ -627,19 +632,16 @@ def _to_folder(m: Core, known: Known, options: Options, written: Written, form: 
     """In a torch_dist folder, where the norms are called as Transformer Engine has them whoever computes
     them, and the ranks of `form` say only how far the vocabulary is padded."""
     asked = options.family_options.get("layers")
-    if m.experts is not None and asked == megatron_dist.SINGLETON:
-        message = f"expected layers {megatron_dist.STACKED} or {megatron_dist.APART} of a model with experts"
-        fail("usage", f"{message}, found {asked}", where=megatron_dist.OPTION.flag)
     layers = known.once.get("layers") if asked is None else asked
     if layers not in megatron_dist.LAYERS:
         layers = megatron_dist.STACKED
-    if m.experts is not None and layers == megatron_dist.SINGLETON:
-        layers = megatron_dist.APART
+    apart = layers == megatron_dist.SINGLETON
     fused = m.experts is None or known.once.get("norms_fused") is True
     kept = Kept(
         norms_named(True, not fused),
         head=not known["tie_word_embeddings"],
-        apart=layers == megatron_dist.SINGLETON,
+        apart=apart,
+        experts=megatron_experts.APART if apart and m.experts is not None else None,
     )
     table = rows_of(m, known, form.rows, kept)
     written = replace(written, original={**written.original, "layers": layers})

@@ -6,8 +6,8 @@ stages of the loader.
 
 In three forms, as Megatron's own `sharded_state_dict(metadata=...)` asks for them: one tensor for all layers,
 a piece for each (`stacked`, the default there too); one for each layer (`non_homogeneous`); and that with the
-gates apart from the ups (`singleton`). Beside the tensors, each linear module has an entry of extra state,
-without which loading fails.
+gates apart from the ups, and experts from each other (`singleton`). Beside the tensors, each linear module
+has an entry of extra state, without which loading fails.
 
 Source: NVIDIA/Megatron-LM core_v0.16.1 (core/dist_checkpointing, core/transformer/mlp.py,
 core/tensor_parallel/layers.py: sharded_state_dict; megatron/training/checkpointing.py).
@@ -41,7 +41,7 @@ STACKED, APART, SINGLETON = LAYERS = ("stacked", "non_homogeneous", "singleton")
 OPTION = Option(
     "layers",
     "Tensors of a torch_dist folder: one for all layers (stacked, the default), one for each "
-    "(non_homogeneous), or that with gates apart from ups (singleton).",
+    "(non_homogeneous), or that with gates apart from ups and experts from each other (singleton).",
     "original",
     choices=LAYERS,
 )
@@ -69,7 +69,7 @@ def to_folder(
     plan = to_original(
         table, source, options, written, files=[first], homes=lambda name: [(first, dtype, name)]
     )
-    files = _dealt(plan.outputs[0], options.max_shard_bytes, stacked=layers == STACKED)
+    files = _dealt(plan.outputs[0], options.max_shard_bytes, layers=layers)
     home = {t.name: f.name for f in files for t in f.tensors}
     steps = tuple(
         replace(s, targets=tuple(replace(p, file=home[p.name]) for p in s.targets)) for s in plan.steps
@@ -93,7 +93,7 @@ def _data(number: int, rank: int = 0) -> str:
     return f"{RELEASE}/__{rank}_{number}{DATA}"
 
 
-def _dealt(whole: OutputFile, limit: int, *, stacked: bool) -> list[OutputFile]:
+def _dealt(whole: OutputFile, limit: int, *, layers: str) -> list[OutputFile]:
     """The tensors of `whole` in files of at most `limit` bytes each; a larger tensor has one of its own."""
     groups: list[list[TensorInfo]] = [[]]
     size = 0
@@ -108,14 +108,14 @@ def _dealt(whole: OutputFile, limit: int, *, stacked: bool) -> list[OutputFile]:
             whole,
             name=_data(k),
             tensors=tuple(replace(t, file=_data(k)) for t in group),
-            chunks=tuple(_chunk(t.name, len(t.shape), stacked=stacked) for t in group),
+            chunks=tuple(_chunk(t.name, len(t.shape), layers=layers) for t in group),
         )
         for k, group in enumerate(groups)
     ]
 
 
-def _chunk(name: str, axes: int, *, stacked: bool) -> Chunk:
-    key, index = key_of(name, stacked=stacked)
+def _chunk(name: str, axes: int, *, layers: str) -> Chunk:
+    key, index = key_of(name, stacked=layers == STACKED, alone=layers == SINGLETON)
     return Chunk(key, (*index, *(0,) * axes))
 
 

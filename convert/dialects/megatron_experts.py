@@ -39,7 +39,7 @@ KEPT = {
         "mlp.experts.local_experts.{e}.linear_fc2.weight",
     ),
 }
-SEQUENTIAL, GROUPED = "sequential", "grouped"
+SEQUENTIAL, GROUPED, APART = "sequential", "grouped", "apart"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def rules(published: Experts, kind: str) -> tuple[Rule, ...]:
     if kind == "joined":
         fc1 = [rule(one, parts, "d (g f) -> (g f) d", cut=("g", (1, 1)), split="f")]
         return router, *fc1, rule(two, published.down, "f d -> d f", split="f")
-    if kind == "apart":
+    if kind == APART:
         names = (one, one.replace(".gate.", ".up."))
         fc1 = [rule(a, b, "f d", split="f") for a, b in zip(names, parts, strict=True)]
     else:

@@ -26,6 +26,7 @@ from ckpt_tool.convert.numbers import (
     groups,
     measured,
     number,
+    object_or_null,
 )
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts, of_rotary, opened, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
@@ -255,7 +256,8 @@ THETA = number(
     silent=DEFAULT,
     ask="the base of the rotary frequencies",
 )
-UNSCALED = anything("rope_scaling", silent=Value(None, "absent"), check=_unscaled, hidden=True)
+SCALED = anything("rope_scaling", silent=Value(None, "absent"), check=object_or_null, hidden=True)
+UNSCALED = replace(SCALED, check=_unscaled)
 MISTRAL_AI = (
     "dim",
     "n_layers",

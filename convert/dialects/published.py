@@ -486,7 +486,7 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     known = read(
         p, checkpoint, options, said if said in p.classes and said is not None else p.model_type, back=True
     )
-    if (layout := asked_layout(p.name, (AS_PUBLISHED,), p.layouts, known, ())) is not None:
+    if (layout := asked_layout(p.name, (AS_PUBLISHED,), p.layouts, known, [CONTAINER.name])) is not None:
         return layout.plan_original(checkpoint, options, known)
     config = config_of(p, known) | signs_of(p, known)
     container = options.family_options.get("container", known.once.get("container", p.container))

@@ -50,6 +50,7 @@ CORE = megatron_core.Core(
     fields=(only("sliding_window", None, "Megatron-Core's GPT has no window"),),
     unsaid=("sliding_window",),
     ends=(Ends(range(1, MAX_COUNT), 1, 2, "every Mistral tokenizer"),),
+    reads=(params_json.SCALED,),
 )
 
 FAMILY = consolidated.family(

@@ -125,7 +125,7 @@ CORE = megatron_core.Core(
     fields=(only("sliding_window", None, "Megatron-Core's GPT has no window"),),
     unsaid=("sliding_window",),
     ends=(Ends(range(1, MAX_COUNT), 1, 2, "every Mistral tokenizer"),),
-    reads=(flag("tie_word_embeddings", rule=None),),
+    reads=(flag("tie_word_embeddings", rule=None), params_json.SCALED),
 )
 
 FAMILY = consolidated.family(
