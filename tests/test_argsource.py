@@ -221,6 +221,12 @@ REFUSED: dict[str, tuple[Args, str]] = {
     "divided": ({"seq_len_interpolation_factor": 4}, "run_config.yaml: seq_len_interpolation_factor"),
     "both": ({"rope_scaling": True, "scale_factor": 8.0}, "run_config.yaml: rope_scaling"),
     "text": ({"hidden_size": "wide"}, "run_config.yaml: hidden_size"),
+    "scaled": ({"softmax_scale": 0.3}, "expected no scale of its own before the softmax"),
+    "null": (
+        {"normalization": None, "activation_func": None},
+        "found none of normalization, activation_func",
+    ),
+    "args": ({"norm_epsilon": 0.5}, "run_config.yaml: norm_epsilon: expected fields of the model's class"),
     "tied": ({"share_embeddings_and_output_weights": "no"}, "share_embeddings_and_output_weights"),
 }
 
@@ -278,6 +284,12 @@ def test_what_nemo_1_does_not_say_is_as_its_code_has_it(originals: Written, tmp_
     assert plan.config["rope_theta"].value == 10000
     assert plan.config["rope_theta"].source == "model_config.yaml: rotary_base (NeMo's default)"
     assert plan.config["rms_norm_eps"].value == 1e-5
+    for name, value in {"normalization": None, "norm_epsilon": 0.5}.items():
+        wrong = yaml.safe_dump({**config, name: value}).encode()
+        path = archived({**parts, "model_config.yaml": wrong}, tmp_path / f"{name}.nemo")
+        assert (
+            f"model_config.yaml: {name}: " in refused(lambda path=path: api.plan(path, family="llama")).text()
+        )  # type: ignore[misc]
     del config["bias"]
     parts["model_config.yaml"] = yaml.safe_dump(config).encode()
     error = refused(lambda: api.plan(archived(parts, tmp_path / "b.nemo"), family="llama"))
