@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from ckpt_tool.checkpoint import signs
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile
+from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
 from ckpt_tool.checkpoint.tf_coding import VARIABLE
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
@@ -158,9 +159,21 @@ def _converted(checkpoint: Checkpoint) -> str | None:
 
 
 def already_converted(checkpoint: Checkpoint, name: str) -> Problem:
+    if any(map(_is_training_file, checkpoint.files.values())):
+        message = f"expected an original layout, found Hugging Face names of {name} in files of training"
+        hint = (
+            f"in two steps, config.json beside them: `ckpt-tool convert {name} --to original` writes the"
+            f" original of them, and `ckpt-tool convert {name}` of that the Hugging Face folder"
+        )
+        return Problem("already-converted", message, checkpoint.path.name, hint=hint)
     message = f"expected an original layout, found a Hugging Face folder of {name}"
     hint = "nothing to convert; `ckpt-tool verify DIR --no-source` checks it, --to original goes back"
     return Problem("already-converted", message, checkpoint.path.name, hint=hint)
+
+
+def _is_training_file(file: TensorFile) -> bool:
+    """Whether nobody but training programs loads it, whatever its tensors are called."""
+    return file.format == "dcp" or isinstance(file, Renamed) or SLICE.fullmatch(file.name) is not None
 
 
 # What planning finds missing, or in the way, where a model of another kind was given.
@@ -201,6 +214,8 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
         return CkptToolError(first, *(error.problems if alike else ()))
     if (converted := _converted(checkpoint)) is not None:
         return CkptToolError(already_converted(checkpoint, converted))
+    if error.kind == "already-converted" and any(map(_is_training_file, checkpoint.files.values())):
+        return CkptToolError(already_converted(checkpoint, chosen.name))
     if error.kind in ("already-converted", "unsupported"):  # which know what it is
         return error
     if not alike:

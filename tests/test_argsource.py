@@ -221,6 +221,12 @@ REFUSED: dict[str, tuple[Args, str]] = {
     "divided": ({"seq_len_interpolation_factor": 4}, "run_config.yaml: seq_len_interpolation_factor"),
     "both": ({"rope_scaling": True, "scale_factor": 8.0}, "run_config.yaml: rope_scaling"),
     "text": ({"hidden_size": "wide"}, "run_config.yaml: hidden_size"),
+    "scaled": ({"softmax_scale": 0.3}, "expected no scale of its own before the softmax"),
+    "null": (
+        {"normalization": None, "activation_func": None},
+        "found none of normalization, activation_func",
+    ),
+    "args": ({"norm_epsilon": 0.5}, "run_config.yaml: norm_epsilon: expected fields of the model's class"),
     "tied": ({"share_embeddings_and_output_weights": "no"}, "share_embeddings_and_output_weights"),
 }
 
@@ -278,6 +284,12 @@ def test_what_nemo_1_does_not_say_is_as_its_code_has_it(originals: Written, tmp_
     assert plan.config["rope_theta"].value == 10000
     assert plan.config["rope_theta"].source == "model_config.yaml: rotary_base (NeMo's default)"
     assert plan.config["rms_norm_eps"].value == 1e-5
+    for name, value in {"normalization": None, "norm_epsilon": 0.5}.items():
+        wrong = yaml.safe_dump({**config, name: value}).encode()
+        path = archived({**parts, "model_config.yaml": wrong}, tmp_path / f"{name}.nemo")
+        assert (
+            f"model_config.yaml: {name}: " in refused(lambda path=path: api.plan(path, family="llama")).text()
+        )  # type: ignore[misc]
     del config["bias"]
     parts["model_config.yaml"] = yaml.safe_dump(config).encode()
     error = refused(lambda: api.plan(archived(parts, tmp_path / "b.nemo"), family="llama"))
@@ -371,9 +383,11 @@ def test_parts_of_a_model_of_deepspeed_are_refused_by_name(originals: Written, t
     assert "experts" in refused(lambda: api.plan(step, family="qwen2")).text()
     for name in [*step.iterdir()]:
         name.unlink()
-    (step / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
-    error = refused(lambda: api.plan(source, family="qwen2"))
-    assert "zero_to_fp32.py" in (error.problems[0].hint or "")
+    share = step / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    torch.save({"module": {"a": torch.zeros(0)}}, share)
+    for given in (source, step, share):
+        error = refused(lambda given=given: api.plan(given, family="qwen2"))  # type: ignore[misc]
+        assert f"{source}/zero_to_fp32.py" in (error.problems[0].hint or "")
     alone = deepspeed(originals("qwen2-0.5b"), tmp_path / "two", mp_world_size=2)
     error = refused(lambda: api.plan(alone, family="qwen2"))
     assert error.kind == "unsupported" and "mp_world_size 2" in error.text()
@@ -393,6 +407,11 @@ def test_files_are_those_that_megatron_listed(originals: Written, tmp_path: Path
         return " ".join(api.plan(source, family="llama").notes)
 
     assert f"the SHA-256 of all {len(sums)} files of the weights agree" in told()
+    for name in ("__0_0.distcp", ".metadata"):  # what it does not list is not said to agree
+        digest = sums.pop(name)
+        assert f"files agree; it lists nothing of {name}" in told()
+        sums[name] = digest
+    assert "lists __9_9.distcp, which no tensor lies in" in told(**{"__9_9.distcp": "0" * 64})
     told(**{"run_config.yaml": "0" * 64})  # not there, and nothing of the weights
     with_yaml(inner, "run_config.yaml", {"model": provider(args_of(originals("llama-mcore")))})
     assert "run_config.yaml is another than" in told(**{"run_config.yaml": "0" * 64})  # changed on purpose
@@ -408,6 +427,8 @@ def test_files_are_those_that_megatron_listed(originals: Written, tmp_path: Path
     data.write_bytes(right)
     for name, digest in (("../x", "0" * 64), ("a", "0" * 63), ("b", 5)):
         assert refused(lambda n=name, d=digest: told(**{n: d})).kind == "bad-config"  # type: ignore[misc]
+    listed.write_text('{"files": {}}')
+    assert "lists no file" in " ".join(api.plan(source, family="llama").notes)
     listed.write_text('{"algorithm": "md5", "files": {}}')
     assert refused(lambda: api.plan(source, family="llama")).kind == "unsupported"
 

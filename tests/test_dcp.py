@@ -148,6 +148,41 @@ def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, 
     assert error.kind == "ambiguous-input" and "pytorch_model_fsdp_1/" in str(error)
 
 
+def test_a_folder_that_is_not_whole_or_lies_deeper_is_said_so(originals: Written, tmp_path: Path) -> None:
+    """Under a name that trainers do not use it is not looked for; the hidden file may be left out."""
+    inner = tmp_path / "run" / "mine"
+    saved({"model": weights(originals("qwen2-0.5b"))}, inner)
+    beside(originals("qwen2-0.5b"), inner)
+    error = refused(lambda: api.plan(inner.parent))
+    assert error.kind == "wrong-format" and error.problems[0].hint == f"give that folder: --in {inner}"
+    shutil.copytree(inner, tmp_path / "run" / "optimizer_0")  # no second set of weights
+    assert refused(lambda: api.plan(inner.parent)).problems[0].hint == error.problems[0].hint
+    ranks = tmp_path / "megatron" / "iter_0000100"
+    shutil.copytree(inner, ranks)
+    (ranks / ".metadata").unlink()
+    (ranks / "metadata.json").write_text("{}")
+    for folder in (ranks, ranks.parent):
+        error = refused(lambda folder=folder: api.plan(folder))  # type: ignore[misc]
+        assert "without its .metadata" in error.text() and f"into {ranks} " in error.text()
+
+
+@pytest.mark.parametrize("variant", ["llama-3-8b", "mistral-7b-v0.3"])
+def test_names_of_hugging_face_where_the_original_has_others(
+    variant: str, conversions: Written, tmp_path: Path
+) -> None:
+    """Which training with FSDP leaves; the hint is followed."""
+    done, family = conversions(variant), variant.partition("-")[0]
+    saved({"app": {"model": load_file(done / "model.safetensors")}}, tmp_path / "in")
+    shutil.copy(done / "config.json", tmp_path / "in")
+    for asked in (family, "auto"):
+        error = refused(lambda asked=asked: api.plan(tmp_path / "in", family=asked))  # type: ignore[misc]
+        assert error.kind == "already-converted" and "files of training" in error.text()
+        assert f"`ckpt-tool convert {family} --to original`" in error.text()
+    api.convert(tmp_path / "in", tmp_path / "original", family=family, to="original")
+    api.convert(tmp_path / "original", tmp_path / "out", family=family)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
 def test_a_folder_in_an_archive(kind: str, originals: Written, tmp_path: Path) -> None:
     """As .nemo is one, with the weights in a folder of their own; and with a file gone."""

@@ -117,6 +117,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "torch_dist": (".metadata", "metadata.json", "__0_0.distcp"),
     "zarr": ("iter_0000100/embedding.word_embeddings.weight/.zarray",),
     "FSDP weights": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin"),
+    "optimizer alone": ("optimizer_0/.metadata", "optimizer_0/__0_0.distcp"),
     "torch.distributed": (".metadata", "__0_0.distcp"),
     "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
     "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
@@ -163,6 +164,8 @@ def test_a_folder_of_another_program_is_named(word: str, above: int, tmp_path: P
     if above and word in ("diffusers", "sentence-transformers"):  # the weights in it are found first
         assert word == "diffusers" or shown_path(hint_of(error)).name == "0_Transformer"
         return
+    if above and any(".metadata" in f and not f.startswith("opt") for f in FOLDERS[word]):
+        (problem,) = refused(lambda: api.open_checkpoint(shown_path(problem.hint or ""))).problems
     assert problem.kind == "wrong-format" and word in problem.message
     assert hint_of(error) and "{" not in hint_of(error)
 
@@ -606,7 +609,7 @@ TYPED = {
     "family of plan": (["plan", "mistal", "--in", "x"], "did you mean mistral"),
     "fixture": (["fixtures", "opt-13", "--out", "y"], "did you mean opt-13b"),
     "table": (["table", "--only", "qwen"], "did you mean qwen"),
-    "option": (["convert", "llama", "--inn", "x", "--out", "y"], "Did you mean '--in'?"),
+    "option": (["convert", "llama", "--inn", "x", "--out", "y"], "'--in'?"),
     "command": (["convret"], "Did you mean 'convert'?"),
 }
 

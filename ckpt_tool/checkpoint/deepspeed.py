@@ -22,6 +22,7 @@ LATEST = "latest"
 _STATES = re.compile(r"mp_rank_(?P<rank>\d{2,4})_model_states\.pt", re.ASCII)
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt", re.ASCII)
 _APART = re.compile(r"(zero_pp_rank|layer|expert)_.*model_states\.pt", re.ASCII)
+_SHARE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", re.ASCII)
 _STEP = re.compile(r"global_step\d+", re.ASCII)
 JOINED = (
     "the program that trained it knows how its ranks share tensors out (Megatron-DeepSpeed has "
@@ -31,6 +32,11 @@ JOINED = (
 
 def is_model_states(name: str) -> bool:
     return _STATES.fullmatch(name) is not None
+
+
+def is_share(name: str) -> bool:
+    """Whether a file of this name has tensors without elements, as ZeRO 3 leaves them."""
+    return _SHARE.fullmatch(name) is not None
 
 
 def may_be_step(folder: str) -> bool:

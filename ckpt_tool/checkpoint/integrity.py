@@ -19,6 +19,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import DOCUMENT_BYTES, SMALL
 from ckpt_tool.checkpoint.dcp_folders import COMMON
+from ckpt_tool.checkpoint.dcp_metadata import DATA
 from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.checkpoint.run_documents import INTEGRITY
 from ckpt_tool.errors import Problem, fail, fail_all, printable
@@ -40,6 +41,8 @@ def notes(checkpoint: Checkpoint, *, weights: bool = False, progress: Progress |
     if INTEGRITY not in checkpoint.documents:
         return []
     listed = _listed(checkpoint)
+    if not listed:
+        return [f"{INTEGRITY} lists no file: nothing was compared"]
     paths = {path.name: path for file in checkpoint.files.values() for path in _paths(file)}
     found = {name: paths[name] for name in listed if name in paths}
     if not found:
@@ -52,7 +55,13 @@ def notes(checkpoint: Checkpoint, *, weights: bool = False, progress: Progress |
     fail_all(_differences(found, listed, progress or (lambda name, count: None)))
     changed = [n for n, d in checkpoint.documents.items() if n in listed and _of_document(d) != listed[n]]
     others = [f"{name} is another than {INTEGRITY} lists" for name in changed]
-    return [*others, f"{INTEGRITY}: the SHA-256 of all {len(found)} files of the weights agree"]
+    agree = f"{INTEGRITY}: the SHA-256 of all {len(found)} files of the weights agree"
+    if unlisted := sorted(paths.keys() - found.keys()):
+        first = ", ".join(unlisted[:4]) + (", ..." if len(unlisted) > 4 else "")
+        agree = f"{INTEGRITY}: the SHA-256 of {len(found)} files agree; it lists nothing of {first}"
+    if gone := sorted(n for n in listed if n.endswith(DATA) and n not in paths):
+        others.append(f"{INTEGRITY} lists {gone[0]}, which no tensor lies in")
+    return [*others, agree]
 
 
 def _paths(file: TensorFile) -> Iterator[Path]:

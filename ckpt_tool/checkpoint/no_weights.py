@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ckpt_tool.checkpoint import signs
+from ckpt_tool.checkpoint.dcp_folders import is_part
+from ckpt_tool.checkpoint.dcp_metadata import METADATA
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
+from ckpt_tool.checkpoint.wrapping import beside_weights
 from ckpt_tool.errors import fail, printable
 
 USUAL = "expected weight files (consolidated.*, model*.safetensors, pytorch_model*.bin)"
@@ -83,12 +86,24 @@ def weight_folders(paths: Collection[str]) -> list[str]:
         data = DATA.fullmatch(name)
         if data is not None and "/".join([*folders, f"{data['prefix']}.index"]) not in paths:
             continue
-        if folders and is_weights(name):
+        listed = name == METADATA and _is_listed(folders, paths)
+        if listed and len(folders) > 1 and is_part(folders[-1]):
+            folders.pop()  # it is looked into, and documents lie around it
+        if folders and (listed or is_weights(name)):
             while folders and may_hold_ranks(folders[-1]):
                 folders.pop()
             found["/".join(folders)] = None
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)
+
+
+def _is_listed(folders: list[str], paths: Collection[str]) -> bool:
+    """Whether a folder with a `.metadata` holds the data that this lists, and not of an optimizer alone; in
+    one that was looked into it is a file of something else."""
+    inner = "/".join(folders) + "/"
+    data = any(p.startswith(inner) and "/" not in p[len(inner) :] and p.endswith(".distcp") for p in paths)
+    seen = len(folders) <= 2 and all(map(is_part, folders))
+    return data and not seen and beside_weights(folders[-1]) is None
 
 
 def _refuse_v1(here: Collection[str], around: Around) -> None:

@@ -26,6 +26,7 @@ from ckpt_tool.checkpoint.deepspeed import (
     check_one_rank,
     find_model_states,
     is_model_states,
+    is_share,
     may_be_step,
 )
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
@@ -198,7 +199,8 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
         return states
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
-    if SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp"):
+    part = SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp")
+    if part or is_share(path.name):
         return _open_directory(path.parent, prefer, limits)  # which is read whole
     return _open_named(directory, path, prefer, limits, spool_dir)
 

@@ -17,15 +17,17 @@ RELEASE = "get the release that it was made from, as safetensors or as torch fil
 
 @dataclass(frozen=True)
 class Sign:
-    """`paths` are the last parts of a path that tell, `beside` other paths of which one must be there too,
-    `starts` first bytes (with their place) of a file. In `hint`, {at} is the folder in which `paths` was
-    found, or the group `at` of it; `inner` says that the weights in its own folders are of use."""
+    """`paths` are the last parts of a path that tell, `beside` other paths of which one must be there too and
+    `without` some of which none may be, `starts` first bytes (with their place) of a file. In `hint`, {at} is
+    the folder in which `paths` was found, or the group `at` of it; `inner` says that the weights in its own
+    folders are of use."""
 
     what: str
     hint: str
     paths: re.Pattern[str] | None = None
     starts: tuple[tuple[int, bytes], ...] = ()
     beside: re.Pattern[str] | None = None
+    without: re.Pattern[str] | None = None
     inner: bool = False
 
     def tells(self, path: str) -> bool:
@@ -46,12 +48,13 @@ def _sign(
     paths: str = "",
     *starts: tuple[int, bytes],
     beside: str = "",
+    without: str = "",
     inner: bool = False,
 ) -> Sign:
     def compiled(pattern: str) -> re.Pattern[str] | None:
         return re.compile(rf"(?:^|/)(?:{pattern})$", re.ASCII) if pattern else None
 
-    return Sign(what, hint, compiled(paths), starts, compiled(beside), inner)
+    return Sign(what, hint, compiled(paths), starts, compiled(beside), compiled(without), inner)
 
 
 DOWNLOAD = "the download failed or needs a login; download the file again"
@@ -114,6 +117,12 @@ SIGNS = (
         r"(model_weights|weights)/[^/]*/\.zarray",
     ),
     _sign(
+        "a torch.distributed checkpoint (.distcp) without its .metadata, a hidden file",
+        "copy .metadata from where it was saved into {at} (`cp *` leaves it out), and give this again",
+        r"[^/]*\.distcp",
+        without=r"\.metadata",
+    ),
+    _sign(
         "a NeMo 2 checkpoint whose weights are in no format that is read",
         "NeMo writes it for Hugging Face: llm.export_ckpt(path={at}, target='hf', output_path=OUT)",
         r"context/(io\.json|model\.yaml)",
@@ -150,17 +159,16 @@ SIGNS = (
         r"(?P<at>pytorch_model_fsdp_\d+)/(\.metadata|[^/]*\.distcp)",
     ),
     _sign(
+        "the state of an optimizer alone (.distcp)",
+        "give the folder of the weights, which trainers put beside it: pytorch_model_fsdp_0, say",
+        r"optimizer(_\d+)?/(\.metadata|[^/]*\.distcp)",
+    ),
+    _sign(
         "a torch.distributed checkpoint (.distcp)",
         "torch joins it: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {at} OUT.pt`;"
         " then give OUT.pt",
         r"\.metadata",
         beside=r"[^/]*\.distcp",
-    ),
-    _sign(
-        "a torch.distributed checkpoint (.distcp) without its .metadata, a hidden file",
-        "copy .metadata from where it was saved; `python -m torch.distributed.checkpoint.format_utils"
-        " dcp_to_torch {at} OUT.pt` then joins it",
-        r"[^/]*\.distcp",
     ),
     _sign(
         "layers of a DeepSpeed pipeline, or experts, each in a file of its own",
@@ -294,7 +302,8 @@ def of_folder(paths: Collection[str]) -> tuple[Sign, str] | None:
     """What a folder with the files `paths` is, and the first file that tells."""
     for sign in SIGNS:
         telling = [p for p in paths if sign.tells(p)]
-        if telling and (sign.beside is None or any(map(sign.beside.search, paths))):
+        beside = sign.beside is None or any(map(sign.beside.search, paths))
+        if telling and beside and not (sign.without and any(map(sign.without.search, paths))):
             return sign, min(telling, key=lambda p: (p.count("/"), p))
     return None
 

@@ -92,7 +92,7 @@ def sniff(data: ByteRange) -> Format:
 def _by_name(name: str) -> Format | None:
     if name.endswith(".safetensors"):
         return "safetensors"
-    return "tar" if name.endswith(".tar") else None
+    return "tar" if name.endswith((".tar", ".nemo")) else None
 
 
 def _looks_like(head: bytes) -> str:

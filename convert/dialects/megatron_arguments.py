@@ -328,7 +328,8 @@ def _fits(value: object, wanted: Only) -> bool:
 
 def _said(wanted: Only, name: str, value: object) -> str:
     default = wanted.values[0]
-    asked = f"no {wanted.what}" if default is None else f"{wanted.what} ({shown(default)})"
+    bare = re.sub(r"^(an? |the )", "", re.sub(r"^another ", "other ", wanted.what))
+    asked = f"no {bare}" if default is None else f"{wanted.what} ({shown(default)})"
     return f"expected {asked}, found {name} = {shown(value)}"
 
 

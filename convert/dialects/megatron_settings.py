@@ -172,6 +172,8 @@ _OF_PROGRAMS = re.compile(
     re.ASCII,
 )
 _FACTORS = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
+# Words of Megatron-LM's args alone.
+_OF_ARGS = ("norm_epsilon", "swiglu", "untie_embeddings_and_output_weights", "use_rope_scaling", STRETCHED)
 _RENAMED = {"seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor"}
 
 
@@ -194,7 +196,8 @@ def _of_nemo_2(document: Mapping[str, Any], file: str) -> Beside:
 def _of_fields(fields: Mapping[str, Any], file: str) -> Beside:
     """Of a dump of the fields of Megatron-Core's TransformerConfig and what GPT models add."""
     said = {k: in_words(v) for k, v in fields.items()}
-    if missing := [n for n in _ASKED.split() if n not in said]:
+    _refuse_words_of_args(said, file)
+    if missing := [n for n in _ASKED.split() if said.get(n) is None]:
         message = f"expected all fields of the model's class, found none of {', '.join(missing)}"
         hint = "its class may have defaults of its own: copy the file from where the checkpoint was saved"
         fail("missing-fact", message, file=file, hint=hint)
@@ -226,6 +229,17 @@ def _of_fields(fields: Mapping[str, Any], file: str) -> Beside:
     elif asked not in (None, False):
         fail("bad-config", f"expected true or false, found {shown(asked)}", file=file, where="rope_scaling")
     return Beside(file, _without_null(args), called)
+
+
+def _refuse_words_of_args(said: Mapping[str, Any], file: str) -> None:
+    """What the document's program calls otherwise would be taken for what it never read."""
+    for name in _OF_ARGS:
+        if said.get(name) is not None:
+            message = (
+                f"expected fields of the model's class, found {name} = {shown(said[name])}, a word of args"
+            )
+            hint = f"take {name} out of a copy of {file}: no program that writes this file knows it"
+            fail("unsupported", message, file=file, where=name, hint=hint)
 
 
 def _tie(args: dict[str, Any], called: dict[str, str]) -> None:
@@ -281,6 +295,7 @@ _OF_NEMO = re.compile(
     r"|override_vocab_size",
     re.ASCII,
 )
+_NEMO_NULL = ("bias", "qkv_bias", "rotary_interleaved", "share_embeddings_and_output_weights")  # as false
 _NEMO_READ = ("bias", "qkv_bias", "activation", "rotary_percentage", "mcore_customization_config")
 _NEMO_SCALED = ("scale_positional_embedding", *_FACTORS)
 
@@ -292,6 +307,10 @@ def _of_nemo_1(document: Mapping[str, Any], file: str) -> Beside:
         place = "mcore_customization_config"
         fail("bad-config", f"expected fields of the model, found {shown(custom)}", file=file, where=place)
     said = {**_DEFAULTS, **{k: in_words(v) for k, v in own.items()}}
+    _refuse_words_of_args({**own, **custom}, file)
+    if missing := [k for k in _DEFAULTS if said[k] is None and k not in _NEMO_NULL]:
+        message = f"expected a value, found null, for {', '.join(missing)}"
+        fail("missing-fact", message, file=file, where=missing[0])
     called = {k: f"{k} (NeMo's default)" for k in _DEFAULTS if k not in own}
     left = (*_NEMO_READ, *_NEMO_SCALED)
     args = {k: v for k, v in said.items() if k not in left and not _OF_NEMO.fullmatch(k)}
