@@ -271,8 +271,7 @@ class Staging:
             raise disk.failure(error, str(self.place), doing="published") from None
         self.published = True
         self._close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._journal_path)
+        self._forget()
         if replaces:
             self._remove_old()
 
@@ -329,8 +328,12 @@ class Staging:
         if not keep and not self.published:
             with contextlib.suppress(OSError):
                 remove_tree(self.path)
-            with contextlib.suppress(OSError):
-                os.unlink(self._journal_path)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove the journal."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._journal_path)
 
     # --- what a run before this one left ---
 
@@ -467,10 +470,17 @@ def remove_tree(path: Path) -> None:
         os.unlink(path)
 
 
+def is_thread_limit(error: RuntimeError) -> bool:
+    """Whether this is how Python says that there is no room for another thread."""
+    return "new thread" in str(error)
+
+
 def resumable(error: BaseException) -> bool:
     """Whether running again could go on where this failure stopped: the disk, the machine or the user stopped
     it, not the data."""
     if isinstance(error, CkptToolError):
         return error.kind in RESUMABLE
+    if isinstance(error, RuntimeError) and is_thread_limit(error):
+        return True
     # KeyboardInterrupt and what a signal or a closed pipe raises: as a kill would leave it
     return isinstance(error, MemoryError | BrokenPipeError) or not isinstance(error, Exception)

@@ -24,6 +24,7 @@ from ckpt_tool.convert import claims, disk, journal
 from ckpt_tool.convert.claims import Claim, claimed
 from ckpt_tool.convert.durable import Identity, Staging, open_folder, resumable
 from ckpt_tool.convert.execute import (
+    REFUSED,
     Outcome,
     Progress,
     Run,
@@ -80,6 +81,7 @@ def carry_part(plan: Plan, checkpoint: Checkpoint, out: Path, worker: Worker, se
     folder = _folder(place, identity.plan, worker.count)
     _refuse_others(place, folder)
     with claimed(_stem(folder, worker.number), f"worker {worker}", settings.tell) as claim:
+        _refuse_publisher(folder, settings.tell)  # who holds claim 0 looks for this claim after that
         staging = PartStaging(place, identity, settings.replaces, worker, own, claim)
         run = _run(restricted(plan, own), checkpoint, staging, digests, settings)
         run.whole = whole_reads(plan, own)
@@ -115,11 +117,12 @@ def publish(
         _wait_for_workers(folder, number, settings.tell)
         parts = _journals(plan, folder, identity, number)
         fail_all(_problems(parts, number))
-        staging = WholeStaging(place, identity, settings.replaces, folder, plan.outputs)
+        staging = WholeStaging(place, identity, settings.replaces, folder, plan.outputs, number)
         run = _run(plan, checkpoint, staging, digests, settings)
         staging.begin()
         try:
-            _take_together(run, [e for p in parts.values() for e in p.entries], number)
+            _take_together(run, [e for p in parts.values() for e in p.entries], number, staging.is_doubtful)
+            staging.clear()
             outcome = run.conclude()
             staging.publish()
         except BaseException as error:
@@ -127,25 +130,16 @@ def publish(
             run.stop()
             keep = (resumable(error) or _may_be_made_good(error)) and not staging.published
             staging.leave(keep=keep)
-            if not keep and not staging.published:
-                _remove_beside(folder, number)
             raise_as_told(error, keep, how="run it again with --finish to go on")
         finally:
             run.stop()
-        _remove_beside(folder, number)
     return replace(outcome, out=out)
 
 
 def _may_be_made_good(error: BaseException) -> bool:
-    return isinstance(error, CkptToolError) and error.kind == "missing-parts"
-
-
-def _remove_beside(folder: Path, count: int) -> None:
-    """Remove the workers' journals, and claims that nobody holds."""
-    for k in range(1, count + 1):
-        with contextlib.suppress(OSError):
-            os.unlink(_journal_of(folder, k))
-        claims.remove_claims(_stem(folder, k))
+    """Whether what --finish was refused leaves the parts worth keeping: some are missing, or one of the
+    options that only refuse was given to it and not to the workers."""
+    return isinstance(error, CkptToolError) and error.kind in ("missing-parts", *REFUSED)
 
 
 def _begun(
@@ -299,6 +293,13 @@ def _problems(parts: Mapping[int, _Journal], count: int) -> Iterator[Problem]:
         )
 
 
+def _refuse_publisher(folder: Path, tell: Callable[[str], None]) -> None:
+    """`output-busy` while the parts are being published: nothing in the folder may change now."""
+    if (owner := claims.at_work(_stem(folder, 0), tell)) is not None:
+        message = f"expected nobody to publish this output yet, found {owner} at it"
+        fail("output-busy", message, hint="wait for it, or stop it")
+
+
 def _wait_for_workers(folder: Path, count: int, tell: Callable[[str], None]) -> None:
     """`output-busy` while a worker is at work; one that is just ending is waited for."""
     end = time.monotonic() + ENDING
@@ -310,9 +311,10 @@ def _wait_for_workers(folder: Path, count: int, tell: Callable[[str], None]) -> 
             time.sleep(0.1)
 
 
-def _take_together(run: Run, entries: Sequence[Entry], count: int) -> None:
-    """What all workers learnt, as if one process had; every file must be there with its size and headers, and
-    workers that read the same source tensor must have read the same."""
+def _take_together(run: Run, entries: Sequence[Entry], count: int, read: bool) -> None:
+    """What all workers learnt, as if one process had; every file must be there with its size and headers, or,
+    where they are to be `read`, with all its bytes, and workers that read the same source tensor must have
+    read the same."""
     problems = []
     for entry in entries:
         run.targets.update({f: dict(crcs) for f, crcs in entry.files.items()})
@@ -325,20 +327,16 @@ def _take_together(run: Run, entries: Sequence[Entry], count: int) -> None:
     run.findings.sort(key=_in_order(run.plan))
     made_by = {f.name: k for k, own in enumerate(shares(run.plan, count), start=1) for f in own}
     for file in run.plan.outputs:
-        problems += _file_problems(run, file, f"run again: --worker {made_by[file.name]}/{count}")
-    if run.strict:
-        hint = "without --strict it is only recorded"
-        odd = (f for f in run.findings if f.kind == "non-finite")
-        problems += [Problem("non-finite", f.message, f.file, f.tensor, hint) for f in odd]
-    fail_all(problems)
+        problems += _file_problems(run, file, f"run again: --worker {made_by[file.name]}/{count}", read)
+    fail_all([*problems, *run.refused(run.findings)])
     run.resumed_bytes = run.bytes_out
 
 
-def _file_problems(run: Run, file: OutputFile, again: str) -> Iterator[Problem]:
+def _file_problems(run: Run, file: OutputFile, again: str, read: bool) -> Iterator[Problem]:
     if run.sha256 and any((file.name, t.name) not in run.hashes for t in file.tensors):
         message = "expected the SHA-256 of every tensor, found none of its worker's"
         yield Problem("missing-parts", message, file.name, hint=f"{again} with --sha256")
-    elif not run.has_headers(file, run.targets[file.name]):
+    elif not (run.is_intact if read else run.has_headers)(file, run.targets[file.name]):
         message = "expected the file as its worker left it, found another or none"
         yield Problem("missing-parts", message, file.name, hint=again)
 
@@ -438,22 +436,55 @@ class WholeStaging(Staging):
     """The folder as whoever publishes it has it: all of it."""
 
     def __init__(
-        self, place: Path, identity: Identity, replace: Replace, folder: Path, files: Iterable[OutputFile]
+        self,
+        place: Path,
+        identity: Identity,
+        replace: Replace,
+        folder: Path,
+        files: Iterable[OutputFile],
+        count: int,
     ) -> None:
         super().__init__(place, identity, replace)
-        self._path, self._weights = folder, {f.name for f in files}
+        self._path, self._weights, self._count = folder, {f.name for f in files}, count
 
     @property
     def path(self) -> Path:
         return self._path
 
     def begin(self, *, resume: bool = True, belongs: Callable[[Entry], bool] = lambda _: True) -> None:
-        """Take the folder, without the documents that an earlier try may have left."""
+        """Take the folder."""
         self._look_at_place()
         try:
             self._folder = open_folder(self.path)
-            for path in self.path.rglob("*"):
-                if path.relative_to(self.path).as_posix() not in self._weights and not path.is_dir():
-                    os.unlink(path)
         except OSError as error:
             fail("output-failed", f"cannot be made: {error.strerror or error}", file=self.place)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether there is more in the folder than workers write. An earlier try to publish then came to its
+        documents, and perhaps to the very end: what is here may be the output that it replaced, of the same
+        names, sizes and headers."""
+        return bool(self._others())
+
+    def clear(self) -> None:
+        """Remove the documents that an earlier try left."""
+        try:
+            for path in self._others():
+                os.unlink(path)
+        except OSError as error:
+            raise disk.failure(error, str(self.place), doing="cleared of documents") from None
+
+    def _others(self) -> list[Path]:
+        return [
+            p
+            for p in self.path.rglob("*")
+            if p.relative_to(self.path).as_posix() not in self._weights and not p.is_dir()
+        ]
+
+    def _forget(self) -> None:
+        """Remove the workers' journals, and claims that nobody holds: before the output that was replaced,
+        which now has the folder's name and is none of their parts."""
+        for k in range(1, self._count + 1):
+            with contextlib.suppress(OSError):
+                os.unlink(_journal_of(self.path, k))
+            claims.remove_claims(_stem(self.path, k))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,8 +28,9 @@ from ckpt_tool.api import (
     verify_part,
 )
 from ckpt_tool.checkpoint.base import TensorInfo
-from ckpt_tool.convert import claims, parts
+from ckpt_tool.convert import claims, durable, parts
 from ckpt_tool.convert.claims import Claim, at_work, claimed
+from ckpt_tool.convert.execute import Run
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.shares import Worker, restricted, shares, whole_reads
@@ -174,14 +176,21 @@ def test_what_is_odd_stands_in_the_order_of_one_process(originals: Written, tmp_
     kinds = [f.kind for f in done.outcome.findings]
     assert kinds.count("replica-difference") >= 2 and {"non-finite", "all-zero"} <= set(kinds)
     asked = shared(source, tmp_path / "many", options, family="llama")
-    made, _ = by_all(asked, 3, order=(3, 1, 2))
+    made = [convert_part(asked, Worker(k, 3)) for k in (3, 1, 2)]
     assert sum(bool(m.part.outcome.findings) for m in made) >= 2
+    alike = replace(asked, options=replace(options, strict_replicas=True))
+    for strict, expected in ((replace(asked, strict=True), "non-finite"), (alike, "shard-conflict")):
+        with pytest.raises(CkptToolError) as caught:
+            publish_parts(strict)
+        assert {p.kind for p in caught.value.problems} == {expected}
+        assert "it is only recorded; finished files are kept" in (caught.value.problems[0].hint or "")
+    publish_parts(asked)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    for k in (1, 2):
-        convert_part(replace(asked, out=tmp_path / "strict"), Worker(k, 2))
-    strict = replace(asked, out=tmp_path / "strict", strict=True)
-    assert problem(lambda: publish_parts(strict))[0] == "non-finite"
-    assert hidden(tmp_path) == []  # no part is worth keeping where the source is not
+    assert hidden(tmp_path) == []
+    asked = replace(asked, out=tmp_path / "strict")
+    odd = next(m.part for m in made if "non-finite" in {f.kind for f in m.part.outcome.findings}).worker
+    convert_part(asked, odd)
+    assert problem(lambda: convert_part(replace(asked, strict=True), odd))[0] == "non-finite"  # taken up
 
 
 KILLED = """
@@ -224,6 +233,52 @@ def test_a_killed_worker_goes_on(originals: Written, tmp_path: Path) -> None:
     assert publish_parts(asked, count=4).report is not None
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert hidden(tmp_path) == []
+
+
+def test_what_was_replaced_is_never_published_as_parts(originals: Written, tmp_path: Path) -> None:
+    """Whoever publishes was stopped after the exchange: what stood there has the name of the parts now,
+    and but for the values it is like them."""
+    first, asked = originals("mistral-7b-v0.3"), shared(tmp_path / "in", tmp_path / "out", overwrite=True)
+    source = Path(shutil.copytree(first, tmp_path / "in")) / "consolidated.safetensors"
+    data = bytearray(source.read_bytes())
+    data[-4000:-2000] = data[-2000:]
+    source.write_bytes(data)
+    convert(first, tmp_path / "out", options=SHARDS, check=False)
+    left: list[list[str]] = []
+
+    def remains(*_: object) -> bool:
+        left.append([n for n in hidden(tmp_path) if n.endswith(".journal")])
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "remove", remains)
+        patch.setattr(parts.WholeStaging, "_forget", lambda self: None)
+        by_all(asked, 2)
+    right = contents(tmp_path / "out")
+    kind, _, hint = problem(lambda: publish_parts(asked))
+    assert kind == "missing-parts" and "run again: --worker" in hint
+    assert contents(tmp_path / "out") == right
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "remove", remains)
+        by_all(asked, 2)
+    assert contents(tmp_path / "out") == right
+    assert [len(names) for names in left] == [2, 0]  # the journals go first
+
+
+def test_no_room_for_a_thread_costs_no_part(
+    originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = shared(originals("mistral-7b-v0.3"), tmp_path / "out")
+    for k in (1, 2):
+        convert_part(asked, Worker(k, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "conclude", Mock(side_effect=RuntimeError("can't start new thread")))
+        kind, _, hint = problem(lambda: publish_parts(asked))
+    assert (kind, hint) == (
+        "limits",
+        "--jobs 1 needs fewer; finished files are kept: run it again with --finish to go on",
+    )
+    assert publish_parts(asked).report is not None
 
 
 # --- wrong use ------------------------------------------------------------------------------------------
@@ -314,7 +369,11 @@ def test_the_command_line_makes_a_part_says_what_is_missing_and_publishes(
     last_made = program(*given, "--worker", "2/2", cwd=tmp_path, columns=200)
     assert "all parts are there" in last_made.stdout
     (folder,) = tmp_path.glob(".out.ckpt-tool-partial-*-of-2")
-    with claimed(folder.with_name(f"{folder.name}.0"), "another worker, which is publishing"):
+    with (
+        claimed(folder.with_name(f"{folder.name}.0"), "another worker, which is publishing"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(parts, "_refuse_publisher", Mock())  # it began after this worker did
         busy = program(*given, "--worker", "1/2", "--finish", cwd=tmp_path, columns=200)
         assert busy.returncode == 0 and "another process publishes it" in busy.stdout
         assert program(*given, "--finish", cwd=tmp_path).returncode == 2
@@ -331,6 +390,9 @@ def test_the_same_worker_does_not_work_twice_at_a_time(originals: Written, tmp_p
     made = convert_part(asked, Worker(1, 2))
     convert_part(asked, Worker(2, 2))
     (folder,) = tmp_path.glob(".out.ckpt-tool-partial-*-of-2")
+    with claimed(folder.with_name(f"{folder.name}.0"), "x"):  # it would change what is being published
+        kind, message, _ = problem(lambda: convert_part(replace(asked, sha256=True), Worker(1, 2)))
+        assert kind == "output-busy" and "nobody to publish" in message
     with claimed(folder.with_name(f"{folder.name}.1"), "x"):
         kind, message, _ = problem(lambda: convert_part(asked, Worker(1, 2)))
         assert kind == "output-busy" and f"found process {os.getpid()} on" in message
