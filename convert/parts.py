@@ -22,7 +22,7 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert import claims, disk, journal
 from ckpt_tool.convert.claims import Claim, claimed
-from ckpt_tool.convert.durable import Identity, Staging, open_folder, resumable
+from ckpt_tool.convert.durable import Identity, Staging, open_folder, partial_prefix, resumable
 from ckpt_tool.convert.execute import (
     REFUSED,
     Outcome,
@@ -165,12 +165,8 @@ def _run(
 # --- names beside the output ----------------------------------------------------------------------------
 
 
-def _prefix(place: Path) -> str:
-    return f".{place.name}.ckpt-tool-partial-"
-
-
 def _folder(place: Path, plan: str, count: int) -> Path:
-    return place.with_name(f"{_prefix(place)}{plan[:16]}-of-{count}")
+    return place.with_name(f"{partial_prefix(place)}{plan[:16]}-of-{count}")
 
 
 def _stem(folder: Path, number: int) -> Path:
@@ -184,12 +180,12 @@ def _journal_of(folder: Path, number: int) -> Path:
 
 def _folders(place: Path) -> list[Path]:
     """The folders of parts beside `place`, of any plan."""
-    pattern = re.compile(re.escape(_prefix(place)) + r"[0-9a-f]{16}-of-[1-9][0-9]{0,3}")
+    pattern = re.compile(re.escape(partial_prefix(place)) + r"[0-9a-f]{16}-of-[1-9][0-9]{0,3}")
     return [place.with_name(n) for n in sorted(os.listdir(place.parent)) if pattern.fullmatch(n)]
 
 
 def _in_words(place: Path, folder: Path) -> str:
-    plan, _, count = folder.name.removeprefix(_prefix(place)).partition("-of-")
+    plan, _, count = folder.name.removeprefix(partial_prefix(place)).partition("-of-")
     return f"plan {plan} by {count} worker{'s' * (count != '1')}"
 
 
@@ -207,7 +203,7 @@ def _refuse_others(place: Path, folder: Path) -> None:
 def _found(place: Path, plan: str) -> Path:
     """The folder of this plan's parts."""
     found = _folders(place)
-    own = [f for f in found if f.name.startswith(f"{_prefix(place)}{plan[:16]}-")]
+    own = [f for f in found if f.name.startswith(f"{partial_prefix(place)}{plan[:16]}-")]
     if own:
         return own[0]
     if found:  # of another plan, which is refused by the name that ours would have

@@ -382,6 +382,19 @@ def test_the_command_line_makes_a_part_says_what_is_missing_and_publishes(
     assert hidden(tmp_path) == []
 
 
+def test_what_other_runs_left_beside_an_output_is_named(originals: Written, tmp_path: Path) -> None:
+    source = originals("mistral-7b-v0.3")
+    convert_part(shared(source, tmp_path / "it's", Options()), Worker(1, 2))
+    given = ("convert", "auto", "--in", str(source), "--out", "it's")
+    said = program(*given, cwd=tmp_path, columns=400).stdout
+    (folder,) = tmp_path.glob(".it's.ckpt-tool-partial-*-of-2")
+    (line,) = [text for text in said.splitlines() if text.strip().startswith("left")]
+    assert f"{folder.name} and 1 more of other runs" in line
+    subprocess.run(line.partition("at work: ")[2], shell=True, check=True)
+    assert hidden(tmp_path) == []
+    assert "   left " not in program(*given, "--overwrite", cwd=tmp_path).stdout
+
+
 # --- claims ---------------------------------------------------------------------------------------------
 
 
