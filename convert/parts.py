@@ -76,12 +76,13 @@ class Part:
 def carry_part(plan: Plan, checkpoint: Checkpoint, out: Path, worker: Worker, settings: Settings) -> Part:
     """Make the files of `plan` that are `worker`'s share, or go on with them. Raises as `execute` does,
     `resume-mismatch` where another plan or number of workers is at this output, and `output-busy`."""
-    place, identity, digests = _begun(plan, checkpoint, out, settings)
+    place, identity, digests, before = _begun(plan, checkpoint, out, settings)
     own = shares(plan, worker.count)[worker.number - 1]
     folder = _folder(place, identity.plan, worker.count)
     _refuse_others(place, folder)
     with claimed(_stem(folder, worker.number), f"worker {worker}", settings.tell) as claim:
         _refuse_publisher(folder, settings.tell)  # who holds claim 0 looks for this claim after that
+        _refuse_published(place, before)
         staging = PartStaging(place, identity, settings.replaces, worker, own, claim)
         run = _run(restricted(plan, own), checkpoint, staging, digests, settings)
         run.whole = whole_reads(plan, own)
@@ -109,11 +110,12 @@ def publish(
     """Check the parts that all workers (`count` of them, else as many as the parts say) have made, add what
     is not theirs, and give the whole its name. Raises `missing-parts` where some are not done, `output-busy`
     while one is at work."""
-    place, identity, digests = _begun(plan, checkpoint, out, settings)
+    place, identity, digests, before = _begun(plan, checkpoint, out, settings)
     folder = _folder(place, identity.plan, count) if count else _found(place, identity.plan)
     _refuse_others(place, folder)
     number = int(folder.name.rpartition("-")[2])
     with claimed(_stem(folder, 0), "what publishes this output", settings.tell):
+        _refuse_published(place, before)
         _wait_for_workers(folder, number, settings.tell)
         parts = _journals(plan, folder, identity, number)
         fail_all(_problems(parts, number))
@@ -144,12 +146,29 @@ def _may_be_made_good(error: BaseException) -> bool:
 
 def _begun(
     plan: Plan, checkpoint: Checkpoint, out: Path, settings: Settings
-) -> tuple[Path, Identity, dict[str, str]]:
-    """The place, whose work it is, and the digests of the source's headers."""
+) -> tuple[Path, Identity, dict[str, str], int]:
+    """The place, whose work it is, the digests of the source's headers, and what stands at the place."""
     files = [p for f in checkpoint.files.values() for p in f.paths if not p.is_relative_to("/proc")]
     place = free_place(out, [checkpoint.path, *files], replace=settings.replaces)
     digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
-    return place, Identity(__version__, plan.digest(), fingerprints(checkpoint, digests)), digests
+    before = _inode(place)
+    return place, Identity(__version__, plan.digest(), fingerprints(checkpoint, digests)), digests, before
+
+
+def _inode(place: Path) -> int:
+    """0 where nothing stands."""
+    try:
+        return os.lstat(place).st_ino
+    except OSError:
+        return 0
+
+
+def _refuse_published(place: Path, before: int) -> None:
+    """`output-exists` where another process has published since this one began: its parts are gone then, and
+    nobody waits for new ones."""
+    if _inode(place) not in (0, before):
+        message = "expected the place as it was a moment ago, found that another process has published there"
+        fail("output-exists", message, file=place, hint="--overwrite makes it anew")
 
 
 def _run(
@@ -463,19 +482,18 @@ class WholeStaging(Staging):
         return bool(self._others())
 
     def clear(self) -> None:
-        """Remove the documents that an earlier try left."""
+        """Remove the documents that an earlier try left, and whatever else is no part."""
         try:
             for path in self._others():
-                os.unlink(path)
+                (os.rmdir if path.is_dir() and not path.is_symlink() else os.unlink)(path)
         except OSError as error:
             raise disk.failure(error, str(self.place), doing="cleared of documents") from None
 
     def _others(self) -> list[Path]:
-        return [
-            p
-            for p in self.path.rglob("*")
-            if p.relative_to(self.path).as_posix() not in self._weights and not p.is_dir()
-        ]
+        """What is neither a weight file nor a folder of some, what folders hold before them."""
+        weights = [self.path / name for name in self._weights]
+        known = {*weights, *(folder for path in weights for folder in path.parents)}
+        return [path for path in sorted(self.path.rglob("*"), reverse=True) if path not in known]
 
     def _forget(self) -> None:
         """Remove the workers' journals, and claims that nobody holds: before the output that was replaced,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -311,6 +312,8 @@ def test_wrong_use_is_one_clear_sentence(originals: Written, tmp_path: Path) -> 
         file.truncate(100)
     kind, _, hint = problem(lambda: publish_parts(asked))
     assert (kind, hint.split(";")[0]) == ("missing-parts", "run again: --worker 2/2")
+    (folder / "odd").mkdir()
+    (folder / "odd" / "link").symlink_to(tmp_path)
     kind, _, hint = problem(lambda: publish_parts(replace(asked, sha256=True)))
     assert (kind, "with --sha256" in hint) == ("missing-parts", True)
     assert damaged not in convert_part(asked, Worker(2, 2)).part.outcome.resumed
@@ -393,6 +396,34 @@ def test_what_other_runs_left_beside_an_output_is_named(originals: Written, tmp_
     subprocess.run(line.partition("at work: ")[2], shell=True, check=True)
     assert hidden(tmp_path) == []
     assert "   left " not in program(*given, "--overwrite", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_who_comes_just_after_the_publishing_makes_nothing(
+    originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    asked = shared(originals("mistral-7b-v0.3"), tmp_path / "out", overwrite=overwrite)
+    if overwrite:
+        convert(asked.source, asked.out, check=False)
+    convert_part(asked, Worker(1, 1))
+    begun, late = parts._begun, [False]
+
+    def slow(*given: Any) -> Any:
+        found = begun(*given)
+        if not late[0]:
+            late[0] = True
+            publish_parts(asked, check=False)
+        return found
+
+    monkeypatch.setattr(parts, "_begun", slow)
+    for call in (lambda: publish_parts(asked, count=1), lambda: convert_part(asked, Worker(1, 1))):
+        late[0] = False
+        kind, message, _ = problem(call)
+        assert kind == "output-exists" and "has published there" in message
+        assert hidden(tmp_path) == []
+        shutil.rmtree(asked.out)
+        late[0] = True
+        convert_part(asked, Worker(1, 1))
 
 
 # --- claims ---------------------------------------------------------------------------------------------
