@@ -121,8 +121,25 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
             line("coverage", printable(f"{finding.where or ''} {finding.message}", 500), "red")
         if not bad:
             line("coverage", "every source and target tensor accounted for", "green")
+    if left := _left(done):
+        line("left", left, "yellow")
     if plan.direction == "to-hf":  # in one line, to be pasted
         say(screen, Text.assemble((f"   {'next':<10}", "dim"), printable(_next(done, source), 4096)))
+
+
+def _left(done: Conversion) -> str:
+    """What other runs have left beside the output, and the way to be rid of it."""
+    from ckpt_tool.convert.durable import left_beside, partial_prefix
+    from ckpt_tool.convert.places import resolved
+
+    if isinstance(done.out, str):
+        return ""
+    place = resolved(done.out)
+    if not (names := left_beside(place)):
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    ways = f"rm -r {quote(str(place.with_name(partial_prefix(place))))}*"
+    return printable(f"{names[0]}{more} of other runs into this place; if none is at work: {ways}", 4096)
 
 
 def _next(done: Conversion, source: Any) -> str:

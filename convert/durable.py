@@ -106,6 +106,19 @@ def _lock(path: Path, place: Path) -> int:
         os.close(descriptor)  # its last owner removed it between our opening and locking: once more
 
 
+def left_beside(place: Path) -> list[str]:
+    """Names of the hidden folders and journals beside `place` of other runs into it, also by workers: work
+    that was stopped, and that nobody looks for any more once the output is there."""
+    try:
+        return sorted(n for n in os.listdir(place.parent) if n.startswith(partial_prefix(place)))
+    except OSError:
+        return []
+
+
+def partial_prefix(place: Path) -> str:
+    return f".{place.name}.ckpt-tool-partial-"
+
+
 # --- the hidden folder ----------------------------------------------------------------------------------
 
 
@@ -135,15 +148,11 @@ class Staging:
 
     @property
     def path(self) -> Path:
-        return self.place.with_name(f"{self._prefix}{self.identity.plan[:16]}")
+        return self.place.with_name(f"{partial_prefix(self.place)}{self.identity.plan[:16]}")
 
     @property
     def _journal_path(self) -> Path:
         return self.path.with_name(self.path.name + ".journal")
-
-    @property
-    def _prefix(self) -> str:
-        return f".{self.place.name}.ckpt-tool-partial-"
 
     @property
     def _aside(self) -> Path:
@@ -271,8 +280,7 @@ class Staging:
             raise disk.failure(error, str(self.place), doing="published") from None
         self.published = True
         self._close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._journal_path)
+        self._forget()
         if replaces:
             self._remove_old()
 
@@ -329,13 +337,17 @@ class Staging:
         if not keep and not self.published:
             with contextlib.suppress(OSError):
                 remove_tree(self.path)
-            with contextlib.suppress(OSError):
-                os.unlink(self._journal_path)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove the journal."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._journal_path)
 
     # --- what a run before this one left ---
 
     def _leftovers(self) -> list[str]:
-        pattern = re.compile(re.escape(self._prefix) + r"[0-9a-f]{16}(\.journal)?")
+        pattern = re.compile(re.escape(partial_prefix(self.place)) + r"[0-9a-f]{16}(\.journal)?")
         return [n for n in os.listdir(self.place.parent) if pattern.fullmatch(n)]
 
     def _remove_leftovers(self) -> None:
@@ -348,7 +360,7 @@ class Staging:
         if self.path.name not in found or self._journal_path.name not in found:
             others = [n for n in found if not n.endswith(".journal") and n != self.path.name]
             if others:
-                plans = ", ".join(n.removeprefix(self._prefix) for n in others)
+                plans = ", ".join(n.removeprefix(partial_prefix(self.place)) for n in others)
                 fail(
                     "resume-mismatch",
                     f"expected unfinished work of plan {self.identity.plan[:16]}, found some of {plans}",
@@ -467,10 +479,17 @@ def remove_tree(path: Path) -> None:
         os.unlink(path)
 
 
+def is_thread_limit(error: RuntimeError) -> bool:
+    """Whether this is how Python says that there is no room for another thread."""
+    return "new thread" in str(error)
+
+
 def resumable(error: BaseException) -> bool:
     """Whether running again could go on where this failure stopped: the disk, the machine or the user stopped
     it, not the data."""
     if isinstance(error, CkptToolError):
         return error.kind in RESUMABLE
+    if isinstance(error, RuntimeError) and is_thread_limit(error):
+        return True
     # KeyboardInterrupt and what a signal or a closed pipe raises: as a kill would leave it
     return isinstance(error, MemoryError | BrokenPipeError) or not isinstance(error, Exception)

@@ -36,7 +36,7 @@ from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target,
 from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.containers import layout_of
 from ckpt_tool.convert.copies import in_words
-from ckpt_tool.convert.durable import Identity, Staging, locked, resumable
+from ckpt_tool.convert.durable import Identity, Staging, is_thread_limit, locked, resumable
 from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.layout import COPIED, Block
@@ -52,6 +52,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 T = TypeVar("T")
 REFRESH = 0.1  # seconds between two calls of `progress`
+REFUSED = ("non-finite", "shard-conflict")  # kinds of what --strict and --strict-replicas refuse
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,9 @@ def raise_as_told(error: BaseException, kept: bool, how: str = "run again with -
         raise CkptToolError(*problems, exit_code=error.exit_code) from None
     if isinstance(error, MemoryError):
         fail("out-of-memory", "expected enough memory for the buffers, found the limit reached", hint=hint)
-    if isinstance(error, RuntimeError) and "new thread" in str(error):
-        fail(
-            "limits", "expected to start a worker thread, found no room for one", hint="--jobs 1 needs fewer"
-        )
+    if isinstance(error, RuntimeError) and is_thread_limit(error):
+        ways = "; ".join(filter(None, ("--jobs 1 needs fewer", hint)))
+        fail("limits", "expected to start a worker thread, found no room for one", hint=ways)
     number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "number", None)
     if kept and number is not None:  # a signal handler's exception says which signal it was
         name = signal.Signals(number).name
@@ -213,6 +213,7 @@ class Run:
         """Write the output files, but for those that an earlier run finished."""
         parts = groups(self.plan)
         finished = [self._taken_up(files) for files, _ in parts]
+        fail_all(self.refused(self.findings))  # which an earlier run may have been told only to record
         missing = [f for (files, _), there in zip(parts, finished, strict=True) if not there for f in files]
         self.staging.check_space(
             sum(self.layouts[f.name].size for f in missing) + sum(d.size for d in self.plan.documents)
@@ -350,13 +351,18 @@ class Run:
             elif values.denormal_only:
                 text = "expected values, found only denormal ones"
                 found.append(Finding("denormal-only", text, file, name))
-        if self.strict:
-            fail_all(
-                Problem("non-finite", f.message, f.file, f.tensor, "without --strict it is only recorded")
-                for f in found
-                if f.kind == "non-finite"
-            )
+        fail_all(self.refused(found))
         return found
+
+    def refused(self, findings: Iterable[Finding]) -> Iterator[Problem]:
+        """Those of the findings that `strict`, or the plan where it is strict about replicas, refuses."""
+        for f in findings:
+            if f.kind == "non-finite" and self.strict:
+                hint = "without --strict it is only recorded"
+                yield Problem("non-finite", f.message, f.file, f.tensor, hint)
+            elif f.kind == "replica-difference" and self.plan.strict_replicas:
+                hint = "without --strict-replicas it is only recorded"
+                yield Problem("shard-conflict", f.message, f.file, f.tensor, hint)
 
     def _compare(self, bound: list[Bound]) -> list[Finding]:
         """Compare what must be equal with what was written; small differences of copies are findings."""
@@ -452,7 +458,7 @@ class Run:
         complete = not self.sha256 or entry.sha256.keys() == {
             (f.name, t.name) for f in files for t in f.tensors
         }
-        if not complete or not all(self._is_intact(f, entry.files[f.name]) for f in files):
+        if not complete or not all(self.is_intact(f, entry.files[f.name]) for f in files):
             self.staging.discard(names)
             self.staging.entries.remove(entry)
             return False
@@ -479,7 +485,7 @@ class Run:
         finally:
             os.close(descriptor)
 
-    def _is_intact(self, file: OutputFile, crcs: Mapping[str, int]) -> bool:
+    def is_intact(self, file: OutputFile, crcs: Mapping[str, int]) -> bool:
         if not self.has_headers(file, crcs):
             return False
         layout = self.layouts[file.name]

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ckpt_tool.checkpoint.strict_json import MAX_BYTES, parse_object
+from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.manifest import FINDINGS, Finding
 from ckpt_tool.convert.source_checks import Key
 from ckpt_tool.errors import CkptToolError
 
-JOURNAL_BYTES = 256 << 20
+JOURNAL_BYTES = 256 << 20  # also of one line: a file may hold a hundred thousand tensors
 V = TypeVar("V")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -72,19 +72,19 @@ def line(content: Mapping[str, Any]) -> bytes:
 
 def read(descriptor: int) -> Iterator[tuple[dict[str, Any], int]]:
     """The JSON objects of an open journal and where each of their lines ends, up to the first line that is
-    cut, damaged, longer than any that is written here, or no object."""
+    cut, damaged, or no object."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size > JOURNAL_BYTES:
         return
     end = 0
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
-        while text := file.readline(MAX_BYTES):
+        while text := file.readline(JOURNAL_BYTES):
             checksum, _, body = text.rstrip(b"\n").partition(b" ")
             if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
                 return
             try:
-                content = parse_object(body, file="journal")
+                content = parse_object(body, file="journal", max_bytes=JOURNAL_BYTES)
             except CkptToolError:
                 return
             end += len(text)

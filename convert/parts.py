@@ -22,8 +22,9 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert import claims, disk, journal
 from ckpt_tool.convert.claims import Claim, claimed
-from ckpt_tool.convert.durable import Identity, Staging, open_folder, resumable
+from ckpt_tool.convert.durable import Identity, Staging, open_folder, partial_prefix, resumable
 from ckpt_tool.convert.execute import (
+    REFUSED,
     Outcome,
     Progress,
     Run,
@@ -75,11 +76,13 @@ class Part:
 def carry_part(plan: Plan, checkpoint: Checkpoint, out: Path, worker: Worker, settings: Settings) -> Part:
     """Make the files of `plan` that are `worker`'s share, or go on with them. Raises as `execute` does,
     `resume-mismatch` where another plan or number of workers is at this output, and `output-busy`."""
-    place, identity, digests = _begun(plan, checkpoint, out, settings)
+    place, identity, digests, before = _begun(plan, checkpoint, out, settings)
     own = shares(plan, worker.count)[worker.number - 1]
     folder = _folder(place, identity.plan, worker.count)
     _refuse_others(place, folder)
     with claimed(_stem(folder, worker.number), f"worker {worker}", settings.tell) as claim:
+        _refuse_publisher(folder, settings.tell)  # who holds claim 0 looks for this claim after that
+        _refuse_published(place, before)
         staging = PartStaging(place, identity, settings.replaces, worker, own, claim)
         run = _run(restricted(plan, own), checkpoint, staging, digests, settings)
         run.whole = whole_reads(plan, own)
@@ -107,19 +110,21 @@ def publish(
     """Check the parts that all workers (`count` of them, else as many as the parts say) have made, add what
     is not theirs, and give the whole its name. Raises `missing-parts` where some are not done, `output-busy`
     while one is at work."""
-    place, identity, digests = _begun(plan, checkpoint, out, settings)
+    place, identity, digests, before = _begun(plan, checkpoint, out, settings)
     folder = _folder(place, identity.plan, count) if count else _found(place, identity.plan)
     _refuse_others(place, folder)
     number = int(folder.name.rpartition("-")[2])
     with claimed(_stem(folder, 0), "what publishes this output", settings.tell):
+        _refuse_published(place, before)
         _wait_for_workers(folder, number, settings.tell)
         parts = _journals(plan, folder, identity, number)
         fail_all(_problems(parts, number))
-        staging = WholeStaging(place, identity, settings.replaces, folder, plan.outputs)
+        staging = WholeStaging(place, identity, settings.replaces, folder, plan.outputs, number)
         run = _run(plan, checkpoint, staging, digests, settings)
         staging.begin()
         try:
-            _take_together(run, [e for p in parts.values() for e in p.entries], number)
+            _take_together(run, [e for p in parts.values() for e in p.entries], number, staging.is_doubtful)
+            staging.clear()
             outcome = run.conclude()
             staging.publish()
         except BaseException as error:
@@ -127,35 +132,43 @@ def publish(
             run.stop()
             keep = (resumable(error) or _may_be_made_good(error)) and not staging.published
             staging.leave(keep=keep)
-            if not keep and not staging.published:
-                _remove_beside(folder, number)
             raise_as_told(error, keep, how="run it again with --finish to go on")
         finally:
             run.stop()
-        _remove_beside(folder, number)
     return replace(outcome, out=out)
 
 
 def _may_be_made_good(error: BaseException) -> bool:
-    return isinstance(error, CkptToolError) and error.kind == "missing-parts"
-
-
-def _remove_beside(folder: Path, count: int) -> None:
-    """Remove the workers' journals, and claims that nobody holds."""
-    for k in range(1, count + 1):
-        with contextlib.suppress(OSError):
-            os.unlink(_journal_of(folder, k))
-        claims.remove_claims(_stem(folder, k))
+    """Whether what --finish was refused leaves the parts worth keeping: some are missing, or one of the
+    options that only refuse was given to it and not to the workers."""
+    return isinstance(error, CkptToolError) and error.kind in ("missing-parts", *REFUSED)
 
 
 def _begun(
     plan: Plan, checkpoint: Checkpoint, out: Path, settings: Settings
-) -> tuple[Path, Identity, dict[str, str]]:
-    """The place, whose work it is, and the digests of the source's headers."""
+) -> tuple[Path, Identity, dict[str, str], int]:
+    """The place, whose work it is, the digests of the source's headers, and what stands at the place."""
     files = [p for f in checkpoint.files.values() for p in f.paths if not p.is_relative_to("/proc")]
     place = free_place(out, [checkpoint.path, *files], replace=settings.replaces)
     digests = {f.name: headers_digest(f) for f in checkpoint.files.values()}
-    return place, Identity(__version__, plan.digest(), fingerprints(checkpoint, digests)), digests
+    before = _inode(place)
+    return place, Identity(__version__, plan.digest(), fingerprints(checkpoint, digests)), digests, before
+
+
+def _inode(place: Path) -> int:
+    """0 where nothing stands."""
+    try:
+        return os.lstat(place).st_ino
+    except OSError:
+        return 0
+
+
+def _refuse_published(place: Path, before: int) -> None:
+    """`output-exists` where another process has published since this one began: its parts are gone then, and
+    nobody waits for new ones."""
+    if _inode(place) not in (0, before):
+        message = "expected the place as it was a moment ago, found that another process has published there"
+        fail("output-exists", message, file=place, hint="--overwrite makes it anew")
 
 
 def _run(
@@ -171,12 +184,8 @@ def _run(
 # --- names beside the output ----------------------------------------------------------------------------
 
 
-def _prefix(place: Path) -> str:
-    return f".{place.name}.ckpt-tool-partial-"
-
-
 def _folder(place: Path, plan: str, count: int) -> Path:
-    return place.with_name(f"{_prefix(place)}{plan[:16]}-of-{count}")
+    return place.with_name(f"{partial_prefix(place)}{plan[:16]}-of-{count}")
 
 
 def _stem(folder: Path, number: int) -> Path:
@@ -190,12 +199,12 @@ def _journal_of(folder: Path, number: int) -> Path:
 
 def _folders(place: Path) -> list[Path]:
     """The folders of parts beside `place`, of any plan."""
-    pattern = re.compile(re.escape(_prefix(place)) + r"[0-9a-f]{16}-of-[1-9][0-9]{0,3}")
+    pattern = re.compile(re.escape(partial_prefix(place)) + r"[0-9a-f]{16}-of-[1-9][0-9]{0,3}")
     return [place.with_name(n) for n in sorted(os.listdir(place.parent)) if pattern.fullmatch(n)]
 
 
 def _in_words(place: Path, folder: Path) -> str:
-    plan, _, count = folder.name.removeprefix(_prefix(place)).partition("-of-")
+    plan, _, count = folder.name.removeprefix(partial_prefix(place)).partition("-of-")
     return f"plan {plan} by {count} worker{'s' * (count != '1')}"
 
 
@@ -213,7 +222,7 @@ def _refuse_others(place: Path, folder: Path) -> None:
 def _found(place: Path, plan: str) -> Path:
     """The folder of this plan's parts."""
     found = _folders(place)
-    own = [f for f in found if f.name.startswith(f"{_prefix(place)}{plan[:16]}-")]
+    own = [f for f in found if f.name.startswith(f"{partial_prefix(place)}{plan[:16]}-")]
     if own:
         return own[0]
     if found:  # of another plan, which is refused by the name that ours would have
@@ -299,6 +308,13 @@ def _problems(parts: Mapping[int, _Journal], count: int) -> Iterator[Problem]:
         )
 
 
+def _refuse_publisher(folder: Path, tell: Callable[[str], None]) -> None:
+    """`output-busy` while the parts are being published: nothing in the folder may change now."""
+    if (owner := claims.at_work(_stem(folder, 0), tell)) is not None:
+        message = f"expected nobody to publish this output yet, found {owner} at it"
+        fail("output-busy", message, hint="wait for it, or stop it")
+
+
 def _wait_for_workers(folder: Path, count: int, tell: Callable[[str], None]) -> None:
     """`output-busy` while a worker is at work; one that is just ending is waited for."""
     end = time.monotonic() + ENDING
@@ -310,9 +326,10 @@ def _wait_for_workers(folder: Path, count: int, tell: Callable[[str], None]) -> 
             time.sleep(0.1)
 
 
-def _take_together(run: Run, entries: Sequence[Entry], count: int) -> None:
-    """What all workers learnt, as if one process had; every file must be there with its size and headers, and
-    workers that read the same source tensor must have read the same."""
+def _take_together(run: Run, entries: Sequence[Entry], count: int, read: bool) -> None:
+    """What all workers learnt, as if one process had; every file must be there with its size and headers, or,
+    where they are to be `read`, with all its bytes, and workers that read the same source tensor must have
+    read the same."""
     problems = []
     for entry in entries:
         run.targets.update({f: dict(crcs) for f, crcs in entry.files.items()})
@@ -325,20 +342,16 @@ def _take_together(run: Run, entries: Sequence[Entry], count: int) -> None:
     run.findings.sort(key=_in_order(run.plan))
     made_by = {f.name: k for k, own in enumerate(shares(run.plan, count), start=1) for f in own}
     for file in run.plan.outputs:
-        problems += _file_problems(run, file, f"run again: --worker {made_by[file.name]}/{count}")
-    if run.strict:
-        hint = "without --strict it is only recorded"
-        odd = (f for f in run.findings if f.kind == "non-finite")
-        problems += [Problem("non-finite", f.message, f.file, f.tensor, hint) for f in odd]
-    fail_all(problems)
+        problems += _file_problems(run, file, f"run again: --worker {made_by[file.name]}/{count}", read)
+    fail_all([*problems, *run.refused(run.findings)])
     run.resumed_bytes = run.bytes_out
 
 
-def _file_problems(run: Run, file: OutputFile, again: str) -> Iterator[Problem]:
+def _file_problems(run: Run, file: OutputFile, again: str, read: bool) -> Iterator[Problem]:
     if run.sha256 and any((file.name, t.name) not in run.hashes for t in file.tensors):
         message = "expected the SHA-256 of every tensor, found none of its worker's"
         yield Problem("missing-parts", message, file.name, hint=f"{again} with --sha256")
-    elif not run.has_headers(file, run.targets[file.name]):
+    elif not (run.is_intact if read else run.has_headers)(file, run.targets[file.name]):
         message = "expected the file as its worker left it, found another or none"
         yield Problem("missing-parts", message, file.name, hint=again)
 
@@ -438,22 +451,54 @@ class WholeStaging(Staging):
     """The folder as whoever publishes it has it: all of it."""
 
     def __init__(
-        self, place: Path, identity: Identity, replace: Replace, folder: Path, files: Iterable[OutputFile]
+        self,
+        place: Path,
+        identity: Identity,
+        replace: Replace,
+        folder: Path,
+        files: Iterable[OutputFile],
+        count: int,
     ) -> None:
         super().__init__(place, identity, replace)
-        self._path, self._weights = folder, {f.name for f in files}
+        self._path, self._weights, self._count = folder, {f.name for f in files}, count
 
     @property
     def path(self) -> Path:
         return self._path
 
     def begin(self, *, resume: bool = True, belongs: Callable[[Entry], bool] = lambda _: True) -> None:
-        """Take the folder, without the documents that an earlier try may have left."""
+        """Take the folder."""
         self._look_at_place()
         try:
             self._folder = open_folder(self.path)
-            for path in self.path.rglob("*"):
-                if path.relative_to(self.path).as_posix() not in self._weights and not path.is_dir():
-                    os.unlink(path)
         except OSError as error:
             fail("output-failed", f"cannot be made: {error.strerror or error}", file=self.place)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether there is more in the folder than workers write. An earlier try to publish then came to its
+        documents, and perhaps to the very end: what is here may be the output that it replaced, of the same
+        names, sizes and headers."""
+        return bool(self._others())
+
+    def clear(self) -> None:
+        """Remove the documents that an earlier try left, and whatever else is no part."""
+        try:
+            for path in self._others():
+                (os.rmdir if path.is_dir() and not path.is_symlink() else os.unlink)(path)
+        except OSError as error:
+            raise disk.failure(error, str(self.place), doing="cleared of documents") from None
+
+    def _others(self) -> list[Path]:
+        """What is neither a weight file nor a folder of some, what folders hold before them."""
+        weights = [self.path / name for name in self._weights]
+        known = {*weights, *(folder for path in weights for folder in path.parents)}
+        return [path for path in sorted(self.path.rglob("*"), reverse=True) if path not in known]
+
+    def _forget(self) -> None:
+        """Remove the workers' journals, and claims that nobody holds: before the output that was replaced,
+        which now has the folder's name and is none of their parts."""
+        for k in range(1, self._count + 1):
+            with contextlib.suppress(OSError):
+                os.unlink(_journal_of(self.path, k))
+            claims.remove_claims(_stem(self.path, k))

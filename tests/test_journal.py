@@ -246,3 +246,11 @@ def test_an_entry_survives_its_own_line() -> None:
     finding = journal.Finding("all-zero", "expected values, found only zeros", "file", "tensor", {"count": 1})
     entry = Entry({"file": {"tensor": 7}}, {key: 1}, {key: "0" * 64}, (finding,))
     assert Entry.from_json(json.loads(journal.line(entry.to_json())[9:])) == entry
+
+
+def test_a_line_for_a_file_of_very_many_tensors_is_read(tmp_path: Path) -> None:
+    entry = Entry({"file": {"x" * 17_000_000: 1}})
+    (tmp_path / "journal").write_bytes(journal.line(entry.to_json()))
+    with open(tmp_path / "journal", "rb") as file:
+        (content, _), *more = journal.read(file.fileno())
+    assert Entry.from_json(content) == entry and not more

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,8 +29,9 @@ from ckpt_tool.api import (
     verify_part,
 )
 from ckpt_tool.checkpoint.base import TensorInfo
-from ckpt_tool.convert import claims, parts
+from ckpt_tool.convert import claims, durable, parts
 from ckpt_tool.convert.claims import Claim, at_work, claimed
+from ckpt_tool.convert.execute import Run
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.shares import Worker, restricted, shares, whole_reads
@@ -174,14 +177,21 @@ def test_what_is_odd_stands_in_the_order_of_one_process(originals: Written, tmp_
     kinds = [f.kind for f in done.outcome.findings]
     assert kinds.count("replica-difference") >= 2 and {"non-finite", "all-zero"} <= set(kinds)
     asked = shared(source, tmp_path / "many", options, family="llama")
-    made, _ = by_all(asked, 3, order=(3, 1, 2))
+    made = [convert_part(asked, Worker(k, 3)) for k in (3, 1, 2)]
     assert sum(bool(m.part.outcome.findings) for m in made) >= 2
+    alike = replace(asked, options=replace(options, strict_replicas=True))
+    for strict, expected in ((replace(asked, strict=True), "non-finite"), (alike, "shard-conflict")):
+        with pytest.raises(CkptToolError) as caught:
+            publish_parts(strict)
+        assert {p.kind for p in caught.value.problems} == {expected}
+        assert "it is only recorded; finished files are kept" in (caught.value.problems[0].hint or "")
+    publish_parts(asked)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    for k in (1, 2):
-        convert_part(replace(asked, out=tmp_path / "strict"), Worker(k, 2))
-    strict = replace(asked, out=tmp_path / "strict", strict=True)
-    assert problem(lambda: publish_parts(strict))[0] == "non-finite"
-    assert hidden(tmp_path) == []  # no part is worth keeping where the source is not
+    assert hidden(tmp_path) == []
+    asked = replace(asked, out=tmp_path / "strict")
+    odd = next(m.part for m in made if "non-finite" in {f.kind for f in m.part.outcome.findings}).worker
+    convert_part(asked, odd)
+    assert problem(lambda: convert_part(replace(asked, strict=True), odd))[0] == "non-finite"  # taken up
 
 
 KILLED = """
@@ -226,6 +236,52 @@ def test_a_killed_worker_goes_on(originals: Written, tmp_path: Path) -> None:
     assert hidden(tmp_path) == []
 
 
+def test_what_was_replaced_is_never_published_as_parts(originals: Written, tmp_path: Path) -> None:
+    """Whoever publishes was stopped after the exchange: what stood there has the name of the parts now,
+    and but for the values it is like them."""
+    first, asked = originals("mistral-7b-v0.3"), shared(tmp_path / "in", tmp_path / "out", overwrite=True)
+    source = Path(shutil.copytree(first, tmp_path / "in")) / "consolidated.safetensors"
+    data = bytearray(source.read_bytes())
+    data[-4000:-2000] = data[-2000:]
+    source.write_bytes(data)
+    convert(first, tmp_path / "out", options=SHARDS, check=False)
+    left: list[list[str]] = []
+
+    def remains(*_: object) -> bool:
+        left.append([n for n in hidden(tmp_path) if n.endswith(".journal")])
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "remove", remains)
+        patch.setattr(parts.WholeStaging, "_forget", lambda self: None)
+        by_all(asked, 2)
+    right = contents(tmp_path / "out")
+    kind, _, hint = problem(lambda: publish_parts(asked))
+    assert kind == "missing-parts" and "run again: --worker" in hint
+    assert contents(tmp_path / "out") == right
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "remove", remains)
+        by_all(asked, 2)
+    assert contents(tmp_path / "out") == right
+    assert [len(names) for names in left] == [2, 0]  # the journals go first
+
+
+def test_no_room_for_a_thread_costs_no_part(
+    originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = shared(originals("mistral-7b-v0.3"), tmp_path / "out")
+    for k in (1, 2):
+        convert_part(asked, Worker(k, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "conclude", Mock(side_effect=RuntimeError("can't start new thread")))
+        kind, _, hint = problem(lambda: publish_parts(asked))
+    assert (kind, hint) == (
+        "limits",
+        "--jobs 1 needs fewer; finished files are kept: run it again with --finish to go on",
+    )
+    assert publish_parts(asked).report is not None
+
+
 # --- wrong use ------------------------------------------------------------------------------------------
 
 
@@ -256,6 +312,8 @@ def test_wrong_use_is_one_clear_sentence(originals: Written, tmp_path: Path) -> 
         file.truncate(100)
     kind, _, hint = problem(lambda: publish_parts(asked))
     assert (kind, hint.split(";")[0]) == ("missing-parts", "run again: --worker 2/2")
+    (folder / "odd").mkdir()
+    (folder / "odd" / "link").symlink_to(tmp_path)
     kind, _, hint = problem(lambda: publish_parts(replace(asked, sha256=True)))
     assert (kind, "with --sha256" in hint) == ("missing-parts", True)
     assert damaged not in convert_part(asked, Worker(2, 2)).part.outcome.resumed
@@ -314,13 +372,58 @@ def test_the_command_line_makes_a_part_says_what_is_missing_and_publishes(
     last_made = program(*given, "--worker", "2/2", cwd=tmp_path, columns=200)
     assert "all parts are there" in last_made.stdout
     (folder,) = tmp_path.glob(".out.ckpt-tool-partial-*-of-2")
-    with claimed(folder.with_name(f"{folder.name}.0"), "another worker, which is publishing"):
+    with (
+        claimed(folder.with_name(f"{folder.name}.0"), "another worker, which is publishing"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(parts, "_refuse_publisher", Mock())  # it began after this worker did
         busy = program(*given, "--worker", "1/2", "--finish", cwd=tmp_path, columns=200)
         assert busy.returncode == 0 and "another process publishes it" in busy.stdout
         assert program(*given, "--finish", cwd=tmp_path).returncode == 2
     last = program(*given, "--worker", "2/2", "--finish", cwd=tmp_path, columns=200)
     assert last.returncode == 0 and "every source and target tensor accounted for" in last.stdout
     assert hidden(tmp_path) == []
+
+
+def test_what_other_runs_left_beside_an_output_is_named(originals: Written, tmp_path: Path) -> None:
+    source = originals("mistral-7b-v0.3")
+    convert_part(shared(source, tmp_path / "it's", Options()), Worker(1, 2))
+    given = ("convert", "auto", "--in", str(source), "--out", "it's")
+    said = program(*given, cwd=tmp_path, columns=400).stdout
+    (folder,) = tmp_path.glob(".it's.ckpt-tool-partial-*-of-2")
+    (line,) = [text for text in said.splitlines() if text.strip().startswith("left")]
+    assert f"{folder.name} and 1 more of other runs" in line
+    subprocess.run(line.partition("at work: ")[2], shell=True, check=True)
+    assert hidden(tmp_path) == []
+    assert "   left " not in program(*given, "--overwrite", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_who_comes_just_after_the_publishing_makes_nothing(
+    originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    asked = shared(originals("mistral-7b-v0.3"), tmp_path / "out", overwrite=overwrite)
+    if overwrite:
+        convert(asked.source, asked.out, check=False)
+    convert_part(asked, Worker(1, 1))
+    begun, late = parts._begun, [False]
+
+    def slow(*given: Any) -> Any:
+        found = begun(*given)
+        if not late[0]:
+            late[0] = True
+            publish_parts(asked, check=False)
+        return found
+
+    monkeypatch.setattr(parts, "_begun", slow)
+    for call in (lambda: publish_parts(asked, count=1), lambda: convert_part(asked, Worker(1, 1))):
+        late[0] = False
+        kind, message, _ = problem(call)
+        assert kind == "output-exists" and "has published there" in message
+        assert hidden(tmp_path) == []
+        shutil.rmtree(asked.out)
+        late[0] = True
+        convert_part(asked, Worker(1, 1))
 
 
 # --- claims ---------------------------------------------------------------------------------------------
@@ -331,6 +434,9 @@ def test_the_same_worker_does_not_work_twice_at_a_time(originals: Written, tmp_p
     made = convert_part(asked, Worker(1, 2))
     convert_part(asked, Worker(2, 2))
     (folder,) = tmp_path.glob(".out.ckpt-tool-partial-*-of-2")
+    with claimed(folder.with_name(f"{folder.name}.0"), "x"):  # it would change what is being published
+        kind, message, _ = problem(lambda: convert_part(replace(asked, sha256=True), Worker(1, 2)))
+        assert kind == "output-busy" and "nobody to publish" in message
     with claimed(folder.with_name(f"{folder.name}.1"), "x"):
         kind, message, _ = problem(lambda: convert_part(asked, Worker(1, 2)))
         assert kind == "output-busy" and f"found process {os.getpid()} on" in message

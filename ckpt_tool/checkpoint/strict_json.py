@@ -285,10 +285,12 @@ def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:
     return value
 
 
-def parse_object(data: bytes, *, file: str, kind: str = "bad-config") -> dict[str, Any]:
+def parse_object(
+    data: bytes, *, file: str, kind: str = "bad-config", max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
     """The JSON object in `data`, integers as in `parse`; anything else is refused."""
     found: dict[str, Any] = {}
-    known = members(data, file=file, kind=kind, wide=True)
+    known = members(data, file=file, kind=kind, max_bytes=max_bytes, wide=True)
     del data  # which is text now, and may be 16 MiB
     for key, value in known:
         if key in found:
