@@ -104,10 +104,11 @@ def _told(address: str, ask: Callable[[], Any]) -> Any:
 
 def _by_ranges(address: str, repo: str, info: Any) -> tuple[RemoteFolder, list[str]]:
     """The files of one commit: those in the cache as they lie there, the others as the Hub serves them."""
-    cached = _cached(repo, info.sha, [s.rfilename for s in info.siblings or ()])
+    listed = [s for s in info.siblings or () if _inside(s.rfilename)]
+    cached = _cached(repo, info.sha, {s.rfilename: s.size for s in listed})
     files: dict[str, Callable[[], Served]] = {}
     digests: dict[str, str] = {}
-    for sibling in info.siblings or ():
+    for sibling in listed:
         name = sibling.rfilename
         if sibling.lfs is not None:
             digests[name] = f"sha256:{sibling.lfs.sha256}"
@@ -149,15 +150,23 @@ def token_headers(url: str) -> Mapping[str, str]:
     return headers
 
 
-def _cached(repo: str, commit: str, names: Iterable[str]) -> dict[str, Place]:
+def _inside(name: str) -> bool:
+    """Whether a name in a list is one of a file in that repository."""
+    return name.isprintable() and not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def _cached(repo: str, commit: str, sizes: Mapping[str, int | None]) -> dict[str, Place]:
+    """The files of these names and sizes that the cache holds; one of another size was damaged there."""
     from huggingface_hub import try_to_load_from_cache
 
     found: dict[str, Place] = {}
-    for name in names:
-        there = try_to_load_from_cache(repo, name, revision=commit)
-        if isinstance(there, str):
-            path = Path(there)
-            found[name] = Place(path, path.stat().st_size)
+    for name, size in sizes.items():
+        held = try_to_load_from_cache(repo, name, revision=commit)
+        if isinstance(held, str):
+            path = Path(held)
+            there = path.stat().st_size
+            if size in (None, there):
+                found[name] = Place(path, there)
     return found
 
 
@@ -220,7 +229,7 @@ _MEANS = {  # the classes of huggingface_hub that are raised by a status: in wor
                                 "where it is private, `hf auth login`, or HF_TOKEN, says who you are"),
     "RevisionNotFoundError": ("no such branch, tag or commit", None),
     "DisabledRepoError": ("a repository that was disabled", None),
-    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE set, and nothing of it in the cache",
+    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE set, and not all of it in the cache",
                              "`hf download` fetches it where there is a network"),
 }  # fmt: skip
 
