@@ -409,9 +409,16 @@ def test_the_download_is_there_for_who_wants_it(
     server: State, monkeypatch: pytest.MonkeyPatch, conversions: Written, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CKPT_TOOL_HUB", "download")
+    (server.root / "org" / "model" / "README.md").write_text("A model")
     convert(HUB, tmp_path / "out")
     same(tmp_path / "out", conversions(MODEL))
     assert any((tmp_path / "cache").iterdir())
+    with monkeypatch.context() as offline:  # what nobody reads was not downloaded, and is not missed
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with open_checkpoint(HUB) as checkpoint:
+            assert checkpoint.notes == [f"{HUB} was read from the cache at commit {COMMIT}"]
+        os.unlink(next((tmp_path / "cache").rglob(f"snapshots/*/{WEIGHTS}")))
+        assert "not all of it in the cache" in refused(lambda: open_checkpoint(HUB)).message
     monkeypatch.setenv("CKPT_TOOL_HUB", "sideways")
     assert refused(lambda: open_checkpoint(HUB)).kind == "usage"
 

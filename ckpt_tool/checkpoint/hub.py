@@ -67,7 +67,7 @@ def fetch(
     except Exception as error:
         # Offline, or the Hub cannot be asked: the cache may still hold the files.
         try:
-            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            folder = _kept(address, repo, revision, prefer)
         except Exception:
             _failed(address, error)
         return folder, [f"{address} was read from the cache at commit {folder.name}"]
@@ -75,11 +75,34 @@ def fetch(
         return _by_ranges(address, repo, info)
     names = wanted([sibling.rfilename for sibling in info.siblings or ()], address, prefer)
     try:
-        folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=[_literal(n) for n in names]))
+        # by the name that was given: of that the cache keeps which commit it is, for when there is no network
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[_literal(n) for n in names]))
     except Exception as error:
         _failed(address, error)
+    if folder.name != info.sha:
+        found = f"expected commit {info.sha}, found {folder.name}: the branch has moved"
+        fail("download-failed", found, file=address, hint="run this again")
     check_digests([folder / name for name in names], address, since=started)
     return folder, [f"{address} is commit {info.sha}"]
+
+
+def _kept(address: str, repo: str, revision: str | None, prefer: Prefer | None) -> Path:
+    """The folder of the cache that an earlier download left, if it holds all that is to be opened."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except FileNotFoundError as error:
+        told = getattr(error, "snapshot_path", None)  # files are missing; maybe of those that nobody reads
+        if told is None:
+            raise
+        from huggingface_hub import get_cached_repo_tree
+
+        folder, tree = Path(told), get_cached_repo_tree(repo, revision=Path(told).name)
+        names = wanted([entry.path for entry in tree], address, prefer)
+        if not all((folder / name).is_file() for name in names):
+            raise
+        return folder
 
 
 def _told(address: str, ask: Callable[[], Any]) -> Any:
