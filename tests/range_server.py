@@ -58,6 +58,7 @@ class State:
     commits: list[list[dict[str, object]]] = field(default_factory=list)
     created: list[dict[str, object]] = field(default_factory=list)
     token: str | None = None  # that is asked for
+    lists: bool = True  # what lies in open folders
     delay: float = 0
     speed: float = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -119,6 +120,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(int(self.fault), b"", {"retry-after": "0"} if self.fault == "429" else {})
         if self.fault == "redirect-file":
             return self.answer(302, b"", {"location": "file:///etc/passwd"})
+        if self.fault == "moved":
+            return self.answer(302, b"", {"location": "/" + "/".join(["files", "moved", *parts[1:], ""])})
         if self.fault == "redirect-loop":
             return self.answer(302, b"", {"location": self.path})
         if parts[0] == "api":
@@ -190,6 +193,8 @@ class Handler(BaseHTTPRequestHandler):
         if path.is_dir():
             if not self.path.endswith("/"):
                 return self.answer(301, b"", {"location": self.path + "/"})
+            if not self.state.lists:
+                return self.answer(403, b"")
             names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
             text = "".join(f'<li><a href="{n}">{n}</a></li>' for n in ["../", *names])
             return self.answer(
@@ -202,6 +207,10 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, path: Path, headers: dict[str, str] | None = None) -> None:
         size, asked = path.stat().st_size, self.headers.get("range")
         told = {"etag": f'"{self.state.sha256(path)}"', "accept-ranges": "bytes", **(headers or {})}
+        if self.fault == "unversioned":
+            del told["etag"]
+        if self.fault == "gzip":
+            told["content-encoding"] = "gzip"
         if self.fault == "etag":
             told["etag"] = '"another"'
         start, stop, status = 0, size, 200

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +20,15 @@ from huggingface_hub import snapshot_download
 
 from ckpt_tool.api import convert, open_checkpoint, plan, verify
 from ckpt_tool.checkpoint import http_ranges, remote_file
-from ckpt_tool.checkpoint.remote_path import without_secrets
+from ckpt_tool.checkpoint.remote_folder import open_folder
+from ckpt_tool.checkpoint.remote_path import remote_of, without_secrets
 from ckpt_tool.convert import publishing, read_ahead
 from ckpt_tool.convert.execute import Progress
+from ckpt_tool.convert.fingerprints import fingerprints
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError, Problem
 from tests.conftest import Written
-from tests.range_server import COMMIT, State, serving
+from tests.range_server import COMMIT, Handler, State, serving
 
 MODEL = "mistral-7b-v0.1"
 HUB = "hf://org/model"
@@ -248,6 +252,49 @@ def test_a_stalled_answer_is_given_up(server: State, monkeypatch: pytest.MonkeyP
         assert len(checkpoint.names()) > 10
 
 
+def test_nobody_waits_for_a_server_that_does_not_answer(server: State) -> None:
+    """Ctrl-C ends the work now, not when the time for an answer is over."""
+    with open_checkpoint(HUB) as checkpoint:
+        server.fault("stall", "/cdn/", times=100)
+        problems: list[Problem] = []
+        reading = threading.Thread(
+            target=lambda: problems.append(refused(lambda: [checkpoint.read(t) for t in checkpoint]))
+        )
+        reading.start()
+        deadline = time.monotonic() + 2
+        while server.faults[0][2] == 100 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        remote = remote_of(next(iter(checkpoint.files.values())).paths[0])
+        assert isinstance(remote, remote_file.RemoteFile)
+        remote.fetcher.stop()
+        reading.join(timeout=1)
+        assert [p.kind for p in problems] == ["interrupted"]
+
+
+def test_what_no_bytes_can_be_taken_from(server: State) -> None:
+    """Compressed on the way, though that was not asked for: places in the file mean nothing then."""
+    server.fault("gzip", WEIGHTS, times=1000)
+    problem = refused(lambda: open_checkpoint(f"{server.address}/files/"))
+    assert (problem.kind, problem.hint) == ("download-failed", "download it first, and give the file")
+    assert "found them compressed (gzip)" in problem.message
+
+
+def test_an_empty_file_is_one(server: State) -> None:
+    (server.root / "org" / "model" / "tokenizer_config.json").write_bytes(b"")
+    with open_checkpoint(f"{server.address}/files/") as checkpoint:
+        assert checkpoint.documents["tokenizer_config.json"].read() == b""
+
+
+def test_files_of_which_no_version_is_told_are_never_the_same(server: State) -> None:
+    """What was read of them before is not gone on with: nobody can tell whether they are what they were."""
+    server.fault("unversioned", "/files/", times=1000)
+    seen = []
+    for _ in range(2):
+        with open_checkpoint(f"{server.address}/files/") as checkpoint:
+            seen += [fingerprints(checkpoint, dict.fromkeys(checkpoint.files, ""))]
+    assert seen[0] != seen[1]
+
+
 def test_an_interrupted_transfer_goes_on(
     server: State, originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +351,23 @@ def test_what_is_not_there_is_told(server: State, address: str, words: str) -> N
     assert words in problem.message
 
 
+@pytest.mark.parametrize(
+    "name", ["../../../../x.json", "/tmp/x.json", "original/../x.json", "a\x1b[31m.json"]
+)
+def test_a_list_names_nothing_outside_its_repository(
+    server: State, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    siblings = Handler.siblings
+
+    def more(handler: Handler, folder: Path) -> Iterator[dict[str, object]]:
+        yield {"rfilename": name, "size": 5, "blobId": "0" * 40}
+        yield from siblings(handler, folder)
+
+    monkeypatch.setattr(Handler, "siblings", more)
+    with open_checkpoint(HUB) as checkpoint:
+        assert sorted(checkpoint.documents) == ["params.json", "tokenizer.model"]
+
+
 # --- the cache ------------------------------------------------------------------------------------------
 
 
@@ -327,6 +391,13 @@ def test_what_the_cache_holds_is_read_from_there(
     assert not server.seen
 
 
+def test_a_file_that_was_cut_off_in_the_cache_is_asked_for(server: State, tmp_path: Path) -> None:
+    cached = Path(snapshot_download("org/model")) / WEIGHTS
+    os.truncate(cached, 1000)
+    with open_checkpoint(HUB) as checkpoint:
+        assert any("2 of its 3 files were read from the cache" in n for n in checkpoint.notes)
+
+
 def test_offline_with_nothing_in_the_cache(server: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     problem = refused(lambda: open_checkpoint(HUB))
@@ -338,9 +409,16 @@ def test_the_download_is_there_for_who_wants_it(
     server: State, monkeypatch: pytest.MonkeyPatch, conversions: Written, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CKPT_TOOL_HUB", "download")
+    (server.root / "org" / "model" / "README.md").write_text("A model")
     convert(HUB, tmp_path / "out")
     same(tmp_path / "out", conversions(MODEL))
     assert any((tmp_path / "cache").iterdir())
+    with monkeypatch.context() as offline:  # what nobody reads was not downloaded, and is not missed
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with open_checkpoint(HUB) as checkpoint:
+            assert checkpoint.notes == [f"{HUB} was read from the cache at commit {COMMIT}"]
+        os.unlink(next((tmp_path / "cache").rglob(f"snapshots/*/{WEIGHTS}")))
+        assert "not all of it in the cache" in refused(lambda: open_checkpoint(HUB)).message
     monkeypatch.setenv("CKPT_TOOL_HUB", "sideways")
     assert refused(lambda: open_checkpoint(HUB)).kind == "usage"
 
@@ -367,6 +445,40 @@ def test_http(server: State, conversions: Written, tmp_path: Path, what: str) ->
     convert(address, tmp_path / "out")
     same(tmp_path / "out", conversions(MODEL))
     assert json.loads((tmp_path / "out" / "ckpt-tool.json").read_text())["source"] == address
+
+
+def test_http_of_a_folder_that_is_elsewhere(server: State, tmp_path: Path) -> None:
+    (server.root / "files").unlink()
+    shutil.copytree(server.root / "org" / "model", server.root / "files" / "moved" / "latest")
+    server.fault("moved", "/files/latest/")
+    with open_checkpoint(f"HTTP{server.address[4:]}/files/latest/?key=secret") as checkpoint:
+        assert list(checkpoint.files) == [WEIGHTS]
+        assert sorted(checkpoint.documents) == ["params.json", "tokenizer.model"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)],
+        ["consolidated.00.pth", "consolidated.01.pth"],
+    ],
+)
+def test_http_of_a_server_that_lists_nothing(server: State, names: list[str]) -> None:
+    """The other files of a set are asked for by their names, and what fails is not taken for missing."""
+    folder = server.root / "files"
+    folder.unlink()
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"PK")
+    (folder / "vocab.json").write_text("{}")
+    server.lists = False
+    address = f"{server.address}/files/{names[1]}"
+    found, single = open_folder(address)
+    assert single == names[1]
+    assert found.survey() == sorted([*names, "vocab.json"])
+    assert [f"what stands beside {single} was looked for" in n for n in found.notes] == [True]
+    server.fault("503", "/vocab.json", times=1000)
+    assert "status 503" in refused(lambda: open_folder(address)).message
 
 
 def test_http_archive(server: State, conversions: Written, tmp_path: Path) -> None:

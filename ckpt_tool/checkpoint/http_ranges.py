@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
+from uuid import uuid4
 
 from ckpt_tool.checkpoint.remote_file import Again
 from ckpt_tool.checkpoint.remote_path import without_secrets
@@ -25,6 +26,7 @@ READ_SECONDS = 30.0  # without a byte
 REDIRECTS = 5
 WHOLE = 8 << 20  # bytes of a file that is read whole where its server knows no ranges
 _PART = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
+EXPIRED = (400, 401, 403, 404, 410)  # what an address that was good for a while says afterwards
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 _MOVED = (301, 302, 303, 307, 308)
 _KEPT = ("etag", "last-modified")  # headers that tell a version from another; the first that there is counts
@@ -48,14 +50,22 @@ class HttpFile:
     named: Mapping[str, Any] = field(default_factory=dict)  # what a list of files said of it: a digest
     fixed: bool = False  # the address names one version for ever
     kind: str = ""  # of the content, once it is known
+    refused: int = 0  # the status of failure that was the answer
     _place: str | None = None  # where redirects led
     _version: tuple[str, str] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _once: str = field(default_factory=lambda: uuid4().hex)
 
     @property
     def stamp(self) -> Mapping[str, Any]:
-        seen = {} if self.fixed or self._version is None else dict([self._version])
+        """Where the server tells no version, no later reading of the file counts as one of the same."""
+        seen = {} if self.fixed else {"once": self._once} if self._version is None else dict([self._version])
         return {"size": self.size, **self.named, **seen}
+
+    @property
+    def place(self) -> str:
+        """The address where redirects led, as far as any request was made."""
+        return self._place or self.url
 
     def learn(self) -> None:
         """Ask for the first byte: then the size, the version and the kind are known."""
@@ -63,6 +73,8 @@ class HttpFile:
             self._check_version(answer)
             if answer.status_code == 206:
                 self._part(answer, 0, 1)
+            elif answer.status_code == 416:
+                self._learn_size(0)
             else:
                 length = answer.headers.get("content-length", "")
                 if not length.isdigit():
@@ -91,6 +103,8 @@ class HttpFile:
             else:
                 if self.size > WHOLE:
                     self._no_ranges("the whole file")
+                if (length := answer.headers.get("content-length", "")).isdigit():
+                    self._learn_size(int(length))
                 skip = start
             done = 0
             for chunk in self._chunks(answer):
@@ -123,10 +137,11 @@ class HttpFile:
                 if answer.status_code in _MOVED:
                     url = self._onward(url, answer)
                     continue
-                if known is not None and answer.status_code in (401, 403, 404, 410):
+                if known is not None and answer.status_code in EXPIRED:
                     self._forget_place()
                     raise Again(f"status {answer.status_code} from where the file was before")
                 self._check_status(answer)
+                self._check_coding(answer)
                 self._place = url if url != self.url else None
                 yield answer
                 return
@@ -160,9 +175,23 @@ class HttpFile:
         if status in BUSY:
             after = answer.headers.get("retry-after", "")
             raise Again(f"status {status}", float(after) if after.isdigit() else None)
+        if status == 416 and self.size < 0 and answer.headers.get("content-range") == "bytes */0":
+            return
         if status == 416:
             self._changed(f"{self.size} bytes", "a file that is shorter")
+        self.refused = status
         refuse_status(status, self.label, answer.headers)
+
+    def _check_coding(self, answer: Any) -> None:
+        """The bytes as they are were asked for; in those of a compressed form no place is known."""
+        coding = answer.headers.get("content-encoding", "identity")
+        if coding not in ("", "identity"):
+            fail(
+                "download-failed",
+                f"expected the bytes of the file, found them compressed ({printable(coding, 40)})",
+                file=self.label,
+                hint="download it first, and give the file",
+            )
 
     def _part(self, answer: Any, start: int, size: int) -> None:
         """Whether a part is the one that was asked for, of a file of the size that is known."""

@@ -67,7 +67,7 @@ def fetch(
     except Exception as error:
         # Offline, or the Hub cannot be asked: the cache may still hold the files.
         try:
-            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            folder = _kept(address, repo, revision, prefer)
         except Exception:
             _failed(address, error)
         return folder, [f"{address} was read from the cache at commit {folder.name}"]
@@ -75,11 +75,34 @@ def fetch(
         return _by_ranges(address, repo, info)
     names = wanted([sibling.rfilename for sibling in info.siblings or ()], address, prefer)
     try:
-        folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=[_literal(n) for n in names]))
+        # by the name that was given: of that the cache keeps which commit it is, for when there is no network
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[_literal(n) for n in names]))
     except Exception as error:
         _failed(address, error)
+    if folder.name != info.sha:
+        found = f"expected commit {info.sha}, found {folder.name}: the branch has moved"
+        fail("download-failed", found, file=address, hint="run this again")
     check_digests([folder / name for name in names], address, since=started)
     return folder, [f"{address} is commit {info.sha}"]
+
+
+def _kept(address: str, repo: str, revision: str | None, prefer: Prefer | None) -> Path:
+    """The folder of the cache that an earlier download left, if it holds all that is to be opened."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except FileNotFoundError as error:
+        told = getattr(error, "snapshot_path", None)  # files are missing; maybe of those that nobody reads
+        if told is None:
+            raise
+        from huggingface_hub import get_cached_repo_tree
+
+        folder, tree = Path(told), get_cached_repo_tree(repo, revision=Path(told).name)
+        names = wanted([entry.path for entry in tree], address, prefer)
+        if not all((folder / name).is_file() for name in names):
+            raise
+        return folder
 
 
 def _told(address: str, ask: Callable[[], Any]) -> Any:
@@ -104,10 +127,11 @@ def _told(address: str, ask: Callable[[], Any]) -> Any:
 
 def _by_ranges(address: str, repo: str, info: Any) -> tuple[RemoteFolder, list[str]]:
     """The files of one commit: those in the cache as they lie there, the others as the Hub serves them."""
-    cached = _cached(repo, info.sha, [s.rfilename for s in info.siblings or ()])
+    listed = [s for s in info.siblings or () if _inside(s.rfilename)]
+    cached = _cached(repo, info.sha, {s.rfilename: s.size for s in listed})
     files: dict[str, Callable[[], Served]] = {}
     digests: dict[str, str] = {}
-    for sibling in info.siblings or ():
+    for sibling in listed:
         name = sibling.rfilename
         if sibling.lfs is not None:
             digests[name] = f"sha256:{sibling.lfs.sha256}"
@@ -149,15 +173,23 @@ def token_headers(url: str) -> Mapping[str, str]:
     return headers
 
 
-def _cached(repo: str, commit: str, names: Iterable[str]) -> dict[str, Place]:
+def _inside(name: str) -> bool:
+    """Whether a name in a list is one of a file in that repository."""
+    return name.isprintable() and not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def _cached(repo: str, commit: str, sizes: Mapping[str, int | None]) -> dict[str, Place]:
+    """The files of these names and sizes that the cache holds; one of another size was damaged there."""
     from huggingface_hub import try_to_load_from_cache
 
     found: dict[str, Place] = {}
-    for name in names:
-        there = try_to_load_from_cache(repo, name, revision=commit)
-        if isinstance(there, str):
-            path = Path(there)
-            found[name] = Place(path, path.stat().st_size)
+    for name, size in sizes.items():
+        held = try_to_load_from_cache(repo, name, revision=commit)
+        if isinstance(held, str):
+            path = Path(held)
+            there = path.stat().st_size
+            if size in (None, there):
+                found[name] = Place(path, there)
     return found
 
 
@@ -220,7 +252,7 @@ _MEANS = {  # the classes of huggingface_hub that are raised by a status: in wor
                                 "where it is private, `hf auth login`, or HF_TOKEN, says who you are"),
     "RevisionNotFoundError": ("no such branch, tag or commit", None),
     "DisabledRepoError": ("a repository that was disabled", None),
-    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE set, and nothing of it in the cache",
+    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE set, and not all of it in the cache",
                              "`hf download` fetches it where there is a network"),
 }  # fmt: skip
 

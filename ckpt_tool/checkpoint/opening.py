@@ -149,7 +149,8 @@ def _open_address(
     from ckpt_tool.checkpoint.hub import fetch
     from ckpt_tool.checkpoint.remote_folder import open_folder
 
-    single = None
+    scheme, single = scheme_of(text) or "", None
+    text = scheme + text[len(scheme) :]  # which is written in any case
     if text.startswith(HUB):
         found, notes = fetch(text, prefer=prefer, wish=hub)
         if isinstance(found, Path):
@@ -157,7 +158,8 @@ def _open_address(
             checkpoint.notes[:0] = notes
             return checkpoint
     else:
-        (found, single), notes = open_folder(text), []
+        found, single = open_folder(text)
+        notes = found.notes
     try:
         if single is None:
             checkpoint = _open_folder(found, found.path, prefer, limits)

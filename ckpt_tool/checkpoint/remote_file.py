@@ -8,18 +8,20 @@ bounded for all files of one `Fetcher` together.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import threading
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from mmap import mmap
+from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.errors import CkptToolError, Problem, fail
 
 CONNECTIONS = 8  # requests at a time
 PIECE = 2 << 20  # bytes of one request at most
@@ -75,10 +77,13 @@ class Segment:
 
 class Fetcher:
     """The threads that fetch and the memory that is kept, for all remote files of a checkpoint. Counts the
-    requests that were sent and the bytes that came."""
+    requests that were sent and the bytes that came. Nobody waits for the threads when the work is stopped:
+    one may hang on a server that does not answer."""
 
     def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="ckpt-tool-fetch")
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = 0
+        self._waiting: dict[int, Future[None]] = {}  # of segments that are on their way
         self.lock = threading.RLock()
         self.stopped = threading.Event()
         self.held: OrderedDict[int, tuple[RemoteFile, Segment]] = OrderedDict()  # by age, the oldest first
@@ -101,14 +106,48 @@ class Fetcher:
                 if self.held_bytes <= limit:
                     return
 
+    def begin(self, done: Future[None], work: Callable[[], None]) -> None:
+        """Have a thread do `work`; whoever waits for `done` is let go when it is done, or when the work is
+        stopped before."""
+        with self.lock:
+            self.check_stopped()
+            self._waiting[id(done)] = done
+            if self._threads < min(CONNECTIONS, len(self._waiting)):
+                self._threads += 1
+                threading.Thread(target=self._work, name="ckpt-tool-fetch", daemon=True).start()
+        self._queue.put(lambda: self._finish(done, work))
+
     def stop(self) -> None:
         """Give up what is on its way."""
-        self.stopped.set()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        with self.lock:
+            self.stopped.set()
+            waiting, self._waiting = self._waiting, {}
+            threads, self._threads = self._threads, 0
+        for done in waiting.values():
+            with contextlib.suppress(InvalidStateError):  # it came just now
+                done.set_exception(_stopped())
+        for _ in range(threads):
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if not self.stopped.is_set():
+                work()
+
+    def _finish(self, done: Future[None], work: Callable[[], None]) -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as caught:
+            error = caught
+        with self.lock:
+            self._waiting.pop(id(done), None)
+        with contextlib.suppress(InvalidStateError):  # nobody waits any more
+            done.set_exception(error) if error is not None else done.set_result(None)
 
     def check_stopped(self) -> None:
         if self.stopped.is_set():
-            fail("interrupted", "expected to go on reading, found that the work is being stopped")
+            raise _stopped()
 
     def patiently(
         self, label: str, work: Callable[[], None], progress: Callable[[], int] = lambda: 0
@@ -249,12 +288,12 @@ class RemoteFile:
 
     def _begin(self, start: int, size: int) -> Segment:
         # Large ones as pages of their own, which go back at once and leave no holes among other memory.
+        self.fetcher.check_stopped()
         segment = Segment(start, bytearray(size) if size < PAGES else mmap(-1, size))
         insort(self._starts, start)
         self._segments[start] = segment
         self.fetcher.keep(self, segment)
-        self.fetcher.check_stopped()
-        self.fetcher.pool.submit(self._fetch, segment)
+        self.fetcher.begin(segment.done, lambda: self._fetch(segment))
         return segment
 
     def _used(self, segment: Segment, count: int) -> None:
@@ -285,11 +324,7 @@ class RemoteFile:
             if done < len(segment.data):
                 raise Again(f"the answer ended after {done} of {len(segment.data)} bytes")
 
-        try:
-            self.fetcher.patiently(self.served.label, fill, lambda: done)
-            segment.done.set_result(None)
-        except BaseException as error:
-            segment.done.set_exception(error)
+        self.fetcher.patiently(self.served.label, fill, lambda: done)
 
     def _check_digest(self, data: memoryview, name: str) -> None:
         kind, _, wanted = (self.digest or "").partition(":")
@@ -306,6 +341,12 @@ class RemoteFile:
                 file=name,
                 hint="the bytes that came are not those that the repository lists: run this again",
             )
+
+
+def _stopped() -> CkptToolError:
+    return CkptToolError(
+        Problem("interrupted", "expected to go on reading, found that the work is being stopped")
+    )
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from shlex import quote
+from urllib.parse import quote as quoted
 from urllib.parse import unquote, urljoin, urlsplit
 
 from ckpt_tool.checkpoint.folders import Folder, Place
@@ -20,11 +21,18 @@ from ckpt_tool.errors import CkptToolError, fail
 PAGES = 64  # lists of files that are asked for, one for each folder
 PAGE_BYTES = 4 << 20
 DEPTH = 3
+SHARDS = 10_000  # that a name may speak of
 # What stands beside weights, asked for one by one where a server does not list its files.
 PROBED = (
     "config.json", "params.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "tekken.json", "model.safetensors.index.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
+    "tokenizer.model.v3", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "consolidated.safetensors.index.json",
 )  # fmt: skip
+UNLISTED = "the server lists no files: what stands beside {} was looked for by its usual names"
+_SHARD = re.compile(r"(.*?)(\d{1,6})(-of-)(\d{1,5})(\D*)", re.ASCII)
+_RANK = re.compile(r"(consolidated\.)(\d{2})(\.pth?)", re.ASCII)
+_NONE = (400, 401, 403, 404, 410)  # what stores say of a name that is not there
 _HUB_PAGE = re.compile(
     r"/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+).*)?/?", re.ASCII
 )
@@ -50,6 +58,7 @@ class RemoteFolder(Folder):
         self.around = around or Around(
             shown, self.label, lambda sub: f"--in {quote(f'{shown}/{sub}')}", lambda sub: quote(shown)
         )
+        self.notes: list[str] = []
         self._files, self._digests = files, digests or {}
         self._places = dict(local or {})
 
@@ -105,8 +114,10 @@ def _open_http(address: str) -> tuple[RemoteFolder, str | None]:
         if not first.kind.startswith("text/html"):
             name = unquote(parts.path.rpartition("/")[2])
             folder = urljoin(address, ".")
-            others = _beside(folder, fetcher) if not parts.query else {}
-            return RemoteFolder(folder, {**others, name: lambda: first}, fetcher), name
+            others, notes = _beside(folder, name, fetcher) if not parts.query else ({}, [])
+            found = RemoteFolder(folder, {**others, name: lambda: first}, fetcher)
+            found.notes += notes
+            return found, name
         address += "/"
     return RemoteFolder(address, _listed(address, fetcher), fetcher), None
 
@@ -131,37 +142,58 @@ def _learnt(address: str, fetcher: Fetcher) -> HttpFile:
     return file
 
 
-def _beside(folder: str, fetcher: Fetcher) -> dict[str, Callable[[], Served]]:
-    """What stands beside a file: as the folder's page lists it, else what is found by its usual name."""
+def _beside(folder: str, name: str, fetcher: Fetcher) -> tuple[dict[str, Callable[[], Served]], list[str]]:
+    """What stands beside a file: as the folder's page lists it, else what is found by its usual name, and a
+    note that says so. Of a numbered file the others are there, or asking for them says what is not."""
     try:
-        return _listed(folder, fetcher)
+        return _listed(folder, fetcher), []
     except CkptToolError:
         found: dict[str, Callable[[], Served]] = {}
-        for name in PROBED:
-            try:
-                file = _learnt(urljoin(folder, name), fetcher)
-            except CkptToolError:
-                continue
-            if not file.kind.startswith("text/html"):
-                found[name] = lambda file=file: file  # type: ignore[misc]
-        return found
+    for usual in PROBED:
+        if (file := _there(urljoin(folder, usual), fetcher)) is not None:
+            found[usual] = lambda file=file: file  # type: ignore[misc]
+    if (shard := _SHARD.fullmatch(name)) and int(shard[4]) <= SHARDS:
+        start, number, of, total, end = shard.groups()
+        first = 0 if int(number) == 0 else 1
+        for k in range(first, first + int(total)):
+            other = f"{start}{k:0{len(number)}}{of}{total}{end}"
+            found[other] = lambda other=other: _learnt(urljoin(folder, quoted(other)), fetcher)  # type: ignore[misc]
+    if rank := _RANK.fullmatch(name):
+        for k in range(100):
+            other = f"{rank[1]}{k:02}{rank[3]}"
+            if other != name and (file := _there(urljoin(folder, other), fetcher)) is None:
+                break
+            if other != name:
+                found[other] = lambda file=file: file  # type: ignore[misc]
+    return found, [UNLISTED.format(name)]
+
+
+def _there(address: str, fetcher: Fetcher) -> HttpFile | None:
+    """The file at an address, if there is one; a server that fails does not say that there is none."""
+    file = HttpFile(address, without_secrets(address))
+    try:
+        fetcher.patiently(file.label, file.learn)
+    except CkptToolError:
+        if file.refused not in _NONE:
+            raise
+        return None
+    return None if file.kind.startswith("text/html") else file
 
 
 def _listed(folder: str, fetcher: Fetcher) -> dict[str, Callable[[], Served]]:
     """The files that a page lists, and those of the folders that it lists."""
     found: dict[str, Callable[[], Served]] = {}
-    level, pages = [folder], 0
+    level, pages = [("", folder)], 0
     for _ in range(DEPTH):
-        deeper: list[str] = []
-        for page in level:
+        deeper: list[tuple[str, str]] = []
+        for inside, page in level:
             if (pages := pages + 1) > PAGES:
                 return found
-            for link in _links(page, fetcher):
-                if link.endswith("/"):
-                    deeper.append(link)
+            for name, link in _links(page, fetcher):
+                if name.endswith("/"):
+                    deeper.append((inside + name, link))
                 else:
-                    name = unquote(link.removeprefix(folder))
-                    found[name] = lambda link=link: _learnt(link, fetcher)  # type: ignore[misc]
+                    found[inside + name] = lambda link=link: _learnt(link, fetcher)  # type: ignore[misc]
         level = deeper
     return found
 
@@ -175,19 +207,19 @@ class _Anchors(HTMLParser):
         self.targets += [value for key, value in attrs if tag == "a" and key == "href" and value]
 
 
-def _links(page: str, fetcher: Fetcher) -> list[str]:
-    """The addresses directly below `page` that it links to."""
+def _links(page: str, fetcher: Fetcher) -> list[tuple[str, str]]:
+    """(name, address) of what is directly below `page`, or where redirects led from it, and linked to."""
     served = HttpFile(page, without_secrets(page))
     texts: list[str] = []
     fetcher.patiently(served.label, lambda: texts.append(served.page(PAGE_BYTES)))
     anchors = _Anchors()
     anchors.feed(texts[0])
-    inside = []
+    inside, base = [], urljoin(served.place, ".")
     for target in anchors.targets:
-        there = urljoin(page, target)
-        rest = there.removeprefix(page)
-        if there.startswith(page) and rest and "/" not in rest[:-1] and not set(rest) & {"?", "#"}:
+        there = urljoin(base, target)
+        rest = there.removeprefix(base)
+        if there.startswith(base) and rest and "/" not in rest[:-1] and not set(rest) & {"?", "#"}:
             name = unquote(rest.rstrip("/"))
             if name not in ("", ".", "..") and "/" not in name and name.isprintable():
-                inside.append(there)
+                inside.append((name + "/" * rest.endswith("/"), there))
     return list(dict.fromkeys(inside))
