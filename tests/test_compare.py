@@ -166,6 +166,31 @@ def test_a_tied_head_may_be_stored_or_not(originals: Written, tmp_path: Path) ->
     assert compare(a, tuned(a, other, tmp_path / "c"), logits=False).status == "fail"
 
 
+@pytest.mark.parametrize("change", [0, 1000])
+def test_what_loading_makes_anew_may_be_stored_by_one_side(
+    change: int, conversions: Written, tmp_path: Path
+) -> None:
+    """As pytorch_model.bin of transformers 4 has a tied layer twice, and older ones rotary frequencies."""
+    folder = conversions("gpt-neox-tied")
+    config = json.loads((folder / "config.json").read_text())
+    turned = int(config["hidden_size"] / config["num_attention_heads"] * config["rotary_pct"])
+    inv_freq = (config["rotary_emb_base"] + change) ** -(torch.arange(0, turned, 2).float() / turned)
+
+    def store(t: dict[str, torch.Tensor]) -> None:
+        t["embed_out.weight"] = t["gpt_neox.embed_in.weight"] + change
+        t["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = inv_freq
+
+    report = compare(tuned(folder, store, tmp_path / "a"), folder, logits=False)
+    assert report.exactness == ("differs" if change else "bit-identical"), report.headline
+    alone = {f.where: f.status for f in report.findings if f.check == "only one side"}
+    assert len(alone) == 2 and set(alone.values()) == {"fail" if change else "note"}
+
+
+def test_tables_of_an_old_checkpoint_are_not_differences(originals: Written, conversions: Written) -> None:
+    report = compare(originals("pythia-410m"), conversions("pythia-410m"))
+    assert report.exactness == "bit-identical", report.headline
+
+
 def test_the_command(conversions: Written, originals: Written, tmp_path: Path) -> None:
     a, b = str(originals(VARIANT)), str(conversions(VARIANT))
     done = program("compare", a, b, cwd=tmp_path)
