@@ -17,6 +17,7 @@ from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify.compare import compare
+from ckpt_tool.verify.comparing_tensors import EIGHTS
 from ckpt_tool.verify.report import Finding
 from tests.in_process import program
 
@@ -92,6 +93,41 @@ def test_of_two_dtypes_of_16_bits_either_may_be_made_of_the_other(
     b = tuned(conversions(VARIANT), as_type(torch.float16), tmp_path / "b")
     assert compare(a, b, logits=False).exactness == "identical after cast"
     assert compare(b, a, logits=False).exactness == "identical after cast"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "delta"),
+    [
+        (torch.float8_e4m3fn, 2.0, -4.0, 6.0),
+        (torch.float8_e5m2, 2**-16, 57344.0, 57344 - 2**-16),
+        (torch.int8, -1, 1, 2.0),
+        (torch.int64, 2**60, 2**60 + 1, 1.0),
+        (torch.bool, False, True, 1.0),
+        (torch.float64, 1e200, -1e200, 2e200),
+    ],
+)
+def test_values_of_any_dtype_are_what_they_are(
+    dtype: torch.dtype, a: float, b: float, delta: float, conversions: Written, tmp_path: Path
+) -> None:
+    """That none of them can be computed of is told."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def all_of(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        return lambda t: t.update({name: torch.tensor([value] * 6, dtype=dtype).reshape(2, 3)})
+
+    one, other = (tuned(conversions(VARIANT), all_of(v), tmp_path / str(v)) for v in (a, b))
+    report = compare(one, other, logits=None if dtype == torch.int8 else False)
+    found = differing(report)[name]
+    assert f"{a!r} in A and {b!r} in B".replace("False", "0").replace("True", "1") in found.message
+    assert found.data["max_delta"] == delta and found.data["relative"] > 0
+    assert [f.status for f in report.findings if f.check == "lockstep"] == ["skipped"] * (dtype == torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_number_of_8_bits(dtype: torch.dtype) -> None:
+    held = torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy()
+    name = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}[dtype]
+    assert np.array_equal(EIGHTS[name], held, equal_nan=True)
 
 
 def test_which_layers_of_a_fine_tune_moved_and_how_far(conversions: Written, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _summary(pairs: list[Pair], differing: list[Pair]) -> Finding:
         moved = math.sqrt(sum(p.moved for p in members if p.comparable))
         size = math.sqrt(sum(p.size for p in members if p.comparable))
         worst = max((p.max_delta for p in members), default=0.0)
-        share = moved / size if size else math.inf if moved else 0.0
+        share = math.inf if not math.isfinite(moved) else moved / size if size else math.inf if moved else 0.0
         rows.append((group, f"{len(wrong)} of {len(members)}", share, worst))
     columns = ("part", "differ", "relative change", "max |delta|")
     text = f"{len(differing)} of {len(pairs)} tensors differ"
