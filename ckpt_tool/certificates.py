@@ -47,7 +47,13 @@ def made(
         accept=tuple(asked["accept"]),
     )
     done = certify(
-        out, source, request, settings=asked["settings"], device=asked["device"], progress=progress
+        out,
+        source,
+        request,
+        settings=asked["settings"],
+        device=asked["device"],
+        progress=progress,
+        place=place,
     )
     if done.statement is None:
         done.report.render(screen)

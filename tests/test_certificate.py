@@ -229,6 +229,11 @@ FORGED: dict[str, Callable[[Statement], None]] = {
     "the verdict": _set(*V, "verdict", to="fail"),
     "the planted mistakes": _set(*V, "planted_mistakes", "planted", to=500),
     "the interval": _set(*V, "planted_mistakes", "interval", to=[0.999, 1.0]),
+    "the family": _set(P, "family", to="llama"),
+    "the direction": _set(P, "direction", to="to-original"),
+    "the casts": _set(P, "casts", to=[{"from": "F32", "to": "BF16"}]),
+    "the headline": _set(*V, "headline", to="every bit is proved"),
+    "the class": _set(*V, "exactness", to="within noise floor"),
 }
 
 
@@ -256,8 +261,8 @@ def _whole(s: Statement, edit: Callable[[Statement], None]) -> None:
         lambda s: _leaf(s, "source").update(sha256=OTHER),
         _set(P, "source", "files", 0, "sha256", to=OTHER),
         _set(*V, "findings", -1, "message", to="all is well"),
-        _set(P, "family", to="llama"),
-        _set(P, "casts", to=[{"from": "F32", "to": "BF16"}]),
+        _set(P, "source", "repository", to={"hub": "someone/else"}),
+        lambda s: s.update(more=1),
     ],
 )
 def test_what_agrees_with_itself_and_is_not_so_is_seen_by_doing_it_again(
@@ -284,6 +289,80 @@ def test_numbers_of_another_machine_are_told_and_of_the_same_refused(
     change(work / "out" / NAME, _set(*V, "environment", "processor", to="another"))
     report = check(work / "out", source=work / "source", full=True)
     assert report.status == "pass" and "other measured numbers" in report.headline
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((P, "plan", "outputs"), 3),
+        ((P, "plan", "outputs"), ["x"]),
+        ((P, "plan", "outputs", 0, "tensors"), {"a": 3}),
+        ((P, "plan", "outputs", 0, "tensors", 0, "shape"), 3),
+        ((P, "plan", "outputs", 0, "constants"), [[]]),
+        ((P, "plan", "steps", 0, "sources"), [None]),
+        ((P, "target", "tensors", 0, "shape"), [[]]),
+        ((*V, "findings"), True),
+        ((*V, "findings", 0), 1.5),
+        ((*V, "findings", 0, "status"), "failed"),
+        ((*V, "findings", 0, "tables"), [{"columns": [], "rows": [3]}]),
+        ((*V, "asked", "levels"), 3),
+        ((*V, "asked", "against"), ["transformers"]),
+        (("subject", 0, "digest"), {"sha512": OTHER}),
+        (("subject", 0, "digest", "sha512"), OTHER),
+        (("subject", 0, "name"), "config.json"),
+    ],
+)
+def test_what_is_no_certificate_is_told_where_it_is_not(
+    path: tuple[Any, ...], value: Any, work: Path, quick: bytes
+) -> None:
+    (work / "out" / NAME).write_bytes(quick)
+    change(work / "out" / NAME, _set(*path, to=value))
+    with pytest.raises(CkptToolError) as caught:
+        check(work / "out")
+    assert caught.value.kind == "bad-config" and caught.value.problems[0].where
+
+
+def test_of_another_version_of_the_tool(work: Path, quick: bytes) -> None:
+    (work / "out" / NAME).write_bytes(quick)
+    change(work / "out" / NAME, _set(P, "tool", "version", to="9"))
+    report = check(work / "out", source=work / "source", full=True)
+    assert report.status == "pass" and "but for the tool: ckpt-tool 9 then" in report.headline
+
+
+def test_under_another_name_within_the_output(work: Path) -> None:
+    """It is no part of what it speaks of, neither when it is made again nor when it is checked."""
+    (work / "out" / NAME).unlink()
+    levels = ("--level", "coverage", "--level", "bits")
+    for _ in range(2):
+        made = program(
+            "certificate", "out", "--source", "source", "--write", "out/own.json", *levels, cwd=work
+        )
+        assert made.returncode == 0, made.stderr
+    assert "own.json" not in {s["name"] for s in json.loads((work / "out/own.json").read_text())["subject"]}
+    report = check(work / "out", file=work / "out/own.json", source=work / "source", full=True)
+    assert report.status == "pass", report.headline
+
+
+def test_what_lies_behind_a_link_to_a_folder_is_not_passed_over(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (work / "out" / "code").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CkptToolError, match="found a link to a folder"):
+        check(work / "out")
+
+
+def test_a_sample_says_which_documents_are_not_those_of_the_source(work: Path, quick: bytes) -> None:
+    config = work / "out" / "config.json"
+    config.write_text(config.read_text().replace("\n", "\n\n", 1))
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()
+    (work / "out" / NAME).write_bytes(quick)
+
+    def edit(s: Statement) -> None:
+        next(e for e in s["subject"] if e["name"] == "config.json")["digest"]["sha256"] = digest
+
+    change(work / "out" / NAME, edit)
+    report = check(work / "out", source=work / "source", spot=3)
+    assert report.status == "pass"
+    assert [f.where for f in report.findings if f.check == "documents"] == ["config.json"]
 
 
 def _altered(out: Path) -> None:
@@ -393,6 +472,23 @@ def test_another_key_and_a_changed_payload_do_not_hold(work: Path, certified: by
     assert any("no --key" in f.message for f in check(work / "out").findings)
     place.write_bytes(certified)
     assert check(work / "out", key=public).status == "fail"  # not signed at all
+
+
+def test_both_alphabets_of_base64_and_no_others(work: Path, certified: bytes) -> None:
+    key, public = keys("ed25519", work)
+    envelope = json.loads(sign(certified, key))
+    place = work / "out" / NAME
+    for part, text in (("payload", envelope["payload"]), ("sig", envelope["signatures"][0]["sig"])):
+        other = json.loads(json.dumps(envelope))
+        (other if part == "payload" else other["signatures"][0])[part] = text.translate(
+            str.maketrans("+/", "-_")
+        )
+        place.write_text(json.dumps(other))
+        assert check(work / "out", key=public).status == "pass"
+    envelope["signatures"].insert(0, {"sig": "\u00e9"})
+    place.write_text(json.dumps(envelope))
+    with pytest.raises(CkptToolError, match="expected base64"):
+        check(work / "out", key=public)
 
 
 def test_keys_that_cannot_sign(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify.compare import compare
+from ckpt_tool.verify.comparing_tensors import EIGHTS
 from ckpt_tool.verify.report import Finding
 from tests.in_process import program
 
@@ -94,6 +95,41 @@ def test_of_two_dtypes_of_16_bits_either_may_be_made_of_the_other(
     assert compare(b, a, logits=False).exactness == "identical after cast"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "delta"),
+    [
+        (torch.float8_e4m3fn, 2.0, -4.0, 6.0),
+        (torch.float8_e5m2, 2**-16, 57344.0, 57344 - 2**-16),
+        (torch.int8, -1, 1, 2.0),
+        (torch.int64, 2**60, 2**60 + 1, 1.0),
+        (torch.bool, False, True, 1.0),
+        (torch.float64, 1e200, -1e200, 2e200),
+    ],
+)
+def test_values_of_any_dtype_are_what_they_are(
+    dtype: torch.dtype, a: float, b: float, delta: float, conversions: Written, tmp_path: Path
+) -> None:
+    """That none of them can be computed of is told."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def all_of(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        return lambda t: t.update({name: torch.tensor([value] * 6, dtype=dtype).reshape(2, 3)})
+
+    one, other = (tuned(conversions(VARIANT), all_of(v), tmp_path / str(v)) for v in (a, b))
+    report = compare(one, other, logits=None if dtype == torch.int8 else False)
+    found = differing(report)[name]
+    assert f"{a!r} in A and {b!r} in B".replace("False", "0").replace("True", "1") in found.message
+    assert found.data["max_delta"] == delta and found.data["relative"] > 0
+    assert [f.status for f in report.findings if f.check == "lockstep"] == ["skipped"] * (dtype == torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_number_of_8_bits(dtype: torch.dtype) -> None:
+    held = torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy()
+    name = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}[dtype]
+    assert np.array_equal(EIGHTS[name], held, equal_nan=True)
+
+
 def test_which_layers_of_a_fine_tune_moved_and_how_far(conversions: Written, tmp_path: Path) -> None:
     def change(t: dict[str, torch.Tensor]) -> None:
         t["model.layers.1.self_attn.q_proj.weight"] *= 1.5
@@ -164,6 +200,31 @@ def test_a_tied_head_may_be_stored_or_not(originals: Written, tmp_path: Path) ->
 
     assert compare(a, tuned(a, store, b)).status == "pass"
     assert compare(a, tuned(a, other, tmp_path / "c"), logits=False).status == "fail"
+
+
+@pytest.mark.parametrize("change", [0, 1000])
+def test_what_loading_makes_anew_may_be_stored_by_one_side(
+    change: int, conversions: Written, tmp_path: Path
+) -> None:
+    """As pytorch_model.bin of transformers 4 has a tied layer twice, and older ones rotary frequencies."""
+    folder = conversions("gpt-neox-tied")
+    config = json.loads((folder / "config.json").read_text())
+    turned = int(config["hidden_size"] / config["num_attention_heads"] * config["rotary_pct"])
+    inv_freq = (config["rotary_emb_base"] + change) ** -(torch.arange(0, turned, 2).float() / turned)
+
+    def store(t: dict[str, torch.Tensor]) -> None:
+        t["embed_out.weight"] = t["gpt_neox.embed_in.weight"] + change
+        t["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = inv_freq
+
+    report = compare(tuned(folder, store, tmp_path / "a"), folder, logits=False)
+    assert report.exactness == ("differs" if change else "bit-identical"), report.headline
+    alone = {f.where: f.status for f in report.findings if f.check == "only one side"}
+    assert len(alone) == 2 and set(alone.values()) == {"fail" if change else "note"}
+
+
+def test_tables_of_an_old_checkpoint_are_not_differences(originals: Written, conversions: Written) -> None:
+    report = compare(originals("pythia-410m"), conversions("pythia-410m"))
+    assert report.exactness == "bit-identical", report.headline
 
 
 def test_the_command(conversions: Written, originals: Written, tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from ckpt_tool.api import gate
 from ckpt_tool.testing import assert_parity
+from ckpt_tool.verify.baseline import MORE, hold_against, read_baseline
+from ckpt_tool.verify.gate import Check, _barred
+from ckpt_tool.verify.report import Finding, Report, Reports
 from tests.in_process import program
 
 Written = Callable[[str], Path]
@@ -91,6 +96,45 @@ def test_only_what_got_worse_fails_against_a_baseline(work: Path) -> None:
     assert run("--baseline", "before.json") == 0
     alter(work / "good", 1e-3)
     assert run("--baseline", "before.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "stands"),
+    [
+        ({"measured": 0.5}, {"measured": 0.4}, True),
+        ({"measured": 0.5}, {"measured": 0.6}, False),
+        ({"measured": 0.9, "data": {"more_is_better": True}}, {"measured": 0.5}, False),
+        ({"measured": 0.5, "data": {"more_is_better": True}}, {"measured": 0.9}, True),
+        ({"message": "2 more of this kind"}, {"message": "90 more of this kind"}, False),
+        ({"message": "2 more of this kind"}, {}, True),
+        ({"measured": 0.5, "data": {"differing": ["layer 1"]}}, {"measured": 0.5}, True),
+        (
+            {"measured": 0.5, "data": {"differing": ["layer 1"]}},
+            {"data": {"differing": ["layer 1", "layer 2"]}},
+            False,
+        ),
+        ({"measured": float("inf")}, {}, True),
+        ({"measured": float("inf")}, {"measured": 3.0}, True),
+        ({"status": "undecided"}, {"status": "fail"}, False),
+    ],
+)
+def test_what_is_no_worse_than_the_baseline(
+    then: dict[str, Any], now: dict[str, Any], stands: bool, tmp_path: Path
+) -> None:
+    first = Finding(**{"level": "bits", "check": "x", "status": "fail", "message": "m", **then})
+    before = Reports("gate", [Report("one", findings=[first])])
+    (tmp_path / "before.json").write_text(json.dumps(before.to_json()))
+    report = Report("one", findings=[replace(first, **now)])
+    hold_against(report, read_baseline(tmp_path / "before.json"))
+    assert (report.findings[0].status == "note") is stands
+
+
+@pytest.mark.parametrize("bar", ["top1", "catch_rate"])
+def test_of_some_numbers_more_is_better(bar: str) -> None:
+    data = {"rate": 0.5, "top1": 0.5}
+    report = Report("x", findings=[Finding("parity", "x", "pass", "m", data=data)])
+    (found,) = _barred(Check("x", "out", bars={bar: 0.9}), report)
+    assert found.status == "fail" and found.data[MORE]
 
 
 def test_a_class_that_got_worse_fails_though_it_would_pass(work: Path) -> None:

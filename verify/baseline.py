@@ -1,8 +1,10 @@
 """A gate against an earlier run of it: what failed then and is no worse now is a note, and what was better
-then fails, also where it is within its bars."""
+then fails, also where it is within its bars. What has no number is no worse where it says the same."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,16 +18,28 @@ from ckpt_tool.verify.report import Finding, Report
 LEVEL = "baseline"
 LIMIT = 64 << 20
 SLACK = 1e-6  # relative; the same computation gives the same number
+DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")  # says that something is another, not by how much
 Key = tuple[str, str, str | None]
+MORE = "more_is_better"  # in a finding's data, where it is so of its number
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a finding said, with its number and the phases that differ where it has them."""
+
+    status: str
+    measured: float | None
+    words: str
+    differing: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One report of the earlier run: its class, and status and number of each finding. The same question
-    asked several times has the best of its answers."""
+    """One report of the earlier run: its class, and of each finding what it said. A question that
+    was asked several times has all of its answers."""
 
     exactness: str | None
-    findings: Mapping[Key, tuple[str, float | None]] = field(default_factory=dict)
+    findings: Mapping[Key, list[Answer]] = field(default_factory=dict)
 
 
 def read_baseline(path: Path) -> dict[str, Recorded]:
@@ -45,13 +59,11 @@ def read_baseline(path: Path) -> dict[str, Recorded]:
 
 
 def _recorded(report: Mapping[str, Any]) -> Recorded:
-    found: dict[Key, tuple[str, float | None]] = {}
+    found: dict[Key, list[Answer]] = {}
     for f in report.get("findings") or []:
         if isinstance(f, dict):
-            measured = f.get("measured")
-            number = float(measured) if isinstance(measured, int | float) else None
-            key = (str(f.get("level")), str(f.get("check")), f.get("where"))
-            found.setdefault(key, (str(f.get("status")), number))
+            key = (str(f.get("level")), str(f.get("check")), str(f["where"]) if f.get("where") else None)
+            found.setdefault(key, []).append(_answer(f))
     exactness = report.get("exactness")
     return Recorded(exactness if exactness in CLASSES else None, found)
 
@@ -71,15 +83,35 @@ def hold_against(report: Report, recorded: Mapping[str, Recorded]) -> None:
     report.findings = [*made, *_worse(now, before)]
 
 
+def _answer(f: Mapping[str, Any]) -> Answer:
+    value, data = f.get("measured"), f.get("data")
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    measured = float(str(value)) if plain or value in ("inf", "nan") else None  # JSON has words for these
+    phases = data.get("differing") if isinstance(data, dict) else None
+    differing = frozenset(map(str, phases)) if isinstance(phases, list) else frozenset()
+    return Answer(str(f.get("status")), measured, str(f.get("message")), differing)
+
+
 def _as_before(f: Finding, before: Recorded) -> Finding:
-    then = before.findings.get((f.level, f.check, f.where))
-    if f.status not in ("fail", "undecided") or then is None or then[0] != f.status:
+    if f.status not in ("fail", "undecided"):
         return f
-    number = then[1]
-    if f.measured is not None and (number is None or f.measured > number * (1 + SLACK)):
+    plain = f.to_json()
+    now = _answer(plain)
+    then = before.findings.get((f.level, f.check, plain["where"]), ())
+    if not any(_no_worse(now, a, bool(f.data.get(MORE))) for a in then):
         return f
     data = {k: v for k, v in f.data.items() if k != "exactness"}
     return replace(f, status="note", message=f"as in the baseline ({f.status}): {f.message}", data=data)
+
+
+def _no_worse(now: Answer, then: Answer, more: bool) -> bool:
+    """Whether an answer is no worse than an earlier one; `more`: the larger number is the better one."""
+    if now.status != then.status or not now.differing <= then.differing:
+        return False
+    x, y = now.measured, then.measured
+    if x is None or y is None or math.isnan(x) or math.isnan(y):
+        return DIGEST.sub("", now.words) == DIGEST.sub("", then.words)
+    return x >= y * (1 - SLACK) if more else x <= y * (1 + SLACK)
 
 
 def _worse(now: str | None, before: Recorded) -> list[Finding]:

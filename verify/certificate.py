@@ -25,7 +25,6 @@ from typing import Any
 from ckpt_tool import __version__
 from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.manifest import CERTIFICATE
-from ckpt_tool.convert.plan import Plan
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.leaves import of_tensors, root
@@ -80,9 +79,11 @@ def certify(
     settings: Mapping[str, Any] | None = None,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
+    place: str | os.PathLike[str] | None = None,
 ) -> Certified:
     """Verify `out` against `source`, and state what was shown. Only a verification that passes has a
-    certificate. Raises as `verify` does."""
+    certificate. `place` is the file that is to hold it, which is no part of the output even if it lies there.
+    Raises as `verify` does."""
     request = request or Request()
     tell = progress or (lambda text: None)
     _folder(out)
@@ -101,7 +102,10 @@ def certify(
     if report.status != "pass":
         return Certified(report, None)
     with opened(out, source, settings) as subject:
-        return Certified(report, statement(subject, report, request, os.fspath(source), tell))
+        tell("certificate: SHA-256 of the output's files")
+        subjects = file_digests(subject.output.path, left_out(out, place))
+        made = statement(subject, report, request, os.fspath(source), subjects, tell)
+        return Certified(report, made)
 
 
 def as_bytes(made: Mapping[str, Any]) -> bytes:
@@ -109,18 +113,20 @@ def as_bytes(made: Mapping[str, Any]) -> bytes:
 
 
 def statement(
-    subject: Subject, report: Report, request: Request, address: str, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    """The certificate of a `report` on `subject`, both sides of which are read once more."""
+    subject: Subject, report: Report, request: Request, address: str, subjects: Mapping[str, str],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The certificate of a `report` on `subject`, both sides of which are read once more; `subjects` are the
+    digests of the output's files."""
     plan, source = subject.plan, subject.source
     if plan is None or source is None:
         raise ValueError("a report that passes against a source has a plan")
     tell("certificate: SHA-256 of the source")
     at_source = [leaf.to_json() for leaf in of_tensors(source, source)]
     sources = source_digests(subject)
-    tell("certificate: SHA-256 of the output")
+    tell("certificate: SHA-256 of the output's tensors")
     at_target = [leaf.to_json() for leaf in of_tensors(subject.output, subject.output)]
-    subjects = file_digests(subject.output.path)
+    planned = plan.to_json()
     return {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": sha}} for name, sha in sorted(subjects.items())],
@@ -135,8 +141,8 @@ def statement(
                 "tensors": at_source,
                 "root": root(at_source),
             },
-            "plan": {"sha256": plan.digest(), **plan.to_json()},
-            "casts": casts(plan),
+            "plan": {"sha256": plan.digest(), **planned},
+            "casts": casts(planned["steps"]),
             "target": {"tensors": at_target, "root": root(at_target)},
             "verification": verification(report, request),
         },
@@ -149,19 +155,41 @@ def _folder(out: str | os.PathLike[str]) -> None:
         fail("bad-input", f"expected the folder of a converted model, found {what}", file=os.fspath(out))
 
 
-def file_digests(folder: Path, leave_out: Iterable[str] = (CERTIFICATE,)) -> dict[str, str]:
-    """SHA-256 of every file below `folder` by its path there, but for certificates."""
+def left_out(folder: str | os.PathLike[str], place: str | os.PathLike[str] | None) -> list[str]:
+    """The names below `folder` that are certificates: the usual one, and `place` where it lies there."""
+    root = Path(os.path.abspath(folder))
+    own = None if place is None else Path(os.path.abspath(place))
+    inside = own is not None and own.is_relative_to(root)
+    return [CERTIFICATE, *([own.relative_to(root).as_posix()] if own is not None and inside else [])]
+
+
+def file_digests(folder: Path, leave_out: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every file below `folder` by its path there, but for those to leave out. Raises for a link
+    to a folder (wrong-format): what lies in it is no part of this one, and loaders follow it."""
     away, found = set(leave_out), {}
     for within, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in (".git", ".cache"))
+        link = next((f for f in folders if os.path.islink(os.path.join(within, f))), None)
+        if link is not None:
+            shown = (Path(within) / link).relative_to(folder).as_posix()
+            fail("wrong-format", "expected folders and files, found a link to a folder", file=shown)
         for name in sorted(names):
             path = Path(within) / name
             called = path.relative_to(folder).as_posix()
             if called not in away:
-                found[called] = sha256_of(path, called)
+                found[_in_unicode(called)] = sha256_of(path, called)
         if len(found) > ENTRIES:
             fail("limits", f"expected at most {ENTRIES:,} files, found more", file=folder)
     return found
+
+
+def _in_unicode(name: str) -> str:
+    """`name`, which JSON must be able to hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        fail("wrong-format", "expected a name in UTF-8, found other bytes", file=ascii(name)[1:-1])
+    return name
 
 
 def sha256_of(path: Path, shown: str) -> str:
@@ -201,16 +229,18 @@ def repository(address: str, subject: Subject) -> dict[str, str] | None:
     return {"hub": name[1], **({"commit": commit} if commit else {})}
 
 
-def casts(plan: Plan) -> list[dict[str, Any]]:
-    """How values of another dtype were made: pairs of dtypes, each with its rounding and how many tensors."""
-    pairs: Counter[tuple[str, str, str]] = Counter()
-    for step in plan.steps:
-        if step.compare:
+def casts(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How values of another dtype were made by the `steps` of a plan's JSON: pairs of dtypes, each with its
+    rounding and how many tensors."""
+    pairs: Counter[tuple[str, str, int]] = Counter()
+    for step in steps:
+        if step.get("compare"):
             continue
-        for target in step.targets:
-            for dtype in {p.dtype for p in step.sources}:
-                if dtype != target.dtype or step.mean:
-                    pairs[dtype, target.dtype, step.mean] += 1
+        mean = step.get("mean", 0)
+        for target in step["targets"]:
+            for dtype in {p["dtype"] for p in step["sources"]}:
+                if dtype != target["dtype"] or mean:
+                    pairs[dtype, target["dtype"], mean] += 1
     return [
         {
             "from": a,
@@ -259,7 +289,7 @@ def catch_rate(findings: Iterable[Finding]) -> dict[str, Any] | None:
     95 % confidence (Clopper and Pearson, Biometrika 26, 1934)."""
     for f in findings:
         if f.check == "negative control" and f.tables:
-            shown = [row[-1] for row in f.tables[0].rows]
+            shown = [row[-1] for row in f.tables[0].rows if row]
             caught = sum(1 for word in shown if word == "yes")
             low, high = interval(caught, len(shown))
             return {

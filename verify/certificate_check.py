@@ -19,14 +19,16 @@ from typing import Any
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.convert.plan import Plan
 from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import certificate as made
 from ckpt_tool.verify import leaves as trees
-from ckpt_tool.verify.claims import Claim, Judgement, judge
+from ckpt_tool.verify.certificate_form import must_fit
+from ckpt_tool.verify.claims import Claim, Judgement, exactness, judge
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.leaves import Leaf
-from ckpt_tool.verify.report import Finding, Report, Status
+from ckpt_tool.verify.report import Finding, Report, Status, Table, shown
 from ckpt_tool.verify.signing import payload_of, signed_by
 from ckpt_tool.verify.subject import opened
 
@@ -83,9 +85,9 @@ def check(
     if source is not None and report.status == "pass":
         report.facts["source"] = os.fspath(source)
         if spot is not None:
-            report.findings += _spot(out, source, predicate, spot, seed, settings, report, tell)
+            report.findings += _spot(out, source, statement, spot, seed, settings, report, tell)
         if full:
-            report.findings += _full(out, source, statement, settings, device, report, tell)
+            report.findings += _full(out, source, statement, path, settings, device, report, tell)
     return report
 
 
@@ -136,39 +138,14 @@ def _unsigned(key: object) -> str:
 
 
 def _predicate(statement: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The predicate, its parts of the types that are used here."""
+    """The predicate, everything in it of the types that are used here."""
     if statement.get("_type") != made.STATEMENT_TYPE or statement.get("predicateType") != made.PREDICATE_TYPE:
         found = f"{statement.get('_type')!r} with {statement.get('predicateType')!r}"[:200]
         expected = f"an in-toto Statement with {made.PREDICATE_TYPE}"
         fail("bad-config", f"expected {expected}, found {found}", file=name, where="predicateType")
-    predicate = statement.get("predicate")
-    checks: list[tuple[str, object, type[list[Any]] | type[dict[str, Any]]]] = [
-        ("subject", statement.get("subject"), list),
-        ("predicate", predicate, dict),
-    ]
-    if isinstance(predicate, dict):
-        checks += [(k, predicate.get(k), dict) for k in ("source", "plan", "target", "verification")]
-        for side in ("source", "target"):
-            part = predicate.get(side)
-            if isinstance(part, dict):
-                checks += [(f"{side}.tensors", part.get("tensors"), list)]
-    for where, value, kind in checks:
-        if not isinstance(value, kind):
-            words = "a list" if kind is list else "an object"
-            fail("bad-config", f"expected {words}, found {type(value).__name__}", file=name, where=where)
-    assert isinstance(predicate, dict)
-    for where, entries, keys in (
-        ("subject", statement["subject"], {"name": str, "digest": dict}),
-        ("source.tensors", predicate["source"]["tensors"], LEAF),
-        ("target.tensors", predicate["target"]["tensors"], LEAF),
-    ):
-        for entry in entries:
-            if not isinstance(entry, dict) or any(not isinstance(entry.get(k), t) for k, t in keys.items()):
-                fail("bad-config", f"expected entries with {', '.join(keys)}", file=name, where=where)
+    must_fit(statement, name)
+    predicate: dict[str, Any] = statement["predicate"]
     return predicate
-
-
-LEAF: dict[str, type] = {"file": str, "name": str, "dtype": str, "shape": list, "sha256": str}
 
 
 # --- without the source ---------------------------------------------------------------------------------
@@ -177,25 +154,36 @@ LEAF: dict[str, type] = {"file": str, "name": str, "dtype": str, "shape": list, 
 def _itself(predicate: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the certificate's own parts belong together."""
     plan = {k: v for k, v in predicate["plan"].items() if k != "sha256"}
+    for key in ("family", "direction"):
+        yield _equal(key, plan[key], predicate[key], f"the {key} is that of the plan")
+    words = "the casts are those of the plan's rows"
+    yield _equal("casts", made.casts(plan["steps"]), predicate["casts"], words)
     digest = hashlib.sha256(trees.canonical(plan)).hexdigest()
     yield _equal("plan", digest, predicate["plan"].get("sha256"), "the plan's digest is that of its rows")
     for side in ("source", "target"):
         part = predicate[side]
         words = f"the root stands for the {len(part['tensors'])} tensors of the {side}"
         yield _equal(f"{side} root", trees.root(part["tensors"]), part.get("root"), words)
-    planned = {
-        (t.get("name"), t.get("dtype"), tuple(t.get("shape", ())))
-        for o in plan.get("outputs", [])
-        for t in o.get("tensors", [])
-    } | {(n, d, tuple(s)) for o in plan.get("outputs", []) for n, d, s, _ in o.get("constants", [])}
-    held = {(t["name"], t["dtype"], tuple(t["shape"])) for t in predicate["target"]["tensors"]}
+    planned = {repr((t["name"], t["dtype"], t["shape"])) for o in plan["outputs"] for t in o["tensors"]} | {
+        repr((n, d, s)) for o in plan["outputs"] for n, d, s, _ in o.get("constants", ())
+    }
+    held = {repr((t["name"], t["dtype"], t["shape"])) for t in predicate["target"]["tensors"]}
     words = f"{len(held)} tensors of the target are those of the plan"
-    yield _equal("tensors", sorted(map(repr, held)), sorted(map(repr, planned)), words)
-    said = predicate["verification"]
-    findings = [_as_finding(f) for f in said.get("findings", []) if isinstance(f, dict)]
-    verdict = judge(findings, Claim()).verdict
+    yield _equal("tensors", sorted(held), sorted(planned), words)
+    yield from _verdict(predicate["verification"])
+
+
+def _verdict(said: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether what a verification claims follows from its findings."""
+    findings = [_as_finding(f) for f in said["findings"]]
+    judgement = judge(findings, Claim())
+    verdict = judgement.verdict
     words = f"the verdict follows from its {len(findings)} findings"
-    yield _equal("verdict", verdict, said.get("verdict"), words)
+    yield _equal("verdict", verdict, said["verdict"], words)
+    words = "the headline is that of its findings"
+    yield _equal("headline", shown(judgement.headline), shown(said["headline"]), words)
+    words = "the class of exactness is that of its findings"
+    yield _equal("exactness", exactness(findings), said.get("exactness"), words)
     if verdict != "pass":
         yield _finding("certificate", "verdict", "fail", "expected findings that prove it, found others")
     rate = made.catch_rate(findings)
@@ -204,23 +192,9 @@ def _itself(predicate: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _as_finding(f: Mapping[str, Any]) -> Finding:
-    from ckpt_tool.verify.report import Table
-
-    tables = tuple(
-        Table(tuple(t.get("columns", ())), tuple(map(tuple, t.get("rows", ()))))
-        for t in f.get("tables", ())
-        if isinstance(t, dict)
-    )
-    data = f.get("data") if isinstance(f.get("data"), dict) else {}
-    return Finding(
-        str(f.get("level")),
-        str(f.get("check")),
-        f.get("status", "fail"),
-        str(f.get("message")),
-        f.get("where"),
-        data=data or {},
-        tables=tables,
-    )
+    tables = tuple(Table(tuple(t["columns"]), tuple(map(tuple, t["rows"]))) for t in f["tables"])
+    where = None if f.get("where") is None else str(f["where"])
+    return Finding(f["level"], f["check"], f["status"], f["message"], where, data=f["data"], tables=tables)
 
 
 def _equal(name: str, found: Any, said: Any, words: str) -> Finding:
@@ -245,8 +219,7 @@ def _output(
         fail("not-found", "expected the folder that the certificate is of, found none", file=out)
     tell("files of the output")
     said = {s["name"]: s["digest"].get("sha256") for s in statement["subject"]}
-    own = [path.relative_to(out).as_posix()] if path.is_relative_to(out) else []
-    found = made.file_digests(out, [CERTIFICATE, *own])
+    found = made.file_digests(out, made.left_out(out, path))
     wrong = []
     for name in sorted(said.keys() | found.keys()):
         if name not in found:
@@ -295,9 +268,11 @@ def _verdict_facts(report: Checked, predicate: Mapping[str, Any]) -> None:
 
 
 def _spot(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], predicate: Mapping[str, Any], spot: int,
+    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any], spot: int,
     seed: int | None, settings: Mapping[str, Any] | None, report: Checked, tell: Callable[[str], None],
 ) -> Iterator[Finding]:  # fmt: skip
+    predicate = statement["predicate"]
+    said = {s["name"]: s["digest"]["sha256"] for s in statement["subject"]}
     with opened(out, source, settings) as subject:
         if subject.plan is None or subject.source is None:
             text = subject.problems[0].message if subject.problems else "no plan"
@@ -308,6 +283,7 @@ def _spot(
             yield _finding("source", "plan", "fail", f"{words} another plan {subject.plan.digest()[:16]}…")
             return
         yield _finding("source", "plan", "pass", "the source's headers give the plan of the certificate")
+        yield from _documents(subject.plan, said)
         leaves = _written(subject.plan.outputs, predicate["target"]["tensors"])
         chosen = _choice(leaves, spot, seed)
         wrong = []
@@ -323,6 +299,14 @@ def _spot(
             words = _share(most, len(leaves), len(chosen))
             report.depth.append(words)
             yield _finding("source", "spot", "pass", words)
+
+
+def _documents(plan: Plan, said: Mapping[str, str]) -> Iterator[Finding]:
+    """The files beside the weights are not made again: which of them are those that the plan writes."""
+    other = [d.name for d in plan.documents if d.name in said and said[d.name] != d.sha256]
+    if other:
+        words = "not the file that the plan writes of this source: only --full compares what it means"
+        yield _finding("source", "documents", "note", words, ", ".join(sorted(other)))
 
 
 def _share(most: int, leaves: int, checked: int) -> str:
@@ -349,16 +333,20 @@ def _choice(leaves: list[Leaf], count: int, seed: int | None) -> list[Leaf]:
 
 
 def _full(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any],
+    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any], path: Path,
     settings: Mapping[str, Any] | None, device: str, report: Checked, tell: Callable[[str], None],
 ) -> Iterator[Finding]:  # fmt: skip
-    again = made.certify(out, source, _request(statement), settings=settings, device=device, progress=tell)
+    again = made.certify(
+        out, source, _request(statement), settings=settings, device=device, progress=tell, place=path
+    )
     if again.statement is None:
         yield _finding("again", "verification", "fail", f"it does not pass now: {again.report.headline}")
         return
     found = json.loads(made.as_bytes(again.statement))
-    if found == statement:
+    if _but_for_the_tool(found) == _but_for_the_tool(statement):
         words = "the verification was done again, and the certificate came out byte for byte"
+        if found["predicate"]["tool"] != statement["predicate"]["tool"]:
+            words += f", but for the tool: {_versions(statement)} then, {_versions(found)} now"
         report.depth.append(words)
         yield _finding("again", "verification", "pass", words)
         return
@@ -370,9 +358,20 @@ def _full(
     yield _finding("again", "verification", "fail", "expected the certificate again, found another", where)
 
 
+def _but_for_the_tool(statement: Mapping[str, Any]) -> bytes:
+    return trees.canonical({**statement, "predicate": {**statement["predicate"], "tool": None}})
+
+
+def _versions(statement: Mapping[str, Any]) -> str:
+    tool = statement["predicate"]["tool"]
+    return f"{tool['name']} {tool['version']}"[:100]
+
+
 def _other_numbers(said: Mapping[str, Any], found: Mapping[str, Any], report: Checked) -> Finding:
     """Everything came out as it was but what was measured."""
-    before, after = (s["predicate"]["verification"].get("environment") for s in (said, found))
+    before, after = (
+        {"tool": _versions(s), **s["predicate"]["verification"]["environment"]} for s in (said, found)
+    )
     if before == after:
         words = "the same libraries on the same kind of processor measured other numbers than it says"
         return _finding("again", "verification", "fail", words)
@@ -385,16 +384,14 @@ def _other_numbers(said: Mapping[str, Any], found: Mapping[str, Any], report: Ch
 
 
 def _request(statement: Mapping[str, Any]) -> made.Request:
-    asked = statement["predicate"]["verification"].get("asked")
-    if not isinstance(asked, dict):
-        fail("bad-config", "expected an object", file=CERTIFICATE, where="verification.asked")
+    asked = statement["predicate"]["verification"]["asked"]
     levels = asked.get("levels")
     return made.Request(
-        levels=None if levels is None else tuple(map(str, levels)),
+        levels=None if levels is None else tuple(levels),
         against=asked.get("against"),
-        compute_dtype=str(asked.get("compute_dtype")),
+        compute_dtype=asked["compute_dtype"],
         checkpoint_id=asked.get("checkpoint_id"),
-        accept=tuple(map(str, asked.get("accept") or ())),
+        accept=tuple(asked["accept"]),
     )
 
 

@@ -16,8 +16,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
-from ckpt_tool.convert.facts import class_of, classes, differences, read, shown
+from ckpt_tool.convert.facts import class_of, differences, read, shown
 from ckpt_tool.convert.plan import natural
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
@@ -25,6 +26,7 @@ from ckpt_tool.verify.as_hf import Shown, shown_as_hf
 from ckpt_tool.verify.claims import Judgement
 from ckpt_tool.verify.comparing_tensors import Pair, compared
 from ckpt_tool.verify.coverage import capped
+from ckpt_tool.verify.left_over import explained, several
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
 
 JSON = "tokenizer.json"
@@ -37,7 +39,6 @@ MODELS = (
     "merges.txt",
     "vocab.txt",
 )
-HEAD = "lm_head.weight"
 WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -118,13 +119,14 @@ def finding(
 def _tensors(one: Shown, other: Shown, report: Compared, tell: Callable[[str], None]) -> Iterator[Finding]:
     here = {t.name: t for t in one.checkpoint}
     there = {t.name: t for t in other.checkpoint}
-    pairs, alone = [], []
+    pairs: list[Pair] = []
+    alone: tuple[list[TensorInfo], list[TensorInfo]] = ([], [])
     for name in sorted(here.keys() | there.keys(), key=natural):
         tell(f"tensors: {name}")
         if name in here and name in there:
             pairs.append(compared(one.checkpoint, other.checkpoint, here[name], there[name]))
         else:
-            alone.append(_alone(one, other, name))
+            alone[name in there].append((here if name in here else there)[name])
     differing = [p for p in pairs if not p.equal]
     cast = [p for p in pairs if p.equal and p.cast is not None]
     report.same = "identical after cast" if cast else "bit-identical"
@@ -141,24 +143,23 @@ def _tensors(one: Shown, other: Shown, report: Compared, tell: Callable[[str], N
     else:
         text = f"all {len(pairs)} tensors are equal, bit for bit"
         yield finding("tensors", "all tensors", "pass", text, data={"exactness": report.same})
-    yield from capped(alone)
+    yield from capped([*_alone(one, "A", alone[0]), *_alone(other, "B", alone[1])])
     yield from capped([_differing(p) for p in sorted(differing, key=lambda p: -p.relative)])
 
 
-def _alone(one: Shown, other: Shown, name: str) -> Finding:
-    """A tensor that only one side has: harmless where it is the head that the other ties to its embedding."""
-    side, rest, label = (one, other, "A") if one.checkpoint.find(name) else (other, one, "B")
-    kind = class_of(rest.config)
-    tied = kind is not None and read(rest.config, kind).numbers["tie_word_embeddings"].value is True
-    if name == HEAD and tied and kind is not None:
-        words = classes()[kind].prefix + classes()[kind].words
-        (own,), table = side.checkpoint.find(name), rest.checkpoint.find(words)
-        if table and compared(side.checkpoint, rest.checkpoint, own, table[0]).equal:
-            text = f"only {label} stores the head, which is the other's {words}, to which it is tied"
-            return finding("tensors", "only one side", "note", text, name)
-    return finding(
-        "tensors", "only one side", "fail", f"expected it on both sides, found it in {label} alone", name
-    )
+def _alone(side: Shown, label: str, tensors: list[TensorInfo]) -> Iterator[Finding]:
+    """Tensors that only one side has: harmless where loading makes them anew, as a head that is tied to the
+    embedding or a table of frequencies, and they hold what is made."""
+    wrong, equal = explained(side.checkpoint, side.config, tensors)
+    harmless = {n for names in equal.values() for n in names}
+    for t in tensors:
+        if t.name not in harmless:
+            text = f"expected it on both sides, found it in {label} alone"
+            text += f"; {wrong[t.name]}" if t.name in wrong else ""
+            yield finding("tensors", "only one side", "fail", text, t.name)
+    for words, names in equal.items():
+        text = f"only {label} stores {len(names)} that loading computes anew: {words}"
+        yield finding("tensors", "only one side", "note", text, several(names))
 
 
 def _summary(pairs: list[Pair], differing: list[Pair]) -> Finding:
@@ -175,7 +176,7 @@ def _summary(pairs: list[Pair], differing: list[Pair]) -> Finding:
         moved = math.sqrt(sum(p.moved for p in members if p.comparable))
         size = math.sqrt(sum(p.size for p in members if p.comparable))
         worst = max((p.max_delta for p in members), default=0.0)
-        share = moved / size if size else math.inf if moved else 0.0
+        share = math.inf if not math.isfinite(moved) else moved / size if size else math.inf if moved else 0.0
         rows.append((group, f"{len(wrong)} of {len(members)}", share, worst))
     columns = ("part", "differ", "relative change", "max |delta|")
     text = f"{len(differing)} of {len(pairs)} tensors differ"

@@ -48,8 +48,12 @@ def numbers(
         yield Finding(LEVEL, "lockstep", "skipped", "no prompt suits both", data={"open": True})
         return
     bar = _cap(one, other) if only_cast else None
-    with threads_for(one.checkpoint):
-        yield from _run(a, b, prompts, bar, dtype, tell)
+    try:
+        with threads_for(one.checkpoint):
+            yield from _run(a, b, prompts, bar, dtype, tell)
+    except (*BROKEN, TypeError) as error:  # B's own are told phase by phase
+        text = f"A cannot be computed: {type(error).__name__}: {error}"
+        yield Finding(LEVEL, "lockstep", "skipped", text[:300], data={"open": True})
 
 
 def _side(shown: Shown, dtype: torch.dtype, device: str) -> Side:

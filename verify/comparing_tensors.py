@@ -33,7 +33,6 @@ class Pair:
     max_delta: float = 0.0
     moved: float = 0.0  # sum of squares of the difference
     size: float = 0.0  # sum of squares of A
-    finite: bool = True
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     order: str | None = None  # in words, where B has A's rows in another order
 
@@ -50,6 +49,8 @@ class Pair:
     @property
     def relative(self) -> float:
         """The size of the difference against that of A's tensor, as Frobenius norms."""
+        if not math.isfinite(self.moved):  # of values that are not finite, or whose squares are not
+            return math.inf
         return math.sqrt(self.moved / self.size) if self.size else math.inf if self.moved else 0.0
 
     def where(self) -> str:
@@ -123,29 +124,61 @@ def _as(bits: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
-    return _as(bits, dtype, "F64").view("<f8") if dtype in CASTABLE else bits.astype("<f8")
+    """The values as float64; integers as they are."""
+    if dtype in CASTABLE:
+        return _as(bits, dtype, "F64").view("<f8")
+    if dtype in EIGHTS:
+        return np.asarray(EIGHTS[dtype][bits])
+    return bits.view("u1" if dtype == "BOOL" else DTYPES[dtype].value or DTYPES[dtype].bits)
+
+
+def _eights(exponents: int, bias: int) -> np.ndarray:
+    """What each of the 256 numbers of 8 bits is; those beyond the largest one are set by the caller."""
+    bits = np.arange(256)
+    mantissas = 7 - exponents
+    e, m = (bits & 127) >> mantissas, (bits & ((1 << mantissas) - 1)) / (1 << mantissas)
+    made = np.where(e == 0, m * 2.0 ** (1 - bias), (1 + m) * 2.0 ** (e - float(bias)))
+    return np.where(bits & 128, -made, made)
+
+
+def _eights_of_both() -> dict[str, np.ndarray]:
+    """Micikevicius et al., arXiv 2209.05433, table 1: E4M3 has no infinities and one NaN of each sign."""
+    e4m3, e5m2 = _eights(4, 7), _eights(5, 15)
+    e4m3[[0x7F, 0xFF]] = np.nan
+    e5m2[[0x7C, 0xFC]] = np.inf, -np.inf
+    e5m2[[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] = np.nan
+    return {"F8_E4M3": e4m3, "F8_E5M2": e5m2}
+
+
+EIGHTS = _eights_of_both()
+
+
+def _apart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """|u - v| as float64, infinite where it is no number; of integers without what float64 cannot hold."""
+    if u.dtype.kind in "iu":
+        return np.asarray(np.maximum(u, v).astype("<u8") - np.minimum(u, v).astype("<u8"), "<f8")
+    with np.errstate(all="ignore"):
+        delta = np.abs(u - v)
+    return np.where(np.isfinite(delta), delta, np.inf)
 
 
 def _add(pair: Pair, start: int, x: np.ndarray, y: np.ndarray, row: int) -> None:
     dtype = pair.cast or pair.a.dtype
     places = np.flatnonzero(x != y)
-    if dtype in CASTABLE or places.size:
-        one = _numbers(x, dtype)
-        with np.errstate(all="ignore"):
-            pair.size += float(np.square(one[np.isfinite(one)]).sum())
+    one = _numbers(x, dtype)
+    with np.errstate(all="ignore"):
+        pair.size += float(np.square(one[np.isfinite(one)], dtype="<f8").sum())
     if not places.size:
         return
     u, v = one[places], _numbers(y[places], dtype)
+    delta = _apart(u, v)
     with np.errstate(all="ignore"):
-        delta = np.abs(u - v)
-    pair.finite &= bool(np.isfinite(delta).all())
-    delta = np.where(np.isfinite(delta), delta, np.inf)
+        pair.moved += float(np.square(delta).sum())
     pair.max_delta = max(pair.max_delta, float(delta.max()))
-    pair.moved += float(np.square(delta).sum())
     pair.rows[np.unique((start + places) // row)] = True
     pair.count += places.size
     if pair.first is None:
-        pair.first, pair.values = start + int(places[0]), (float(u[0]), float(v[0]))
+        pair.first, pair.values = start + int(places[0]), (u[0].item(), v[0].item())
 
 
 def _order(a: Checkpoint, b: Checkpoint, one: TensorInfo, other: TensorInfo) -> str | None:

@@ -103,10 +103,11 @@ def _run(entry: Expectation, runner: Runner | None, subject: Subject) -> Finding
     return RUN[kind](entry, runner)
 
 
-def _verdict(entry: Expectation, holds: bool, message: str, **more: Any) -> Finding:
-    """Only a gate may fail; anything else is shown beside what was measured."""
+def _verdict(entry: Expectation, holds: bool, message: str, *, counted: bool = False, **more: Any) -> Finding:
+    """Only a gate may fail; anything else is shown beside what was measured. `counted`: the number is of what
+    is right."""
     source = ", ".join(entry.source[k] for k in ("repository", "document", "path") if k in entry.source)
-    data = {"source": source, "status": entry.status}
+    data = {"source": source, "status": entry.status, **({"more_is_better": True} if counted else {})}
     if entry.gates:
         return finding(entry.id, "pass" if holds else "fail", message, data=data, **more)
     words = "agrees" if holds else "differs"
@@ -355,7 +356,7 @@ def _generation(entry: Expectation, runner: Runner) -> Finding:
         if same < len(expected):
             both = f"{expected[same]} documented, {new[same]} here"
             text = f"greedy ids differ after {same} of {len(expected)}: {both}"
-            return _verdict(entry, False, text, measured=float(same), bar=float(len(expected)))
+            return _verdict(entry, False, text, counted=True, measured=float(same), bar=float(len(expected)))
     text = f"{asked} greedy ids of {len(rows)} prompts are the documented ones, computed in {runner.dtype}"
     return _verdict(entry, True, text, measured=float(asked), bar=float(asked))
 

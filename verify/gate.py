@@ -31,7 +31,7 @@ from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, claims, verify
-from ckpt_tool.verify.baseline import hold_against, read_baseline
+from ckpt_tool.verify.baseline import MORE, hold_against, read_baseline
 from ckpt_tool.verify.report import Finding, Report, Reports, Status
 
 LEVEL = "gate"
@@ -202,7 +202,9 @@ def _barred(check: Check, report: Report) -> list[Finding]:
         worst = max(values) if name in LARGEST else min(values)
         holds = worst <= bar if name in LARGEST else worst >= bar
         text = f"{'largest' if name in LARGEST else 'smallest'} of {len(values)} measurements"
-        made.append(Finding(LEVEL, name, "pass" if holds else "fail", text, measured=worst, bar=float(bar)))
+        data = {MORE: True} if name in SMALLEST else {}
+        status = "pass" if holds else "fail"
+        made.append(Finding(LEVEL, name, status, text, measured=worst, bar=float(bar), data=data))
     return made
 
 

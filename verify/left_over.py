@@ -46,32 +46,43 @@ class Table:
 def left_over(subject: Subject, unplanned: list[TensorInfo]) -> tuple[list[Finding], set[str]]:
     """The findings about those of the output's tensors that the plan has not, as far as they are of a known
     kind, and the names of these."""
-    model_type = class_of(subject.config)
-    if model_type is None or not unplanned:
-        return [], set()
-    reading = read(subject.config, model_type)
-    made: list[Finding] = []
-    equal: dict[str, list[str]] = {}
-    named = set()
-    for t in unplanned:
-        table = next((k for k in TABLES if re.fullmatch(rf"(.*\.)?{k.pattern}", t.name)), None)
-        partner = None if table is not None else _partner(subject, reading, t.name)
-        if table is not None:
-            wrong, words = _table(subject.output, reading, t, table), table.words
-        elif partner is not None:
-            wrong, words = _tied(subject.output, t, partner), f"equal to {partner.name}, to which it is tied"
-        else:
-            continue
-        named.add(t.name)
-        if wrong is None:
-            equal.setdefault(words, []).append(t.name)
-        else:
-            made.append(Finding(LEVEL, CHECK, "fail", wrong, t.name))
+    wrong, equal = explained(subject.output, subject.config, unplanned)
+    made = [Finding(LEVEL, CHECK, "fail", words, name) for name, words in wrong.items()]
     for words, names in equal.items():
         text = f"{len(names)} that no plan has and that loading computes anew: {words}"
-        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        made.append(Finding(LEVEL, CHECK, "note", text, where, data={"tensors": names[:100]}))
-    return made, named
+        made.append(Finding(LEVEL, CHECK, "note", text, several(names), data={"tensors": names[:100]}))
+    return made, {*wrong, *(n for names in equal.values() for n in names)}
+
+
+def explained(
+    checkpoint: Checkpoint, config: Mapping[str, Any], tensors: list[TensorInfo]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Those of a Hugging Face folder's `tensors` that are of a known kind: what is wrong with each that does
+    not hold what it should, by its name; the names of the others, by what they hold in words."""
+    model_type = class_of(config)
+    if model_type is None or not tensors:
+        return {}, {}
+    reading = read(config, model_type)
+    wrong: dict[str, str] = {}
+    equal: dict[str, list[str]] = {}
+    for t in tensors:
+        table = next((k for k in TABLES if re.fullmatch(rf"(.*\.)?{k.pattern}", t.name)), None)
+        partner = None if table is not None else _partner(checkpoint, reading, t.name)
+        if table is not None:
+            problem, words = _table(checkpoint, reading, t, table), table.words
+        elif partner is not None:
+            problem, words = _tied(checkpoint, t, partner), f"equal to {partner.name}, to which it is tied"
+        else:
+            continue
+        if problem is None:
+            equal.setdefault(words, []).append(t.name)
+        else:
+            wrong[t.name] = problem
+    return wrong, equal
+
+
+def several(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def is_table(name: str) -> bool:
@@ -79,7 +90,7 @@ def is_table(name: str) -> bool:
     return any(re.fullmatch(rf"(.*\.)?{k.pattern}", name) for k in TABLES)
 
 
-def _partner(subject: Subject, reading: Reading, name: str) -> TensorInfo | None:
+def _partner(checkpoint: Checkpoint, reading: Reading, name: str) -> TensorInfo | None:
     """The tensor that `name` shares its values with; None where the config does not tie them."""
     tied = reading.numbers.get("tie_word_embeddings")
     if tied is None or tied.value is not True:
@@ -87,7 +98,7 @@ def _partner(subject: Subject, reading: Reading, name: str) -> TensorInfo | None
     kind = classes()[reading.model_type]
     other = kind.tied.get(name)
     partners = () if other is None else (other,) if other else (kind.prefix + kind.words, kind.words)
-    return next((subject.targets["", p] for p in partners if ("", p) in subject.targets), None)
+    return next((found[0] for p in partners if (found := checkpoint.find(p))), None)
 
 
 def _tied(output: Checkpoint, own: TensorInfo, other: TensorInfo) -> str | None:
@@ -158,11 +169,16 @@ def _numbers(output: Checkpoint, t: TensorInfo) -> np.ndarray:
 
 
 def _frequencies(reading: Reading, shape: tuple[int, ...]) -> np.ndarray | None:
-    """1 / theta^(2i / H): releases that wrote them scaled positions, not frequencies."""
+    """1 / theta^(2i / R) for the R numbers of a head that are turned: releases that wrote them scaled
+    positions, not frequencies."""
     theta, width = _number(reading, "rope_theta"), _number(reading, "head_dim")
-    if not theta or not width or shape != (int(width) // 2,):
+    if width is None:
+        width = (_number(reading, "hidden_size") or 0) // (_number(reading, "num_attention_heads") or 1)
+    share = _number(reading, "partial_rotary_factor")
+    turned = int(width * (1 if share is None else share))
+    if not theta or not turned or shape != (-(-turned // 2),):
         return None
-    return np.asarray(theta ** -(np.arange(0, int(width), 2, dtype="<f8") / width))
+    return np.asarray(theta ** -(np.arange(0, turned, 2, dtype="<f8") / turned))
 
 
 def _angles(of: Callable[[np.ndarray], np.ndarray]) -> Callable[[Reading, tuple[int, ...]], Any]:
@@ -214,7 +230,7 @@ TABLES = (
     Table(r"rotary_emb\.cos_cached", "cosines of the rotary embedding", _angles(np.cos), turning=True),
     Table(r"rotary_emb\.sin_cached", "sines of the rotary embedding", _angles(np.sin), turning=True),
     Table(r"attn\.embed_positions", "sines and cosines of the rotary embedding", _sinusoids, turning=True),
-    Table(r"attn\.(bias|causal_mask)", "the causal mask", _causal),
-    Table(r"attn\.masked_bias", "what masked scores are set to", _hidden),
+    Table(r"(attn|attention)\.(bias|causal_mask)", "the causal mask", _causal),
+    Table(r"(attn|attention)\.masked_bias", "what masked scores are set to", _hidden),
     Table(r"embeddings\.position_ids", "positions from 0 on", _counted),
 )

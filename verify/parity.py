@@ -496,7 +496,11 @@ def _controls(result: Parity, dtype: torch.dtype) -> list[Finding]:
         text += f"; {_precision(blind, str(dtype).removeprefix('torch.'))}"
     rate = caught / len(planted)
     status: Status = "fail" if missed else "undecided" if blind else "pass"
-    data = {"rate": rate, "blind": [[phase_text(p.phase), p.name, p.seen_in] for p in blind]}
+    data = {
+        "rate": rate,
+        "more_is_better": True,
+        "blind": [[phase_text(p.phase), p.name, p.seen_in] for p in blind],
+    }
     return [finding("negative control", status, text, measured=rate, bar=1.0, data=data, tables=(table,))]
 
 

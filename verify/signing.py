@@ -64,8 +64,10 @@ def _encoded(payload: bytes) -> bytes:
 
 
 def _base64(text: Any, file: str, where: str) -> bytes:
+    """DSSE has both alphabets, the usual and that for URLs."""
+    plain = text if isinstance(text, str) and text.isascii() else "?"
     try:
-        return base64.b64decode(text if isinstance(text, str) else "?", validate=True)
+        return base64.b64decode(plain.translate(str.maketrans("-_", "+/")), validate=True)
     except binascii.Error:
         fail("bad-config", "expected base64", file=file, where=where)
 
