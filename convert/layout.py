@@ -65,7 +65,7 @@ def dims_text(dims: Dims) -> str:
     return " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in dims)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A tensor's place in a step: its axis order grouped into dimensions, and the ranges of those axes
     of which it holds only a share (a rank's heads, one expert). A step uses all of it, or what lies in the
@@ -186,7 +186,7 @@ class Block:
             assign(targets[j][target_slices], sources[i][source_slices].transpose(permutation))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """Source tensors become target tensors. With `compare` set (a reason: "tied", "replicated") nothing is
     written: the target, produced by another step, must already hold these elements. With `mean` the targets
@@ -221,7 +221,7 @@ class Step:
         compare = COPIED if self.copied and not self.compare else ""
         return replace(self, sources=self.targets, targets=self.sources, compare=compare)
 
-    @cached_property
+    @property
     def reached(self) -> tuple[Part, ...]:
         """The targets in the whole space: with the axis that a mean runs over in front."""
         if not self.mean:
@@ -588,27 +588,37 @@ def expand(
     answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer by layer,
     so that a layer's tensors stand together as they do in the files."""
     out = Expansion()
-    shared = [(row, template_indices((*row.source, *row.target))) for row in table]
-    for layered, rows in groupby(shared, key=lambda pair: "i" in pair[1]):
+    shared = [(row, template_indices((*row.source, *row.target)), _axes(row, axes)) for row in table]
+    for layered, rows in groupby(shared, key=lambda row: "i" in row[1]):
         together = list(rows)
         for outer in [{"i": n} for n in range(indices["i"])] if layered else [{}]:
-            for row, names in together:
+            for row, names, used in together:
                 values = [outer]
                 for k in names:
                     if k not in ("i", row.cut):
                         values = [{**v, k: n} for v in values for n in range(indices[k])]
                 for v in values:
-                    _expand_row(row, v, axes, original, converted, out)
+                    _expand_row(row, v, axes, used, original, converted, out)
     return out
+
+
+def _axes(row: Rule, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Those of its space with their sizes, once for all layers."""
+    return tuple((a, axes[a]) for g in row.left for a in g)
+
+
+@lru_cache(maxsize=4096)  # the experts of every layer
+def _range(axis: str, start: int, stop: int) -> Ranges:
+    return ((axis, start, stop),)
 
 
 def _names(
     row: Rule, side: tuple[str, ...], v: dict[str, int], axes: Mapping[str, int]
-) -> list[tuple[str, tuple[tuple[str, int, int], ...]]]:
+) -> list[tuple[str, Ranges]]:
     """Tensor names of one side with the range of the cut axis that each holds."""
     if row.cut is not None and any(f"{{{row.cut}}}" in n for n in side):
         return [
-            (n.format(**v, **{row.cut: e}), ((row.cut, e, e + 1),))
+            (n.format(**v, **{row.cut: e}), _range(row.cut, e, e + 1))
             for n in side
             for e in range(axes[row.cut])
         ]
@@ -616,7 +626,8 @@ def _names(
         sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
         edges = np.cumsum([0, *sizes]).tolist()
         return [
-            (n.format(**v), ((row.cut, a, b),)) for n, a, b in zip(side, edges[:-1], edges[1:], strict=True)
+            (n.format(**v), _range(row.cut, a, b))
+            for n, a, b in zip(side, edges[:-1], edges[1:], strict=True)
         ]
     return [(n.format(**v), ()) for n in side]
 
@@ -625,11 +636,11 @@ def _expand_row(
     row: Rule,
     v: dict[str, int],
     axes: Mapping[str, int],
+    used: tuple[tuple[str, int], ...],
     original: Callable[[str], Sequence[Home]],
     converted: Callable[[str], Home | None],
     out: Expansion,
 ) -> None:
-    used = tuple((a, axes[a]) for g in row.left for a in g)
     targets = []
     for name, ranges in _names(row, row.target, v, axes):
         found = converted(name)
@@ -652,7 +663,7 @@ def _expand_row(
     if not by_rank:
         return
     # Ranks whose shares repeat an earlier rank's (copies, or fewer key/value heads than ranks) are compared.
-    first: dict[tuple[tuple[str, int, int], ...], int] = {}
+    first: dict[Ranges, int] = {}
     writers: list[Part] = []
     copies: list[list[Part]] = []
     for rank, parts in enumerate(by_rank):
@@ -667,25 +678,19 @@ def _expand_row(
     out.steps += [Step(used, tuple(c), tuple(targets), note, row.compare or "replicated") for c in copies]
 
 
-def _share(
-    row: Rule, rank: int, ranks: int, axes: Mapping[str, int], name: str, out: Expansion
-) -> tuple[tuple[str, int, int], ...]:
+def _share(row: Rule, rank: int, ranks: int, axes: Mapping[str, int], name: str, out: Expansion) -> Ranges:
     if row.split is None or ranks == 1:
         return ()
     n = axes[row.split]
     if n % ranks and ranks % n:
-        out.problems.append(
-            Problem(
-                "config-mismatch",
-                f"expected {n} {row.split} to divide by {ranks} ranks, found a rest",
-                where=name,
-            )
-        )
+        message = f"expected {n} {row.split} to divide by {ranks} ranks, found a rest"
+        out.problems.append(Problem("config-mismatch", message, where=name))
         return ()
     start = rank * n // ranks
-    return ((row.split, start, start + max(1, n // ranks)),)
+    return _range(row.split, start, start + max(1, n // ranks))
 
 
+@lru_cache(maxsize=256)
 def _describe(row: Rule) -> str:
     if row.left == row.right and row.cut is None:
         return "rename"

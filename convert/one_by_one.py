@@ -28,7 +28,7 @@ _JOINED = re.compile(
 _PARTS = {"self_attn.qkv_proj": "q_proj, k_proj and v_proj", "mlp.gate_up_proj": "gate_proj and up_proj"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Share:
     """A tensor that is a run of the bytes of another in the same file."""
 

@@ -283,14 +283,15 @@ def assemble(
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
-    `ignored` maps regular expressions for source names to the reason for dropping them. For "to-hf" the
-    target files are laid out here (size limit, index); for "to-original" each target part already names
-    its file, and `outputs` lists those files in order; `compared` are steps that only compare, as they are to
-    be done. Every problem of the stage is raised together: missing tensors, tensors nothing claims, shapes
-    and dtypes that disagree.
+    `expansion` is used up. `ignored` maps regular expressions for source names to the reason for dropping
+    them. For "to-hf" the target files are laid out here (size limit, index); for "to-original" each target
+    part already names its file, and `outputs` lists those files in order; `compared` are steps that only
+    compare, as they are to be done. Every problem of the stage is raised together: missing tensors, tensors
+    nothing claims, shapes and dtypes that disagree.
     """
     steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
     steps = dtypes.typed([*steps, *compared], options.dtype)
+    expansion.steps.clear()  # of half a million nobody holds two
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
     missing = _told_apart(expansion.problems, checkpoint)
@@ -299,8 +300,8 @@ def assemble(
     wanted = _written(steps)
     if direction == "to-hf":
         files, index = place(wanted, options.max_shard_bytes)
-        home = {t.name: f.name for f in files for t in f.tensors}
-        steps = [_placed(s, home) for s in steps]
+        wanted = [t for f in files for t in f.tensors]
+        _set_down(steps, {t.name: t.file for t in wanted})
         documents = [*documents, *index]
     else:
         files = [_output(n, wanted) for n in outputs or ()]
@@ -450,8 +451,10 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
     return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")]
 
 
-def _placed(step: Step, home: Mapping[str, str]) -> Step:
-    return step.with_targets(tuple(p.at_home(home[p.name]) for p in step.targets))
+def _set_down(steps: list[Step], home: Mapping[str, str]) -> None:
+    """Give each target its file, one step after the other: there is never another list of them all."""
+    for k, step in enumerate(steps):
+        steps[k] = step.with_targets(tuple([p.at_home(home[p.name]) for p in step.targets]))
 
 
 def _absent(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:

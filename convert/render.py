@@ -86,8 +86,8 @@ def _rows(steps: Iterable[Step]) -> list[_Row]:
     rows: dict[tuple[object, ...], _Row] = {}
     for step in steps:
         # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
-        names = [list(dict.fromkeys(p.name for p in side)) for side in (step.sources, step.targets)]
-        key = (step.compare, step.note, *(fold_key(n) for side in names for n in side))
+        names = [list(dict.fromkeys([p.name for p in side])) for side in (step.sources, step.targets)]
+        key = (step.compare, step.note, *[fold_key(n) for side in names for n in side])
         row = rows.get(key)
         if row is None:
             row = rows[key] = _Row(step, [[] for _ in names[0]], [[] for _ in names[1]])

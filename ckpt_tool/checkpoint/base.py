@@ -57,7 +57,7 @@ DTYPES: dict[str, DType] = {
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as its header tells it; `file` is the container's name inside the checkpoint."""
 

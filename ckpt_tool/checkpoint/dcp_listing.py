@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_tool.checkpoint.pickle_alike import Alike
 from ckpt_tool.checkpoint.pickle_bytes import WINDOW, Feed
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits
 from ckpt_tool.checkpoint.pickle_rows import (
@@ -93,6 +94,7 @@ class Listing(Machine):
         self.forms: dict[int, list[Form]] = {}
         self.tried: dict[Global, int] = {}
         self.sizes: dict[bytes, tuple[int, ...]] = {}
+        self.alike: dict[int, Alike] = {}  # tensors, by the memo's number of their class
 
     # --- the memo ---
 
@@ -128,13 +130,26 @@ class Listing(Machine):
 
     def op_binget(self) -> None:
         index = self.take(1)[0]
-        if index not in self.forms or not self.rows(index):
+        if not (index in self.forms and self.rows(index)) and not (index in self.alike and self.again(index)):
             self.recall(index)
 
     def op_long_binget(self) -> None:
         index = self.number(4)
-        if index not in self.forms or not self.rows(index):
+        if not (index in self.forms and self.rows(index)) and not (index in self.alike and self.again(index)):
             self.recall(index)
+
+    def again(self, kind: int) -> bool:
+        """Push the tensor that begins at this opcode, where one with the same bytes was read and nothing may
+        recall a part of it."""
+        found = self.alike[kind].at(self.data, self.start)
+        if found is None or self.put:
+            return False
+        entry = self.memoised + found[2]
+        if entry > self.awaited or entry > self.limits.memo:
+            return False
+        self.push(found[1])
+        self.memoised, self.pos = entry, self.start + len(found[0])
+        return True
 
     def rows(self, kind: int) -> int:
         """Push the object that begins at this opcode, where one of its class's forms fits it, and those that
@@ -249,6 +264,18 @@ class Listing(Machine):
                 known.insert(0, form)
             return
 
+    def keep(self, target: Inert) -> None:
+        """Others may have the bytes of this object, which a BUILD ends."""
+        made = target.at - self.base
+        for get, size in _GETS.items():
+            begin = made - 1 - size
+            if begin >= 0 and self.data.startswith(get, begin) and self.data.startswith(b")\x81", made - 1):
+                kind = recalled(self.data[begin : made - 1])
+                if self.memo.get(kind) is target.type:
+                    known = self.alike.setdefault(kind, Alike())
+                    known.keep(self.data[begin : self.pos], target, self.memo)
+                    return
+
     # --- what is kept ---
 
     def op_build(self) -> None:
@@ -262,6 +289,7 @@ class Listing(Machine):
             state["chunks"] = boxes
             self.let_go(chunks)
             self.spend(16 * len(boxes.numbers) + 200)
+            self.keep(target)
         elif "tensor_data" in state:  # of a rank's plan, which nobody needs
             target.state = None
         elif self.data.endswith(CLOSING, 0, self.pos):

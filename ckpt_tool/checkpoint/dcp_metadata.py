@@ -13,6 +13,7 @@ Source: torch 2.13.0 (distributed/checkpoint/metadata.py, filesystem.py), megatr
 from __future__ import annotations
 
 import re
+from array import array
 from dataclasses import dataclass, field
 from math import prod
 from typing import NoReturn
@@ -42,6 +43,9 @@ _DTYPES = {d.torch: d.name for d in DTYPES.values()}
 EXTRA_STATE = re.compile(r"(.*[._])?_extra_state(/shard_[\d._]+)?", re.ASCII)
 # Megatron flattens its tensors into buckets with gaps between them.
 OPTIMIZER = re.compile(r"(.*\.)?optim\w*\.", re.ASCII)
+ALIKE = 256  # entries that are remembered, as others may be the same
+# A tensor's dtype as torch calls it, its shape and pieces; and the box of the one that is all of it.
+Entry = tuple[str, Numbers, Chunks, tuple[Ints, Ints] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,9 @@ class _Reader:
         self.listed = listed
         self.fault = listed.fault
         self.problems: list[Problem] = []
-        self.numbers: list[Ints] = []  # of the places, in the order of the tensors' pieces
+        self.numbers = array("q")  # of the places, in the order of the tensors' pieces
         self.pieces = 0
+        self.entries: dict[int, tuple[object, Entry]] = {}  # by identity, each held
 
     def read(self, root: object, imports: tuple[str, ...]) -> Metadata:
         state, storage, version = fields_of(root, ("state_dict_metadata", "storage_data", "version"))
@@ -138,8 +143,7 @@ class _Reader:
             else:
                 self.tensor(name, entry, found)
         fail_all(self.problems)
-        every = np.concatenate(self.numbers) if self.numbers else np.zeros(0, np.int64)
-        found.table = found.table.taken(every)
+        found.table = found.table.taken(np.array(self.numbers, np.int64))
         found.ends = found.table.ends()
         for item in found.objects.values():
             found.ends[item.path] = max(found.ends.get(item.path, 0), item.offset + item.length)
@@ -155,13 +159,12 @@ class _Reader:
         found.objects[name] = found.table.item(int((bare if len(bare) else rows)[0]))
 
     def tensor(self, name: str, entry: object, found: Metadata) -> None:
-        size, chunks, properties = fields_of(entry, ("size", "chunks", "properties"))
-        shape = self.listed.numbers(size, "a shape", name)
-        if min((0, *shape)) < 0 or prod(max(n, 1) for n in shape) > 1 << 62:
-            self.fault(f"expected a shape of at most 2^62 elements, found {shape}", name, "size-mismatch")
-        if type(chunks) is not Chunks:
-            self.malformed(chunks, name, shape)
-        dtype = self.dtype(properties, name)
+        dtype, shape, chunks, whole = self.entry(name, entry)
+        row = -1 if whole is None else self.places.alone(name, len(shape))
+        if whole is not None and row >= 0 and dtype in _DTYPES:
+            boxes = Boxes(*whole, self.pieces)
+            self.add(found, Told(name, _DTYPES[dtype], shape, boxes), [row])
+            return
         starts, sizes, numbers = self.matched(name, chunks)
         if dtype not in _DTYPES:
             found.odd[name] = dtype
@@ -174,10 +177,34 @@ class _Reader:
         elif fault is not None:
             self.problems.append(Problem(fault[0], fault[1], self.file, name))
         else:
-            found.tensors[name] = Told(name, _DTYPES[dtype], shape, boxes)
-            found.owners.add(self.pieces, name)
-            self.numbers.append(numbers)
-            self.pieces += len(numbers)
+            self.add(found, Told(name, _DTYPES[dtype], shape, boxes), numbers.tolist())
+
+    def add(self, found: Metadata, told: Told, numbers: list[int]) -> None:
+        found.tensors[told.name] = told
+        found.owners.add(self.pieces, told.name)
+        self.numbers.extend(numbers)
+        self.pieces += len(numbers)
+
+    def entry(self, name: str, entry: object) -> Entry:
+        """What it says, which tensors that are alike share."""
+        known = self.entries.get(id(entry))
+        if known is not None:
+            return known[1]
+        size, chunks, properties = fields_of(entry, ("size", "chunks", "properties"))
+        shape = self.listed.numbers(size, "a shape", name)
+        if min((0, *shape)) < 0 or prod(max(n, 1) for n in shape) > 1 << 62:
+            self.fault(f"expected a shape of at most 2^62 elements, found {shape}", name, "size-mismatch")
+        if type(chunks) is not Chunks:
+            self.malformed(chunks, name, shape)
+        whole = None
+        if chunks.count == 1 and chunks.numbers.tolist() == [*(0 for _ in shape), *shape]:
+            sizes = np.array([shape], np.int64)
+            whole = np.zeros_like(sizes), sizes
+        made = self.dtype(properties, name), shape, chunks, whole
+        if len(self.entries) >= ALIKE:
+            self.entries.clear()
+        self.entries[id(entry)] = entry, made
+        return made
 
     def malformed(self, chunks: object, name: str, shape: Numbers) -> NoReturn:
         """Of chunks that could not be packed."""
@@ -199,10 +226,6 @@ class _Reader:
         boxes = np.array(chunks.numbers, np.int64).reshape(chunks.count, 2, axes)
         starts, sizes = boxes[:, 0], boxes[:, 1]
         rows = self.places.rows(name)
-        if len(rows) == chunks.count == 1 and self.places.axes[rows[0]] == axes:
-            there = self.places.starts(rows, axes)
-            if (there == starts).all():
-                return starts, sizes, rows
         own = rows[self.places.axes[rows] == axes]
         there = self.places.starts(own, axes)
         here, other = _order(starts), _order(there)

@@ -102,7 +102,15 @@ class Listed:
         order = np.argsort(ids, kind="stable")
         ends = np.cumsum(np.bincount(ids, minlength=len(self.names)))
         at = np.cumsum(np.maximum(axes, 0)) - np.maximum(axes, 0)
-        return ByName(self.names, order, [0, *ends.tolist()], axes, at, np.array(self.starts, np.int64))
+        flat = np.array(self.starts, np.int64)
+        before = np.concatenate(([0], np.cumsum(flat != 0)))  # numbers other than 0 in front of each
+        ends = np.concatenate(([0], ends))
+        one = np.flatnonzero(np.diff(ends) == 1)
+        row = order[ends[one]]
+        first = (axes[row] >= 0) & (before[at[row]] == before[at[row] + np.maximum(axes[row], 0)])
+        alone = np.full(len(self.names), -1)
+        alone[one[first]] = row[first]
+        return ByName(self.names, order, ends, axes, at, flat, array("q", alone.astype(np.int64).tobytes()))
 
     def conflicts(self) -> Iterator[Problem]:
         """Pieces that share bytes."""
@@ -126,14 +134,21 @@ class ByName:
 
     names: Mapping[str, int]
     order: Ints
-    ends: list[int]
+    ends: Ints
     axes: Ints
     at: Ints  # where in `flat` the first element of each begins
     flat: Ints
+    single: array[int]  # see `alone`, by the number of the name
 
     def rows(self, name: str) -> Ints:
         k = self.names.get(name)
         return self.order[:0] if k is None else self.order[self.ends[k] : self.ends[k + 1]]
+
+    def alone(self, name: str, axes: int) -> int:
+        """The row of a piece that is the only one of its name and begins where the tensor begins, else -1."""
+        k = self.names.get(name, -1)
+        row = -1 if k < 0 else self.single[k]
+        return row if row >= 0 and self.axes[row] == axes else -1
 
     def starts(self, rows: Ints, axes: int) -> Ints:
         """The first elements [rows, axes] of pieces that have so many axes."""

@@ -259,7 +259,11 @@ INDEX_NAME = "model.safetensors.index.json"
 def index_document(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """The bytes of `model.safetensors.index.json`: which file holds each tensor, and the tensors' bytes."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    found = bytearray()  # half a million tensors have 50 MB of it, held once
+    for piece in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(index):
+        found += piece.encode()
+    found += b"\n"
+    return bytes(found)
 
 
 _ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"

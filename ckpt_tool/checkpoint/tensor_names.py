@@ -16,8 +16,9 @@ from ckpt_tool.errors import Problem
 NAME_BYTES = 512
 RESERVED = "__metadata__"  # what safetensors calls its own entry in the header
 # A number that is a word of its own (layers.3.), or that TensorFlow glues to one (layer_3/, h3/).
+# What stands before it is looked at behind its first digit, so that others are passed over quickly.
 _NUMBER = re.compile(
-    r"(?:^|(?<=[./])|(?<=[./]layer_)|(?<=[./]block_)|(?<=[./]h))(\d{1,9})(?=[./]|$)", re.ASCII
+    r"([0-9](?:(?<=^.)|(?<=[./].)|(?<=[./]layer_.)|(?<=[./]block_.)|(?<=[./]h.))[0-9]{0,8})(?=[./]|$)"
 )
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp")  # control characters, bidirectional marks, line separators
 
