@@ -138,7 +138,9 @@ def _form(checkpoint: Checkpoint) -> dict[str, str]:
     names = checkpoint.names()
     suffix = next(iter(checkpoint.files)).rsplit(".", 1)[-1]
     chosen = {"container": "safetensors" if suffix == "safetensors" else "pth"}
-    if any(".block_sparse_moe." in n for n in names):
+    if any(".linear_qkv." in n for n in names):
+        chosen = {}  # Megatron-Core, whose container is one
+    elif any(".block_sparse_moe." in n for n in names):
         chosen = {"form": "B"}
     elif any(".feed_forward.experts." in f".{n}" for n in names):
         chosen = {"form": "C" if suffix == "safetensors" else "A"}
