@@ -3,6 +3,7 @@ whole. The writers are torch's own, and one of ours for pieces that torch cuts o
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -164,6 +165,22 @@ def test_a_folder_that_is_not_whole_or_lies_deeper_is_said_so(originals: Written
     for folder in (ranks, ranks.parent):
         error = refused(lambda folder=folder: api.plan(folder))  # type: ignore[misc]
         assert "without its .metadata" in error.text() and f"into {ranks} " in error.text()
+
+
+def test_a_list_of_sums_is_compared_with_every_file(originals: Written, tmp_path: Path) -> None:
+    """`.metadata` alone says little of the weights."""
+    inner = tmp_path / "run" / "step-100"
+    saved(weights(originals("qwen2-0.5b")), inner)
+    beside(originals("qwen2-0.5b"), inner.parent)
+    sums = {n: hashlib.sha256((inner / n).read_bytes()).hexdigest() for n in (".metadata", "__0_0.distcp")}
+    for above in ("", "step-100/"):
+        listed = "".join(f"{digest}  {above}{name}\n" for name, digest in sums.items())
+        (inner.parent / "SHA256SUMS").write_text(listed)
+        assert "SHA256SUMS: 2 of 2 sums agree" in api.plan(inner.parent).notes
+    data = inner / "__0_0.distcp"
+    data.write_bytes(data.read_bytes() + b"x")
+    notes = " ".join(api.plan(inner.parent).notes)
+    assert "step-100/__0_0.distcp has sha256" in notes and "1 of 2 sums agree" in notes
 
 
 @pytest.mark.parametrize("variant", ["llama-3-8b", "mistral-7b-v0.3"])

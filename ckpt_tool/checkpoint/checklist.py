@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.checkpoint.weight_sets import CHECKLISTS
@@ -101,14 +102,15 @@ def _compare(
     progress: Callable[[str, int], None],
 ) -> Sums:
     made = Sums(name)
-    sizes = {n: s for n, f in checkpoint.files.items() if n in sums and (s := _size(f)) is not None}
+    paths = {n: path for n, path in _weights(checkpoint) if n in sums}
+    sizes = {n: s for n, path in paths.items() if (s := _size(path)) is not None}
     small = sum(sizes.values()) <= SMALL
     for file, wanted in sums.items():
         document = checkpoint.documents.get(file)
         if document is not None and document.size <= DOCUMENT_BYTES:
             found = hashlib.new(_algorithm(wanted), document.read(DOCUMENT_BYTES), usedforsecurity=False)
         elif file in sizes and (weights or small):
-            found = _of_weights(checkpoint.files[file], _algorithm(wanted), progress)
+            found = _of_weights(paths[file], file, _algorithm(wanted), progress)
         else:
             made.left |= {file: sizes[file]} if file in sizes else {}
             continue
@@ -119,14 +121,24 @@ def _compare(
     return made
 
 
-def _size(file: TensorFile) -> int | None:
-    """Of a file that lies in a folder; one inside an archive has the archive's own checksum."""
-    if file.path.name != file.name.rpartition("/")[2]:
-        return None
-    if (remote := remote_of(file.path)) is not None:
+def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """Each file of the weights that lies in a folder (one inside an archive has the archive's own checksum),
+    by the names that a list may have for it: of many files one only lists what the others hold."""
+    for name, file in checkpoint.files.items():
+        if len(file.paths) == 1 and file.path.name == name.rpartition("/")[2]:
+            yield name, file.path
+        elif len(file.paths) > 1:
+            for path in file.paths:
+                yield path.name, path
+                if path.is_relative_to(checkpoint.path):
+                    yield path.relative_to(checkpoint.path).as_posix(), path
+
+
+def _size(path: Path) -> int | None:
+    if (remote := remote_of(path)) is not None:
         return remote.size
     try:
-        return os.stat(file.path).st_size
+        return os.stat(path).st_size
     except OSError:
         return None
 
@@ -136,15 +148,15 @@ def _algorithm(listed: str) -> str:
     return "md5" if len(listed) == 32 else "sha256"
 
 
-def _of_weights(file: TensorFile, algorithm: str, progress: Callable[[str, int], None]) -> hashlib._Hash:
+def _of_weights(path: Path, name: str, algorithm: str, progress: Callable[[str, int], None]) -> hashlib._Hash:
     digest, room = hashlib.new(algorithm, usedforsecurity=False), memoryview(bytearray(_CHUNK))
-    data = ByteRange(file.path, file.name)
+    data = ByteRange(path, name)
     try:
         for start in range(0, data.size, _CHUNK):
             piece = room[: min(_CHUNK, data.size - start)]
             data.read_into(start, piece)
             digest.update(piece)
-            progress(file.name, len(piece))
+            progress(name, len(piece))
     finally:
         data.close()
     return digest
