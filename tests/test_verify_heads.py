@@ -341,9 +341,9 @@ def test_a_published_name_finds_the_entries_and_the_masked_word(conversions: Wri
     report = verify(
         conversions("bert-ngc-cased"), levels="documented", checkpoint_id="megatron_bert_345m_v0_1_cased.zip"
     )
-    inequality = one(report, "megatron_bert.cased_345m.nsp_random_pair", "documented")
-    assert inequality.status == "fail"  # this is not the published model: it has 325 words
-    assert "325 words" in inequality.message
+    other = one(report, "documented values", "documented")
+    assert other.status == "fail" and "megatron_bert.cased_345m.nsp_random_pair" in other.data["ids"]
+    assert other.message.startswith("this is not ") and "325 words" in other.message
     masked = one(report, "masked word", "documented")
     assert masked.status == "note"
     assert masked.message.startswith("The capital of France is [MASK]. -> ")

@@ -23,7 +23,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.flaws import Folder, plant
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, mapped
 from ckpt_tool.verify import library, other_release, verify
-from ckpt_tool.verify.compute import Readings, _asked_of, _lengths, _with_vocabulary
+from ckpt_tool.verify.compute import Readings, _asked_of, _with_vocabulary, lengths_of
 from ckpt_tool.verify.mistakes import to_plant, to_undo
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.parity import Parity, findings, lockstep
@@ -171,7 +171,7 @@ def compared(sided: Callable[..., Side]) -> Compared:
 
     def run(mistake: str = "", module: Any = READING) -> tuple[Parity, Side, Side, dict[str, Prompt]]:
         original, converted = sided(module), sided(module, mistake=mistake)
-        lengths = _lengths([original, converted])
+        lengths = lengths_of([original, converted])
         config = _with_vocabulary(RAW, [original, converted])
         rows = prompts_for(config, None, table=63, lengths=lengths)
         prompts = with_inputs(rows, original.inputs, config, lengths)
@@ -204,7 +204,7 @@ def test_entities_have_a_prompt_of_their_own_and_a_padded_one(compared: Compared
 
 def test_prompts_have_lengths_that_both_passes_take(sided: Callable[..., Side]) -> None:
     thirds: Any = SimpleNamespace(**{**vars(READING), "fits": lambda tokens, c: tokens - tokens % 3})
-    lengths = _lengths([sided(), sided(thirds)])
+    lengths = lengths_of([sided(), sided(thirds)])
     assert [lengths.fits(n) for n in (5, 6, 13, 600)] == [0, 6, 12, 600]
     rows = prompts_for({"vocab_size": WORDS}, None, lengths=lengths)
     assert {len(row) % 6 for row in rows.values()} == {0} and "edges" not in rows
@@ -219,7 +219,7 @@ def test_prompts_have_lengths_that_both_passes_take(sided: Callable[..., Side]) 
 def test_no_prompt_that_fits_is_no_pass(sided: Callable[..., Side]) -> None:
     nothing: Any = SimpleNamespace(**{**vars(READING), "fits": lambda tokens, c: 0})
     side = sided(nothing)
-    rows = prompts_for({"vocab_size": WORDS}, None, lengths=_lengths([side]))
+    rows = prompts_for({"vocab_size": WORDS}, None, lengths=lengths_of([side]))
     prompts = with_inputs(rows, side.inputs, RAW)
     assert prompts == {}
     found = _asked_of(Readings(side, side, None), {"vocab_size": WORDS}, prompts)
@@ -302,7 +302,7 @@ def test_what_no_prompt_has_is_said(sided: Callable[..., Side]) -> None:
     raw = {k: v for k, v in RAW.items() if k != "entity_vocab_size"}
     original, converted = sided(raw=raw), sided(raw=raw)
     config = _with_vocabulary(raw, [original, converted])
-    lengths = _lengths([original, converted])
+    lengths = lengths_of([original, converted])
     rows = prompts_for(config, None, table=62, lengths=lengths)
     prompts = with_inputs(rows, original.inputs, config, lengths)
     subject: Any = SimpleNamespace(plan=None, source=None, config=raw)
@@ -373,7 +373,7 @@ def test_a_difference_foretold_in_a_layer_of_streams(
     known: Any = Foretold("other-scale", "two scales", {"scale": 2.0}, (0,))  # type: ignore[arg-type]
     subject: Any = SimpleNamespace(plan=SimpleNamespace(foretold=[known]), source=None, config=RAW)
     subject.plan.steps, subject.plan.config, subject.plan.direction = [], {}, "to-hf"
-    lengths = _lengths([original, converted])
+    lengths = lengths_of([original, converted])
     rows = prompts_for({**RAW, "vocab_size": WORDS}, None, table=62, lengths=lengths)
     prompts = with_inputs(rows, original.inputs, {**RAW, "vocab_size": WORDS}, lengths)
     result = lockstep(subject, original, converted, prompts)
