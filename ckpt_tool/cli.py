@@ -15,9 +15,13 @@ import click
 
 from ckpt_tool import __version__
 from ckpt_tool.command_parts import (
+    any_dtype,
     as_json,
     checked_files,
     consoles,
+    device_option,
+    exact_dtype,
+    facts_option,
     following_at,
     options_of,
     report_files,
@@ -224,15 +228,10 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 @click.option(
     "--prompts", metavar="FILE", help="JSON file with rows of token ids to add to the fixed prompts."
 )
-@click.option(
-    "--compute-dtype",
-    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@any_dtype
+@device_option
 @click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@facts_option
 @click.option(
     "--transformers-python",
     metavar="PATH",
@@ -306,11 +305,9 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
 @cli.command()
 @click.argument("out", metavar="DIR")
 @click.option("--source", metavar="PATH", required=True, help="The original it was made from.")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
-@click.option(
-    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
-@click.option("--device", default="cpu", show_default=True)
+@facts_option
+@exact_dtype
+@device_option
 @report_files
 def diagnose(out: str, source: str, **asked: Any) -> int:
     """Find which known mistake explains the difference between DIR and its source."""

@@ -50,6 +50,21 @@ report_files = options_of(
 )
 
 
+any_dtype = click.option(
+    "--compute-dtype",
+    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+exact_dtype = click.option(
+    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+facts_option = click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack."
+)
+
+
 def checked_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> ReportFiles:
     """The files that reports are to be written to, checked before any work."""
     from ckpt_tool.report_files import ReportFiles

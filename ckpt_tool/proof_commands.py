@@ -6,7 +6,18 @@ from typing import Any
 
 import click
 
-from ckpt_tool.command_parts import as_json, checked_files, consoles, following_at, report_files, write_report
+from ckpt_tool.command_parts import (
+    any_dtype,
+    as_json,
+    checked_files,
+    consoles,
+    device_option,
+    exact_dtype,
+    facts_option,
+    following_at,
+    report_files,
+    write_report,
+)
 
 
 @click.command()
@@ -23,12 +34,10 @@ from ckpt_tool.command_parts import as_json, checked_files, consoles, following_
 )
 @click.option("--against", type=click.Choice(["transformers"]), help="Also compare with transformers.")
 @click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")
-@click.option(
-    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
+@exact_dtype
 @click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@device_option
+@facts_option
 def certificate(out: str, source: str, key: str | None, file: str | None, **asked: Any) -> int:
     """Verify DIR against its source and write down what was shown, as an in-toto Statement.
 
@@ -60,8 +69,8 @@ def certificate(out: str, source: str, key: str | None, file: str | None, **aske
 )
 @click.option("--full", is_flag=True, help="Verify again: the same certificate must come out.")
 @click.option("--seed", type=int, help="Choose the same tensors as another run with this seed.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack.")
+@device_option
+@facts_option
 @report_files
 def check_certificate(out: str, source: str | None, file: str | None, **asked: Any) -> int:
     """Check that a certificate holds for DIR: exit code 1 when it does not.
@@ -94,10 +103,8 @@ def check_certificate(out: str, source: str | None, file: str | None, **asked: A
 @click.argument("b", metavar="B")
 @click.option("--family", metavar="NAME", help="Family of originals that do not tell it.")
 @click.option("--logits/--no-logits", default=None, help="Compute with both (default: where they differ).")
-@click.option(
-    "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@exact_dtype
+@device_option
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact that an original lacks.")
 @report_files
 def compare(a: str, b: str, **asked: Any) -> int:
@@ -153,13 +160,8 @@ def show_expectations(name: str, as_json: bool) -> int:
 @expectations.command("run")
 @click.argument("out", metavar="DIR")
 @click.option("--checkpoint-id", required=True, metavar="ID", help="Published name of the model in DIR.")
-@click.option(
-    "--compute-dtype",
-    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@any_dtype
+@device_option
 @report_files
 def run_expectations(out: str, **asked: Any) -> int:
     """Run what is documented of a model: `verify DIR --level documented`."""

@@ -48,6 +48,16 @@ def cast(bits: np.ndarray, source: str, target: str, out: np.ndarray) -> None:
             _cast_piece(piece, source, target, out[start : start + _CHUNK])
 
 
+def converted(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """What `cast` makes of raw bits of any shape, as a new flat array; a flat one of the same dtype as it
+    is."""
+    if source == target and bits.ndim == 1:
+        return bits
+    out = np.empty(bits.size, dtype=DTYPES[target].bits)
+    cast(np.ascontiguousarray(bits).reshape(-1), source, target, out)
+    return out
+
+
 def _cast_piece(bits: np.ndarray, source: str, target: str, out: np.ndarray) -> None:
     if source == "BF16":
         wide = bits.astype("<u4")

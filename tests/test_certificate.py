@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ckpt_tool.api import convert
+from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import merkle
 from ckpt_tool.verify.certificate import Certified, Request, as_bytes, certify, excluded, interval
 from ckpt_tool.verify.certificate_check import check
-from ckpt_tool.verify.leaves import derived, digest
+from ckpt_tool.verify.leaves import derived, digest, makers
 from ckpt_tool.verify.report import Report
 from ckpt_tool.verify.signing import PASSWORD, sign
 from ckpt_tool.verify.subject import opened
@@ -144,20 +144,17 @@ def test_a_catch_rate_with_its_interval(certified: bytes) -> None:
 def test_every_leaf_can_be_made_from_the_source(
     variant: str, asked: dict[str, Any], originals: Written, tmp_path: Path
 ) -> None:
-    from ckpt_tool.api import Options
-
     out = tmp_path / "out"
     convert(originals(variant), out, family=VARIANTS[variant].family, options=Options(**asked))
     with opened(out, originals(variant)) as subject:
         assert subject.plan is not None and subject.source is not None
+        known = makers(subject.plan)
         for tensor in subject.output:
-            made = derived(subject.plan, subject.source, tensor)
+            made = derived(known["", tensor.name], subject.source, tensor)
             assert made == digest(subject.output, tensor), tensor.name
 
 
 def test_of_an_original_that_was_written(conversions: Written, tmp_path: Path) -> None:
-    from ckpt_tool.api import Options
-
     options = Options(shards=2)
     convert(conversions("llama-1-13b"), tmp_path / "back", family="llama", to="original", options=options)
     hf = conversions("llama-1-13b")
@@ -167,6 +164,19 @@ def test_of_an_original_that_was_written(conversions: Written, tmp_path: Path) -
     report = check(tmp_path / "back", file=tmp_path / "c.json", source=hf, spot=1000)
     assert report.status == "pass", report.headline
     assert len(done.statement["predicate"]["target"]["tensors"]) > 2
+
+
+def test_an_output_in_other_shards_than_a_plan_has_unasked(originals: Written, tmp_path: Path) -> None:
+    """The size of shards is no part of the manifest's options: the plan that is made again has one file."""
+    out = tmp_path / "out"
+    options = Options(max_shard_bytes=100_000)
+    convert(originals("mistral-7b-v0.1"), out, family="mistral", options=options)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    done = certify(out, originals("mistral-7b-v0.1"), Request(levels=("coverage", "bits")))
+    assert done.statement is not None
+    (out / NAME).write_bytes(as_bytes(done.statement))
+    report = check(out, source=originals("mistral-7b-v0.1"), spot=1000, full=True)
+    assert report.status == "pass", report.headline
 
 
 # --- three ways to check --------------------------------------------------------------------------------

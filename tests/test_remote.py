@@ -483,7 +483,7 @@ def test_http_of_a_server_that_lists_nothing(server: State, names: list[str]) ->
 
 
 def test_http_archive(server: State, conversions: Written, tmp_path: Path) -> None:
-    """A stored zip is read in place: its list of members, then what is in them."""
+    """A tar is read in place: the heads of its members, then what is in them."""
     shutil.make_archive(str(tmp_path / "model"), "tar", server.root / "org" / "model")
     (server.root / "files").unlink()
     (server.root / "files").mkdir()

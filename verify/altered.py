@@ -10,7 +10,7 @@ from math import sqrt
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
-from ckpt_tool.convert.casting import CASTABLE, cast
+from ckpt_tool.convert.casting import CASTABLE, converted
 from ckpt_tool.verify.rowmaps import span
 
 MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
@@ -127,7 +127,7 @@ def _rounded(dtype: str) -> Iterator[tuple[str, Holds]]:
     for other in NARROWER[dtype]:
         yield (
             f"rounded to {SPELLED[other]} on the way",
-            lambda x, y, other=other: recast(recast(x, dtype, other), other, dtype) == y,  # type: ignore[misc]
+            lambda x, y, other=other: converted(converted(x, dtype, other), other, dtype) == y,  # type: ignore[misc]
         )
     if dtype == "F32":
         yield "cut off to bfloat16 on the way", lambda x, y: (x & np.uint32(0xFFFF0000)) == y
@@ -135,7 +135,7 @@ def _rounded(dtype: str) -> Iterator[tuple[str, Holds]]:
 
 def _scaled(a: np.ndarray, b: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[tuple[str, Holds]]:
     """Multiplied by a factor that a size gives; 1 added or taken away."""
-    right, ours = (recast(x, dtype, "F64").view("<f8") for x in (a, b))
+    right, ours = (converted(x, dtype, "F64").view("<f8") for x in (a, b))
     largest = int(np.nan_to_num(np.abs(right)).argmax())
     with np.errstate(all="ignore"):
         ratio = float(ours[largest] / right[largest])
@@ -150,8 +150,8 @@ def _computed(
     make: Callable[[np.ndarray, float], np.ndarray], by: float, dtype: str, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
     with np.errstate(all="ignore"):
-        made = make(recast(x, dtype, "F64").view("<f8"), by)
-    return np.asarray(recast(made.view("<u8"), "F64", dtype) == y)
+        made = make(converted(x, dtype, "F64").view("<f8"), by)
+    return np.asarray(converted(made.view("<u8"), "F64", dtype) == y)
 
 
 def _factors(sizes: frozenset[int]) -> Iterator[tuple[str, float]]:
@@ -164,9 +164,3 @@ def _factors(sizes: frozenset[int]) -> Iterator[tuple[str, float]]:
         yield f"sqrt({n})", sqrt(n)
         yield f"1/{n}", 1 / n
         yield f"{n}^(-1/4)", n**-0.25
-
-
-def recast(bits: np.ndarray, source: str, target: str) -> np.ndarray:
-    out = np.empty(bits.size, dtype=DTYPES[target].bits)
-    cast(np.ascontiguousarray(bits), source, target, out)
-    return out

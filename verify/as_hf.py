@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +18,10 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import as_families_know, as_family_knows, family
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.recognising import only_family
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.verify.leaves import fill
+from ckpt_tool.verify.leaves import fill, makers
 from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.subject import is_hf
 
@@ -94,11 +93,7 @@ class Made(View):
     def __init__(self, plan: Plan, source: Checkpoint) -> None:
         super().__init__(next(iter(source.files.values())))
         self.name, self.format, self.source, self.plan = "as converted", "made", source, plan
-        self.steps: dict[str, list[tuple[Step, int]]] = defaultdict(list)
-        for step in plan.steps:
-            for k, part in enumerate(step.targets):
-                if not step.compare:
-                    self.steps[part.name].append((step, k))
+        self.steps = {name: made for (_, name), made in makers(plan).items()}
         infos = [t for o in plan.outputs for t in o.tensors]
         self.tensors: Mapping[str, TensorInfo] = {
             t.name: TensorInfo(t.name, t.dtype, t.shape, self.name) for t in infos

@@ -15,7 +15,7 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.convert.carry import pieces
-from ckpt_tool.convert.casting import CASTABLE, cast, common, rounds
+from ckpt_tool.convert.casting import CASTABLE, common, converted, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.copies import DROPPED
 from ckpt_tool.convert.layout import COPIED, Access, Block, Step
@@ -71,9 +71,7 @@ class Difference:
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Raw bits as float64 numbers; as whole numbers where the type is none that numpy can cast."""
     if dtype in CASTABLE:
-        out = np.empty(bits.size, dtype=DTYPES["F64"].bits)
-        cast(np.ascontiguousarray(bits), dtype, "F64", out)
-        return out.view("<f8")
+        return converted(bits, dtype, "F64").view("<f8")
     return bits.astype("<f8")
 
 
@@ -187,7 +185,7 @@ def _apply(
     block.shuffle(read, made)
     if block.mean:
         return [mean(x, block.mean, dtype, cast_to or dtype) for x in made]
-    return [_as(x, dtype, cast_to or dtype) for x in made]
+    return [converted(x, dtype, cast_to or dtype) for x in made]
 
 
 def _read(checkpoint: Checkpoint, tensor: TensorInfo, access: Access, dtype: str) -> np.ndarray:
@@ -198,15 +196,7 @@ def _read(checkpoint: Checkpoint, tensor: TensorInfo, access: Access, dtype: str
     size = access.runs.length * stored.itemsize
     for k, start in enumerate(access.runs.offsets()):
         checkpoint.read_into(tensor, start * stored.itemsize, data[k * size : (k + 1) * size])
-    return _as(out, tensor.dtype, dtype)
-
-
-def _as(bits: np.ndarray, source: str, target: str) -> np.ndarray:
-    if source == target:
-        return bits
-    out = np.empty(bits.size, dtype=DTYPES[target].bits)
-    cast(bits, source, target, out)
-    return out
+    return converted(out, tensor.dtype, dtype)
 
 
 # --- findings -------------------------------------------------------------------------------------------

@@ -195,14 +195,11 @@ def _in_unicode(name: str) -> str:
 def sha256_of(path: Path, shown: str) -> str:
     if not path.is_file():  # a broken link, a pipe
         fail("wrong-format", "expected a regular file, found something else", file=shown)
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         fail("read-failed", f"cannot be read: {error.strerror}", file=shown)
-    return digest.hexdigest()
 
 
 def source_digests(subject: Subject) -> dict[str, str]:

@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.convert.casting import CASTABLE, cast
+from ckpt_tool.convert.casting import CASTABLE, converted
 from ckpt_tool.verify.rowmaps import Rows, hashes, span
 
 PIECE = 1 << 18  # elements compared at a time
@@ -106,7 +106,7 @@ def _pieces(
         if dtype is None:
             yield start, x, y
         else:
-            yield start, _as(x, one.dtype, dtype), _as(y, other.dtype, dtype)
+            yield start, converted(x, one.dtype, dtype), converted(y, other.dtype, dtype)
 
 
 def _read(checkpoint: Checkpoint, tensor: TensorInfo, start: int, n: int) -> np.ndarray:
@@ -115,18 +115,10 @@ def _read(checkpoint: Checkpoint, tensor: TensorInfo, start: int, n: int) -> np.
     return out
 
 
-def _as(bits: np.ndarray, source: str, target: str) -> np.ndarray:
-    if source == target:
-        return bits
-    out = np.empty(bits.size, dtype=DTYPES[target].bits)
-    cast(bits, source, target, out)
-    return out
-
-
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
     """The values as float64; integers as they are."""
     if dtype in CASTABLE:
-        return _as(bits, dtype, "F64").view("<f8")
+        return converted(bits, dtype, "F64").view("<f8")
     if dtype in EIGHTS:
         return np.asarray(EIGHTS[dtype][bits])
     return bits.view("u1" if dtype == "BOOL" else DTYPES[dtype].value or DTYPES[dtype].bits)

@@ -18,10 +18,10 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
-from ckpt_tool.convert.casting import common
+from ckpt_tool.convert.casting import common, converted
 from ckpt_tool.convert.copies import joined
 from ckpt_tool.convert.layout import COPIED, Part, Step, apply
-from ckpt_tool.verify.altered import alteration, place, recast
+from ckpt_tool.verify.altered import alteration, place
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
 from ckpt_tool.verify.rowmaps import Rows, hashes, span
 from ckpt_tool.verify.subject import Subject
@@ -175,7 +175,7 @@ class Evidence:
 
 
 def _recast(x: np.ndarray, source: str, target: str) -> np.ndarray:
-    return x if source == target else recast(x.reshape(-1), source, target).reshape(x.shape)
+    return converted(x.reshape(-1), source, target).reshape(x.shape)
 
 
 def explain(evidence: Evidence, names: Sequence[str]) -> Explanation:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -21,6 +22,8 @@ from ckpt_tool.verify import merkle
 from ckpt_tool.verify.bits import moved
 
 PIECE = 1 << 20  # bytes hashed at a time
+Key = tuple[str, str]
+Makers = list[tuple[Step, int]]
 
 
 @dataclass(frozen=True)
@@ -69,31 +72,28 @@ def digest(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
     return made.hexdigest()
 
 
-def derived(plan: Plan, source: Checkpoint, tensor: TensorInfo) -> str:
-    """The SHA-256 that a tensor of the output has by the source alone. Its bytes are put in order in a file
-    without a name, so that memory does not grow with the tensor. Raises ValueError for one that no step
-    writes."""
-    made = [
-        (s, k)
-        for s in plan.steps
-        if not s.compare
-        for k, p in enumerate(s.targets)
-        if (p.file, p.name) == (tensor.file, tensor.name)
-    ]
-    if not made:
-        raise ValueError(f"no step writes {tensor.name}")
+def makers(plan: Plan) -> dict[Key, Makers]:
+    """The steps that write each tensor of the output, each with the number of its target, by file and name.
+    On the way to the Hugging Face layout the file is "": a name is enough there, and the tensors may have
+    been dealt out to other files than this plan's."""
+    found: dict[Key, Makers] = defaultdict(list)
+    for step in plan.steps:
+        if not step.compare:
+            for k, part in enumerate(step.targets):
+                found["" if plan.direction == "to-hf" else part.file, part.name].append((step, k))
+    return dict(found)
+
+
+def derived(made_by: Makers, source: Checkpoint, tensor: TensorInfo) -> str:
+    """The SHA-256 that a tensor of the output has by the source alone, from the steps that make it. Its bytes
+    are put in order in a file without a name, so that memory does not grow with the tensor."""
     with tempfile.TemporaryFile(prefix="ckpt-tool-") as file:
-        fill(file, made, source, tensor)
-        held = hashlib.sha256()
+        fill(file, made_by, source, tensor)
         file.seek(0)
-        while piece := file.read(PIECE):
-            held.update(piece)
-    return held.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fill(
-    file: IO[bytes], made_by: Iterable[tuple[Step, int]], source: Checkpoint, tensor: TensorInfo
-) -> None:
+def fill(file: IO[bytes], made_by: Makers, source: Checkpoint, tensor: TensorInfo) -> None:
     """Write the dense bytes of `tensor` into an empty file, as these (step, number of its target) make it out
     of `source`."""
     size = DTYPES[tensor.dtype].itemsize
