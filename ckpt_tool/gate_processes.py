@@ -93,7 +93,7 @@ class _Crew:
     def __init__(self, checks: Sequence[Check], jobs: int, budget: int, strict: bool, tell: Tell) -> None:
         self.checks, self.jobs, self.budget, self.strict, self.tell = checks, jobs, budget, strict, tell
         self.waiting = list(range(len(checks)))
-        self.before = _before(checks)
+        self.before = before(checks)
         self.needs: dict[int, int | None] = {}
         self.running: dict[int, _Worker] = {}
         self.selector = selectors.DefaultSelector()
@@ -250,7 +250,7 @@ def _environment(processes: int) -> dict[str, str]:
 # --- which check must wait for which --------------------------------------------------------------------
 
 
-def _before(checks: Sequence[Check]) -> list[set[int]]:
+def before(checks: Sequence[Check]) -> list[set[int]]:
     """For each check the earlier ones that must have ended: those of which one writes what the other reads or
     writes, and those that compute on a device, which is not shared."""
     made: list[set[int]] = []

@@ -7,7 +7,8 @@ For tests of one's own there are the fixtures `assert_parity` and `ckpt_convert`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,45 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--ckpt-gate: expected a file, found none: {file}")
     if gates:
         named = config.args if config.args_source is config.ArgsSource.ARGS else []
-        config.args = [*named, *gates]
+        of = {os.fspath(Path(n.partition("::")[0]).resolve()) for n in named if "::" in n}
+        config.args = [*named, *(g for g in gates if g not in of)]  # of some only the named tests
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of xdist, where it deals tests out one by one: the tests of a check share one run of it, and so one
+    process. Its marks for groups do not reach the names by which it deals since pytest 9.2."""
+    if not config.getoption(OPTION) or config.getoption("dist") not in ("load", "loadgroup"):
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    known: dict[tuple[Path, str], str] = {}
+    for file in map(Path, config.getoption(OPTION)):
+        checks = _checks(file.resolve())
+        known |= {(file.resolve(), c.name): g for c, g in zip(checks, groups(checks), strict=True)}
+
+    class ByCheck(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            key = ((config.rootpath / file).resolve(), name.rpartition("[")[0])
+            return f"{file}::{known[key]}" if key in known else nodeid
+
+    return ByCheck(config, log)
+
+
+def _checks(file: Path) -> list[Check]:
+    """Those of a gate file; none of one that is none, which its collector tells."""
+    from ckpt_tool.errors import CkptToolError
+    from ckpt_tool.verify.gate import read_gate
+
+    try:
+        return read_gate(file)[1]
+    except CkptToolError:
+        return []
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"ckpt-gate: {file}" for file in config.getoption(OPTION)]
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -64,9 +103,20 @@ class GateFile(pytest.File):
         for check in checks:
             run = Run(check)
             for level in levels_of(check):
-                item = GateItem.from_parent(self, name=f"{check.name}[{level}]", run=run, level=level)
-                item.add_marker(pytest.mark.xdist_group(check.name))
-                yield item
+                yield GateItem.from_parent(self, name=f"{check.name}[{level}]", run=run, level=level)
+
+
+def groups(checks: Sequence[Check]) -> list[str]:
+    """For each check the name of those that one process must run in their order, since one reads what another
+    writes."""
+    from ckpt_tool.gate_processes import before
+
+    made: list[str] = []
+    for check, earlier in zip(checks, before(checks), strict=True):
+        joined = {made[k] for k in earlier}
+        name = min(joined, key=made.index) if joined else check.name
+        made = [name if group in joined else group for group in made] + [name]
+    return made
 
 
 def levels_of(check: Check) -> list[str]:
@@ -79,20 +129,36 @@ def levels_of(check: Check) -> list[str]:
 
 
 class Run:
-    """One check, run once for all its tests."""
+    """One check, run once for all its tests that were chosen."""
 
     def __init__(self, check: Check) -> None:
         self.check = check
         self._report: Report | None = None
 
-    @property
-    def report(self) -> Report:
+    def report(self, chosen: set[str]) -> Report:
+        """As far as the levels that are `chosen` ask for it."""
         if self._report is None:
             from ckpt_tool.api import convert
             from ckpt_tool.verify.gate import run_check
 
-            self._report = run_check(self.check, convert)
+            self._report = run_check(narrowed(self.check, chosen), convert)
         return self._report
+
+
+def narrowed(check: Check, chosen: set[str]) -> Check:
+    """A check of some of its levels; whole where something is judged over all of them."""
+    from ckpt_tool.verify import LEVELS
+
+    if chosen & {VERDICT, "gate"}:
+        return check
+    return replace(
+        check,
+        levels=tuple(level for level in LEVELS if level in chosen),
+        against=check.against if check.against in chosen else None,
+        expectations=check.expectations if "documented" in chosen else None,
+        require=(),
+        bars={},
+    )
 
 
 class GateFailure(AssertionError):
@@ -108,7 +174,10 @@ class GateItem(pytest.Item):
         self.run_, self.level = run, level
 
     def runtest(self) -> None:
-        report = self.run_.report
+        mine = [i for i in self.session.items if isinstance(i, GateItem) and i.run_ is self.run_]
+        report = self.run_.report({i.level for i in mine})
+        if self.level in report.seconds:
+            self.user_properties.append(("seconds", round(report.seconds[self.level], 3)))
         if report.could_not_run or self.level == VERDICT:
             if report.status != "pass":
                 from ckpt_tool.testing import as_text

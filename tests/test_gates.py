@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ckpt_tool import gate_processes
 from ckpt_tool.api import gate
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.pytest_plugin import narrowed, pytest_xdist_make_scheduler
 from ckpt_tool.verify import needs
 from ckpt_tool.verify.claims import Claim
 from ckpt_tool.verify.gate import Check, read_gate
@@ -216,7 +219,7 @@ def test_the_first_that_does_not_pass_ends_the_others(place: Path) -> None:
     ],
 )
 def test_which_checks_are_kept_apart(one: dict[str, str], other: dict[str, str], apart: bool) -> None:
-    found = gate_processes._before([Check("a", **one), Check("b", **other)])  # type: ignore[arg-type]
+    found = gate_processes.before([Check("a", **one), Check("b", **other)])  # type: ignore[arg-type]
     assert found == [set(), {0} if apart else set()]
 
 
@@ -301,3 +304,47 @@ def test_junit_has_times_and_keeps_to_the_schema() -> None:
     assert suite.get("time") == "1.750" == f"{sum(float(c.get('time', '')) for c in cases):.3f}"
     assert len({(c.get("classname"), c.get("name")) for c in root.iter("testcase")}) == len(cases) + 1
     assert cases[0].get("classname") == "a.bits"
+
+
+# --- one level as one test ------------------------------------------------------------------------------
+
+
+def test_only_what_the_chosen_tests_ask_for_is_run() -> None:
+    whole = Check("a", "out", source="in", against="transformers", require=("bits",), bars={"kl": 1.0})
+    assert narrowed(whole, {"bits", "verdict"}) == whole == narrowed(whole, {"gate"})
+    some = narrowed(whole, {"bits", "coverage"})
+    assert (some.levels, some.against, some.require, some.bars) == (("coverage", "bits"), None, (), {})
+    assert narrowed(whole, {"transformers"}).levels == () and narrowed(whole, {"transformers"}).against
+
+
+def test_a_named_test_runs_alone(place: Path) -> None:
+    file = checks(place, "a", "b", levels="['bits', 'parity']")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--ckpt-gate", file.name]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    done = subprocess.run(
+        [*command, f"{file.name}::b[bits]", "--junit-xml", "x.xml"],
+        cwd=place, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    case = ET.parse(place / "x.xml").find(".//testcase")
+    assert case is not None and case.get("name") == "b[bits]"
+    told = {p.get("name") for p in case.iter("property")}
+    assert "seconds" in told
+
+
+def test_xdist_keeps_the_tests_of_a_check_and_of_what_reads_it_together(place: Path) -> None:
+    file = checks(place, "a", "b", "c")
+    text = file.read_text().replace("'good'", "'made'\nconvert = 'auto'", 1)
+    file.write_text("'made'".join(text.rsplit("'good'", 1)))  # c reads what a writes
+    asked = {"ckpt_gate": [str(file)], "dist": "load"}
+    config = SimpleNamespace(
+        getoption=asked.get, rootpath=place, getvalue=lambda name: ["popen"] * 2, option=SimpleNamespace()
+    )
+    scheduler = pytest_xdist_make_scheduler(config, None)  # type: ignore[arg-type]
+    named = [
+        scheduler._split_scope(f"parity.toml::{n}") for n in ("a[bits]", "a[verdict]", "b[bits]", "c[bits]")
+    ]
+    assert named[0] == named[1] == named[3] != named[2]
+    assert scheduler._split_scope("test_own.py::test_x[bits]") == "test_own.py::test_x[bits]"
+    asked["dist"] = "loadfile"
+    assert pytest_xdist_make_scheduler(config, None) is None  # type: ignore[arg-type]
