@@ -188,11 +188,14 @@ def convert(
     """
     from ckpt_tool.convert.durable import Staging
     from ckpt_tool.convert.execute import check_output, execute
-    from ckpt_tool.hub_output import HubOutput
 
     check_name(family)
     asked, check = options or Options(), check and to == "hf"
-    hub = HubOutput.of(out, replaces=overwrite or overwrite_foreign, check=check)
+    hub = None
+    if scheme_of(os.fspath(out)) is not None:
+        from ckpt_tool.hub_output import HubOutput
+
+        hub = HubOutput.of(out, replaces=overwrite or overwrite_foreign, check=check)
     if hub is not None:  # what stands there is replaced by a commit, and nothing on this machine
         overwrite = overwrite_foreign = False
     target = Path(out) if hub is None else hub.repository.folder
