@@ -595,7 +595,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     kept = Kept(
         norms_named(bool(known.once.get("engine", True)), m.experts is not None),
         head=not tied or form.stages > 1,  # the last stage has a copy of tied words
-        experts=None if m.experts is None else megatron_experts.to_write(known),
+        experts=None if m.experts is None else megatron_experts.to_write(known).value,
     )
     table = rows_of(m, known, form.rows, kept)
     return ranks.to_ranks(table, known.source, options, written, form, str)
@@ -692,5 +692,5 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
 def _expert_args(m: Core, known: Known, form: Form) -> dict[str, Value]:
     if m.experts is None:
         return {}
-    grouped = megatron_experts.to_write(known) == megatron_experts.GROUPED
-    return megatron_experts.args(known, grouped=grouped, experts=form.experts, ranks=form.ranks)
+    kept = megatron_experts.to_write(known)
+    return megatron_experts.args(known, kept=kept, experts=form.experts, ranks=form.ranks)

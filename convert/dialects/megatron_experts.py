@@ -60,10 +60,12 @@ class Experts:
     down: str
 
 
-def to_write(known: Known) -> str:
+def to_write(known: Known) -> Value:
     """How to keep experts in files of ranks: as asked, else as the original's were."""
-    asked = known.options.family_options.get(OPTION.name)
-    return str(asked or (GROUPED if known.once.get("grouped") is True else SEQUENTIAL))
+    if (asked := known.options.family_options.get(OPTION.name)) is not None:
+        return Value(asked, OPTION.flag)
+    once = GROUPED if known.once.get("grouped") is True else SEQUENTIAL
+    return Value(once, "as the original had it, or false")
 
 
 def kind_of(names: Iterable[str]) -> str | None:
@@ -191,7 +193,7 @@ def arguments(run: Source) -> dict[str, Only]:
     return {**ROUTED, **({} if joined else {"expert_tensor_parallel_size": shares})}
 
 
-def args(known: Known, *, grouped: bool, experts: int, ranks: int) -> dict[str, Value]:
+def args(known: Known, *, kept: Value, experts: int, ranks: int) -> dict[str, Value]:
     """What args say of the experts, in the words of core_v0.9.0 and later."""
     why = "the architecture"
     said: dict[str, Any] = {
@@ -205,7 +207,7 @@ def args(known: Known, *, grouped: bool, experts: int, ranks: int) -> dict[str, 
         "moe_router_topk": known.value("num_experts_per_tok"),
         "moe_ffn_hidden_size": known.value("intermediate_size"),
         **{k: Value(v, why) for k, v in said.items()},
-        "moe_grouped_gemm": Value(grouped, "how experts are kept"),
+        "moe_grouped_gemm": Value(kept.value == GROUPED, kept.source),
         "expert_model_parallel_size": Value(experts, "ranks to write"),
         "expert_tensor_parallel_size": Value(ranks, "ranks to write"),
     }
