@@ -36,6 +36,11 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
 UNREADABLE = (*BROKEN, TypeError)  # what numbers that are missing, or are no numbers, raise in a reading
 
+ONE_READING = (
+    "both sides have Hugging Face names, and one reading computes them: it shows that nothing was lost, not "
+    "that the model is right; --against transformers and documented values judge that"
+)
+
 Tell = Callable[[str], None]
 
 
@@ -212,7 +217,8 @@ def _parity(
         result = lockstep(subject, original, converted, prompts, tell)
     except NoPass as error:
         return [Finding("parity", "lockstep", "skipped", str(error))]
-    return findings(result, original, converted, prompts, accepted)
+    made = findings(result, original, converted, prompts, accepted)
+    return [*made, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
 
 
 def _judged(
