@@ -38,6 +38,11 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
 UNREADABLE = (*BROKEN, TypeError)  # what numbers that are missing, or are no numbers, raise in a reading
 
+ONE_READING = (
+    "both sides have Hugging Face names, and one reading computes them: it shows that nothing was lost, not "
+    "that the model is right; --against transformers and documented values judge that"
+)
+
 Tell = Callable[[str], None]
 
 
@@ -221,7 +226,8 @@ def _parity(
         return [Finding("parity", "lockstep", "skipped", str(error))]
     tokenizer = tokenizer_of(subject.hf)
     made = findings(result, original, converted, prompts, accepted)
-    return [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in made]
+    made = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in made]
+    return [*made, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
 
 
 def _judged(
