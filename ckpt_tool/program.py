@@ -49,6 +49,7 @@ def main() -> NoReturn:
         code = flush(run(sys.argv[1:]))
     except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told
         code = 128 + getattr(stop, "number", signal.SIGINT)
+    gc.freeze()  # or the interpreter's end would look for cycles among all there is
     if _came:
         for number in SIGNALS:  # the interpreter's own end has no handlers: the code would be lost
             signal.signal(number, signal.SIG_IGN)

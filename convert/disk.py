@@ -23,7 +23,7 @@ statvfs = os.statvfs
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2
-_WORTH_WRITING = 128 * 1024  # bytes; asking for less costs more than it saves
+WORTH_WRITING = 128 * 1024  # bytes; asking for less costs more than it saves
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 # What renameat2 answers where the kernel or the file system does not know the flag.
@@ -68,7 +68,7 @@ def start_writeback(descriptor: int, offset: int, size: int) -> None:
     """Ask the kernel to begin writing these dirty pages, without waiting: the disk then works while we
     copy, and the fsync at the end has little left to do. A hint, so failures do not matter."""
     call = getattr(_libc, "sync_file_range", None)
-    if call is not None and size >= _WORTH_WRITING:
+    if call is not None:
         call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 

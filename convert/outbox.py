@@ -10,6 +10,7 @@ from ckpt_tool.convert import disk
 
 SMALL = 32 * 1024  # bytes up to which copying costs less than a system call
 HELD = 256 * 1024  # bytes held at most
+WINDOW = 8 << 20  # bytes of a file that the disk is asked for together, as far as they are written
 
 
 class Outbox:
@@ -19,7 +20,8 @@ class Outbox:
         self._held = bytearray(HELD)
         self._count = 0  # bytes held, to be written from `_start` on
         self._file, self._descriptor, self._start = "", -1, 0
-        self._begun = (-1, 0, 0)  # (descriptor, first byte, byte after the last) written and not asked for
+        # (descriptor, first byte, byte after the last, bytes) around what was written and not asked for
+        self._begun = (-1, 0, 0, 0)
 
     def put(self, file: str, descriptor: int, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` of the open `file`, now or later. Fails with `disk-full` or
@@ -53,14 +55,16 @@ class Outbox:
             disk.write_at(descriptor, data, offset)
         except OSError as error:
             raise disk.failure(error, file, offset=offset) from None
-        before, start, stop = self._begun
-        if (before, stop) != (descriptor, offset):
+        before, start, stop, written = self._begun
+        first, last = min(start, offset), max(stop, offset + len(data))
+        if before != descriptor or last - first > WINDOW:
             self._ask()
-            start = offset
-        self._begun = (descriptor, start, offset + len(data))
+            first, last, written = offset, offset + len(data), 0
+        self._begun = (descriptor, first, last, written + len(data))
 
     def _ask(self) -> None:
-        descriptor, start, stop = self._begun
-        self._begun = (-1, 0, 0)
-        if stop > start:
+        """Not for less than is worth the call: the next in that place, or the fsync, takes it along."""
+        descriptor, start, stop, written = self._begun
+        self._begun = (-1, 0, 0, 0)
+        if written >= disk.WORTH_WRITING:
             disk.start_writeback(descriptor, start, stop - start)

@@ -350,13 +350,16 @@ _PACKED_NAMES = tuple(
     (re.compile(rf"(?:.*\.)?(?:{pattern})", re.ASCII), what, hint) for pattern, what, hint in _PACKED
 )
 
+_ANY_PACKED = re.compile(rf"(?:.*\.)?(?:{'|'.join(pattern for pattern, _, _ in _PACKED)})", re.ASCII)
+
 
 def packed(names: Collection[str]) -> tuple[str, str, str] | None:
     """(what a checkpoint with tensors of these names holds, one of them, what to do), where they are no plain
     weights."""
     tails = {".".join(n.rsplit(".", 3)[-3:]).lower(): n for n in names}
+    some = [tail for tail in tails if _ANY_PACKED.fullmatch(tail)]
     for pattern, what, hint in _PACKED_NAMES:
-        if name := next((n for tail, n in tails.items() if pattern.fullmatch(tail)), None):
+        if name := next((tails[tail] for tail in some if pattern.fullmatch(tail)), None):
             return what, name, hint
     for tail, name in tails.items():
         if tail.endswith(".scales") and f"{tail.removesuffix('scales')}biases" in tails:

@@ -405,7 +405,8 @@ def _no_settings(t: Trained, known: Known) -> list[str]:
 def _counted(t: Trained, known: Known) -> list[str]:
     """How many variables are left out, for each reason: training keeps more of them than the model has."""
     patterns = [(re.compile(p), reason) for p, reason in {**t.left_out, **t.dropped(known)}.items()]
-    names = known.source.checkpoint.names()
+    any_ = re.compile("|".join(f"(?:{p.pattern})" for p, _ in patterns) or r"(?!)")
+    names = [n for n in known.source.checkpoint.names() if any_.fullmatch(n)]
     reasons = Counter(next((why for p, why in patterns if p.fullmatch(n)), "") for n in names)
     return [f"{n} variable{'s' * (n > 1)} left out: {why}" for why, n in reasons.items() if why]
 
