@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from math import prod
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
-from ckpt_tool.convert.layout import Part, Step
+from ckpt_tool.convert.layout import Part
 from ckpt_tool.convert.plan import Value
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
 
 
@@ -43,25 +44,26 @@ class Disagreement:
 
 
 def disagreements(
-    steps: Iterable[Step], checkpoint: Checkpoint, fields: Mapping[str, str], *, side: str = "sources"
+    steps: Steps, checkpoint: Checkpoint, fields: Mapping[str, str], *, side: str = "sources"
 ) -> list[Disagreement]:
     """One for each combination of config values (`fields` names the value behind an axis) that no tensor on
     the `side` of the steps confirms."""
     confirmed: set[tuple[str, ...]] = set()
     first: dict[tuple[str, ...], Disagreement] = {}
-    seen: set[tuple[object, ...]] = set()  # layers are alike
-    for step in steps:
-        sizes, longer = step.sizes, any(p.taken for p in step.sources)  # ranges say where copies lie
-        for part in step.sources if side == "sources" else step.targets:
-            file = checkpoint.files.get(part.file)
-            tensor = None if file is None else file.tensors.get(part.name)
-            if tensor is None or len(tensor.shape) != len(part.dims):
-                continue
-            kind = (step.axes, part.dims, part.ranges, tensor.shape, longer)
-            if kind in seen:
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()  # layers are alike
+    held = [_held(s.sources if side == "sources" else s.targets, checkpoint) for s in steps.templates]
+    before = [0 if side == "sources" else len(step.sources) for step in steps.templates]
+    for number, names in steps.packed():
+        for j, (part, tensors) in enumerate(held[number]):
+            tensor = tensors.get(names[before[number] + j])
+            if tensor is None or (kind := (number, j, tensor.shape)) in seen:
                 continue
             seen.add(kind)
-            box = part.whole(sizes)
+            if len(tensor.shape) != len(part.dims):
+                continue
+            step = steps.templates[number]
+            sizes, longer = step.sizes, any(p.taken for p in step.sources)  # ranges say where copies lie
+            part, box = part.called(tensor.name), part.whole(sizes)
             for k, (group, found) in enumerate(zip(part.dims, tensor.shape, strict=True)):
                 measured = tuple(dict.fromkeys(fields[a] for a in group if a in fields))
                 expected = prod(box[a][1] - box[a][0] for a in group)
@@ -71,6 +73,12 @@ def disagreements(
                     split = not longer and any(a in group for a, _, _ in part.ranges)
                     first[measured] = Disagreement(measured, part, k, expected, found, split)
     return [d for measured, d in first.items() if measured not in confirmed and measured]
+
+
+def _held(parts: Iterable[Part], checkpoint: Checkpoint) -> list[tuple[Part, Mapping[str, TensorInfo]]]:
+    """The parts of a template with the tensors of their files."""
+    files = checkpoint.files
+    return [(p, files[p.file].tensors if p.file in files else {}) for p in parts]
 
 
 def rank_problems(files: list[str], tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[Problem]:

@@ -13,21 +13,28 @@ from dataclasses import replace
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
 from ckpt_tool.convert.casting import CASTABLE, common
 from ckpt_tool.convert.layout import Part, Step
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
 
 
-def typed(steps: Iterable[Step], dtype: str | None) -> list[Step]:
+def typed(steps: Steps, dtype: str | None) -> Steps:
     """The steps with the dtype of every target: that of its sources, or `dtype` where these are floating. The
     targets of a comparison are in the dtype that it is made in: the asked one, else the narrowest that holds
     every value of both sides, so that nothing is rounded to make it equal."""
-    made = [step if step.compare else _in(step, _asked(step.sources, dtype)) for step in steps]
-    written = {(p.file, p.name): p.dtype for step in made if not step.compare for p in step.targets}
+    made = steps.alike(lambda step: step if step.compare else _in(step, _asked(step.sources, dtype)))
+    compares = {(p.file, p.name) for step in made.where(lambda s: s.compare) for p in step.targets}
+    written: dict[tuple[str, str], str] = {}
+    for kind, names in made.packed() if compares else ():
+        step = made.templates[kind]
+        for p, name in () if step.compare else zip(step.targets, names[len(step.sources) :], strict=True):
+            if (p.file, name) in compares:
+                written[p.file, name] = p.dtype
 
     def compared(step: Step) -> Step:
         both = [*_dtypes(step.sources), *(written.get((p.file, p.name), p.dtype) for p in step.targets)]
         return _in(step, _asked(step.sources, dtype) if dtype is not None else common(both))
 
-    return [compared(step) if step.compare else step for step in made]
+    return made.changed(compared, where=lambda s: s.compare)
 
 
 def _in(step: Step, dtype: str) -> Step:
@@ -44,12 +51,15 @@ def _dtypes(parts: Iterable[Part]) -> list[str]:
     return list(dict.fromkeys(p.dtype for p in parts))
 
 
-def mixed(steps: Iterable[Step], dtype: str | None) -> Iterator[Problem]:
+def mixed(steps: Steps, dtype: str | None) -> Iterator[Problem]:
     """Tensors that are to become one and differ in dtype, where nobody said which it shall have."""
-    for step in steps:
+
+    def is_mixed(step: Step) -> bool:
         found = _dtypes(step.sources)
-        if len(found) < 2 or step.compare or (dtype is not None and set(found) <= set(CASTABLE)):
-            continue
+        return len(found) > 1 and not step.compare and (dtype is None or not set(found) <= set(CASTABLE))
+
+    for step in steps.where(is_mixed):
+        found = _dtypes(step.sources)
         most, _ = Counter(p.dtype for p in step.sources).most_common(1)[0]
         odd = next(p for p in step.sources if p.dtype != most)
         other = next(p for p in step.sources if p.dtype == most)
@@ -63,9 +73,9 @@ def mixed(steps: Iterable[Step], dtype: str | None) -> Iterator[Problem]:
         )
 
 
-def cast_words(steps: Iterable[Step], dtype: str | None) -> list[str]:
+def cast_words(steps: Steps, dtype: str | None) -> list[str]:
     """What the asked cast does, in words; nothing where every tensor has that dtype."""
-    cast = {p.dtype for s in steps for p in s.sources} - {dtype}
+    cast = {p.dtype for s in steps.templates for p in s.sources} - {dtype}
     if dtype is None or not cast:
         return []
     return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]

@@ -6,11 +6,12 @@ What comes out computes something else than what went in, and needs more trainin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpt_tool.convert.layout import Step, with_mean
+from ckpt_tool.convert.layout import with_mean
 from ckpt_tool.convert.plan import Value
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail_all
 
 OPTION = "--gqa"
@@ -21,12 +22,12 @@ AXIS = "k"  # of the tables of every family that can do this: key/value heads
 class Pooled:
     """The steps with means in them, the new num_key_value_heads, and what is lost, in words."""
 
-    steps: list[Step]
+    steps: Steps
     heads: Value
     lossy: str
 
 
-def pooled(steps: Iterable[Step], groups: int, sizes: Mapping[str, Value], *, ranks: int = 1) -> Pooled:
+def pooled(steps: Steps, groups: int, sizes: Mapping[str, Value], *, ranks: int = 1) -> Pooled:
     """`steps` with the key/value heads of the original pooled to `groups`. Fails with `config-mismatch`
     unless there are as many of them as query heads and `groups` divides them."""
     query, kv = (sizes[f"num_{k}_heads"] for k in ("attention", "key_value"))
@@ -47,7 +48,7 @@ def pooled(steps: Iterable[Step], groups: int, sizes: Mapping[str, Value], *, ra
     fail_all(problems)
     each = kv.value // groups
     return Pooled(
-        [with_mean(s, AXIS, groups) if AXIS in s.sizes else s for s in steps],
+        steps.changed(lambda s: with_mean(s, AXIS, groups), where=lambda s: AXIS in s.sizes),
         Value(groups, f"{OPTION}: means over {each} of {kv.value} heads each"),
         f"{OPTION}: {kv.value} key/value heads pooled to {groups}, each the float32 mean of {each}",
     )

@@ -3,7 +3,7 @@
 A tensor is a *box* in a space of named axes, written out in some order of those axes. A `Step` says which
 boxes (source tensors) become which other boxes (target tensors) of the same space; swapping the two sides
 inverts it, so the two directions cannot disagree. A family writes `rule`s, rows of a table with templates
-for names; `expand` fills in layers, experts and model-parallel ranks.
+for names; `expand` (expanding.py) fills in layers, experts and model-parallel ranks.
 
     rule("layers.{i}.attention.wq.weight", "model.layers.{i}.self_attn.q_proj.weight",
          "(n half two) d -> (n two half) d", split="n")
@@ -18,10 +18,9 @@ memory and writes runs of elements; offsets and lengths count elements, so the c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -29,7 +28,6 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.convert.strips import assign
-from ckpt_tool.errors import Problem
 
 Dims = tuple[tuple[str, ...], ...]
 Box = dict[str, tuple[int, int]]
@@ -103,6 +101,10 @@ class Part:
     def at_home(self, file: str) -> Part:
         """The same in another file."""
         return Part(file, self.name, self.dtype, self.dims, self.ranges, self.taken)
+
+    def called(self, name: str) -> Part:
+        """The same under another name."""
+        return Part(self.file, name, self.dtype, self.dims, self.ranges, self.taken)
 
 
 @lru_cache(maxsize=1024)
@@ -207,11 +209,13 @@ class Step:
     def sizes(self) -> dict[str, int]:
         return dict(self.axes)
 
-    def with_targets(self, targets: tuple[Part, ...]) -> Step:
+    def between(self, sources: tuple[Part, ...], targets: tuple[Part, ...]) -> Step:
         """The same with others; quicker than `replace`, which counts where there are thousands."""
-        return Step(
-            self.axes, self.sources, targets, self.note, self.compare, self.mean, self.copied, self.hint
-        )
+        return Step(self.axes, sources, targets, self.note, self.compare, self.mean, self.copied, self.hint)
+
+    def with_targets(self, targets: tuple[Part, ...]) -> Step:
+        """The same with others."""
+        return self.between(self.sources, targets)
 
     def inverse(self) -> Step:
         """The way back: targets become sources. A comparison's inverse writes (each copy gets its bytes), and
@@ -559,140 +563,3 @@ def rule(
     if {a for g in made.left for a in g} != {a for g in made.right for a in g}:
         raise ValueError(f"{pattern!r}: the two sides name different axes")
     return made
-
-
-def template_indices(names: Iterable[str]) -> list[str]:
-    return sorted({k for n in names for k in re.findall(r"\{(\w+)\}", n)})
-
-
-@dataclass
-class Expansion:
-    """The steps of a table with every index filled in, and what stood in the way."""
-
-    steps: list[Step] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-
-def expand(
-    table: Iterable[Rule],
-    *,
-    axes: Mapping[str, int],
-    indices: Mapping[str, int],
-    original: Callable[[str], Sequence[Home]],
-    converted: Callable[[str], Home | None],
-) -> Expansion:
-    """Fill in a table, original side to the left. `axes` gives the size of every axis, `indices` how many
-    values each template index has (`{"i": 32}`). `original(name)` lists where the tensor is in the order of
-    the model-parallel ranks; a file may have another name for it (pipeline stages count their own layers).
-    `converted(name)` says the same for the Hugging Face side, which has one file for a tensor. An empty
-    answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer by layer,
-    so that a layer's tensors stand together as they do in the files."""
-    out = Expansion()
-    shared = [(row, template_indices((*row.source, *row.target)), _axes(row, axes)) for row in table]
-    for layered, rows in groupby(shared, key=lambda row: "i" in row[1]):
-        together = list(rows)
-        for outer in [{"i": n} for n in range(indices["i"])] if layered else [{}]:
-            for row, names, used in together:
-                values = [outer]
-                for k in names:
-                    if k not in ("i", row.cut):
-                        values = [{**v, k: n} for v in values for n in range(indices[k])]
-                for v in values:
-                    _expand_row(row, v, axes, used, original, converted, out)
-    return out
-
-
-def _axes(row: Rule, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """Those of its space with their sizes, once for all layers."""
-    return tuple((a, axes[a]) for g in row.left for a in g)
-
-
-@lru_cache(maxsize=4096)  # the experts of every layer
-def _range(axis: str, start: int, stop: int) -> Ranges:
-    return ((axis, start, stop),)
-
-
-def _names(
-    row: Rule, side: tuple[str, ...], v: dict[str, int], axes: Mapping[str, int]
-) -> list[tuple[str, Ranges]]:
-    """Tensor names of one side with the range of the cut axis that each holds."""
-    if row.cut is not None and any(f"{{{row.cut}}}" in n for n in side):
-        return [
-            (n.format(**v, **{row.cut: e}), _range(row.cut, e, e + 1))
-            for n in side
-            for e in range(axes[row.cut])
-        ]
-    if row.cut is not None and len(side) > 1:
-        sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
-        edges = np.cumsum([0, *sizes]).tolist()
-        return [
-            (n.format(**v), _range(row.cut, a, b))
-            for n, a, b in zip(side, edges[:-1], edges[1:], strict=True)
-        ]
-    return [(n.format(**v), ()) for n in side]
-
-
-def _expand_row(
-    row: Rule,
-    v: dict[str, int],
-    axes: Mapping[str, int],
-    used: tuple[tuple[str, int], ...],
-    original: Callable[[str], Sequence[Home]],
-    converted: Callable[[str], Home | None],
-    out: Expansion,
-) -> None:
-    targets = []
-    for name, ranges in _names(row, row.target, v, axes):
-        found = converted(name)
-        if found is None:
-            out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
-            return
-        file, dtype, *own = found
-        targets.append(Part(file, own[0] if own else name, dtype, row.right, ranges))
-    by_rank: list[list[Part]] = []
-    for name, ranges in _names(row, row.source, v, axes):
-        places = original(name)
-        if not places:
-            out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
-            continue
-        for rank, (file, dtype, *own) in enumerate(places):
-            if rank == len(by_rank):
-                by_rank.append([])
-            share = ranges + _share(row, rank, len(places), axes, name, out)
-            by_rank[rank].append(Part(file, own[0] if own else name, dtype, row.left, share))
-    if not by_rank:
-        return
-    # Ranks whose shares repeat an earlier rank's (copies, or fewer key/value heads than ranks) are compared.
-    first: dict[Ranges, int] = {}
-    writers: list[Part] = []
-    copies: list[list[Part]] = []
-    for rank, parts in enumerate(by_rank):
-        key = parts[0].ranges
-        if key in first:
-            copies.append(parts)
-        else:
-            first[key] = rank
-            writers += parts
-    note = row.note or _describe(row)
-    out.steps.append(Step(used, tuple(writers), tuple(targets), note, row.compare, copied=row.copied))
-    out.steps += [Step(used, tuple(c), tuple(targets), note, row.compare or "replicated") for c in copies]
-
-
-def _share(row: Rule, rank: int, ranks: int, axes: Mapping[str, int], name: str, out: Expansion) -> Ranges:
-    if row.split is None or ranks == 1:
-        return ()
-    n = axes[row.split]
-    if n % ranks and ranks % n:
-        message = f"expected {n} {row.split} to divide by {ranks} ranks, found a rest"
-        out.problems.append(Problem("config-mismatch", message, where=name))
-        return ()
-    start = rank * n // ranks
-    return _range(row.split, start, start + max(1, n // ranks))
-
-
-@lru_cache(maxsize=256)
-def _describe(row: Rule) -> str:
-    if row.left == row.right and row.cut is None:
-        return "rename"
-    change = f"{dims_text(row.left)} -> {dims_text(row.right)}"
-    return change if row.cut is None else f"{change}, cut {row.cut}"

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import DATA
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.spool import Spool
@@ -21,7 +21,9 @@ from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
-from ckpt_tool.convert.layout import Expansion, Part, Step, dims_text
+from ckpt_tool.convert.expanding import Expansion
+from ckpt_tool.convert.layout import Part, Step, dims_text
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 PLAN_VERSION = 1
@@ -156,7 +158,7 @@ class Plan:
 
     family: str
     direction: str
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     outputs: tuple[OutputFile, ...]
     documents: tuple[OutputDocument, ...]
     config: Mapping[str, Value]
@@ -289,9 +291,9 @@ def assemble(
     compare, as they are to be done. Every problem of the stage is raised together: missing tensors, tensors
     nothing claims, shapes and dtypes that disagree.
     """
-    steps = [s if direction == "to-hf" else s.inverse() for s in expansion.steps]
-    steps = dtypes.typed([*steps, *compared], options.dtype)
-    expansion.steps.clear()  # of half a million nobody holds two
+    steps = expansion.steps if direction == "to-hf" else expansion.steps.inverse()
+    steps.extend(compared)
+    steps = dtypes.typed(steps, options.dtype)
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
     missing = _told_apart(expansion.problems, checkpoint)
@@ -301,14 +303,14 @@ def assemble(
     if direction == "to-hf":
         files, index = place(wanted, options.max_shard_bytes)
         wanted = [t for f in files for t in f.tensors]
-        _set_down(steps, {t.name: t.file for t in wanted})
+        steps = _set_down(steps, {t.name: t.file for t in wanted})
         documents = [*documents, *index]
     else:
-        files = [_output(n, wanted) for n in outputs or ()]
+        files = _outputs(outputs or (), wanted)
     return Plan(
         family=family,
         direction=direction,
-        steps=tuple(steps),
+        steps=steps,
         outputs=tuple(files),
         documents=tuple(documents),
         config=dict(config),
@@ -324,27 +326,46 @@ def assemble(
     )
 
 
-def _output(name: str, wanted: Iterable[TensorInfo]) -> OutputFile:
-    return OutputFile(name, _format(name), tuple(t for t in wanted if t.file == name), _metadata(name))
+def _outputs(names: Iterable[str], wanted: Iterable[TensorInfo]) -> list[OutputFile]:
+    held: dict[str, list[TensorInfo]] = {name: [] for name in names}
+    for tensor in wanted:
+        if tensor.file in held:
+            held[tensor.file].append(tensor)
+    return [OutputFile(n, _format(n), tuple(tensors), _metadata(n)) for n, tensors in held.items()]
 
 
-def _written(steps: Iterable[Step]) -> list[TensorInfo]:
+def _written(steps: Steps) -> list[TensorInfo]:
     """The tensors that steps write, each once."""
-    made: dict[tuple[str, str], TensorInfo] = {}
-    for step in steps:
-        for p in () if step.compare else step.targets:
-            made.setdefault((p.file, p.name), TensorInfo(p.name, p.dtype, p.shape(step.sizes), p.file))
-    return list(made.values())
+    made: list[TensorInfo] = []
+    seen: dict[str, set[str]] = {}  # names by file
+    writes = [
+        [
+            (j, p.dtype, p.shape(step.sizes), p.file, seen.setdefault(p.file, set()))
+            for j, p in enumerate(() if step.compare else step.targets, len(step.sources))
+        ]
+        for step in steps.templates
+    ]
+    for kind, names in steps.packed():
+        for j, dtype, shape, file, known in writes[kind]:
+            if (name := names[j]) not in known:
+                known.add(name)
+                made.append(TensorInfo(name, dtype, shape, file))
+    return made
 
 
 def _unclaimed(
-    steps: Iterable[Step], checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
+    steps: Steps, checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
     """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
-    claimed = {(part.file, part.name) for step in steps for part in step.sources}
+    claimed: dict[str, set[str]] = {}  # names by file
+    reads = [[claimed.setdefault(p.file, set()).add for p in step.sources] for step in steps.templates]
+    for kind, names in steps.packed():
+        for claim, name in zip(reads[kind], names, strict=False):
+            claim(name)
     dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
+    nothing: set[str] = set()
     for tensor in checkpoint:
-        if (tensor.file, tensor.name) in claimed:
+        if tensor.name in claimed.get(tensor.file, nothing):
             continue
         reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
         if reason is None and tensor.name in options.drop:
@@ -440,10 +461,11 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
         if total == 1
         else [f"model-{k:05d}-of-{total:05d}.safetensors" for k in range(1, total + 1)]
     )
-    files = [
-        OutputFile(n, "safetensors", tuple(TensorInfo(t.name, t.dtype, t.shape, n) for t in g), _metadata(n))
-        for n, g in zip(names, groups, strict=True)
-    ]
+    files = []
+    for name in names:  # of half a million nobody holds two
+        own = groups.pop(0)
+        own[:] = [TensorInfo(t.name, t.dtype, t.shape, name) for t in own]
+        files.append(OutputFile(name, "safetensors", tuple(own), _metadata(name)))
     if total == 1:
         return files, []
     weight_map = {t.name: f.name for f in files for t in f.tensors}
@@ -451,48 +473,60 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
     return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")]
 
 
-def _set_down(steps: list[Step], home: Mapping[str, str]) -> None:
-    """Give each target its file, one step after the other: there is never another list of them all."""
-    for k, step in enumerate(steps):
-        steps[k] = step.with_targets(tuple([p.at_home(home[p.name]) for p in step.targets]))
+def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
+    """The steps with the file of each target."""
+    made = Steps()
+    kinds: dict[tuple[object, ...], int] = {}
+    sources = [len(t.sources) for t in steps.templates]
+    for kind, names in steps.packed():
+        files = [home[name] for name in names[sources[kind] :]]
+        key = (kind, *files)
+        if (new := kinds.get(key)) is None:
+            template = steps.templates[kind]
+            targets = tuple(p.at_home(file) for p, file in zip(template.targets, files, strict=True))
+            new = kinds[key] = made.kind(template.with_targets(targets))
+        made.kinds.append(new)
+    made.names, made.starts = steps.names, steps.starts
+    return made
 
 
-def _absent(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+def _absent(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
     """One problem for each file that is not there and holds what a step reads."""
     held: dict[str, dict[str, None]] = {}
-    for part in (p for s in steps for p in s.sources):
-        file = checkpoint.files.get(part.file)
-        if file is not None and (missing := file.absent(part.name)) is not None:
-            held.setdefault(missing, {})[part.name] = None
+    missing_of = [
+        [
+            f.absent
+            for p in s.sources
+            if (f := checkpoint.files.get(p.file)) is not None and type(f).absent is not TensorFile.absent
+        ]
+        for s in steps.templates
+    ]
+    for kind, names in steps.packed():
+        for absent, name in zip(missing_of[kind], names, strict=False):
+            if (missing := absent(name)) is not None:
+                held.setdefault(missing, {})[name] = None
     for missing, (first, *others) in held.items():
         more = f" and {len(others)} more tensors of the model" if others else ""
         message = f"expected this file, which holds {printable(first)}{more}, found no such file"
         yield Problem("missing-shard", message, missing, hint="download what is missing too")
 
 
-def _step_problems(steps: Iterable[Step], checkpoint: Checkpoint) -> Iterator[Problem]:
+def _step_problems(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
     yield from _absent(steps, checkpoint)
-    for step in steps:
-        for defect in step.defects():
-            yield Problem("shape-mismatch", defect, where=step.sources[0].name)
-        for part in step.sources:
-            yield from _shape_problems(part, step, checkpoint)
+    defects = [step.defects() for step in steps.templates]
+    expected = [[(p, p.shape(s.sizes), _tensors(p, checkpoint)) for p in s.sources] for s in steps.templates]
+    for kind, names in steps.packed():
+        for defect in defects[kind]:
+            yield Problem("shape-mismatch", defect, where=names[0])
+        for (part, shape, tensors), name in zip(expected[kind], names, strict=False):
+            if (found := tensors.get(name)) is not None and found.shape != shape:
+                message = f"expected shape {shape} ({dims_text(part.dims)}), found {found.shape}"
+                yield Problem("shape-mismatch", message, file=part.file, where=name)
 
 
-def _shape_problems(part: Part, step: Step, checkpoint: Checkpoint) -> list[Problem]:
-    file = checkpoint.files.get(part.file)
-    found = None if file is None else file.tensors.get(part.name)
-    expected = part.shape(step.sizes)
-    if found is None or found.shape == expected:
-        return []
-    return [
-        Problem(
-            "shape-mismatch",
-            f"expected shape {expected} ({dims_text(part.dims)}), found {found.shape}",
-            file=part.file,
-            where=part.name,
-        )
-    ]
+def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """Those of its file."""
+    return checkpoint.files[part.file].tensors if part.file in checkpoint.files else {}
 
 
 def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:

@@ -7,7 +7,7 @@ plan is put together, with every problem of the stage raised at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,22 +15,22 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
+from ckpt_tool.convert.expanding import Expansion, expand
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.heads import pooled
 from ckpt_tool.convert.layout import (
-    Expansion,
     Home,
     Part,
     Rule,
     Step,
-    expand,
     with_padding,
     without_padding,
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
 from ckpt_tool.convert.source import Source
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail_all
 
 TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
@@ -104,14 +104,16 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         "sources",
         original=source.homes,
         converted=lambda _: ("", dtype),
-        again=lambda part: source.copies.get((part.file, part.name), ()),
+        again=(lambda part: source.copies.get((part.file, part.name), ())) if source.copies else None,
     )
-    if table.words is not None:
-        filled.steps[:] = [without_padding(s, WORDS, table.words) for s in filled.steps]
+    if (words := table.words) is not None:
+        filled.steps = filled.steps.changed(
+            lambda s: without_padding(s, WORDS, words), where=lambda s: WORDS in s.sizes
+        )
     config, lossy = written.config, []
     if options.gqa is not None:
         fewer = pooled(filled.steps, options.gqa, table.numbers, ranks=source.ranks)
-        filled.steps[:] = fewer.steps
+        filled.steps = fewer.steps
         config = {**config, "num_key_value_heads": fewer.heads}
         lossy = [fewer.lossy]
     return assemble(
@@ -198,7 +200,7 @@ def to_original(
     *,
     files: Sequence[str],
     homes: Callable[[str], Sequence[Home]],
-    again: Callable[[Part], Sequence[Home]] = lambda _: (),
+    again: Callable[[Part], Sequence[Home]] | None = None,
 ) -> Plan:
     """The plan of the way back. `source` is the converted model, `files` are the weight files to write in
     order, and `homes(name)` says which of them hold the tensor of that name in the table, for each rank;
@@ -208,10 +210,14 @@ def to_original(
         return next(iter(source.homes(name)), None)
 
     filled = _filled_in(table, source, "targets", original=homes, converted=converted, again=again)
-    if table.words is not None:
-        filled.steps[:] = [with_padding(s.inverse(), WORDS, table.words).inverse() for s in filled.steps]
-    parts = [p for s in filled.steps for p in apart(s, compared=table.compared)]
-    filled.steps[:] = [replace(p, hint=table.unlike) if p.copied else p for p in parts]
+    if (words := table.words) is not None:
+        filled.steps = filled.steps.changed(
+            lambda s: with_padding(s.inverse(), WORDS, words).inverse(), where=lambda s: WORDS in s.sizes
+        )
+    parts = filled.steps.changed(
+        lambda s: apart(s, compared=table.compared), where=lambda s: any(p.taken for p in s.sources)
+    )
+    filled.steps = parts.alike(lambda s: replace(s, hint=table.unlike) if s.copied else s)
     return assemble(
         family=written.family,
         direction="to-original",
@@ -239,7 +245,7 @@ def _filled_in(
     *,
     original: Callable[[str], Sequence[Home]],
     converted: Callable[[str], Home | None],
-    again: Callable[[Part], Sequence[Home]],
+    again: Callable[[Part], Sequence[Home]] | None,
 ) -> Expansion:
     """The rows with every index filled in. `side` is that of the steps which the checkpoint holds. Numbers
     that no tensor confirms are raised at once: what else would be said follows from them."""
@@ -250,9 +256,10 @@ def _filled_in(
         original=original,
         converted=converted,
     )
-    filled.steps += [copy for step in filled.steps for copy in _copies(step, again)]
+    if again is not None:
+        filled.steps.extend([copy for step in filled.steps for copy in _copies(step, again)])
     for axis, rows in table.copies.items():
-        filled.steps[:] = [with_copies(s, axis, table.axes[axis], rows) for s in filled.steps]
+        filled.steps = _with_copies(filled.steps, axis, table.axes[axis], rows)
     _with_hints(filled, table)
     layers = layer_problems(table.layers, source.layers)
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
@@ -260,6 +267,10 @@ def _filled_in(
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
     filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
     return filled
+
+
+def _with_copies(steps: Steps, axis: str, held: int, rows: Sequence[int]) -> Steps:
+    return steps.changed(lambda s: with_copies(s, axis, held, rows), where=lambda s: axis in s.sizes)
 
 
 def _copies(step: Step, again: Callable[[Part], Sequence[Home]]) -> Iterator[Step]:
@@ -272,7 +283,7 @@ def _copies(step: Step, again: Callable[[Part], Sequence[Home]]) -> Iterator[Ste
         yield replace(step, sources=tuple(parts), compare=step.compare or "replicated")
 
 
-def _repeated(steps: Iterable[Step], table: Table, source: Source) -> Iterator[Step]:
+def _repeated(steps: Steps, table: Table, source: Source) -> Iterator[Step]:
     """Steps that compare each of `Table.repeats` with what the tensor that it repeats becomes."""
     for name, other in table.repeats.items():
         others = {t.name for t in source.tensors.get(other, ())}
@@ -291,10 +302,9 @@ def _way_out(table: Table, name: str) -> str:
 
 
 def _with_hints(filled: Expansion, table: Table) -> None:
-    filled.steps[:] = [
-        replace(s, hint=_way_out(table, s.sources[0].name)) if s.compare == "tied" else s
-        for s in filled.steps
-    ]
+    filled.steps = filled.steps.changed(
+        lambda s: replace(s, hint=_way_out(table, s.sources[0].name)), where=lambda s: s.compare == "tied"
+    )
     filled.problems[:] = [
         replace(p, hint=TIES) if table.head and p.where == table.head and p.hint is None else p
         for p in filled.problems
@@ -316,13 +326,14 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
     ]
 
 
-def _dtype_problems(steps: Iterable[Step], side: str) -> list[Problem]:
+def _dtype_problems(steps: Steps, side: str) -> list[Problem]:
     """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits; a scalar may
     count something."""
-    parts = dict.fromkeys(p for s in steps for p in (s.sources if side == "sources" else s.targets))
+
+    def odd(step: Step) -> list[Part]:
+        parts = step.sources if side == "sources" else step.targets
+        return [p for p in parts if p.dtype not in CASTABLE and p.dims]
+
+    parts = dict.fromkeys(p for s in steps.where(odd) for p in odd(s))
     expected = f"expected {', '.join(CASTABLE)}"
-    return [
-        Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name)
-        for p in parts
-        if p.dtype not in CASTABLE and p.dims
-    ]
+    return [Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name) for p in parts]

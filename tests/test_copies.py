@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tool.convert.copies import apart, in_words, joined, with_copies
-from ckpt_tool.convert.layout import COPIED, Part, Step, apply, expand, rule
+from ckpt_tool.convert.expanding import expand
+from ckpt_tool.convert.layout import COPIED, Part, Step, apply, rule
 
 
 @st.composite

@@ -40,7 +40,7 @@ def test_one_place_walks_from_rows_to_a_plan() -> None:
     walkers = {
         path
         for path, tree in modules("convert", "verify", "ckpt_tool")
-        if {"expand", "assemble"} & taken_from(tree, "ckpt_tool.convert.layout", "ckpt_tool.convert.plan")
+        if {"expand", "assemble"} & taken_from(tree, "ckpt_tool.convert.expanding", "ckpt_tool.convert.plan")
     }
     assert walkers == {"convert/weave.py"}
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tool.convert.layout import Dims, Part, Step, apply, expand, parse_dims, rule
+from ckpt_tool.convert.expanding import expand
+from ckpt_tool.convert.layout import Dims, Part, Step, apply, parse_dims, rule
 
 NAMES = "abcdefgh"
 

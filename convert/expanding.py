@@ -1,0 +1,197 @@
+"""A family's rows filled in: from templates for names to the steps of a model, with all its layers, experts
+and model-parallel ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+
+from ckpt_tool.convert.layout import Home, Part, Ranges, Rule, Step, dims_text
+from ckpt_tool.convert.steps import Steps
+from ckpt_tool.errors import Problem
+
+# Of a part all but its name and its dims: its file, its dtype and the share of the axes that it holds.
+Held = tuple[str, str, Ranges]
+
+
+def template_indices(names: Iterable[str]) -> list[str]:
+    return sorted({k for n in names for k in re.findall(r"\{(\w+)\}", n)})
+
+
+@dataclass
+class Expansion:
+    """The steps of a table with every index filled in, and what stood in the way."""
+
+    steps: Steps = field(default_factory=Steps)
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class Filling:
+    """A row that is being filled in: its indices, its axes with their sizes, and the templates of its steps
+    so far by what they are made of."""
+
+    row: Rule
+    indices: list[str]
+    axes: tuple[tuple[str, int], ...]
+    kinds: dict[object, int] = field(default_factory=dict)
+
+
+def expand(
+    table: Iterable[Rule],
+    *,
+    axes: Mapping[str, int],
+    indices: Mapping[str, int],
+    original: Callable[[str], Sequence[Home]],
+    converted: Callable[[str], Home | None],
+) -> Expansion:
+    """Fill in a table, original side to the left. `axes` gives the size of every axis, `indices` how many
+    values each template index has (`{"i": 32}`). `original(name)` lists where the tensor is in the order of
+    the model-parallel ranks; a file may have another name for it (pipeline stages count their own layers).
+    `converted(name)` says the same for the Hugging Face side, which has one file for a tensor. An empty
+    answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer by layer,
+    so that a layer's tensors stand together as they do in the files."""
+    out = Expansion()
+    shared = [Filling(row, template_indices((*row.source, *row.target)), _axes(row, axes)) for row in table]
+    for layered, rows in groupby(shared, key=lambda f: "i" in f.indices):
+        together = list(rows)
+        for outer in [{"i": n} for n in range(indices["i"])] if layered else [{}]:
+            for filling in together:
+                values = [outer]
+                for k in filling.indices:
+                    if k not in ("i", filling.row.cut):
+                        values = [{**v, k: n} for v in values for n in range(indices[k])]
+                for v in values:
+                    _expand_row(filling, v, axes, original, converted, out)
+    return out
+
+
+def _axes(row: Rule, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Those of its space with their sizes, once for all layers."""
+    return tuple((a, axes[a]) for g in row.left for a in g)
+
+
+@lru_cache(maxsize=4096)  # the experts of every layer
+def _range(axis: str, start: int, stop: int) -> Ranges:
+    return ((axis, start, stop),)
+
+
+def _names(
+    row: Rule, side: tuple[str, ...], v: dict[str, int], axes: Mapping[str, int]
+) -> list[tuple[str, Ranges]]:
+    """Tensor names of one side with the range of the cut axis that each holds."""
+    if row.cut is None:
+        return [(n.format_map(v), ()) for n in side]
+    if any(f"{{{row.cut}}}" in n for n in side):
+        return [
+            (n.format(**v, **{row.cut: e}), _range(row.cut, e, e + 1))
+            for n in side
+            for e in range(axes[row.cut])
+        ]
+    if len(side) > 1:
+        sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
+        edges = np.cumsum([0, *sizes]).tolist()
+        return [
+            (n.format(**v), _range(row.cut, a, b))
+            for n, a, b in zip(side, edges[:-1], edges[1:], strict=True)
+        ]
+    return [(n.format_map(v), ()) for n in side]
+
+
+def _expand_row(
+    filling: Filling,
+    v: dict[str, int],
+    axes: Mapping[str, int],
+    original: Callable[[str], Sequence[Home]],
+    converted: Callable[[str], Home | None],
+    out: Expansion,
+) -> None:
+    row = filling.row
+    targets: list[Held] = []
+    made: list[str] = []
+    for name, ranges in _names(row, row.target, v, axes):
+        found = converted(name)
+        if found is None:
+            out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
+            return
+        targets.append((found[0], found[1], ranges))
+        made.append(found[2] if len(found) > 2 else name)
+    by_rank: list[tuple[list[Held], list[str]]] = []
+    for name, ranges in _names(row, row.source, v, axes):
+        places = original(name)
+        if not places:
+            out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))
+            continue
+        for rank, (file, dtype, *own) in enumerate(places):
+            if rank == len(by_rank):
+                by_rank.append(([], []))
+            share = ranges + _share(row, rank, len(places), axes, name, out)
+            by_rank[rank][0].append((file, dtype, share))
+            by_rank[rank][1].append(own[0] if own else name)
+    for compare, held, names in _written_and_compared(row, by_rank):
+        key = (compare, *held, None, *targets)
+        if (kind := filling.kinds.get(key)) is None:
+            kind = filling.kinds[key] = out.steps.kind(_template(filling, held, targets, compare))
+        out.steps.add(kind, names + made)
+
+
+def _written_and_compared(
+    row: Rule, by_rank: list[tuple[list[Held], list[str]]]
+) -> Iterator[tuple[str | None, list[Held], list[str]]]:
+    """The sources of the step that writes, with their names, and those of steps that compare, with the
+    reason. Ranks whose shares repeat an earlier rank's (copies, or fewer key/value heads than ranks) are
+    compared."""
+    if len(by_rank) < 2:
+        yield from ((None, *rank) for rank in by_rank)
+        return
+    first: set[Ranges] = set()
+    writers: tuple[list[Held], list[str]] = [], []
+    copies = []
+    for parts, names in by_rank:
+        key = parts[0][2]
+        if key in first:
+            copies.append((row.compare or "replicated", parts, names))
+        else:
+            first.add(key)
+            writers[0].extend(parts)
+            writers[1].extend(names)
+    yield None, *writers
+    yield from copies
+
+
+def _template(filling: Filling, sources: list[Held], targets: list[Held], compare: str | None) -> Step:
+    """That of a step: `compare` says why it only compares, None for the one that does what the row says."""
+    row = filling.row
+    left, right = (
+        tuple(Part(file, "", dtype, dims, ranges) for file, dtype, ranges in side)
+        for side, dims in ((sources, row.left), (targets, row.right))
+    )
+    note = row.note or _describe(row)
+    if compare is not None:
+        return Step(filling.axes, left, right, note, compare)
+    return Step(filling.axes, left, right, note, row.compare, copied=row.copied)
+
+
+def _share(row: Rule, rank: int, ranks: int, axes: Mapping[str, int], name: str, out: Expansion) -> Ranges:
+    if row.split is None or ranks == 1:
+        return ()
+    n = axes[row.split]
+    if n % ranks and ranks % n:
+        message = f"expected {n} {row.split} to divide by {ranks} ranks, found a rest"
+        out.problems.append(Problem("config-mismatch", message, where=name))
+        return ()
+    start = rank * n // ranks
+    return _range(row.split, start, start + max(1, n // ranks))
+
+
+@lru_cache(maxsize=256)
+def _describe(row: Rule) -> str:
+    if row.left == row.right and row.cut is None:
+        return "rename"
+    change = f"{dims_text(row.left)} -> {dims_text(row.right)}"
+    return change if row.cut is None else f"{change}, cut {row.cut}"

@@ -1,0 +1,146 @@
+"""Half a million steps in little memory: those that differ in the names of their tensors share a template.
+
+A step of a model's layers or experts is a few kilobytes of objects, all of them the same but for the names;
+here it is its names and the number of its template, and is made when it is asked for. What a plan checks of
+steps it checks of templates, wherever names do not matter.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
+
+from ckpt_tool.convert.layout import Part, Step
+
+
+def nameless(step: Step) -> Step:
+    """The template of a step."""
+    blank = (tuple(p.called("") for p in side) for side in (step.sources, step.targets))
+    return step.between(*blank)
+
+
+class Steps(Sequence[Step]):
+    """Steps in order, each made anew when it is asked for. `templates` have parts without names; `kinds` is
+    the template of each step, and its `names`, those of the sources first, begin at `starts`."""
+
+    __slots__ = ("_known", "kinds", "names", "starts", "templates")
+
+    def __init__(self, steps: Iterable[Step] = ()) -> None:
+        self.templates: list[Step] = []
+        self.kinds = array("i")
+        self.names: list[str] = []
+        self.starts = array("q", [0])
+        self._known: dict[Step, int] = {}
+        self.extend(steps)
+
+    # --- to fill in ---
+
+    def kind(self, template: Step) -> int:
+        """The number of a template, which is new or known."""
+        found = self._known.setdefault(template, len(self.templates))
+        if found == len(self.templates):
+            self.templates.append(template)
+        return found
+
+    def add(self, kind: int, names: Sequence[str]) -> None:
+        self.kinds.append(kind)
+        self.names += names
+        self.starts.append(len(self.names))
+
+    def extend(self, steps: Iterable[Step]) -> None:
+        if isinstance(steps, Steps):
+            kinds = [self.kind(t) for t in steps.templates]
+            for kind, names in steps.packed():
+                self.add(kinds[kind], names)
+            return
+        for step in steps:
+            names = [p.name for p in (*step.sources, *step.targets)]
+            self.add(self.kind(nameless(step)), names)
+
+    # --- to look at ---
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @overload
+    def __getitem__(self, key: int) -> Step: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Step]: ...
+    def __getitem__(self, key: int | slice) -> Step | list[Step]:
+        if isinstance(key, slice):
+            return [self[k] for k in range(*key.indices(len(self)))]
+        k = range(len(self))[key]
+        return _made(self.templates[self.kinds[k]], self.names[self.starts[k] : self.starts[k + 1]])
+
+    def __iter__(self) -> Iterator[Step]:
+        templates = self.templates
+        return (_made(templates[kind], names) for kind, names in self.packed())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def packed(self) -> Iterator[tuple[int, list[str]]]:
+        """The template and the names of each step."""
+        names, start = self.names, 0
+        for kind, stop in zip(self.kinds, self.starts[1:], strict=True):
+            yield kind, names[start:stop]
+            start = stop
+
+    def where(self, wanted: Callable[[Step], object]) -> Iterator[Step]:
+        """The steps whose templates are `wanted`."""
+        chosen = [bool(wanted(t)) for t in self.templates]
+        if not any(chosen):
+            return
+        for k, kind in enumerate(self.kinds):
+            if chosen[kind]:
+                yield self[k]
+
+    # --- to change ---
+
+    def alike(self, change: Callable[[Step], Step]) -> Steps:
+        """The steps that `change` makes of them, which looks at no names and leaves as many parts."""
+        made = Steps()
+        kinds = [made.kind(change(t)) for t in self.templates]
+        made.kinds, made.names, made.starts = self.kinds, self.names, self.starts
+        if kinds != list(range(len(kinds))):
+            made.kinds = array("i", [kinds[k] for k in self.kinds])
+        return made
+
+    def changed(
+        self, change: Callable[[Step], Step | Iterable[Step]], *, where: Callable[[Step], object]
+    ) -> Steps:
+        """The steps with, in place of each whose template `where` finds, what `change` makes of it."""
+        chosen = [bool(where(t)) for t in self.templates]
+        if not any(chosen):
+            return self
+        made = Steps()
+        kinds = [-1 if c else made.kind(t) for c, t in zip(chosen, self.templates, strict=True)]
+        for kind, names in self.packed():
+            if chosen[kind]:
+                new = change(_made(self.templates[kind], names))
+                made.extend((new,) if isinstance(new, Step) else new)
+            else:
+                made.add(kinds[kind], names)
+        return made
+
+    def inverse(self) -> Steps:
+        """The way back of each: see `Step.inverse`."""
+        made = Steps()
+        kinds = [made.kind(t.inverse()) for t in self.templates]
+        sources = [len(t.sources) for t in self.templates]
+        for kind, names in self.packed():
+            made.add(kinds[kind], [*names[sources[kind] :], *names[: sources[kind]]])
+        return made
+
+
+def _made(template: Step, names: list[str]) -> Step:
+    sources, targets = template.sources, template.targets
+    if len(names) == 2 and len(sources) == 1:
+        return template.between((sources[0].called(names[0]),), (targets[0].called(names[1]),))
+    parts: list[Part] = [p.called(n) for p, n in zip((*sources, *targets), names, strict=True)]
+    return template.between(tuple(parts[: len(sources)]), tuple(parts[len(sources) :]))
