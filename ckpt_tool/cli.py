@@ -23,6 +23,8 @@ from ckpt_tool.command_parts import (
     exact_dtype,
     facts_option,
     following_at,
+    mode_of,
+    mode_options,
     options_of,
     report_files,
     write_report,
@@ -109,7 +111,7 @@ def _direction(to: str) -> str:
     return "original" if to == "original" else "hf"
 
 
-def byte_size(text: str) -> int:
+def byte_size(text: str, where: str = "--max-shard-size") -> int:
     """`5GB`, `500MiB`, `1000000` to bytes."""
     units = {"": 1, "b": 1}
     for power, letter in enumerate("kmgt", start=1):
@@ -121,7 +123,7 @@ def byte_size(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        fail("usage", f"expected a size such as 5GB or 500MiB, found {text!r}", where="--max-shard-size")
+        fail("usage", f"expected a size such as 5GB or 500MiB, found {text!r}", where=where)
     return size
 
 
@@ -228,6 +230,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 @click.option(
     "--prompts", metavar="FILE", help="JSON file with rows of token ids to add to the fixed prompts."
 )
+@mode_options
 @any_dtype
 @device_option
 @click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
@@ -296,6 +299,8 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         settings=api.settings(asked["pairs"]),
         transformers_python=asked.get("transformers_python"),
         expectations=asked.get("expectations"),
+        mode=mode_of(asked),
+        memory=byte_size(asked["memory"], "--memory") if asked.get("memory") else None,
         progress=following_at(log),
         joined=asked.get("finish", False),
         **chosen,

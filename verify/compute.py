@@ -15,13 +15,16 @@ from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
+from ckpt_tool.verify.effort import effort_for
 from ckpt_tool.verify.expectations import archived
+from ckpt_tool.verify.pace import TOLD, duration, limit, pace
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.prompts import (
     WINDOW_LIMIT,
     Lengths,
     Prompt,
     cut,
+    named_prompts,
     positions,
     prompts_for,
     tokenizer_of,
@@ -30,7 +33,6 @@ from ckpt_tool.verify.prompts import (
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
-from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -53,8 +55,6 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
     with threads_for(subject.output):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
-        facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
-        tell(f"needs {facts['needs']}")
         table = positions(subject.config, subject.hf, subject.original)
         readings = _readings(subject, asked)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
@@ -66,7 +66,7 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         found: list[Finding] = []
         if "parity" in asked.levels:
             found += cut(rows, config, table)
-            found += _parity(subject, readings, prompts, tell, asked.accept)
+            found += _parity(subject, readings, prompts, facts, tell, asked)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
@@ -201,18 +201,26 @@ def _parity(
     subject: Subject,
     readings: Readings,
     prompts: Mapping[str, Prompt],
+    facts: dict[str, str],
     tell: Tell,
-    accepted: tuple[str, ...],
+    asked: Asked,
 ) -> list[Finding]:
     original, converted = readings.original, readings.converted
     if readings.reason is not None or original is None or converted is None:
         status, text = readings.reason or ("skipped", "a side cannot be read")
         return [Finding("parity", "lockstep", status, text)]
+    effort = effort_for(asked.mode, original, converted, prompts, frozenset(named_prompts(asked.prompts)))
+    needs = limit(original, converted, prompts, effort, asked.memory)
+    foretold = pace(original, converted, prompts, effort)
+    if foretold.seconds >= TOLD:
+        needs = f"{needs}, {duration(foretold.seconds)}"
+    facts["needs"] = needs
+    tell(f"parity: needs {needs}")
     try:
-        result = lockstep(subject, original, converted, prompts, tell)
+        result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
     except NoPass as error:
         return [Finding("parity", "lockstep", "skipped", str(error))]
-    return findings(result, original, converted, prompts, accepted)
+    return findings(result, original, converted, prompts, asked.accept)
 
 
 def _judged(
