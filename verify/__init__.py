@@ -29,8 +29,10 @@ from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
 from ckpt_tool.verify.prompts import Prompts, read_prompts
+from ckpt_tool.verify.provenance import provenance
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
+from ckpt_tool.verify.timing import OTHER, timed
 
 __all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
@@ -92,13 +94,12 @@ def verify(
         asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, transformers_python,
         recorded, mode, memory,
     )  # fmt: skip
-    began = time.monotonic()
-    report = Report("ckpt-tool verify")
+    began, report = time.monotonic(), Report("ckpt-tool verify")
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         report.facts |= _facts(subject, out, source, no_source)
         report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
         _levels(subject, out, wanted, report, progress or (lambda text: None), joined)
-    report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
+    _took(report, time.monotonic() - began)
     return report
 
 
@@ -114,22 +115,31 @@ def _levels(
     if asked.mode != "default":
         report.facts["mode"] = f"{asked.mode}; levels: {', '.join(asked.levels)}"
     subject.accepted = asked.accept
-    seen = _seen(subject, out, asked.levels, tell, joined)
+    with timed(report.seconds, next((level for level in SHARED if level in asked.levels), OTHER)):
+        seen = _seen(subject, out, asked.levels, tell, joined)
     _run(subject, asked, seen, report, tell)
     report.facts |= seen.facts
+    report.provenance = provenance(subject)
     seen.remove()
+
+
+def _took(report: Report, seconds: float) -> None:
+    report.facts["seconds"] = f"{seconds:.1f}"
+    report.seconds[OTHER] = max(0.0, seconds - sum(report.seconds.values()))
 
 
 def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Callable[[str], None]) -> None:
     """All levels that were asked for, into `report`."""
     if "coverage" in asked.levels:
-        report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
+        with timed(report.seconds, "coverage"):
+            report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
     report.findings += unneeded(subject, asked.accept)
     if "bits" in asked.levels:
         tell("bits: comparing with the source")
-        report.findings += bits(subject, seen.scans, seen.compared)
+        with timed(report.seconds, "bits"):
+            report.findings += bits(subject, seen.scans, seen.compared)
     if {"parity", "documented"} & set(asked.levels) or asked.against is not None:
-        report.findings += _computed(subject, asked, report.facts, tell)
+        report.findings += _computed(subject, asked, report, tell)
     report.findings += by_bits(subject, report.findings)
 
 
@@ -181,15 +191,13 @@ def _seen(
     return Joined(list(scan(subject.output)))
 
 
-def _computed(
-    subject: Subject, asked: Asked, facts: dict[str, str], tell: Callable[[str], None]
-) -> list[Finding]:
+def _computed(subject: Subject, asked: Asked, report: Report, tell: Callable[[str], None]) -> list[Finding]:
     """The levels that need torch; without it the others still say what they say."""
     try:
         from ckpt_tool.verify.compute import compute
     except ImportError as error:
         return not_computed(error, asked.levels, asked.against)
-    return compute(subject, asked, facts, tell)
+    return compute(subject, asked, report, tell)
 
 
 def _check_one(source: str | os.PathLike[str] | None, no_source: bool) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.effort import Effort
+from ckpt_tool.verify.needs import size_text
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.sides import Phase, Side
 
@@ -93,10 +94,6 @@ def _weights(side: Side) -> dict[int | None, float]:
             layer = layer_of(name)
             found[layer] = found.get(layer, 0.0) + info.numel * share
     return found
-
-
-def size_text(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 # --- memory -----------------------------------------------------------------------------------------------
