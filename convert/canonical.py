@@ -18,15 +18,17 @@ from typing import Any
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_template, is_tokenizer, vocabulary_kind
+from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import CODE, Class
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.kept import read_manifest
-from ckpt_tool.convert.layout import Expansion, Part, Step
+from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
 from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
 
@@ -159,7 +161,7 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     filled.problems += _head_problems(spelling, held, [*claimed, *(t.name for t in heads)], heads)
     there = {name: own for own, name in spelling.family.items()}
     made = [*expected, *(_whole(t) for t in sorted(heads, key=lambda t: natural(t.name)))]
-    filled.steps[:] = [_kept(part, there, spelling) for part in made]
+    filled.steps = Steps(_kept(part, there, spelling) for part in made)
     compared = [_compared(seen, name, to, held, there, spelling) for name, to in tied.items()]
     return as_it_is(
         checkpoint,
