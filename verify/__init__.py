@@ -4,6 +4,7 @@
     bits        does the plan's inverse give the source back, byte for byte?
     parity      does it compute the same, layer by layer, as the original layout's own reading?
     documented  does it give the values its publishers documented?
+    generation  does it go on from prompts with the same tokens? (where it is asked for by name)
 
 Torch is imported when a level that computes is asked for, not before.
 """
@@ -32,9 +33,10 @@ from ckpt_tool.verify.prompts import Prompts, read_prompts
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
 
-__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
+__all__ = ["ASKED_FOR", "DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
 LEVELS = ("coverage", "bits", "parity", "documented")
+ASKED_FOR = (*LEVELS, "generation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 JUDGES = ("transformers",)
 
@@ -108,7 +110,7 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
     if "bits" in asked.levels:
         tell("bits: comparing with the source")
         report.findings += bits(subject, seen.scans, seen.compared)
-    if {"parity", "documented"} & set(asked.levels) or asked.against is not None:
+    if {"parity", "documented", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report.facts, tell)
     report.findings += by_bits(subject, report.findings)
 
@@ -179,7 +181,7 @@ def _check_one(source: str | os.PathLike[str] | None, no_source: bool) -> None:
 
 def _check_choices(levels: Iterable[str], against: str | None, compute_dtype: str, device: str) -> None:
     for label, values, known in (
-        ("levels", levels, LEVELS),
+        ("levels", levels, ASKED_FOR),
         ("against", (against,) if against else (), JUDGES),
         ("compute_dtype", (compute_dtype,), DTYPES),
     ):

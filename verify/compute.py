@@ -16,6 +16,7 @@ from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
+from ckpt_tool.verify.generated import generated
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.prompts import (
     WINDOW_LIMIT,
@@ -67,6 +68,8 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         if "parity" in asked.levels:
             found += cut(rows, config, table)
             found += _parity(subject, readings, prompts, tell, asked.accept)
+        if "generation" in asked.levels:
+            found += _generation(subject, readings, rows, asked, lengths, table, tell)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
@@ -213,6 +216,24 @@ def _parity(
     except NoPass as error:
         return [Finding("parity", "lockstep", "skipped", str(error))]
     return findings(result, original, converted, prompts, accepted)
+
+
+def _generation(
+    subject: Subject,
+    readings: Readings,
+    rows: Mapping[str, list[int]],
+    asked: Asked,
+    lengths: Lengths,
+    table: int | None,
+    tell: Tell,
+) -> list[Finding]:
+    original, converted = readings.original, readings.converted
+    if readings.reason is not None or original is None or converted is None:
+        return [Finding("generation", "tokens", *(readings.reason or ("skipped", "a side cannot be read")))]
+    return generated(
+        subject, original, converted, rows,
+        dtype=asked.dtype, device=asked.device, lengths=lengths, table=table, tell=tell,
+    )  # fmt: skip
 
 
 def _judged(
