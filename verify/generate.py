@@ -92,9 +92,6 @@ def _fitting(o: Options, vocabulary: int) -> None:
     if o.beams and need > group * vocabulary:
         text = f"expected at most {vocabulary} candidates of each beam, found {need // group}"
         refuse(f"{text} asked for by {group} beams", "num_beams", hint="fewer ids in eos_token_id, or greedy")
-    for name, ids in (("eos_token_id", o.eos), ("pad_token_id", () if o.pad is None else (o.pad,))):
-        if ids and max(ids) >= vocabulary:
-            refuse(f"expected ids below {vocabulary}, the size of the vocabulary, found {max(ids)}", name)
 
 
 def candidates(o: Options) -> int:

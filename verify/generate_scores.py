@@ -117,7 +117,9 @@ def lured(scores: Tensor, new: int, o: Options) -> Tensor:
     start, factor = o.exponential_decay_length_penalty
     if new <= start:
         return scores
-    ends = torch.tensor(o.named_eos, device=scores.device)
+    ends = torch.tensor([i for i in o.named_eos if 0 <= i < scores.shape[1]], dtype=torch.long).to(
+        scores.device
+    )
     found = scores[:, ends]
     more = found.abs() * (factor ** (new - start) - 1)
     if o.rules == "5":
