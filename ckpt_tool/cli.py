@@ -219,8 +219,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     "--level",
     "levels",
     multiple=True,
-    type=click.Choice(["coverage", "bits", "parity", "documented"]),
-    help="Levels to run (default: all).",
+    type=click.Choice(["coverage", "bits", "parity", "documented", "generation"]),
+    help="Levels to run (default: all but generation).",
 )
 @click.option(
     "--against",

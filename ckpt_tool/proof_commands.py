@@ -179,4 +179,35 @@ def run_expectations(out: str, **asked: Any) -> int:
     return write_report(report, asked, files)
 
 
-COMMANDS = (certificate, check_certificate, compare, expectations)
+@click.command()
+@click.argument("out", metavar="DIR")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="A prompt, read with DIR's tokenizer.json.")
+@click.option("--prompt-ids", multiple=True, metavar="1,15,27", help="A prompt as token ids.")
+@click.option("--prompts", metavar="FILE", help="JSON: rows of ids, or input_ids and attention_mask.")
+@click.option("--mode", type=click.Choice(["greedy", "sample", "beam"]), help="(default: as the model says)")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Any argument of `generate`.")
+@click.option("--options", "options_file", metavar="FILE", help="The same as a JSON object.")
+@click.option(
+    "--rules", type=click.Choice(["4.37", "5"]), default="5", show_default=True, help="Whose rules."
+)
+@click.option("--seed", type=int, help="Where the draws of sampling start.")
+@click.option("--no-cache", is_flag=True, help="Compute the whole text again for every token.")
+@click.option("--source", metavar="PATH", help="The original: exit code 1 if it goes on otherwise.")
+@any_dtype
+@device_option
+@facts_option
+@as_json
+def generate(out: str, source: str | None, as_json: bool, **asked: Any) -> int:
+    """Go on from prompts as transformers does, and say with which scores.
+
+    \b
+    ckpt-tool generate Mistral-7B-v0.1-hf --prompt "Today is" --option max_new_tokens=5
+    ckpt-tool generate DIR --prompt-ids 1,15,27 --mode beam --rules 4.37 --json
+    """
+    from ckpt_tool.generate_command import run
+
+    screen, log = consoles()
+    return run(out, source, asked, as_json, screen, following_at(log))
+
+
+COMMANDS = (certificate, check_certificate, compare, expectations, generate)

@@ -127,12 +127,18 @@ def rotate_halves(x: Tensor, turned: Tensor) -> Tensor:
 
 
 def visible(
-    x: Tensor, *, window: int | None = None, mask: Tensor | None = None, queries: slice = ALL
+    x: Tensor,
+    *,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    before: int = 0,
+    queries: slice = ALL,
 ) -> Tensor:
-    """Which keys (last axis) a query (the axis before) sees, (B or 1, 1, T, T): none that come later, none
-    `window` or more tokens back, none that are padding, where `mask` (B, T) is 0; of these `queries`."""
-    position = torch.arange(x.shape[1], device=x.device)
-    back = position[queries, None] - position[None, :]
+    """Which keys (last axis) a query (the axis before) sees, (B or 1, 1, T, before + T): none that come
+    later, none `window` or more tokens back, none that are padding, where `mask` (B, T) is 0; of these
+    `queries` of the T tokens after the first `before`."""
+    position = torch.arange(before + x.shape[1], device=x.device)
+    back = position[before:][queries, None] - position[None, :]
     seen = (back >= 0) if window is None else (back >= 0) & (back < window)
     return seen[None, None] if mask is None else seen & mask.bool()[:, None, None, :]
 
@@ -145,6 +151,30 @@ def in_turn(part: Callable[[slice], Tensor], tokens: int, each: int) -> Tensor:
         return part(ALL)
     share = -(-tokens // turns)
     return torch.cat([part(slice(start, start + share)) for start in range(0, tokens, share)], dim=1)
+
+
+Past = dict[tuple[int, int], tuple[Tensor, Tensor]]  # keys and values of the tokens before, by layer and rank
+
+
+def before(past: Past | None) -> int:
+    """How many tokens a pass goes on from."""
+    return next(iter(past.values()))[0].shape[1] if past else 0
+
+
+def remembered(past: Past | None, place: tuple[int, int]) -> int:
+    """The same for one layer, which may be ahead of others."""
+    return past[place][0].shape[1] if past is not None and place in past else 0
+
+
+def recalled(past: Past | None, place: tuple[int, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, before + T, K, H): those of one layer and rank so far, then these, which are
+    kept."""
+    if past is None:
+        return k, v
+    if place in past:
+        k, v = (torch.cat(pair, dim=1) for pair in zip(past[place], (k, v), strict=True))
+    past[place] = k, v
+    return k, v
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from ckpt_tool.reference.blocks import (
     GELUS,
+    Past,
     Tensors,
     activate,
     affine,
     all_reduce,
     layer_norm,
     products,
+    recalled,
+    remembered,
     rotate_neighbours,
     visible,
     weigh,
@@ -105,11 +108,13 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return w["transformer.wte.weight"][ids]
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Past | None = None
+) -> Tensor:
     """Attention and feed-forward both start from the one norm, side by side."""
     (w,), p = ranks, f"transformer.h.{i}."
     y = layer_norm(x, w, p + "ln_1.", c.norm_eps)
-    return x + attention(y, w, p + "attn.", c, mask) + feed_forward(y, w, p + "mlp.", c)
+    return x + attention(y, w, i, c, mask, past) + feed_forward(y, w, p + "mlp.", c)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -118,21 +123,33 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(affine(layer_norm(x, w, "transformer.ln_f.", c.norm_eps), w, "lm_head."))
 
 
-def attention(x: Tensor, w: Tensors, p: str, c: Config, mask: Tensor | None) -> Tensor:
+def attention(x: Tensor, w: Tensors, i: int, c: Config, mask: Tensor | None, past: Past | None) -> Tensor:
     """Every core has the rows of its queries, then of its values, then of its keys, in `qkv_proj`, and the
     columns of its heads in `out_proj`."""
-    turned, seen = turns(x, THETA, c.rotary_dim, None), visible(x, mask=mask)
+    p, ahead = f"transformer.h.{i}.attn.", remembered(past, (i, 0))
+    turned = turns(x, THETA, c.rotary_dim, None, ahead)
+    seen = visible(x, mask=mask, before=ahead)
     fused, out = w[p + "qkv_proj.weight"], w[p + "out_proj.weight"]
-    cores = zip(fused.chunk(c.mp_num, 0), out.chunk(c.mp_num, 1), strict=True)
-    return all_reduce(core(x, rows, columns, turned, seen, c) for rows, columns in cores)
+    cores = enumerate(zip(fused.chunk(c.mp_num, 0), out.chunk(c.mp_num, 1), strict=True))
+    return all_reduce(core(x, own, turned, seen, c, past, (i, m)) for m, own in cores)
 
 
-def core(x: Tensor, rows: Tensor, columns: Tensor, turned: Tensor, seen: Tensor, c: Config) -> Tensor:
-    """The part of the sum over heads that N/M heads contribute: (B, T, D). `rows` (3 D/M, D), `columns`
-    (D, D/M). Queries and keys are float32 from the rotation on."""
+def core(
+    x: Tensor,
+    own: tuple[Tensor, Tensor],
+    turned: Tensor,
+    seen: Tensor,
+    c: Config,
+    past: Past | None,
+    place: tuple[int, int],
+) -> Tensor:
+    """The part of the sum over heads that N/M heads contribute: (B, T, D). Its `own` rows (3 D/M, D) and
+    columns (D, D/M). Queries and keys are float32 from the rotation on."""
+    rows, columns = own
     shape = c.n_heads // c.mp_num, -1
     q, v, k = ((x @ part.T).view(*x.shape[:2], *shape) for part in rows.chunk(3, 0))  # (B, T, N/M, H)
     q, k = rotate_neighbours(q, turned), rotate_neighbours(k, turned)
+    k, v = recalled(past, place, k, v)
     return weigh(products(q, k) / q.shape[-1] ** 0.5, v, seen, MASKED) @ columns.T
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ckpt_tool.reference.blocks import (
     VERSION_2,
     Expert,
+    Past,
     activate,
     affine,
     all_reduce,
@@ -32,6 +33,8 @@ from ckpt_tool.reference.blocks import (
     layer_norm,
     mixture,
     products,
+    recalled,
+    remembered,
     rms_norm,
     rotate_halves,
     rotate_neighbours,
@@ -116,10 +119,12 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return x if c.word_scale == 1 else x * torch.tensor(c.word_scale, dtype=x.dtype, device=x.device)
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
+def layer(x: Tensor, i: int, ranks: Ranks, c: Config, past: Past | None = None) -> Tensor:
     """Each rank normalises with its own copy of the norm weights, as it does in the originals."""
     p, n, S = f"{c.names.block}{i}.", c.names, len(ranks)
-    y = all_reduce(attention(norm(x, w, p + n.norm_1, c), w, p, i, c, S) for w in ranks)
+    y = all_reduce(
+        attention(norm(x, w, p + n.norm_1, c), w, p, (i, r), c, S, past) for r, w in enumerate(ranks)
+    )
     attended = x + (norm(y, ranks[0], p + n.after[0], c) if n.after[0] else y)
     x, branch = x if c.parallel else attended, experts if c.n_experts else feed_forward
     y = all_reduce(branch(norm(x, w, p + n.norm_2, c), w, p, c) for w in ranks)
@@ -138,19 +143,30 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return capped(join_words(parts, c.n_words), c.logit_cap)
 
 
-def attention(x: Tensor, w: Mapping[str, Tensor], p: str, i: int, c: Config, S: int) -> Tensor:
-    """The part of the sum over heads that this rank's heads contribute: (B, T, D)."""
+def attention(
+    x: Tensor,
+    w: Mapping[str, Tensor],
+    p: str,
+    place: tuple[int, int],
+    c: Config,
+    S: int,
+    past: Past | None,
+) -> Tensor:
+    """The part of the sum over heads that this rank's heads contribute: (B, T, D). `place` is the layer and
+    the rank."""
     q, k, v = project(x, w, p, c, S)
+    ahead = remembered(past, place)
     if c.head_norms:
         q, k = (norm(y, w, p + n, c) for y, n in zip((q, k), c.head_norms, strict=True))
-    turned = turns(x, c.rope_theta, c.turned or c.head_dim, c.rope_scaling)
+    turned = turns(x, c.rope_theta, c.turned or c.head_dim, c.rope_scaling, ahead)
     rotate = rotate_neighbours if c.neighbours else rotate_halves
     q, k = (rotate(y, turned).to(x.dtype) for y in (q, k))
+    k, v = recalled(past, place, k, v)
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
 
     def attended(own: slice) -> Tensor:
         scores = capped(products(q[:, own], k) / math.sqrt(c.query_scalar or c.head_dim), c.score_cap)
-        return weigh(scores, v, visible(x, window=c.windows[i], queries=own), -math.inf)
+        return weigh(scores, v, visible(x, window=c.windows[place[0]], before=ahead, queries=own), -math.inf)
 
     y = in_turn(attended, x.shape[1], len(x) * q.shape[2] * k.shape[1])
     return affine(y, w, p + c.names.out, "out" in c.biased)

@@ -113,11 +113,29 @@ def split_heads(x: Tensor, n: int) -> Tensor:
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)
 
 
-def unseen(x: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
-    """Which keys (last axis) a query (the axis before) does not see, (B or 1, 1, T, T): later ones, and
-    padding, where `mask` (B, T) is 0."""
+Cache = dict[str, Tensor]  # keys and values (B, K, P, H) of the P tokens before, by what made them
+
+
+def cached(past: Cache | None, stem: str = "") -> int:
+    """P, of the first names that begin with `stem`."""
+    return next((y.shape[2] for name, y in (past or {}).items() if name.startswith(stem)), 0)
+
+
+def grown(past: Cache | None, stem: str, *new: Tensor) -> tuple[Tensor, ...]:
+    """What is kept as `stem` 0, 1, ..., each followed by its new tokens: (B, K, P + T, H)."""
+    if past is None:
+        return new
+    for number, y in enumerate(new):
+        name = f"{stem}{number}"
+        past[name] = torch.cat((past[name], y), dim=2) if name in past else y
+    return tuple(past[f"{stem}{number}"] for number in range(len(new)))
+
+
+def unseen(x: Tensor, mask: Tensor | None, causal: bool = True, offset: int = 0) -> Tensor:
+    """Which keys (last axis) a query (the axis before) does not see, (B or 1, 1, T, offset + T): later ones,
+    and padding, where `mask` (B, T) is 0."""
     T = x.shape[1]
-    hidden = torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).triu(1)
+    hidden = torch.ones(1, 1, T, offset + T, dtype=torch.bool, device=x.device).triu(offset + 1)
     hidden = hidden if causal else torch.zeros_like(hidden)
     return hidden if mask is None else hidden | (mask == 0)[:, None, None, :]
 
@@ -137,18 +155,20 @@ def grouped_attention(
     scalar: float | None = None,
     cap: float | None = None,
 ) -> Tensor:
-    """q (B, N, T, H), k and v (B, K, T, H), each shared by N/K queries: (B, T, N * H). A query sees itself
-    and what was before it, with a window that many keys. `scalar` stands in the place of H in the scores."""
-    (B, N, T, H), K = q.shape, k.shape[1]
+    """q (B, N, T, H), k and v (B, K, P + T, H), each shared by N/K queries: (B, T, N * H). A query sees
+    itself and what was before it, with a window that many keys. `scalar` stands in the place of H in the
+    scores."""
+    (B, N, T, H), K, S = q.shape, k.shape[1], k.shape[2]
     q = q.view(B, K, -1, T, H)
-    made, rows = [], max(1, HELD // (B * N * T))
+    made, rows = [], max(1, HELD // (B * N * S))
     for first in range(0, T, rows):
         some = q[:, :, :, first : first + rows]
         scores = torch.einsum("bkgqh,bkth->bkgqt", some, k) * (scalar or H) ** -0.5
         scores = softcap(scores, cap)
-        seen = torch.ones(some.shape[3], T, dtype=torch.bool, device=q.device).tril(first)
+        own = S - T + first  # which key is the first query's own
+        seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
-            seen = seen.triu(first + 1 - window)  # the last `window` keys, the query's own included
+            seen = seen.triu(own + 1 - window)  # the last `window` keys, the query's own included
         weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(q.dtype)
         made.append(torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2))
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
@@ -187,12 +207,14 @@ def route(tokens: Tensor, gate: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return chosen, probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def rotate_neighbours(x: Tensor, width: int, keep: torch.dtype) -> Tensor:
+def rotate_neighbours(x: Tensor, width: int, keep: torch.dtype, offset: int = 0) -> Tensor:
     """Pairs of neighbours among the first `width` channels are turned by position / 10000 ** (2i / width):
-    (a, b) -> (a cos - b sin, b cos + a sin), with sines and cosines rounded to `keep`; x (B, N, T, H)."""
+    (a, b) -> (a cos - b sin, b cos + a sin), with sines and cosines rounded to `keep`; x (B, N, T, H), whose
+    first position is `offset`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     steps = torch.arange(0, width, 2, dtype=dtype, device=x.device)
-    angles = torch.arange(x.shape[2], dtype=dtype, device=x.device)[:, None] / 10000 ** (steps / width)
+    positions = torch.arange(offset, offset + x.shape[2], dtype=dtype, device=x.device)
+    angles = positions[:, None] / 10000 ** (steps / width)
     sin, cos = angles.sin().to(keep), angles.cos().to(keep)  # (T, R/2)
     a, b = x[..., :width:2], x[..., 1:width:2]
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)

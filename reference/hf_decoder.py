@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ckpt_tool.reference.hf_blocks import (
+    Cache,
     activate,
+    cached,
     complete,
     gated,
     grouped_attention,
+    grown,
     layer_norm,
     linear,
     mixture,
@@ -149,9 +152,9 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device) if c.scaled_words else x
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config) -> Tensor:
+def layer(x: Tensor, i: int, ranks: Ranks, c: Config, past: Cache | None = None) -> Tensor:
     w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
-    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i])
+    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past)
     attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)
     y = feed_forward(norm(x if c.parallel else attended, w, p + n.norm_2, c), w, p, c)
     return attended + (norm(y, w, p + n.after[1], c) if n.after[1] else y)
@@ -187,12 +190,15 @@ def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(softcap(logits, c.logit_cap))
 
 
-def attention(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None) -> Tensor:
+def attention(
+    x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None, past: Cache | None
+) -> Tensor:
     q, k, v = project(x, w, p, c)
     if c.head_norms:
         q, k = (norm(y, w, f"{p}self_attn.{n}_norm.", c) for n, y in (("q", q), ("k", k)))
-    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling)
+    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling, cached(past, p))
     q, k = (rotate(y, cos, sin) for y in (q, k))
+    k, v = grown(past, p, k, v)
     y = grouped_attention(q, k, v, window, c.scalar, c.score_cap)
     return linear(y, w, p + c.names.out, "out" in c.biased)
 

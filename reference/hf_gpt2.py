@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference import hf_transformer
+from ckpt_tool.reference.hf_blocks import Cache, cached
 from ckpt_tool.reference.hf_transformer import head, layer, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
@@ -38,8 +39,11 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 forward, encode = passes(phases)
 
 
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None) -> Tensor:
+def embed(
+    ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None, past: Cache | None = None
+) -> Tensor:
     (w,) = ranks
     if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        start = cached(past)
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
     return w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][positions]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference import hf_transformer
-from ckpt_tool.reference.hf_blocks import activate, linear, span_logits, wide
+from ckpt_tool.reference.hf_blocks import Cache, activate, cached, linear, span_logits, wide
 from ckpt_tool.reference.hf_transformer import finish, layer, norm, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
@@ -57,10 +57,12 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 forward, encode = passes(phases)
 
 
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None) -> Tensor:
+def embed(
+    ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None, past: Cache | None = None
+) -> Tensor:
     (w,), p = ranks, c.roots[0] + "embeddings."
     types = torch.zeros_like(ids) if token_types is None else token_types
-    positions = torch.arange(ids.shape[1], device=ids.device)
+    positions = torch.arange(ids.shape[1], device=ids.device) + cached(past)
     x = w[p + "word_embeddings.weight"][ids] + w[p + "token_type_embeddings.weight"][types]
     return x + w[p + "position_embeddings.weight"][positions]
 

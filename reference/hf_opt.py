@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ckpt_tool.reference import hf_transformer
-from ckpt_tool.reference.hf_blocks import GELUS, linear, span_logits, wide
+from ckpt_tool.reference.hf_blocks import GELUS, Cache, cached, linear, span_logits, wide
 from ckpt_tool.reference.hf_transformer import finish, head, layer, rooted, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
@@ -57,14 +57,16 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 forward, encode = passes(phases)
 
 
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
+def embed(
+    ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None, past: Cache | None = None
+) -> Tensor:
     """Positions count the tokens from 0 on, and are -1 for padding."""
     w, p = rooted(ranks, c)
     x = F.embedding(ids, w[p + "embed_tokens.weight"])
     if c.projected:
         x = F.linear(x, w[p + "project_in.weight"])
     mask = torch.ones_like(ids) if mask is None else mask.long()
-    positions = torch.cumsum(mask, dim=1) * mask - 1
+    positions = (torch.cumsum(mask, dim=1) + cached(past)) * mask - 1
     return x + F.embedding(positions + OFFSET, w[p + "embed_positions.weight"])
 
 

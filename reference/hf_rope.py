@@ -115,10 +115,14 @@ def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return made
 
 
-def rotation(x: Tensor, theta: float, width: int, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+def rotation(
+    x: Tensor, theta: float, width: int, scaling: RopeScaling | None, offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency for x (B, T, ...), each (T, width), equal in both halves; computed
-    in the precision of x, at least float32, and rounded to the dtype of x."""
-    dtype, T = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    in the precision of x, at least float32, and rounded to the dtype of x. The first position is `offset`; a
+    frequency that depends on the length of the text counts those before, and keys that were turned stay, as
+    they do in the library's cache."""
+    dtype, T = torch.promote_types(x.dtype, torch.float32), offset + x.shape[1]
     steps = torch.arange(0, width, 2, dtype=dtype, device=x.device)
     if scaling is not None and scaling.kind == "dynamic":
         factor, trained = scaling.factor, scaling.original_context
@@ -126,7 +130,7 @@ def rotation(x: Tensor, theta: float, width: int, scaling: RopeScaling | None) -
     frequencies = 1.0 / theta ** (steps / width)
     if scaling is not None:
         frequencies = stretch(frequencies, theta, scaling)
-    angles = torch.arange(T, dtype=dtype, device=x.device)[:, None] * frequencies
+    angles = torch.arange(offset, T, dtype=dtype, device=x.device)[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     attention = 1.0 if scaling is None else scaling.attention
     return (angles.cos() * attention).to(x.dtype), (angles.sin() * attention).to(x.dtype)

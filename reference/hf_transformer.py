@@ -19,10 +19,13 @@ from torch import Tensor
 
 from ckpt_tool.reference.hf_blocks import (
     GELUS,
+    Cache,
     Tensors,
     activate,
+    cached,
     complete,
     conv1d,
+    grown,
     layer_norm,
     linear,
     one_of,
@@ -105,11 +108,14 @@ def rooted(ranks: Ranks, c: Config) -> tuple[Tensors, str]:
     return w, next((root for root in others if f"{root}{c.names['word']}weight" in w), last)
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Cache | None = None
+) -> Tensor:
     w, root = rooted(ranks, c)
     n, p = c.names, f"{root}{c.names['block']}{i}."
     y = norm(x, w, p + n["norm_1"], c) if c.norm_first else x
-    attended = attention(y, w, p, c, unseen(x, mask, c.causal))
+    hidden = unseen(x, mask, c.causal, cached(past, p))
+    attended = attention(y, w, p, c, hidden, past)
     if c.parallel:
         return attended + feed_forward(y, w, p, c) + x
     x = x + attended
@@ -119,12 +125,13 @@ def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None
     return norm(x + feed_forward(x, w, p, c), w, p + n["norm_2"], c)
 
 
-def attention(x: Tensor, w: Tensors, p: str, c: Config, hidden: Tensor) -> Tensor:
+def attention(x: Tensor, w: Tensors, p: str, c: Config, hidden: Tensor, past: Cache | None = None) -> Tensor:
     """CodeGen, whose projection is fused, keeps its sines and cosines in float32, GPT-J in the dtype of x."""
     q, k, v = fused(x, w, p, c) if "fused" in c.names else apart(x, w, p, c)
     if c.turned:
         tables = wide(x).dtype if "fused" in c.names else x.dtype
-        q, k = (wide(rotate_neighbours(y, c.turned, tables)) for y in (q, k))
+        q, k = (wide(rotate_neighbours(y, c.turned, tables, cached(past, p))) for y in (q, k))
+    k, v = grown(past, p, k, v)
     return project(weigh(scores(q, k, c), v, hidden), w, p + c.names["out"], c, not c.parallel)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference import megatron, transformer
-from ckpt_tool.reference.blocks import activate, affine, join_words, visible, wide
+from ckpt_tool.reference.blocks import Past, activate, affine, join_words, remembered, visible, wide
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 from ckpt_tool.reference.transformer import norm, transformed
 
@@ -46,8 +46,10 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 forward, encode = passes(phases)
 
 
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None) -> Tensor:
-    x = transformer.embed(ids, ranks, c)
+def embed(
+    ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = None, past: Past | None = None
+) -> Tensor:
+    x = transformer.embed(ids, ranks, c, past=past)
     if "tokentype" in c.names:
         types = torch.zeros_like(ids) if token_types is None else token_types
         x = x + ranks[0][c.names["tokentype"] + "weight"][types]
@@ -56,11 +58,14 @@ def embed(ids: Tensor, ranks: Ranks, c: Config, *, token_types: Tensor | None = 
     return x
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
-    seen = visible(x) if c.causal else torch.ones_like(visible(x))
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Past | None = None
+) -> Tensor:
+    seen = visible(x, before=remembered(past, (i, 0)))
+    seen = seen if c.causal else torch.ones_like(seen)
     if mask is not None:
         seen = seen & (mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :])
-    return transformed(x, i, ranks, c, seen)
+    return transformed(x, i, ranks, c, seen, past)
 
 
 def sequence(x: Tensor, ranks: Ranks, c: Config) -> Tensor:

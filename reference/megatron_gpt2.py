@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ckpt_tool.reference import megatron
-from ckpt_tool.reference.blocks import join_words, visible
+from ckpt_tool.reference.blocks import Past, join_words, remembered, visible
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 from ckpt_tool.reference.transformer import embed, norm, transformed
 
@@ -29,8 +29,10 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 forward, encode = passes(phases)
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
-    return transformed(x, i, ranks, c, visible(x, mask=mask))
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Past | None = None
+) -> Tensor:
+    return transformed(x, i, ranks, c, visible(x, mask=mask, before=remembered(past, (i, 0))), past)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference import transformer
-from ckpt_tool.reference.blocks import GELUS, KEYS_FIRST, join_words, visible, words
+from ckpt_tool.reference.blocks import GELUS, KEYS_FIRST, Past, before, join_words, remembered, visible, words
 from ckpt_tool.reference.facts import Shapes, disagreements, first, only, refuse
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 from ckpt_tool.reference.transformer import norm, transformed
@@ -182,17 +182,21 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 forward, encode = passes(phases)
 
 
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None) -> Tensor:
+def embed(
+    ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None, past: Past | None = None
+) -> Tensor:
     """Tokens are counted from row 2 of the table of positions, past any padding, which has row 1."""
     x = words(ids, [w[c.names["word"] + "weight"] for w in ranks])
     if c.projected:
         x = x @ ranks[0][c.names["into"] + "weight"].T  # (B, T, D)
     real = torch.ones_like(ids) if mask is None else mask.long()
-    return x + ranks[0][c.names["position"] + "weight"][real.cumsum(1) * real + PAD]
+    return x + ranks[0][c.names["position"] + "weight"][(real.cumsum(1) + before(past)) * real + PAD]
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
-    return transformed(x, i, ranks, c, visible(x, mask=mask))
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Past | None = None
+) -> Tensor:
+    return transformed(x, i, ranks, c, visible(x, mask=mask, before=remembered(past, (i, 0))), past)
 
 
 def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:

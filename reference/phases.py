@@ -2,8 +2,11 @@
 tensors to another: a tensor, or a tuple, list, dict or dataclass of trees, with numbers and None among them.
 
 The first phase takes the token ids and each later one what the one before gave, so that a stack may change
-the length of its sequence, carry two streams, or keep a cache beside its activations. Heads all start from
-what the last phase that is not a head has given, and give one tensor, the batch first.
+the length of its sequence, or carry two streams. Heads all start from what the last phase that is not a head
+has given, and give one tensor, the batch first.
+
+A pass that takes the input `past`, an empty dict at first, keeps in it what later tokens need of these: the
+next pass with the same dict gets the tokens after them alone. What it keeps are trees with the batch first.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 Tree = Any
 Ranks = Sequence[Mapping[str, Tensor]]
-Inputs = Mapping[str, Tensor]  # what a pass takes besides token ids, by name
+Inputs = Mapping[str, Any]  # tensors, and `past`: what a pass takes besides token ids, by name
 NOTHING: Inputs = {}
 
 

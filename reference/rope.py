@@ -73,14 +73,14 @@ def temperature(facts: Mapping[str, Any], factor: float) -> float:
     return (1 + growth * float(over)) / (1 + growth * float(under))
 
 
-def turns(x: Tensor, theta: float, width: int, s: RopeScaling | None) -> Tensor:
-    """exp(i * position * frequency) for the T positions and in the precision of x (B, T, ...): complex
-    (T, width/2)."""
+def turns(x: Tensor, theta: float, width: int, s: RopeScaling | None, before: int = 0) -> Tensor:
+    """exp(i * position * frequency) for the T positions after those before, in the precision of x (B, T,
+    ...): complex (T, width/2)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     even = torch.arange(0, width, 2, dtype=dtype, device=x.device)
-    positions = torch.arange(x.shape[1], dtype=dtype, device=x.device)
+    positions = torch.arange(before, before + x.shape[1], dtype=dtype, device=x.device)
     if s is not None and s.kind == "dynamic":  # by how many contexts the text is longer than the first
-        beyond = max(len(positions) / s.original_context, 1.0) - 1
+        beyond = max((before + len(positions)) / s.original_context, 1.0) - 1
         theta *= (1 + s.factor * beyond) ** (width / (width - 2))
     frequencies = 1.0 / theta ** (even / width)
     if s is not None and s.kind == "linear":

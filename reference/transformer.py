@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference.blocks import (
+    Past,
     Tensors,
     activate,
     affine,
     all_reduce,
+    before,
     layer_norm,
     products,
+    recalled,
     split_fused,
     weigh,
     words,
@@ -54,10 +57,12 @@ class Config:
     n_words: int | None = None  # rows of the vocabulary that count; those after are padding
 
 
-def embed(ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None) -> Tensor:
-    """Words, and positions, which are 0, 1, 2, ... by default."""
+def embed(
+    ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None, past: Past | None = None
+) -> Tensor:
+    """Words, and positions, which are 0, 1, 2, ... by default, or go on from those before."""
     if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device) + before(past)
     x = words(ids, [w[c.names["word"] + "weight"] for w in ranks])
     return x + ranks[0][c.names["position"] + "weight"][positions]
 
@@ -66,11 +71,12 @@ def norm(x: Tensor, w: Tensors, stem: str, c: Config) -> Tensor:
     return layer_norm(x, w, stem, c.norm_eps, c.norm_from_zero)
 
 
-def transformed(x: Tensor, i: int, ranks: Ranks, c: Config, seen: Tensor) -> Tensor:
+def transformed(x: Tensor, i: int, ranks: Ranks, c: Config, seen: Tensor, past: Past | None = None) -> Tensor:
     """One layer. Each rank normalises with its own copy of the norm weights, as it does in the original."""
     p, n, S = f"{c.names['block']}{i}.", c.names, len(ranks)
     y = [norm(x, w, p + n["norm_1"], c) if c.pre_norm else x for w in ranks]
-    heads = all_reduce(attention(z, w, p, i, c, S, seen) for z, w in zip(y, ranks, strict=True))
+    pairs = enumerate(zip(y, ranks, strict=True))
+    heads = all_reduce(attention(z, w, p, (i, r), c, S, seen, past) for r, (z, w) in pairs)
     x = (y[0] if c.residual_of_norm else x) + heads + ranks[0][p + n["dense"] + "bias"]
     y = [norm(x, w, p + n["norm_2" if c.pre_norm else "norm_1"], c) for w in ranks]
     units = all_reduce(feed_forward(z, w, p, c) for z, w in zip(y, ranks, strict=True))
@@ -78,15 +84,26 @@ def transformed(x: Tensor, i: int, ranks: Ranks, c: Config, seen: Tensor) -> Ten
     return x if c.pre_norm else norm(x, ranks[0], p + n["norm_2"], c)
 
 
-def attention(x: Tensor, w: Tensors, p: str, i: int, c: Config, S: int, seen: Tensor) -> Tensor:
-    """The part of the sum over heads that this rank's heads contribute: (B, T, D)."""
+def attention(
+    x: Tensor,
+    w: Tensors,
+    p: str,
+    place: tuple[int, int],
+    c: Config,
+    S: int,
+    seen: Tensor,
+    past: Past | None,
+) -> Tensor:
+    """The part of the sum over heads that this rank's heads contribute: (B, T, D). `place` is the layer and
+    the rank."""
     if c.order is None:
         parts = (affine(x, w, p + c.names[name]) for name in "qkv")
         q, k, v = (torch.unflatten(y, -1, (c.n_heads // S, -1)) for y in parts)  # (B, T, N/S, H)
     else:
         q, k, v = split_fused(affine(x, w, p + c.names["qkv"]), c.n_heads // S, c.n_groups // S, c.order)
+    k, v = recalled(past, place, k, v)
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))
-    number = i + 1 if c.layer_scaling else 1
+    number = place[0] + 1 if c.layer_scaling else 1
     scores = products(q / (q.shape[-1] ** 0.5 * number), k)
     masked = torch.finfo(x.dtype).min if c.masked is None else c.masked
     return weigh(scores, v, seen, masked, number) @ w[p + c.names["dense"] + "weight"].T

@@ -55,10 +55,21 @@ def test_recorded_values_are_those_of_transformers(work: Path) -> None:
         elif e.expected.kind == "loss":
             assert made.loss.item() == pytest.approx(e.expected.values, abs=1e-4)
         else:
-            fixed = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            new = model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)
-            assert new.tolist() == e.expected.values
-    assert seen == {"logits_slice", "logits_mean", "loss", "token_ids"}
+            asked = {k: v for k, v in (e.generate or {}).items() if k not in ("seed", "rules")}
+            torch.manual_seed((e.generate or {}).get("seed", 0))
+            new = model.generate(
+                ids, attention_mask=torch.ones_like(ids), pad_token_id=0, return_dict_in_generate=True,
+                output_scores=True, **asked,
+            )  # fmt: skip
+            if e.expected.kind == "token_ids":
+                assert new.sequences.tolist() == e.expected.values
+                continue
+            beams = getattr(new, "beam_indices", None)
+            scores = model.compute_transition_scores(
+                new.sequences, new.scores, beams, normalize_logits=e.expected.more["normalize_logits"]
+            )
+            torch.testing.assert_close(scores, torch.tensor(e.expected.values), atol=1e-4, rtol=0)
+    assert seen == {"logits_slice", "logits_mean", "loss", "token_ids", "transition_scores"}
 
 
 def test_a_model_is_held_against_what_was_recorded_without_a_source(work: Path) -> None:

@@ -4,6 +4,7 @@
     bits        does the plan's inverse give the source back, byte for byte?
     parity      does it compute the same, layer by layer, as the original layout's own reading?
     documented  does it give the values its publishers documented?
+    generation  does it go on from prompts with the same tokens? (where it is asked for by name)
 
 Torch is imported when a level that computes is asked for, not before.
 """
@@ -34,10 +35,11 @@ from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
 from ckpt_tool.verify.timing import OTHER, timed
 
-__all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
+__all__ = ["ASKED_FOR", "DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
 LEVELS = ("coverage", "bits", "parity", "documented")
 QUICK = LEVELS[:3]
+ASKED_FOR = (*LEVELS, "generation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 JUDGES = ("transformers",)
 
@@ -138,7 +140,7 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
         tell("bits: comparing with the source")
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
-    if {"parity", "documented"} & set(asked.levels) or asked.against is not None:
+    if {"parity", "documented", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report, tell)
     report.findings += by_bits(subject, report.findings)
 
@@ -209,7 +211,7 @@ def _check_choices(
     levels: Iterable[str], against: str | None, compute_dtype: str, device: str, mode: str = "default"
 ) -> None:
     for label, values, known in (
-        ("levels", levels, LEVELS),
+        ("levels", levels, ASKED_FOR),
         ("against", (against,) if against else (), JUDGES),
         ("compute_dtype", (compute_dtype,), DTYPES),
         ("mode", (mode,), MODES),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -83,6 +83,7 @@ class Runner:
     dtype: str
     device: str
     tokenizer: Any
+    runs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of generation
 
     def rows(self, entry: Expectation) -> list[list[int]]:
         """The entry's token ids, or those of its text."""

@@ -28,6 +28,7 @@ PROOFS = {
     ("bits", "round trip"): "the bits",
     ("parity", "lockstep"): "the numbers",
     ("transformers", "logits"): "what transformers computes of it",
+    ("generation", "greedy"): "the tokens that it goes on with",
 }
 NOT_COMPARED = "not compared with a source"
 WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen

@@ -17,6 +17,7 @@ from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.effort import effort_for
 from ckpt_tool.verify.expectations import archived
+from ckpt_tool.verify.generated import generated
 from ckpt_tool.verify.pace import TOLD, duration, limit, pace
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.positions import spelled
@@ -77,6 +78,9 @@ def compute(subject: Subject, asked: Asked, report: Report, tell: Tell) -> list[
             found += cut(rows, config, table)
             with timed(seconds, "parity"):
                 found += _parity(subject, readings, prompts, facts, tell, asked)
+        if "generation" in asked.levels:
+            with timed(seconds, "generation"):
+                found += _generation(subject, readings, rows, asked, lengths, table, tell)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
@@ -236,6 +240,24 @@ def _parity(
     made = findings(result, original, converted, prompts, asked.accept)
     made = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in made]
     return [*made, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
+
+
+def _generation(
+    subject: Subject,
+    readings: Readings,
+    rows: Mapping[str, list[int]],
+    asked: Asked,
+    lengths: Lengths,
+    table: int | None,
+    tell: Tell,
+) -> list[Finding]:
+    original, converted = readings.original, readings.converted
+    if readings.reason is not None or original is None or converted is None:
+        return [Finding("generation", "tokens", *(readings.reason or ("skipped", "a side cannot be read")))]
+    return generated(
+        subject, original, converted, rows,
+        dtype=asked.dtype, device=asked.device, lengths=lengths, table=table, tell=tell,
+    )  # fmt: skip
 
 
 def _judged(

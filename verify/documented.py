@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt_tool import reference
+from ckpt_tool.verify import documented_generation
 from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
 from ckpt_tool.verify.expectations import Expectation, Tolerance, match
 from ckpt_tool.verify.prompts import tokenizer_of
@@ -22,7 +22,6 @@ from ckpt_tool.verify.subject import Subject
 
 LEVEL = "documented"
 CONTRADICTED = "by its sizes"
-FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 PRECISION = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 FLOAT32_ATOL = {"hidden_slice": 5e-4}  # float32 against float32 of other hardware; the others:
 LOGITS_ATOL = 1e-3
@@ -94,6 +93,9 @@ def _run(entry: Expectation, runner: Runner | None, subject: Subject) -> Finding
         return _encode(entry, tokenizer_of(subject.hf) if runner is None else runner.tokenizer)
     assert runner is not None
     kind = entry.expected.kind
+    rule = str(entry.expected.more.get("rule"))
+    if kind == "invariant" and entry.head == "generation" and "transition_scores" in rule:
+        return documented_generation.reconstruction(entry, runner, _verdict)
     if kind == "invariant":
         raise Skip(f"a rule in words, about the library that generates: {entry.expected.more.get('rule')}")
     if kind in UNSTATED:
@@ -284,27 +286,17 @@ def _same(entry: Expectation, found: list[str], want: list[str]) -> Finding:
 
 
 def _scores(entry: Expectation, runner: Runner) -> Finding:
-    """Scores of the tokens of a greedy continuation, or of each token of the prompt given those before."""
+    """Scores of the tokens that a run chose, or of each token of the prompt given those before."""
     atol, rtol = _tolerance(entry, runner)
+    if entry.head == "generation":
+        return documented_generation.scores(entry, runner, _verdict, (atol, rtol))
     more, rows = entry.expected.more, runner.unpadded(entry)
     values = entry.expected.values
     nested = values if isinstance(values[0], list) else [values]
     if len(nested) != len(rows):
         raise Skip(f"scores of {len(nested)} rows for {len(rows)} prompts")
     worst, bar, holds = 0.0, 0.0, True
-    for row, wanted in zip(rows, nested, strict=True):
-        if entry.head == "generation":
-            if (entry.generate or {}).get("do_sample") or (entry.generate or {}).get("num_beams", 1) != 1:
-                raise Skip("not greedy")
-            runner.affordable((len(row) + len(wanted)) * len(wanted))
-            prompt = torch.tensor([row], device=runner.device)
-            ids = reference.generate(runner.forward, prompt, len(wanted))[0].tolist()
-            documented_ids = more.get("token_ids")
-            if documented_ids is not None and ids[len(row) :] != list(documented_ids):
-                text = f"expected the ids {documented_ids}, found {ids[len(row) :]}"
-                return _verdict(entry, False, text)
-        else:
-            ids = row
+    for ids, wanted in zip(rows, nested, strict=True):
         logits = (
             runner.result(entry, Batch(torch.tensor([ids], device=runner.device), {}))[0, :-1].double().cpu()
         )
@@ -330,61 +322,11 @@ def _precise_enough(entry: Expectation, runner: Runner) -> None:
 
 
 def _generation(entry: Expectation, runner: Runner) -> Finding:
-    """Greedy decoding from the documented prompt; the ids that the entry gives, or its text, must come
-    out."""
-    options = entry.generate or {}
-    if options.get("do_sample"):
-        raise Skip("sampled, not greedy")
+    """Decoding from the documented prompt; the ids that the entry gives, or its text, must come out."""
     if entry.dtype not in PRECISION:
         raise Skip(f"documented in {entry.dtype}, which cannot be computed here")
     _precise_enough(entry, runner)
-    rows = runner.unpadded(entry)
-    steps = int(options.get("max_new_tokens") or 20)
-    want = _wanted(entry, runner, rows)
-    if entry.dtype != runner.dtype:
-        steps = min(steps, FIRST_IDS)
-    steps = min(steps, max(len(w) - len(r) for w, r in zip(want, rows, strict=True)))
-    runner.affordable(sum(steps * len(r) + steps * steps // 2 for r in rows))
-    shortest, asked = steps, 0
-    for row, ids in zip(rows, want, strict=True):
-        made = reference.generate(runner.forward, torch.tensor([row], device=runner.device), steps)[
-            0
-        ].tolist()
-        new, expected = made[len(row) :], ids[len(row) : len(row) + steps]
-        same = next((k for k, (a, b) in enumerate(zip(new, expected, strict=False)) if a != b), len(expected))
-        shortest, asked = min(shortest, same), max(asked, len(expected))
-        if same < len(expected):
-            both = f"{expected[same]} documented, {new[same]} here"
-            text = f"greedy ids differ after {same} of {len(expected)}: {both}"
-            return _verdict(entry, False, text, counted=True, measured=float(same), bar=float(len(expected)))
-    text = f"{asked} greedy ids of {len(rows)} prompts are the documented ones, computed in {runner.dtype}"
-    return _verdict(entry, True, text, measured=float(asked), bar=float(asked))
-
-
-def _wanted(entry: Expectation, runner: Runner, rows: list[list[int]]) -> list[list[int]]:
-    """Prompt and new ids for each row."""
-    expected, more = entry.expected, entry.expected.more
-    derived = more.get("derived_token_ids")
-    if derived is not None:
-        return [list(ids) for ids in derived]
-    if expected.kind == "token_ids":
-        values = expected.values if isinstance(expected.values[0], list) else [expected.values]
-        scope = str(more.get("scope", "prompt + new"))
-        if scope.startswith("prompt + new"):
-            return [list(v) for v in values]
-        if scope.startswith("new"):
-            return [[*r, *v] for r, v in zip(rows, values, strict=True)]
-        raise Skip(f"only the {scope} are documented")
-    if runner.tokenizer is None:
-        raise Skip("the documented text has no ids, and the output has no tokenizer.json that can be read")
-    texts = expected.values if isinstance(expected.values, list) else [expected.values]
-    made = []
-    for row, text in zip(rows, texts, strict=True):
-        ids = runner.tokenizer.encode(text).ids
-        if ids[: len(row)] != row:
-            raise Skip("the documented text does not encode to a continuation of the prompt")
-        made.append(ids)
-    return made
+    return documented_generation.tokens(entry, runner, _verdict)
 
 
 RUN: dict[str, Callable[[Expectation, Runner], Finding]] = {

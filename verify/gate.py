@@ -30,7 +30,7 @@ from ckpt_tool.convert import options
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
-from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, claims, verify
+from ckpt_tool.verify import ASKED_FOR, DTYPES, JUDGES, claims, verify
 from ckpt_tool.verify.baseline import MORE, hold_against, read_baseline
 from ckpt_tool.verify.report import Finding, Report, Reports, Status
 
@@ -306,7 +306,7 @@ def _check(
             wrong(key, "expected a value, found none")
     if "convert" in entry and "source" not in entry:
         wrong("source", "expected the source to convert, found none")
-    for key, allowed in (("levels", LEVELS), ("require", (*LEVELS, "transformers"))):
+    for key, allowed in (("levels", ASKED_FOR), ("require", (*ASKED_FOR, "transformers"))):
         values = entry.get(key, [])
         if isinstance(values, list):
             for value in [v for v in values if v not in allowed]:

@@ -5,6 +5,7 @@ documented values (verify/expectations)."""
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
 from ckpt_tool.verify.compute import UNREADABLE, as_read, lengths_of, threads_for
 from ckpt_tool.verify.expectations import SCHEMA_VERSION, Expectation, Expected, Tolerance, parse
+from ckpt_tool.verify.generate_run import Request, decodes, run
 from ckpt_tool.verify.prompts import positions, prompts_for, tokenizer_of
 from ckpt_tool.verify.sides import converted_side
 from ckpt_tool.verify.subject import Subject, opened
@@ -27,6 +29,17 @@ SHOWN = 8  # of the last positions, and of the first channels
 STEPS = 16  # tokens that are generated
 ATOL = 1e-3
 HEADS = ("causal_lm", "masked_lm", "base_model")
+# How it goes on: greedily, and for the first prompt drawn and by beams too. Nothing ends a row, and no ban or
+# penalty of the model acts.
+PLAIN: dict[str, Any] = {"max_new_tokens": STEPS, "eos_token_id": None, "rules": "5"}
+PLAIN |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+Searches = Mapping[str, dict[str, Any]]
+GREEDY: Searches = {"": {**PLAIN, "do_sample": False}}
+SEARCHES: Searches = {
+    **GREEDY,
+    ".sampled": {**PLAIN, "do_sample": True, "seed": 0, "top_k": 20, "top_p": 1.0, "temperature": 1.0},
+    ".beams": {**PLAIN, "do_sample": False, "num_beams": 4, "num_return_sequences": 2},
+}
 
 
 def record(
@@ -86,11 +99,12 @@ def _entries(
             "offline_inputs": True,
             "notes": "",
         }
-        for part in _of_prompt(runner, ids):
-            yield {"id": f"recorded.{prompt}.{part['expected']['kind']}", **common, **part}
+        for part in _of_prompt(runner, ids, SEARCHES if prompt == next(iter(rows)) else GREEDY):
+            how = part.pop("how", "")
+            yield {"id": f"recorded.{prompt}.{part['expected']['kind']}{how}", **common, **part}
 
 
-def _of_prompt(runner: Runner, ids: list[int]) -> Iterator[dict[str, Any]]:
+def _of_prompt(runner: Runner, ids: list[int], searches: Searches) -> Iterator[dict[str, Any]]:
     batch = Batch(torch.tensor([ids], device=runner.device), {})
     for head in HEADS:
         default = "last_hidden_state" if head == "base_model" else "logits"
@@ -102,7 +116,7 @@ def _of_prompt(runner: Runner, ids: list[int]) -> Iterator[dict[str, Any]]:
         if result.ndim == 3 and words and bool(torch.isfinite(result).all()):
             yield from _numbers(head, default, result)
             if head == "causal_lm":
-                yield from _continued(runner, ids)
+                yield from _continued(runner, ids, searches)
             return
 
 
@@ -143,20 +157,34 @@ def _rounded(x: Tensor) -> Any:
     return [_rounded(y) for y in x]
 
 
-def _continued(runner: Runner, ids: list[int]) -> Iterator[dict[str, Any]]:
-    """The loss of the prompt as its own continuation, and the words that follow greedily."""
+def _continued(runner: Runner, ids: list[int], searches: Searches) -> Iterator[dict[str, Any]]:
+    """The loss of the prompt as its own continuation, and what follows."""
     prompt = torch.tensor([ids], device=runner.device)
     tolerance = {"atol": ATOL, "rtol": 0, "basis": "exact"}
     if len(ids) > 1:
         value = reference.loss(runner.forward(prompt), prompt)
         yield {"head": "causal_lm", "expected": {"kind": "loss", "values": value}, "tolerance": tolerance}
     room = positions(runner.subject.config, runner.subject.hf)
-    if room is None or len(ids) + STEPS <= room:
-        made = reference.generate(runner.forward, prompt, STEPS)[0].tolist()
-        expected = {"kind": "token_ids", "values": [made], "scope": "prompt + new"}
+    if decodes(runner.subject) and (room is None or len(ids) + STEPS <= room):
+        for how, asked in searches.items():
+            yield from _generated(runner, ids, how, asked)
+
+
+def _generated(runner: Runner, ids: list[int], how: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What follows on a prompt, whatever ends a row elsewhere: the tokens, and the scores of each."""
+    options = {k: v for k, v in asked.items() if k not in ("seed", "rules")}
+    request = Request([ids], [[1] * len(ids)], options, asked["rules"], asked.get("seed"))
+    made = run(runner.subject, runner.side, request, device=runner.device).generated
+    common = {"head": "generation", "generate": asked, "how": how}
+    yield {
+        **common,
+        "expected": {"kind": "token_ids", "values": made.sequences, "scope": "prompt + new"},
+        "tolerance": {"atol": 0, "rtol": 0, "basis": "exact"},
+    }
+    if all(math.isfinite(x) for row in made.normalized for x in row):
+        values = [[float(f"{x:.6g}") for x in row] for row in made.normalized]
         yield {
-            "head": "generation",
-            "expected": expected,
-            "tolerance": {"atol": 0, "rtol": 0, "basis": "exact"},
-            "generate": {"max_new_tokens": STEPS, "do_sample": False},
+            **common,
+            "expected": {"kind": "transition_scores", "values": values, "normalize_logits": True},
+            "tolerance": {"atol": ATOL, "rtol": 0, "basis": "exact"},
         }

@@ -72,7 +72,7 @@ class Side:
     raw: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[Tensors] = ()
 
-    def reading(self, given: Tensors = NOTHING) -> dict[Phase, protocol.Phase]:
+    def reading(self, given: protocol.Inputs = NOTHING) -> dict[Phase, protocol.Phase]:
         """The phases of the module for these further inputs."""
         found = self.module.phases(self.ranks, self.config, given)
         return {p.name if p.index is None or p.kind != "layer" else p.index: p for p in found}
@@ -112,7 +112,7 @@ class Side:
         found = getattr(self.module, "unused", None)
         return frozenset(() if found is None else found(self.config))
 
-    def takes(self, given: Tensors) -> set[str]:
+    def takes(self, given: protocol.Inputs) -> set[str]:
         """Those further inputs that a pass takes at all; the others are refused."""
         known = set()
         for name, x in given.items():

@@ -1,0 +1,259 @@
+"""Generation with the model of a folder: what a run needs, what came out, and how two sides of a conversion
+compare."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_tool.errors import fail
+from ckpt_tool.verify.generate import Generated, generate
+from ckpt_tool.verify.generate_options import Options, of_model, options
+from ckpt_tool.verify.generate_session import Prompts, Session, prompts_of
+from ckpt_tool.verify.prompts import positions
+from ckpt_tool.verify.sides import BROKEN, Side
+from ckpt_tool.verify.subject import Subject
+
+DECODERS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+# How far scores of the same tokens may be apart that were computed in this dtype; more where a run with the
+# cache and one without are farther apart.
+BARS = {"float64": 1e-8, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.15}
+FLOORS = 10  # times what the cache alone moves
+SHARE = 0.4  # of the free memory, which weights may take to stay there between two tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows of token ids with a mask, or without; options by the library's names; whose rules; the seed of the
+    draws; whether what was computed of earlier tokens is kept."""
+
+    rows: Sequence[Sequence[int]]
+    mask: Sequence[Sequence[int]] | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    rules: str = "5"
+    seed: int | None = None
+    cache: bool = True
+
+
+@dataclass(frozen=True)
+class Made:
+    """`kept` are the bytes of the cache at its longest, 0 without one."""
+
+    generated: Generated
+    options: Options
+    prompts: Prompts
+    kept: int
+
+    @property
+    def width(self) -> int:
+        return len(self.prompts.rows[0])
+
+
+def decodes(subject: Subject) -> bool:
+    """Whether the model has a head whose tokens follow on each other."""
+    (architecture, *_) = subject.config.get("architectures") or [""]
+    return DECODERS.search(str(architecture)) is not None
+
+
+def run(
+    subject: Subject,
+    side: Side,
+    request: Request,
+    *,
+    device: str = "cpu",
+    tell: Callable[[str], None] = lambda text: None,
+    keep: bool = False,
+) -> Made:
+    """Kinds: `usage` for options and prompts that do not fit, `unsupported` for a model that does not go on
+    from a prompt and for options that are not computed here, `out-of-memory` for a cache that has no room."""
+    if not decodes(subject):
+        (found, *_) = subject.config.get("architectures") or ["none"]
+        fail(
+            "unsupported",
+            f"expected a decoder with a language model's head, found {found}",
+            where="config.json",
+        )
+    o = chosen_options(subject, request.asked, request.rules)
+    prompts = prompts_of(request.rows, request.mask, pad=o.pad, eos=o.named_eos, bos=o.bos)
+    vocabulary = subject.config.get("vocab_size")
+    words = vocabulary if type(vocabulary) is int else side.vocabulary
+    table = positions(subject.config, subject.hf, subject.original)
+    longest = _longest(subject.config)
+    session = Session(side, prompts, words, o.rows, o.use_cache and request.cache, table, device)
+    total = o.total(session.width, longest)
+    with broken_passes(), in_memory(subject, side):
+        kept = session.bytes_of(max(map(len, prompts.alone)) + total - session.width)
+        if kept:
+            tell(f"the cache takes up to {kept / 1e6:,.1f} MB")
+            _room(kept)
+        made = generate(session, o, positions=longest, seed=request.seed, keep=keep)
+    return Made(made, o, prompts, kept)
+
+
+def chosen_options(subject: Subject, asked: Mapping[str, Any], rules: str) -> Options:
+    """Those of the model under the caller's."""
+    own = None
+    if subject.hf is not None and "generation_config.json" in subject.hf.documents:
+        own = subject.hf.json("generation_config.json")
+    return options(asked, of_model(own, subject.config, asked), rules)
+
+
+def _longest(config: Mapping[str, Any]) -> int | None:
+    for name in ("max_position_embeddings", "n_positions"):
+        if type(found := config.get(name)) is int:
+            return found
+    return None
+
+
+@contextmanager
+def broken_passes() -> Iterator[None]:
+    """What a pass raises that does not take a text of this length, or lacks a tensor, in one sentence."""
+    try:
+        yield
+    except BROKEN as error:
+        said = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        fail(
+            "unsupported",
+            f"expected a pass that takes this text, found one that stops: {said}",
+            file="the model",
+        )
+
+
+@contextmanager
+def in_memory(subject: Subject, side: Side) -> Iterator[None]:
+    """Weights stay between two tokens where there is room for all; else each token reads them again."""
+    item = side.weights[0].dtype.itemsize if side.weights else 4
+    checkpoint = subject.hf or subject.output
+    need = sum(t.numel for t in checkpoint) * item
+    if need < SHARE * free_memory():
+        with side.keep():
+            yield
+    else:
+        yield
+
+
+def free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _room(kept: int) -> None:
+    if kept > free_memory():
+        text = (
+            f"expected {kept / 1e9:,.2f} GB of free memory for the cache, found {free_memory() / 1e9:,.2f} GB"
+        )
+        fail("out-of-memory", text, hint="fewer beams, prompts or new tokens, or --no-cache")
+
+
+# --- two sides --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How two runs differ: by the first token that is another, or by how far their scores are apart."""
+
+    worst: float
+    first: str | None = None
+    tie: bool = False  # the scores of the two tokens are nearer to each other than the bar
+
+
+def compared(one: Made, other: Made, bar: float) -> Apart:
+    a, b = one.generated, other.generated
+    if a.sequences != b.sequences or a.steps != b.steps:
+        return _other_tokens(one, other, bar)
+    pairs = [*zip(a.transition_scores, b.transition_scores, strict=True)]
+    if a.sequences_scores is not None and b.sequences_scores is not None:
+        pairs.append((a.sequences_scores, b.sequences_scores))
+    if a.beam_indices != b.beam_indices:
+        return Apart(math.inf, "the same tokens by other beams")
+    return Apart(max((_distance(x, y) for p in pairs for x, y in zip(*p, strict=True)), default=0.0))
+
+
+def _distance(x: float, y: float) -> float:
+    return 0.0 if x == y else abs(x - y) if math.isfinite(x - y) else math.inf
+
+
+def _other_tokens(one: Made, other: Made, bar: float) -> Apart:
+    a, b = one.generated, other.generated
+    for r, (x, y) in enumerate(zip(a.sequences, b.sequences, strict=True)):
+        k = next((k for k, pair in enumerate(zip(x, y, strict=False)) if pair[0] != pair[1]), None)
+        if k is None:
+            continue
+        t, text = k - one.width, f"row {r}, new token {k - one.width + 1}: {x[k]} and {y[k]}"
+        near = False
+        if a.beam_indices is None and not one.options.do_sample and t < min(len(a.scores), len(b.scores)):
+            near = all(
+                _distance(float(s[t][r, x[k]]), float(s[t][r, y[k]])) <= 2 * bar for s in (a.scores, b.scores)
+            )
+        return Apart(math.inf, text, near)
+    return Apart(math.inf, f"rows of {len(a.sequences[0])} and {len(b.sequences[0])} tokens")
+
+
+def bar_of(dtype: str, with_cache: Made, without: Made) -> float:
+    """What two sides may be apart: ten times what one side is from itself without its cache, or what its
+    dtype allows if that is more."""
+    floor = compared(with_cache, without, 0.0)
+    return max(BARS[dtype], FLOORS * floor.worst if math.isfinite(floor.worst) else 0.0)
+
+
+# --- as data ----------------------------------------------------------------------------------------------
+
+
+def plain(x: Any) -> Any:
+    """Numbers that JSON has no form for as words."""
+    if isinstance(x, float):
+        return x if math.isfinite(x) else str(x)
+    return [plain(y) for y in x] if isinstance(x, list) else x
+
+
+def to_json(made: Made, request: Request) -> dict[str, Any]:
+    g, o = made.generated, made.options
+    found: dict[str, Any] = {
+        "rules": o.rules,
+        "seed": request.seed,
+        "arguments": dict(request.asked),
+        "input_ids": [list(row) for row in made.prompts.rows],
+        "attention_mask": [[0] * n + [1] * (made.width - n) for n in made.prompts.pads],
+        "sequences": g.sequences,
+        "steps": g.steps,
+        "transition_scores": plain(g.transition_scores),
+        "transition_scores_normalized": plain(g.normalized),
+        "cache_bytes": made.kept,
+    }
+    if g.beam_indices is not None:
+        found |= {
+            "beam_indices": g.beam_indices,
+            "sequences_scores": plain(g.sequences_scores),
+            "lengths": g.lengths(),
+            "reconstructed_scores": plain(g.reconstructed(o.length_penalty)),
+        }
+    return found
+
+
+def read_request(path: str) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Rows and mask of a JSON file: a list of rows, or an object of `input_ids` and `attention_mask`."""
+    try:
+        with open(path, "rb") as file:
+            data = json.loads(file.read(64 << 20))
+    except OSError as error:
+        fail("read-failed", f"cannot be read: {error.strerror}", file=path, where="--prompts")
+    except ValueError as error:
+        fail("usage", f"expected JSON, found {error}", file=path, where="--prompts")
+    if not isinstance(data, dict):
+        return _rows(data, "input_ids", path), None
+    mask = data.get("attention_mask")
+    rows = _rows(data.get("input_ids"), "input_ids", path)
+    return rows, None if mask is None else _rows(mask, "attention_mask", path)
+
+
+def _rows(found: Any, name: str, path: str) -> list[list[int]]:
+    if isinstance(found, list) and all(isinstance(row, list) for row in found):
+        rows: list[list[int]] = found
+        if all(type(i) is int and i >= 0 for row in rows for i in row):
+            return rows
+    fail("usage", f"expected rows of whole numbers as {name}, found something else", file=path)
