@@ -327,17 +327,17 @@ MUTANTS = {
     "window: one key more": Mutant(
         "mistral-7b-v0.1",
         ("blocks.visible", "back < window", "back <= window"),
-        ("hf_blocks.grouped_attention", "triu(first + 1 - window)", "triu(first - window)"),
+        ("hf_blocks.grouped_attention", "triu(own + 1 - window)", "triu(own - window)"),
     ),
     "what comes later is seen: decoder": Mutant(
         "llama-2-7b",
         ("blocks.visible", "(back >= 0) if", "(back >= -1) if"),
-        ("hf_blocks.grouped_attention", ".tril(first)", ".tril(first + 1)"),
+        ("hf_blocks.grouped_attention", ".tril(own)", ".tril(own + 1)"),
     ),
     "what comes later is seen: gpt-2": Mutant(
         "gpt2-2019-tp2",
         ("blocks.visible", "(back >= 0) if", "(back >= -1) if"),
-        ("hf_blocks.unseen", ".triu(1)", ".triu(2)"),
+        ("hf_blocks.unseen", ".triu(offset + 1)", ".triu(offset + 2)"),
     ),
     "padding is seen": Mutant(
         "bert-2019-tp2",
@@ -484,7 +484,7 @@ MUTANTS = {
     ),
     "windows in the other layers": Mutant(
         "gemma2",
-        ("decoder.attention", "c.windows[i]", "c.windows[i - 1]"),
+        ("decoder.attention", "c.windows[place[0]]", "c.windows[place[0] - 1]"),
         ("hf_decoder.layer", "c.windows[i]", "c.windows[i - 1]"),
     ),
     "attention not normalised": Mutant(
