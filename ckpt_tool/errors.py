@@ -117,7 +117,7 @@ def near(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {' or '.join(found)}?" if found else None
 
 
-EXTRAS = {"torch": "verify", "transformers": "hf", "cryptography": "sign", "ray": "ray"}
+EXTRAS = {"torch": "verify", "transformers": "hf", "cryptography": "sign", "ray": "ray", "pandas": "notebook"}
 PACKAGES = ("numpy", "click", "rich", "safetensors", "huggingface_hub", "tokenizers", "sentencepiece")
 
 

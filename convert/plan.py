@@ -182,6 +182,22 @@ class Plan:
     def bytes_out(self) -> int:
         return sum(t.nbytes for f in self.outputs for t in f.tensors)
 
+    def __repr__(self) -> str:
+        tensors = sum(len(f.tensors) for f in self.outputs)
+        return f"<plan {self.family}, {self.direction}: {tensors:,} tensors, {self.bytes_out:,} bytes>"
+
+    def _repr_html_(self) -> str:
+        from ckpt_tool.convert.render import as_html
+
+        return as_html(self)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each tensor that is read for one that is written or compared."""
+        from ckpt_tool.checkpoint.frames import data_frame
+        from ckpt_tool.convert.render import CELLS, cells
+
+        return data_frame(CELLS, cells(self))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "plan_version": PLAN_VERSION,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -48,6 +50,28 @@ def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None
     for label, lines in (("note", notes), ("lossy", plan.lossy), ("foretold", foretold)):
         for line in lines:
             paragraph(console, printable(line, 1000), first=f"{label}: ", hang=len(label) + 2)
+
+
+def as_html(plan: Plan) -> str:
+    """What a terminal of 100 columns shows, for a notebook."""
+    screen = Console(file=io.StringIO(), width=100, highlight=False, color_system=None)
+    plan_table(plan, screen)
+    assert isinstance(screen.file, io.StringIO)
+    text = html.escape(screen.file.getvalue().rstrip())
+    return f'<pre style="white-space:pre;overflow-x:auto;line-height:1.35">{text}</pre>'
+
+
+CELLS = ("source", "source_file", "target", "target_file", "dtype", "shape", "layout", "compared")
+
+
+def cells(plan: Plan) -> Iterator[tuple[object, ...]]:
+    """A row for each source and target of each step; see `CELLS`."""
+    for step in plan.steps:
+        for source in step.sources:
+            for target in step.targets:
+                dtype, shape = DTYPES[target.dtype].torch, target.shape(step.sizes)
+                files = (source.name, source.file, target.name, target.file)
+                yield (*files, dtype, shape, _layout(step), step.compare)
 
 
 def needs(plan: Plan) -> str:

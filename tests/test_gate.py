@@ -109,10 +109,10 @@ def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
 @pytest.mark.parametrize(
     ("extra", "check", "status"),
     [
-        ("[check.bars]\nnmse = 1e-30", "nmse", "fail"),
-        ("[check.bars]\nexactness = 'identical after cast'\n", None, "pass"),
-        ("require = ['documented']", "require", "undecided"),
-        ("require = ['transformers']", "require", "undecided"),
+        ("levels = ['parity']\n[check.bars]\nnmse = 1e-30", "nmse", "fail"),
+        ("levels = ['bits']\n[check.bars]\nexactness = 'identical after cast'\n", None, "pass"),
+        ("levels = ['bits', 'documented']\nrequire = ['documented']", "require", "undecided"),
+        ("levels = ['bits']\nrequire = ['transformers']", "require", "undecided"),
     ],
 )
 def test_a_bar_of_the_gate_decides(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +15,26 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from ckpt_tool import gate_processes
-from ckpt_tool.api import gate
+from ckpt_tool.api import gate, open_checkpoint, verify
+from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.tensor import _widened
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.flaws import plant
 from ckpt_tool.pytest_plugin import narrowed, pytest_xdist_make_scheduler
 from ckpt_tool.verify import needs
 from ckpt_tool.verify.claims import Claim
 from ckpt_tool.verify.gate import Check, read_gate
 from ckpt_tool.verify.handing_over import check_line, check_of, report_line, report_of
+from ckpt_tool.verify.pictures import drawings
+from ckpt_tool.verify.positions import drawn, positions, spelled
 from ckpt_tool.verify.report import Finding, Report, Reports, Table
+from ckpt_tool.verify.strips import strip
+from tests import notebook
 from tests.in_process import program
 
 Written = Callable[[str], Path]
@@ -348,3 +359,137 @@ def test_xdist_keeps_the_tests_of_a_check_and_of_what_reads_it_together(place: P
     assert scheduler._split_scope("test_own.py::test_x[bits]") == "test_own.py::test_x[bits]"
     asked["dist"] = "loadfile"
     assert pytest_xdist_make_scheduler(config, None) is None  # type: ignore[arg-type]
+
+
+# --- pictures -------------------------------------------------------------------------------------------
+
+
+def test_the_strip_of_an_unpermuted_matrix_shows_its_heads(conversions: Written, originals: Written) -> None:
+    heads, half = 3, 4
+    by_row = np.ones(heads * 2 * half)
+    for head in range(heads):  # the first and the last row of each head stay where they are
+        by_row[[head * 2 * half, (head + 1) * 2 * half - 1]] = 0
+    by_row[9] = 3.0
+    made = strip(by_row)
+    assert made["runs"] == [[1, 7], [9, 15], [17, 23]] and made["count"] == 18
+    assert made["worst"][0] == [9, 3.0]
+    (drawn,) = drawings({"rows": made})
+    root = ET.fromstring(drawn)
+    assert len([e for e in root.iter() if e.get("class") == "bad"]) == heads
+    assert "rows that differ: 18 of 24, in 3 runs; worst first: 9 (3)" in drawn
+
+
+def test_a_strip_of_very_many_runs_sees_several_rows_at_a_time() -> None:
+    by_row = np.tile([1.0, 0.0], 5000)
+    made = strip(by_row)
+    assert made["every"] == 25 and made["runs"] == [[0, 10_000]] and made["count"] == 5000
+
+
+def test_positions_and_most_probable_tokens_are_drawn_where_they_differ() -> None:
+    torch.manual_seed(0)
+    wanted = torch.randn(1, 700, 11)
+    found = wanted.clone()
+    found[0, 650] = found[0, 650].flip(-1)
+    found[0, 3, wanted[0, 3].argmin()] = math.nan
+    seen = positions(found, wanted, tokens=True)
+    assert seen.delta[3] == math.inf and seen.delta[650] > 0 and seen.delta[0] == 0
+    assert [t["position"] for t in seen.top5][:2] == [3, 650]
+    data = drawn({"long": seen}, "long", 1e-6)
+    assert len(data["positions"]["delta"]) == 234 and data["positions"]["delta"][1] == math.inf
+    words = spelled(data, SimpleNamespace(id_to_token=lambda k: f"<b>{k}"))
+    shown = list(drawings(words))
+    assert len(shown) == 2 and "&lt;b&gt;" in shown[1] and "<b>" not in shown[1]
+    for picture in shown:
+        ET.fromstring(picture)
+    assert "2 of 234 marks are over it" in shown[0]
+    assert positions(wanted, wanted, tokens=True).top5 == ()
+
+
+@pytest.fixture
+def broken(originals: Written, conversions: Written, tmp_path: Path) -> Report:
+    out = Path(shutil.copytree(conversions(VARIANT), tmp_path / "broken"))
+    plant(out, "q-not-permuted")
+    return verify(out, originals(VARIANT), levels=("bits",))
+
+
+def test_a_report_shows_itself_and_its_pictures(broken: Report, tmp_path: Path) -> None:
+    assert repr(broken).startswith("<ckpt-tool verify: fail: ") and len(repr(broken)) < 300
+    html = broken._repr_html_()
+    assert html.startswith('<div class="ckpt-tool"><style>\n.ckpt-tool{') and "<script" not in html
+    where = next(f.where for f in broken.findings if f.status == "fail")
+    picture = broken.plot("rows", where)
+    assert picture._repr_html_().count("<svg") == 1
+    picture.save(tmp_path / "rows.svg")
+    root = ET.parse(tmp_path / "rows.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(list(root.iter())) > 4
+    with pytest.raises(CkptToolError, match="found rows of consolidated"):
+        broken.plot("phases")
+    assert broken.provenance["plan"].startswith("SHA-256 ")
+    assert "provenance" in broken.html() and "drawn" in broken.to_json()["findings"][0]
+
+
+def test_the_page_of_a_gate_has_a_table_with_links() -> None:
+    page = Reports("all", [Report("<a>"), Report("b", seconds={"bits": 2.0})], ("c",)).html()
+    for k, name in enumerate(("&lt;a&gt;", "b")):
+        assert f'<a href="#check-{k}">{name}</a>' in page and f'<section id="check-{k}">' in page
+    assert "1 not run: c" in page and ">2.0</td>" in page
+
+
+# --- notebooks ------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_a_mapping_of_tensors_that_are_read_when_asked_for(originals: Written) -> None:
+    with open_checkpoint(originals("mistral-7b-v0.1")) as checkpoint:
+        name = "layers.1.attention.wq.weight"
+        tensor = checkpoint[name]
+        whole = tensor.numpy()
+        bits = checkpoint.read(checkpoint.find(name)[0])
+        assert (tensor.dtype, whole.dtype, tensor.bits().dtype) == ("BF16", np.float32, np.uint16)
+        assert ((whole.view("<u4") >> 16) == bits).all() and not (whole.view("<u4") & 0xFFFF).any()
+        for index in (3, -1, slice(2, 9, 3), slice(None, None, -5), (slice(4, 6), 1), (..., 0), [1, 5], ()):
+            np.testing.assert_array_equal(tensor[index], whole[index])
+        assert tensor[5:5].shape == (0, *whole.shape[1:]) and name in checkpoint and "x" not in checkpoint
+        np.testing.assert_array_equal(np.asarray(tensor, "<f8"), whole)
+        assert set(dict(checkpoint)) == set(checkpoint.names()) and len(tensor) == whole.shape[0]
+        for wrong in (len(tensor), -len(tensor) - 1):
+            with pytest.raises(IndexError):
+                tensor[wrong]
+        with pytest.raises(CkptToolError, match=f"did you mean {name}"):
+            checkpoint[name[:-1]]
+        assert "11</td><td>layers.{0..10}.attention.wq.weight" in checkpoint._repr_html_()
+
+
+def test_of_ranks_the_file_is_named_too(originals: Written) -> None:
+    with open_checkpoint(originals("llama-2-70b")) as checkpoint:
+        name, file = "layers.0.attention.wq.weight", "consolidated.01.pth"
+        with pytest.raises(CkptToolError, match=r"name the file, too: checkpoint\['layers.0"):
+            checkpoint[name]
+        assert checkpoint[name, file].info.file == file
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_floats_of_8_bits_come_as_the_numbers_that_torch_reads(dtype: str) -> None:
+    bits = np.arange(256, dtype=np.uint8)
+    torch_type = getattr(torch, DTYPES[dtype].torch)
+    wanted = torch.from_numpy(bits).view(torch_type).float().numpy()
+    np.testing.assert_array_equal(_widened(bits, dtype), wanted)
+
+
+def test_rows_go_to_pandas_where_it_is(broken: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(CkptToolError, match=r"pip install 'ckpt-tool\[notebook\]'"):
+        broken.to_dataframe()
+    stand_in = SimpleNamespace(
+        DataFrame=lambda rows, columns: [dict(zip(columns, r, strict=True)) for r in rows]
+    )
+    monkeypatch.setitem(sys.modules, "pandas", stand_in)
+    rows = broken.to_dataframe()
+    assert len(rows) == len(broken.findings) and rows[0]["status"] == "fail"
+    assert Reports("all", [broken]).to_dataframe()[0]["report"] == broken.title
+
+
+def test_the_notebook_runs_and_its_outputs_are_true() -> None:
+    content = json.loads(notebook.NOTEBOOK.read_text(encoding="utf-8"))
+    for cell, outputs in notebook.executed(content):
+        told = [notebook.masked(o) for o in cell["outputs"]]
+        assert told == [notebook.masked(o) for o in outputs], "".join(cell["source"])

@@ -45,7 +45,7 @@ MODELS = (
 WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-@dataclass
+@dataclass(repr=False)
 class Compared(Report):
     """`same` is the class of the result: bit-identical, identical after cast, or None where something
     differs."""

@@ -36,7 +36,7 @@ stroke-dasharray:2 3}
 svg.c text.t{fill:var(--text);font-size:13px}svg.c text.wrong{fill:var(--bad)}
 summary{cursor:pointer;color:var(--quiet);font-size:.85rem}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;margin:.3rem 0 .8rem;width:100%}
+table{font:inherit;color:inherit;border-collapse:collapse;margin:.3rem 0 .8rem;width:100%}
 td,th{padding:.25rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:break-word}
 table.f{table-layout:fixed}.f>tbody>tr>th:nth-child(1){width:5.4rem}

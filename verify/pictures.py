@@ -132,7 +132,8 @@ def _grid(low: int, high: int, y: Scale) -> Iterator[str]:
     for power in range(high, low, -every):
         at = y(10.0**power)
         yield f'<line class="g" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        yield _text(LEFT - 6, at + 4, f"1e{power}", "end")
+        if at < HEIGHT - BOTTOM - 16:  # beside the 0 there is no room
+            yield _text(LEFT - 6, at + 4, f"1e{power}", "end")
     yield _ground()
     yield _text(LEFT - 6, HEIGHT - BOTTOM + 4, "0", "end")
 
@@ -182,7 +183,8 @@ def _positions(drawn: Mapping[str, Any]) -> str:
         parts += [f'<path style="{style}" d="{"".join(marks)}"/>'] if marks else []
     parts.append(f'<path class="bar" d="M{LEFT} {y(bar):.1f}H{WIDTH - RIGHT}"/>')
     for at in sorted({0, tokens // 4, tokens // 2, 3 * tokens // 4, tokens - 1}):
-        parts.append(_text(LEFT + (at + 0.5) * step / every, HEIGHT - BOTTOM + 20, str(at), "middle"))
+        anchor = "end" if at == tokens - 1 else "middle"
+        parts.append(_text(LEFT + (at + 0.5) * step / every, HEIGHT - BOTTOM + 20, str(at), anchor))
     over = sum(v > bar for v in values)
     each = "" if every == 1 else f", the largest of every {every}"
     words = f"largest |logit difference| by position of prompt {drawn['prompt']} ({tokens} tokens){each}"
@@ -232,7 +234,8 @@ def _top5(drawn: Mapping[str, Any]) -> str:
     if not shown:
         return ""
     parts: list[str] = []
-    most = max(_number(t["p"]) for p in shown for side in ("original", "converted") for t in p[side])
+    known = [_number(t["p"]) for p in shown for side in ("original", "converted") for t in p[side]]
+    most = max(filter(math.isfinite, known), default=1.0)
     at = 0
     for place in shown:
         at += LINE + 6
@@ -245,12 +248,15 @@ def _top5(drawn: Mapping[str, Any]) -> str:
                 y = at + LINE * (k + 1)
                 missing = token["id"] not in ids[other]
                 parts.append(_text(left, y, _token(token), kind="wrong" if missing else "t"))
-                width = max(1.0, 130 * min(1.0, _number(token["p"]) / most))
+                likely = _number(token["p"])  # not finite where the other side's logits are none
+                width = max(1.0, 130 * min(1.0, likely / most))
                 parts.append(
                     f'<rect class="{"bad" if missing else kind}" x="{left + 146}" y="{y - 11}" '
                     f'width="{width:.1f}" height="12"/>'
                 )
-                parts.append(_text(left + 152 + width, y, f"{_number(token['p']):.2g}"))
+                parts.append(
+                    _text(left + 152 + width, y, f"{likely:.2g}" if math.isfinite(likely) else "no number")
+                )
         at += LINE * 5
     of = int(drawn["of"])
     words = (

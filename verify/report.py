@@ -12,15 +12,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.text import Text
 
+from ckpt_tool.checkpoint.frames import data_frame
 from ckpt_tool.errors import printable
 from ckpt_tool.terminal import Column, paragraph, say
 from ckpt_tool.terminal import table as terminal_table
 from ckpt_tool.verify.claims import Claim, Judgement, Verdict, exactness, judge
+
+if TYPE_CHECKING:
+    from ckpt_tool.verify.plotting import Drawing
 
 # `skipped` did not run or had nothing to compare; `undecided` ran and could not be judged
 Status = Literal["pass", "fail", "skipped", "undecided", "note"]
@@ -150,6 +154,26 @@ class Report:
     def render(self, console: Console) -> None:
         render([self], console)
 
+    def __repr__(self) -> str:
+        return f"<{shown(self.title)}: {verdict(self)}; {len(self.findings)} findings>"
+
+    def _repr_html_(self) -> str:
+        from ckpt_tool.verify.page import fragment
+
+        return fragment([self])
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each finding."""
+        return data_frame(CELLS, map(_cells, self.findings))
+
+    def plot(self, kind: str | None = None, where: str | None = None) -> Drawing:
+        """A picture that shows itself in a notebook: of `phases` (distances by layer), `positions`, `kl`,
+        `top5`, or the `rows` of a tensor that differ, `where` names which. None: the phases, else the first
+        there is."""
+        from ckpt_tool.verify.plotting import plot
+
+        return plot(self, kind, where)
+
 
 @dataclass
 class Reports:
@@ -208,6 +232,26 @@ class Reports:
 
     def render(self, console: Console) -> None:
         render(self.reports, console)
+
+    def __repr__(self) -> str:
+        return f"<{shown(self.title)}: {self.status}: {shown(self.headline)}>"
+
+    def _repr_html_(self) -> str:
+        from ckpt_tool.verify.page import fragment
+
+        return fragment(self.reports, self.headline)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each finding of each report."""
+        rows = [(r.title, *_cells(f)) for r in self.reports for f in r.findings]
+        return data_frame(("report", *CELLS), rows)
+
+
+CELLS = ("level", "check", "status", "where", "measured", "bar", "message")
+
+
+def _cells(f: Finding) -> tuple[object, ...]:
+    return f.level, f.check, f.status, f.where, f.measured, f.bar, f.message
 
 
 # --- what every form shares -----------------------------------------------------------------------------

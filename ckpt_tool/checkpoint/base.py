@@ -14,12 +14,15 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from ckpt_tool.checkpoint.signs import pointer
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, near, printable
+
+if TYPE_CHECKING:
+    from ckpt_tool.checkpoint.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -307,6 +310,51 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Every tensor name once, in the order of the files."""
         return list(dict.fromkeys(t.name for t in self))
+
+    def keys(self) -> list[str]:
+        return self.names()
+
+    def __contains__(self, item: object) -> bool:
+        """Whether a tensor has this name, or is this one."""
+        return any(item in (t.name, t) for t in self)
+
+    def __getitem__(self, name: str | tuple[str, str]) -> Tensor:
+        """The tensor called `name`, which is read when it is asked for; where several files have one, as
+        ranks do, `checkpoint[name, file]` says which. Kinds: `missing-tensor`, `duplicate-tensor`."""
+        from ckpt_tool.checkpoint.tensor import Tensor
+
+        wanted, file = name if isinstance(name, tuple) else (name, None)
+        found = [t for t in self.find(wanted) if file in (None, t.file)]
+        if not found:
+            hint = near(wanted, self.names())
+            fail(
+                "missing-tensor",
+                "expected a tensor of this name, found none",
+                file=file,
+                where=wanted,
+                hint=hint,
+            )
+        if len(found) > 1:
+            text = f"expected one tensor of this name, found one in each of {len(found)} files"
+            hint = f"name the file, too: checkpoint[{wanted!r}, {found[0].file!r}]"
+            fail("duplicate-tensor", text, where=wanted, hint=hint)
+        return Tensor(self, found[0])
+
+    def __repr__(self) -> str:
+        size, count = sum(t.nbytes for t in self), sum(1 for _ in self)
+        return f"<checkpoint {printable(self.path)}: {count:,} tensors, {size:,} bytes>"
+
+    def _repr_html_(self) -> str:
+        from ckpt_tool.checkpoint.listing import as_html
+
+        return as_html(self)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame of the tensors, by header."""
+        from ckpt_tool.checkpoint.frames import data_frame
+
+        rows = [(t.name, DTYPES[t.dtype].torch, t.shape, t.numel, t.nbytes, t.file) for t in self]
+        return data_frame(("name", "dtype", "shape", "elements", "bytes", "file"), rows)
 
     def find(self, name: str) -> list[TensorInfo]:
         """The tensors called `name`, one for each file that holds one."""

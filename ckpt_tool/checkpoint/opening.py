@@ -92,7 +92,7 @@ class Limits:
     as_it_stands: bool = False  # names are those in the files, whatever a training program put before them
 
 
-@dataclass
+@dataclass(repr=False)
 class OpenedCheckpoint(Checkpoint):
     """A checkpoint together with the folder it came from, which may hold a temporary file open."""
 
