@@ -268,7 +268,7 @@ class Step:
             yield from copies
             return
         size = prod(hi - lo for lo, hi in box.values())
-        axis, aligned = self._cut_axis(box)
+        axis, aligned = self._cut_axis(box, tile)
         limit = block if aligned else tile
         if size <= limit or axis is None:
             yield self._block(box)
@@ -314,9 +314,9 @@ class Step:
                 ]
         return found
 
-    def _cut_axis(self, box: Box) -> tuple[str | None, bool]:
-        """The axis to cut `box` along, and whether every tensor keeps one run in each piece. What goes into
-        one mean stays together."""
+    def _cut_axis(self, box: Box, tile: int) -> tuple[str | None, bool]:
+        """The axis to cut `box` along, and whether every tensor keeps one run in each piece; where none does,
+        that whose pieces of `tile` elements have the longest runs. What goes into one mean stays together."""
         orders = []
         for part in (*self.sources, *self.reached):
             shared = _meet(part.box(self.sizes), box)
@@ -326,8 +326,8 @@ class Step:
         for axis in wide:
             if all(not o or o[0] == axis or axis not in o for o in orders) and any(axis in o for o in orders):
                 return axis, True
-        first = next((o for o in orders if o), None)
-        return (first[0], False) if first else (wide[0] if wide else None, False)
+        first = next((o for o in orders if o), wide)
+        return max(first, key=lambda a: _run_length(box, orders, a, tile), default=None), False
 
     def _block(self, box: Box) -> Block:
         sides = []
@@ -418,6 +418,15 @@ def _nameless(
 ) -> Step:
     reads, writes = (tuple(Part("", "", "", *place) for place in side) for side in (sources, targets))
     return Step(axes, reads, writes, mean=mean)
+
+
+def _run_length(box: Box, orders: Sequence[Sequence[str]], axis: str, tile: int) -> int:
+    """The elements of the shortest runs that tensors with axes in these `orders` have in pieces of `tile`
+    elements of `box`, cut along `axis`."""
+    extents = {a: hi - lo for a, (lo, hi) in box.items()}
+    step = max(1, tile * extents[axis] // prod(extents.values()))
+    inner = (prod(extents[a] for a in o[o.index(axis) + 1 :]) for o in orders if axis in o)
+    return step * min(inner, default=1)
 
 
 def _meet(a: Box, b: Box) -> Box:
