@@ -23,6 +23,7 @@ from ckpt_tool.checkpoint import checklist, integrity
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
+from ckpt_tool.convert import canonical
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan, dropped_names
@@ -139,7 +140,7 @@ def plan(
     chosen = choose(source, family, to)
     options = options or Options()
     fail_all(option_problems(chosen, options, to))
-    make = chosen.plan if to == "hf" else chosen.plan_original
+    make = _forth(chosen) if to == "hf" else chosen.plan_original
     seen = as_family_knows(source, chosen)
     options = replace(options, drop=dropped_names(options.drop, seen))
     try:
@@ -151,6 +152,11 @@ def plan(
     sums = checklist.notes(source, weights=checksums, progress=progress)
     sums += integrity.notes(source, weights=checksums, progress=progress)
     return replace(made, notes=(*sums, *made.notes))
+
+
+def _forth(chosen: Family) -> Callable[[Checkpoint, Options], Plan]:
+    """How `chosen` plans what is to be in the Hugging Face layout, whichever it has now."""
+    return lambda checkpoint, options: canonical.plan(checkpoint, chosen, options)
 
 
 def open_for(source: Source, to: str = "hf") -> Checkpoint:
@@ -229,12 +235,12 @@ def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[
     options = replace(options, drop=dropped_names(options.drop, seen))
     settings = options.settings
     try:
-        alone = chosen.plan(seen, replace(options, settings={})).config
+        alone = canonical.plan(seen, chosen, replace(options, settings={})).config
         doubted = {n for n, v in settings.items() if n in alone and alone[n].value != v}
     except CkptToolError:  # it needs some of them
         doubted = set(settings)
     agreed = {n: v for n, v in settings.items() if n not in doubted}
-    _, kept = settled(lambda o: chosen.plan(seen, o), options, agreed)
+    _, kept = settled(lambda o: canonical.plan(seen, chosen, o), options, agreed)
     return {n: v for n, v in settings.items() if n not in kept.settings}
 
 
@@ -400,11 +406,27 @@ def verify_part(out: Source, source: Source | None, worker: Worker, **asked: Any
     return run(out, source, worker, **asked)
 
 
-def gate(file: Source, **asked: Any) -> Reports:
-    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate.run_gate`."""
+def gate(
+    file: Source,
+    *,
+    jobs: int | None = None,
+    memory: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    **asked: Any,
+) -> Reports:
+    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate.run_gate`.
+
+    With `jobs` or `memory` each check has a process of its own: up to `jobs` at once (None: as many as there
+    are processors), as far as `memory` bytes go (None: what is free now) by what is foretold of each. A check
+    of which more is foretold than `memory` is an error in its report, as is one whose process was killed."""
+    from ckpt_tool.gate_processes import at_once, one_by_one
     from ckpt_tool.verify.gate import run_gate
 
-    return run_gate(file, convert, **asked)
+    tell = progress or (lambda text: None)
+    if jobs is None and memory is None:
+        return run_gate(file, one_by_one(tell), **asked)
+    most = (os.cpu_count() or 1) if jobs is None else jobs
+    return run_gate(file, at_once(most, memory, tell), **asked)
 
 
 def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:

@@ -187,7 +187,7 @@ def ended(error: BaseException, arguments: list[str]) -> int:
         return CLOSED_PIPE
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return 0
-    told = error if isinstance(error, CkptToolError) else _as_told(error)
+    told = error if isinstance(error, CkptToolError) else as_told(error)
     if TRACEBACK in os.environ or (told.kind in ("internal", "system") and _verbose(arguments)):
         _say("".join(traceback.format_exception(error)).rstrip())
     if not wants_json(arguments) and type(error).__name__ == "NoArgsIsHelpError":
@@ -205,7 +205,7 @@ def ended(error: BaseException, arguments: list[str]) -> int:
     return told.exit_code
 
 
-def _as_told(error: BaseException) -> CkptToolError:
+def as_told(error: BaseException) -> CkptToolError:
     """Any other exception as one of ours."""
     from ckpt_tool.errors import CkptToolError, Problem, missing_package
 
@@ -218,7 +218,7 @@ def _as_told(error: BaseException) -> CkptToolError:
         return CkptToolError(Problem("interrupted", "stopped by SIGINT"), exit_code=128 + signal.SIGINT)
     if click is not None and isinstance(error, click.ClickException):
         return CkptToolError(Problem("usage", error.format_message()))
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_torch_without_memory(error):
         text = "expected enough memory for the work, found the limit reached"
         return CkptToolError(Problem("out-of-memory", text))
     if isinstance(error, ImportError) and (missing := missing_package(error)) is not None:
@@ -227,6 +227,12 @@ def _as_told(error: BaseException) -> CkptToolError:
         file = None if error.filename is None else os.fsdecode(error.filename)
         return CkptToolError(Problem("system", error.strerror or str(error), file=file))
     return CkptToolError(_defect(error))
+
+
+def _is_torch_without_memory(error: BaseException) -> bool:
+    """Which on the CPU is a RuntimeError like any other."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and (named or "can't allocate memory" in str(error))
 
 
 def _defect(error: BaseException) -> Problem:

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from ckpt_tool.checkpoint import signs
-from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile
-from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.tf_coding import VARIABLE
-from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert import canonical
+from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
@@ -81,8 +81,8 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 
 def only_family(checkpoint: Checkpoint) -> str:
-    """The one family that recognises `checkpoint`. Kinds: `ambiguous-family`, `unknown-family`,
-    `already-converted`, `unsupported` (packed weights)."""
+    """The one family that recognises `checkpoint`, or whose Hugging Face names its tensors have. Kinds:
+    `ambiguous-family`, `unknown-family`, `unsupported` (packed weights)."""
     check_plain(checkpoint)
     said = recognise(checkpoint)
     own = [(name, why) for name, is_own, why in said if is_own]
@@ -94,8 +94,8 @@ def only_family(checkpoint: Checkpoint) -> str:
         message = f"expected one family to recognise it, found {' and '.join(n for n, _ in own)} ({reasons})"
         hint = f"name the one that is meant instead of auto: {' or '.join(n for n, _ in own)}"
         raise CkptToolError(Problem("ambiguous-family", message, label, hint=hint))
-    if (name := _converted(checkpoint)) is not None:
-        raise CkptToolError(already_converted(checkpoint, name))
+    if (name := canonical.whose(as_families_know(checkpoint))) is not None:
+        return name
     raise CkptToolError(*unknown(checkpoint, said))
 
 
@@ -158,24 +158,6 @@ def _converted(checkpoint: Checkpoint) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def already_converted(checkpoint: Checkpoint, name: str) -> Problem:
-    if any(map(_is_training_file, checkpoint.files.values())):
-        message = f"expected an original layout, found Hugging Face names of {name} in files of training"
-        hint = (
-            f"in two steps, config.json beside them: `ckpt-tool convert {name} --to original` writes the"
-            f" original of them, and `ckpt-tool convert {name}` of that the Hugging Face folder"
-        )
-        return Problem("already-converted", message, checkpoint.path.name, hint=hint)
-    message = f"expected an original layout, found a Hugging Face folder of {name}"
-    hint = "nothing to convert; `ckpt-tool verify DIR --no-source` checks it, --to original goes back"
-    return Problem("already-converted", message, checkpoint.path.name, hint=hint)
-
-
-def _is_training_file(file: TensorFile) -> bool:
-    """Whether nobody but training programs loads it, whatever its tensors are called."""
-    return file.format == "dcp" or isinstance(file, Renamed) or SLICE.fullmatch(file.name) is not None
-
-
 # What planning finds missing, or in the way, where a model of another kind was given.
 _OF_ANOTHER = (
     "missing-fact",
@@ -212,10 +194,10 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     if len(own) == 1:
         first = _of_another(checkpoint, chosen, *own.items())
         return CkptToolError(first, *(error.problems if alike else ()))
-    if (converted := _converted(checkpoint)) is not None:
-        return CkptToolError(already_converted(checkpoint, converted))
-    if error.kind == "already-converted" and any(map(_is_training_file, checkpoint.files.values())):
-        return CkptToolError(already_converted(checkpoint, chosen.name))
+    if (converted := canonical.whose(as_families_know(checkpoint))) == chosen.name:
+        return error
+    if converted is not None:
+        return CkptToolError(_of_another_folder(checkpoint, chosen, converted, "--to hf"))
     if error.kind in ("already-converted", "unsupported"):  # which know what it is
         return error
     if not alike:
@@ -235,8 +217,13 @@ def _converted_by_another(checkpoint: Checkpoint, chosen: Family) -> Problem | N
     own = [n for n in FAMILIES if said in (*family(n).architectures, *family(n).classes)]
     if said is None or len(own) != 1 or chosen.name in own:
         return None
-    message = f"expected a Hugging Face folder of {chosen.name}, found one of {own[0]} (config.json: {said})"
-    hint = f"`ckpt-tool convert {own[0]} --to original`"
+    return _of_another_folder(checkpoint, chosen, own[0], "--to original")
+
+
+def _of_another_folder(checkpoint: Checkpoint, chosen: Family, own: str, way: str) -> Problem:
+    said = printable(_architecture(checkpoint) or "another model", 60)
+    message = f"expected a Hugging Face folder of {chosen.name}, found one of {own} (config.json: {said})"
+    hint = f"`ckpt-tool convert {own} {way}`".replace(" --to hf", "")
     return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
 
 

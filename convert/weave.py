@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
@@ -27,7 +28,7 @@ from ckpt_tool.convert.layout import (
     with_padding,
     without_padding,
 )
-from ckpt_tool.convert.params import SET
+from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
 from ckpt_tool.convert.source import Source
 from ckpt_tool.errors import Problem, fail_all
@@ -79,6 +80,18 @@ class Written:
     lossy: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Held:
+    """A model that is in the Hugging Face layout already, as its family reads it: the rows, its tensors by
+    the names of the rows, what config.json says, and patterns of tensors that may be left out, with
+    reasons."""
+
+    table: Table
+    source: Source
+    facts: Facts
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+
 def to_hf(table: Table, source: Source, options: Options, written: Written) -> Plan:
     """The plan of a conversion to the Hugging Face layout. config.json is written from the config and need
     not be among the documents."""
@@ -115,6 +128,50 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         original=written.original,
         foretold=written.foretold,
         turns=table.turns,
+        unread=written.unread,
+    )
+
+
+def held_steps(held: Held) -> Expansion:
+    """The rows filled in for a model that is in the Hugging Face layout: the targets of the steps are its
+    tensors as the table has them, whatever an original would hold. A `missing-tensor` problem for each that
+    is not there; raises numbers of config.json that the shapes contradict, but for what no original could
+    say, which is none of this layout's matter."""
+    fail_all(dict.fromkeys(p for p in held.facts.problems if p.kind != "unsupported"))
+    table, source = held.table, held.source
+    return _filled_in(
+        table,
+        source,
+        "targets",
+        original=lambda _: [("", source.dtype)],
+        converted=lambda name: next(iter(source.homes(name)), None),
+        again=lambda _: (),
+    )
+
+
+def as_it_is(
+    checkpoint: Checkpoint,
+    filled: Expansion,
+    compared: Iterable[Step],
+    options: Options,
+    written: Written,
+    turns: Value | None,
+) -> Plan:
+    """The plan of a model that keeps its layout: `filled` moves its tensors as they are. The config.json is
+    among the documents."""
+    return assemble(
+        family=written.family,
+        direction="to-hf",
+        checkpoint=checkpoint,
+        expansion=filled,
+        compared=compared,
+        ignored=written.ignored,
+        config=written.config,
+        documents=written.documents,
+        options=options,
+        notes=written.notes,
+        original=written.original,
+        turns=turns,
         unread=written.unread,
     )
 

@@ -268,9 +268,15 @@ def test_fsdp_shards_are_refused_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_a_converted_opt_is_no_original(conversions: Written, tmp_path: Path) -> None:
+    """It stays as it is; without its config.json nothing says what it is, and the hint does."""
+    done, bare = conversions("opt-13b"), tmp_path / "bare"
+    api.convert(done, tmp_path / "out", family="opt")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
+    bare.mkdir()
+    shutil.copy(done / "model.safetensors", bare)
     with pytest.raises(CkptToolError) as caught:
-        api.convert(conversions("opt-13b"), tmp_path / "out", family="opt")
-    assert caught.value.kind == "already-converted"
+        api.convert(bare, tmp_path / "other", family="opt")
+    assert caught.value.kind == "already-converted" and "config.json" in str(caught.value.problems[0].hint)
 
 
 TEXTS = ("Hello world", " Hello world", "In the city of", "été  生活 😀\n\n2020's", "")

@@ -27,7 +27,9 @@ from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.checkpoint.run_documents import RUN_DOCUMENTS
 from ckpt_tool.checkpoint.safe_yaml import read_yaml
 from ckpt_tool.checkpoint.weight_sets import is_settings
+from ckpt_tool.convert import canonical
 from ckpt_tool.convert.copies import copied_rows
+from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
@@ -287,6 +289,8 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     """The original's own reading, of its pooled heads where the conversion was asked to pool them, of weights
     cast as it was asked to cast them. ValueError where the facts in its files and settings are not enough."""
     assert subject.original is not None and subject.family is not None
+    if subject.keeps_layout:
+        return _same_layout(subject, dtype, device)
     pooled = pooled_original(subject.original, subject.plan)
     checkpoint = cast_forward(pooled, subject.plan) if subject.direction == "to-hf" else pooled
     module = reference.original(subject.family.name)
@@ -303,6 +307,17 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     facts = _facts(checkpoint, subject.family.document)
     config = module.Config.from_original(facts, shapes, len(ranks), told)
     return side_of(module, config, checkpoint, ranks, dtype, device)
+
+
+def _same_layout(subject: Subject, dtype: torch.dtype, device: str) -> Side:
+    """The Hugging Face layout's reading of a source that has it already, by its own config.json."""
+    assert subject.original is not None and subject.family is not None
+    source = canonical.as_class_writes(cast_forward(subject.original, subject.plan), subject.family)
+    config = overlaid(source.json("config.json"), subject.settings)
+    (architecture, *_) = config.get("architectures") or subject.config.get("architectures") or [""]
+    module = reference.converted(str(architecture))
+    made = module.Config.from_hf(config)
+    return side_of(module, made, source, ranks_of(source), dtype, device, config)
 
 
 def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:

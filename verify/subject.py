@@ -15,7 +15,8 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import FORMAT as DISTRIBUTED
 from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
-from ckpt_tool.convert.facts import classes
+from ckpt_tool.convert import canonical
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
@@ -50,6 +51,17 @@ class Subject:
     @property
     def direction(self) -> str:
         return "to-hf" if self.output is self.hf else "to-original"
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether the source is in the Hugging Face layout as the output is."""
+        source, chosen = self.source, self.family
+        return (
+            source is not None
+            and chosen is not None
+            and source is not self.hf
+            and (canonical.is_one(source, chosen))
+        )
 
     @cached_property
     def targets(self) -> dict[tuple[str, str], TensorInfo]:
@@ -192,7 +204,9 @@ def _find_family(subject: Subject) -> None:
     named = None if subject.manifest is None else subject.manifest.family
     both = [f for f in fitting if f in recognised]
     asked = [f for f in fitting if f.name == named]  # by a name that is not what the source looks like
-    candidates = both or asked or recognised or fitting
+    kind = class_of(subject.config) if subject.hf is not None else None
+    by_class = [f for f in known if kind in f.classes]  # of another head than the family's own
+    candidates = both or asked or recognised or fitting or by_class
     chosen = [f for f in candidates if f.name == named] or candidates
     if len(chosen) == 1:
         subject.family = chosen[0]
@@ -210,11 +224,10 @@ def _find_family(subject: Subject) -> None:
 
 def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
     assert subject.family is not None and subject.source is not None
-    make = subject.family.plan if subject.direction == "to-hf" else subject.family.plan_original
-    source = subject.source
+    source, chosen, forth = subject.source, subject.family, subject.direction == "to-hf"
 
     def plan(options: Options) -> Plan:
-        return make(source, options)
+        return canonical.plan(source, chosen, options) if forth else chosen.plan_original(source, options)
 
     options = _options(subject)
     try:

@@ -58,7 +58,7 @@ from ckpt_tool.convert.tokenizers import (
 )
 from ckpt_tool.convert.vocabularies import MISTRAL_AI as MISTRAL_AI
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
+from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all
 
 _NOT_PLAIN_TEXT = (
@@ -213,6 +213,7 @@ def family(
         recognise=partial(recognise, d),
         plan=partial(plan, d),
         plan_original=partial(plan_original, d),
+        held=partial(held, d),
         options=tuple({o.name: o for o in (POOLING, *form, *d.options)}.values()),
         vocabulary=vocabulary,
         classes={name: config},
@@ -305,7 +306,7 @@ def open_download(checkpoint: Checkpoint) -> Source:
     names, label = checkpoint.names(), checkpoint.path.name
     if any(_CONVERTED.match(n) for n in names):
         message = f"expected an original layout, found Hugging Face names such as {names[0]}"
-        hint = "nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back"
+        hint = "put config.json of the model beside the weights: they are then taken, either way"
         fail("already-converted", message, file=label, hint=hint)
     if reason := foreign(names):
         fail("unsupported", f"expected a plain text model, found one that is {reason}", file=label)
@@ -550,6 +551,18 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
         files=files,
         homes=lambda n: [(f, source.dtype) for f in form.homes(n, files, known["num_hidden_layers"])],
     )
+
+
+def held(d: Consolidated, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`. Files and ranks of an original do not matter, so any form has the rows."""
+    facts = read_config(checkpoint, options.settings, (architecture,), own=d.config)
+    source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
+    known = Known(d.fields, facts, source, options, d.config, {}, back=True)
+    sizes = known.values(n for n in d.fields if n in {*AXES.values(), "num_hidden_layers"})
+    form, tied = next(iter(d.forms.values())), bool(known[TIE])
+    table = table_of(decoder_rows(form.rows, embedding="v", tied=tied, head=True), sizes)
+    made = replace(table, repeats=repeats(known), turns=turns(known), head=head_of(known))
+    return Held(made, source, facts, FREQUENCIES)
 
 
 def asked_form(d: Consolidated, options: Options, once: Mapping[str, Any]) -> Form:

@@ -55,7 +55,7 @@ from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Valu
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary
-from ckpt_tool.convert.weave import Table, Written, to_hf
+from ckpt_tool.convert.weave import Held, Table, Written, to_hf
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 COPY = "word_embeddings_for_head.weight"
@@ -125,6 +125,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         recognise=partial(recognise, m),
         plan=partial(plan, m),
         plan_original=partial(plan_original, m),
+        held=partial(held, m),
         options=OPTIONS,
         vocabulary=vocabulary,
         foretold=tuple(m.foretold),
@@ -315,7 +316,7 @@ def _refuse_names(checkpoint: Checkpoint) -> NoReturn:
             "already-converted",
             f"expected an original layout, found Hugging Face names such as {names[0]}",
             file=label,
-            hint="nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back",
+            hint="put config.json of the model beside the weights: they are then taken, either way",
         )
     if any(".distcp" in n for n in checkpoint.files):
         fail("wrong-format", "expected ranks, found a torch_dist checkpoint", file=label)
@@ -502,6 +503,17 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     output = copy if known["tie_word_embeddings"] else OUTPUT
     table = _table(m, known, fused_order(form.version or 0.0, is_core(form.age)), form.rows, output)
     return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
+
+
+def held(m: Megatron, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`."""
+    (config,) = m.classes.values()
+    facts = read_config(checkpoint, m.settings(options), (architecture,), own=config)
+    source = whole_tensors(checkpoint, m.layer)
+    known = m.known(facts, source, options, config=config, once={}, back=True, names=m.written_names)
+    output = None if known["tie_word_embeddings"] else OUTPUT
+    table = _table(m, known, fused_order(VERSIONS[-1], False), known["vocab_size"], output)
+    return Held(table, source, facts, m.ignored)
 
 
 _VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")

@@ -32,7 +32,7 @@ from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, na
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Written, to_hf, to_original
+from ckpt_tool.convert.weave import Held, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 
@@ -80,6 +80,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         recognise=recognise,
         plan=partial(plan, d),
         plan_original=partial(plan_original, d),
+        held=partial(held, d),
         options=(SHARDS,),
         vocabulary=vocabulary,
         classes={d.model_type: d.config},
@@ -144,7 +145,7 @@ def open_original(checkpoint: Checkpoint) -> Source:
             fail("unsupported", "expected joined files, found FSDP shards", file=label, hint=hint)
         fail("missing-tensor", "expected this tensor, found none", where="decoder.embed_tokens.weight")
     if is_converted(checkpoint, prefix, names):
-        hint = "nothing to convert; `ckpt-tool verify` checks it and `--to original` goes back"
+        hint = "put config.json of the model beside the weights: they are then taken, either way"
         message = "expected metaseq's layout, found that of Hugging Face"
         fail("already-converted", message, file=label, hint=hint)
     files = sorted(checkpoint.files, key=natural)
@@ -285,12 +286,7 @@ def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     facts = read_config(checkpoint, options.settings, (d.architecture,), own=d.config)
     source = converted_model(checkpoint)
     once = _kept(d, checkpoint)
-    form = Form(
-        fused=bool(once.get("fused", True)),
-        projected="model.decoder.project_in.weight" in source.tensors,
-        norm="model.decoder.final_layer_norm.weight" in source.tensors,
-        head=once.get("head"),
-    )
+    form = _form_there(source, once)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     sizes = known.values(d.sizes)
     always = known.values(n for n, f in d.fields.items() if f.fixed)
@@ -320,6 +316,25 @@ def plan_original(d: Decoder, checkpoint: Checkpoint, options: Options) -> Plan:
     settings = {key: known[name] for key, name in d.settings.items()}
     settings |= {k: v for k, v in d.computed.items() if v}
     return replace(made, outputs=tuple(_as_saved(f, prefix, settings, version) for f in made.outputs))
+
+
+def held(d: Decoder, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`."""
+    facts = read_config(checkpoint, options.settings, (architecture,), own=d.config)
+    source = converted_model(checkpoint)
+    known = Known(d.fields, facts, source, options, d.config, {}, back=True)
+    return Held(table_of(known, d.rows(_form_there(source)), d.axes), source, facts)
+
+
+def _form_there(source: Source, once: Mapping[str, Any] | None = None) -> Form:
+    """That of a converted model, and what the manifest says of the original's."""
+    kept = once or {}
+    return Form(
+        fused=bool(kept.get("fused", True)),
+        projected="model.decoder.project_in.weight" in source.tensors,
+        norm="model.decoder.final_layer_norm.weight" in source.tensors,
+        head=kept.get("head"),
+    )
 
 
 def _own_name(name: str) -> str:

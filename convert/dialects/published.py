@@ -58,7 +58,7 @@ from ckpt_tool.convert.tokenizers import rows_without_ids, tokenizer_documents, 
 from ckpt_tool.convert.tokenizers.counting import ids_of, renumbered
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Table, Written, misread_config, to_hf, to_original
+from ckpt_tool.convert.weave import Held, Table, Written, misread_config, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, fail, fail_all
 
 AS_PUBLISHED = "hf"  # in `--form`
@@ -251,6 +251,7 @@ def family(*, summary: str, pools: bool = False, vocabulary: Vocabulary, **said:
         recognise=partial(recognise, p),
         plan=partial(plan, p),
         plan_original=partial(plan_original, p),
+        held=partial(held, p),
         targets=tuple(p.targets),
         options=((POOLING,) if pools else ()) + (CONTAINER, *others),
         vocabulary=vocabulary,
@@ -395,11 +396,20 @@ def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
     return True, p.why or f"{p.told_by} is of {p.title} alone"
 
 
-def read(p: Published, checkpoint: Checkpoint, options: Options, model_type: str, *, back: bool) -> Known:
-    """config.json and the tensors beside it, as the class of `model_type` reads them."""
+def read(
+    p: Published,
+    checkpoint: Checkpoint,
+    options: Options,
+    model_type: str,
+    *,
+    back: bool,
+    architecture: str | None = None,
+) -> Known:
+    """config.json and the tensors beside it, as the class of `model_type` reads them; `architecture` is the
+    class with a head, where it is not the family's."""
     own = {generic: name for name, generic in p.generic.items()}
     settings = renamed(options.settings, own)
-    own_class, name = p.classes[model_type], (p.architectures[model_type],)
+    own_class, name = p.classes[model_type], (architecture or p.architectures[model_type],)
     facts = read_config(checkpoint, settings, name, model_type=model_type, own=own_class)
     source = whole_tensors(checkpoint, p.layer or rf"{re.escape(p.own.prefix)}layers\.(\d+)\.")
     once = kept_facts(checkpoint) if back else {}
@@ -478,6 +488,14 @@ def plan(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
         kept,
     )
     return to_hf(rows_of(p, known), known.source, options, beside)
+
+
+def held(p: Published, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`."""
+    said = model_type_of(checkpoint)
+    model_type = said if said is not None and said in p.classes else p.model_type
+    known = read(p, checkpoint, options, model_type, back=True, architecture=architecture)
+    return Held(rows_of(p, known), known.source, known.facts, p.ignored)
 
 
 def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:

@@ -28,7 +28,7 @@ from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import TokenizerResult, tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Written, to_hf, to_original
+from ckpt_tool.convert.weave import Held, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail_all, printable
 
 
@@ -71,6 +71,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         recognise=partial(recognise, p),
         plan=partial(plan, p),
         plan_original=partial(plan_original, p),
+        held=partial(held, p),
         vocabulary=vocabulary,
         foretold=tuple(p.foretold),
         classes={p.model_type: p.config},
@@ -188,6 +189,14 @@ def plan_original(p: StateDicts, checkpoint: Checkpoint, options: Options) -> Pl
 
     table = table_of(known, p.rows(known), p.axes)
     return to_original(table, source, options, beside, files=list(p.files), homes=homes)
+
+
+def held(p: StateDicts, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`."""
+    facts = read_config(checkpoint, options.settings, (architecture,), model_type=p.model_type, own=p.config)
+    source = whole_tensors(checkpoint, p.layer[1])
+    known = Known(p.fields, facts, source, options, p.config, {}, back=True)
+    return Held(table_of(known, p.rows(known), p.axes), source, facts)
 
 
 def beside(known: Known, name: str, default: Any, key: str) -> Value:

@@ -43,7 +43,7 @@ from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, Va
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import entity_spans
 from ckpt_tool.convert.vocabularies import Vocabulary as Tokens
-from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
+from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all
 
 METADATA = "metadata.json"
@@ -106,6 +106,7 @@ def family(*, summary: str, **said: Any) -> Family:
         recognise=partial(recognise, e),
         plan=partial(plan, e),
         plan_original=partial(plan_original, e),
+        held=partial(held, e),
         options=OPTIONS,
         vocabulary=Tokens("entity-spans", ("MLukeTokenizer",)),
         classes=e.config,
@@ -191,6 +192,17 @@ def plan_original(e: Encoder, checkpoint: Checkpoint, options: Options) -> Plan:
         homes=lambda name: [(WEIGHTS, source.dtype, name)],
     )
     return replace(made, outputs=tuple(_as_saved(f, known, once) for f in made.outputs))
+
+
+def held(e: Encoder, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`. Added rows are the model's own here, whichever they were copies of."""
+    ((model_type, own),) = e.config.items()
+    facts = read_config(checkpoint, options.settings, (architecture,), model_type=model_type, own=own)
+    source = whole_tensors(checkpoint, rf"(?:luke\.)?{e.layer}")
+    known = Known(_with_starts(e), facts, source, options, own, {}, back=True)
+    made = table_of(known, e.rows(replace(_form_back(known, {}), head=True)), e.axes)
+    words, entities = e.copies
+    return Held(replace(made, copies={words: (0, 0), entities: (0,)}), source, facts, IGNORED)
 
 
 QUERIES = r"(luke\.)?encoder\.layer\.\d+\.attention\.self\.(w2e|e2w|e2e)_query\.(weight|bias)"

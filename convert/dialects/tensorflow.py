@@ -51,7 +51,7 @@ from ckpt_tool.convert.tokenizers import (
     tokenizer_documents,
 )
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
-from ckpt_tool.convert.weave import Table, Written, to_hf, to_original
+from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 OPTIMIZER = "state of the optimizer"
@@ -134,6 +134,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
         recognise=partial(recognise, t),
         plan=partial(plan, t),
         plan_original=partial(plan_original, t),
+        held=partial(held, t),
         vocabulary=vocabulary,
         foretold=tuple(t.foretold),
         classes=t.classes,
@@ -466,7 +467,7 @@ def plan_original(t: Trained, checkpoint: Checkpoint, options: Options) -> Plan:
         t.name,
         settings,
         [document, *(OutputDocument(n, d, "the vocabulary in the folder") for n, d in vocabulary.items())],
-        {rf"({re.escape(t.own.prefix)})?embeddings\.position_ids": "0, 1, 2, ...", **t.unread(known)},
+        _unread(t, known),
         [*facts.notes, *(["no vocab.txt is there; none was written"] if no_words else [])],
         {"stem": once["stem"], "document": once["document"]},
         [f for tell in t.foretold.values() for f in tell(known)],
@@ -475,6 +476,20 @@ def plan_original(t: Trained, checkpoint: Checkpoint, options: Options) -> Plan:
     return to_original(
         t.table(known), source, options, beside, files=files, homes=lambda name: [(files[0], dtype, name)]
     )
+
+
+def held(t: Trained, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
+    """See `Family.held`."""
+    (model_type,) = t.classes
+    facts = read_config(checkpoint, options.settings, (architecture,), model_type=model_type, own=t.own)
+    source = converted_model(t, checkpoint)
+    known = t.known(facts, source, options, config=t.own, once={}, back=True)
+    return Held(t.table(known), source, facts, _unread(t, known))
+
+
+def _unread(t: Trained, known: Known) -> dict[str, str]:
+    """Tensors of a folder of transformers that no original has."""
+    return {rf"({re.escape(t.own.prefix)})?embeddings\.position_ids": "0, 1, 2, ...", **t.unread(known)}
 
 
 def own_value(known: Known, name: str) -> Value:

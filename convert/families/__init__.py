@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
@@ -17,6 +18,9 @@ from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import Problem
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.weave import Held
 
 
 def names() -> tuple[str, ...]:
@@ -45,6 +49,8 @@ class Family:
     recognise: Callable[[Checkpoint], tuple[bool, str]]
     plan: Callable[[Checkpoint, Options], Plan]
     plan_original: Callable[[Checkpoint, Options], Plan]
+    # a model in the Hugging Face layout, of the class named, under the names of the rows
+    held: Callable[[Checkpoint, Options, str], Held]
     targets: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
     vocabulary: Vocabulary = Vocabulary()

@@ -1,0 +1,468 @@
+"""A model that is in the Hugging Face layout already, made canonical: safetensors with the names that its
+class writes, in the order of the family's rows, and everything else as it lies there.
+
+Which tensors there must be, and of which shape, the family's rows say, read at their Hugging Face side; so
+there is no other table of names. A class may have another head than the family's own: what a head is called
+is below, its tensors are carried as they are, and those that the family's own class would have instead are
+not asked for. Files and containers do not matter: a tensor is found by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.strict_json import parse_object
+from ckpt_tool.checkpoint.weight_sets import is_template, is_tokenizer, vocabulary_kind
+from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.convert.facts_classes import CODE, Class
+from ckpt_tool.convert.facts_settings import overlaid
+from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.kept import read_manifest
+from ckpt_tool.convert.layout import Expansion, Part, Step
+from ckpt_tool.convert.options import given
+from ckpt_tool.convert.params import SET
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
+from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
+from ckpt_tool.errors import CkptToolError, Problem, fail_all
+
+LAYOUT = "layout"  # in the manifest, beside what it keeps of an original
+HUGGING_FACE = "hugging-face"
+
+# How the tensors of a head begin, by the end of the class's name; of several one kind is there.
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "LMHeadModel": ("lm_head.",),
+    "DoubleHeadsModel": ("multiple_choice_head.",),
+    "ForCausalLM": ("lm_head.", "embed_out.", "cls.predictions.", "dense."),
+    "ForMaskedLM": ("lm_head.", "cls.predictions.", "mlm_head.", "dense.", "entity_predictions."),
+    "ForPreTraining": ("cls.",),
+    "ForNextSentencePrediction": ("cls.seq_relationship.",),
+    "ForSequenceClassification": ("score.", "classifier."),
+    "ForTokenClassification": ("score.", "classifier."),
+    "ForMultipleChoice": ("classifier.",),
+    "ForQuestionAnswering": ("qa_outputs.",),
+    "ForEntityClassification": ("classifier.",),
+    "ForEntityPairClassification": ("classifier.",),
+    "ForEntitySpanClassification": ("classifier.",),
+}
+ANY_HEAD = tuple(sorted({start for starts in HEADS.values() for start in starts}))
+# Whose last matrix has a row for each label of config.json, and what that is called.
+LABELLED = re.compile(r"For(Sequence|Token|Entity\w*)Classification$|ForQuestionAnswering$")
+LAST = re.compile(r"(score|classifier|classifier\.out_proj|qa_outputs)\.weight")
+UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
+# What decoders call themselves below this head, whatever their other classes do.
+IN_ANSWERING = "transformer."
+
+OLD_NORM = re.compile(r"(?P<stem>.*LayerNorm)\.(?P<kind>gamma|beta)")
+NEW_NORM = {"gamma": "weight", "beta": "bias"}
+# Tables that old releases kept among the weights, unless rows ask for them.
+TABLES: Mapping[str, str] = {
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)": "recomputed from rope_theta",
+    r"(.*\.)?attn\.embed_positions": "recomputed: sines and cosines of positions",
+    r"(.*\.)?(attn|attention)\.(bias|causal_mask)": "the causal mask",
+    r"(.*\.)?(attn|attention)\.masked_bias": "what masked scores are set to",
+    r"(.*\.)?embeddings\.position_ids": "0, 1, 2, ...",
+}
+_BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "sentencepiece.bpe.model",
+    "entity_vocab.json",
+)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a class calls its tensors. `family` gives for each name that stands in the files that of the
+    family's rows, `written` what the class writes for a name of the rows."""
+
+    architecture: str
+    prefix: str
+    own: str  # the prefix that this class writes
+    family: Mapping[str, str]
+
+    def written(self, name: str) -> str:
+        return self.own + name.removeprefix(self.prefix) if name.startswith(self.prefix) else name
+
+
+def kind_of(checkpoint: Checkpoint) -> str | None:
+    """The model_type of a Hugging Face folder whose tensors have the names of a class that is known here."""
+    if "config.json" not in checkpoint.documents:
+        return None
+    try:
+        config = checkpoint.json("config.json")
+    except CkptToolError:
+        return None  # whoever reads it says why
+    kind = class_of(config)
+    if kind is None or _found_prefix(classes()[kind], checkpoint.names()) is None:
+        return None
+    return kind
+
+
+def whose(checkpoint: Checkpoint) -> str | None:
+    """The family of such a folder."""
+    kind = kind_of(checkpoint)
+    return None if kind is None else next((n for n in FAMILIES if kind in family(n).classes), None)
+
+
+def is_one(checkpoint: Checkpoint, chosen: Family) -> bool:
+    """Whether `chosen` takes it as it is, in the Hugging Face layout, and not as an original of its own:
+    originals of some families are published in that layout."""
+    if kind_of(checkpoint) not in chosen.classes:
+        return False
+    if not chosen.recognise(checkpoint)[0]:
+        return True
+    said = checkpoint.json("config.json").get("architectures")
+    return chosen.published and isinstance(said, list) and not set(map(str, said)) & {*chosen.architectures}
+
+
+def plan(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
+    """What converting a folder of `chosen` to the Hugging Face layout does: an original's plan, or that of
+    `canonical` where it has that layout already."""
+    if is_one(checkpoint, chosen):
+        return canonical(checkpoint, chosen, options)
+    return chosen.plan(checkpoint, options)
+
+
+def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
+    """See the module docstring; `checkpoint` has Hugging Face names. Kinds: those of any plan; `usage` for
+    options that shape what an original becomes."""
+    _refuse_options(options)
+    spelling = _spelling(checkpoint, chosen)
+    seen = _renamed(checkpoint, spelling.family)
+    held = chosen.held(seen, options, spelling.architecture)
+    filled = held_steps(held)
+    expected = _expected(filled, held)
+    filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
+    claimed = {p.name for p in expected}
+    tied = {
+        n: to for n, to in held.table.repeats.items() if n not in claimed and held.source.keeps(n, options)
+    }
+    heads = [
+        t
+        for t in seen
+        if t.name not in claimed and t.name not in tied and t.name not in options.drop
+        and _is_of_head(t.name, spelling)
+    ]  # fmt: skip
+    filled.problems += _head_problems(spelling, held, [*claimed, *(t.name for t in heads)], heads)
+    there = {name: own for own, name in spelling.family.items()}
+    made = [*expected, *(_whole(t) for t in sorted(heads, key=lambda t: natural(t.name)))]
+    filled.steps[:] = [_kept(part, there, spelling) for part in made]
+    compared = [_compared(seen, name, to, held, there, spelling) for name, to in tied.items()]
+    return as_it_is(
+        checkpoint,
+        filled,
+        compared,
+        options,
+        _written(checkpoint, chosen, options, held, spelling),
+        held.table.turns,
+    )
+
+
+def _refuse_options(options: Options) -> None:
+    """What asks for another model, or for a choice between ways of making one of an original."""
+    fail_all(
+        Problem("usage", "expected an original, found a model in the Hugging Face layout", where=f"--{flag}")
+        for flag in sorted(k.replace("_", "-") for k in given(options))
+    )
+    if "architecture" in options.family_options:
+        fail_all([Problem("usage", "expected --to hf for what has that layout already", where="--to")])
+
+
+# --- names ----------------------------------------------------------------------------------------------
+
+
+def _found_prefix(own: Class, names: Iterable[str]) -> str | None:
+    """What stands before the embedding, "" for a model without its head; None without an embedding."""
+    found = set(names)
+    return next((p for p in (own.prefix, "", IN_ANSWERING) if p + own.words in found), None)
+
+
+def _spelling(checkpoint: Checkpoint, chosen: Family) -> Spelling:
+    config = checkpoint.json("config.json")
+    kind = class_of(config)
+    assert kind is not None  # see `is_one`
+    own, names = chosen.classes[kind], checkpoint.names()
+    found = _found_prefix(own, names)
+    found = own.prefix if found is None else found
+    base = f"{own.name.removesuffix('Config')}Model"
+    architecture = _architecture(config, chosen, base, found, names)
+    renamed: dict[str, str] = {}
+    for name in names:
+        full = own.prefix + name.removeprefix(found) if _is_within(name, found) else name
+        if (old := OLD_NORM.fullmatch(full)) is not None:
+            full = f"{old['stem']}.{NEW_NORM[old['kind']]}"
+        renamed[name] = full
+    answering = found == IN_ANSWERING and architecture.endswith("ForQuestionAnswering")
+    written = "" if architecture == base else IN_ANSWERING if answering else own.prefix
+    return Spelling(architecture, own.prefix, written, renamed)
+
+
+def _is_within(name: str, found: str) -> bool:
+    return name.startswith(found) if found else not name.startswith(ANY_HEAD)
+
+
+def _architecture(
+    config: Mapping[str, Any], chosen: Family, base: str, found: str, names: Iterable[str]
+) -> str:
+    """What config.json says; where it says none, the model alone, unless there are tensors of a head."""
+    said = config.get("architectures")
+    if isinstance(said, list) and len(said) == 1 and isinstance(said[0], str):
+        stem = base.removesuffix("Model")
+        if said[0] == base or (said[0].startswith(stem) and said[0].endswith(tuple(HEADS))):
+            return said[0]
+        classes_known = ", ".join([base, *(f"{stem}{end}" for end in HEADS if end.startswith("For"))][:6])
+        message = f"expected a class of {chosen.name} such as {classes_known}, found {said[0]!r}"
+        fail_all([Problem("unsupported", message, "config.json", "architectures")])
+    if said is not None and said != []:
+        message = f"expected one class, found {json.dumps(said)[:100]}"
+        fail_all([Problem("bad-config", message, "config.json", "architectures")])
+    headed = any(n.startswith(ANY_HEAD) for n in names) or bool(found)
+    return chosen.architectures[0] if headed else base
+
+
+def as_class_writes(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
+    """The tensors under the names that their class writes."""
+    spelling = _spelling(checkpoint, chosen)
+    return _renamed(checkpoint, {own: spelling.written(name) for own, name in spelling.family.items()})
+
+
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The tensors under other names. Kind `duplicate-tensor` for two that have one."""
+    files: dict[str, TensorFile] = {}
+    problems = []
+    for label, file in checkpoint.files.items():
+        own: dict[str, str] = {}
+        for name in file.tensors:
+            new = names[name]
+            if new in own:
+                message = f"expected one tensor, found {own[new]} and {name}, which are names of one"
+                problems.append(Problem("duplicate-tensor", message, label, name))
+            own[new] = name
+        files[label] = Renamed(file, own)
+    fail_all(problems)
+    return replace(checkpoint, files=files)
+
+
+# --- tensors --------------------------------------------------------------------------------------------
+
+
+def _expected(filled: Expansion, held: Held) -> list[Part]:
+    """Those that the rows ask for, once each, with all of their elements: `dims` as the rows have them, and
+    the size of each axis as a range."""
+    made: dict[str, Part] = {}
+    for step in filled.steps:
+        for part in step.targets:
+            box = part.whole(step.sizes)
+            ranges = tuple((a, lo, hi) for a, (lo, hi) in box.items())
+            made.setdefault(part.name, replace(part, ranges=ranges, taken=()))
+    return list(made.values())
+
+
+def _whole(tensor: TensorInfo) -> Part:
+    """A tensor that no row has, as it is."""
+    axes = [f"x{k}" for k in range(len(tensor.shape))]
+    ranges = tuple((a, 0, n) for a, n in zip(axes, tensor.shape, strict=True))
+    return Part(tensor.file, tensor.name, tensor.dtype, tuple((a,) for a in axes), ranges)
+
+
+def _kept(part: Part, there: Mapping[str, str], spelling: Spelling) -> Step:
+    """A tensor from where it is to what the class calls it."""
+    sizes = tuple((a, hi - lo) for a, lo, hi in part.ranges)
+    old, new = there[part.name], spelling.written(part.name)
+    source = Part(part.file, old, part.dtype, part.dims)
+    return Step(sizes, (source,), (replace(source, name=new),), "rename")
+
+
+def _compared(
+    seen: Checkpoint, name: str, to: str, held: Held, there: Mapping[str, str], spelling: Spelling
+) -> Step:
+    """A copy of another tensor, to which the config ties it: compared and left out."""
+    (tensor, *_), home = seen.find(name), held.source.tensors.get(to, ())
+    part = _whole(tensor)
+    step = _kept(part, there, spelling)
+    file, other = (home[0].file, spelling.written(to)) if home else (tensor.file, to)
+    hint = f"--drop {there[name]} uses {there.get(to, to)}"
+    if held.table.head:
+        hint = f"--set tie_word_embeddings=false keeps both; {hint}"
+    targets = tuple(replace(t, name=other, file=file) for t in step.targets)
+    return replace(step, targets=targets, compare="tied", note="tied", hint=hint)
+
+
+# --- heads ----------------------------------------------------------------------------------------------
+
+
+def _end(architecture: str) -> str:
+    """What a class's name ends in, of `HEADS`; empty for a model without a head."""
+    return next((end for end in HEADS if architecture.endswith(end)), "")
+
+
+def _starts(architecture: str) -> tuple[str, ...]:
+    return HEADS.get(_end(architecture), ("//",))  # no name begins so
+
+
+def _is_of_head(name: str, spelling: Spelling) -> bool:
+    """Whether it is a tensor of the class's head, or of the pooler before it."""
+    if name.startswith(spelling.prefix):
+        return ".pooler." in name and _end(spelling.architecture) not in UNPOOLED
+    return name.startswith(_starts(spelling.architecture))
+
+
+def _module(name: str) -> str:
+    """The head that a tensor belongs to."""
+    words = name.split(".")
+    return ".".join(words[: 2 if words[0] == "cls" else 1])
+
+
+def _of_another_head(problem: Problem, seen: Checkpoint, spelling: Spelling) -> bool:
+    """Whether a tensor is missing that this class has not: of a head of the family's own class of which
+    nothing is there, or of a pooler."""
+    name = problem.where or ""
+    if problem.kind != "missing-tensor":
+        return False
+    if name.startswith(spelling.prefix):
+        return ".pooler." in name and _end(spelling.architecture) in UNPOOLED
+    own = name.startswith(_starts(spelling.architecture))
+    return not own or not any(_module(t.name) == _module(name) for t in seen)
+
+
+def _head_problems(
+    spelling: Spelling, held: Held, names: Iterable[str], heads: Iterable[TensorInfo]
+) -> Iterator[Problem]:
+    """A head of which nothing is there, unless it is the embedding again; labels that it has no rows for."""
+    starts, own = _starts(spelling.architecture), held.source
+    if _end(spelling.architecture) and not any(n.startswith(starts) for n in names):
+        tied = spelling.architecture.endswith(
+            ("LMHeadModel", "DoubleHeadsModel", "ForCausalLM", "ForMaskedLM")
+        )
+        if not (tied and held.facts.document is not None and _ties(held)):
+            known = " or ".join(f"{s}weight" for s in starts)
+            message = f"expected the head of {spelling.architecture} ({known}), found none"
+            yield Problem("missing-tensor", message, own.checkpoint.path.name, starts[0] + "weight")
+    labels = _labels(held.facts.document or {})
+    for t in heads:
+        if LABELLED.search(spelling.architecture) and LAST.fullmatch(t.name) and t.shape[:1] != (labels,):
+            message = f"expected {labels} labels (config.json: id2label), found {t.shape[0]} rows"
+            yield Problem("config-mismatch", message, t.file, t.name)
+
+
+def _ties(held: Held) -> bool:
+    """Whether the output layer is the embedding."""
+    said = held.facts.settings.get(
+        "tie_word_embeddings", (held.facts.document or {}).get("tie_word_embeddings")
+    )
+    if said is None:
+        kind = class_of(held.facts.document or {})
+        said = kind is not None and classes()[kind].numbers.get("tie_word_embeddings")
+    return bool(said)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    names = config.get("id2label")
+    if isinstance(names, dict):
+        return len(names)
+    said = config.get("num_labels")
+    return said if type(said) is int else 2
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def _written(
+    checkpoint: Checkpoint, chosen: Family, options: Options, held: Held, spelling: Spelling
+) -> Written:
+    config, documents, notes = _config(checkpoint, options, held)
+    notes += held.facts.notes + _renamings(spelling)
+    manifest = read_manifest(checkpoint)
+    original = {} if manifest is None or manifest.direction != "to-hf" else dict(manifest.original)
+    ignored = {**held.ignored, **TABLES}
+    reasons = {
+        re.escape(own): reason
+        for own, name in spelling.family.items()
+        if (reason := next((r for p, r in ignored.items() if re.fullmatch(p, name)), None)) is not None
+    }
+    return Written(
+        chosen.name,
+        config,
+        [*documents, *_beside(checkpoint)],
+        reasons,
+        notes,
+        {**original, LAYOUT: HUGGING_FACE},
+        unread=chosen.unread,
+    )
+
+
+def _config(
+    checkpoint: Checkpoint, options: Options, held: Held
+) -> tuple[dict[str, Value], list[OutputDocument], list[str]]:
+    """config.json as it is, byte for byte, unless the user or --dtype says otherwise."""
+    before = checkpoint.json("config.json")
+    settings = held.facts.settings
+    made = overlaid({k: v for k, v in before.items() if k in (held.facts.document or {})}, settings)
+    made = {k: v for k, v in made.items() if k not in CODE}
+    if options.dtype is not None:
+        names = [k for k in ("torch_dtype", "dtype") if k in made] or ["torch_dtype"]
+        made |= dict.fromkeys(names, DTYPES[options.dtype].torch)
+    values = {k: Value(v, SET if k in settings else f"config.json: {k}") for k, v in made.items()}
+    if options.dtype is not None:
+        values |= {k: Value(made[k], "--dtype") for k in names}
+    if made == before:
+        return (
+            values,
+            [OutputDocument("config.json", checkpoint.documents["config.json"].read(), "as it is")],
+            [],
+        )
+    text = json.dumps(made, indent=2, ensure_ascii=True) + "\n"
+    changed = sorted(
+        k for k in {*before, *made} if before.get(k) != made.get(k) or (k in before) != (k in made)
+    )
+    source = f"config.json, but for {', '.join(changed)}"
+    return values, [OutputDocument("config.json", text.encode(), source)], []
+
+
+def _beside(checkpoint: Checkpoint) -> Iterator[OutputDocument]:
+    """Tokenizer files and the like as they are, but for fields that ask for code."""
+    for name, document in checkpoint.documents.items():
+        if not (name in _BESIDE or is_template(name) or is_tokenizer(name) or vocabulary_kind(name) == name):
+            continue
+        content, source = document.read(), "copied from beside the weights"
+        if name in ("tokenizer_config.json", "generation_config.json"):
+            fields = parse_object(content, file=name, kind="bad-tokenizer")
+            if fields.keys() & {*CODE}:
+                fields = {k: v for k, v in fields.items() if k not in CODE}
+                content = (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+                source += ", without the fields that ask for code"
+        yield OutputDocument(name, content, source)
+
+
+def _renamings(spelling: Spelling) -> list[str]:
+    """Names of old releases, or of a model without its head, that are written as the class has them."""
+    norms = [n for n in spelling.family if OLD_NORM.fullmatch(n)]
+    notes = []
+    if norms:
+        notes.append(
+            f"{len(norms)} norms are called gamma and beta, which are weight and bias now: {norms[0]}"
+        )
+    moved = [
+        (own, new)
+        for own, name in spelling.family.items()
+        if (new := spelling.written(name)) != own and own not in norms
+    ]
+    if moved:
+        own, new = moved[0]
+        notes.append(
+            f"{len(moved)} tensors get the names that {spelling.architecture} writes: {own} -> {new}"
+        )
+    return notes
