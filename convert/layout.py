@@ -28,7 +28,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.pooling import mean
-from ckpt_tool.convert.strips import assign
+from ckpt_tool.convert.strips import assign, run_length
 from ckpt_tool.errors import Problem
 
 Dims = tuple[tuple[str, ...], ...]
@@ -327,7 +327,8 @@ class Step:
             if all(not o or o[0] == axis or axis not in o for o in orders) and any(axis in o for o in orders):
                 return axis, True
         first = next((o for o in orders if o), wide)
-        return max(first, key=lambda a: _run_length(box, orders, a, tile), default=None), False
+        extents = {a: hi - lo for a, (lo, hi) in box.items()}
+        return max(first, key=lambda a: run_length(extents, orders, a, tile), default=None), False
 
     def _block(self, box: Box) -> Block:
         sides = []
@@ -418,15 +419,6 @@ def _nameless(
 ) -> Step:
     reads, writes = (tuple(Part("", "", "", *place) for place in side) for side in (sources, targets))
     return Step(axes, reads, writes, mean=mean)
-
-
-def _run_length(box: Box, orders: Sequence[Sequence[str]], axis: str, tile: int) -> int:
-    """The elements of the shortest runs that tensors with axes in these `orders` have in pieces of `tile`
-    elements of `box`, cut along `axis`."""
-    extents = {a: hi - lo for a, (lo, hi) in box.items()}
-    step = max(1, tile * extents[axis] // prod(extents.values()))
-    inner = (prod(extents[a] for a in o[o.index(axis) + 1 :]) for o in orders if axis in o)
-    return step * min(inner, default=1)
 
 
 def _meet(a: Box, b: Box) -> Box:
