@@ -33,8 +33,9 @@ import numpy as np
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
 from ckpt_tool.checkpoint.tf_names import is_part
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
-from ckpt_tool.fixtures.families import mobilebert
+from ckpt_tool.fixtures.families import canine, mobilebert
 from ckpt_tool.fixtures.shapes import shape_of, spread
+from ckpt_tool.fixtures.tensorflow import Bundle
 
 BLOCK = 8 << 20
 NOISY_MEDIAN, NOISY_SPREAD = (0.9, 1.1), 1.5
@@ -92,30 +93,18 @@ class Model:
         return {**common, "multiple_of": 256, "vocab_size": -1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Bundle:
-    """MobileBERT's published sizes with other layers, in float32, as TensorFlow saves them."""
-
-    layers: int
-
-    def write(self, folder: Path) -> None:
-        sizes = {
-            **{"hidden_size": 512, "intermediate_size": 512, "intra_bottleneck_size": 128},
-            **{"embedding_size": 128, "vocab_size": 30522, "num_hidden_layers": self.layers},
-        }
-        config = mobilebert.STUDENT | sizes | {"max_position_embeddings": 512}
-        axes = {letter: config[key] for key, letter in mobilebert.SIZES.items()}
-        axes |= {"e": config["num_feedforward_networks"] - 1, "x": axes["d"] - axes["w"]}
-        noise = np.random.Generator(np.random.SFC64(0))
-        tensors = {
-            name: Content("F32", (shape := shape_of(words, axes)[0]), partial(_normal, noise, shape))
-            for name, words, _ in spread(mobilebert.shapes(config, mobilebert.PRETRAINED), axes)
-        }
-        folder.mkdir(parents=True)
-        (folder / "bert_config.json").write_text(json.dumps(config))
-        for path in write_bundle(folder / "mobilebert_variables.ckpt", tensors):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+def write_bundle_of(folder: Path, original: Bundle) -> None:
+    """A checkpoint of TensorFlow with random float32 numbers in the variables of `original`."""
+    noise = np.random.Generator(np.random.SFC64(0))
+    tensors = {
+        name: Content("F32", (shape := shape_of(words, original.sizes)[0]), partial(_normal, noise, shape))
+        for name, words, _ in spread(original.shapes, original.sizes)
+    }
+    folder.mkdir(parents=True)
+    (folder / original.document).write_text(json.dumps(original.config))
+    for path in write_bundle(folder / original.stem, tensors):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _normal(noise: np.random.Generator, shape: tuple[int, ...]) -> list[bytes]:
@@ -268,6 +257,17 @@ def summary(values: Iterable[float]) -> list[float]:
 MISTRAL = Model(dim=2048, layers=18, heads=16, kv_heads=4, ffn=8192, vocab=32000)
 LLAMA = Model(dim=2048, layers=21, heads=16, kv_heads=16, ffn=5632, vocab=32000, ranks=2)
 SMALL = Model(dim=64, layers=1400, heads=4, kv_heads=4, ffn=64, vocab=4_000_000)
+MOBILEBERT = mobilebert.mobilebert(
+    **{"hidden_size": 512, "intermediate_size": 512, "intra_bottleneck_size": 128, "embedding_size": 128},
+    **{"vocab_size": 30522, "max_position_embeddings": 512, "num_hidden_layers": 100},
+    vocabulary=False,
+)
+# as google-research/language publishes it, with the heads of pre-training
+CANINE = canine.canine(
+    canine.WORDS,
+    **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    **{"num_hash_buckets": 16384, "max_positions": 16384, "local_transformer_stride": 128},
+)
 TO_HF = "{python} -m ckpt_tool convert FAMILY --in {source} --out {out} --no-verify --jobs JOBS"
 BACK = "{python} -m ckpt_tool convert FAMILY --to original --in {source} --out {out} --no-verify --jobs JOBS"
 
@@ -287,7 +287,8 @@ CASES = {
     "B4a": Case("Mistral, 0.25 B", "mistral", dataclasses.replace(MISTRAL, layers=2)),
     "B4b": Case("Mistral, 1.9 B", "mistral", dataclasses.replace(MISTRAL, layers=29)),
     "B5": Case("12,600 small tensors, 1 GB of embeddings", "mistral", SMALL),
-    "B6": Case("MobileBERT of 100 layers, a TensorFlow bundle", "mobilebert", Bundle(100)),
+    "B6": Case("MobileBERT of 100 layers, a TensorFlow bundle", "mobilebert", MOBILEBERT),
+    "B6c": Case("CANINE-s at its published sizes, a TensorFlow bundle", "canine", CANINE),
     "B7": Case("Mistral, 1.2 B, back to the original", "mistral", MISTRAL, back=True),
 }
 
@@ -296,7 +297,7 @@ def measure(case: Case, work: Path, options: argparse.Namespace) -> dict[str, An
     source = work / "source"
     shutil.rmtree(source, ignore_errors=True)
     if isinstance(case.model, Bundle):
-        case.model.write(source)
+        write_bundle_of(source, case.model)
     else:
         write_original(source, case.model)
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.pooling import mean
-from ckpt_tool.convert.strips import assign
+from ckpt_tool.convert.strips import assign, run_length
 
 Dims = tuple[tuple[str, ...], ...]
 Box = dict[str, tuple[int, int]]
@@ -272,7 +272,7 @@ class Step:
             yield from copies
             return
         size = prod(hi - lo for lo, hi in box.values())
-        axis, aligned = self._cut_axis(box)
+        axis, aligned = self._cut_axis(box, tile)
         limit = block if aligned else tile
         if size <= limit or axis is None:
             yield self._block(box)
@@ -318,9 +318,9 @@ class Step:
                 ]
         return found
 
-    def _cut_axis(self, box: Box) -> tuple[str | None, bool]:
-        """The axis to cut `box` along, and whether every tensor keeps one run in each piece. What goes into
-        one mean stays together."""
+    def _cut_axis(self, box: Box, tile: int) -> tuple[str | None, bool]:
+        """The axis to cut `box` along, and whether every tensor keeps one run in each piece; where none does,
+        that whose pieces of `tile` elements have the longest runs. What goes into one mean stays together."""
         orders = []
         for part in (*self.sources, *self.reached):
             shared = _meet(part.box(self.sizes), box)
@@ -330,8 +330,9 @@ class Step:
         for axis in wide:
             if all(not o or o[0] == axis or axis not in o for o in orders) and any(axis in o for o in orders):
                 return axis, True
-        first = next((o for o in orders if o), None)
-        return (first[0], False) if first else (wide[0] if wide else None, False)
+        first = next((o for o in orders if o), wide)
+        extents = {a: hi - lo for a, (lo, hi) in box.items()}
+        return max(first, key=lambda a: run_length(extents, orders, a, tile), default=None), False
 
     def _block(self, box: Box) -> Block:
         sides = []
