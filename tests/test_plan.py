@@ -15,8 +15,8 @@ from rich.console import Console
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
-from ckpt_tool.convert.families import family
 from ckpt_tool.convert.expanding import expand
+from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import rule
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import (
