@@ -116,6 +116,10 @@ class OutputFile:
     constants: tuple[tuple[str, str, tuple[int, ...], bytes], ...] = ()
     chunks: tuple[Chunk, ...] = ()
 
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
     @property
     def held(self) -> tuple[TensorInfo, ...]:
         """All tensors of the file, constants last."""
@@ -180,7 +184,7 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        return sum(t.nbytes for f in self.outputs for t in f.tensors)
+        return sum(f.nbytes for f in self.outputs)
 
     def __repr__(self) -> str:
         tensors = sum(len(f.tensors) for f in self.outputs)

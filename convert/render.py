@@ -6,17 +6,18 @@ import html
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from ckpt_tool.checkpoint.base import DTYPES
-from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
+from ckpt_tool.checkpoint.tensor_names import Folded, fold_key, folded_name
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import SPARE_BYTES
 from ckpt_tool.convert.facts import ranges
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan import Dropped, Foretold, Plan
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import printable
 from ckpt_tool.terminal import Column, paragraph, say, table
 
@@ -29,9 +30,8 @@ class _Row:
     """Steps that differ in the numbers in their names only."""
 
     first: Step
-    sources: list[list[str]] = field(default_factory=list)  # for each source of the first step, its names
-    targets: list[list[str]] = field(default_factory=list)
-    files: set[str] = field(default_factory=set)
+    sources: list[Folded]  # for each source of the first step, the names
+    targets: list[Folded]
     count: int = 0
 
 
@@ -77,7 +77,7 @@ def cells(plan: Plan) -> Iterator[tuple[object, ...]]:
 def needs(plan: Plan) -> str:
     """What converting takes, in words: bytes to write, room on the disk, memory."""
     documents = sum(d.size for d in plan.documents)
-    written = sum(sum(t.nbytes for t in f.tensors) for f in plan.outputs) + documents
+    written = plan.bytes_out + documents
     free = written + written // 100 + SPARE_BYTES  # as the executor asks before it starts
     memory = f"at most {MEMORY_BYTES // 10**6} MB of memory"
     return f"{_size(written)} to write, {_size(free)} free where the output goes, {memory}"
@@ -106,28 +106,65 @@ def _steps(plan: Plan, console: Console) -> None:
     table(console, heads, rows, title="Tensors")
 
 
-def _rows(steps: Iterable[Step]) -> list[_Row]:
+def _rows(steps: Sequence[Step]) -> list[_Row]:
+    packed = steps if isinstance(steps, Steps) else Steps(steps)
+    alike: list[list[int]] = [[] for _ in packed.templates]
+    for k, kind in enumerate(packed.kinds):
+        alike[kind].append(k)
     rows: dict[tuple[object, ...], _Row] = {}
-    for step in steps:
-        # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
-        names = [list(dict.fromkeys([p.name for p in side])) for side in (step.sources, step.targets)]
-        key = (step.compare, step.note, *[fold_key(n) for side in names for n in side])
-        row = rows.get(key)
-        if row is None:
-            row = rows[key] = _Row(step, [[] for _ in names[0]], [[] for _ in names[1]])
-        for held, new in zip((*row.sources, *row.targets), (*names[0], *names[1]), strict=True):
-            held.append(new)
-        row.files.update(p.file for p in step.sources)
-        row.count += 1
+    found = [part for numbers in alike if numbers for part in _folded(packed, numbers)]
+    for first, count, sources, targets in sorted(found, key=lambda part: part[0]):
+        step = packed[first]
+        key = (step.compare, step.note, *[f.key for f in (*sources, *targets)])
+        if (row := rows.get(key)) is None:
+            rows[key] = _Row(step, sources, targets, count)
+            continue
+        for held, new in zip((*row.sources, *row.targets), (*sources, *targets), strict=True):
+            held.join(new)
+        row.count += count
     return list(rows.values())
 
 
-def _names(names: list[list[str]], parts: Sequence[Part]) -> list[str]:
+# The first of some steps, how many they are, and for each name of a side of the first those of all.
+_Found = tuple[int, int, list[Folded], list[Folded]]
+
+
+def _folded(steps: Steps, numbers: list[int]) -> list[_Found]:
+    """Steps of one template by what their names are but for the numbers in them."""
+    template = steps.templates[steps.kinds[numbers[0]]]
+    if len(template.sources) == len(template.targets) == 1:
+        columns = [[steps.names[steps.starts[k] + side] for k in numbers] for side in (0, 1)]
+        folded = [Folded(column[0]) for column in columns]
+        if all(f.take(column) for f, column in zip(folded, columns, strict=True)):
+            return [(numbers[0], len(numbers), folded[:1], folded[1:])]
+    groups: dict[tuple[object, ...], list[tuple[int, list[list[str]]]]] = {}
+    for k in numbers:
+        step = steps[k]
+        # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
+        sides = [list(dict.fromkeys([p.name for p in side])) for side in (step.sources, step.targets)]
+        groups.setdefault(tuple(tuple(map(fold_key, side)) for side in sides), []).append((k, sides))
+    made = []
+    for group in groups.values():
+        sources, targets = (
+            [_all_of(column) for column in zip(*(sides[which] for _, sides in group), strict=True)]
+            for which in (0, 1)
+        )
+        made.append((group[0][0], len(group), sources, targets))
+    return made
+
+
+def _all_of(names: Sequence[str]) -> Folded:
+    made = Folded(names[0])
+    made.take(names)
+    return made
+
+
+def _names(names: list[Folded], parts: Sequence[Part]) -> list[str]:
     """Folded names; with several parts under one name, how many files share it."""
-    alike: dict[tuple[str, ...], list[str]] = {}
+    alike: dict[tuple[str, ...], Folded] = {}
     for group in names:
-        alike.setdefault(fold_key(group[0]), []).extend(group)
-    folded = [printable(folded_name(list(dict.fromkeys(g)))) for g in alike.values()]
+        alike.setdefault(group.key, group).join(group)
+    folded = [printable(str(g)) for g in alike.values()]
     own = [p for p in parts if not p.taken] or parts  # copies are told in words
     ranks = len(own) // max(1, len({p.name for p in own}))
     return [*folded[:-1], f"{folded[-1]}  ({ranks} ranks)"] if ranks > 1 else folded
@@ -172,7 +209,7 @@ def _dropped(plan: Plan, console: Console) -> None:
 
 def _outputs(plan: Plan, console: Console) -> None:
     rows = [
-        (printable(f.name), str(len(f.tensors)), _size(sum(t.nbytes for t in f.tensors)), f.format)
+        (printable(f.name), str(len(f.tensors)), _size(f.nbytes), f.format)
         for f in plan.outputs[:SHOWN_FILES]
     ]
     if len(plan.outputs) > SHOWN_FILES:

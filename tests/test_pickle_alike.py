@@ -48,11 +48,11 @@ def test_tensors_that_are_alike_keep_what_is_their_own(
         assert [(t.name, t.dtype, t.shape) for t in found.tensors.values()] == [
             (f"layers.{k}.w", ("BF16", "F32")[k // 100 % 2], SHAPES[k % len(SHAPES)]) for k in range(600)
         ]
-        for k, told in enumerate(found.tensors.values()):
+        for k, told in enumerate(map(found.told, found.tensors)):
             (piece,) = told.pieces
             assert (piece.start, piece.size) == ((0,) * len(told.shape), told.shape)
             assert found.table.item(piece.place).offset == 1000 * k
-            assert found.owners.of(piece.place) == told.name
+            assert found.owner(piece.place).name == told.name
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -75,7 +76,12 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * DTYPES[self.dtype].itemsize
+        return _bytes(self.dtype, self.shape)
+
+
+@lru_cache(maxsize=1024)  # layers are alike
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)

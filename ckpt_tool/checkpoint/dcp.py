@@ -34,7 +34,7 @@ from ckpt_tool.checkpoint.dcp_places import Item
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pickle_records import Inert
-from ckpt_tool.checkpoint.pieces import Bits, Joined
+from ckpt_tool.checkpoint.pieces import Bits, Boxes, Joined
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
@@ -71,9 +71,7 @@ class DcpFile(TensorFile):
     def __init__(self, own: ByteRange, told: Metadata, places: Mapping[str, Place]) -> None:
         self.path, self.name = own.path, own.name
         self._own, self._told = own, told
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, t.dtype, t.shape, own.name) for name, t in told.tensors.items()
-        }
+        self.tensors: Mapping[str, TensorInfo] = told.tensors
         self.metadata: Mapping[str, object] = {}
         self.imports = tuple(n for n in told.imports if not n.startswith(_USUAL))
         self._files = Files(places)
@@ -114,7 +112,7 @@ class DcpFile(TensorFile):
 
     def _owner(self, number: int) -> Told:
         """The tensor that a piece is of."""
-        return self._told.tensors[self._told.owners.of(number)]
+        return self._told.owner(number)
 
     def _laid(self, number: int) -> Laid:
         found = self._places.get(number)
@@ -176,12 +174,12 @@ class DcpFile(TensorFile):
 
     def _single(self, name: str) -> int | None:
         """The piece that is the whole tensor, row by row."""
-        pieces = self._told.tensors[name].pieces
+        pieces = self._told.told(name).pieces
         whole = len(pieces) == 1 and self._laid(pieces.first).at is not None
         return pieces.first if whole else None
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        told: Told = self._told.tensors[name]
+        told: Told = self._told.told(name)
         if offset < 0 or offset + len(buffer) > self.tensors[name].nbytes:
             raise ValueError(
                 f"{name}: bytes {offset} to {offset + len(buffer)} of {self.tensors[name].nbytes}"
@@ -201,9 +199,9 @@ class DcpFile(TensorFile):
         """By the number of the piece, which is parsed for it, once."""
         return {
             str(number): replace(record, key=str(number), of=name)
-            for name, told in self._told.tensors.items()
+            for name in self.tensors
             if of is None or name in of
-            for number in range(told.pieces.first, told.pieces.first + len(told.pieces))
+            for number in _numbers(self._told.told(name).pieces)
             if (record := self._laid(number).record) is not None
         }
 
@@ -262,6 +260,10 @@ class DcpFile(TensorFile):
         self._joined.forget()
         self._files.close()
         self._own.close()
+
+
+def _numbers(pieces: Boxes) -> range:
+    return range(pieces.first, pieces.first + len(pieces))
 
 
 def _of(error: CkptToolError, item: Item, told: Told) -> CkptToolError:

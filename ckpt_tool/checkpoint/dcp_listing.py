@@ -7,12 +7,14 @@ bytes for BINGET and LONG_BINGET shows; so a piece's objects are gone when it is
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_tool.checkpoint.dcp_pairs import LONGEST, PAIR, ROW, Pair, Run, decoded, new_texts, pair_of
 from ckpt_tool.checkpoint.pickle_alike import Alike
 from ckpt_tool.checkpoint.pickle_bytes import WINDOW, Feed
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits
@@ -36,8 +38,9 @@ SHORT = 256  # memo entries that BINGET reaches: one byte more or less is no poi
 TRIED = 32  # objects of one class that a form is looked for in
 CACHED = 1 << 14
 BOX = ("offsets", "sizes")
-ROW = 500  # bytes that a Row and its values are counted with until it is packed
 _GETS = {b"j": 5, b"h": 2}  # opcodes that recall an entry of the memo, and how long they are
+PLANNER = "planner_data"
+_NAMED = re.compile(rb"(?:j.{4}j.{4}\x85\x94){1,4096}", re.S)
 Places = Callable[[dict[object, object], list[object]], None]
 
 
@@ -86,7 +89,8 @@ class Listing(Machine):
         super().__init__(data, file=file, limits=limits, end=end, feed=feed)
         self.pairs = pairs
         self.recalls = wanted(feed, end)
-        self.spend(8 * len(self.recalls))
+        self.each = array("q", self.recalls.tobytes())  # the same, quicker one by one
+        self.spend(end // 8 + 16 * len(self.recalls))
         self.next = 0  # of `recalls`
         self.awaited = self.awaited_from(0)
         self.memoised = 0
@@ -95,6 +99,8 @@ class Listing(Machine):
         self.tried: dict[Global, int] = {}
         self.sizes: dict[bytes, tuple[int, ...]] = {}
         self.alike: dict[int, Alike] = {}  # tensors, by the memo's number of their class
+        self.pair: Pair | None = None  # as the latest place was listed
+        self.before: tuple[int, Form] | None = None  # the row on top of the stack, if it is a key
 
     # --- the memo ---
 
@@ -102,9 +108,10 @@ class Listing(Machine):
         """The first entry from `index` on that something may recall."""
         if index < SHORT:
             return index
-        while self.next < len(self.recalls) and self.recalls[self.next] < index:
+        each = self.each
+        while self.next < len(each) and each[self.next] < index:
             self.next += 1
-        return int(self.recalls[self.next]) if self.next < len(self.recalls) else 1 << 62
+        return each[self.next] if self.next < len(each) else 1 << 62
 
     def op_memoize(self) -> None:
         if self.put:
@@ -135,8 +142,25 @@ class Listing(Machine):
 
     def op_long_binget(self) -> None:
         index = self.number(4)
-        if not (index in self.forms and self.rows(index)) and not (index in self.alike and self.again(index)):
+        if index in self.forms and self.rows(index):
+            return
+        if not (index in self.alike and self.again(index)) and not self.passed():
             self.recall(index)
+
+    def passed(self) -> bool:
+        """Pass over the names of tensors that begin here, each with itself, which the planner alone needs."""
+        if self.put or not self.at_key() or self.marked[-1][-2:-1] != [PLANNER]:
+            return False
+        found = _NAMED.match(self.data, self.start)
+        if found is None or self.awaited < SHORT:
+            return False
+        numbers = np.frombuffer(found[0], "V1,<u4,V1,<u4,V2")
+        numbers = numbers[: min(self.awaited, self.limits.memo) - self.memoised]
+        memo, names = self.memo, {*numbers["f1"].tolist()} | {*numbers["f3"].tolist()}
+        if not len(numbers) or not all(type(memo.get(n)) is str for n in names):
+            return False
+        self.memoised, self.pos = self.memoised + len(numbers), self.start + 12 * len(numbers)
+        return True
 
     def again(self, kind: int) -> bool:
         """Push the tensor that begins at this opcode, where one with the same bytes was read and nothing may
@@ -149,13 +173,41 @@ class Listing(Machine):
             return False
         self.push(found[1])
         self.memoised, self.pos = entry, self.start + len(found[0])
+        self.named(*found)
         return True
+
+    def named(self, same: bytes, made: Inert, entries: int) -> None:
+        """Push what follows as long as it is a new text and again the object with these bytes."""
+        data, at = self.data, self.pos
+        while data.startswith(TEXT, at):
+            end = at + 2 + data[at + 1] if at + 1 < len(data) else len(data)
+            if data[end : end + 1] != b"\x94" or not data.startswith(same, end + 1):
+                return
+            entry = self.memoised + 1
+            awaited = self.awaited if self.awaited != self.memoised else self.awaited_from(entry)
+            if entry + entries > min(awaited, self.limits.memo):
+                return
+            self.start = at
+            name = self.text(data[at + 2 : end])
+            if awaited != self.awaited:
+                self.memory -= 128
+                self.memo[self.memoised], self.awaited = name, awaited
+            self.push(name, 80 + len(name))
+            self.push(made)
+            self.memoised, self.pos = entry + entries, end + 1 + len(same)
+            at = self.pos
 
     def rows(self, kind: int) -> int:
         """Push the object that begins at this opcode, where one of its class's forms fits it, and those that
         follow; how many."""
-        pushed, data = 0, self.data
+        pushed = 0
         while known := self.forms.get(kind):
+            if self.pair is not None and self.pair.kind == kind and (count := self.run_of(self.pair)):
+                pushed += 2 * count
+                if (next_kind := self.kind_here()) is None:
+                    return pushed
+                kind = next_kind
+                continue
             for form in known:
                 if (values := self.fitting(form)) is not None:
                     break
@@ -168,15 +220,53 @@ class Listing(Machine):
                 values = [values[k] if k >= 0 else form.plain[-k - 1] for k in form.order]
             self.push(Row(form.type, form.names, values, self.at, ROW), ROW)
             pushed += 1
-            at = self.start = self.pos
-            code = data[at : at + 1]
-            if code == b"j" and at + 5 <= len(data):
-                kind = int.from_bytes(data[at + 1 : at + 5], "little")
-            elif code == b"h" and at + 2 <= len(data):
-                kind = data[at + 1]
-            else:
+            self.remember_pair(kind, form)
+            if (next_kind := self.kind_here()) is None:
                 return pushed
+            kind = next_kind
         return pushed
+
+    def kind_here(self) -> int | None:
+        """The memo's number that the next opcode recalls, which becomes the current one; None for another."""
+        data, at = self.data, self.pos
+        self.start = at
+        code = data[at : at + 1]
+        if code == b"j" and at + 5 <= len(data):
+            return int.from_bytes(data[at + 1 : at + 5], "little")
+        return data[at + 1] if code == b"h" and at + 2 <= len(data) else None
+
+    def at_key(self) -> bool:
+        """Whether a key of a dict comes next, if the mark stands for a batch of one."""
+        if not self.marked or len(self.stack) % 2:
+            return False
+        below = self.marked[-1]
+        return bool(below) and type(below[-1]) is dict
+
+    def remember_pair(self, kind: int, form: Form) -> None:
+        """Of the row just pushed, and the one before it."""
+        if not self.at_key():
+            self.before = (kind, form)
+        elif self.before is not None and (
+            self.pair is None or self.pair.first is not self.before[1] or self.pair.second is not form
+        ):
+            self.pair = pair_of(*self.before, form) or self.pair
+
+    def run_of(self, pair: Pair) -> int:
+        """Push the pairs that begin here as one; how many there are, 0 and nothing done where none fits."""
+        if self.put or not self.at_key():
+            return 0
+        room = (min(self.awaited, self.limits.memo) - self.memoised) // max(pair.most, 1)
+        groups, end = pair.matches(self.data, self.pos, min(room, LONGEST))
+        columns = decoded(pair.kinds, groups, self.memo, self.decoded) if groups else None
+        if columns is None:
+            return 0
+        cost = PAIR * len(groups)
+        run = Run(pair, columns, len(groups), self.at, cost)
+        self.push(run, cost)
+        self.push(run)
+        self.memoised += pair.made * len(groups) + new_texts(pair.kinds, groups)
+        self.pos = end
+        return len(groups)
 
     def fitting(self, form: Form) -> list[object] | None:
         """The values of the object that begins at this opcode, and the reading moved behind it; None, and
@@ -297,18 +387,23 @@ class Listing(Machine):
 
     def set_items(self, target: object, flat: list[object]) -> None:
         first = flat[0] if flat else None
-        index = type(first) is Row or type(first) is Inert
-        if not index or type(target) is not dict or len(flat) % 2 or fields_of(first, ("fqn",)) == (None,):
-            super().set_items(target, flat)
+        index = type(first) in (Row, Run, Inert)
+        if not index or type(target) is not dict or len(flat) % 2:
+            super().set_items(self.kept_of(target, flat), flat)
             return
         self.pairs(target, flat)
         self.let_go(flat)
         self.spend(100 * len(flat))
 
+    def kept_of(self, target: object, flat: list[object]) -> object:
+        """Where these items go: nowhere, if the planner knows them by names, which nobody needs."""
+        planner = len(self.stack) > 1 and self.stack[-2] == PLANNER and type(target) is dict
+        return {} if planner and type(flat[0] if flat else None) is str else target
+
     def let_go(self, values: list[object]) -> None:
         """No longer hold these, whoever else has the list."""
         for value in values:
-            if type(value) is Row:
+            if type(value) is Row or type(value) is Run:
                 self.memory += value.cost
                 value.cost = 0
         values.clear()
@@ -316,13 +411,16 @@ class Listing(Machine):
 
 def wanted(feed: Feed, end: int) -> npt.NDArray[np.int64]:
     """Every memo entry that LONG_BINGET may recall, in order: bytes that look like one are counted in."""
-    found = [np.zeros(0, np.int64)]
+    bits = np.zeros(end // 8 + 1, np.uint8)  # one for each entry that there may be
     for at in range(0, end, WINDOW - 4):  # the last four bytes are seen twice
         data = np.frombuffer(feed(at), np.uint8)
-        starts = np.flatnonzero(data[:-4] == ord("j")) if len(data) > 4 else found[0]
-        values = sum(data[starts + 1 + k].astype(np.int64) << (8 * k) for k in range(4))
-        found.append(np.unique(values)[:])
-        if len(found) > 64:
-            found = [np.unique(np.concatenate(found))]
-    every = np.unique(np.concatenate(found))
-    return every[(every >= SHORT) & (every < end)]
+        starts = np.flatnonzero(data[:-4] == ord("j")) if len(data) > 4 else np.zeros(0, np.int64)
+        values = sum((data[starts + 1 + k].astype(np.int64) << (8 * k) for k in range(4)), starts * 0)
+        values = values[(values >= SHORT) & (values < end)]
+        np.bitwise_or.at(bits, values >> 3, np.left_shift(1, values & 7).astype(np.uint8))
+    return np.concatenate(
+        [
+            8 * at + np.flatnonzero(np.unpackbits(bits[at : at + WINDOW], bitorder="little"))
+            for at in range(0, len(bits), WINDOW)
+        ]
+    )

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import NoReturn
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.base import DTYPES, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_listing import BOX, Chunks, Listing
-from ckpt_tool.checkpoint.dcp_places import MOST, Ints, Item, Listed, Owners, Table
+from ckpt_tool.checkpoint.dcp_places import MOST, Ints, Item, Listed, Table
 from ckpt_tool.checkpoint.pickle_bytes import WINDOW
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits, describe
 from ckpt_tool.checkpoint.pickle_rows import fields_of
@@ -58,20 +60,43 @@ class Told:
 
 @dataclass
 class Metadata:
-    """`table` and `owners` say where the pieces of `tensors` are and whose they are, by their numbers;
-    `objects` are the entries that are no tensors, each with its bytes; `odd` tensors of a dtype that is not
-    read, by name, `unfit` those of the optimizer that are not whole. `ends` are the files that any of them
-    are in, and how long each is at least."""
+    """`table` says where the pieces of `tensors` are, by their numbers; in the order of the tensors, `kinds`
+    has the boxes of the pieces of each and `firsts` the number of the first. `objects` are the entries that
+    are no tensors, each with its bytes; `odd` tensors of a dtype that is not read, by name, `unfit` those of
+    the optimizer that are not whole. `ends` are the files that any of them are in, and how long each is at
+    least."""
 
     table: Table
-    tensors: dict[str, Told] = field(default_factory=dict)
-    owners: Owners = field(default_factory=Owners)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    kinds: list[tuple[Ints, Ints]] = field(default_factory=list)
+    firsts: array[int] = field(default_factory=lambda: array("q"))
     objects: dict[str, Item] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
     unfit: list[str] = field(default_factory=list)
     ends: dict[str, int] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     version: str | None = None
+
+    def add(self, tensor: TensorInfo, boxes: tuple[Ints, Ints], first: int) -> None:
+        self.tensors[tensor.name] = tensor
+        self.kinds.append(boxes)
+        self.firsts.append(first)
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: k for k, name in enumerate(self.tensors)}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self.tensors)
+
+    def told(self, name: str) -> Told:
+        k, tensor = self._order[name], self.tensors[name]
+        return Told(name, tensor.dtype, tensor.shape, Boxes(*self.kinds[k], self.firsts[k]))
+
+    def owner(self, number: int) -> Told:
+        """The tensor that a piece is of."""
+        return self.told(self._names[bisect_right(self.firsts, number) - 1])
 
 
 def read_metadata(source: ByteRange, *, file: str) -> Metadata:
@@ -136,7 +161,7 @@ class _Reader:
             fault = name_fault(name) if type(name) is str else "expected a name, found none"
             if fault is not None:
                 self.problems.append(Problem("bad-name", fault, self.file))
-            elif fields_of(entry, ("chunks",))[0] is None:
+            elif id(entry) not in self.entries and fields_of(entry, ("chunks",))[0] is None:
                 self.other(name, entry, found)
             else:
                 self.tensor(name, entry, found)
@@ -160,8 +185,9 @@ class _Reader:
         dtype, shape, chunks, whole = self.entry(name, entry)
         row = -1 if whole is None else self.places.alone(name, len(shape))
         if whole is not None and row >= 0 and dtype in _DTYPES:
-            boxes = Boxes(*whole, self.pieces)
-            self.add(found, Told(name, _DTYPES[dtype], shape, boxes), [row])
+            found.add(TensorInfo(name, _DTYPES[dtype], shape, self.file), whole, self.pieces)
+            self.numbers.append(row)
+            self.pieces += 1
             return
         starts, sizes, numbers = self.matched(name, chunks)
         if dtype not in _DTYPES:
@@ -169,19 +195,15 @@ class _Reader:
             return
         if numbers is None:
             return  # said by `matched`
-        fault = tiling_fault(shape, boxes := Boxes(starts, sizes, self.pieces))
+        fault = tiling_fault(shape, Boxes(starts, sizes, self.pieces))
         if fault is not None and OPTIMIZER.match(name):
             found.unfit.append(name)
         elif fault is not None:
             self.problems.append(Problem(fault[0], fault[1], self.file, name))
         else:
-            self.add(found, Told(name, _DTYPES[dtype], shape, boxes), numbers.tolist())
-
-    def add(self, found: Metadata, told: Told, numbers: list[int]) -> None:
-        found.tensors[told.name] = told
-        found.owners.add(self.pieces, told.name)
-        self.numbers.extend(numbers)
-        self.pieces += len(numbers)
+            found.add(TensorInfo(name, _DTYPES[dtype], shape, self.file), (starts, sizes), self.pieces)
+            self.numbers.extend(numbers.tolist())
+            self.pieces += len(numbers)
 
     def entry(self, name: str, entry: object) -> Entry:
         """What it says, which tensors that are alike share."""

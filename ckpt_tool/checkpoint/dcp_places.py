@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_tool.checkpoint.dcp_pairs import INDEX, PLACE, Run
 from ckpt_tool.checkpoint.pickle_records import describe
 from ckpt_tool.checkpoint.pickle_rows import fields_of
 from ckpt_tool.checkpoint.pieces import Numbers
 from ckpt_tool.errors import Problem, fail, printable
 
 DIMENSIONS = 16
-INDEX = ("fqn", "offset")
-PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _FILE = re.compile(r"[\w.-]{1,255}", re.ASCII)
 Ints = npt.NDArray[np.int64]
 
@@ -53,6 +51,12 @@ class Listed:
         """Items of a dict, a key and its value in turn."""
         self.dicts[id(of)] = of
         for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if type(key) is Run:
+                if key is not value:
+                    self.fault(f"expected a place, found {describe(value)}")
+                if not self.take_run(key):
+                    self.take(of, [*key.rows()])
+                continue
             name, start = fields_of(key, INDEX)
             if type(name) is not str:
                 self.fault(f"expected the name of a piece, found {describe(name)}")
@@ -61,6 +65,32 @@ class Listed:
             self.axes.append(-1 if start is None else len(start))  # type: ignore[arg-type]
             self.name.append(self.names.setdefault(name, len(self.names)))
             self.place(value, name)
+
+    def take_run(self, run: Run) -> bool:
+        """The same at once; False, and nothing done, where something is as none of it should be."""
+        called, starts = (run.column(False, field) for field in INDEX)
+        files, offsets, lengths, transformed = (run.column(True, field) for field in PLACE)
+        if called is None or starts is None or files is None or offsets is None or lengths is None:
+            return False
+        if {*map(type, called)} != {str} or {*map(type, files)} != {str} or any(transformed or ()):
+            return False
+        at, sizes = _places(offsets), _places(lengths)
+        if at is None or sizes is None or not bool((at < MOST_BYTES - sizes).all()):
+            return False
+        if any(start is not None and not _is_first(start) for start in {*starts}):
+            return False
+        if any(f in (".", "..") or not _FILE.fullmatch(str(f)) for f in {*files}):
+            return False
+        for start in starts:
+            self.axes.append(-1 if start is None else len(start))  # type: ignore[arg-type]
+            if start:
+                self.starts.extend(start)  # type: ignore[arg-type]
+        names, paths = self.names, self.paths
+        self.name.extend([names.setdefault(n, len(names)) for n in called])  # type: ignore[arg-type]
+        self.path.extend([paths.setdefault(f, len(paths)) for f in files])  # type: ignore[arg-type]
+        self.offset.frombytes(at.tobytes())
+        self.length.frombytes(sizes.tobytes())
+        return True
 
     def place(self, value: object, name: str) -> None:
         path, offset, length, transformed = fields_of(value, PLACE)
@@ -110,7 +140,8 @@ class Listed:
         first = (axes[row] >= 0) & (before[at[row]] == before[at[row] + np.maximum(axes[row], 0)])
         alone = np.full(len(self.names), -1)
         alone[one[first]] = row[first]
-        return ByName(self.names, order, ends, axes, at, flat, array("q", alone.astype(np.int64).tobytes()))
+        single = array("q", alone.astype(np.int64).tobytes())
+        return ByName(self.names, order, ends, axes, at, flat, single, self.axes)
 
     def conflicts(self) -> Iterator[Problem]:
         """Pieces that share bytes."""
@@ -126,6 +157,24 @@ class Listed:
 
 
 MOST = 100  # problems of one kind that are told
+MOST_BYTES = (1 << 63) - 1
+
+
+def _places(values: list[object]) -> Ints | None:
+    """Whole numbers from 0 on, as they are in an array; None where some are others."""
+    if {*map(type, values)} != {int}:
+        return None
+    try:
+        made = np.array(values, np.int64)
+    except OverflowError:
+        return None
+    return made if bool((made >= 0).all()) else None
+
+
+def _is_first(start: object) -> bool:
+    """Whether it is what `Listed.numbers` lets through."""
+    few = type(start) is tuple and len(start) <= DIMENSIONS and {*map(type, start)} <= {int}
+    return few and all(n < 1 << 63 for n in start)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +188,7 @@ class ByName:
     at: Ints  # where in `flat` the first element of each begins
     flat: Ints
     single: array[int]  # see `alone`, by the number of the name
+    each: array[int]  # `axes`, quicker one by one
 
     def rows(self, name: str) -> Ints:
         k = self.names.get(name)
@@ -148,7 +198,7 @@ class ByName:
         """The row of a piece that is the only one of its name and begins where the tensor begins, else -1."""
         k = self.names.get(name, -1)
         row = -1 if k < 0 else self.single[k]
-        return row if row >= 0 and self.axes[row] == axes else -1
+        return row if row >= 0 and self.each[row] == axes else -1
 
     def starts(self, rows: Ints, axes: int) -> Ints:
         """The first elements [rows, axes] of pieces that have so many axes."""
@@ -176,18 +226,3 @@ class Table:
         found = np.zeros(len(self.paths), np.int64)
         np.maximum.at(found, self.path, self.offset + self.length)
         return {path: int(end) for path, end in zip(self.paths, found, strict=True) if end}
-
-
-@dataclass
-class Owners:
-    """Which tensor each piece belongs to: tensors in order, with the number of their first piece."""
-
-    firsts: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-
-    def add(self, first: int, name: str) -> None:
-        self.firsts.append(first)
-        self.names.append(name)
-
-    def of(self, number: int) -> str:
-        return self.names[bisect_right(self.firsts, number) - 1]

@@ -94,12 +94,42 @@ def fold_key(name: str) -> tuple[str, ...]:
     return tuple(_NUMBER.split(name)[::2])
 
 
+class Folded:
+    """Names with equal `fold_key`, as the numbers that stand in each place of them."""
+
+    def __init__(self, first: str) -> None:
+        self.key = fold_key(first)
+        self.columns: list[set[int]] = [set() for _ in self.key[1:]]
+        self._pattern = re.compile(f"^{'([0-9]{1,9})'.join(map(re.escape, self.key))}$", re.M)
+
+    def take(self, names: Sequence[str]) -> bool:
+        """Add `names`; False, and nothing done, where one of them has another key."""
+        found = self._pattern.findall("\n".join(names))
+        if len(found) != len(names):
+            return False
+        columns = [found] if len(self.columns) == 1 else zip(*found, strict=True)
+        for column, values in zip(self.columns, columns if self.columns else (), strict=True):
+            column.update(map(int, set(values)))
+        return True
+
+    def join(self, other: Folded) -> None:
+        """Add the names of another of the same key."""
+        for column, more in zip(self.columns, other.columns, strict=True):
+            column |= more
+
+    def __str__(self) -> str:
+        """`layers.{2..3}.norm.weight`."""
+        ranges = []
+        for column in self.columns:
+            found = sorted(column)
+            runs = [f"{found[0]}..{found[-1]}"] if found[-1] - found[0] == len(found) - 1 else []
+            shown = runs or [",".join(map(str, found[:8])) + ",..." * (len(found) > 8)]
+            ranges.append(str(found[0]) if len(found) == 1 else f"{{{shown[0]}}}")
+        return "".join(f + r for f, r in zip(self.key, [*ranges, ""], strict=True))
+
+
 def folded_name(names: Sequence[str]) -> str:
     """`layers.{2..3}.norm.weight` for names with equal `fold_key`."""
-    ranges = []
-    for column in zip(*map(numbers, names), strict=True):
-        found = sorted(set(column))
-        runs = [f"{found[0]}..{found[-1]}"] if found[-1] - found[0] == len(found) - 1 else []
-        shown = runs or [",".join(map(str, found[:8])) + ",..." * (len(found) > 8)]
-        ranges.append(str(found[0]) if len(found) == 1 else f"{{{shown[0]}}}")
-    return "".join(f + r for f, r in zip(fold_key(names[0]), [*ranges, ""], strict=True))
+    made = Folded(names[0])
+    assert made.take(names)
+    return str(made)

@@ -124,7 +124,7 @@ class _Names:
         """Words inside names; one that begins a name is left to `_take_before`."""
         changed = False
         for name, own in self.own.items():
-            if not _ANY_INSIDE(own):
+            if "._" not in own or not _ANY_INSIDE(own):
                 continue
             first, *rest = own.split(".")
             kept = [word for word in rest if word not in _INSIDE]
@@ -137,7 +137,11 @@ class _Names:
     def _take_before(self) -> bool:
         """One word that stands before every name; what is known to stand beside the weights is set aside,
         unless it is the only model there."""
-        weights = [own for n, own in self.own.items() if self._beside(n) is None]
+        words = {own.partition(".")[0] for own in self.own.values()}
+        if any(map(beside_weights, words)) or not all("." in own for own in self.own.values()):
+            weights = [own for n, own in self.own.items() if self._beside(n) is None]
+        else:
+            weights = list(self.own.values())
         if not weights:
             words = {n.partition(".")[0] for n in self.own.values() if _WHOLE.match(n)}
             weights = [n for n in self.own.values() if n.partition(".")[0] in words]
@@ -171,6 +175,9 @@ class _Names:
         return beside_weights(word)
 
     def _set_aside(self, *, counts: bool) -> None:
+        words = {own.partition(".")[0] for own in self.own.values()}
+        if not any(map(beside_weights, words)) and all("." in own for own in self.own.values()):
+            return
         reasons = {n: self._beside(n, counts=counts) for n in self.own}
         if all(reasons.values()):
             return
