@@ -203,11 +203,14 @@ def convert(
     """
     from ckpt_tool.convert.durable import Staging
     from ckpt_tool.convert.execute import check_output, execute
-    from ckpt_tool.hub_output import HubOutput
 
     check_name(family)
     asked, check = options or Options(), check and to == "hf"
-    hub = HubOutput.of(out, replaces=overwrite or overwrite_foreign, check=check)
+    hub = None
+    if scheme_of(os.fspath(out)) is not None:
+        from ckpt_tool.hub_output import HubOutput
+
+        hub = HubOutput.of(out, replaces=overwrite or overwrite_foreign, check=check)
     if hub is not None:  # what stands there is replaced by a commit, and nothing on this machine
         overwrite = overwrite_foreign = False
     target = Path(out) if hub is None else hub.repository.folder
@@ -412,11 +415,27 @@ def verify_part(out: Source, source: Source | None, worker: Worker, **asked: Any
     return run(out, source, worker, **asked)
 
 
-def gate(file: Source, **asked: Any) -> Reports:
-    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate.run_gate`."""
+def gate(
+    file: Source,
+    *,
+    jobs: int | None = None,
+    memory: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    **asked: Any,
+) -> Reports:
+    """Run the conversions and verifications that a gate file lists; see `ckpt_tool.verify.gate.run_gate`.
+
+    With `jobs` or `memory` each check has a process of its own: up to `jobs` at once (None: as many as there
+    are processors), as far as `memory` bytes go (None: what is free now) by what is foretold of each. A check
+    of which more is foretold than `memory` is an error in its report, as is one whose process was killed."""
+    from ckpt_tool.gate_processes import at_once, one_by_one
     from ckpt_tool.verify.gate import run_gate
 
-    return run_gate(file, convert, **asked)
+    tell = progress or (lambda text: None)
+    if jobs is None and memory is None:
+        return run_gate(file, one_by_one(tell), **asked)
+    most = (os.cpu_count() or 1) if jobs is None else jobs
+    return run_gate(file, at_once(most, memory, tell), **asked)
 
 
 def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:

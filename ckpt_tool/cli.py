@@ -375,6 +375,10 @@ def _show_plan(
 @click.option("--only", multiple=True, metavar="NAME", help="Run this check alone; also a pattern of names.")
 @click.option("--list", "listed", is_flag=True, help="List the checks and stop.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first check that does not pass.")
+@click.option("--jobs", type=int, metavar="N", help="Run up to N checks at once, a process each.")
+@click.option(
+    "--memory", metavar="SIZE", help="What they may take together, as 4GiB (default: what is free)."
+)
 @click.option("--baseline", metavar="FILE", help="JSON report of an earlier run: fail on what got worse.")
 @report_files
 def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
@@ -382,25 +386,30 @@ def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
     from pathlib import Path
 
     from ckpt_tool import api
+    from ckpt_tool.gate_processes import last_line, listing
+    from ckpt_tool.terminal import paragraph
     from ckpt_tool.verify.gate import chosen, read_gate
+    from ckpt_tool.verify.needs import read_size
 
     checks = chosen(read_gate(Path(file))[1], only, file)
+    screen, log = consoles()
     if listed:
-        from ckpt_tool.terminal import Column, table
-
-        heads = (Column("check", whole=True), Column("convert"), Column("source"), Column("out"))
-        table(consoles()[0], heads, [(c.name, c.convert or "", c.source or "", c.out) for c in checks])
+        listing(checks, screen)
         return 0
     files = checked_files(asked, (file, *(p for c in checks for p in (c.out, c.source, c.prompts))))
-    _, log = consoles()
     reports = api.gate(
         file,
         only=only,
         fail_fast=asked["fail_fast"],
         baseline=asked["baseline"],
-        progress=following_at(log),
+        jobs=asked["jobs"],
+        memory=None if asked["memory"] is None else read_size(asked["memory"]),
+        progress=following_at(log, always="gate: "),
     )
-    return write_report(reports, asked, files)
+    code = write_report(reports, asked, files)
+    screen = log if asked["json_file"] == "-" else screen
+    paragraph(screen, last_line(reports, files.files.values()), hang=2)
+    return code
 
 
 @cli.command()

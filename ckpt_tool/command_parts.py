@@ -97,11 +97,12 @@ def write_report(report: Report | Reports, asked: dict[str, Any], files: ReportF
     return report.exit_code
 
 
-def following_at(log: Console) -> Callable[[str], None]:
-    """What tells a person at a terminal how far a verification is."""
+def following_at(log: Console, always: str = "\0") -> Callable[[str], None]:
+    """What tells a person at a terminal how far a verification is; where none is, only what begins with
+    `always`."""
 
     def follow(text: str) -> None:
-        if log.is_terminal:
+        if log.is_terminal or text.startswith(always):
             log.print(text, style="dim", markup=False)
 
     return follow

@@ -28,7 +28,6 @@ from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
 from ckpt_tool.checkpoint.remote_path import scheme_of
-from ckpt_tool.checkpoint.tf_bundle_writer import index_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
@@ -585,6 +584,8 @@ class Run:
             crcs: dict[str, int] = {}
             for file in files:
                 crcs |= self._castagnoli(file)
+            from ckpt_tool.checkpoint.tf_bundle_writer import index_of
+
             listed = [[(t.name, t.dtype, t.shape) for t in f.tensors] for f in files]
             yield OutputDocument(f"{prefix}.index", index_of(listed, crcs), "the list of tensors")
 

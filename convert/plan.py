@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.dcp_metadata import DATA
+from ckpt_tool.checkpoint.dcp_names import DATA
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name

@@ -21,8 +21,8 @@ from typing import Literal, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
-from ckpt_tool.checkpoint.dcp import FORMAT as DISTRIBUTED
-from ckpt_tool.checkpoint.dcp_metadata import DATA
+from ckpt_tool.checkpoint.dcp_names import DATA
+from ckpt_tool.checkpoint.dcp_names import FORMAT as DISTRIBUTED
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.strict_json import parse_object

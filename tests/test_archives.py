@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from ckpt_tool.checkpoint import tar as tar_module
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.signs import tar_checksum
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
 from ckpt_tool.errors import CkptToolError, Problem
@@ -225,7 +226,7 @@ def raw_header(name: bytes, size: bytes, type: bytes = b"0", prefix: bytes = b""
     block[156:157] = type
     block[257:265] = b"ustar\x0000"
     block[345 : 345 + len(prefix)] = prefix
-    block[148:156] = b"%06o\0 " % tar_module._checksum(bytes(block))
+    block[148:156] = b"%06o\0 " % tar_checksum(bytes(block))
     return bytes(block)
 
 

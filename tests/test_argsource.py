@@ -221,6 +221,8 @@ REFUSED: dict[str, tuple[Args, str]] = {
     "divided": ({"seq_len_interpolation_factor": 4}, "run_config.yaml: seq_len_interpolation_factor"),
     "both": ({"rope_scaling": True, "scale_factor": 8.0}, "run_config.yaml: rope_scaling"),
     "text": ({"hidden_size": "wide"}, "run_config.yaml: hidden_size"),
+    "share": ({"rotary_percent": None}, "run_config.yaml: rotary_percent: expected rotary positions on all"),
+    "nan": ({"rotary_base": float("nan")}, "run_config.yaml: rotary_base: expected a finite number above 0"),
     "scaled": ({"softmax_scale": 0.3}, "expected no scale of its own before the softmax"),
     "null": (
         {"normalization": None, "activation_func": None},

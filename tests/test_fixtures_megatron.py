@@ -21,7 +21,8 @@ import torch
 
 from ckpt_tool import reference
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.checkpoint.torch_legacy import is_legacy, legacy_imports
+from ckpt_tool.checkpoint.signs import is_legacy
+from ckpt_tool.checkpoint.torch_legacy import legacy_imports
 from ckpt_tool.fixtures import variants
 from ckpt_tool.fixtures.families.megatron_bert import BERT, TWO_GELUS
 from ckpt_tool.fixtures.families.megatron_gpt2 import ARCHIVE, GPT2, PUBLISHED

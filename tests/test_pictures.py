@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ET
 
+from ckpt_tool.verify.page import page
 from ckpt_tool.verify.pictures import picture
-from ckpt_tool.verify.report import Finding, Report, Table, page
+from ckpt_tool.verify.report import Finding, Report, Table
 
 COLUMNS = ("phase", "NMSE", "bar", "noise", "|delta|", "bar", "|value|", "at", "")
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.signs import LEGACY_MAGIC as MAGIC
+from ckpt_tool.checkpoint.signs import is_legacy
 from ckpt_tool.checkpoint.torch_legacy import (
-    MAGIC,
     TorchLegacyFile,
-    is_legacy,
     legacy_imports,
     open_torch_legacy,
 )
@@ -177,7 +177,11 @@ FAR = b"(" + text("88") + integers(4, 3)[1:-1] + b"t"
 HOSTILE: dict[str, tuple[bytes, str, str]] = {
     "junk": (b"<html>" * 20, "wrong-format", "magic number"),
     "nothing": (b"", "wrong-format", "magic number"),
-    "another protocol": (stream(head=pickle.dumps(MAGIC, 2) + pickle.dumps(1002, 2)), "wrong-format", "1001"),
+    "another protocol": (
+        stream(head=pickle.dumps(MAGIC, 2) + pickle.dumps(1002, 2)),
+        "wrong-format",
+        "1001",
+    ),
     "big-endian": (stream(facts=FACTS | {"little_endian": False}), "unsupported-byteorder", "big-endian"),
     "no facts": (stream(facts=[1]), "bad-pickle", "byte order"),
     "keys are no list": (stream(keys={"77": 1}), "bad-pickle", "storage keys"),

@@ -29,8 +29,10 @@ from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
 from ckpt_tool.verify.prompts import Prompts, read_prompts
+from ckpt_tool.verify.provenance import provenance
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.subject import Subject, opened
+from ckpt_tool.verify.timing import OTHER, timed
 
 __all__ = ["DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
@@ -82,34 +84,41 @@ def verify(
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
         prompts = read_prompts(prompts)  # before anything large is in memory
-    began = time.monotonic()
-    tell = progress or (lambda text: None)
-    report = Report("ckpt-tool verify")
+    began, tell, report = time.monotonic(), progress or (lambda text: None), Report("ckpt-tool verify")
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         report.facts |= _facts(subject, out, source, no_source)
         subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
-        seen = _seen(subject, out, asked, tell, joined)
+        with timed(report.seconds, next((level for level in SHARED if level in asked), OTHER)):
+            seen = _seen(subject, out, asked, tell, joined)
         wanted = Asked(
             asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere, recorded
         )
         _run(subject, wanted, seen, report, tell)
         report.facts |= seen.facts
+        report.provenance = provenance(subject)
         seen.remove()
-    report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
+    _took(report, time.monotonic() - began)
     return report
+
+
+def _took(report: Report, seconds: float) -> None:
+    report.facts["seconds"] = f"{seconds:.1f}"
+    report.seconds[OTHER] = max(0.0, seconds - sum(report.seconds.values()))
 
 
 def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Callable[[str], None]) -> None:
     """All levels that were asked for, into `report`."""
     if "coverage" in asked.levels:
-        report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
+        with timed(report.seconds, "coverage"):
+            report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
     report.findings += unneeded(subject, asked.accept)
     if "bits" in asked.levels:
         tell("bits: comparing with the source")
-        report.findings += bits(subject, seen.scans, seen.compared)
+        with timed(report.seconds, "bits"):
+            report.findings += bits(subject, seen.scans, seen.compared)
     if {"parity", "documented"} & set(asked.levels) or asked.against is not None:
-        report.findings += _computed(subject, asked, report.facts, tell)
+        report.findings += _computed(subject, asked, report, tell)
     report.findings += by_bits(subject, report.findings)
 
 
@@ -161,15 +170,13 @@ def _seen(
     return Joined(list(scan(subject.output)))
 
 
-def _computed(
-    subject: Subject, asked: Asked, facts: dict[str, str], tell: Callable[[str], None]
-) -> list[Finding]:
+def _computed(subject: Subject, asked: Asked, report: Report, tell: Callable[[str], None]) -> list[Finding]:
     """The levels that need torch; without it the others still say what they say."""
     try:
         from ckpt_tool.verify.compute import compute
     except ImportError as error:
         return not_computed(error, asked.levels, asked.against)
-    return compute(subject, asked, facts, tell)
+    return compute(subject, asked, report, tell)
 
 
 def _check_one(source: str | os.PathLike[str] | None, no_source: bool) -> None:

@@ -19,10 +19,10 @@ from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify.entity_inputs import NAMES, NoEntities, entity_inputs, titles
 from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.library import one_line
+from ckpt_tool.verify.needs import largest
 from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS, positions
 from ckpt_tool.verify.sides import BROKEN, Side
 from ckpt_tool.verify.subject import Subject
-from ckpt_tool.verify.weights import largest
 
 WORK_LIMIT = {"cpu": 3e13, "cuda": 3e16}  # floating-point operations for one entry: some minutes
 

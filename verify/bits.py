@@ -24,10 +24,13 @@ from ckpt_tool.verify.claims import WITHOUT_COPIES
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.rounding import other_roundings
+from ckpt_tool.verify.strips import strip
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "bits"
 DOCUMENT_LIMIT = 1 << 30  # bytes of a file beside the weights: a list of entities has a hundred million
+ROWS = 1 << 22  # of a tensor, which are told apart
+SMALLEST = 5e-324
 PIECE = 1 << 20  # bytes compared at a time where a block is one long run
 
 
@@ -46,6 +49,8 @@ class Difference:
         default_factory=Drift
     )  # by which small differences between copies are told from others
     roundings: set[str] | None = None  # after a cast: other ways to round that give what was found
+    rows: np.ndarray | None = None  # while it is compared: the largest |difference| of each row
+    strip: dict[str, Any] | None = None  # that in little memory, see strips
 
     def round_otherwise(self, before: np.ndarray, source: str, found: np.ndarray) -> None:
         """Take in what other roundings of a block make of it: raw bits `before` the cast, and as found."""
@@ -62,10 +67,27 @@ class Difference:
         a, b = (_numbers(x[places], self.dtype) for x in (expected, found))
         with np.errstate(invalid="ignore"):
             delta = np.abs(a - b)
-        self.max_delta = max(self.max_delta, float(np.where(np.isnan(delta), np.inf, delta).max()))
+        delta = np.where(np.isnan(delta), np.inf, delta)
+        self.max_delta = max(self.max_delta, float(delta.max()))
+        self._add_rows(start + places, delta)
         if self.first is None or start + places[0] < self.first:
             self.first = start + int(places[0])
             self.values = float(a[0]), float(b[0])
+
+    def _add_rows(self, elements: np.ndarray, delta: np.ndarray) -> None:
+        """Numbers may be equal whose bits are not (0 and -0): these have the smallest difference there is."""
+        if len(self.tensor.shape) < 1 or self.tensor.shape[0] > ROWS:
+            return
+        if self.rows is None:
+            self.rows = np.zeros(self.tensor.shape[0])
+        width = self.tensor.numel // self.tensor.shape[0]
+        np.maximum.at(self.rows, elements // width, np.maximum(delta, SMALLEST))
+
+    def compared(self) -> Difference:
+        """When all of the tensor was."""
+        if self.rows is not None:
+            self.strip, self.rows = strip(self.rows), None
+        return self
 
 
 def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
@@ -165,7 +187,7 @@ def _compare_step(
                 for k, start in enumerate(access.runs.offsets()):
                     run = slice(k * n, (k + 1) * n)
                     differences[access.part].add(start, right[run], left[run])
-    return [d for d in differences if d.count]
+    return [d.compared() for d in differences if d.count]
 
 
 def moved(
@@ -274,7 +296,8 @@ def _difference(d: Difference) -> Finding:
         "counterpart": d.against.name,
         "max_delta": d.max_delta,
     }
-    return finding("round trip", "fail", text, made_of, measured=d.max_delta, bar=0.0, data=data)
+    drawn = {} if d.strip is None else {"rows": d.strip}
+    return finding("round trip", "fail", text, made_of, measured=d.max_delta, bar=0.0, data=data, drawn=drawn)
 
 
 def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:

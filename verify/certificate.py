@@ -16,9 +16,8 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ from ckpt_tool.convert.manifest import CERTIFICATE
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.leaves import of_tensors, root
+from ckpt_tool.verify.provenance import versions
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.subject import Subject, opened
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:ckpt-tool:certificate:v1"
-LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 CONFIDENCE = 0.95
 PIECE = 1 << 20
 ENTRIES = 100_000
@@ -260,7 +259,7 @@ def verification(report: Report, request: Request) -> dict[str, Any]:
         "verdict": report.status,
         "exactness": report.exactness,
         "headline": report.headline,
-        "environment": {**kept, "libraries": dict(_versions())},
+        "environment": {**kept, "libraries": dict(versions())},
         "planted_mistakes": catch_rate(report.findings),
         "findings": [f.to_json() for f in report.findings],
     }
@@ -271,14 +270,6 @@ def _processor() -> str:
     import torch
 
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in LIBRARIES:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
 
 
 def catch_rate(findings: Iterable[Finding]) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.convert import canonical
@@ -31,6 +33,7 @@ from ckpt_tool.verify.comparing_tensors import Pair, compared
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.left_over import explained, several
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
+from ckpt_tool.verify.strips import strip
 
 JSON = "tokenizer.json"
 GENERATION = "generation_config.json"
@@ -242,7 +245,8 @@ def _differing(p: Pair, common: Pair | None = None) -> Finding:
         text += f"; compared in {WORDS[p.cast]}" if p.cast else ""
         text += f"; the same rows in another order: {p.order}" if p.order else ""
     data = {"count": p.count, "relative": p.relative, "max_delta": p.max_delta, "order": p.order}
-    return finding("tensors", "tensor", "fail", text, p.a.name, data=data)
+    drawn = {"rows": strip(p.rows.astype(np.float64), worst=False)} if p.count else {}
+    return finding("tensors", "tensor", "fail", text, p.a.name, data=data, drawn=drawn)
 
 
 def _place(element: int, shape: tuple[int, ...]) -> Iterator[int]:

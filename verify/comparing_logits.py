@@ -158,5 +158,6 @@ def _logits(a: Side, passes: list[logits.Pass], cap: tuple[str, float] | None, d
         return Finding(
             LEVEL, "logits", "pass", text, measured=worst, bar=cap[1],
             data={k: v for k, v in found.data.items() if k != "exactness"}, tables=found.tables,
+            drawn=found.drawn,
         )  # fmt: skip
     return found

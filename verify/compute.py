@@ -20,6 +20,7 @@ from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
+from ckpt_tool.verify.positions import spelled
 from ckpt_tool.verify.prompts import (
     WINDOW_LIMIT,
     Lengths,
@@ -30,9 +31,10 @@ from ckpt_tool.verify.prompts import (
     tokenizer_of,
     with_inputs,
 )
-from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.report import Finding, Report, Status
 from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
+from ckpt_tool.verify.timing import timed
 from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -56,8 +58,10 @@ class Readings:
     reason: tuple[Status, str] | None
 
 
-def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -> list[Finding]:
-    """The findings of parity, documented values and the outside judge, as far as asked for."""
+def compute(subject: Subject, asked: Asked, report: Report, tell: Tell) -> list[Finding]:
+    """The findings of parity, documented values and the outside judge, as far as asked for; their
+    circumstances and seconds into `report`."""
+    facts, seconds = report.facts, report.seconds
     with threads_for(subject.output):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
@@ -74,21 +78,24 @@ def compute(subject: Subject, asked: Asked, facts: dict[str, str], tell: Tell) -
         found: list[Finding] = []
         if "parity" in asked.levels:
             found += cut(rows, config, table)
-            found += _parity(subject, readings, prompts, tell, asked.accept)
+            with timed(seconds, "parity"):
+                found += _parity(subject, readings, prompts, tell, asked.accept)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
-            found += documented(
-                subject,
-                readings.converted,
-                ids,
-                dtype=asked.dtype,
-                device=asked.device,
-                recorded=asked.recorded,
-                progress=tell,
-            )
+            with timed(seconds, "documented"):
+                found += documented(
+                    subject,
+                    readings.converted,
+                    ids,
+                    dtype=asked.dtype,
+                    device=asked.device,
+                    recorded=asked.recorded,
+                    progress=tell,
+                )
         if asked.against is not None:
-            found += _judged(subject, asked, readings, prompts, tell)
+            with timed(seconds, asked.against):
+                found += _judged(subject, asked, readings, prompts, tell)
         return found
 
 
@@ -231,7 +238,9 @@ def _parity(
         result = lockstep(subject, original, converted, prompts, tell)
     except NoPass as error:
         return [Finding("parity", "lockstep", "skipped", str(error))]
+    tokenizer = tokenizer_of(subject.hf)
     made = findings(result, original, converted, prompts, accepted)
+    made = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in made]
     return [*made, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ckpt_tool.checkpoint.dcp_metadata import METADATA
+from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.convert.plan import Plan

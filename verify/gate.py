@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -70,32 +70,37 @@ class Check:
     file: str | None = None  # the gate file itself
 
 
+# Carry out checks in any order that keeps those apart of which one reads what the other writes; the callback
+# takes each one's place and report as it ends, and says whether to go on.
+Carry = Callable[[Sequence[Check], Callable[[int, Report], bool]], None]
+
+
 def run_gate(
     path: str | os.PathLike[str],
-    convert: Callable[..., object],
+    carry: Carry,
     *,
     only: Iterable[str] = (),
     fail_fast: bool = False,
     baseline: str | os.PathLike[str] | None = None,
-    progress: Callable[[str], None] | None = None,
 ) -> Reports:
-    """Run the checks of a gate file; `convert` is that of `ckpt_tool.api`. A check that cannot run is told
-    in its report, and the others go on, unless `fail_fast`; a file that does not read as a gate file is an
-    error of kind `bad-config`, with all its problems. `only` are names of checks, or shell patterns of them;
-    `baseline` is the JSON report of an earlier run, of which nothing may have got worse."""
+    """The reports of the checks of a gate file, in its order. A check that cannot run is told in its report,
+    and the others go on, unless `fail_fast`; a file that does not read as a gate file is an error of kind
+    `bad-config`, with all its problems. `only` are names of checks, or shell patterns of them; `baseline` is
+    the JSON report of an earlier run, of which nothing may have got worse."""
     title, checks = read_gate(Path(path))
     recorded = None if baseline is None else read_baseline(Path(baseline))
-    reports = Reports(title, [])
-    for check in chosen(checks, only, path):
-        if progress is not None:
-            progress(f"gate: {check.name}")
-        report = run_check(check, convert, progress)
+    checks = chosen(checks, only, path)
+    made: dict[int, Report] = {}
+
+    def done(place: int, report: Report) -> bool:
         if recorded is not None:
             hold_against(report, recorded)
-        reports.reports.append(report)
-        if fail_fast and report.status != "pass":
-            break
-    return reports
+        made[place] = report
+        return not fail_fast or report.status == "pass"
+
+    carry(checks, done)
+    left = tuple(c.name for k, c in enumerate(checks) if k not in made)
+    return Reports(title, [made[k] for k in sorted(made)], left)
 
 
 def chosen(checks: list[Check], only: Iterable[str], file: str | os.PathLike[str]) -> list[Check]:
@@ -133,14 +138,19 @@ def run_check(
             progress=progress,
         )
     except CkptToolError as error:
-        report = Report(check.name, could_not_run=True)
-        for p in error.problems:
-            where = ": ".join(x for x in (p.file, p.where) if x) or None
-            text = p.message if p.hint is None else f"{p.message} ({p.hint})"
-            report.findings.append(Finding(LEVEL, "run", "undecided", text, where, data={"kind": p.kind}))
-        return report
+        return could_not_run(check.name, error)
     report.title = check.name
     report.findings += [*_required(check, report), *_barred(check, report)]
+    return report
+
+
+def could_not_run(name: str, error: CkptToolError) -> Report:
+    """The report of a check that has none of its own."""
+    report = Report(name, could_not_run=True)
+    for p in error.problems:
+        where = ": ".join(x for x in (p.file, p.where) if x) or None
+        text = p.message if p.hint is None else f"{p.message} ({p.hint})"
+        report.findings.append(Finding(LEVEL, "run", "undecided", text, where, data={"kind": p.kind}))
     return report
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ckpt_tool.reference.phases import Tree, leaves
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, LogitDistance, bar_for, distance, logit_distance
+from ckpt_tool.verify.positions import Positions, drawn, positions
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import Sample
 
@@ -38,6 +39,7 @@ class Logits:
     logits: LogitDistance | None
     bar: Bar
     tokens: int
+    positions: Positions | None = None  # where it has logits of tokens
 
     @property
     def _alike(self) -> bool:
@@ -80,6 +82,9 @@ def by_prompt(passes: list[Pass], dtype: torch.dtype, kind: Kind = "words") -> d
         ids = s.real(s.x[..., None])[..., 0] if kind == "words" and not shared else None
         likely = None if kind == "values" else logit_distance(real, wanted, ids, 2 * bar.max_delta)
         made[p.name] = Logits(far, likely, bar, wanted.shape[1])
+        if ids is not None:
+            seen = positions(real, wanted, tokens=not made[p.name].holds)
+            made[p.name] = replace(made[p.name], positions=seen)
     return made
 
 
@@ -142,7 +147,9 @@ def finding(
         text = f"{text}; over the cap {CAPS[str(dtype).removeprefix('torch.')]:g} for {dtype}, {CANNOT_TELL}"
     else:
         data["exactness"] = "within noise floor" if status == "pass" else "differs"
+    seen = {n: x.positions for n, x in results.items() if x.positions is not None}
     return Finding(
         level, "logits", status, text, where,
         measured=worst.distance.nmse, bar=worst.bar.nmse, data=data, tables=(Table(columns, tuple(rows)),),
+        drawn=drawn(seen, name, worst.bar.max_delta),
     )  # fmt: skip

@@ -334,6 +334,7 @@ def _difference_json(d: Difference) -> dict[str, Any]:
         "values": [x.hex() for x in (*d.values, d.max_delta)],
         "drift": d.drift.to_json(),
         "roundings": None if d.roundings is None else sorted(d.roundings),
+        "rows": d.strip,
     }
 
 
@@ -386,6 +387,7 @@ def _difference(said: Line) -> Difference:
         max_delta=delta,
         drift=Drift.from_json(said["drift"]),
         roundings=roundings,
+        strip=said["rows"],
     )
 
 

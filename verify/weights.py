@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
-from ckpt_tool.checkpoint.tensor_names import layer_of
+from ckpt_tool.verify.needs import largest
 
 PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
 
@@ -89,16 +88,6 @@ def ranks_of(checkpoint: Checkpoint, *, stages: bool = False) -> list[Mapping[st
     if len({name for f in files for name in f}) == sum(map(len, files)):
         return [{name: info for f in files for name, info in f.items()}]
     return files
-
-
-def largest(checkpoint: Checkpoint, itemsize: int) -> int:
-    """Bytes that the tensors of the heaviest layer take in a dtype of `itemsize` bytes: what a lockstep pass
-    holds."""
-    layers: dict[int | None, int] = {}
-    for info in checkpoint:
-        index = layer_of(info.name)
-        layers[index] = layers.get(index, 0) + prod(info.shape) * itemsize
-    return max(layers.values(), default=0)
 
 
 def needed(source: Checkpoint | None, output: Checkpoint, itemsize: int) -> str:

@@ -12,9 +12,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
-from ckpt_tool.checkpoint.dcp_folders import COMMON
 from ckpt_tool.checkpoint.dcp_folders import is_part as is_dcp_part
-from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
+from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse

@@ -24,12 +24,12 @@ from ckpt_tool.checkpoint.byte_range import ByteRange, Part
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.dcp_metadata import (
     EXTRA_STATE,
-    METADATA,
     METADATA_BYTES,
     Metadata,
     Told,
     read_metadata,
 )
+from ckpt_tool.checkpoint.dcp_names import FORMAT, METADATA
 from ckpt_tool.checkpoint.dcp_places import Item
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.open_files import Files
@@ -41,7 +41,6 @@ from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
-FORMAT = "dcp"
 COMMON_STATE = re.compile(r"common_state/shard_0_1")
 RUN = ("args", "checkpoint_version", "iteration")
 _BARE = "tensor"

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
-from ckpt_tool.checkpoint.dcp import DcpFile, open_dcp
-from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
+from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import TRACKER, current, is_iteration_folder
-from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.signs import pointer
-from ckpt_tool.checkpoint.torch_zip import zip_value
-from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail
+
+if TYPE_CHECKING:
+    from ckpt_tool.checkpoint.dcp import DcpFile
 
 HEAD = 4096
 FIRST = b"state_dict_metadata"  # the first field of every `.metadata`
-COMMON = "common.pt"  # what Megatron up to 0.16 keeps of the run, beside the tensors
 # Folders that trainers make for a checkpoint, or for the weights within it.
 _FOLDER = re.compile(
     r"weights|model|distcp|dist_ckpt|sharded|pytorch_model_fsdp_\d+|(global_?)?step[-_]?\d+|checkpoint[-_]\d+"
@@ -85,6 +84,8 @@ def _is_another(place: Place) -> bool:
 def open_folder(folder: Folder, prefix: str) -> DcpFile:
     """The checkpoint in the part `prefix` of `folder`, with what Megatron keeps of the run as its metadata:
     of common.pt, or of an entry among the tensors. Kinds: those of `open_dcp`, and of a torch file."""
+    from ckpt_tool.checkpoint.dcp import open_dcp
+
     file = open_dcp(lambda name: folder.place(prefix + name))
     try:
         file.metadata = _common(folder, prefix) or file.common_state()
@@ -97,6 +98,10 @@ def open_folder(folder: Folder, prefix: str) -> DcpFile:
 def _common(folder: Folder, prefix: str) -> Mapping[str, object]:
     if prefix + COMMON not in [*folder.names(), *folder.below(lambda n: prefix.startswith(n + "/"))]:
         return {}
+    from ckpt_tool.checkpoint.pickle_records import Inert
+    from ckpt_tool.checkpoint.torch_zip import zip_value
+    from ckpt_tool.checkpoint.zip_reader import ZipArchive
+
     place = folder.place(prefix + COMMON)
     data = ByteRange(place.path, COMMON, place.window)
     try:

@@ -32,8 +32,6 @@ from ckpt_tool.checkpoint.tensor_names import name_fault
 from ckpt_tool.checkpoint.torch_state import unsafe_problems
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
-METADATA = ".metadata"
-DATA = ".distcp"
 METADATA_BYTES = 1 << 30
 HELD = 32 << 20  # bytes that are read once; of more, a part at a time, twice
 # A model of half a million tensors has a few hundred opcodes for each.

@@ -18,8 +18,7 @@ from pathlib import Path
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import DOCUMENT_BYTES, SMALL
-from ckpt_tool.checkpoint.dcp_folders import COMMON
-from ckpt_tool.checkpoint.dcp_metadata import DATA
+from ckpt_tool.checkpoint.dcp_names import COMMON, DATA
 from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.checkpoint.run_documents import INTEGRITY
 from ckpt_tool.errors import Problem, fail, fail_all, printable

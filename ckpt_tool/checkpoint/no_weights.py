@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.dcp_folders import is_part
-from ckpt_tool.checkpoint.dcp_metadata import METADATA
+from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights

@@ -12,15 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
-from ckpt_tool.checkpoint.archive import around as archived
-from ckpt_tool.checkpoint.archive import open_archive
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
 from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
-from ckpt_tool.checkpoint.dcp_metadata import METADATA
+from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.deepspeed import (
     LATEST,
     check_one_rank,
@@ -53,10 +52,7 @@ from ckpt_tool.checkpoint.safetensors import (
     read_index,
 )
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
-from ckpt_tool.checkpoint.tf_bundle import open_bundle
 from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
-from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
-from ckpt_tool.checkpoint.torch_zip import torch_zip
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     Prefer,
@@ -75,8 +71,10 @@ from ckpt_tool.checkpoint.weight_sets import (
     vocabulary_kind,
 )
 from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
-from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
+
+if TYPE_CHECKING:
+    from ckpt_tool.checkpoint.zip_reader import ZipArchive
 
 HUB = "hf://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -121,6 +119,8 @@ def open_checkpoint(
     `prefer` says which weights to take where a folder holds the original and the converted ones: without it
     the originals are taken if params.json stands beside them. `spool_dir` (TMPDIR by default) takes the
     inflated members of archives. A weight file that is one of a numbered set opens the whole set.
+
+    The reader of each container is loaded when one of its kind is opened: starting takes half the time.
     """
     text = os.fspath(path)
     limits = limits or Limits()
@@ -224,6 +224,8 @@ def _open_named(
         return checkpoint
     seen = _look(folder.place(name), name)
     if seen.format in ("zip", "tar", "tar.gz"):
+        from ckpt_tool.checkpoint.archive import open_archive
+
         archive = open_archive(seen.archive or seen.data, seen.format, spool_dir=spool_dir)
         return _open_folder(archive, path, prefer, limits)
     return _open_set(folder, single, path, limits, seen=seen)
@@ -355,7 +357,9 @@ def _names(path: Path) -> list[str]:
 def _around(folder: Folder, path: Path) -> Around:
     """How to speak of a folder, and of what is in it and around it."""
     if not isinstance(folder, Directory):
-        return folder.around or archived(folder.label)
+        from ckpt_tool.checkpoint.archive import around
+
+        return folder.around or around(folder.label)
     outer = folder.outer()
     above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
     own = path.resolve()
@@ -480,6 +484,8 @@ def _open_set(
 
 def _open_bundle(folder: Folder, chosen: WeightSet, path: Path, within: str = "") -> OpenedCheckpoint:
     """Open a bundle of TensorFlow. Its names are those of variables: nothing was wrapped around them."""
+    from ckpt_tool.checkpoint.tf_bundle import open_bundle
+
     notes = list(chosen.notes)
     if within:
         notes.append(f"the weights were found in {within}")
@@ -504,10 +510,12 @@ def _look(place: Place, name: str) -> _Seen:
     data = ByteRange(place.path, name, place.window)
     try:
         format: str = sniff(data)
-        archive = ZipArchive(data) if format == "zip" else None
-        if archive is not None and check_zip_names(archive.members, name):
-            format = "torch-zip"
-        return _Seen(format, data, archive)
+        if format != "zip":
+            return _Seen(format, data)
+        from ckpt_tool.checkpoint.zip_reader import ZipArchive
+
+        archive = ZipArchive(data)
+        return _Seen("torch-zip" if check_zip_names(archive.members, name) else format, data, archive)
     except BaseException:
         data.close()
         raise
@@ -516,11 +524,15 @@ def _look(place: Place, name: str) -> _Seen:
 def _open_file(place: Place, name: str, limits: Limits, seen: _Seen | None = None) -> TensorFile:
     seen = seen or _look(place, name)
     if seen.format == "torch-zip" and seen.archive is not None:  # the only one with checksums of its own
+        from ckpt_tool.checkpoint.torch_zip import torch_zip
+
         return torch_zip(seen.archive)
     seen.data.close()
     place.check()
     match seen.format:
         case "torch-legacy":
+            from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
+
             return open_torch_legacy(place.path, name, window=place.window)
         case "safetensors":
             return open_safetensors(

@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
+TAR_BLOCK = 512
 RELEASE = "get the release that it was made from, as safetensors or as torch files, and give that folder"
 
 
@@ -360,3 +362,23 @@ def packed(names: Collection[str]) -> tuple[str, str, str] | None:
         if tail.endswith(".scales") and f"{tail.removesuffix('scales')}biases" in tails:
             return "MLX weights of few bits", name, UNQUANTISED
     return None
+
+
+def is_legacy(head: bytes) -> bool:
+    """Whether a file that starts with `head` (32 bytes) holds the magic number of the legacy stream."""
+    return head[:1] == b"\x80" and LEGACY_MAGIC.to_bytes(10, "little") in head[2:32]
+
+
+def is_tar_header(block: bytes) -> bool:
+    """Whether `block` starts like a tar header: 512 bytes whose checksum is right."""
+    if len(block) < TAR_BLOCK or not block.strip(b"\0"):
+        return False
+    try:
+        stated = int(block[148:156].strip(b" \0") or b"0", 8)
+    except ValueError:
+        return False
+    return stated == tar_checksum(block)
+
+
+def tar_checksum(block: bytes) -> int:
+    return sum(block[:148]) + 8 * ord(" ") + sum(block[156:TAR_BLOCK])

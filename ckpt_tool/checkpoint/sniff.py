@@ -17,15 +17,16 @@ from ckpt_tool.checkpoint.signs import (
     RELEASE,
     RENAMED_INDEX,
     TABLE_END,
+    TAR_BLOCK,
     Sign,
     by_name,
     by_start,
+    is_legacy,
+    is_tar_header,
     table_of,
     unfinished,
 )
-from ckpt_tool.checkpoint.tar import BLOCK, is_tar_header
 from ckpt_tool.checkpoint.tf_names import STATE, newest
-from ckpt_tool.checkpoint.torch_legacy import is_legacy
 from ckpt_tool.checkpoint.weight_sets import is_document
 from ckpt_tool.errors import fail, printable
 
@@ -66,7 +67,7 @@ def sniff(data: ByteRange) -> Format:
         return "torch-legacy"
     if head.startswith(GZIP):
         return "tar.gz"
-    if is_tar_header(head[:BLOCK]) or head[257:262] == b"ustar":
+    if is_tar_header(head[:TAR_BLOCK]) or head[257:262] == b"ustar":
         return "tar"
     if head[8:9] == b"{":
         return "safetensors"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +20,8 @@ class Spool:
     """Append-only; made on first use in `folder` (TMPDIR by default). `size` bytes are in it so far."""
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        import tempfile  # with what it imports as long as all of this package's readers
+
         self.folder = os.fspath(folder) if folder is not None else tempfile.gettempdir()
         self.size = 0
         self.descriptor = -1
@@ -29,6 +30,8 @@ class Spool:
     def path(self) -> Path:
         """A path that leads to the file for as long as it is open."""
         if self.descriptor < 0:
+            import tempfile
+
             try:
                 self.descriptor, name = tempfile.mkstemp(prefix=".ckpt-tool-spool-", dir=self.folder)
                 os.unlink(name)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.signs import TAR_BLOCK as BLOCK
+from ckpt_tool.checkpoint.signs import is_tar_header
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.zlibs import InflateError, decompressobj
 from ckpt_tool.errors import fail, printable
 
-BLOCK = 512
 MEMBER_LIMIT = 100_000
 NAME_LIMIT = 4096  # bytes of a long name
 PAX_LIMIT = 64 << 10  # bytes of an extended header
@@ -264,21 +265,6 @@ class _Header:
 
 class _Bad(Protocol):
     def __call__(self, message: str, where: str | None = None, kind: str = "bad-tar") -> NoReturn: ...
-
-
-def is_tar_header(block: bytes) -> bool:
-    """Whether `block` starts like a tar header: 512 bytes whose checksum is right."""
-    if len(block) < BLOCK or not block.strip(b"\0"):
-        return False
-    try:
-        stated = int(block[148:156].strip(b" \0") or b"0", 8)
-    except ValueError:
-        return False
-    return stated == _checksum(block)
-
-
-def _checksum(block: bytes) -> int:
-    return sum(block[:148]) + 8 * ord(" ") + sum(block[156:BLOCK])
 
 
 def _header(block: bytes, at: int, bad: _Bad) -> _Header:

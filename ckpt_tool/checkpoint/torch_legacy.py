@@ -14,23 +14,17 @@ from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.pickle_bytes import WINDOW
 from ckpt_tool.checkpoint.pickle_records import Limits, Pickled, StorageRef
+from ckpt_tool.checkpoint.signs import LEGACY_MAGIC, is_legacy
 from ckpt_tool.checkpoint.torch_file import TorchFile, storage_bytes
 from ckpt_tool.checkpoint.torch_state import State, read_state, unsafe_problems
 from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import CkptToolError, Problem, fail
 
-MAGIC = 0x1950A86A20F9469CFC6C
-_MAGIC_BYTES = MAGIC.to_bytes(10, "little")
 _PROTOCOL = 1001
 _FIRST_READ = 64 << 10
 _ITEMSIZES = {d.torch: d.itemsize for d in DTYPES.values()} | {
     **{"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4},
 }
-
-
-def is_legacy(head: bytes) -> bool:
-    """Whether a file that starts with `head` (32 bytes) holds the magic number of the legacy stream."""
-    return head[:1] == b"\x80" and _MAGIC_BYTES in head[2:32]
 
 
 class TorchLegacyFile(TorchFile):
@@ -83,7 +77,7 @@ def _read_head(data: ByteRange) -> int:
     magic, at = _pickle_at(data, 0, Limits(integer_bits=80))
     protocol, at = _pickle_at(data, at)
     machine, at = _pickle_at(data, at)
-    if magic.value != MAGIC or protocol.value != _PROTOCOL:
+    if magic.value != LEGACY_MAGIC or protocol.value != _PROTOCOL:
         fail(
             "wrong-format", f"expected protocol {_PROTOCOL} of a legacy torch file, found another", file=file
         )

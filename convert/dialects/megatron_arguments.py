@@ -235,7 +235,7 @@ GATED: Mapping[str, Only] = {
     "add_qkv_bias": Only("biases for query, key and value", (True, None)),
     "position_embedding_type": Only("rotary positions", ("rope", None)),
     "rope_type": Only("rotary positions", ("rope", None)),
-    "rotary_percent": Only("rotary positions on all channels", (1.0, None)),
+    "rotary_percent": Only("rotary positions on all channels", (1.0,)),
     "rotary_interleaved": _off("rotary positions on neighbouring channels"),
     "rotary_seq_len_interpolation_factor": Only("positions that are divided", (None, 1)),
 }

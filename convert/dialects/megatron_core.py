@@ -128,7 +128,8 @@ class Core:
             return (TENSOR_PARALLEL, megatron_dist.OPTION)
         if self.experts is None:
             return ranks.OPTIONS
-        return (*(o for o in ranks.OPTIONS if o is not SHARDS), EXPERT_PARALLEL)  # files are not ranks alone
+        own = (EXPERT_PARALLEL, megatron_experts.OPTION)
+        return (*(o for o in ranks.OPTIONS if o is not SHARDS), *own)  # files are not ranks alone
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -211,6 +212,13 @@ class Kept:
     def engine(self) -> bool:
         """Whether Transformer Engine has norms in the layers after them."""
         return self.norms[0] == NORMS[True][0]
+
+
+def trained(m: Core, only: Container[str] | None = None) -> dict[str, Any]:
+    """What args do not say, with the defaults of the class; of the router's, which config.json may leave
+    out, those in `only` where it is given."""
+    router = megatron_experts.TRAINED if m.experts is not None else {}
+    return TRAINED | {k: v for k, v in router.items() if only is None or k in only}
 
 
 def norms_named(engine: bool, experts: bool) -> tuple[str, str]:
@@ -489,7 +497,7 @@ def plan(m: Core, checkpoint: Checkpoint, options: Options) -> Plan:
         m.fields,
         LENGTH,
         DTYPE,
-        numbers.free(f"default of {m.config.name}", **TRAINED),
+        numbers.free(f"default of {m.config.name}", **trained(m, only=facts.settings)),
         [numbers.token_ids(n, rule=numbers.given(i, ends.why if ends else "")) for n, i in texts.items()],
     )
     known = Known(fields, facts, run, options)
@@ -587,7 +595,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     kept = Kept(
         norms_named(bool(known.once.get("engine", True)), m.experts is not None),
         head=not tied or form.stages > 1,  # the last stage has a copy of tied words
-        experts=megatron_experts.GROUPED if known.once.get("grouped") is True else None,
+        experts=None if m.experts is None else megatron_experts.to_write(known).value,
     )
     table = rows_of(m, known, form.rows, kept)
     return ranks.to_ranks(table, known.source, options, written, form, str)
@@ -652,7 +660,7 @@ def _to_folder(m: Core, known: Known, options: Options, written: Written, form: 
 def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:
     """The values of config.json that args have no word for, where reading the ranks again gives others."""
     ends = ends_of(m, form.rows)
-    again = {**TRAINED, "bos_token_id": ends and ends.begins, "eos_token_id": ends and ends.ends}
+    again = {**trained(m), "bos_token_id": ends and ends.begins, "eos_token_id": ends and ends.ends}
     lost = {n: document[n] for n, v in again.items() if document.get(n, v) != v}
     told = {n: printable(json.dumps(v, separators=(",", ":")), 100) for n, v in lost.items()}
     words = " ".join(f"--set {quote(f'{n}={text}')}" for n, text in told.items())
@@ -684,5 +692,5 @@ def _args(m: Core, known: Known, form: Form) -> dict[str, Value]:
 def _expert_args(m: Core, known: Known, form: Form) -> dict[str, Value]:
     if m.experts is None:
         return {}
-    grouped = known.once.get("grouped") is True
-    return megatron_experts.args(known, grouped=grouped, experts=form.experts, ranks=form.ranks)
+    kept = megatron_experts.to_write(known)
+    return megatron_experts.args(known, kept=kept, experts=form.experts, ranks=form.ranks)

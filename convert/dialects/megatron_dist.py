@@ -23,8 +23,7 @@ from itertools import product
 from typing import Any
 
 from ckpt_tool.checkpoint.base import TensorInfo
-from ckpt_tool.checkpoint.dcp_folders import COMMON
-from ckpt_tool.checkpoint.dcp_metadata import DATA, METADATA
+from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
 from ckpt_tool.checkpoint.dcp_places import Item
 from ckpt_tool.checkpoint.dcp_writer import DistLayout, Stored, metadata_of
 from ckpt_tool.checkpoint.megatron import TRACKER

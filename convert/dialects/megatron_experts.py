@@ -21,6 +21,7 @@ from typing import Any
 from ckpt_tool.convert.dialects.megatron_arguments import Only
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Field, Known, count, measured
+from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.source import Source
 
@@ -40,6 +41,13 @@ KEPT = {
     ),
 }
 SEQUENTIAL, GROUPED, APART = "sequential", "grouped", "apart"
+OPTION = Option(
+    "experts",
+    "Experts in files of ranks: modules of their own (sequential), or numbered weights of one module, as "
+    "Transformer Engine's --moe-grouped-gemm loads them (grouped).",
+    "original",
+    choices=(SEQUENTIAL, GROUPED),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,14 @@ class Experts:
     gate: str
     up: str
     down: str
+
+
+def to_write(known: Known) -> Value:
+    """How to keep experts in files of ranks: as asked, else as the original's were."""
+    if (asked := known.options.family_options.get(OPTION.name)) is not None:
+        return Value(asked, OPTION.flag)
+    once = GROUPED if known.once.get("grouped") is True else SEQUENTIAL
+    return Value(once, "as the original had it, or false")
 
 
 def kind_of(names: Iterable[str]) -> str | None:
@@ -123,6 +139,12 @@ FIELDS: tuple[Field, ...] = (
     ),
 )
 
+# What training alone reads of config.json; args have words for some, which another program applied.
+TRAINED: Mapping[str, Any] = {
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+}
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 _FORCED = "experts chosen at random"
 _DROPPED = "tokens dropped beyond a capacity"
@@ -171,7 +193,7 @@ def arguments(run: Source) -> dict[str, Only]:
     return {**ROUTED, **({} if joined else {"expert_tensor_parallel_size": shares})}
 
 
-def args(known: Known, *, grouped: bool, experts: int, ranks: int) -> dict[str, Value]:
+def args(known: Known, *, kept: Value, experts: int, ranks: int) -> dict[str, Value]:
     """What args say of the experts, in the words of core_v0.9.0 and later."""
     why = "the architecture"
     said: dict[str, Any] = {
@@ -185,7 +207,7 @@ def args(known: Known, *, grouped: bool, experts: int, ranks: int) -> dict[str, 
         "moe_router_topk": known.value("num_experts_per_tok"),
         "moe_ffn_hidden_size": known.value("intermediate_size"),
         **{k: Value(v, why) for k, v in said.items()},
-        "moe_grouped_gemm": Value(grouped, "as the original had it, or false"),
+        "moe_grouped_gemm": Value(kept.value == GROUPED, kept.source),
         "expert_model_parallel_size": Value(experts, "ranks to write"),
         "expert_tensor_parallel_size": Value(ranks, "ranks to write"),
     }

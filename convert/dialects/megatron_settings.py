@@ -100,7 +100,8 @@ def _contradictions(told: Mapping[str, Any], found: Iterable[Beside]) -> Iterato
             if value is None:
                 continue
             file, own, other = said.setdefault(name, (*beside.place(name), value))
-            if other is not None and other != value:
+            both_nan = other != other and value != value  # which the field refuses by its own words
+            if other is not None and other != value and not both_nan:
                 where = beside.place(name)[1]
                 message = f"expected {shown(other)} as {file} ({own}) says, found {shown(value)}"
                 hint = f"one of the two is of another run: move {beside.file} out of the folder if it is that"
@@ -257,7 +258,8 @@ def _groups(args: dict[str, Any]) -> None:
 
 
 def _without_null(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in args.items() if v is not None}
+    """Null is what silence is, but for a share of the channels, of which no program has any then."""
+    return {k: v for k, v in args.items() if v is not None or k == "rotary_percent"}
 
 
 # --- NeMo 1 ---------------------------------------------------------------------------------------------

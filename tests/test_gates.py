@@ -1,0 +1,303 @@
+"""Gates in several processes, what they write for CI, pictures, notebooks, and one level as one test."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ckpt_tool import gate_processes
+from ckpt_tool.api import gate
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.verify import needs
+from ckpt_tool.verify.claims import Claim
+from ckpt_tool.verify.gate import Check, read_gate
+from ckpt_tool.verify.handing_over import check_line, check_of, report_line, report_of
+from ckpt_tool.verify.report import Finding, Report, Reports, Table
+from tests.in_process import program
+
+Written = Callable[[str], Path]
+VARIANT = "mistral-float32"
+
+
+@pytest.fixture
+def place(originals: Written, conversions: Written, tmp_path: Path) -> Path:
+    (tmp_path / "download").symlink_to(originals(VARIANT))
+    (tmp_path / "good").symlink_to(conversions(VARIANT))
+    return tmp_path
+
+
+def checks(place: Path, *names: str, **more: str) -> Path:
+    """A gate file of checks of these names."""
+    text = ""
+    for name in names:
+        lines = {"name": f"'{name}'", "source": "'download'", "out": "'good'", "levels": "['bits']", **more}
+        text += "[[check]]\n" + "".join(f"{k} = {v}\n" for k, v in lines.items())
+    file = place / "parity.toml"
+    file.write_text(text)
+    return file
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def test_checks_at_once_have_the_order_of_the_file_and_wait_for_what_they_read(place: Path) -> None:
+    text = """
+    [[check]]
+    name = "made"
+    convert = "auto"
+    source = "download"
+    out = "made"
+    levels = ["bits"]
+    [[check]]
+    name = "of what was made"
+    source = "download"
+    out = "made"
+    levels = ["coverage"]
+    [[check]]
+    name = "gone"
+    out = "nowhere"
+    levels = ["bits"]
+    """
+    file = place / "parity.toml"
+    file.write_text(text)
+    told: list[str] = []
+    reports = gate(file, jobs=3, memory=10**9, progress=told.append)
+    assert [(r.title, r.status) for r in reports.reports] == [
+        ("made", "pass"), ("of what was made", "undecided"), ("gone", "undecided"),
+    ]  # fmt: skip
+    assert "nothing was compared with the source" in reports.reports[1].headline
+    assert "memory" in reports.reports[0].facts and reports.reports[0].seconds["bits"] > 0
+    assert told.index("gate: of what was made: needs about 100 MB of memory") > told.index(
+        "made: bits: comparing with the source"
+    )
+
+
+# A check's process that says when it began and ended, and that nothing could be shown.
+STAND_IN = """
+import json, sys, time
+name = json.loads(sys.stdin.readline())["name"]
+log = open({log!r}, "a", buffering=1)
+log.write("+" + name + "\\n")
+time.sleep(0.15)
+log.write("-" + name + "\\n")
+claim = {{"against": "source", "asked": [], "no_source": False}}
+print("report", json.dumps({{"title": name, "claim": claim, "findings": [], "could_not_run": True}}))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the processes log, with those of the gate replaced."""
+    log = tmp_path / "log"
+    code = STAND_IN.format(log=str(log))
+    monkeypatch.setattr(gate_processes, "_command", lambda: [sys.executable, "-S", "-c", code])
+    return lambda: log.read_text().split()
+
+
+def most(log: list[str]) -> int:
+    """How many ran at once."""
+    running, seen = 0, 0
+    for line in log:
+        running += 1 if line[0] == "+" else -1
+        seen = max(seen, running)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("jobs", "memory", "at_once"), [(3, 1000, 3), (2, 1000, 2), (3, 600, 2), (3, 350, 1), (1, 1000, 1)]
+)
+def test_no_more_run_at_once_than_jobs_and_memory_allow(
+    jobs: int,
+    memory: int,
+    at_once: int,
+    place: Path,
+    stand_in: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(needs, "of_check", lambda check: 300)
+    reports = gate(checks(place, "a", "b", "c"), jobs=jobs, memory=memory)
+    assert [r.title for r in reports.reports] == ["a", "b", "c"]
+    assert most(stand_in()) == at_once
+
+
+def test_what_does_not_fit_is_refused_or_without_a_limit_runs_alone(
+    place: Path, stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needs, "of_check", lambda check: 9 * 10**9 if check.name == "b" else 300)
+    file = checks(place, "a", "b", "c")
+    reports = gate(file, jobs=3, memory=10**9)
+    (found,) = reports.reports[1].findings
+    assert "expected a check that fits into 1.0 GB of memory" in found.message
+    assert "needs about 9.0 GB" in found.message and found.data["kind"] == "out-of-memory"
+    assert not any("b" in line for line in stand_in())
+    monkeypatch.setattr(needs, "free_memory", lambda: 10**9)
+    gate(file, jobs=3)
+    log = stand_in()[4:]
+    assert log.index("-b") == log.index("+b") + 1
+
+
+def test_a_killed_check_is_an_error_and_the_others_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, sys; sys.stdin.readline(); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(gate_processes, "_command", lambda: [sys.executable, "-S", "-c", code])
+    reports = gate(checks(place, "a", "b"), jobs=2)
+    assert [r.status for r in reports.reports] == ["undecided", "undecided"] and reports.exit_code == 2
+    assert "found the process killed with" in reports.reports[0].headline
+    suites = ET.fromstring(reports.junit())
+    errors = [(s.get("errors"), s.get("failures"), s.find(".//error")) for s in suites]
+    assert all((e, f) == ("1", "0") for e, f, _ in errors)
+    assert {e.get("type") for _, _, e in errors if e is not None} == {"out-of-memory"}
+
+
+def test_a_crash_of_a_check_is_told_in_its_report(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(gate_processes, "run_check", broken)
+    (report,) = gate(checks(place, "a")).reports
+    assert report.findings[0].data["kind"] == "out-of-memory" and report.exit_code == 2
+
+
+def test_an_interrupt_leaves_no_process(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, time; sys.stdin.readline(); print('tell \"here\"', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gate_processes, "_command", lambda: [sys.executable, "-S", "-c", code])
+    started = []
+    popen = gate_processes.subprocess.Popen
+
+    def kept(*arguments: object, **more: object) -> object:
+        started.append(popen(*arguments, **more))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(gate_processes.subprocess, "Popen", kept)
+
+    def stop(text: str) -> None:
+        if text == "b: here":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gate(checks(place, "a", "b"), jobs=2, progress=stop)
+    assert [p.returncode for p in started] == [-signal.SIGTERM] * 2
+    for p in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(p.pid, 0)
+
+
+def test_the_first_that_does_not_pass_ends_the_others(place: Path) -> None:
+    file = checks(place, "a", "b", "c")
+    file.write_text(file.read_text().replace("'good'", "'nowhere'", 1))
+    reports = gate(file, jobs=1, fail_fast=True)
+    assert ([r.title for r in reports.reports], reports.left) == (["a"], ("b", "c"))
+    assert reports.headline == "0 of 3 checks passed; 1 could not be shown: a; 2 not run: b, c"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        ({"convert": "auto", "out": "x", "source": "s"}, {"out": "x"}, True),
+        ({"convert": "auto", "out": "x", "source": "s"}, {"out": "y", "source": "x/in"}, True),
+        ({"out": "x"}, {"convert": "auto", "out": "x", "source": "s"}, True),
+        (
+            {"convert": "auto", "out": "x", "source": "s"},
+            {"convert": "auto", "out": "y", "source": "s"},
+            False,
+        ),
+        ({"out": "x"}, {"out": "x"}, False),
+        ({"out": "x", "device": "cuda"}, {"out": "y", "device": "cuda:1"}, True),
+        ({"convert": "auto", "out": "xy", "source": "s"}, {"out": "x"}, False),
+    ],
+)
+def test_which_checks_are_kept_apart(one: dict[str, str], other: dict[str, str], apart: bool) -> None:
+    found = gate_processes._before([Check("a", **one), Check("b", **other)])  # type: ignore[arg-type]
+    assert found == [set(), {0} if apart else set()]
+
+
+def test_a_check_and_a_report_come_over_whole(place: Path) -> None:
+    _, (check,) = read_gate(checks(place, "a", require="['bits']", accept="['x']", settings="{ a = [1] }"))
+    assert check_of(check_line(check)) == check
+    table = Table(("a", "b"), (("x", 1.5), (None, math.inf)), brief=3)
+    found = Finding("bits", "x", "fail", "m\ud800", "w", -math.inf, 0.1, {"k": [1]}, (table,), {"rows": {}})
+    report = Report("t", {"a": "b"}, [found], True, Claim("nothing", (("bits", "w"),), True), {"bits": 0.5})
+    assert report_of(report_line(report)) == report
+    odd = replace(found, measured=math.nan)
+    again = report_of(report_line(replace(report, findings=[odd]))).findings[0].measured
+    assert again is not None and math.isnan(again)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 << 30), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("2g", 2 * 10**9), ("7", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert needs.read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "0", "4 XB", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(CkptToolError, match="expected a size such as 4GiB"):
+        needs.read_size(text)
+
+
+def test_what_a_check_needs_grows_with_what_it_does(place: Path) -> None:
+    _, (plain,) = read_gate(checks(place, "a"))
+    with_parity = replace(plain, levels=("parity",))
+    judged = replace(with_parity, against="transformers")
+    sizes = [
+        needs.of_check(c) or 0 for c in (plain, with_parity, replace(with_parity, compute_dtype="float64"))
+    ]
+    assert sizes[0] < sizes[1] < sizes[2] < (needs.of_check(judged) or 0)
+    assert needs.of_check(replace(with_parity, out="nowhere")) is None
+    assert needs.of_check(replace(plain, levels=None, out="hf://a/b")) is None
+
+
+def test_the_command_lists_what_is_needed_and_says_the_end_in_one_line(place: Path) -> None:
+    file = checks(place, "a", "b")
+    listed = program("gate", file.name, "--list", cwd=place)
+    assert listed.stdout.splitlines()[1].split()[:2] == ["a", "100"]
+    done = program("gate", file.name, "--only", "a", "--junit", "x.xml", cwd=place)
+    assert done.stdout.splitlines()[-1] == "pass: 1 of 1 checks passed; written: x.xml"
+    for wrong in (["--jobs", "0"], ["--memory", "much"]):
+        assert program("gate", file.name, *wrong, cwd=place).returncode == 2
+
+
+# --- JUnit ----------------------------------------------------------------------------------------------
+
+# Elements and attributes of junit-10.xsd (the Jenkins xUnit plugin) that a report uses.
+ALLOWED = {
+    "testsuites": (set(), {"testsuite"}),
+    "testsuite": ({"name", "tests", "failures", "errors", "skipped", "time"}, {"properties", "testcase"}),
+    "properties": (set(), {"property"}),
+    "property": ({"name", "value"}, set()),
+    "testcase": ({"name", "classname", "time"}, {"skipped", "error", "failure", "system-out"}),
+    "skipped": ({"message"}, set()),
+    "error": ({"message", "type"}, set()),
+    "failure": ({"message", "type"}, set()),
+    "system-out": (set(), set()),
+}
+
+
+def elements(root: ET.Element) -> Iterator[ET.Element]:
+    yield from root.iter()
+
+
+def test_junit_has_times_and_keeps_to_the_schema() -> None:
+    found = [Finding("bits", "x", s, "m") for s in ("pass", "pass", "fail", "skipped", "note", "undecided")]
+    one = Report("a", {"f": "g"}, found, seconds={"bits": 1.25, "other": 0.5})
+    root = ET.fromstring(Reports("all", [one, Report("b")]).junit())
+    for e in elements(root):
+        attributes, children = ALLOWED[e.tag]
+        assert set(e.attrib) <= attributes and {c.tag for c in e} <= children, ET.tostring(e)
+    suite = root[0]
+    cases = suite.findall("testcase")
+    assert [c.get("time") for c in cases] == ["1.250", *["0.000"] * 5, "0.500"]
+    assert suite.get("time") == "1.750" == f"{sum(float(c.get('time', '')) for c in cases):.3f}"
+    assert len({(c.get("classname"), c.get("name")) for c in root.iter("testcase")}) == len(cases) + 1
+    assert cases[0].get("classname") == "a.bits"

@@ -1,0 +1,37 @@
+"""Of what bytes, plan and programs a result is: what somebody else needs to get it again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from ckpt_tool import __version__
+from ckpt_tool.verify.subject import Subject
+
+LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+STEPS = 20_000  # of a plan; the text that its digest is made of takes as much memory as that of many more
+FILES = 8  # of a source, before the rest is counted
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """Of the libraries that a result depends on, as far as they are installed."""
+    for name in LIBRARIES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def provenance(subject: Subject) -> dict[str, str]:
+    """In the order in which it is shown."""
+    made = {"ckpt-tool": __version__, "Python": f"{platform.python_version()} on {platform.machine()}"}
+    made |= dict(versions())
+    if subject.plan is not None and len(subject.plan.steps) <= STEPS:
+        made["plan"] = f"SHA-256 {subject.plan.digest()}"
+    if subject.manifest is not None:
+        for file in subject.manifest.sources[:FILES]:
+            made[file.name] = f"{file.tensors} tensors, SHA-256 of its headers {file.headers}"
+        if (more := len(subject.manifest.sources) - FILES) > 0:
+            made["more files"] = f"{more}, see ckpt-tool.json"
+    return made
