@@ -110,6 +110,15 @@ def _family_of_converted(checkpoint: Checkpoint) -> Family:
         return family(made_by)
     if len(own) == 1:
         return family(own[0])
+    if (name := canonical.whose(checkpoint)) is not None and not own:
+        fail(
+            "unsupported",
+            f"expected a class that originals of {name} are of, "
+            f"found {printable(json.dumps(architectures), 100)}",
+            file="config.json",
+            where="architectures",
+            hint="without --to original it is kept, as canonical safetensors",
+        )
     fail(
         "unknown-family",
         f"expected an architecture that one family writes, found {printable(json.dumps(architectures), 100)}",

@@ -259,6 +259,8 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     report = _run_verify(out, source, levels, asked)
     if asked["record"] is not None and report.status == "pass":
         _record(out, asked)  # first: a report may be read to its middle
+    elif asked["record"] is not None:
+        consoles()[1].print("nothing was recorded: only what a run that passes computes is", markup=False)
     return write_report(report, asked, files)
 
 

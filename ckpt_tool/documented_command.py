@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from ckpt_tool.errors import fail, near
 from ckpt_tool.terminal import Column, paragraph, table
 from ckpt_tool.verify.expectations import Expectation, load_all, match
 
-DTYPES = {"float64", "float32", "float16", "bfloat16"}
+DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 
 
 def listed(as_json: bool, screen: Console) -> int:
@@ -45,6 +46,15 @@ def listed(as_json: bool, screen: Console) -> int:
         (r["checkpoint"], r["family"], str(r["entries"]), str(r["gates"]), str(r["offline"])) for r in rows
     ]
     table(screen, heads, cells)  # type: ignore[arg-type]
+    entries = load_all()
+    weighty = [e for e in entries if e.head != "tokenizer"]
+    kinds = Counter(e.expected.kind for e in weighty)
+    text = (
+        f"{len(entries)} entries, {sum(e.gates for e in entries)} of which may decide; "
+        f"{len(entries) - len(weighty)} want a tokenizer alone, {len(weighty)} the weights: "
+        f"{', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}"
+    )
+    paragraph(screen, text, hang=2)
     return 0
 
 
@@ -82,7 +92,23 @@ def needs(e: Expectation) -> str:
     rows = e.input_ids
     if rows is not None:
         parts.append(f"{sum(map(len, rows)):,} tokens")
+    if (size := _SIZE.search(e.checkpoint)) is not None and e.head != "tokenizer":
+        weights = float(size["n"]) * (1e9 if size["unit"] in "bB" else 1e6)
+        weights *= int(size["times"] or 1)
+        width = DTYPES.get(e.dtype, 4)
+        parts.append(f"{_rounded(weights * width / 1e9)} GB of weights by its name, a layer at a time")
+        if rows is not None:
+            parts.append(f"about {_rounded(2e-12 * weights * sum(map(len, rows)))} TFLOP a pass")
     return ", ".join(parts)
+
+
+# The weights that a name tells: Mistral-7B, Mixtral-8x7B, opt-350m.
+_SIZE = re.compile(r"(?<![\w.])((?P<times>\d{1,2})x)?(?P<n>\d{1,4}(\.\d{1,2})?)(?P<unit>[bBmM])(?![a-z0-9])")
+
+
+def _rounded(x: float) -> str:
+    """Two digits."""
+    return f"{x:.2g}" if x < 10 else f"{x:,.0f}"
 
 
 def _plain(e: Expectation) -> dict[str, Any]:

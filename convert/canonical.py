@@ -23,7 +23,7 @@ from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import CODE, Class
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.families import FAMILIES, Family, family
-from ckpt_tool.convert.kept import read_manifest
+from ckpt_tool.convert.kept import HUGGING_FACE, LAYOUT, read_manifest
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
 from ckpt_tool.convert.params import SET
@@ -31,9 +31,6 @@ from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
-
-LAYOUT = "layout"  # in the manifest, beside what it keeps of an original
-HUGGING_FACE = "hugging-face"
 
 # How the tensors of a head begin, by the end of the class's name; of several one kind is there.
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -94,6 +91,7 @@ class Spelling:
     prefix: str
     own: str  # the prefix that this class writes
     family: Mapping[str, str]
+    kind: Class
 
     def written(self, name: str) -> str:
         return self.own + name.removeprefix(self.prefix) if name.startswith(self.prefix) else name
@@ -144,33 +142,26 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     _refuse_options(options)
     spelling = _spelling(checkpoint, chosen)
     seen = _renamed(checkpoint, spelling.family)
-    held = chosen.held(seen, options, spelling.architecture)
+    own = replace(options, drop=tuple(spelling.family.get(name, name) for name in options.drop))
+    held = chosen.held(seen, own, spelling.architecture)
     filled = held_steps(held)
-    expected = _expected(filled, held)
+    expected, there = _expected(filled), {name: held for held, name in spelling.family.items()}
     filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
+    copies = dict(_copies(filled, seen, held, spelling))
     claimed = {p.name for p in expected}
-    tied = {
-        n: to for n, to in held.table.repeats.items() if n not in claimed and held.source.keeps(n, options)
-    }
-    heads = [
-        t
-        for t in seen
-        if t.name not in claimed and t.name not in tied and t.name not in options.drop
-        and _is_of_head(t.name, spelling)
-    ]  # fmt: skip
+    repeats = held.table.repeats.items()
+    tied = {n: to for n, to in repeats if n not in claimed and held.source.keeps(n, own)}
+    left = [t for t in seen if t.name not in claimed and t.name not in tied and t.name not in own.drop]
+    heads = sorted((t for t in left if _is_of_head(t.name, spelling)), key=lambda t: natural(t.name))
     filled.problems += _head_problems(spelling, held, [*claimed, *(t.name for t in heads)], heads)
-    there = {name: own for own, name in spelling.family.items()}
-    made = [*expected, *(_whole(t) for t in sorted(heads, key=lambda t: natural(t.name)))]
-    filled.steps = Steps(_kept(part, there, spelling) for part in made)
+    made = [_kept(part, there, spelling) for part in [*expected, *map(_whole, heads)]]
+    filled.steps = Steps([*made, *(_copy(_whole(t), name, there, spelling) for name, t in copies.items())])
     compared = [_compared(seen, name, to, held, there, spelling) for name, to in tied.items()]
-    return as_it_is(
-        checkpoint,
-        filled,
-        compared,
-        options,
-        _written(checkpoint, chosen, options, held, spelling),
-        held.table.turns,
-    )
+    written = _written(checkpoint, chosen, options, held, spelling)
+    reasons = _reasons(held, (t.name for t in left), there)
+    notes = [*written.notes, *(f"{n} is written again, as a copy of {t.name}" for n, t in copies.items())]
+    written = replace(written, ignored=reasons, notes=notes)
+    return as_it_is(checkpoint, filled, compared, options, written, held.table.turns)
 
 
 def _refuse_options(options: Options) -> None:
@@ -209,7 +200,7 @@ def _spelling(checkpoint: Checkpoint, chosen: Family) -> Spelling:
         renamed[name] = full
     answering = found == IN_ANSWERING and architecture.endswith("ForQuestionAnswering")
     written = "" if architecture == base else IN_ANSWERING if answering else own.prefix
-    return Spelling(architecture, own.prefix, written, renamed)
+    return Spelling(architecture, own.prefix, written, renamed, own)
 
 
 def _is_within(name: str, found: str) -> bool:
@@ -241,6 +232,11 @@ def as_class_writes(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     return _renamed(checkpoint, {own: spelling.written(name) for own, name in spelling.family.items()})
 
 
+def as_rows_say(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
+    """The tensors under the names of the family's rows."""
+    return _renamed(checkpoint, _spelling(checkpoint, chosen).family)
+
+
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The tensors under other names. Kind `duplicate-tensor` for two that have one."""
     files: dict[str, TensorFile] = {}
@@ -261,7 +257,7 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
 # --- tensors --------------------------------------------------------------------------------------------
 
 
-def _expected(filled: Expansion, held: Held) -> list[Part]:
+def _expected(filled: Expansion) -> list[Part]:
     """Those that the rows ask for, once each, with all of their elements: `dims` as the rows have them, and
     the size of each axis as a range."""
     made: dict[str, Part] = {}
@@ -286,6 +282,28 @@ def _kept(part: Part, there: Mapping[str, str], spelling: Spelling) -> Step:
     old, new = there[part.name], spelling.written(part.name)
     source = Part(part.file, old, part.dtype, part.dims)
     return Step(sizes, (source,), (replace(source, name=new),), "rename")
+
+
+def _copies(
+    filled: Expansion, seen: Checkpoint, held: Held, spelling: Spelling
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Output layers that the rows ask for, that a release which ties them left out, and that another makes up
+    where they are missing; each with the tensor whose values it has. Their problems are taken off."""
+    if not _ties(held):
+        return
+    own = spelling.kind
+    for problem in [p for p in filled.problems if p.kind == "missing-tensor" and p.where in own.tied]:
+        name = str(problem.where)
+        if found := seen.find(own.tied[name] or own.prefix + own.words):
+            filled.problems.remove(problem)
+            yield name, found[0]
+
+
+def _copy(part: Part, name: str, there: Mapping[str, str], spelling: Spelling) -> Step:
+    """A tensor written once more, under another name."""
+    step = _kept(part, there, spelling)
+    targets = tuple(replace(t, name=spelling.written(name)) for t in step.targets)
+    return replace(step, targets=targets, note="a copy", copied=True)
 
 
 def _compared(
@@ -389,21 +407,22 @@ def _written(
     notes += held.facts.notes + _renamings(spelling)
     manifest = read_manifest(checkpoint)
     original = {} if manifest is None or manifest.direction != "to-hf" else dict(manifest.original)
-    ignored = {**held.ignored, **TABLES}
-    reasons = {
-        re.escape(own): reason
-        for own, name in spelling.family.items()
-        if (reason := next((r for p, r in ignored.items() if re.fullmatch(p, name)), None)) is not None
-    }
     return Written(
         chosen.name,
         config,
         [*documents, *_beside(checkpoint)],
-        reasons,
+        {},
         notes,
         {**original, LAYOUT: HUGGING_FACE},
         unread=chosen.unread,
     )
+
+
+def _reasons(held: Held, names: Iterable[str], there: Mapping[str, str]) -> dict[str, str]:
+    """Why tensors that are nobody's may be left out, by patterns of what they are called in the files."""
+    ignored = {**held.ignored, **TABLES}
+    found = {n: next((why for p, why in ignored.items() if re.fullmatch(p, n)), None) for n in names}
+    return {re.escape(there[n]): why for n, why in found.items() if why is not None}
 
 
 def _config(
@@ -411,8 +430,10 @@ def _config(
 ) -> tuple[dict[str, Value], list[OutputDocument], list[str]]:
     """config.json as it is, byte for byte, unless the user or --dtype says otherwise."""
     before = checkpoint.json("config.json")
-    settings = held.facts.settings
-    made = overlaid({k: v for k, v in before.items() if k in (held.facts.document or {})}, settings)
+    asked = options.settings
+    out = {k for k, v in asked.items() if v is None and k not in held.facts.settings}  # left out as told
+    settings = {k: v for k, v in asked.items() if k not in out}
+    made = overlaid({k: v for k, v in before.items() if k not in out}, settings)
     made = {k: v for k, v in made.items() if k not in CODE}
     if options.dtype is not None:
         names = [k for k in ("torch_dtype", "dtype") if k in made] or ["torch_dtype"]

@@ -20,6 +20,9 @@ from ckpt_tool.errors import fail, printable
 # how the source of a value begins that the user gave
 ASKED_FOR = ("--set", "--config", "--tokenizer", "--keep-padding")
 
+# In `original`: that the source was in the Hugging Face layout, too.
+LAYOUT, HUGGING_FACE = "layout", "hugging-face"
+
 _FORM = ("tensor_parallel", "pipeline_parallel", "checkpoint_version")
 _CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)

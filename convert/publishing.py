@@ -24,6 +24,7 @@ from ckpt_tool.checkpoint.safetensors import open_safetensors
 from ckpt_tool.checkpoint.weight_sets import belongs, is_weights
 from ckpt_tool.convert.durable import Identity, Staging
 from ckpt_tool.convert.journal import Entry
+from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import groups
@@ -31,7 +32,6 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, missing_package, prin
 
 BUNDLE = "tf-bundle"
 LARGE = 8 << 20  # bytes of a tensor from which on its room is given back; tables of positions are smaller
-OURS = "ckpt-tool.json"
 _PUNCH = 0x02 | 0x01  # linux/falloc.h: FALLOC_FL_PUNCH_HOLE, which goes with FALLOC_FL_KEEP_SIZE
 _KEPT_BYTES = 64 << 20  # headers of all files, and documents
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +59,9 @@ class Repository:
             if self.head is None:
                 HfApi().create_repo(self.repo, private=True)
                 self.head, self.created = HfApi().model_info(self.repo).sha, True
-            HfApi().preupload_lfs_files(self.repo, [CommitOperationAdd(OURS, b"{}")], revision=self.branch)
+            HfApi().preupload_lfs_files(
+                self.repo, [CommitOperationAdd(MANIFEST, b"{}")], revision=self.branch
+            )
 
     def send(self, name: str, path: Path) -> None:
         """Send a finished file of weights."""
@@ -151,7 +153,7 @@ def repository(out: str | os.PathLike[str], overwrite: bool) -> Repository:
 
 def _of_a_model(name: str) -> bool:
     """Whether a file of a repository belongs to a model as it is written here, and goes with it."""
-    return is_weights(name) or belongs(name) or name == OURS or name.endswith(".index.json")
+    return is_weights(name) or belongs(name) or name == MANIFEST or name.endswith(".index.json")
 
 
 def _folder(repo: str) -> Path:

@@ -15,6 +15,7 @@ from ckpt_tool.checkpoint.tensor_names import Folded, fold_key, folded_name
 from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import SPARE_BYTES
 from ckpt_tool.convert.facts import ranges
+from ckpt_tool.convert.kept import HUGGING_FACE, LAYOUT
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan import Dropped, Foretold, Plan
 from ckpt_tool.convert.steps import Steps
@@ -38,7 +39,9 @@ class _Row:
 def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None:
     """Print what the plan does: tensors, config, what is left out, files, what it needs and what to know;
     `opened` are notes on the files that were opened."""
+    kept = plan.original.get(LAYOUT) == HUGGING_FACE and plan.direction == "to-hf"
     way = "original to Hugging Face" if plan.direction == "to-hf" else "Hugging Face to original"
+    way = "Hugging Face, as it is" if kept else way
     tensors = sum(len(f.tensors) for f in plan.outputs)
     files = f"{len(plan.outputs)} file" + "s" * (len(plan.outputs) != 1)
     say(console, f"{plan.family}, {way}: {tensors} tensors, {_size(plan.bytes_out)} in {files}")

@@ -34,6 +34,7 @@ What verification asks a reading besides, where it says it:
     padding(tokens, longest, c) -> int  how many of `tokens` a row may have that is padded to `longest`, where
                                         a padded position would else reach a real one in one layout only
     vocabulary(c) -> int                the ids that there are, where config.json does not say it
+    needed(c) -> inputs                 those without which the class gives nothing
 
 and a reading of the Hugging Face layout, of its architecture's own mistakes:
 
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 
 PASSES = ("phases", "forward", "embed", "layer", "head")
+OF_HEADS = ("encode", "HEADS")  # of an engine whose families have them all
 
 
 class NotComputed(ValueError):
@@ -117,7 +119,8 @@ def _whole(module: ModuleType) -> ModuleType:
     if engine is module or engine is None:
         return module
     made = ModuleType(module.__name__, module.__doc__)
-    vars(made).update({name: getattr(engine, name) for name in PASSES} | vars(module))
+    shared = [name for name in (*PASSES, *OF_HEADS) if hasattr(engine, name)]
+    vars(made).update({name: getattr(engine, name) for name in shared} | vars(module))
     return made
 
 

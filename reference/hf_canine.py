@@ -40,6 +40,7 @@ ARCHITECTURES = tuple(f"Canine{name}" for name in CLASSES.split())
 CLASSIFIERS = {
     "CanineForSequenceClassification": "sequence_classification",
     "CanineForTokenClassification": "token_classification",
+    "CanineForMultipleChoice": "multiple_choice",
 }
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
 ABSENT = {  # what CanineConfig takes for absent keys
@@ -152,7 +153,7 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
 
 
 def own_heads(ranks: Ranks, c: Config) -> dict[str, Callable[[Both], Tensor]]:
-    """Those of the class with a head, by the names of its outputs; choices are several texts, not one."""
+    """Those of the class with a head, by the names of its outputs."""
     if "qa_outputs.weight" in ranks[0]:
         return {
             "start_logits": lambda x: span_logits(x[0], ranks[0])[0],
@@ -160,6 +161,8 @@ def own_heads(ranks: Ranks, c: Config) -> dict[str, Callable[[Both], Tensor]]:
         }
     if c.classifies is None or "classifier.weight" not in ranks[0]:
         return {}
+    if c.classifies == "multiple_choice":  # of one choice
+        return {"logits": lambda x: classified(pool(x, ranks, c), ranks)}
     pooled = c.classifies == "sequence_classification"
     return {"logits": lambda x: classified(pool(x, ranks, c) if pooled else x[0], ranks)}
 

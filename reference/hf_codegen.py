@@ -6,11 +6,11 @@ Source: transformers 4.37.2 and 5.23.0, models/codegen.
 """
 
 from ckpt_tool.reference import hf_gptj
-from ckpt_tool.reference.hf_gptj import embed, encode, forward, head, layer, phases
+from ckpt_tool.reference.hf_gptj import HEADS, embed, encode, forward, head, layer, phases
 
-__all__ = ["ARCHITECTURES", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
-ARCHITECTURES = ("CodeGenForCausalLM",)
+ARCHITECTURES = ("CodeGenForCausalLM", "CodeGenModel")
 
 
 class Config(hf_gptj.Config):

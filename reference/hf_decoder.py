@@ -10,7 +10,7 @@ Names of sizes as in hf_blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -33,11 +33,13 @@ from ckpt_tool.reference.hf_blocks import (
     rms_norm,
     rotate,
     softcap,
+    span_logits,
     split_heads,
     wide,
 )
+from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
 from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotation, told_once
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run, trunk
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
 
@@ -74,6 +76,7 @@ class Config:
     windows: tuple[int | None, ...]
     tied: bool  # the embedding table is also the output layer
     prefix: str = "model."  # of all but the heads
+    kind: str = "causal_lm"  # the head of the class
     biased: tuple[str, ...] = ()  # which have biases: "qkv", "out", and "units" that are not gated
     head_norms: bool = False  # each head of query and key is normalised before it is turned
     n_experts: int = 0
@@ -96,6 +99,10 @@ class Config:
     part: ClassVar[float] = 1.0  # of the channels of a head that is turned
     epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)
     computed: ClassVar[Mapping[str, Any]] = {"hidden_act": ("silu", "swish")}  # other values are not
+    answering: ClassVar[str | None] = (
+        None  # the prefix below the head of question answering, if it is its own
+    )
+    of_tokens: ClassVar[str] = "score."  # the head that labels tokens
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -123,7 +130,12 @@ class Config:
             "windows": (None if window is None else int(window),) * n_layers,
             "tied": bool(config.get("tie_word_embeddings", False)),
         }
-        return cls(**{**numbers, **cls.traits(config)})
+        made, kind = {**numbers, **cls.traits(config)}, kind_of(config)
+        if kind == "base_model":
+            made["prefix"] = ""
+        elif kind == "question_answering" and cls.answering is not None:
+            made["prefix"] = cls.answering
+        return cls(**{**made, "kind": kind})
 
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +151,8 @@ def windowed(kinds: Sequence[str], window: int, n_layers: int) -> tuple[int | No
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
-    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+    own = {"head": head} if c.kind in OF_WORDS else of_class(c.kind, _OF_LAST, final_norm)
+    return decoder_phases(embed, layer, own, ranks, c, inputs)
 
 
 def forward(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
@@ -188,6 +201,30 @@ def final_norm(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
 def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
     logits = linear(y, ranks[0], c.prefix + c.names.words if c.tied else c.names.output, bias=False)
     return wide(softcap(logits, c.logit_cap))
+
+
+def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
+    """The normalised sequence (B, T, D), which every head starts from."""
+    return final_norm(trunk(phases(ranks, c), ids), ranks, c)
+
+
+# What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those
+# `hf_blocks.of_last_token`.
+HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
+    "base_model": lambda y, ranks, c: y,
+    "causal_lm": lm_logits,
+    "sequence_classification": lambda y, ranks, c: wide(linear(y, ranks[0], "score.", bias=False)),
+    "token_classification": lambda y, ranks, c: wide(linear(y, ranks[0], c.of_tokens)),
+    "question_answering": lambda y, ranks, c: span_logits(y, ranks[0]),
+}
+
+
+def _of_last(name: str) -> Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]:
+    """That head of the last layer's output, which is not normalised yet."""
+    return lambda x, ranks, c: HEADS[name](final_norm(x, ranks, c), ranks, c)
+
+
+_OF_LAST = {name: _of_last(name) for name in HEADS}
 
 
 def attention(

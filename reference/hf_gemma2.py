@@ -1,4 +1,4 @@
-"""Gemma2ForCausalLM in the Hugging Face layout (hf_decoder).
+"""Gemma2 and its heads in the Hugging Face layout (hf_decoder).
 
 Source: transformers 4.57.6 and 5.23.0, models/gemma2 (eager attention).
 """
@@ -9,8 +9,9 @@ from typing import Any
 from ckpt_tool.reference import hf_decoder
 from ckpt_tool.reference.hf_blocks import ACTIVATIONS, one_of
 from ckpt_tool.reference.hf_decoder import Names, windowed
+from ckpt_tool.reference.hf_heads import DECODERS
 
-ARCHITECTURES = ("Gemma2ForCausalLM",)
+ARCHITECTURES = tuple(f"Gemma2{end}" for end in DECODERS[:4])  # answers no questions
 
 
 class Config(hf_decoder.Config):

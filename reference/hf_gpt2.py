@@ -1,4 +1,5 @@
-"""GPT2LMHeadModel in the Hugging Face layout (hf_transformer), `transformer.h.{i}.`. Its Conv1D keeps weights
+"""GPT-2 and its heads in the Hugging Face layout (hf_transformer), `transformer.h.{i}.`, or `h.{i}.` in
+GPT2Model. Its Conv1D keeps weights
 (in, out) and computes x W + b; `c_attn` holds query, key and value side by side.
 
 Source: transformers 4.37.2 and 5.23.0, models/gpt2.
@@ -11,10 +12,14 @@ from torch import Tensor
 
 from ckpt_tool.reference import hf_transformer
 from ckpt_tool.reference.hf_blocks import Cache, cached
-from ckpt_tool.reference.hf_transformer import head, layer, stems
+from ckpt_tool.reference.hf_heads import DECODERS
+from ckpt_tool.reference.hf_transformer import HEADS, head, layer, own_heads, rooted, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
-ARCHITECTURES = ("GPT2LMHeadModel",)
+__all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
+
+OTHERS = [end for end in DECODERS if end != "ForCausalLM"]
+ARCHITECTURES = tuple(f"GPT2{end}" for end in ("LMHeadModel", "DoubleHeadsModel", *OTHERS))
 
 
 class Config(hf_transformer.Config):
@@ -33,7 +38,7 @@ class Config(hf_transformer.Config):
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
-    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+    return decoder_phases(embed, layer, own_heads(c), ranks, c, inputs)
 
 
 forward, encode = passes(phases)
@@ -42,8 +47,8 @@ forward, encode = passes(phases)
 def embed(
     ids: Tensor, ranks: Ranks, c: Config, *, positions: Tensor | None = None, past: Cache | None = None
 ) -> Tensor:
-    (w,) = ranks
+    w, root = rooted(ranks, c)
     if positions is None:
         start = cached(past)
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-    return w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][positions]
+    return w[root + "wte.weight"][ids] + w[root + "wpe.weight"][positions]

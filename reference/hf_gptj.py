@@ -1,4 +1,4 @@
-"""GPTJForCausalLM in the Hugging Face layout (hf_transformer), `transformer.h.{i}.` with `attn.q_proj`,
+"""GPT-J and its heads in the Hugging Face layout (hf_transformer), `transformer.h.{i}.` with `attn.q_proj`,
 `attn.k_proj` and `attn.v_proj`. Attention and feed-forward start from one norm; part of each head is turned.
 
 Source: Wang and Komatsuzaki 2021 (GPT-J-6B); transformers 4.37.2 and 5.23.0, models/gptj.
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from ckpt_tool.reference import hf_transformer
 from ckpt_tool.reference.hf_blocks import GELUS
-from ckpt_tool.reference.hf_transformer import head, layer, stems
+from ckpt_tool.reference.hf_heads import DECODERS
+from ckpt_tool.reference.hf_transformer import HEADS, head, layer, own_heads, rooted, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
-__all__ = ["ARCHITECTURES", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
+__all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
-ARCHITECTURES = ("GPTJForCausalLM",)
+ARCHITECTURES = tuple(f"GPTJ{end}" for end in DECODERS if end != "ForTokenClassification")
 
 
 class Config(hf_transformer.Config):
@@ -47,11 +48,12 @@ class Config(hf_transformer.Config):
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
-    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+    return decoder_phases(embed, layer, own_heads(c), ranks, c, inputs)
 
 
 forward, encode = passes(phases)
 
 
 def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    return F.embedding(ids, ranks[0]["transformer.wte.weight"])
+    w, root = rooted(ranks, c)
+    return F.embedding(ids, w[root + "wte.weight"])

@@ -30,6 +30,7 @@ from ckpt_tool.reference.hf_blocks import (
     weigh,
     wide,
 )
+from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
 CLASSES = (
@@ -57,6 +58,7 @@ class Config:
     padding: int
     positions: int
     root: str  # of all names but those of heads
+    kind: str = "masked_lm"  # the head of the class
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -73,6 +75,7 @@ class Config:
             padding=int(config["pad_token_id"]),
             positions=int(config["max_position_embeddings"]),
             root="" if config.get("architectures") == ["LukeModel"] else "luke.",
+            kind=kind_of(config, "masked_lm"),
         )
 
 
@@ -84,12 +87,23 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
     return ("token_types", "mask", "entity_ids", "entity_mask", "entity_positions")
 
 
+def needed(c: Config) -> tuple[str, ...]:
+    """What the class cannot do without, of `inputs`."""
+    return ("entity_ids",) if c.kind.startswith("entity_") else ()
+
+
 def fits(tokens: int, c: Config) -> int:
     """Positions begin after that of padding."""
     return min(tokens, c.positions - c.padding - 1)
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
+    if c.kind not in OF_WORDS:
+        known = {n: h for n, h in HEADS.items() if not n.startswith("entity_") or "entity_ids" in inputs}
+        known.pop("entity_span_classification", None)  # which wants the ends of each span, too
+        own = of_class(c.kind, known, lambda x, ranks, c: x[0])
+        own |= {"pooler_output": pool} if c.kind == "base_model" else {}
+        return decoder_phases(embed, layer, own, ranks, c, inputs)
     heads: dict[str, Callable[..., Any]] = {"head": head, "pooler_output": pool}
     if "entity_ids" in inputs:
         heads["entity_logits"] = entity_logits

@@ -34,6 +34,7 @@ from ckpt_tool.reference.hf_blocks import (
     span_logits,
     wide,
 )
+from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
 CLASSES = (
@@ -81,6 +82,7 @@ class Config:
     truncation: int | None
     tied: bool
     root: str = "mega."
+    kind: str = "masked_lm"  # the head of the class
     divides: bool = False  # see the module
 
     @classmethod
@@ -112,6 +114,7 @@ class Config:
             truncation=None if reach is None else int(reach),
             tied=bool(config.get("tie_word_embeddings", True)),
             root="" if config.get("architectures") == ["MegaModel"] else "mega.",
+            kind=kind_of(config, "masked_lm"),
             divides=bool(config.get(DIVIDES, False)),
         )
 
@@ -129,9 +132,9 @@ def fits(tokens: int, c: Config) -> int:
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
-    heads: dict[str, Callable[[Tensor, Ranks, Config], Tensor]] = {"head": head}
-    if not c.root:
-        heads["head"] = lambda x, ranks, c: x
+    heads: dict[str, Callable[..., Tensor]] = {"head": head}
+    if c.kind not in OF_WORDS:
+        heads = of_class(c.kind, HEADS, lambda x, ranks, c: x)
     if c.root + "pooler.dense.weight" in ranks[0]:
         heads["pooler_output"] = pool
     return decoder_phases(embed, layer, heads, ranks, c, inputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ckpt_tool.reference import hf_transformer
 from ckpt_tool.reference.hf_blocks import Cache, activate, cached, linear, span_logits, wide
+from ckpt_tool.reference.hf_heads import OF_WORDS, of_class
 from ckpt_tool.reference.hf_transformer import finish, layer, norm, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
 
@@ -48,6 +49,10 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
+    if c.kind not in OF_WORDS:
+        heads = of_class(c.kind, HEADS, finish)
+        heads |= {"pooler_output": pool} if c.kind == "base_model" else {}
+        return decoder_phases(embed, layer, heads, ranks, c, inputs)
     heads = {"head": head}
     if "cls.seq_relationship.weight" in ranks[0]:
         heads["seq_relationship_logits"] = next_sentence

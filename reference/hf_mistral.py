@@ -1,8 +1,9 @@
-"""MistralForCausalLM in the Hugging Face layout (hf_decoder)."""
+"""Mistral and its heads in the Hugging Face layout (hf_decoder)."""
 
 from ckpt_tool.reference import hf_decoder
+from ckpt_tool.reference.hf_heads import DECODERS
 
-ARCHITECTURES = ("MistralForCausalLM",)
+ARCHITECTURES = tuple(f"Mistral{end}" for end in DECODERS)
 
 
 class Config(hf_decoder.Config):

@@ -1,4 +1,4 @@
-"""MixtralForCausalLM in the Hugging Face layout (hf_decoder), its experts in
+"""Mixtral and its heads in the Hugging Face layout (hf_decoder), its experts in
 `model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight`.
 
 In memory transformers 5.23.0 (models/mixtral, MixtralExperts) has other names and one tensor for all experts
@@ -13,8 +13,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from ckpt_tool.reference import hf_decoder
+from ckpt_tool.reference.hf_heads import DECODERS
 
-ARCHITECTURES = ("MixtralForCausalLM",)
+ARCHITECTURES = tuple(f"Mixtral{end}" for end in DECODERS)
 
 
 class Config(hf_decoder.Config):

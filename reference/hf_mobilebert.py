@@ -147,14 +147,13 @@ def unused(c: Config) -> tuple[str, ...]:
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
-    """Without an LM head "head" is the last hidden state. Choices are not a phase, as they want ids of their
-    own."""
+    """Without an LM head "head" is the last hidden state. Of choices it is the logits of one."""
     (w,), kind = ranks, c.architecture.removeprefix("MobileBertFor")
     lm = "cls.predictions.bias" in w
     heads: dict[str, Callable[..., Tensor]] = {"head": head if lm else last}
     if "cls.seq_relationship.weight" in w:
         heads["seq_relationship_logits"] = next_sentence
-    if kind in ("SequenceClassification", "TokenClassification"):
+    if kind in ("SequenceClassification", "TokenClassification", "MultipleChoice"):
         of_tokens = kind == "TokenClassification"
         heads["logits"] = lambda x, ranks, c: classified(x if of_tokens else pool(x, ranks, c), ranks)
     if kind == "QuestionAnswering":

@@ -3,12 +3,11 @@ OPTModel and some uploads of the whole. Each head as its class computes it.
 
 Source: transformers 4.37.2 and 5.23.0, models/opt.
 
-B batch, T tokens, E width of a word, L labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ckpt_tool.reference import hf_transformer
-from ckpt_tool.reference.hf_blocks import GELUS, Cache, cached, linear, span_logits, wide
-from ckpt_tool.reference.hf_transformer import finish, head, layer, rooted, stems
+from ckpt_tool.reference.hf_blocks import GELUS, Cache, cached
+from ckpt_tool.reference.hf_transformer import head, layer, own_heads, rooted, stems
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, passes
+
+__all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering")
 OFFSET = 2  # of the rows in the table of positions
@@ -51,7 +52,7 @@ class Config(hf_transformer.Config):
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
-    return decoder_phases(embed, layer, {"head": head}, ranks, c, inputs)
+    return decoder_phases(embed, layer, own_heads(c), ranks, c, inputs)
 
 
 forward, encode = passes(phases)
@@ -70,12 +71,5 @@ def embed(
     return x + F.embedding(positions + OFFSET, w[p + "embed_positions.weight"])
 
 
-# What `encode` gives goes into each. Logits of a sequence's classes are (B, T, L), of every position.
-HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
-    "base_model": finish,
-    "causal_lm": head,
-    "sequence_classification": lambda x, ranks, c: wide(
-        linear(finish(x, ranks, c), ranks[0], "score.", bias=False)
-    ),
-    "question_answering": lambda x, ranks, c: span_logits(finish(x, ranks, c), ranks[0]),
-}
+# What `encode` gives goes into each; tokens have no classes here.
+HEADS = {name: of for name, of in hf_transformer.HEADS.items() if name != "token_classification"}

@@ -1,4 +1,4 @@
-"""Qwen3ForCausalLM in the Hugging Face layout (hf_decoder).
+"""Qwen3 and its heads in the Hugging Face layout (hf_decoder).
 
 Source: transformers 4.57.6 and 5.23.0, models/qwen3.
 """
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.reference import hf_qwen2
+from ckpt_tool.reference.hf_heads import DECODERS
 
-ARCHITECTURES = ("Qwen3ForCausalLM",)
+ARCHITECTURES = tuple(f"Qwen3{end}" for end in DECODERS)
 
 
 class Config(hf_qwen2.Config):

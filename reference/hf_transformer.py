@@ -11,7 +11,7 @@ Names of sizes as in hf_blocks, and E the width of a word, which is D but in OPT
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -31,11 +31,13 @@ from ckpt_tool.reference.hf_blocks import (
     one_of,
     only,
     rotate_neighbours,
+    span_logits,
     split_heads,
     unseen,
     weigh,
     wide,
 )
+from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
 from ckpt_tool.reference.phases import Ranks
 
 
@@ -53,7 +55,8 @@ class Config:
     norm_eps: float
     activation: str  # as `activate` calls it
     tied: bool  # the embedding table is also the output layer
-    roots: tuple[str, ...] = ("transformer.",)  # of all names but those of heads; the one that is there
+    roots: tuple[str, ...] = ("", "transformer.")  # of all names but those of heads; the one that is there
+    kind: str = "causal_lm"  # the head of the class
     turned: int = 0  # channels of each head; none: positions are learned
     causal: bool = True
     norm_first: bool = True  # before each branch, else after each sum
@@ -93,6 +96,7 @@ class Config:
             "norm_eps": float(config[cls.epsilon]) if cls.epsilon else 1e-5,
             "activation": one_of(config, cls.function, cls.known),
             "tied": bool(config.get("tie_word_embeddings", True)),
+            "kind": kind_of(config),
         }
         return cls(**{**numbers, **cls.traits(config)})
 
@@ -183,3 +187,20 @@ def head(x: Tensor, ranks: Ranks, c: Config) -> Tensor:
     w, root = rooted(ranks, c)
     output = root + c.names["word"] if c.tied else "lm_head."
     return wide(linear(finish(x, ranks, c), w, output, c.parallel))
+
+
+# What the last layer gives goes into each. Logits of a sequence's classes are (B, T, L), of every position.
+HEADS: dict[str, Callable[[Tensor, Ranks, Config], Tensor | tuple[Tensor, Tensor]]] = {
+    "base_model": finish,
+    "causal_lm": head,
+    "sequence_classification": lambda x, ranks, c: wide(
+        linear(finish(x, ranks, c), ranks[0], "score.", bias=False)
+    ),
+    "token_classification": lambda x, ranks, c: wide(linear(finish(x, ranks, c), ranks[0], "classifier.")),
+    "question_answering": lambda x, ranks, c: span_logits(finish(x, ranks, c), ranks[0]),
+}
+
+
+def own_heads(c: Config) -> dict[str, Callable[..., Tensor]]:
+    """Those of the class, as phases."""
+    return {"head": head} if c.kind in OF_WORDS else of_class(c.kind, HEADS, finish)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.convert.plan import Foretold
+from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify import foretold, library, logits
 from ckpt_tool.verify.library import Library, NotLoaded, Unavailable, one_line, release
 from ckpt_tool.verify.measure import CAPS, MARGIN, Bar
@@ -51,6 +52,7 @@ class Judged:
     converted: Side | None
     accepted: tuple[str, ...] = ()
     elsewhere: str | os.PathLike[str] | None = None
+    padding: int | None = None  # the id of config.json
 
 
 def finding(check: str, status: Status, message: str, **more: Any) -> Finding:
@@ -249,6 +251,9 @@ def _passes(
             if output is None:
                 continue
             wanted, its = ours[head], out[output].to(ours[head].dtype)
+            if wanted.ndim == its.ndim + 1:  # a class of sequences gives the last token's of what has all
+                ours[head] = wanted = of_last_token(wanted, ids, judged.padding)
+                noisy[head] = of_last_token(noisy[head], ids, judged.padding)
             if head in expected or trunk:
                 assert judged.converted is not None
                 found.raws.setdefault(head, {})[name] = Sample(ids, wanted, given), its

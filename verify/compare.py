@@ -13,14 +13,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
+from ckpt_tool.convert import canonical
 from ckpt_tool.convert.facts import class_of, differences, read, shown
+from ckpt_tool.convert.families import FAMILIES
+from ckpt_tool.convert.families import family as family_called
 from ckpt_tool.convert.plan import natural
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
@@ -98,7 +101,7 @@ def compare(
             report.facts[name] = f"{os.fspath(path)}: {side.layout}, {count} tensors, {size:,} bytes"
             sides.append(side)
         one, other = sides
-        report.findings += _tensors(one, other, report, tell)
+        report.findings += _tensors(*_named_alike(one, other), report, tell)
         report.findings += _config(one, other)
         report.findings += _generation(one, other)
         report.findings += _tokenizer(one, other)
@@ -124,10 +127,13 @@ def _tensors(one: Shown, other: Shown, report: Compared, tell: Callable[[str], N
     there = {t.name: t for t in other.checkpoint}
     pairs: list[Pair] = []
     alone: tuple[list[TensorInfo], list[TensorInfo]] = ([], [])
+    common: dict[str, Pair] = {}
     for name in sorted(here.keys() | there.keys(), key=natural):
         tell(f"tensors: {name}")
         if name in here and name in there:
             pairs.append(compared(one.checkpoint, other.checkpoint, here[name], there[name]))
+            if (rows := _rows_in_common(here[name], there[name])) is not None:
+                common[name] = compared(one.checkpoint, other.checkpoint, *rows)
         else:
             alone[name in there].append((here if name in here else there)[name])
     differing = [p for p in pairs if not p.equal]
@@ -147,7 +153,29 @@ def _tensors(one: Shown, other: Shown, report: Compared, tell: Callable[[str], N
         text = f"all {len(pairs)} tensors are equal, bit for bit"
         yield finding("tensors", "all tensors", "pass", text, data={"exactness": report.same})
     yield from capped([*_alone(one, "A", alone[0]), *_alone(other, "B", alone[1])])
-    yield from capped([_differing(p) for p in sorted(differing, key=lambda p: -p.relative)])
+    differing.sort(key=lambda p: -p.relative)
+    yield from capped([_differing(p, common.get(p.a.name)) for p in differing])
+
+
+def _rows_in_common(a: TensorInfo, b: TensorInfo) -> tuple[TensorInfo, TensorInfo] | None:
+    """The first rows of both, as many as both have, where one has more of them, as a vocabulary that was
+    enlarged."""
+    if not a.shape or not b.shape or a.shape[1:] != b.shape[1:] or a.shape == b.shape:
+        return None
+    shape = (min(a.shape[0], b.shape[0]), *a.shape[1:])
+    return (replace(a, shape=shape), replace(b, shape=shape)) if shape[0] else None
+
+
+def _named_alike(one: Shown, other: Shown) -> tuple[Shown, Shown]:
+    """Both under the names of the model with its head, where one is the model alone."""
+    if one.checkpoint.names() and not {*one.checkpoint.names()}.isdisjoint(other.checkpoint.names()):
+        return one, other
+    kinds = [canonical.kind_of(s.checkpoint) for s in (one, other)]
+    if None in kinds or kinds[0] != kinds[1]:
+        return one, other
+    own = next(f for f in map(family_called, FAMILIES) if kinds[0] in f.classes)
+    a, b = (replace(s, checkpoint=canonical.as_rows_say(s.checkpoint, own)) for s in (one, other))
+    return a, b
 
 
 def _alone(side: Shown, label: str, tensors: list[TensorInfo]) -> Iterator[Finding]:
@@ -193,8 +221,17 @@ def _summary(pairs: list[Pair], differing: list[Pair]) -> Finding:
     return finding("tensors", "all tensors", "fail", text, data=data, tables=(Table(columns, tuple(rows)),))
 
 
-def _differing(p: Pair) -> Finding:
-    if p.a.shape != p.b.shape:
+def _differing(p: Pair, common: Pair | None = None) -> Finding:
+    """`common` compares the rows that both have, where one has more."""
+    if common is not None and common.comparable:
+        rows, more = common.a.shape[0], "A" if p.a.shape[0] > p.b.shape[0] else "B"
+        added = abs(p.a.shape[0] - p.b.shape[0])
+        text = f"{added:,} rows more in {more}, after the {rows:,} that both have, which are "
+        text += "equal" if common.equal else (
+            f"not equal: {common.count:,} elements differ {common.where()}, max |delta| "
+            f"{number(common.max_delta)}"
+        )  # fmt: skip
+    elif p.a.shape != p.b.shape:
         text = f"expected shape {list(p.a.shape)}, found {list(p.b.shape)}"
     elif not p.comparable:
         text = f"expected {p.a.dtype}, found {p.b.dtype}, which cannot be compared"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.hub import parts
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
@@ -155,11 +158,22 @@ def _asked_of(readings: Readings, config: Mapping[str, Any], prompts: Mapping[st
     return replace(readings, reason=reason)
 
 
+_IN_CACHE = re.compile(r"models--(?P<organisation>[^/]{1,96})--(?P<name>[^/]{1,96})")
+
+
 def _named(subject: Subject) -> str | None:
-    """The checkpoint that the source's file is published as, where its name and the vocabulary agree."""
-    if subject.source is None:
-        return None
-    return archived(subject.source.path.name, subject.config.get("vocab_size"))
+    """The checkpoint that the source's file is published as, where its name and the vocabulary agree; or that
+    a download of the Hub is of, by the folder that it lies in or the address that the manifest records."""
+    sides = [c for c in (subject.source, subject.output) if c is not None]
+    words = subject.config.get("vocab_size")
+    known = archived(subject.source.path.name, words) if subject.source is not None else None
+    address = subject.manifest.source if subject.manifest is not None else None
+    if known is None and address is not None and scheme_of(address) == "hf":
+        known = parts(address)[0]
+    for part in (x for c in sides for x in c.path.absolute().parts):
+        if known is None and (found := _IN_CACHE.fullmatch(part)) is not None:
+            known = f"{found['organisation']}/{found['name']}"
+    return known
 
 
 @contextmanager
@@ -270,7 +284,12 @@ def _judged(
     if readings.original is not None and readings.reason is not None and readings.reason[0] != "fail":
         return [Finding("transformers", "logits", *readings.reason)]
     converted = None if judge is readings.converted else readings.converted
-    judged = Judged(judge, converted, asked.accept, asked.elsewhere)
+    padding = subject.config.get("pad_token_id")
+    judged = Judged(
+        judge, converted, asked.accept, asked.elsewhere, padding if type(padding) is int else None
+    )
+    wanted = (converted or judge).needed
+    prompts = {name: p for name, p in prompts.items() if wanted <= p.given.keys()}
     return against_transformers(
         subject, judged, prompts, dtype=asked.dtype, device=asked.device, progress=tell
     )

@@ -13,11 +13,12 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.checkpoint.zlibs import crc32
+from ckpt_tool.convert import canonical
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.verify.accepting import undeclared_cast
-from ckpt_tool.verify.left_over import is_table, left_over
+from ckpt_tool.verify.left_over import explained, is_table, left_over
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
 from ckpt_tool.verify.prefixed import NOTE
 from ckpt_tool.verify.report import Finding, Status
@@ -167,9 +168,19 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         others = "no others" if not named else f"{len(named)} that are left over"
         text = f"all {len(expected)} tensors of the plan are there with their shapes and dtypes, and {others}"
         yield finding("target tensors", "pass", text)
+    yield from _left_out(subject)
     yield from undeclared_cast(subject)
     for note in plan.lossy:
         yield finding("dtype", "note", note)
+
+
+def _left_out(subject: Subject) -> Iterator[Finding]:
+    """Tables of a source of the same layout that loading makes anew: whether they hold what is made."""
+    if not subject.keeps_layout or subject.plan is None or subject.source is None:
+        return
+    dropped = [d.tensor for d in subject.plan.dropped]
+    wrong, _ = explained(subject.source, subject.source.json("config.json"), dropped)
+    yield from capped([finding("source tensors", "fail", f"left out: {w}", n) for n, w in wrong.items()])
 
 
 def _way_back_problems(subject: Subject) -> tuple[list[Problem], list[Problem]]:
@@ -209,6 +220,8 @@ def _replanned(subject: Subject) -> Iterator[Finding]:
         return
     if subject.direction == "to-hf":
         wrong, back = _way_back_problems(subject)
+        if subject.manifest is None and {p.kind for p in wrong} == {"missing-fact"}:  # of an original's
+            wrong, back = [], wrong + back
     else:
         try:
             family.plan(subject.output, Options(settings=subject.settings))
@@ -219,7 +232,7 @@ def _replanned(subject: Subject) -> Iterator[Finding]:
     if wrong:
         return
     if back:
-        yield from _as_recorded(subject)
+        yield from _as_recorded(subject) if subject.manifest is not None else _as_its_class(subject)
     else:
         count = sum(1 for _ in subject.output)
         text = f"all {count} tensors are those that family {family.name} expects for this config"
@@ -227,6 +240,20 @@ def _replanned(subject: Subject) -> Iterator[Finding]:
     if subject.direction == "to-hf":
         yield from capped(left_over(subject, [*subject.output])[0])
     yield finding("source tensors", "skipped", "no source was given to account for")
+
+
+def _as_its_class(subject: Subject) -> Iterator[Finding]:
+    """Where no original could be written, of this head or with these values: what its class has."""
+    assert subject.family is not None
+    try:
+        made = canonical.canonical(subject.output, subject.family, Options())
+    except CkptToolError as error:
+        yield from _problems("target tensors", error.problems)
+        return
+    names = [str(n) for n in subject.config.get("architectures") or [subject.family.name]]
+    count = sum(len(f.tensors) for f in made.outputs)
+    text = f"all {count} tensors that {', '.join(names)} has for this config are there"
+    yield finding("target tensors", "pass", text)
 
 
 def _as_recorded(subject: Subject) -> Iterator[Finding]:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckpt_tool import reference
+from ckpt_tool.convert.facts import class_of
 from ckpt_tool.verify.other_release import Said
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import shown
@@ -86,7 +88,10 @@ def architecture_of(subject: Subject) -> str:
     """The class that config.json names; ValueError where the family knows none of that name."""
     assert subject.family is not None
     (architecture, *_) = subject.config.get("architectures") or [""]
-    if architecture not in subject.family.architectures:  # a name in a file decides nothing but this
+    own = {*subject.family.architectures}
+    if class_of(subject.config) in subject.family.classes:  # another head of the same model
+        own |= reference.architectures().keys()
+    if architecture not in own:  # a name in a file decides nothing but this
         raise ValueError(f"expected one of {subject.family.architectures}, found {architecture!r}")
     return str(architecture)
 
@@ -97,6 +102,19 @@ def installed() -> Any:
         warnings.simplefilter("ignore")
         import transformers
     return transformers
+
+
+CHOICES = "ForMultipleChoice"
+
+
+def as_choices(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments whose rows are the choices of one question."""
+    return {k: x[None] if isinstance(x, Tensor) else x for k, x in named.items()}
+
+
+def of_choices(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The logits (1, C) as (C, 1), a row for each."""
+    return {k: x.T for k, x in found.items() if k == "logits"}
 
 
 def elsewhere(given: str | os.PathLike[str] | None) -> Path | None:
@@ -123,7 +141,10 @@ def here(
         words: list[str] = []
         ids, given = tensors(prompts[name], device)
         with listening(words), torch.inference_mode():
-            found = model(**arguments(model, ids, given))
+            named = arguments(model, ids, given)
+            choices = architecture_of(subject).endswith(CHOICES)
+            found = model(**(as_choices(named) if choices else named))
+            found = of_choices(found) if choices else found
         return found, words
 
     return Library(version, info, said, compute)
@@ -190,6 +211,7 @@ def there(where: Path, subject: Subject, prompts: Mapping[str, Prompt], dtype: s
     Python, or a folder of packages that is put before those of this one. Unavailable where it cannot be
     started or has no such class, NotLoaded where it raises."""
     assert subject.hf is not None
+    choices = architecture_of(subject).endswith(CHOICES)
     with tempfile.TemporaryDirectory(prefix="ckpt-tool-judge-") as scratch:
         home = Path(scratch)
         request = {
@@ -215,7 +237,8 @@ def there(where: Path, subject: Subject, prompts: Mapping[str, Prompt], dtype: s
         if stage is not None:
             raise RuntimeError(error)
         at = str(list(prompts).index(name))
-        return {k: x.to(device) for k, x in outputs[at].items()}, answer["computing"]
+        made = {k: x.to(device) for k, x in outputs[at].items()}
+        return (of_choices(made) if choices else made), answer["computing"]
 
     return Library(version, answer["info"], answer["loading"], compute)
 
@@ -224,9 +247,10 @@ def _asked(where: Path, request: dict[str, str], prompts: Mapping[str, Prompt], 
     """The answer of the script to a request."""
     import numpy as np
 
-    arrays = {}
+    arrays, choices = {}, request["architecture"].endswith(CHOICES)
     for at, prompt in enumerate(prompts.values()):
-        for argument, x in named_arguments(*tensors(prompt, "cpu")).items():
+        named = named_arguments(*tensors(prompt, "cpu"))
+        for argument, x in (as_choices(named) if choices else named).items():
             arrays[f"{at}/{argument}"] = x.numpy()
     np.savez(request["inputs"], **arrays)  # type: ignore[arg-type]
     (home / "request.json").write_text(json.dumps(request), encoding="utf-8")

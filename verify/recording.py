@@ -16,7 +16,8 @@ from torch import Tensor
 from ckpt_tool import __version__, reference
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
-from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
+from ckpt_tool.reference.hf_heads import kind_of
+from ckpt_tool.verify.answers import RESULTS, Batch, Contradiction, Runner, Skip
 from ckpt_tool.verify.compute import UNREADABLE, as_read, lengths_of, threads_for
 from ckpt_tool.verify.expectations import SCHEMA_VERSION, Expectation, Expected, Tolerance, parse
 from ckpt_tool.verify.generate_run import Request, decodes, run
@@ -28,7 +29,14 @@ LONGEST = 64  # tokens of a prompt that is recorded
 SHOWN = 8  # of the last positions, and of the first channels
 STEPS = 16  # tokens that are generated
 ATOL = 1e-3
-HEADS = ("causal_lm", "masked_lm", "base_model")
+HEADS = ("causal_lm", "masked_lm", "base_model")  # tried in this order, but for classes of another head
+OF_CLASS = (
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "multiple_choice",
+    "next_sentence_prediction",
+)
 # How it goes on: greedily, and for the first prompt drawn and by beams too. Nothing ends a row, and no ban or
 # penalty of the model acts.
 PLAIN: dict[str, Any] = {"max_new_tokens": STEPS, "eos_token_id": None, "rules": "5"}
@@ -101,12 +109,18 @@ def _entries(
         }
         for part in _of_prompt(runner, ids, SEARCHES if prompt == next(iter(rows)) else GREEDY):
             how = part.pop("how", "")
-            yield {"id": f"recorded.{prompt}.{part['expected']['kind']}{how}", **common, **part}
+            tensor = part["expected"].get("tensor", "logits")
+            which = "" if part["head"] not in OF_CLASS or tensor == "logits" else f".{tensor}"
+            yield {"id": f"recorded.{prompt}.{part['expected']['kind']}{which}{how}", **common, **part}
 
 
 def _of_prompt(runner: Runner, ids: list[int], searches: Searches) -> Iterator[dict[str, Any]]:
     batch = Batch(torch.tensor([ids], device=runner.device), {})
-    for head in HEADS:
+    own = kind_of(runner.subject.config)
+    if own in OF_CLASS:
+        yield from _classes(runner, own, ids, batch)
+        return
+    for head in (own,) if own == "base_model" else HEADS:
         default = "last_hidden_state" if head == "base_model" else "logits"
         try:
             result = runner.result(_asked(head, ids, runner), batch, default).double().cpu()
@@ -118,6 +132,23 @@ def _of_prompt(runner: Runner, ids: list[int], searches: Searches) -> Iterator[d
             if head == "causal_lm":
                 yield from _continued(runner, ids, searches)
             return
+
+
+def _classes(runner: Runner, head: str, ids: list[int], batch: Batch) -> Iterator[dict[str, Any]]:
+    """All that a head of few classes, or of the ends of an answer, gives for a prompt."""
+    for name in RESULTS.get(head, ("logits",)):
+        try:
+            result = runner.outputs(head, batch)[name].double().cpu()
+        except (Skip, Contradiction):
+            return
+        expected = {
+            "kind": "logits_slice",
+            "tensor": name,
+            "shape": list(result.shape),
+            "slice": [f"0:{n}" for n in result.shape],
+            "values": _rounded(result),
+        }
+        yield {"head": head, "expected": expected, "tolerance": {"atol": ATOL, "rtol": 0, "basis": "exact"}}
 
 
 def _asked(head: str, ids: list[int], runner: Runner) -> Expectation:

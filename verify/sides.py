@@ -107,6 +107,12 @@ class Side:
         return () if found is None else tuple(found(self.ranks, self.config))
 
     @property
+    def needed(self) -> frozenset[str]:
+        """Those of `inputs` without which its class in the library gives nothing."""
+        found = getattr(self.module, "needed", None)
+        return frozenset() if found is None else frozenset(found(self.config))
+
+    @property
     def unused(self) -> frozenset[str]:
         """Parameters that the class makes and no pass reads, so that a file may lack them."""
         found = getattr(self.module, "unused", None)

@@ -47,6 +47,7 @@ _DOCUMENTS = frozenset(
         "metadata.json",
         "entity_vocab.json",
         "entity_vocab.jsonl",
+        "entity_vocab.tsv",
         "ckpt-tool.json",
         "consolidated.safetensors.index.json",
         "pytorch_model.bin.index.json",

@@ -57,6 +57,7 @@ STARTS = ("at_sign_id", "number_sign_id", "entity_mask_id")
 DROP_QUERIES = Option(
     "drop_queries", "Leave out the copied query projections of entity-aware attention.", "hf"
 )
+LINES_OF_ENGLISH = "entity_vocab.tsv"
 DROP_COPIES = Option(
     "drop_copies",
     "Leave out rows and projections that were copies, whatever they hold now (lossy).",
@@ -370,6 +371,11 @@ def _documents(
         notes.append(f"no {entity_spans.MODEL} was given or is beside the weights; no tokenizer was written")
     if vocabulary is not None:
         made.append(OutputDocument(OBJECT, vocabulary.content, LINES))
+    elif LINES_OF_ENGLISH in known.source.checkpoint.documents:
+        notes.append(
+            f"{LINES_OF_ENGLISH} is that of the English models (a title, a tab, a count), which is not read; "
+            f"no {OBJECT} was written: that of a published model is in its Hugging Face folder"
+        )
     else:
         notes.append(f"no {LINES} is beside the weights; no {OBJECT} was written")
     return made, notes

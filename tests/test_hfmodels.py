@@ -1,0 +1,273 @@
+"""Models in the Hugging Face layout already, of any head: made canonical, and verified as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckpt_tool import api
+from ckpt_tool.convert import canonical
+from ckpt_tool.convert.families import FAMILIES, family
+from ckpt_tool.convert.plan import Options
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.verify import compare, verify
+from ckpt_tool.verify.compute import ONE_READING
+from ckpt_tool.verify.recording import record
+from ckpt_tool.verify.report import Report
+
+transformers = pytest.importorskip("transformers")
+
+GPT = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SIZES = {"vocab_size": 89, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BERT = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+LUKE = BERT | {"entity_vocab_size": 23, "entity_emb_size": 12, "pad_token_id": 1}
+MOBILE = BERT | {"embedding_size": 12, "intra_bottleneck_size": 20, "true_hidden_size": 20}
+LLAMA = BERT | {"num_key_value_heads": 2}
+# class -> configuration, numbers, what transformers calls the results that are compared
+MODELS: dict[str, tuple[str, Mapping[str, Any], set[str | None]]] = {
+    "LlamaForSequenceClassification": ("LlamaConfig", LLAMA, {"logits"}),
+    "LlamaForQuestionAnswering": ("LlamaConfig", LLAMA | {"num_labels": 2}, {"start_logits", "end_logits"}),
+    "LlamaModel": ("LlamaConfig", LLAMA, {None}),
+    "GPTNeoXForTokenClassification": ("GPTNeoXConfig", BERT, {"logits"}),
+    "GPT2ForSequenceClassification": ("GPT2Config", GPT, {"logits"}),
+    "MobileBertForMultipleChoice": ("MobileBertConfig", MOBILE, {"logits"}),
+    "LukeForEntityPairClassification": ("LukeConfig", LUKE, {"logits"}),
+}
+Made = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`model(architecture)`: a tiny one, as transformers saves it."""
+    root = tmp_path_factory.mktemp("hf")
+
+    def made(architecture: str) -> Path:
+        folder = root / architecture
+        if not folder.is_dir():
+            named, numbers, _ = MODELS[architecture]
+            torch.manual_seed(5)
+            config = getattr(transformers, named)(**{**SIZES, **numbers})
+            built = getattr(transformers, architecture)(config)
+            with torch.no_grad():
+                for p in built.parameters():
+                    p.copy_(torch.randn_like(p) * 0.2 + (p.ndim == 1))
+            built.save_pretrained(folder)
+        return folder
+
+    return made
+
+
+def rewritten(
+    source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any
+) -> Path:
+    """The model with other tensors, in two files of pickles, and other values of config.json."""
+    out.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    names = sorted(tensors)
+    halves = {n: f"pytorch_model-0000{1 + (k % 2)}-of-00002.bin" for k, n in enumerate(names)}
+    for file in sorted(set(halves.values())):
+        torch.save({n: tensors[n] for n in names if halves[n] == file}, out / file)
+    index = {"metadata": {"total_size": 0}, "weight_map": halves}
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    document = json.loads((source / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+    return out
+
+
+def failed(report: Report) -> list[tuple[str, str, str, str | None]]:
+    return [
+        (f.level, f.check, f.message, f.where) for f in report.findings if f.status in ("fail", "undecided")
+    ]
+
+
+def refused(folder: Path, **options: Any) -> CkptToolError:
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(folder, options=Options(**options))
+    return caught.value
+
+
+# --- verified as they are -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_head_is_computed_as_its_class_does(architecture: str, model: Made) -> None:
+    report = verify(model(architecture), no_source=True, levels="coverage", against="transformers")
+    assert failed(report) == []
+    found = {f.where for f in report.findings if f.level == "transformers" and f.check == "logits"}
+    assert MODELS[architecture][2] <= found
+    (whole,) = (f for f in report.findings if f.check == "target tensors" and f.status == "pass")
+    assert architecture in whole.message
+    assert report.status == "undecided", "nothing says where the weights come from"
+
+
+def test_what_is_recorded_of_a_head_is_held_against_it(model: Made, tmp_path: Path) -> None:
+    source, file = model("LlamaForQuestionAnswering"), tmp_path / "values.json"
+    file.write_bytes(record(source, "me/tiny"))
+    entries = json.loads(file.read_bytes())["entries"]
+    assert {e["expected"]["tensor"] for e in entries} == {"start_logits", "end_logits"}
+    report = verify(source, no_source=True, levels="documented", expectations=file)
+    assert report.status == "pass" and f"gives the {len(entries)} values" in report.headline
+
+    def other(w: dict[str, torch.Tensor]) -> None:
+        w["qa_outputs.bias"] = w["qa_outputs.bias"] + 0.01
+
+    wrong = rewritten(source, tmp_path / "wrong", other)
+    assert verify(wrong, no_source=True, levels="documented", expectations=file).status == "fail"
+
+
+# --- made canonical -----------------------------------------------------------------------------------------
+
+
+def test_every_family_says_how_it_is_held() -> None:
+    assert all(callable(family(name).held) for name in FAMILIES)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForQuestionAnswering", "LukeForEntityPairClassification"])
+def test_pickles_become_what_the_class_itself_writes(architecture: str, model: Made, tmp_path: Path) -> None:
+    source = rewritten(model(architecture), tmp_path / "in", lambda w: None)
+    api.convert(source, tmp_path / "out")
+    here, there = (load_file(p / "model.safetensors") for p in (tmp_path / "out", model(architecture)))
+    assert here.keys() == there.keys() and all(torch.equal(here[n], there[n]) for n in here)
+    config = "config.json"
+    assert (tmp_path / "out" / config).read_bytes() == (source / config).read_bytes()
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
+    assert report.status == "pass" and report.exactness == "bit-identical"
+    again = api.convert(tmp_path / "out", tmp_path / "again", options=Options(max_shard_bytes=20_000))
+    assert len(again.plan.outputs) > 1 and {s.note for s in again.plan.steps} == {"rename"}
+
+
+def test_both_sides_of_parity_have_one_reading_and_it_says_so(model: Made, tmp_path: Path) -> None:
+    source = model("LlamaForSequenceClassification")
+    api.convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source, levels="parity")
+    assert report.status == "pass" and ONE_READING in {f.message for f in report.findings}
+    wrong = load_file(tmp_path / "out" / "model.safetensors")
+    wrong["score.weight"] = wrong["score.weight"].flip(0)
+    save_file(wrong, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert verify(tmp_path / "out", source, levels="parity").status == "fail"
+
+
+def test_names_and_tables_of_old_releases(model: Made, tmp_path: Path) -> None:
+    def old(w: dict[str, torch.Tensor]) -> None:
+        """As the first GPT-2 files: no prefix, a mask in each layer, the head again."""
+        for name in list(w):
+            if name != "score.weight":
+                w[name.removeprefix("transformer.")] = w.pop(name)
+        del w["score.weight"]
+        for i in range(2):
+            w[f"h.{i}.attn.bias"] = torch.ones(64, 64).tril()[None, None]
+            w[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        w["lm_head.weight"] = w["wte.weight"].clone()
+
+    source = model("GPT2ForSequenceClassification")
+    plain = rewritten(source, tmp_path / "gpt2", old, architectures=["GPT2LMHeadModel"])
+    made = api.convert(plain, tmp_path / "out").plan
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = {n: t for n, t in load_file(source / "model.safetensors").items() if n != "score.weight"}
+    assert found.keys() == theirs.keys() and all(torch.equal(found[n], theirs[n]) for n in found)
+    assert {d.reason for d in made.dropped} == {"the causal mask"} and len(made.dropped) == 4
+    assert any("tensors get the names that GPT2LMHeadModel writes" in n for n in made.notes)
+    assert [s.sources[0].name for s in made.steps if s.compare == "tied"] == ["lm_head.weight"]
+    assert verify(tmp_path / "out", plain, levels=("coverage", "bits")).status == "pass"
+
+    def both_ways(w: dict[str, torch.Tensor]) -> None:
+        old(w)
+        w["h.1.attn.bias"][..., 0, 1] = 1
+
+    seen = rewritten(source, tmp_path / "seen", both_ways, architectures=["GPT2LMHeadModel"])
+    api.convert(seen, tmp_path / "blind")
+    report = verify(tmp_path / "blind", seen, levels=("coverage", "bits"))
+    assert report.status == "fail" and [f.where for f in report.findings if f.status == "fail"] == [
+        "h.1.attn.bias"
+    ]
+
+    def other(w: dict[str, torch.Tensor]) -> None:
+        old(w)
+        w["lm_head.weight"] += 1
+
+    apart = rewritten(source, tmp_path / "apart", other, architectures=["GPT2LMHeadModel"])
+    with pytest.raises(CkptToolError) as caught:
+        api.convert(apart, tmp_path / "none")
+    assert "lm_head.weight" in caught.value.text() and not (tmp_path / "none").exists()
+
+
+def test_norms_called_gamma_and_beta(model: Made, tmp_path: Path) -> None:
+    def old(w: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in w if "LayerNorm." in n]:
+            w[name.replace(".weight", ".gamma").replace(".bias", ".beta")] = w.pop(name)
+
+    source = model("MobileBertForMultipleChoice")
+    made = api.convert(rewritten(source, tmp_path / "in", old), tmp_path / "out").plan
+    found, theirs = (load_file(p / "model.safetensors") for p in (tmp_path / "out", source))
+    assert found.keys() == theirs.keys() and all(torch.equal(found[n], theirs[n]) for n in found)
+    assert any("gamma and beta" in n for n in made.notes)
+
+
+def test_a_folder_is_refused_that_its_class_does_not_fit(model: Made, tmp_path: Path) -> None:
+    source = model("LlamaForSequenceClassification")
+
+    def case(name: str, change: Callable[[dict[str, torch.Tensor]], Any], **config: Any) -> Path:
+        return rewritten(source, tmp_path / name, lambda w: [change(w)].clear(), **config)
+
+    error = refused(case("headless", lambda w: w.pop("score.weight")))
+    assert error.kind == "missing-tensor" and "score.weight" in error.text()
+    error = refused(case("labels", lambda w: None, id2label={"0": "a", "1": "b"}))
+    assert error.kind == "config-mismatch" and "2 labels" in error.text()
+    error = refused(case("layer", lambda w: w.pop("model.layers.1.mlp.up_proj.weight")))
+    assert error.kind == "missing-tensor" and "layers.1.mlp.up_proj" in error.text()
+    error = refused(case("more", lambda w: w.update({"model.extra.weight": torch.ones(2, 2)})))
+    assert error.kind == "uncovered-tensors"
+    error = refused(case("width", lambda w: None, intermediate_size=44))
+    assert error.kind == "config-mismatch" and "intermediate_size" in error.text()
+    error = refused(case("class", lambda w: None, architectures=["LlamaForPigs"]))
+    assert error.kind == "unsupported" and "LlamaForPigs" in error.text()
+    assert refused(source, gqa=1).kind == "usage"
+
+
+def test_a_value_that_no_original_can_say_is_kept(model: Made, tmp_path: Path) -> None:
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    source = rewritten(model("LlamaModel"), tmp_path / "in", lambda w: None, rope_parameters=scaled)
+    made = api.convert(source, tmp_path / "out", options=Options(dtype="BF16"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"] == scaled and config["dtype"] == "bfloat16"
+    assert {t.dtype for f in made.plan.outputs for t in f.tensors} == {"BF16"}
+    assert verify(tmp_path / "out", source, levels="bits").exactness == "identical after cast"
+
+
+# --- compared -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_alone_and_one_with_more_words_are_compared(model: Made, tmp_path: Path) -> None:
+    bare = model("LlamaModel")
+
+    def headed(w: dict[str, torch.Tensor]) -> None:
+        for name in list(w):
+            w[f"model.{name}"] = w.pop(name)
+        w["model.embed_tokens.weight"] = torch.cat([w["model.embed_tokens.weight"], torch.ones(3, 24)])
+        w["lm_head.weight"] = torch.ones(92, 24)
+
+    grown = rewritten(bare, tmp_path / "b", headed, architectures=["LlamaForCausalLM"], vocab_size=92)
+    report = compare.compare(bare, grown, logits=False)
+    words = {f.where: f.message for f in report.findings if f.level == "tensors"}
+    assert (
+        "3 rows more in B, after the 89 that both have, which are equal" in words["model.embed_tokens.weight"]
+    )
+    assert "lm_head.weight" in words and words[None].startswith("1 of 20 tensors differ")
+
+
+def test_a_class_is_found_by_its_names_alone(model: Made, tmp_path: Path) -> None:
+    silent = rewritten(model("LlamaModel"), tmp_path / "in", lambda w: None, architectures=None)
+    with api.open_checkpoint(silent) as checkpoint:
+        assert canonical.whose(checkpoint) == "llama"
+        names = {t.name for f in api.plan(checkpoint).outputs for t in f.tensors}
+    assert names == load_file(model("LlamaModel") / "model.safetensors").keys()
