@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from ckpt_tool.command_parts import mode_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.reference import blocks, hf_blocks
-from ckpt_tool.verify import Report, effort, pace, parity, streamed, verify, weights
+from ckpt_tool.verify import Report, effort, in_order, pace, parity, streamed, verify, weights
 from ckpt_tool.verify.effort import Effort, effort_for, first_of_each_kind, layers_text
 from ckpt_tool.verify.measure import CAPS, Distance, distance
 from ckpt_tool.verify.noise import ReversedSums
@@ -276,3 +279,46 @@ def test_the_time_that_is_left_follows_what_was_done() -> None:
     assert clock.left() == ", about 90 s left"
     assert pace.Pace({0: 1.0}, pace.TOLD / 2).left() == ""
     assert [pace.duration(s) for s in (45, 240, 9000)] == ["45 s", "4 min", "2.5 h"]
+
+
+def test_a_gate_names_the_mode_of_a_check(written: Callable[[str], Made], tmp_path: Path) -> None:
+    from ckpt_tool.verify.gate import read_gate, run_check
+
+    source, out = written("llama-2-7b")
+    file = tmp_path / "parity.toml"
+    text = f'[[check]]\nname = "a"\nout = "{out}"\nsource = "{source}"\nlevels = ["parity"]\nmode = '
+    file.write_text(text + '"quick"\n')
+    (check,) = read_gate(file)[1]
+    report = run_check(check, convert)
+    assert report.status == "pass" and one(report, "left out").data["mode"] == "quick"
+    file.write_text(text + '"hasty"\n')
+    with pytest.raises(CkptToolError, match="expected default or quick or thorough, found 'hasty'"):
+        read_gate(file)
+
+
+@pytest.mark.parametrize("flaw", [False, True])
+def test_bits_by_several_threads_are_told_in_order(
+    flaw: bool, written: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, right = written("llama-3-70b")
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    if flaw:
+        (file,) = out.glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 64
+        data[len(data) // 2] ^= 64
+        file.write_bytes(data)
+    alone = verify(out, source, levels=("coverage", "bits"))
+    monkeypatch.setattr(in_order, "WORTH", 0)
+    monkeypatch.setattr(in_order, "WINDOW", 3)
+    threads: set[int] = set()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    coverage = import_module("ckpt_tool.verify.coverage")  # a function of that name stands before it
+    look = coverage.scan_one
+    monkeypatch.setattr(
+        coverage, "scan_one", lambda *args: (threads.add(threading.get_ident()), look(*args))[1]
+    )
+    report = verify(out, source, levels=("coverage", "bits"))
+    assert [f.to_json() for f in report.findings] == [f.to_json() for f in alone.findings]
+    assert report.status == ("fail" if flaw else "pass") and threading.get_ident() not in threads
