@@ -189,13 +189,14 @@ def _originals(original: Side, phase: Phase, runs: list[Run], effort: Effort) ->
 
 
 def _noise(original: Side, phase: Phase, m: Made) -> None:
-    """The phase with reversed sums: of the original's own activations, and of those that had them before."""
-    r = m.run
+    """The phase with reversed sums: of the original's own activations and, of a prompt that is still on its
+    way to the phase, of those that had them before."""
+    r, x, given = m.run, m.sample.x, m.run.given
     with ReversedSums():
-        if r.is_free and r.noisy is not r.x:
-            again, m.noisy = _both(partial(_own, original, phase, given=r.given), r.x, r.noisy, r.given)
+        if r.is_free and r.x is x and r.noisy is not x:
+            again, m.noisy = _both(partial(_own, original, phase, given=given), x, r.noisy, given)
         else:
-            again = _own(original, phase, r.x, r.given)
+            again = _own(original, phase, x, given)
             m.noisy = again if r.is_free else None
     m.noise = m.sample.of(again)
 
