@@ -34,6 +34,7 @@ from ckpt_tool.verify.effort import Effort
 from ckpt_tool.verify.measure import Bar, Distance, LogitDistance, bar_for
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.parity import Made, NoPass, Parity
+from ckpt_tool.verify.positions import Positions
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.sides import Phase, Sample, Side, phase_text, tensors
 from ckpt_tool.verify.steps import Step
@@ -356,17 +357,20 @@ def _distance(said: Sequence[Any]) -> Distance:
 
 
 def _logits(x: logits.Logits) -> list[Any]:
-    p = x.logits
-    likely = None if p is None else [*(v.hex() for v in (p.kl, p.top1, p.top5, float(p.loss))), p.ties]
+    p, seen = x.logits, x.positions
+    likely = None if p is None else [[v.hex() for v in (*p.kls, p.top1, p.top5, float(p.loss))], p.ties]
+    drawn = None if seen is None else [[v.hex() for v in seen.delta], seen.differing, list(seen.top5)]
     bar = [x.bar.nmse.hex(), x.bar.max_delta.hex(), _numbers(x.bar.noise)]
-    return [_numbers(x.distance), likely, bar, x.tokens]
+    return [_numbers(x.distance), likely, bar, x.tokens, drawn]
 
 
 def _logits_of(said: Sequence[Any]) -> logits.Logits:
-    far, likely, (nmse, delta, noise), tokens = said
-    found = None
+    far, likely, (nmse, delta, noise), tokens, drawn = said
+    found = seen = None
     if likely is not None:
-        kl, top1, top5, loss = map(float.fromhex, likely[:4])
-        found = LogitDistance(kl, top1, top5, loss, int(likely[4]))
+        *kls, top1, top5, loss = map(float.fromhex, likely[0])
+        found = LogitDistance(tuple(kls), top1, top5, loss, int(likely[1]))
+    if drawn is not None:
+        seen = Positions(tuple(map(float.fromhex, drawn[0])), int(drawn[1]), tuple(drawn[2]))
     bar = Bar(float.fromhex(nmse), float.fromhex(delta), _distance(noise))
-    return logits.Logits(_distance(far), found, bar, int(tokens))
+    return logits.Logits(_distance(far), found, bar, int(tokens), seen)
