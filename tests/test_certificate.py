@@ -23,7 +23,8 @@ from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import merkle
-from ckpt_tool.verify.certificate import Certified, Request, as_bytes, certify, excluded, interval
+from ckpt_tool.verify.binomial import excluded, interval
+from ckpt_tool.verify.certificate import Certified, Request, as_bytes, certify
 from ckpt_tool.verify.certificate_check import check
 from ckpt_tool.verify.leaves import derived, digest, makers
 from ckpt_tool.verify.report import Report

@@ -28,9 +28,10 @@ from ckpt_tool.fixtures.flaws import plant
 from ckpt_tool.pytest_plugin import narrowed, pytest_xdist_make_scheduler
 from ckpt_tool.verify import needs
 from ckpt_tool.verify.claims import Claim
+from ckpt_tool.verify.equivalence import histogram
 from ckpt_tool.verify.gate import Check, read_gate
 from ckpt_tool.verify.handing_over import check_line, check_of, report_line, report_of
-from ckpt_tool.verify.pictures import drawings
+from ckpt_tool.verify.pictures import drawings, picture
 from ckpt_tool.verify.positions import drawn, positions, spelled
 from ckpt_tool.verify.report import Finding, Report, Reports, Table
 from ckpt_tool.verify.strips import strip
@@ -399,8 +400,8 @@ def test_positions_and_most_probable_tokens_are_drawn_where_they_differ() -> Non
     words = spelled(data, SimpleNamespace(id_to_token=lambda k: f"<b>{k}"))
     shown = list(drawings(words))
     assert len(shown) == 2 and "&lt;b&gt;" in shown[1] and "<b>" not in shown[1]
-    for picture in shown:
-        ET.fromstring(picture)
+    for one in shown:
+        ET.fromstring(one)
     assert "2 of 234 marks are over it" in shown[0]
     assert positions(wanted, wanted, tokens=True).top5 == ()
 
@@ -493,3 +494,12 @@ def test_the_notebook_runs_and_its_outputs_are_true() -> None:
     for cell, outputs in notebook.executed(content):
         told = [notebook.masked(o) for o in cell["outputs"]]
         assert told == [notebook.masked(o) for o in outputs], "".join(cell["source"])
+
+
+def test_the_histogram_of_the_kl_is_drawn_with_its_counts() -> None:
+    kls = {"long": [0.0, 1e-13, 2e-13, 3e-11, math.inf]}
+    drawn = picture(histogram(kls))
+    counts = [e.text for e in ET.fromstring(drawn).iter() if e.tag == "text" and e.get("y") != "204"]
+    titles = [e.text for e in ET.fromstring(drawn).iter() if e.tag == "title"]
+    assert titles == ["0: 1 tokens", "1e-13: 2 tokens", "1e-12: 0 tokens", "1e-11: 1 tokens", "inf: 1 tokens"]
+    assert counts[:4] == ["1", "2", "1", "1"] and "5 tokens of all prompts" in drawn

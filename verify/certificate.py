@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.manifest import CERTIFICATE
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import verify
+from ckpt_tool.verify.binomial import CONFIDENCE, interval
 from ckpt_tool.verify.leaves import of_tensors, root
 from ckpt_tool.verify.provenance import versions
 from ckpt_tool.verify.report import Finding, Report
@@ -33,7 +33,6 @@ from ckpt_tool.verify.subject import Subject, opened
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:ckpt-tool:certificate:v1"
-CONFIDENCE = 0.95
 PIECE = 1 << 20
 ENTRIES = 100_000
 ROUNDING = {
@@ -273,8 +272,7 @@ def _processor() -> str:
 
 
 def catch_rate(findings: Iterable[Finding]) -> dict[str, Any] | None:
-    """How many of the mistakes that were planted were caught, with the interval that holds the true rate with
-    95 % confidence (Clopper and Pearson, Biometrika 26, 1934)."""
+    """How many of the mistakes that were planted were caught, with the interval of the rate."""
     for f in findings:
         if f.check == "negative control" and f.tables:
             shown = [row[-1] for row in f.tables[0].rows if row]
@@ -287,54 +285,3 @@ def catch_rate(findings: Iterable[Finding]) -> dict[str, Any] | None:
                 "interval": [round(low, 6), round(high, 6)],
             }
     return None
-
-
-def interval(hits: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The exact interval of a share of which `hits` of `trials` were seen."""
-    tail = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else _solve(lambda p: 1 - _at_most(hits - 1, trials, p), tail)
-    high = 1.0 if hits == trials else _solve(lambda p: 1 - _at_most(hits, trials, p), 1 - tail)
-    return low, high
-
-
-def _at_most(k: int, n: int, p: float) -> float:
-    """The chance of at most `k` hits in `n` trials of chance `p`."""
-    if p <= 0 or p >= 1:
-        return 1.0 if p <= 0 or k >= n else 0.0
-    choose = math.lgamma(n + 1)
-    return math.fsum(
-        math.exp(
-            choose - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-        )
-        for i in range(k + 1)
-    )
-
-
-def _solve(grows: Callable[[float], float], wanted: float) -> float:
-    """Where a function that grows from 0 to 1 takes the value `wanted`."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if grows(middle) < wanted else (low, middle)
-    return (low + high) / 2
-
-
-def excluded(leaves: int, checked: int, confidence: float = CONFIDENCE) -> int:
-    """The most wrong ones that `leaves` can hold, if `checked` of them, chosen at random, are all right: a
-    larger number would have shown itself with this confidence. Exact, without replacement."""
-    wrong = 0
-    while wrong < leaves - checked and _unseen(leaves, wrong + 1, checked) > 1 - confidence:
-        wrong += 1
-    return wrong
-
-
-def _unseen(leaves: int, wrong: int, checked: int) -> float:
-    """The chance that none of `wrong` leaves is among `checked` ones."""
-    if checked > leaves - wrong:
-        return 0.0
-    return math.exp(
-        math.lgamma(leaves - wrong + 1)
-        - math.lgamma(leaves - wrong - checked + 1)
-        - math.lgamma(leaves + 1)
-        + math.lgamma(leaves - checked + 1)
-    )

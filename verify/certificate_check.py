@@ -24,6 +24,7 @@ from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import certificate as made
 from ckpt_tool.verify import leaves as trees
+from ckpt_tool.verify.binomial import excluded
 from ckpt_tool.verify.certificate_form import must_fit
 from ckpt_tool.verify.claims import Claim, Judgement, exactness, judge
 from ckpt_tool.verify.coverage import capped
@@ -297,7 +298,7 @@ def _spot(
                 wrong.append(_finding("source", "spot", "fail", words, f"{leaf.file}: {leaf.name}"))
         yield from capped(wrong)
         if not wrong:
-            most = made.excluded(len(leaves), len(chosen))
+            most = excluded(len(leaves), len(chosen))
             words = _share(most, len(leaves), len(chosen))
             report.depth.append(words)
             yield _finding("source", "spot", "pass", words)

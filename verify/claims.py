@@ -159,11 +159,23 @@ def _proved(findings: Sequence[Finding]) -> str:
         if own and level != "transformers":
             text += f"; {level} not shown: {own[0].message}"
     for f in findings:
+        if (f.level, f.check, f.status) == ("parity", "equivalence", "pass"):
+            text += _equivalent(f.data.get("upper"), f.data.get("margin"))
         if f.data.get("trusted"):
             text += f"; only the manifest tells {f.data['trusted']}"
         if f.status == "skipped" and f.data.get("open"):
             text += f"; {f.check} not compared: {f.message}"
     return text
+
+
+def _equivalent(upper: object, margin: object) -> str:
+    """The bound of the mean KL of a token against its margin; see verify.equivalence. A certificate from
+    elsewhere may hold anything."""
+    if not (isinstance(upper, int | float) and isinstance(margin, int | float)):
+        return ""
+    if upper == 0:
+        return "; KL 0 on every token tried"
+    return f"; KL at most {upper:.2g} nats a token on prompts like those tried (95 %, margin {margin:.0e})"
 
 
 def _cause(findings: Sequence[Finding]) -> str | None:

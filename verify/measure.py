@@ -59,29 +59,32 @@ def farthest(distances: Iterable[Distance]) -> Distance:
 
 @dataclass(frozen=True)
 class LogitDistance:
-    """`kl` is the largest KL(reference || found) of any position in nats, over the whole vocabulary; `top1`
-    the share of positions with the same most probable token, not counting ties nearer than the bar; `top5`
-    the mean share of the five most probable that both have; `loss` the difference of mean next-token cross
-    entropy."""
+    """`kls` are KL(reference || found) of each position in nats, over the whole vocabulary; `top1` the share
+    of positions with the same most probable token, not counting ties nearer than the bar; `top5` the mean
+    share of the five most probable that both have; `loss` the difference of mean next-token cross entropy."""
 
-    kl: float
+    kls: tuple[float, ...]
     top1: float
     top5: float
     loss: float
     ties: int
 
+    @property
+    def kl(self) -> float:
+        """The largest of any position."""
+        return max(self.kls, default=0.0)
+
 
 def logit_distance(found: Tensor, reference: Tensor, ids: Tensor | None, tie: float) -> LogitDistance:
     """Logits (1, T, V) of one prompt; `ids` (1, T), or None where the logits are not of tokens. Two tokens
     whose reference logits are nearer than `tie` may change places."""
-    kl, same, ties, shared = 0.0, 0, 0, 0.0
+    kls: list[float] = []
+    same, ties, shared = 0, 0, 0.0
     positions = reference.shape[1]
     k = min(5, reference.shape[-1])
     for start in range(0, positions, CHUNK):
         p, q = (x[0, start : start + CHUNK].double() for x in (reference, found))
-        p_log, q_log = p.log_softmax(-1), q.log_softmax(-1)
-        divergence = (p_log.exp() * (p_log - q_log)).sum(-1).max()
-        kl = max(kl, float(divergence.nan_to_num(nan=math.inf)))
+        kls += divergence(p.log_softmax(-1), q.log_softmax(-1)).nan_to_num(nan=math.inf).tolist()
         best, other = p.argmax(-1, keepdim=True), q.argmax(-1, keepdim=True)
         near = (p.gather(-1, best) - p.gather(-1, other)).squeeze(-1) <= tie
         agree = (best == other).squeeze(-1)
@@ -92,7 +95,20 @@ def logit_distance(found: Tensor, reference: Tensor, ids: Tensor | None, tie: fl
     loss = 0.0
     if ids is not None and positions > 1:
         loss = abs(_loss(found, ids) - _loss(reference, ids))
-    return LogitDistance(max(kl, 0.0), same / positions, shared / positions, loss, ties)
+    return LogitDistance(tuple(kls), same / positions, shared / positions, loss, ties)
+
+
+def divergence(p_log: Tensor, q_log: Tensor) -> Tensor:
+    """KL(p || q) in nats of each row of log probabilities (T, V), float64.
+
+    As the sum of p (q/p - 1 - log q/p), which is the same for probabilities that sum to one: every term is
+    positive, and where p and q differ by rounding the terms of first order, which would drown the result, are
+    not there."""
+    delta = q_log - p_log
+    near = p_log.exp() * (delta.expm1() - delta)
+    far = q_log.exp() - p_log.exp() * (1 + delta)  # q/p itself may be too large for a float
+    ruled_out = p_log.isneginf()  # p log(q/p) is 0 there
+    return torch.where(ruled_out, q_log.exp(), torch.where(delta < 1, near, far)).sum(-1)
 
 
 def _loss(logits: Tensor, ids: Tensor) -> float:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference.phases import Tree, mapped
-from ckpt_tool.verify import foretold, logits
+from ckpt_tool.verify import equivalence, foretold, logits
+from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.diagnose import Diagnosis, diagnose
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
 from ckpt_tool.verify.mistakes import to_plant
@@ -407,7 +408,10 @@ def findings(
         )
         for head, found in result.logits.items()
     ]
-    made = [_layers(result, str(dtype).removeprefix("torch.")), *whole]
+    name = str(dtype).removeprefix("torch.")
+    taken_back = list(dict.fromkeys(m.foretold.name for m in result.foretold))
+    made = [_layers(result, name), *whole]
+    made += equivalence.findings(LEVEL, result.logits.get("head", {}), name, taken_back)
     made += [*foretold.findings(LEVEL, result.foretold, accepted), *_controls(result, dtype)]
     if original.config.n_layers != converted.config.n_layers:
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
@@ -489,7 +493,11 @@ def _controls(result: Parity, dtype: torch.dtype) -> list[Finding]:
     caught = sum(p.caught for p in planted)
     missed = [p for p in planted if not p.caught and not p.blind]
     blind = [p for p in planted if p.blind]
-    text = f"{caught} of {len(planted)} planted mistakes are caught at these bars"
+    low, high = interval(caught, len(planted))
+    text = (
+        f"{caught} of {len(planted)} planted mistakes are caught at these bars (95 % interval of the rate "
+        f"{low:.1%} to {high:.1%})"
+    )
     if missed:
         text += f"; not caught: {_named(missed)}"
     if blind:
@@ -498,6 +506,7 @@ def _controls(result: Parity, dtype: torch.dtype) -> list[Finding]:
     status: Status = "fail" if missed else "undecided" if blind else "pass"
     data = {
         "rate": rate,
+        "interval": [round(low, 6), round(high, 6)],
         "more_is_better": True,
         "blind": [[phase_text(p.phase), p.name, p.seen_in] for p in blind],
     }

@@ -37,7 +37,7 @@ EXIT_CODES: dict[str, int] = {"pass": 0, "fail": 1, "undecided": 2}
 @dataclass(frozen=True)
 class Table:
     """Numbers behind a finding: a head line and rows of text and numbers. A terminal gets the first `brief`
-    rows."""
+    rows, and with 0 not even a word that there are some."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str | float | None, ...], ...]
@@ -353,6 +353,8 @@ def render(reports: Sequence[Report], console: Console) -> None:
 
 
 def _render_table(shown_table: Table, console: Console) -> None:
+    if not shown_table.brief:
+        return
     columns = []
     for k, name in enumerate(shown_table.columns):
         numeric = all(not isinstance(row[k], str) for row in shown_table.rows)
