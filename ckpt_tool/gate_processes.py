@@ -118,7 +118,7 @@ class _Crew:
         if place not in self.needs:
             self.needs[place] = needs.of_check(self.checks[place])
         known = self.needs[place]
-        return needs.COMPUTING if known is None else known
+        return min(needs.COMPUTING, self.budget) if known is None else known
 
     def _may_start(self, place: int) -> bool:
         if len(self.running) >= self.jobs or not self.before[place].isdisjoint(self._open()):

@@ -28,9 +28,10 @@ from ckpt_tool.fixtures.flaws import plant
 from ckpt_tool.pytest_plugin import narrowed, pytest_xdist_make_scheduler
 from ckpt_tool.verify import needs
 from ckpt_tool.verify.claims import Claim
+from ckpt_tool.verify.equivalence import histogram
 from ckpt_tool.verify.gate import Check, read_gate
 from ckpt_tool.verify.handing_over import check_line, check_of, report_line, report_of
-from ckpt_tool.verify.pictures import drawings
+from ckpt_tool.verify.pictures import drawings, picture
 from ckpt_tool.verify.positions import drawn, positions, spelled
 from ckpt_tool.verify.report import Finding, Report, Reports, Table
 from ckpt_tool.verify.strips import strip
@@ -152,9 +153,14 @@ def test_what_does_not_fit_is_refused_or_without_a_limit_runs_alone(
     assert "expected a check that fits into 1.0 GB of memory" in found.message
     assert "needs about 9.0 GB" in found.message and found.data["kind"] == "out-of-memory"
     assert not any("b" in line for line in stand_in())
+    monkeypatch.setattr(
+        needs, "of_check", lambda check: None
+    )  # of what is not known it runs, and tells itself
+    assert gate(file, only=["a"], jobs=1, memory=1000).reports[0].findings == []
+    monkeypatch.setattr(needs, "of_check", lambda check: 9 * 10**9 if check.name == "b" else 300)
     monkeypatch.setattr(needs, "free_memory", lambda: 10**9)
     gate(file, jobs=3)
-    log = stand_in()[4:]
+    log = stand_in()[6:]
     assert log.index("-b") == log.index("+b") + 1
 
 
@@ -399,8 +405,8 @@ def test_positions_and_most_probable_tokens_are_drawn_where_they_differ() -> Non
     words = spelled(data, SimpleNamespace(id_to_token=lambda k: f"<b>{k}"))
     shown = list(drawings(words))
     assert len(shown) == 2 and "&lt;b&gt;" in shown[1] and "<b>" not in shown[1]
-    for picture in shown:
-        ET.fromstring(picture)
+    for one in shown:
+        ET.fromstring(one)
     assert "2 of 234 marks are over it" in shown[0]
     assert positions(wanted, wanted, tokens=True).top5 == ()
 
@@ -493,3 +499,12 @@ def test_the_notebook_runs_and_its_outputs_are_true() -> None:
     for cell, outputs in notebook.executed(content):
         told = [notebook.masked(o) for o in cell["outputs"]]
         assert told == [notebook.masked(o) for o in outputs], "".join(cell["source"])
+
+
+def test_the_histogram_of_the_kl_is_drawn_with_its_counts() -> None:
+    kls = {"long": [0.0, 1e-13, 2e-13, 3e-11, math.inf]}
+    drawn = picture(histogram(kls))
+    counts = [e.text for e in ET.fromstring(drawn).iter() if e.tag == "text" and e.get("y") != "204"]
+    titles = [e.text for e in ET.fromstring(drawn).iter() if e.tag == "title"]
+    assert titles == ["0: 1 tokens", "1e-13: 2 tokens", "1e-12: 0 tokens", "1e-11: 1 tokens", "inf: 1 tokens"]
+    assert counts[:4] == ["1", "2", "1", "1"] and "5 tokens of all prompts" in drawn

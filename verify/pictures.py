@@ -17,19 +17,22 @@ LABELS = 16  # names below the axis, before some are left out; a narrow screen s
 MARKED = 60  # columns that are wide enough for a sign above them
 TOKEN = 13  # letters of a token that fit beside its bar
 LINE = 24  # units from one token to the next
+HISTOGRAM = ("KL from", "to", "tokens")
 Cell = str | float | None
 Scale = Callable[[float], float]
 
 
 def picture(table: Table) -> str:
-    """The picture of a table that has one, else nothing: distances by phase with their bars and noise, or
-    changes by part."""
+    """The picture of a table that has one, else nothing: distances by phase with their bars and noise,
+    changes by part, or how many tokens have which KL."""
     columns = table.columns
     if columns[:3] == ("phase", "NMSE", "bar"):
         noise = columns.index("noise") if "noise" in columns else None
         return _chart(table.rows, 1, bar=2, noise=noise, what="NMSE")
     if columns[:3] == ("part", "differ", "relative change"):
         return _chart(table.rows, 2, what="relative change")
+    if columns == HISTOGRAM:
+        return _histogram(table.rows)
     return ""
 
 
@@ -192,13 +195,15 @@ def _positions(drawn: Mapping[str, Any]) -> str:
     return _figure(parts, words)
 
 
-# --- how many positions have which KL -------------------------------------------------------------------
+# --- how many tokens have which KL ----------------------------------------------------------------------
 
 
-def _histogram(drawn: Mapping[str, Any]) -> str:
-    """Columns of counts, one for each power of ten."""
-    counts = [int(n) for n in drawn["counts"]]
-    names = [str(n) for n in drawn["names"]]
+def _histogram(rows: Sequence[tuple[Cell, ...]]) -> str:
+    """Columns of counts, one for each power of ten, 0 before them and what is not finite after them."""
+    counts = [int(_number(n)) for _, _, n in rows]
+    names = [
+        f"{v:.0e}".replace("e-0", "e-") if 0 < (v := _number(r[0])) < math.inf else f"{v:g}" for r in rows
+    ]
     if not counts or not max(counts):
         return ""
     step = (WIDTH - LEFT - RIGHT) / len(counts)
@@ -211,7 +216,7 @@ def _histogram(drawn: Mapping[str, Any]) -> str:
     for k, n in enumerate(counts):
         tall = room * n / max(counts)
         top = HEIGHT - BOTTOM - (max(tall, 2.0) if n else 0)
-        title = f"{names[k]}: {n} positions"
+        title = f"{names[k]}: {n} tokens"
         parts.append(
             f'<rect class="own" x="{x(k + 0.1):.1f}" y="{top:.1f}" width="{step * 0.8:.1f}" '
             f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{html.escape(title)}</title></rect>'
@@ -219,8 +224,8 @@ def _histogram(drawn: Mapping[str, Any]) -> str:
         parts += [_text(x(k + 0.5), top - 4, f"{n:,}", "middle")] if n else []
     parts += _names(names, x, step)
     words = (
-        f"{sum(counts):,} positions of all prompts by their KL in nats; a column has those from its power of "
-        f"ten up; largest {number(_number(drawn['largest']))}"
+        f"{sum(counts):,} tokens of all prompts by their KL(source || output) in nats; a column has those "
+        "from its power of ten up"
     )
     return _figure(parts, words)
 
@@ -304,7 +309,6 @@ def _rows(drawn: Mapping[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "positions": _positions,
-    "kl": _histogram,
     "top5": _top5,
     "rows": _rows,
 }

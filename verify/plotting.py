@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.page import STYLE, within
-from ckpt_tool.verify.pictures import KINDS, drawings, picture
+from ckpt_tool.verify.pictures import HISTOGRAM, KINDS, drawings, picture
 from ckpt_tool.verify.report import Report
 
+KL = "kl"  # of tokens, how many have which: the picture of a table, too
 PHASES = "phases"  # distances by phase, or changes by part: the pictures of tables
 
 
@@ -65,8 +66,9 @@ def plot(report: Report, kind: str | None = None, where: str | None = None) -> D
 
 def _all(report: Report) -> Iterator[Drawing]:
     for f in report.findings:
-        for drawn in filter(None, map(picture, f.tables)):
-            yield Drawing(PHASES, f.where, drawn)
+        for table in f.tables:
+            if drawn := picture(table):
+                yield Drawing(KL if table.columns == HISTOGRAM else PHASES, f.where, drawn)
         for kind in KINDS:
             for drawn in drawings({k: v for k, v in f.drawn.items() if k == kind}):
                 yield Drawing(kind, f.where, drawn)
