@@ -23,6 +23,8 @@ from ckpt_tool.command_parts import (
     exact_dtype,
     facts_option,
     following_at,
+    mode_of,
+    mode_options,
     options_of,
     report_files,
     write_report,
@@ -228,6 +230,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 @click.option(
     "--prompts", metavar="FILE", help="JSON file with rows of token ids to add to the fixed prompts."
 )
+@mode_options
 @any_dtype
 @device_option
 @click.option("--checkpoint-id", metavar="ID", help="Published name, to look up documented values.")
@@ -280,6 +283,7 @@ def _record(out: str, asked: dict[str, Any]) -> None:
 
 def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: dict[str, Any]) -> Report:
     from ckpt_tool import api
+    from ckpt_tool.verify.needs import read_size
 
     _, log = consoles()
     chosen: dict[str, Any] = {"levels": levels} if levels else {}
@@ -296,6 +300,8 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         settings=api.settings(asked["pairs"]),
         transformers_python=asked.get("transformers_python"),
         expectations=asked.get("expectations"),
+        mode=mode_of(asked),
+        memory=None if asked.get("memory") is None else read_size(asked["memory"]),
         progress=following_at(log),
         joined=asked.get("finish", False),
         **chosen,

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckpt_tool.errors import fail_all
+from ckpt_tool.errors import fail, fail_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ckpt_tool.report_files import ReportFiles
+    from ckpt_tool.verify.claims import Mode
     from ckpt_tool.verify.report import Report, Reports
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,9 +61,21 @@ exact_dtype = click.option(
     "--compute-dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
 )
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+mode_options = options_of(
+    click.option("--quick", is_flag=True, help="Coverage, bits, and a layer of each kind."),
+    click.option("--thorough", is_flag=True, help="All prompts through all layers, whatever it costs."),
+    click.option("--memory", metavar="SIZE", help="What parity may take (default: 4GiB)."),
+)
 facts_option = click.option(
     "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack."
 )
+
+
+def mode_of(asked: dict[str, Any]) -> Mode:
+    """The one of `mode_options`; `usage` for both."""
+    if asked.get("quick") and asked.get("thorough"):
+        fail("usage", "expected --quick or --thorough, found both", where="mode")
+    return "quick" if asked.get("quick") else "thorough" if asked.get("thorough") else "default"
 
 
 def checked_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> ReportFiles:

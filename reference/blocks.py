@@ -26,6 +26,8 @@ Tensors = Mapping[str, Tensor]
 # group of heads that share a key and a value.
 VERSION_0, VERSION_1, VERSION_2 = "t n h", "n h t", "g t h"
 KEYS_FIRST = "t n h, key, value, query"  # metaseq's; the others have the query first
+ALL = slice(None)
+AT_ONCE = 1 << 24  # numbers of one intermediate result: scores of queries with keys, hidden units
 # What transformers calls the two forms of gelu, which are the user's words for them.
 GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 # What config.json calls the functions of `activate`.
@@ -124,11 +126,19 @@ def rotate_halves(x: Tensor, turned: Tensor) -> Tensor:
     return torch.cat([both.real, both.imag, y[..., R:]], dim=-1)
 
 
-def visible(x: Tensor, *, window: int | None = None, mask: Tensor | None = None, before: int = 0) -> Tensor:
+def visible(
+    x: Tensor,
+    *,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    before: int = 0,
+    queries: slice = ALL,
+) -> Tensor:
     """Which keys (last axis) a query (the axis before) sees, (B or 1, 1, T, before + T): none that come
-    later, none `window` or more tokens back, none that are padding, where `mask` (B, T) is 0."""
+    later, none `window` or more tokens back, none that are padding, where `mask` (B, T) is 0; of these
+    `queries`."""
     position = torch.arange(before + x.shape[1], device=x.device)
-    back = position[before:, None] - position[None, :]
+    back = position[before:][queries, None] - position[None, :]
     seen = (back >= 0) if window is None else (back >= 0) & (back < window)
     return seen[None, None] if mask is None else seen & mask.bool()[:, None, None, :]
 
@@ -155,6 +165,16 @@ def recalled(past: Past | None, place: tuple[int, int], k: Tensor, v: Tensor) ->
         k, v = (torch.cat(pair, dim=1) for pair in zip(past[place], (k, v), strict=True))
     past[place] = k, v
     return k, v
+
+
+def in_turn(part: Callable[[slice], Tensor], tokens: int, each: int) -> Tensor:
+    """What `part` makes of all tokens, (B, tokens, C), of so many at a time that it makes at most AT_ONCE
+    numbers on its way, which are `each` for a token."""
+    turns = max(1, -(-tokens * each // AT_ONCE))
+    if turns == 1:
+        return part(ALL)
+    share = -(-tokens // turns)
+    return torch.cat([part(slice(start, start + share)) for start in range(0, tokens, share)], dim=1)
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ckpt_tool.reference.blocks import (
     all_reduce,
     capped,
     gated,
+    in_turn,
     join_words,
     layer_norm,
     mixture,
@@ -162,8 +163,13 @@ def attention(
     q, k = (rotate(y, turned).to(x.dtype) for y in (q, k))
     k, v = recalled(past, place, k, v)
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
-    scores = capped(products(q, k) / math.sqrt(c.query_scalar or c.head_dim), c.score_cap)
-    y = weigh(scores, v, visible(x, window=c.windows[place[0]], before=ahead), -math.inf)
+
+    def attended(own: slice) -> Tensor:
+        scores = capped(products(q[:, own], k) / math.sqrt(c.query_scalar or c.head_dim), c.score_cap)
+        seen = visible(x, window=c.windows[place[0]], before=ahead, queries=own)
+        return weigh(scores, v, seen, -math.inf)
+
+    y = in_turn(attended, x.shape[1], len(x) * q.shape[2] * k.shape[1])
     return affine(y, w, p + c.names.out, "out" in c.biased)
 
 
@@ -179,14 +185,18 @@ def project(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, S: int) -> tu
 def feed_forward(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:
     """The part of the sum over hidden units that this rank's F/S units contribute: (B, T, D). A fused tensor
     has the gates of its units, then their ups."""
-    biased = "units" in c.biased
-    made = [affine(x, w, p + stem, biased) for stem in c.names.units]
-    if c.gated:
-        gate, up = made[0].chunk(2, dim=-1) if len(made) == 1 else made
-        y = gated(gate, up, c.activation)
-    else:
-        y = activate(made[0], c.activation)
-    return affine(y, w, p + c.names.down, biased)
+    biased, down = "units" in c.biased, w[p + c.names.down + "weight"]
+
+    def branch(own: slice) -> Tensor:
+        made = [affine(x[:, own], w, p + stem, biased) for stem in c.names.units]
+        if c.gated:
+            gate, up = made[0].chunk(2, dim=-1) if len(made) == 1 else made
+            y = gated(gate, up, c.activation)
+        else:
+            y = activate(made[0], c.activation)
+        return affine(y, w, p + c.names.down, biased)
+
+    return in_turn(branch, x.shape[1], len(x) * down.shape[1])
 
 
 def experts(x: Tensor, w: Mapping[str, Tensor], p: str, c: Config) -> Tensor:

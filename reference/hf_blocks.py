@@ -25,6 +25,8 @@ GELUS = {
 }
 ACTIVATIONS = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}  # of `activate`
 
+HELD = 1 << 24  # numbers of one intermediate result: scores of queries with keys, hidden units
+
 
 # --- config.json ------------------------------------------------------------------------------------------
 
@@ -156,19 +158,31 @@ def grouped_attention(
     """q (B, N, T, H), k and v (B, K, P + T, H), each shared by N/K queries: (B, T, N * H). A query sees
     itself and what was before it, with a window that many keys. `scalar` stands in the place of H in the
     scores."""
-    (B, _, T, H), K = q.shape, k.shape[1]
-    scores = torch.einsum("bkgqh,bkth->bkgqt", q.view(B, K, -1, T, H), k) * (scalar or H) ** -0.5
-    scores = softcap(scores, cap)
-    S = k.shape[2]
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if window is not None:
-        seen = seen.triu(S - T + 1 - window)  # the last `window` keys, the query's own included
-    weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(q.dtype)
-    return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
+    (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
+    q = q.view(B, K, -1, T, H)
+    made, rows = [], max(1, HELD // (B * N * S))
+    for first in range(0, T, rows):
+        some = q[:, :, :, first : first + rows]
+        scores = torch.einsum("bkgqh,bkth->bkgqt", some, k) * (scalar or H) ** -0.5
+        scores = softcap(scores, cap)
+        seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(S - T + first)
+        if window is not None:
+            seen = seen.triu(S - T + first + 1 - window)  # the last `window` keys, the query's own included
+        weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(q.dtype)
+        made.append(torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2))
+    return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
 def gated(x: Tensor, w: Tensors, gate: str, up: str, down: str, activation: str = "silu") -> Tensor:
-    return F.linear(activate(F.linear(x, w[gate]), activation) * F.linear(x, w[up]), w[down])
+    """Of x (..., D), as many rows of it at a time as have HELD hidden units."""
+
+    def one(rows: Tensor) -> Tensor:
+        return F.linear(activate(F.linear(rows, w[gate]), activation) * F.linear(rows, w[up]), w[down])
+
+    units = w[gate].shape[0]
+    if x.numel() // x.shape[-1] * units <= HELD:
+        return one(x)
+    return torch.cat([one(rows) for rows in torch.split(x.flatten(0, -2), HELD // units)]).view_as(x)
 
 
 def mixture(x: Tensor, w: Tensors, p: str, top: int) -> Tensor:

@@ -14,9 +14,9 @@ from ckpt_tool.api import Options, convert
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.compute import _with_window
-from ckpt_tool.verify.parity import _as_entities
 from ckpt_tool.verify.prompts import cut, positions, prompts_for
 from ckpt_tool.verify.sides import Side
+from ckpt_tool.verify.sweeps import as_entities
 
 
 @pytest.mark.parametrize("variant", ["opt-13b", "opt-350m", "gpt2-v2-tp2", "bert-v2-tp2"])
@@ -82,7 +82,7 @@ def test_a_prompt_goes_beyond_the_window_that_a_layer_has(
 
 
 def test_every_position_of_an_entity_has_its_prompt() -> None:
-    ids, given = _as_entities(torch.arange(9).view(-1, 1), named=4, places=9)
+    ids, given = as_entities(torch.arange(9).view(-1, 1), named=4, places=9)
     assert given["entity_ids"].flatten().tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
     assert given["entity_positions"].flatten().tolist() == list(range(9))
     assert ids.tolist() == [[0]] * 9

@@ -22,7 +22,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits
 from ckpt_tool.verify.by_bits import by_bits
-from ckpt_tool.verify.claims import Against, Asked, Claim
+from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
@@ -39,6 +39,7 @@ __all__ = ["ASKED_FOR", "DTYPES", "LEVELS", "Finding", "Report", "Reports", "See
 
 LEVELS = ("coverage", "bits", "parity", "documented")
 ASKED_FOR = (*LEVELS, "generation")
+QUICK = LEVELS[:3]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 JUDGES = ("transformers",)
 
@@ -58,50 +59,70 @@ def verify(
     settings: Mapping[str, Any] | None = None,
     transformers_python: str | os.PathLike[str] | None = None,
     expectations: str | os.PathLike[str] | None = None,
+    mode: Mode = "default",
+    memory: int | None = None,
     progress: Callable[[str], None] | None = None,
     joined: bool | Joined = False,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
 
-    `levels` (None: all) and everything else that is asked for by name must run for the report to pass.
-    `no_source` says that there is none to compare with: the report passes then where the output is consistent
-    with its manifest. `accept` names foretold differences (of plan or report), which then do not fail.
+    `levels` (None: all, or QUICK) and everything else that is asked for by name must run for the report to
+    pass. `no_source` says that there is none to compare with: the report passes then where the output is
+    consistent with its manifest. `accept` names foretold differences (of plan or report), which then do not
+    fail.
 
     `prompts` (rows of token ids, or a JSON file of them) are added to the fixed ones. `checkpoint_id` is a
     published name, to find documented values by. `settings` are facts that the source's files do not hold,
     under their Hugging Face names; those recorded in the output's manifest are known already.
     `transformers_python` is a Python, or a folder of packages, whose transformers judges what the installed
     one lacks (None: CKPT_TOOL_TRANSFORMERS). `expectations` is a file of values that a trusted run recorded
-    (`recording`), to be held against instead of the documented ones. `joined`: coverage and bits go by what
-    workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for what cannot be
-    opened; all else is a finding."""
+    (`recording`), to be held against instead of the documented ones. `mode` is how much of parity runs:
+    "quick" a layer of each kind, "thorough" everything, "default" what `verify.effort` says. `memory` is how
+    many bytes parity may take (None: 4 GiB), as far as it is computed on the CPU. `joined`: coverage and bits
+    go by what workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for what
+    cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
-    asked = LEVELS if levels is None else named
-    _check_choices(asked, against, compute_dtype, device)
+    asked = (QUICK if mode == "quick" else LEVELS) if levels is None else named
+    _check_choices(asked, against, compute_dtype, device, mode)
     _check_one(source, no_source)
-    accepted, elsewhere = tuple(accept), transformers_python
+    accepted = tuple(accept)
     recorded = None if expectations is None else read_file(expectations)
     asked = asked if recorded is None or "documented" in asked else (*asked, "documented")
     check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
         prompts = read_prompts(prompts)  # before anything large is in memory
-    began, tell, report = time.monotonic(), progress or (lambda text: None), Report("ckpt-tool verify")
+    wanted = Asked(
+        asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, transformers_python,
+        recorded, mode, memory,
+    )  # fmt: skip
+    began, report = time.monotonic(), Report("ckpt-tool verify")
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         report.facts |= _facts(subject, out, source, no_source)
-        subject.accepted = accepted
         report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
-        with timed(report.seconds, next((level for level in SHARED if level in asked), OTHER)):
-            seen = _seen(subject, out, asked, tell, joined)
-        wanted = Asked(
-            asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, elsewhere, recorded
-        )
-        _run(subject, wanted, seen, report, tell)
-        report.facts |= seen.facts
-        report.provenance = provenance(subject)
-        seen.remove()
+        _levels(subject, out, wanted, report, progress or (lambda text: None), joined)
     _took(report, time.monotonic() - began)
     return report
+
+
+def _levels(
+    subject: Subject,
+    out: str | os.PathLike[str],
+    asked: Asked,
+    report: Report,
+    tell: Callable[[str], None],
+    joined: bool | Joined,
+) -> None:
+    """All that was asked for, into `report`."""
+    if asked.mode != "default":
+        report.facts["mode"] = f"{asked.mode}; levels: {', '.join(asked.levels)}"
+    subject.accepted = asked.accept
+    with timed(report.seconds, next((level for level in SHARED if level in asked.levels), OTHER)):
+        seen = _seen(subject, out, asked.levels, tell, joined)
+    _run(subject, asked, seen, report, tell)
+    report.facts |= seen.facts
+    report.provenance = provenance(subject)
+    seen.remove()
 
 
 def _took(report: Report, seconds: float) -> None:
@@ -186,11 +207,14 @@ def _check_one(source: str | os.PathLike[str] | None, no_source: bool) -> None:
         fail("usage", "expected a source to compare with, or none, found both", where="no_source")
 
 
-def _check_choices(levels: Iterable[str], against: str | None, compute_dtype: str, device: str) -> None:
+def _check_choices(
+    levels: Iterable[str], against: str | None, compute_dtype: str, device: str, mode: str = "default"
+) -> None:
     for label, values, known in (
         ("levels", levels, ASKED_FOR),
         ("against", (against,) if against else (), JUDGES),
         ("compute_dtype", (compute_dtype,), DTYPES),
+        ("mode", (mode,), MODES),
     ):
         for value in values:
             if value not in known:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from ckpt_tool.verify.expectations import Expectation
     from ckpt_tool.verify.prompts import Prompts
     from ckpt_tool.verify.report import Finding
 
+Mode = Literal["default", "quick", "thorough"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 Verdict = Literal["pass", "fail", "undecided"]
 Against = Literal["source", "manifest", "baseline", "nothing"]
 
@@ -53,6 +55,8 @@ class Asked:
     accept: tuple[str, ...] = ()  # foretold differences that do not fail
     elsewhere: str | os.PathLike[str] | None = None  # where another release of transformers is
     recorded: Sequence[Expectation] | None = None  # values to hold against instead of the documented ones
+    mode: Mode = "default"  # how much of parity runs (verify.effort)
+    memory: int | None = None  # bytes that parity may take; None: as verify.pace has it
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,12 @@ def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
 
 def _proved(findings: Sequence[Finding]) -> str:
     """Which proofs passed, and what stayed open."""
-    passed = {(f.level, f.check) for f in findings if f.status == "pass"}
-    shown = [words for proof, words in PROOFS.items() if proof in passed]
+    passed = {(f.level, f.check): f for f in findings if f.status == "pass"}
+    shown = [
+        f"{words} of {part}" if (part := passed[proof].data.get("sampled")) else words
+        for proof, words in PROOFS.items()
+        if proof in passed
+    ]
     text = f"{', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]} are those of its source"
     if exactness(findings) == "identical after cast":
         text += " once it is cast or pooled as recorded or accepted"

@@ -15,8 +15,10 @@ from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
+from ckpt_tool.verify.effort import effort_for
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.generated import generated
+from ckpt_tool.verify.pace import TOLD, duration, limit, pace
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.positions import spelled
 from ckpt_tool.verify.prompts import (
@@ -24,6 +26,7 @@ from ckpt_tool.verify.prompts import (
     Lengths,
     Prompt,
     cut,
+    named_prompts,
     positions,
     prompts_for,
     tokenizer_of,
@@ -33,7 +36,6 @@ from ckpt_tool.verify.report import Finding, Report, Status
 from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.timing import timed
-from ckpt_tool.verify.weights import needed
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -63,8 +65,6 @@ def compute(subject: Subject, asked: Asked, report: Report, tell: Tell) -> list[
     with threads_for(subject.output):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
-        facts["needs"] = needed(subject.source, subject.output, getattr(torch, asked.dtype).itemsize)
-        tell(f"needs {facts['needs']}")
         table = positions(subject.config, subject.hf, subject.original)
         readings = _readings(subject, asked)
         sides = [s for s in (readings.original, readings.converted) if s is not None]
@@ -77,7 +77,7 @@ def compute(subject: Subject, asked: Asked, report: Report, tell: Tell) -> list[
         if "parity" in asked.levels:
             found += cut(rows, config, table)
             with timed(seconds, "parity"):
-                found += _parity(subject, readings, prompts, tell, asked.accept)
+                found += _parity(subject, readings, prompts, facts, tell, asked)
         if "generation" in asked.levels:
             with timed(seconds, "generation"):
                 found += _generation(subject, readings, rows, asked, lengths, table, tell)
@@ -217,19 +217,27 @@ def _parity(
     subject: Subject,
     readings: Readings,
     prompts: Mapping[str, Prompt],
+    facts: dict[str, str],
     tell: Tell,
-    accepted: tuple[str, ...],
+    asked: Asked,
 ) -> list[Finding]:
     original, converted = readings.original, readings.converted
     if readings.reason is not None or original is None or converted is None:
         status, text = readings.reason or ("skipped", "a side cannot be read")
         return [Finding("parity", "lockstep", status, text)]
+    effort = effort_for(asked.mode, original, converted, prompts, frozenset(named_prompts(asked.prompts)))
+    needs = limit(original, converted, prompts, effort, asked.memory)
+    foretold = pace(original, converted, prompts, effort)
+    if foretold.seconds >= TOLD:
+        needs = f"{needs}, {duration(foretold.seconds)}"
+    facts["needs"] = needs
+    tell(f"parity: needs {needs}")
     try:
-        result = lockstep(subject, original, converted, prompts, tell)
+        result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
     except NoPass as error:
         return [Finding("parity", "lockstep", "skipped", str(error))]
     tokenizer = tokenizer_of(subject.hf)
-    made = findings(result, original, converted, prompts, accepted)
+    made = findings(result, original, converted, prompts, asked.accept)
     made = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in made]
     return [*made, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
 

@@ -79,7 +79,7 @@ def generate(
     total = o.total(session.width, positions)
     _fitting(o, session.vocabulary)
     if o.do_sample and seed is None:
-        fail("usage", "expected a seed for sampling, found none", where="--seed")
+        fail("usage", "expected a seed for sampling, found none", where="--seed", hint="--seed 0 gives one")
     draws = torch.Generator().manual_seed(seed) if seed is not None else None
     search = (_beams_4 if o.rules == "4.37" else _beams_5) if o.beams else _rows
     with torch.inference_mode():

@@ -93,9 +93,9 @@ def variances_of(results: list[Tree]) -> tuple[float | None, ...]:
     a prompt, which is too few numbers to have one alone, else None."""
     made: list[float | None] = []
     for ys in zip(*map(leaves, results), strict=True):
-        whole = torch.cat([y.flatten() for y in ys]).double()
-        few = len(whole) > 0 and all(y.ndim <= 2 and y.is_floating_point() for y in ys)
-        made.append(float(whole.var(correction=0)) if few else None)
+        few = any(y.numel() for y in ys) and all(y.ndim <= 2 and y.is_floating_point() for y in ys)
+        whole = torch.cat([y.flatten() for y in ys]).double() if few else None
+        made.append(None if whole is None else float(whole.var(correction=0)))
     return tuple(made)
 
 

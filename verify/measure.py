@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 MARGIN = 10.0  # times the noise floor, for |delta|; its square for NMSE
 CAPS = {"float64": 1e-18, "float32": 1e-10, "float16": 1e-4, "bfloat16": 1e-2}  # NMSE, whatever the noise
 ABSOLUTE_CAPS = {"float64": 1e-9}  # max |delta|
+BLOCK = 1 << 18  # numbers that are compared at once: they stay in a cache of the processor
 CHUNK = 64  # positions whose distributions are held in float64 at once
 
 
@@ -34,20 +35,64 @@ class Distance:
 
 def distance(found: Tensor, reference: Tensor, variance: float | None = None) -> Distance:
     """Over all positions and channels of (B, T, C); infinite where anything is not finite or shapes differ.
-    `variance` is given where these are too few numbers to have one of their own."""
-    magnitude = float(reference.abs().max())
+    `variance` is given where these are too few numbers to have one of their own. Some positions at a time, so
+    that no copy of all is made."""
     if found.shape != reference.shape:
-        return Distance(math.inf, math.inf, 0, magnitude)
-    delta = (found - reference).abs()
-    if not bool(torch.isfinite(delta).all()):
-        bad = (~torch.isfinite(delta)).flatten(2).any(-1).any(0)
-        return Distance(math.inf, math.inf, int(bad.nonzero()[0]), magnitude)
-    per_position = delta.amax(dim=(0, -1))
-    mse = float(delta.double().square().mean())
-    if variance is None:
-        variance = float(reference.double().var(correction=0))
+        return Distance(math.inf, math.inf, 0, float(reference.abs().max()))
+    rows = max(1, BLOCK // max(1, reference.shape[0] * reference.shape[-1]))
+    moments, squares, tops, magnitude = Moments(), 0.0, [], 0.0
+    for start in range(0, reference.shape[1], rows):
+        a, b = (x[:, start : start + rows] for x in (reference, found))
+        delta = (b - a).abs()
+        tops.append(delta.amax(dim=(0, -1)))
+        squares += _squares(delta, float(tops[-1].max()))
+        low, high = a.aminmax()
+        magnitude = max(magnitude, -float(low), float(high))
+        if variance is None:
+            moments.add(a)
+    top = torch.cat(tops)
+    if not math.isfinite(squares):
+        bad = (~torch.isfinite(top)).nonzero()
+        return Distance(math.inf, math.inf, int(bad[0]) if len(bad) else 0, magnitude)
+    mse = squares / reference.numel()
+    variance = moments.variance if variance is None else variance
     nmse = 0.0 if mse == 0 else math.inf if variance == 0 else mse / variance
-    return Distance(float(delta.max()), nmse, int(per_position.argmax()), magnitude)
+    return Distance(float(top.max()), nmse, int(top.argmax()), magnitude)
+
+
+def _squares(delta: Tensor, top: float) -> float:
+    """The sum of squares of numbers up to `top`, by which they are divided first: squares of small ones have
+    no exponent in float32."""
+    if top == 0 or not math.isfinite(top):
+        return top
+    x = (wide(delta) / top).flatten()
+    return float(x @ x) * top * top
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if that is what it has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass
+class Moments:
+    """Mean and variance of numbers that come in parts (Chan, Golub and LeVeque 1983)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # of the distances from the mean
+
+    def add(self, x: Tensor) -> None:
+        variance, mean = torch.var_mean(wide(x), correction=0)
+        n, apart = x.numel(), float(mean) - self.mean
+        whole = self.count + n
+        self.squares += float(variance) * n + apart**2 * self.count * n / whole
+        self.mean += apart * n / whole
+        self.count = whole
+
+    @property
+    def variance(self) -> float:
+        return self.squares / self.count
 
 
 def farthest(distances: Iterable[Distance]) -> Distance:

@@ -18,33 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference.phases import Tree, mapped
+from ckpt_tool.reference.phases import Tree
 from ckpt_tool.verify import foretold, logits
+from ckpt_tool.verify.controls import Planted, control
 from ckpt_tool.verify.diagnose import Diagnosis, diagnose
+from ckpt_tool.verify.effort import THOROUGH, Effort, layers_text, sampled
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.prompts import ENTITIES, Prompt, table_rows
+from ckpt_tool.verify.pace import Pace
+from ckpt_tool.verify.prompts import Prompt, table_rows
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import (
     BROKEN,
-    Change,
     Phase,
     Sample,
     Side,
     Tensors,
     holds_numbers,
     phase_text,
-    same,
     tensors,
 )
+from ckpt_tool.verify.steps import Step
 from ckpt_tool.verify.subject import Subject
+from ckpt_tool.verify.sweeps import PLACES, sweep, sweeps
 
 LEVEL = "parity"
-EVERY_ROW = "every row"  # the sweep over the embedding, beside the prompts
-EVERY_ENTITY = "every entity"
-PLACES = "entity_embeddings.position_embeddings.weight"  # positions where entities are mentioned
-SWEEP = 512  # ids at once
 DIAGNOSED = 3  # differing phases that are looked into
 
 
@@ -55,8 +54,9 @@ class NoPass(Exception):
 @dataclass
 class Run:
     """One prompt on its way through the phases: its ids and further inputs, the original's activations, the
-    converted side's own, and the original's with reversed sums. `free` is None once the converted side could
-    not go on. `made` has these three for each head."""
+    converted side's own, and the original's with reversed sums. The last two are there where the prompt
+    `is_free`, and `free` is None once the converted side could not go on. `made` has these three for each
+    head."""
 
     name: str
     ids: Tensor
@@ -64,52 +64,8 @@ class Run:
     x: Tree
     free: Tree
     noisy: Tree
+    is_free: bool = True
     made: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
-
-
-@dataclass
-class Step:
-    """What one phase showed. `distances` is by prompt; `broken` says why the converted side could not run
-    it."""
-
-    phase: Phase
-    bar: Bar
-    distances: dict[str, Distance]
-    broken: str | None = None
-
-    @property
-    def holds(self) -> bool:
-        return self.broken is None and all(self.bar.holds(d) for d in self.distances.values())
-
-    @property
-    def cannot_tell(self) -> bool:
-        """Everything that is over its bar may be noise."""
-        over = [d for d in self.distances.values() if not self.bar.holds(d)]
-        return self.broken is None and bool(over) and all(self.bar.cannot_tell(d) for d in over)
-
-    @property
-    def worst(self) -> tuple[str, Distance]:
-        return max(self.distances.items(), key=lambda item: (item[1].nmse, item[1].max_delta))
-
-
-@dataclass(frozen=True)
-class Planted:
-    """One mistake planted in memory, and the NMSE it caused. One that was not caught is `blind` when another
-    precision shows that it is too small for this one: `seen_in` names that precision, None where none sees
-    it."""
-
-    phase: Phase
-    name: str
-    nmse: float
-    caught: bool
-    blind: bool = False
-    seen_in: str | None = None
-
-    @property
-    def words(self) -> str:
-        if self.caught:
-            return "yes"
-        return f"blind; {self.seen_in or 'no precision'} sees it" if self.blind else "NO"
 
 
 @dataclass
@@ -121,6 +77,10 @@ class Parity:
     foretold: list[foretold.Met] = field(default_factory=list)
     diagnoses: list[Diagnosis] = field(default_factory=list)
     logits: dict[str, dict[str, logits.Logits]] = field(default_factory=dict)  # by head, by prompt
+    effort: Effort = THOROUGH
+    layers: int = 0  # that the original has
+    prompts: int = 0  # that ran
+    heads: tuple[str, ...] = ()  # that a prompt reached
 
 
 def lockstep(
@@ -129,45 +89,70 @@ def lockstep(
     converted: Side,
     prompts: Mapping[str, Prompt],
     progress: Callable[[str], None] | None = None,
+    effort: Effort = THOROUGH,
+    pace: Pace | None = None,
 ) -> Parity:
-    """Run both sides phase by phase over all prompts, one phase's weights in memory at a time. NoPass where
-    the original's tensors or numbers do not fit together."""
-    result = Parity()
-    weights = original.weights[0]
-    runs = []
-    for name, prompt in prompts.items():
-        ids, given = tensors(prompt, weights.device)
-        runs.append(Run(name, ids, given, ids, ids, ids))
-    last = original.config.n_layers - 1
+    """Run both sides phase by phase over all prompts, as far as `effort` says, with the weights of one phase
+    of one side in memory at a time. NoPass where the original's tensors or numbers do not fit together."""
+    result = Parity(effort=effort, layers=original.config.n_layers)
+    runs = _runs(original, prompts, effort)
+    result.prompts = sum(effort.has("embed", r.name) for r in runs)
+    last = result.layers - 1
     expected = foretold.expected(subject)
     kinds = original.kinds([{}, *(r.given for r in runs)])
-    heads = [str(phase) for phase, kind in kinds.items() if kind == "head"]
     for phase in kinds:
+        taken = [r for r in runs if effort.has(phase, r.name)]
+        if not taken:
+            continue
         if progress is not None:
-            progress(f"parity: {phase_text(phase)} of {original.config.n_layers} layers")
+            left = pace.left() if pace is not None else ""
+            progress(f"parity: {phase_text(phase)} of {result.layers} layers{left}")
         with ExitStack() as stack:
-            stack.enter_context(original.keep())
+            if phase == "embed":
+                stack.enter_context(original.keep())  # which the sweeps run many times
             stack.enter_context(converted.keep())
             known = expected.get(phase)
             side = foretold.taken_back(converted, known)
-            own = _wanted(original, phase, runs)
+            own = _originals(original, phase, taken, effort)
             if not own:
                 continue  # a head of what no prompt has
-            step, shapes, samples = _phase(original, side, phase, own, weights.dtype)
+            step, shapes = _phase(original, side, phase, own)
+            samples = {m.run.name: m.sample for m in own}
             if phase == "embed":
-                for rows in _sweeps(original, side, shapes):
-                    _sweep(original, side, step, samples, rows)
+                for rows in sweeps(original, side, shapes):
+                    sweep(original, side, step, samples, rows)
             result.steps.append(step)
             if known is not None and step.broken is None:
                 met = foretold.measure(known, converted, phase, samples, step.bar, step.holds)
                 result.foretold.append(met)
             if not step.holds and len(result.diagnoses) < DIAGNOSED:
-                cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
+                with original.keep():
+                    cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
             elif (isinstance(phase, str) or phase in (0, last)) and step.holds:
                 changes = to_plant(phase, subject.plan, shapes, side)
-                result.controls += _control(side, phase, changes, samples, step.bar)
-    for head in heads:
+                result.controls += control(side, phase, changes, samples, step.bar)
+        if pace is not None:
+            pace.add(phase)
+    ran = {str(s.phase) for s in result.steps}
+    result.heads = tuple(str(p) for p, kind in kinds.items() if kind == "head" and str(p) in ran)
+    _whole(result, runs, converted, original.weights[0].dtype)
+    return result
+
+
+def _runs(original: Side, prompts: Mapping[str, Prompt], effort: Effort) -> list[Run]:
+    made = []
+    for name, prompt in prompts.items():
+        ids, given = tensors(prompt, original.weights[0].device)
+        is_free = effort.frees(name)
+        own = ids if is_free else None
+        made.append(Run(name, ids, given, ids, own, own, is_free))
+    return made
+
+
+def _whole(result: Parity, runs: list[Run], converted: Side, dtype: torch.dtype) -> None:
+    """The results of every head at the end of the free runs."""
+    for head in result.heads:
         passes = []
         for r in runs:
             if head in r.made:
@@ -175,8 +160,53 @@ def lockstep(
                 passes.append(logits.Pass(r.name, Sample(r.ids, wanted, r.given), free, noisy))
         if passes:
             kind = logits.kind_of(head, passes[0].sample.wanted, converted.vocabulary)
-            result.logits[head] = logits.by_prompt(passes, weights.dtype, kind)
-    return result
+            result.logits[head] = logits.by_prompt(passes, dtype, kind)
+
+
+@dataclass
+class Made:
+    """What the original makes of one prompt at one phase. `noise` is how far it moves with reversed sums,
+    None where that was not measured; `noisy` what that gives of the run with reversed sums."""
+
+    run: Run
+    sample: Sample
+    noise: Distance | None = None
+    noisy: Tree = None
+
+
+def _originals(original: Side, phase: Phase, runs: list[Run], effort: Effort) -> list[Made]:
+    """The original's own share of a phase; its weights are let go of afterwards."""
+    with original.keep():
+        own = _wanted(original, phase, runs)
+        variances = logits.variances_of_each([y for _, y in own])
+        made = []
+        for (r, y), v in zip(own, variances, strict=True):
+            m = Made(r, Sample(r.x, y, r.given, v))
+            if effort.measures(r.name) or r.is_free:
+                _noise(original, phase, m)
+            made.append(m)
+    return made
+
+
+def _noise(original: Side, phase: Phase, m: Made) -> None:
+    """The phase with reversed sums: of the original's own activations and, of a prompt that is still on its
+    way to the phase, of those that had them before."""
+    r, x, given = m.run, m.sample.x, m.run.given
+    with ReversedSums():
+        if r.is_free and r.x is x and r.noisy is not x:
+            again, m.noisy = _both(partial(_own, original, phase, given=given), x, r.noisy, given)
+        else:
+            again = _own(original, phase, x, given)
+            m.noisy = again if r.is_free else None
+    m.noise = m.sample.of(again)
+
+
+def _both(run: Callable[[Tree], Tree], x: Tree, y: Tree, given: Tensors) -> tuple[Tree, Tree]:
+    """What a phase makes of two inputs: in one pass over its weights, where an input is one tensor alone."""
+    if given or not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
+        return run(x), run(y)
+    made = run(torch.cat([x, y]))
+    return made[: len(x)], made[len(x) :]
 
 
 def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tree]]:
@@ -187,37 +217,72 @@ def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tr
 
 
 def _phase(
-    original: Side, converted: Side, phase: Phase, own: list[tuple[Run, Tree]], dtype: torch.dtype
-) -> tuple[Step, dict[str, tuple[int, ...]], dict[str, Sample]]:
-    """One phase for every prompt that has it; moves the runs on, unless it is a head. Also the shapes of the
-    converted tensors that it read, and the samples by prompt."""
-    noise, distances, broken = [], {}, None
+    original: Side, converted: Side, phase: Phase, own: list[Made]
+) -> tuple[Step, dict[str, tuple[int, ...]]]:
+    """The converted side's share of a phase; moves the runs on, unless it is a head. Also the shapes of the
+    converted tensors that it read."""
+    distances, broken = {}, None
     before = converted.weights[0].used.copy()
     converted.weights[0].used.clear()
-    runs, wanted = [r for r, _ in own], [y for _, y in own]
-    variances = logits.variances_of_each(wanted)
-    samples = {r.name: Sample(r.x, y, r.given, v) for r, y, v in zip(runs, wanted, variances, strict=True)}
-    for r, sample in zip(runs, samples.values(), strict=True):
-        with ReversedSums():
-            noise.append(sample.of(_own(original, phase, r.x, r.given)))
-            noisy = _own(original, phase, r.noisy, r.given)
+    for m in own:
+        r, sample = m.run, m.sample
+        found = free = None
         try:
-            distances[r.name] = sample.of(converted.run(phase, r.x, r.given))
+            found, free = _found(converted, phase, r)
+            distances[r.name] = sample.of(found)
         except BROKEN as error:
             broken = f"{type(error).__name__}: {error}"
             distances[r.name] = Distance(math.inf, math.inf, 0, sample.of(sample.wanted).magnitude)
-        free = None
-        if r.free is not None:
-            with suppress(*BROKEN):
-                free = converted.run(phase, r.free, r.given)
-        if original.reading(r.given)[phase].kind == "head":
-            r.made[str(phase)] = sample.wanted, free, noisy
-        else:
-            r.x, r.free, r.noisy = sample.wanted, free, noisy
+        if original.reading(r.given)[phase].kind != "head":
+            alike = distances[r.name].max_delta == 0 and free is found and found is not None
+            r.x, r.noisy = sample.wanted, m.noisy
+            r.free = sample.wanted if alike else free
+        elif r.is_free:
+            r.made[str(phase)] = sample.wanted, free, m.noisy
     used = converted.weights[0].used
     shapes = {n: i.shape for n, i in converted.weights[0].tensors.items() if n in used}
     used |= before
-    return Step(phase, bar_for(noise, dtype), distances, broken), shapes, samples
+    return Step(phase, _bar(original, phase, own, distances), distances, broken), shapes
+
+
+def _found(converted: Side, phase: Phase, r: Run) -> tuple[Tree, Tree]:
+    """What the converted side makes of the original's activations and, where it runs free, of its own: these
+    are the same one until it makes anything else."""
+    run = partial(converted.run, phase, given=r.given)
+    if not r.is_free or r.free is None:
+        return run(r.x), None
+    if r.free is r.x:
+        found = run(r.x)
+        return found, found
+    with suppress(*BROKEN):
+        return _both(run, r.x, r.free, r.given)
+    return run(r.x), None  # its own activations do not go on
+
+
+def _bar(original: Side, phase: Phase, own: list[Made], distances: Mapping[str, Distance]) -> Bar:
+    """From the noise that was measured; a prompt that is over it, and of which it was not, has it measured
+    before anything is said of it."""
+    dtype = original.weights[0].dtype
+    bar = bar_for(
+        [m.noise for m in own if m.noise is not None] or [_first_noise(original, phase, own)], dtype
+    )
+    for m in own:
+        if (
+            m.noise is None
+            and not bar.holds(distances[m.run.name])
+            and math.isfinite(distances[m.run.name].nmse)
+        ):
+            _noise(original, phase, m)
+            bar = bar_for([m.noise for m in own if m.noise is not None], dtype)
+    return bar
+
+
+def _first_noise(original: Side, phase: Phase, own: list[Made]) -> Distance:
+    """That of the shortest prompt, where a phase has only such as are not measured in any case."""
+    m = min(own, key=lambda m: m.sample.tokens)
+    _noise(original, phase, m)
+    assert m.noise is not None
+    return m.noise
 
 
 def _own(original: Side, phase: Phase, x: Tree, given: Tensors) -> Tree:
@@ -226,162 +291,6 @@ def _own(original: Side, phase: Phase, x: Tree, given: Tensors) -> Tree:
     except BROKEN as error:
         text = f"the original's own pass cannot run: {type(error).__name__}: {error}"
         raise NoPass(text) from error
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A table whose rows are each sent through the embedding: `inputs` makes a batch of ids (B, 1) and the
-    further inputs of a prompt each out of numbers of rows (B, 1)."""
-
-    name: str
-    rows: int
-    inputs: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-
-
-def _sweeps(original: Side, converted: Side, shapes: Mapping[str, tuple[int, ...]]) -> list[Sweep]:
-    """Of the words, and of the entities where a pass takes them. Where ids are hashed to fewer rows, each row
-    has one of twice as many ids that follow each other."""
-    table = max((shape[0] for shape in shapes.values() if shape), default=0)
-    made = [Sweep(EVERY_ROW, min(converted.vocabulary, 2 * table), lambda ids: (ids, {}))]
-    named = converted.raw.get("entity_vocab_size")
-    if type(named) is int and set(ENTITIES) <= {*original.inputs} & {*converted.inputs}:
-        places = max((shape[0] for n, shape in shapes.items() if n.endswith(PLACES)), default=1)
-        as_entities = partial(_as_entities, named=named, places=places)
-        made.append(Sweep(EVERY_ENTITY, max(named, places), as_entities))
-    return made
-
-
-def _as_entities(rows: Tensor, named: int, places: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Prompts of the first word alone, each with an entity, and each somewhere else: all of both tables."""
-    zeros = torch.zeros_like(rows)
-    positions = (rows % places)[..., None]
-    return zeros, {"entity_ids": rows % named, "entity_mask": zeros + 1, "entity_positions": positions}
-
-
-def _sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample], rows: Sweep) -> None:
-    """Every row of a table, whether a prompt uses it or not, each as a prompt of its own. The first block
-    that differs joins the samples for the diagnosis."""
-    device = original.weights[0].device
-    for start in range(0, rows.rows, SWEEP):
-        at = torch.arange(start, min(start + SWEEP, rows.rows), device=device).view(-1, 1)
-        ids, given = rows.inputs(at)
-        try:
-            sample = Sample(ids, original.run("embed", ids, given), given)
-            one_row = [mapped(_as_one_row, y) for y in (sample.wanted, converted.run("embed", ids, given))]
-            d = Sample(ids, one_row[0]).of(one_row[1])
-        except BROKEN as error:
-            step.broken = step.broken or f"{type(error).__name__}: {error}"
-            return
-        worst = step.distances.get(rows.name)
-        if worst is None or d.nmse > worst.nmse:
-            step.distances[rows.name] = Distance(d.max_delta, d.nmse, start + d.worst, d.magnitude)
-        if not step.bar.holds(d) and rows.name not in samples:
-            samples[rows.name] = sample
-
-
-def _as_one_row(y: Tensor) -> Tensor:
-    """(B, 1, C), a batch of prompts of one token each, as one prompt of B tokens."""
-    return y.transpose(0, 1) if y.ndim > 2 else y
-
-
-def _control(
-    converted: Side,
-    phase: Phase,
-    changes: list[Change],
-    samples: Mapping[str, Sample],
-    bar: Bar,
-) -> list[Planted]:
-    """Plant each mistake, run the phase on all prompts until one shows it; those that none shows are looked
-    at in wider precisions."""
-    made, missed = [], []
-    for change in changes:
-        if not _alters(converted, change):
-            continue
-        changed = converted.changed(change)
-        if change.config and not _reaches(converted, changed, phase, samples):
-            continue
-        worst, caught = 0.0, False
-        for sample in sorted(samples.values(), key=lambda s: s.tokens):
-            try:
-                d = sample.of(changed.run(phase, sample.x, sample.given))
-            except BROKEN:
-                worst, caught = math.inf, True
-                break
-            worst = max(worst, d.nmse)
-            caught = not bar.holds(d)
-            if caught:
-                break
-        if caught:
-            made.append(Planted(phase, change.name, worst, True))
-        else:
-            missed.append((change, worst))
-    return made + _missed(converted, phase, missed, samples)
-
-
-def _missed(
-    side: Side, phase: Phase, missed: list[tuple[Change, float]], samples: Mapping[str, Sample]
-) -> list[Planted]:
-    """What wider precisions make of mistakes that this one did not show. A mistake that moves the result by
-    more than the cap of this precision should have been seen: the bar is at fault and not the precision."""
-    if not missed:
-        return []
-    name = str(side.weights[0].dtype).removeprefix("torch.")
-    seen: dict[str, tuple[str, float]] = {}
-    for dtype in wider(name):
-        with ExitStack() as stack:
-            wide = side.computed_in(getattr(torch, dtype))
-            stack.enter_context(wide.keep())
-            for change, _ in missed:
-                if change.name not in seen:
-                    effect, shown = _effect(wide, change, phase, samples)
-                    if shown:
-                        seen[change.name] = dtype, effect
-    made = []
-    for change, nmse in missed:
-        seen_in, effect = seen.get(change.name, (None, nmse))
-        made.append(Planted(phase, change.name, nmse, False, effect <= 2 * CAPS[name], seen_in))
-    return made
-
-
-def _effect(side: Side, change: Change, phase: Phase, samples: Mapping[str, Sample]) -> tuple[float, bool]:
-    """By how much a mistake moves the phase, against the side itself, and whether that is over the bar that
-    its own noise makes. Up to the first prompt that shows it."""
-    changed, dtype, worst = side.changed(change), side.weights[0].dtype, 0.0
-    for s in sorted(samples.values(), key=lambda s: s.tokens):
-        x = mapped(lambda t: t.to(dtype) if t.is_floating_point() else t, s.x)
-        try:
-            sample = Sample(x, side.run(phase, x, s.given), s.given, s.variances)
-            with ReversedSums():
-                bar = bar_for([sample.of(side.run(phase, x, s.given))], dtype)
-            d = sample.of(changed.run(phase, x, s.given))
-        except BROKEN:
-            continue  # this precision has no such operation
-        worst = max(worst, d.nmse)
-        if not bar.holds(d):
-            return worst, True
-    return worst, False
-
-
-def _alters(side: Side, change: Change) -> bool:
-    """Whether a change changes anything: exchanging equal tensors, say, is no mistake."""
-    try:
-        made = change.tensors(side.ranks[0])
-        config = side.changed(change).config
-    except (KeyError, ValueError, RuntimeError):
-        return False
-    return config != side.config or any(not torch.equal(x, side.ranks[0][n]) for n, x in made.items())
-
-
-def _reaches(side: Side, changed: Side, phase: Phase, samples: Mapping[str, Sample]) -> bool:
-    """Whether a phase depends on what was changed at all: a gelu is not in every head."""
-    for sample in sorted(samples.values(), key=lambda s: s.tokens):
-        try:
-            one, other = (s.run(phase, sample.x, sample.given) for s in (side, changed))
-        except BROKEN:
-            return True
-        if not same(one, other):
-            return True
-    return False
 
 
 # --- findings -------------------------------------------------------------------------------------------
@@ -412,8 +321,17 @@ def findings(
     if original.config.n_layers != converted.config.n_layers:
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
         made.insert(0, finding("layers", "fail", text, data={"exactness": "differs"}))
-    made += [*_unasked(original, converted, prompts, result), *_unseen(converted, prompts)]
+    made += [*_left_out(result.effort), *_unasked(original, converted, prompts, result)]
+    made += _unseen(converted, {n: p for n, p in prompts.items() if result.effort.has("embed", n)})
     return [*made, *(d.finding() for d in result.diagnoses)]
+
+
+def _left_out(effort: Effort) -> list[Finding]:
+    """What the mode left out; `--thorough` leaves nothing out."""
+    if not effort.left_out:
+        return []
+    text = f"{effort.mode}: {'; '.join(effort.left_out)} (--thorough runs all)"
+    return [finding("left out", "note", text, data={"mode": effort.mode, "left_out": list(effort.left_out)})]
 
 
 def _of(head: str, found: Mapping[str, logits.Logits]) -> str:
@@ -456,22 +374,31 @@ def _layers(result: Parity, dtype: str) -> Finding:
             f"{phase_text(unsure[0].phase)} is over the cap {CAPS[dtype]:g} for {dtype}, {logits.CANNOT_TELL}"
         )
         return finding("lockstep", "undecided", text, tables=(table,))
+    return _agreed(result, dtype, table)
+
+
+def _agreed(result: Parity, dtype: str, table: Table) -> Finding:
+    """Every phase that ran is within its bar."""
     worst = max(result.steps, key=lambda s: s.worst[1].nmse)
     d = worst.worst[1]
-    layers = sum(isinstance(s.phase, int) for s in result.steps)
-    heads = "head" if len(result.logits) == 1 else f"{len(result.logits)} heads"
+    numbered = [s.phase for s in result.steps if isinstance(s.phase, int)]
+    part = sampled(result.effort, result.layers)
+    layers = f"{len(numbered)} layers" if part is None else f"{layers_text(numbered)} of {result.layers}"
+    heads = "head" if len(result.heads) == 1 else f"{len(result.heads)} heads"
     apart = [s.phase for s in result.steps if isinstance(s.phase, str)]
-    stages = "".join(f", {p}" for p in apart if p != "embed" and p not in result.logits)
+    stages = "".join(f", {p}" for p in apart if p != "embed" and p not in result.heads)
     exactness = "bit-identical" if d.max_delta == 0 else "within noise floor"
     text = (
-        f"embedding, {layers} layers{stages} and {heads} agree on {len(result.logits['head'])} prompts, "
+        f"embedding, {layers}{stages} and {heads} agree on {result.prompts} prompts, "
         f"{dtype}; largest NMSE in {phase_text(worst.phase)} over a noise floor of "
         f"{number(worst.bar.noise.nmse)}"
     )
     if result.foretold:
         names = ", ".join(dict.fromkeys(m.foretold.name for m in result.foretold))
         text += f"; with {names} taken back in {', '.join(phase_text(m.phase) for m in result.foretold)}"
-    data = {"exactness": exactness, "phases": len(result.steps)}
+    data: dict[str, Any] = {"exactness": exactness, "phases": len(result.steps)}
+    if part is not None:
+        data |= {"sampled": f"{part} layers", "layers": numbered}
     return finding("lockstep", "pass", text, measured=d.nmse, bar=worst.bar.nmse, data=data, tables=(table,))
 
 
@@ -523,7 +450,7 @@ def _unasked(original: Side, converted: Side, prompts: Mapping[str, Prompt], res
     """Heads, and inputs of both sides, that no prompt has reached."""
     made = []
     held = dict.fromkeys([*original.heads(), *converted.heads()])
-    if silent := [head for head in held if head not in result.logits]:
+    if silent := [head for head in held if head not in result.heads]:
         text = f"not compared, as the other side or every prompt lacks it: {', '.join(silent)}"
         made.append(finding("unseen", "note", text, data={"heads": silent}))
     taken = {*original.inputs} & {*converted.inputs}

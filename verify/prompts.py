@@ -180,10 +180,8 @@ def prompts_for(
     rows |= {n: row for n, row in masked_row(tokenizer).items() if max(row, default=vocabulary) < vocabulary}
     table = _positions(config) if table is None else table
     rows = lengths.cut({name: row[:table] for name, row in rows.items()})
-    given = read_prompts(more) if isinstance(more, str | os.PathLike) else more
-    if given is not None:
-        named = given if isinstance(given, Mapping) else {f"given {k}": r for k, r in enumerate(given)}
-        for name, row in named.items():
+    if more is not None:
+        for name, row in named_prompts(more).items():
             if not row or not all(type(i) is int and 0 <= i < vocabulary for i in row):
                 text = f"expected token ids from 0 to {vocabulary - 1}, found others"
                 fail("usage", text, where=f"prompt {name}")
@@ -196,6 +194,12 @@ def prompts_for(
                 fail("usage", text, where=f"prompt {name}")
             rows[name] = list(row)
     return rows
+
+
+def named_prompts(more: str | os.PathLike[str] | Prompts | None) -> Mapping[str, Sequence[int]]:
+    """The rows of the user by their names, or by their numbers where they have none."""
+    given = read_prompts(more) if isinstance(more, str | os.PathLike) else more or ()
+    return given if isinstance(given, Mapping) else {f"given {k}": r for k, r in enumerate(given)}
 
 
 def positions(config: Mapping[str, Any], *sides: Checkpoint | None) -> int | None:

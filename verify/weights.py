@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
-from ckpt_tool.verify.needs import largest
+from ckpt_tool.checkpoint.tensor_names import stack_of
+from ckpt_tool.verify.streamed import Room, Rows, Streamed
 
-PIECE = 16 << 20  # bytes read at once; bounds what exists twice, in the file's dtype and in the computation's
+PIECE = 1 << 19  # bytes read at once, which stay in a cache of the processor while they are cast
+
+SMALL = 1 << 20  # elements of a matrix that is held whatever room there is
 
 
 class Weights(Mapping[str, Tensor]):
@@ -25,6 +29,8 @@ class Weights(Mapping[str, Tensor]):
     ) -> None:
         self.checkpoint, self.tensors, self.dtype, self.device = checkpoint, tensors, dtype, device
         self.used: set[str] = set()
+        self.limit: int | None = None  # bytes to hold at once; None: as many as there are
+        self.room = Room(0)  # for rows of matrices that are not held whole
         self._kept: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -47,19 +53,63 @@ class Weights(Mapping[str, Tensor]):
 
     def computed_in(self, dtype: torch.dtype) -> Weights:
         """The same tensors in another dtype."""
-        return Weights(self.checkpoint, self.tensors, dtype, self.device)
+        made = Weights(self.checkpoint, self.tensors, dtype, self.device)
+        made.limit, made.room = self.limit, Room(self.room.size)
+        return made
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """Hold every tensor read inside, so that several prompts share one reading of a layer."""
+        """Hold every tensor read inside, so that several prompts share one reading of a layer; inside of
+        another such block those until its end."""
+        if self._kept is not None:
+            yield
+            return
         self._kept = {}
         try:
             yield
         finally:
             self._kept = None
+            self.room.held = 0
+
+    def within(self, nbytes: int, copies: int) -> None:
+        """Hold at most so many bytes at once, of which `copies` are left free for those of one matrix, as
+        planted mistakes make them."""
+        self.limit, self.room = nbytes, Room(max(0, nbytes - copies))
+
+    @cached_property
+    def _of_layers(self) -> dict[tuple[str, int], int]:
+        """Elements of each layer of each stack."""
+        found: dict[tuple[str, int], int] = {}
+        for info in self.tensors.values():
+            if (stack := stack_of(info.name)) is not None:
+                found[stack] = found.get(stack, 0) + info.numel
+        return found
+
+    def _fits(self, info: TensorInfo) -> bool:
+        """Whether the layer of a tensor may be held as it is computed, and two copies of the tensor beside
+        it, as a planted mistake makes them."""
+        if self.limit is None or len(info.shape) != 2 or info.numel < SMALL:
+            return True
+        layer = self._of_layers.get(stack_of(info.name) or ("", 0), info.numel)
+        return (layer + 2 * info.numel) * self.dtype.itemsize <= self.limit
+
+    def _streamed(self, info: TensorInfo) -> Tensor:
+        stored = getattr(torch, DTYPES[info.dtype].torch)
+        width = info.shape[1]
+
+        def read(first: int, last: int) -> Tensor:
+            rows = torch.empty(last - first, width, dtype=stored)
+            buffer = rows.view(torch.uint8).numpy().reshape(-1).data
+            self.checkpoint.read_into(info, first * width * stored.itemsize, buffer)
+            return rows
+
+        room = self.room if self._kept is not None else Room(0)
+        return Streamed(Rows(tuple(info.shape), read, self.dtype, torch.device(self.device), room))
 
     def _load(self, info: TensorInfo) -> Tensor:
         stored = getattr(torch, DTYPES[info.dtype].torch)
+        if stored.is_floating_point and not self._fits(info):
+            return self._streamed(info)
         wanted = self.dtype if stored.is_floating_point else stored
         out = torch.empty(info.numel, dtype=wanted, device=self.device)
         step = max(1, PIECE // stored.itemsize)
@@ -88,9 +138,3 @@ def ranks_of(checkpoint: Checkpoint, *, stages: bool = False) -> list[Mapping[st
     if len({name for f in files for name in f}) == sum(map(len, files)):
         return [{name: info for f in files for name, info in f.items()}]
     return files
-
-
-def needed(source: Checkpoint | None, output: Checkpoint, itemsize: int) -> str:
-    """What parity holds at once, in words, before it starts: the heaviest layer of each side."""
-    sides = [largest(c, itemsize) for c in (source, output) if c is not None]
-    return f"about {sum(sides) / 1e6:,.1f} MB for a layer of each side, besides torch and the activations"

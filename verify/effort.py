@@ -1,0 +1,152 @@
+"""How much of parity a run computes: which layers, which prompts through which of them, and of which the
+noise floor and the free run are made. What is left out is said, and a verdict claims no more than what ran.
+
+    default   every layer and every prompt in lockstep. Where a prompt is long and costs more than AFFORDABLE,
+              its floor is measured only where it is over that of the short ones, it is not run free, and one
+              longer than WIDE (a window's) goes through the first layer of each kind.
+    quick     the first layer of each kind and the last one; no free run.
+    thorough  everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckpt_tool.checkpoint.tensor_names import short, stack_of
+from ckpt_tool.verify.claims import Mode
+from ckpt_tool.verify.prompts import Prompt
+from ckpt_tool.verify.sides import Phase, Side
+
+SHORT = 64  # tokens, up to which a prompt costs little
+WIDE = 1024  # tokens, beyond which one costs much
+AFFORDABLE = 3e10  # tokens x weights of one prompt: a few seconds a pass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`layers` are those that run (None: all). A prompt of `reach` goes through these layers alone, and to no
+    head; without any it does not run. `floor` and `free` are the prompts whose noise is measured in any case,
+    and that are run free; None stands for all."""
+
+    mode: Mode = "thorough"
+    layers: tuple[int, ...] | None = None
+    reach: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    floor: frozenset[str] | None = None
+    free: frozenset[str] | None = None
+    left_out: tuple[str, ...] = ()
+
+    def has(self, phase: Phase, prompt: str) -> bool:
+        """Whether a prompt goes through a phase. A layer that is left out is passed over: the next one is fed
+        what the one before it was."""
+        if isinstance(phase, int):
+            chosen = self.reach.get(prompt)
+            return (self.layers is None or phase in self.layers) and (chosen is None or phase in chosen)
+        if phase == "embed":
+            return self.reach.get(prompt) != frozenset()  # one without any layer does not run at all
+        return prompt not in self.reach
+
+    def measures(self, prompt: str) -> bool:
+        return self.floor is None or prompt in self.floor
+
+    def frees(self, prompt: str) -> bool:
+        return self.free is None or prompt in self.free
+
+
+THOROUGH = Effort()
+
+
+def effort_for(
+    mode: Mode, original: Side, converted: Side, prompts: Mapping[str, Prompt], given: frozenset[str]
+) -> Effort:
+    """What a mode comes to for this model; `given` are prompts of the user, of which nothing is left out but
+    by `quick`."""
+    if mode == "thorough":
+        return THOROUGH
+    weights = sum(t.numel for t in converted.weights[0].tensors.values())
+    tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items()}
+    if mode == "quick":
+        return _quick(original, converted, tokens)
+    costly = {n for n, t in tokens.items() if t > SHORT and t * weights > AFFORDABLE} - given
+    if not costly:
+        return Effort("default")
+    firsts = frozenset(first_of_each_kind(original, converted))
+    wide = [n for n in tokens if n in costly and tokens[n] > WIDE]
+    long = [n for n in tokens if n in costly and n not in wide]
+    cheap = frozenset(tokens) - costly
+    if not cheap:
+        return Effort("default")
+    said = []
+    if long:
+        said.append(f"{_named(long, tokens)} in lockstep only, not run free")
+    if wide:
+        said.append(
+            f"{_named(wide, tokens)} through {layers_text(sorted(firsts))} only, the first of each kind"
+        )
+    return Effort("default", None, dict.fromkeys(wide, firsts), cheap, cheap, tuple(said))
+
+
+def _quick(original: Side, converted: Side, tokens: Mapping[str, int]) -> Effort:
+    firsts = first_of_each_kind(original, converted)
+    count = original.config.n_layers
+    layers = tuple(sorted({*firsts, *([count - 1] if count else [])}))
+    wide = [n for n, t in tokens.items() if t > WIDE]
+    long = [n for n, t in tokens.items() if SHORT < t <= WIDE]
+    said = ["no prompt was run free, so the logits of a whole pass were not compared"]
+    if len(layers) < count:
+        said.insert(0, f"{count - len(layers)} of {count} layers did not run, only {layers_text(layers)}")
+    if long and len(layers) < count:
+        said.append(f"{_named(long, tokens)} through {layers_text(firsts)} only")
+    if wide:
+        said.append(f"{_named(wide, tokens)} not run")
+    reach = {**dict.fromkeys(long, frozenset(firsts)), **dict.fromkeys(wide, frozenset[int]())}
+    short = frozenset(n for n, t in tokens.items() if t <= SHORT)
+    return Effort("quick", layers, reach, short or None, frozenset(), tuple(said))
+
+
+def first_of_each_kind(original: Side, converted: Side) -> list[int]:
+    """Layers are of one kind where their tensors have the same names and shapes and they see as far, on both
+    sides."""
+    kinds: dict[tuple[object, ...], int] = {}
+    sides = [(_tensors_of(side), getattr(side.config, "windows", None)) for side in (original, converted)]
+    for i in range(original.config.n_layers):
+        kind = tuple(
+            (tuple(sorted(tensors.get(i, ()))), None if windows is None or i >= len(windows) else windows[i])
+            for tensors, windows in sides
+        )
+        kinds.setdefault(kind, i)
+    return sorted(kinds.values())
+
+
+def _tensors_of(side: Side) -> dict[int, list[tuple[str, str, tuple[int, ...]]]]:
+    """By layer: of each tensor its name without the number of the layer, and its shape."""
+    made: dict[int, list[tuple[str, str, tuple[int, ...]]]] = {}
+    for name, info in side.weights[0].tensors.items():
+        if (stack := stack_of(name)) is not None:
+            made.setdefault(stack[1], []).append((stack[0], short(name), tuple(info.shape)))
+    return made
+
+
+def _named(names: list[str], tokens: Mapping[str, int]) -> str:
+    told = ", ".join(f"{name} ({tokens[name]:,} tokens)" for name in names)
+    return f"prompt{'s' * (len(names) > 1)} {told}"
+
+
+def sampled(effort: Effort, count: int) -> str | None:
+    """How many of `count` layers ran, in words; None where all did."""
+    return (
+        None if effort.layers is None or len(effort.layers) >= count else f"{len(effort.layers)} of {count}"
+    )
+
+
+def layers_text(layers: list[int] | tuple[int, ...]) -> str:
+    """`layer 4`, `layers 0 and 31`, `layers 0 to 3 and 31`."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    parts = [str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs]
+    text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"layer{'s' * (len(layers) > 1)} {text}"

@@ -1,0 +1,155 @@
+"""How long parity takes and what memory it needs, told before it starts: from sizes, and a short measurement
+of how fast this machine multiplies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import linear
+
+from ckpt_tool.checkpoint.tensor_names import layer_of
+from ckpt_tool.errors import fail
+from ckpt_tool.verify.effort import Effort
+from ckpt_tool.verify.needs import size_text
+from ckpt_tool.verify.prompts import Prompt
+from ckpt_tool.verify.sides import Phase, Side
+
+USUAL = 4 << 30  # bytes of memory, unless the user says otherwise
+BASE = 450 << 20  # Python, torch and the tool
+TURNS = (
+    5 << 26
+)  # intermediate results of a layer, which the readings make in turns (reference.blocks.AT_ONCE)
+FEW = 16  # tokens that take as long as fewer do: the weights have to be read
+READ = 1e9  # bytes in a second that are read and cast, at least
+TOLD = 20.0  # seconds: shorter runs are not worth a word
+EXPERTS = (("num_local_experts", "num_experts"), ("num_experts_per_tok",))
+
+
+@dataclass
+class Pace:
+    """`work` is what each phase takes, in multiplications; seconds come from those that are done."""
+
+    work: Mapping[Phase, float]
+    seconds: float  # foretold
+    done: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def left(self) -> str:
+        """`, about 3 min left`, where that is worth a word."""
+        total = sum(self.work.values())
+        if self.seconds < TOLD or not total:
+            return ""
+        spent = time.monotonic() - self.began
+        rate = self.seconds / total if self.done < total / 50 else spent / self.done
+        return f", about {duration(rate * (total - self.done))} left"
+
+    def add(self, phase: Phase) -> None:
+        self.done += self.work.get(phase, 0.0)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def pace(original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> Pace:
+    """Of a lockstep run, measured now."""
+    work: dict[Phase, float] = {}
+    weights = _weights(converted)
+    tokens = {name: max(FEW, sum(map(len, p.ids))) for name, p in prompts.items()}
+    for phase, kind in original.kinds().items():
+        passes = {n: 2.0 + 3.0 * effort.frees(n) for n in prompts if effort.has(phase, n)}
+        per_token = weights.get(phase if isinstance(phase, int) else None, 0.0)
+        work[phase] = 0.0 if kind == "embed" else sum(tokens[n] * p for n, p in passes.items()) * per_token
+    total = sum(work.values())
+    if total < TOLD * 1e9:  # less than a slow machine does in that time
+        return Pace(work, 0.0)
+    nbytes = sum(t.nbytes for side in (original, converted) for w in side.weights for t in w.tensors.values())
+    return Pace(work, total / multiplications(original.weights[0].dtype) + nbytes / READ)
+
+
+def multiplications(dtype: torch.dtype) -> float:
+    """How many of a large matrix are done in a second."""
+    x, w = torch.ones(256, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        linear(x, w)
+        taken.append(time.perf_counter() - began)
+    return 256 * w.numel() / min(taken)
+
+
+def _weights(side: Side) -> dict[int | None, float]:
+    """Weights that a token is multiplied by in each layer, and outside of them; of experts those that are
+    chosen."""
+    count, chosen = (next((side.raw[k] for k in keys if side.raw.get(k)), 1) for keys in EXPERTS)
+    found: dict[int | None, float] = {}
+    for name, info in side.weights[0].tensors.items():
+        if len(info.shape) > 1:
+            share = chosen / count if ".experts." in name else 1.0
+            layer = layer_of(name)
+            found[layer] = found.get(layer, 0.0) + info.numel * share
+    return found
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def activations(original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> int:
+    """Bytes of what a lockstep run holds beside the weights: of all prompts the input and the output of a
+    phase, of those that run free two more, and intermediate results of the longest."""
+    item, width = original.weights[0].dtype.itemsize, _width(converted)
+    tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items() if effort.has("embed", name)}
+    all_of, longest = sum(tokens.values()), max(tokens.values(), default=0)
+    free = sum(t for n, t in tokens.items() if effort.frees(n))
+    layer = (2 * all_of + 3 * free + 12 * longest) * width * item + min(
+        TURNS, 64 * longest * width
+    ) * item // 4
+    ends = {n: t for n, t in tokens.items() if n not in effort.reach}
+    logits = (sum(ends.values()) + 3 * free + 2 * max(ends.values(), default=0)) * converted.vocabulary * item
+    return max(layer, logits)
+
+
+def _width(side: Side) -> int:
+    """Of the model, as far as config.json or the widest vector of the norms tells."""
+    for key in ("hidden_size", "n_embd", "d_model"):
+        if type(found := side.raw.get(key)) is int:
+            return int(found)
+    return max((t.shape[0] for t in side.weights[0].tensors.values() if len(t.shape) == 1), default=0)
+
+
+def limit(
+    original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort, memory: int | None
+) -> str:
+    """Have both sides hold no more weights than `memory` bytes in all leave for them (None: USUAL); what is
+    needed, in words. `usage` where that is too little for any run."""
+    besides = BASE + activations(original, converted, prompts, effort)
+    tensors = [t for s in (original, converted) for w in s.weights for t in w.tensors.values()]
+    largest = max((t.nbytes for t in tensors), default=0)
+    least = besides + 2 * largest + (128 << 20)
+    if memory is not None and memory < least:
+        text = (
+            f"expected at least {size_text(least)} for these prompts and tensors, found {size_text(memory)}"
+        )
+        fail("usage", text, where="memory")
+    room = max(memory or USUAL, least) - besides
+    for side in (original, converted):
+        for weights in side.weights:
+            weights.within(room // len(side.weights), 2 * largest // len(side.weights))
+    held = min(room, max(_heaviest(original), _heaviest(converted)) + 2 * largest)
+    return f"about {size_text(besides + held)} of memory"
+
+
+def _heaviest(side: Side) -> int:
+    """Bytes of the heaviest layer as it is computed."""
+    layers: dict[int | None, int] = {}
+    item = side.weights[0].dtype.itemsize
+    for w in side.weights:
+        for name, info in w.tensors.items():
+            layer = layer_of(name)
+            layers[layer] = layers.get(layer, 0) + info.numel * item
+    return max(layers.values(), default=0)

@@ -1,0 +1,271 @@
+"""Matrices that are larger than what may be held of them: their rows are read, cast and used some at a time,
+so that a forward pass of a reading, which knows nothing of this, runs in the memory that there is.
+
+`Streamed` is a tensor to whoever multiplies by it, takes rows of it, or reorders it; for all else it becomes
+an ordinary one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 16 << 20  # bytes of rows that are cast at once
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Room:
+    """How many bytes of weights one side may hold; `held` are those that it does."""
+
+    size: int
+    held: int = 0
+
+    def take(self, nbytes: int) -> bool:
+        fits = self.held + nbytes <= self.size
+        self.held += nbytes * fits
+        return fits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix (or, in memory, any tensor) as it is stored. `read` gives rows first to last of it in their
+    own dtype; those that find room are kept. `dtype` and `device` are what it is computed in and on."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    room: Room
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        width = max(1, self.shape[1] if len(self.shape) > 1 else 1)
+        return max(1, BLOCK // (width * self.dtype.itemsize))
+
+    def block(self, first: int) -> Tensor:
+        if first not in self.kept:
+            made = self.read(first, min(first + self.step, self.shape[0]))
+            if not self.room.take(made.nbytes):
+                return made
+            self.kept[first] = made
+        return self.kept[first]
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in the dtype of the computation), in order."""
+        for first in range(0, self.shape[0], self.step):
+            yield first, self.block(first).to(self.device, self.dtype)
+
+    def some(self, first: int, last: int) -> Tensor:
+        """Rows as they are stored."""
+        start = first - first % self.step
+        parts = [self.block(at)[max(first - at, 0) : last - at] for at in range(start, last, self.step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def part(self, first: int, last: int) -> Rows:
+        """Rows first to last as a matrix of its own, which are kept with these."""
+        shape = (last - first, *self.shape[1:])
+        return Rows(shape, lambda a, b: self.some(first + a, first + b), self.dtype, self.device, Room(0))
+
+    def whole(self) -> Tensor:
+        """All of it, as it is stored."""
+        return self.some(0, self.shape[0])
+
+
+class Streamed(Tensor):
+    """`turned`: the transpose of its rows."""
+
+    rows: Rows
+    turned: bool
+
+    @staticmethod
+    def __new__(cls, rows: Rows, turned: bool = False) -> Streamed:
+        shape = rows.shape[::-1] if turned else rows.shape
+        made: Streamed = Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device)
+        made.rows, made.turned = rows, turned
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Streamed({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = _OWN.get(func)
+        if own is not None:
+            found = own(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        if func in _ASKED or getattr(func, "__name__", "") == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _MOVES:
+            moved = func(*_mapped(_stored, args), **_mapped(_stored, kwargs))
+            like = next(x for x in _flat([*args, *kwargs.values()]) if isinstance(x, Streamed))
+            return _mapped(lambda x: held(x, like), moved)
+        return func(*_mapped(_whole, args), **_mapped(_whole, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return func(*_mapped(_whole, args), **_mapped(_whole, kwargs or {}))
+
+
+def held(x: Tensor, like: Streamed) -> Streamed:
+    """A stored tensor in memory, to be computed in what `like` is computed in."""
+    rows = Rows(tuple(x.shape), lambda a, b: x[a:b], like.rows.dtype, like.rows.device, Room(0))
+    return Streamed(rows)
+
+
+def product(a: Tensor, b: Streamed, multiply: Multiply = torch.matmul, backwards: bool = False) -> Tensor:
+    """a (..., K) @ b (K, N); `multiply` is done with each part of b, and where these are terms of one sum the
+    last ones may come first."""
+    columns = b.shape[1]
+    out = a.new_zeros(*a.shape[:-1], columns)
+    parts: Iterable[tuple[int, Tensor]] = b.rows.blocks()
+    if b.turned:
+        for first, w in parts:
+            out[..., first : first + len(w)] = multiply(a, w.T)
+        return out
+    for first, w in reversed(list(parts)) if backwards else parts:
+        out += multiply(a[..., first : first + len(w)], w)
+    return out
+
+
+# --- what is done with some rows at a time ----------------------------------------------------------------
+
+
+def _matmul(a: Tensor, b: Tensor) -> Any:
+    if not isinstance(b, Streamed) or isinstance(a, Streamed) or b.dim() != 2:
+        return NotImplemented
+    return product(a, b)
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(w, Streamed) or w.dim() != 2:
+        return NotImplemented
+    y = product(x, Streamed(w.rows, not w.turned))
+    return y if bias is None else y + bias
+
+
+def _transposed(x: Streamed) -> Any:
+    return Streamed(x.rows, not x.turned) if x.dim() == 2 else NotImplemented
+
+
+def _embedding(ids: Tensor, w: Tensor, *rest: Any, **more: Any) -> Any:
+    return _taken(w, ids) if isinstance(w, Streamed) and int(ids.min()) >= 0 else NotImplemented
+
+
+def _taken(x: Any, at: Any) -> Any:
+    """Some rows: those of ids, or a range of them."""
+    if not isinstance(x, Streamed) or x.turned or x.dim() != 2:
+        return NotImplemented
+    if isinstance(at, slice) and at.step in (None, 1):
+        first, last, _ = at.indices(x.shape[0])
+        return Streamed(x.rows.part(first, max(first, last)))
+    if not isinstance(at, Tensor) or at.dtype != torch.int64 or at.numel() == 0:
+        return NotImplemented
+    if int(at.min()) < -x.shape[0] or int(at.max()) >= x.shape[0]:
+        return NotImplemented  # an error, as of an ordinary tensor
+    ids, back = torch.unique(at.cpu() % x.shape[0], return_inverse=True)
+    cuts = [0, *((ids.diff() != 1).nonzero().flatten() + 1).tolist(), len(ids)]
+    runs = [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    found = torch.cat([_outside(x.rows, int(r[0]), int(r[-1]) + 1) for r in runs])
+    return found.to(x.rows.device, x.rows.dtype)[back.to(x.rows.device)]
+
+
+def _outside(rows: Rows, first: int, last: int) -> Tensor:
+    """Few rows, which are read without the block that they are in."""
+    kept = rows.kept.get(first - first % rows.step)
+    return rows.read(first, last) if kept is None or last - first > 1 else rows.some(first, last)
+
+
+def _chunks(x: Streamed, n: int, dim: int = 0) -> Any:
+    if x.turned or dim != 0 or x.dim() != 2 or x.shape[0] % n:
+        return NotImplemented
+    size = x.shape[0] // n
+    return tuple(Streamed(x.rows.part(k * size, (k + 1) * size)) for k in range(n))
+
+
+def _equal(a: Tensor, b: Tensor) -> Any:
+    """Block by block, which does not need two whole matrices."""
+    if not all(isinstance(x, Tensor) and x.dim() == 2 for x in (a, b)) or a.shape != b.shape:
+        return NotImplemented
+    if any(isinstance(x, Streamed) and x.turned for x in (a, b)):
+        return NotImplemented
+    first = a if isinstance(a, Streamed) else b
+    assert isinstance(first, Streamed)
+    step = first.rows.step
+    return all(
+        torch.equal(*(_rows_of(x, k, min(k + step, len(first))) for x in (a, b)))
+        for k in range(0, len(first), step)
+    )
+
+
+def _rows_of(x: Tensor, first: int, last: int) -> Tensor:
+    return (
+        x.rows.some(first, last).to(x.rows.device, x.rows.dtype) if isinstance(x, Streamed) else x[first:last]
+    )
+
+
+_OWN: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
+    F.linear: _linear,
+    F.embedding: _embedding,
+    **dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t), _transposed),  # type: ignore[attr-defined]
+    Tensor.__getitem__: _taken,
+    Tensor.chunk: _chunks,
+    torch.chunk: _chunks,
+    torch.equal: _equal,
+    Tensor.equal: _equal,
+}
+# What is asked of a tensor without its values.
+_ASKED = {
+    Tensor.__len__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point,
+    Tensor.element_size, torch.is_floating_point, torch.numel, Tensor.is_complex,
+}  # fmt: skip
+# What puts values elsewhere and changes none, so that it may be done to them as they are stored.
+_MOVES = {
+    Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.contiguous, Tensor.roll, torch.roll,
+    Tensor.index_select, torch.cat, torch.split, Tensor.split, Tensor.flip, torch.flip, Tensor.clone,
+}  # fmt: skip
+
+
+def _whole(x: Any) -> Any:
+    """An ordinary tensor in the place of a streamed one."""
+    if not isinstance(x, Streamed):
+        return x
+    stored = x.rows.whole().to(x.rows.device, x.rows.dtype)
+    return stored.T if x.turned else stored
+
+
+def _stored(x: Any) -> Any:
+    if not isinstance(x, Streamed):
+        return x
+    return x.rows.whole().T if x.turned else x.rows.whole()
+
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, list | tuple):
+        return type(x)(_mapped(function, y) for y in x)
+    if isinstance(x, dict):
+        return {k: _mapped(function, v) for k, v in x.items()}
+    return x
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    if isinstance(x, list | tuple):
+        for y in x:
+            yield from _flat(y)
+    else:
+        yield x
