@@ -68,7 +68,7 @@ class Generated:
         """The sums by length, out of the transition scores: what the documentation has with the number of
         negative scores in the place of the length, which is less where a score is exactly 0."""
         pairs = zip(self.transition_scores, self.lengths(), strict=True)
-        return [sum(row) / n**length_penalty for row, n in pairs]
+        return [sum(row) / max(n, 1) ** length_penalty for row, n in pairs]
 
 
 def generate(
