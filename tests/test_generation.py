@@ -386,6 +386,9 @@ class Told:
     def __init__(self, logits: list[float]) -> None:
         self.logits = torch.tensor(logits)
 
+    def fits(self, tokens: int) -> int:
+        return tokens
+
     def takes(self, given: Mapping[str, Any]) -> set[str]:
         return set()
 
