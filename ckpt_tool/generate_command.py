@@ -158,7 +158,7 @@ def _show(screen: Console, data: dict[str, Any], made: Any, apart: Any, good: bo
     )
     how = f"beam sampling with {o.num_beams} beams" if o.beams and o.do_sample else how
     seed = f", seed {data['seed']}" if o.do_sample else ""
-    cache = f"a cache of {made.kept / 1e6:,.1f} MB" if made.kept else "no cache"
+    cache = f"a cache of {size(made.kept)}" if made.kept else "no cache"
     paragraph(screen, f"{how}{seed} by the rules of transformers {o.rules}: {g.steps} steps with {cache}")
     own = g.sequences_scores or [sum(row) for row in g.normalized]
     heads = (
@@ -179,6 +179,10 @@ def _show(screen: Console, data: dict[str, Any], made: Any, apart: Any, good: bo
         tie = ", a tie of their scores" if apart.tie else ""
         words = f"the source goes on otherwise: {apart.first or f'scores are {apart.worst:.3g} apart'}{tie}"
         paragraph(screen, words, style="yellow" if apart.tie else "bold red")
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def _text(data: dict[str, Any], made: Any, r: int) -> str:

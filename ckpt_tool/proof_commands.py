@@ -184,11 +184,21 @@ def run_expectations(out: str, **asked: Any) -> int:
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A prompt, read with DIR's tokenizer.json.")
 @click.option("--prompt-ids", multiple=True, metavar="1,15,27", help="A prompt as token ids.")
 @click.option("--prompts", metavar="FILE", help="JSON: rows of ids, or input_ids and attention_mask.")
-@click.option("--mode", type=click.Choice(["greedy", "sample", "beam"]), help="(default: as the model says)")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Any argument of `generate`.")
+@click.option(
+    "--mode",
+    type=click.Choice(["greedy", "sample", "beam"]),
+    help="How tokens are chosen (default: as generation_config.json says).",
+)
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Any option of generate, such as top_k=5."
+)
 @click.option("--options", "options_file", metavar="FILE", help="The same as a JSON object.")
 @click.option(
-    "--rules", type=click.Choice(["4.37", "5"]), default="5", show_default=True, help="Whose rules."
+    "--rules",
+    type=click.Choice(["4.37", "5"]),
+    default="5",
+    show_default=True,
+    help="Release whose rules hold.",
 )
 @click.option("--seed", type=int, help="Where the draws of sampling start.")
 @click.option("--no-cache", is_flag=True, help="Compute the whole text again for every token.")
@@ -201,7 +211,7 @@ def generate(out: str, source: str | None, as_json: bool, **asked: Any) -> int:
     """Go on from prompts as transformers does, and say with which scores.
 
     \b
-    ckpt-tool generate Mistral-7B-v0.1-hf --prompt "Today is" --option max_new_tokens=5
+    ckpt-tool generate DIR --prompt "Today is" --option max_new_tokens=5
     ckpt-tool generate DIR --prompt-ids 1,15,27 --mode beam --rules 4.37 --json
     """
     from ckpt_tool.generate_command import run

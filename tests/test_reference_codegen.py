@@ -383,7 +383,7 @@ def test_the_branches_stand_side_by_side() -> None:
     c = ours.Config.from_original(tiny.config(), shapes_of(state), 1, {})
     x, p = ours.embed(ids(), [state], c), "transformer.h.0."
     normed = layer_norm(x, state, p + "ln_1.", c.norm_eps)
-    after = x + ours.attention(normed, state, p + "attn.", c, None)
+    after = x + ours.attention(normed, state, 0, c, None, None)
     normed = layer_norm(after, state, p + "ln_1.", c.norm_eps)
     after = after + ours.feed_forward(normed, state, p + "mlp.", c)
     assert nmse(ours.layer(x, 0, [state], c), after) > 0.01

@@ -68,7 +68,7 @@ class Generated:
         """The sums by length, out of the transition scores: what the documentation has with the number of
         negative scores in the place of the length, which is less where a score is exactly 0."""
         pairs = zip(self.transition_scores, self.lengths(), strict=True)
-        return [sum(row) / n**length_penalty for row, n in pairs]
+        return [sum(row) / max(n, 1) ** length_penalty for row, n in pairs]
 
 
 def generate(
@@ -79,7 +79,7 @@ def generate(
     total = o.total(session.width, positions)
     _fitting(o, session.vocabulary)
     if o.do_sample and seed is None:
-        fail("usage", "expected a seed for sampling, found none", where="--seed")
+        fail("usage", "expected a seed for sampling, found none", where="--seed", hint="--seed 0 gives one")
     draws = torch.Generator().manual_seed(seed) if seed is not None else None
     search = (_beams_4 if o.rules == "4.37" else _beams_5) if o.beams else _rows
     with torch.inference_mode():

@@ -195,6 +195,9 @@ class Session:
         if self.table is not None and tokens > self.table:
             text = f"expected at most {self.table} tokens, for which there are positions, found {tokens}"
             fail("usage", text, file=PROMPTS, hint="--option max_new_tokens=N ends it before")
+        if self.side.fits(tokens) < tokens:
+            text = f"expected a length that the model takes, found {tokens} tokens: it reads whole chunks"
+            fail("unsupported", text, file=PROMPTS)
 
 
 def _of_rows(past: dict[Any, Any] | None, rows: Tensor) -> dict[Any, Any] | None:
