@@ -372,7 +372,11 @@ def _head_problems(
 ) -> Iterator[Problem]:
     """A head of which nothing is there, unless it is the embedding again; labels that it has no rows for."""
     starts, own = _starts(spelling.architecture), held.source
-    if _end(spelling.architecture) and not any(n.startswith(starts) for n in names):
+    classes_alone = (
+        LABELLED.search(spelling.architecture) or _end(spelling.architecture) == "ForMultipleChoice"
+    )
+    there = [n for n in names if (LAST.fullmatch(n) if classes_alone else n.startswith(starts))]
+    if _end(spelling.architecture) and not there:
         tied = spelling.architecture.endswith(
             ("LMHeadModel", "DoubleHeadsModel", "ForCausalLM", "ForMaskedLM")
         )
@@ -386,7 +390,8 @@ def _head_problems(
             message = f"expected {', '.join(CASTABLE)}, found {t.dtype}"
             yield Problem("unsupported-dtype", message, t.file, t.name)
         if LABELLED.search(spelling.architecture) and LAST.fullmatch(t.name) and t.shape[:1] != (labels,):
-            message = f"expected {labels} labels (config.json: id2label), found {t.shape[0]} rows"
+            rows = t.shape[0] if t.shape else "no"
+            message = f"expected {labels} labels (config.json: id2label), found {rows} rows"
             yield Problem("config-mismatch", message, t.file, t.name)
 
 

@@ -102,12 +102,12 @@ def fits(tokens: int, c: Config) -> int:
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     if c.kind not in OF_WORDS:
         given = dict(inputs)
-        ends = {name: given.pop(f"entity_{name}", None) for name in ("start", "end")}
+        names = [name for name in ("start", "end") if f"entity_{name}" in given]
+        ends = {name: given.pop(f"entity_{name}") for name in names}
         known = {n: h for n, h in HEADS.items() if not n.startswith("entity_") or "entity_ids" in inputs}
-        if None in ends.values():
-            known.pop("entity_span_classification", None)
-        elif c.kind == "entity_span_classification":
-            known[c.kind] = partial(of_spans, **ends)
+        known.pop("entity_span_classification", None)
+        if c.kind == "entity_span_classification" and len(ends) == 2:
+            known[c.kind] = partial(of_spans, start=ends["start"], end=ends["end"])
         own = of_class(c.kind, known, lambda x, ranks, c: x[0])
         own |= {"pooler_output": pool} if c.kind == "base_model" else {}
         return decoder_phases(embed, layer, own, ranks, c, given)

@@ -234,6 +234,8 @@ def test_a_folder_is_refused_that_its_class_does_not_fit(model: Made, tmp_path: 
 
     error = refused(case("headless", lambda w: w.pop("score.weight")))
     assert error.kind == "missing-tensor" and "score.weight" in error.text()
+    error = refused(case("scalar", lambda w: w.update({"score.weight": torch.tensor(1.0)})))
+    assert error.kind == "config-mismatch" and "found no rows" in error.text()
     error = refused(case("labels", lambda w: None, id2label={"0": "a", "1": "b"}))
     assert error.kind == "config-mismatch" and "2 labels" in error.text()
     error = refused(case("layer", lambda w: w.pop("model.layers.1.mlp.up_proj.weight")))
