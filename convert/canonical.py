@@ -18,9 +18,12 @@ from typing import Any
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_template, is_tokenizer, vocabulary_kind
+from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import CODE, Class
+from ckpt_tool.convert.facts_rotary import OBJECTS as ROPES
+from ckpt_tool.convert.facts_rotary import ROTARY
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.families import FAMILIES, Family, family
 from ckpt_tool.convert.kept import HUGGING_FACE, LAYOUT, read_manifest
@@ -144,6 +147,7 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     seen = _renamed(checkpoint, spelling.family)
     own = replace(options, drop=tuple(spelling.family.get(name, name) for name in options.drop))
     held = chosen.held(seen, own, spelling.architecture)
+    _check_settings(held, checkpoint.json("config.json"), spelling.kind)
     filled = held_steps(held)
     expected, there = _expected(filled), {name: held for held, name in spelling.family.items()}
     filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
@@ -172,6 +176,13 @@ def _refuse_options(options: Options) -> None:
     )
     if "architecture" in options.family_options:
         fail_all([Problem("usage", "expected --to hf for what has that layout already", where="--to")])
+
+
+def _check_settings(held: Held, document: Mapping[str, Any], own: Class) -> None:
+    """Raise settings that the class does not read and config.json has not."""
+    aliases = {other for others in own.aliases.values() for other in others}
+    known = {*own.numbers, *own.identity, *own.idle, *aliases, *document, *ROPES, *ROTARY}
+    held.facts.check_settings(known)
 
 
 # --- names ----------------------------------------------------------------------------------------------
@@ -363,7 +374,11 @@ def _head_problems(
 ) -> Iterator[Problem]:
     """A head of which nothing is there, unless it is the embedding again; labels that it has no rows for."""
     starts, own = _starts(spelling.architecture), held.source
-    if _end(spelling.architecture) and not any(n.startswith(starts) for n in names):
+    classes_alone = (
+        LABELLED.search(spelling.architecture) or _end(spelling.architecture) == "ForMultipleChoice"
+    )
+    there = [n for n in names if (LAST.fullmatch(n) if classes_alone else n.startswith(starts))]
+    if _end(spelling.architecture) and not there:
         tied = spelling.architecture.endswith(
             ("LMHeadModel", "DoubleHeadsModel", "ForCausalLM", "ForMaskedLM")
         )
@@ -373,8 +388,12 @@ def _head_problems(
             yield Problem("missing-tensor", message, own.checkpoint.path.name, starts[0] + "weight")
     labels = _labels(held.facts.document or {})
     for t in heads:
+        if t.dtype not in CASTABLE and t.shape:
+            message = f"expected {', '.join(CASTABLE)}, found {t.dtype}"
+            yield Problem("unsupported-dtype", message, t.file, t.name)
         if LABELLED.search(spelling.architecture) and LAST.fullmatch(t.name) and t.shape[:1] != (labels,):
-            message = f"expected {labels} labels (config.json: id2label), found {t.shape[0]} rows"
+            rows = t.shape[0] if t.shape else "no"
+            message = f"expected {labels} labels (config.json: id2label), found {rows} rows"
             yield Problem("config-mismatch", message, t.file, t.name)
 
 

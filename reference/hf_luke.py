@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -84,7 +85,8 @@ Hidden = tuple[Tensor, Tensor | None]
 
 
 def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
-    return ("token_types", "mask", "entity_ids", "entity_mask", "entity_positions")
+    spans = ("entity_start", "entity_end") if c.kind == "entity_span_classification" else ()
+    return ("token_types", "mask", "entity_ids", "entity_mask", "entity_positions", *spans)
 
 
 def needed(c: Config) -> tuple[str, ...]:
@@ -99,11 +101,16 @@ def fits(tokens: int, c: Config) -> int:
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     if c.kind not in OF_WORDS:
+        given = dict(inputs)
+        names = [name for name in ("start", "end") if f"entity_{name}" in given]
+        ends = {name: given.pop(f"entity_{name}") for name in names}
         known = {n: h for n, h in HEADS.items() if not n.startswith("entity_") or "entity_ids" in inputs}
-        known.pop("entity_span_classification", None)  # which wants the ends of each span, too
+        known.pop("entity_span_classification", None)
+        if c.kind == "entity_span_classification" and len(ends) == 2:
+            known[c.kind] = partial(of_spans, start=ends["start"], end=ends["end"])
         own = of_class(c.kind, known, lambda x, ranks, c: x[0])
         own |= {"pooler_output": pool} if c.kind == "base_model" else {}
-        return decoder_phases(embed, layer, own, ranks, c, inputs)
+        return decoder_phases(embed, layer, own, ranks, c, given)
     heads: dict[str, Callable[..., Any]] = {"head": head, "pooler_output": pool}
     if "entity_ids" in inputs:
         heads["entity_logits"] = entity_logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any], set[str | None]]] = {
     "GPT2ForSequenceClassification": ("GPT2Config", GPT, {"logits"}),
     "MobileBertForMultipleChoice": ("MobileBertConfig", MOBILE, {"logits"}),
     "LukeForEntityPairClassification": ("LukeConfig", LUKE, {"logits"}),
+    "LukeForEntitySpanClassification": ("LukeConfig", LUKE, {"logits"}),
 }
 Made = Callable[[str], Path]
 
@@ -123,6 +125,17 @@ def test_what_is_recorded_of_a_head_is_held_against_it(model: Made, tmp_path: Pa
 
     wrong = rewritten(source, tmp_path / "wrong", other)
     assert verify(wrong, no_source=True, levels="documented", expectations=file).status == "fail"
+
+
+def test_the_published_model_of_a_download_is_found_by_its_folder(model: Made, tmp_path: Path) -> None:
+    """As huggingface_hub keeps it; this one only has its name."""
+    folder = tmp_path / "models--openai-community--gpt2" / "snapshots" / "0123abcd"
+    shutil.copytree(model("GPT2ForSequenceClassification"), folder)
+    report = verify(folder, no_source=True, levels="documented")
+    (told,) = (f for f in report.findings if f.status == "fail")
+    assert told.message.startswith(
+        "this is not openai-community/gpt2, whose documented values it cannot have"
+    )
 
 
 # --- made canonical -----------------------------------------------------------------------------------------
@@ -221,6 +234,8 @@ def test_a_folder_is_refused_that_its_class_does_not_fit(model: Made, tmp_path: 
 
     error = refused(case("headless", lambda w: w.pop("score.weight")))
     assert error.kind == "missing-tensor" and "score.weight" in error.text()
+    error = refused(case("scalar", lambda w: w.update({"score.weight": torch.tensor(1.0)})))
+    assert error.kind == "config-mismatch" and "found no rows" in error.text()
     error = refused(case("labels", lambda w: None, id2label={"0": "a", "1": "b"}))
     assert error.kind == "config-mismatch" and "2 labels" in error.text()
     error = refused(case("layer", lambda w: w.pop("model.layers.1.mlp.up_proj.weight")))
@@ -231,7 +246,10 @@ def test_a_folder_is_refused_that_its_class_does_not_fit(model: Made, tmp_path: 
     assert error.kind == "config-mismatch" and "intermediate_size" in error.text()
     error = refused(case("class", lambda w: None, architectures=["LlamaForPigs"]))
     assert error.kind == "unsupported" and "LlamaForPigs" in error.text()
+    error = refused(case("packed", lambda w: w.update({"score.weight": w["score.weight"].to(torch.int8)})))
+    assert error.kind == "unsupported-dtype" and "score.weight" in error.text()
     assert refused(source, gqa=1).kind == "usage"
+    assert refused(source, settings={"numm_heads": 3}).kind == "usage"
 
 
 def test_a_value_that_no_original_can_say_is_kept(model: Made, tmp_path: Path) -> None:

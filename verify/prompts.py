@@ -91,7 +91,7 @@ def with_inputs(
     if "token_types" in own:
         made["segments"] = Prompt([one], {"token_types": own["token_types"][:1]})
     if "entity_ids" in own:
-        alone = {name: [x[0][:2]] for name, x in own.items() if name in ENTITIES}
+        alone = {name: [x[0][:2]] for name, x in own.items() if name.startswith("entity_")}
         made["entities"] = Prompt([one], alone)
     if "mask" in own and padding > 0 and two:
         made["padded"] = Prompt([one, two + [pad] * padding], own)
@@ -117,6 +117,9 @@ def entities(longer: int, shorter: int, vocabulary: Any) -> dict[str, Any]:
             [_mention(*span) for span in spans],
             [_mention(shorter // 2, 2), *[_mention(0, 0)] * 2],
         ],
+        # the first and the last token of each
+        "entity_start": [[first for first, _ in spans], [shorter // 2, 0, 0]],
+        "entity_end": [[first + count - 1 for first, count in spans], [shorter // 2 + 1, 0, 0]],
     }
 
 
