@@ -331,7 +331,8 @@ def findings(
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
         made.insert(0, finding("layers", "fail", text, data={"exactness": "differs"}))
     made += [*_left_out(result.effort), *_unasked(original, converted, prompts, result)]
-    made += _unseen(converted, {n: p for n, p in prompts.items() if result.effort.has("embed", n)})
+    ran = {n: p for n, p in prompts.items() if result.effort.has("embed", n)}
+    made += _unseen(converted, ran, sampled(result.effort, result.layers) is not None)
     return [*made, *(d.finding() for d in result.diagnoses)]
 
 
@@ -476,7 +477,7 @@ def _unasked(original: Side, converted: Side, prompts: Mapping[str, Prompt], res
     return made
 
 
-def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
+def _unseen(converted: Side, prompts: Mapping[str, Prompt], in_part: bool) -> list[Finding]:
     """What these prompts cannot show; the bits level can."""
     made = []
     weights = converted.weights[0]
@@ -491,7 +492,8 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
         made.append(finding("unseen", "note", text, data={"rows": len(ids), "vocabulary": vocabulary}))
     unread = [n for n in weights if n not in weights.used]
     if unread:
-        why = "experts never chosen, or unused"
+        why = "layers that did not run, experts never chosen, or unused"
+        why = why if in_part else "experts never chosen, or unused"
         text = f"{len(unread)} of {len(weights)} tensors were not read by any prompt ({why})"
         made.append(finding("unseen", "note", text, ", ".join(unread[:3]), data={"tensors": unread[:100]}))
     longest, window = max(map(len, rows)), max(converted.windows or (), default=0)
