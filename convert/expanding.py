@@ -112,6 +112,12 @@ def _expand_row(
     out: Expansion,
 ) -> None:
     row = filling.row
+    if row.cut is None and len(row.source) == len(row.target) == 1:
+        name, target = row.source[0].format_map(v), row.target[0].format_map(v)
+        places, home = original(name), converted(target)
+        if len(places) == 1 and home is not None:
+            _add_plain(filling, name, places[0], target, home, out)
+            return
     targets: list[Held] = []
     made: list[str] = []
     for name, ranges in _names(row, row.target, v, axes):
@@ -138,6 +144,17 @@ def _expand_row(
         if (kind := filling.kinds.get(key)) is None:
             kind = filling.kinds[key] = out.steps.kind(_template(filling, held, targets, compare))
         out.steps.add(kind, names + made)
+
+
+def _add_plain(filling: Filling, name: str, place: Home, target: str, home: Home, out: Expansion) -> None:
+    """The step of a row between one whole tensor and another, as nearly all are."""
+    key = (place[0], place[1], home[0], home[1])
+    if (kind := filling.kinds.get(key)) is None:
+        held: list[Held] = [(place[0], place[1], ())]
+        made: list[Held] = [(home[0], home[1], ())]
+        kind = filling.kinds[key] = out.steps.kind(_template(filling, held, made, None))
+    names = (place[2] if len(place) > 2 else name, home[2] if len(home) > 2 else target)
+    out.steps.add(kind, names)
 
 
 def _written_and_compared(

@@ -41,6 +41,7 @@ _ALONE = re.compile(r"(?P<before>.*\.mlp\.experts\.)experts\.(?P<rest>\d+\.linea
 _JOINED = re.compile(
     r"(?P<before>(?:\w+\.)*decoder\.layers\.\d+\.mlp\.)experts\.(?P<which>weight[12])", re.ASCII
 )
+_WORDS = ("decoder.layers.", ".mlp.experts.", "linear_fc1.")  # one of them is in every name that matters
 READ_JOINED = "weight1 and weight2 of grouped experts are read as one of each for every expert"
 _OWN_LAYER = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?P<i>\d+)\.(?P<rest>.+)", re.ASCII)
 _OWN_EXPERT = re.compile(
@@ -68,6 +69,8 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
     readings: dict[str, None] = {}
     for name, file in checkpoint.files.items():
         files[name] = file
+        if not any(word in n for n in file.tensors for word in _WORDS):
+            continue
         if file.format != FORMAT:
             if any(map(_JOINED.fullmatch, file.tensors)):
                 files[name], readings[READ_JOINED] = _experts_apart(file, checkpoint, problems), None

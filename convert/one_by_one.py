@@ -80,7 +80,7 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
     names = checkpoint.names()
     fail_all(_joined_problems(names, checkpoint))
     patterns = [(_pattern(one), parts) for one, parts in in_memory.items()]
-    if not any(p.fullmatch(n) for p, _ in patterns for n in names):
+    if not any(_pattern(one).fullmatch(n) for one in in_memory for n in names if n.endswith(_tail(one))):
         return checkpoint
     apart = [_pattern(part) for parts in in_memory.values() for part in parts]
     single = next((n for n in names if any(p.fullmatch(n) for p in apart)), None)
@@ -121,6 +121,11 @@ def as_on_disk(checkpoint: Checkpoint, held_as: Mapping[str, str], told_by: Coll
 def is_stacked(checkpoint: Checkpoint) -> bool:
     """Whether it is such a view."""
     return any(isinstance(f, OneByOne) for f in checkpoint.files.values())
+
+
+def _tail(template: str) -> str:
+    """What every name that it stands for ends with."""
+    return template.rpartition("}")[2]
 
 
 def _pattern(template: str) -> re.Pattern[str]:

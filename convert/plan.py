@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import DATA
-from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
@@ -29,6 +29,7 @@ from ckpt_tool.errors import Problem, fail, fail_all, printable
 PLAN_VERSION = 1
 _PATTERN = re.compile(r"[*?[]")  # signs of a shell's pattern
 DEFAULT_SHARD_BYTES = 5_000_000_000
+SPOOLED = 50_000  # tensors, the index of more is not held in memory
 
 
 @dataclass(frozen=True)
@@ -411,7 +412,9 @@ def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator
 def dropped_names(asked: Iterable[str], checkpoint: Checkpoint) -> tuple[str, ...]:
     """The tensors that --drop means: names, or patterns as a shell has them (`*` stands for `/` and `.` too).
     `usage` for a pattern without a tensor; a name without one is told when the plan is made."""
-    there = dict.fromkeys([*checkpoint.names(), *(t.tensor.name for t in checkpoint.left_out)])
+    asked = list(asked)
+    there = dict.fromkeys(checkpoint.names() if asked else ())
+    there |= dict.fromkeys(t.tensor.name for t in checkpoint.left_out)
     found: dict[str, None] = {}
     problems = []
     for text in asked:
@@ -489,7 +492,14 @@ def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list
     if total == 1:
         return files, []
     weight_map = {t.name: f.name for f in files for t in f.tensors}
-    content = index_document(weight_map, sum(t.nbytes for t in tensors))
+    size = sum(t.nbytes for t in tensors)
+    content: bytes | Spool = b""
+    if len(tensors) <= SPOOLED:
+        content = index_document(weight_map, size)
+    else:
+        content = Spool()
+        for piece in index_pieces(weight_map, size):
+            content.write(piece)
     return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")]
 
 

@@ -136,10 +136,7 @@ def _folded(steps: Steps, numbers: list[int]) -> list[_Found]:
     """Steps of one template by what their names are but for the numbers in them."""
     template = steps.templates[steps.kinds[numbers[0]]]
     if len(template.sources) == len(template.targets) == 1:
-        columns = [[steps.names[steps.starts[k] + side] for k in numbers] for side in (0, 1)]
-        folded = [Folded(column[0]) for column in columns]
-        if all(f.take(column) for f, column in zip(folded, columns, strict=True)):
-            return [(numbers[0], len(numbers), folded[:1], folded[1:])]
+        return _folded_pairs(steps, numbers)
     groups: dict[tuple[object, ...], list[tuple[int, list[list[str]]]]] = {}
     for k in numbers:
         step = steps[k]
@@ -153,6 +150,27 @@ def _folded(steps: Steps, numbers: list[int]) -> list[_Found]:
             for which in (0, 1)
         )
         made.append((group[0][0], len(group), sources, targets))
+    return made
+
+
+def _folded_pairs(steps: Steps, numbers: list[int]) -> list[_Found]:
+    """`_folded`, of steps from one tensor to one."""
+    made: list[_Found] = []
+    left = [steps.names[steps.starts[k] : steps.starts[k + 1]] for k in numbers]
+    while left:
+        source, target = folded = Folded(left[0][0]), Folded(left[0][1])
+        if not all(f.take(names) for f, names in zip(folded, zip(*left, strict=True), strict=True)):
+            source, target = Folded(left[0][0]), Folded(left[0][1])
+            fits = [source.fits(one) and target.fits(other) for one, other in left]
+            own = [pair for pair, fit in zip(left, fits, strict=True) if fit]
+            for f, names in zip((source, target), zip(*own, strict=True), strict=True):
+                f.take(names)
+            made.append((numbers[0], len(own), [source], [target]))
+            left = [pair for pair, fit in zip(left, fits, strict=True) if not fit]
+            numbers = [k for k, fit in zip(numbers, fits, strict=True) if not fit]
+        else:
+            made.append((numbers[0], len(left), [source], [target]))
+            left = []
     return made
 
 

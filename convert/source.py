@@ -38,7 +38,10 @@ class Source:
 
     def homes(self, name: str) -> list[Home]:
         """Where the tensor is and what it is called there, for each rank."""
-        return [(t.file, t.dtype, t.name) for t in self.tensors.get(name, ())]
+        found = self.tensors.get(name, ())
+        if len(found) == 1:
+            return [(found[0].file, found[0].dtype, found[0].name)]
+        return [(t.file, t.dtype, t.name) for t in found]
 
     def keeps(self, name: str, options: Options) -> bool:
         """Whether the tensor is there, and not asked to be left out."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.checkpoint.strict_json import MAX_BYTES, parse_object
+from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.manifest import CERTIFICATE
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.convert.replaceable import is_model_file
@@ -33,7 +33,8 @@ from ckpt_tool.verify.report import Finding, Report, Status, Table, shown
 from ckpt_tool.verify.signing import payload_of, signed_by
 from ckpt_tool.verify.subject import opened
 
-BYTES = MAX_BYTES  # of a certificate, which is read as any JSON: some 15,000 tensors on both sides
+BYTES = 192 << 20  # of a certificate: some 160,000 tensors on both sides
+HELD = 2 << 30  # bytes that such a one takes at most once it is parsed
 
 
 @dataclass
@@ -116,12 +117,12 @@ def _opened(
     content: bytes, name: str, key: str | os.PathLike[str] | None, report: Checked
 ) -> tuple[dict[str, Any], Finding]:
     """The statement, and the finding about its signature."""
-    found = parse_object(content, file=name)
+    found = parse_object(content, file=name, max_bytes=BYTES, most=HELD)
     if "payloadType" not in found:
         status: Status = "fail" if key is not None else "note"
         words = "it is not signed"
         return found, _finding("signature", "signature", status, words + _unsigned(key))
-    statement = parse_object(payload_of(found, name), file=name)
+    statement = parse_object(payload_of(found, name), file=name, max_bytes=BYTES, most=HELD)
     if key is None:
         words = "it is signed, and no --key was given to check by whom: anybody can sign"
         return statement, _finding("signature", "signature", "note", words)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -315,7 +316,7 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Every tensor name once, in the order of the files."""
-        return list(dict.fromkeys(t.name for t in self))
+        return list(dict.fromkeys(chain.from_iterable(f.tensors for f in self.files.values())))
 
     def keys(self) -> list[str]:
         return self.names()

@@ -254,16 +254,24 @@ class SafetensorsLayout:
 
 
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_LINES = 4096  # that are put together at once
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def index_document(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """The bytes of `model.safetensors.index.json`: which file holds each tensor, and the tensors' bytes."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    found = bytearray()  # half a million tensors have 50 MB of it, held once
-    for piece in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(index):
-        found += piece.encode()
-    found += b"\n"
-    return bytes(found)
+    return b"".join(index_pieces(weight_map, total_size))
+
+
+def index_pieces(weight_map: Mapping[str, str], total_size: int) -> Iterator[bytes]:
+    """The same some of it at a time, as `json` writes it with an indent of 2: half a million tensors have
+    50 MB of it."""
+    yield f'{{\n  "metadata": {{\n    "total_size": {total_size}\n  }},\n  "weight_map": {{'.encode()
+    names = sorted(weight_map)
+    for at in range(0, len(names), INDEX_LINES):
+        lines = [f"\n    {_quoted(n)}: {_quoted(weight_map[n])}" for n in names[at : at + INDEX_LINES]]
+        yield (("," if at else "") + ",".join(lines)).encode()
+    yield b"\n  }\n}\n" if names else b"}\n}\n"
 
 
 _ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"

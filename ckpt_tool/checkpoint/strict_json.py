@@ -61,8 +61,9 @@ class _Reader:
         surrogates: bool = False,
         held: bool = True,
         wide: bool = False,
+        most: int = MAX_HELD,
     ) -> None:
-        self.file, self.kind, self.held, self.wide = file, kind, held, wide
+        self.file, self.kind, self.held, self.wide, self.most = file, kind, held, wide, most
         if len(data) > max_bytes:
             self.refuse(f"expected at most {max_bytes} bytes of JSON, found {len(data)}")
         if not data.strip(b" \t\r\n"):
@@ -128,17 +129,17 @@ class _Reader:
         self.refuse(f"expected {expected}, found {found} at line {line}, column {column}")
 
     def _check_memory(self, start: int, end: int) -> None:
-        """Refuse text whose values would take more than `MAX_HELD` bytes, before any of them is made. Marks
+        """Refuse text whose values would take more than `most` bytes, before any of them is made. Marks
         in strings count for nothing; telling them apart takes time, and is not needed where all are few."""
         text = self.text
-        if sum(text.count(mark, start, end) * cost for mark, cost in _COST.items()) <= MAX_HELD:
+        if sum(text.count(mark, start, end) * cost for mark, cost in _COST.items()) <= self.most:
             return
         taken = 0
         for token in _MARKS.finditer(text, start, end):
             taken += _COST.get(token[0], 0)
-            if taken > MAX_HELD:
+            if taken > self.most:
                 self.refuse_at(
-                    token.start(), f"values that take at most {MAX_HELD >> 20} MiB of memory", "more"
+                    token.start(), f"values that take at most {self.most >> 20} MiB of memory", "more"
                 )
 
     def _check_value(self, position: int) -> None:
@@ -267,14 +268,15 @@ def members(
     surrogates: bool = False,
     held: bool = True,
     wide: bool = False,
+    most: int = MAX_HELD,
 ) -> Iterator[tuple[str, Any]]:
     """The members of the JSON object in `data`, one at a time, so that a large one is never held twice.
 
     A key that comes twice is yielded twice; with `surrogates`, lone surrogates are left in the text. Without
     `held` the caller keeps little of each member, and the limit on memory is for each and not for all. With
-    `wide`, integers may have up to `MAX_DIGITS` digits.
+    `wide`, integers may have up to `MAX_DIGITS` digits. `most` is the limit on memory, in bytes.
     """
-    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held, wide).members()
+    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held, wide, most).members()
 
 
 def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:
@@ -286,11 +288,16 @@ def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:
 
 
 def parse_object(
-    data: bytes, *, file: str, kind: str = "bad-config", max_bytes: int = MAX_BYTES
+    data: bytes,
+    *,
+    file: str,
+    kind: str = "bad-config",
+    max_bytes: int = MAX_BYTES,
+    most: int = MAX_HELD,
 ) -> dict[str, Any]:
-    """The JSON object in `data`, integers as in `parse`; anything else is refused."""
+    """The JSON object in `data`, integers as in `parse`; anything else is refused. `most`: see `members`."""
     found: dict[str, Any] = {}
-    known = members(data, file=file, kind=kind, max_bytes=max_bytes, wide=True)
+    known = members(data, file=file, kind=kind, max_bytes=max_bytes, wide=True, most=most)
     del data  # which is text now, and may be 16 MiB
     for key, value in known:
         if key in found:

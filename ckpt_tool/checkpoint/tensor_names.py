@@ -102,6 +102,9 @@ class Folded:
         self.columns: list[set[int]] = [set() for _ in self.key[1:]]
         self._pattern = re.compile(f"^{'([0-9]{1,9})'.join(map(re.escape, self.key))}$", re.M)
 
+    def fits(self, name: str) -> bool:
+        return self._pattern.match(name) is not None
+
     def take(self, names: Sequence[str]) -> bool:
         """Add `names`; False, and nothing done, where one of them has another key."""
         found = self._pattern.findall("\n".join(names))

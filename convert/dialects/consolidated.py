@@ -65,6 +65,10 @@ _NOT_PLAIN_TEXT = (
     (r"(model\.)?vision_|patch_merger\.|pre_mm_projector_norm|text_model\.", "an image encoder"),
     (r".*lora_[AB]", "LoRA factors, which must be merged into the weights first"),
 )
+_WORDS_OF = {  # one of them is in every name that fits
+    _NOT_PLAIN_TEXT[0][0]: ("vision_", "patch_merger.", "pre_mm_projector_norm", "text_model."),
+    _NOT_PLAIN_TEXT[1][0]: ("lora_",),
+}
 _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 
 # Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all.
@@ -270,9 +274,12 @@ def decoder_rows(feed_forward: Iterable[Rule], *, embedding: str, tied: bool, he
 
 def foreign(names: Sequence[str]) -> str | None:
     """Why tensors of these names are no plain text model in an original layout; None when they may be."""
-    if any(_CONVERTED.match(n) for n in names):
+    every = "\n".join(names)  # in which words are looked for before any name is looked at
+    if ("model." in every or "lm_head." in every) and any(_CONVERTED.match(n) for n in names):
         return "the tensors have Hugging Face names already"
     for pattern, what in _NOT_PLAIN_TEXT:
+        if not any(word in every for word in _WORDS_OF[pattern]):
+            continue
         if name := next((n for n in names if re.match(pattern, n)), None):
             return f"not a plain text model: holds {what} ({name})"
     return None
