@@ -26,6 +26,7 @@ from ckpt_tool.command_parts import (
     mode_of,
     mode_options,
     options_of,
+    ray_options,
     report_files,
     write_report,
 )
@@ -82,10 +83,7 @@ how = options_of(
 several = options_of(
     click.option("--worker", metavar="I/N", help="Make share I of N of the files, beside other processes."),
     click.option("--finish", is_flag=True, help="Publish what all workers made (with --worker: if last)."),
-    click.option("--ray", metavar="ADDRESS|local", help="Make the shares as tasks of a Ray cluster."),
-    click.option(
-        "--tasks", type=click.IntRange(1, 9999), metavar="N", help="How many of them (else two a node)."
-    ),
+    ray_options,
 )
 
 
@@ -244,6 +242,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
 @click.option("--record", metavar="FILE", help="Record what it computes, if it passes.")
 @click.option("--worker", metavar="I/N", help="Look at share I of N, beside other processes.")
 @click.option("--finish", is_flag=True, help="Join what all workers saw into the report.")
+@ray_options
 @report_files
 def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) -> int:
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
@@ -251,11 +250,14 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     \b
     ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
     """
-    if asked["worker"]:
-        from ckpt_tool.spread_command import look
+    from ckpt_tool.spread_command import look, look_on_ray, wanted
 
+    spread = wanted(asked)
+    if asked["worker"]:
         return look(out, source, levels, asked, *consoles())
     files = checked_files(asked, (out, source, asked["prompts"], asked["expectations"]))
+    if spread and asked["ray"]:
+        look_on_ray(out, source, levels, asked, consoles()[1])
     report = _run_verify(out, source, levels, asked)
     if asked["record"] is not None and report.status == "pass":
         _record(out, asked)  # first: a report may be read to its middle
@@ -303,7 +305,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         mode=mode_of(asked),
         memory=None if asked.get("memory") is None else read_size(asked["memory"]),
         progress=following_at(log),
-        joined=asked.get("finish", False),
+        joined=bool(asked.get("finish") or asked.get("ray")),
         **chosen,
     )
 

@@ -66,6 +66,12 @@ mode_options = options_of(
     click.option("--thorough", is_flag=True, help="All prompts through all layers, whatever it costs."),
     click.option("--memory", metavar="SIZE", help="What parity may take (default: 4GiB)."),
 )
+ray_options = options_of(
+    click.option("--ray", metavar="ADDRESS|local", help="Make the shares as tasks of a Ray cluster."),
+    click.option(
+        "--tasks", type=click.IntRange(1, 9999), metavar="N", help="How many of them (else two a node)."
+    ),
+)
 facts_option = click.option(
     "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact the source's files lack."
 )

@@ -1,4 +1,5 @@
-"""The shares of a conversion as tasks of a Ray cluster, whose nodes see the same files under the same paths.
+"""The shares of a conversion, or of a verification, as tasks of a Ray cluster, whose nodes see the same files
+under the same paths.
 
 A task is what `--worker I/N` is, so one that died with its node goes on elsewhere from its journal. Tasks are
 spread over the nodes; a node that was started with `ray start --resources '{"disk": 2}'` gets at most so many
@@ -11,15 +12,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ckpt_tool.api import Conversion, Shared, convert_part, publish_parts
+from ckpt_tool.api import Conversion, Shared, convert_part, publish_parts, verify_part
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert.execute import Progress
-from ckpt_tool.convert.shares import Worker
+from ckpt_tool.convert.shares import MOST, Worker
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 A_NODE = 2  # tasks, unless the number is given
@@ -56,18 +57,48 @@ def convert_on_ray(
     shared = _absolute(shared)
     with shared.planned() as begun:
         files, total = len(begun.plan.outputs), begun.plan.bytes_out
-        began = _begin(ray, address)
-        try:
-            nodes = [n for n in ray.nodes() if n["Alive"]]
-            count = min(files, tasks or A_NODE * len(nodes)) or 1
-            tell(f"{count} tasks on {len(nodes)} node{'s' * (len(nodes) != 1)}")
-            follow = partial(_follow, shared, tell, count, total)
-            ended = _run(ray, shared, count, nodes, follow)
-        finally:
-            if began:
-                ray.shutdown()
+        plain = replace(shared, progress=None, on_plan=None, tell=_silent)
+        work = Work("convert", partial(_made, plain), shared.jobs)
+        follow = partial(_follow, shared, tell, total)
+        ended = _carried_out(ray, address, work, tasks, follow, tell, most=files)
+        count = len(ended)
     fail_all(p for e in ended for p in e.problems)
     return publish_parts(replace(shared, on_plan=None), count=count, check=check)
+
+
+def verify_on_ray(
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    address: str,
+    *,
+    tasks: int | None = None,
+    tell: Tell = lambda _: None,
+    **asked: Any,
+) -> None:
+    """Look at all shares of an output on the cluster at `address` ("local": one that is started here), in
+    `tasks` shares (None: two for each node), for `verify(joined=True)`; `asked` is what `verify_part` takes.
+    Raises as `convert_on_ray`."""
+    ray = _ray()
+    asked["prompts"] = None if asked.get("prompts") is None else _path(asked["prompts"])
+    work = Work("verify", partial(_seen, _path(out), None if source is None else _path(source), asked), 1)
+
+    def follow(count: int, ended: list[Ended]) -> None:
+        last = ended[-1]
+        state = "failed" if last.problems else f"looked at on {printable(last.node, 60)}"
+        tell(f"part {last.worker} {state} ({len(ended)} of {count})")
+
+    ended = _carried_out(ray, address, work, tasks, follow, tell)
+    fail_all(p for e in ended for p in e.problems)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task does for a worker, and the processors that it takes; `do` gives the bytes that were made,
+    and what an earlier run had done already."""
+
+    name: str
+    do: Callable[[Worker], tuple[int, int]]
+    jobs: int
 
 
 def _ray() -> Any:
@@ -106,32 +137,55 @@ def _answers(address: str) -> None:
 def _absolute(shared: Shared) -> Shared:
     """The paths as they are on every node, whatever its working folder is."""
 
-    def path(given: str | os.PathLike[str]) -> str:
-        text = os.fspath(given)
-        return text if scheme_of(text) is not None else os.path.abspath(text)
-
     tokenizer = shared.options.tokenizer
-    options = replace(shared.options, tokenizer=None if tokenizer is None else path(tokenizer))
-    beside = tuple(path(p) for p in shared.beside)
-    return replace(shared, source=path(shared.source), out=path(shared.out), options=options, beside=beside)
+    options = replace(shared.options, tokenizer=None if tokenizer is None else _path(tokenizer))
+    beside = tuple(_path(p) for p in shared.beside)
+    source, out = _path(shared.source), _path(shared.out)
+    return replace(shared, source=source, out=out, options=options, beside=beside)
+
+
+def _path(given: str | os.PathLike[str]) -> str:
+    text = os.fspath(given)
+    return text if scheme_of(text) is not None else os.path.abspath(text)
+
+
+def _carried_out(
+    ray: Any,
+    address: str,
+    work: Work,
+    tasks: int | None,
+    follow: Callable[[int, list[Ended]], None],
+    tell: Tell,
+    most: int = MOST,
+) -> list[Ended]:
+    """Carry the work out in `tasks` shares, at most so many; `follow` is called with their number and those
+    that have ended."""
+    began = _begin(ray, address)
+    try:
+        nodes = [n for n in ray.nodes() if n["Alive"]]
+        count = min(most, tasks or A_NODE * len(nodes)) or 1
+        tell(f"{count} tasks on {len(nodes)} node{'s' * (len(nodes) != 1)}")
+        return _run(ray, work, count, nodes, partial(follow, count))
+    finally:
+        if began:
+            ray.shutdown()
 
 
 def _run(
-    ray: Any, shared: Shared, count: int, nodes: list[dict[str, Any]], follow: Callable[[list[Ended]], None]
+    ray: Any, work: Work, count: int, nodes: list[dict[str, Any]], follow: Callable[[list[Ended]], None]
 ) -> list[Ended]:
     """Carry out all tasks; `follow` is called with those that have ended."""
-    plain = replace(shared, progress=None, on_plan=None, tell=_silent)
     widest = max((n["Resources"].get("CPU", 0) for n in nodes), default=0)
     disks = {DISK: 1} if any(DISK in n["Resources"] for n in nodes) else {}
     task = ray.remote(_task).options(
-        name="ckpt-tool convert",
-        num_cpus=min(shared.jobs, widest),
+        name=f"ckpt-tool {work.name}",
+        num_cpus=min(work.jobs, widest),
         resources=disks,
         max_retries=RETRIES,
         retry_exceptions=[Again],
         scheduling_strategy="SPREAD",
     )
-    waiting = {task.remote(plain, Worker(k, count)): Worker(k, count) for k in range(1, count + 1)}
+    waiting = {task.remote(work, Worker(k, count)): Worker(k, count) for k in range(1, count + 1)}
     ended: list[Ended] = []
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=1.0)
@@ -145,17 +199,25 @@ def _silent(_: str) -> None:
     return None
 
 
-def _task(shared: Shared, worker: Worker) -> Ended:
+def _task(work: Work, worker: Worker) -> Ended:
     """What runs on a node."""
     node = os.uname().nodename
     try:
-        part = convert_part(shared, worker).part
+        made, resumed = work.do(worker)
     except CkptToolError as error:
         if error.kind in PASSING:
             raise Again(error.problems) from None
         return Ended(worker, node, problems=error.problems)
-    made = sum(t.nbytes for f in part.files for t in f.tensors)
-    return Ended(worker, node, made, len(part.outcome.resumed))
+    return Ended(worker, node, made, resumed)
+
+
+def _made(shared: Shared, worker: Worker) -> tuple[int, int]:
+    part = convert_part(shared, worker).part
+    return sum(t.nbytes for f in part.files for t in f.tensors), len(part.outcome.resumed)
+
+
+def _seen(out: str, source: str | None, asked: Mapping[str, Any], worker: Worker) -> tuple[int, int]:
+    return 0, verify_part(out, source, worker, **asked).resumed
 
 
 def _result(ray: Any, reference: Any, worker: Worker) -> Ended:
@@ -176,7 +238,7 @@ def _failed(worker: Worker, error: BaseException) -> Problem:
     return Problem("cluster-failed", message, hint="run it again: finished files are kept")
 
 
-def _follow(shared: Shared, tell: Tell, count: int, total: int, ended: list[Ended]) -> None:
+def _follow(shared: Shared, tell: Tell, total: int, count: int, ended: list[Ended]) -> None:
     last = ended[-1]
     state = "failed" if last.problems else f"made on {printable(last.node, 60)}"
     tell(f"part {last.worker} {state} ({len(ended)} of {count})")

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.remote_path import scheme_of
+from ckpt_tool.command_parts import mode_of
 from ckpt_tool.errors import CkptToolError, fail, printable
 from ckpt_tool.progress import conversion_summary, following, size
 
@@ -150,20 +151,44 @@ def look(
     def tell(text: str) -> None:
         log.print(printable(text, 500), style="dim", markup=False)
 
-    seen = api.verify_part(
-        out,
-        source,
-        worker_of(asked["worker"]),
-        levels=levels or None,
-        no_source=asked["no_source"],
-        settings=api.settings(asked["pairs"]),
-        progress=tell,
-    )
+    def tell_at(text: str) -> None:
+        if log.is_terminal or not text.startswith("parity: "):
+            tell(text)
+
+    seen = api.verify_part(out, source, worker_of(asked["worker"]), progress=tell_at, **_asked(levels, asked))
     if asked["json_file"] is not None:
         print(json.dumps(seen.to_json(), indent=2))
     else:
         _say_seen(seen, screen)
     return int(seen.differences > 0)
+
+
+def look_on_ray(
+    out: str, source: str | None, levels: Sequence[str], asked: dict[str, Any], log: Console
+) -> None:
+    """All shares of a verification; the report joins them."""
+    from ckpt_tool.on_ray import verify_on_ray
+
+    def tell(text: str) -> None:
+        log.print(printable(text, 500), style="dim", markup=False)
+
+    shares = _asked(levels, asked)
+    verify_on_ray(out, source, asked["ray"], tasks=asked["tasks"], tell=tell, **shares)
+
+
+def _asked(levels: Sequence[str], asked: dict[str, Any]) -> dict[str, Any]:
+    """What a worker is asked."""
+    from ckpt_tool import api
+
+    return {
+        "levels": levels or None,
+        "no_source": asked["no_source"],
+        "prompts": asked["prompts"],
+        "compute_dtype": asked["compute_dtype"],
+        "device": asked["device"],
+        "settings": api.settings(asked["pairs"]),
+        "mode": mode_of(asked),
+    }
 
 
 def _say_seen(seen: Seen, screen: Console) -> None:
@@ -179,6 +204,8 @@ def _say_seen(seen: Seen, screen: Console) -> None:
         "looked at",
         f"part {seen.worker}: {len(seen.scans)} tensors, {read}; {len(seen.steps)} steps of the plan",
     )
+    if seen.prompts:
+        line("computed", f"parity of its share of these prompts: {', '.join(seen.prompts)}")
     if seen.resumed:
         line("resumed", f"{seen.resumed} of them had been looked at before")
     if seen.differences:

@@ -9,7 +9,7 @@ caught at that bar."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +95,7 @@ def lockstep(
     """Run both sides phase by phase over all prompts, as far as `effort` says, with the weights of one phase
     of one side in memory at a time. NoPass where the original's tensors or numbers do not fit together."""
     result = Parity(effort=effort, layers=original.config.n_layers)
-    runs = _runs(original, prompts, effort)
+    runs = runs_of(original, prompts, effort)
     result.prompts = sum(effort.has("embed", r.name) for r in runs)
     last = result.layers - 1
     expected = foretold.expected(subject)
@@ -113,10 +113,10 @@ def lockstep(
             stack.enter_context(converted.keep())
             known = expected.get(phase)
             side = foretold.taken_back(converted, known)
-            own = _originals(original, phase, taken, effort)
+            own = originals(original, phase, taken, effort)
             if not own:
                 continue  # a head of what no prompt has
-            step, shapes = _phase(original, side, phase, own)
+            step, shapes = compared(original, side, phase, own)
             samples = {m.run.name: m.sample for m in own}
             if phase == "embed":
                 for rows in sweeps(original, side, shapes):
@@ -136,11 +136,11 @@ def lockstep(
             pace.add(phase)
     ran = {str(s.phase) for s in result.steps}
     result.heads = tuple(str(p) for p, kind in kinds.items() if kind == "head" and str(p) in ran)
-    _whole(result, runs, converted, original.weights[0].dtype)
+    whole(result, runs, converted, original.weights[0].dtype)
     return result
 
 
-def _runs(original: Side, prompts: Mapping[str, Prompt], effort: Effort) -> list[Run]:
+def runs_of(original: Side, prompts: Mapping[str, Prompt], effort: Effort) -> list[Run]:
     made = []
     for name, prompt in prompts.items():
         ids, given = tensors(prompt, original.weights[0].device)
@@ -150,7 +150,7 @@ def _runs(original: Side, prompts: Mapping[str, Prompt], effort: Effort) -> list
     return made
 
 
-def _whole(result: Parity, runs: list[Run], converted: Side, dtype: torch.dtype) -> None:
+def whole(result: Parity, runs: list[Run], converted: Side, dtype: torch.dtype) -> None:
     """The results of every head at the end of the free runs."""
     for head in result.heads:
         passes = []
@@ -174,9 +174,14 @@ class Made:
     noisy: Tree = None
 
 
-def _originals(original: Side, phase: Phase, runs: list[Run], effort: Effort) -> list[Made]:
-    """The original's own share of a phase; its weights are let go of afterwards."""
+def originals(
+    original: Side, phase: Phase, runs: list[Run], effort: Effort, going_on: Sequence[Run] = ()
+) -> list[Made]:
+    """The original's own share of a phase; its weights are let go of afterwards. Those `going_on` are moved
+    on only."""
     with original.keep():
+        for r in going_on:
+            r.x = _own(original, phase, r.x, r.given)
         own = _wanted(original, phase, runs)
         variances = logits.variances_of_each([y for _, y in own])
         made = []
@@ -190,12 +195,12 @@ def _originals(original: Side, phase: Phase, runs: list[Run], effort: Effort) ->
 
 def _noise(original: Side, phase: Phase, m: Made) -> None:
     """The phase with reversed sums: of the original's own activations, and of those that had them before."""
-    r = m.run
+    r, x = m.run, m.sample.x  # the run may have moved on
     with ReversedSums():
-        if r.is_free and r.noisy is not r.x:
-            again, m.noisy = _both(partial(_own, original, phase, given=r.given), r.x, r.noisy, r.given)
+        if r.is_free and r.noisy is not x:
+            again, m.noisy = _both(partial(_own, original, phase, given=r.given), x, r.noisy, r.given)
         else:
-            again = _own(original, phase, r.x, r.given)
+            again = _own(original, phase, x, r.given)
             m.noisy = again if r.is_free else None
     m.noise = m.sample.of(again)
 
@@ -215,7 +220,7 @@ def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tr
     return made if isinstance(phase, int) else [(r, y) for r, y in made if holds_numbers(y)]
 
 
-def _phase(
+def compared(
     original: Side, converted: Side, phase: Phase, own: list[Made]
 ) -> tuple[Step, dict[str, tuple[int, ...]]]:
     """The converted side's share of a phase; moves the runs on, unless it is a head. Also the shapes of the

@@ -1,10 +1,12 @@
-"""Coverage and bits by several processes: each looks at its share of the tensors of the output and of the
-steps of the plan, and writes down what it saw beside the output; one joins what all saw into one report.
+"""Coverage, bits and parity by several processes: each looks at its share of the tensors of the output, of
+the steps of the plan and of the prompts, and writes down what it saw beside the output; one joins what all
+saw into one report.
 
 For an output NAME that is `.NAME.ckpt-tool-verify-of-N.I`: a journal (convert/journal.py) with a line for
-each tensor and step, so that a worker that was stopped goes on. Its first line says what was compared,
-headers, sizes and times of both sides among it; what was seen of other files, or not by all workers, counts
-for nothing.
+each tensor and step, so that a worker that was stopped goes on, and one for all its prompts
+(verify/spread.py), whose activations stand in `.NAME.ckpt-tool-verify-of-N.I.inputs`. Its first line says
+what was compared, headers, sizes and times of both sides among it; what was seen of other files, or not by
+all workers, counts for nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +40,12 @@ from ckpt_tool.verify.subject import Subject
 
 Line = Mapping[str, Any]
 Tell = Callable[[str], None]
-SHARED = ("coverage", "bits")  # the levels that workers share
+# What takes a worker's prompts through parity: given what it wrote down before and the place of its inputs,
+# what it is to write down now, None where it has.
+Walk = Callable[[Line | None, Path], Line | None]
+SHARED = ("coverage", "bits", "parity")  # the levels that workers share
+READ = {"coverage", "bits"}  # those that look at every byte of the output
+PARITY = "parity"  # the key of the line for it
 SHOWN = 3
 SAME = "give every worker the same output and source"
 
@@ -52,6 +59,7 @@ class Seen:
     steps: Mapping[int, Comparison]
     resumed: int = 0  # lines that an earlier run of it had written
     missing: tuple[int, ...] = ()  # workers that have not finished
+    prompts: tuple[str, ...] | None = None  # that went through parity; None where that was not asked for
 
     @property
     def differences(self) -> int:
@@ -65,6 +73,7 @@ class Seen:
             "bytes": sum(s.tensor.nbytes for s in self.scans),
             "steps": len(self.steps),
             "differences": self.differences,
+            "prompts": self.prompts and list(self.prompts),
             "resumed": self.resumed,
             "missing": list(self.missing),
         }
@@ -73,24 +82,28 @@ class Seen:
 @dataclass
 class Joined:
     """What all `workers` saw, in the order in which one process sees it. `compared` is None where the steps
-    of the plan were not compared; `paths` are the files it was read from."""
+    of the plan were not compared; `paths` are the files it was read from. `walks` are what they wrote down of
+    parity, with the places of its inputs, none where they left that out."""
 
     scans: list[Scan] = field(default_factory=list)
     compared: Comparison | None = None
     workers: int = 0
     paths: list[Path] = field(default_factory=list)
+    walks: list[tuple[Line, Path]] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, str]:
-        text = f"{self.workers}, each with a share of the tensors and steps"
+        shared = ["tensors", "steps", *(["prompts"] if self.walks else [])]
+        text = f"{self.workers}, each with a share of the {', '.join(shared[:-1])} and {shared[-1]}"
         return {"workers": text} if self.workers else {}
 
     def remove(self) -> None:
         """Remove what the workers wrote down."""
         for path in self.paths:
             remove_claims(path)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            for own in (path, _inputs(path)):
+                with contextlib.suppress(OSError):
+                    os.unlink(own)
 
 
 # --- shares ---------------------------------------------------------------------------------------------
@@ -110,7 +123,7 @@ class Work:
 def deal(subject: Subject, count: int, levels: Collection[str]) -> list[Work]:
     """The shares of all workers, of the tensors and, where bits are among the `levels`, of the steps."""
     found = [Work() for _ in range(count)]
-    tensors = list(subject.output)
+    tensors = list(subject.output) if READ & set(levels) else []
     for tensor, home in zip(tensors, homes([t.nbytes for t in tensors], count), strict=True):
         found[home].tensors.append(tensor)
     if subject.plan is not None and subject.source is not None and "bits" in levels:
@@ -133,11 +146,16 @@ def homes(sizes: Sequence[int], count: int) -> Iterator[int]:
 
 
 def look(
-    subject: Subject, out: str | os.PathLike[str], worker: Worker, levels: Collection[str], tell: Tell
+    subject: Subject,
+    out: str | os.PathLike[str],
+    worker: Worker,
+    levels: Collection[str],
+    tell: Tell,
+    walk: Walk | None = None,
 ) -> Seen:
     """Look at a worker's share of the output, or go on with it: at tensors, and at steps where bits are among
-    the `levels`. Raises `output-busy` where another process is at it, and `output-failed` where nothing can
-    be written beside the output."""
+    the `levels`; then `walk` its prompts through parity. Raises `output-busy` where another process is at it,
+    and `output-failed` where nothing can be written beside the output."""
     path = _path(out, worker)
     _refuse_sets(path, worker.count)
     identity, dealt = _identity(subject), deal(subject, worker.count, levels)
@@ -154,13 +172,19 @@ def look(
             if k not in steps:
                 steps[k] = compare_step(subject, step)
                 append(_step_line(k, steps[k]))
+        walked = _walked(written)
+        if walk is not None and (line := walk(walked, _inputs(path))) is not None:
+            walked = line
+            append({PARITY: line})
     missing = []
     for k, share in enumerate(dealt, start=1):
         first, lines = _lines(_path(out, Worker(k, worker.count)))
         same = Identity.is_one(first) and not identity.differences(first)
-        if not same or not share.is_done(*_read(subject, lines)):
+        done = same and share.is_done(*_read(subject, lines))
+        if not done or (walk is not None and _walked(lines) is None):
             missing.append(k)
-    return Seen(worker, tuple(scans.values()), steps, resumed, tuple(missing))
+    prompts = None if walk is None or walked is None else tuple(map(str, walked["prompts"]))
+    return Seen(worker, tuple(scans.values()), steps, resumed, tuple(missing), prompts)
 
 
 # --- all of them ----------------------------------------------------------------------------------------
@@ -179,6 +203,7 @@ def join(
     scans: dict[Key, Scan] = {}
     steps: dict[int, Comparison] = {}
     unfinished, paths = [], []
+    walks: dict[Worker, tuple[Line, Path]] = {}
     for k, share in enumerate(deal(subject, number, levels), start=1):
         worker = Worker(k, number)
         path = _path(out, worker)
@@ -197,6 +222,11 @@ def join(
         scans |= own_scans
         steps |= own_steps
         paths.append(path)
+        if PARITY in levels and (line := _walked(lines)) is not None:
+            walks[worker] = line, _inputs(path)
+    if walks:  # where nobody has, it is computed now
+        every = (Worker(k, number) for k in range(1, number + 1))
+        unfinished = list(dict.fromkeys([*unfinished, *(f"{w}" for w in every if w not in walks)]))
     if unfinished:
         message = (
             f"expected what all {number} workers saw, found nothing or not all of {', '.join(unfinished)}"
@@ -207,7 +237,8 @@ def join(
         compared = Comparison()
         for k in range(len(subject.plan.steps)):
             compared.add(steps[k])
-    return Joined([scans[t.file, t.name] for t in subject.output], compared, number, paths)
+    read = [scans[t.file, t.name] for t in subject.output] if READ & set(levels) else []
+    return Joined(read, compared, number, paths, list(walks.values()))
 
 
 # --- what is written down -------------------------------------------------------------------------------
@@ -219,6 +250,11 @@ def _path(out: str | os.PathLike[str], worker: Worker) -> Path:
         fail("usage", message, where="--worker", hint="download it first")
     place = Path(os.path.realpath(out))
     return place.with_name(f".{place.name}.ckpt-tool-verify-of-{worker.count}.{worker.number}")
+
+
+def _inputs(path: Path) -> Path:
+    """Where a worker keeps activations that mistakes are planted at, beside what it writes down."""
+    return path.with_name(f"{path.name}.inputs")
 
 
 def _sets(path: Path) -> dict[int, Path]:
@@ -334,7 +370,7 @@ def _difference_json(d: Difference) -> dict[str, Any]:
         "values": [x.hex() for x in (*d.values, d.max_delta)],
         "drift": d.drift.to_json(),
         "roundings": None if d.roundings is None else sorted(d.roundings),
-        "rows": d.strip,
+        "rows": d.strip and {**d.strip, "worst": [[row, float(x).hex()] for row, x in d.strip["worst"]]},
     }
 
 
@@ -347,9 +383,15 @@ def _read(subject: Subject, lines: Iterable[Line]) -> tuple[dict[Key, Scan], dic
             if "scan" in content:
                 file, name = content["scan"]
                 scans[file, name] = _scan(subject.output.files[file].tensors[name], content)
-            else:
+            elif PARITY not in content:
                 steps[int(content["step"])] = _comparison(content)
     return scans, steps
+
+
+def _walked(lines: Iterable[Line]) -> Line | None:
+    """What a worker last wrote down of parity."""
+    found = [line[PARITY] for line in lines if isinstance(line.get(PARITY), dict)]
+    return found[-1] if found else None
 
 
 def _scan(tensor: TensorInfo, content: Line) -> Scan:
@@ -376,6 +418,7 @@ def _difference(said: Line) -> Difference:
     count, first = said["places"]
     expected, found, delta = map(float.fromhex, said["values"])
     roundings = None if said["roundings"] is None else set(map(str, said["roundings"]))
+    rows = said["rows"]
     tensor, against = map(_tensor, said["tensors"])
     return Difference(
         tensor,
@@ -387,7 +430,7 @@ def _difference(said: Line) -> Difference:
         max_delta=delta,
         drift=Drift.from_json(said["drift"]),
         roundings=roundings,
-        strip=said["rows"],
+        strip=rows and {**rows, "worst": [[int(row), float.fromhex(x)] for row, x in rows["worst"]]},
     )
 
 

@@ -51,11 +51,19 @@ def as_entities(rows: Tensor, named: int, places: int) -> tuple[Tensor, dict[str
     return zeros, {"entity_ids": rows % named, "entity_mask": zeros + 1, "entity_positions": positions}
 
 
-def sweep(original: Side, converted: Side, step: Step, samples: dict[str, Sample], rows: Sweep) -> None:
+def sweep(
+    original: Side,
+    converted: Side,
+    step: Step,
+    samples: dict[str, Sample],
+    rows: Sweep,
+    share: tuple[int, int] = (0, 1),
+) -> None:
     """Every row of a table, whether a prompt uses it or not, each as a prompt of its own. The first block
-    that differs joins the samples for the diagnosis."""
+    that differs joins the samples for the diagnosis. `share` is (k, n) for the k-th of n processes, which
+    take the blocks in turns."""
     device = original.weights[0].device
-    for start in range(0, rows.rows, SWEEP):
+    for start in range(share[0] * SWEEP, rows.rows, share[1] * SWEEP):
         at = torch.arange(start, min(start + SWEEP, rows.rows), device=device).view(-1, 1)
         ids, given = rows.inputs(at)
         try:
