@@ -1,6 +1,7 @@
 """How many planted mistakes a verification catches, locates and names, and how many right conversions fail.
 
-    python benchmarks/detection.py [--family F] [--kind TEXT] [--sample N] [--jobs 2] [--json FILE]
+    python benchmarks/detection.py [--family F] [--kind TEXT] [--sample N] [--json FILE]
+    python benchmarks/detection.py --mode quick --level parity   # or --costly, as large models are verified
     python benchmarks/detection.py --right [--jobs 2]
 
 Every kind of mistake (fixtures/flaws_kinds.py, and the tables of documents where there are any) is planted on
@@ -40,7 +41,8 @@ from ckpt_tool.fixtures import flaws_values  # noqa: F401  (adds its kinds)
 from ckpt_tool.fixtures.flaws import Folder
 from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import Report, verify
+from ckpt_tool.verify import LEVELS, Report, effort, verify
+from ckpt_tool.verify.claims import MODES, Mode
 
 # Per family: the variants that mistakes are planted in, in turn.
 PLANTED = {
@@ -83,10 +85,26 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class How:
+    """How each is verified: `levels` None for all; `costly` as if no long prompt were affordable, as is so of
+    large models."""
+
+    mode: Mode = "default"
+    levels: tuple[str, ...] | None = None
+    costly: bool = False
+
+    def verify(self, folder: Path, source: Path, settings: Any) -> Report:
+        if self.costly:
+            effort.AFFORDABLE = 0.0
+        return verify(folder, source, settings=settings, mode=self.mode, levels=self.levels)
+
+
+@dataclass(frozen=True)
 class Task:
     kind: str
     variant: str
     root: str
+    how: How
 
 
 def made(root: Path, variant: str) -> tuple[Path, Path]:
@@ -129,7 +147,9 @@ def planted(kind: str, folder: Path) -> Truth | None:
     return None if where is None else Truth(None, (str(where),), ".*")
 
 
-def tasks(root: Path, families: Iterable[str], kinds: Sequence[str], sample: int | None) -> list[Task]:
+def tasks(
+    root: Path, families: Iterable[str], kinds: Sequence[str], sample: int | None, how: How
+) -> list[Task]:
     """One for each kind and family: the variant changes from kind to kind."""
     listed = []
     for at, kind in enumerate(kinds):
@@ -142,6 +162,7 @@ def tasks(root: Path, families: Iterable[str], kinds: Sequence[str], sample: int
                     kind,
                     "|".join(variants[(at + k) % len(variants)] for k in range(len(variants))),
                     str(root),
+                    how,
                 )
             )
     return listed
@@ -157,16 +178,16 @@ def outcome(task: Task) -> Outcome | None:
             shutil.copytree(right, folder, dirs_exist_ok=True)
             truth = planted(task.kind, folder)
             if truth is not None:
-                return judged(task.kind, variant, folder, source, right, truth)
+                return judged(task, variant, folder, source, right, truth)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def judged(kind: str, variant: str, folder: Path, source: Path, right: Path, truth: Truth) -> Outcome:
-    began = time.monotonic()
+def judged(task: Task, variant: str, folder: Path, source: Path, right: Path, truth: Truth) -> Outcome:
+    began, kind = time.monotonic(), task.kind
     chosen = VARIANTS[variant]
-    report = verify(folder, source, settings=chosen.settings)
+    report = task.how.verify(folder, source, chosen.settings)
     acts = changes_logits(folder, right, source, variant)
     diagnoses = [f for f in report.findings if f.level == "diagnosis"]
     causes = [str(f.data["cause"]) for f in diagnoses if f.data.get("cause")]
@@ -242,11 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", choices=sorted(PLANTED), action="append")
     parser.add_argument("--kind", default="", help="only kinds whose name holds this text")
     parser.add_argument("--sample", type=int, metavar="N", help="every Nth pair of kind and family")
+    parser.add_argument("--mode", choices=MODES, default="default", help="how much of parity runs")
+    parser.add_argument("--level", action="append", choices=LEVELS, help="these levels only")
+    parser.add_argument("--costly", action="store_true", help="leave out what is left out of large models")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--right", action="store_true", help="right conversions instead: none may fail")
     parser.add_argument("--work", type=Path, help="where originals and conversions are written")
     asked = parser.parse_args(arguments)
+    how = How(asked.mode, tuple(asked.level) if asked.level else None, asked.costly)
     with tempfile.TemporaryDirectory(prefix="detection-") as temporary:
         root = asked.work or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
@@ -258,14 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return int(right(root, families, asked.sample, asked.jobs, asked.json))
         kinds = [k for k in (*KINDS, *kinds_of_documents()) if asked.kind in k]
-        listed = tasks(root, families, kinds, asked.sample)
+        listed = tasks(root, families, kinds, asked.sample, how)
         for family in families:
             found = dict.fromkeys(k for v in PLANTED[family] for k in own.kinds(made(root, v)[1]))
-            listed += tasks(root, [family], [k for k in found if asked.kind in k], asked.sample)
+            listed += tasks(root, [family], [k for k in found if asked.kind in k], asked.sample, how)
         with ProcessPoolExecutor(asked.jobs) as pool:
             outcomes = [o for o in pool.map(outcome, listed, chunksize=4) if o is not None]
     print("\n".join(table(outcomes, "kind")), end="\n\n")
     print("\n".join(table(outcomes, "family")))
+    print(
+        f"\nmode {how.mode}{', long prompts costly' * how.costly}, levels {', '.join(how.levels or ('all',))}"
+    )
     if asked.json:
         asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
     return int(any(o.acts and not o.caught for o in outcomes) or any(o.misnamed for o in outcomes))

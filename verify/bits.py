@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ckpt_tool.convert.layout import COPIED, Access, Block, Step
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.verify.claims import WITHOUT_COPIES
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
+from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.rounding import other_roundings
 from ckpt_tool.verify.strips import strip
@@ -120,9 +122,10 @@ class Comparison:
 
 def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
     """Walk steps of the plan, which is there as is the source."""
+    assert subject.source is not None
     result = Comparison()
-    for step in steps:
-        result.add(compare_step(subject, step))
+    for found in in_order(partial(compare_step, subject), steps, subject.source, subject.output):
+        result.add(found)
     return result
 
 

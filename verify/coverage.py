@@ -17,6 +17,7 @@ from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.verify.accepting import undeclared_cast
+from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.left_over import is_table, left_over
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
 from ckpt_tool.verify.prefixed import NOTE
@@ -43,8 +44,7 @@ class Scan:
 
 def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> Iterator[Scan]:
     """Read every tensor once, block by block."""
-    for tensor in checkpoint:
-        yield scan_one(checkpoint, tensor, progress)
+    yield from in_order(lambda tensor: scan_one(checkpoint, tensor, progress), checkpoint, checkpoint)
 
 
 def scan_one(

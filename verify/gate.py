@@ -32,6 +32,7 @@ from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 from ckpt_tool.verify import DTYPES, JUDGES, LEVELS, claims, verify
 from ckpt_tool.verify.baseline import MORE, hold_against, read_baseline
+from ckpt_tool.verify.claims import MODES, Mode
 from ckpt_tool.verify.report import Finding, Report, Reports, Status
 
 LEVEL = "gate"
@@ -61,6 +62,7 @@ class Check:
     prompts: str | None = None
     compute_dtype: str = "float32"
     device: str = "cpu"
+    mode: Mode = "default"
     checkpoint_id: str | None = None
     transformers_python: str | None = None
     expectations: str | None = None
@@ -131,6 +133,7 @@ def run_check(
             prompts=check.prompts,
             compute_dtype=check.compute_dtype,
             device=check.device,
+            mode=check.mode,
             checkpoint_id=check.checkpoint_id,
             settings=check.settings,
             transformers_python=check.transformers_python,
@@ -278,6 +281,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "convert": (*FAMILIES, "auto"),
     "against": JUDGES,
     "compute_dtype": DTYPES,
+    "mode": MODES,
 }
 
 

@@ -65,11 +65,11 @@ def pace(original: Side, converted: Side, prompts: Mapping[str, Prompt], effort:
         passes = {n: 2.0 + 3.0 * effort.frees(n) for n in prompts if effort.has(phase, n)}
         per_token = weights.get(phase if isinstance(phase, int) else None, 0.0)
         work[phase] = 0.0 if kind == "embed" else sum(tokens[n] * p for n, p in passes.items()) * per_token
-    total = sum(work.values())
-    if total < TOLD * 1e9:  # less than a slow machine does in that time
+    total, weights_of = sum(work.values()), original.weights[0]
+    if total < TOLD * 1e9 or weights_of.device != "cpu":  # less than a slow machine does in that time
         return Pace(work, 0.0)
     nbytes = sum(t.nbytes for side in (original, converted) for w in side.weights for t in w.tensors.values())
-    return Pace(work, total / multiplications(original.weights[0].dtype) + nbytes / READ)
+    return Pace(work, total / multiplications(weights_of.dtype) + nbytes / READ)
 
 
 def multiplications(dtype: torch.dtype) -> float:
@@ -136,6 +136,8 @@ def limit(
             f"expected at least {size_text(least)} for these prompts and tensors, found {size_text(memory)}"
         )
         fail("usage", text, where="memory")
+    if memory is None and original.weights[0].device != "cpu":
+        return f"about {size_text(besides + _heaviest(original) + _heaviest(converted))} on the device"
     room = max(memory or USUAL, least) - besides
     for side in (original, converted):
         for weights in side.weights:

@@ -194,13 +194,14 @@ def originals(
 
 
 def _noise(original: Side, phase: Phase, m: Made) -> None:
-    """The phase with reversed sums: of the original's own activations, and of those that had them before."""
-    r, x = m.run, m.sample.x  # the run may have moved on
+    """The phase with reversed sums: of the original's own activations and, of a prompt that is still on its
+    way to the phase, of those that had them before."""
+    r, x, given = m.run, m.sample.x, m.run.given
     with ReversedSums():
-        if r.is_free and r.noisy is not x:
-            again, m.noisy = _both(partial(_own, original, phase, given=r.given), x, r.noisy, r.given)
+        if r.is_free and r.x is x and r.noisy is not x:
+            again, m.noisy = _both(partial(_own, original, phase, given=given), x, r.noisy, given)
         else:
-            again = _own(original, phase, x, r.given)
+            again = _own(original, phase, x, given)
             m.noisy = again if r.is_free else None
     m.noise = m.sample.of(again)
 
@@ -326,7 +327,8 @@ def findings(
         text = f"expected {original.config.n_layers} layers, found {converted.config.n_layers} in config.json"
         made.insert(0, finding("layers", "fail", text, data={"exactness": "differs"}))
     made += [*_left_out(result.effort), *_unasked(original, converted, prompts, result)]
-    made += _unseen(converted, {n: p for n, p in prompts.items() if result.effort.has("embed", n)})
+    ran = {n: p for n, p in prompts.items() if result.effort.has("embed", n)}
+    made += _unseen(converted, ran, sampled(result.effort, result.layers) is not None)
     return [*made, *(d.finding() for d in result.diagnoses)]
 
 
@@ -466,7 +468,7 @@ def _unasked(original: Side, converted: Side, prompts: Mapping[str, Prompt], res
     return made
 
 
-def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
+def _unseen(converted: Side, prompts: Mapping[str, Prompt], in_part: bool) -> list[Finding]:
     """What these prompts cannot show; the bits level can."""
     made = []
     weights = converted.weights[0]
@@ -481,7 +483,8 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt]) -> list[Finding]:
         made.append(finding("unseen", "note", text, data={"rows": len(ids), "vocabulary": vocabulary}))
     unread = [n for n in weights if n not in weights.used]
     if unread:
-        why = "experts never chosen, or unused"
+        why = "layers that did not run, experts never chosen, or unused"
+        why = why if in_part else "experts never chosen, or unused"
         text = f"{len(unread)} of {len(weights)} tensors were not read by any prompt ({why})"
         made.append(finding("unseen", "note", text, ", ".join(unread[:3]), data={"tensors": unread[:100]}))
     longest, window = max(map(len, rows)), max(converted.windows or (), default=0)

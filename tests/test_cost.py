@@ -1,0 +1,324 @@
+"""What parity leaves out by its mode, what it holds in memory, and how long it says it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ckpt_tool.api import Options, convert
+from ckpt_tool.cli import cli
+from ckpt_tool.command_parts import mode_of
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.reference import blocks, hf_blocks
+from ckpt_tool.verify import Report, effort, in_order, pace, parity, streamed, verify, weights
+from ckpt_tool.verify.effort import Effort, effort_for, first_of_each_kind, layers_text
+from ckpt_tool.verify.measure import CAPS, Distance, distance
+from ckpt_tool.verify.noise import ReversedSums
+from ckpt_tool.verify.prompts import Prompt
+from ckpt_tool.verify.report import Finding
+from ckpt_tool.verify.sides import Side, converted_side, original_side
+from ckpt_tool.verify.streamed import Room, Rows, Streamed
+from ckpt_tool.verify.subject import opened
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Made = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """The original of a variant and its conversion."""
+    known: dict[str, Made] = {}
+
+    def write(variant: str) -> Made:
+        if variant not in known:
+            chosen, home = VARIANTS[variant], tmp_path_factory.mktemp(variant)
+            source = chosen.write(home / "in")
+            convert(source, home / "out", family=chosen.family, options=Options(settings=chosen.settings))
+            known[variant] = source, home / "out"
+        return known[variant]
+
+    return write
+
+
+def one(report: Report, check: str) -> Finding:
+    return next(f for f in report.findings if f.level == "parity" and f.check == check)
+
+
+# --- modes ------------------------------------------------------------------------------------------------
+
+
+def test_quick_claims_the_layers_that_ran(written: Callable[[str], Made]) -> None:
+    source, out = written("mistral-7b-v0.3")
+    report = verify(out, source, mode="quick")
+    assert report.headline == "the bits and the numbers of 2 of 4 layers are those of its source"
+    assert report.facts["mode"] == "quick; levels: coverage, bits, parity"
+    assert not report.level("documented") and report.exit_code == 0
+    lockstep, left = one(report, "lockstep"), one(report, "left out")
+    assert lockstep.message.startswith("embedding, layers 0 and 3 of 4 and head agree on 5 prompts")
+    assert lockstep.data["layers"] == [0, 3] and lockstep.data["sampled"] == "2 of 4 layers"
+    assert [row[0] for row in lockstep.tables[0].rows] == ["embed", "layer 0", "layer 3", "head"]
+    assert not any(f.check == "logits" for f in report.level("parity"))
+    assert left.data["mode"] == "quick" and "logits of a whole pass were not compared" in left.message
+    assert one(report, "negative control").status == "pass"
+    assert "2 of 4 layers did not run" in json.dumps(report.to_json()) and "left out" in report.html()
+
+
+def test_quick_sees_what_is_in_its_layers_and_leaves_the_others_to_the_bits(
+    written: Callable[[str], Made], tmp_path: Path
+) -> None:
+    source, out = written("mistral-7b-v0.3")
+    config = json.loads((out / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(out / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": config["rope_theta"] * 10}))
+    report = verify(tmp_path, source, mode="quick", levels=("parity",))
+    assert report.status == "fail" and one(report, "lockstep").data["first"] == "layer 0"
+
+
+def test_a_costly_prompt_is_not_run_free_and_only_small_models_run_all(
+    written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = written("mistral-7b-v0.3")
+    whole = verify(out, source, levels=("parity",))
+    assert len(one(whole, "logits").tables[0].rows) == 5
+    assert not any(f.check == "left out" for f in whole.findings)
+    monkeypatch.setattr(effort, "AFFORDABLE", 1.0)
+    report = verify(out, source, levels=("parity",))
+    assert report.status == "pass"
+    text = "default: prompt long (600 tokens) in lockstep only, not run free (--thorough runs all)"
+    assert one(report, "left out").message == text
+    assert [row[0] for row in one(report, "logits").tables[0].rows] == ["short", "other", "edges", "repeated"]
+    thorough = verify(out, source, levels=("parity",), mode="thorough")
+    assert one(thorough, "logits").message == one(whole, "logits").message
+
+
+def test_a_floor_that_short_prompts_do_not_show_is_measured_before_anything_differs(
+    written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar of a phase is then that of all its prompts, as it is where nothing is left out."""
+    source, out = written("llama-2-7b")
+    monkeypatch.setattr(effort, "AFFORDABLE", 1.0)
+    monkeypatch.setitem(CAPS, "float32", 1e-30)
+    monkeypatch.setattr(parity, "DIAGNOSED", 0)
+    report = verify(out, source, levels=("parity",))
+    floors = {row[0]: row[3] for row in one(report, "lockstep").tables[0].rows}
+    monkeypatch.setattr(effort, "AFFORDABLE", 1e30)
+    every = verify(out, source, levels=("parity",))
+    assert floors == {row[0]: row[3] for row in one(every, "lockstep").tables[0].rows}
+    assert report.status == every.status == "undecided" and all(noise < 1e-11 for noise in floors.values())
+
+
+def sides(source: Path, out: Path) -> Iterator[tuple[Side, Side]]:
+    with opened(out, source, {}) as subject:
+        yield original_side(subject, torch.float32, "cpu"), converted_side(subject, torch.float32, "cpu")
+
+
+def test_layers_are_of_one_kind_by_shapes_and_windows(written: Callable[[str], Made]) -> None:
+    for original, converted in sides(*written("gemma-2-2b")):
+        count = original.config.n_layers
+        assert first_of_each_kind(original, converted) == [0, 1]
+        wide = replace(converted.config, windows=(*converted.config.windows[:-1], 3))
+        assert first_of_each_kind(original, replace(converted, config=wide)) == [0, 1, count - 1]
+
+
+def test_a_window_goes_through_a_layer_of_each_kind(
+    written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort, "AFFORDABLE", 1.0)
+    prompts = {n: Prompt([[1] * tokens], {}) for n, tokens in (("short", 8), ("long", 600), ("window", 4160))}
+    for original, converted in sides(*written("gemma-2-2b")):
+        made = effort_for("default", original, converted, prompts, frozenset())
+        assert made.reach == {"window": frozenset({0, 1})} and made.free == made.floor == {"short"}
+        assert made.has("embed", "window") and made.has(1, "window")
+        assert not made.has(2, "window") and not made.has("head", "window") and made.has("head", "long")
+        assert "window (4,160 tokens) through layers 0 to 1 only, the first of each kind" in made.left_out[1]
+        given = effort_for("default", original, converted, prompts, frozenset({"window", "long"}))
+        assert given == Effort("default")
+        assert effort_for("thorough", original, converted, prompts, frozenset()).left_out == ()
+
+
+def test_words_for_layers() -> None:
+    assert [layers_text(x) for x in ([4], [0, 31], [0, 1, 2, 31], [0, 2, 4])] == [
+        "layer 4", "layers 0 and 31", "layers 0 to 2 and 31", "layers 0, 2 and 4",
+    ]  # fmt: skip
+
+
+def test_one_mode_at_a_time() -> None:
+    assert mode_of({"quick": True, "thorough": False}) == "quick" and mode_of({}) == "default"
+    with pytest.raises(CkptToolError, match="expected --quick or --thorough, found both"):
+        mode_of({"quick": True, "thorough": True})
+    named = {o.name for o in cli.commands["verify"].params}
+    assert {"quick", "thorough", "memory"} <= named
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(written: Callable[[str], Made]) -> None:
+    source, out = written("mistral-7b-v0.3")
+    with pytest.raises(CkptToolError, match=r"expected at least 6\d\d MB .*found 100 MB"):
+        verify(out, source, levels=("parity",), memory=100_000_000)
+    assert verify(out, source, levels=("parity",), memory=1 << 30).status == "pass"
+
+
+@pytest.mark.parametrize("variant", ["llama-3-70b", "gpt2-v2-tp2"])
+def test_matrices_by_rows_are_proved_as_they_are_whole(
+    variant: str, written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for a few rows: of several ranks, and of matrices that lie as (in, out) and are tied."""
+    source, out = written(variant)
+    monkeypatch.setattr(weights, "SMALL", 1)
+    monkeypatch.setattr(streamed, "BLOCK", 4096)
+    monkeypatch.setattr(weights.Weights, "within", lambda self, nbytes, copies: _tight(self))
+    made: list[str] = []
+    load = weights.Weights._streamed
+    monkeypatch.setattr(
+        weights.Weights, "_streamed", lambda self, info: (made.append(info.name), load(self, info))[1]
+    )
+    report = verify(out, source, levels=("parity",), settings=VARIANTS[variant].settings)
+    assert report.status == "pass" and one(report, "negative control").measured == 1.0
+    assert {"lm_head.weight", "transformer.wte.weight"} & {*made} and len(set(made)) > 10
+
+
+def _tight(held: weights.Weights) -> None:
+    held.limit, held.room = 8000, Room(6000)
+
+
+def a_matrix(rows: int, room: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Streamed, Tensor]:
+    stored = torch.randn(rows, 7, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    made = Rows((rows, 7), lambda a, b: stored[a:b], torch.float32, torch.device("cpu"), Room(room))
+    return Streamed(made), stored.float()
+
+
+@pytest.mark.parametrize("room", [0, 100, 10**6])
+def test_a_streamed_matrix_computes_as_an_ordinary_one(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "BLOCK", 5 * 7 * 4)
+    s, w = a_matrix(23, room)
+    x, z = torch.randn(2, 3, 7), torch.randn(2, 3, 23)
+    ids = torch.tensor([[0, 22, 3, 4, 5, 3]])
+    pairs: list[tuple[Any, Tensor]] = [
+        (F.linear(x, s, torch.ones(23)), F.linear(x, w, torch.ones(23))), (x @ s.T, x @ w.T), (z @ s, z @ w),
+        (F.linear(z, s.T), z @ w), (s[ids], w[ids]), (s[ids - 1], w[ids - 1]), (F.embedding(ids, s), w[ids]),
+        (s[3:9], w[3:9]), (s.mT.reshape(s.shape), w.mT.reshape(w.shape)), (torch.roll(s, 1, 0), w.roll(1, 0)),
+        (s * 2, w * 2), (torch.cat([s, s]), torch.cat([w, w])),
+    ]  # fmt: skip
+    with ReversedSums():
+        pairs += [(F.linear(x, s), x @ w.T), (x @ s.T, x @ w.T), (z @ s, z @ w)]
+    for k, (found, wanted) in enumerate(pairs):
+        assert found.shape == wanted.shape and torch.allclose(found * 1.0, wanted, atol=1e-5), k
+    even, plain = a_matrix(24, room)
+    for part, its in zip(even.chunk(4), plain.chunk(4), strict=True):
+        assert torch.allclose(x @ part.T, x @ its.T, atol=1e-5)
+    assert torch.equal(s, w) and torch.equal(w, s) and not torch.equal(s, torch.roll(s, 1, 0))
+    assert (len(s), s.shape, s.ndim, s.dtype, s.numel()) == (23, w.shape, 2, torch.float32, w.numel())
+    with pytest.raises(IndexError):
+        s[torch.tensor([23])]
+    assert s.rows.room.held <= room
+
+
+def test_attention_and_units_in_turns_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, n, 50, 8, dtype=torch.float64) for n in (6, 2, 2))
+    w = {n: torch.randn(s, dtype=torch.float64) for n, s in (("g", (40, 8)), ("u", (40, 8)), ("d", (8, 40)))}
+    x = torch.randn(2, 50, 8, dtype=torch.float64)
+    whole = [hf_blocks.grouped_attention(q, k, v, window) for window in (None, 1, 7, 50)]
+    units = hf_blocks.gated(x, w, "g", "u", "d")
+    monkeypatch.setattr(hf_blocks, "HELD", 2 * 6 * 50 * 9)
+    parts = [hf_blocks.grouped_attention(q, k, v, window) for window in (None, 1, 7, 50)]
+    assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(whole, parts, strict=True))
+    assert torch.allclose(hf_blocks.gated(x, w, "g", "u", "d"), units, atol=1e-12)
+    monkeypatch.setattr(blocks, "AT_ONCE", 100)
+    taken: list[slice] = []
+
+    def part(own: slice) -> Tensor:
+        taken.append(own)
+        return x[:, own]
+
+    assert torch.equal(blocks.in_turn(part, 50, 9), x) and len(taken) == 5
+    seen = blocks.visible(x, window=7)
+    rows = [blocks.visible(x, window=7, queries=own) for own in taken]
+    assert torch.equal(torch.cat(rows, dim=2), seen)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+def test_distances_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = torch.randn(1, 40, 30, generator=torch.Generator().manual_seed(0)) + 5
+    b = a + 1e-7 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    whole = distance(b, a)
+    mse = float((b - a).double().square().mean())
+    assert whole.nmse == pytest.approx(mse / float(a.double().var(correction=0)), rel=1e-5)
+    monkeypatch.setattr("ckpt_tool.verify.measure.BLOCK", 64)
+    parts = distance(b, a)
+    assert parts == Distance(
+        whole.max_delta, pytest.approx(whole.nmse, rel=1e-5), whole.worst, whole.magnitude
+    )
+    tiny = torch.full_like(a, 1e-25)
+    assert distance(tiny * 2, tiny, 1e-50).nmse == pytest.approx(1.0, rel=1e-4)  # no squares below a float's
+    b[0, 33, 2] = torch.nan
+    assert distance(b, a) == Distance(float("inf"), float("inf"), 33, whole.magnitude)
+
+
+def test_the_time_that_is_left_follows_what_was_done() -> None:
+    clock = pace.Pace({"embed": 0.0, 0: 50.0, 1: 50.0, "head": 100.0}, 600.0)
+    assert clock.left() == ", about 10 min left"
+    clock.add(0)
+    clock.began -= 30  # a quarter of the work took half a minute
+    assert clock.left() == ", about 90 s left"
+    assert pace.Pace({0: 1.0}, pace.TOLD / 2).left() == ""
+    assert [pace.duration(s) for s in (45, 240, 9000)] == ["45 s", "4 min", "2.5 h"]
+
+
+def test_a_gate_names_the_mode_of_a_check(written: Callable[[str], Made], tmp_path: Path) -> None:
+    from ckpt_tool.verify.gate import read_gate, run_check
+
+    source, out = written("llama-2-7b")
+    file = tmp_path / "parity.toml"
+    text = f'[[check]]\nname = "a"\nout = "{out}"\nsource = "{source}"\nlevels = ["parity"]\nmode = '
+    file.write_text(text + '"quick"\n')
+    (check,) = read_gate(file)[1]
+    report = run_check(check, convert)
+    assert report.status == "pass" and one(report, "left out").data["mode"] == "quick"
+    file.write_text(text + '"hasty"\n')
+    with pytest.raises(CkptToolError, match="expected default or quick or thorough, found 'hasty'"):
+        read_gate(file)
+
+
+@pytest.mark.parametrize("flaw", [False, True])
+def test_bits_by_several_threads_are_told_in_order(
+    flaw: bool, written: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, right = written("llama-3-70b")
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    if flaw:
+        (file,) = out.glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 64
+        data[len(data) // 2] ^= 64
+        file.write_bytes(data)
+    alone = verify(out, source, levels=("coverage", "bits"))
+    monkeypatch.setattr(in_order, "WORTH", 0)
+    monkeypatch.setattr(in_order, "WINDOW", 3)
+    threads: set[int] = set()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    coverage = import_module("ckpt_tool.verify.coverage")  # a function of that name stands before it
+    look = coverage.scan_one
+    monkeypatch.setattr(
+        coverage, "scan_one", lambda *args: (threads.add(threading.get_ident()), look(*args))[1]
+    )
+    report = verify(out, source, levels=("coverage", "bits"))
+    assert [f.to_json() for f in report.findings] == [f.to_json() for f in alone.findings]
+    assert report.status == ("fail" if flaw else "pass") and threading.get_ident() not in threads
