@@ -515,8 +515,11 @@ def findings(report: Report) -> list[dict[str, object]]:
     return [f.to_json() for f in report.findings]
 
 
+READ = ("coverage", "bits")  # parity by workers: test_dist.py
+
+
 def looked_at(out: Path, source: Path, count: int) -> list[Seen]:
-    return [verify_part(out, source, Worker(k, count)) for k in range(1, count + 1)]
+    return [verify_part(out, source, Worker(k, count), levels=READ) for k in range(1, count + 1)]
 
 
 @pytest.mark.parametrize(("variant", "dtype"), [("llama-2-70b", None), ("mistral-7b-v0.3", "F16")])
@@ -526,7 +529,7 @@ def test_what_all_workers_saw_is_the_report_of_one(
     source, out = originals(variant), tmp_path / "out"
     options = Options(max_shard_bytes=50_000 if dtype else 100_000, dtype=dtype)
     convert(source, out, family=VARIANTS[variant].family, options=options, check=False)
-    levels = ("coverage", "bits")
+    levels = READ
     right = verify(out, source, levels=levels)
     assert right.status == "pass"
     seen = looked_at(out, source, 3)
@@ -552,20 +555,20 @@ def test_a_verdict_counts_only_what_all_workers_saw(originals: Written, tmp_path
     convert(source, out, options=SHARDS, check=False)
 
     def joined(**more: object) -> Report:
-        return verify(out, source, **{"levels": ("coverage", "bits"), "joined": True, **more})
+        return verify(out, source, **{"levels": READ, "joined": True, **more})
 
     assert problem(joined)[0] == "missing-parts"
-    verify_part(out, source, Worker(1, 2))
+    verify_part(out, source, Worker(1, 2), levels=READ)
     kind, message, hint = problem(joined)
     assert (kind, hint) == ("missing-parts", "run again: --worker 2/2")
     assert problem(lambda: verify_part(out, source, Worker(1, 3)))[0] == "resume-mismatch"
-    assert problem(lambda: joined(levels="parity"))[0] == "usage"
+    assert problem(lambda: joined(levels="documented"))[0] == "usage"
     verify_part(out, source, Worker(2, 2), levels=["coverage"])
     assert problem(joined)[2] == "run again: --worker 2/2"  # it has not looked at the bits
     written = tmp_path / ".out.ckpt-tool-verify-of-2.2"
     lines = written.read_bytes().splitlines(keepends=True)
     written.write_bytes(b"".join(lines[:4]) + lines[4][:-9])  # stopped while it wrote
-    assert verify_part(out, source, Worker(2, 2)).resumed == 3
+    assert verify_part(out, source, Worker(2, 2), levels=READ).resumed == 3
     os.utime(next(out.glob("*.safetensors")))
     kind, message, hint = problem(joined)
     assert kind == "resume-mismatch" and "found another output model-0000" in message
@@ -579,35 +582,45 @@ def test_the_command_line_verifies_by_workers(
     conversions: Written, originals: Written, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(conversions("mistral-7b-v0.3"), tmp_path / "out"))
-    given = ("verify", "out", "--source", str(originals("mistral-7b-v0.3")))
     levels = ("--level", "coverage", "--level", "bits")
+    given = ("verify", "out", "--source", str(originals("mistral-7b-v0.3")), *levels)
     first = program(*given, "--worker", "1/2", cwd=tmp_path, columns=200)
     assert first.returncode == 0 and "next      --worker 2/2, then the same command" in first.stdout
     assert program(*given, "--worker", "1/2", "--finish", cwd=tmp_path).returncode == 2
     assert "found --html" in program(*given, "--worker", "1/2", "--html", "x", cwd=tmp_path).stderr
     last = json.loads(program(*given, "--worker", "2/2", "--json", cwd=tmp_path).stdout)
     assert last["missing"] == [] and last["tensors"] > 0 and last["steps"] > 0
-    report = program(*given, *levels, "--finish", cwd=tmp_path, columns=200)
+    report = program(*given, "--finish", cwd=tmp_path, columns=200)
     assert report.returncode == 0 and "2, each with a share of the tensors and steps" in report.stdout
     file = next(out.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     codes = [program(*given, "--worker", f"{k}/2", cwd=tmp_path).returncode for k in (1, 2)]
     assert sorted(codes) == [0, 1]
-    assert program(*given, *levels, "--finish", cwd=tmp_path).returncode == 1
+    assert program(*given, "--finish", cwd=tmp_path).returncode == 1
 
 
 # --- Ray ------------------------------------------------------------------------------------------------
 
+BOTH = """
+import sys, ray
+from ckpt_tool.program import run
+ray.init(address="local", include_dashboard=False, log_to_driver=False)  # it takes longer than all the rest
+source = sys.argv[1]
+made = ["convert", "auto", "--in", source, "--out", "many", "--max-shard-size", "60kB", "--no-verify"]
+code = run([*made, "--ray", "local", "--tasks", "4"])
+seen = ["verify", "many", "--source", source, "--level=coverage", "--level=bits"]
+sys.exit(code or run([*seen, "--ray", "local", "--tasks", "2", "--json", "report.json"]))
+"""
 
-def test_a_local_ray_cluster_gives_the_same_bytes(originals: Written, tmp_path: Path) -> None:
+
+def test_a_local_ray_cluster_gives_the_same_bytes_and_report(originals: Written, tmp_path: Path) -> None:
     judge = ROOT / ".judges" / "ray"
     if not (judge / "ray").is_dir():
         pytest.skip("Ray is not set up; `make test` does it")
     source = originals("mistral-7b-v0.3")
-    convert(source, tmp_path / "one", options=SHARDS)
-    command = [sys.executable, "-m", "ckpt_tool", "convert", "auto", "--in", str(source), "--out", "many"]
+    convert(source, tmp_path / "one", options=SHARDS, check=False)
     ended = subprocess.run(
-        [*command, "--max-shard-size", "60kB", "--ray", "local", "--tasks", "4", "--json"],
+        [sys.executable, "-c", BOTH, str(source)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(judge)},
         capture_output=True,
@@ -615,6 +628,9 @@ def test_a_local_ray_cluster_gives_the_same_bytes(originals: Written, tmp_path: 
     )
     assert ended.returncode == 0, ended.stderr
     assert "4 tasks on 1 node" in ended.stderr and "(4 of 4)" in ended.stderr
-    assert json.loads(ended.stdout)["report"]["status"] == "pass"
+    assert "2 tasks on 1 node" in ended.stderr and "part 2/2 looked at on" in ended.stderr
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    assert hidden(tmp_path) == []
+    found = json.loads((tmp_path / "report.json").read_text())
+    right = verify(tmp_path / "many", source, levels=READ)
+    assert found["findings"] == json.loads(json.dumps(right.to_json()))["findings"]
+    assert found["facts"]["workers"].startswith("2, ") and hidden(tmp_path) == []

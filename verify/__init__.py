@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ckpt_tool.convert.shares import Worker
@@ -28,7 +30,7 @@ from ckpt_tool.verify.coverage import coverage, scan
 from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
-from ckpt_tool.verify.parts import SHARED, Joined, Seen, join, look
+from ckpt_tool.verify.parts import READ, SHARED, Joined, Seen, Walk, join, look
 from ckpt_tool.verify.prompts import Prompts, read_prompts
 from ckpt_tool.verify.provenance import provenance
 from ckpt_tool.verify.report import Finding, Report, Reports
@@ -79,7 +81,7 @@ def verify(
     one lacks (None: CKPT_TOOL_TRANSFORMERS). `expectations` is a file of values that a trusted run recorded
     (`recording`), to be held against instead of the documented ones. `mode` is how much of parity runs:
     "quick" a layer of each kind, "thorough" everything, "default" what `verify.effort` says. `memory` is how
-    many bytes parity may take (None: 4 GiB), as far as it is computed on the CPU. `joined`: coverage and bits
+    many bytes parity may take (None: 4 GiB), as far as it is computed on the CPU. `joined`: coverage, bits
     go by what workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for what
     cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
@@ -141,7 +143,7 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
     if {"parity", "documented", "generation"} & set(asked.levels) or asked.against is not None:
-        report.findings += _computed(subject, asked, report, tell)
+        report.findings += _computed(subject, asked, report, tell, seen.walks)
     report.findings += by_bits(subject, report.findings)
 
 
@@ -152,15 +154,37 @@ def verify_part(
     *,
     levels: Iterable[str] | None = None,
     no_source: bool = False,
+    prompts: str | os.PathLike[str] | Prompts | None = None,
+    compute_dtype: str = "float32",
+    device: str = "cpu",
     settings: Mapping[str, Any] | None = None,
+    mode: Mode = "default",
     progress: Callable[[str], None] | None = None,
 ) -> Seen:
-    """Look at a worker's share of what coverage and bits look at, as one of several processes on machines
-    that share a file system. What it saw is written down beside `out`, for `verify(joined=True)`."""
+    """Look at a worker's share of what coverage, bits and parity look at, as one of several processes on
+    machines that share a file system. What it saw is written down beside `out`, for `verify(joined=True)`,
+    which must be given the same `prompts`, `compute_dtype`, `device` and `mode`."""
     asked = _shared(SHARED if levels is None else tuple(levels))
+    _check_choices(asked, None, compute_dtype, device, mode)
     _check_one(source, no_source)
+    if isinstance(prompts, str | os.PathLike):
+        prompts = read_prompts(prompts)
+    tell = progress or (lambda text: None)
     with opened(out, source, settings, look_for_source=not no_source) as subject:
-        return look(subject, out, worker, asked, progress or (lambda text: None))
+        wanted = Asked(asked, None, prompts, compute_dtype, device, None, mode=mode)
+        return look(subject, out, worker, asked, tell, _walk_of(subject, wanted, worker, tell))
+
+
+def _walk_of(subject: Subject, asked: Asked, worker: Worker, tell: Callable[[str], None]) -> Walk | None:
+    """What takes the worker's prompts through parity; None where that is not asked for, or torch is not
+    installed, which the report will say."""
+    if "parity" not in asked.levels:
+        return None
+    try:
+        from ckpt_tool.verify.compute import walk_share
+    except ImportError:
+        return None
+    return partial(walk_share, subject, asked, worker, tell)
 
 
 def _shared(levels: Iterable[str]) -> tuple[str, ...]:
@@ -187,19 +211,25 @@ def _seen(
     if joined:
         tell("joining what the workers saw")
         return join(subject, out, _shared(asked), tell)
-    if not set(SHARED) & set(asked):
+    if not READ & set(asked):
         return Joined()
     tell("reading the output")
     return Joined(list(scan(subject.output)))
 
 
-def _computed(subject: Subject, asked: Asked, report: Report, tell: Callable[[str], None]) -> list[Finding]:
+def _computed(
+    subject: Subject,
+    asked: Asked,
+    report: Report,
+    tell: Callable[[str], None],
+    walks: Sequence[tuple[Mapping[str, Any], Path]],
+) -> list[Finding]:
     """The levels that need torch; without it the others still say what they say."""
     try:
         from ckpt_tool.verify.compute import compute
     except ImportError as error:
         return not_computed(error, asked.levels, asked.against)
-    return compute(subject, asked, report, tell)
+    return compute(subject, asked, report, tell, walks)
 
 
 def _check_one(source: str | os.PathLike[str] | None, no_source: bool) -> None:

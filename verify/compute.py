@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ import torch
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.hub import parts
 from ckpt_tool.checkpoint.remote_path import scheme_of
+from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
-from ckpt_tool.verify.effort import effort_for
+from ckpt_tool.verify.effort import Effort, effort_for
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.generated import generated
 from ckpt_tool.verify.pace import TOLD, duration, limit, pace
@@ -37,6 +39,7 @@ from ckpt_tool.verify.prompts import (
 )
 from ckpt_tool.verify.report import Finding, Report, Status
 from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
+from ckpt_tool.verify.spread import Walked, from_json, joined, key_of, to_json, walk
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.timing import timed
 
@@ -61,36 +64,60 @@ class Readings:
     reason: tuple[Status, str] | None
 
 
-def compute(subject: Subject, asked: Asked, report: Report, tell: Tell) -> list[Finding]:
+@dataclass(frozen=True)
+class Prepared:
+    """The readings, and the prompts that both take. `rows` are those of the prompts with one row, `config` is
+    config.json as both read it, `table` the positions that there are."""
+
+    readings: Readings
+    rows: Mapping[str, list[int]]
+    prompts: Mapping[str, Prompt]
+    config: Mapping[str, Any]
+    lengths: Lengths
+    table: int | None
+
+
+def _prepared(subject: Subject, asked: Asked) -> Prepared:
+    table = positions(subject.config, subject.hf, subject.original)
+    readings = _readings(subject, asked)
+    sides = [s for s in (readings.original, readings.converted) if s is not None]
+    config, lengths = as_read(subject.config, sides), lengths_of(sides)
+    rows = prompts_for(config, asked.prompts, tokenizer_of(subject.hf), table=table, lengths=lengths)
+    inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
+    prompts = with_inputs(rows, inputs, config, lengths)
+    return Prepared(_asked_of(readings, config, prompts), rows, prompts, config, lengths, table)
+
+
+def compute(
+    subject: Subject,
+    asked: Asked,
+    report: Report,
+    tell: Tell,
+    walks: Sequence[tuple[Mapping[str, Any], Path]] = (),
+) -> list[Finding]:
     """The findings of parity, documented values and the outside judge, as far as asked for; their
-    circumstances and seconds into `report`."""
+    circumstances and seconds into `report`. `walks` are what workers wrote down of parity, each with the
+    place of its inputs."""
     facts, seconds = report.facts, report.seconds
     with threads_for(subject.output):
         threads = torch.get_num_threads()
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
-        table = positions(subject.config, subject.hf, subject.original)
-        readings = _readings(subject, asked)
-        sides = [s for s in (readings.original, readings.converted) if s is not None]
-        config, lengths = as_read(subject.config, sides), lengths_of(sides)
-        rows = prompts_for(config, asked.prompts, tokenizer_of(subject.hf), table=table, lengths=lengths)
-        inputs = set.intersection(*(set(s.inputs) for s in sides)) if sides else set()
-        prompts = with_inputs(rows, inputs, config, lengths)
-        readings = _asked_of(readings, config, prompts)
+        made = _prepared(subject, asked)
         found: list[Finding] = []
         if "parity" in asked.levels:
-            found += cut(rows, config, table)
+            found += cut(made.rows, made.config, made.table)
             with timed(seconds, "parity"):
-                found += _parity(subject, readings, prompts, facts, tell, asked)
+                found += _parity(subject, made, facts, tell, asked, walks)
         if "generation" in asked.levels:
             with timed(seconds, "generation"):
-                found += _generation(subject, readings, rows, asked, lengths, table, tell)
+                found += _generation(subject, made, asked, tell)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
             with timed(seconds, "documented"):
                 found += documented(
                     subject,
-                    readings.converted,
+                    made.readings.converted,
                     ids,
                     dtype=asked.dtype,
                     device=asked.device,
@@ -99,8 +126,34 @@ def compute(subject: Subject, asked: Asked, report: Report, tell: Tell) -> list[
                 )
         if asked.against is not None:
             with timed(seconds, asked.against):
-                found += _judged(subject, asked, readings, prompts, tell)
+                found += _judged(subject, asked, made.readings, made.prompts, tell)
         return found
+
+
+def walk_share(
+    subject: Subject, asked: Asked, worker: Worker, tell: Tell, before: Mapping[str, Any] | None, path: Path
+) -> dict[str, Any] | None:
+    """What a worker's prompts show, to be written down; its inputs go to `path`. None where that is what it
+    wrote down `before`."""
+    with threads_for(subject.output):
+        made = _prepared(subject, asked)
+        key = _key(subject, made, asked)
+        if before is not None and before.get("key") == key and from_json(before, path) is not None:
+            return None
+        sides = made.readings.original, made.readings.converted
+        if made.readings.reason is not None or sides[0] is None or sides[1] is None:
+            return to_json(Walked(alone="a side cannot be computed"), key, path)
+        effort = _effort(asked, sides[0], sides[1], made.prompts)
+        walked = walk(subject, sides[0], sides[1], made.prompts, effort, worker, tell)
+        return to_json(walked, key, path)
+
+
+def _key(subject: Subject, made: Prepared, asked: Asked) -> str:
+    return key_of(made.prompts, asked.dtype, asked.device, asked.mode, subject.settings)
+
+
+def _effort(asked: Asked, original: Side, converted: Side, prompts: Mapping[str, Prompt]) -> Effort:
+    return effort_for(asked.mode, original, converted, prompts, frozenset(named_prompts(asked.prompts)))
 
 
 def _with_vocabulary(config: Mapping[str, Any], sides: list[Side]) -> dict[str, Any]:
@@ -229,48 +282,61 @@ def _said(error: Exception) -> str:
 
 def _parity(
     subject: Subject,
-    readings: Readings,
-    prompts: Mapping[str, Prompt],
+    made: Prepared,
     facts: dict[str, str],
     tell: Tell,
     asked: Asked,
+    walks: Sequence[tuple[Mapping[str, Any], Path]],
 ) -> list[Finding]:
-    original, converted = readings.original, readings.converted
-    if readings.reason is not None or original is None or converted is None:
-        status, text = readings.reason or ("skipped", "a side cannot be read")
+    original, converted, prompts = made.readings.original, made.readings.converted, made.prompts
+    if made.readings.reason is not None or original is None or converted is None:
+        status, text = made.readings.reason or ("skipped", "a side cannot be read")
         return [Finding("parity", "lockstep", status, text)]
-    effort = effort_for(asked.mode, original, converted, prompts, frozenset(named_prompts(asked.prompts)))
+    effort = _effort(asked, original, converted, prompts)
     needs = limit(original, converted, prompts, effort, asked.memory)
     foretold = pace(original, converted, prompts, effort)
     if foretold.seconds >= TOLD:
         needs = f"{needs}, {duration(foretold.seconds)}"
     facts["needs"] = needs
-    tell(f"parity: needs {needs}")
+    shared = _walks(walks, _key(subject, made, asked))
     try:
-        result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
+        result = joined(subject, original, converted, prompts, effort, shared, tell) if shared else None
+        if result is None:
+            tell(f"parity: needs {needs}")
+            result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
     except NoPass as error:
         return [Finding("parity", "lockstep", "skipped", str(error))]
     tokenizer = tokenizer_of(subject.hf)
-    made = findings(result, original, converted, prompts, asked.accept)
-    made = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in made]
-    return [*made, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
+    found = findings(result, original, converted, prompts, asked.accept)
+    found = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in found]
+    return [*found, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
 
 
-def _generation(
-    subject: Subject,
-    readings: Readings,
-    rows: Mapping[str, list[int]],
-    asked: Asked,
-    lengths: Lengths,
-    table: int | None,
-    tell: Tell,
-) -> list[Finding]:
+def _walks(said: Sequence[tuple[Mapping[str, Any], Path]], key: str) -> list[Walked]:
+    """What the workers wrote down; `resume-mismatch` where they were asked something else."""
+    found = []
+    for number, (content, path) in enumerate(said, start=1):
+        walked = from_json(content, path)
+        if walked is None or content.get("key") != key:
+            what = "nothing that can be read" if walked is None else "another of them, or other facts (--set)"
+            message = (
+                f"expected worker {number}/{len(said)} to have computed these prompts in this precision, on "
+                f"this device and in this mode, found {what}"
+            )
+            hint = f"give every worker the same options, and run again: --worker {number}/{len(said)}"
+            fail("resume-mismatch", message, hint=hint)
+        found.append(walked)
+    return found
+
+
+def _generation(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> list[Finding]:
+    readings = made.readings
     original, converted = readings.original, readings.converted
     if readings.reason is not None or original is None or converted is None:
         return [Finding("generation", "tokens", *(readings.reason or ("skipped", "a side cannot be read")))]
     return generated(
-        subject, original, converted, rows,
-        dtype=asked.dtype, device=asked.device, lengths=lengths, table=table, tell=tell,
+        subject, original, converted, made.rows,
+        dtype=asked.dtype, device=asked.device, lengths=made.lengths, table=made.table, tell=tell,
     )  # fmt: skip
 
 

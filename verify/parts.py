@@ -370,7 +370,7 @@ def _difference_json(d: Difference) -> dict[str, Any]:
         "values": [x.hex() for x in (*d.values, d.max_delta)],
         "drift": d.drift.to_json(),
         "roundings": None if d.roundings is None else sorted(d.roundings),
-        "rows": d.strip,
+        "rows": d.strip and {**d.strip, "worst": [[row, float(x).hex()] for row, x in d.strip["worst"]]},
     }
 
 
@@ -418,6 +418,7 @@ def _difference(said: Line) -> Difference:
     count, first = said["places"]
     expected, found, delta = map(float.fromhex, said["values"])
     roundings = None if said["roundings"] is None else set(map(str, said["roundings"]))
+    rows = said["rows"]
     tensor, against = map(_tensor, said["tensors"])
     return Difference(
         tensor,
@@ -429,7 +430,7 @@ def _difference(said: Line) -> Difference:
         max_delta=delta,
         drift=Drift.from_json(said["drift"]),
         roundings=roundings,
-        strip=said["rows"],
+        strip=rows and {**rows, "worst": [[int(row), float.fromhex(x)] for row, x in rows["worst"]]},
     )
 
 

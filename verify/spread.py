@@ -129,8 +129,8 @@ def _walk(
     tell: Tell,
 ) -> None:
     shares, me = dealt(prompts, effort, worker.count), worker.number - 1
-    own_prompts = {n: p for n, p in prompts.items() if not effort.frees(n) or n in shares[me]}
-    runs = parity.runs_of(original, own_prompts, effort)
+    mine = {n: p for n, p in prompts.items() if not effort.frees(n) or n in shares[me]}
+    runs = parity.runs_of(original, mine, effort)
     kinds, seen = original.kinds(), Parity()
     for number, phase in enumerate(kinds):
         there = [r for r in runs if effort.has(phase, r.name)]
@@ -248,6 +248,8 @@ def _joined(original: Side, prompts: Mapping[str, Prompt], effort: Effort, walks
     ran = {str(s.phase) for s in result.steps}
     result.heads = tuple(h for h in ("head",) if h in ran)
     made = {n: x for w in walks for n, x in w.logits.items()}
+    if not all(x.holds for x in made.values()):
+        raise Alone("a whole pass differs")
     if made:
         result.logits["head"] = {n: made[n] for n in prompts if n in made}
     return result

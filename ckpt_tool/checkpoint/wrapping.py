@@ -47,7 +47,7 @@ _STATE = {re.compile(pattern): reason for pattern, reason in _BESIDE.items()}
 # `model` is a wrapper's word, and the first of all names of many models. It is the model's own where what
 # follows is the body of one.
 _OWN = re.compile(
-    r"model\.(embed_tokens|decoder|encoder|embedding|language_model|shared|word_embeddings"
+    r"model\.(embed_tokens|decoder|encoder(?!\.layer\.\d)|embedding|language_model|shared|word_embeddings"
     r"|layers\.\d+\.(self_attn|self_attention|mlp|input_layernorm|post_attention_layernorm))\."
 )
 # It is a wrapper's before names that begin with no such word, and before another root of a whole model.
@@ -60,7 +60,8 @@ _WRAPPED = re.compile(
 _ROOTS = (
     r"tok_embeddings|model\.embed_tokens|lm_head|transformer\.(wte|h\.0)|gpt_neox\.layers\.0|bert\.embeddings"
     r"|(model\.)?decoder\.(embed_tokens|layers\.0)|(model\d*\.)?language_model\.\w+"
-    r"|model\d*\.(embedding|decoder|encoder)"
+    r"|model\d*\.(embedding|decoder|encoder)|(mobilebert|luke)\.(embeddings|encoder)"
+    r"|mega\.(embedding_layer|layers\.0)|canine\.(char_embeddings|initial_char_encoder)"
 )
 _WHOLE = re.compile(
     rf"(?!model\d*\.)\w+\.(({'|'.join(map(re.escape, (*_INSIDE, *_BEFORE)))})\.)*({_ROOTS})\.", re.ASCII
