@@ -1,15 +1,19 @@
-"""How many planted mistakes a verification catches, locates and names, and how many right conversions fail.
+"""How many planted mistakes a verification catches, locates and names, beside the bars that others publish,
+and how many right conversions fail.
 
     python benchmarks/detection.py [--family F] [--kind TEXT] [--sample N] [--json FILE]
     python benchmarks/detection.py --mode quick --level parity   # or --costly, as large models are verified
     python benchmarks/detection.py --right [--jobs 2]
+    python benchmarks/detection.py --show FILE...     the tables of earlier runs together
 
-Every kind of mistake (fixtures/flaws_kinds.py, and the tables of documents where there are any) is planted on
-disk into the conversion of a tiny original of every family, one at a time, and the whole is verified; so are
-the mistakes that the reading of an architecture says are its own (own.py).
+Every kind of mistake is planted into the conversion of a tiny original of every family, one at a time, and
+the whole is verified. There are those in tensors and config.json (fixtures/flaws_kinds.py, flaws_values.py),
+those that the reading of an architecture says are its own (own.py), rows of the family's table that are wrong
+on the way in and on the way back (symmetric.py), and those in tokenizers and other documents
+(fixtures/flaws_documents.py).
 
-    acts      the logits of the converted model change in at least one bit
-    caught    the verdict is not a pass
+    acts      the logits of the converted model change in at least one bit; a document is another one
+    caught    the verdict is not a pass; of a document: it fails
     located   a failing finding or the diagnosis names the right layer or tensor
     named     the diagnosis gives the right cause (a value of config.json: names it with the right one)
     misnamed  a diagnosis states another cause
@@ -27,18 +31,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import own  # beside this file
+import peers
+import symmetric
 
 from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import flaws_values  # noqa: F401  (adds its kinds)
 from ckpt_tool.fixtures.flaws import Folder
+from ckpt_tool.fixtures.flaws_documents import MISTAKES
 from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import LEVELS, Report, effort, verify
@@ -65,7 +71,12 @@ PLANTED = {
     "gemma2": ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
     "gpt-neox": ("pythia-410m", "redpajama-3b", "gpt-neox-20b", "gpt-neox-tied"),
     "mega": ("mega-wikitext", "mega-laplace", "mega-chunks", "mega-decoder"),
+    "canine": ("canine-s", "canine-c-training", "canine-tydi"),
+    "mluke": ("mluke-base", "mluke-aware", "mluke-bare"),
+    "mobilebert": ("mobilebert-uncased", "mobilebert-training", "mobilebert-squad"),
 }
+ONCE = peers.Once()
+BACK = "back, "  # a symmetric mistake on the way to the original
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,10 @@ class Outcome:
     misnamed: bool
     cause: str
     seconds: float
+    level: str = "weights"  # or "config", "table", "documents"
+    bits: bool = False  # whether the levels each caught it
+    parity: bool = False
+    peers: dict[str, bool] = field(default_factory=dict)  # whether the bars of others catch it
 
 
 @dataclass(frozen=True)
@@ -117,20 +132,6 @@ def made(root: Path, variant: str) -> tuple[Path, Path]:
     return Path((home / "path").read_text(encoding="utf-8")), home / "right"
 
 
-def kinds_of_documents() -> dict[str, Any]:
-    """Planters of mistakes in tokenizers, documents and the manifest, where the project has them: name to a
-    function of the folder that tells which file or value it altered (None: not here)."""
-    try:
-        from ckpt_tool.fixtures import flaws_documents  # type: ignore[attr-defined]
-    except ImportError:
-        return {}
-    found = next(
-        (getattr(flaws_documents, n) for n in ("PLANTERS", "KINDS", "FLAWS") if hasattr(flaws_documents, n)),
-        {},
-    )
-    return dict(found)
-
-
 def planted(kind: str, folder: Path) -> Truth | None:
     """Plant it; None where the folder has nothing to plant it in."""
     if kind in KINDS:
@@ -143,8 +144,8 @@ def planted(kind: str, folder: Path) -> Truth | None:
             opened.checkpoint.close()
     if kind.startswith(own.PREFIX):
         return own.plant(kind, folder)
-    where = kinds_of_documents()[kind](folder)
-    return None if where is None else Truth(None, (str(where),), ".*")
+    where = MISTAKES[kind](folder)
+    return None if where is None else Truth(None, (where,), ".*")
 
 
 def tasks(
@@ -175,8 +176,12 @@ def outcome(task: Task) -> Outcome | None:
         source, right = made(root, variant)
         folder = Path(tempfile.mkdtemp(prefix="planted-", dir=root))
         try:
+            if task.kind.startswith(symmetric.PREFIX):
+                return of_the_table(task.kind, variant, folder, source, right)
             shutil.copytree(right, folder, dirs_exist_ok=True)
             truth = planted(task.kind, folder)
+            if truth is not None and task.kind in MISTAKES:
+                return of_documents(task.kind, variant, folder, source, truth)
             if truth is not None:
                 return judged(task, variant, folder, source, right, truth)
         finally:
@@ -184,23 +189,63 @@ def outcome(task: Task) -> Outcome | None:
     return None
 
 
+def fails(report: Report, level: str) -> bool:
+    return any(f.status == "fail" for f in report.level(level))
+
+
+def of_documents(kind: str, variant: str, folder: Path, source: Path, truth: Truth) -> Outcome:
+    began = time.monotonic()
+    report = verify(folder, source, settings=VARIANTS[variant].settings, levels=("coverage",))
+    found = any(f.status == "fail" and truth.tensors[0] in f"{f.where} {f.message}" for f in report.findings)
+    return Outcome(
+        kind, VARIANTS[variant].family, variant, True, report.status == "fail", found, found, False, "",
+        time.monotonic() - began, "documents",
+    )  # fmt: skip
+
+
+def of_the_table(kind: str, variant: str, folder: Path, source: Path, right: Path) -> Outcome | None:
+    """Both ways with the wrong row: the original is read through it, and so is the way back."""
+    began, chosen = time.monotonic(), VARIANTS[variant]
+    name = kind.removeprefix(symmetric.PREFIX)
+    back, name = name.startswith(BACK), name.removeprefix(BACK)
+    options = Options(settings=chosen.settings)
+    known = {w.name: w for w in symmetric.listed(chosen.family, source, options)}
+    if name not in known:
+        return None
+    wrong, out = known[name], folder / "out"
+    compared = symmetric.written(chosen.family, source, right, out, options, wrong, back)
+    once = ONCE.of((variant, kind) if back else variant)
+    with symmetric.believed(chosen.family, wrong), peers.seen() as passes, once:
+        report = verify(out, compared, settings={} if back else chosen.settings)
+    again = folder / "again"
+    if back:
+        convert(out, again, family=chosen.family, options=options)
+    acts = changes_logits(again if back else out, right, source, variant)
+    truth = Truth(None, wrong.tensors, ".*")
+    causes = [str(f.data["cause"]) for f in report.level("diagnosis") if f.data.get("cause")]
+    named = any(wrong.names(c) for c in causes)
+    return Outcome(
+        kind, chosen.family, variant, acts, report.status != "pass", located(report, truth), named, False,
+        "; ".join(causes), time.monotonic() - began, "table", fails(report, "bits"), fails(report, "parity"),
+        peers.caught(passes) or {},
+    )  # fmt: skip
+
+
 def judged(task: Task, variant: str, folder: Path, source: Path, right: Path, truth: Truth) -> Outcome:
-    began, kind = time.monotonic(), task.kind
-    chosen = VARIANTS[variant]
-    report = task.how.verify(folder, source, chosen.settings)
+    began, kind, chosen = time.monotonic(), task.kind, VARIANTS[variant]
+    with peers.seen() as passes, ONCE.of(variant):
+        report = task.how.verify(folder, source, chosen.settings)
     acts = changes_logits(folder, right, source, variant)
-    diagnoses = [f for f in report.findings if f.level == "diagnosis"]
-    causes = [str(f.data["cause"]) for f in diagnoses if f.data.get("cause")]
-    failing = [f for f in report.findings if f.status == "fail"]
+    causes = [str(f.data["cause"]) for f in report.level("diagnosis") if f.data.get("cause")]
     keys = [t for t in truth.tensors if t.startswith("config.json")]
     named = bool(causes) and truth.names(causes[0])
     if keys and not causes:
-        named = any(f.where in keys for f in failing)
-    if kind not in KINDS and not kind.startswith(own.PREFIX):
-        named = any(truth.tensors[0] in f"{f.where} {f.message}" for f in failing)
+        named = any(f.where in keys for f in report.findings if f.status == "fail")
     return Outcome(
         kind, chosen.family, variant, acts, report.status != "pass", located(report, truth), named,
         any(not truth.names(c) for c in causes), "; ".join(causes), time.monotonic() - began,
+        "config" if keys else "weights", fails(report, "bits"), fails(report, "parity"),
+        peers.caught(passes) or {},
     )  # fmt: skip
 
 
@@ -212,36 +257,63 @@ def located(report: Report, truth: Truth) -> bool:
             return True
         if f.status == "fail" and any(t in text for t in truth.tensors):
             return True
+        if f.status == "fail" and f.data.get("first") in phases_of(truth):
+            return True
     return False
+
+
+def phases_of(truth: Truth) -> set[str]:
+    """The first layer that the mistake touches."""
+    numbers = [n for t in truth.tensors if (n := symmetric.layer_of(t)) is not None]
+    return {f"layer {min(numbers)}"} if numbers else {"embed", "head"} if truth.phase is None else set()
+
+
+def outputs(path: Path, source: Path, variant: str) -> list[object] | None:
+    """What the converted model in the folder computes of every token; None where it computes nothing."""
+    import torch
+
+    from ckpt_tool.verify.sides import converted_side
+    from ckpt_tool.verify.subject import opened
+
+    try:
+        with opened(path, source, VARIANTS[variant].settings) as subject:
+            side = converted_side(subject, torch.float32, "cpu")
+            vocabulary = side.vocabulary
+            ids = torch.arange(vocabulary // 2 * 2).view(2, -1)  # every row, longer than a window
+            ids = ids[:, : side.fits(min(ids.shape[1], 400))]
+            return list(side.outputs(ids).values())
+    except (CkptToolError, KeyError, ValueError, IndexError, RuntimeError):
+        return None
+
+
+RIGHT: dict[str, list[object] | None] = {}
 
 
 def changes_logits(folder: Path, right: Path, source: Path, variant: str) -> bool:
     """Whether the converted model computes other numbers with the mistake than without, in any bit."""
     import torch
 
-    from ckpt_tool.verify.sides import converted_side
-    from ckpt_tool.verify.subject import opened
-
-    made = []
-    for path in (right, folder):
-        try:
-            with opened(path, source, VARIANTS[variant].settings) as subject:
-                side = converted_side(subject, torch.float32, "cpu")
-                vocabulary = int(subject.config["vocab_size"])
-                ids = torch.arange(vocabulary // 2 * 2).view(2, -1)  # every row, longer than a window
-                made.append(list(side.outputs(ids).values()))
-        except (CkptToolError, KeyError, ValueError, IndexError, RuntimeError):
-            return True
-    return any(not torch.equal(a, b) for a, b in zip(*made, strict=True))
+    if variant not in RIGHT:
+        RIGHT[variant] = outputs(right, source, variant)
+    one, other = RIGHT[variant], outputs(folder, source, variant)
+    if one is None or other is None or len(one) != len(other):
+        return True
+    return any(
+        isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and not torch.equal(a, b)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 # --- tables ---------------------------------------------------------------------------------------------
 
 COLUMNS = ("planted", "acts", "caught", "located", "named", "misnamed")
+LEVELS = ("weights", "config", "table", "documents")
 
 
 def counted(outcomes: Sequence[Outcome]) -> tuple[int, ...]:
-    return (len(outcomes), *(sum(getattr(o, c) for o in outcomes) for c in COLUMNS[1:]))
+    """Those that act; what changes no number and no document is only counted as planted."""
+    act = [o for o in outcomes if o.acts]
+    return (len(outcomes), len(act), *(sum(getattr(o, c) for o in act) for c in COLUMNS[2:]))
 
 
 def table(outcomes: Sequence[Outcome], key: str) -> list[str]:
@@ -256,6 +328,62 @@ def table(outcomes: Sequence[Outcome], key: str) -> list[str]:
     return lines
 
 
+def beside(outcomes: Sequence[Outcome]) -> list[str]:
+    """Who catches what acts and has logits, by where it was planted."""
+    held = [o for o in outcomes if o.acts and o.peers]
+    names = list(peers.BARS)
+    heads = ["cases", "verify", "parity", "bits", *names]
+    lines = [f"{'planted in':10} " + " ".join(f"{h:>11}" for h in heads)]
+    for level in (*LEVELS[:3], "all"):
+        its = [o for o in held if level in (o.level, "all")]
+        counts = [len(its), *(sum(getattr(o, c) for o in its) for c in ("caught", "parity", "bits"))]
+        counts += [sum(o.peers[n] for o in its) for n in names]
+        lines.append(f"{level:10} " + " ".join(f"{n:11d}" for n in counts))
+    return lines
+
+
+def shortcomings(outcomes: Sequence[Outcome]) -> list[str]:
+    """What acts and was not caught, not located, or called something else."""
+    made = []
+    for o in outcomes:
+        words = [w for w in ("caught", "located", "named") if o.acts and not getattr(o, w)]
+        if o.misnamed or words:
+            wrong = "misnamed" if o.misnamed else f"not {words[0]}"
+            made.append(f"{wrong}: {o.kind}, {o.variant}: {o.cause[:150]}")
+    return sorted(made)
+
+
+def shown(outcomes: Sequence[Outcome]) -> int:
+    """Print all tables; 1 where something was missed or called something else."""
+    kinds = {o.kind for o in outcomes}
+    for text in (
+        table(outcomes, "kind"),
+        table(outcomes, "family"),
+        table(outcomes, "level"),
+        beside(outcomes),
+    ):
+        print("\n".join(text), end="\n\n")
+    print(f"{len(kinds)} kinds in {len({o.family for o in outcomes})} families")
+    print("\n".join(shortcomings(outcomes)))
+    return int(any(o.acts and not o.caught for o in outcomes) or any(o.misnamed for o in outcomes))
+
+
+def every_task(root: Path, families: Sequence[str], text: str, sample: int | None, how: How) -> list[Task]:
+    kinds = [k for k in (*KINDS, *MISTAKES) if text in k]
+    listed = tasks(root, families, kinds, sample, how)
+    for family in families:
+        found = dict.fromkeys(k for v in PLANTED[family] for k in own.kinds(made(root, v)[1]))
+        listed += tasks(root, [family], [k for k in found if text in k], sample, how)
+        first = PLANTED[family][0]
+        options = Options(settings=VARIANTS[first].settings)
+        rows = [w.name for w in symmetric.listed(family, made(root, first)[0], options)]
+        both = [f"{symmetric.PREFIX}{way}{name}" for name in rows for way in ("", BACK)]
+        wanted = [k for k in both if text in k]
+        listed += [Task(k, first, str(root), how) for k in wanted[:: sample or 1]]
+    order = {family: k for k, family in enumerate(families)}
+    return sorted(listed, key=lambda t: order[VARIANTS[t.variant.split("|")[0]].family])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -267,36 +395,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", action="append", choices=LEVELS, help="these levels only")
     parser.add_argument("--costly", action="store_true", help="leave out what is left out of large models")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="what was found, written as it is found")
     parser.add_argument("--right", action="store_true", help="right conversions instead: none may fail")
     parser.add_argument("--work", type=Path, help="where originals and conversions are written")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="tables of earlier runs")
     asked = parser.parse_args(arguments)
+    if asked.show:
+        lines = [line for file in asked.show for line in file.read_text(encoding="utf-8").splitlines()]
+        return shown([Outcome(**json.loads(line)) for line in lines])
     how = How(asked.mode, tuple(asked.level) if asked.level else None, asked.costly)
     with tempfile.TemporaryDirectory(prefix="detection-") as temporary:
         root = asked.work or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
         families = asked.family or list(PLANTED)
-        for variant in (v for family in families for v in PLANTED[family]):
-            made(root, variant)
         if asked.right:
             from right import main as right  # beside this file
 
             return int(right(root, families, asked.sample, asked.jobs, asked.json))
-        kinds = [k for k in (*KINDS, *kinds_of_documents()) if asked.kind in k]
-        listed = tasks(root, families, kinds, asked.sample, how)
-        for family in families:
-            found = dict.fromkeys(k for v in PLANTED[family] for k in own.kinds(made(root, v)[1]))
-            listed += tasks(root, [family], [k for k in found if asked.kind in k], asked.sample, how)
-        with ProcessPoolExecutor(asked.jobs) as pool:
-            outcomes = [o for o in pool.map(outcome, listed, chunksize=4) if o is not None]
-    print("\n".join(table(outcomes, "kind")), end="\n\n")
-    print("\n".join(table(outcomes, "family")))
-    print(
-        f"\nmode {how.mode}{', long prompts costly' * how.costly}, levels {', '.join(how.levels or ('all',))}"
-    )
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
-    return int(any(o.acts and not o.caught for o in outcomes) or any(o.misnamed for o in outcomes))
+        for variant in (v for family in families for v in PLANTED[family]):
+            made(root, variant)
+        listed = every_task(root, families, asked.kind, asked.sample, how)
+        status = shown(list(run(listed, asked.jobs, asked.json)))
+    levels = ", ".join(how.levels or ("all",))
+    print(f"\nmode {how.mode}{', long prompts costly' * how.costly}, levels {levels}")
+    return status
+
+
+def run(listed: Sequence[Task], jobs: int, file: Path | None) -> Iterable[Outcome]:
+    """In order, each written down at once: one JSON object in a line."""
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs) as pool:
+            yield from noted(pool.map(outcome, listed, chunksize=8), file)
+    else:
+        yield from noted(map(outcome, listed), file)
+
+
+def noted(found: Iterable[Outcome | None], file: Path | None) -> Iterable[Outcome]:
+    for o in found:
+        if o is None:
+            continue
+        if file is not None:
+            with file.open("a", encoding="utf-8") as held:
+                held.write(json.dumps(asdict(o)) + "\n")
+        yield o
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Right conversions, of which none may fail: every tiny original, as it is and in other clothes. Run by
-`detection.py --right`."""
+"""Right conversions, of which none may fail: every tiny original, as it is and in other clothes, both ways.
+Run by `detection.py --right`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +25,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 
+ROOT = Path(__file__).parent.parent
 Dress = Callable[[str, Path, Path], bool]  # variant, source, where to write: False where it does not apply
 
 
@@ -118,68 +122,136 @@ def _saved_again(variant: str, source: Path, out: Path) -> bool:
         config = json.loads((right / "config.json").read_text(encoding="utf-8"))
         model = getattr(transformers, config["architectures"][0]).from_pretrained(right, dtype="auto")
         model.save_pretrained(out)
-        for file in right.iterdir():
-            if (
-                not (out / file.name).exists()
-                and file.suffix != ".safetensors"
-                and file.name != "ckpt-tool.json"
-            ):
-                shutil.copy(file, out / file.name)
+        _with_documents(right, out)
+    return True
+
+
+def _with_documents(right: Path, out: Path) -> None:
+    """What lies beside the weights, as users copy it along."""
+    for file in right.iterdir():
+        there = (out / file.name).exists()
+        if not there and file.suffix != ".safetensors" and file.name != "ckpt-tool.json":
+            shutil.copy(file, out / file.name)
+
+
+def _saved_by_another(variant: str, source: Path, out: Path) -> bool:
+    """The same by an earlier release, of which the packages are in .judges/tf4.57."""
+    packages = ROOT / ".judges" / "tf4.57"
+    if not packages.is_dir():
+        return False
+    with tempfile.TemporaryDirectory() as temporary:
+        right, jobs = Path(temporary) / "right", Path(temporary) / "jobs.json"
+        _converted(variant, source, right)
+        jobs.write_text(json.dumps([[str(right), str(out), {}]]), encoding="utf-8")
+        script = ROOT / "tests" / "save_again_script.py"
+        environment = {**os.environ, "PYTHONPATH": str(packages)}
+        done = subprocess.run(
+            [sys.executable, script, jobs], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode or json.loads(done.stdout.splitlines()[-1]):
+            return False  # a release without this class, which is no conversion of ours
+        _with_documents(right, out)
+    return True
+
+
+def _there_and_back(variant: str, source: Path, out: Path) -> bool:
+    """Written as an original again, which `judged` holds against the model that it was written of."""
+    right = out.parent / "right"
+    _converted(variant, source, right)
+    try:
+        convert(right, out, family=VARIANTS[variant].family, to="original", check=False)
+    except CkptToolError as error:
+        if error.kind in ("unsupported", "usage", "missing-config"):
+            return False  # a layout that is only read
+        raise
     return True
 
 
 DRESSES: dict[str, Dress] = {
     "as it is": _converted,
-    "cast to float32": partial(_cast, "F32"),
-    "cast to bfloat16": partial(_cast, "BF16"),
-    "cast to float16": partial(_cast, "F16"),
+    "saved again by transformers": _saved_again,
+    "saved again by an earlier release": _saved_by_another,
+    "written as an original": _there_and_back,
     "small shards": _shards,
+    "cast to bfloat16": partial(_cast, "BF16"),
+    "saved by torch": _bin,
     "reordered": _reordered,
     "dealt anew": _dealt_anew,
-    "saved by torch": _bin,
+    "cast to float16": partial(_cast, "F16"),
+    "cast to float32": partial(_cast, "F32"),
     "pooled to one key/value head": _pooled,
-    "saved again by transformers": _saved_again,
 }
-FEW = ("saved again by transformers",)  # for the first variant of each family only
+FEW = (
+    "saved again by transformers",
+    "saved again by an earlier release",
+)  # for the first variant of each family only
 
 
-def judged(task: tuple[str, str, str]) -> tuple[str, str, str] | None:
-    """(dress, variant, why it does not pass or nothing)"""
+@dataclass(frozen=True)
+class Judged:
+    """`digest` is of all files of the output: two that are alike count once. `why` it does not pass, empty if
+    it does."""
+
+    dress: str
+    variant: str
+    digest: str
+    why: str
+
+
+def judged(task: tuple[str, str, str]) -> Judged | None:
     dress, variant, root = task
     with tempfile.TemporaryDirectory(prefix="right-", dir=root) as temporary:
         home = Path(temporary)
         source = VARIANTS[variant].write(home / "original")
-        out = home / "out"
+        out, settings = home / "out", VARIANTS[variant].settings
         try:
             if not DRESSES[dress](variant, source, out):
                 return None
-            report = verify(out, source, settings=VARIANTS[variant].settings)
+            back = DRESSES[dress] is _there_and_back
+            compared = home / "right" if back else source
+            report = verify(out, compared, settings={} if back else settings)
         except CkptToolError as error:
-            return dress, variant, f"error: {error}"
-        return dress, variant, "" if report.status == "pass" else f"{report.status}: {report.headline}"
+            return Judged(dress, variant, digest(out), f"error: {error}")
+        why = "" if report.status == "pass" else f"{report.status}: {report.headline}"
+        return Judged(dress, variant, digest(out), why)
+
+
+def digest(out: Path) -> str:
+    """Of the files and their names, but for the manifest, which says how they were made."""
+    made = hashlib.sha256()
+    files = [out] if out.is_file() else sorted(f for f in out.rglob("*") if f.is_file())
+    for file in files:
+        if file.name != "ckpt-tool.json":
+            made.update(f"{file.relative_to(out.parent)}\0".encode() + file.read_bytes())
+    return made.hexdigest()
 
 
 def main(root: Path, families: Iterable[str], sample: int | None, jobs: int, file: Path | None) -> int:
-    wanted, seen = set(families), set[str]()
-    tasks = []
-    for variant in VARIANTS.values():
-        if variant.family not in wanted:
-            continue
-        first = variant.family not in seen
-        seen.add(variant.family)
-        tasks += [(d, variant.id, str(root)) for d in DRESSES if first or d not in FEW]
+    """Dress by dress, so that a run that is cut short has seen every family."""
+    own = [v for v in VARIANTS.values() if v.family in set(families)]
+    firsts = {v.family: v.id for v in reversed(own)}.values()
+    tasks = [(d, v.id, str(root)) for d in DRESSES for v in own if v.id in firsts or d not in FEW]
+    found = []
     with ProcessPoolExecutor(jobs) as pool:
-        found = [r for r in pool.map(judged, tasks[:: sample or 1], chunksize=2) if r is not None]
-    count: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for dress, variant, why in found:
-        count[dress][0] += 1
-        count[dress][1] += bool(why)
-        if why:
-            print(f"{dress}, {variant}: {why}")
-    print(f"{'right conversions':30} {'count':>6} {'not passed':>11}")
-    for dress, (n, failed) in count.items():
-        print(f"{dress:30} {n:6d} {failed:11d}")
-    print(f"{'all':30} {len(found):6d} {sum(bool(w) for *_, w in found):11d}")
-    if file is not None:
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return int(any(why for *_, why in found))
+        for r in pool.map(judged, tasks[:: sample or 1], chunksize=2):
+            if r is None:
+                continue
+            found.append(r)
+            if file is not None:
+                with file.open("a", encoding="utf-8") as held:
+                    held.write(json.dumps(asdict(r)) + "\n")
+    return shown(found)
+
+
+def shown(found: Iterable[Judged]) -> int:
+    """One line for each dress: how many distinct ones, and how many of them do not pass."""
+    distinct = list({(r.variant, r.digest): r for r in reversed(list(found))}.values())[::-1]
+    for r in distinct:
+        if r.why:
+            print(f"{r.dress}, {r.variant}: {r.why}")
+    print(f"{'right conversions':34} {'distinct':>8} {'not passed':>11}")
+    for dress in [*DRESSES, "all"]:
+        its = [r for r in distinct if dress in (r.dress, "all")]
+        if its:
+            print(f"{dress:34} {len(its):8d} {sum(bool(r.why) for r in its):11d}")
+    return int(any(r.why for r in distinct))

@@ -5,11 +5,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ckpt_tool.api import Options, convert
+from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.convert.families import family
+from ckpt_tool.convert.layout import Part
+from ckpt_tool.convert.plan import Plan
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import verify
 from ckpt_tool.verify.claims import Claim, judge
 from ckpt_tool.verify.equivalence import BLOCK, MARGINS, blocks_of, bound, findings, histogram
 from ckpt_tool.verify.logits import Logits
@@ -155,3 +164,36 @@ def test_a_histogram_counts_every_token_once() -> None:
     table = histogram({"a": [0.0, 2e-14, 3e-14, 5e-12], "b": [math.inf, math.nan]})
     counts = {row[0]: row[2] for row in table.rows}
     assert counts == {0: 1, 1e-14: 2, 1e-13: 0, 1e-12: 1, math.inf: 2}
+
+
+# --- mistakes that the bits cannot show -----------------------------------------------------
+
+
+def exchanged(p: Part) -> Part:
+    """The two norms of a layer in each other's places."""
+    a, b = "input_layernorm", "post_attention_layernorm"
+    name = p.name.replace(a, "*").replace(b, a).replace("*", b)
+    return replace(p, name=name)
+
+
+def test_a_wrong_row_of_the_table_passes_the_round_trip_and_not_parity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = VARIANTS["mistral-7b-v0.3"].write(tmp_path / "original")
+    chosen = family("mistral")
+    right = chosen.plan
+
+    def wrong(checkpoint: Checkpoint, options: Options) -> Plan:
+        made = right(checkpoint, options)
+        return replace(
+            made, steps=tuple(s.with_targets(tuple(map(exchanged, s.targets))) for s in made.steps)
+        )
+
+    monkeypatch.setitem(chosen.__dict__, "plan", wrong)
+    convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source)
+    assert {f.status for f in report.level("bits") if f.check == "round trip"} == {"pass"}
+    assert [f.status for f in report.level("parity") if f.check == "lockstep"] == ["fail"]
+    assert report.headline == "layer 0: input_layernorm and post_attention_layernorm exchanged"
+    (told, *_) = report.level("diagnosis")
+    assert "or the table that both ways go by" in told.message

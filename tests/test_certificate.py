@@ -272,7 +272,6 @@ def _whole(s: Statement, edit: Callable[[Statement], None]) -> None:
         lambda s: _leaf(s, "source").update(sha256=OTHER),
         _set(P, "source", "files", 0, "sha256", to=OTHER),
         _set(*V, "findings", -1, "message", to="all is well"),
-        _set(P, "source", "repository", to={"hub": "someone/else"}),
         lambda s: s.update(more=1),
     ],
 )
@@ -285,12 +284,27 @@ def test_what_agrees_with_itself_and_is_not_so_is_seen_by_doing_it_again(
     assert check(work / "out", source=work / "source", full=True).status == "fail"
 
 
+def test_a_copy_of_a_repository_shows_all_but_where_it_came_from(work: Path, quick: bytes) -> None:
+    (work / "out" / NAME).write_bytes(quick)
+    edit = _set(P, "source", "repository", to={"hub": "someone/else", "commit": "1" * 40})
+    change(work / "out" / NAME, lambda s: _whole(s, edit))
+    report = check(work / "out", source=work / "source", full=True)
+    assert report.status == "pass"
+    (note,) = [f for f in report.findings if f.check == "repository"]
+    assert note.status == "note" and "someone/else" in note.message and "cannot show" in note.message
+
+
 def test_numbers_of_another_machine_are_told_and_of_the_same_refused(
     work: Path, certified: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(s: Statement) -> None:
         found = next(f for f in s[P]["verification"]["findings"] if f["measured"])
         found["measured"] /= 1000
+        said = s[P]["verification"]
+        bar = next(f for f in said["findings"] if f["check"] == "equivalence")["data"]
+        before = f"{bar['upper']:.2g}"
+        bar["upper"] /= 2
+        said["headline"] = said["headline"].replace(before, f"{bar['upper']:.2g}")
 
     again = Certified(Report("as before"), json.loads(certified))
     monkeypatch.setattr("ckpt_tool.verify.certificate.certify", lambda *_, **__: again)

@@ -54,7 +54,13 @@ PLANTED = (
     "pythia-410m",
 )
 CONFIG = [k for k in KINDS if k.startswith("config: ")]
-SEEN_BY_NO_PASS = ("config: end of text",)  # compared with the documents, not computed
+SEEN_BY_NO_PASS = (  # compared with the documents, not computed
+    "config: end of text",
+    "config: begin of text",
+    "config: padding",
+    "config: another dtype",
+    "config: another model type",
+)
 
 
 @pytest.fixture

@@ -130,7 +130,15 @@ def _rounded(dtype: str) -> Iterator[tuple[str, Holds]]:
             lambda x, y, other=other: converted(converted(x, dtype, other), other, dtype) == y,  # type: ignore[misc]
         )
     if dtype == "F32":
+        yield (
+            "rounded to float16 and then bfloat16 on the way",
+            lambda x, y: converted(_twice(converted(x, dtype, "F16")), "BF16", dtype) == y,
+        )
         yield "cut off to bfloat16 on the way", lambda x, y: (x & np.uint32(0xFFFF0000)) == y
+
+
+def _twice(half: np.ndarray) -> np.ndarray:
+    return converted(half, "F16", "BF16")
 
 
 def _scaled(a: np.ndarray, b: np.ndarray, dtype: str, sizes: frozenset[int]) -> Iterator[tuple[str, Holds]]:

@@ -26,7 +26,7 @@ from ckpt_tool.verify import certificate as made
 from ckpt_tool.verify import leaves as trees
 from ckpt_tool.verify.binomial import excluded
 from ckpt_tool.verify.certificate_form import must_fit
-from ckpt_tool.verify.claims import Claim, Judgement, exactness, judge
+from ckpt_tool.verify.claims import Claim, Judgement, claimed_without_numbers, exactness, judge
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.leaves import Leaf
 from ckpt_tool.verify.report import Finding, Report, Status, Table, shown
@@ -347,6 +347,11 @@ def _full(
         yield _finding("again", "verification", "fail", f"it does not pass now: {again.report.headline}")
         return
     found = json.loads(made.as_bytes(again.statement))
+    named = statement["predicate"]["source"].get("repository")
+    if named is not None and found["predicate"]["source"].get("repository") is None:
+        found["predicate"]["source"]["repository"] = named  # all else is compared
+        words = f"it names {_short(named)}, which a copy on this disk cannot show: only a check against that"
+        yield _finding("again", "repository", "note", f"{words} can")
     if _but_for_the_tool(found) == _but_for_the_tool(statement):
         words = "the verification was done again, and the certificate came out byte for byte"
         if found["predicate"]["tool"] != statement["predicate"]["tool"]:
@@ -400,10 +405,12 @@ def _request(statement: Mapping[str, Any]) -> made.Request:
 
 
 def _without_numbers(statement: Mapping[str, Any]) -> dict[str, Any]:
-    """A statement without what was measured: of each finding the question and the answer are left."""
+    """A statement without what was measured: of the headline its claims, of each finding the
+    question and the answer are left."""
     predicate = dict(statement["predicate"])
     said = dict(predicate["verification"])
     said.pop("environment", None)
+    said["headline"] = claimed_without_numbers(str(said.get("headline")))
     said["findings"] = [
         {k: f.get(k) for k in ("level", "check", "status", "where")}
         for f in said.get("findings", [])

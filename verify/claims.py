@@ -8,6 +8,7 @@ lockstep run, without one nothing but the manifest, and that only where it was a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -185,6 +186,11 @@ def _equivalent(upper: object, margin: object) -> str:
     if upper == 0:
         return "; KL 0 on every token tried"
     return f"; KL at most {upper:.2g} nats a token on prompts like those tried (95 %, margin {margin:.0e})"
+
+
+def claimed_without_numbers(headline: str) -> str:
+    """A headline without what was measured, which differs from machine to machine."""
+    return re.sub(r"; KL (at most \S+ nats a token|0 on every token)", "; KL of a token", headline)
 
 
 def _cause(findings: Sequence[Finding]) -> str | None:

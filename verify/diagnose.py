@@ -91,7 +91,7 @@ class Diagnosis:
             return f"the output lacks {short(e.missing[0])}{more}"
         if not e.compared:
             return None
-        why = "" if e.left else ", so a value of config.json is at fault"
+        why = "" if e.left else ", so a value of config.json is at fault, or the table that both ways go by"
         return (
             f"all {e.compared} tensors {'compared ' * bool(e.left)}hold the bits that the source gives{why}"
         )

@@ -29,6 +29,7 @@ from ckpt_tool.verify.subject import Subject
 LIMIT = 1 << 30  # bytes of a tensor that is explained; a larger one is only located
 HEADS = ("num_attention_heads", "n_head")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+ROLES = 9  # above the places of query, key and value in a layer's order
 AXES = 4  # of a tensor whose axes are tried in other orders
 KEPT = 256 << 20  # bytes of made tensors kept for the next question
 Changed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by name: expected and found
@@ -257,6 +258,9 @@ def _together(evidence: Evidence, rest: Changed, layer: int | None, names: Seque
     for cause in _misread(evidence, left, layer):
         yield cause
         left = {n: pair for n, pair in left.items() if n not in cause.tensors}
+    for cause in _regrouped(evidence, left):
+        yield cause
+        left = {n: pair for n, pair in left.items() if n not in cause.tensors}
     yield from _interleaved(evidence, left)
 
 
@@ -364,7 +368,11 @@ def _moved(origin: Mapping[str, str]) -> Iterator[Cause]:
     done = {n for pair in pairs for n in pair}
     alone = [n for n in origin if n not in done]
     cyclic = [n for n in alone if origin[n] in alone]
-    if len(cyclic) > 2:
+    whole = _experts_moved({n: origin[n] for n in cyclic})
+    if whole is not None:
+        yield Cause(whole, tuple(cyclic))
+        alone = [n for n in alone if n not in cyclic]
+    elif len(cyclic) > 2:
         ordered = sorted(cyclic, key=_rank)
         weights = [n for n in ordered if not n.endswith(".bias")] or ordered
         words = f"{_listed(weights, 6)} hold {_listed([origin[n] for n in weights], 6)}"
@@ -373,6 +381,27 @@ def _moved(origin: Mapping[str, str]) -> Iterator[Cause]:
         alone = [n for n in alone if n not in cyclic]
     for n in alone:
         yield Cause(f"{short(n)} holds {short(origin[n])}", (n,))
+
+
+def _experts_moved(origin: Mapping[str, str]) -> str | None:
+    """Whole experts in other places: which holds which."""
+    came: dict[int, set[int]] = defaultdict(set)
+    for name, other in origin.items():
+        p, q = words_of(name), words_of(other)
+        unlike = [(x, y) for x, y in zip(p, q, strict=False) if x != y]
+        if len(p) != len(q) or len(unlike) != 1 or not all(x.isdecimal() for x in unlike[0]):
+            return None
+        came[int(unlike[0][0])].add(int(unlike[0][1]))
+    if len(came) < 3 or any(len(theirs) > 1 for theirs in came.values()):
+        return None
+    order = {e: theirs.pop() for e, theirs in sorted(came.items())}
+    steps = {(e - other) % len(order) for e, other in order.items()}
+    if len(steps) == 1 and sorted(order) == list(range(len(order))):
+        by = steps.pop()
+        return f"experts shifted by {by - len(order) if by > len(order) // 2 else by:+d}"
+    listed = list(order.items())
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return f"experts in another order: {', '.join(f'{e} holds {other}' for e, other in listed[:4])}{more}"
 
 
 def _misread(evidence: Evidence, rest: Changed, layer: int | None) -> Iterator[Cause]:
@@ -394,6 +423,29 @@ def _misread(evidence: Evidence, rest: Changed, layer: int | None) -> Iterator[C
         names = tuple(n for f in own for n in f.names if n in rest)
         alone = f"{short(own[0].names[0])}: " if len(own) == 1 and several else ""
         yield Cause(alone + words, names)
+
+
+def _regrouped(evidence: Evidence, rest: Changed) -> Iterator[Cause]:
+    """Query, key and value cut flat from rows that lie in groups, each key/value head after its query heads,
+    or in groups from rows that lie flat."""
+    said = (evidence.subject.config.get(key) for key in ("num_key_value_heads", *HEADS))
+    groups = next((n for n in said if type(n) is int), 0)
+    if groups < 2:
+        return
+    for kind in ("weight", "bias"):
+        own = [n for n in rest if n.endswith(kind) and _rank(n)[1] < ROLES]
+        names = sorted(own, key=_rank)
+        pairs = [rest[n] for n in names]
+        if len(names) != 3 or any(len(x) % groups or x.shape[1:] != pairs[0][0].shape[1:] for x, _ in pairs):
+            continue
+        right, found = (np.concatenate([hashes(pair[k]) for pair in pairs]) for k in (0, 1))
+        ends = np.cumsum([len(x) for x, _ in pairs])[:-1]
+        shares = [x.reshape(groups, -1) for x in np.split(np.arange(len(right)), ends)]
+        order = np.concatenate(shares, 1).reshape(-1)
+        if np.array_equal(right[order], found):
+            yield Cause(f"{_listed(names)} cut flat from rows in {groups} groups of heads", tuple(names))
+        elif np.array_equal(right[np.argsort(order)], found):
+            yield Cause(f"{_listed(names)} cut in {groups} groups of heads from flat rows", tuple(names))
 
 
 def _interleaved(evidence: Evidence, rest: Changed) -> Iterator[Cause]:
@@ -445,7 +497,7 @@ def _alone(evidence: Evidence, rest: Changed, layer: int | None) -> list[Cause]:
 
 def _rank(name: str) -> tuple[bool, int, str]:
     """Query before key before value, weights before biases."""
-    place = next((i for i, w in enumerate(("q_", "query", "k_", "key", "v_", "value")) if w in name), 9)
+    place = next((i for i, w in enumerate(("q_", "query", "k_", "key", "v_", "value")) if w in name), ROLES)
     return name.endswith("bias"), place, name
 
 

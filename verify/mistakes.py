@@ -107,9 +107,12 @@ def exchange(pairs: list[tuple[str, str]]) -> Callable[[Tensors], dict[str, Tens
     return make
 
 
-def exchanges(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], layer: int) -> list[Change]:
-    """Experts that change places, and tensors of one shape whose names differ in one word (gate and up)."""
-    own = [n for n in names if layer_of(n) == layer and len(shapes[n]) > 1]
+def exchanges(
+    names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], layer: int, vectors: bool = False
+) -> list[Change]:
+    """Experts that change places, and tensors of one shape whose names differ in one word (gate and up); of
+    `vectors` as well (two norms), which is no mistake worth planting where they are nearly alike."""
+    own = [n for n in names if layer_of(n) == layer and len(shapes[n]) > (0 if vectors else 1)]
     experts: dict[tuple[str, int], dict[str, str]] = {}
     for name in own:
         parts = words_of(name)
@@ -343,7 +346,7 @@ def _undone(
     made += [
         Change(f"{short(r.name)} permuted twice", planted(r, Belief("", r.right, r.sizes))) for r in found
     ]
-    made += exchanges(shapes, shapes, layer)
+    made += exchanges(shapes, shapes, layer, vectors=True)
     made += [
         Change(f"{short(n)} transposed", transpose(n, back=True)) for n, s in shapes.items() if len(s) == 2
     ]
