@@ -33,6 +33,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -307,7 +308,7 @@ def changes_logits(folder: Path, right: Path, source: Path, variant: str) -> boo
 # --- tables ---------------------------------------------------------------------------------------------
 
 COLUMNS = ("planted", "acts", "caught", "located", "named", "misnamed")
-LEVELS = ("weights", "config", "table", "documents")
+WHERE = ("weights", "config", "table", "documents")
 
 
 def counted(outcomes: Sequence[Outcome]) -> tuple[int, ...]:
@@ -334,7 +335,7 @@ def beside(outcomes: Sequence[Outcome]) -> list[str]:
     names = list(peers.BARS)
     heads = ["cases", "verify", "parity", "bits", *names]
     lines = [f"{'planted in':10} " + " ".join(f"{h:>11}" for h in heads)]
-    for level in (*LEVELS[:3], "all"):
+    for level in (*WHERE[:3], "all"):
         its = [o for o in held if level in (o.level, "all")]
         counts = [len(its), *(sum(getattr(o, c) for o in its) for c in ("caught", "parity", "bits"))]
         counts += [sum(o.peers[n] for o in its) for n in names]
