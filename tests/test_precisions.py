@@ -13,7 +13,7 @@ import torch
 
 from ckpt_tool.fixtures.flaws import Folder
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import against_transformers, library, parity, verify
+from ckpt_tool.verify import against_transformers, controls, library, parity, verify
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.sides import Change
 
@@ -93,7 +93,7 @@ def test_a_mistake_missed_though_it_is_large_fails(
         return True
 
     monkeypatch.setattr(parity.Bar, "holds", wide_open)
-    monkeypatch.setattr(parity, "_effect", lambda side, change, phase, samples: (1.0, True))
+    monkeypatch.setattr(controls, "_effect", lambda side, change, phase, samples: (1.0, True))
     report = run("llama-2-7b", conversions("llama-2-7b"), originals("llama-2-7b"))
     control = of(report, "negative control")
     assert control.status == "fail" and "not caught" in control.message
@@ -104,8 +104,7 @@ def test_a_mistake_without_effect_is_undecided(
 ) -> None:
     nothing = Change("nothing at all", lambda w: {n: w[n] * (1 + 1e-40) for n in list(w)[:0]})
     monkeypatch.setattr(parity, "to_plant", lambda *a: [nothing])
-    monkeypatch.setattr(parity, "_alters", lambda *a: True)
-    monkeypatch.setattr(parity, "_reaches", lambda *a: True)
+    monkeypatch.setattr(controls, "_changed", lambda side, change: side.changed(change))
     report = run("llama-2-7b", conversions("llama-2-7b"), originals("llama-2-7b"))
     control = of(report, "negative control")
     assert control.status == "undecided" and "no effect on these prompts" in control.message

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference.phases import Tree
+from ckpt_tool.reference.phases import Tree, mapped
 from ckpt_tool.verify import equivalence, foretold, logits
 from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.controls import Planted, control
@@ -211,8 +211,8 @@ def _both(run: Callable[[Tree], Tree], x: Tree, y: Tree, given: Tensors) -> tupl
     """What a phase makes of two inputs: in one pass over its weights, where an input is one tensor alone."""
     if given or not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
         return run(x), run(y)
-    made = run(torch.cat([x, y]))
-    return made[: len(x)], made[len(x) :]
+    made, rows = run(torch.cat([x, y])), len(x)  # one tensor in, but perhaps several out
+    return mapped(lambda t: t[:rows], made), mapped(lambda t: t[rows:], made)
 
 
 def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tree]]:
