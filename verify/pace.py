@@ -110,7 +110,9 @@ def activations(original: Side, converted: Side, prompts: Mapping[str, Prompt], 
         TURNS, 64 * longest * width
     ) * item // 4
     ends = {n: t for n, t in tokens.items() if n not in effort.reach}
-    logits = (sum(ends.values()) + 3 * free + 2 * max(ends.values(), default=0)) * converted.vocabulary * item
+    rows = max((max(t.shape, default=0) for t in converted.weights[0].tensors.values()), default=0)
+    words = min(converted.vocabulary, rows)  # CANINE has ids for all code points, and no logits of them
+    logits = (sum(ends.values()) + 3 * free + 2 * max(ends.values(), default=0)) * words * item
     return max(layer, logits)
 
 

@@ -44,43 +44,13 @@ class _Fault:
         self.message = message
 
 
-class _Reader:
-    """One JSON text being parsed; knows how its errors are to be labelled.
+class _Hooks:
+    """What the decoder asks of each value, and how many it refused. It knows no text: a decoder and its hooks
+    hold each other, and what they hold is freed late."""
 
-    The decoder's hooks do not know which field they are in, so a hook that refuses leaves a `_Fault` in the
-    value, and the field is found by walking the value afterwards.
-    """
-
-    def __init__(
-        self,
-        data: bytes,
-        file: str,
-        kind: str,
-        max_bytes: int,
-        max_depth: int,
-        surrogates: bool = False,
-        held: bool = True,
-        wide: bool = False,
-        most: int = MAX_HELD,
-    ) -> None:
-        self.file, self.kind, self.held, self.wide, self.most = file, kind, held, wide, most
-        if len(data) > max_bytes:
-            self.refuse(f"expected at most {max_bytes} bytes of JSON, found {len(data)}")
-        if not data.strip(b" \t\r\n"):
-            self.refuse("expected JSON, found nothing")
-        if data.startswith(b"\xef\xbb\xbf"):
-            self.refuse("expected UTF-8 without a byte order mark, found one")
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
-            self.refuse("expected UTF-8, found UTF-16 or UTF-32")
-        try:
-            self.text = data.decode()
-        except UnicodeDecodeError as error:
-            self.refuse(f"expected UTF-8, found byte 0x{data[error.start]:02x} at {error.start}")
-        self.look_for_surrogates = not surrogates and _SURROGATE_ESCAPE.search(self.text) is not None
-        self.max_depth = max_depth
+    def __init__(self, wide: bool) -> None:
+        self.wide = wide
         self.faults = 0
-        if held:
-            self._check_memory(0, len(self.text))
         self.decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
             parse_constant=self._constant,
@@ -117,6 +87,45 @@ class _Reader:
                     found[key] = self._fault("expected each key once, found it twice in one object")
                 seen.add(key)
         return found
+
+
+class _Reader:
+    """One JSON text being parsed; knows how its errors are to be labelled.
+
+    The decoder's hooks do not know which field they are in, so a hook that refuses leaves a `_Fault` in the
+    value, and the field is found by walking the value afterwards.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        file: str,
+        kind: str,
+        max_bytes: int,
+        max_depth: int,
+        surrogates: bool = False,
+        held: bool = True,
+        wide: bool = False,
+        most: int = MAX_HELD,
+    ) -> None:
+        self.file, self.kind, self.held, self.most = file, kind, held, most
+        if len(data) > max_bytes:
+            self.refuse(f"expected at most {max_bytes} bytes of JSON, found {len(data)}")
+        if not data.strip(b" \t\r\n"):
+            self.refuse("expected JSON, found nothing")
+        if data.startswith(b"\xef\xbb\xbf"):
+            self.refuse("expected UTF-8 without a byte order mark, found one")
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+            self.refuse("expected UTF-8, found UTF-16 or UTF-32")
+        try:
+            self.text = data.decode()
+        except UnicodeDecodeError as error:
+            self.refuse(f"expected UTF-8, found byte 0x{data[error.start]:02x} at {error.start}")
+        self.look_for_surrogates = not surrogates and _SURROGATE_ESCAPE.search(self.text) is not None
+        self.max_depth = max_depth
+        if held:
+            self._check_memory(0, len(self.text))
+        self.hooks = _Hooks(wide)
 
     def refuse(self, message: str, where: str | None = None) -> NoReturn:
         fail(self.kind, message, file=self.file, where=where)
@@ -176,10 +185,10 @@ class _Reader:
         """The value that starts at `position`, and where it ends."""
         self._check_value(position)
         try:
-            found, end = self.decoder.raw_decode(self.text, position)
+            found, end = self.hooks.decoder.raw_decode(self.text, position)
         except json.JSONDecodeError as error:
             self.refuse_at(error.pos, _WORDS.get(error.msg, "JSON"))
-        if self.faults or self.look_for_surrogates:
+        if self.hooks.faults or self.look_for_surrogates:
             self._check(found, field)
         return found, end
 
