@@ -260,7 +260,7 @@ def test_sizes(text: str, size: int) -> None:
     assert needs.read_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "0", "4 XB", "1e9"])
+@pytest.mark.parametrize("text", ["", "x", "-1", "0", "4 XB", "1e9", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(CkptToolError, match="expected a size such as 4GiB"):
         needs.read_size(text)
@@ -274,6 +274,9 @@ def test_what_a_check_needs_grows_with_what_it_does(place: Path) -> None:
         needs.of_check(c) or 0 for c in (plain, with_parity, replace(with_parity, compute_dtype="float64"))
     ]
     assert sizes[0] < sizes[1] < sizes[2] < (needs.of_check(judged) or 0)
+    report = verify(plain.out, plain.source, levels=("parity",), mode="quick")
+    foretold = needs.of_check(replace(with_parity, mode="quick")) or 0
+    assert report.facts["needs"] == f"about {needs.size_text(foretold)} of memory"
     assert needs.of_check(replace(with_parity, out="nowhere")) is None
     assert needs.of_check(replace(plain, levels=None, out="hf://a/b")) is None
 
