@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -211,11 +210,10 @@ def test_an_interrupt_leaves_no_process(place: Path, tmp_path: Path, monkeypatch
             os.kill(p.pid, 0)
 
 
-def test_the_first_that_does_not_pass_ends_the_others(place: Path) -> None:
-    file = checks(place, "a", "b", "c")
-    file.write_text(file.read_text().replace("'good'", "'nowhere'", 1))
-    reports = gate(file, jobs=1, fail_fast=True)
+def test_the_first_that_does_not_pass_ends_the_others(place: Path, stand_in: Callable[[], list[str]]) -> None:
+    reports = gate(checks(place, "a", "b", "c"), jobs=1, fail_fast=True)
     assert ([r.title for r in reports.reports], reports.left) == (["a"], ("b", "c"))
+    assert stand_in() == ["+a", "-a"]
     assert reports.headline == "0 of 3 checks passed; 1 could not be shown: a; 2 not run: b, c"
 
 
@@ -337,15 +335,15 @@ def test_only_what_the_chosen_tests_ask_for_is_run() -> None:
     assert narrowed(whole, {"transformers"}).levels == () and narrowed(whole, {"transformers"}).against
 
 
-def test_a_named_test_runs_alone(place: Path) -> None:
+def test_a_named_test_runs_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = checks(place, "a", "b", levels="['bits', 'parity']")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--ckpt-gate", file.name]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
-    done = subprocess.run(
-        [*command, f"{file.name}::b[bits]", "--junit-xml", "x.xml"],
-        cwd=place, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    asked = ["-p", "no:cacheprovider", "-q", "--ckpt-gate", file.name, f"{file.name}::b[bits]"]
+    assert pytest.main([*asked, "--junit-xml", "x.xml"]) == 0
+    assert "1 passed" in capsys.readouterr().out
     case = ET.parse(place / "x.xml").find(".//testcase")
     assert case is not None and case.get("name") == "b[bits]"
     told = {p.get("name") for p in case.iter("property")}
