@@ -169,6 +169,8 @@ class _Crew:
         if data is None:
             return False
         worker.said += data
+        if b"\n" not in data:  # a report may be long, and comes in many pieces
+            return not data
         *lines, rest = worker.said.split(b"\n")
         worker.said = bytearray(rest)
         for line in lines:

@@ -24,7 +24,7 @@ MASKS = (
     (re.compile(r"<svg.*?</svg>", re.DOTALL), "<svg>"),
     (re.compile(r"<details><summary>provenance</summary>.*?</details>", re.DOTALL), "<provenance>"),
     (re.compile(r"\b\d+\.\d+(?=</td>| s<|</dd>)"), "#"),
-    (re.compile(r"torch [^ ,<]+, threads: \d+|\d+,\d+ bytes of SVG"), "#"),
+    (re.compile(r"torch [^ ,<]+, threads: \d+|\d+,\d+ bytes of SVG|about \S+ [MG]B of memory"), "#"),
     (re.compile(r"worst prompt \w+|max KL \S+|\|delta\| \S+|position \d+|<td class=n>[^<]*</td>"), "#"),
     (re.compile(r"\w+\[\d+\]"), "#"),
 )

@@ -4,6 +4,7 @@ output or in the source is found out."""
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import math
@@ -284,14 +285,29 @@ def test_what_agrees_with_itself_and_is_not_so_is_seen_by_doing_it_again(
     assert check(work / "out", source=work / "source", full=True).status == "fail"
 
 
-def test_a_copy_of_a_repository_shows_all_but_where_it_came_from(work: Path, quick: bytes) -> None:
-    (work / "out" / NAME).write_bytes(quick)
+def test_a_copy_of_a_repository_shows_all_but_where_it_came_from(
+    work: Path, quick: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit = _set(P, "source", "repository", to={"hub": "someone/else", "commit": "1" * 40})
+    (work / "out" / NAME).write_bytes(quick)
+    plain = json.loads(quick)
     change(work / "out" / NAME, lambda s: _whole(s, edit))
-    report = check(work / "out", source=work / "source", full=True)
-    assert report.status == "pass"
-    (note,) = [f for f in report.findings if f.check == "repository"]
-    assert note.status == "note" and "someone/else" in note.message and "cannot show" in note.message
+    of_hub = json.loads((work / "out" / NAME).read_bytes())
+    for said, now, words in ((of_hub, plain, "not shown"), (plain, of_hub, "names no repository")):
+        (work / "out" / NAME).write_text(json.dumps(said))
+        again = Certified(Report("as before"), copy.deepcopy(now))
+        monkeypatch.setattr("ckpt_tool.verify.certificate.certify", lambda *_, again=again, **__: again)
+        report = check(work / "out", source=work / "source", full=True)
+        (note,) = [f for f in report.findings if f.check == "repository"]
+        assert note.status == "note" and "someone/else" in note.message and words in note.message
+        assert report.status == "pass" and note.message in report.headline
+        assert "byte for byte, but for the repository" in report.to_json()["headline"]
+    other = copy.deepcopy(of_hub)
+    other[P]["source"]["repository"]["hub"] = "someone/new"
+    again = Certified(Report("as before"), other)
+    monkeypatch.setattr("ckpt_tool.verify.certificate.certify", lambda *_, **__: again)
+    (work / "out" / NAME).write_text(json.dumps(of_hub))
+    assert check(work / "out", source=work / "source", full=True).status == "fail"
 
 
 def test_numbers_of_another_machine_are_told_and_of_the_same_refused(

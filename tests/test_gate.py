@@ -132,6 +132,21 @@ def test_a_bar_of_the_gate_decides(
         assert reports.exit_code == {"fail": 1, "undecided": 2}[status]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("settings = { a = [1979-05-27] }", "a: settings: .*such as a date"),
+        (r'source = "fx\u0000"', "a: source: expected text without NUL"),
+        (f"bars = {{ nmse = {'9' * 400} }}", "a: bars.nmse: .*that a float holds"),
+        (f"settings = {{ a = {'9' * 5000} }}", "expected TOML, found none"),
+    ],
+)
+def test_what_toml_has_and_no_check_can_take_is_refused(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CkptToolError, match=message) as caught:
+        read_gate(write(tmp_path, f"[[check]]\nname = 'a'\nout = 'out'\n{line}\n"))
+    assert {p.kind for p in caught.value.problems} == {"bad-config"}
+
+
 def test_a_bar_on_what_was_not_measured_is_undecided(conversions: Written, tmp_path: Path) -> None:
     out = conversions(VARIANT)
     path = write(

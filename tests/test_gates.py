@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -211,11 +210,10 @@ def test_an_interrupt_leaves_no_process(place: Path, tmp_path: Path, monkeypatch
             os.kill(p.pid, 0)
 
 
-def test_the_first_that_does_not_pass_ends_the_others(place: Path) -> None:
-    file = checks(place, "a", "b", "c")
-    file.write_text(file.read_text().replace("'good'", "'nowhere'", 1))
-    reports = gate(file, jobs=1, fail_fast=True)
+def test_the_first_that_does_not_pass_ends_the_others(place: Path, stand_in: Callable[[], list[str]]) -> None:
+    reports = gate(checks(place, "a", "b", "c"), jobs=1, fail_fast=True)
     assert ([r.title for r in reports.reports], reports.left) == (["a"], ("b", "c"))
+    assert stand_in() == ["+a", "-a"]
     assert reports.headline == "0 of 3 checks passed; 1 could not be shown: a; 2 not run: b, c"
 
 
@@ -260,7 +258,7 @@ def test_sizes(text: str, size: int) -> None:
     assert needs.read_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "0", "4 XB", "1e9"])
+@pytest.mark.parametrize("text", ["", "x", "-1", "0", "4 XB", "1e9", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(CkptToolError, match="expected a size such as 4GiB"):
         needs.read_size(text)
@@ -274,6 +272,9 @@ def test_what_a_check_needs_grows_with_what_it_does(place: Path) -> None:
         needs.of_check(c) or 0 for c in (plain, with_parity, replace(with_parity, compute_dtype="float64"))
     ]
     assert sizes[0] < sizes[1] < sizes[2] < (needs.of_check(judged) or 0)
+    report = verify(plain.out, plain.source, levels=("parity",), mode="quick")
+    foretold = needs.of_check(replace(with_parity, mode="quick")) or 0
+    assert report.facts["needs"] == f"about {needs.size_text(foretold)} of memory"
     assert needs.of_check(replace(with_parity, out="nowhere")) is None
     assert needs.of_check(replace(plain, levels=None, out="hf://a/b")) is None
 
@@ -334,15 +335,15 @@ def test_only_what_the_chosen_tests_ask_for_is_run() -> None:
     assert narrowed(whole, {"transformers"}).levels == () and narrowed(whole, {"transformers"}).against
 
 
-def test_a_named_test_runs_alone(place: Path) -> None:
+def test_a_named_test_runs_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = checks(place, "a", "b", levels="['bits', 'parity']")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--ckpt-gate", file.name]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
-    done = subprocess.run(
-        [*command, f"{file.name}::b[bits]", "--junit-xml", "x.xml"],
-        cwd=place, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    asked = ["-p", "no:cacheprovider", "-q", "--ckpt-gate", file.name, f"{file.name}::b[bits]"]
+    assert pytest.main([*asked, "--junit-xml", "x.xml"]) == 0
+    assert "1 passed" in capsys.readouterr().out
     case = ET.parse(place / "x.xml").find(".//testcase")
     assert case is not None and case.get("name") == "b[bits]"
     told = {p.get("name") for p in case.iter("property")}

@@ -21,6 +21,7 @@ from ckpt_tool.verify import foretold, library, logits
 from ckpt_tool.verify.library import Library, NotLoaded, Unavailable, one_line, release
 from ckpt_tool.verify.measure import CAPS, MARGIN, Bar
 from ckpt_tool.verify.missing import not_run
+from ckpt_tool.verify.needs import free_memory
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding, Status, number, shown
@@ -161,10 +162,7 @@ def _unaffordable(subject: Subject, dtype: str, device: str) -> str | None:
     assert subject.hf is not None
     itemsize = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     need = sum(t.numel for t in subject.hf) * itemsize
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else free_memory()
     if need <= free:
         return None
     return f"the whole model takes {need / 1e9:.1f} GB in {dtype}, {free / 1e9:.1f} GB are free"

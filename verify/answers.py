@@ -3,7 +3,6 @@ the value is of, with what else the entry gives, and the loss of that head."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify.entity_inputs import NAMES, NoEntities, entity_inputs, titles
 from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.library import one_line
-from ckpt_tool.verify.needs import largest
+from ckpt_tool.verify.needs import free_memory, heaviest
 from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS, positions
 from ckpt_tool.verify.sides import BROKEN, Side
 from ckpt_tool.verify.subject import Subject
@@ -197,9 +196,8 @@ class Runner:
                 f"too big: about {work / 1e12:,.0f} TFLOP on {kind} for {tokens} tokens through "
                 f"{parameters / 1e9:.1f} G weights, the limit is {WORK_LIMIT[kind] / 1e12:,.0f}"
             )
-        need = largest(self.subject.hf, torch.empty(0, dtype=getattr(torch, self.dtype)).element_size())
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if kind == "cpu" and need > free:
+        need = heaviest(self.subject.hf, torch.empty(0, dtype=getattr(torch, self.dtype)).element_size())
+        if kind == "cpu" and need > (free := free_memory()):
             raise Skip(
                 f"too big: one layer takes {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
             )

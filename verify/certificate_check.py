@@ -347,24 +347,39 @@ def _full(
         yield _finding("again", "verification", "fail", f"it does not pass now: {again.report.headline}")
         return
     found = json.loads(made.as_bytes(again.statement))
-    named = statement["predicate"]["source"].get("repository")
-    if named is not None and found["predicate"]["source"].get("repository") is None:
-        found["predicate"]["source"]["repository"] = named  # all else is compared
-        words = f"it names {_short(named)}, which a copy on this disk cannot show: only a check against that"
-        yield _finding("again", "repository", "note", f"{words} can")
+    origin = _only_one_names_it(statement, found)
+    if origin is not None:
+        found["predicate"]["source"]["repository"] = statement["predicate"]["source"]["repository"]
+        yield _finding("again", "repository", "note", origin)
     if _but_for_the_tool(found) == _but_for_the_tool(statement):
         words = "the verification was done again, and the certificate came out byte for byte"
+        if origin is not None:
+            words += ", but for the repository"
         if found["predicate"]["tool"] != statement["predicate"]["tool"]:
             words += f", but for the tool: {_versions(statement)} then, {_versions(found)} now"
-        report.depth.append(words)
+        report.depth += [words, *([] if origin is None else [origin])]
         yield _finding("again", "verification", "pass", words)
         return
     before, after = (_without_numbers(s) for s in (statement, found))
     if before == after:
-        yield _other_numbers(statement, found, report)
+        finding = _other_numbers(statement, found, report)
+        if origin is not None and finding.status == "pass":
+            report.depth.append(origin)
+        yield finding
         return
     where = ", ".join(_differing(before, after)) or "its parts"
     yield _finding("again", "verification", "fail", "expected the certificate again, found another", where)
+
+
+def _only_one_names_it(statement: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """In words, that the certificate or this run alone has the source from a repository; all else is
+    compared."""
+    named, here = (s["predicate"]["source"].get("repository") for s in (statement, found))
+    if named is not None and here is None:
+        return f"not shown, as this source is a copy on a disk: that it is {_short(named)}, which it names"
+    if named is None and here is not None:
+        return f"it names no repository; this source is {_short(here)}"
+    return None
 
 
 def _but_for_the_tool(statement: Mapping[str, Any]) -> bytes:

@@ -10,13 +10,16 @@ noise floor and the free run are made. What is left out is said, and a verdict c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.tensor_names import short, stack_of
 from ckpt_tool.verify.claims import Mode
 from ckpt_tool.verify.prompts import Prompt
-from ckpt_tool.verify.sides import Phase, Side
+
+if TYPE_CHECKING:  # torch takes a second to load, and who asks only what is costly has no use for it
+    from ckpt_tool.verify.sides import Phase, Side
 
 SHORT = 64  # tokens, up to which a prompt costs little
 WIDE = 1024  # tokens, beyond which one costs much
@@ -56,6 +59,11 @@ class Effort:
 THOROUGH = Effort()
 
 
+def costly(tokens: Mapping[str, int], weights: int, given: Collection[str]) -> set[str]:
+    """The prompts that are long and cost more than AFFORDABLE, but for those of the user."""
+    return {n for n, t in tokens.items() if t > SHORT and t * weights > AFFORDABLE and n not in given}
+
+
 def effort_for(
     mode: Mode, original: Side, converted: Side, prompts: Mapping[str, Prompt], given: frozenset[str]
 ) -> Effort:
@@ -67,13 +75,13 @@ def effort_for(
     tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items()}
     if mode == "quick":
         return _quick(original, converted, tokens)
-    costly = {n for n, t in tokens.items() if t > SHORT and t * weights > AFFORDABLE} - given
-    if not costly:
+    dear = costly(tokens, weights, given)
+    if not dear:
         return Effort("default")
     firsts = frozenset(first_of_each_kind(original, converted))
-    wide = [n for n in tokens if n in costly and tokens[n] > WIDE]
-    long = [n for n in tokens if n in costly and n not in wide]
-    cheap = frozenset(tokens) - costly
+    wide = [n for n in tokens if n in dear and tokens[n] > WIDE]
+    long = [n for n in tokens if n in dear and n not in wide]
+    cheap = frozenset(tokens) - dear
     if not cheap:
         return Effort("default")
     said = []

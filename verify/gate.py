@@ -17,7 +17,9 @@ nmse = 1e-10
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -244,7 +246,7 @@ def read_gate(path: Path) -> tuple[str, list[Check]]:
         fail("bad-config", f"expected at most {SIZE_LIMIT} bytes, found more", file=path)
     try:
         content = tomllib.loads(data.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of too many digits
         fail("bad-config", f"expected TOML, found none ({error})", file=path)
     problems: list[Problem] = []
 
@@ -305,6 +307,8 @@ def _check(
             wrong(key, f"expected {getattr(wanted, '__name__', 'a value')}, found {type(value).__name__}")
         elif key in _CHOICES and value not in _CHOICES[key]:
             wrong(key, f"expected {' or '.join(_CHOICES[key])}, found {value!r}")
+        elif (message := _unfit(value)) is not None:
+            wrong(key, message)
     for key in ("name", "out"):
         if key not in entry:
             wrong(key, "expected a value, found none")
@@ -337,6 +341,17 @@ def _check(
     return Check(**made, file=os.fspath(gate))
 
 
+def _unfit(value: Any) -> str | None:
+    """What TOML has and neither a path nor the process of a check (verify.handing_over) can take."""
+    if isinstance(value, str):
+        return "expected text without NUL, found one" if "\0" in value else None
+    try:
+        json.dumps(value)
+    except (TypeError, RecursionError):
+        return "expected text, numbers, lists and tables, found something else, such as a date"
+    return None
+
+
 def _bar_problem(key: str, value: Any) -> str | None:
     if key == "exactness":
         return None if value in CLASSES else f"expected {' or '.join(CLASSES)}, found {value!r}"
@@ -344,4 +359,6 @@ def _bar_problem(key: str, value: Any) -> str | None:
         return f"expected {', '.join((*LARGEST, *SMALLEST, 'exactness'))}, found an unknown bar"
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         return f"expected a number from 0, found {value!r}"
+    if isinstance(value, int) and value > sys.float_info.max:
+        return "expected a number from 0 that a float holds, found a larger one"
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.verify.generate import Generated, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options
 from ckpt_tool.verify.generate_session import Prompts, Session, prompts_of
+from ckpt_tool.verify.needs import free_memory
 from ckpt_tool.verify.prompts import positions
 from ckpt_tool.verify.sides import BROKEN, Side
 from ckpt_tool.verify.subject import Subject
@@ -136,10 +136,6 @@ def in_memory(subject: Subject, side: Side) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _room(kept: int) -> None:

@@ -4,45 +4,99 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.verify.effort import SHORT, WIDE, costly
+from ckpt_tool.verify.prompts import named_prompts, positions, prompts_for
 
 if TYPE_CHECKING:
     from ckpt_tool.verify.gate import Check
 
 # Measured of tiny models, resident: what Python, numpy and the tool take, then with torch, with transformers.
-PLAIN, COMPUTING, JUDGING = 100_000_000, 350_000_000, 450_000_000
-TOKENS = 600  # of the longest prompt, where no window asks for a longer one
-KEPT = 8  # arrays of one prompt's logits at once: both sides', those of the noise floor, in float64 some
+PLAIN, COMPUTING, JUDGING = 100_000_000, 380_000_000, 450_000_000
+USUAL = 4 << 30  # bytes of memory that parity takes, unless the user says otherwise
+SPARE = 128 << 20  # bytes for weights, besides a matrix and its copy
+TURNS = 5 << 26  # intermediate results of a layer, made in turns (reference.blocks.AT_ONCE)
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def largest(checkpoint: Checkpoint, itemsize: int) -> int:
-    """Bytes that the tensors of the heaviest layer take in a dtype of `itemsize` bytes: what a lockstep pass
-    holds."""
+# --- what a lockstep run holds ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Tokens of prompts by their names: of all that run, of those that go as far as a head (`ends`), and of
+    those that run free. `width` is that of the model."""
+
+    tokens: Mapping[str, int]
+    ends: Collection[str]
+    free: Collection[str]
+    width: int
+    vocabulary: int
+
+    def activations(self, item: int) -> int:
+        """Bytes of what is held beside the weights: of all prompts the input and the output of a phase, of
+        those that run free two more, and intermediate results of the longest."""
+        longest = max(self.tokens.values(), default=0)
+        free = sum(t for n, t in self.tokens.items() if n in self.free)
+        ends = [t for n, t in self.tokens.items() if n in self.ends]
+        layer = (2 * sum(self.tokens.values()) + 3 * free + 12 * longest) * self.width * item
+        layer += min(TURNS, 64 * longest * self.width) * item // 4
+        logits = (sum(ends) + 3 * free + 2 * max(ends, default=0)) * self.vocabulary * item
+        return max(layer, logits)
+
+
+def heaviest(tensors: Iterable[TensorInfo], item: int) -> int:
+    """Bytes that the tensors of the heaviest layer take, `item` bytes each number: what a lockstep pass holds
+    of a side."""
     layers: dict[int | None, int] = {}
-    for info in checkpoint:
+    for info in tensors:
         index = layer_of(info.name)
-        layers[index] = layers.get(index, 0) + prod(info.shape) * itemsize
+        layers[index] = layers.get(index, 0) + prod(info.shape) * item
     return max(layers.values(), default=0)
+
+
+def least(besides: int, largest: int) -> int:
+    """Bytes below which no run goes: of the weights a matrix as it is stored, a copy of it, and a little."""
+    return besides + 2 * largest + SPARE
+
+
+def of_parity(besides: int, weights: int, largest: int, memory: int | None = None) -> int:
+    """About how many bytes a run takes that may take `memory`, with `weights` in the heaviest layer: one
+    side's are held at a time, by rows where there is no room for all."""
+    room = max(memory or USUAL, least(besides, largest)) - besides
+    return besides + min(room, weights + 2 * largest)
+
+
+def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:
+    """Of a model, as far as config.json or the widest vector of the norms tells."""
+    for key in ("hidden_size", "n_embd", "d_model"):
+        if type(found := config.get(key)) is int:
+            return int(found)
+    return max((t.shape[0] for t in tensors if len(t.shape) == 1), default=0)
+
+
+# --- what a check of a gate takes ---------------------------------------------------------------------------
 
 
 def of_check(check: Check) -> int | None:
     """About how many bytes of memory a check of a gate takes; None where its checkpoints cannot be opened,
     which the check itself tells, or lie elsewhere, so that opening them would fetch them."""
-    levels = ("parity", "documented")
-    computes = check.against is not None or check.expectations is not None or check.levels is None
-    if not computes and not set(levels) & set(check.levels or ()):
+    levels = {"parity", "documented"}
+    asked = check.levels is None or not levels.isdisjoint(check.levels) or check.expectations is not None
+    if not asked and check.against is None:
         return PLAIN
     paths = [check.source if check.convert is not None else check.out]
     if check.source is not None and not check.no_source:
@@ -54,29 +108,49 @@ def of_check(check: Check) -> int | None:
         try:
             sides = [stack.enter_context(open_checkpoint(p)) for p in paths if p is not None]
             config = next((s.json("config.json") for s in sides if "config.json" in s.documents), {})
+            passes = _passes(check, sides, config)
         except (CkptToolError, OSError):
             return None
-        need = COMPUTING if check.against is None else JUDGING
-        need += sum(largest(s, item) for s in sides)
-        need += KEPT * _tokens(config) * max(map(_vocabulary, sides)) * item
-        if check.against is not None:  # a library's model is in memory as a whole
-            need += max(sum(t.numel for t in s) for s in sides) * item
-    return need
+        besides, weights = passes.activations(item), max(heaviest(s, item) for s in sides)
+        needs = [of_parity(COMPUTING + besides, weights, max(t.nbytes for s in sides for t in s))] * asked
+        if check.against is not None:  # a library's model is in memory as a whole, its file is mapped
+            whole = max(sum(t.numel * item + t.nbytes for t in s) for s in sides)
+            needs.append(JUDGING + besides + weights + whole)
+        return max(needs)
 
 
-def _tokens(config: Mapping[str, Any]) -> int:
-    window = config.get("sliding_window")
-    return max(TOKENS, window + 100) if isinstance(window, int) and window < 8192 else TOKENS
+def _passes(check: Check, sides: Sequence[Checkpoint], config: Mapping[str, Any]) -> Passes:
+    """Those of the mode of a check, before the readings say what they take."""
+    vocabulary = max(map(_vocabulary, sides))
+    rows = prompts_for(
+        {**config, "vocab_size": vocabulary}, check.prompts, table=positions(config, *sides) or sys.maxsize
+    )
+    tokens = {name: len(row) for name, row in rows.items()}
+    ends, free = set(tokens), set(tokens)
+    if check.mode == "quick":
+        ends, free = {n for n, t in tokens.items() if t <= SHORT}, set()
+    elif check.mode == "default":
+        most = max(sum(t.numel for t in s) for s in sides)
+        dear = costly(tokens, most, named_prompts(check.prompts))
+        if dear < free:
+            free -= dear
+            ends -= {n for n in dear if tokens[n] > WIDE}
+    return Passes(tokens, ends, free, max(width(config, s) for s in sides), vocabulary)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int:
     """Rows of the longest table outside the layers."""
-    return max((t.shape[0] for t in checkpoint if t.shape and layer_of(t.name) is None), default=0)
+    return max((t.shape[0] for t in checkpoint if len(t.shape) > 1 and layer_of(t.name) is None), default=0)
+
+
+# --- sizes -------------------------------------------------------------------------------------------
 
 
 def read_size(text: str, where: str = "--memory") -> int:
-    """`4GiB`, `512 MB`, `2e9` as bytes; `usage` for another text."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b?|b?)\s*", text, re.ASCII | re.IGNORECASE)
+    """`4GiB`, `512 MB`, `2000000000` as bytes; `usage` for another text."""
+    found = re.fullmatch(
+        r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]i?b?|b?)\s*", text, re.ASCII | re.IGNORECASE
+    )
     unit = found[2].lower() if found else ""
     unit = unit if unit.endswith("b") or not unit else f"{unit}b"
     size = int(float(found[1]) * UNITS["" if unit == "b" else unit]) if found else 0

@@ -10,18 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import linear
 
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.errors import fail
+from ckpt_tool.verify import needs
 from ckpt_tool.verify.effort import Effort
 from ckpt_tool.verify.needs import size_text
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.sides import Phase, Side
 
-USUAL = 4 << 30  # bytes of memory, unless the user says otherwise
-BASE = 450 << 20  # Python, torch and the tool
-TURNS = (
-    5 << 26
-)  # intermediate results of a layer, which the readings make in turns (reference.blocks.AT_ONCE)
 FEW = 16  # tokens that take as long as fewer do: the weights have to be read
 READ = 1e9  # bytes in a second that are read and cast, at least
 TOLD = 20.0  # seconds: shorter runs are not worth a word
@@ -99,61 +96,39 @@ def _weights(side: Side) -> dict[int | None, float]:
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def activations(original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> int:
-    """Bytes of what a lockstep run holds beside the weights: of all prompts the input and the output of a
-    phase, of those that run free two more, and intermediate results of the longest."""
-    item, width = original.weights[0].dtype.itemsize, _width(converted)
-    tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items() if effort.has("embed", name)}
-    all_of, longest = sum(tokens.values()), max(tokens.values(), default=0)
-    free = sum(t for n, t in tokens.items() if effort.frees(n))
-    layer = (2 * all_of + 3 * free + 12 * longest) * width * item + min(
-        TURNS, 64 * longest * width
-    ) * item // 4
-    ends = {n: t for n, t in tokens.items() if n not in effort.reach}
-    rows = max((max(t.shape, default=0) for t in converted.weights[0].tensors.values()), default=0)
-    words = min(converted.vocabulary, rows)  # CANINE has ids for all code points, and no logits of them
-    logits = (sum(ends.values()) + 3 * free + 2 * max(ends.values(), default=0)) * words * item
-    return max(layer, logits)
-
-
-def _width(side: Side) -> int:
-    """Of the model, as far as config.json or the widest vector of the norms tells."""
-    for key in ("hidden_size", "n_embd", "d_model"):
-        if type(found := side.raw.get(key)) is int:
-            return int(found)
-    return max((t.shape[0] for t in side.weights[0].tensors.values() if len(t.shape) == 1), default=0)
-
-
 def limit(
     original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort, memory: int | None
 ) -> str:
-    """Have both sides hold no more weights than `memory` bytes in all leave for them (None: USUAL); what is
-    needed, in words. `usage` where that is too little for any run."""
-    besides = BASE + activations(original, converted, prompts, effort)
-    tensors = [t for s in (original, converted) for w in s.weights for t in w.tensors.values()]
-    largest = max((t.nbytes for t in tensors), default=0)
-    least = besides + 2 * largest + (128 << 20)
+    """Have both sides hold no more weights than `memory` bytes in all leave for them (None: what is usual);
+    what is needed, in words. `usage` where that is too little for any run."""
+    item, tensors = original.weights[0].dtype.itemsize, [_tensors(s) for s in (original, converted)]
+    besides = needs.COMPUTING + _passes(converted, prompts, effort).activations(item)
+    largest = max((t.nbytes for side in tensors for t in side), default=0)
+    weights = [needs.heaviest(side, item) for side in tensors]
+    least = needs.least(besides, largest)
     if memory is not None and memory < least:
         text = (
             f"expected at least {size_text(least)} for these prompts and tensors, found {size_text(memory)}"
         )
         fail("usage", text, where="memory")
     if memory is None and original.weights[0].device != "cpu":
-        return f"about {size_text(besides + _heaviest(original) + _heaviest(converted))} on the device"
-    room = max(memory or USUAL, least) - besides
+        return f"about {size_text(besides + sum(weights))} on the device"
+    room = max(memory or needs.USUAL, least) - besides
     for side in (original, converted):
-        for weights in side.weights:
-            weights.within(room // len(side.weights), 2 * largest // len(side.weights))
-    held = min(room, max(_heaviest(original), _heaviest(converted)) + 2 * largest)
-    return f"about {size_text(besides + held)} of memory"
+        for held in side.weights:
+            held.within(room // len(side.weights), 2 * largest // len(side.weights))
+    return f"about {size_text(needs.of_parity(besides, max(weights), largest, memory))} of memory"
 
 
-def _heaviest(side: Side) -> int:
-    """Bytes of the heaviest layer as it is computed."""
-    layers: dict[int | None, int] = {}
-    item = side.weights[0].dtype.itemsize
-    for w in side.weights:
-        for name, info in w.tensors.items():
-            layer = layer_of(name)
-            layers[layer] = layers.get(layer, 0) + info.numel * item
-    return max(layers.values(), default=0)
+def _passes(converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> needs.Passes:
+    tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items() if effort.has("embed", name)}
+    ends = [n for n in tokens if n not in effort.reach]
+    tensors = converted.weights[0].tensors.values()
+    rows = max((max(t.shape, default=0) for t in tensors), default=0)
+    words = min(converted.vocabulary, rows)  # CANINE has ids for all code points, and no logits of them
+    wide = needs.width(converted.raw, tensors)
+    return needs.Passes(tokens, ends, [*filter(effort.frees, tokens)], wide, words)
+
+
+def _tensors(side: Side) -> list[TensorInfo]:
+    return [t for w in side.weights for t in w.tensors.values()]

@@ -201,9 +201,7 @@ def _positions(drawn: Mapping[str, Any]) -> str:
 def _histogram(rows: Sequence[tuple[Cell, ...]]) -> str:
     """Columns of counts, one for each power of ten, 0 before them and what is not finite after them."""
     counts = [int(_number(n)) for _, _, n in rows]
-    names = [
-        f"{v:.0e}".replace("e-0", "e-") if 0 < (v := _number(r[0])) < math.inf else f"{v:g}" for r in rows
-    ]
+    names = [f"1e{round(math.log10(v))}" if 0 < (v := _number(r[0])) < math.inf else f"{v:g}" for r in rows]
     if not counts or not max(counts):
         return ""
     step = (WIDTH - LEFT - RIGHT) / len(counts)
