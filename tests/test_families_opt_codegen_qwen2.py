@@ -431,7 +431,7 @@ def test_whitespace_tokens_follow_the_vocabulary(conversions: Written) -> None:
         ({"activation_function": "relu"}, "unsupported", "relu"),
         ({"vocab_size": 400}, "config-mismatch", "400"),
         ({"quantization_config": {"bits": 4}}, "unsupported", "quantization_config"),
-        ({"model_type": "gpt2"}, "unsupported", "gpt2"),
+        ({"model_type": "gpt2"}, "unknown-family", "gpt2"),
     ],
 )
 def test_a_config_that_does_not_fit_codegen_is_refused(
@@ -536,7 +536,7 @@ def test_a_tied_head_is_compared_and_left_out(
         ({"num_key_value_heads": ...}, "config-mismatch", "num_key_value_heads 32"),
         ({"rms_norm_eps": ...}, "missing-fact", "rms_norm_eps"),
         ({"model_type": "qwen2_moe"}, "unsupported", "qwen2_moe"),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "unsupported", "architectures"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "missing-tensor", "score.weight"),
         ({"num_key_value_heads": 7}, "config-mismatch", "num_key_value_heads"),
         ({"num_attention_heads": 12}, "config-mismatch", "num_attention_heads"),
         ({"use_sliding_window": True, "max_window_layers": ...}, "missing-fact", "max_window_layers"),
