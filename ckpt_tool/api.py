@@ -35,6 +35,7 @@ from ckpt_tool.convert.recognising import (
     only_family,
     recognise,
     unknown_name,
+    with_config,
 )
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
@@ -142,7 +143,7 @@ def plan(
     weights only with `checksums`; `progress` is told of each file of weights and the bytes read of it."""
     check_name(family)
     if not isinstance(source, Checkpoint):
-        with open_for(source, to) as opened:
+        with open_for(source, to, options) as opened:
             return plan(opened, family=family, to=to, options=options, checksums=checksums)
     source = layers_apart(source)
     check_plain(source)
@@ -168,9 +169,15 @@ def _forth(chosen: Family) -> Callable[[Checkpoint, Options], Plan]:
     return lambda checkpoint, options: canonical.plan(checkpoint, chosen, options)
 
 
-def open_for(source: Source, to: str = "hf") -> Checkpoint:
-    """`open_checkpoint`, preferring the side a conversion in that direction reads."""
-    return open_checkpoint(source, prefer="original" if to == "hf" else "hf")
+def open_for(source: Source, to: str = "hf", options: Options | None = None) -> Checkpoint:
+    """`open_checkpoint`, preferring the side a conversion in that direction reads; with the config.json that
+    the settings of `options` are, where there is none."""
+    found = open_checkpoint(source, prefer="original" if to == "hf" else "hf")
+    try:
+        return found if options is None else with_config(found, options.settings)
+    except BaseException:
+        found.close()
+        raise
 
 
 def convert(
@@ -216,7 +223,7 @@ def convert(
     target = Path(out) if hub is None else hub.repository.folder
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
-    with open_for(source, to) as checkpoint:
+    with open_for(source, to, asked) as checkpoint:
         chosen = choose(checkpoint, family, to)
         said = _reading(checkpoint, progress)
         made = plan(checkpoint, family=chosen.name, to=to, options=asked, checksums=checksums, progress=said)
@@ -355,7 +362,7 @@ class Shared:
         replaced = {"overwrite": self.overwrite, "overwrite_foreign": self.overwrite_foreign}
         beside = [p for p in (*self.beside, self.options.tokenizer) if p is not None]
         check_output(Path(self.out), self.source, beside=beside, **replaced)
-        with open_for(self.source, self.to) as checkpoint:
+        with open_for(self.source, self.to, self.options) as checkpoint:
             chosen = choose(checkpoint, self.family, self.to)
             made = plan(
                 checkpoint,

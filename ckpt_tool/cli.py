@@ -366,7 +366,7 @@ def _show_plan(
     from ckpt_tool import api
 
     api.check_name(family)
-    with api.open_for(source, to) as checkpoint:
+    with api.open_for(source, to, options) as checkpoint:
         made = api.plan(checkpoint, family=family, to=to, options=options, checksums=checksums)
         opened = checkpoint.opened()
     if as_json:

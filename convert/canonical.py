@@ -53,11 +53,17 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 }
 ANY_HEAD = tuple(sorted({start for starts in HEADS.values() for start in starts}))
 # Whose last matrix has a row for each label of config.json, and what that is called.
-LABELLED = re.compile(r"For(Sequence|Token|Entity\w*)Classification$|ForQuestionAnswering$")
+LABELLED = re.compile(
+    r"For(Sequence|Token|Entity\w*)Classification$"
+    r"|(Canine|GPTJ|Luke|MegatronBert|MobileBert)ForQuestionAnswering$"
+)
+ANSWERING = "ForQuestionAnswering"  # two rows, begin and end, in the classes above as many as labels
 LAST = re.compile(r"(score|classifier|classifier\.out_proj|qa_outputs)\.weight")
 UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 # What decoders call themselves below this head, whatever their other classes do.
 IN_ANSWERING = "transformer."
+# What says in config.json that projections have biases, and their names; a family may have no rows for them.
+BIASED = {"attention_bias": r".*\.(self_attn|attention)\..*\.bias", "mlp_bias": r".*\.mlp\..*\.bias"}
 
 OLD_NORM = re.compile(r"(?P<stem>.*LayerNorm)\.(?P<kind>gamma|beta)")
 NEW_NORM = {"gamma": "weight", "beta": "bias"}
@@ -114,6 +120,11 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
     return kind
 
 
+def named_so(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors have the names of some class, whatever says which."""
+    return any(_found_prefix(c, checkpoint.names()) is not None for c in classes().values())
+
+
 def whose(checkpoint: Checkpoint) -> str | None:
     """The family of such a folder."""
     kind = kind_of(checkpoint)
@@ -127,8 +138,12 @@ def is_one(checkpoint: Checkpoint, chosen: Family) -> bool:
         return False
     if not chosen.recognise(checkpoint)[0]:
         return True
-    said = checkpoint.json("config.json").get("architectures")
-    return chosen.published and isinstance(said, list) and not set(map(str, said)) & {*chosen.architectures}
+    config = checkpoint.json("config.json")
+    said = config.get("architectures")
+    if chosen.published:
+        return isinstance(said, list) and not set(map(str, said)) & {*chosen.architectures}
+    alone = f"{classes()[str(class_of(config))].name.removesuffix('Config')}Model"
+    return said == [alone] and chosen.document not in checkpoint.documents  # whose names an original may have
 
 
 def plan(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
@@ -150,6 +165,7 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     _check_settings(held, checkpoint.json("config.json"), spelling.kind)
     filled = held_steps(held)
     expected, there = _expected(filled), {name: held for held, name in spelling.family.items()}
+    fail_all(_biases(expected, held, chosen, spelling.kind))
     filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
     copies = dict(_copies(filled, seen, held, spelling))
     claimed = {p.name for p in expected}
@@ -176,6 +192,17 @@ def _refuse_options(options: Options) -> None:
     )
     if "architecture" in options.family_options:
         fail_all([Problem("usage", "expected --to hf for what has that layout already", where="--to")])
+
+
+def _biases(expected: Iterable[Part], held: Held, chosen: Family, own: Class) -> Iterator[Problem]:
+    """Tensors that config.json says there are and no row of the family has: without them, as --drop would
+    have it, it would be another model."""
+    said = {**(held.facts.document or {}), **held.facts.settings}
+    for key in sorted(BIASED.keys() & own.numbers.keys()):
+        if said.get(key) is True and not any(re.fullmatch(BIASED[key], p.name) for p in expected):
+            message = f"expected false, as {chosen.name} is read without biases there, found true"
+            hint = "transformers itself writes such a model as safetensors: from_pretrained, save_pretrained"
+            yield Problem("unsupported", message, "config.json", key, hint)
 
 
 def _check_settings(held: Held, document: Mapping[str, Any], own: Class) -> None:
@@ -209,7 +236,7 @@ def _spelling(checkpoint: Checkpoint, chosen: Family) -> Spelling:
         if (old := OLD_NORM.fullmatch(full)) is not None:
             full = f"{old['stem']}.{NEW_NORM[old['kind']]}"
         renamed[name] = full
-    answering = found == IN_ANSWERING and architecture.endswith("ForQuestionAnswering")
+    answering = found == IN_ANSWERING and architecture.endswith(ANSWERING)
     written = "" if architecture == base else IN_ANSWERING if answering else own.prefix
     return Spelling(architecture, own.prefix, written, renamed, own)
 
@@ -374,9 +401,8 @@ def _head_problems(
 ) -> Iterator[Problem]:
     """A head of which nothing is there, unless it is the embedding again; labels that it has no rows for."""
     starts, own = _starts(spelling.architecture), held.source
-    classes_alone = (
-        LABELLED.search(spelling.architecture) or _end(spelling.architecture) == "ForMultipleChoice"
-    )
+    labelled = LABELLED.search(spelling.architecture)
+    classes_alone = labelled or _end(spelling.architecture) in (ANSWERING, "ForMultipleChoice")
     there = [n for n in names if (LAST.fullmatch(n) if classes_alone else n.startswith(starts))]
     if _end(spelling.architecture) and not there:
         tied = spelling.architecture.endswith(
@@ -391,8 +417,13 @@ def _head_problems(
         if t.dtype not in CASTABLE and t.shape:
             message = f"expected {', '.join(CASTABLE)}, found {t.dtype}"
             yield Problem("unsupported-dtype", message, t.file, t.name)
-        if LABELLED.search(spelling.architecture) and LAST.fullmatch(t.name) and t.shape[:1] != (labels,):
-            rows = t.shape[0] if t.shape else "no"
+        if not LAST.fullmatch(t.name):
+            continue
+        rows = t.shape[0] if t.shape else "no"
+        if spelling.architecture.endswith(ANSWERING) and rows != 2:
+            message = f"expected 2 rows (where an answer begins and ends), found {rows} rows"
+            yield Problem("config-mismatch", message, t.file, t.name)
+        elif labelled and rows != labels:
             message = f"expected {labels} labels (config.json: id2label), found {rows} rows"
             yield Problem("config-mismatch", message, t.file, t.name)
 

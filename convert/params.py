@@ -18,6 +18,7 @@ from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
 
 SET = "--set"
+NO_CONFIG = "put config.json of the model beside the weights, or give it by --config: they are then taken"
 MAX_COUNT = 2**31
 UNKNOWN = Value(1, "unknown")  # stands in for a value that was refused, until `check` raises
 

@@ -4,14 +4,18 @@ the near misses only, nearest first, and what the files hold.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from ckpt_tool.checkpoint import signs
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, Given
 from ckpt_tool.checkpoint.tf_coding import VARIABLE
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
+from ckpt_tool.convert.params import NO_CONFIG
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
@@ -69,6 +73,20 @@ def _wrapped(tensors: Iterable[str], names: Collection[str]) -> str | None:
     return None
 
 
+def with_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
+    """`checkpoint` with what a user says by --config as its config.json, where it has Hugging Face names that
+    no original has and lies there without one."""
+    said = settings.get("model_type")
+    if "config.json" in checkpoint.documents or not isinstance(said, str):
+        return checkpoint
+    content = (json.dumps(dict(settings), indent=2, sort_keys=True) + "\n").encode()
+    made = Given("config.json", checkpoint.path / "config.json", len(content), content)
+    seen = replace(checkpoint, documents={**checkpoint.documents, "config.json": made})
+    if canonical.whose(as_families_know(seen)) is None or any(own for _, own, _ in recognise(checkpoint)):
+        return checkpoint
+    return seen
+
+
 # --- what to say ----------------------------------------------------------------------------------------
 
 
@@ -113,6 +131,9 @@ def unknown(
         hint = ALONE.format(wrapped.rpartition(" ")[2])
     elif misses:
         hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
+    if canonical.named_so(layers_apart(checkpoint)) and "config.json" not in checkpoint.documents:
+        message = f"expected config.json beside weights with Hugging Face names, found none; it holds {held}"
+        return [Problem("missing-file", message, checkpoint.path.name, hint=NO_CONFIG)]
     first = Problem(
         "unknown-family",
         f"expected {wanted}; it holds {held}",

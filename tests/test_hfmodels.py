@@ -252,6 +252,72 @@ def test_a_folder_is_refused_that_its_class_does_not_fit(model: Made, tmp_path: 
     assert refused(source, settings={"numm_heads": 3}).kind == "usage"
 
 
+def test_answers_have_two_rows_whatever_labels_there_are(model: Made, tmp_path: Path) -> None:
+    """A decoder's class asks for two; the head of others is as high as config.json has labels."""
+    decoder = model("LlamaForQuestionAnswering")
+    three = {"id2label": {str(k): f"LABEL_{k}" for k in range(3)}}
+    api.plan(rewritten(decoder, tmp_path / "right", lambda w: None, **three))
+
+    def cut(w: dict[str, torch.Tensor]) -> None:
+        w["qa_outputs.weight"] = w["qa_outputs.weight"][:1].clone()
+
+    error = refused(rewritten(decoder, tmp_path / "one", cut))
+    assert error.kind == "config-mismatch" and "2 rows" in error.text()
+
+    def encoder(w: dict[str, torch.Tensor]) -> None:
+        w["qa_outputs.weight"] = w.pop("classifier.weight")[:2, :24].clone()
+        w["qa_outputs.bias"] = torch.ones(2)
+
+    asked = {"architectures": ["LukeForQuestionAnswering"]}
+    source = model("LukeForEntityPairClassification")
+    error = refused(rewritten(source, tmp_path / "luke", encoder, **asked, **three))
+    assert error.kind == "config-mismatch" and "3 labels" in error.text()
+    two = {"id2label": {"0": "a", "1": "b"}}
+    assert api.plan(rewritten(source, tmp_path / "two", encoder, **asked, **two)).family == "mluke"
+
+
+def test_a_model_alone_whose_names_an_original_has_too(model: Made, tmp_path: Path) -> None:
+    def alone(w: dict[str, torch.Tensor]) -> None:
+        for name in list(w):
+            w[name.removeprefix("luke.")] = w.pop(name)
+        del w["classifier.weight"]
+
+    source = model("LukeForEntityPairClassification")
+    bare = rewritten(source, tmp_path / "in", alone, architectures=["LukeModel"])
+    made = api.plan(bare)
+    assert made.family == "mluke" and {s.note for s in made.steps} == {"rename"}
+    (bare / "metadata.json").write_text("{}")  # as beside an original
+    with api.open_checkpoint(bare) as checkpoint:
+        assert not canonical.is_one(checkpoint, family("mluke"))
+
+
+def test_biases_that_the_family_has_not_are_no_tensors_to_drop(model: Made, tmp_path: Path) -> None:
+    def biased(w: dict[str, torch.Tensor]) -> None:
+        w["layers.0.self_attn.o_proj.bias"] = torch.ones(24)
+
+    source = rewritten(model("LlamaModel"), tmp_path / "in", biased, attention_bias=True)
+    for drop in ((), ("layers.0.self_attn.o_proj.bias",)):
+        error = refused(source, drop=drop)
+        assert error.kind == "unsupported" and error.problems[0].where == "attention_bias"
+        assert "--drop" not in error.text()
+    told = {"drop": ("layers.0.self_attn.o_proj.bias",), "settings": {"attention_bias": False}}
+    assert api.plan(source, options=Options(**told)).config["attention_bias"].value is False
+
+
+def test_a_folder_without_config_takes_the_one_that_is_given(model: Made, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(model("LlamaForSequenceClassification"), source)
+    (source / "config.json").rename(tmp_path / "config.json")
+    error = refused(source)
+    assert error.kind == "missing-file" and "--config" in (error.problems[0].hint or "")
+    assert len(error.problems) == 1, "what comes near is another question"
+    settings = api.settings([], tmp_path / "config.json")
+    api.convert(source, tmp_path / "out", options=Options(settings=settings))
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
+    assert report.status == "pass" and report.exactness == "bit-identical"
+
+
 def test_a_value_that_no_original_can_say_is_kept(model: Made, tmp_path: Path) -> None:
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     source = rewritten(model("LlamaModel"), tmp_path / "in", lambda w: None, rope_parameters=scaled)

@@ -20,7 +20,7 @@ from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
-from ckpt_tool.convert.recognising import near_misses
+from ckpt_tool.convert.recognising import near_misses, with_config
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.prefixed import is_bare, with_prefix
@@ -149,10 +149,12 @@ def _subject(
 ) -> Subject:
     # some originals look like Hugging Face's layout too
     back = manifest is not None and manifest.direction == "to-original"
+    recorded = {} if manifest is None else manifest.settings
+    if src is not None and not back:
+        src = with_config(src, recorded | {**settings})
     out = out if back else with_prefix(out)
     hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and is_hf(c)), None)
     original = next((c for c in (out, src) if c is not None and c is not hf), None)
-    recorded = {} if manifest is None else manifest.settings
     subject = Subject(
         output=out,
         source=src,

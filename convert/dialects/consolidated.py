@@ -45,6 +45,7 @@ from ckpt_tool.convert.options import CONTAINER as CONTAINER
 from ckpt_tool.convert.options import POOLING
 from ckpt_tool.convert.options import SHARDS as SHARDS
 from ckpt_tool.convert.options import Option as Option
+from ckpt_tool.convert.params import NO_CONFIG
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
@@ -313,8 +314,7 @@ def open_download(checkpoint: Checkpoint) -> Source:
     names, label = checkpoint.names(), checkpoint.path.name
     if any(_CONVERTED.match(n) for n in names):
         message = f"expected an original layout, found Hugging Face names such as {names[0]}"
-        hint = "put config.json of the model beside the weights: they are then taken, either way"
-        fail("already-converted", message, file=label, hint=hint)
+        fail("already-converted", message, file=label, hint=NO_CONFIG)
     if reason := foreign(names):
         fail("unsupported", f"expected a plain text model, found one that is {reason}", file=label)
     files = sorted(checkpoint.files, key=natural)

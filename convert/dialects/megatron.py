@@ -50,7 +50,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, by_name, count, flag, follows, only, special
 from ckpt_tool.convert.options import Option
-from ckpt_tool.convert.params import UNKNOWN, Facts, renamed
+from ckpt_tool.convert.params import NO_CONFIG, UNKNOWN, Facts, renamed
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
@@ -316,7 +316,7 @@ def _refuse_names(checkpoint: Checkpoint) -> NoReturn:
             "already-converted",
             f"expected an original layout, found Hugging Face names such as {names[0]}",
             file=label,
-            hint="put config.json of the model beside the weights: they are then taken, either way",
+            hint=NO_CONFIG,
         )
     if any(".distcp" in n for n in checkpoint.files):
         fail("wrong-format", "expected ranks, found a torch_dist checkpoint", file=label)

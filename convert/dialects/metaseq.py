@@ -27,7 +27,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.numbers import Class, Field, Known, Size, table_of
 from ckpt_tool.convert.options import SHARDS
-from ckpt_tool.convert.params import Facts, left_out, shown
+from ckpt_tool.convert.params import NO_CONFIG, Facts, left_out, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
@@ -145,9 +145,8 @@ def open_original(checkpoint: Checkpoint) -> Source:
             fail("unsupported", "expected joined files, found FSDP shards", file=label, hint=hint)
         fail("missing-tensor", "expected this tensor, found none", where="decoder.embed_tokens.weight")
     if is_converted(checkpoint, prefix, names):
-        hint = "put config.json of the model beside the weights: they are then taken, either way"
         message = "expected metaseq's layout, found that of Hugging Face"
-        fail("already-converted", message, file=label, hint=hint)
+        fail("already-converted", message, file=label, hint=NO_CONFIG)
     files = sorted(checkpoint.files, key=natural)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for file in files:
