@@ -205,31 +205,24 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            **self.frame_json(),
+            "steps": [step_json(s) for s in self.steps],
+            "outputs": [
+                {**output_json(f), "tensors": [tensor_json(t.name, t.dtype, t.shape) for t in f.tensors]}
+                for f in self.outputs
+            ],
+        }
+
+    def frame_json(self) -> dict[str, Any]:
+        """All but the steps and the outputs."""
+        return {
             "plan_version": PLAN_VERSION,
             "family": self.family,
             "direction": self.direction,
             "config": {k: {"value": v.value, "source": v.source} for k, v in self.config.items()},
-            "steps": [_step_json(s) for s in self.steps],
             "dropped": [
                 {"file": d.tensor.file, "name": d.tensor.name, "bytes": d.tensor.nbytes, "reason": d.reason}
                 for d in self.dropped
-            ],
-            "outputs": [
-                {
-                    "file": f.name,
-                    "format": f.format,
-                    "tensors": [
-                        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in f.tensors
-                    ],
-                    **({"dicts": list(f.dicts), "beside": _beside_json(f.beside)} if f.beside else {}),
-                    **(
-                        {"constants": [[n, d, s, c.hex()] for n, d, s, c in f.constants]}
-                        if f.constants
-                        else {}
-                    ),
-                    **({"chunks": [[c.key, list(c.start)] for c in f.chunks]} if f.chunks else {}),
-                }
-                for f in self.outputs
             ],
             "documents": [{"file": d.name, "sha256": d.sha256, "source": d.source} for d in self.documents],
             "notes": list(self.notes),
@@ -240,15 +233,35 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 of the plan's JSON: equal plans of equal inputs have equal digests."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        from ckpt_tool.convert.plan_text import pieces
+
+        found = hashlib.sha256()
+        for piece in pieces(self):
+            found.update(piece.encode())
+        return found.hexdigest()
+
+
+def output_json(file: OutputFile) -> dict[str, Any]:
+    """All of a file but its tensors."""
+    made: dict[str, Any] = {"file": file.name, "format": file.format}
+    if file.beside:
+        made |= {"dicts": list(file.dicts), "beside": _beside_json(file.beside)}
+    if file.constants:
+        made["constants"] = [[n, d, s, c.hex()] for n, d, s, c in file.constants]
+    if file.chunks:
+        made["chunks"] = [[c.key, list(c.start)] for c in file.chunks]
+    return made
+
+
+def tensor_json(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
 
 
 def _beside_json(beside: Mapping[str, object]) -> dict[str, object]:
     return {k: dict(v.fields) if isinstance(v, Namespace) else v for k, v in beside.items()}
 
 
-def _step_json(step: Step) -> dict[str, Any]:
+def step_json(step: Step) -> dict[str, Any]:
     def part(p: Part) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "file": p.file,

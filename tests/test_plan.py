@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorIn
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.convert.expanding import expand
 from ckpt_tool.convert.families import family
-from ckpt_tool.convert.layout import rule
+from ckpt_tool.convert.layout import Step, rule
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import (
+    Chunk,
     Options,
+    OutputFile,
     Plan,
     Value,
     assemble,
@@ -28,7 +32,9 @@ from ckpt_tool.convert.plan import (
     dtype_option,
     place,
 )
+from ckpt_tool.convert.plan_text import pieces
 from ckpt_tool.convert.render import plan_table
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.headers import real_header
@@ -90,6 +96,33 @@ def test_a_layers_tensors_stand_together_in_the_order_of_layers(tmp_path: Path) 
     layers = [int(n.split(".")[2]) for n in names if ".layers." in n]
     assert layers == sorted(layers) and max(layers) == 10
     assert names[0] == "model.embed_tokens.weight" and names[-1] == "lm_head.weight"
+
+
+ODD = ['"name":""', '\\"name\\":\\"\\"', "", "é\u2028\U0001f600\x00\n"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_the_digest_is_of_the_text_of_the_json_whatever_its_words_are(odd: str, tmp_path: Path) -> None:
+    """Texts are put together from templates: names, notes and files that look like one must not be taken for
+    it."""
+    plan = planned("mistral-7b-v0.1", tmp_path, max_shard_bytes=50_000)
+
+    def renamed(step: Step) -> Step:
+        sources, targets = (
+            tuple(replace(p, name=odd + p.name) for p in s) for s in (step.sources, step.targets)
+        )
+        return replace(step, sources=sources, targets=targets, note=odd, compare=odd or None, copied=True)
+
+    constants = ((odd, "F32", (1,), b"four"),)
+    outputs = [
+        OutputFile(odd + f.name, odd, f.tensors[:k], (), (odd,), {odd: odd}, constants, (Chunk(odd, (k,)),))
+        for k, f in enumerate(plan.outputs)
+    ]
+    for steps in (tuple(map(renamed, plan.steps)), Steps(map(renamed, plan.steps)), Steps()):
+        made = replace(plan, steps=steps, outputs=tuple(outputs), notes=(odd,), original={odd: odd})
+        text = json.dumps(made.to_json(), sort_keys=True, separators=(",", ":"))
+        assert "".join(pieces(made)) == text
+        assert made.digest() == sha256(text.encode()).hexdigest()
 
 
 # --- the plan as data -----------------------------------------------------------------------------------

@@ -385,3 +385,11 @@ def test_a_malformed_index_is_refused(data: bytes) -> None:
     with pytest.raises(CkptToolError) as caught:
         read_index(data, name="model.safetensors.index.json")
     assert caught.value.kind == "bad-index"
+
+
+def test_an_index_of_half_a_million_tensors_is_read() -> None:
+    """One of 200,000 has 18 MB; few long names are as many bytes, and quicker."""
+    long = {f"{k:04}" * 50_000: ONE if k % 2 else TWO for k in range(100)}
+    data = index_document(long, 14)
+    assert len(data) > 19 << 20
+    assert read_index(data, name="model.safetensors.index.json").weight_map == long

@@ -46,6 +46,7 @@ from ckpt_tool.checkpoint.remote_path import Way, scheme_of
 from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
+    INDEX_BYTES,
     INDEX_NAME,
     WeightIndex,
     open_safetensors,
@@ -79,7 +80,6 @@ if TYPE_CHECKING:
 HUB = "hf://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 NEAR = 2000  # names that are compared with one that is not there
-INDEX_BYTES = 64 << 20  # an index grows with the number of tensors; the largest published are near 5 MiB
 TOKENIZER = "tokenizer.model"
 STATE_BYTES = 1 << 20
 

@@ -255,6 +255,7 @@ class SafetensorsLayout:
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_LINES = 4096  # that are put together at once
+INDEX_BYTES = 64 << 20  # one grows with the number of tensors: half a million have 50 MB, the published 5 MiB
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -342,7 +343,8 @@ def _homes(files: Mapping[str, TensorFile]) -> dict[str, list[str]]:
 
 def read_index(data: bytes, *, name: str) -> WeightIndex:
     """The index in `data`; refuses one whose file names are not plain names beside it (`bad-index`)."""
-    index = parse_object(data, file=name, kind="bad-index")
+    index = parse_object(data, file=name, kind="bad-index", max_bytes=INDEX_BYTES)
+    del data
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         fail("bad-index", "expected an object of tensor names", file=name, where="weight_map")
@@ -353,4 +355,6 @@ def read_index(data: bytes, *, name: str) -> WeightIndex:
             problems.append(Problem("bad-index", message, name, tensor))
     fail_all(problems)
     details = index.get("metadata")
+    once = {file: file for file in weight_map.values()}
+    weight_map = {tensor: once[file] for tensor, file in weight_map.items()}
     return WeightIndex(name, weight_map, details.get("total_size") if isinstance(details, dict) else None)
