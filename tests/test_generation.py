@@ -526,7 +526,7 @@ def changed(folder: Path, scratch: Path) -> Path:
     shutil.copytree(folder, scratch)
     file = next(scratch.glob("*.safetensors"))
     tensors = load_file(file)
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].flip(0)
+    tensors["transformer.ln_f.weight"] = tensors["transformer.ln_f.weight"].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})
     return scratch
 
@@ -534,7 +534,7 @@ def changed(folder: Path, scratch: Path) -> Path:
 def test_the_command_says_what_follows_and_where_the_source_goes_on_otherwise(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
-    folder, source = conversions("llama-1-13b"), originals("llama-1-13b")
+    folder, source = conversions("gpt2-v2-tp2"), originals("gpt2-v2-tp2")
     asked = ("--prompt-ids", "5,6,7,8", "--prompt-ids", "9 10", "--option", "max_new_tokens=4")
     asked = (*asked, "--option", "pad_token_id=0")
     found = program("generate", str(folder), "--source", str(source), *asked, cwd=tmp_path)
@@ -574,15 +574,15 @@ def test_slips_of_the_command(
 
 
 def test_the_level_passes_and_fails(originals: Written, conversions: Written, tmp_path: Path) -> None:
-    source = originals("llama-1-13b")
-    good = verify(conversions("llama-1-13b"), source, levels=("generation",))
+    source = originals("gpt2-v2-tp2")
+    good = verify(conversions("gpt2-v2-tp2"), source, levels=("generation",))
     assert good.status == "pass"
     assert "the tokens that it goes on with are those of its source" in good.judgement.headline
     found = {f.check: f.status for f in good.findings if f.level == "generation"}
     assert found == dict.fromkeys(
         ("greedy", "sampled", "beams", "cache, original", "cache, converted"), "pass"
     )
-    bad = verify(changed(conversions("llama-1-13b"), tmp_path / "other"), source, levels=("generation",))
+    bad = verify(changed(conversions("gpt2-v2-tp2"), tmp_path / "other"), source, levels=("generation",))
     assert bad.status == "fail"
 
 
