@@ -21,9 +21,9 @@ from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.verify import documented_generation, verify
 from ckpt_tool.verify.answers import Skip
 from ckpt_tool.verify.expectations import parse
-from ckpt_tool.verify.generate import generate
+from ckpt_tool.verify.generate import Generated, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options
-from ckpt_tool.verify.generate_run import Request, compared, run
+from ckpt_tool.verify.generate_run import Made, Request, compared, run
 from ckpt_tool.verify.generate_scores import Place, processed
 from ckpt_tool.verify.generate_session import Session, prompts_of
 from ckpt_tool.verify.sides import Side, converted_side, original_side
@@ -175,7 +175,7 @@ def sides(variant: str, originals: Written, conversions: Written, stack: Any) ->
     )
 
 
-@pytest.mark.parametrize("variant", ["mistral-7b-v0.1", "gpt2-v2-tp2"])
+@pytest.mark.parametrize("variant", ["gemma-2-2b", "gpt2-v2-tp2"])
 def test_both_sides_go_on_as_transformers_does(
     variant: str, originals: Written, conversions: Written
 ) -> None:
@@ -208,7 +208,7 @@ def test_both_sides_go_on_as_transformers_does(
 
 
 # Engines and traits: ranks, heads that share keys, windows, fused tensors, learned positions.
-KEPT = ("llama-1-13b", "mistral-7b-v0.1", "gpt2-v2-tp2", "codegen-350m-mono")
+KEPT = ("llama-1-13b", "gemma-2-2b", "gpt2-v2-tp2", "codegen-350m-mono")
 
 
 @pytest.mark.parametrize("variant", KEPT)
@@ -323,6 +323,19 @@ def test_how_long_a_text_gets(
     assert options(asked, {}, rules).total(prompt, positions) == total
 
 
+def test_none_and_0_of_new_tokens_are_not_the_same_in_5() -> None:
+    for asked, shortest in (({}, 12), ({"min_new_tokens": None}, 12), ({"min_new_tokens": 0}, 9)):
+        assert options({"min_length": 12, **asked}, {}, "5").shortest(9) == shortest
+        assert options({"min_length": 12, **asked}, {}, "4.37").shortest(9) == 12
+
+
+def test_names_that_a_file_alone_has_change_nothing() -> None:
+    assert options({}, {"chat_format": "chatml", "top_k": 3}, "5").top_k == 3
+    with pytest.raises(CkptToolError, match="another name"):
+        options({"chat_format": "chatml"}, {}, "5")
+    assert options({"num_beam_groups": 2}, {}, "4.37").num_beams == 1  # without beams there are no groups
+
+
 @pytest.mark.parametrize(
     ("asked", "rules", "said"),
     [
@@ -335,6 +348,15 @@ def test_how_long_a_text_gets(
         ({"early_stopping": "soon"}, "5", "never"), ({"length_penalty": None}, "5", "a number"),
         ({"eos_token_id": "x"}, "5", "token id"), ({"top_k": -1}, "5", "from 0"),
         ({"max_new_tokens": 0}, "5", "at least 1"), ({"bad_words_ids": [3]}, "5", "lists of token ids"),
+        ({"bad_words_ids": [[-1]]}, "5", "from 0"), ({"sequence_bias": [[[4], "x"]]}, "5", "a bias"),
+        ({"sequence_bias": [[[4], math.nan]]}, "5", "a bias"), ({"early_stopping": 1}, "5", "never"),
+        ({"exponential_decay_length_penalty": [1, "x"]}, "5", "a factor"),
+        ({"length_penalty": 10**400}, "5", "a number"), ({"pad_token_id": 1 << 64}, "5", "token id"),
+        ({"do_sample": True, "typical_p": 0.0}, "5", "part of 1"),
+        ({"forced_eos_token_id": -1}, "5", "from 0"),
+        ({"forced_eos_token_id": [4], "suppress_tokens": [4, 5]}, "5", "suppress_tokens leaves"),
+        ({"diversity_penalty": 0.5, "num_beams": 2}, "4.37", "without groups"),
+        ({"diversity_penalty": 0.5, "num_beams": 2, "num_beam_groups": 0}, "4.37", "without groups"),
     ],
 )  # fmt: skip
 def test_options_that_are_refused(asked: dict[str, Any], rules: str, said: str) -> None:
@@ -402,10 +424,10 @@ class Told:
         }
 
 
-def told(logits: list[float], asked: dict[str, Any], rules: str = "5") -> Any:
+def told(logits: list[float], asked: dict[str, Any], rules: str = "5", seed: int = 1) -> Any:
     o = options(asked, {}, rules)
     session = Session(Told(logits), prompts_of([[0]], None, pad=None, eos=()), len(logits), o.rows)  # type: ignore[arg-type]
-    return generate(session, o, seed=1)
+    return generate(session, o, seed=seed)
 
 
 def test_ties_infinities_and_no_numbers() -> None:
@@ -416,6 +438,26 @@ def test_ties_infinities_and_no_numbers() -> None:
     assert told([math.nan, -1.0], {"remove_invalid_values": True, "max_new_tokens": 1}).sequences == [[0, 0]]
     with pytest.raises(CkptToolError, match="all of them banned"):
         told([0.0, 0.0], {"do_sample": True, "suppress_tokens": [0, 1]})
+
+
+def test_what_only_a_run_refuses() -> None:
+    for seed in (1 << 64, -1 - (1 << 63)):
+        with pytest.raises(CkptToolError, match="seed of 64 bits"):
+            told([0.0], {}, seed=seed)
+    with pytest.raises(CkptToolError, match="below 2, the size of the vocabulary, found 7"):
+        told([0.0, 1.0], {"forced_eos_token_id": 7})
+
+
+def test_a_token_behind_the_length_is_not_the_last_one() -> None:
+    for asked, ended in (({"max_length": 1}, 0), ({"max_length": 2}, 1), ({"max_new_tokens": 1}, 1)):
+        found = told([1.0, 0.0], {"forced_eos_token_id": 1, **asked}, "4.37")
+        assert found.sequences == [[0, ended]]
+
+
+def test_an_end_that_is_not_a_number_is_no_better_in_437() -> None:
+    asked = {"num_beams": 2, "max_new_tokens": 6, "min_new_tokens": 3, "eos_token_id": 1}
+    found = told([1.0, 0.5, 0.2], {**asked, "exponential_decay_length_penalty": [1, 1.2]}, "4.37")
+    assert len(found.sequences[0]) == 4 and math.isnan(found.sequences_scores[0])
 
 
 def test_a_vocabulary_of_one() -> None:
@@ -435,13 +477,38 @@ def test_beams_without_an_end_and_with_a_sure_token(rules: str) -> None:
     ("rows", "mask", "said"),
     [
         ([], None, "bos_token_id"), ([[]], None, "an empty one"), ([[1, 0]], [[1, 0]], "on the left"),
-        ([[1, 2]], [[0, 0]], "on the left"), ([[1]], [[1, 1]], "shape of the prompts"),
+        ([[1, 2]], [[0, 0]], "on the left"), ([[1]], [[0.5]], "0 and 1"),
+        ([[1]], [[1, 1]], "shape of the prompts"),
         ([[1], [1, 2]], None, "pad_token_id"),
     ],
 )  # fmt: skip
 def test_prompts_that_are_refused(rows: list[list[int]], mask: Any, said: str) -> None:
     with pytest.raises(CkptToolError, match=said):
         prompts_of(rows, mask, pad=None, eos=())
+
+
+def test_a_pad_inside_a_prompt_is_told_with_a_way_out() -> None:
+    with pytest.raises(CkptToolError, match="9 is the id for padding") as told:
+        prompts_of([[1, 9, 2]], None, pad=9, eos=())
+    assert "attention_mask" in str(told.value.problems[0].hint)
+    assert prompts_of([[1, 9, 2]], [[1, 1, 1]], pad=9, eos=()).pads == (0,)
+
+
+def made(tokens: list[int], logits: list[list[float]]) -> Made:
+    """A run of beams without its numbers: what each step read, and what it gave."""
+    passes = [(torch.tensor([[0, *tokens[:k]]]), torch.tensor([row])) for k, row in enumerate(logits)]
+    g = Generated([[0, *tokens]], [[0.0] * len(tokens)], [], len(logits), [0.0], [[0] * len(tokens)], passes)
+    return Made(g, Options(num_beams=2), prompts_of([[0]], None, pad=None, eos=()), 0)
+
+
+def test_other_beams_are_a_tie_where_all_that_both_read_scores_the_same() -> None:
+    """In 16 bits a right conversion chooses other beams; a wrong one has other scores before it does."""
+    one = made([3, 4], [[1.0, 2.0], [5.0, 6.0]])
+    tie = compared(one, made([3, 5], [[1.0, 2.1], [5.0, 6.0]]), 0.15)
+    assert tie.first == "row 0, new token 2: 4 and 5" and tie.tie
+    assert compared(one, made([2, 5], [[1.0, 2.1], [9.0, 9.0]]), 0.15).tie  # of other texts from there on
+    assert not compared(one, made([3, 5], [[1.0, 2.2], [5.0, 6.0]]), 0.15).tie
+    assert not compared(one, made([3, 5], [[1.0, math.nan], [5.0, 6.0]]), 0.15).tie
 
 
 def test_padding_is_told_by_its_id_unless_that_ends_a_row() -> None:
@@ -459,7 +526,7 @@ def changed(folder: Path, scratch: Path) -> Path:
     shutil.copytree(folder, scratch)
     file = next(scratch.glob("*.safetensors"))
     tensors = load_file(file)
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].flip(0)
+    tensors["transformer.ln_f.weight"] = tensors["transformer.ln_f.weight"].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})
     return scratch
 
@@ -467,7 +534,7 @@ def changed(folder: Path, scratch: Path) -> Path:
 def test_the_command_says_what_follows_and_where_the_source_goes_on_otherwise(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
-    folder, source = conversions("llama-1-13b"), originals("llama-1-13b")
+    folder, source = conversions("gpt2-v2-tp2"), originals("gpt2-v2-tp2")
     asked = ("--prompt-ids", "5,6,7,8", "--prompt-ids", "9 10", "--option", "max_new_tokens=4")
     asked = (*asked, "--option", "pad_token_id=0")
     found = program("generate", str(folder), "--source", str(source), *asked, cwd=tmp_path)
@@ -507,15 +574,15 @@ def test_slips_of_the_command(
 
 
 def test_the_level_passes_and_fails(originals: Written, conversions: Written, tmp_path: Path) -> None:
-    source = originals("llama-1-13b")
-    good = verify(conversions("llama-1-13b"), source, levels=("generation",))
+    source = originals("gpt2-v2-tp2")
+    good = verify(conversions("gpt2-v2-tp2"), source, levels=("generation",))
     assert good.status == "pass"
     assert "the tokens that it goes on with are those of its source" in good.judgement.headline
     found = {f.check: f.status for f in good.findings if f.level == "generation"}
     assert found == dict.fromkeys(
         ("greedy", "sampled", "beams", "cache, original", "cache, converted"), "pass"
     )
-    bad = verify(changed(conversions("llama-1-13b"), tmp_path / "other"), source, levels=("generation",))
+    bad = verify(changed(conversions("gpt2-v2-tp2"), tmp_path / "other"), source, levels=("generation",))
     assert bad.status == "fail"
 
 

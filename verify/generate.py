@@ -47,8 +47,8 @@ class Chosen:
 @dataclass(frozen=True)
 class Generated:
     """Rows of ids, padding and prompt included; a number for each new token, 0 after the end of a hypothesis,
-    raw and normalised. Beam search alone has sums by length and rows of parents, -1 after the end. `scores`
-    (R, V) of each step are kept where that was asked for."""
+    raw and normalised. Beam search alone has sums by length and rows of parents, -1 after the end. `passes`
+    are what each step read, (R, L), and its logits, (R, V), kept where that was asked for."""
 
     sequences: list[list[int]]
     transition_scores: list[list[float]]
@@ -56,7 +56,7 @@ class Generated:
     steps: int
     sequences_scores: list[float] | None = None
     beam_indices: list[list[int]] | None = None
-    scores: list[Tensor] = field(default_factory=list, repr=False)
+    passes: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def lengths(self) -> list[int]:
         """Of the new part of each hypothesis, counted from the beams that it came by."""
@@ -78,6 +78,8 @@ def generate(
     `seed` starts the draws over, which are those of torch's CPU generator with that seed."""
     total = o.total(session.width, positions)
     _fitting(o, session.vocabulary)
+    if seed is not None and not -(1 << 63) <= seed < 1 << 64:
+        fail("usage", f"expected a seed of 64 bits, found {seed}", where="--seed")
     if o.do_sample and seed is None:
         fail("usage", "expected a seed for sampling, found none", where="--seed", hint="--seed 0 gives one")
     draws = torch.Generator().manual_seed(seed) if seed is not None else None
@@ -92,6 +94,10 @@ def _fitting(o: Options, vocabulary: int) -> None:
     if o.beams and need > group * vocabulary:
         text = f"expected at most {vocabulary} candidates of each beam, found {need // group}"
         refuse(f"{text} asked for by {group} beams", "num_beams", hint="fewer ids in eos_token_id, or greedy")
+    top = max(o.forced_eos_token_id, default=0)
+    if top >= vocabulary:
+        text = f"expected an id below {vocabulary}, the size of the vocabulary, found {top}"
+        refuse(text, "forced_eos_token_id")
 
 
 def candidates(o: Options) -> int:
@@ -128,8 +134,8 @@ def _drawn(scores: Tensor, n: int, draws: torch.Generator | None, step: int) -> 
 
 def _rows(session: Session, o: Options, total: int, draws: torch.Generator | None, keep: bool) -> Generated:
     """Each row by itself; one that has ended gets the id for padding until all have."""
-    ids, kept = session.ids, []
-    logits = session.first()
+    ids, logits = session.ids, session.first()
+    kept: list[tuple[Tensor, Tensor]] = []
     going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     ends = torch.tensor(o.eos, dtype=torch.long, device=ids.device)
     raw: list[Tensor] = []
@@ -137,7 +143,7 @@ def _rows(session: Session, o: Options, total: int, draws: torch.Generator | Non
     for step in range(total - session.width):
         at = Place(ids, session.width, total, session.pads)
         scores = processed(_numbers(logits, o, step), at, o)
-        kept += [scores] if keep else []
+        kept += [(ids, logits)] if keep else []
         token = _drawn(scores, 1, draws, step)[:, 0] if o.do_sample else scores.argmax(-1)
         if len(ends):
             if o.pad is None:
@@ -151,7 +157,7 @@ def _rows(session: Session, o: Options, total: int, draws: torch.Generator | Non
             break
         logits = session.more(token)
     both = [torch.stack(x, dim=1).tolist() for x in (raw, normal)]
-    return Generated(ids.tolist(), both[0], both[1], len(raw), scores=kept)
+    return Generated(ids.tolist(), both[0], both[1], len(raw), passes=kept)
 
 
 # --- beam search ------------------------------------------------------------------------------------------
@@ -209,7 +215,8 @@ def _beams_5(
     session: Session, o: Options, total: int, draws: torch.Generator | None, keep: bool
 ) -> Generated:
     P, B, V, W = session.prompts, o.num_beams, session.vocabulary, session.width
-    ids, logits, kept = session.ids, session.first(), []
+    ids, logits = session.ids, session.first()
+    kept: list[tuple[Tensor, Tensor]] = []
     running = torch.full((P, B), LOW)
     running[:, 0] = 0
     beams: list[list[Chosen | None]] = [[None] * B for _ in range(P)]
@@ -219,7 +226,7 @@ def _beams_5(
     for t in range(1, total - W + 1):
         step = _unscored(_numbers(logits, o, t - 1))
         step.score(torch.arange(P * B, device=ids.device), session, ids, total, o)
-        kept += [step.scores] if keep else []
+        kept += [(ids, logits)] if keep else []
         sums = step.scores.cpu().view(P, B, V) + running[:, :, None]
         best, places = _best(sums.view(P, -1), o, draws, t - 1)
         rows, tokens = places // V + torch.arange(P)[:, None] * B, places % V
@@ -273,7 +280,7 @@ class Heap:
 
     def add(self, total: float, length: int, last: Chosen | None, o: Options) -> None:
         value = total / length**o.length_penalty
-        if len(self.kept) >= self.size and value <= self.worst:
+        if len(self.kept) >= self.size and not value > self.worst:  # NaN is never better
             return
         self.kept.append(Ended(value, last))
         if len(self.kept) <= self.size:
@@ -335,7 +342,8 @@ def _beams_4(
     session: Session, o: Options, total: int, draws: torch.Generator | None, keep: bool
 ) -> Generated:
     P, B, G, W = session.prompts, o.num_beams, max(o.num_beam_groups, 1), session.width
-    size, ids, logits, kept = B // G, session.ids, session.first(), []
+    size, ids, logits = B // G, session.ids, session.first()
+    kept: list[tuple[Tensor, Tensor]] = []
     start = [0.0 if o.do_sample or b % size == 0 else LOW for b in range(B)] * P
     heaps = [[Heap(size) for _ in range(G)] for _ in range(P)]
     found = Search4(o, heaps, start, [None] * (P * B), total - W)
@@ -352,7 +360,7 @@ def _beams_4(
                 found.advance(step, p, g, best[p], places[p], t)
                 for chosen in found.last[p * B + g * size :][:size]:
                     taken[p, chosen.token if chosen is not None else 0] += 1
-        kept += [step.scores.clone()] if keep else []
+        kept += [(ids, logits)] if keep else []
         went = [c for c in found.last if c is not None]
         parents, token = torch.tensor([c.row for c in went]), torch.tensor([c.token for c in went])
         ids = torch.cat([ids[parents.to(ids.device)], token.to(ids.device)[:, None]], dim=1)
@@ -369,7 +377,7 @@ def _beams_4(
 
 
 def _hypotheses(
-    session: Session, found: list[list[Ended]], fill: int, steps: int, kept: list[Tensor]
+    session: Session, found: list[list[Ended]], fill: int, steps: int, kept: list[tuple[Tensor, Tensor]]
 ) -> Generated:
     """The hypotheses of all prompts as wide as the longest."""
     rows = list(_paths(session, found))

@@ -7,6 +7,7 @@ Source: transformers 4.37.2 and 5.23.0, generation/configuration_utils.py and ut
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from ckpt_tool.errors import fail, near
 
 RULES = ("4.37", "5")
 OPTIONS = "generation options"
+MOST = 1 << 63  # no id is as large
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Options:
     num_return_sequences: int = 1
     max_new_tokens: int | None = None
     max_length: int | None = None
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     min_length: int = 0
     temperature: float = 1.0
     top_k: int = 50
@@ -80,16 +82,23 @@ class Options:
                 total = min(total, positions)
         if total > prompt:
             return total
-        if self.rules == "4.37" and not self.beams:
+        if self.overrun(prompt):
             return prompt + 1  # with a warning, as that release has it
         refuse(f"expected a length of more than the {prompt} tokens of the prompt, found {total}",
                "max_length", hint="--option max_new_tokens=20 counts the new ones alone")  # fmt: skip
 
+    def overrun(self, prompt: int) -> bool:
+        """Whether the length at which all ends is behind a prompt of so many tokens, where 4.37 adds one
+        token, which is not the last one to it."""
+        length = 20 if self.max_length is None else self.max_length
+        return self.rules == "4.37" and not self.beams and self.max_new_tokens is None and length <= prompt
+
     def shortest(self, prompt: int) -> int:
-        """The length before which no row ends."""
-        if self.min_new_tokens and self.rules == "5":
-            return prompt + self.min_new_tokens
-        return max(self.min_length, prompt + self.min_new_tokens if self.min_new_tokens else 0)
+        """The length before which no row ends. In 5 a number of new tokens hides `min_length`, 0 too."""
+        new = None if self.min_new_tokens is None else prompt + self.min_new_tokens
+        if new is None or (self.rules == "4.37" and new == prompt):
+            return self.min_length
+        return new if self.rules == "5" else max(self.min_length, new)
 
 
 def refuse(message: str, name: str, *, kind: str = "usage", hint: str | None = None) -> NoReturn:
@@ -119,6 +128,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_h": (False,),
     "assistant_early_exit": (False,),
     "max_matching_ngram_size": (False,),
+    "speculation_type": (False,),
+    "assistant_ensemble_weight": (False,),
     "use_mtp": (False,),
 }
 # Those of a run that change no number, and who wrote the file.
@@ -128,11 +139,12 @@ PASSED = {
     "disable_compile", "compile_config", "prefill_chunk_size", "is_assistant", "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
     "target_lookbehind", "use_model_defaults", "decoder_start_token_id", "transformers_version",
+    "max_cache_len", "continuous_batching_config",
     "_from_model_config", "_commit_hash", "_name_or_path", "generation_kwargs", "trust_remote_code",
 }  # fmt: skip
 COUNTS = (
     "num_beams", "num_beam_groups", "num_return_sequences", "max_new_tokens", "max_length", "min_new_tokens",
-    "min_length", "top_k", "no_repeat_ngram_size", "bos", "pad", "forced_bos_token_id",
+    "min_length", "top_k", "no_repeat_ngram_size", "bos", "forced_bos_token_id",
 )  # fmt: skip
 NUMBERS = (
     "diversity_penalty", "temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
@@ -147,7 +159,8 @@ def options(asked: Mapping[str, Any], model: Mapping[str, Any] | None, rules: st
     if rules not in RULES:
         fail("usage", f"expected rules of {' or '.join(RULES)}, found {rules!r}", where="--rules")
     said = {k: v for k, v in (model or {}).items() if v is not None or (rules == "4.37" and k in OWN)}
-    for name, value in (*said.items(), *asked.items()):
+    known = {*OWN, *RENAMED, *NEUTRAL}  # a file's other names change nothing, as in the library
+    for name, value in (*((k, v) for k, v in said.items() if k in known), *asked.items()):
         _known(name, value, rules)
     told = {**said, **asked}
     made = {name: _value(name, told[name]) for name in OWN if name in told}
@@ -185,9 +198,13 @@ def _ends(asked: Mapping[str, Any], said: Mapping[str, Any], rules: str) -> dict
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     found = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-    if any(type(i) is not int for i in found):
+    if any(type(i) is not int or abs(i) >= MOST for i in found):
         refuse(f"expected a token id or a list of them, found {value!r}", name)
     return found
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _value(name: str, value: Any) -> Any:
@@ -196,13 +213,15 @@ def _value(name: str, value: Any) -> Any:
         if name == "length_penalty":
             refuse("expected a number, found none", name)
         return OFF.get(name, OWN.get(name))
-    if name in COUNTS and (type(value) is not int or (value < 0 and name != "pad")):
+    if name == "pad":
+        return _ids("pad_token_id", [value])[0]
+    if name in COUNTS and (type(value) is not int or value < 0):
         refuse(f"expected a whole number from 0, found {value!r}", name)
-    if name in NUMBERS and (type(value) not in (int, float) or not math.isfinite(value)):
+    if name in NUMBERS and not _number(value):
         refuse(f"expected a number, found {value!r}", name)
     if name in SWITCHES and type(value) is not bool:
         refuse(f"expected true or false, found {value!r}", name)
-    if name == "early_stopping" and value not in (True, False, "never"):
+    if name == "early_stopping" and type(value) is not bool and value != "never":
         refuse(f'expected true, false or "never", found {value!r}', name)
     if name in ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
         return _ids(name, value)
@@ -210,12 +229,14 @@ def _value(name: str, value: Any) -> Any:
         return _words(name, value)
     if name == "sequence_bias":
         pairs = list(value.items()) if isinstance(value, Mapping) else value
-        if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        whole = isinstance(pairs, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs)
+        if not whole or not all(_number(bias) for _, bias in pairs):
             refuse(f"expected pairs of ids and a bias, found {value!r}", name)
         words = _words(name, [w for w, _ in pairs])
         return tuple((w, float(b)) for w, (_, b) in zip(words, pairs, strict=True))
     if name == "exponential_decay_length_penalty":
-        if not isinstance(value, list | tuple) or len(value) != 2 or type(value[0]) is not int:
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        if not pair or type(value[0]) is not int or not _number(value[1]):
             refuse(f"expected a first step and a factor, found {value!r}", name)
         return value[0], float(value[1])
     return value
@@ -224,7 +245,10 @@ def _value(name: str, value: Any) -> Any:
 def _words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(w, list | tuple) and w for w in value):
         refuse(f"expected lists of token ids, found {value!r}", name)
-    return tuple(_ids(name, w) for w in value)
+    found = tuple(_ids(name, w) for w in value)
+    if any(i < 0 for word in found for i in word):
+        refuse(f"expected token ids from 0, found {value!r}", name)
+    return found
 
 
 def _check(o: Options) -> None:
@@ -239,18 +263,28 @@ def _check(o: Options) -> None:
         acts = o.do_sample or name != "temperature"
         if acts and not low < getattr(o, name) < high:
             refuse(f"expected a number above 0, found {getattr(o, name)}", name)
-    if o.do_sample and (o.top_p < 0 or o.typical_p <= 0 or not 0 <= (o.min_p or 0) <= 1):
-        wrong = next(n for n in ("top_p", "typical_p", "min_p") if not 0 <= (getattr(o, n) or 0) <= 1)
-        refuse(f"expected a part of 1, found {getattr(o, wrong)}", wrong)
+    parts = (("top_p", o.top_p >= 0), ("typical_p", o.typical_p > 0), ("min_p", 0 <= (o.min_p or 0) <= 1))
+    for name, right in parts if o.do_sample else ():
+        if not right:
+            refuse(f"expected a part of 1, found {getattr(o, name)}", name)
     if o.max_new_tokens is not None and o.max_new_tokens < 1:
         refuse("expected at least 1, found 0", "max_new_tokens")
     if o.exponential_decay_length_penalty is not None and not o.named_eos:
         refuse("expected an id that ends a row beside it, found none", "eos_token_id")
+    forced = {"forced_bos_token_id": o.forced_bos_token_id, "forced_eos_token_id": o.forced_eos_token_id}
+    for name, value in forced.items():
+        ids = set(_ids(name, value))
+        if any(i < 0 for i in ids):
+            refuse(f"expected a token id from 0, found {value}", name)
+        if o.rules == "5" and ids and ids <= set(o.suppress_tokens):
+            refuse(f"expected an id that suppress_tokens leaves, found {value}", name)
     _check_groups(o)
 
 
 def _check_groups(o: Options) -> None:
-    if o.num_beam_groups in (0, 1):
+    if o.rules == "4.37" and not (o.beams and o.num_beam_groups > 1) and o.diversity_penalty > 0:
+        refuse(f"expected 0 without groups of beams, found {o.diversity_penalty}", "diversity_penalty")
+    if o.num_beam_groups in (0, 1) or (o.rules == "4.37" and not o.beams):
         return
     if o.rules == "5":
         text = f"expected 1, as release 5 searches without groups, found {o.num_beam_groups}"

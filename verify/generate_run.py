@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.generate import Generated, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options
@@ -31,7 +33,8 @@ SHARE = 0.4  # of the free memory, which weights may take to stay there between 
 @dataclass(frozen=True)
 class Request:
     """Rows of token ids with a mask, or without; options by the library's names; whose rules; the seed of the
-    draws; whether what was computed of earlier tokens is kept."""
+    draws; whether what was computed of earlier tokens is kept; whether the model's generation_config.json
+    counts where nothing is asked for."""
 
     rows: Sequence[Sequence[int]]
     mask: Sequence[Sequence[int]] | None = None
@@ -39,6 +42,7 @@ class Request:
     rules: str = "5"
     seed: int | None = None
     cache: bool = True
+    of_model: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def run(
             f"expected a decoder with a language model's head, found {found}",
             where="config.json",
         )
-    o = chosen_options(subject, request.asked, request.rules)
+    o = chosen_options(subject, request)
     prompts = prompts_of(request.rows, request.mask, pad=o.pad, eos=o.named_eos, bos=o.bos)
     vocabulary = subject.config.get("vocab_size")
     words = vocabulary if type(vocabulary) is int else side.vocabulary
@@ -91,17 +95,19 @@ def run(
         kept = session.bytes_of(max(map(len, prompts.alone)) + total - session.width)
         if kept:
             tell(f"the cache takes up to {kept / 1e6:,.1f} MB")
-            _room(kept)
+        _room(kept + session.prompts * o.rows * words * 4 * (total - session.width if keep else 1))
         made = generate(session, o, positions=longest, seed=request.seed, keep=keep)
     return Made(made, o, prompts, kept)
 
 
-def chosen_options(subject: Subject, asked: Mapping[str, Any], rules: str) -> Options:
+def chosen_options(subject: Subject, request: Request) -> Options:
     """Those of the model under the caller's."""
-    own = None
+    own, asked = None, request.asked
+    if not request.of_model:
+        return options(asked, {}, request.rules)
     if subject.hf is not None and "generation_config.json" in subject.hf.documents:
         own = subject.hf.json("generation_config.json")
-    return options(asked, of_model(own, subject.config, asked), rules)
+    return options(asked, of_model(own, subject.config, asked), request.rules)
 
 
 def _longest(config: Mapping[str, Any]) -> int | None:
@@ -138,11 +144,10 @@ def in_memory(subject: Subject, side: Side) -> Iterator[None]:
         yield
 
 
-def _room(kept: int) -> None:
-    if kept > free_memory():
-        text = (
-            f"expected {kept / 1e9:,.2f} GB of free memory for the cache, found {free_memory() / 1e9:,.2f} GB"
-        )
+def _room(need: int) -> None:
+    if need > free_memory():
+        both = [f"{count / 1e9:,.2f} GB" for count in (need, free_memory())]
+        text = f"expected {both[0]} of free memory for the cache and scores, found {both[1]}"
         fail("out-of-memory", text, hint="fewer beams, prompts or new tokens, or --no-cache")
 
 
@@ -155,18 +160,17 @@ class Apart:
 
     worst: float
     first: str | None = None
-    tie: bool = False  # the scores of the two tokens are nearer to each other than the bar
+    tie: bool = False  # the scores of all that both read before are nearer to each other than the bar
 
 
 def compared(one: Made, other: Made, bar: float) -> Apart:
     a, b = one.generated, other.generated
-    if a.sequences != b.sequences or a.steps != b.steps:
-        return _other_tokens(one, other, bar)
+    text = _difference(one, other)
+    if text is not None:
+        return Apart(math.inf, text, _parted(a, b, bar))
     pairs = [*zip(a.transition_scores, b.transition_scores, strict=True)]
     if a.sequences_scores is not None and b.sequences_scores is not None:
         pairs.append((a.sequences_scores, b.sequences_scores))
-    if a.beam_indices != b.beam_indices:
-        return Apart(math.inf, "the same tokens by other beams")
     return Apart(max((_distance(x, y) for p in pairs for x, y in zip(*p, strict=True)), default=0.0))
 
 
@@ -174,20 +178,29 @@ def _distance(x: float, y: float) -> float:
     return 0.0 if x == y else abs(x - y) if math.isfinite(x - y) else math.inf
 
 
-def _other_tokens(one: Made, other: Made, bar: float) -> Apart:
+def _difference(one: Made, other: Made) -> str | None:
     a, b = one.generated, other.generated
     for r, (x, y) in enumerate(zip(a.sequences, b.sequences, strict=True)):
         k = next((k for k, pair in enumerate(zip(x, y, strict=False)) if pair[0] != pair[1]), None)
-        if k is None:
-            continue
-        t, text = k - one.width, f"row {r}, new token {k - one.width + 1}: {x[k]} and {y[k]}"
-        near = False
-        if a.beam_indices is None and not one.options.do_sample and t < min(len(a.scores), len(b.scores)):
-            near = all(
-                _distance(float(s[t][r, x[k]]), float(s[t][r, y[k]])) <= 2 * bar for s in (a.scores, b.scores)
-            )
-        return Apart(math.inf, text, near)
-    return Apart(math.inf, f"rows of {len(a.sequences[0])} and {len(b.sequences[0])} tokens")
+        if k is not None:
+            return f"row {r}, new token {k - one.width + 1}: {x[k]} and {y[k]}"
+    if a.sequences != b.sequences:
+        return f"rows of {len(a.sequences[0])} and {len(b.sequences[0])} tokens"
+    if a.steps != b.steps:
+        return f"the same tokens after {a.steps} and {b.steps} steps"
+    return "the same tokens by other beams" if a.beam_indices != b.beam_indices else None
+
+
+def _parted(a: Generated, b: Generated, bar: float) -> bool:
+    """Whether all logits were within the bar as long as both sides read the same: then a choice between
+    scores that are nearly the same was made otherwise, and what follows is of other texts."""
+    for (ids, logits), (others, found) in zip(a.passes, b.passes, strict=False):
+        if not torch.equal(ids, others):
+            return True
+        apart = torch.where(logits == found, 0.0, (logits - found).abs().double())
+        if not bool((apart <= bar).all()):
+            return False
+    return bool(a.passes)
 
 
 def bar_of(dtype: str, with_cache: Made, without: Made) -> float:

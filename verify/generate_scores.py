@@ -49,7 +49,7 @@ def processed(scores: Tensor, at: Place, o: Options, taken: Tensor | None = None
         scores = banned(scores, o.named_eos)
     if o.forced_bos_token_id is not None and length == 1:
         scores = only(scores, (o.forced_bos_token_id,))
-    if o.forced_eos_token_id and length == at.total - 1:
+    if o.forced_eos_token_id and length == at.total - 1 and not o.overrun(at.prompt):
         scores = only(scores, o.forced_eos_token_id)
     if o.remove_invalid_values:
         scores = torch.nan_to_num(scores, nan=0.0)

@@ -53,6 +53,8 @@ def prompts_of(
     if mask is not None:
         if [len(m) for m in mask] != [len(r) for r in given]:
             fail("usage", "expected a mask of the shape of the prompts, found another", file=PROMPTS)
+        if any(kept not in (0, 1) for row in mask for kept in row):
+            fail("usage", "expected a mask of 0 and 1, found something else", file=PROMPTS)
         padding = [[not kept for kept in row] for row in mask]
     else:
         inferred = pad is not None and pad not in eos
@@ -61,8 +63,11 @@ def prompts_of(
     for number, (row, hidden) in enumerate(zip(given, padding, strict=True)):
         n = hidden.index(False) if False in hidden else len(row)
         if any(hidden[n:]) or n == len(row):
-            text = "expected padding on the left of a prompt, found it elsewhere"
+            text = "expected padding on the left of a prompt alone, found it elsewhere"
             hint = "leave it out: prompts of several lengths are padded here"
+            if mask is None:
+                text += f": {pad} is the id for padding"
+                hint = "--prompts with an attention_mask says which of them are prompt"
             fail("usage", text, file=PROMPTS, where=f"row {number}", hint=hint)
         short = width - len(row)
         if short and pad is None:
@@ -102,10 +107,11 @@ class Session:
     groups: list[Group] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        top = max(map(max, self.given.alone))
-        if not 0 <= top < self.vocabulary or min(map(min, self.given.alone)) < 0:
-            text = f"expected ids below {self.vocabulary}, the size of the vocabulary, found {top}"
-            fail("usage", text, file=PROMPTS)
+        wrong = [i for row in self.given.alone for i in row if not 0 <= i < self.vocabulary]
+        wrong += [i for row in self.given.rows for i in row if i >= self.vocabulary]  # padding too
+        if wrong:
+            known = f"expected ids from 0 and below {self.vocabulary}, the size of the vocabulary"
+            fail("usage", f"{known}, found {wrong[0]}", file=PROMPTS)
         self._room(max(map(len, self.given.alone)))
 
     @property
