@@ -123,8 +123,10 @@ def limit(
 def _passes(converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> needs.Passes:
     tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items() if effort.has("embed", name)}
     ends = [n for n in tokens if n not in effort.reach]
-    wide = needs.width(converted.raw, converted.weights[0].tensors.values())
-    return needs.Passes(tokens, ends, [*filter(effort.frees, tokens)], wide, converted.vocabulary)
+    tensors = _tensors(converted)
+    words = min(converted.vocabulary, needs.vocabulary(tensors))
+    free = [*filter(effort.frees, tokens)]
+    return needs.Passes(tokens, ends, free, needs.width(converted.raw, tensors), words)
 
 
 def _tensors(side: Side) -> list[TensorInfo]:
