@@ -211,8 +211,12 @@ def _both(run: Callable[[Tree], Tree], x: Tree, y: Tree, given: Tensors) -> tupl
     """What a phase makes of two inputs: in one pass over its weights, where an input is one tensor alone."""
     if given or not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
         return run(x), run(y)
-    made = run(torch.cat([x, y]))
-    return made[: len(x)], made[len(x) :]
+    made, count = run(torch.cat([x, y])), len(x)
+    if isinstance(made, Tensor):
+        return made[:count], made[count:]
+    if not isinstance(made, tuple) or not all(isinstance(part, Tensor) for part in made):
+        return run(x), run(y)
+    return tuple(part[:count] for part in made), tuple(part[count:] for part in made)  # characters, molecules
 
 
 def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tree]]:
