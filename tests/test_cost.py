@@ -26,6 +26,7 @@ from ckpt_tool.verify import Report, effort, in_order, pace, parity, streamed, v
 from ckpt_tool.verify.effort import Effort, effort_for, first_of_each_kind, layers_text
 from ckpt_tool.verify.measure import CAPS, Distance, distance
 from ckpt_tool.verify.noise import ReversedSums
+from ckpt_tool.verify.parity import _both
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.sides import Side, converted_side, original_side
@@ -269,6 +270,13 @@ def test_distances_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert distance(tiny * 2, tiny, 1e-50).nmse == pytest.approx(1.0, rel=1e-4)  # no squares below a float's
     b[0, 33, 2] = torch.nan
     assert distance(b, a) == Distance(float("inf"), float("inf"), 33, whole.magnitude)
+
+
+def test_two_inputs_in_one_pass_come_apart_where_a_phase_makes_several_tensors() -> None:
+    """CANINE's molecules begin in a phase that takes characters alone."""
+    x, y = torch.ones(1, 4, 2), torch.zeros(1, 4, 2)
+    for made, of in zip(_both(lambda z: (z, z[:, ::2] + 1), x, y, {}), (x, y), strict=True):
+        assert [torch.equal(a, b) for a, b in zip(made, (of, of[:, ::2] + 1), strict=True)] == [True, True]
 
 
 def test_the_time_that_is_left_follows_what_was_done() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from ckpt_tool import gate_processes
 from ckpt_tool.api import gate, open_checkpoint, verify
-from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.base import DTYPES, TensorInfo
 from ckpt_tool.checkpoint.tensor import _widened
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.flaws import plant
@@ -279,6 +279,16 @@ def test_what_a_check_needs_grows_with_what_it_does(place: Path) -> None:
     assert needs.of_check(replace(plain, levels=None, out="hf://a/b")) is None
 
 
+def test_no_more_logits_are_foretold_than_a_table_gives() -> None:
+    """CANINE has 1,114,112 ids, which are hashed, and no table of as many rows."""
+    tables = [
+        ("model.embed.weight", (300, 8)),
+        ("model.layers.0.up.weight", (900, 8)),
+        ("model.norm", (999,)),
+    ]
+    assert needs.vocabulary(TensorInfo(n, "F32", s, "a") for n, s in tables) == 300
+
+
 def test_the_command_lists_what_is_needed_and_says_the_end_in_one_line(place: Path) -> None:
     file = checks(place, "a", "b")
     listed = program("gate", file.name, "--list", cwd=place)
@@ -463,6 +473,8 @@ def test_a_checkpoint_is_a_mapping_of_tensors_that_are_read_when_asked_for(origi
                 tensor[wrong]
         with pytest.raises(CkptToolError, match=f"did you mean {name}"):
             checkpoint[name[:-1]]
+        with pytest.raises(CkptToolError, match="3: expected a tensor of this name, found none"):
+            checkpoint[3]  # type: ignore[index]
         assert "11</td><td>layers.{0..10}.attention.wq.weight" in checkpoint._repr_html_()
 
 

@@ -88,6 +88,11 @@ def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:
     return max((t.shape[0] for t in tensors if len(t.shape) == 1), default=0)
 
 
+def vocabulary(tensors: Iterable[TensorInfo]) -> int:
+    """Rows of the longest table outside the layers: more logits no head gives, whatever ids there are."""
+    return max((t.shape[0] for t in tensors if len(t.shape) > 1 and layer_of(t.name) is None), default=0)
+
+
 # --- what a check of a gate takes ---------------------------------------------------------------------------
 
 
@@ -121,9 +126,9 @@ def of_check(check: Check) -> int | None:
 
 def _passes(check: Check, sides: Sequence[Checkpoint], config: Mapping[str, Any]) -> Passes:
     """Those of the mode of a check, before the readings say what they take."""
-    vocabulary = max(map(_vocabulary, sides))
+    words = max(map(vocabulary, sides))
     rows = prompts_for(
-        {**config, "vocab_size": vocabulary}, check.prompts, table=positions(config, *sides) or sys.maxsize
+        {**config, "vocab_size": words}, check.prompts, table=positions(config, *sides) or sys.maxsize
     )
     tokens = {name: len(row) for name, row in rows.items()}
     ends, free = set(tokens), set(tokens)
@@ -135,12 +140,7 @@ def _passes(check: Check, sides: Sequence[Checkpoint], config: Mapping[str, Any]
         if dear < free:
             free -= dear
             ends -= {n for n in dear if tokens[n] > WIDE}
-    return Passes(tokens, ends, free, max(width(config, s) for s in sides), vocabulary)
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int:
-    """Rows of the longest table outside the layers."""
-    return max((t.shape[0] for t in checkpoint if len(t.shape) > 1 and layer_of(t.name) is None), default=0)
+    return Passes(tokens, ends, free, max(width(config, s) for s in sides), words)
 
 
 # --- sizes -------------------------------------------------------------------------------------------

@@ -123,11 +123,10 @@ def limit(
 def _passes(converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> needs.Passes:
     tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items() if effort.has("embed", name)}
     ends = [n for n in tokens if n not in effort.reach]
-    tensors = converted.weights[0].tensors.values()
-    rows = max((max(t.shape, default=0) for t in tensors), default=0)
-    words = min(converted.vocabulary, rows)  # CANINE has ids for all code points, and no logits of them
-    wide = needs.width(converted.raw, tensors)
-    return needs.Passes(tokens, ends, [*filter(effort.frees, tokens)], wide, words)
+    tensors = _tensors(converted)
+    words = min(converted.vocabulary, needs.vocabulary(tensors))
+    free = [*filter(effort.frees, tokens)]
+    return needs.Passes(tokens, ends, free, needs.width(converted.raw, tensors), words)
 
 
 def _tensors(side: Side) -> list[TensorInfo]:

@@ -347,14 +347,9 @@ class Checkpoint:
         wanted, file = name if isinstance(name, tuple) else (name, None)
         found = [t for t in self.find(wanted) if file in (None, t.file)]
         if not found:
-            hint = near(wanted, self.names())
-            fail(
-                "missing-tensor",
-                "expected a tensor of this name, found none",
-                file=file,
-                where=wanted,
-                hint=hint,
-            )
+            asked = str(wanted)  # a notebook may ask for a number
+            text, hint = "expected a tensor of this name, found none", near(asked, self.names())
+            fail("missing-tensor", text, file=file, where=asked, hint=hint)
         if len(found) > 1:
             text = f"expected one tensor of this name, found one in each of {len(found)} files"
             hint = f"name the file, too: checkpoint[{wanted!r}, {found[0].file!r}]"
