@@ -19,9 +19,8 @@ from ckpt_tool.verify.sides import Phase, Side
 
 USUAL = 4 << 30  # bytes of memory, unless the user says otherwise
 BASE = 450 << 20  # Python, torch and the tool
-TURNS = (
-    5 << 26
-)  # intermediate results of a layer, which the readings make in turns (reference.blocks.AT_ONCE)
+TURNS = 5 << 26  # bytes of what a layer makes on its way, some tokens in turn (reference.blocks.AT_ONCE)
+LEAST = 128 << 20  # bytes of a layer's weights that are held whatever room there is
 FEW = 16  # tokens that take as long as fewer do: the weights have to be read
 READ = 1e9  # bytes in a second that are read and cast, at least
 TOLD = 20.0  # seconds: shorter runs are not worth a word
@@ -130,7 +129,8 @@ def limit(
     besides = BASE + activations(original, converted, prompts, effort)
     tensors = [t for s in (original, converted) for w in s.weights for t in w.tensors.values()]
     largest = max((t.nbytes for t in tensors), default=0)
-    least = besides + 2 * largest + (128 << 20)
+    heaviest = max(_heaviest(original), _heaviest(converted))
+    least = _up(besides + 2 * largest + min(heaviest, LEAST))
     if memory is not None and memory < least:
         text = (
             f"expected at least {size_text(least)} for these prompts and tensors, found {size_text(memory)}"
@@ -142,8 +142,13 @@ def limit(
     for side in (original, converted):
         for weights in side.weights:
             weights.within(room // len(side.weights), 2 * largest // len(side.weights))
-    held = min(room, max(_heaviest(original), _heaviest(converted)) + 2 * largest)
-    return f"about {size_text(besides + held)} of memory"
+    return f"about {size_text(_up(besides + min(room, heaviest + 2 * largest)))} of memory"
+
+
+def _up(size: int) -> int:
+    """The next size that its words tell to the byte, so that what is told to be needed is enough."""
+    step = 10**8 if size >= 10**9 - 10**6 else 10**6
+    return -(-size // step) * step
 
 
 def _heaviest(side: Side) -> int:
