@@ -179,6 +179,7 @@ def look_on_ray(
 def _asked(levels: Sequence[str], asked: dict[str, Any]) -> dict[str, Any]:
     """What a worker is asked."""
     from ckpt_tool import api
+    from ckpt_tool.verify.needs import read_size
 
     return {
         "levels": levels or None,
@@ -188,6 +189,7 @@ def _asked(levels: Sequence[str], asked: dict[str, Any]) -> dict[str, Any]:
         "device": asked["device"],
         "settings": api.settings(asked["pairs"]),
         "mode": mode_of(asked),
+        "memory": None if asked["memory"] is None else read_size(asked["memory"]),
     }
 
 

@@ -49,13 +49,15 @@ def all_reduce(parts: Iterable[Tensor]) -> Tensor:
 
 
 def words(ids: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """The rows of tables that hold V/S whole words each: every rank gives zeros for the words of others."""
+    """The rows of tables that hold V/S whole words each: every rank gives zeros for the words of others. The
+    zeros of one that has none of these are not added."""
     if len(tables) == 1:
         return tables[0][ids]
     parts, first = [], 0
     for table in tables:  # (V/S, D)
         own = (first <= ids) & (ids < first + len(table))
-        parts.append(torch.where(own[..., None], table[torch.where(own, ids - first, 0)], 0))
+        if first == 0 or own.any():
+            parts.append(torch.where(own[..., None], table[torch.where(own, ids - first, 0)], 0))
         first += len(table)
     return all_reduce(parts)
 

@@ -183,7 +183,7 @@ def gated(x: Tensor, w: Tensors, gate: str, up: str, down: str, activation: str 
     units = w[gate].shape[0]
     if x.numel() // x.shape[-1] * units <= HELD:
         return one(x)
-    return torch.cat([one(rows) for rows in torch.split(x.flatten(0, -2), HELD // units)]).view_as(x)
+    return torch.cat([one(rows) for rows in torch.split(x.flatten(0, -2), max(1, HELD // units))]).view_as(x)
 
 
 def mixture(x: Tensor, w: Tensors, p: str, top: int) -> Tensor:

@@ -25,6 +25,7 @@ from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.verify import Report, effort, in_order, pace, parity, streamed, verify, weights
 from ckpt_tool.verify.effort import Effort, effort_for, first_of_each_kind, layers_text
 from ckpt_tool.verify.measure import CAPS, Distance, distance
+from ckpt_tool.verify.needs import read_size
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.parity import _both
 from ckpt_tool.verify.prompts import Prompt
@@ -150,6 +151,16 @@ def test_a_window_goes_through_a_layer_of_each_kind(
         assert effort_for("thorough", original, converted, prompts, frozenset()).left_out == ()
 
 
+def test_quick_says_what_it_leaves_out_of_two_layers(written: Callable[[str], Made]) -> None:
+    """All of them run, and a long prompt goes through the first one alone."""
+    prompts = {n: Prompt([[1] * tokens], {}) for n, tokens in (("short", 8), ("long", 600))}
+    for original, converted in sides(*written("mistral-7b-v0.3")):
+        two = replace(original, config=replace(original.config, n_layers=2))
+        made = effort_for("quick", two, converted, prompts, frozenset())
+        assert made.layers == (0, 1) and not made.has(1, "long") and not made.has("head", "long")
+        assert made.left_out[1:] == ("prompt long (600 tokens) through layer 0 only",)
+
+
 def test_words_for_layers() -> None:
     assert [layers_text(x) for x in ([4], [0, 31], [0, 1, 2, 31], [0, 2, 4])] == [
         "layer 4", "layers 0 and 31", "layers 0 to 2 and 31", "layers 0, 2 and 4",
@@ -169,8 +180,16 @@ def test_one_mode_at_a_time() -> None:
 
 def test_too_little_memory_is_refused_with_what_is_needed(written: Callable[[str], Made]) -> None:
     source, out = written("mistral-7b-v0.3")
-    with pytest.raises(CkptToolError, match=r"expected at least 5\d\d MB .*found 100 MB"):
+    with pytest.raises(CkptToolError, match=r"expected at least 3\d\d MB .*found 100 MB"):
         verify(out, source, levels=("parity",), memory=100_000_000)
+    for original, converted in sides(source, out):
+        prompts = {"short": Prompt([[1] * 8], {})}
+        asked = original, converted, prompts, Effort("default")
+        with pytest.raises(CkptToolError) as refused:
+            pace.limit(*asked, 1)
+        least = refused.value.text().split("at least ")[1].split(" for")[0]
+        for told in (least, pace.limit(*asked, None).removeprefix("about ").removesuffix(" of memory")):
+            assert pace.limit(*asked, read_size(told)) == f"about {told} of memory"
     assert verify(out, source, levels=("parity",), memory=1 << 30).status == "pass"
 
 
@@ -239,6 +258,8 @@ def test_attention_and_units_in_turns_are_those_of_all_at_once(monkeypatch: pyte
     parts = [hf_blocks.grouped_attention(q, k, v, window) for window in (None, 1, 7, 50)]
     assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(whole, parts, strict=True))
     assert torch.allclose(hf_blocks.gated(x, w, "g", "u", "d"), units, atol=1e-12)
+    monkeypatch.setattr(hf_blocks, "HELD", 1)  # fewer than a row has
+    assert torch.allclose(hf_blocks.gated(x, w, "g", "u", "d"), units, atol=1e-12)
     monkeypatch.setattr(blocks, "AT_ONCE", 100)
     taken: list[slice] = []
 
@@ -250,6 +271,14 @@ def test_attention_and_units_in_turns_are_those_of_all_at_once(monkeypatch: pyte
     seen = blocks.visible(x, window=7)
     rows = [blocks.visible(x, window=7, queries=own) for own in taken]
     assert torch.equal(torch.cat(rows, dim=2), seen)
+
+
+def test_ranks_that_have_none_of_the_words_add_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, counts = list(torch.randn(24, 3).split(4)), []
+    monkeypatch.setattr(blocks, "all_reduce", lambda parts: (counts.append(len(parts)), sum(parts))[1])
+    for ids, parts in (([[0, 3]], 1), ([[8], [11]], 2), ([[3, 4, 23]], 3), ([[24]], 1)):
+        wanted = torch.cat([*tables, torch.zeros(1, 3)])[torch.tensor(ids)]
+        assert torch.equal(blocks.words(torch.tensor(ids), tables), wanted) and counts.pop() == parts
 
 
 # --- numbers ----------------------------------------------------------------------------------------------

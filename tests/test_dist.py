@@ -170,6 +170,8 @@ def test_parity_by_workers_counts_only_what_was_asked_alike(
 
     first = api.verify_part(out, source, Worker(1, 2), **asked)
     assert first.prompts and first.missing == (2,) and not first.scans
+    error = refused(lambda: api.verify_part(out, source, Worker(2, 2), **asked, memory=10**8))
+    assert error.kind == "usage" and "expected at least" in error.text()
     error = refused(joined)
     assert (error.kind, error.problems[0].hint) == ("missing-parts", "run again: --worker 2/2")
     second = api.verify_part(out, source, Worker(2, 2), **asked)

@@ -82,8 +82,8 @@ def verify(
     (`recording`), to be held against instead of the documented ones. `mode` is how much of parity runs:
     "quick" a layer of each kind, "thorough" everything, "default" what `verify.effort` says. `memory` is how
     many bytes parity may take (None: 4 GiB), as far as it is computed on the CPU. `joined`: coverage, bits
-    go by what workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for what
-    cannot be opened; all else is a finding."""
+    and parity go by what workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for
+    what cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = (QUICK if mode == "quick" else LEVELS) if levels is None else named
     _check_choices(asked, against, compute_dtype, device, mode)
@@ -159,11 +159,13 @@ def verify_part(
     device: str = "cpu",
     settings: Mapping[str, Any] | None = None,
     mode: Mode = "default",
+    memory: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Seen:
     """Look at a worker's share of what coverage, bits and parity look at, as one of several processes on
     machines that share a file system. What it saw is written down beside `out`, for `verify(joined=True)`,
-    which must be given the same `prompts`, `compute_dtype`, `device` and `mode`."""
+    which must be given the same `prompts`, `compute_dtype`, `device` and `mode`; `memory` is each process's
+    own."""
     asked = _shared(SHARED if levels is None else tuple(levels))
     _check_choices(asked, None, compute_dtype, device, mode)
     _check_one(source, no_source)
@@ -171,7 +173,7 @@ def verify_part(
         prompts = read_prompts(prompts)
     tell = progress or (lambda text: None)
     with opened(out, source, settings, look_for_source=not no_source) as subject:
-        wanted = Asked(asked, None, prompts, compute_dtype, device, None, mode=mode)
+        wanted = Asked(asked, None, prompts, compute_dtype, device, None, mode=mode, memory=memory)
         return look(subject, out, worker, asked, tell, _walk_of(subject, wanted, worker, tell))
 
 

@@ -144,6 +144,7 @@ def walk_share(
         if made.readings.reason is not None or sides[0] is None or sides[1] is None:
             return to_json(Walked(alone="a side cannot be computed"), key, path)
         effort = _effort(asked, sides[0], sides[1], made.prompts)
+        tell(f"parity: needs {limit(sides[0], sides[1], made.prompts, effort, asked.memory)}")
         walked = walk(subject, sides[0], sides[1], made.prompts, effort, worker, tell)
         return to_json(walked, key, path)
 

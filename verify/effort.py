@@ -103,7 +103,7 @@ def _quick(original: Side, converted: Side, tokens: Mapping[str, int]) -> Effort
     said = ["no prompt was run free, so the logits of a whole pass were not compared"]
     if len(layers) < count:
         said.insert(0, f"{count - len(layers)} of {count} layers did not run, only {layers_text(layers)}")
-    if long and len(layers) < count:
+    if long:
         said.append(f"{_named(long, tokens)} through {layers_text(firsts)} only")
     if wide:
         said.append(f"{_named(wide, tokens)} not run")

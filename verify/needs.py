@@ -68,16 +68,22 @@ def heaviest(tensors: Iterable[TensorInfo], item: int) -> int:
     return max(layers.values(), default=0)
 
 
-def least(besides: int, largest: int) -> int:
+def told(size: int) -> int:
+    """The next size that its words tell to the byte, so that what is told to be needed is enough."""
+    step = 10**8 if size >= 10**9 - 10**6 else 10**6
+    return -(-size // step) * step
+
+
+def least(besides: int, weights: int, largest: int) -> int:
     """Bytes below which no run goes: of the weights a matrix as it is stored, a copy of it, and a little."""
-    return besides + 2 * largest + SPARE
+    return told(besides + 2 * largest + min(weights, SPARE))
 
 
 def of_parity(besides: int, weights: int, largest: int, memory: int | None = None) -> int:
     """About how many bytes a run takes that may take `memory`, with `weights` in the heaviest layer: one
     side's are held at a time, by rows where there is no room for all."""
-    room = max(memory or USUAL, least(besides, largest)) - besides
-    return besides + min(room, weights + 2 * largest)
+    room = max(memory or USUAL, least(besides, weights, largest)) - besides
+    return told(besides + min(room, weights + 2 * largest))
 
 
 def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:

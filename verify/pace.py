@@ -105,7 +105,7 @@ def limit(
     besides = needs.COMPUTING + _passes(converted, prompts, effort).activations(item)
     largest = max((t.nbytes for side in tensors for t in side), default=0)
     weights = [needs.heaviest(side, item) for side in tensors]
-    least = needs.least(besides, largest)
+    least = needs.least(besides, max(weights), largest)
     if memory is not None and memory < least:
         text = (
             f"expected at least {size_text(least)} for these prompts and tensors, found {size_text(memory)}"
