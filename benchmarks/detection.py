@@ -44,9 +44,9 @@ import symmetric
 from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import flaws_values  # noqa: F401  (adds its kinds)
-from ckpt_tool.fixtures.flaws import Folder
+from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_documents import MISTAKES
-from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth
+from ckpt_tool.fixtures.flaws_kinds import KINDS, Roles, Truth
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import LEVELS, Report, effort, verify
 from ckpt_tool.verify.claims import MODES, Mode
@@ -224,9 +224,12 @@ def of_the_table(kind: str, variant: str, folder: Path, source: Path, right: Pat
     acts = changes_logits(again if back else out, right, source, variant)
     truth = Truth(None, wrong.tensors, ".*")
     causes = [str(f.data["cause"]) for f in report.level("diagnosis") if f.data.get("cause")]
-    named = any(wrong.names(c) for c in causes)
+    known_as = own.changed(right) if not all(map(wrong.names, causes)) else {}
+    right_ones = [wrong.names(c) or known_as.get(c) == set(wrong.tensors) for c in causes]
+    named = any(right_ones)
     return Outcome(
-        kind, chosen.family, variant, acts, report.status != "pass", located(report, truth), named, False,
+        kind, chosen.family, variant, acts, report.status != "pass", named or located(report, truth), named,
+        not all(right_ones),
         "; ".join(causes), time.monotonic() - began, "table", fails(report, "bits"), fails(report, "parity"),
         peers.caught(passes) or {},
     )  # fmt: skip
@@ -258,7 +261,7 @@ def located(report: Report, truth: Truth) -> bool:
             return True
         if f.status == "fail" and any(t in text for t in truth.tensors):
             return True
-        if f.status == "fail" and f.data.get("first") in phases_of(truth):
+        if f.status == "fail" and str(f.data.get("first")) in phases_of(truth):
             return True
     return False
 
@@ -278,6 +281,8 @@ def outputs(path: Path, source: Path, variant: str) -> list[object] | None:
 
     try:
         with opened(path, source, VARIANTS[variant].settings) as subject:
+            if subject.hf is None:  # no such model is read
+                return None
             side = converted_side(subject, torch.float32, "cpu")
             vocabulary = side.vocabulary
             ids = torch.arange(vocabulary // 2 * 2).view(2, -1)  # every row, longer than a window
@@ -428,7 +433,7 @@ def run(listed: Sequence[Task], jobs: int, file: Path | None) -> Iterable[Outcom
         with ProcessPoolExecutor(jobs) as pool:
             yield from noted(pool.map(outcome, listed, chunksize=8), file)
     else:
-        yield from noted(map(outcome, listed), file)
+        yield from noted((outcome(t) for t in listed), file)  # `map` would end at a StopIteration
 
 
 def noted(found: Iterable[Outcome | None], file: Path | None) -> Iterable[Outcome]:

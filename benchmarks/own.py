@@ -45,6 +45,15 @@ def own(side: Side) -> Own:
     return Own(made, values)
 
 
+def changed(folder: Path) -> dict[str, set[str]]:
+    """The tensors that each of the mistakes changes in the right model in this folder, by its words."""
+    with opened(folder, None) as subject:
+        side = converted_side(subject, torch.float64, "cpu")
+        right = side.ranks[0]
+        made = {words: make(right) for words, make in own(side).tensors.items()}
+        return {w: {n for n, x in xs.items() if not torch.equal(x, right[n])} for w, xs in made.items()}
+
+
 def kinds(folder: Path) -> list[str]:
     """What detection.py calls those of the model in this folder."""
     with opened(folder, None) as subject:
@@ -81,5 +90,9 @@ def plant(kind: str, path: Path) -> Truth | None:
             folder.checkpoint.close()
     if not wrong:
         return None
-    each = "".join(f"(?=.*{re.escape(short(name))})" for name in wrong)
-    return Truth(None, tuple(wrong), f"{re.escape(words)}|^{each}")
+    stems = sorted({re.escape(short(name).removesuffix(".bias")) for name in wrong}, reverse=True)
+    each, several = "".join(f"(?=.*{s})" for s in stems), f"({'|'.join(stems)})(, ({'|'.join(stems)}))*"
+    # the last: more than a diagnosis lists
+    return Truth(
+        None, tuple(wrong), rf"{re.escape(words)}|^{each}|^{several} and \d+ more hold {several} and"
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify import logits, parity
 from ckpt_tool.verify.measure import divergence
 from ckpt_tool.verify.sides import Side, Tensors
@@ -129,6 +130,5 @@ class Once:
             parity._own, parity.control = right, controls
 
 
-def _bytes(x: object) -> bytes:
-    assert isinstance(x, Tensor), "only what goes in first has no key"
-    return x.cpu().numpy().tobytes() + str(tuple(x.shape)).encode()
+def _bytes(x: parity.Tree) -> bytes:
+    return b"".join(t.cpu().numpy().tobytes() + str(tuple(t.shape)).encode() for t in leaves(x))

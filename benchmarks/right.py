@@ -120,8 +120,10 @@ def _saved_again(variant: str, source: Path, out: Path) -> bool:
         right = Path(temporary) / "right"
         _converted(variant, source, right)
         config = json.loads((right / "config.json").read_text(encoding="utf-8"))
-        model = getattr(transformers, config["architectures"][0]).from_pretrained(right, dtype="auto")
-        model.save_pretrained(out)
+        made_by = getattr(transformers, config["architectures"][0], None)
+        if made_by is None:
+            return False  # a release that has left the class out
+        made_by.from_pretrained(right, dtype="auto").save_pretrained(out)
         _with_documents(right, out)
     return True
 
@@ -212,7 +214,8 @@ def judged(task: tuple[str, str, str]) -> Judged | None:
             report = verify(out, compared, settings={} if back else settings)
         except CkptToolError as error:
             return Judged(dress, variant, digest(out), f"error: {error}")
-        why = "" if report.status == "pass" else f"{report.status}: {report.headline}"
+        idle = any("pass cannot run" in f.message for f in report.level("parity"))
+        why = "" if report.status == "pass" and not idle else f"{report.status}: {report.headline}"
         return Judged(dress, variant, digest(out), why)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from safetensors.numpy import load_file, save_file
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.fixtures import flaws_values
-from ckpt_tool.fixtures.flaws import Folder, half_split, interleaved
-from ckpt_tool.fixtures.flaws_kinds import KINDS, NotHere, Roles, Truth, numbers
+from ckpt_tool.fixtures.flaws import Folder, NotHere, half_split, interleaved
+from ckpt_tool.fixtures.flaws_documents import MISTAKES
+from ckpt_tool.fixtures.flaws_kinds import KINDS, Roles, Truth, numbers
 from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import Report, verify
@@ -85,9 +87,11 @@ def tampered(
     return plant
 
 
-@pytest.mark.parametrize("variant", ["gemma-2-2b", "pythia-410m", "qwen3-8b"])
+@pytest.mark.parametrize(
+    "variant", ["gemma-2-2b", "pythia-410m", "qwen3-8b", "mega-wikitext", "mobilebert-uncased"]
+)
 def test_every_kind_is_planted_or_has_no_place(variant: str, conversions: Written, tmp_path: Path) -> None:
-    """Whatever names and norms a family has."""
+    """Whatever names and norms a family has; Mega's config.json counts no heads."""
     places = 0
     for kind, plant in KINDS.items():
         opened = Folder(
@@ -128,12 +132,56 @@ def test_values_of_config_json_are_named(
     kind: str, tampered: Callable[[str], tuple[str, Path, Truth]], originals: Written
 ) -> None:
     variant, folder, truth = tampered(kind)
+    settings = VARIANTS[variant].settings
     report = verify(
-        folder, originals(variant), levels=("coverage", "parity"), settings=VARIANTS[variant].settings
+        folder, originals(variant), levels=("coverage", "parity"), settings=settings, mode="quick"
     )
     assert report.exit_code == 1
     assert set(truth.tensors) & {str(f.where) for f in report.findings if f.status == "fail"}
     assert all(truth.names(c) for c in causes(report)), causes(report)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        ("mobilebert-uncased", "q heads exchanged"),
+        ("mobilebert-uncased", "q bias heads exchanged"),
+        ("mluke-base", "a head twice"),
+        ("canine-s", "o columns of heads exchanged"),
+        ("canine-s", "q and k permuted like Llama's"),
+    ],
+)
+def test_whole_heads_are_called_heads_where_the_table_has_one_axis_of_all_channels(
+    variant: str, kind: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions(variant), tmp_path / variant))
+    opened = Folder(folder)
+    truth = KINDS[kind](opened, Roles(opened))
+    opened.checkpoint.close()
+    (cause,) = causes(verify(folder, originals(variant), levels="bits"))
+    assert truth.names(cause), cause
+
+
+def test_columns_of_a_query_are_not_called_heads(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """They are channels of what it reads, as many as all of its heads have."""
+    folder = Path(shutil.copytree(conversions("mluke-base"), tmp_path / "out"))
+    opened = Folder(folder)
+    name = "luke.encoder.layer.1.attention.self.query.weight"
+    opened.set(name, np.roll(opened.get(name), 8, 1))  # a head's width
+    opened.checkpoint.close()
+    report = verify(folder, originals("mluke-base"), levels="bits")
+    assert causes(report) == ["attention.self.query columns shifted by +8"]
+
+
+def test_pieces_of_a_unigram_vocabulary_exchange_their_ids(conversions: Written, tmp_path: Path) -> None:
+    """It is a list of pieces with scores."""
+    folder = Path(shutil.copytree(conversions("mluke-base"), tmp_path / "out"))
+    before = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert MISTAKES["tokenizer: two ids exchanged"](folder)
+    after = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert sorted(before) == sorted(after) and sum(a != b for a, b in zip(before, after, strict=True)) == 2
 
 
 def test_a_change_of_tensors_and_of_a_value_is_told_as_both(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ckpt_tool.api import Options, convert
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.fixtures.variants import VARIANTS
@@ -20,7 +21,7 @@ from ckpt_tool.reference.phases import Phase, Tree, leaves, mapped, passes
 from ckpt_tool.verify import compute, verify
 from ckpt_tool.verify.logits import variances_of
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.parity import Parity, lockstep
+from ckpt_tool.verify.parity import Parity, _both, lockstep
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.sides import Sample, Side
 from ckpt_tool.verify.weights import Weights
@@ -250,3 +251,20 @@ def test_a_wrong_shape_in_the_original_is_told_and_raises_nothing_else(
     assert (found.check, found.status) == ("lockstep", "skipped")
     assert found.message.startswith("the original's own pass cannot run: ")
     assert report.exit_code == 2
+
+
+@pytest.mark.parametrize("made", [lambda x: x + 1, lambda x: (x, {"m": x[:, :1]}), lambda x: (x, x.sum(0))])
+def test_two_inputs_in_one_pass_give_what_each_gives(made: Callable[[Tensor], Tree]) -> None:
+    """Whatever a phase makes of one tensor: a tree, of which a part may be of no batch."""
+    x, y = torch.arange(12.0).view(2, 1, 6)
+    for found, wanted in zip(_both(made, x, y, {}), (made(x), made(y)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(leaves(found), leaves(wanted), strict=True))
+
+
+def test_parity_of_a_model_of_two_lengths_runs(tmp_path: Path) -> None:
+    """CANINE goes on with characters and molecules."""
+    variant = VARIANTS["canine-s"]
+    source = variant.write(tmp_path / "original")
+    convert(source, tmp_path / "out", options=Options(settings=variant.settings))
+    report = verify(tmp_path / "out", source, settings=variant.settings, levels="parity", mode="quick")
+    assert [f.status for f in report.level("parity") if f.check == "lockstep"] == ["pass"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.tensor_names import short, stack_of
@@ -38,6 +39,7 @@ class Effort:
     floor: frozenset[str] | None = None
     free: frozenset[str] | None = None
     left_out: tuple[str, ...] = ()
+    before: frozenset[Phase] = frozenset({"embed"})  # what comes in front of the first layer
 
     def has(self, phase: Phase, prompt: str) -> bool:
         """Whether a prompt goes through a phase. A layer that is left out is passed over: the next one is fed
@@ -45,7 +47,7 @@ class Effort:
         if isinstance(phase, int):
             chosen = self.reach.get(prompt)
             return (self.layers is None or phase in self.layers) and (chosen is None or phase in chosen)
-        if phase == "embed":
+        if phase in self.before:
             return self.reach.get(prompt) != frozenset()  # one without any layer does not run at all
         return prompt not in self.reach
 
@@ -91,7 +93,7 @@ def effort_for(
         said.append(
             f"{_named(wide, tokens)} through {layers_text(sorted(firsts))} only, the first of each kind"
         )
-    return Effort("default", None, dict.fromkeys(wide, firsts), cheap, cheap, tuple(said))
+    return Effort("default", None, dict.fromkeys(wide, firsts), cheap, cheap, tuple(said), _before(original))
 
 
 def _quick(original: Side, converted: Side, tokens: Mapping[str, int]) -> Effort:
@@ -109,7 +111,15 @@ def _quick(original: Side, converted: Side, tokens: Mapping[str, int]) -> Effort
         said.append(f"{_named(wide, tokens)} not run")
     reach = {**dict.fromkeys(long, frozenset(firsts)), **dict.fromkeys(wide, frozenset[int]())}
     short = frozenset(n for n, t in tokens.items() if t <= SHORT)
-    return Effort("quick", layers, reach, short or None, frozenset(), tuple(said))
+    return Effort("quick", layers, reach, short or None, frozenset(), tuple(said), _before(original))
+
+
+def _before(original: Side) -> frozenset[Phase]:
+    """The phases in front of the first layer: an embedding, as a rule alone."""
+    kinds = original.kinds().items()
+    return frozenset(
+        p for p, kind in takewhile(lambda pair: not isinstance(pair[0], int), kinds) if kind != "head"
+    )
 
 
 def first_of_each_kind(original: Side, converted: Side) -> list[int]:

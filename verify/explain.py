@@ -28,6 +28,8 @@ from ckpt_tool.verify.subject import Subject
 
 LIMIT = 1 << 30  # bytes of a tensor that is explained; a larger one is only located
 HEADS = ("num_attention_heads", "n_head")
+READ = (".q_proj", ".k_proj", ".v_proj", ".query", "_query", ".key", ".value")  # heads along their rows
+MIXED = (".o_proj", ".out_proj", ".attention.output.dense")  # and along their columns
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 ROLES = 9  # above the places of query, key and value in a layer's order
 AXES = 4  # of a tensor whose axes are tried in other orders
@@ -148,22 +150,22 @@ class Evidence:
         """Those of each dimension, outer first, with their sizes."""
         step, part = self.where[name]
         box = part.box(step.sizes)
-        layer = layer_of(name)
-        return [self._with_heads([(a, box[a][1] - box[a][0]) for a in g], layer) for g in part.dims]
+        groups = [[(a, box[a][1] - box[a][0]) for a in g] for g in part.dims]
+        return [self._with_heads(name, dim, group) for dim, group in enumerate(groups)]
 
-    def _with_heads(self, group: list[tuple[str, int]], layer: int | None) -> tuple[tuple[str, int], ...]:
-        """Heads and experts where the table's axes have other names, or one name is used for two things: `x`
-        is all channels of attention, as is `e` in layers without experts, of which config.json knows the
-        heads; query heads come in groups."""
-        config = self.subject.config
-        wide = [(a, n) for a, n in group if n > 1]
+    def _with_heads(self, name: str, dim: int, group: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+        """Heads and experts where the table's axes have other names: where it has all channels of attention
+        in one axis, config.json knows the heads; query heads come in groups; `e` is a width in layers
+        without experts."""
+        config, words = self.subject.config, [a for a, _ in group]
         heads = next((int(config[k]) for k in HEADS if isinstance(config.get(k), int)), 0)
-        experts = {config.get(k) for k in EXPERTS}
-        channels = wide[0][0] if len(wide) == 1 and layer is not None and wide[0][1] not in experts else ""
-        if channels in ("x", "e") and heads > 1 and wide[0][1] % heads == 0:
-            return (("n", heads), ("h", wide[0][1] // heads))
-        if [a for a, _ in group] in (["g", "s", "h"], ["k", "s", "h"]):
+        wide = [n for _, n in group if n > 1]
+        alone = len(wide) == 1 and not {"n", "k", "g", "h"} & set(words) and dim == _along_heads(name)
+        if alone and heads > 1 and wide[0] % heads == 0:
+            return (("n", heads), ("h", wide[0] // heads))
+        if words in (["g", "s", "h"], ["k", "s", "h"]):
             return (("n", group[0][1] * group[1][1]), group[2])
+        experts = {config.get(k) for k in EXPERTS}
         return tuple(("width", n) if a == "e" and n not in experts else (a, n) for a, n in group)
 
     def ranks(self, name: str, dim: int) -> int:
@@ -173,6 +175,14 @@ class Evidence:
             (a for a in part.dims[dim] if part.box(step.sizes)[a][1] - part.box(step.sizes)[a][0] > 1), ""
         )
         return len({p.box(step.sizes)[outer] for p in step.sources}) if outer else 1
+
+
+def _along_heads(name: str) -> int | None:
+    """Which dimension of a layer's tensor has the heads, as its name tells."""
+    module, _, kind = name.rpartition(".")
+    if layer_of(name) is None or not module.endswith((*READ, *MIXED)):
+        return None
+    return 0 if module.endswith(READ) else 1 if kind == "weight" else None
 
 
 def _recast(x: np.ndarray, source: str, target: str) -> np.ndarray:
@@ -571,7 +581,7 @@ def _needlessly(
     evidence: Evidence, name: str, expected: np.ndarray, found: np.ndarray, own: Reorder | None
 ) -> str | None:
     """Rows permuted as rotary ones are, where the plan leaves them: pairs taken for halves."""
-    if own is not None or "norm" in name:
+    if (own is not None and own.rotary) or "norm" in name:
         return None
     axes = [(a, n) for a, n in evidence.axes(name)[0] if n > 1]
     counts = [axes[0][1]] if len(axes) > 1 else []

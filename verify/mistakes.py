@@ -20,7 +20,7 @@ from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
-from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
+from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, layouts, reorders
 from ckpt_tool.verify.sides import Change, Phase, Side, Tensors
 
 Sizes = Mapping[str, int]
@@ -51,6 +51,11 @@ def undone(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
         return {r.name: relayout(source, r.sizes, r.left, r.right)}
 
     return make
+
+
+def written(r: Reorder, order: tuple[str, ...]) -> Callable[[Tensors], dict[str, Tensor]]:
+    """The tensor with its axes in another order."""
+    return lambda w: {r.name: relayout(w[r.name], r.sizes, r.right, order)}
 
 
 # --- query, key and value in one ------------------------------------------------------------------------
@@ -346,6 +351,7 @@ def _undone(
     made += [
         Change(f"{short(r.name)} permuted twice", planted(r, Belief("", r.right, r.sizes))) for r in found
     ]
+    made += [Change(f"{short(r.name)} {words}", written(r, o)) for r in found for words, o in layouts(r)]
     made += exchanges(shapes, shapes, layer, vectors=True)
     made += [
         Change(f"{short(n)} transposed", transpose(n, back=True)) for n, s in shapes.items() if len(s) == 2

@@ -14,6 +14,8 @@ from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Plan
 
+WRITTEN_AXES = 4  # of a converted tensor whose other orders are tried
+
 
 @dataclass(frozen=True)
 class Reorder:
@@ -89,6 +91,18 @@ def beliefs(r: Reorder, others: Iterable[Reorder]) -> list[Belief]:
         if believed not in (r.left, r.right):
             made.append(Belief(f"original read as ({' '.join(order)})", believed, r.sizes))
     return made
+
+
+def layouts(r: Reorder) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Other orders of the same axes in the converted tensor, each with its words: what a wrong row of the
+    table itself can have in place of the right one."""
+    places = [k for k, a in enumerate(r.right) if a in r.group]
+    now = tuple(r.right[k] for k in places)
+    for order in permutations(now) if len(now) <= WRITTEN_AXES else ():
+        if order != now:
+            there = dict(zip(places, order, strict=True))
+            words = f"written as ({' '.join(now)}) where it should be ({' '.join(order)})"
+            yield words, tuple(there.get(k, a) for k, a in enumerate(r.right))
 
 
 # --- query, key and value in one ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt_tool.reference.phases import Tree, mapped
+from ckpt_tool.reference.phases import Tree, leaves, mapped
 from ckpt_tool.verify import equivalence, foretold, logits
 from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.controls import Planted, control
@@ -208,11 +208,14 @@ def _noise(original: Side, phase: Phase, m: Made) -> None:
 
 
 def _both(run: Callable[[Tree], Tree], x: Tree, y: Tree, given: Tensors) -> tuple[Tree, Tree]:
-    """What a phase makes of two inputs: in one pass over its weights, where an input is one tensor alone."""
+    """What a phase makes of two inputs: in one pass over its weights, where an input is one tensor alone and
+    all that is made of it is by the batch."""
     if given or not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
         return run(x), run(y)
-    made, rows = run(torch.cat([x, y])), len(x)  # one tensor in, but perhaps several out
-    return mapped(lambda t: t[:rows], made), mapped(lambda t: t[rows:], made)
+    made, n = run(torch.cat([x, y])), len(x)
+    if any(t.ndim == 0 or len(t) != 2 * n for t in leaves(made)):
+        return run(x), run(y)
+    return mapped(lambda t: t[:n], made), mapped(lambda t: t[n:], made)
 
 
 def _wanted(original: Side, phase: Phase, runs: list[Run]) -> list[tuple[Run, Tree]]:
