@@ -1,11 +1,13 @@
-"""Time and memory of `convert --dry-run` and `inspect` on sparse torch.distributed folders of 1 TB:
-`.metadata` is as torch writes it, and the files that it names are as long as it says, and empty.
+"""Time and memory of `convert --dry-run` and `inspect` on sparse checkpoints of very many tensors. Those of
+torch.distributed have 1 TB: `.metadata` is as torch writes it, and the files that it names are as long as it
+says, and empty.
 
     python benchmarks/torch_dist.py --work /a/folder --kinds layers shards experts --json result.json
 
 layers    Megatron-Core, one tensor for all of 126 layers, cut by 8 tensor-parallel ranks, as 405B is saved
 shards    whole tensors of Hugging Face's names, each cut into equal rows by 410 ranks: 500,000 pieces
 experts   500,000 tensors in one piece each: 1,302 experts in each of 128 layers
+files     200,000 tensors of Hugging Face's names in 20 safetensors files, which become an original
 
 Each command runs in a process of its own; its memory is the high-water mark.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -50,6 +53,8 @@ class Folder:
     documents: dict[str, dict[str, Any]]
     settings: tuple[str, ...] = ()
     plans: bool = False
+    files: bool = False  # safetensors, one for each rank
+    to: str = "hf"
 
 
 def rows(name: str, shape: Numbers, ranks: int) -> Cut:
@@ -140,10 +145,36 @@ def experts() -> Iterator[Cut]:
         yield Cut(f"{name}.weight", shape, [((0,) * len(shape), shape, k % 512)])
 
 
+TINY, NARROW, FEWER = 64, 1041, 64
+CONFIG = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "torch_dtype": "bfloat16",
+    "hidden_size": TINY, "intermediate_size": TINY, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "head_dim": 8, "num_hidden_layers": FEWER, "num_local_experts": NARROW, "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "vocab_size": 32000, "hidden_act": "silu",
+    "max_position_embeddings": 32768, "tie_word_embeddings": False, "sliding_window": None,
+}  # fmt: skip
+
+
+def files() -> Iterator[Cut]:
+    shapes: dict[str, Numbers] = {"model.embed_tokens": (32000, TINY)}
+    for i in range(FEWER):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}self_attn.{x}_proj": (TINY, TINY) for x in "qkvo"}
+        shapes |= {f"{at}{x}_layernorm": (TINY,) for x in ("input", "post_attention")}
+        moe = f"{at}block_sparse_moe."
+        shapes[f"{moe}gate"] = (NARROW, TINY)
+        shapes |= {f"{moe}experts.{e}.w{x}": (TINY, TINY) for e, x in product(range(NARROW), (1, 2, 3))}
+    shapes |= {"model.norm": (TINY,), "lm_head": (32000, TINY)}
+    each = -(-len(shapes) // 20)
+    for k, (name, shape) in enumerate(shapes.items()):
+        yield Cut(f"{name}.weight", shape, [((0,) * len(shape), shape, k // each)])
+
+
 KINDS = {
     "layers": Folder("qwen3", layers, {}, plans=True),
     "shards": Folder("qwen3", shards, {"config.json": QWEN3}),
     "experts": Folder("mixtral", experts, {"params.json": PARAMS}),
+    "files": Folder("mixtral", files, {"config.json": CONFIG}, files=True, to="original"),
 }
 ARGS = {
     "num_layers": LAYERS, "hidden_size": DIM, "ffn_hidden_size": FFN, "num_attention_heads": HEADS,
@@ -204,9 +235,37 @@ def write(kind: Folder, folder: Path) -> tuple[int, int, int]:
     return len(state), len(storage), sum(ends.values())
 
 
+def write_files(kind: Folder, folder: Path) -> tuple[int, int, int]:
+    """The same of safetensors files, with their index."""
+    folder.mkdir(parents=True)
+    by_rank: dict[int, list[Cut]] = {}
+    for cut in kind.cuts():
+        by_rank.setdefault(cut.pieces[0][2], []).append(cut)
+    index: dict[str, str] = {}
+    total = 0
+    for rank, cuts in by_rank.items():
+        file = f"model-{rank + 1:05d}-of-{len(by_rank):05d}.safetensors"
+        header, at = {}, 0
+        for cut in cuts:
+            end = at + 2 * math.prod(cut.shape)
+            header[cut.name] = {"dtype": "BF16", "shape": list(cut.shape), "data_offsets": [at, end]}
+            index[cut.name], at = file, end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        with open(folder / file, "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            f.truncate(8 + len(text) + at)
+        total += at
+    named = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(named))
+    for name, content in kind.documents.items():
+        (folder / name).write_text(json.dumps(content))
+    return len(index), len(index), total
+
+
 def built(name: str, folder: Path, told: Path) -> None:
     """In a process of its own: a child's high-water mark begins with its parent's."""
-    told.write_text(json.dumps(write(KINDS[name], folder)))
+    kind = KINDS[name]
+    told.write_text(json.dumps((write_files if kind.files else write)(kind, folder)))
 
 
 def measured(command: list[str], out: Path) -> dict[str, Any]:
@@ -253,13 +312,15 @@ def main() -> None:
             str(folder),
             "--out",
             str(given.work / "out"),
+            "--to",
+            kind.to,
             "--dry-run",
         ]
         made = {
             "tensors": tensors,
             "pieces": pieces,
             "bytes": size,
-            "metadata": (folder / ".metadata").stat().st_size,
+            "metadata": sum(f.stat().st_size for f in folder.glob(".metadata")),
             "plan": measured(plan, given.work / "plan.txt"),
             "inspect": measured([*program, "inspect", str(folder)], given.work / "inspect.txt"),
         }

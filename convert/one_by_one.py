@@ -80,7 +80,9 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
     names = checkpoint.names()
     fail_all(_joined_problems(names, checkpoint))
     patterns = [(_pattern(one), parts) for one, parts in in_memory.items()]
-    if not any(_pattern(one).fullmatch(n) for one in in_memory for n in names if n.endswith(_tail(one))):
+    tails = tuple(map(_tail, in_memory))
+    likely = [n for n in names if n.endswith(tails)]
+    if not any(pattern.fullmatch(n) for pattern, _ in patterns for n in likely):
         return checkpoint
     apart = [_pattern(part) for parts in in_memory.values() for part in parts]
     single = next((n for n in names if any(p.fullmatch(n) for p in apart)), None)
