@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail_all
 # How the tensors of a head begin, by the end of the class's name; of several one kind is there.
 HEADS: Mapping[str, tuple[str, ...]] = {
     "LMHeadModel": ("lm_head.",),
-    "DoubleHeadsModel": ("multiple_choice_head.",),
+    "DoubleHeadsModel": ("multiple_choice_head.", "lm_head."),
     "ForCausalLM": ("lm_head.", "embed_out.", "cls.predictions.", "dense."),
     "ForMaskedLM": ("lm_head.", "cls.predictions.", "mlm_head.", "dense.", "entity_predictions."),
     "ForPreTraining": ("cls.",),
@@ -59,6 +59,15 @@ LABELLED = re.compile(
 )
 ANSWERING = "ForQuestionAnswering"  # two rows, begin and end, in the classes above as many as labels
 LAST = re.compile(r"(score|classifier|classifier\.out_proj|qa_outputs)\.weight")
+# Whose last matrix reads more than one position, and which have no bias.
+WIDTHS = ("hidden_size", "n_embd")
+WIDER = {"ForEntityPairClassification": 2, "ForEntitySpanClassification": 3}
+UNBIASED = (("ForSequenceClassification", "score"), ("ForEntityPairClassification", "classifier"))
+# Whose logits are of the pooler's vector.
+POOLED = re.compile(
+    r"(Canine|Luke|MegatronBert|MobileBert)For(SequenceClassification|MultipleChoice|NextSentencePrediction|"
+    r"PreTraining)"
+)
 UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 # What decoders call themselves below this head, whatever their other classes do.
 IN_ANSWERING = "transformer."
@@ -164,7 +173,8 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     held = chosen.held(seen, own, spelling.architecture)
     _check_settings(held, checkpoint.json("config.json"), spelling.kind)
     filled = held_steps(held)
-    expected, there = _expected(filled), {name: held for held, name in spelling.family.items()}
+    expected = [p for p in _expected(filled) if _has(p.name, spelling)]
+    there = {name: held for held, name in spelling.family.items()}
     fail_all(_biases(expected, held, chosen, spelling.kind))
     filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
     copies = dict(_copies(filled, seen, held, spelling))
@@ -307,6 +317,11 @@ def _expected(filled: Expansion) -> list[Part]:
     return list(made.values())
 
 
+def _has(name: str, spelling: Spelling) -> bool:
+    """Whether the class has a tensor of the family's rows: not one of another head."""
+    return name.startswith((spelling.prefix, *_starts(spelling.architecture)))
+
+
 def _whole(tensor: TensorInfo) -> Part:
     """A tensor that no row has, as it is."""
     axes = [f"x{k}" for k in range(len(tensor.shape))]
@@ -397,7 +412,7 @@ def _of_another_head(problem: Problem, seen: Checkpoint, spelling: Spelling) -> 
 
 
 def _head_problems(
-    spelling: Spelling, held: Held, names: Iterable[str], heads: Iterable[TensorInfo]
+    spelling: Spelling, held: Held, names: Collection[str], heads: Iterable[TensorInfo]
 ) -> Iterator[Problem]:
     """A head of which nothing is there, unless it is the embedding again; labels that it has no rows for."""
     starts, own = _starts(spelling.architecture), held.source
@@ -412,20 +427,42 @@ def _head_problems(
             known = " or ".join(f"{s}weight" for s in starts)
             message = f"expected the head of {spelling.architecture} ({known}), found none"
             yield Problem("missing-tensor", message, own.checkpoint.path.name, starts[0] + "weight")
-    labels = _labels(held.facts.document or {})
+    if POOLED.fullmatch(spelling.architecture) and not any(".pooler." in n for n in names):
+        message = f"expected the pooler that the head of {spelling.architecture} reads, found none"
+        yield Problem("missing-tensor", message, own.checkpoint.path.name, f"{spelling.prefix}pooler")
     for t in heads:
         if t.dtype not in CASTABLE and t.shape:
             message = f"expected {', '.join(CASTABLE)}, found {t.dtype}"
             yield Problem("unsupported-dtype", message, t.file, t.name)
-        if not LAST.fullmatch(t.name):
-            continue
-        rows = t.shape[0] if t.shape else "no"
-        if spelling.architecture.endswith(ANSWERING) and rows != 2:
-            message = f"expected 2 rows (where an answer begins and ends), found {rows} rows"
-            yield Problem("config-mismatch", message, t.file, t.name)
-        elif labelled and rows != labels:
-            message = f"expected {labels} labels (config.json: id2label), found {rows} rows"
-            yield Problem("config-mismatch", message, t.file, t.name)
+        if LAST.fullmatch(t.name):
+            yield from _last_problems(t, spelling, held, names)
+
+
+def _last_problems(
+    t: TensorInfo, spelling: Spelling, held: Held, names: Collection[str]
+) -> Iterator[Problem]:
+    """What is otherwise of the last matrix than the class makes it: its rows, its columns, its bias."""
+    end, labels = _end(spelling.architecture), _labels(held.facts.document or {})
+    rows, columns = (*t.shape, "no", "no")[:2]
+    if end == ANSWERING and rows != 2:
+        message = f"expected 2 rows (where an answer begins and ends), found {rows} rows"
+        yield Problem("config-mismatch", message, t.file, t.name)
+    elif LABELLED.search(spelling.architecture) and rows != labels:
+        message = f"expected {labels} labels (config.json: id2label), found {rows} rows"
+        yield Problem("config-mismatch", message, t.file, t.name)
+    said = {**(held.facts.document or {}), **held.facts.settings}
+    found = (d.get(k) for d in (said, spelling.kind.numbers) for k in ("word_embed_proj_dim", *WIDTHS))
+    width = next((n for n in found if type(n) is int), None)
+    if "out_proj" not in t.name and width is not None and columns != width * WIDER.get(end, 1):
+        message = f"expected {width * WIDER.get(end, 1)} columns, found {columns}"
+        yield Problem("config-mismatch", message, t.file, t.name)
+    stem = t.name.removesuffix(".weight")
+    if (end, stem) not in UNBIASED and f"{stem}.bias" not in names:
+        message = f"expected this tensor, which {spelling.architecture} has, found none"
+        yield Problem("missing-tensor", message, t.file, f"{stem}.bias")
+    if (end, stem) in UNBIASED and f"{stem}.bias" in names:
+        message = f"expected no bias, which {spelling.architecture} does not read, found one"
+        yield Problem("unsupported", message, t.file, f"{stem}.bias", "--drop leaves it out, and records it")
 
 
 def _ties(held: Held) -> bool:

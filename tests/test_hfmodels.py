@@ -276,6 +276,40 @@ def test_answers_have_two_rows_whatever_labels_there_are(model: Made, tmp_path: 
     assert api.plan(rewritten(source, tmp_path / "two", encoder, **asked, **two)).family == "mluke"
 
 
+HEADLESS: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, torch.Tensor]], Any], str, str]] = {
+    "another head": (
+        "LlamaForSequenceClassification", {}, lambda w: w.update({"lm_head.weight": torch.ones(89, 24)}),
+        "uncovered-tensors", "lm_head.weight",
+    ),
+    "columns": (
+        "LlamaForSequenceClassification", {}, lambda w: w.update({"score.weight": torch.ones(3, 25)}),
+        "config-mismatch", "24 columns",
+    ),
+    "a bias that is not read": (
+        "LlamaForSequenceClassification", {}, lambda w: w.update({"score.bias": torch.ones(3)}),
+        "unsupported", "score.bias",
+    ),
+    "no bias": (
+        "LukeForEntitySpanClassification", {}, lambda w: w.pop("classifier.bias"),
+        "missing-tensor", "classifier.bias",
+    ),
+    "no pooler": (
+        "LukeForEntitySpanClassification", {"architectures": ["LukeForSequenceClassification"]},
+        lambda w: [w.pop(f"luke.pooler.dense.{n}") for n in ("weight", "bias")],
+        "missing-tensor", "luke.pooler",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_a_head_is_whole_and_the_only_one(name: str, model: Made, tmp_path: Path) -> None:
+    """What is missing the class would make at random, what is too much it would leave out."""
+    architecture, config, change, kind, words = HEADLESS[name]
+    changed = rewritten(model(architecture), tmp_path / "in", lambda w: [change(w)].clear(), **config)
+    error = refused(changed)
+    assert kind in {p.kind for p in error.problems} and words in error.text()
+
+
 def test_a_model_alone_whose_names_an_original_has_too(model: Made, tmp_path: Path) -> None:
     def alone(w: dict[str, torch.Tensor]) -> None:
         for name in list(w):
