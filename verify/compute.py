@@ -306,7 +306,7 @@ def _parity(
             tell(f"parity: needs {needs}")
             result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
     except NoPass as error:
-        return [Finding("parity", "lockstep", "skipped", str(error))]
+        return [Finding("parity", "lockstep", "undecided", str(error))]
     tokenizer = tokenizer_of(subject.hf)
     found = findings(result, original, converted, prompts, asked.accept)
     found = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in found]
