@@ -39,13 +39,9 @@ def arguments(mode: str | None, pairs: tuple[str, ...], file: str | None) -> dic
 
 
 def _read(file: str) -> dict[str, Any]:
-    try:
-        with open(file, "rb") as opened:
-            data = json.loads(opened.read(1 << 20))
-    except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=file, where="--options")
-    except ValueError as error:
-        fail("usage", f"expected JSON, found {error}", file=file, where="--options")
+    from ckpt_tool.verify.generate_run import read_json
+
+    data = read_json(file, "--options", 1 << 20)
     if not isinstance(data, dict):
         fail("usage", f"expected an object, found {type(data).__name__}", file=file, where="--options")
     return data

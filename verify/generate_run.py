@@ -244,15 +244,20 @@ def to_json(made: Made, request: Request) -> dict[str, Any]:
     return found
 
 
-def read_request(path: str) -> tuple[list[list[int]], list[list[int]] | None]:
-    """Rows and mask of a JSON file: a list of rows, or an object of `input_ids` and `attention_mask`."""
+def read_json(path: str, option: str, most: int) -> Any:
+    """What the file of an option holds; more than `most` bytes are cut off, and no JSON then."""
     try:
         with open(path, "rb") as file:
-            data = json.loads(file.read(64 << 20))
+            return json.loads(file.read(most))
     except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path, where="--prompts")
+        fail("read-failed", f"cannot be read: {error.strerror}", file=path, where=option)
     except ValueError as error:
-        fail("usage", f"expected JSON, found {error}", file=path, where="--prompts")
+        fail("usage", f"expected JSON, found {error}", file=path, where=option)
+
+
+def read_request(path: str) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Rows and mask of a JSON file: a list of rows, or an object of `input_ids` and `attention_mask`."""
+    data = read_json(path, "--prompts", 64 << 20)
     if not isinstance(data, dict):
         return _rows(data, "input_ids", path), None
     mask = data.get("attention_mask")
