@@ -427,7 +427,10 @@ def _head_problems(
             known = " or ".join(f"{s}weight" for s in starts)
             message = f"expected the head of {spelling.architecture} ({known}), found none"
             yield Problem("missing-tensor", message, own.checkpoint.path.name, starts[0] + "weight")
-    if POOLED.fullmatch(spelling.architecture) and not any(".pooler." in n for n in names):
+    pools = (held.facts.document or {}).get(
+        "classifier_activation"
+    ) is not False  # MobileBERT's without has none
+    if pools and POOLED.fullmatch(spelling.architecture) and not any(".pooler." in n for n in names):
         message = f"expected the pooler that the head of {spelling.architecture} reads, found none"
         yield Problem("missing-tensor", message, own.checkpoint.path.name, f"{spelling.prefix}pooler")
     for t in heads:

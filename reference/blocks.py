@@ -56,7 +56,7 @@ def words(ids: Tensor, tables: Sequence[Tensor]) -> Tensor:
     parts, first = [], 0
     for table in tables:  # (V/S, D)
         own = (first <= ids) & (ids < first + len(table))
-        if first == 0 or own.any():
+        if first == 0 or own.is_meta or own.any():  # on `meta` nobody can tell
             parts.append(torch.where(own[..., None], table[torch.where(own, ids - first, 0)], 0))
         first += len(table)
     return all_reduce(parts)

@@ -43,6 +43,7 @@ from ckpt_tool.convert.execute import Outcome, execute
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import OutputFile, Plan, _step_problems, _told_apart
 from ckpt_tool.convert.recognising import only_family
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -455,7 +456,7 @@ def test_planning_names_the_data_file_that_a_tensor_needs(tmp_path: Path) -> Non
     with open_checkpoint(tmp_path) as checkpoint:
         steps = {t.name: one(t.name, t.file, "", "r", "r", r=2) for t in checkpoint}
         for name, kinds in (("a", []), ("b", ["missing-shard"])):
-            found = list(_step_problems([steps[name]], checkpoint))
+            found = list(_step_problems(Steps([steps[name]]), checkpoint))
             assert [p.kind for p in found] == kinds
             assert all(p.file == "p.data-00001-of-00002" and "which holds b," in p.message for p in found)
 
