@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.checkpoint.weight_sets import is_template, is_tokenizer, vocabulary_kind
+from ckpt_tool.checkpoint.weight_sets import BESIDE, is_template, is_tokenizer, vocabulary_kind
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.facts import class_of, classes
@@ -84,20 +84,6 @@ TABLES: Mapping[str, str] = {
     r"(.*\.)?(attn|attention)\.masked_bias": "what masked scores are set to",
     r"(.*\.)?embeddings\.position_ids": "0, 1, 2, ...",
 }
-_BESIDE = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "sentencepiece.bpe.model",
-    "entity_vocab.json",
-)
 
 
 @dataclass(frozen=True)
@@ -548,7 +534,7 @@ def _config(
 def _beside(checkpoint: Checkpoint) -> Iterator[OutputDocument]:
     """Tokenizer files and the like as they are, but for fields that ask for code."""
     for name, document in checkpoint.documents.items():
-        if not (name in _BESIDE or is_template(name) or is_tokenizer(name) or vocabulary_kind(name) == name):
+        if not (name in BESIDE or is_template(name) or is_tokenizer(name) or vocabulary_kind(name) == name):
             continue
         content, source = document.read(), "copied from beside the weights"
         if name in ("tokenizer_config.json", "generation_config.json"):

@@ -490,6 +490,9 @@ def test_http_archive(server: State, conversions: Written, tmp_path: Path) -> No
     shutil.move(tmp_path / "model.tar", server.root / "files" / "model.tar")
     convert(f"{server.address}/files/model.tar", tmp_path / "out")
     same(tmp_path / "out", conversions(MODEL))
+    size = (server.root / "files" / "model.tar").stat().st_size
+    ranges = [request.sent for request in server.seen]
+    assert max(ranges) < size and sum(ranges) < 2 * size  # heads come with what stands behind them, never all
 
 
 def test_fsspec(conversions: Written, originals: Written, tmp_path: Path) -> None:

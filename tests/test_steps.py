@@ -15,8 +15,7 @@ from torch.distributed.checkpoint import metadata as classes
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ckpt_tool.checkpoint import dcp_listing
-from ckpt_tool.checkpoint.byte_range import ByteRange
-from ckpt_tool.checkpoint.dcp_metadata import Metadata, read_metadata
+from ckpt_tool.checkpoint.dcp_metadata import Metadata
 from ckpt_tool.checkpoint.safetensors import index_document
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.tensor_names import Folded, fold_key, folded_name
@@ -24,6 +23,7 @@ from ckpt_tool.convert.expanding import expand
 from ckpt_tool.convert.layout import Part, Step, rule
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError
+from tests.test_scale import read
 
 DIMS = (("v",), ("d",))
 
@@ -137,14 +137,6 @@ def written(folder: Path, count: int, *, change: Any = None) -> Path:
         change(made)
     (folder / ".metadata").write_bytes(pickle.dumps(made, protocol=4))
     return folder / ".metadata"
-
-
-def read(file: Path) -> Metadata:
-    own = ByteRange(file, ".metadata")
-    try:
-        return read_metadata(own, file=".metadata")
-    finally:
-        own.close()
 
 
 def told(found: Metadata) -> list[object]:
