@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.expanding import Expansion, expand
@@ -31,6 +30,7 @@ from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail_all
 
 TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
