@@ -340,7 +340,9 @@ class _Reader:
         else:
             where = spoken[-1] if spoken else "rope_scaling"
             absent = not spoken and "rope_scaling" not in self.config
-            self.values["rope_scaling"] = Meaning(None, None, where, default=absent)
+            usual = None if spoken else self.own.numbers.get("rope_scaling")  # few classes have one
+            value = None if usual is None else self._scaling("rope_scaling", usual)
+            self.values["rope_scaling"] = Meaning(value, value, where, default=absent)
 
     def _turned(self, name: str, objects: Mapping[str, Mapping[str, Any]], default: Any) -> None:
         """A number that the objects say, or a key beside them."""
@@ -404,6 +406,8 @@ class _Reader:
             expected = f"rope_type {', '.join(['default', *NEEDED])}"
             self.refuse("unsupported", f"{key}.rope_type", expected, kind)
             return {"rope_type": kind, **given}
+        if kind == "yarn":
+            given.pop("max_position_embeddings", None)  # which nobody reads there
         if kind in ("linear", "dynamic") and same(given.get("factor"), 1):
             return None
         if kind in BOUNDED:
