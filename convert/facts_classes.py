@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ckpt_tool.convert.facts_parts import Parts
+
 
 @dataclass(frozen=True)
 class Class:
@@ -40,6 +42,7 @@ class Class:
     distances: str | None = None  # how a table of numbers by distance ends, with that of none in its middle
     # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
+    parts: Parts | None = None  # of a model that has others beside that of text
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
 
