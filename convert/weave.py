@@ -81,6 +81,7 @@ class Written:
     original: Mapping[str, Any] = field(default_factory=dict)
     foretold: Sequence[Foretold] = ()
     unread: str = ""
+    spelled: Callable[[Mapping[str, Value]], OutputDocument] = config_document  # config.json
     lossy: Sequence[str] = ()
 
 
@@ -128,7 +129,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         expansion=filled,
         ignored=written.ignored,
         config=config,
-        documents=[config_document(config), *written.documents],
+        documents=[written.spelled(config), *written.documents],
         options=options,
         notes=written.notes,
         lossy=lossy,

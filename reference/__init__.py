@@ -36,7 +36,11 @@ What verification asks a reading besides, where it says it:
     vocabulary(c) -> int                the ids that there are, where config.json does not say it
     needed(c) -> inputs                 those without which the class gives nothing
 
-and a reading of the Hugging Face layout, of its architecture's own mistakes:
+a reading of the Hugging Face layout, of tensors that no pass reads, by what they are of:
+
+    UNREAD = {words: pattern of names}
+
+and of its architecture's own mistakes:
 
     mistakes(names, c) -> {words: how}  in the tensors of these names; `how` makes the wrong tensors out of
                                         all, by name, or is a pair of that and of what makes them right again
