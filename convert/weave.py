@@ -29,6 +29,7 @@ from ckpt_tool.convert.layout import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
+from ckpt_tool.convert.quantised_asked import check_asked, lossy_words
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail_all
@@ -113,12 +114,13 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         filled.steps = filled.steps.changed(
             lambda s: without_padding(s, WORDS, words), where=lambda s: WORDS in s.sizes
         )
-    config, lossy = written.config, []
+    config, lossy = written.config, lossy_words(source.checkpoint, options)
+    check_asked(options)
     if options.gqa is not None:
         fewer = pooled(filled.steps, options.gqa, table.numbers, ranks=source.ranks)
         filled.steps = fewer.steps
         config = {**config, "num_key_value_heads": fewer.heads}
-        lossy = [fewer.lossy]
+        lossy = [*lossy, fewer.lossy]
     return assemble(
         family=written.family,
         direction="to-hf",
@@ -164,6 +166,7 @@ def as_it_is(
 ) -> Plan:
     """The plan of a model that keeps its layout: `filled` moves its tensors as they are. The config.json is
     among the documents."""
+    check_asked(options)
     return assemble(
         family=written.family,
         direction="to-hf",
@@ -175,6 +178,7 @@ def as_it_is(
         documents=written.documents,
         options=options,
         notes=written.notes,
+        lossy=lossy_words(checkpoint, options),
         original=written.original,
         turns=turns,
         unread=written.unread,
@@ -212,6 +216,7 @@ def to_original(
     def converted(name: str) -> Home | None:
         return next(iter(source.homes(name)), None)
 
+    check_asked(options)
     filled = _filled_in(table, source, "targets", original=homes, converted=converted, again=again)
     if (words := table.words) is not None:
         filled.steps = filled.steps.changed(
@@ -233,7 +238,7 @@ def to_original(
         options=options,
         outputs=files,
         notes=written.notes,
-        lossy=written.lossy,
+        lossy=[*written.lossy, *lossy_words(source.checkpoint, options)],
         original=written.original,
         foretold=written.foretold,
         turns=table.turns,
