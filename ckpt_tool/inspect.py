@@ -90,7 +90,7 @@ class Inspection:
     tensors: list[TensorInfo] = field(default_factory=list)
     documents: dict[str, int] = field(default_factory=dict)  # name to bytes
     families: list[tuple[str, bool, str]] = field(default_factory=list)
-    near: list[tuple[str, str]] | None = None  # of the families that do not recognise it; None: not asked
+    near: list[tuple[str, str]] | None = None  # where no family recognises it; None: not asked
     config: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     refused: list[Problem] = field(default_factory=list)
@@ -293,7 +293,8 @@ def inspect(
             found.config = list(_compare(checkpoint))
             if recognise is not None:
                 found.families = recognise(checkpoint)
-                found.near = None if near is None else near(checkpoint, found.families)
+                own = any(is_own for _, is_own, _ in found.families)  # then nobody is told what comes near
+                found.near = None if near is None else [] if own else near(checkpoint, found.families)
         except CkptToolError as error:
             found.refused = list(error.problems)
     return found

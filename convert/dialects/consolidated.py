@@ -10,7 +10,7 @@ below are those of the whole model; S model-parallel ranks each hold a share of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -307,9 +307,9 @@ def foreign(names: Sequence[str], sees: bool = False) -> str | None:
     return None
 
 
-def feed_forward(names: Sequence[str]) -> str | None:
-    """Which feed-forward the tensors are of: "dense", "experts" (one tensor each), "stacked" experts."""
-    held = set(names)
+def feed_forward(held: Container[str]) -> str | None:
+    """Which feed-forward the tensors of these names are of: "dense", "experts" (one tensor each), "stacked"
+    experts."""
     if "layers.0.feed_forward.experts.0.w1.weight" in held or "layers.0.feed_forward.gate.weight" in held:
         return "experts"
     if "layers.0.block_sparse_moe.w1" in held or "layers.0.block_sparse_moe.gate.weight" in held:
@@ -323,10 +323,10 @@ def recognise(d: Consolidated, checkpoint: Checkpoint) -> tuple[bool, str]:
         return layout.recognise(set(names))
     if reason := foreign(names, d.beside is not None):
         return False, reason
-    tensors = [set(f.tensors) for f in checkpoint.files.values()]
+    tensors = [f.tensors.keys() for f in checkpoint.files.values()]
     equal = len(tensors) > 1 and all(t == tensors[0] for t in tensors)
     safe = any(f.endswith(".safetensors") for f in checkpoint.files)
-    return d.told(Seen(set(names), feed_forward(names), params_json.keys_of(checkpoint), equal, safe))
+    return d.told(Seen(set(names), feed_forward(checkpoint), params_json.keys_of(checkpoint), equal, safe))
 
 
 def open_download(checkpoint: Checkpoint, sees: bool = False) -> Source:
@@ -339,11 +339,13 @@ def open_download(checkpoint: Checkpoint, sees: bool = False) -> Source:
     if reason := foreign(names, sees):
         fail("unsupported", f"expected a plain text model, found one that is {reason}", file=label)
     files = sorted(checkpoint.files, key=natural)
+    layer = r"layers\.(\d+)\."
+    if len(names) == sum(len(f.tensors) for f in checkpoint.files.values()):
+        return whole_tensors(checkpoint, layer)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for file in files:
         for name, tensor in checkpoint.files[file].tensors.items():
             tensors[name] = (*tensors.get(name, ()), tensor)
-    layer = r"layers\.(\d+)\."
     if sum(len(ts) > 1 for ts in tensors.values()) <= len(tensors) // 2:
         return whole_tensors(checkpoint, layer)
     fail_all(rank_problems(files, {f: checkpoint.files[f].tensors for f in files}))
