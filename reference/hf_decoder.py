@@ -165,9 +165,12 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device) if c.scaled_words else x
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, past: Cache | None = None) -> Tensor:
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Cache | None = None
+) -> Tensor:
+    """`mask` (B, P + T) is 0 for padding, of which positions count as of other tokens."""
     w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
-    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past)
+    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, mask)
     attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)
     y = feed_forward(norm(x if c.parallel else attended, w, p + n.norm_2, c), w, p, c)
     return attended + (norm(y, w, p + n.after[1], c) if n.after[1] else y)
@@ -228,7 +231,13 @@ _OF_LAST = {name: _of_last(name) for name in HEADS}
 
 
 def attention(
-    x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None, past: Cache | None
+    x: Tensor,
+    w: Mapping[str, Tensor],
+    p: str,
+    c: Config,
+    window: int | None,
+    past: Cache | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     q, k, v = project(x, w, p, c)
     if c.head_norms:
@@ -236,7 +245,7 @@ def attention(
     cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling, cached(past, p))
     q, k = (rotate(y, cos, sin) for y in (q, k))
     k, v = grown(past, p, k, v)
-    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap)
+    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap, mask)
     return linear(y, w, p + c.names.out, "out" in c.biased)
 
 

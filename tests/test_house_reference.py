@@ -200,8 +200,8 @@ def test_an_input_that_no_phase_takes_is_refused() -> None:
     reading = reference.converted("LlamaForCausalLM")
     config = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     c = reading.Config.from_hf(config)
-    with pytest.raises(TypeError, match="expected no inputs mask"):
-        reading.phases([{}], c, {"mask": torch.ones(1, 2)})
+    with pytest.raises(TypeError, match="expected no inputs token_types"):
+        reading.phases([{}], c, {"token_types": torch.ones(1, 2)})
 
 
 def test_every_reading_has_its_phases_in_order(conversions: Written, originals: Written) -> None:

@@ -30,6 +30,7 @@ PROOFS = {
     ("parity", "lockstep"): "the numbers",
     ("transformers", "logits"): "what transformers computes of it",
     ("generation", "greedy"): "the tokens that it goes on with",
+    ("onnx", "outputs"): "the numbers that onnxruntime gives",
 }
 NOT_COMPARED = "not compared with a source"
 WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen
