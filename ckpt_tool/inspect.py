@@ -21,6 +21,7 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
 from ckpt_tool.checkpoint.megatron import arguments
+from ckpt_tool.checkpoint.onnx_file import is_onnx, open_onnx
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import describe
 from ckpt_tool.checkpoint.signs import packed
@@ -270,6 +271,12 @@ def inspect(
     which small files are anyway. A file that is refused gives an `Inspection` with `refused` set, unless
     there is nothing to show at all: then the error is raised."""
     found = Inspection(os.fspath(path))
+    if is_onnx(path):
+        with closing(open_onnx(path)) as graph:
+            found.files = [_view(graph)]
+            found.tensors = list(graph.tensors.values())
+            found.documents = {p.name: p.stat().st_size for p in graph.paths[1:]}
+        return found
     try:
         checkpoint = open_checkpoint(path)
     except CkptToolError as error:

@@ -45,6 +45,8 @@ and of its architecture's own mistakes:
     mistakes(names, c) -> {words: how}  in the tensors of these names; `how` makes the wrong tensors out of
                                         all, by name, or is a pair of that and of what makes them right again
     config_mistakes(config) -> {words: other values of config.json}
+    ONNX_CLASS                          the absolute tolerance and the version of operators of the library's
+                                        configuration for ONNX, where there is one
 """
 
 from __future__ import annotations
