@@ -91,6 +91,12 @@ class Steps(Sequence[Step]):
             yield kind, names[start:stop]
             start = stop
 
+    def sources(self) -> Iterator[list[tuple[str, str]]]:
+        """(file, name) of the sources of each step, which is not made for it."""
+        files = [[p.file for p in t.sources] for t in self.templates]
+        for kind, names in self.packed():
+            yield list(zip(files[kind], names, strict=False))
+
     def where(self, wanted: Callable[[Step], object]) -> Iterator[Step]:
         """The steps whose templates are `wanted`."""
         chosen = [bool(wanted(t)) for t in self.templates]
@@ -136,6 +142,11 @@ class Steps(Sequence[Step]):
         for kind, names in self.packed():
             made.add(kinds[kind], [*names[sources[kind] :], *names[: sources[kind]]])
         return made
+
+
+def as_steps(steps: Sequence[Step]) -> Steps:
+    """The same steps packed, so that what does not depend on names is looked up once a template."""
+    return steps if isinstance(steps, Steps) else Steps(steps)
 
 
 def _made(template: Step, names: list[str]) -> Step:
