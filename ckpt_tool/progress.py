@@ -80,12 +80,14 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     """The lines after a conversion: what was written, what is odd about it, what to do next."""
     from rich.text import Text
 
+    from ckpt_tool.convert.steps import as_steps
     from ckpt_tool.terminal import paragraph, say
 
     plan, outcome = done.plan, done.outcome
     tensors = sum(len(f.tensors) for f in plan.outputs)
-    moved = sum(s.note != "rename" for s in plan.steps if not s.compare)
-    compared = sum(bool(s.compare) for s in plan.steps)
+    steps = as_steps(plan.steps)
+    compared = sum(bool(steps.templates[k].compare) for k in steps.kinds)
+    moved = sum(steps.templates[k].note != "rename" for k in steps.kinds if not steps.templates[k].compare)
 
     def line(label: str, text: str, style: str = "") -> None:
         paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)

@@ -47,6 +47,7 @@ from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import first_readers, groups
 from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
 from ckpt_tool.convert.stale import stale
+from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 T = TypeVar("T")
@@ -507,7 +508,7 @@ class Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        read = {(p.file, p.name) for s in self.plan.steps for p in s.sources}
+        read = {key for keys in as_steps(self.plan.steps).sources() for key in keys}
         self.sources |= self._read_whole(k for k in sorted(read) if k not in self.sources)
         known_c = {
             key: crc

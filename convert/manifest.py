@@ -15,6 +15,7 @@ from typing import Any
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.convert.plan import OutputDocument, Plan
+from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.convert.widths import rounds
 
 MANIFEST = "ckpt-tool.json"
@@ -160,7 +161,7 @@ def _options(plan: Plan) -> dict[str, Any]:
     # a comparison rounds only where that was asked for; without it is made in the wider dtype of the two
     cast = {
         s.targets[0].dtype
-        for s in plan.steps
+        for s in as_steps(plan.steps).templates
         for p in s.sources
         if p.dtype != s.targets[0].dtype and (not s.compare or rounds(p.dtype, s.targets[0].dtype))
     }

@@ -1,14 +1,13 @@
-"""What `--dequantize` and `--recipe` ask for, and what a plan says of it."""
+"""What `--dequantize` and `--recipe` ask for, and what a plan says of it. What computes with numbers is only
+loaded where it is wanted: every family imports this."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.plan import Options, dtype_option
-from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
-from ckpt_tool.convert.quantised_view import carried_of, quantised_of
+from ckpt_tool.convert.widths import rounds
 from ckpt_tool.errors import Problem, fail, fail_all
 
 WAY_OUT = "--dequantize bfloat16 makes them plain numbers (lossy)"
@@ -16,6 +15,8 @@ WAY_OUT = "--dequantize bfloat16 makes them plain numbers (lossy)"
 
 def dequantize_option(dtype: str | None, recipe: str | None) -> dict[str, Any]:
     """Both options as fields of `Options`; kind `usage`."""
+    from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
+
     if dtype is None:
         message = "expected --dequantize beside it, which it says how to do, found none"
         fail("usage", message, where="--recipe")
@@ -36,6 +37,8 @@ def check_asked(options: Options) -> None:
 
 def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     """What dequantising does, in words."""
+    from ckpt_tool.convert.quantised_view import quantised_of
+
     inventory = quantised_of(checkpoint)
     if inventory is None or options.dequantize is None:
         return []
@@ -46,6 +49,8 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:
     """That quantised weights are carried as they are."""
+    from ckpt_tool.convert.quantised_view import carried_of
+
     inventory = carried_of(checkpoint)
     if inventory is None:
         return []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.source_checks import Key
+from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.errors import fail
 
 MOST = 9999  # workers
@@ -36,11 +37,13 @@ class Worker:
 def groups(plan: Plan) -> list[tuple[list[OutputFile], list[int]]]:
     """Output files that some step writes together or compares, with the indices of those steps."""
     found: dict[str, tuple[list[OutputFile], list[int]]] = {}
-    leader = _leaders(plan.outputs, plan.steps)
+    leader = _leaders(plan.outputs, as_steps(plan.steps).templates)
     for file in plan.outputs:
         found.setdefault(leader[file.name], ([], []))[0].append(file)
-    for k, step in enumerate(plan.steps):
-        found[leader[step.targets[0].file]][1].append(k)
+    steps = as_steps(plan.steps)
+    own = [found[leader[t.targets[0].file]][1] for t in steps.templates]
+    for k, kind in enumerate(steps.kinds):
+        own[kind].append(k)
     return list(found.values())
 
 
@@ -60,13 +63,13 @@ def _leaders(outputs: Iterable[OutputFile], steps: Iterable[Step]) -> dict[str, 
     return {name: find(name) for name in leader}
 
 
-def first_readers(steps: Iterable[Step]) -> set[tuple[int, int]]:
+def first_readers(steps: Sequence[Step]) -> set[tuple[int, int]]:
     """(step, index of its source) of the first step that reads each tensor: only what it reads counts towards
     the tensor's checksum, so that no byte counts twice."""
     first: dict[Key, tuple[int, int]] = {}
-    for k, step in enumerate(steps):
-        for i, part in enumerate(step.sources):
-            first.setdefault((part.file, part.name), (k, i))
+    for k, keys in enumerate(as_steps(steps).sources()):
+        for i, key in enumerate(keys):
+            first.setdefault(key, (k, i))
     return set(first.values())
 
 
@@ -77,7 +80,7 @@ def shares(plan: Plan, count: int) -> list[tuple[OutputFile, ...]]:
     """The output files of each of `count` workers: neighbours in the plan, so that few steps are needed by
     two of them, and the largest share as small as it can then be. Files that a comparison connects stay
     together; with fewer files than workers some have none."""
-    leader = _leaders(plan.outputs, (s for s in plan.steps if s.compare))
+    leader = _leaders(plan.outputs, (t for t in as_steps(plan.steps).templates if t.compare))
     atoms: dict[str, list[OutputFile]] = {}
     for file in plan.outputs:
         atoms.setdefault(leader[file.name], []).append(file)

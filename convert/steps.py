@@ -109,6 +109,12 @@ class Steps(Sequence[Step]):
             kind, at, stop = self.kinds[first], self.starts[first], self.starts[end]
             yield kind, [self.names[j : stop : widths[kind]] for j in range(at, at + widths[kind])]
 
+    def sources(self) -> Iterator[list[tuple[str, str]]]:
+        """(file, name) of the sources of each step, which is not made for it."""
+        files = [[p.file for p in t.sources] for t in self.templates]
+        for kind, names in self.packed():
+            yield list(zip(files[kind], names, strict=False))
+
     def where(self, wanted: Callable[[Step], object]) -> Iterator[Step]:
         """The steps whose templates are `wanted`."""
         chosen = [bool(wanted(t)) for t in self.templates]
@@ -155,6 +161,11 @@ class Steps(Sequence[Step]):
         for kind, columns in self.runs():
             made.add_alike(kinds[kind], *columns[sources[kind] :], *columns[: sources[kind]])
         return made
+
+
+def as_steps(steps: Sequence[Step]) -> Steps:
+    """The same steps packed, so that what does not depend on names is looked up once a template."""
+    return steps if isinstance(steps, Steps) else Steps(steps)
 
 
 def _made(template: Step, names: Sequence[str]) -> Step:

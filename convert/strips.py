@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import threading
+from math import gcd
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-LARGE = (
-    512 * 1024
-)  # bytes of a matrix that no longer stays in the second-level cache together with its result
+LARGE = 512 * 1024  # bytes of a matrix that no longer stays in the second-level cache beside its result
 TILE = 256
 _local = threading.local()
 
 
 def assign(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, where the inner axes are exchanged in strips of 16 along the target's innermost
-    one: a strip reads 16 rows of the source side by side and fills half a cache line of each target row.
-    numpy alone touches a cache line for every element (benchmarks/README.md: 0.5 against 1.5 to 2.6 GB/s).
-    A large matrix goes tile by tile."""
+    """`target[...] = source`, where the inner axes are exchanged in strips along the target's innermost one:
+    each reads some rows of the source side by side and fills a part of each target row. numpy alone touches
+    a cache line for every element (benchmarks/README.md: 0.5 against 1.5 to 2.6 GB/s). A large matrix goes
+    tile by tile."""
     wide = [a for a in range(target.ndim) if target.shape[a] > 1]
     inner = wide[-1] if wide else None
     if inner is None or source.strides[inner] == source.itemsize:
@@ -39,9 +38,17 @@ def assign(target: np.ndarray, source: np.ndarray) -> None:
         matrix = tuple(slice(None) if a in wide else 0 for a in range(target.ndim))
         _in_tiles(target[matrix], source[matrix])
         return
-    target, source = np.moveaxis(target, inner, 0), np.moveaxis(source, inner, 0)
-    for start in range(0, len(target), 16):
-        target[start : start + 16] = source[start : start + 16]
+    order = (inner, *(a for a in range(target.ndim) if a != inner))
+    target, source = target.transpose(order), source.transpose(order)
+    rows = side_by_side(source.strides[0])
+    for start in range(0, len(target), rows):
+        target[start : start + rows] = source[start : start + rows]
+
+
+def side_by_side(stride: int) -> int:
+    """How many rows `stride` bytes apart the first-level cache holds a line of each: a cache of 8 lines for
+    every place within 4 KiB, where a stride that divides that comes back to the same places."""
+    return max(8, min(64, 8 * 4096 // gcd(stride, 4096)))
 
 
 def _as_one(target: np.ndarray, source: np.ndarray, wide: list[int]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -33,6 +33,9 @@ _FORMATS = {
 _BITS = {d.name: (np.dtype(d.bits), np.dtype(d.bits.replace("u", "i"))) for d in DTYPES.values()}
 
 
+_largest = np.maximum.reduce  # what `max` of an array is, without the layers of Python around it
+
+
 class Values:
     """What the values of one tensor of floating type `dtype` are like, gathered piece by piece."""
 
@@ -52,8 +55,8 @@ class Values:
         maxima, as signed and as unsigned numbers, bound the magnitudes without a copy."""
         if self.format is None or bits.size == 0:
             return None
-        positive = int(bits.view(self.signed).max())
-        negative = int(bits.max()) - self.sign
+        positive = int(_largest(bits.view(self.signed)))
+        negative = int(_largest(bits)) - self.sign
         largest = max(positive, negative, 0)
         self.seen += bits.size
         self.largest = max(self.largest, largest)

@@ -6,9 +6,16 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import os
+import random
 import subprocess
 import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +23,18 @@ import pytest
 
 from ckpt_tool import program
 from ckpt_tool.checkpoint import crc32c as castagnoli
+from ckpt_tool.checkpoint.ahead import AHEAD, ahead
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.spool import Spool
+from ckpt_tool.checkpoint.tar import read_tar_gz
+from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import pieces
-from ckpt_tool.convert.layout import Part, Step, parse_dims
+from ckpt_tool.convert.layout import Part, Step, apply, parse_dims
 from ckpt_tool.convert.manifest import as_document
 from ckpt_tool.convert.outbox import WINDOW, Outbox
-from ckpt_tool.convert.strips import LARGE, TILE, assign
+from ckpt_tool.convert.strips import LARGE, TILE, assign, side_by_side
+from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 
 # --- turning in memory ----------------------------------------------------------------------------------
@@ -152,3 +165,137 @@ def test_what_lives_until_the_end_is_seldom_searched_for_cycles(monkeypatch: pyt
     assert asked == [program.SELDOM] * 3
     assert program.run(["verify", "--help"]) == 0  # which computes: what is in cycles may be large
     assert len(asked) == 3
+
+
+# --- blocks ---------------------------------------------------------------------------------------------
+
+JOINED = (
+    ("a b -> a b", {"a": 12, "b": 10}, "b", (0, 5, 10)),
+    ("a b -> b a", {"a": 13, "b": 9}, "a", (0, 4, 8, 13)),
+    ("(n two half) d -> (n half two) d", {"n": 6, "two": 2, "half": 3, "d": 5}, "n", (0, 2, 6)),
+    ("a b c -> c a b", {"a": 7, "b": 4, "c": 6}, "c", (0, 3, 6)),
+)
+
+
+@pytest.mark.parametrize(("block", "tile", "copy"), [(8, 24, 10**6), (20, 60, 5), (3, 7, 10**6), (50, 50, 2)])
+@pytest.mark.parametrize(("pattern", "sizes", "axis", "cuts"), JOINED)
+def test_blocks_that_follow_from_the_first_move_what_the_whole_step_moves(
+    pattern: str, sizes: dict[str, int], axis: str, cuts: tuple[int, ...], block: int, tile: int, copy: int
+) -> None:
+    left, right = (parse_dims(side) for side in pattern.split("->"))
+    parts = [
+        Part(f"{k}", "t", "I64", left, ((axis, *cut),)) for k, cut in enumerate(itertools.pairwise(cuts))
+    ]
+    there = Step(tuple(sizes.items()), tuple(parts), (Part("out", "t", "I64", right),))
+    for step in (there, there.inverse()):
+        shapes = [p.shape(step.sizes) for p in step.sources]
+        flat = np.arange(sum(map(math.prod, shapes)))
+        arrays = np.split(flat, np.cumsum([math.prod(s) for s in shapes])[:-1])
+        arrays = [a.reshape(s) for a, s in zip(arrays, shapes, strict=True)]
+        made = [np.full(math.prod(p.shape(step.sizes)), -1) for p in step.targets]
+        for piece in step._all_blocks(block, tile, copy):
+            inputs = [
+                np.concatenate([arrays[a.part].ravel()[o : o + a.runs.length] for o in a.runs.offsets()])
+                for a in piece.reads
+            ]
+            outputs = [np.empty(n, np.int64) for n in piece.filled]
+            piece.shuffle(inputs, outputs)
+            for access, values in zip(piece.writes, outputs, strict=True):
+                for k, o in enumerate(access.runs.offsets()):
+                    n = access.runs.length
+                    assert (made[access.part][o : o + n] == -1).all()
+                    made[access.part][o : o + n] = values[k * n : (k + 1) * n]
+        for found, whole in zip(made, apply(step, arrays), strict=True):
+            assert np.array_equal(found, whole.ravel())
+
+
+# --- ahead ----------------------------------------------------------------------------------------------
+
+
+def test_pieces_made_ahead_come_in_order_with_the_failure_at_their_end() -> None:
+    def make() -> Iterator[int]:
+        yield from range(100)
+        raise KeyError("the end")
+
+    taken: list[int] = []
+    with closing(ahead(make)) as pieces, pytest.raises(KeyError, match="the end"):
+        taken.extend(pieces)
+    assert taken == [*range(100)]
+
+
+def test_whoever_leaves_early_leaves_no_thread_and_bounds_what_is_made() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        for k in range(10_000):
+            made.append(k)
+            yield k
+
+    with closing(ahead(make)) as pieces:
+        assert next(pieces) == 0
+    assert len(made) <= AHEAD + 4
+    assert not [t for t in threading.enumerate() if t.name == "ckpt-tool-ahead"]
+
+
+def test_pieces_come_without_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert list(ahead(lambda: iter("abc"))) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("damaged", [None, 100, 2_900_000])
+def test_a_large_stored_member_is_checked_in_two_halves(tmp_path: Path, damaged: int | None) -> None:
+    content = random.Random(0).randbytes(3_000_000)
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("weights.pt", content)
+    data = bytearray(path.read_bytes())
+    if damaged is not None:
+        data[data.index(content[:64]) + damaged] ^= 1
+    path.write_bytes(data)
+    archive = ZipArchive(ByteRange(path, "a.zip"))
+    expected = nullcontext() if damaged is None else pytest.raises(CkptToolError, match="expected crc32")
+    with closing(archive.source), expected:
+        archive.check(archive.members["weights.pt"])
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_a_large_deflated_archive_is_inflated_ahead_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    content = random.Random(1).randbytes(3_000_000) + bytes(1_000_000)
+    spool = Spool(tmp_path)
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_DEFLATED) as zipped:
+            zipped.writestr("w.pt", content)
+        archive = ZipArchive(ByteRange(tmp_path / "a", "a"))
+        archive.inflate(archive.members["w.pt"], spool)
+        archive.source.close()
+    else:
+        (tmp_path / "w.pt").write_bytes(content)
+        with tarfile.open(tmp_path / "a", "w:gz") as tar:
+            tar.add(tmp_path / "w.pt", "w.pt")
+        with closing(ByteRange(tmp_path / "a", "a")) as data:
+            (member,), _ = read_tar_gz(data, lambda name: True, spool)
+        assert (member.offset, member.size) == (0, len(content))
+    assert b"".join(spool.pieces()) == content
+    spool.close()
+
+
+# --- start-up -------------------------------------------------------------------------------------------
+
+
+def test_the_families_are_known_without_numpy() -> None:
+    """Half of the time of `ckpt-tool families` was its import."""
+    code = (
+        "import sys\nfrom ckpt_tool.convert.families import FAMILIES, family\n"
+        "assert len([family(n) for n in FAMILIES]) > 10\n"
+        "print([m for m in ('numpy', 'rich', 'ckpt_tool.checkpoint.unpickle') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("stride", "rows"), [(4096, 8), (2048, 16), (3072, 32), (512, 64), (520, 64)])
+def test_strips_are_as_wide_as_the_cache_holds_rows(stride: int, rows: int) -> None:
+    assert side_by_side(stride) == rows

@@ -6,7 +6,6 @@ without a name (spool.py), only those that are needed, with their checksums comp
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
@@ -166,13 +165,12 @@ def _of_zip(archive: ZipArchive, spool_dir: Path | None) -> Members:
         member = archive.members[name]
         if member.stored:
             window = (data.base + member.data, member.size)
-            return Place(data.path, member.size, window, lambda: deque(archive.blocks(member), maxlen=0))
+            return Place(data.path, member.size, window, lambda: archive.check(member))
         # One file for each: a file that grows after it was opened counts as changed.
         spool = Spool(spool_dir)
         members.held.append(spool)
         path = spool.path
-        for block in archive.blocks(member):
-            spool.write(block)
+        archive.inflate(member, spool)
         return Place(path, spool.size, (0, spool.size))
 
     members = Members(data.name, [n for n in archive.members if not n.endswith("/")], locate)

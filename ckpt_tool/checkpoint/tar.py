@@ -2,17 +2,19 @@
 
 Headers are those of POSIX.1-2017 pax ("ustar Interchange Format", "pax Extended Header") and GNU tar's long
 names. A plain .tar is used in place. A .tar.gz is inflated in one pass, and the members asked for go to one
-unlinked temporary file; its memory is two buffers, whatever the members' sizes.
+unlinked temporary file; its memory is some buffers, whatever the members' sizes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from ckpt_tool.checkpoint.ahead import ahead
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.signs import TAR_BLOCK as BLOCK
 from ckpt_tool.checkpoint.signs import is_tar_header
@@ -26,6 +28,7 @@ PAX_LIMIT = 64 << 10  # bytes of an extended header
 RATIO_LIMIT = 200
 RATIO_GRACE = 1 << 20  # a few kilobytes of zeros may inflate more than RATIO_LIMIT times
 BUFFER = 256 << 10
+AT_ONCE = 1 << 20  # bytes of a file that is not worth a thread
 
 _REGULAR = (b"0", b"\0", b"7")
 _REFUSED = {
@@ -79,18 +82,22 @@ class _PlainStream:
         self.position += size
 
 
-class _GzipStream:
+class _Inflating:
     """The inflated bytes of a gzip file of one or several parts (RFC 1952); zlib checks each part's CRC."""
 
     def __init__(self, data: ByteRange) -> None:
-        self.data, self.position = data, 0
+        self.data = data
         self._read = 0
         self._pending = b""
-        self._ready, self._used = b"", 0
         self._zlib = decompressobj(31)
 
-    def _inflate(self) -> bytes:
-        """The next piece of at most BUFFER bytes; nothing at the end."""
+    def pieces(self) -> Generator[tuple[bytes, int], None, None]:
+        """Pieces of at most BUFFER bytes, with how much of the file has been read for them."""
+        while piece := self._piece():
+            yield piece, self._read
+
+    def _piece(self) -> bytes:
+        """The next of them; nothing at the end."""
         while True:
             if self._zlib.eof:
                 rest = self._zlib.unused_data + self._rest_of_file(2 - len(self._zlib.unused_data))
@@ -126,10 +133,25 @@ class _GzipStream:
         self._read += len(found)
         return found
 
+
+class _GzipStream:
+    """A tar out of a gzip file; one of some size is inflated ahead, while what is inflated already is
+    written. To be closed."""
+
+    def __init__(self, data: ByteRange) -> None:
+        self.data, self.position = data, 0
+        inflating = _Inflating(data)
+        self._pieces = ahead(inflating.pieces) if data.size > AT_ONCE else inflating.pieces()
+        self._read = 0  # of the file, for the piece that is ready
+        self._ready, self._used = b"", 0
+
+    def close(self) -> None:
+        self._pieces.close()
+
     def _next(self, size: int) -> bytes:
         """At most `size` of the next bytes; nothing at the end."""
         if self._used == len(self._ready):
-            self._ready, self._used = self._inflate(), 0
+            (self._ready, self._read), self._used = next(self._pieces, (b"", self._read)), 0
         found = self._ready[self._used : self._used + size]
         self._used += len(found)
         self.position += len(found)
@@ -170,7 +192,6 @@ def read_tar_gz(
     """Inflate once: (the members whose name is `wanted`, now in `spool`; the names of all members)."""
     kept: list[TarMember] = []
     names: list[str] = []
-    stream = _GzipStream(data)
 
     def place(name: str, size: int) -> Spool | None:
         if not wanted(name):
@@ -178,8 +199,9 @@ def read_tar_gz(
         kept.append(TarMember(name, spool.path, spool.size, size))
         return spool
 
-    for name, *_ in _members(stream, data, place):
-        names.append(name)
+    with closing(_GzipStream(data)) as stream:
+        for name, *_ in _members(stream, data, place):
+            names.append(name)
     return kept, names
 
 

@@ -35,12 +35,15 @@ class TorchZipFile(TorchFile):
         self._members = members
         self._spooled: dict[str, ByteRange] = {}
         self._lock = threading.Lock()
+        self._inflating: dict[str, threading.Lock] = {}
 
     def _storage(self, key: str) -> tuple[ByteRange, int]:
         member = self._members[key]
         if member.stored:
             return self._bytes, member.data
         with self._lock:
+            own = self._inflating.setdefault(key, threading.Lock())
+        with own:  # each worker may inflate another
             if key not in self._spooled:
                 self._spooled[key] = self._archive.spool(member)
             return self._spooled[key], 0
@@ -58,8 +61,7 @@ class TorchZipFile(TorchFile):
     def check_record(self, key: str) -> bool:
         """Read a storage through and compare its checksum: fails with `checksum` where it differs; False
         where the file has none. For strided tensors, whose bytes are not copied in order."""
-        for _ in self._archive.blocks(self._members[key]):
-            pass
+        self._archive.check(self._members[key])
         return self._members[key].checksum is not None
 
     def close(self) -> None:

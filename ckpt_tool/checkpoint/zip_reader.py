@@ -14,13 +14,18 @@ from __future__ import annotations
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import NoReturn
 from zlib import MAX_WBITS
 
+from ckpt_tool.checkpoint.ahead import ahead
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.crc32 import combine
+from ckpt_tool.checkpoint.remote_path import RemotePath
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.zlibs import InflateError, crc32, decompressobj
 from ckpt_tool.errors import fail, printable
@@ -32,6 +37,7 @@ RATIO_LIMIT = 200
 _BEFORE = 64  # bytes before a local header that are looked at: what ends the member before it
 PADDING_LIMIT = 4096  # zero bytes between two members, as alignment tools leave them
 _BLOCK = 256 << 10
+AT_ONCE = 1 << 20  # packed bytes of a member that are not worth a thread
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -396,7 +402,7 @@ class ZipArchive:
             )
         return b"".join(self.blocks(member))
 
-    def blocks(self, member: Member) -> Iterator[bytes]:
+    def blocks(self, member: Member) -> Generator[bytes, None, None]:
         """The inflated bytes of a member in blocks of at most 256 KiB; the last comes only after the checksum
         has been compared. Kinds: `zip-limit` (a ratio above 200, more than the declared size), `bad-zip`,
         `checksum`."""
@@ -405,11 +411,41 @@ class ZipArchive:
             if last:
                 yield last
             crc, last = crc32(block, crc), block
+        self._compare(member, crc)
+        if last:
+            yield last
+
+    def _compare(self, member: Member, crc: int) -> None:
         if member.checksum is not None and crc != member.crc32:
             message = f"expected crc32 {member.crc32:#010x}, found {crc:#010x}"
             fail("checksum", message, file=self.name, where=member.name)
-        if last:
-            yield last
+
+    def check(self, member: Member) -> None:
+        """Read a member through and compare its checksum, a large stored one on this machine on two cores.
+        Kinds: those of `blocks`."""
+        if not member.stored or member.packed <= AT_ONCE or isinstance(self.source.path, RemotePath):
+            for _ in self.blocks(member):
+                pass
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
+        middle = member.packed // 2
+        with ThreadPoolExecutor(1) as other:
+            try:
+                right = other.submit(self._crc, member, middle, member.packed).result
+            except RuntimeError:  # a limit of threads
+                right = partial(self._crc, member, middle, member.packed)
+            left = self._crc(member, 0, middle)
+            self._compare(member, combine(left, right(), member.packed - middle))
+
+    def _crc(self, member: Member, start: int, stop: int) -> int:
+        """Of bytes `start` to `stop` of a stored member."""
+        crc, room = 0, memoryview(bytearray(_BLOCK))
+        for at in range(start, stop, _BLOCK):
+            block = room[: min(_BLOCK, stop - at)]
+            self.source.read_into(member.data + at, block, member.name)
+            crc = crc32(block, crc)
+        return crc
 
     def _stored(self, member: Member) -> Iterator[bytes]:
         for at in range(0, member.packed, _BLOCK):
@@ -453,13 +489,20 @@ class ZipArchive:
         if not stream.eof or made != member.size:
             self._bad(f"expected {member.size} bytes inflated, found {made}", name)
 
+    def inflate(self, member: Member, spool: Spool) -> None:
+        """Append a member to `spool`, its checksum compared. A large one is inflated while what is inflated
+        already is written."""
+        large = member.packed > AT_ONCE
+        blocks = ahead(lambda: self.blocks(member)) if large else self.blocks(member)
+        with closing(blocks):
+            for block in blocks:
+                spool.write(block)
+
     def spool(self, member: Member) -> ByteRange:
         """A deflated member inflated once into a temporary file without a name, its checksum compared."""
         spool = Spool()
         try:
-            path = spool.path
-            for block in self.blocks(member):
-                spool.write(block)
-            return ByteRange(path, self.name)  # which opens the file for itself
+            self.inflate(member, spool)
+            return ByteRange(spool.path, self.name)  # which opens the file for itself
         finally:
             spool.close()

@@ -17,7 +17,6 @@ from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value
-from ckpt_tool.convert.quantised_view import carried_of
 from ckpt_tool.errors import Problem, fail, fail_all
 
 # Names that transformers has for the numbers of GPT-2 and what came from it, and those every family knows.
@@ -52,6 +51,8 @@ def read_config(
     settings. Fails for another model, for packed weights, for one value said twice and differently, and for
     what `own` does not read and may change the numbers, unless the user sets it to null; without a
     `model_type` any is taken."""
+    from ckpt_tool.convert.quantised_view import carried_of
+
     if "config.json" not in checkpoint.documents:
         hint = "put the config.json of the same model there"
         message = "expected config.json beside the weights, found none"
