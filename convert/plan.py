@@ -20,7 +20,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.dcp_names import DATA
-from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document, index_pieces
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
@@ -51,6 +51,8 @@ class Options:
     strict_replicas: bool = False
     tokenizer: str | None = None
     gqa: int | None = None
+    dequantize: str | None = None  # dtype of the numbers that quantised weights become (lossy)
+    recipe: str = "fp32-product"  # in which order is rounded there, see quantised_values
     family_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -504,7 +506,15 @@ def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Pro
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
     """`settings` are those that the config does not show; null leaves a key of the source out."""
     settings = {k: v for k, v in options.settings.items() if k not in config}
-    found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
+    packed = (
+        {} if options.dequantize is None else {"dequantize": options.dequantize, "recipe": options.recipe}
+    )
+    found = {
+        "gqa": options.gqa,
+        **packed,
+        "family_options": dict(options.family_options),
+        "settings": settings,
+    }
     return {k: v for k, v in found.items() if v}
 
 
@@ -522,8 +532,8 @@ def _metadata(name: str) -> tuple[tuple[str, str], ...]:
 
 def place(wanted: ToWrite, limit: int) -> tuple[list[OutputFile], list[OutputDocument], Mapping[str, str]]:
     """Tensors dealt out to `model*.safetensors` files of at most `limit` bytes each (a larger tensor gets a
-    file of its own), layers in natural order; the index when there is more than one file; and the file of
-    each tensor. `wanted` is used up."""
+    file of its own) and as many tensors as one is read with, layers in natural order; the index when there is
+    more than one file; and the file of each tensor. `wanted` is used up."""
     tensors = wanted.names.pop("", {})
     numbers = np.fromiter(tensors.values(), np.int64, len(tensors))
     kinds = [prod(shape) * DTYPES[dtype].itemsize for dtype, shape in wanted.kinds]
@@ -533,7 +543,8 @@ def place(wanted: ToWrite, limit: int) -> tuple[list[OutputFile], list[OutputDoc
     edges = [0]
     while edges[-1] < len(tensors):
         most = min(limit + (int(ends[edges[-1] - 1]) if edges[-1] else 0), total)
-        edges.append(max(int(np.searchsorted(ends, most, "right")), edges[-1] + 1))
+        stop = max(int(np.searchsorted(ends, most, "right")), edges[-1] + 1)
+        edges.append(min(stop, edges[-1] + TENSOR_LIMIT))
     count = max(len(edges) - 1, 1)
     names = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]
@@ -641,10 +652,14 @@ def config_document(config: Mapping[str, Value], name: str = "config.json") -> O
     return OutputDocument(name, content.encode(), "the plan's config values")
 
 
-def dtype_option(text: str) -> str:
+def dtype_option(
+    text: str, option: str = "--dtype", known: Sequence[str] = ("F64", "F32", "F16", "BF16")
+) -> str:
     """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what numpy cannot cast to."""
     names = {d.name.lower(): d.name for d in DTYPES.values()} | {d.torch: d.name for d in DTYPES.values()}
     found = names.get(text.lower())
-    if found not in ("F64", "F32", "F16", "BF16"):
-        fail("usage", f"expected float64, float32, float16 or bfloat16, found {text!r}", where="--dtype")
+    if found is None or found not in known:
+        names_known = [DTYPES[d].torch for d in known]
+        expected = f"{', '.join(names_known[:-1])} or {names_known[-1]}"
+        fail("usage", f"expected {expected}, found {text!r}", where=option)
     return found
