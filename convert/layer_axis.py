@@ -20,7 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import repeat
 from math import prod
+from operator import contains
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
@@ -69,7 +71,7 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
     readings: dict[str, None] = {}
     for name, file in checkpoint.files.items():
         files[name] = file
-        if not any(word in n for n in file.tensors for word in _WORDS):
+        if not any(any(map(contains, file.tensors, repeat(word))) for word in _WORDS):
             continue
         if file.format != FORMAT:
             if any(map(_JOINED.fullmatch, file.tensors)):

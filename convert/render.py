@@ -111,12 +111,8 @@ def _steps(plan: Plan, console: Console) -> None:
 
 def _rows(steps: Sequence[Step]) -> list[_Row]:
     packed = steps if isinstance(steps, Steps) else Steps(steps)
-    alike: list[list[int]] = [[] for _ in packed.templates]
-    for k, kind in enumerate(packed.kinds):
-        alike[kind].append(k)
     rows: dict[tuple[object, ...], _Row] = {}
-    found = [part for numbers in alike if numbers for part in _folded(packed, numbers)]
-    for first, count, sources, targets in sorted(found, key=lambda part: part[0]):
+    for first, count, sources, targets in sorted(_folded(packed), key=lambda part: part[0]):
         step = packed[first]
         key = (step.compare, step.note, *[f.key for f in (*sources, *targets)])
         if (row := rows.get(key)) is None:
@@ -130,54 +126,44 @@ def _rows(steps: Sequence[Step]) -> list[_Row]:
 
 # The first of some steps, how many they are, and for each name of a side of the first those of all.
 _Found = tuple[int, int, list[Folded], list[Folded]]
+_Keys = tuple[int, tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]
 
 
-def _folded(steps: Steps, numbers: list[int]) -> list[_Found]:
+def _folded(steps: Steps) -> list[_Found]:
     """Steps of one template by what their names are but for the numbers in them."""
-    template = steps.templates[steps.kinds[numbers[0]]]
-    if len(template.sources) == len(template.targets) == 1:
-        return _folded_pairs(steps, numbers)
-    groups: dict[tuple[object, ...], list[tuple[int, list[list[str]]]]] = {}
-    for k in numbers:
-        step = steps[k]
-        # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
-        sides = [list(dict.fromkeys([p.name for p in side])) for side in (step.sources, step.targets)]
-        groups.setdefault(tuple(tuple(map(fold_key, side)) for side in sides), []).append((k, sides))
-    made = []
-    for group in groups.values():
-        sources, targets = (
-            [_all_of(column) for column in zip(*(sides[which] for _, sides in group), strict=True)]
-            for which in (0, 1)
-        )
-        made.append((group[0][0], len(group), sources, targets))
-    return made
+    groups: dict[_Keys, _Found] = {}
+    at = 0
+    for kind, columns in steps.runs():
+        before = len(steps.templates[kind].sources)
+        if len(columns) != 2 or not _taken(groups, kind, at, columns[:1], columns[1:]):
+            for k, names in enumerate(zip(*columns, strict=True), at):
+                # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
+                sides = ([[n] for n in dict.fromkeys(side)] for side in (names[:before], names[before:]))
+                assert _taken(groups, kind, k, *sides)
+        at += len(columns[0])
+    return list(groups.values())
 
 
-def _folded_pairs(steps: Steps, numbers: list[int]) -> list[_Found]:
-    """`_folded`, of steps from one tensor to one."""
-    made: list[_Found] = []
-    left = [steps.names[steps.starts[k] : steps.starts[k + 1]] for k in numbers]
-    while left:
-        source, target = folded = Folded(left[0][0]), Folded(left[0][1])
-        if not all(f.take(names) for f, names in zip(folded, zip(*left, strict=True), strict=True)):
-            source, target = Folded(left[0][0]), Folded(left[0][1])
-            fits = [source.fits(one) and target.fits(other) for one, other in left]
-            own = [pair for pair, fit in zip(left, fits, strict=True) if fit]
-            for f, names in zip((source, target), zip(*own, strict=True), strict=True):
-                f.take(names)
-            made.append((numbers[0], len(own), [source], [target]))
-            left = [pair for pair, fit in zip(left, fits, strict=True) if not fit]
-            numbers = [k for k, fit in zip(numbers, fits, strict=True) if not fit]
-        else:
-            made.append((numbers[0], len(left), [source], [target]))
-            left = []
-    return made
-
-
-def _all_of(names: Sequence[str]) -> Folded:
-    made = Folded(names[0])
-    made.take(names)
-    return made
+def _taken(groups: dict[_Keys, _Found], kind: int, first: int, *sides: Sequence[Sequence[str]]) -> bool:
+    """Add steps, a column for each of their names, to those that differ from them in numbers only; False, and
+    nothing done, where they differ in more."""
+    texts = [tuple(fold_key(names[0]) for names in side) for side in sides]
+    key = (kind, texts[0], texts[1])
+    number, count, *held = groups.get(key) or (
+        first,
+        0,
+        [Folded(names[0]) for names in sides[0]],
+        [Folded(names[0]) for names in sides[1]],
+    )
+    folded = [f for side in held for f in side]
+    columns = [names for side in sides for names in side]
+    read = [f.read(names) for f, names in zip(folded, columns, strict=True)]
+    if None in read:
+        return False
+    for f, numbers in zip(folded, read, strict=True):
+        f.add(numbers or ())
+    groups[key] = (number, count + len(columns[0]), held[0], held[1])
+    return True
 
 
 def _names(names: list[Folded], parts: Sequence[Part]) -> list[str]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, repeat
 from math import prod
-from typing import NoReturn
+from operator import itemgetter
+from typing import NoReturn, cast
 
 import numpy as np
 
@@ -157,8 +158,8 @@ class _Reader:
         found.version = version if type(version) is str else None
         self.problems += self.listed.conflicts()
         self.places = self.listed.by_name()
-        for _, alike in groupby(state, key=lambda name: id(state[name])):
-            self.column(list(alike), state, found)
+        for _, alike in groupby(zip(state, map(id, state.values()), strict=True), key=itemgetter(1)):
+            self.column([name for name, _ in alike], state, found)
         state.clear()
         fail_all(self.problems)
         found.table = found.table.taken(np.array(self.numbers, np.int64))
@@ -185,8 +186,10 @@ class _Reader:
 
     def wholes(self, named: list[object], entry: object, found: Metadata) -> bool:
         """The same of tensors that are in one piece each; False, and nothing done, where one is not."""
-        names = [name for name in named if type(name) is str]
-        if len(names) < len(named) or not faultless(names) or fields_of(entry, ("chunks",))[0] is None:
+        if {*map(type, named)} != {str} or fields_of(entry, ("chunks",))[0] is None:
+            return False
+        names = cast(list[str], named)
+        if not faultless(names):
             return False
         dtype, shape, _, whole = self.entry(names[0], entry)
         rows = self.places.alone(names, len(shape))

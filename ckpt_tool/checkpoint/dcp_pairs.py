@@ -11,6 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
 
 from ckpt_tool.checkpoint.pickle_rows import NUMBER, SIZE, Form, Row, number, recalled
 
@@ -106,6 +109,11 @@ def decoded(
             known = {g: sizes(g) for g in set(column)}
         elif kind is NUMBER:
             known = {g: g[1] if g[0] == 0x4B else number(g) for g in set(column)}
+        elif (recalls := _long_gets(column)) is not None:
+            made.append([memo.get(n, _GONE) for n in recalls])
+            if _GONE in made[-1]:
+                return None
+            continue
         else:
             known = {g: _text(g) if g[0] == 0x8C else memo.get(recalled(g), _GONE) for g in set(column)}
             if any(v is _GONE for v in known.values()):
@@ -114,11 +122,22 @@ def decoded(
     return made
 
 
+def _long_gets(column: Sequence[bytes]) -> list[int] | None:
+    """The memo entries that LONG_BINGETs recall; None where some are other opcodes."""
+    data = np.frombuffer(b"".join(column), np.uint8)
+    if len(data) != 5 * len(column) or bool((data[::5] != ord("j")).any()):
+        return None
+    found: list[int] = data.view("V1,<u4")["f1"].tolist()
+    return found
+
+
 def _text(data: bytes) -> object:
     return data[2:-1].decode("ascii") if data[1] == len(data) - 3 else _GONE
 
 
 def new_texts(kinds: Sequence[str], groups: Sequence[tuple[bytes, ...]]) -> int:
     """How many of the groups are texts that the memo gets."""
-    texts = [k for k, kind in enumerate(kinds) if kind is TEXTUAL]
-    return sum(g[k][0] == 0x8C for k in texts for g in groups)
+    columns = [
+        column for kind, column in zip(kinds, zip(*groups, strict=True), strict=True) if kind is TEXTUAL
+    ]
+    return sum(sum(map(bytes.startswith, column, repeat(b"\x8c"))) for column in columns)

@@ -6,6 +6,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, repeat
 from typing import NoReturn
 
 import numpy as np
@@ -81,13 +82,13 @@ class Listed:
             return False
         if any(f in (".", "..") or not _FILE.fullmatch(str(f)) for f in {*files}):
             return False
-        for start in starts:
-            self.axes.append(-1 if start is None else len(start))  # type: ignore[arg-type]
-            if start:
-                self.starts.extend(start)  # type: ignore[arg-type]
-        names, paths = self.names, self.paths
-        self.name.extend([names.setdefault(n, len(names)) for n in called])  # type: ignore[arg-type]
-        self.path.extend([paths.setdefault(f, len(paths)) for f in files])  # type: ignore[arg-type]
+        for start, alike in groupby(starts):
+            count = sum(1 for _ in alike)
+            first: Numbers | None = start  # type: ignore[assignment]
+            self.axes.extend(repeat(-1 if first is None else len(first), count))
+            self.starts.extend((first or ()) * count)
+        _number(called, self.names, self.name)  # type: ignore[arg-type]
+        _number(files, self.paths, self.path)  # type: ignore[arg-type]
         self.offset.frombytes(at.tobytes())
         self.length.frombytes(sizes.tobytes())
         return True
@@ -157,6 +158,13 @@ class Listed:
 
 MOST = 100  # problems of one kind that are told
 MOST_BYTES = (1 << 63) - 1
+
+
+def _number(texts: Sequence[str], known: dict[str, int], numbers: array[int]) -> None:
+    """Append the number of each, a new one where it is not `known`."""
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    known.update(zip(new, range(len(known), len(known) + len(new)), strict=True))
+    numbers.extend(map(known.__getitem__, texts))
 
 
 def _places(values: list[object]) -> Ints | None:

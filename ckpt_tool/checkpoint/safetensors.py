@@ -20,7 +20,7 @@ from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo, tensor_inf
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.strict_json import closes, members, parse_object
 from ckpt_tool.checkpoint.tensor_names import RESERVED, faultless, name_problems
-from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
 
 HEADER_LIMIT = 32 << 20
 TENSOR_LIMIT = (
@@ -144,7 +144,10 @@ def _plain_header(header: bytes, limit: int, file: str) -> _Header | None:
     metadata: dict[str, str] = {}
     at = 0
     if (first := _FIRST.match(header)) is not None:
-        _, _, metadata = _strict_header([first[0] + b"}"], limit, file)
+        try:
+            _, _, metadata = _strict_header([first[0] + b"}"], limit, file)
+        except CkptToolError:  # which the strict reader says with what follows
+            return None
         at = first.end()
     kinds: dict[bytes, tuple[str, tuple[int, ...], int]] = {}
     begins: dict[str, int] = {}

@@ -110,17 +110,24 @@ class Folded:
         self.columns: list[set[int]] = [set() for _ in self.key[1:]]
         self._pattern = re.compile(f"^{'([0-9]{1,9})'.join(map(re.escape, self.key))}$", re.M)
 
-    def fits(self, name: str) -> bool:
-        return self._pattern.match(name) is not None
+    def read(self, names: Sequence[str]) -> list[set[str]] | None:
+        """What stands in each place of the names; None where one of them has another key."""
+        found = self._pattern.findall("\n".join(names))
+        if len(found) != len(names):
+            return None
+        if not self.columns:
+            return []
+        return [set(found)] if len(self.columns) == 1 else [set(c) for c in zip(*found, strict=True)]
+
+    def add(self, read: Sequence[set[str]]) -> None:
+        for column, values in zip(self.columns, read, strict=True):
+            column.update(map(int, values))
 
     def take(self, names: Sequence[str]) -> bool:
         """Add `names`; False, and nothing done, where one of them has another key."""
-        found = self._pattern.findall("\n".join(names))
-        if len(found) != len(names):
+        if (found := self.read(names)) is None:
             return False
-        columns = [found] if len(self.columns) == 1 else zip(*found, strict=True)
-        for column, values in zip(self.columns, columns if self.columns else (), strict=True):
-            column.update(map(int, set(values)))
+        self.add(found)
         return True
 
     def join(self, other: Folded) -> None:

@@ -210,7 +210,15 @@ class Machine(PickleBytes):
         if len(flat) % 2:
             self.fault("bad-pickle", "expected as many values as keys, found one key more")
         self.spend(64 * len(flat))
-        for key, value in zip(flat[::2], flat[1::2], strict=True):
+        keys = flat[::2]
+        if type(target) is dict and {*map(type, keys)} == {str} and target.keys().isdisjoint(keys):
+            before = len(target)
+            target.update(zip(keys, flat[1::2], strict=True))
+            if len(target) == before + len(keys):
+                return
+            for key in keys:  # to find the one that comes twice
+                target.pop(key, None)
+        for key, value in zip(keys, flat[1::2], strict=True):
             if type(key) is not str and type(key) is not int and type(key) is not bytes:
                 key = self.odd_key(key)
             if type(target) is dict:

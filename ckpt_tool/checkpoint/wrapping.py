@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 
 from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
 from ckpt_tool.errors import Problem, fail, fail_all, printable
@@ -85,7 +86,9 @@ def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
     `bad-name` (a word before some names only), `ambiguous-input` (two sets of weights), `duplicate-tensor`
     and `shard-conflict` (names that become equal)."""
     held = {n: t for f in files.values() for n, t in f.tensors.items()}
-    found = _Names(label, {n: n for n in held}, {n for n, t in held.items() if t.numel == 1})
+    single = {shape for shape in {t.shape for t in held.values()} if prod(shape) == 1}
+    one = {n for n, t in held.items() if t.shape in single} if single else set()
+    found = _Names(label, dict(zip(held, held, strict=True)), one)
     found.take_off()
     if not (found.before or found.inside or found.beside):
         return Unwrapped(files)
