@@ -224,14 +224,16 @@ def of_the_table(kind: str, variant: str, folder: Path, source: Path, right: Pat
     if name not in known:
         return None
     wrong, out = known[name], folder / "out"
-    compared = symmetric.written(chosen.family, source, right, out, options, wrong, back)
+    try:
+        compared = symmetric.written(chosen.family, source, right, out, options, wrong, back)
+    except CkptToolError as error:
+        if error.kind != "tied-mismatch":
+            raise
+        return None  # the conversion compares copies, so this mistake cannot be made
     once = ONCE.of((variant, kind) if back else variant)
     with symmetric.believed(chosen.family, wrong), peers.seen() as passes, once:
         report = verify(out, compared, settings={} if back else chosen.settings)
-    again = folder / "again"
-    if back:
-        convert(out, again, family=chosen.family, options=options)
-    acts = changes_logits(again if back else out, right, source, variant)
+    acts = _acts(out, right, source, folder / "again" if back else None, variant)
     truth = Truth(None, wrong.tensors, ".*")
     causes = [str(f.data["cause"]) for f in report.level("diagnosis") if f.data.get("cause")]
     known_as = own.changed(right) if not all(map(wrong.names, causes)) else {}
@@ -243,6 +245,19 @@ def of_the_table(kind: str, variant: str, folder: Path, source: Path, right: Pat
         "; ".join(causes), time.monotonic() - began, "table", fails(report, "bits"), fails(report, "parity"),
         peers.caught(passes) or {},
     )  # fmt: skip
+
+
+def _acts(out: Path, right: Path, source: Path, again: Path | None, variant: str) -> bool:
+    """Whether the wrong model, or what the wrong original becomes `again`, is another one: an original that
+    is refused is."""
+    if again is None:
+        return changes_logits(out, right, source, variant)
+    try:
+        options = Options(settings=VARIANTS[variant].settings)
+        convert(out, again, family=VARIANTS[variant].family, options=options)
+    except CkptToolError:
+        return True
+    return changes_logits(again, right, source, variant)
 
 
 def judged(task: Task, variant: str, folder: Path, source: Path, right: Path, truth: Truth) -> Outcome:
