@@ -14,8 +14,8 @@ from typing import Any
 
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
-from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.plan import OutputDocument, Plan
+from ckpt_tool.convert.widths import rounds
 
 MANIFEST = "ckpt-tool.json"
 CERTIFICATE = "ckpt-tool.certificate.json"  # which is made of an output later, see verify.certificate

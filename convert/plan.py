@@ -46,6 +46,8 @@ class Options:
     strict_replicas: bool = False
     tokenizer: str | None = None
     gqa: int | None = None
+    dequantize: str | None = None  # dtype of the numbers that quantised weights become (lossy)
+    recipe: str = "fp32-product"  # in which order is rounded there, see quantised_values
     family_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -464,7 +466,15 @@ def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Pro
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
     """`settings` are those that the config does not show; null leaves a key of the source out."""
     settings = {k: v for k, v in options.settings.items() if k not in config}
-    found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
+    packed = (
+        {} if options.dequantize is None else {"dequantize": options.dequantize, "recipe": options.recipe}
+    )
+    found = {
+        "gqa": options.gqa,
+        **packed,
+        "family_options": dict(options.family_options),
+        "settings": settings,
+    }
     return {k: v for k, v in found.items() if v}
 
 
@@ -597,10 +607,14 @@ def config_document(config: Mapping[str, Value], name: str = "config.json") -> O
     return OutputDocument(name, content.encode(), "the plan's config values")
 
 
-def dtype_option(text: str) -> str:
+def dtype_option(
+    text: str, option: str = "--dtype", known: Sequence[str] = ("F64", "F32", "F16", "BF16")
+) -> str:
     """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what numpy cannot cast to."""
     names = {d.name.lower(): d.name for d in DTYPES.values()} | {d.torch: d.name for d in DTYPES.values()}
     found = names.get(text.lower())
-    if found not in ("F64", "F32", "F16", "BF16"):
-        fail("usage", f"expected float64, float32, float16 or bfloat16, found {text!r}", where="--dtype")
+    if found is None or found not in known:
+        names_known = [DTYPES[d].torch for d in known]
+        expected = f"{', '.join(names_known[:-1])} or {names_known[-1]}"
+        fail("usage", f"expected {expected}, found {text!r}", where=option)
     return found

@@ -4,6 +4,7 @@
     bits        does the plan's inverse give the source back, byte for byte?
     parity      does it compute the same, layer by layer, as the original layout's own reading?
     documented  does it give the values its publishers documented?
+    training    does it learn the same from one step? (where it is asked for by name)
     generation  does it go on from prompts with the same tokens? (where it is asked for by name)
 
 Torch is imported when a level that computes is asked for, not before.
@@ -41,7 +42,7 @@ __all__ = ["ASKED_FOR", "DTYPES", "LEVELS", "Finding", "Report", "Reports", "See
 
 LEVELS = ("coverage", "bits", "parity", "documented")
 QUICK = LEVELS[:3]
-ASKED_FOR = (*LEVELS, "generation")
+ASKED_FOR = (*LEVELS, "training", "generation")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 JUDGES = ("transformers",)
 
@@ -143,7 +144,7 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
         tell("bits: comparing with the source")
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
-    if {"parity", "documented", "generation"} & set(asked.levels) or asked.against is not None:
+    if {"parity", "documented", "training", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report, tell, seen.walks)
     report.findings += by_bits(subject, report.findings)
 
