@@ -92,7 +92,6 @@ def plant(kind: str, path: Path) -> Truth | None:
         return None
     stems = sorted({re.escape(short(name).removesuffix(".bias")) for name in wrong}, reverse=True)
     each, several = "".join(f"(?=.*{s})" for s in stems), f"({'|'.join(stems)})(, ({'|'.join(stems)}))*"
-    # the last: more than a diagnosis lists
-    return Truth(
-        None, tuple(wrong), rf"{re.escape(words)}|^{each}|^{several} and \d+ more hold {several} and"
-    )
+    more = rf"^{several} and \d+ more hold {several} and"  # than a diagnosis lists
+    copied = rf"^({'|'.join(stems)})(\.bias)? (token|element|row) \d+ holds"  # in one phase of several
+    return Truth(None, tuple(wrong), rf"{re.escape(words)}|^{each}|{more}|{copied}")

@@ -69,6 +69,7 @@ POOLED = re.compile(
     r"(Canine|Luke|MegatronBert|MobileBert)For(SequenceClassification|MultipleChoice|NextSentencePrediction|"
     r"PreTraining)"
 )
+POOLING = re.compile(r"(Canine|Luke|MegatronBert|MobileBert)Model")
 UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 # What decoders call themselves below this head, whatever their other classes do.
 IN_ANSWERING = "transformer."
@@ -146,9 +147,33 @@ def is_one(checkpoint: Checkpoint, chosen: Family) -> bool:
 def plan(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     """What converting a folder of `chosen` to the Hugging Face layout does: an original's plan, or that of
     `canonical` where it has that layout already."""
+    _check_class(checkpoint, chosen)
+    if isinstance(
+        said := options.settings.get("architectures"), str
+    ):  # --set has one name, config.json a list
+        options = replace(options, settings={**options.settings, "architectures": [said]})
     if is_one(checkpoint, chosen):
         return canonical(checkpoint, chosen, options)
     return chosen.plan(checkpoint, options)
+
+
+def _check_class(checkpoint: Checkpoint, chosen: Family) -> None:
+    """Fail with `missing-config` where config.json names no class and the tensors are of a head that is not
+    the family's own: classes that share a head's names compute other numbers."""
+    kind = kind_of(checkpoint)
+    if kind is None or kind not in chosen.classes or checkpoint.json("config.json").get("architectures"):
+        return
+    names, own = checkpoint.names(), {s for a in chosen.architectures for s in _starts(a)}
+    if any(n.startswith(tuple(own)) for n in names):
+        return
+    stem = chosen.classes[kind].name.removesuffix("Config")
+    fitting = [f"{stem}{end}" for end, starts in HEADS.items() if any(n.startswith(starts) for n in names)]
+    if fitting:
+        told = f"found none, and tensors of the head of {' or '.join(fitting)}"
+        hint = f"--set architectures={fitting[0]} says that it is of that class"
+        fail_all(
+            [Problem("missing-config", f"expected one class, {told}", "config.json", "architectures", hint)]
+        )
 
 
 def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
@@ -178,6 +203,8 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     written = _written(checkpoint, chosen, options, held, spelling)
     reasons = _reasons(held, (t.name for t in left), there)
     notes = [*written.notes, *(f"{n} is written again, as a copy of {t.name}" for n, t in copies.items())]
+    if POOLING.fullmatch(spelling.architecture) and not any(".pooler." in n for n in claimed):
+        notes.append(f"no pooler: {spelling.architecture} makes up a pooler_output of its own on loading")
     written = replace(written, ignored=reasons, notes=notes)
     return as_it_is(checkpoint, filled, compared, options, written, held.table.turns)
 

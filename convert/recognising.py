@@ -84,9 +84,11 @@ def _wrapped(tensors: Iterable[str], names: Collection[str]) -> str | None:
 
 def with_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
     """`checkpoint` with what a user says by --config as its config.json, where it has Hugging Face names that
-    no original has and lies there without one."""
+    no original has and lies there without one; with the class that a user says where its own has none."""
     said = settings.get("model_type")
-    if "config.json" in checkpoint.documents or not isinstance(said, str):
+    if "config.json" in checkpoint.documents:
+        return _with_class(checkpoint, settings.get("architectures"))
+    if not isinstance(said, str):
         return checkpoint
     content = (json.dumps(dict(settings), indent=2, sort_keys=True) + "\n").encode()
     made = Given("config.json", checkpoint.path / "config.json", len(content), content)
@@ -94,6 +96,16 @@ def with_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoi
     if canonical.whose(as_families_know(seen)) is None or any(own for _, own, _ in recognise(checkpoint)):
         return checkpoint
     return seen
+
+
+def _with_class(checkpoint: Checkpoint, said: Any) -> Checkpoint:
+    config = {} if said is None else checkpoint.json("config.json")
+    if said is None or config.get("architectures") or canonical.kind_of(checkpoint) is None:
+        return checkpoint
+    config["architectures"] = [said] if isinstance(said, str) else said
+    content = (json.dumps(config, indent=2) + "\n").encode()
+    made = Given("config.json", checkpoint.documents["config.json"].path, len(content), content)
+    return replace(checkpoint, documents={**checkpoint.documents, "config.json": made})
 
 
 # --- what to say ----------------------------------------------------------------------------------------

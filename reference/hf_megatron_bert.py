@@ -51,7 +51,8 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     if c.kind not in OF_WORDS:
         heads = of_class(c.kind, HEADS, finish)
-        heads |= {"pooler_output": pool} if c.kind == "base_model" else {}
+        if c.kind == "base_model" and c.roots[0] + "pooler.dense.weight" in ranks[0]:
+            heads["pooler_output"] = pool
         return decoder_phases(embed, layer, heads, ranks, c, inputs)
     heads = {"head": head}
     if "cls.seq_relationship.weight" in ranks[0]:

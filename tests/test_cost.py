@@ -99,9 +99,10 @@ def test_a_costly_prompt_is_not_run_free_and_only_small_models_run_all(
     monkeypatch.setattr(effort, "AFFORDABLE", 1.0)
     report = verify(out, source, levels=("parity",))
     assert report.status == "pass"
-    text = "default: prompt long (600 tokens) in lockstep only, not run free (--thorough runs all)"
+    named = "short (8 tokens), edges (6 tokens), long (600 tokens)"
+    text = f"default: prompts {named} in lockstep only, not run free (--thorough runs all)"
     assert one(report, "left out").message == text
-    assert [row[0] for row in one(report, "logits").tables[0].rows] == ["short", "other", "edges", "repeated"]
+    assert [row[0] for row in one(report, "logits").tables[0].rows] == ["other", "repeated"]
     thorough = verify(out, source, levels=("parity",), mode="thorough")
     assert one(thorough, "logits").message == one(whole, "logits").message
 

@@ -12,8 +12,9 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from ckpt_tool.api import convert
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.verify import certificate_lists
+from ckpt_tool.verify import certificate_lists, verify
 from ckpt_tool.verify.certificate import Certified, Request, as_bytes, certify
 from ckpt_tool.verify.certificate_check import check
 from tests.in_process import program
@@ -171,3 +172,49 @@ def test_a_source_of_a_server_is_named_and_compared(work: Path, address: str) ->
     (where, *_) = [f for f in found.findings if f.status == "fail"]
     assert found.status == "fail" and f"--source hf://org/model@{'1' * 40}" in where.message
     assert any(f.check == "verification" and f.status == "pass" for f in found.findings)
+
+
+# --- models that leave out which class they are of ------------------------------------------------------
+
+
+def _headless(folder: Path, family: str, **config: Any) -> Path:
+    """A tiny classifier of the library's own, whose config.json names no class."""
+    transformers = pytest.importorskip("transformers")
+    made = getattr(transformers, f"{family}Config")(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=64,
+        pad_token_id=0, **config,
+    )  # fmt: skip
+    getattr(transformers, f"{family}ForSequenceClassification")(made).save_pretrained(folder)
+    said = json.loads((folder / "config.json").read_text())
+    del said["architectures"]
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+def test_a_class_that_config_does_not_name_can_be_given(family: str, tmp_path: Path) -> None:
+    _headless(tmp_path / "in", family, num_key_value_heads=2)
+    asked = ("convert", "auto", "--in", "in", "--out", "out", "--no-verify")
+    done = program(*asked, cwd=tmp_path)
+    hint = f"--set architectures={family}ForSequenceClassification"
+    assert done.returncode == 2 and done.stderr.startswith("error[missing-config]"), done.stderr
+    assert hint in done.stderr
+    done = program(*asked, *hint.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == [f"{family}ForSequenceClassification"]
+    report = verify(tmp_path / "out", tmp_path / "in", levels=("coverage", "bits"))
+    assert report.status == "pass", report.headline
+
+
+def test_a_model_without_its_pooler_is_computed(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    made = transformers.MegatronBertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=64,
+        max_position_embeddings=70, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.MegatronBertModel(made, add_pooling_layer=False).save_pretrained(tmp_path / "in")
+    done = convert(tmp_path / "in", tmp_path / "out")
+    assert any("no pooler" in note for note in done.plan.notes)
+    report = verify(tmp_path / "out", tmp_path / "in", levels=("parity",))
+    assert report.status == "pass", report.headline

@@ -2,8 +2,10 @@
 noise floor and the free run are made. What is left out is said, and a verdict claims no more than what ran.
 
     default   every layer and every prompt in lockstep. Where a prompt is long and costs more than AFFORDABLE,
-              its floor is measured only where it is over that of the short ones, it is not run free, and one
-              longer than WIDE (a window's) goes through the first layer of each kind.
+              its floor is measured only where it is over that of others, it is not run free, and one longer
+              than WIDE (a window's) goes through the first layer of each kind. Of those that
+              are ids alone the FREED longest of the others are run free and make the floor: with few tokens
+              a pass costs what reading its weights does.
     quick     the first layer of each kind and the last one; no free run.
     thorough  everything.
 """
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # torch takes a second to load, and who asks only what is cos
 
 SHORT = 64  # tokens, up to which a prompt costs little
 WIDE = 1024  # tokens, beyond which one costs much
+FREED = 2  # prompts that are run free where a long one is not
 AFFORDABLE = 3e10  # tokens x weights of one prompt: a few seconds a pass
 
 
@@ -82,10 +85,12 @@ def effort_for(
         return Effort("default")
     firsts = frozenset(first_of_each_kind(original, converted))
     wide = [n for n in tokens if n in dear and tokens[n] > WIDE]
-    long = [n for n in tokens if n in dear and n not in wide]
     cheap = frozenset(tokens) - dear
     if not cheap:
         return Effort("default")
+    plain = [n for n in tokens if n in cheap - given and not prompts[n].given]
+    free = cheap - frozenset(sorted(plain, key=lambda n: -tokens[n])[FREED:])
+    long = [n for n in tokens if n not in free and n not in wide]
     said = []
     if long:
         said.append(f"{_named(long, tokens)} in lockstep only, not run free")
@@ -93,7 +98,7 @@ def effort_for(
         said.append(
             f"{_named(wide, tokens)} through {layers_text(sorted(firsts))} only, the first of each kind"
         )
-    return Effort("default", None, dict.fromkeys(wide, firsts), cheap, cheap, tuple(said), _before(original))
+    return Effort("default", None, dict.fromkeys(wide, firsts), free, free, tuple(said), _before(original))
 
 
 def _quick(original: Side, converted: Side, tokens: Mapping[str, int]) -> Effort:

@@ -24,6 +24,7 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 PASSWORD = "CKPT_TOOL_KEY_PASSWORD"
 KEY_BYTES = 1 << 16
 KINDS = "an Ed25519 key, or an ECDSA key of P-256 or P-384, as PEM"
+MAKES_ONE = "`openssl genpkey -algorithm ed25519 -out KEY` makes one"
 
 
 def sign(payload: bytes, key: str | os.PathLike[str]) -> bytes:
@@ -124,12 +125,13 @@ def _private(path: Path) -> Private:
         hint = f"{PASSWORD} holds the password of an encrypted key; unset it for others"
         fail("bad-input", f"expected a private key, found {found}", file=path, where="--sign", hint=hint)
     except (ValueError, UnsupportedAlgorithm):
-        fail("bad-input", f"expected {KINDS}, found something else", file=path, where="--sign")
+        text = f"expected {KINDS}, found something else"
+        fail("bad-input", text, file=path, where="--sign", hint=MAKES_ONE)
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return key
     if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in ("secp256r1", "secp384r1"):
         return key
-    fail("bad-input", f"expected {KINDS}, found another kind of key", file=path, where="--sign")
+    fail("bad-input", f"expected {KINDS}, found {_kind(key)}", file=path, where="--sign", hint=MAKES_ONE)
 
 
 def _public(path: Path) -> Public:
@@ -150,7 +152,13 @@ def _public(path: Path) -> Public:
         return key
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in ("secp256r1", "secp384r1"):
         return key
-    fail("bad-input", f"expected {KINDS}, found another kind of key", file=path, where="--key")
+    fail("bad-input", f"expected {KINDS}, found {_kind(key)}", file=path, where="--key")
+
+
+def _kind(key: object) -> str:
+    """Another kind of key, by its curve or what the library calls it."""
+    curve = getattr(getattr(key, "curve", None), "name", None)
+    return f"another kind of key ({curve or type(key).__name__.strip('_')})"
 
 
 def _read(path: Path, option: str) -> bytes:
