@@ -319,3 +319,39 @@ def test_published_sizes_ask_nothing(tmp_path: Path) -> None:
     )
     assert made.bytes_out == 65_248_815_744 + 2 * 2880 * 73  # norms in float32
     assert made.config["max_position_embeddings"].value == 131072
+
+
+# --- proof ------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_of_the_format_are_planted_and_caught(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    report = api.verify(conversions(OTHER), originals(OTHER), levels="parity")
+    assert report.status == "pass"
+    (control,) = (f for f in report.findings if f.check == "negative control")
+    assert control.measured == 1.0
+    planted = json.dumps(report.to_json())
+    for words in (
+        "the two codes of a byte exchanged", "scales one block off", "scales dropped", "scales doubled",
+        "gates and ups exchanged", "gates, then ups, where they alternate", "sinks ignored", "a bound of 7",
+        "windows in the other layers", "frequencies blended between whole channels",
+        "sines and cosines as they are", "one expert fewer for a token",
+    ):  # fmt: skip
+        assert words in planted, words
+
+
+def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written, tmp_path: Path) -> None:
+    shutil.copytree(conversions(SQUARE), tmp_path / "codes")
+    file = tmp_path / "codes" / "model.safetensors"
+    swapped = {n: (t >> 4) | (t << 4) if n.endswith("_blocks") else t for n, t in world.load(file).items()}
+    world.save(swapped, file)
+    scaling = read(conversions(SQUARE) / "config.json")["rope_scaling"] | {"truncate": True}
+    changed(conversions(SQUARE), tmp_path / "config", rope_scaling=scaling)
+    for name, words in (
+        ("codes", "layer 0: the two codes of a byte exchanged"),
+        ("config", "layer 0: rope_scaling truncate true where it should be truncate false"),
+    ):
+        (tmp_path / name / "ckpt-tool.json").unlink()
+        report = api.verify(tmp_path / name, originals(SQUARE), levels="parity")
+        assert (report.status, report.headline) == ("fail", words)

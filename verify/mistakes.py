@@ -8,6 +8,7 @@ reading of the architecture says of its own (`mistakes` and `config_mistakes`, r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -395,7 +396,7 @@ def _config_changes(
     made: dict[str, Change] = {}
     for key, v in values:
         if now.get(key) != v:
-            name = f"{key} {_show(now.get(key))} where it should be {_show(v)}"
+            name = f"{key} {' where it should be '.join(_apart(now.get(key), v))}"
             made.setdefault(name, Change(name, config={key: v}))
     singles = list(made.values())
     if len(several) > 1:
@@ -411,6 +412,19 @@ def _llama3(factor: float) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+
+
+def _apart(one: Any, other: Any) -> tuple[str, str]:
+    """Both values as they are shown; of two scalings by one factor what they differ in."""
+    both = isinstance(one, Mapping) and isinstance(other, Mapping)
+    if not both or one.get("factor") != other.get("factor"):
+        return _show(one), _show(other)
+    usual = {"truncate": True}  # of a scaling that does not say it
+    keys = [k for k in {**one, **other} if one.get(k, usual.get(k)) != other.get(k, usual.get(k))]
+    first, second = (
+        ", ".join(f"{k} {json.dumps(x.get(k, usual.get(k)))}" for k in keys) for x in (one, other)
+    )
+    return first, second
 
 
 def _show(value: Any) -> str:
