@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import DATA
-from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document, index_pieces
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
@@ -497,11 +497,12 @@ def _metadata(name: str) -> tuple[tuple[str, str], ...]:
 
 def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list[OutputDocument]]:
     """Tensors dealt out to `model*.safetensors` files of at most `limit` bytes each (a larger tensor gets a
-    file of its own), layers in natural order, and the index when there is more than one file."""
+    file of its own) and as many tensors as one is read with, layers in natural order, and the index when
+    there is more than one file."""
     groups: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
+        if groups[-1] and (size + tensor.nbytes > limit or len(groups[-1]) == TENSOR_LIMIT):
             groups.append([])
             size = 0
         groups[-1].append(tensor)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.expanding import Expansion, expand
@@ -36,9 +35,11 @@ from ckpt_tool.convert.quantised_steps import of_all_parts, physical
 from ckpt_tool.convert.quantised_view import carried_of, quantised_of
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail_all
 
 TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
+BYTES = ("U8",)  # of packed codes
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
 
 
@@ -51,7 +52,8 @@ class Table:
     frequencies that are not scaled, with its source. `head` is what the checkpoint
     calls its output layer where the user may say whether it is the embedding. `copies` are the rows of an
     axis that converted tensors repeat after the last; the way back compares them unless `compared` is false,
-    and `unlike` says what to do where they differ."""
+    and `unlike` says what to do where they differ. `packed` is how names end of tensors that hold bytes of
+    codes, and not numbers."""
 
     rows: Sequence[Rule]
     axes: Mapping[str, int]
@@ -66,6 +68,7 @@ class Table:
     copies: Mapping[str, Sequence[int]] = field(default_factory=dict)
     compared: bool = True
     unlike: str = ""
+    packed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ def _filled_in(
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
     if odd:
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
-    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side, source.checkpoint)]
+    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side, table.packed, source.checkpoint)]
     return filled
 
 
@@ -382,20 +385,28 @@ def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) ->
         yield Problem("unsupported", message, checkpoint.path.name, hint=WAY_OUT)
 
 
-def _dtype_problems(steps: Steps, side: str, checkpoint: Checkpoint) -> list[Problem]:
-    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits and come without
-    scales; a scalar may count something."""
+def _dtype_problems(
+    steps: Steps, side: str, packed: tuple[str, ...], checkpoint: Checkpoint
+) -> list[Problem]:
+    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits where neither the
+    table says so nor scales stand beside them; a scalar may count something."""
     inventory = carried_of(checkpoint)
     names = set() if inventory is None else {*inventory.weights, *(name for _, name in inventory.parts)}
 
+    def wanted(part: Part) -> Sequence[str]:
+        return BYTES if packed and part.name.endswith(packed) else CASTABLE
+
     def odd(step: Step) -> list[Part]:
         parts = step.sources if side == "sources" else step.targets
-        return [p for p in parts if p.dtype not in CASTABLE and p.dims]
+        return [p for p in parts if p.dtype not in wanted(p) and p.dims]
 
-    parts = dict.fromkeys(p for s in steps.where(odd) for p in odd(s))
-    expected = f"expected {', '.join(CASTABLE)}"
+    def unlike(step: Step) -> bool:  # of a template, which has no names
+        parts = step.sources if side == "sources" else step.targets
+        return any(p.dtype not in CASTABLE or packed for p in parts)
+
+    parts = dict.fromkeys(p for s in steps.where(unlike) for p in odd(s))
     return [
-        Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name)
+        Problem("unsupported-dtype", f"expected {', '.join(wanted(p))}, found {p.dtype}", p.file, p.name)
         for p in parts
         if p.name not in names
     ]

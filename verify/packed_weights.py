@@ -78,5 +78,9 @@ class PackedWeights(Weights):
 
 
 def packed_in(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inventory | None:
-    """What is quantised in the files of a side, as they are; None where it is seen as numbers."""
-    return None if quantised_of(checkpoint) is not None else found_in(checkpoint, settings)
+    """What is quantised in the files of a side, as they are; None where it is seen as numbers, or where the
+    readings take codes themselves."""
+    found = None if quantised_of(checkpoint) is not None else found_in(checkpoint, settings)
+    if found is None or all(w.form.own_rows for w in found.weights.values()):
+        return None
+    return found
