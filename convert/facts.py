@@ -406,6 +406,8 @@ class _Reader:
             expected = f"rope_type {', '.join(['default', *NEEDED])}"
             self.refuse("unsupported", f"{key}.rope_type", expected, kind)
             return {"rope_type": kind, **given}
+        if kind == "yarn":
+            given.pop("max_position_embeddings", None)  # which nobody reads there
         if kind in ("linear", "dynamic") and same(given.get("factor"), 1):
             return None
         if kind in BOUNDED:

@@ -30,6 +30,7 @@ from ckpt_tool.reference.hf_blocks import (
     linear,
     mixture,
     only,
+    position_scaled,
     rms_norm,
     rotate,
     softcap,
@@ -38,8 +39,8 @@ from ckpt_tool.reference.hf_blocks import (
     wide,
 )
 from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
-from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotation, told_once
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run, trunk
+from ckpt_tool.reference.hf_rope import RopeScaling, position_ids, rope, rotation, told_once
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
 
@@ -89,6 +90,7 @@ class Config:
     scalar: float | None = None  # in the place of the width of a head, where scores are scaled
     score_cap: float | None = None
     logit_cap: float | None = None
+    growth: tuple[float, float] | None = None  # beta and length of `position_scaled`, for queries alone
 
     # What the configuration class of a family takes for keys that are absent; those of `or_null` may be null.
     names: ClassVar[Names] = Names()
@@ -165,9 +167,17 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device) if c.scaled_words else x
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, past: Cache | None = None) -> Tensor:
+def layer(
+    x: Tensor,
+    i: int,
+    ranks: Ranks,
+    c: Config,
+    mask: Tensor | None = None,
+    past: Cache | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
-    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past)
+    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, positions, mask)
     attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)
     y = feed_forward(norm(x if c.parallel else attended, w, p + n.norm_2, c), w, p, c)
     return attended + (norm(y, w, p + n.after[1], c) if n.after[1] else y)
@@ -203,9 +213,9 @@ def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(softcap(logits, c.logit_cap))
 
 
-def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """The normalised sequence (B, T, D), which every head starts from."""
-    return final_norm(trunk(phases(ranks, c), ids), ranks, c)
+def encode(ids: Tensor, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
+    """The normalised sequence (B, T, D), which every head starts from; `mask` (B, T) is 0 for padding."""
+    return final_norm(trunk(phases(ranks, c, given(mask=mask)), ids), ranks, c)
 
 
 # What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those
@@ -228,15 +238,25 @@ _OF_LAST = {name: _of_last(name) for name in HEADS}
 
 
 def attention(
-    x: Tensor, w: Mapping[str, Tensor], p: str, c: Config, window: int | None, past: Cache | None
+    x: Tensor,
+    w: Mapping[str, Tensor],
+    p: str,
+    c: Config,
+    window: int | None,
+    past: Cache | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     q, k, v = project(x, w, p, c)
     if c.head_norms:
         q, k = (norm(y, w, f"{p}self_attn.{n}_norm.", c) for n, y in (("q", q), ("k", k)))
-    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling, cached(past, p))
+    ahead = cached(past, p)
+    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling, ahead, positions)
     q, k = (rotate(y, cos, sin) for y in (q, k))
+    if c.growth is not None:
+        q = position_scaled(q, position_ids(x, ahead, positions), *c.growth)
     k, v = grown(past, p, k, v)
-    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap)
+    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap, mask)
     return linear(y, w, p + c.names.out, "out" in c.biased)
 
 

@@ -350,7 +350,7 @@ def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written
     changed(conversions(SQUARE), tmp_path / "config", rope_scaling=scaling)
     for name, words in (
         ("codes", "layer 0: the two codes of a byte exchanged"),
-        ("config", "layer 0: rope_scaling truncate true where it should be truncate false"),
+        ("config", "layer 0: rope_scaling.truncate True where it should be False"),
     ):
         (tmp_path / name / "ckpt-tool.json").unlink()
         report = api.verify(tmp_path / name, originals(SQUARE), levels="parity")

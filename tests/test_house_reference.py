@@ -200,8 +200,8 @@ def test_an_input_that_no_phase_takes_is_refused() -> None:
     reading = reference.converted("LlamaForCausalLM")
     config = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     c = reading.Config.from_hf(config)
-    with pytest.raises(TypeError, match="expected no inputs mask"):
-        reading.phases([{}], c, {"mask": torch.ones(1, 2)})
+    with pytest.raises(TypeError, match="expected no inputs token_types"):
+        reading.phases([{}], c, {"token_types": torch.ones(1, 2)})
 
 
 def test_every_reading_has_its_phases_in_order(conversions: Written, originals: Written) -> None:
@@ -305,6 +305,24 @@ MUTANTS = {
         "llama-3.1-8b",
         ("rope.stretch", "frequencies / s.factor", "frequencies / (2 * s.factor)"),
         ("hf_rope.stretch", "(frequencies / s.factor)\n", "(frequencies / (2 * s.factor))\n"),
+    ),
+    "queries that grow: without steps": Mutant(
+        "ministral3-3b",
+        ("blocks.with_distance", "torch.floor(wide(positions) / length)", "wide(positions) / length"),
+        ("hf_blocks.position_scaled", "torch.floor(positions / trained)", "positions / trained"),
+    ),
+    "queries that grow: keys as well": Mutant(
+        "ministral3-3b",
+        (
+            "decoder.attention",
+            "q = with_distance(q, places(x, ahead, positions), *c.far)",
+            "q, k = (with_distance(y, places(x, ahead, positions), *c.far) for y in (q, k))",
+        ),
+        (
+            "hf_decoder.attention",
+            "q = position_scaled(q, position_ids(x, ahead, positions), *c.growth)",
+            "q, k = (position_scaled(y, position_ids(x, ahead, positions), *c.growth) for y in (q, k))",
+        ),
     ),
     "rotary of neighbours, rotate_half: turned the other way": Mutant(
         "llama-2-7b",

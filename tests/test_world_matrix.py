@@ -22,15 +22,17 @@ from tests import world
 
 Written = Callable[[str], Path]
 PUBLISHED = ("codegen", "qwen2", "qwen3", "gemma2", "gpt-neox")
-CONSOLIDATED = ("mistral", "mixtral", "llama")
+CONSOLIDATED = ("mistral", "mixtral", "llama", "ministral3")
 MEGATRON = ("megatron-bert", "megatron-gpt2")
 TENSORFLOW = ("mobilebert", "canine")
+NO_PICKLE = "Mistral AI writes these in safetensors alone, which has no dicts and no zip"
 BY_CONFIG = ("gpt-oss",)  # whose config.json is the original's own
 NO_TORCH = "a TensorFlow bundle has no dicts, and no program of torch writes it"
 # One file of 16-bit weights each, without a set of ranks around it; of TensorFlow a bundle in float32.
 BASE = {
     "mistral": "mistral-7b-v0.1",
     "mixtral": "mixtral-a",
+    "ministral3": "ministral3-3b",
     "llama": "llama-3-8b",
     "megatron-bert": "bert-v1-bare",
     "megatron-gpt2": "gpt2-v1-bare",
@@ -196,8 +198,12 @@ KINDS: dict[str, Kind] = {
     "an index with another total_size": Kind(
         world.wrong_total_size, back=True, shards=True, note="total_size"
     ),
-    "backslashes in the zip": Kind(world.backslashes, never=each(TENSORFLOW, NO_TORCH)),
-    "state_dict around the weights": Kind(world.wrapped, note="state_dict", never=each(TENSORFLOW, NO_TORCH)),
+    "backslashes in the zip": Kind(
+        world.backslashes, never={**each(TENSORFLOW, NO_TORCH), "ministral3": NO_PICKLE}
+    ),
+    "state_dict around the weights": Kind(
+        world.wrapped, note="state_dict", never={**each(TENSORFLOW, NO_TORCH), "ministral3": NO_PICKLE}
+    ),
     "_orig_mod. before every name": Kind(
         world.prefixed("_orig_mod."), note="_orig_mod.", never=each(TENSORFLOW, NO_TORCH)
     ),
@@ -210,6 +216,7 @@ KINDS: dict[str, Kind] = {
             "mobilebert": "test_mobilebert.py::test_state_of_the_training_is_left_out_and_counted",
             "canine": "test_canine.py::test_heads_without_a_class_are_left_out_with_the_reason",
         },
+        never={"ministral3": NO_PICKLE},
     ),
     "an integer of 10^30 in tokenizer_config.json": Kind(
         world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True

@@ -8,7 +8,6 @@ reading of the architecture says of its own (`mistakes` and `config_mistakes`, r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -396,7 +395,7 @@ def _config_changes(
     made: dict[str, Change] = {}
     for key, v in values:
         if now.get(key) != v:
-            name = f"{key} {' where it should be '.join(_apart(now.get(key), v))}"
+            name = _where(key, now.get(key), v)
             made.setdefault(name, Change(name, config={key: v}))
     singles = list(made.values())
     if len(several) > 1:
@@ -414,17 +413,12 @@ def _llama3(factor: float) -> dict[str, Any]:
     }
 
 
-def _apart(one: Any, other: Any) -> tuple[str, str]:
-    """Both values as they are shown; of two scalings by one factor what they differ in."""
-    both = isinstance(one, Mapping) and isinstance(other, Mapping)
-    if not both or one.get("factor") != other.get("factor"):
-        return _show(one), _show(other)
-    usual = {"truncate": True}  # of a scaling that does not say it
-    keys = [k for k in {**one, **other} if one.get(k, usual.get(k)) != other.get(k, usual.get(k))]
-    first, second = (
-        ", ".join(f"{k} {json.dumps(x.get(k, usual.get(k)))}" for k in keys) for x in (one, other)
-    )
-    return first, second
+def _where(key: str, now: Any, right: Any) -> str:
+    """Two values in words: of two objects, those of their values that differ."""
+    if not (isinstance(now, Mapping) and isinstance(right, Mapping)):
+        return f"{key} {_show(now)} where it should be {_show(right)}"
+    unlike = [k for k in dict.fromkeys([*right, *now]) if now.get(k) != right.get(k)]
+    return ", ".join(_where(f"{key}.{k}", now.get(k), right.get(k)) for k in unlike)
 
 
 def _show(value: Any) -> str:
