@@ -4,6 +4,7 @@ numbers of an outside judge."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -355,3 +356,58 @@ def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written
         (tmp_path / name / "ckpt-tool.json").unlink()
         report = api.verify(tmp_path / name, originals(SQUARE), levels="parity")
         assert (report.status, report.headline) == ("fail", words)
+
+
+def test_experts_are_read_one_at_a_time_where_there_is_no_room(
+    conversions: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpt_tool.verify import weights
+
+    module = reference.converted("GptOssForCausalLM")
+    c = module.Config.from_hf(read(conversions(OTHER) / "config.json"))
+    ids = torch.arange(40).mul(37).remainder(300)[None]
+    monkeypatch.setattr(weights, "SMALL", 0)
+    with api.open_checkpoint(conversions(OTHER)) as checkpoint:
+        held = weights.Weights(checkpoint, {t.name: t for t in checkpoint}, torch.float32, "cpu")
+        right = module.forward(ids, [held], c)
+        held.within(1, 0)
+        pieces: list[float] = []
+        into = checkpoint.read_into
+
+        def counted(tensor: Any, offset: int, buffer: memoryview) -> None:
+            pieces.extend([len(buffer) / tensor.nbytes] if "_blocks" in tensor.name else [])
+            into(tensor, offset, buffer)
+
+        monkeypatch.setattr(checkpoint, "read_into", counted)
+        found = module.forward(ids, [held], c)
+    assert torch.equal(found, right) and set(pieces) == {1 / c.n_experts}
+
+
+# --- as numbers -------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_case(case: Path, tmp_path: Path) -> None:
+    api.convert(case / "original", tmp_path / "hf", options=api.Options(dequantize="BF16"))
+    made = world.tensors_of(tmp_path / "hf")
+    digests = {
+        n: [str(t.dtype), list(t.shape), hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest()]
+        for n, t in made.items()
+    }
+    assert digests == read(case / "hf_sha256.json")
+    assert PACKING not in read(tmp_path / "hf" / "config.json")
+
+
+def test_numbers_are_proved_and_have_no_way_back(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    numbers = api.Options(dequantize="BF16")
+    api.convert(originals(OTHER), tmp_path / "hf", options=numbers)
+    report = api.verify(tmp_path / "hf", originals(OTHER), levels=("coverage", "bits"))
+    assert report.status == "pass", report.headline
+    (problem,) = problems(lambda: api.plan(tmp_path / "hf", to="original"))
+    assert problem.kind == "unsupported" and "bit for bit" in (problem.hint or "")
+    (problem,) = problems(lambda: api.plan(conversions(OTHER), options=numbers))
+    assert problem.kind == "unsupported" and "--to original" in (problem.hint or "")
+    api.convert(conversions(OTHER), tmp_path / "back", to="original")
+    api.convert(tmp_path / "back", tmp_path / "again", options=numbers)
+    assert world.equal(world.tensors_of(tmp_path / "again"), world.tensors_of(tmp_path / "hf"))
