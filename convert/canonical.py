@@ -31,6 +31,7 @@ from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
 from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
+from ckpt_tool.convert.quantised_view import with_packing
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.convert.widths import CASTABLE
@@ -180,6 +181,8 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     """See the module docstring; `checkpoint` has Hugging Face names. Kinds: those of any plan; `usage` for
     options that shape what an original becomes."""
     _refuse_options(options)
+    _, settings = with_packing(checkpoint, {}, options.settings)
+    options = replace(options, settings=settings)
     spelling = _spelling(checkpoint, chosen)
     seen = _renamed(checkpoint, spelling.family)
     own = replace(options, drop=tuple(spelling.family.get(name, name) for name in options.drop))
@@ -203,7 +206,7 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     written = _written(checkpoint, chosen, options, held, spelling)
     reasons = _reasons(held, (t.name for t in left), there)
     notes = [*written.notes, *(f"{n} is written again, as a copy of {t.name}" for n, t in copies.items())]
-    if POOLING.fullmatch(spelling.architecture) and not any(".pooler." in n for n in claimed):
+    if POOLING.fullmatch(spelling.architecture) and not any(".pooler." in n for n in expected):
         notes.append(f"no pooler: {spelling.architecture} makes up a pooler_output of its own on loading")
     written = replace(written, ignored=reasons, notes=notes)
     return as_it_is(checkpoint, filled, compared, options, written, held.table.turns)

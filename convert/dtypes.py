@@ -87,7 +87,7 @@ def kept_words(written: Counter[str], *, loaded: bool) -> list[str]:
     """A note on tensors of several dtypes, of which so many are `written`; `loaded` for a model that
     transformers loads: it gives all of them one dtype, that of the config unless it is told another."""
     counts = Counter({dtype: n for dtype, n in written.items() if dtype in FLOATS})
-    if len(counts) < 2:
+    if len(counts) < 2 or "F8_E4M3" in counts:  # of codes and their scales
         return []
     told = ", ".join(f"{n} {DTYPES[d].torch}" for d, n in counts.most_common())
     hint = f"; loaded in {DTYPES[common(counts)].torch}, no value is rounded" if loaded else ""

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.checkpoint.strict_json import members
 from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VERSION
+from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
 from ckpt_tool.errors import fail, printable
 
 # how the source of a value begins that the user gave
@@ -209,6 +210,8 @@ def _options(found: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": _one_of(found, "dtype", tuple(DTYPES), "options."),
         "drop": _texts(found, "drop", "options."),
         "gqa": gqa,
+        "dequantize": _one_of(found, "dequantize", TARGETS, "options."),
+        "recipe": _one_of(found, "recipe", RECIPES, "options."),
         "family_options": asked,
         "settings": _object(found, "settings"),
     }

@@ -28,6 +28,7 @@ FINDINGS = (
     "non-finite",
     "all-zero",
     "denormal-only",
+    "odd-scales",
     "replica-difference",
     "unchecked-records",
     "stale-frequencies",

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, repeat
 from math import prod
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.dcp_names import DATA
@@ -29,6 +29,9 @@ from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.quantised import Inventory
 
 PLAN_VERSION = 1
 _PATTERN = re.compile(r"[*?[]")  # signs of a shell's pattern
@@ -186,6 +189,8 @@ class Plan:
     # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
     # it. No part of what is done.
     turns: Value | None = None
+    # The quantised weights of the source: what their scales hold is looked at. No part of what is done.
+    quantised: Inventory | None = None
     # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
     unread: str = ""
 

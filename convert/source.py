@@ -110,6 +110,8 @@ class Source:
         first = held.held.values() if isinstance(held, Single) else (t for t, *_ in held.values())
         for (dtype, shape), tensors in Counter(map(_KIND, first)).items():
             counts[dtype] += prod(shape) * tensors * (dtype in FLOATS)
+        for code in CODES if len(counts) > 1 else ():  # codes of weights are no numbers
+            counts.pop(code, None)
         return counts.most_common(1)[0][0]
 
 
@@ -140,6 +142,7 @@ def _each_once(checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str
 
 
 MAX_LAYERS = 10_000
+CODES = ("F8_E4M3", "F8_E5M2")
 
 
 def layer_count(names: Iterable[str], pattern: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ Written = Callable[[str], Path]
 # What the current release of transformers has dropped is judged by the oldest one.
 OLDEST = Path(__file__).parents[1] / ".judges" / "tf4.37"
 DROPPED = ("mega",)
+# What transformers loads with accelerate alone; without it test_house_reference.py has its model as a judge.
+ACCELERATED = ("gpt-oss",)
 
 
 def test_every_family_has_variants() -> None:
@@ -55,11 +58,13 @@ def test_verified_at_every_level_judged_and_round_tripped(
         if not OLDEST.is_dir():
             pytest.skip("tf4.37 is not set up; `make test` does it")
         monkeypatch.setenv("CKPT_TOOL_TRANSFORMERS", str(OLDEST))
-    found = table.row(VARIANTS[variant], tmp_path, judge=True)
+    judged = find_spec("accelerate") is not None or VARIANTS[variant].family not in ACCELERATED
+    found = table.row(VARIANTS[variant], tmp_path, judge=judged)
     assert found.verdict == "pass", found
     assert found.bits == "pass"
     assert found.parity_nmse is not None and found.parity_nmse <= 1e-10
-    assert found.judge_nmse is not None and found.judge_nmse <= 1e-10
+    if judged:
+        assert found.judge_nmse is not None and found.judge_nmse <= 1e-10
 
 
 @pytest.mark.parametrize("variant", ["mistral-7b-v0.1", "mixtral-b", "llama-3-70b"])

@@ -4,6 +4,7 @@ numbers of an outside judge."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -319,3 +320,94 @@ def test_published_sizes_ask_nothing(tmp_path: Path) -> None:
     )
     assert made.bytes_out == 65_248_815_744 + 2 * 2880 * 73  # norms in float32
     assert made.config["max_position_embeddings"].value == 131072
+
+
+# --- proof ------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_of_the_format_are_planted_and_caught(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    report = api.verify(conversions(OTHER), originals(OTHER), levels="parity")
+    assert report.status == "pass"
+    (control,) = (f for f in report.findings if f.check == "negative control")
+    assert control.measured == 1.0
+    planted = json.dumps(report.to_json())
+    for words in (
+        "the two codes of a byte exchanged", "scales one block off", "scales dropped", "scales doubled",
+        "gates and ups exchanged", "gates, then ups, where they alternate", "sinks ignored", "a bound of 7",
+        "windows in the other layers", "frequencies blended between whole channels",
+        "sines and cosines as they are", "one expert fewer for a token",
+    ):  # fmt: skip
+        assert words in planted, words
+
+
+def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written, tmp_path: Path) -> None:
+    shutil.copytree(conversions(SQUARE), tmp_path / "codes")
+    file = tmp_path / "codes" / "model.safetensors"
+    swapped = {n: (t >> 4) | (t << 4) if n.endswith("_blocks") else t for n, t in world.load(file).items()}
+    world.save(swapped, file)
+    scaling = read(conversions(SQUARE) / "config.json")["rope_scaling"] | {"truncate": True}
+    changed(conversions(SQUARE), tmp_path / "config", rope_scaling=scaling)
+    for name, words in (
+        ("codes", "layer 0: the two codes of a byte exchanged"),
+        ("config", "layer 0: rope_scaling.truncate True where it should be False"),
+    ):
+        (tmp_path / name / "ckpt-tool.json").unlink()
+        report = api.verify(tmp_path / name, originals(SQUARE), levels="parity")
+        assert (report.status, report.headline) == ("fail", words)
+
+
+def test_experts_are_read_one_at_a_time_where_there_is_no_room(
+    conversions: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpt_tool.verify import weights
+
+    module = reference.converted("GptOssForCausalLM")
+    c = module.Config.from_hf(read(conversions(OTHER) / "config.json"))
+    ids = torch.arange(40).mul(37).remainder(300)[None]
+    monkeypatch.setattr(weights, "SMALL", 0)
+    with api.open_checkpoint(conversions(OTHER)) as checkpoint:
+        held = weights.Weights(checkpoint, {t.name: t for t in checkpoint}, torch.float32, "cpu")
+        right = module.forward(ids, [held], c)
+        held.within(1, 0)
+        pieces: list[float] = []
+        into = checkpoint.read_into
+
+        def counted(tensor: Any, offset: int, buffer: memoryview) -> None:
+            pieces.extend([len(buffer) / tensor.nbytes] if "_blocks" in tensor.name else [])
+            into(tensor, offset, buffer)
+
+        monkeypatch.setattr(checkpoint, "read_into", counted)
+        found = module.forward(ids, [held], c)
+    assert torch.equal(found, right) and set(pieces) == {1 / c.n_experts}
+
+
+# --- as numbers -------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_case(case: Path, tmp_path: Path) -> None:
+    api.convert(case / "original", tmp_path / "hf", options=api.Options(dequantize="BF16"))
+    made = world.tensors_of(tmp_path / "hf")
+    digests = {
+        n: [str(t.dtype), list(t.shape), hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest()]
+        for n, t in made.items()
+    }
+    assert digests == read(case / "hf_sha256.json")
+    assert PACKING not in read(tmp_path / "hf" / "config.json")
+
+
+def test_numbers_are_proved_and_have_no_way_back(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    numbers = api.Options(dequantize="BF16")
+    api.convert(originals(OTHER), tmp_path / "hf", options=numbers)
+    report = api.verify(tmp_path / "hf", originals(OTHER), levels=("coverage", "bits"))
+    assert report.status == "pass", report.headline
+    (problem,) = problems(lambda: api.plan(tmp_path / "hf", to="original"))
+    assert problem.kind == "unsupported" and "bit for bit" in (problem.hint or "")
+    (problem,) = problems(lambda: api.plan(conversions(OTHER), options=numbers))
+    assert problem.kind == "unsupported" and "--to original" in (problem.hint or "")
+    api.convert(conversions(OTHER), tmp_path / "back", to="original")
+    api.convert(tmp_path / "back", tmp_path / "again", options=numbers)
+    assert world.equal(world.tensors_of(tmp_path / "again"), world.tensors_of(tmp_path / "hf"))

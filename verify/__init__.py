@@ -23,7 +23,7 @@ from typing import Any
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
-from ckpt_tool.verify.bits import bits
+from ckpt_tool.verify.bits import bits, recognise_recipe
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
 from ckpt_tool.verify.confirm import confirm
@@ -121,6 +121,7 @@ def _levels(
     if asked.mode != "default":
         report.facts["mode"] = f"{asked.mode}; levels: {', '.join(asked.levels)}"
     subject.accepted = asked.accept
+    recognise_recipe(subject)
     with timed(report.seconds, next((level for level in SHARED if level in asked.levels), OTHER)):
         seen = _seen(subject, out, asked.levels, tell, joined)
     _run(subject, asked, seen, report, tell)

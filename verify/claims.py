@@ -162,7 +162,10 @@ def _proved(findings: Sequence[Finding]) -> str:
         if proof in passed
     ]
     text = f"{', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]} are those of its source"
-    if exactness(findings) == "identical after cast":
+    recipe = next((f.data["recipe"] for f in findings if f.check == "dequantised"), None)
+    if recipe is not None:
+        text += f" once it is dequantised by the recipe {recipe}"
+    elif exactness(findings) == "identical after cast":
         text += " once it is cast or pooled as recorded or accepted"
     if exactness(findings) == WITHOUT_COPIES:
         text += ", but for the copies that were left out and compared with nothing"

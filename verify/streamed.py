@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Rows:
 
     @property
     def step(self) -> int:
-        width = max(1, self.shape[1] if len(self.shape) > 1 else 1)
+        width = max(1, prod(self.shape[1:]))
         return max(1, BLOCK // (width * self.dtype.itemsize))
 
     def block(self, first: int) -> Tensor:
@@ -165,7 +166,9 @@ def _embedding(ids: Tensor, w: Tensor, *rest: Any, **more: Any) -> Any:
 
 
 def _taken(x: Any, at: Any) -> Any:
-    """Some rows: those of ids, or a range of them."""
+    """Some rows: those of ids, or a range of them; one matrix of a stack of them."""
+    if isinstance(x, Streamed) and not x.turned and isinstance(at, int) and 0 <= at < x.shape[0]:
+        return _outside(x.rows, at, at + 1)[0].to(x.rows.device, x.rows.dtype)
     if not isinstance(x, Streamed) or x.turned or x.dim() != 2:
         return NotImplemented
     if isinstance(at, slice) and at.step in (None, 1):

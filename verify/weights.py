@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -88,27 +89,28 @@ class Weights(Mapping[str, Tensor]):
     def _fits(self, info: TensorInfo) -> bool:
         """Whether the layer of a tensor may be held as it is computed, and two copies of the tensor beside
         it, as a planted mistake makes them."""
-        if self.limit is None or len(info.shape) != 2 or info.numel < SMALL:
+        if self.limit is None or len(info.shape) < 2 or info.numel < SMALL:
             return True
         layer = self._of_layers.get(stack_of(info.name) or ("", 0), info.numel)
         return (layer + 2 * info.numel) * self.dtype.itemsize <= self.limit
 
     def _streamed(self, info: TensorInfo) -> Tensor:
         stored = getattr(torch, DTYPES[info.dtype].torch)
-        width = info.shape[1]
+        wanted = self.dtype if stored.is_floating_point else stored
+        width = prod(info.shape[1:])
 
         def read(first: int, last: int) -> Tensor:
-            rows = torch.empty(last - first, width, dtype=stored)
+            rows = torch.empty(last - first, *info.shape[1:], dtype=stored)
             buffer = rows.view(torch.uint8).numpy().reshape(-1).data
             self.checkpoint.read_into(info, first * width * stored.itemsize, buffer)
             return rows
 
         room = self.room if self._kept is not None else Room(0)
-        return Streamed(Rows(tuple(info.shape), read, self.dtype, torch.device(self.device), room))
+        return Streamed(Rows(tuple(info.shape), read, wanted, torch.device(self.device), room))
 
     def _load(self, info: TensorInfo) -> Tensor:
         stored = getattr(torch, DTYPES[info.dtype].torch)
-        if stored.is_floating_point and not self._fits(info):
+        if (stored.is_floating_point or len(info.shape) > 2) and not self._fits(info):
             return self._streamed(info)
         wanted = self.dtype if stored.is_floating_point else stored
         out = torch.empty(info.numel, dtype=wanted, device=self.device)

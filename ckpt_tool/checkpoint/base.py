@@ -50,6 +50,7 @@ DTYPES: dict[str, DType] = {
         DType("BF16", 2, "<u2", None, "bfloat16"),
         DType("F8_E4M3", 1, "u1", None, "float8_e4m3fn"),
         DType("F8_E5M2", 1, "u1", None, "float8_e5m2"),
+        DType("F8_E8M0", 1, "u1", None, "float8_e8m0fnu"),  # a power of two: scales of codes
         DType("I64", 8, "<u8", "<i8", "int64"),
         DType("I32", 4, "<u4", "<i4", "int32"),
         DType("I16", 2, "<u2", "<i2", "int16"),

@@ -51,7 +51,7 @@ def read_config(
     settings. Fails for another model, for packed weights, for one value said twice and differently, and for
     what `own` does not read and may change the numbers, unless the user sets it to null; without a
     `model_type` any is taken."""
-    from ckpt_tool.convert.quantised_view import carried_of
+    from ckpt_tool.convert.quantised_view import carried_of, with_packing
 
     if "config.json" not in checkpoint.documents:
         hint = "put the config.json of the same model there"
@@ -75,6 +75,7 @@ def read_config(
             refuse(name, "the config of a text model alone", "one of a model of several parts")
     fail_all(problems)
     carried = carried_of(checkpoint) is not None
+    document, settings = with_packing(checkpoint, document, settings)
     document, settings, notes = read_keys(document, settings, own, quantised=carried)
     fail_all(misread(overlaid(document, settings), own, settings))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
