@@ -8,7 +8,7 @@ Names of sizes as in hf_blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -197,3 +197,77 @@ def numbers(w: Tensors, stem: str, e: int, dtype: torch.dtype) -> Tensor:
     out[..., 0::2] = table[(blocks & 0x0F).long()]
     out[..., 1::2] = table[(blocks >> 4).long()]
     return torch.ldexp(out, exponents.unsqueeze(-1)).reshape(blocks.shape[0], -1).to(dtype).T
+
+
+# --- what converters get wrong ----------------------------------------------------------------------------
+
+Change = Callable[[Tensors], dict[str, Tensor]]
+
+
+def mistakes(names: Collection[str], c: Config) -> dict[str, Change | tuple[Change, Change]]:
+    """In the tensors of one layer: how to plant it, and how to undo it where that is not the same."""
+    made: dict[str, Change | tuple[Change, Change]] = {}
+    stems = sorted({n.removesuffix("_blocks") for n in names if n.endswith("_blocks")})
+    if stems:
+        blocks, scales = ([f"{stem}_{end}" for stem in stems] for end in ("blocks", "scales"))
+        made["the two codes of a byte exchanged"] = _of(blocks, lambda b: (b >> 4) | (b << 4))
+        made["scales one block off"] = (
+            _of(scales, lambda s: s.roll(1, -1)),
+            _of(scales, lambda s: s.roll(-1, -1)),
+        )
+        made["scales dropped"] = (_of(scales, lambda s: torch.full_like(s, 127)), _lost)
+        made["scales doubled"] = (_of(scales, lambda s: s + (s < 254)), _of(scales, lambda s: s - 1))
+    units = [n for n in names if ".experts.gate_up_proj" in n]
+    if units:
+        made["gates and ups exchanged"] = _along(units, lambda n: torch.arange(n).view(-1, 2).flip(-1))
+        made["gates, then ups, where they alternate"] = (
+            _along(units, lambda n: torch.arange(n).view(-1, 2).T),
+            _along(units, lambda n: torch.arange(n).view(2, -1).T),
+        )
+    for name in names:
+        if name.endswith(".sinks"):
+            made["sinks ignored"] = (_of([name], lambda s: torch.full_like(s, -1e4)), _lost)
+        if name.endswith(".experts.down_proj"):
+            made["down_proj transposed"] = _of([name], lambda x: x.mT.reshape(x.shape).contiguous())
+    return made
+
+
+def _of(names: Collection[str], how: Callable[[Tensor], Tensor]) -> Change:
+    return lambda w: {name: how(w[name]) for name in names}
+
+
+def _lost(w: Tensors) -> dict[str, Tensor]:
+    raise ValueError("expected values to put back, found none")
+
+
+def _along(names: Collection[str], order: Callable[[int], Tensor]) -> Change:
+    """Gates and ups in another order: rows of codes and their scales, columns of numbers and biases."""
+
+    def change(w: Tensors) -> dict[str, Tensor]:
+        made = {}
+        for name in names:
+            dim = 1 if name.endswith(("_blocks", "_scales")) else -1
+            index = order(w[name].shape[dim]).flatten().to(w[name].device)
+            made[name] = w[name].index_select(dim, index)
+        return made
+
+    return change
+
+
+def config_mistakes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values with which the tensors still fit, and give another model; what prompts do not reach is left."""
+    c = Config.from_hf(config)
+    kinds = ["full_attention" if w is not None else "sliding_attention" for w in c.windows]
+    made: dict[str, dict[str, Any]] = {"windows in the other layers": {"layer_types": kinds}}
+    s = c.rope_scaling
+    if s is not None and s.kind == "yarn":
+        told = {"rope_type": "yarn", "factor": s.factor, "beta_fast": s.high, "beta_slow": s.low}
+        told |= {"original_max_position_embeddings": s.original_context, "truncate": s.truncate}
+        other = {**told, "truncate": not s.truncate}
+        made["frequencies blended between whole channels"] = {"rope_scaling": other}
+        made["sines and cosines as they are"] = {"rope_scaling": {**told, "attention_factor": 1.0}}
+    if c.limit != 7:
+        made["a bound of 7"] = {"swiglu_limit": 7.0}
+    if c.n_experts_per_token > 1:
+        made["one expert fewer for a token"] = {"num_experts_per_tok": c.n_experts_per_token - 1}
+    return made

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ckpt_tool import api, reference
 from ckpt_tool.errors import CkptToolError, Problem
-from tests import world
+from tests import packed_models, world
 
 Written = Callable[[str], Path]
 SQUARE, OTHER = "gpt-oss-20b", "gpt-oss-120b"
@@ -266,29 +266,14 @@ def test_a_tokenizer_around_the_folder_is_carried(originals: Written, tmp_path: 
     assert any("has no tokenizer" in note and "--tokenizer" in note for note in alone.notes)
 
 
-def saved_by_transformers(folder: Path, to: Path) -> Any:
-    """The model of a converted folder as the library holds and saves it, with experts as numbers."""
-    transformers = pytest.importorskip("transformers")
-    config = {k: v for k, v in read(folder / "config.json").items() if k != PACKING}
-    theirs, state = reference.converted("GptOssForCausalLM"), world.tensors_of(folder)
-    c = theirs.Config.from_hf(config)
-    whole = {n: t for n, t in state.items() if not n.endswith(("_blocks", "_scales"))}
-    for stem in (n.removesuffix("_blocks") for n in state if n.endswith("_blocks")):
-        whole[stem] = torch.stack(
-            [theirs.numbers(state, stem, e, torch.bfloat16) for e in range(c.n_experts)]
-        )
-    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**config))
-    model.load_state_dict(whole)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(to)  # which rounds its frequencies as well
-    return model.eval()
-
-
 def test_the_folder_that_transformers_saves_is_read(conversions: Written, tmp_path: Path) -> None:
     """The library's model of what was converted gives the logits of the original; what it saves is canonical,
     and has no way back."""
+    pytest.importorskip("transformers")
     for variant in (SQUARE, OTHER):
-        model = saved_by_transformers(conversions(variant), tmp_path / variant)
-        model.config._attn_implementation = model.config._experts_implementation = "eager"
+        model = packed_models.loaded(conversions(variant))
+        saved = copy.deepcopy(model).to(torch.bfloat16)  # which rounds its frequencies as well
+        saved.save_pretrained(tmp_path / variant)
         ids = torch.arange(64).mul(37).remainder(300)[None]
         for folder in (conversions(variant), tmp_path / variant):
             config, state = read(folder / "config.json"), world.tensors_of(folder)

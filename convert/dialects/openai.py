@@ -58,12 +58,11 @@ NO_TOKENIZER = (
 
 @dataclass(frozen=True)
 class OpenAI:
-    """A model that is published like this. `rows` are those of its tensors where the experts are packed,
-    `numbers_rows` where a Hugging Face folder holds them as numbers, which `unpacked` tensors tell.
-    `document` is what the original's config.json says, in order; `layer` finds a layer's number in the names
-    of either side, `told_by` are tensors that no other family has. `checks` look at what an original needs
-    and the class of transformers does not; `twice` are keys of config.json that say again what the class
-    reads under another name."""
+    """A model that is published like this. `rows` are those of its tensors but for the matrices of experts,
+    which have `packed_rows` or, where they are numbers, `numbers_rows`. `document` is what the original's
+    config.json says, in order; `layer` finds a layer's number in the names of either side, `told_by` are
+    tensors that no other family has. `checks` look at what an original needs and the class of transformers
+    does not; `twice` are keys of config.json that say again what the class reads under another name."""
 
     name: str
     title: str
@@ -71,8 +70,8 @@ class OpenAI:
     fields: Mapping[str, Field]
     document: Sequence[Entry]
     rows: Sequence[Rule]
+    packed_rows: Sequence[Rule]
     numbers_rows: Sequence[Rule]
-    unpacked: Sequence[str]
     told_by: tuple[str, str]  # of the original, of the Hugging Face layout
     layer: str
     axes: Mapping[str, Size]
@@ -137,7 +136,8 @@ def plan(d: OpenAI, checkpoint: Checkpoint, options: Options) -> Plan:
         fail("unsupported", f"expected {d.title}, found {why}", file=checkpoint.path.name)
     facts = read_original(d, checkpoint, options)
     known = Known(d.fields, facts, whole_tensors(checkpoint, d.layer), options)
-    config = config_of(d, known)
+    numbers = unpacked(d, known.source.tensors)
+    config = {k: v for k, v in config_of(d, known).items() if k != PACKING or not numbers}
     files = tokenizer_files(checkpoint, options)
     tokenizer = [*counted(known["vocab_size"], files), *template_notes(files)] if files else [NO_TOKENIZER]
     documents = copied(files)
@@ -151,7 +151,7 @@ def plan(d: OpenAI, checkpoint: Checkpoint, options: Options) -> Plan:
     written = Written(
         d.name, config, documents, FREQUENCIES, [*facts.notes, *d.notes(known), *tokenizer], kept
     )
-    return to_hf(rows_of(d, known, d.rows), known.source, options, written)
+    return to_hf(rows_of(d, known), known.source, options, written)
 
 
 def read_original(d: OpenAI, checkpoint: Checkpoint, options: Options) -> Facts:
@@ -201,7 +201,13 @@ def text_of(checkpoint: Checkpoint, facts: Facts) -> str | None:
     return None if facts.settings else checkpoint.documents[CONFIG].read().decode()
 
 
-def rows_of(d: OpenAI, known: Known, rows: Sequence[Rule]) -> Table:
+def unpacked(d: OpenAI, names: Collection[str]) -> str:
+    """A matrix of experts that is numbers, in either layout; empty where there is none."""
+    found = (name.format(i=0) for row in d.numbers_rows for name in (*row.source, *row.target))
+    return next((name for name in found if name in names), "")
+
+
+def rows_of(d: OpenAI, known: Known) -> Table:
     for name in ("hidden_size", "intermediate_size"):
         if known[name] % BLOCK:
             message = (
@@ -209,6 +215,9 @@ def rows_of(d: OpenAI, known: Known, rows: Sequence[Rule]) -> Table:
             )
             known.refuse("config-mismatch", message, name)
     known.facts.check()
+    matrices = d.numbers_rows if unpacked(d, known.source.tensors) else d.packed_rows
+    end = 1 + max(k for k, row in enumerate(d.rows) if "{i}" in row.source[0])  # of a layer's rows
+    rows = (*d.rows[:end], *matrices, *d.rows[end:])
     return replace(table_of(known, rows, d.axes), packed=PACKED)
 
 
@@ -226,7 +235,7 @@ def converted(d: OpenAI, checkpoint: Checkpoint, options: Options, architecture:
         kept_facts(checkpoint),
         back=True,
     )
-    fail_all([*said_twice(d, known), *packed_otherwise(known, holds_numbers(d, known.source.tensors))])
+    fail_all([*said_twice(d, known), *packed_otherwise(known, bool(unpacked(d, known.source.tensors)))])
     return known
 
 
@@ -262,20 +271,18 @@ def packed_otherwise(known: Known, numbers: bool) -> Iterator[Problem]:
 
 def held(d: OpenAI, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
     """See `Family.held`: packed as the original is, or as numbers, as transformers saves them."""
+    if options.dequantize is not None:
+        message = "expected the original's layout, in which matrices lie as their codes do, found the other"
+        hint = "--to original writes it, bit for bit; --dequantize takes that"
+        fail("unsupported", message, file=checkpoint.path.name, where="--dequantize", hint=hint)
     known = converted(d, checkpoint, options, architecture)
-    rows = d.numbers_rows if holds_numbers(d, known.source.tensors) else d.rows
-    return Held(rows_of(d, known, rows), known.source, known.facts, FREQUENCIES)
-
-
-def holds_numbers(d: OpenAI, names: Collection[str]) -> bool:
-    return any(n in names for n in d.unpacked)
+    return Held(rows_of(d, known), known.source, known.facts, FREQUENCIES)
 
 
 def plan_original(d: OpenAI, checkpoint: Checkpoint, options: Options) -> Plan:
     """The original's names in one file, and its config.json: as it was, where the numbers are the same."""
     known = converted(d, checkpoint, options, d.architecture)
-    if holds_numbers(d, known.source.tensors):
-        name = next(n for n in d.unpacked if n in known.source.tensors)
+    if name := unpacked(d, known.source.tensors):
         message = (
             "expected experts in MXFP4, as the original has them, found numbers: packing them would round"
         )
@@ -294,9 +301,7 @@ def plan_original(d: OpenAI, checkpoint: Checkpoint, options: Options) -> Plan:
         beside.append(generation(checkpoint, values))
     homes = [(FILE, known.source.dtype)]
     written = Written(d.name, params, beside, FREQUENCIES, notes)
-    return to_original(
-        rows_of(d, known, d.rows), known.source, options, written, files=[FILE], homes=lambda _: homes
-    )
+    return to_original(rows_of(d, known), known.source, options, written, files=[FILE], homes=lambda _: homes)
 
 
 def original_config(d: OpenAI, known: Known, params: Mapping[str, Value], notes: list[str]) -> OutputDocument:

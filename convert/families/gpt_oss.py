@@ -46,7 +46,7 @@ NUMBER_ROWS = (
     rule(M + "mlp1_weight", E + "gate_up_proj", "e u d -> e d u"),
     rule(M + "mlp2_weight", E + "down_proj", "e d f -> e f d"),
 )
-BEFORE = (
+ROWS = (
     rule("embedding.weight", "model.embed_tokens.weight", "v d"),
     rule(A + "norm.scale", T + "input_layernorm.weight", "d"),
     rule(A + "qkv.weight", tuple(f"{name}.weight" for name in QKV), "(x h) d", cut=HEADS),
@@ -57,8 +57,6 @@ BEFORE = (
     rule(M + "norm.scale", T + "post_attention_layernorm.weight", "d"),
     rule(M + "gate.weight", T + "mlp.router.weight", "e d"),
     rule(M + "gate.bias", T + "mlp.router.bias", "e"),
-)
-AFTER = (
     rule(M + "mlp1_bias", E + "gate_up_proj_bias", "e u"),
     rule(M + "mlp2_bias", E + "down_proj_bias", "e d"),
     rule("norm.scale", "model.norm.weight", "d"),
@@ -306,9 +304,9 @@ FAMILY = openai.family(
     config=CLASS,
     fields=FIELDS,
     document=DOCUMENT,
-    rows=(*BEFORE, *MXFP4_ROWS, *AFTER),
-    numbers_rows=(*BEFORE, *NUMBER_ROWS, *AFTER),
-    unpacked=("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"),
+    rows=ROWS,
+    packed_rows=MXFP4_ROWS,
+    numbers_rows=NUMBER_ROWS,
     told_by=("block.0.attn.sinks", "model.layers.0.self_attn.sinks"),
     layer=r"(?:block|model\.layers)\.(\d+)\.",
     axes=AXES,
