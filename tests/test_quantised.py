@@ -533,3 +533,22 @@ def test_ranks_take_numbers_and_no_codes(form: str, quantised: Made) -> None:
     problem = caught.value.problems[0]
     assert problem.kind == "unsupported" and "--dequantize" in (problem.hint or "")
     assert plan(quantised("fp8-tensor"), to="original", options=replace(options, dequantize="BF16")).steps
+
+
+def test_scales_may_stand_in_another_file_than_their_codes(quantised: Made, tmp_path: Path) -> None:
+    source, apart = quantised("fp8-blocks"), tmp_path / "apart"
+    apart.mkdir()
+    with open_checkpoint(source) as checkpoint:
+        tensors = {t.name: (t.dtype, checkpoint.read(t)) for t in checkpoint}
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    homes = {n: names[n.endswith("scale_inv")] for n in tensors}
+    for name in names:
+        write(apart / name, {n: t for n, t in tensors.items() if homes[n] == name})
+    index = {"metadata": {}, "weight_map": homes}
+    (apart / "model.safetensors.index.json").write_text(json.dumps(index))
+    (apart / "config.json").write_text((source / "config.json").read_text())
+    for name, options in (("carried", Options()), ("numbers", Options(dequantize="BF16"))):
+        convert(apart, tmp_path / name, options=options)
+        convert(source, tmp_path / f"{name}-right", options=options)
+        assert held(tmp_path / name) == held(tmp_path / f"{name}-right")
+        assert verify(tmp_path / name, apart, levels=("coverage", "bits")).status == "pass"
