@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.plan import Options, dtype_option
-from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
+from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.convert.quantised_view import carried_of, quantised_of
+from ckpt_tool.convert.widths import rounds
 from ckpt_tool.errors import Problem, fail, fail_all
 
 WAY_OUT = "--dequantize bfloat16 makes them plain numbers (lossy)"

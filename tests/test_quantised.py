@@ -17,6 +17,7 @@ from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import found_in
+from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.errors import CkptToolError
@@ -92,7 +93,7 @@ SHARED = pytest.mark.skipif(not CASES.exists(), reason="the shared cases are not
 
 @SHARED
 @pytest.mark.parametrize("folder", ["hf", "ragged.safetensors"])
-@pytest.mark.parametrize("recipe", values.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_blocks_are_those_of_the_config_and_the_recipe_the_one_asked_for(folder: str, recipe: str) -> None:
     options = Options(dequantize="BF16", recipe=recipe, settings=BLOCK)
     case, before = CASES / "fp8-block-tiny", recipe.replace("-", "_")
@@ -221,7 +222,7 @@ def test_every_known_mistake_is_caught_and_named(name: str, quantised: Made, tmp
 
 
 def test_the_recipe_of_somebody_elses_numbers_is_recognised(quantised: Made, tmp_path: Path) -> None:
-    for recipe in values.RECIPES:
+    for recipe in RECIPES:
         out = tmp_path / recipe
         convert(quantised("fp8-blocks"), out, options=Options(dequantize="BF16", recipe=recipe))
         (out / "ckpt-tool.json").unlink()

@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.quantised import Inventory, Quantised, found_in
-from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
+from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.dequantised import recomputed
 
