@@ -32,6 +32,7 @@ from ckpt_tool.command_parts import (
 )
 from ckpt_tool.errors import fail, near
 from ckpt_tool.family_command import FamilyCommand
+from ckpt_tool.onnx_commands import export, verify_onnx
 from ckpt_tool.proof_commands import COMMANDS
 
 if TYPE_CHECKING:
@@ -266,6 +267,8 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     """
     from ckpt_tool.spread_command import look, look_on_ray, wanted
 
+    if out.lower().endswith(".onnx"):
+        return verify_onnx(out, source, levels, asked)
     spread = wanted(asked)
     if asked["worker"]:
         return look(out, source, levels, asked, *consoles())
@@ -516,5 +519,5 @@ def table(only: tuple[str, ...], no_judge: bool, as_json: bool) -> int:
     return run(only=only, judge=not no_judge, as_json=as_json, screen=consoles()[0])
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, export):
     cli.add_command(command)

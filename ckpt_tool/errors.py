@@ -118,6 +118,7 @@ def near(word: str, known: Iterable[str]) -> str | None:
 
 
 EXTRAS = {"torch": "verify", "transformers": "hf", "cryptography": "sign", "ray": "ray", "pandas": "notebook"}
+EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 PACKAGES = ("numpy", "click", "rich", "safetensors", "huggingface_hub", "tokenizers", "sentencepiece")
 
 

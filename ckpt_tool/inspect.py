@@ -21,6 +21,7 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.folders import Directory
 from ckpt_tool.checkpoint.megatron import arguments
+from ckpt_tool.checkpoint.onnx_file import is_onnx, open_onnx
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import describe
 from ckpt_tool.checkpoint.signs import packed
@@ -90,7 +91,7 @@ class Inspection:
     tensors: list[TensorInfo] = field(default_factory=list)
     documents: dict[str, int] = field(default_factory=dict)  # name to bytes
     families: list[tuple[str, bool, str]] = field(default_factory=list)
-    near: list[tuple[str, str]] | None = None  # of the families that do not recognise it; None: not asked
+    near: list[tuple[str, str]] | None = None  # where no family recognises it; None: not asked
     config: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     refused: list[Problem] = field(default_factory=list)
@@ -270,6 +271,12 @@ def inspect(
     which small files are anyway. A file that is refused gives an `Inspection` with `refused` set, unless
     there is nothing to show at all: then the error is raised."""
     found = Inspection(os.fspath(path))
+    if is_onnx(path):
+        with closing(open_onnx(path)) as graph:
+            found.files = [_view(graph)]
+            found.tensors = list(graph.tensors.values())
+            found.documents = {p.name: p.stat().st_size for p in graph.paths[1:]}
+        return found
     try:
         checkpoint = open_checkpoint(path)
     except CkptToolError as error:
@@ -292,7 +299,8 @@ def inspect(
             found.config = list(_compare(checkpoint))
             if recognise is not None:
                 found.families = recognise(checkpoint)
-                found.near = None if near is None else near(checkpoint, found.families)
+                own = any(is_own for _, is_own, _ in found.families)  # then nobody is told what comes near
+                found.near = None if near is None else [] if own else near(checkpoint, found.families)
         except CkptToolError as error:
             found.refused = list(error.problems)
     return found

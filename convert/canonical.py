@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress, groupby, repeat
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
@@ -77,6 +78,7 @@ BIASED = {"attention_bias": r".*\.(self_attn|attention)\..*\.bias", "mlp_bias": 
 
 OLD_NORM = re.compile(r"(?P<stem>.*LayerNorm)\.(?P<kind>gamma|beta)")
 NEW_NORM = {"gamma": "weight", "beta": "bias"}
+OLD_NORMS = tuple(f"LayerNorm.{kind}" for kind in NEW_NORM)
 # Tables that old releases kept among the weights, unless rows ask for them.
 TABLES: Mapping[str, str] = {
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)": "recomputed from rope_theta",
@@ -162,19 +164,19 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     held = chosen.held(seen, own, spelling.architecture)
     _check_settings(held, checkpoint.json("config.json"), spelling.kind)
     filled = held_steps(held)
-    expected = [p for p in _expected(filled) if _has(p.name, spelling)]
+    expected = {n: p for n, p in _expected(filled).items() if _has(n, spelling)}
     there = {name: held for held, name in spelling.family.items()}
     fail_all(_biases(expected, held, chosen, spelling.kind))
     filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
     copies = dict(_copies(filled, seen, held, spelling))
-    claimed = {p.name for p in expected}
     repeats = held.table.repeats.items()
-    tied = {n: to for n, to in repeats if n not in claimed and held.source.keeps(n, own)}
-    left = [t for t in seen if t.name not in claimed and t.name not in tied and t.name not in own.drop]
+    tied = {n: to for n, to in repeats if n not in expected and held.source.keeps(n, own)}
+    left = [t for t in seen if t.name not in expected and t.name not in tied and t.name not in own.drop]
     heads = sorted((t for t in left if _is_of_head(t.name, spelling)), key=lambda t: natural(t.name))
-    filled.problems += _head_problems(spelling, held, [*claimed, *(t.name for t in heads)], heads)
-    made = [_kept(part, there, spelling) for part in [*expected, *map(_whole, heads)]]
-    filled.steps = Steps([*made, *(_copy(_whole(t), name, there, spelling) for name, t in copies.items())])
+    filled.problems += _head_problems(spelling, held, [*expected, *(t.name for t in heads)], heads)
+    filled.steps = _moved(expected, there, spelling)
+    filled.steps.extend(_kept(_whole(t), there, spelling) for t in heads)
+    filled.steps.extend(_copy(_whole(t), name, there, spelling) for name, t in copies.items())
     compared = [_compared(seen, name, to, held, there, spelling) for name, to in tied.items()]
     written = _written(checkpoint, chosen, options, held, spelling)
     reasons = _reasons(held, (t.name for t in left), there)
@@ -193,12 +195,12 @@ def _refuse_options(options: Options) -> None:
         fail_all([Problem("usage", "expected --to hf for what has that layout already", where="--to")])
 
 
-def _biases(expected: Iterable[Part], held: Held, chosen: Family, own: Class) -> Iterator[Problem]:
+def _biases(expected: Iterable[str], held: Held, chosen: Family, own: Class) -> Iterator[Problem]:
     """Tensors that config.json says there are and no row of the family has: without them, as --drop would
     have it, it would be another model."""
     said = {**(held.facts.document or {}), **held.facts.settings}
     for key in sorted(BIASED.keys() & own.numbers.keys()):
-        if said.get(key) is True and not any(re.fullmatch(BIASED[key], p.name) for p in expected):
+        if said.get(key) is True and not any(re.fullmatch(BIASED[key], name) for name in expected):
             message = f"expected false, as {chosen.name} is read without biases there, found true"
             hint = "transformers itself writes such a model as safetensors: from_pretrained, save_pretrained"
             yield Problem("unsupported", message, "config.json", key, hint)
@@ -229,12 +231,12 @@ def _spelling(checkpoint: Checkpoint, chosen: Family) -> Spelling:
     found = own.prefix if found is None else found
     base = f"{own.name.removesuffix('Config')}Model"
     architecture = _architecture(config, chosen, base, found, names)
-    renamed: dict[str, str] = {}
-    for name in names:
-        full = own.prefix + name.removeprefix(found) if _is_within(name, found) else name
-        if (old := OLD_NORM.fullmatch(full)) is not None:
-            full = f"{old['stem']}.{NEW_NORM[old['kind']]}"
-        renamed[name] = full
+    renamed = dict(zip(names, names, strict=True))
+    if found != own.prefix or not found:
+        renamed = {n: own.prefix + n.removeprefix(found) if _is_within(n, found) else n for n in names}
+    for name in compress(names, map(str.endswith, names, repeat(OLD_NORMS))):
+        if (old := OLD_NORM.fullmatch(renamed[name])) is not None:
+            renamed[name] = f"{old['stem']}.{NEW_NORM[old['kind']]}"
     answering = found == IN_ANSWERING and architecture.endswith(ANSWERING)
     written = "" if architecture == base else IN_ANSWERING if answering else own.prefix
     return Spelling(architecture, own.prefix, written, renamed, own)
@@ -279,6 +281,9 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     files: dict[str, TensorFile] = {}
     problems = []
     for label, file in checkpoint.files.items():
+        if [*map(names.__getitem__, file.tensors)] == [*file.tensors]:
+            files[label] = file
+            continue
         own: dict[str, str] = {}
         for name in file.tensors:
             new = names[name]
@@ -294,16 +299,22 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
 # --- tensors --------------------------------------------------------------------------------------------
 
 
-def _expected(filled: Expansion) -> list[Part]:
-    """Those that the rows ask for, once each, with all of their elements: `dims` as the rows have them, and
-    the size of each axis as a range."""
+def _expected(filled: Expansion) -> dict[str, Part]:
+    """Those that the rows ask for by name, once each, with all of their elements: `dims` as the rows have
+    them, and the size of each axis as a range. Parts that differ in their names only are one, without any."""
     made: dict[str, Part] = {}
-    for step in filled.steps:
-        for part in step.targets:
-            box = part.whole(step.sizes)
-            ranges = tuple((a, lo, hi) for a, (lo, hi) in box.items())
-            made.setdefault(part.name, replace(part, ranges=ranges, taken=()))
-    return list(made.values())
+    before = [len(step.sources) for step in filled.steps.templates]
+    parts = [[_of_all(part, step.sizes) for part in step.targets] for step in filled.steps.templates]
+    for kind, columns in filled.steps.runs():
+        for names in zip(*columns[before[kind] :], strict=True):
+            for name, part in zip(names, parts[kind], strict=True):
+                made.setdefault(name, part)
+    return made
+
+
+def _of_all(part: Part, sizes: Mapping[str, int]) -> Part:
+    ranges = tuple((a, lo, hi) for a, (lo, hi) in part.whole(sizes).items())
+    return replace(part, name="", ranges=ranges, taken=())
 
 
 def _has(name: str, spelling: Spelling) -> bool:
@@ -320,10 +331,25 @@ def _whole(tensor: TensorInfo) -> Part:
 
 def _kept(part: Part, there: Mapping[str, str], spelling: Spelling) -> Step:
     """A tensor from where it is to what the class calls it."""
+    return _renaming(part, there[part.name], spelling.written(part.name))
+
+
+def _renaming(part: Part, old: str, new: str) -> Step:
     sizes = tuple((a, hi - lo) for a, lo, hi in part.ranges)
-    old, new = there[part.name], spelling.written(part.name)
     source = Part(part.file, old, part.dtype, part.dims)
     return Step(sizes, (source,), (replace(source, name=new),), "rename")
+
+
+def _moved(expected: Mapping[str, Part], there: Mapping[str, str], spelling: Spelling) -> Steps:
+    """The same of all that the rows ask for."""
+    made = Steps()
+    kinds: dict[int, int] = {}  # by the identity of the part, which `expected` holds
+    for key, alike in groupby(expected, key=lambda name: id(expected[name])):
+        names = list(alike)
+        if key not in kinds:
+            kinds[key] = made.kind(_renaming(expected[names[0]], "", ""))
+        made.add_alike(kinds[key], [there[n] for n in names], [spelling.written(n) for n in names])
+    return made
 
 
 def _copies(

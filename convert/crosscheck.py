@@ -7,7 +7,7 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -50,15 +50,12 @@ def disagreements(
     the `side` of the steps confirms."""
     confirmed: set[tuple[str, ...]] = set()
     first: dict[tuple[str, ...], Disagreement] = {}
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()  # layers are alike
+    seen: list[set[tuple[int, tuple[int, ...]]]] = [set() for _ in steps.templates]  # layers are alike
     held = [_held(s.sources if side == "sources" else s.targets, checkpoint) for s in steps.templates]
     before = [0 if side == "sources" else len(step.sources) for step in steps.templates]
-    for number, names in steps.packed():
-        for j, (part, tensors) in enumerate(held[number]):
-            tensor = tensors.get(names[before[number] + j])
-            if tensor is None or (kind := (number, j, tensor.shape)) in seen:
-                continue
-            seen.add(kind)
+    for number, columns in steps.runs():
+        for j, tensor in _of_new_shapes(held[number], columns[before[number] :], seen[number]):
+            part = held[number][j][0]
             if len(tensor.shape) != len(part.dims):
                 continue
             step = steps.templates[number]
@@ -75,7 +72,33 @@ def disagreements(
     return [d for measured, d in first.items() if measured not in confirmed and measured]
 
 
-def _held(parts: Iterable[Part], checkpoint: Checkpoint) -> list[tuple[Part, Mapping[str, TensorInfo]]]:
+_Held = list[tuple[Part, Mapping[str, TensorInfo]]]
+
+
+def _of_new_shapes(
+    held: _Held, columns: Sequence[Sequence[str]], seen: set[tuple[int, tuple[int, ...]]]
+) -> Iterator[tuple[int, TensorInfo]]:
+    """The tensors of these names, a column for each part, whose shapes were not `seen` of the part, with its
+    number."""
+    gets = [tensors.get for _, tensors in held]
+    if len(gets) == 1:  # as of nearly all
+        names, get, latest = columns[0], gets[0], None
+        for tensor in map(get, names):
+            if tensor is not None and tensor.shape != latest:
+                latest = tensor.shape
+                if (0, latest) not in seen:
+                    seen.add((0, latest))
+                    yield 0, tensor
+        return
+    for step in zip(*columns, strict=True):
+        for j, (get, name) in enumerate(zip(gets, step, strict=False)):
+            tensor = get(name)
+            if tensor is not None and (j, tensor.shape) not in seen:
+                seen.add((j, tensor.shape))
+                yield j, tensor
+
+
+def _held(parts: Iterable[Part], checkpoint: Checkpoint) -> _Held:
     """The parts of a template with the tensors of their files."""
     files = checkpoint.files
     return [(p, files[p.file].tensors if p.file in files else {}) for p in parts]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.widths import CASTABLE, common
@@ -22,12 +22,14 @@ def typed(steps: Steps, dtype: str | None) -> Steps:
     targets of a comparison are in the dtype that it is made in: the asked one, else the narrowest that holds
     every value of both sides, so that nothing is rounded to make it equal."""
     made = steps.alike(lambda step: step if step.compare else _in(step, _asked(step.sources, dtype)))
-    compares = {(p.file, p.name) for step in made.where(lambda s: s.compare) for p in step.targets}
+    compares: dict[str, set[str]] = {}  # names by file
+    for part in (p for step in made.where(lambda s: s.compare) for p in step.targets):
+        compares.setdefault(part.file, set()).add(part.name)
     written: dict[tuple[str, str], str] = {}
-    for kind, names in made.packed() if compares else ():
+    for kind, columns in made.runs() if compares else ():
         step = made.templates[kind]
-        for p, name in () if step.compare else zip(step.targets, names[len(step.sources) :], strict=True):
-            if (p.file, name) in compares:
+        for p, names in () if step.compare else zip(step.targets, columns[len(step.sources) :], strict=True):
+            for name in compares.get(p.file, set()).intersection(names):
                 written[p.file, name] = p.dtype
 
     def compared(step: Step) -> Step:
@@ -81,10 +83,10 @@ def cast_words(steps: Steps, dtype: str | None) -> list[str]:
     return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]
 
 
-def kept_words(tensors: Iterable[TensorInfo], *, loaded: bool) -> list[str]:
-    """A note on tensors of several dtypes; `loaded` for a model that transformers loads: it gives all of them
-    one dtype, that of the config unless it is told another."""
-    counts = Counter(t.dtype for t in tensors if t.dtype in FLOATS)
+def kept_words(written: Counter[str], *, loaded: bool) -> list[str]:
+    """A note on tensors of several dtypes, of which so many are `written`; `loaded` for a model that
+    transformers loads: it gives all of them one dtype, that of the config unless it is told another."""
+    counts = Counter({dtype: n for dtype, n in written.items() if dtype in FLOATS})
     if len(counts) < 2 or "F8_E4M3" in counts:  # of codes and their scales
         return []
     told = ", ".join(f"{n} {DTYPES[d].torch}" for d, n in counts.most_common())

@@ -17,6 +17,11 @@ from ckpt_tool.errors import Problem
 Held = tuple[str, str, Ranges]
 
 
+# Of many tensors at once: the file and the dtype of each, and what it is called there.
+Column = tuple[Sequence[tuple[str, str]], Sequence[str]]
+Columns = Callable[[Sequence[str]], Column | None]  # None: they are to be looked for one by one
+
+
 def template_indices(names: Iterable[str]) -> list[str]:
     return sorted({k for n in names for k in re.findall(r"\{(\w+)\}", n)})
 
@@ -47,26 +52,63 @@ def expand(
     indices: Mapping[str, int],
     original: Callable[[str], Sequence[Home]],
     converted: Callable[[str], Home | None],
+    originals: Columns | None = None,
+    converteds: Columns | None = None,
 ) -> Expansion:
     """Fill in a table, original side to the left. `axes` gives the size of every axis, `indices` how many
     values each template index has (`{"i": 32}`). `original(name)` lists where the tensor is in the order of
     the model-parallel ranks; a file may have another name for it (pipeline stages count their own layers).
     `converted(name)` says the same for the Hugging Face side, which has one file for a tensor. An empty
-    answer becomes a `missing-tensor` problem. Neighbouring rows of layers `{i}` are filled in layer by layer,
-    so that a layer's tensors stand together as they do in the files."""
+    answer becomes a `missing-tensor` problem. `originals` and `converteds` say the same of many names, those
+    that differ in one index. Neighbouring rows of layers `{i}` are filled in layer by layer, so that a
+    layer's tensors stand together as they do in the files."""
     out = Expansion()
     shared = [Filling(row, template_indices((*row.source, *row.target)), _axes(row, axes)) for row in table]
     for layered, rows in groupby(shared, key=lambda f: "i" in f.indices):
         together = list(rows)
         for outer in [{"i": n} for n in range(indices["i"])] if layered else [{}]:
             for filling in together:
-                values = [outer]
-                for k in filling.indices:
-                    if k not in ("i", filling.row.cut):
-                        values = [{**v, k: n} for v in values for n in range(indices[k])]
+                values, own = [outer], [k for k in filling.indices if k not in ("i", filling.row.cut)]
+                for k in own[:-1]:
+                    values = [{**v, k: n} for v in values for n in range(indices[k])]
                 for v in values:
-                    _expand_row(filling, v, axes, original, converted, out)
+                    last = own[-1] if own else ""
+                    if last and _expand_together(filling, v, last, indices[last], originals, converteds, out):
+                        continue
+                    for w in [{**v, last: n} for n in range(indices[last])] if last else [v]:
+                        _expand_row(filling, w, axes, original, converted, out)
     return out
+
+
+def _expand_together(
+    filling: Filling,
+    v: dict[str, int],
+    index: str,
+    count: int,
+    originals: Columns | None,
+    converteds: Columns | None,
+    out: Expansion,
+) -> bool:
+    """The steps of a row for each value of its last index, all at once; False, and nothing done, where not
+    every one is between one whole tensor and another."""
+    row = filling.row
+    if row.cut is not None or not len(row.source) == len(row.target) == 1 or not originals or not converteds:
+        return False
+    digits = [*map(str, range(count))]
+    left, right = (side[0].format_map({**v, index: "\0"}).split("\0") for side in (row.source, row.target))
+    sources = originals([n.join(left) for n in digits])
+    targets = None if sources is None else converteds([n.join(right) for n in digits])
+    if sources is None or targets is None or not count:
+        return False
+    (places, names), (homes, made) = sources, targets
+    alike = places.count(places[0]) == homes.count(homes[0]) == count
+    for place, home, own, new in (
+        [(places[0], homes[0], names, made)]
+        if alike
+        else zip(places, homes, zip(names), zip(made), strict=True)
+    ):
+        out.steps.add_alike(_plain_kind(filling, place, home, out), own, new)
+    return True
 
 
 def _axes(row: Rule, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
@@ -146,13 +188,19 @@ def _expand_row(
 
 def _add_plain(filling: Filling, name: str, place: Home, target: str, home: Home, out: Expansion) -> None:
     """The step of a row between one whole tensor and another, as nearly all are."""
+    kind = _plain_kind(filling, place, home, out)
+    names = (place[2] if len(place) > 2 else name, home[2] if len(home) > 2 else target)
+    out.steps.add(kind, names)
+
+
+def _plain_kind(filling: Filling, place: Home, home: Home, out: Expansion) -> int:
+    """The template of such a step."""
     key = (place[0], place[1], home[0], home[1])
     if (kind := filling.kinds.get(key)) is None:
         held: list[Held] = [(place[0], place[1], ())]
         made: list[Held] = [(home[0], home[1], ())]
         kind = filling.kinds[key] = out.steps.kind(_template(filling, held, made, None))
-    names = (place[2] if len(place) > 2 else name, home[2] if len(home) > 2 else target)
-    out.steps.add(kind, names)
+    return kind
 
 
 def _written_and_compared(

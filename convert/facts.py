@@ -30,6 +30,7 @@ from ckpt_tool.convert.facts_classes import (
     REFUSED,
     Class,
 )
+from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.convert.facts_rotary import (
     BOUNDED,
     LAYERS,
@@ -173,7 +174,7 @@ class _Reader:
     def __init__(self, config: dict[str, Any], own: Class) -> None:
         self.own, self.used, self.contradictions = own, set[str](), list[Contradiction]()
         self.wrong: list[Wrong] = []
-        self.config = config
+        self.config = config if own.parts is None else in_one_row(config, own.parts)
         self.values: dict[str, Meaning] = {}
 
     def read(self, model_type: str) -> Reading:
@@ -493,15 +494,18 @@ class _Reader:
     def _others(self) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
         idle, unknown, refused = {}, {}, {}
         for key, value in self.config.items():
+            name = key.rpartition(".")[2]  # that of a part has the part's before it
             if key in self.used:
                 continue
             if key in REFUSED and key not in self.own.idle and value not in (None, False, {}):
                 refused[key] = REFUSED[key]
             elif key == "is_causal" and value is not self.own.causal:
                 unknown[key] = value  # transformers 5 then builds another mask; null counts as false there
-            elif key in self.own.idle or key in IDLE or key == "is_causal":
-                idle[key] = self.own.idle.get(key) or IDLE.get(key, "as the class has it")
-            elif value in (None, False, "", 0) or value in ([], {}) or same(value, DEFAULTS.get(key, ABSENT)):
+            elif key in self.own.idle or name in IDLE or key == "is_causal":
+                idle[key] = self.own.idle.get(key) or IDLE.get(name, "as the class has it")
+            elif (
+                value in (None, False, "", 0) or value in ([], {}) or same(value, DEFAULTS.get(name, ABSENT))
+            ):
                 idle[key] = "empty, or the default of every class"
             else:
                 unknown[key] = value

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ckpt_tool.convert.facts_parts import Parts
+
 
 @dataclass(frozen=True)
 class Class:
@@ -42,6 +44,7 @@ class Class:
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     # Rates of dropout in training, with what an absent key stands for.
     dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
+    parts: Parts | None = None  # of a model that has others beside that of text
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
 

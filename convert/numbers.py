@@ -27,6 +27,7 @@ from ckpt_tool.convert.facts_classes import ROPE as ROPE
 from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
+from ckpt_tool.convert.facts_parts import Parts as Parts
 from ckpt_tool.convert.facts_rotary import LLAMA3 as LLAMA3
 from ckpt_tool.convert.params import MAX_COUNT as MAX_COUNT
 from ckpt_tool.convert.params import UNKNOWN as UNKNOWN

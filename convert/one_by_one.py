@@ -107,9 +107,8 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
 def as_on_disk(checkpoint: Checkpoint, held_as: Mapping[str, str], told_by: Collection[str]) -> Checkpoint:
     """`checkpoint`, or, where it has one of the tensors `told_by`, a view of it in which those that are
     called as in memory have the names that save_pretrained() writes."""
-    names = set(checkpoint.names())
-    moved = {old: new for old, new in held_as.items() if old in names and new not in names}
-    if not moved or names.isdisjoint(told_by):
+    moved = {old: new for old, new in held_as.items() if old in checkpoint and new not in checkpoint}
+    if not moved or not any(name in checkpoint for name in told_by):
         return checkpoint
     files: dict[str, TensorFile] = {}
     for name, file in checkpoint.files.items():

@@ -7,13 +7,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, chain, pairwise, repeat
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.dcp_names import DATA
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
@@ -340,14 +344,13 @@ def assemble(
     missing = _told_apart(expansion.problems, checkpoint)
     problems = [*_kept_problems(kept, checkpoint), *missing, *_step_problems(steps, checkpoint)]
     fail_all([*problems, *_uncovered(uncovered, family), *dtypes.mixed(steps, options.dtype)])
-    wanted = _written(steps)
+    wanted = _written(steps, in_files=direction != "to-hf")
+    counts = wanted.counts()
     if direction == "to-hf":
-        files, index = place(wanted, options.max_shard_bytes)
-        wanted = [t for f in files for t in f.tensors]
-        steps = _set_down(steps, {t.name: t.file for t in wanted})
-        documents = [*documents, *index]
+        files, index, home = place(wanted, options.max_shard_bytes)
+        steps, documents = _set_down(steps, home), [*documents, *index]
     else:
-        files = _outputs(outputs or (), wanted)
+        files = [wanted.whole(name) for name in outputs or ()]
     return Plan(
         family=family,
         direction=direction,
@@ -356,7 +359,7 @@ def assemble(
         documents=tuple(documents),
         config=dict(config),
         dropped=tuple(dropped),
-        notes=(*checkpoint.readings, *notes, *dtypes.kept_words(wanted, loaded=direction == "to-hf")),
+        notes=(*checkpoint.readings, *notes, *dtypes.kept_words(counts, loaded=direction == "to-hf")),
         lossy=(*lossy, *dtypes.cast_words(steps, options.dtype)),
         strict_replicas=options.strict_replicas,
         original=original or {},
@@ -367,30 +370,61 @@ def assemble(
     )
 
 
-def _outputs(names: Iterable[str], wanted: Iterable[TensorInfo]) -> list[OutputFile]:
-    held: dict[str, list[TensorInfo]] = {name: [] for name in names}
-    for tensor in wanted:
-        if tensor.file in held:
-            held[tensor.file].append(tensor)
-    return [OutputFile(n, _format(n), tuple(tensors), _metadata(n)) for n, tensors in held.items()]
+@dataclass
+class ToWrite:
+    """The tensors that a plan writes, each once: `names` by file in the order of writing, each with its
+    number in `kinds`, which are the dtypes and shapes that they have."""
+
+    names: dict[str, dict[str, int]] = field(default_factory=dict)
+    kinds: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+
+    def add(self, file: str, dtype: str, shape: tuple[int, ...], names: Sequence[str]) -> None:
+        """Those of `names` that are not there yet."""
+        number = self.kinds.setdefault((dtype, shape), len(self.kinds))
+        held = self.names.setdefault(file, {})
+        if not held.keys().isdisjoint(names):
+            names = [name for name in names if name not in held]
+        held.update(dict.fromkeys(names, number))
+
+    def file(self, name: str, names: Collection[str], numbers: Sequence[int]) -> OutputFile:
+        """The file `name` with the tensors of these names and kinds."""
+        dtypes, shapes = [dtype for dtype, _ in self.kinds], [shape for _, shape in self.kinds]
+        fields = map(dtypes.__getitem__, numbers), map(shapes.__getitem__, numbers)
+        tensors = tensor_infos(names, *fields, repeat(name))
+        return OutputFile(name, _format(name), tensors, _metadata(name))
+
+    def whole(self, name: str) -> OutputFile:
+        """The file `name` with all that is in it."""
+        own = self.names.get(name, {})
+        return self.file(name, own, [*own.values()])
+
+    def counts(self) -> Counter[str]:
+        """How many there are of each dtype."""
+        made: Counter[str] = Counter()
+        numbers = Counter(chain.from_iterable(held.values() for held in self.names.values()))
+        for (dtype, _), number in self.kinds.items():
+            made[dtype] += numbers[number]
+        return made
 
 
-def _written(steps: Steps) -> list[TensorInfo]:
-    """The tensors that steps write, each once."""
-    made: list[TensorInfo] = []
-    seen: dict[str, set[str]] = {}  # names by file
+def _written(steps: Steps, *, in_files: bool) -> ToWrite:
+    """What steps write. Unless they say the files that it comes `in_files`, these are still to be found."""
+    made = ToWrite()
     writes = [
         [
-            (j, p.dtype, p.shape(step.sizes), p.file, seen.setdefault(p.file, set()))
+            (j, p.file if in_files else "", p.dtype, p.shape(step.sizes))
             for j, p in enumerate(() if step.compare else step.targets, len(step.sources))
         ]
         for step in steps.templates
     ]
-    for kind, names in steps.packed():
-        for j, dtype, shape, file, known in writes[kind]:
-            if (name := names[j]) not in known:
-                known.add(name)
-                made.append(TensorInfo(name, dtype, shape, file))
+    for kind, columns in steps.runs():
+        if len(writes[kind]) == 1:
+            ((j, file, dtype, shape),) = writes[kind]
+            made.add(file, dtype, shape, columns[j])
+            continue
+        for names in zip(*columns, strict=True):
+            for j, file, dtype, shape in writes[kind]:
+                made.add(file, dtype, shape, (names[j],))
     return made
 
 
@@ -399,15 +433,12 @@ def _unclaimed(
 ) -> tuple[list[Dropped], list[TensorInfo]]:
     """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
     claimed: dict[str, set[str]] = {}  # names by file
-    reads = [[claimed.setdefault(p.file, set()).add for p in step.sources] for step in steps.templates]
-    for kind, names in steps.packed():
-        for claim, name in zip(reads[kind], names, strict=False):
-            claim(name)
+    reads = [[claimed.setdefault(p.file, set()).update for p in step.sources] for step in steps.templates]
+    for kind, columns in steps.runs():
+        for claim, names in zip(reads[kind], columns, strict=False):
+            claim(names)
     dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
-    nothing: set[str] = set()
-    for tensor in checkpoint:
-        if tensor.name in claimed.get(tensor.file, nothing):
-            continue
+    for tensor in _others(checkpoint, claimed):
         reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
         if reason is None and tensor.name in options.drop:
             reason = "asked for with --drop"
@@ -416,6 +447,14 @@ def _unclaimed(
         else:
             dropped.append(Dropped(tensor, reason))
     return dropped, uncovered
+
+
+def _others(checkpoint: Checkpoint, claimed: Mapping[str, set[str]]) -> Iterator[TensorInfo]:
+    """The tensors that are not claimed, by file."""
+    for name, file in checkpoint.files.items():
+        own: set[str] = claimed.get(name, set())
+        if not file.tensors.keys() <= own:
+            yield from (tensor for called, tensor in file.tensors.items() if called not in own)
 
 
 def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -495,41 +534,36 @@ def _metadata(name: str) -> tuple[tuple[str, str], ...]:
     return (("format", "pt"),) if name.endswith(".safetensors") else ()
 
 
-def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list[OutputDocument]]:
+def place(wanted: ToWrite, limit: int) -> tuple[list[OutputFile], list[OutputDocument], Mapping[str, str]]:
     """Tensors dealt out to `model*.safetensors` files of at most `limit` bytes each (a larger tensor gets a
-    file of its own) and as many tensors as one is read with, layers in natural order, and the index when
-    there is more than one file."""
-    groups: list[list[TensorInfo]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and (size + tensor.nbytes > limit or len(groups[-1]) == TENSOR_LIMIT):
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    total = len(groups)
-    names = (
-        ["model.safetensors"]
-        if total == 1
-        else [f"model-{k:05d}-of-{total:05d}.safetensors" for k in range(1, total + 1)]
-    )
-    files = []
-    for name in names:  # of half a million nobody holds two
-        own = groups.pop(0)
-        own[:] = [TensorInfo(t.name, t.dtype, t.shape, name) for t in own]
-        files.append(OutputFile(name, "safetensors", tuple(own), _metadata(name)))
-    if total == 1:
-        return files, []
-    weight_map = {t.name: f.name for f in files for t in f.tensors}
-    size = sum(t.nbytes for t in tensors)
-    content: bytes | Spool = b""
-    if len(tensors) <= SPOOLED:
-        content = index_document(weight_map, size)
+    file of its own) and as many tensors as one is read with, layers in natural order; the index when there is
+    more than one file; and the file of each tensor. `wanted` is used up."""
+    tensors = wanted.names.pop("", {})
+    numbers = list(tensors.values())
+    kinds = [prod(shape) * DTYPES[dtype].itemsize for dtype, shape in wanted.kinds]
+    ends = list(accumulate(map(kinds.__getitem__, numbers)))
+    total, edges = ends[-1] if ends else 0, [0]
+    while (at := edges[-1]) < len(tensors):
+        fit = bisect_right(ends, limit + (ends[at - 1] if at else 0), at)
+        edges.append(min(max(fit, at + 1), at + TENSOR_LIMIT))
+    count = max(len(edges) - 1, 1)
+    names = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    files, home = [], cast(dict[str, str], tensors)  # of half a million nobody holds two
+    left = list(tensors)
+    for name, (start, stop) in zip(names, pairwise(edges if len(tensors) else (0, 0)), strict=True):
+        own = left[start:stop]
+        files.append(wanted.file(name, own, numbers[start:stop]))
+        home.update(dict.fromkeys(own, name))
+    if count == 1:
+        return files, [], home
+    if len(home) <= SPOOLED:
+        content: bytes | Spool = index_document(home, total)
     else:
         content = Spool()
-        for piece in index_pieces(weight_map, size):
+        for piece in index_pieces(home, total):
             content.write(piece)
-    return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")]
+    return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")], home
 
 
 def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
@@ -537,14 +571,15 @@ def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
     made = Steps()
     kinds: dict[tuple[object, ...], int] = {}
     sources = [len(t.sources) for t in steps.templates]
-    for kind, names in steps.packed():
-        files = [home[name] for name in names[sources[kind] :]]
-        key = (kind, *files)
-        if (new := kinds.get(key)) is None:
-            template = steps.templates[kind]
-            targets = tuple(p.at_home(file) for p, file in zip(template.targets, files, strict=True))
-            new = kinds[key] = made.kind(template.with_targets(targets))
-        made.kinds.append(new)
+    for kind, columns in steps.runs():
+        files = [list(map(home.__getitem__, names)) for names in columns[sources[kind] :]]
+        together = all(own.count(own[0]) == len(own) for own in files)  # nearly always
+        for own in [tuple(own[0] for own in files)] if together else zip(*files, strict=True):
+            if (new := kinds.get((kind, *own))) is None:
+                template = steps.templates[kind]
+                targets = tuple(p.at_home(file) for p, file in zip(template.targets, own, strict=True))
+                new = kinds[(kind, *own)] = made.kind(template.with_targets(targets))
+            made.kinds.extend(repeat(new, len(files[0]) if together else 1))
     made.names, made.starts = steps.names, steps.starts
     return made
 
@@ -552,18 +587,13 @@ def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
 def _absent(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
     """One problem for each file that is not there and holds what a step reads."""
     held: dict[str, dict[str, None]] = {}
-    missing_of = [
-        [
-            f.absent
-            for p in s.sources
-            if (f := checkpoint.files.get(p.file)) is not None and type(f).absent is not TensorFile.absent
-        ]
-        for s in steps.templates
-    ]
-    for kind, names in steps.packed():
-        for absent, name in zip(missing_of[kind], names, strict=False):
-            if (missing := absent(name)) is not None:
-                held.setdefault(missing, {})[name] = None
+    files = [[checkpoint.files.get(p.file) for p in step.sources] for step in steps.templates]
+    lacking = [[f.absent if f is not None and f.may_lack else None for f in own] for own in files]
+    for kind, columns in steps.runs() if any(map(any, lacking)) else ():
+        for absent, names in zip(lacking[kind], columns, strict=False):
+            for name in names if absent is not None else ():
+                if absent is not None and (missing := absent(name)) is not None:
+                    held.setdefault(missing, {})[name] = None
     for missing, (first, *others) in held.items():
         more = f" and {len(others)} more tensors of the model" if others else ""
         message = f"expected this file, which holds {printable(first)}{more}, found no such file"
@@ -574,13 +604,24 @@ def _step_problems(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
     yield from _absent(steps, checkpoint)
     defects = [step.defects() for step in steps.templates]
     expected = [[(p, p.shape(s.sizes), _tensors(p, checkpoint)) for p in s.sources] for s in steps.templates]
-    for kind, names in steps.packed():
-        for defect in defects[kind]:
-            yield Problem("shape-mismatch", defect, where=names[0])
-        for (part, shape, tensors), name in zip(expected[kind], names, strict=False):
-            if (found := tensors.get(name)) is not None and found.shape != shape:
-                message = f"expected shape {shape} ({dims_text(part.dims)}), found {found.shape}"
-                yield Problem("shape-mismatch", message, file=part.file, where=name)
+    for kind, columns in steps.runs():
+        parts = expected[kind]
+        if not defects[kind] and all(
+            _fit(*part[1:], names) for part, names in zip(parts, columns, strict=False)
+        ):
+            continue
+        for names in zip(*columns, strict=True):
+            for defect in defects[kind]:
+                yield Problem("shape-mismatch", defect, where=names[0])
+            for (part, shape, tensors), name in zip(parts, names, strict=False):
+                if (found := tensors.get(name)) is not None and found.shape != shape:
+                    message = f"expected shape {shape} ({dims_text(part.dims)}), found {found.shape}"
+                    yield Problem("shape-mismatch", message, file=part.file, where=name)
+
+
+def _fit(shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], names: Sequence[str]) -> bool:
+    """Whether those of them that are there have this shape."""
+    return {t.shape for t in map(tensors.get, names) if t is not None} <= {shape}
 
 
 def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:

@@ -5,8 +5,10 @@ the near misses only, nearest first, and what the files hold.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from ckpt_tool.checkpoint import signs
@@ -23,6 +25,7 @@ SHOWN = 3
 ALONE = "save what is below {} alone, with torch.save, if those are the weights that are meant"
 COMPARED = 400  # names; those of the first layer tell as much as all
 
+_LATER = re.compile(r"(?:^|\.)(?!0(?:\.|$))\d+(?:\.|$)")  # a part that is a number, and not 0
 GENERIC = frozenset(("model", "decoder", "encoder", "layers", "h", "0", "weight", "bias"))
 
 Said = tuple[str, bool, str]  # name of the family, whether it is its own, why
@@ -34,13 +37,18 @@ def recognise(checkpoint: Checkpoint) -> list[Said]:
     return [(name, *family(name).recognise(checkpoint)) for name in FAMILIES]
 
 
-def nearness(tensors: Collection[str], names: Iterable[str]) -> float:
-    """How near `names` come to having the `tensors` of a family: 0 to 1. What stands before a name (a
-    wrapper's `module.`) counts little, and what all models have nothing alone."""
-    from difflib import SequenceMatcher
+Parts = list[list[str]]  # of names
 
-    parts = [n.split(".") for n in names]
-    first = [p for p in parts if not any(x.isdigit() and x != "0" for x in p)][:COMPARED]
+
+def of_first_layers(names: Iterable[str]) -> Parts:
+    """The parts of names without numbers but 0, at most COMPARED."""
+    return [n.split(".") for n in islice((n for n in names if not _LATER.search(n)), COMPARED)]
+
+
+def nearness(tensors: Collection[str], first: Parts) -> float:
+    """How near names (`of_first_layers`) come to having the `tensors` of a family: 0 to 1. What stands before
+    a name (a wrapper's `module.`) counts little, and what all models have nothing alone."""
+    from difflib import SequenceMatcher
 
     def shared(tensor: list[str]) -> float:
         own = set(tensor) - GENERIC
@@ -56,7 +64,8 @@ def near_misses(checkpoint: Checkpoint, said: Iterable[Said]) -> list[tuple[str,
     if (converted := _converted(checkpoint)) is not None:
         return [(converted, "the tensors have Hugging Face names already")]
     names = layers_apart(checkpoint).names()
-    found = [(nearness(family(f).tensors, names), f, why) for f, own, why in said if not own]
+    first = of_first_layers(names)
+    found = [(nearness(family(f).tensors, first), f, why) for f, own, why in said if not own]
     # Of equally near ones those first that know these names and say what is otherwise.
     found.sort(key=lambda x: (-round(x[0], 2), x[2].startswith("no "), -x[0], x[1]))
     found = [x for x in found if x[0] >= NEAR]
@@ -217,7 +226,7 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     if chosen.name in own:
         return error
     names = checkpoint.names()
-    alike = nearness(chosen.tensors, names) >= NEAR and error.kind != "already-converted"
+    alike = nearness(chosen.tensors, of_first_layers(names)) >= NEAR and error.kind != "already-converted"
     if len(own) == 1:
         first = _of_another(checkpoint, chosen, *own.items())
         return CkptToolError(first, *(error.problems if alike else ()))
@@ -289,7 +298,10 @@ def _of_another(checkpoint: Checkpoint, chosen: Family, own: tuple[str, str]) ->
     name, why = own
     message = f"expected an original of {chosen.name}, found what looks like {name} ({why})"
     hint = f"`ckpt-tool convert {name}`"
-    if "params.json" in checkpoint.documents and nearness(chosen.tensors, checkpoint.names()) >= NEAR:
+    if (
+        "params.json" in checkpoint.documents
+        and nearness(chosen.tensors, of_first_layers(checkpoint.names())) >= NEAR
+    ):
         hint += f"; if it is {chosen.name} all the same, give its values by --set, without params.json"
     return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
 

@@ -9,15 +9,40 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
+from math import prod
+from operator import attrgetter
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.convert.expanding import Column
 from ckpt_tool.convert.layout import Home
 from ckpt_tool.convert.plan import Options, Value
 from ckpt_tool.errors import Problem, fail, fail_all
+
+_PLACE, _NAME, _KIND = attrgetter("file", "dtype"), attrgetter("name"), attrgetter("dtype", "shape")
+
+
+class Single(Mapping[str, tuple[TensorInfo, ...]]):
+    """Whole tensors by the names of the table, for each of which there is the one in `held`."""
+
+    def __init__(self, held: Mapping[str, TensorInfo]) -> None:
+        self.held = held
+
+    def __getitem__(self, name: str) -> tuple[TensorInfo, ...]:
+        return (self.held[name],)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
 
 
 @dataclass(frozen=True)
@@ -42,6 +67,15 @@ class Source:
         if len(found) == 1:
             return [(found[0].file, found[0].dtype, found[0].name)]
         return [(t.file, t.dtype, t.name) for t in found]
+
+    def column(self, names: Sequence[str]) -> Column | None:
+        """The same of many; None where they are not all there, or not in one file each."""
+        if not isinstance(self.tensors, Single):
+            return None
+        found = list(map(self.tensors.held.get, names))
+        if None in found:
+            return None
+        return list(map(_PLACE, found)), list(map(_NAME, found))
 
     def keeps(self, name: str, options: Options) -> bool:
         """Whether the tensor is there, and not asked to be left out."""
@@ -72,8 +106,10 @@ class Source:
         """The safetensors name of the dtype that most of the floating numbers have; norms kept in a wider one
         may be more tensors than the matrices."""
         counts: Counter[str] = Counter()
-        for tensor, *_ in self.tensors.values():
-            counts[tensor.dtype] += tensor.numel * (tensor.dtype in FLOATS)
+        held = self.tensors
+        first = held.held.values() if isinstance(held, Single) else (t for t, *_ in held.values())
+        for (dtype, shape), tensors in Counter(map(_KIND, first)).items():
+            counts[dtype] += prod(shape) * tensors * (dtype in FLOATS)
         for code in CODES if len(counts) > 1 else ():  # codes of weights are no numbers
             counts.pop(code, None)
         return counts.most_common(1)[0][0]
@@ -82,17 +118,27 @@ class Source:
 def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], str] = str) -> Source:
     """Files of whole tensors. `layer` is a pattern that finds a layer's number in a name, `rename` gives the
     name of the table for that in the file. Kinds: `missing-tensor`, `duplicate-tensor`."""
-    tensors: dict[str, tuple[TensorInfo, ...]] = {}
+    held = [f.tensors for f in checkpoint.files.values()]
+    tensors: Mapping[str, TensorInfo] = held[0] if len(held) == 1 and rename is str else {}
+    if len(held) > 1 and rename is str:
+        tensors = {name: tensor for one in held for name, tensor in one.items()}
+    if rename is not str or len(tensors) < sum(map(len, held)):
+        tensors = _each_once(checkpoint, rename)
+    if not tensors:
+        fail("missing-tensor", "expected the tensors of a model, found none", file=checkpoint.path.name)
+    return Source(checkpoint, Single(tensors), 1, layer_count(tensors, layer))
+
+
+def _each_once(checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
     problems = []
     for t in checkpoint:
-        first = tensors.setdefault(rename(t.name), (t,))[0]
+        first = tensors.setdefault(rename(t.name), t)
         if first is not t:
             message = f"expected each tensor in one file, found it in {first.file} too"
             problems.append(Problem("duplicate-tensor", message, t.file, t.name))
     fail_all(problems)
-    if not tensors:
-        fail("missing-tensor", "expected the tensors of a model, found none", file=checkpoint.path.name)
-    return Source(checkpoint, tensors, 1, layer_count(tensors, layer))
+    return tensors
 
 
 MAX_LAYERS = 10_000
@@ -102,8 +148,13 @@ CODES = ("F8_E4M3", "F8_E5M2")
 def layer_count(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number of a layer. No model has MAX_LAYERS: a tensor of a later one is none
     of the layers', and left for the plan to refuse by name."""
-    found = (re.match(pattern, n) for n in names)
-    return max((n + 1 for m in found if m and (n := int(m[1][:9])) < MAX_LAYERS), default=0)
+    numbered = re.compile(f"^(?:{pattern})", re.M)  # a line for each name, none of which has a line's end
+    assert numbered.groups == 1
+    found: set[str] = set()
+    left = iter(names)
+    while batch := list(islice(left, 4096)):
+        found.update(numbered.findall("\n".join(batch)))
+    return max((n + 1 for text in found if (n := int(text[:9])) < MAX_LAYERS), default=0)
 
 
 def dtype_value(source: Source, options: Options) -> Value:

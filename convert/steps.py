@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise, repeat
 from typing import overload
 
 from ckpt_tool.convert.layout import Part, Step
@@ -48,11 +49,18 @@ class Steps(Sequence[Step]):
         self.names += names
         self.starts.append(len(self.names))
 
+    def add_alike(self, kind: int, *columns: Sequence[str]) -> None:
+        """Steps of one template; a column has the names of one part of them all."""
+        count, width, end = len(columns[0]), len(columns), len(self.names)
+        self.kinds.extend(repeat(kind, count))
+        self.names.extend(columns[0] if width == 1 else chain.from_iterable(zip(*columns, strict=True)))
+        self.starts.extend(range(end + width, end + width * count + 1, width))
+
     def extend(self, steps: Iterable[Step]) -> None:
         if isinstance(steps, Steps):
             kinds = [self.kind(t) for t in steps.templates]
-            for kind, names in steps.packed():
-                self.add(kinds[kind], names)
+            for kind, columns in steps.runs():
+                self.add_alike(kinds[kind], *columns)
             return
         for step in steps:
             names = [p.name for p in (*step.sources, *step.targets)]
@@ -91,6 +99,16 @@ class Steps(Sequence[Step]):
             yield kind, names[start:stop]
             start = stop
 
+    def runs(self) -> Iterator[tuple[int, list[list[str]]]]:
+        """The template of neighbours that share it, and for each of its parts their names in order."""
+        if not self.kinds:
+            return
+        widths = [len(t.sources) + len(t.targets) for t in self.templates]
+        edges = [k for k, (a, b) in enumerate(pairwise(self.kinds), 1) if a != b]
+        for first, end in pairwise([0, *edges, len(self.kinds)]):
+            kind, at, stop = self.kinds[first], self.starts[first], self.starts[end]
+            yield kind, [self.names[j : stop : widths[kind]] for j in range(at, at + widths[kind])]
+
     def where(self, wanted: Callable[[Step], object]) -> Iterator[Step]:
         """The steps whose templates are `wanted`."""
         chosen = [bool(wanted(t)) for t in self.templates]
@@ -120,12 +138,13 @@ class Steps(Sequence[Step]):
             return self
         made = Steps()
         kinds = [-1 if c else made.kind(t) for c, t in zip(chosen, self.templates, strict=True)]
-        for kind, names in self.packed():
-            if chosen[kind]:
+        for kind, columns in self.runs():
+            if not chosen[kind]:
+                made.add_alike(kinds[kind], *columns)
+                continue
+            for names in zip(*columns, strict=True):
                 new = change(_made(self.templates[kind], names))
                 made.extend((new,) if isinstance(new, Step) else new)
-            else:
-                made.add(kinds[kind], names)
         return made
 
     def inverse(self) -> Steps:
@@ -133,12 +152,12 @@ class Steps(Sequence[Step]):
         made = Steps()
         kinds = [made.kind(t.inverse()) for t in self.templates]
         sources = [len(t.sources) for t in self.templates]
-        for kind, names in self.packed():
-            made.add(kinds[kind], [*names[sources[kind] :], *names[: sources[kind]]])
+        for kind, columns in self.runs():
+            made.add_alike(kinds[kind], *columns[sources[kind] :], *columns[: sources[kind]])
         return made
 
 
-def _made(template: Step, names: list[str]) -> Step:
+def _made(template: Step, names: Sequence[str]) -> Step:
     sources, targets = template.sources, template.targets
     if len(names) == 2 and len(sources) == 1:
         return template.between((sources[0].called(names[0]),), (targets[0].called(names[1]),))

@@ -14,7 +14,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
-from ckpt_tool.convert.expanding import Expansion, expand
+from ckpt_tool.convert.expanding import Column, Columns, Expansion, expand
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.heads import pooled
@@ -85,6 +85,7 @@ class Written:
     original: Mapping[str, Any] = field(default_factory=dict)
     foretold: Sequence[Foretold] = ()
     unread: str = ""
+    spelled: Callable[[Mapping[str, Value]], OutputDocument] = config_document  # config.json
     lossy: Sequence[str] = ()
     # how an original calls the tensors of fp8 weights with one scale each, where its loaders know those
     quantised: QuantFormat | None = None
@@ -115,6 +116,8 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         "sources",
         original=source.homes,
         converted=lambda _: ("", dtype),
+        originals=source.column,
+        converteds=lambda names: ([("", dtype)] * len(names), names),
         again=(lambda part: source.copies.get((part.file, part.name), ())) if source.copies else None,
     )
     if (words := table.words) is not None:
@@ -137,7 +140,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         expansion=filled,
         ignored=written.ignored,
         config=config,
-        documents=[config_document(config), *written.documents],
+        documents=[written.spelled(config), *written.documents],
         options=options,
         notes=[*written.notes, *carried_words(source.checkpoint)],
         lossy=lossy,
@@ -161,7 +164,9 @@ def held_steps(held: Held) -> Expansion:
         "targets",
         original=lambda _: [("", source.dtype)],
         converted=lambda name: next(iter(source.homes(name)), None),
-        again=lambda _: (),
+        originals=lambda names: ([("", source.dtype)] * len(names), names),
+        converteds=source.column,
+        again=None,
     )
 
 
@@ -236,7 +241,16 @@ def to_original(
         return next(iter(source.homes(name)), None)
 
     check_asked(source.checkpoint, options)
-    filled = _filled_in(table, source, "targets", original=homes, converted=converted, again=again)
+    filled = _filled_in(
+        table,
+        source,
+        "targets",
+        original=homes,
+        converted=converted,
+        originals=lambda names: _in_one_file(map(homes, names), names),
+        converteds=source.column,
+        again=again,
+    )
     if (words := table.words) is not None:
         filled.steps = filled.steps.changed(
             lambda s: with_padding(s.inverse(), WORDS, words).inverse(), where=lambda s: WORDS in s.sizes
@@ -269,6 +283,15 @@ def to_original(
     )
 
 
+def _in_one_file(homes: Iterable[Sequence[Home]], names: Sequence[str]) -> Column | None:
+    """The places of tensors that are in one file each; None where they are in several."""
+    found = list(homes)
+    if any(len(own) != 1 for own in found):
+        return None
+    called = [own[0][2] if len(own[0]) > 2 else name for own, name in zip(found, names, strict=True)]
+    return [(file, dtype) for ((file, dtype, *_),) in found], called
+
+
 def _filled_in(
     table: Table,
     source: Source,
@@ -276,6 +299,8 @@ def _filled_in(
     *,
     original: Callable[[str], Sequence[Home]],
     converted: Callable[[str], Home | None],
+    originals: Columns,
+    converteds: Columns,
     again: Callable[[Part], Sequence[Home]] | None,
 ) -> Expansion:
     """The rows with every index filled in. `side` is that of the steps which the checkpoint holds. Numbers
@@ -286,6 +311,8 @@ def _filled_in(
         indices={"i": table.layers.value, **table.indices},
         original=original,
         converted=converted,
+        originals=originals,
+        converteds=converteds,
     )
     if again is not None:
         filled.steps.extend([copy for step in filled.steps for copy in _copies(step, again)])

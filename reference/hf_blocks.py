@@ -28,6 +28,12 @@ ACTIVATIONS = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}  # of `
 HELD = 1 << 24  # numbers of one intermediate result: scores of queries with keys, hidden units
 
 
+def traced() -> bool:
+    """Whether a pass is being written down as a graph, whose sizes are symbols: nothing may be chosen by them
+    then, and by no number in a tensor."""
+    return torch.compiler.is_compiling()
+
+
 # --- config.json ------------------------------------------------------------------------------------------
 
 
@@ -169,21 +175,27 @@ def grouped_attention(
     `scalar` stands in the place of H in the scores."""
     (B, N, T, H), K, S = q.shape, k.shape[1], k.shape[2]
     q = q.view(B, K, -1, T, H)
-    made, rows = [], max(1, HELD // (B * N * S))
-    for first in range(0, T, rows):
-        some = q[:, :, :, first : first + rows]
+    hidden = None if mask is None else (mask == 0)[:, None, None, None, :]
+
+    def of(some: Tensor, first: int) -> Tensor:
+        """Of the queries from `first` on: (B, t, N * H)."""
         scores = torch.einsum("bkgqh,bkth->bkgqt", some, k) * (scalar or H) ** -0.5
         scores = softcap(scores, cap)
         own = S - T + first  # which key is the first query's own
         seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
             seen = seen.triu(own + 1 - window)  # the last `window` keys, the query's own included
-        if mask is not None:
-            seen = seen & (mask != 0)[:, None, None, None, :]
-        # the lowest number: a query of padding that sees no key at all stays a number
-        lowest = -math.inf if mask is None else torch.finfo(scores.dtype).min
-        weights = wide(scores.masked_fill(~seen, lowest)).softmax(-1).to(q.dtype)
-        made.append(torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2))
+        if hidden is None:
+            scores = scores.masked_fill(~seen, -math.inf)
+        else:  # a query of padding may see no key at all: it sees all alike then
+            scores = scores.masked_fill(~seen | hidden, torch.finfo(q.dtype).min)
+        weights = wide(scores).softmax(-1).to(q.dtype)
+        return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
+
+    if traced():
+        return of(q, 0)
+    rows = max(1, HELD // (B * N * S))
+    made = [of(q[:, :, :, first : first + rows], first) for first in range(0, T, rows)]
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
@@ -194,7 +206,7 @@ def gated(x: Tensor, w: Tensors, gate: str, up: str, down: str, activation: str 
         return F.linear(activate(F.linear(rows, w[gate]), activation) * F.linear(rows, w[up]), w[down])
 
     units = w[gate].shape[0]
-    if x.numel() // x.shape[-1] * units <= HELD:
+    if traced() or x.numel() // x.shape[-1] * units <= HELD:
         return one(x)
     return torch.cat([one(rows) for rows in torch.split(x.flatten(0, -2), max(1, HELD // units))]).view_as(x)
 
@@ -203,9 +215,12 @@ def mixture(x: Tensor, w: Tensors, p: str, top: int) -> Tensor:
     """The sum of the chosen experts, each weighed in float32 (transformers 5) and then added in the dtype
     of x."""
     tokens = x.flatten(0, 1)  # (B*T, D)
-    chosen, share = route(tokens, w[p + "gate.weight"], top)
+    gate = w[p + "gate.weight"]
+    chosen, share = route(tokens, gate, top)
     y = torch.zeros_like(tokens)
-    for e in sorted(set(chosen.flatten().tolist())):  # an expert nobody asks for is never read
+    # an expert nobody asks for is never read
+    asked = range(gate.shape[0]) if traced() else sorted(set(chosen.flatten().tolist()))
+    for e in asked:
         rows, place = torch.where(chosen == e)
         names = (f"{p}experts.{e}.{name}.weight" for name in ("w1", "w3", "w2"))
         out = gated(tokens[rows], w, *names) * share[rows, place, None]

@@ -11,6 +11,7 @@ from ckpt_tool.reference.hf_gptj import HEADS, embed, encode, forward, head, lay
 __all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = ("CodeGenForCausalLM", "CodeGenModel")
+ONNX_CLASS = (1e-5, 13)  # atol_for_validation and default_onnx_opset of its OnnxConfig in 4.37.2
 
 
 class Config(hf_gptj.Config):

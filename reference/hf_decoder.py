@@ -176,6 +176,7 @@ def layer(
     past: Cache | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
+    """`mask` (B, P + T) is 0 for padding, of which positions count as of other tokens."""
     w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
     y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, positions, mask)
     attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)

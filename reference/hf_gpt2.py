@@ -20,6 +20,7 @@ __all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "he
 
 OTHERS = [end for end in DECODERS if end != "ForCausalLM"]
 ARCHITECTURES = tuple(f"GPT2{end}" for end in ("LMHeadModel", "DoubleHeadsModel", *OTHERS))
+ONNX_CLASS = (1e-5, 13)  # atol_for_validation and default_onnx_opset of its OnnxConfig in 4.37.2
 
 
 class Config(hf_transformer.Config):

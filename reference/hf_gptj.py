@@ -21,6 +21,7 @@ from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_ph
 __all__ = ["ARCHITECTURES", "HEADS", "Config", "embed", "encode", "forward", "head", "layer", "phases"]
 
 ARCHITECTURES = tuple(f"GPTJ{end}" for end in DECODERS if end != "ForTokenClassification")
+ONNX_CLASS = (1e-5, 13)  # atol_for_validation and default_onnx_opset of its OnnxConfig in 4.37.2
 
 
 class Config(hf_transformer.Config):

@@ -61,13 +61,17 @@ forward, encode = passes(phases)
 def embed(
     ids: Tensor, ranks: Ranks, c: Config, *, mask: Tensor | None = None, past: Cache | None = None
 ) -> Tensor:
-    """Positions count the tokens from 0 on, and are -1 for padding."""
+    """Positions count the tokens from 0 on, those of `past` too, and are -1 for padding; a `mask` (B, P + T)
+    is of all of them."""
     w, p = rooted(ranks, c)
     x = F.embedding(ids, w[p + "embed_tokens.weight"])
     if c.projected:
         x = F.linear(x, w[p + "project_in.weight"])
-    mask = torch.ones_like(ids) if mask is None else mask.long()
-    positions = (torch.cumsum(mask, dim=1) + cached(past)) * mask - 1
+    before = cached(past)
+    mask = (
+        torch.cat([ids.new_ones(len(ids), before), torch.ones_like(ids)], 1) if mask is None else mask.long()
+    )
+    positions = (torch.cumsum(mask, dim=1) * mask - 1)[:, before:]
     return x + F.embedding(positions + OFFSET, w[p + "embed_positions.weight"])
 
 

@@ -1,4 +1,4 @@
-"""Ministral 3, Devstral 2 and others of Mistral AI's whose params.json has `yarn`, text alone.
+"""Ministral 3, Devstral 2 and others of Mistral AI's of 2025-26: what they make of text alone.
 
 Source: Peng et al. 2023 (arXiv 2309.00071) for yarn; vllm-project/vllm @01da88c (configs/mistral.py) and
 ggml-org/llama.cpp pull request 22612 for what `apply_scale` does: with it queries and keys are 0.1 ln(factor)
@@ -21,7 +21,7 @@ from ckpt_tool.reference.rope import CONTEXT, RopeScaling
 
 __all__ = ["NAMES", "Config", "inputs"]
 
-OURS = frozenset(("yarn", "llama_4_scaling"))
+OURS = frozenset(("yarn", "llama_4_scaling", "vision_encoder", "multimodal"))
 
 
 class Config(decoder.Config):
@@ -41,12 +41,13 @@ class Config(decoder.Config):
         if len(set(cycle)) != 1:
             raise ValueError(f"expected one window for all layers, found {cycle}")
         scaling = _yarn(params.get("yarn") or {}, overrides)
+        length = None if scaling is None else scaling.original_context
         return cls(
             **made,
             windows=cycle[:1] * made["n_layers"],
             rope_scaling=scaling,
             names=names_of(params, overrides, shapes),
-            far=_growth(params.get("llama_4_scaling") or {}, overrides, scaling.original_context),
+            far=_growth(params.get("llama_4_scaling") or {}, overrides, length) if length else None,
         )
 
 
@@ -55,7 +56,9 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
     return ("positions",)
 
 
-def _yarn(told: Mapping[str, Any], overrides: Mapping[str, Any]) -> RopeScaling:
+def _yarn(told: Mapping[str, Any], overrides: Mapping[str, Any]) -> RopeScaling | None:
+    if not told and not any(name.startswith("yarn") for name in overrides):
+        return RopeScaling.from_hf(overrides.get("rope_scaling") or {})
     if (given := overrides.get("rope_scaling")) and (made := RopeScaling.from_hf(given)) is not None:
         return made
     names = {"factor": "yarn_factor", CONTEXT: "yarn_length", "beta": "yarn_beta", "alpha": "yarn_alpha"}

@@ -208,6 +208,7 @@ KEYS = {
     "mistral-large": NATIVE | {"rope_theta"},
     "mistral-float32": NATIVE | {"rope_theta"},
     "ministral3-3b": NATIVE | OF_2025,
+    "mistral3-images": NATIVE | OF_2025 | {"vision_encoder"},
     "mixtral-a": NATIVE | {"moe"},
     "mixtral-b": HF_STYLE,
     "mixtral-b-native": NATIVE | {"moe"},

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
@@ -220,6 +220,15 @@ def test_no_growth_of_queries_shows_beyond_the_length_alone(
     assert any("positions 49,132 to 49,171" in n for n in notes)
 
 
+def test_a_factor_that_is_no_ratio_is_told_and_taken(two_layers: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = altered(two_layers[0], tmp_path / "in", max_position_embeddings=512)
+    api.convert(source, tmp_path / "out", check=False)
+    report = verify(tmp_path / "out", source, levels="coverage", against="transformers")
+    assert report.exit_code == 0
+    assert any("RoPE scaling factor" in f.message for f in report.findings if f.check == "warnings")
+
+
 def test_the_case_of_2025_has_the_values_of_its_readme(tmp_path: Path) -> None:
     case = CASES / "mistral-2025-tiny"
     if not case.is_dir():
@@ -240,3 +249,139 @@ def test_the_case_of_2025_has_the_values_of_its_readme(tmp_path: Path) -> None:
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+# --- a model that reads images --------------------------------------------------------------------------
+
+IMAGES = "mistral3-images"
+
+
+def tower(
+    w: Mapping[str, torch.Tensor], told: Mapping[str, Any], eps: float, image: torch.Tensor
+) -> torch.Tensor:
+    """What the original makes of one image (3, H, W), after mistral-inference @2557e12d (vision_encoder.py):
+    patches are turned by row and column, each half of a head's pairs by one; then the tokens for the text."""
+
+    def norm(x: torch.Tensor, name: str, eps: float = 1e-5) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * w[f"{name}.weight"]
+
+    p = "vision_encoder."
+    x = torch.nn.functional.conv2d(image[None], w[f"{p}patch_conv.weight"], stride=told["patch_size"])[0]
+    _, rows, columns = x.shape
+    x = norm(x.flatten(1).T, f"{p}ln_pre")  # (patches, width), row after row
+    n = told["num_attention_heads"]
+    width = x.shape[1] // n
+    pairs = 1.0 / told["rope_theta"] ** (torch.arange(0, width, 2) / width)
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    angles = torch.cat([torch.outer(row, pairs[::2]), torch.outer(column, pairs[1::2])], dim=1)
+    turned = torch.polar(torch.ones_like(angles), angles)[:, None]  # (patches, 1, pairs)
+    for i in range(told["num_hidden_layers"]):
+        s = f"{p}transformer.layers.{i}."
+        y = norm(x, f"{s}attention_norm")
+        q, k, v = ((y @ w[f"{s}attention.w{a}.weight"].T).view(len(y), n, width) for a in "qkv")
+        q, k = (torch.view_as_complex(a.reshape(*a.shape[:2], -1, 2)) * turned for a in (q, k))
+        q, k = (torch.view_as_real(a).flatten(-2) for a in (q, k))
+        weights = (torch.einsum("qnh,knh->nqk", q, k) / width**0.5).softmax(-1)
+        x = x + torch.einsum("nqk,knh->qnh", weights, v).flatten(1) @ w[f"{s}attention.wo.weight"].T
+        y = norm(x, f"{s}ffn_norm")
+        gate, up = (y @ w[f"{s}feed_forward.{a}.weight"].T for a in ("w1", "w3"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ w[f"{s}feed_forward.w2.weight"].T
+    x, m = norm(x, "pre_mm_projector_norm", eps), told["spatial_merge_size"]
+    grid = x.view(rows // m, m, columns // m, m, -1).permute(0, 2, 4, 1, 3)  # each channel's m x m together
+    x = grid.flatten(2).flatten(0, 1) @ w["patch_merger.merging_layer.weight"].T
+    x = torch.nn.functional.gelu(x @ w["vision_language_adapter.w_in.weight"].T)
+    return x @ w["vision_language_adapter.w_out.weight"].T
+
+
+def test_the_tower_computes_in_transformers_what_the_original_does(
+    originals: Written, conversions: Written
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    params = document(originals(IMAGES), "params.json")
+    told = params["vision_encoder"]
+    w = {n: t.float() for n, t in load_file(originals(IMAGES) / "consolidated.safetensors").items()}
+    side = told["patch_size"] * told["spatial_merge_size"]
+    image = torch.randn(3, 3 * side, 2 * side, generator=torch.Generator().manual_seed(7))
+    wanted = tower(w, told, params["norm_eps"], image)
+
+    def found(folder: Path) -> torch.Tensor:
+        model = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            sizes = torch.tensor([image.shape[1:]])
+            (made,) = model.model.get_image_features(image[None], sizes).pooler_output
+        return made
+
+    made = found(conversions(IMAGES))
+    assert made.shape == wanted.shape == (6, params["dim"])
+    assert (made - wanted).abs().max() < 1e-4 * wanted.std()
+
+
+def in_memory_names(folder: Path) -> None:
+    """As whoever saves state_dict() itself has it."""
+    file = folder / "model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        text = name.replace("language_model.model.", "language_model.")
+        tensors["lm_head.weight" if name.endswith("lm_head.weight") else f"model.{text}"] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "ckpt-tool.json").unlink()
+
+
+def test_both_spellings_of_names_go_back(originals: Written, conversions: Written, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(conversions(IMAGES), tmp_path / "hf"))
+    in_memory_names(folder)
+    made = api.convert(folder, tmp_path / "back", to="original", family="ministral3", check=False)
+    assert made.plan.family == "ministral3"
+    assert world.equal(world.tensors_of(tmp_path / "back"), world.tensors_of(originals(IMAGES)))
+    report = verify(folder, originals(IMAGES), levels=("coverage", "bits"))
+    assert report.exit_code == 0
+
+
+OTHER_IMAGES = {
+    "no merging layer": ({"vision_encoder__mm_projector_id": "other"}, "unsupported", "mm_projector_id"),
+    "no norm": ({"vision_encoder__add_pre_mm_projector_layer_norm": False}, "unsupported", "add_pre_mm"),
+    "an unknown value": ({"vision_encoder__windowed": True}, "unsupported", "vision_encoder.windowed"),
+    "other heads": ({"vision_encoder__num_attention_heads": 5}, "config-mismatch", "5 heads"),
+    "another width": ({"vision_encoder__hidden_size": 40}, "config-mismatch", "hidden_size"),
+    "no layers told": ({"vision_encoder__num_hidden_layers": None}, "missing-fact", "num_hidden_layers"),
+    "a layer too few": ({"vision_encoder__num_hidden_layers": 2}, "uncovered-tensors", "layers.2"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_IMAGES)
+def test_another_part_for_images_is_refused(name: str, originals: Written, tmp_path: Path) -> None:
+    values, kind, said = OTHER_IMAGES[name]
+    source = altered(originals(IMAGES), tmp_path / "in", **values)
+    with pytest.raises(CkptToolError) as caught:
+        api.convert(source, tmp_path / "out", family="ministral3")
+    assert caught.value.problems[0].kind == kind
+    assert said in caught.value.text()
+
+
+def test_a_text_model_without_yarn_may_read_images(originals: Written, tmp_path: Path) -> None:
+    """As those of Mistral Small 3.1 do; older ones without a patch merger are refused."""
+    source = altered(originals(IMAGES), tmp_path / "in", yarn=None, llama_4_scaling=None)
+    api.convert(source, tmp_path / "out")
+    text = document(tmp_path / "out")["text_config"]
+    assert (text["model_type"], text["rope_parameters"]) == (
+        "mistral", {"rope_type": "default", "rope_theta": 20000.0},
+    )  # fmt: skip
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits", "parity"))
+    assert report.exit_code == 0
+    said = [f.message for f in report.findings if f.check == "unseen"]
+    assert any("the part that reads images: 33 tensors were compared by bits alone" in t for t in said)
+
+
+def test_the_whole_decides_whether_the_head_is_the_embedding(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions(IMAGES), tmp_path / "hf"))
+    config = document(folder)
+    assert config.pop("tie_word_embeddings") is False
+    config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "ckpt-tool.json").unlink()
+    report = verify(folder, originals(IMAGES), levels="coverage")
+    assert [f.where for f in report.findings if f.status == "fail" and f.check == "config"]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.convert.expanding import expand
 from ckpt_tool.convert.families import family
@@ -26,6 +26,7 @@ from ckpt_tool.convert.plan import (
     Options,
     OutputFile,
     Plan,
+    ToWrite,
     Value,
     assemble,
     config_document,
@@ -71,13 +72,16 @@ def document(plan: Plan, name: str) -> dict[str, Any]:
 # --- files ----------------------------------------------------------------------------------------------
 
 
-def tensors(*sizes: int) -> list[TensorInfo]:
-    return [TensorInfo(f"t{k}", "U8", (n,), "") for k, n in enumerate(sizes)]
+def to_write(*sizes: int) -> ToWrite:
+    made = ToWrite()
+    for k, n in enumerate(sizes):
+        made.add("", "U8", (n,), (f"t{k}",))
+    return made
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(1, 60))
 def test_placing_keeps_every_tensor_once_and_the_limit(sizes: list[int], limit: int) -> None:
-    files, index = place(tensors(*sizes), limit)
+    files, index, home = place(to_write(*sizes), limit)
     assert [t.name for f in files for t in f.tensors] == [f"t{k}" for k in range(len(sizes))]
     assert all(sum(t.nbytes for t in f.tensors) <= limit or len(f.tensors) == 1 for f in files)
     if len(files) == 1:
@@ -87,6 +91,7 @@ def test_placing_keeps_every_tensor_once_and_the_limit(sizes: list[int], limit: 
         assert held["metadata"]["total_size"] == sum(sizes)
         assert held["weight_map"] == {t.name: f.name for f in files for t in f.tensors}
         assert [f.name for f in files] == sorted(f.name for f in files)
+    assert home == {t.name: t.file for f in files for t in f.tensors}
     assert all(f.metadata == (("format", "pt"),) for f in files)  # transformers 4 fails without it
 
 

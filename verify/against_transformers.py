@@ -35,6 +35,8 @@ ABOUT_WEIGHTS = re.compile(
     r"do(es)? not match|tied|size|shape",
     re.IGNORECASE,
 )
+# That a factor is not the ratio of two lengths: the library says so, and takes the factor.
+OF_A_RATIO = re.compile(r"RoPE scaling factor .* does not match the ratio", re.DOTALL)
 # Of an exception while the weights are loaded: the files are at fault, and not the library.
 OF_THE_FILES = re.compile(
     r"size mismatch|mismatched|shape|state_dict|no file named|does not appear to have|safetensors|"
@@ -182,7 +184,7 @@ def _loading(
         text = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:4])}" for k, v in wrong.items())
         return [finding("load", "fail", f"transformers {version} loads it with {text}", data=wrong)]
     other = [text for text in said if not any(name in text for name in idle)]
-    grave = [text for text in other if ABOUT_WEIGHTS.search(text)]
+    grave = [text for text in other if ABOUT_WEIGHTS.search(text) and not OF_A_RATIO.search(text)]
     if grave:
         text = f"transformers {version} loads it with a warning: {grave[0]}"
         return [finding("load", "fail", shown(text, 400), data={"warnings": grave[:20]})]

@@ -31,6 +31,7 @@ PROOFS = {
     ("transformers", "logits"): "what transformers computes of it",
     ("training", "step"): "the changes of one training step on these prompts",
     ("generation", "greedy"): "the tokens that it goes on with",
+    ("onnx", "outputs"): "the numbers that onnxruntime gives",
 }
 NOT_COMPARED = "not compared with a source"
 WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen

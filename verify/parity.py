@@ -9,6 +9,7 @@ caught at that bar."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -494,6 +495,12 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt], in_part: bool) -> li
         )
         made.append(finding("unseen", "note", text, data={"rows": len(ids), "vocabulary": vocabulary}))
     unread = [n for n in weights if n not in weights.used]
+    for words, pattern in getattr(converted.module, "UNREAD", {}).items():
+        own = [n for n in unread if re.fullmatch(pattern, n)]
+        if own:
+            text = f"{words}: {len(own)} tensors were compared by bits alone, as no pass here reads them"
+            made.append(finding("unseen", "note", text, own[0], data={"unread": len(own)}))
+            unread = [n for n in unread if n not in {*own}]
     if unread:
         why = "layers that did not run, experts never chosen, or unused"
         why = why if in_part else "experts never chosen, or unused"

@@ -11,10 +11,11 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -82,6 +83,18 @@ class TensorInfo:
         return _bytes(self.dtype, self.shape)
 
 
+def tensor_infos(
+    names: Collection[str], dtypes: Iterable[str], shapes: Iterable[tuple[int, ...]], files: Iterable[str]
+) -> tuple[TensorInfo, ...]:
+    """Many, made a field at a time: half a million take two thirds of what they cost one by
+    one."""
+    made = tuple(map(object.__new__, repeat(TensorInfo, len(names))))
+    fields = ("name", names), ("dtype", dtypes), ("shape", shapes), ("file", files)
+    for slot, values in fields:
+        deque(map(getattr(TensorInfo, slot).__set__, made, values), maxlen=0)
+    return made
+
+
 @lru_cache(maxsize=1024)  # layers are alike
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * DTYPES[dtype].itemsize
@@ -128,6 +141,7 @@ class TensorFile(ABC):
     metadata: Mapping[str, Any]  # what is not a tensor: pickled args, safetensors __metadata__
     imports: tuple[str, ...] = ()  # globals that a pickle named, "module.name"; none was imported
     notes: tuple[str, ...] = ()
+    may_lack = False  # whether files that are not there may hold some of its tensors, see `absent`
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -240,6 +254,7 @@ class View(TensorFile):
         self.path, self.name, self.format = stored.path, stored.name, stored.format
         self.metadata, self.imports, self.notes = stored.metadata, stored.imports, stored.notes
         self.stored = stored
+        self.may_lack = stored.may_lack
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -268,7 +283,9 @@ class Renamed(View):
     def __init__(self, stored: TensorFile, own: Mapping[str, str]) -> None:
         super().__init__(stored)
         self.own = own
-        self.tensors = {new: replace(stored.tensors[old], name=new) for new, old in own.items()}
+        held = list(map(stored.tensors.__getitem__, own.values()))
+        fields = ([getattr(t, name) for t in held] for name in ("dtype", "shape", "file"))
+        self.tensors = dict(zip(own, tensor_infos(own, *fields), strict=True))
 
     def absent(self, name: str) -> str | None:
         return self.stored.absent(self.own[name])
@@ -320,6 +337,10 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     readings: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    # What `names` said last, and of which tensors.
+    _named: tuple[list[Mapping[str, TensorInfo]], list[str]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def with_files(self, files: dict[str, TensorFile], *notes: str) -> Checkpoint:
         """The same checkpoint through views of its files."""
@@ -330,15 +351,23 @@ class Checkpoint:
             yield from file.tensors.values()
 
     def names(self) -> list[str]:
-        """Every tensor name once, in the order of the files."""
-        return list(dict.fromkeys(chain.from_iterable(f.tensors for f in self.files.values())))
+        """Every tensor name once, in the order of the files. Families ask again and again: it is one list for
+        all of them, which nobody changes."""
+        held = [f.tensors for f in self.files.values()]
+        if self._named is not None and [*map(id, self._named[0])] == [*map(id, held)]:
+            return self._named[1]
+        found = list(held[0] if len(held) == 1 else dict.fromkeys(chain.from_iterable(held)))
+        self._named = held, found
+        return found
 
     def keys(self) -> list[str]:
-        return self.names()
+        return [*self.names()]
 
     def __contains__(self, item: object) -> bool:
         """Whether a tensor has this name, or is this one."""
-        return any(item in (t.name, t) for t in self)
+        if isinstance(item, str):
+            return any(item in f.tensors for f in self.files.values())
+        return any(item == t for t in self)
 
     def __getitem__(self, name: str | tuple[str, str]) -> Tensor:
         """The tensor called `name`, which is read when it is asked for; where several files have one, as

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Mapping
+from itertools import chain, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ BOX = ("offsets", "sizes")
 _GETS = {b"j": 5, b"h": 2}  # opcodes that recall an entry of the memo, and how long they are
 PLANNER = "planner_data"
 _NAMED = re.compile(rb"(?:j.{4}j.{4}\x85\x94){1,4096}", re.S)
+_NEW_TEXT = rb"\x8c[\x01-\xff]([ -~]+)\x94"  # that is plain
 Places = Callable[[dict[object, object], list[object]], None]
 
 
@@ -178,24 +180,31 @@ class Listing(Machine):
 
     def named(self, same: bytes, made: Inert, entries: int) -> None:
         """Push what follows as long as it is a new text and again the object with these bytes."""
-        data, at = self.data, self.pos
-        while data.startswith(TEXT, at):
-            end = at + 2 + data[at + 1] if at + 1 < len(data) else len(data)
-            if data[end : end + 1] != b"\x94" or not data.startswith(same, end + 1):
-                return
-            entry = self.memoised + 1
-            awaited = self.awaited if self.awaited != self.memoised else self.awaited_from(entry)
-            if entry + entries > min(awaited, self.limits.memo):
-                return
-            self.start = at
-            name = self.text(data[at + 2 : end])
-            if awaited != self.awaited:
-                self.memory -= 128
-                self.memo[self.memoised], self.awaited = name, awaited
-            self.push(name, 80 + len(name))
-            self.push(made)
-            self.memoised, self.pos = entry + entries, end + 1 + len(same)
-            at = self.pos
+        if self.awaited < SHORT or self.put:
+            return
+        data, at, names = self.data, self.pos, []
+        for found in iter(re.compile(_NEW_TEXT + re.escape(same)).scanner(data, at).match, None):  # type: ignore[attr-defined]
+            text = found[1]
+            if len(text) != data[at + 1]:
+                break
+            names.append(text)
+            at = found.end()
+        entry, step = self.memoised, entries + 1
+        room = (self.limits.memo - entry) // step
+        low, high = np.searchsorted(self.recalls, (entry, entry + step * min(len(names), room)))
+        recalled = self.recalls[low:high] - entry
+        inner = np.flatnonzero(recalled % step)  # something may recall a part of the object
+        count = min(len(names), room, int(recalled[inner[0]]) // step if len(inner) else len(names))
+        if not count:
+            return
+        texts = [name.decode("ascii") for name in names[:count]]
+        numbers = [k for k in (recalled // step).tolist() if k < count]
+        self.memo.update((entry + step * k, texts[k]) for k in numbers)
+        length = sum(map(len, texts))
+        self.spend(128 * len(numbers) + 96 * count + length)
+        self.stack.extend(chain.from_iterable(zip(texts, repeat(made))))
+        self.memoised, self.pos = entry + step * count, self.pos + count * (3 + len(same)) + length
+        self.awaited = self.awaited_from(self.memoised)
 
     def rows(self, kind: int) -> int:
         """Push the object that begins at this opcode, where one of its class's forms fits it, and those that

@@ -17,12 +17,13 @@ from array import array
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby, repeat
 from math import prod
 from typing import NoReturn
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import DTYPES, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_listing import BOX, Chunks, Listing
 from ckpt_tool.checkpoint.dcp_places import MOST, Ints, Item, Listed, Table
@@ -30,7 +31,7 @@ from ckpt_tool.checkpoint.pickle_bytes import WINDOW
 from ckpt_tool.checkpoint.pickle_records import Global, Inert, Limits, describe
 from ckpt_tool.checkpoint.pickle_rows import fields_of
 from ckpt_tool.checkpoint.pieces import Boxes, Numbers, tiling_fault
-from ckpt_tool.checkpoint.tensor_names import name_fault
+from ckpt_tool.checkpoint.tensor_names import faultless, name_fault
 from ckpt_tool.checkpoint.torch_state import unsafe_problems
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
@@ -156,21 +157,48 @@ class _Reader:
         found.version = version if type(version) is str else None
         self.problems += self.listed.conflicts()
         self.places = self.listed.by_name()
-        for name in list(state):
-            entry = state.pop(name)
-            fault = name_fault(name) if type(name) is str else "expected a name, found none"
-            if fault is not None:
-                self.problems.append(Problem("bad-name", fault, self.file))
-            elif id(entry) not in self.entries and fields_of(entry, ("chunks",))[0] is None:
-                self.other(name, entry, found)
-            else:
-                self.tensor(name, entry, found)
+        for _, alike in groupby(state, key=lambda name: id(state[name])):
+            self.column(list(alike), state, found)
+        state.clear()
         fail_all(self.problems)
         found.table = found.table.taken(np.array(self.numbers, np.int64))
         found.ends = found.table.ends()
         for item in found.objects.values():
             found.ends[item.path] = max(found.ends.get(item.path, 0), item.offset + item.length)
         return found
+
+    def column(self, names: list[object], state: dict[object, object], found: Metadata) -> None:
+        """Names that stand beside each other and have one entry."""
+        entry = state[names[0]]
+        if len(names) > 1 and self.wholes(names, entry, found):
+            return
+        for name in names:
+            fault = name_fault(name) if type(name) is str else "expected a name, found none"
+            if fault is not None:
+                self.problems.append(Problem("bad-name", fault, self.file))
+            elif type(name) is not str or (
+                id(entry) not in self.entries and fields_of(entry, ("chunks",))[0] is None
+            ):
+                self.other(str(name), entry, found)
+            else:
+                self.tensor(name, entry, found)
+
+    def wholes(self, named: list[object], entry: object, found: Metadata) -> bool:
+        """The same of tensors that are in one piece each; False, and nothing done, where one is not."""
+        names = [name for name in named if type(name) is str]
+        if len(names) < len(named) or not faultless(names) or fields_of(entry, ("chunks",))[0] is None:
+            return False
+        dtype, shape, _, whole = self.entry(names[0], entry)
+        rows = self.places.alone(names, len(shape))
+        if whole is None or rows is None or dtype not in _DTYPES:
+            return False
+        made = tensor_infos(names, repeat(_DTYPES[dtype]), repeat(shape), repeat(self.file))
+        found.tensors.update(zip(names, made, strict=True))
+        found.kinds.extend(repeat(whole, len(names)))
+        found.firsts.extend(range(self.pieces, self.pieces + len(names)))
+        self.numbers.frombytes(rows.tobytes())
+        self.pieces += len(names)
+        return True
 
     def other(self, name: str, told: object, found: Metadata) -> None:
         """An entry that is no tensor."""
@@ -183,10 +211,10 @@ class _Reader:
 
     def tensor(self, name: str, entry: object, found: Metadata) -> None:
         dtype, shape, chunks, whole = self.entry(name, entry)
-        row = -1 if whole is None else self.places.alone(name, len(shape))
-        if whole is not None and row >= 0 and dtype in _DTYPES:
+        rows = None if whole is None else self.places.alone((name,), len(shape))
+        if whole is not None and rows is not None and dtype in _DTYPES:
             found.add(TensorInfo(name, _DTYPES[dtype], shape, self.file), whole, self.pieces)
-            self.numbers.append(row)
+            self.numbers.append(int(rows[0]))
             self.pieces += 1
             return
         starts, sizes, numbers = self.matched(name, chunks)

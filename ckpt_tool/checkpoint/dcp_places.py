@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -140,8 +140,7 @@ class Listed:
         first = (axes[row] >= 0) & (before[at[row]] == before[at[row] + np.maximum(axes[row], 0)])
         alone = np.full(len(self.names), -1)
         alone[one[first]] = row[first]
-        single = array("q", alone.astype(np.int64).tobytes())
-        return ByName(self.names, order, ends, axes, at, flat, single, self.axes)
+        return ByName(self.names, order, ends, axes, at, flat, alone.astype(np.int64))
 
     def conflicts(self) -> Iterator[Problem]:
         """Pieces that share bytes."""
@@ -187,18 +186,20 @@ class ByName:
     axes: Ints
     at: Ints  # where in `flat` the first element of each begins
     flat: Ints
-    single: array[int]  # see `alone`, by the number of the name
-    each: array[int]  # `axes`, quicker one by one
+    single: Ints  # see `alone`, by the number of the name, -1 for others
 
     def rows(self, name: str) -> Ints:
         k = self.names.get(name)
         return self.order[:0] if k is None else self.order[self.ends[k] : self.ends[k + 1]]
 
-    def alone(self, name: str, axes: int) -> int:
-        """The row of a piece that is the only one of its name and begins where the tensor begins, else -1."""
-        k = self.names.get(name, -1)
-        row = -1 if k < 0 else self.single[k]
-        return row if row >= 0 and self.each[row] == axes else -1
+    def alone(self, names: Sequence[str], axes: int) -> Ints | None:
+        """The rows of pieces with so many axes that are the only ones of their names and begin where the
+        tensors begin; None where one of them is another."""
+        numbers = list(map(self.names.get, names))
+        if None in numbers:
+            return None
+        rows: Ints = self.single[np.array(numbers, np.int64)]
+        return rows if bool((rows >= 0).all()) and bool((self.axes[rows] == axes).all()) else None
 
     def starts(self, rows: Ints, axes: int) -> Ints:
         """The first elements [rows, axes] of pieces that have so many axes."""

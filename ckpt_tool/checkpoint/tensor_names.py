@@ -45,6 +45,14 @@ def name_fault(name: str) -> str | None:
     return None
 
 
+def faultless(names: Sequence[str]) -> bool:
+    """Whether they are all in order, as a look at many of them at once tells; False may mean either."""
+    text = "".join(names)
+    if not (text.isascii() and text.isprintable()) or "" in names or RESERVED in text:
+        return False
+    return not names or max(map(len, names)) <= NAME_BYTES
+
+
 def name_problems(names: Iterable[str], *, file: str) -> Iterator[Problem]:
     """Every unacceptable name of one file, and every pair that differs only in Unicode composition."""
     composed: dict[str, str] = {}

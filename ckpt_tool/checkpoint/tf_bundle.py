@@ -81,6 +81,7 @@ class BundleFile(TensorFile):
     moved; their stored bytes can be read, `index` is shared with the other data files."""
 
     format = "tf-bundle"
+    may_lack = True
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ below are those of the whole model; S model-parallel ranks each hold a share of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from ckpt_tool.convert.dialects import params_fields, params_json
 from ckpt_tool.convert.dialects.converted import FREQUENCIES, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.layouts import FORM, Layout, asked_layout, layout_of, layout_option
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
+from ckpt_tool.convert.facts_parts import taken_apart
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
@@ -46,7 +47,7 @@ from ckpt_tool.convert.options import POOLING
 from ckpt_tool.convert.options import SHARDS as SHARDS
 from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.params import NO_CONFIG
-from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
+from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
     ADDED,
@@ -76,6 +77,7 @@ _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
 
 CONSOLIDATED = "consolidated"  # in `--form`
+LAYER = r"model\.layers\.(\d+)\."
 
 # The config value behind each axis of the rows; beside them `half` and `two` make a head.
 AXES = {
@@ -131,10 +133,11 @@ def _container(file: str) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a download shows of itself: the kind of its feed-forward (see `feed_forward`), the fields of
-    params.json that hold a value, and of its files whether several hold the same names and whether some are
-    safetensors."""
+    """What a download shows of itself: the names of its tensors, the kind of its feed-forward (see
+    `feed_forward`), the fields of params.json that hold a value, and of its files whether several hold the
+    same names and whether some are safetensors."""
 
+    names: Collection[str]
     kind: str | None
     keys: frozenset[str]
     equal_names: bool
@@ -146,6 +149,17 @@ class Seen:
         if self.kind == "dense":
             return None
         return "has experts" if self.kind else "no layers.0.feed_forward.w1.weight"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Rows of another part of a model, with the sizes of their axes, the fields behind these, and the indices
+    of their names."""
+
+    rows: tuple[Rule, ...]
+    axes: Mapping[str, int]
+    fields: Mapping[str, str]
+    indices: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -177,6 +191,8 @@ class Consolidated:
     untold: Callable[[Known], list[str]] = lambda _: []
     unsaid: Callable[[Known], list[str]] = lambda _: []
     parts: tuple[str, ...] = ()  # objects in params.json whose values are read
+    beside: Callable[[Known], Beside] | None = None  # what it has beside the text model
+    root: str = ""  # before the names of the text model in the Hugging Face layout
     # config.json as the class has it, out of the values under the names of fields
     spelled: Callable[[Known, dict[str, Value]], dict[str, Value]] = lambda _, config: config
 
@@ -204,10 +220,11 @@ def family(
     those beside the names of the class and what every decoder has; `training` adds to what is for training
     only, with the defaults of the class; `in_memory` is that of `Family`."""
     name, config = said["name"], said["config"]
+    model_type = said.pop("model_type", name)
     every = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     own = by_name(
         only("architectures", [said["architecture"]], f"family {name}", keys=("architectures",)),
-        only("model_type", name, f"family {name}"),
+        only("model_type", model_type, f"family {name}"),
         *fields,
         DTYPE,
         free(f"default of {config.name}", **every, **(training or {})),
@@ -224,7 +241,7 @@ def family(
         held=partial(held, d),
         options=tuple({o.name: o for o in (POOLING, *form, *d.options)}.values()),
         vocabulary=vocabulary,
-        classes={name: config},
+        classes={model_type: config},
         document=params_json.NAME,
         in_memory=in_memory or {},
         tensors=(
@@ -276,12 +293,13 @@ def decoder_rows(feed_forward: Iterable[Rule], *, embedding: str, tied: bool, he
 # --- recognising and opening ----------------------------------------------------------------------------
 
 
-def foreign(names: Sequence[str]) -> str | None:
-    """Why tensors of these names are no plain text model in an original layout; None when they may be."""
+def foreign(names: Sequence[str], sees: bool = False) -> str | None:
+    """Why tensors of these names are no plain text model in an original layout; None when they may be, or of
+    one that `sees` images."""
     every = "\n".join(names)  # in which words are looked for before any name is looked at
     if ("model." in every or "lm_head." in every) and any(_CONVERTED.match(n) for n in names):
         return "the tensors have Hugging Face names already"
-    for pattern, what in _NOT_PLAIN_TEXT:
+    for pattern, what in _NOT_PLAIN_TEXT[sees:]:
         if not any(word in every for word in _WORDS_OF[pattern]):
             continue
         if name := next((n for n in names if re.match(pattern, n)), None):
@@ -289,9 +307,9 @@ def foreign(names: Sequence[str]) -> str | None:
     return None
 
 
-def feed_forward(names: Sequence[str]) -> str | None:
-    """Which feed-forward the tensors are of: "dense", "experts" (one tensor each), "stacked" experts."""
-    held = set(names)
+def feed_forward(held: Container[str]) -> str | None:
+    """Which feed-forward the tensors of these names are of: "dense", "experts" (one tensor each), "stacked"
+    experts."""
     if "layers.0.feed_forward.experts.0.w1.weight" in held or "layers.0.feed_forward.gate.weight" in held:
         return "experts"
     if "layers.0.block_sparse_moe.w1" in held or "layers.0.block_sparse_moe.gate.weight" in held:
@@ -303,33 +321,53 @@ def recognise(d: Consolidated, checkpoint: Checkpoint) -> tuple[bool, str]:
     names = checkpoint.names()
     if (layout := layout_of(d.layouts, names)) is not None:
         return layout.recognise(set(names))
-    if reason := foreign(names):
+    if reason := foreign(names, d.beside is not None):
         return False, reason
-    tensors = [set(f.tensors) for f in checkpoint.files.values()]
+    tensors = [f.tensors.keys() for f in checkpoint.files.values()]
     equal = len(tensors) > 1 and all(t == tensors[0] for t in tensors)
     safe = any(f.endswith(".safetensors") for f in checkpoint.files)
-    return d.told(Seen(feed_forward(names), params_json.keys_of(checkpoint), equal, safe))
+    return d.told(Seen(set(names), feed_forward(checkpoint), params_json.keys_of(checkpoint), equal, safe))
 
 
-def open_download(checkpoint: Checkpoint) -> Source:
+def open_download(checkpoint: Checkpoint, sees: bool = False) -> Source:
     """Sort out the files. Fails for what is no plain text original (`already-converted`, `unsupported`) and
     for ranks that do not belong together (`shard-conflict`)."""
     names, label = checkpoint.names(), checkpoint.path.name
     if any(_CONVERTED.match(n) for n in names):
         message = f"expected an original layout, found Hugging Face names such as {names[0]}"
         fail("already-converted", message, file=label, hint=NO_CONFIG)
-    if reason := foreign(names):
+    if reason := foreign(names, sees):
         fail("unsupported", f"expected a plain text model, found one that is {reason}", file=label)
     files = sorted(checkpoint.files, key=natural)
+    layer = r"layers\.(\d+)\."
+    if len(names) == sum(len(f.tensors) for f in checkpoint.files.values()):
+        return whole_tensors(checkpoint, layer)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for file in files:
         for name, tensor in checkpoint.files[file].tensors.items():
             tensors[name] = (*tensors.get(name, ()), tensor)
-    layer = r"layers\.(\d+)\."
     if sum(len(ts) > 1 for ts in tensors.values()) <= len(tensors) // 2:
         return whole_tensors(checkpoint, layer)
     fail_all(rank_problems(files, {f: checkpoint.files[f].tensors for f in files}))
     return Source(checkpoint, tensors, len(files), layer_count(names, layer))
+
+
+def one_of_two(text: Family, seeing: Family, sees: Callable[[Checkpoint], bool]) -> Family:
+    """A family whose models may see images: `sees` tells which of the two records has a checkpoint, in either
+    layout."""
+
+    def of(checkpoint: Checkpoint) -> Family:
+        return seeing if sees(checkpoint) else text
+
+    return replace(
+        text,
+        architectures=text.architectures + seeing.architectures,
+        recognise=lambda checkpoint: of(checkpoint).recognise(checkpoint),
+        plan=lambda checkpoint, options: of(checkpoint).plan(checkpoint, options),
+        plan_original=lambda checkpoint, options: of(checkpoint).plan_original(checkpoint, options),
+        held=lambda checkpoint, options, architecture: of(checkpoint).held(checkpoint, options, architecture),
+        classes={**text.classes, **seeing.classes},
+    )
 
 
 # --- numbers that files share ---------------------------------------------------------------------------
@@ -396,7 +434,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     """
     if (layout := layout_of(d.layouts, checkpoint.names())) is not None:
         return layout.plan(checkpoint, options)
-    download = open_download(checkpoint)
+    download = open_download(checkpoint, d.beside is not None)
     facts = params_json.read(checkpoint, options, d.parts)
     known = Known(d.fields, facts, download, options, once=kept_facts(checkpoint))
     what, keys = d.lacks
@@ -435,9 +473,35 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         IGNORED,
         [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],
         original,
+        spelled=partial(config_of, d.config),
     )
     untied = "output.weight" if may_untie(d.fields) else ""
-    return to_hf(replace(table_of(rows, config), turns=turns(known), head=untied), download, options, written)
+    table = _whole(d, known, table_of(rows, config))
+    return to_hf(replace(table, turns=turns(known), head=untied), download, options, written)
+
+
+def config_of(own: Class, config: Mapping[str, Value]) -> OutputDocument:
+    """config.json, of a model of several parts in the parts."""
+    if own.parts is None:
+        return config_document(config)
+    made = taken_apart({k: v.value for k, v in config.items()}, own.parts)
+    return config_document({k: Value(v, "") for k, v in made.items()})
+
+
+def _whole(d: Consolidated, known: Known, text: Table) -> Table:
+    """The table of the text model with all that is beside it."""
+    rows = [replace(row, target=tuple(d.root + name for name in row.target)) for row in text.rows]
+    if d.beside is None:
+        return replace(text, rows=rows)
+    more = d.beside(known)
+    return replace(
+        text,
+        rows=[*rows, *more.rows],
+        axes={**text.axes, **more.axes},
+        fields={**text.fields, **more.fields},
+        numbers={**text.numbers, **known.values(more.fields.values())},
+        indices={**text.indices, **more.indices},
+    )
 
 
 def form_of(d: Consolidated, download: Source) -> str:
@@ -519,7 +583,7 @@ def no_ids(config: Mapping[str, Value]) -> list[str]:
 
 def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     facts = read_config(checkpoint, options.settings, (d.architecture,), own=d.config)
-    source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
+    source = whole_tensors(checkpoint, re.escape(d.root) + LAYER)
     once = kept_facts(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, once, back=True)
     usual = tuple(d.forms) if d.option == FORM else (CONSOLIDATED,)
@@ -554,8 +618,9 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     tied = bool(known[TIE])
     head = not tied or bool(once.get("head", "tied_embeddings" not in params))
     rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=head)
+    table = _whole(d, known, table_of(rows, values))
     return to_original(
-        replace(table_of(rows, values), repeats=repeats(known), turns=turns(known), head=head_of(known)),
+        replace(table, repeats=repeats(known), turns=turns(known), head=head_of(known)),
         source,
         options,
         Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),
@@ -567,11 +632,11 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
 def held(d: Consolidated, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
     """See `Family.held`. Files and ranks of an original do not matter, so any form has the rows."""
     facts = read_config(checkpoint, options.settings, (architecture,), own=d.config)
-    source = whole_tensors(checkpoint, r"model\.layers\.(\d+)\.")
+    source = whole_tensors(checkpoint, re.escape(d.root) + LAYER)
     known = Known(d.fields, facts, source, options, d.config, {}, back=True)
     sizes = known.values(n for n in d.fields if n in {*AXES.values(), "num_hidden_layers"})
     form, tied = next(iter(d.forms.values())), bool(known[TIE])
-    table = table_of(decoder_rows(form.rows, embedding="v", tied=tied, head=True), sizes)
+    table = _whole(d, known, table_of(decoder_rows(form.rows, embedding="v", tied=tied, head=True), sizes))
     made = replace(table, repeats=repeats(known), turns=turns(known), head=head_of(known))
     return Held(made, source, facts, FREQUENCIES)
 

@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.dialects.config_keys import read_keys
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.convert.facts_problems import misread
 from ckpt_tool.convert.facts_rotary import ROTARY
 from ckpt_tool.convert.facts_settings import overlaid
@@ -55,7 +56,8 @@ def read_config(
         hint = "put the config.json of the same model there"
         message = "expected config.json beside the weights, found none"
         fail("missing-file", message, file=checkpoint.path.name, hint=hint)
-    document = checkpoint.json("config.json")
+    document: Mapping[str, Any] = checkpoint.json("config.json")
+    document = document if own.parts is None else in_one_row(document, own.parts)
     problems = []
 
     def refuse(where: str, wanted: str, found: str) -> None:

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress, repeat
 from shlex import quote
 from typing import Any
 
@@ -154,7 +155,7 @@ class Core:
         """The arguments that it does not read."""
         return f"{UNUSED_BY_GATED} {UNUSED_BY_ROUTED if self.experts else UNUSED_BY_DENSE}"
 
-    def holds(self, names: Iterable[str]) -> bool:
+    def holds(self, names: Collection[str]) -> bool:
         return prefix_of(names) is not None
 
     def recognise(self, names: Collection[str]) -> tuple[bool, str]:
@@ -388,10 +389,11 @@ def rows_of(m: Core, known: Known, padded: int, kept: Kept) -> Table:
 # --- the files ------------------------------------------------------------------------------------------
 
 
-def prefix_of(names: Iterable[str]) -> str | None:
+def prefix_of(names: Collection[str]) -> str | None:
     """What stands before every name; None where these are no names of Megatron-Core's GPT."""
     stem = f"{FIRST}self_attention.linear_qkv.weight"
-    return next((n.removesuffix(stem) for n in names if n.endswith(stem)), None)
+    found = next(compress(names, map(str.endswith, names, repeat(stem))), None)
+    return None if found is None else found.removesuffix(stem)
 
 
 def kept_as(m: Core, run: Run, options: Options) -> Kept:

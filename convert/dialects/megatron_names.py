@@ -11,8 +11,9 @@ bert_model.py; core/models).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import cache
+from itertools import repeat
 
 VERSIONS = (0.0, 1.0, 2.0, 3.0)
 
@@ -81,7 +82,7 @@ def _core(block: str, norm_1: str, norm_2: str) -> dict[str, str]:
 
 
 _APART = ("input_layernorm.", "pre_mlp_layernorm.")
-_FUSED = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
+_JOINED = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
 
 # Age -> what it calls the tensors of the tables. In Megatron-Core the copy of the embedding on the last stage
 # and an output layer of its own have one name.
@@ -92,9 +93,9 @@ AGES: dict[str, dict[str, str]] = {
     "flat": _nested("transformer", "attention", "layernorm", embedding=""),  # 2019
     "bare": _nested("transformer", "attention", "layernorm", embedding="", root=""),
     "core": _core("decoder", *_APART),
-    "core-fused": _core("decoder", *_FUSED),
+    "core-fused": _core("decoder", *_JOINED),
     "core-bert": _core("encoder", *_APART),
-    "core-bert-fused": _core("encoder", *_FUSED),
+    "core-bert-fused": _core("encoder", *_JOINED),
 }
 
 
@@ -127,8 +128,14 @@ def own_names(age: str) -> dict[str, str]:
     }
 
 
-def age_of(names: Iterable[str]) -> str | None:
+# One of them ends a name in every age.
+_FUSED = tuple({names[LAYER[1]].rpartition("}")[2] + "weight" for names in AGES.values()})
+
+
+def age_of(names: Collection[str]) -> str | None:
     """The age whose names these are, with or without the `model` before them; None for other names."""
+    if not any(map(str.endswith, names, repeat(_FUSED))):
+        return None
     bare = {own for _, own in map(without_model, names)}
     first = re.compile(r"(?<=layers\.)\d+(?=\.)")
     bare |= {first.sub("{i}", n) for n in bare}

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress, repeat
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
@@ -87,14 +88,13 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[bool, str]:
-    names = set(checkpoint.names())
-    prefix = prefix_of(names)
-    if prefix is None or f"{prefix}layers.0.self_attn_layer_norm.weight" not in names:
+    prefix = prefix_of(checkpoint.names())
+    if prefix is None or f"{prefix}layers.0.self_attn_layer_norm.weight" not in checkpoint:
         sharded = any("shard_metadata" in f.metadata for f in checkpoint.files.values())
         return False, "FSDP shards of metaseq" if sharded else "no layers.0.self_attn_layer_norm.weight"
-    if is_converted(checkpoint, prefix, names):
+    if is_converted(checkpoint, prefix, checkpoint):
         return False, "the tensors have Hugging Face names already"
-    if f"{prefix}embed_positions.weight" not in names:
+    if f"{prefix}embed_positions.weight" not in checkpoint:
         return False, "no learned positions"
     return True, "names of metaseq's decoder with learned positions"
 
@@ -108,13 +108,14 @@ IGNORED = {
 # --- the original's files -------------------------------------------------------------------------------
 
 
-def prefix_of(names: Iterable[str]) -> str | None:
+def prefix_of(names: Collection[str]) -> str | None:
     """What stands before every name of the model; None when these are no names of metaseq's."""
-    found = {n.removesuffix("embed_tokens.weight") for n in names if n.endswith("embed_tokens.weight")}
+    words = "embed_tokens.weight"
+    found = {n.removesuffix(words) for n in compress(names, map(str.endswith, names, repeat(words)))}
     return found.pop() if len(found) == 1 else None
 
 
-def is_converted(checkpoint: Checkpoint, prefix: str, names: set[str]) -> bool:
+def is_converted(checkpoint: Checkpoint, prefix: str, names: Container[str]) -> bool:
     """Most names are the same on both sides; those of the last norm and the projections are not."""
     if "config.json" in checkpoint.documents:
         return True

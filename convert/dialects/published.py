@@ -383,15 +383,15 @@ GATED = (
 
 
 def recognise(p: Published, checkpoint: Checkpoint) -> tuple[bool, str]:
-    names = set(checkpoint.names())
+    names = checkpoint.names()
     if (layout := layout_of(p.layouts, names)) is not None:
-        return layout.recognise(names)
-    if p.told_by not in names:
+        return layout.recognise(set(names))
+    if p.told_by not in checkpoint:
         return False, f"no {p.told_by}"
     found = model_type_of(checkpoint)
     if found not in (None, p.model_type):
         return False, f"Hugging Face names, but config.json is that of {found}"
-    if found is None and p.never in names:
+    if found is None and p.never in checkpoint:
         return False, f"{p.never}, which {p.title} has not"
     return True, p.why or f"{p.told_by} is of {p.title} alone"
 

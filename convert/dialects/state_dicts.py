@@ -82,7 +82,7 @@ def family(*, summary: str, vocabulary: Vocabulary, **said: Any) -> Family:
 
 
 def recognise(p: StateDicts, checkpoint: Checkpoint) -> tuple[bool, str]:
-    if p.told_by not in checkpoint.names():
+    if p.told_by not in checkpoint:
         return False, f"no {p.told_by}"
     return True, f"{p.told_by} is of {p.title} alone"
 

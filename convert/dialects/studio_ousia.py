@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,9 @@ def family(*, summary: str, **said: Any) -> Family:
 
 
 def recognise(e: Encoder, checkpoint: Checkpoint) -> tuple[bool, str]:
-    names = checkpoint.names()
-    if e.told_by in names:
+    if e.told_by in checkpoint:
         return True, f"{e.told_by} is of studio-ousia's encoders alone"
-    if any(n.endswith(e.told_by) for n in names):
+    if any(map(str.endswith, checkpoint.names(), repeat(e.told_by))):
         return False, "the tensors have Hugging Face names already"
     return False, f"no {e.told_by}"
 

@@ -295,11 +295,10 @@ def own_activation(name: str, names: Mapping[str, str] = ACTIVATIONS) -> str:
 
 
 def recognise(t: Trained, checkpoint: Checkpoint) -> tuple[bool, str]:
-    names = set(checkpoint.names())
-    missing = [n for n in t.needed if n not in names]
+    missing = [n for n in t.needed if n not in checkpoint]
     if missing:
         return False, f"no variable {missing[0]}"
-    found = next((n for n in t.told_by if n in names), None)
+    found = next((n for n in t.told_by if n in checkpoint), None)
     if found is None:
         return False, t.why_not or f"none of {', '.join(t.told_by)}"
     return True, f"variable {found}"

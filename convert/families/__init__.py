@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.in_parts import in_one
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one
 from ckpt_tool.convert.options import Option, given
@@ -75,14 +76,14 @@ def family(name: str) -> Family:
 def as_family_knows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     """`checkpoint` with the names that `chosen` has on disk, and what it may find stacked one by one."""
     checkpoint = as_on_disk(layers_apart(checkpoint), chosen.held_as, chosen.tensors)
-    return one_by_one(checkpoint, chosen.in_memory)
+    return one_by_one(in_one(checkpoint, chosen.classes), chosen.in_memory)
 
 
 def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
     """The same for any family; see `one_by_one` and `layers_apart`."""
     checkpoint = layers_apart(checkpoint)
     for chosen in map(family, FAMILIES):
-        checkpoint = as_on_disk(checkpoint, chosen.held_as, chosen.tensors)
+        checkpoint = in_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.classes)
     meant = _meant(checkpoint) or [family(f) for f in FAMILIES]
     return one_by_one(checkpoint, {n: parts for f in meant for n, parts in f.in_memory.items()})
 

@@ -9,25 +9,29 @@ Original: `consolidated*.safetensors`, params.json and tekken.json. Facts: mistr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.convert.dialects import consolidated, params_json
+from ckpt_tool.convert.dialects import consolidated, images, params_json
 from ckpt_tool.convert.dialects.consolidated import DENSE, Form, Seen
 from ckpt_tool.convert.numbers import (
     DEFAULT,
     IDS,
+    Entry,
     Field,
     Known,
+    Parts,
     Value,
     anything,
     count,
+    given,
     like_llama,
     number,
     only,
     shown,
     some,
+    written,
 )
 
 YARN, LLAMA_4 = "yarn", "llama_4_scaling"
@@ -43,11 +47,33 @@ def told(seen: Seen) -> tuple[bool, str]:
     return False, "no yarn in params.json"
 
 
+def told_with_images(seen: Seen) -> tuple[bool, str]:
+    if seen.not_dense:
+        return False, seen.not_dense
+    if "patch_merger.merging_layer.weight" not in seen.names:
+        return False, "reads images, and has no patch_merger as models from Mistral Small 3.1 on have"
+    return True, "dense layers, and a part that reads images and merges patches"
+
+
+def _kind(known: Known) -> Value:
+    """The text model of one that reads images, by what is done to its rotary frequencies."""
+    scaled = known["rope_scaling"] is not None
+    return given("ministral3" if scaled else "mistral", "with yarn" if scaled else "without yarn")
+
+
 # --- the rotary embedding and what queries grow by ------------------------------------------------------
 
 
+def _no_yarn(known: Known) -> Value | None:
+    """None, which asks, where there is some of it."""
+    facts = known.facts
+    if facts.document is None or any(k.startswith("yarn") for k in (*facts.document, *facts.settings)):
+        return None
+    return Value(None, "no yarn in params.json")
+
+
 def _true_or_false(known: Known, found: Value) -> Value:
-    if type(found.value) is not bool:
+    if found.value is not None and type(found.value) is not bool:
         known.refuse("bad-config", f"expected true or false, found {shown(found.value)}", "yarn.apply_scale")
     return found
 
@@ -82,11 +108,17 @@ ASK_SCALE = (
 HIDDEN: tuple[Field, ...] = tuple(
     replace(f, hidden=True, told=False)
     for f in (
-        number("yarn_factor", f"{YARN}.factor", ask="how many times longer texts may be"),
-        count("yarn_length", f"{YARN}.{LENGTH}", ask="the length that the model was trained for"),
-        number("yarn_beta", f"{YARN}.beta", ask="the turns from which a channel stays as it is"),
-        number("yarn_alpha", f"{YARN}.alpha", ask="the turns below which a channel is slowed down"),
-        anything("apply_scale", f"{YARN}.apply_scale", ask=ASK_SCALE, check=_true_or_false),
+        number("yarn_factor", f"{YARN}.factor", rule=_no_yarn, ask="how many times longer texts may be"),
+        count(
+            "yarn_length", f"{YARN}.{LENGTH}", rule=_no_yarn, ask="the length that the model was trained for"
+        ),
+        number(
+            "yarn_beta", f"{YARN}.beta", rule=_no_yarn, ask="the turns from which a channel stays as it is"
+        ),
+        number(
+            "yarn_alpha", f"{YARN}.alpha", rule=_no_yarn, ask="the turns below which a channel is slowed down"
+        ),
+        anything("apply_scale", f"{YARN}.apply_scale", rule=_no_yarn, ask=ASK_SCALE, check=_true_or_false),
         anything("yarn_truncate", f"{YARN}.truncate", rule=Value(None, "absent"), check=_whole_turns),
         anything(
             BETA,
@@ -102,6 +134,11 @@ HIDDEN: tuple[Field, ...] = tuple(
 def _scaling(known: Known) -> Value:
     """rope_scaling of what params.json says. The class works the factor on cosines and sines out of two
     numbers, of which equal ones make 1 and a zero 0.1 ln(factor) + 1."""
+    if known["yarn_factor"] is None:
+        if known[BETA]:
+            message = "expected yarn beside it, whose length the class takes, found none"
+            known.refuse("unsupported", message, LLAMA_4)
+        return Value(None, "no yarn in params.json")
     values = {
         "rope_type": YARN,
         "factor": float(known["yarn_factor"]),
@@ -143,6 +180,8 @@ def _sayable(known: Known, found: Value) -> Value:
     """What the class computes and params.json can say."""
     scaling = found.value if isinstance(found.value, dict) else {}
     where = "rope_scaling"
+    if found.value is None and KIND in known.fields:
+        return found
     if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != YARN:
         message = f"expected rope_type yarn in family ministral3, found {shown(kind)}"
         known.refuse("unsupported", message, where, "a model without yarn is of family mistral")
@@ -169,6 +208,8 @@ def _sayable(known: Known, found: Value) -> Value:
 def _of_yarn(known: Known) -> dict[str, Value]:
     """The entries of params.json on the way back; one of queries only where they grow."""
     found = known.value("rope_scaling")
+    if found.value is None:
+        return {}
     values, beta = found.value, float(found.value[BETA])
     made = {
         f"{YARN}.factor": values["factor"],
@@ -184,10 +225,12 @@ def _of_yarn(known: Known) -> dict[str, Value]:
 def spelled(known: Known, config: dict[str, Value]) -> dict[str, Value]:
     """The rotary values in one object, where alone the class looks for those of its own."""
     theta, scaling = (config[name] for name in ROTARY)
-    rotary = {"rope_theta": theta.value, **scaling.value}
+    rotary = {"rope_theta": theta.value, **(scaling.value or {"rope_type": "default"})}
     others = {name: value for name, value in config.items() if name not in ROTARY}
     return {**others, "rope_parameters": Value(rotary, f"{theta.source}; {scaling.source}")}
 
+
+# --- the classes ----------------------------------------------------------------------------------------
 
 # Of a config.json without rope_parameters.
 USUAL: Mapping[str, Any] = {
@@ -200,33 +243,83 @@ USUAL: Mapping[str, Any] = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+TEXT = {
+    "vocab_size": 131072,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 34,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "rope_scaling": USUAL,
+    "sliding_window": None,
+}
 CLASS = replace(
-    like_llama(
-        "Ministral3Config",
-        {
-            "vocab_size": 131072,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 34,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "rope_scaling": USUAL,
-            "sliding_window": None,
-        },
-        context=262144,
-    ),
+    like_llama("Ministral3Config", TEXT, context=262144),
     identity={**IDS, "pad_token_id": 11, "max_position_embeddings": 262144},
 )
+PLAIN = like_llama(  # of a text model without yarn, which older models that see images have
+    "MistralConfig",
+    {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+    context=131072,
+)
+# What the class takes where there is no text_config at all.
+WITHOUT_TEXT = {
+    **PLAIN.numbers,
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e9,
+    "sliding_window": None,
+}
+KIND, LONGEST = "text_config.model_type", "max_position_embeddings"
+TEXTS = {"ministral3": CLASS, "mistral": PLAIN}
+PARTS = Parts(
+    text="text_config",
+    others=(images.CONFIG,),
+    top=frozenset((*images.TOP, "architectures", "model_type", "tie_word_embeddings", "torch_dtype")),
+    defaults={
+        **{kind: {**own.numbers, LONGEST: own.identity[LONGEST]} for kind, own in TEXTS.items()},
+        "pixtral": images.DEFAULTS,
+    },
+    names={
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "lm_head.": "language_model.lm_head.",
+    },
+)
+SEEING_CLASS = replace(
+    PLAIN,
+    name="Mistral3Config",
+    numbers={
+        **WITHOUT_TEXT,
+        "tie_word_embeddings": True,  # of the whole, which decides
+        KIND: "mistral",
+        f"{images.CONFIG}.model_type": "pixtral",
+        **images.TOP,
+        **{f"{images.CONFIG}.{name}": value for name, value in images.WITHOUT_A_PART.items()},
+    },
+    aliases={"image_token_index": ("image_token_id",)},
+    idle={
+        **PLAIN.idle,
+        f"{images.CONFIG}.vocab_size": "not read: a tower has no words",
+        f"{images.CONFIG}.head_dim": "not read: the width divided by the heads",
+    },
+    prefix="language_model.model.",
+    tied={"language_model.lm_head.weight": ""},
+    parts=PARTS,
+)
 
-FAMILY = consolidated.family(
-    name="ministral3",
-    summary="Ministral 3 and other models of Mistral AI with yarn: consolidated*.safetensors",
-    architecture="Ministral3ForCausalLM",
-    config=CLASS,
-    told=told,
-    lacks=("no experts", ("moe.num_experts", "moe")),
-    fields=(
+
+# --- the family -----------------------------------------------------------------------------------------
+
+
+def fields(*more: Field) -> tuple[Field | Iterable[Field], ...]:
+    return (
         only("hidden_act", "silu", "the original's feed_forward", keys=params_json.ACTIVATION),
         params_json.SIZES,
         params_json.THETA,
@@ -235,18 +328,46 @@ FAMILY = consolidated.family(
         params_json.WINDOW,
         count("max_position_embeddings", read=params_json.length, ask="how long texts may be"),
         params_json.TIED,
-    ),
-    forms={"safetensors": Form(("consolidated.safetensors",), DENSE)},
-    params=(
-        *params_json.MISTRAL_AI,
-        lambda known: {"max_position_embeddings": known.value("max_position_embeddings")},
-        some("sliding_window"),
-        params_json.tied,
-        _of_yarn,
-    ),
-    ids=lambda _: (1, 2, "every Mistral tokenizer"),
-    options=(),
-    vocabulary=consolidated.MISTRAL_AI,
-    parts=(YARN, LLAMA_4),
-    spelled=spelled,
+        *more,
+    )
+
+
+SAID: Mapping[str, Any] = {
+    "name": "ministral3",
+    "summary": "Ministral 3 and other models of Mistral AI with yarn: consolidated*.safetensors",
+    "lacks": ("no experts", ("moe.num_experts", "moe")),
+    "forms": {"safetensors": Form(("consolidated.safetensors",), DENSE)},
+    "ids": lambda _: (1, 2, "every Mistral tokenizer"),
+    "options": (),
+    "vocabulary": consolidated.MISTRAL_AI,
+    "spelled": spelled,
+}
+ENTRIES: tuple[Entry, ...] = (
+    *params_json.MISTRAL_AI,
+    lambda known: {"max_position_embeddings": known.value("max_position_embeddings")},
+    some("sliding_window"),
+    params_json.tied,
+    _of_yarn,
 )
+OF_TEXT = consolidated.family(
+    **SAID,
+    architecture="Ministral3ForCausalLM",
+    config=CLASS,
+    told=told,
+    fields=fields(),
+    params=ENTRIES,
+    parts=(YARN, LLAMA_4),
+)
+SEEING = consolidated.family(
+    **SAID,
+    architecture="Mistral3ForConditionalGeneration",
+    model_type="mistral3",
+    config=SEEING_CLASS,
+    told=told_with_images,
+    fields=fields(written(KIND, _kind), *images.FIELDS),
+    params=(*ENTRIES, images.entries),
+    parts=(YARN, LLAMA_4, *images.OBJECTS),
+    beside=images.beside,
+    root="language_model.",
+)
+FAMILY = consolidated.one_of_two(OF_TEXT, SEEING, lambda checkpoint: images.sees(checkpoint.names()))

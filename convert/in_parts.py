@@ -1,0 +1,62 @@
+"""A folder of a model of several parts seen as one: its config.json as one row of values (`facts_parts`), and
+its tensors under the names that save_pretrained() writes, whichever the folder has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ckpt_tool.checkpoint.base import Checkpoint, Document, Given, Renamed, TensorFile
+from ckpt_tool.convert.facts_classes import Class
+from ckpt_tool.convert.facts_parts import in_one_row
+from ckpt_tool.errors import CkptToolError
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class OneRow(Given):
+    """A config.json read otherwise than it lies there: the sum is that of the file."""
+
+    stored: Document | None = None
+
+    def sha256(self, limit: int) -> str:
+        assert self.stored is not None
+        return self.stored.sha256(limit)
+
+
+def in_one(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkpoint:
+    """`checkpoint`, or a view of it where its config.json is of one of `classes` that has parts."""
+    if CONFIG not in checkpoint.documents or all(own.parts is None for own in classes.values()):
+        return checkpoint
+    try:
+        config = checkpoint.json(CONFIG)
+    except CkptToolError:
+        return checkpoint  # whoever reads it says why
+    own = classes.get(str(config.get("model_type")))
+    if own is None or own.parts is None:
+        return checkpoint
+    made = _renamed(checkpoint, own.parts.names)
+    if (row := in_one_row(config, own.parts)) == config:
+        return made
+    text, stored = json.dumps(row).encode(), made.documents[CONFIG]
+    seen = OneRow(CONFIG, stored.path, len(text), text, stored)
+    return replace(made, documents={**made.documents, CONFIG: seen})
+
+
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """Names that begin as in memory, as on disk."""
+    found = [old for old in names if any(n.startswith(old) for n in checkpoint.names())]
+    if not found:
+        return checkpoint
+
+    def on_disk(name: str) -> str:
+        old = next((old for old in found if name.startswith(old)), "")
+        return names.get(old, "") + name.removeprefix(old)
+
+    files: dict[str, TensorFile] = {
+        name: Renamed(file, {on_disk(n): n for n in file.tensors}) for name, file in checkpoint.files.items()
+    }
+    reading = f"names that begin with {', '.join(found)} were read as those that save_pretrained() writes"
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, reading))

@@ -1,0 +1,441 @@
+"""ONNX: exports are proved, those of others are judged, files that lie are refused before anything opens
+them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckpt_tool.api import convert
+from ckpt_tool.checkpoint.onnx_file import open_onnx
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.families.qwen3 import qwen3
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import onnx_made
+from ckpt_tool.verify.onnx_export import DATA
+from ckpt_tool.verify.sides import converted_side
+from ckpt_tool.verify.subject import opened
+from tests.in_process import program
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+Written = Callable[[str], Path]
+# Two layers, grouped heads, norms of heads.
+VARIANT = qwen3(2, 56, 6, 2, 12, 88, 336, 2, tie_word_embeddings=True).variant("two-layers", "a Qwen3")
+# torch and onnxscript say of themselves, while they are imported, what will be otherwise one day
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return VARIANT.write(tmp_path_factory.mktemp("original") / "in")
+
+
+@pytest.fixture(scope="module")
+def converted(original: Path) -> Path:
+    convert(original, original.parent / "out", family=VARIANT.family)
+    return original.parent / "out"
+
+
+@pytest.fixture(scope="module")
+def exported(
+    converted: Path, original: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A graph with past keys and values, and the report of its export."""
+    folder = tmp_path_factory.mktemp("onnx")
+    run = program(
+        "export", "onnx", str(converted), "--out", "model.onnx", "--with-past",
+        "--source", str(original), "--json", "report.json",
+        cwd=folder, columns=80,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr + run.stdout
+    return folder / "model.onnx", json.loads((folder / "report.json").read_text())
+
+
+def copied(exported: tuple[Path, Any], folder: Path) -> Path:
+    path, _ = exported
+    for name in (path.name, path.name + DATA):
+        shutil.copy(path.parent / name, folder / name)
+    return folder / path.name
+
+
+def found(report: dict[str, Any], check: str) -> dict[str, Any]:
+    (one,) = (f for f in report["findings"] if f["check"] == check)
+    return dict(one)
+
+
+# --- what is exported -------------------------------------------------------------------------------------
+
+
+def test_an_export_is_published_with_its_proof(exported: tuple[Path, dict[str, Any]]) -> None:
+    path, report = exported
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data", "report.json"]
+    assert report["headline"] == "the numbers that onnxruntime gives are those of its source"
+    assert found(report, "weights")["data"]["tensors"] == 24
+    outputs, control = found(report, "outputs"), found(report, "negative control")
+    rows = {row[0]: row for row in outputs["tables"][0]["rows"]}
+    assert {"short", "long", "padded", "padded left", "batch", "past 1", "past 7", "padded, past 4"} <= set(
+        rows
+    )
+    assert outputs["data"]["max_delta"] < 1e-4 and outputs["status"] == "pass"
+    assert control["data"]["caught"] == control["data"]["planted"] > 20
+    planted = {row[0] for row in control["tables"][0]["rows"]}
+    assert {"attention_mask not read", "epsilon ten times as large"} <= planted
+    assert any("exchanged" in words for words in planted) and any("transposed" in words for words in planted)
+
+
+def test_names_axes_and_opset_are_the_documented_ones(exported: tuple[Path, Any]) -> None:
+    path, _ = exported
+    with closing(open_onnx(path)) as file:
+        names = [v.name for v in file.inputs]
+        assert names[0] == "input_ids" and names[-1] == "attention_mask"
+        assert names[1:3] == ["past_key_values.0.key", "past_key_values.0.value"]
+        shapes = {v.name: v.shape for v in (*file.inputs, *file.outputs)}
+        assert shapes["input_ids"] == ("batch", "sequence")
+        assert shapes["attention_mask"] == ("batch", "past_sequence + sequence")
+        assert shapes["past_key_values.1.value"] == ("batch", 2, "past_sequence", 12)
+        assert shapes["present.1.value"] == ("batch", 2, "past_sequence + sequence", 12)
+        assert shapes["logits"] == ("batch", "sequence", 336)
+        assert file.opset == 18
+        assert {place.file for place in file.outside.values()} == {"model.onnx.data"}
+
+
+def test_a_graph_says_nothing_of_the_machine_that_wrote_it(exported: tuple[Path, Any]) -> None:
+    path, _ = exported
+    content = path.read_bytes()
+    assert b".py" not in content and os.fsencode(Path.cwd()) not in content
+    assert not any(node.metadata_props for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def test_weights_keep_names_shapes_and_bits(exported: tuple[Path, Any], converted: Path) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(converted / "model.safetensors")
+    with closing(open_onnx(exported[0])) as file:
+        assert set(file.tensors) == set(tensors)
+        for name, x in tensors.items():
+            assert file.tensors[name].shape == x.shape
+            held = np.empty(x.shape, np.float32)
+            file.read_into(name, 0, memoryview(held.reshape(-1).view(np.uint8)))
+            assert np.array_equal(held, x.astype(np.float32))
+
+
+def test_an_export_that_does_not_pass_is_not_published(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: tuple[Path, Any]
+) -> None:
+    def wrong(side: Any, form: Any, opset: int, folder: Path, name: str) -> None:
+        path = copied(exported, folder)
+        _alter(path, "model.layers.1.mlp.gate_proj.weight")
+        path.rename(folder / name)
+
+    monkeypatch.setattr(onnx_made, "export", wrong)
+    run = program("export", "onnx", str(converted), "--out", "model.onnx", cwd=tmp_path, columns=80)
+    assert run.returncode == 1 and "differ from" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_export_stays_unless_it_is_to_be_replaced(
+    converted: Path, tmp_path: Path, exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "model.onnx"
+    old.write_bytes(b"old")
+    arguments = ("export", "onnx", str(converted), "--out", "model.onnx")
+    run = program(*arguments, cwd=tmp_path)
+    assert run.returncode == 2 and "error[output-exists]" in run.stderr and old.read_bytes() == b"old"
+    monkeypatch.setattr(onnx_made, "export", lambda side, form, opset, folder, name: copied(exported, folder))
+    run = program(*arguments, "--with-past", "--overwrite", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert old.read_bytes() == exported[0].read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--opset", "13"), "expected a version of the operators from 18 to 24, found 13"),
+        (("--task", "question-answering"), "expected causal-lm or default"),
+        (("--task", "poetry"), "expected one of default, causal-lm"),
+        (("--out", "model.bin"), "expected a name that ends in .onnx"),
+        (("--out", "nowhere/model.onnx"), "expected an existing folder"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    options: tuple[str, ...], message: str, converted: Path, tmp_path: Path
+) -> None:
+    run = program("export", "onnx", str(converted), "--out", "a.onnx", *options, cwd=tmp_path)
+    assert run.returncode == 2 and message in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- exports of others ------------------------------------------------------------------------------------
+
+
+def verified(path: Path, source: Path, *options: str) -> Any:
+    return program("verify", path.name, "--source", str(source), *options, cwd=path.parent, columns=80)
+
+
+def _alter(path: Path, name: str) -> None:
+    """The matrix transposed in its place."""
+    with closing(open_onnx(path)) as file:
+        place, shape = file.outside[name], file.tensors[name].shape
+    data = path.parent / place.file
+    content = bytearray(data.read_bytes())
+    x = np.frombuffer(content, "<f4", count=place.size // 4, offset=place.offset).reshape(shape)
+    content[place.offset : place.offset + place.size] = x.T.tobytes()
+    data.write_bytes(content)
+
+
+def as_of_another_exporter(path: Path) -> None:
+    """Weights without names, other names of axes, and positions among the inputs."""
+    model = onnx.load(path, load_external_data=False)
+    names = {t.name: f"onnx::MatMul_{k}" for k, t in enumerate(model.graph.initializer)}
+    for t in model.graph.initializer:
+        t.name = names[t.name]
+    for node in model.graph.node:
+        for k, name in enumerate(node.input):
+            node.input[k] = names.get(name, name)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = {"batch": "batch_size"}.get(dim.dim_param, "length")
+    axes = ["batch_size", "length"]
+    model.graph.input.append(onnx.helper.make_tensor_value_info("position_ids", 7, axes))
+    del model.metadata_props[:]
+    path.write_bytes(model.SerializeToString())
+
+
+def test_a_graph_of_another_exporter_is_judged_by_the_original(
+    exported: tuple[Path, Any], original: Path, tmp_path: Path
+) -> None:
+    path = copied(exported, tmp_path)
+    as_of_another_exporter(path)
+    run = verified(path, original, "--json", "report.json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "position_ids" in found(report, "interface")["message"]
+    assert found(report, "weights")["data"]["tensors"] == 24
+    assert "the original's own reading" in found(report, "outputs")["message"]
+    assert found(report, "negative control")["data"]["rate"] == 1
+
+
+def test_a_wrong_weight_is_found(exported: tuple[Path, Any], converted: Path, tmp_path: Path) -> None:
+    path = copied(exported, tmp_path)
+    _alter(path, "model.layers.1.self_attn.o_proj.weight")
+    run = verified(path, converted, "--json", "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert run.returncode == 1 and found(report, "outputs")["status"] == "fail"
+    assert "self_attn.o_proj" in found(report, "weights")["message"]
+
+
+def _renamed(old: str, new: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.name = new if value.name == old else value.name
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                for k, name in enumerate(names):
+                    names[k] = new if name == old else name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("attention_mask", "mask_of_mine", "expected inputs of these names"),
+        ("logits", "1234", "expected outputs of these names"),
+    ],
+)
+def test_names_that_are_not_known_are_refused(
+    old: str, new: str, message: str, exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    path = copied(exported, tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    _renamed(old, new)(model)
+    path.write_bytes(model.SerializeToString())
+    run = verified(path, converted)
+    assert run.returncode == 2 and message in run.stderr and new in run.stderr
+
+
+def test_a_graph_wants_a_source_and_no_options_of_checkpoints(exported: tuple[Path, Any]) -> None:
+    path, _ = exported
+    run = program("verify", path.name, cwd=path.parent)
+    assert run.returncode == 2 and "expected the model that the graph was made from" in run.stderr
+    run = verified(path, path.parent, "--against", "transformers")
+    assert run.returncode == 2 and "--against" in run.stderr
+
+
+# --- files that lie ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """y = x W, W in a file beside it."""
+    helper = onnx.helper
+    weight = helper.make_tensor("W", 1, [4, 3], np.arange(12, dtype="<f4").tobytes(), raw=True)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "small",
+        [helper.make_tensor_value_info("x", 1, ["batch", 4])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 3])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    path = tmp_path / "small.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="small.onnx.data", size_threshold=0)
+    return path
+
+
+def _said(**values: str) -> Callable[[Any, Path], None]:
+    def change(model: Any, folder: Path) -> None:
+        (weight,) = model.graph.initializer
+        said = {e.key: e.value for e in weight.external_data} | values
+        del weight.external_data[:]
+        for key, value in said.items():
+            weight.external_data.add(key=key, value=value)
+
+    return change
+
+
+def _without_data(model: Any, folder: Path) -> None:
+    (folder / "small.onnx.data").unlink()
+
+
+def _cut_data(model: Any, folder: Path) -> None:
+    os.truncate(folder / "small.onnx.data", 40)
+
+
+def _link_out(model: Any, folder: Path) -> None:
+    outside = folder.parent / f"{folder.name}-outside"
+    (folder / "small.onnx.data").rename(outside)
+    (folder / "small.onnx.data").symlink_to(outside)
+
+
+def _dims(*dims: int) -> Callable[[Any, Path], None]:
+    def change(model: Any, folder: Path) -> None:
+        model.graph.initializer[0].dims[:] = dims
+
+    return change
+
+
+def _twice(model: Any, folder: Path) -> None:
+    model.graph.initializer.append(model.graph.initializer[0])
+
+
+def _hidden_in_a_constant(model: Any, folder: Path) -> None:
+    value = onnx.helper.make_tensor("c", 1, [1], b"\0" * 4, raw=True)
+    value.ClearField("raw_data")
+    value.data_location = 1
+    value.external_data.add(key="location", value="../secret")
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=value))
+
+
+def _words(model: Any, folder: Path) -> None:
+    model.graph.initializer.append(onnx.helper.make_tensor("s", 8, [1], [b"words"]))
+
+
+def _short_inline(model: Any, folder: Path) -> None:
+    value = onnx.helper.make_tensor("w", 1, [2], b"\0" * 8, raw=True)
+    value.raw_data = b"\0" * 4
+    model.graph.initializer.append(value)
+
+
+LIES: dict[str, tuple[Callable[[Any, Path], None], str]] = {
+    "a place above": (_said(location="../small.onnx.data"), "bad-onnx"),
+    "a place below and above": (_said(location="a/../../small.onnx.data"), "bad-onnx"),
+    "an absolute place": (_said(location="/etc/passwd"), "bad-onnx"),
+    "a place of Windows": (_said(location="..\\secret"), "bad-onnx"),
+    "no place": (_said(location=""), "bad-onnx"),
+    "the folder itself": (_said(location="."), "bad-onnx"),
+    "a link out of the folder": (_link_out, "bad-onnx"),
+    "no file": (_without_data, "missing-file"),
+    "a file that is cut": (_cut_data, "truncated"),
+    "an offset beyond the end": (_said(offset="48"), "truncated"),
+    "an offset that is no number": (_said(offset="-4"), "bad-onnx"),
+    "another length": (_said(length="44"), "size-mismatch"),
+    "a negative size": (_dims(-4, 3), "bad-onnx"),
+    "a huge size": (_dims(1 << 40, 1 << 40), "bad-onnx"),
+    "a size that the bytes are too few for": (_dims(1 << 20, 3), "size-mismatch"),
+    "a name twice": (_twice, "bad-onnx"),
+    "a constant elsewhere": (_hidden_in_a_constant, "bad-onnx"),
+    "words as weights": (_words, "unsupported-dtype"),
+    "too few bytes in the graph": (_short_inline, "size-mismatch"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_about_weights_is_refused_before_they_are_opened(lie: str, small: Path) -> None:
+    change, kind = LIES[lie]
+    model = onnx.load(small, load_external_data=False)
+    change(model, small.parent)
+    small.write_bytes(model.SerializeToString())
+    with pytest.raises(CkptToolError) as error:
+        open_onnx(small)
+    assert error.value.kind == kind
+    run = program("inspect", small.name, cwd=small.parent)
+    assert run.returncode == 2 and f"error[{kind}]" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x08\x0a", b"no protobuf at all", random.Random(3).randbytes(64)],
+    ids=["nothing", "cut", "text", "noise"],
+)
+def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(content)
+    with pytest.raises(CkptToolError) as error:
+        open_onnx(path)
+    assert error.value.kind == "bad-onnx"
+
+
+def test_a_small_graph_is_shown(small: Path) -> None:
+    run = program("inspect", small.name, cwd=small.parent, columns=80)
+    assert run.returncode == 0
+    for words in (
+        "opset ai.onnx = 18",
+        "input x = F32 (batch, 4)",
+        "output y = F32 (batch, 3)",
+        "(4, 3)",
+        "small.onnx.data: 48 bytes",
+    ):
+        assert words in run.stdout
+
+
+# --- what the graphs are made of --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["qwen3-0.6b", "opt-float32"])
+def test_padding_and_past_are_read_as_the_library_reads_them(variant: str, conversions: Written) -> None:
+    """A batch with padding on the left, whole and after its first tokens."""
+    from transformers import AutoModelForCausalLM
+
+    with opened(conversions(variant), None, VARIANTS[variant].settings) as subject:
+        side = converted_side(subject, torch.float32, "cpu")
+        ids = torch.arange(3, 21).view(2, 9)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        model = AutoModelForCausalLM.from_pretrained(
+            conversions(variant), dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            wanted = model(ids, attention_mask=mask).logits
+        ours = side.forward(ids, {"mask": mask})
+        past: dict[str, torch.Tensor] = {}
+        side.encode(ids[:, :4], {"mask": mask[:, :4], "past": past})  # type: ignore[dict-item]
+        later = side.forward(ids[:, 4:], {"mask": mask, "past": past})  # type: ignore[dict-item]
+    real = mask.bool()
+    assert float((ours - wanted)[real].abs().max()) < 1e-4
+    assert float((later - wanted[:, 4:])[real[:, 4:]].abs().max()) < 1e-4

@@ -1,0 +1,503 @@
+"""Does an ONNX graph compute what its source does? onnxruntime's results against the readings in float64,
+with bars from the noise of float32, and mistakes planted in the graph."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt_tool.checkpoint.onnx_file import OnnxFile, open_onnx
+from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.errors import fail
+from ckpt_tool.verify.binomial import interval
+from ckpt_tool.verify.claims import Claim
+from ckpt_tool.verify.compute import as_read, lengths_of, threads_for
+from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
+from ckpt_tool.verify.onnx_export import for_task, kept_by
+from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
+from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
+from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
+from ckpt_tool.verify.onnx_runs import Case, Graph, Interface, opened_graph, recognised
+from ckpt_tool.verify.prompts import Prompts, positions, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.report import Finding, Report, Status, Table, number
+from ckpt_tool.verify.sides import Side
+
+LEVEL = "onnx"
+LARGE = 50_000_000  # weights; larger models are compared on shorter prompts
+SHORTER = 48  # tokens of these
+ROWS, TOKENS = 3, 9  # of the batch: those that the documentation validates with
+PASTS = (1, 7)
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One result of one case: onnxruntime's distance to the reading in float64, the largest difference to it
+    in float32, the bar, and whether the tolerance of the documentation holds."""
+
+    case: str
+    output: str
+    exact: Distance
+    near: float
+    bar: Bar
+    documented: bool
+
+    @property
+    def holds(self) -> bool:
+        return self.bar.holds(self.exact)
+
+
+@dataclass
+class Judged:
+    """All that is known of the right results: by case the reading's in float64, the bar of each, and those in
+    float32."""
+
+    cases: list[Case]
+    wanted: list[Results]
+    single: list[Results]
+    bars: list[dict[str, Bar]]
+    variances: Mapping[str, float | None] = field(default_factory=dict)
+    words: str = ""
+    without: str | tuple[str, ...] = ()  # ends of names of weights whose mistakes have no effect to be seen
+
+    def far(self, k: int, name: str, found: Tensor) -> Distance:
+        """How far a result of case k is from the right one; infinite where it is of another shape."""
+        wanted = self.wanted[k][name]
+        if found.shape != wanted.shape:
+            return Distance(math.inf, math.inf, 0, float(wanted.abs().max()))
+        return distance(found.double()[None], wanted[None], self.variances.get(name))
+
+    def order(self) -> list[int]:
+        """Cases, the shortest first."""
+        return sorted(range(len(self.cases)), key=lambda k: self.cases[k].ids.numel())
+
+
+def verify_onnx(
+    file: OnnxFile, source: Source, *, prompts: Prompts | None = None, tell: Tell = lambda text: None
+) -> Report:
+    """The report of a graph and what it was made from."""
+    began, report = time.monotonic(), Report("ckpt-tool verify", claim=Claim("source"))
+    interface = recognised(file)
+    task = _task_of(interface, source)
+    with threads_for(source.checkpoint):
+        single = for_task(source.converted(torch.float32), task)
+        sizes = _sizes(single, interface)
+        cases, left = _cases(source, single, interface, prompts)
+        report.facts |= _facts(file, source, single, interface, task)
+        tell("onnx: computing with the readings")
+        judged = _judged(source, single, task, cases, bool(interface.past or interface.present))
+        tell("onnx: computing with onnxruntime")
+        graph = opened_graph(file, interface, sizes)
+        report.findings += [_interface(file, interface, left), *_weights(file, single)]
+        found = [_run(graph, task, case) for case in judged.cases]
+        compared = _compare(judged, found, tolerance(single.module, source.config)[0])
+        report.findings.append(_outputs(compared, judged, source))
+        if all(c.holds for c in compared):
+            tell("onnx: planting mistakes")
+            report.findings.append(_control(file, interface, graph, sizes, task, judged))
+        report.facts["computed"] = _computed()
+    report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
+    return report
+
+
+def verify_file(
+    path: Path, source: Source, *, prompts: Prompts | None = None, tell: Tell = lambda text: None
+) -> Report:
+    with closing(open_onnx(path)) as file:
+        return verify_onnx(file, source, prompts=prompts, tell=tell)
+
+
+def _computed() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__} on cpu, torch {torch.__version__}"
+
+
+def _task_of(interface: Interface, source: Source) -> str:
+    """By what the graph gives: results of the model itself, answers, or those of the source's own class."""
+    names = interface.results.keys()
+    if "start_logits" in names or "end_logits" in names:
+        return "question-answering"
+    if "logits" in names:
+        return own_task(source.config)
+    return "default"
+
+
+def _facts(file: OnnxFile, source: Source, side: Side, interface: Interface, task: str) -> dict[str, str]:
+    past = f", past keys and values of {len(interface.past) // 2} layers" if interface.past else ""
+    size = sum(t.nbytes for t in file.tensors.values())
+    atol, whose = tolerance(side.module, source.config)
+    return {
+        "output": f"{file.path} ({len(file.tensors)} initializers, {size:,} bytes)",
+        "source": source.words,
+        "graph": f"{task}{past}; opset {file.opset}, IR {file.model.ir_version}",
+        "tolerance": f"{atol:g} absolute and {EXPORTER_RTOL:g} relative, of {whose}",
+    }
+
+
+def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
+    """(heads, width) of keys and values; `unsupported` where the graph has other ones than the source."""
+    if not interface.past:
+        return None
+    past: dict[str, Tensor] = {}
+    names = kept_by(side)
+    with torch.inference_mode(), side.keep():
+        import ckpt_tool.reference.phases as protocol
+
+        protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
+    _, heads, _, width = past[names[0]].shape
+    if len(interface.past) != len(names):
+        text = f"expected keys and values of {len(names) // 2} layers, found {len(interface.past) // 2}"
+        fail("config-mismatch", text, where="past_key_values")
+    return heads, width
+
+
+# --- cases ------------------------------------------------------------------------------------------------
+
+
+def _cases(
+    source: Source, side: Side, interface: Interface, more: Prompts | None
+) -> tuple[list[Case], list[str]]:
+    """What goes through the graph, and the names of those that its fixed sizes do not take."""
+    config, lengths = as_read(source.config, [side]), lengths_of([side])
+    table = positions(source.config, source.checkpoint)
+    if sum(t.numel for t in source.checkpoint) > LARGE:
+        table = min(table or SHORTER, SHORTER)
+    rows = prompts_for(config, more, tokenizer_of(source.checkpoint), table=table, lengths=lengths)
+    known = {"mask": torch.ones(1, 1, dtype=torch.long)}
+    takes = {"mask"} & side.takes(known) | {"token_types"} & set(side.inputs)
+    inputs = takes & interface.inputs.keys()
+    if _choices(interface):
+        made = [_of_choices(rows)]
+    else:
+        prompts = with_inputs(rows, inputs, config, lengths)
+        made = [_case(name, p.ids, p.given) for name, p in prompts.items()]
+        made += _further(rows, inputs, config, lengths.fits, bool(interface.past))
+    fitting = [case for case in made if _fits(case, interface)]
+    left = [case.name for case in made if not _fits(case, interface)]
+    if not fitting:
+        text = f"expected free sizes, or those of a prompt here, found {interface.inputs['ids'].words}"
+        fail("unsupported", text, where="input_ids", hint="export it with dynamic axes")
+    return fitting, left
+
+
+def _case(
+    name: str, ids: Sequence[Sequence[int]], given: Mapping[str, Any] | None = None, past: int = 0
+) -> Case:
+    given = given or {}
+    rows = torch.tensor(ids)
+    mask = torch.tensor(given["mask"]) if "mask" in given else torch.ones_like(rows)
+    types = torch.tensor(given["token_types"]) if "token_types" in given else None
+    return Case(name, rows, mask, types, past)
+
+
+def _choices(interface: Interface) -> bool:
+    shape = interface.inputs["ids"].shape
+    return shape is not None and len(shape) == 3
+
+
+def _of_choices(rows: Mapping[str, list[int]]) -> Case:
+    long = max(rows.values(), key=len)
+    tokens = [
+        [[long[(17 * r + 5 * c + t) % len(long)] for t in range(TOKENS)] for c in range(4)] for r in range(2)
+    ]
+    return _case("choices", tokens)  # type: ignore[arg-type]
+
+
+def _further(
+    rows: Mapping[str, list[int]],
+    inputs: set[str],
+    config: Mapping[str, Any],
+    fits: Callable[[int], int],
+    past: bool,
+) -> list[Case]:
+    """A batch, one with padding on the left, and passes that go on from earlier tokens."""
+    long, other = rows.get("long", []), rows.get("other", [])
+    width = fits(TOKENS)
+    made = []
+    if width and len(long) >= ROWS * width:
+        batch = [long[k * width : (k + 1) * width] for k in range(ROWS)]
+        made.append(_case("batch", batch))
+        if "mask" in inputs and width > 3:
+            pad = config.get("pad_token_id")
+            pad = pad if type(pad) is int and pad >= 0 else 0
+            hidden = [[0] * k + [1] * (width - k) for k in (0, 2, 3)]
+            padded = [
+                [pad if not m else i for i, m in zip(row, mask, strict=True)]
+                for row, mask in zip(batch, hidden, strict=True)
+            ]
+            made.append(_case("padded left", padded, {"mask": hidden}))
+            if past:
+                made.append(_case("padded, past 4", padded, {"mask": hidden}, past=4))
+    if past:
+        made += [_case(f"past {n}", [other], past=n) for n in PASTS if n < len(other)]
+    return made
+
+
+def _fits(case: Case, interface: Interface) -> bool:
+    """Whether the graph's sizes take a case: those that are no numbers take any."""
+    shape = interface.inputs["ids"].shape
+    if shape is not None and (len(shape) != case.ids.ndim or case.past and isinstance(shape[1], int)):
+        return False
+    past = next(iter(interface.past.values()), None)
+    if past is not None and past.shape is not None and isinstance(past.shape[2], int):
+        return False
+    return all(not isinstance(d, int) or d == n for d, n in zip(shape or (), case.ids.shape, strict=False))
+
+
+# --- what is right ----------------------------------------------------------------------------------------
+
+
+def _judged(source: Source, single: Side, task: str, cases: list[Case], with_past: bool) -> Judged:
+    """The original's pass judges, where there is one; padding on the left, which it cannot be told of, and
+    keys and values, which it keeps in its own order, the converted one's."""
+    double = (
+        single.computed_in(torch.float64)
+        if single.ranks is single.weights
+        else for_task(source.converted(torch.float64), task)
+    )
+    own = [results(side, task, cases, with_past=with_past) for side in (double, single)]
+    noisy = [results(single, task, cases, with_past=with_past, reversed_sums=True)]
+    wanted, words = own[0], "the reading of the Hugging Face layout"
+    first = source.original(torch.float64, task)
+    if first is not None:
+        words = f"the original's own reading, and {words} where that has no such case"
+        fitting = [c for c in cases if not c.left or "mask" in first.inputs]
+        theirs = results(first, task, fitting, with_past=False)
+        second = source.original(torch.float32, task)
+        assert second is not None
+        theirs32 = results(second, task, fitting, with_past=False)
+        wanted = [{**w, **_of(c, fitting, theirs)} for c, w in zip(cases, own[0], strict=True)]
+        noisy.append([{**w, **_of(c, fitting, theirs32)} for c, w in zip(cases, own[1], strict=True)])
+    kind = classes().get(class_of(source.config) or "")
+    made = Judged(cases, wanted, own[1], [], words=words, without=() if kind is None else kind.key_bias)
+    made.variances = _variances(wanted, task)
+    made.bars = [
+        {
+            name: bar_for([made.far(k, name, x[k][name]) for x in (own[1], *noisy)], torch.float32)
+            for name in w
+        }
+        for k, w in enumerate(wanted)
+    ]
+    return made
+
+
+def _of(case: Case, cases: list[Case], found: list[Results]) -> Results:
+    return next((y for c, y in zip(cases, found, strict=True) if c is case), {})
+
+
+def _variances(wanted: list[Results], task: str) -> dict[str, float | None]:
+    """Over all cases, of results with one row for a whole sequence, too few numbers to have their own."""
+    made: dict[str, float | None] = {}
+    for name in wanted[0]:
+        whole = torch.cat([x[name].flatten() for x in wanted]) if of_rows(task, name) else None
+        made[name] = None if whole is None else float(whole.var(correction=0))
+    return made
+
+
+def _run(graph: Graph, task: str, case: Case) -> Results:
+    return {name: picked(task, case, name, y) for name, y in graph.run(case).items()}
+
+
+def _compare(judged: Judged, found: list[Results], atol: float) -> list[Compared]:
+    made = []
+    for k, case in enumerate(judged.cases):
+        for name, y in found[k].items():
+            if name not in judged.wanted[k]:
+                continue
+            near = judged.single[k][name]
+            same = y.shape == near.shape
+            delta = float((y - near).abs().max()) if same else math.inf
+            close = same and bool(torch.allclose(y, near, rtol=EXPORTER_RTOL, atol=atol))
+            made.append(Compared(case.name, name, judged.far(k, name, y), delta, judged.bars[k][name], close))
+    return made
+
+
+# --- findings ---------------------------------------------------------------------------------------------
+
+
+def _interface(file: OnnxFile, interface: Interface, left: list[str]) -> Finding:
+    given = [f"{v.name} {v.words}" for v in interface.inputs.values()]
+    given += [f"{len(interface.past)} past keys and values"] if interface.past else []
+    gives = [f"{v.name} {v.words}" for v in interface.results.values()]
+    gives += [f"{len(interface.present)} present ones"] if interface.present else []
+    text = f"takes {', '.join(given)}; gives {', '.join(gives)}"
+    if interface.others:
+        text += f"; not compared: {', '.join(interface.others[:5])}"
+    if left:
+        text += f"; its fixed sizes do not take the prompts {', '.join(left)}"
+    return Finding(
+        LEVEL, "interface", "note", text, data={"not_compared": list(interface.others), "left": left}
+    )
+
+
+def _weights(file: OnnxFile, side: Side) -> list[Finding]:
+    """How many tensors of the source are in the graph bit for bit, as they are or transposed, whatever their
+    name: exporters give them others."""
+    held = _held(file)
+    names, missing = list(side.ranks[0]), []
+    for name in names:
+        x = side.ranks[0][name].numpy()
+        if x.size and not ({_digest(x), _digest(x.T)} & held):
+            missing.append(name)
+    found = len(names) - len(missing)
+    if not missing:
+        text = f"all {found} tensors of the source are in it bit for bit, in float32"
+        return [Finding(LEVEL, "weights", "pass", text, data={"tensors": found})]
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    text = f"{found} of {len(names)} tensors of the source are in it bit for bit"
+    text += f"; not {shown}: folded, or not used"
+    return [Finding(LEVEL, "weights", "note", text, data={"tensors": found, "missing": missing[:100]})]
+
+
+def _held(file: OnnxFile) -> set[bytes]:
+    found = set()
+    for t in file.tensors.values():
+        if t.dtype == "F32":
+            x = np.empty(t.shape, "<f4")
+            file.read_into(t.name, 0, x.reshape(-1).view(np.uint8).data)
+            found.add(_digest(x))
+    return found
+
+
+def _digest(x: np.ndarray) -> bytes:
+    made = hashlib.sha256(str(x.shape).encode())
+    made.update(np.ascontiguousarray(x).data)
+    return made.digest()
+
+
+def _outputs(compared: list[Compared], judged: Judged, source: Source) -> Finding:
+    rows = [_row(c) for c in _worst_of_each(compared)]
+    columns = ("prompt", "output", "|delta|", "bar", "NMSE", "bar", "|delta| f32", "|value|", "tolerance")
+    table = Table(columns, tuple(rows), brief=16)
+    worst = max(compared, key=lambda c: c.exact.nmse / c.bar.nmse)
+    over = [c for c in compared if not c.holds]
+    delta = max(c.exact.max_delta for c in compared)
+    near = max(c.near for c in compared)
+    agree = sum(c.documented for c in compared)
+    text = (
+        f"{len(compared) - len(over)} of {len(compared)} results agree with {judged.words}: largest |delta| "
+        f"{number(delta)} to float64, {number(near)} to float32; within the documented tolerance: {agree}"
+    )
+    data: dict[str, Any] = {"exactness": "differs" if over else "within noise floor", "max_delta": delta}
+    data |= {"max_delta_float32": near, "within_tolerance": agree, "results": len(compared)}
+    if over:
+        c = max(over, key=lambda c: c.exact.nmse)
+        text = (
+            f"{len(over)} of {len(compared)} results differ from {judged.words}, the most {c.output} of "
+            f"prompt {c.case}: |delta| {number(c.exact.max_delta)} of values up to "
+            f"{number(c.exact.magnitude)}"
+        )
+        return Finding(
+            LEVEL, "outputs", "fail", text, c.output, measured=c.exact.nmse, bar=c.bar.nmse, data=data,
+            tables=(table,),
+        )  # fmt: skip
+    return Finding(
+        LEVEL,
+        "outputs",
+        "pass",
+        text,
+        measured=worst.exact.nmse,
+        bar=worst.bar.nmse,
+        data=data,
+        tables=(table,),
+    )
+
+
+def _worst_of_each(compared: list[Compared]) -> list[Compared]:
+    """Of the keys and values of a case the worst one."""
+    groups: dict[tuple[str, str], list[Compared]] = {}
+    for c in compared:
+        kind = "present" if c.output.startswith("present.") else c.output
+        groups.setdefault((c.case, kind), []).append(c)
+    return [max(g, key=lambda c: c.exact.nmse / c.bar.nmse) for g in groups.values()]
+
+
+def _row(c: Compared) -> tuple[str | float | None, ...]:
+    numbers = (c.exact.max_delta, c.bar.max_delta, c.exact.nmse, c.bar.nmse, c.near, c.exact.magnitude)
+    return (c.case, c.output, *numbers, "yes" if c.documented else "NO")
+
+
+@dataclass(frozen=True)
+class Caught:
+    name: str
+    nmse: float
+    caught: bool
+    blind: bool = False
+
+    @property
+    def words(self) -> str:
+        return "yes" if self.caught else "float32 cannot see it" if self.blind else "NO"
+
+
+def _control(
+    file: OnnxFile,
+    interface: Interface,
+    graph: Graph,
+    sizes: tuple[int, int] | None,
+    task: str,
+    judged: Judged,
+) -> Finding:
+    known = mistakes(file, interface, graph, sizes, judged.without)
+    planted = [c for m in known if (c := _planted(m, task, judged)) is not None]
+    if not planted:
+        return Finding(
+            LEVEL, "negative control", "skipped", "expected weights to plant a mistake in, found none"
+        )
+    caught, blind = sum(c.caught for c in planted), [c for c in planted if c.blind]
+    missed = [c for c in planted if not c.caught and not c.blind]
+    low, high = interval(caught, len(planted))
+    text = (
+        f"{caught} of {len(planted)} mistakes planted in the graph are caught at these bars (95 % interval "
+        f"of the rate {low:.1%} to {high:.1%})"
+    )
+    if missed:
+        text += f"; not caught: {', '.join(c.name for c in missed[:3])}"
+    if blind:
+        text += f"; float32 cannot see {', '.join(c.name for c in blind[:3])}"
+    rows = [(c.name, c.nmse, c.words) for c in sorted(planted, key=lambda c: (c.caught, c.nmse))]
+    table = Table(("mistake (smallest effect first)", "NMSE", "caught"), tuple(rows), brief=6)
+    data = {"rate": caught / len(planted), "planted": len(planted), "caught": caught, "more_is_better": True}
+    status: Status = "fail" if missed else "pass"
+    return Finding(
+        LEVEL, "negative control", status, text, measured=caught / len(planted), bar=1.0, data=data,
+        tables=(table,),
+    )  # fmt: skip
+
+
+def _planted(mistake: Mistake, task: str, judged: Judged) -> Caught | None:
+    """The shortest cases first, until one shows it; None where it changes nothing at all that goes in."""
+    graph, worst, tried = mistake.graph(), 0.0, False
+    for k in judged.order():
+        case = mistake.case(judged.cases[k])
+        if case is not judged.cases[k] and _alike(case, judged.cases[k]):
+            continue
+        tried = True
+        try:
+            found = graph.run(case)
+        except Exception:  # onnxruntime's classes have no base of their own
+            return Caught(mistake.name, math.inf, True)
+        for name, y in found.items():
+            if name in judged.wanted[k]:
+                d = judged.far(k, name, picked(task, judged.cases[k], name, y))
+                worst = max(worst, d.nmse)
+                if not judged.bars[k][name].holds(d):
+                    return Caught(mistake.name, d.nmse, True)
+    return Caught(mistake.name, worst, False, worst <= 2 * CAPS["float32"]) if tried else None
+
+
+def _alike(one: Case, other: Case) -> bool:
+    """Whether two cases put the same in: padding that is none, token types that are all 0."""
+    types = [torch.zeros_like(c.ids) if c.token_types is None else c.token_types for c in (one, other)]
+    return torch.equal(one.mask, other.mask) and torch.equal(*types)

@@ -1,0 +1,194 @@
+"""An ONNX graph run by onnxruntime: its inputs and outputs recognised by their names, its passes on prompts.
+
+Source: onnxruntime 1.32.0 (InferenceSession, SessionOptions).
+
+B rows, T tokens, P tokens before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt_tool.checkpoint.onnx_file import OnnxFile, Value
+from ckpt_tool.errors import fail, near, printable
+from ckpt_tool.verify.onnx_names import INPUTS, KEPT
+
+NUMPY = {
+    "I64": np.int64,
+    "I32": np.int32,
+    "F32": np.float32,
+    "F16": np.float16,
+    "F64": np.float64,
+    "BOOL": np.bool_,
+}
+HEADS = ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
+WEIGHTS_BELONG = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a graph takes and gives, as it was recognised: inputs by what they are (`ids`, `mask`,
+    `token_types`, `positions`), keys and values of layer i by (i, "key"), results by their names; `others`
+    are outputs that nothing is known of."""
+
+    inputs: Mapping[str, Value]
+    past: Mapping[tuple[int, str], Value]
+    results: Mapping[str, Value]
+    present: Mapping[tuple[int, str], Value]
+    others: tuple[str, ...] = ()
+
+
+def recognised(file: OnnxFile) -> Interface:
+    """By names, as exporters give them; `unsupported` for an input that is not known, as nothing could be
+    given for it, and where no output is known."""
+    inputs: dict[str, Value] = {}
+    past: dict[tuple[int, str], Value] = {}
+    for value in file.inputs:
+        if value.name in INPUTS:
+            inputs[INPUTS[value.name]] = value
+        elif found := KEPT.fullmatch(value.name):
+            past[int(found[1]), found[2]] = value
+        else:
+            _refuse("inputs", value.name, (*INPUTS, "past_key_values.N.key"), file.name)
+    if "ids" not in inputs:
+        names = ", ".join(printable(v.name) for v in file.inputs[:5]) or "none"
+        fail("unsupported", f"expected an input input_ids, found {names}", file=file.name)
+    present, results, others = {}, {}, []
+    for value in file.outputs:
+        if found := KEPT.fullmatch(value.name):
+            present[int(found[1]), found[2]] = value
+        elif value.name in HEADS:
+            results[value.name] = value
+        else:
+            others.append(value.name)
+    if not results:
+        _refuse("outputs", others[0] if others else "none", HEADS, file.name)
+    for value in (*inputs.values(), *past.values()):
+        if value.dtype not in NUMPY:
+            text = f"expected an input that numpy has a type for, found {value.dtype}"
+            fail("unsupported", text, file=file.name, where=value.name)
+    return Interface(inputs, past, results, present, tuple(others))
+
+
+def _refuse(what: str, name: str, known: Iterable[str], file: str) -> None:
+    names = tuple(known)
+    text = f"expected {what} of these names: {', '.join(names)}, found {printable(name)!r}"
+    fail("unsupported", text, file=file, hint=near(name, names))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of token ids (B, T), or (B, C, T) of choices, that go through a graph; `mask` is 0 for padding.
+    The first `past` tokens go first, and what they leave behind goes in with the others."""
+
+    name: str
+    ids: Tensor
+    mask: Tensor
+    token_types: Tensor | None = None
+    past: int = 0
+
+    @property
+    def real(self) -> Tensor:
+        """Of the tokens that go in last: which are none of padding (B, T - P)."""
+        return self.mask[..., self.past :].bool()
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.mask.all())
+
+    @property
+    def left(self) -> bool:
+        """Whether padding stands before a token."""
+        return bool((self.mask[..., :-1] < self.mask[..., 1:]).any())
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """What a reading takes besides ids."""
+        types = {} if self.token_types is None else {"token_types": self.token_types}
+        return types | ({"mask": self.mask} if self.padded else {})
+
+
+@dataclass
+class Graph:
+    """A session of onnxruntime. `sizes` are (heads, width) of the keys and values that go in."""
+
+    session: Any
+    interface: Interface
+    sizes: tuple[int, int] | None = None
+    more: dict[str, np.ndarray] = field(default_factory=dict)  # weights given in the place of its own
+
+    def run(self, case: Case) -> dict[str, Tensor]:
+        """Results of the tokens after `case.past`, and `present.N.key`, of all tokens."""
+        past = self._nothing(case)
+        if case.past:
+            first = Case(
+                case.name, case.ids[:, : case.past], case.mask[:, : case.past], _cut(case, case.past)
+            )
+            made = self._pass(first, case.mask[:, : case.past], past, 0)
+            past = {key: made[f"present.{key[0]}.{key[1]}"] for key in self.interface.past}
+        types = None if case.token_types is None else case.token_types[..., case.past :]
+        rest = Case(case.name, case.ids[..., case.past :], case.mask[..., case.past :], types)
+        return self._pass(rest, case.mask, past, case.past)
+
+    def _nothing(self, case: Case) -> dict[tuple[int, str], Tensor]:
+        if not self.interface.past:
+            return {}
+        assert self.sizes is not None
+        heads, width = self.sizes
+        return {key: torch.zeros(len(case.ids), heads, 0, width) for key in self.interface.past}
+
+    def _pass(
+        self, case: Case, mask: Tensor, past: Mapping[tuple[int, str], Tensor], start: int
+    ) -> dict[str, Tensor]:
+        """`mask` is of all tokens, the `start` ones before as well."""
+        if case.ids.ndim == 2:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        else:
+            positions = torch.arange(case.ids.shape[-1]).expand(case.ids.shape)
+        types = torch.zeros_like(case.ids) if case.token_types is None else case.token_types
+        given = {"ids": case.ids, "mask": mask, "token_types": types, "positions": positions}
+        values = {v: given[own] for own, v in self.interface.inputs.items()}
+        values |= {v: past[key] for key, v in self.interface.past.items()}
+        feeds: dict[str, np.ndarray] = {v.name: x.numpy().astype(NUMPY[v.dtype]) for v, x in values.items()}
+        wanted = {v.name: v.name for v in self.interface.results.values()}
+        wanted |= {v.name: f"present.{i}.{part}" for (i, part), v in self.interface.present.items()}
+        found = self.session.run(list(wanted), {**feeds, **self.more})
+        return {name: torch.from_numpy(np.array(y)) for name, y in zip(wanted.values(), found, strict=True)}
+
+
+def _cut(case: Case, tokens: int) -> Tensor | None:
+    return None if case.token_types is None else case.token_types[:, :tokens]
+
+
+def opened_graph(file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None) -> Graph:
+    """The file as it stands; `unsupported` where onnxruntime does not load it."""
+    return Graph(_session(str(file.path), file), interface, sizes)
+
+
+def altered_graph(model: Any, file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None) -> Graph:
+    """`model` is the file's with changes, its weights where they are."""
+    return Graph(_session(model.SerializeToString(), file), interface, sizes)
+
+
+def _session(model: str | bytes, file: OnnxFile) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry(WEIGHTS_BELONG, str(file.path.parent.absolute()))
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no base of their own
+        reason = printable(" ".join(str(error).split()), 300)
+        fail(
+            "unsupported",
+            f"expected a graph that onnxruntime loads, found one that it does not: {reason}",
+            file=file.name,
+        )
