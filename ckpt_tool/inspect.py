@@ -293,8 +293,7 @@ def inspect(
         found.notes = [*checkpoint.notes, *checkpoint.readings, *_not_numbers(checkpoint)]
         found.notes += [f"{count} tensors are none of the model's: {why}" for why, count in beside.items()]
         try:
-            if (held := packed(checkpoint.names())) is not None:
-                found.notes.append(f"{held[1]}: {held[0]}, which no family reads; {held[2]}")
+            found.notes += _packed(checkpoint)
             sums = checklist.notes(checkpoint, weights=checksums)
             found.notes[:0] = [*sums, *integrity.notes(checkpoint, weights=checksums)]
             found.config = list(_compare(checkpoint))
@@ -305,6 +304,28 @@ def inspect(
         except CkptToolError as error:
             found.refused = list(error.problems)
     return found
+
+
+def _packed(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is quantised, and what is packed in a way that nobody here reads."""
+    held = packed(checkpoint.names())
+    if held is None:
+        return
+    from ckpt_tool.convert.quantised import found_in
+
+    try:
+        inventory = found_in(checkpoint)
+    except CkptToolError as error:  # what stands in the way of converting it
+        first = error.problems[0]
+        yield f"{printable(first.where or first.file or '')}: {first.message}"
+        return
+    if inventory is not None:
+        one = next(iter(inventory.weights.values()))
+        count, formats = len(inventory.weights), ", ".join(inventory.words)
+        yield f"{count} weights are codes with scales ({formats}), such as {printable(one.name)} {one.shape}"
+        held = packed([t.name for t in checkpoint if (t.file, t.name) not in inventory.parts])
+    if held is not None:
+        yield f"{held[1]}: {held[0]}, which no family reads; {held[2]}"
 
 
 def _not_numbers(checkpoint: Checkpoint) -> Iterator[str]:

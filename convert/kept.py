@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.checkpoint.strict_json import members
 from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VERSION
-from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
+from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.errors import fail, printable
 
 # how the source of a value begins that the user gave

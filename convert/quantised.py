@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.convert.quantised_config import KEY, Scheme, scheme_of
 from ckpt_tool.errors import Problem, fail_all
@@ -79,7 +77,7 @@ FORMATS = (
     QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True),
 )
 _ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
-_PLAIN_ENDS = {f.codes for f in FORMATS if not f.packed}
+_CODES = frozenset(d for f in FORMATS for d in f.dtypes)
 
 # What a weight's numbers are made of.
 FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
@@ -139,8 +137,11 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
     """The quantised weights of `checkpoint`; None where there are none. `settings` (--set) stand before what
     config.json says of blocks. Kinds: `missing-tensor` (scales), `shape-mismatch` (of a grid),
     `unsupported-dtype`, `missing-fact` (a block), `duplicate-tensor`, `config-mismatch`, `unsupported`."""
+    candidates = [t for t in checkpoint if t.dtype in _CODES and t.name.endswith(_ENDS)]
+    if not candidates:  # as in nearly all, of however many tensors
+        return None
+    candidates = list({t.name: t for t in candidates}.values())
     tensors = {t.name: t for t in checkpoint if t.name.endswith(_KNOWN_ENDS)}
-    candidates = [t for t in tensors.values() if t.name.endswith(_ENDS)]
     named = [(t, f) for t in candidates for f in _formats_of(t, tensors)]
     if not named:
         return None
@@ -377,5 +378,8 @@ def _shape_said(shape: TensorInfo, checkpoint: Checkpoint) -> tuple[int, int] | 
     """The numbers in a `weight_shape`: the only bytes of a tensor that a plan reads."""
     if shape.shape != (2,) or shape.dtype not in ("I64", "I32"):
         return None
-    rows, columns = (int(n) for n in checkpoint.read(shape).view(np.dtype(DTYPES[shape.dtype].value)))
+    data = bytearray(shape.nbytes)
+    checkpoint.read_into(shape, 0, memoryview(data))
+    half = len(data) // 2
+    rows, columns = (int.from_bytes(data[k : k + half], "little", signed=True) for k in (0, half))
     return (rows, columns) if 0 < rows < 1 << 40 and 0 < columns < 1 << 40 else None

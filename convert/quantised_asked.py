@@ -7,6 +7,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.convert.plan import Options, dtype_option
+from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.convert.widths import rounds
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -15,8 +16,6 @@ WAY_OUT = "--dequantize bfloat16 makes them plain numbers (lossy)"
 
 def dequantize_option(dtype: str | None, recipe: str | None) -> dict[str, Any]:
     """Both options as fields of `Options`; kind `usage`."""
-    from ckpt_tool.convert.quantised_values import RECIPES, TARGETS
-
     if dtype is None:
         message = "expected --dequantize beside it, which it says how to do, found none"
         fail("usage", message, where="--recipe")

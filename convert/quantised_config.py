@@ -23,6 +23,9 @@ CONFIG, PARAMS = "config.json", "params.json"
 KEY = "quantization_config"
 OTHER_KEYS = ("compression_config",)  # its older name in compressed-tensors
 IN_PARAMS, OF_PARAMS = "quantization", "params"
+RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quantised_values.py
+TARGETS = ("BF16", "F32", "F16")  # dtypes that numbers are made in
+NO_NUMBER = 255  # the E8M0 code that is NaN
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
 _PLACES = ("modules_to_not_convert", "ignored_layers", "ignore", "modules_to_convert")
 # Keys without a bearing on the numbers of the weights, by method; those of `_PLACES` are known everywhere.

@@ -14,7 +14,8 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, TensorInfo
 from ckpt_tool.convert.manifest import Finding
 from ckpt_tool.convert.quantised import E8M0, Inventory
-from ckpt_tool.convert.quantised_values import NO_NUMBER, scale_numbers
+from ckpt_tool.convert.quantised_config import NO_NUMBER
+from ckpt_tool.convert.quantised_values import scale_numbers
 from ckpt_tool.errors import Problem, fail_all
 
 PIECE = 1 << 20  # scales looked at at a time

@@ -19,10 +19,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.casting import cast
-
-RECIPES = ("fp32-product", "bf16-scale")
-TARGETS = ("BF16", "F32", "F16")
-NO_NUMBER = 255  # the E8M0 code that is NaN
+from ckpt_tool.convert.quantised_config import NO_NUMBER, RECIPES, TARGETS
 
 _TINY = np.float32(2.0**120)  # what e4m3's bits in a float32 lack: the exponents count from 7 and from 127
 _LARGE = np.float32(2.0**7)  # a scale below stays finite times that

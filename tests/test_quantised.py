@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import found_in
+from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.errors import CkptToolError
@@ -91,7 +93,7 @@ SHARED = pytest.mark.skipif(not CASES.exists(), reason="the shared cases are not
 
 @SHARED
 @pytest.mark.parametrize("folder", ["hf", "ragged.safetensors"])
-@pytest.mark.parametrize("recipe", values.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_blocks_are_those_of_the_config_and_the_recipe_the_one_asked_for(folder: str, recipe: str) -> None:
     options = Options(dequantize="BF16", recipe=recipe, settings=BLOCK)
     case, before = CASES / "fp8-block-tiny", recipe.replace("-", "_")
@@ -220,7 +222,7 @@ def test_every_known_mistake_is_caught_and_named(name: str, quantised: Made, tmp
 
 
 def test_the_recipe_of_somebody_elses_numbers_is_recognised(quantised: Made, tmp_path: Path) -> None:
-    for recipe in values.RECIPES:
+    for recipe in RECIPES:
         out = tmp_path / recipe
         convert(quantised("fp8-blocks"), out, options=Options(dequantize="BF16", recipe=recipe))
         (out / "ckpt-tool.json").unlink()
@@ -466,3 +468,88 @@ def test_what_would_be_torn_is_refused_by_name_with_the_way_out(conversions: Wri
     convert(source, tmp_path / "out", to="original", options=Options(dequantize="BF16"))
     report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
+
+
+INT4 = "model.layers.1.mlp.up_proj.weight"
+ODD = {
+    "int4": [
+        (lambda t: t.update({f"{INT4}_shape": ("I64", np.array([344, 60], "<u8"))}), "shape-mismatch"),
+        (lambda t: t.pop(f"{INT4}_shape"), "missing-tensor"),
+        (lambda t: t.update({f"{INT4}_scale": ("BF16", t[f"{INT4}_scale"][1][:, :1])}), "shape-mismatch"),
+        (lambda t: t.update({f"{INT4}_zero_point": ("I32", t[f"{INT4}_packed"][1][:43])}), "unsupported"),
+    ],
+    "nvfp4": [
+        (lambda t: t.update({f"{INT4}_packed": ("U8", t[f"{INT4}_packed"][1][:, :-1])}), "shape-mismatch"),
+        (lambda t: t.pop(f"{INT4}_global_scale"), "unsupported-dtype"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_codes_of_four_bits_that_do_not_add_up_are_refused(
+    name: str, quantised: Made, tmp_path: Path
+) -> None:
+    for k, (change, kind) in enumerate(ODD[name]):
+        source = changed(quantised(name), tmp_path / f"in{k}", lambda t, c, change=change: change(t))
+        with pytest.raises(CkptToolError) as caught:
+            plan(source)
+        assert caught.value.kind == kind, caught.value.text()
+        assert (caught.value.problems[0].where or "").startswith(INT4)
+
+
+@SHARED
+def test_logits_of_both_readings_are_those_of_transformers(one_thread: None) -> None:
+    """Of matrices that are left in float32; recorded with transformers 5.23.0."""
+    import torch
+
+    from ckpt_tool import reference
+    from ckpt_tool.verify.packed_weights import PackedWeights
+    from ckpt_tool.verify.weights import ranks_of
+
+    case = CASES / "fp8-block-tiny"
+    with open_checkpoint(case / "hf") as stored, open_checkpoint(case / "expected.safetensors") as wanted:
+        ids = torch.from_numpy(np.asarray(wanted["ids"]).astype("i8")).reshape(1, -1)
+        expected = np.asarray(wanted["logits_float32_of_fp32_weights"])
+        config = {k: v for k, v in stored.json("config.json").items() if k != "quantization_config"}
+        found = found_in(stored)
+        assert found is not None
+        for original in (True, False):
+            weights = PackedWeights(stored, ranks_of(stored)[0], torch.float32, "cpu", found, original)
+            if original:
+                module = reference.original("qwen3")
+                shapes = {n: t.shape for n, t in weights.tensors.items()}
+                known = module.Config.from_original(config, shapes, 1, {})
+            else:
+                module = reference.converted("Qwen3ForCausalLM")
+                known = module.Config.from_hf(config)
+            logits = module.forward(ids, [weights], known).numpy().reshape(expected.shape)
+            assert np.abs(logits - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["mcore", "torch_dist"])
+def test_ranks_take_numbers_and_no_codes(form: str, quantised: Made) -> None:
+    options = Options(family_options={"form": form})
+    with pytest.raises(CkptToolError) as caught:
+        plan(quantised("fp8-tensor"), to="original", options=options)
+    problem = caught.value.problems[0]
+    assert problem.kind == "unsupported" and "--dequantize" in (problem.hint or "")
+    assert plan(quantised("fp8-tensor"), to="original", options=replace(options, dequantize="BF16")).steps
+
+
+def test_scales_may_stand_in_another_file_than_their_codes(quantised: Made, tmp_path: Path) -> None:
+    source, apart = quantised("fp8-blocks"), tmp_path / "apart"
+    apart.mkdir()
+    with open_checkpoint(source) as checkpoint:
+        tensors = {t.name: (t.dtype, checkpoint.read(t)) for t in checkpoint}
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    homes = {n: names[n.endswith("scale_inv")] for n in tensors}
+    for name in names:
+        write(apart / name, {n: t for n, t in tensors.items() if homes[n] == name})
+    index = {"metadata": {}, "weight_map": homes}
+    (apart / "model.safetensors.index.json").write_text(json.dumps(index))
+    (apart / "config.json").write_text((source / "config.json").read_text())
+    for name, options in (("carried", Options()), ("numbers", Options(dequantize="BF16"))):
+        convert(apart, tmp_path / name, options=options)
+        convert(source, tmp_path / f"{name}-right", options=options)
+        assert held(tmp_path / name) == held(tmp_path / f"{name}-right")
+        assert verify(tmp_path / name, apart, levels=("coverage", "bits")).status == "pass"

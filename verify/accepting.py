@@ -9,7 +9,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.convert.layout import Step
-from ckpt_tool.convert.quantised_values import TARGETS
+from ckpt_tool.convert.quantised_config import TARGETS
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.casted import loses
 from ckpt_tool.verify.packed_bits import dequantised_name

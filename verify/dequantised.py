@@ -17,7 +17,8 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile
 from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Inventory, Quantised
-from ckpt_tool.convert.quantised_view import Dequantised, dequantised
+from ckpt_tool.convert.quantised_numbers import Dequantised
+from ckpt_tool.convert.quantised_view import dequantised
 
 Array = np.ndarray[Any, Any]
 

@@ -15,7 +15,7 @@ from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import FP8_TENSOR, INT4, Quantised
 from ckpt_tool.convert.quantised_asked import lossy_words
-from ckpt_tool.convert.quantised_values import RECIPES
+from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.verify.dequantised import Array, Recomputed, e2m1, e4m3, of_bfloat16, recomputed
 from ckpt_tool.verify.packed_mistakes import altered, readings
 from ckpt_tool.verify.report import Finding

@@ -17,7 +17,7 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo, View
 from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Inventory, Quantised
-from ckpt_tool.convert.quantised_values import RECIPES
+from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.verify.dequantised import Array, Recomputed, e4m3, to_dtype
 
 ORDER = {

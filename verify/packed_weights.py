@@ -12,6 +12,7 @@ from torch import Tensor
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.quantised import Inventory, found_in
 from ckpt_tool.convert.quantised_view import quantised_of
+from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
 from ckpt_tool.verify.weights import Weights
 
@@ -79,8 +80,12 @@ class PackedWeights(Weights):
 
 def packed_in(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inventory | None:
     """What is quantised in the files of a side, as they are; None where it is seen as numbers, or where the
-    readings take codes themselves."""
-    found = None if quantised_of(checkpoint) is not None else found_in(checkpoint, settings)
+    readings take codes themselves. ValueError for codes that lack something."""
+    try:
+        found = None if quantised_of(checkpoint) is not None else found_in(checkpoint, settings)
+    except CkptToolError as error:
+        first = error.problems[0]
+        raise ValueError(f"{first.where}: {first.message}") from None
     if found is None or all(w.form.own_rows for w in found.weights.values()):
         return None
     return found

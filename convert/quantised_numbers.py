@@ -1,0 +1,138 @@
+"""Quantised weights as numbers: the bytes of a tensor of the asked dtype are made when they are read, a few
+rows at a time, from codes and the scales of just those rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
+from ckpt_tool.convert import quantised_values as values
+from ckpt_tool.convert.quantised import FP8_BLOCKS, FP8_TENSOR, INT4, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised_view import Quantising
+
+PIECE = 1 << 15  # numbers made at a time: they and what they are made of stay in the cache
+
+
+class Dequantised(Quantising):
+    """A view in which quantised weights are numbers of the dtype asked for, by the recipe."""
+
+    def __init__(self, stored: TensorFile, inventory: Inventory, dtype: str, recipe: str) -> None:
+        self.dtype, self.recipe = dtype, recipe
+        super().__init__(stored, inventory)
+
+    def dtype_of(self, weight: Quantised) -> str:
+        return self.dtype
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        weight = self.by_name.get(name)
+        if weight is None:
+            self.stored.read_into(name, offset, buffer)
+            return
+        itemsize = DTYPES[self.dtype].itemsize
+        first, last = offset // itemsize, -(-(offset + len(buffer)) // itemsize)
+        if offset % itemsize or len(buffer) % itemsize:
+            made = np.empty(last - first, DTYPES[self.dtype].bits)
+            self._fill(weight, first, made)
+            skipped = offset - first * itemsize
+            buffer[:] = made.data.cast("B")[skipped : skipped + len(buffer)]
+        else:
+            self._fill(weight, first, np.frombuffer(buffer, DTYPES[self.dtype].bits))
+
+    def _fill(self, weight: Quantised, first: int, out: np.ndarray) -> None:
+        """Fill flat `out` with the numbers from number `first` on: of whole rows a few at once, and of the
+        rows that are not whole by itself what is wanted of them."""
+        columns, at = weight.shape[-1], 0
+        while at < out.size:
+            row, column = divmod(first + at, columns)
+            if column or out.size - at < columns:
+                rows, size = 1, min(columns - column, out.size - at)
+            else:
+                rows, size = min(max(1, PIECE // columns), (out.size - at) // columns), columns
+            piece = out[at : at + rows * size].reshape(rows, size)
+            self._rows(weight, row, column, piece)
+            at += rows * size
+
+    def _rows(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
+        """Fill `out` (rows, columns) from there on; rows are counted over all leading dimensions."""
+        if weight.kind in (MXFP4, INT4, NVFP4):
+            self._four_bits(weight, row, column, out)
+            return
+        width = weight.shape[-1]
+        codes = self._read(weight.codes, row * width + column, out.size).reshape(out.shape)
+        if weight.kind == FP8_TENSOR:
+            (scale,) = self._scales(weight, 0, 1)
+            values.fp8_of_one_scale(codes.reshape(-1), float(scale), out.reshape(-1), self.dtype)
+            return
+        if weight.kind != FP8_BLOCKS:
+            scales = self._scales(weight, row, len(out))[:, None]
+            values.fp8_rows(codes, scales, out, self.dtype)
+            return
+        high, wide = weight.block
+        grid = -(-width // wide)
+        for start, stop, line in _lines(row, len(out), weight.shape[-2], high):
+            scales = self._scales(weight, line * grid + column // wide, grid - column // wide)
+            spread = np.repeat(scales, wide)[column % wide :][: out.shape[1]]
+            values.fp8_rows(codes[start:stop], spread[None], out[start:stop], self.dtype)
+
+    def _four_bits(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
+        """Of whole groups, from which what is wanted is cut."""
+        width, group = weight.shape[-1], weight.block[1]
+        if weight.kind == INT4 or out.shape[1] != width:
+            begin, end = column // group * group, min(-(-(column + out.shape[1]) // group) * group, width)
+        else:
+            begin, end = 0, width
+        whole = out if (begin, end) == (column, column + out.shape[1]) else None
+        made = np.empty((len(out), end - begin), out.dtype) if whole is None else whole
+        if weight.kind == MXFP4:
+            first, count = (row * width + begin) // group, made.size // group
+            codes = self._read(weight.codes, first * 16, count * 16).reshape(-1, 16)
+            scales = self._read(weight.scales, first, count)
+            values.mxfp4(codes, scales, made.reshape(-1), self.dtype)
+        else:
+            for k in range(len(made)):
+                self._row_of_groups(weight, row + k, begin, made[k : k + 1])
+        if whole is None:
+            out[...] = made[:, column - begin : column - begin + out.shape[1]]
+
+    def _row_of_groups(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
+        """A part of one row that begins with a group."""
+        width, group = weight.shape[-1], weight.block[1]
+        grid = -(-width // group)
+        scales = self._scales(weight, row * grid + begin // group, -(-out.shape[1] // group))[None]
+        if weight.kind == INT4:
+            words = -(-width // 8)
+            first, last = begin // 8, -(-(begin + out.shape[1]) // 8)
+            codes = values.nibbles(self._read(weight.codes, row * words + first, last - first)[None])
+            numbers = codes.astype("<f4") - np.float32(8)
+            numbers = numbers[:, begin - 8 * first :][:, : out.shape[1]]
+        else:
+            pairs = self._read(weight.codes, (row * width + begin) // 2, out.shape[1] // 2)
+            numbers = values.E2M1[values.nibbles(pairs[None])]
+            second = self._read(weight.others["second"], 0, 1).view("<f4")
+            scales = scales / second
+        values.grouped(np.ascontiguousarray(numbers), scales, group, out, self.dtype)
+
+    def _scales(self, weight: Quantised, first: int, count: int) -> np.ndarray:
+        bits = self._read(weight.scales, first, count)
+        return values.scale_numbers(bits, weight.scales.dtype, self.recipe)
+
+    def _read(self, tensor: TensorInfo, first: int, count: int) -> np.ndarray:
+        """Raw elements of a stored tensor."""
+        stored = DTYPES[tensor.dtype]
+        out = np.empty(count, stored.bits)
+        file = self.inventory.checkpoint.files[tensor.file]
+        file.read_into(tensor.name, first * stored.itemsize, out.data.cast("B"))
+        return out
+
+
+def _lines(row: int, count: int, rows: int, high: int) -> Iterator[tuple[int, int, int]]:
+    """Of `count` rows from `row` on those that share a line of the grid: where they begin and end among
+    them, and the line, counted over all leading dimensions of `rows` rows each."""
+    grid, at = -(-rows // high), 0
+    while at < count:
+        lead, inside = divmod(row + at, rows)
+        stop = min(count, at + min((inside // high + 1) * high, rows) - inside)
+        yield at, stop, lead * grid + inside // high
+        at = stop
