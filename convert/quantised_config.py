@@ -46,9 +46,9 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """`method` as config.json calls it, `OF_PARAMS` of a params.json, empty where nothing says that weights are
-    quantised. `block` are the rows and columns that share a scale, where that is said; `group` neighbours in
-    a row likewise; `symmetric` codes have no zero points. `file` says it."""
+    """`method` as config.json calls it, `OF_PARAMS` of a params.json, empty where nothing says that weights
+    are quantised. `block` are the rows and columns that share a scale, where that is said; `group` neighbours
+    in a row likewise; `symmetric` codes have no zero points. `file` says it."""
 
     method: str = ""
     block: tuple[int, int] | None = None

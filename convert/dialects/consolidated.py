@@ -192,6 +192,7 @@ class Consolidated:
     unsaid: Callable[[Known], list[str]] = lambda _: []
     parts: tuple[str, ...] = ()  # objects in params.json whose values are read
     beside: Callable[[Known], Beside] | None = None  # what it has beside the text model
+    ignored: Mapping[str, str] = field(default_factory=lambda: IGNORED)
     root: str = ""  # before the names of the text model in the Hugging Face layout
     # config.json as the class has it, out of the values under the names of fields
     spelled: Callable[[Known, dict[str, Value]], dict[str, Value]] = lambda _, config: config
@@ -468,7 +469,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         d.name,
         d.spelled(known, config),
         [generation_config(config), *beside],
-        IGNORED,
+        d.ignored,
         [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],
         original,
         spelled=partial(config_of, d.config),

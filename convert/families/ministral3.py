@@ -280,7 +280,16 @@ TEXTS = {"ministral3": CLASS, "mistral": PLAIN}
 PARTS = Parts(
     text="text_config",
     others=(images.CONFIG,),
-    top=frozenset((*images.TOP, "architectures", "model_type", "tie_word_embeddings", "torch_dtype")),
+    top=frozenset(
+        (
+            *images.TOP,
+            "quantization_config",
+            "architectures",
+            "model_type",
+            "tie_word_embeddings",
+            "torch_dtype",
+        )
+    ),
     defaults={
         **{kind: {**own.numbers, LONGEST: own.identity[LONGEST]} for kind, own in TEXTS.items()},
         "pixtral": images.DEFAULTS,
@@ -328,10 +337,12 @@ def fields(*more: Field) -> tuple[Field | Iterable[Field], ...]:
         params_json.WINDOW,
         count("max_position_embeddings", read=params_json.length, ask="how long texts may be"),
         params_json.TIED,
+        params_json.QUANTISED,
         *more,
     )
 
 
+FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
 SAID: Mapping[str, Any] = {
     "name": "ministral3",
     "summary": "Ministral 3 and other models of Mistral AI with yarn: consolidated*.safetensors",
@@ -341,12 +352,14 @@ SAID: Mapping[str, Any] = {
     "options": (),
     "vocabulary": consolidated.MISTRAL_AI,
     "spelled": spelled,
+    "ignored": consolidated.IGNORED | FAKE,
 }
 ENTRIES: tuple[Entry, ...] = (
     *params_json.MISTRAL_AI,
     lambda known: {"max_position_embeddings": known.value("max_position_embeddings")},
     some("sliding_window"),
     params_json.tied,
+    params_json.packed,
     _of_yarn,
 )
 OF_TEXT = consolidated.family(
