@@ -32,6 +32,7 @@ from ckpt_tool.convert.recognising import (
     check_own,
     check_plain,
     explained,
+    is_original,
     no_config,
     only_family,
     recognise,
@@ -100,7 +101,7 @@ def check_name(name: str) -> None:
 
 
 def _family_of_converted(checkpoint: Checkpoint) -> Family:
-    if "config.json" not in checkpoint.documents:
+    if "config.json" not in checkpoint.documents or is_original(checkpoint):
         fail_all([no_config(checkpoint)])
     config = checkpoint.json("config.json")
     architectures = config.get("architectures") or []

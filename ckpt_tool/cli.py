@@ -231,8 +231,8 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     "--level",
     "levels",
     multiple=True,
-    type=click.Choice(["coverage", "bits", "parity", "documented", "generation"]),
-    help="Levels to run (default: all but generation).",
+    type=click.Choice(["coverage", "bits", "parity", "documented", "training", "generation"]),
+    help="Levels to run (default: all but training and generation).",
 )
 @click.option(
     "--against",

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
-from ckpt_tool.convert.casting import CASTABLE, common
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.steps import Steps
+from ckpt_tool.convert.widths import CASTABLE, common
 from ckpt_tool.errors import Problem
 
 
@@ -85,7 +85,7 @@ def kept_words(tensors: Iterable[TensorInfo], *, loaded: bool) -> list[str]:
     """A note on tensors of several dtypes; `loaded` for a model that transformers loads: it gives all of them
     one dtype, that of the config unless it is told another."""
     counts = Counter(t.dtype for t in tensors if t.dtype in FLOATS)
-    if len(counts) < 2:
+    if len(counts) < 2 or "F8_E4M3" in counts:  # of codes and their scales
         return []
     told = ", ".join(f"{n} {DTYPES[d].torch}" for d, n in counts.most_common())
     hint = f"; loaded in {DTYPES[common(counts)].torch}, no value is rounded" if loaded else ""

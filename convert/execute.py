@@ -42,6 +42,7 @@ from ckpt_tool.convert.layout import COPIED, Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
+from ckpt_tool.convert.quantised_scales import odd_scales
 from ckpt_tool.convert.read_ahead import ReadAhead
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import first_readers, groups
@@ -227,6 +228,7 @@ class Run:
         """What all files of the plan are needed for: checks of the source, documents, the manifest."""
         self._check_sources()
         self.findings += stale(self.checkpoint, self.plan)
+        self.findings += odd_scales(self.plan.quantised, dequantised="dequantize" in self.plan.asked)
         self._say("finish", "")
         made = self._documents(extra)
         self.checkpoint.check_unchanged()

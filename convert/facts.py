@@ -341,8 +341,8 @@ class _Reader:
         else:
             where = spoken[-1] if spoken else "rope_scaling"
             absent = not spoken and "rope_scaling" not in self.config
-            usual = None if spoken else self.own.numbers.get("rope_scaling")  # few classes have one
-            value = None if usual is None else self._scaling("rope_scaling", usual)
+            usual = self.own.numbers.get("rope_scaling") if absent and not any(objects.values()) else None
+            value = self._scaling("rope_scaling", usual) if usual else None
             self.values["rope_scaling"] = Meaning(value, value, where, default=absent)
 
     def _turned(self, name: str, objects: Mapping[str, Mapping[str, Any]], default: Any) -> None:
@@ -497,7 +497,7 @@ class _Reader:
             name = key.rpartition(".")[2]  # that of a part has the part's before it
             if key in self.used:
                 continue
-            if key in REFUSED and value not in (None, False, {}):
+            if key in REFUSED and key not in self.own.idle and value not in (None, False, {}):
                 refused[key] = REFUSED[key]
             elif key == "is_causal" and value is not self.own.causal:
                 unknown[key] = value  # transformers 5 then builds another mask; null counts as false there

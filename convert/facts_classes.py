@@ -43,7 +43,16 @@ class Class:
     # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     parts: Parts | None = None  # of a model that has others beside that of text
+    # Rates of dropout in training, with what an absent key stands for.
+    dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
+
+    def in_memory(self, name: str) -> str:
+        """What a tensor of that name on the disk is called in a model that is loaded."""
+        for memory, disk in ({} if self.parts is None else self.parts.names).items():
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+        return name
 
 
 IDENTITY = (

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import DATA
-from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document, index_pieces
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
@@ -25,6 +25,9 @@ from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.quantised import Inventory
 
 PLAN_VERSION = 1
 _PATTERN = re.compile(r"[*?[]")  # signs of a shell's pattern
@@ -182,6 +185,8 @@ class Plan:
     # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
     # it. No part of what is done.
     turns: Value | None = None
+    # The quantised weights of the source: what their scales hold is looked at. No part of what is done.
+    quantised: Inventory | None = None
     # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
     unread: str = ""
 
@@ -492,11 +497,12 @@ def _metadata(name: str) -> tuple[tuple[str, str], ...]:
 
 def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list[OutputDocument]]:
     """Tensors dealt out to `model*.safetensors` files of at most `limit` bytes each (a larger tensor gets a
-    file of its own), layers in natural order, and the index when there is more than one file."""
+    file of its own) and as many tensors as one is read with, layers in natural order, and the index when
+    there is more than one file."""
     groups: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
+        if groups[-1] and (size + tensor.nbytes > limit or len(groups[-1]) == TENSOR_LIMIT):
             groups.append([])
             size = 0
         groups[-1].append(tensor)

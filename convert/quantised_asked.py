@@ -25,9 +25,14 @@ def dequantize_option(dtype: str | None, recipe: str | None) -> dict[str, Any]:
     return {"dequantize": made, "recipe": recipe or RECIPES[0]}
 
 
-def check_asked(options: Options) -> None:
-    """Two roundings one after the other are none of the recipes."""
+def check_asked(checkpoint: Checkpoint, options: Options) -> None:
+    """Two roundings one after the other are none of the recipes, and codes are nothing to cast."""
     wanted, cast = options.dequantize, options.dtype
+    if cast is not None and (inventory := carried_of(checkpoint)) is not None:
+        message = f"expected no cast of weights that stay codes and scales ({', '.join(inventory.words)})"
+        hint = f"--dequantize {DTYPES[cast].torch} makes them numbers first (lossy)"
+        found = f"found {DTYPES[cast].torch}"
+        fail_all([Problem("usage", f"{message}, {found}", where="--dtype", hint=hint)])
     if wanted is not None and cast is not None and rounds(wanted, cast):
         message = f"expected a dtype that holds every {DTYPES[wanted].torch}, found {DTYPES[cast].torch}"
         hint = f"--dequantize {DTYPES[cast].torch} rounds once"

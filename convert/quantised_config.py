@@ -7,13 +7,17 @@ vLLM (model_executor/layers/quantization), mistral params.json of 2025.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.params import shown
+from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.quantised import Inventory
 
 CONFIG, PARAMS = "config.json", "params.json"
 KEY = "quantization_config"
@@ -168,6 +172,32 @@ def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, fi
         file,
         raw=raw,
     )
+
+
+def for_transformers(inventory: Inventory, names: Iterable[str]) -> Value:
+    """What transformers is told of fp8 weights whose original says it in words of its own; `names` are the
+    tensors of the converted model."""
+    names = list(names)
+    static = any("activation" in w.others for w in inventory.weights.values())
+    codes = {n.removesuffix("_scale_inv") for n in names if n.endswith(".weight_scale_inv")}
+    plain: dict[str, None] = {}
+    for name in names:
+        if name.endswith(".weight") and name not in codes and _is_linear(name):
+            parts = name.removesuffix(".weight").split(".")
+            tower = parts[0] == "model" and parts[1] != "layers"
+            plain[".".join(parts[: 2 if tower else 1] if parts[1:2] != ["layers"] else parts)] = None
+    made = {
+        "quant_method": "fp8",
+        "activation_scheme": "static" if static else "dynamic",
+        "weight_block_size": None,
+        "modules_to_not_convert": sorted(plain, key=lambda n: n == "lm_head"),
+    }
+    return Value(made, f"{inventory.scheme.file}: {inventory.scheme.place}")
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a loader would look for scales there."""
+    return "norm" not in name and "embed" not in name
 
 
 def _of_params(checkpoint: Checkpoint) -> Scheme:

@@ -10,8 +10,9 @@ All functions take arrays of raw bits and fill raw bits; nothing here reads a fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,26 @@ def scale_numbers(bits: Array, dtype: str, recipe: str = RECIPES[0]) -> Array:
 # --- fp8 ------------------------------------------------------------------------------------------------
 
 
-def fp8_rows(codes: Array, scales: Array, out: Array, dtype: str, room: Array | None = None) -> None:
+_rooms = threading.local()
+
+
+def _room(purpose: str, shape: tuple[int, ...]) -> Array:
+    """float32 scratch of this thread, unset: fresh memory for each piece costs more than what is done in
+    it."""
+    count = prod(shape)
+    found: Array | None = getattr(_rooms, purpose, None)
+    if found is None or found.size < count:
+        found = np.empty(max(count, 1 << 15), "<f4")
+        setattr(_rooms, purpose, found)
+    return found[:count].reshape(shape)
+
+
+def fp8_rows(codes: Array, scales: Array, out: Array, dtype: str) -> None:
     """Fill `out` (rows, columns), raw bits of `dtype`, with E4M3 `codes` (rows, columns) times `scales`,
-    float32 that broadcast to them. `room` is float32 scratch of as many elements."""
-    product = np.empty(codes.shape, "<f4") if room is None else room[: codes.size].reshape(codes.shape)
-    _tiny(codes, product)
-    plain = bool(np.isfinite(scales).all()) and not bool(((codes & np.uint8(0x7F)) == 0x7F).any())
+    float32 that broadcast to them."""
+    product = _tiny(codes, _room("product", codes.shape))
+    number = (codes.view(np.int8) & np.int8(0x7F)).max(initial=0) != 0x7F
+    plain = bool(np.isfinite(scales).all()) and bool(number)
     with np.errstate(all="ignore"):
         if plain and bool((np.abs(scales) < _LARGE).all()):
             product *= scales * _TINY  # one rounding: the second factor is exact
@@ -118,7 +133,8 @@ def _to_bfloat16(values: Array, out: Array, plain: bool) -> None:
     """To nearest, ties to even: adding 0x7FFF plus the lowest kept bit carries where that rounds up."""
     bits = values.view("<u4")
     nan = None if plain else np.isnan(values)
-    low = bits >> np.uint32(16)
+    low = _room("low", bits.shape).view("<u4")
+    np.right_shift(bits, np.uint32(16), out=low)
     low &= np.uint32(1)
     low += np.uint32(0x7FFF)
     bits += low
@@ -192,6 +208,3 @@ def grouped(values: Array, scales: Array, group: int, out: Array, dtype: str) ->
     with np.errstate(all="ignore"):
         values *= np.repeat(scales, group, axis=1)[:, : values.shape[1]]
     rounded(values, out, dtype)
-
-
-Decode = Callable[..., None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from ckpt_tool.convert.quantised import (
 from ckpt_tool.convert.quantised_config import CONFIG, IN_PARAMS, KEY, OTHER_KEYS, PARAMS
 from ckpt_tool.errors import fail
 
-PIECE = 1 << 16  # numbers made at a time: they and what they are made of stay in the cache
+PIECE = 1 << 15  # numbers made at a time: they and what they are made of stay in the cache
 
 
 class Quantising(View):
@@ -289,3 +290,15 @@ def carried_of(checkpoint: Checkpoint) -> Inventory | None:
     """What is quantised and carried as it is."""
     first = next((v for f in checkpoint.files.values() if (v := view_in(f)) is not None), None)
     return first.inventory if isinstance(first, Whole) else None
+
+
+def with_packing(
+    checkpoint: Checkpoint, document: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and the user's settings, where these say how weights are quantised: what is carried is
+    written with that, and of numbers nothing is said."""
+    if quantised_of(checkpoint) is None or settings.get(KEY) is None:
+        return dict(document), dict(settings)
+    if carried_of(checkpoint) is not None:
+        return {**document, KEY: settings[KEY]}, dict(settings)
+    return dict(document), {k: v for k, v in settings.items() if k != KEY}

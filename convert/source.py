@@ -74,6 +74,8 @@ class Source:
         counts: Counter[str] = Counter()
         for tensor, *_ in self.tensors.values():
             counts[tensor.dtype] += tensor.numel * (tensor.dtype in FLOATS)
+        for code in CODES if len(counts) > 1 else ():  # codes of weights are no numbers
+            counts.pop(code, None)
         return counts.most_common(1)[0][0]
 
 
@@ -94,6 +96,7 @@ def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], st
 
 
 MAX_LAYERS = 10_000
+CODES = ("F8_E4M3", "F8_E5M2")
 
 
 def layer_count(names: Iterable[str], pattern: str) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.expanding import Expansion, expand
@@ -29,12 +28,18 @@ from ckpt_tool.convert.layout import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
-from ckpt_tool.convert.quantised_asked import check_asked, lossy_words
+from ckpt_tool.convert.quantised import FP8_TENSOR, QuantFormat
+from ckpt_tool.convert.quantised_asked import WAY_OUT, carried_words, check_asked, lossy_words
+from ckpt_tool.convert.quantised_config import KEY, for_transformers
+from ckpt_tool.convert.quantised_steps import of_all_parts, physical
+from ckpt_tool.convert.quantised_view import carried_of, quantised_of
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail_all
 
 TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
+BYTES = ("U8",)  # of packed codes
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
 
 
@@ -47,7 +52,8 @@ class Table:
     frequencies that are not scaled, with its source. `head` is what the checkpoint
     calls its output layer where the user may say whether it is the embedding. `copies` are the rows of an
     axis that converted tensors repeat after the last; the way back compares them unless `compared` is false,
-    and `unlike` says what to do where they differ."""
+    and `unlike` says what to do where they differ. `packed` is how names end of tensors that hold bytes of
+    codes, and not numbers."""
 
     rows: Sequence[Rule]
     axes: Mapping[str, int]
@@ -62,6 +68,7 @@ class Table:
     copies: Mapping[str, Sequence[int]] = field(default_factory=dict)
     compared: bool = True
     unlike: str = ""
+    packed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,9 @@ class Written:
     unread: str = ""
     spelled: Callable[[Mapping[str, Value]], OutputDocument] = config_document  # config.json
     lossy: Sequence[str] = ()
+    # how an original calls the tensors of fp8 weights with one scale each, where its loaders know those
+    quantised: QuantFormat | None = None
+    keeps_codes: bool = False  # an original in the Hugging Face layout has codes and scales as that has them
 
 
 @dataclass(frozen=True)
@@ -113,13 +123,15 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
             lambda s: without_padding(s, WORDS, words), where=lambda s: WORDS in s.sizes
         )
     config, lossy = written.config, lossy_words(source.checkpoint, options)
-    check_asked(options)
+    check_asked(source.checkpoint, options)
     if options.gqa is not None:
         fewer = pooled(filled.steps, options.gqa, table.numbers, ranks=source.ranks)
         filled.steps = fewer.steps
         config = {**config, "num_key_value_heads": fewer.heads}
         lossy = [*lossy, fewer.lossy]
-    return assemble(
+    _take_apart(filled, source.checkpoint, "sources")
+    config = {**config, **_packing(config, filled.steps, source.checkpoint, own)}
+    return _assembled(
         family=written.family,
         direction="to-hf",
         checkpoint=source.checkpoint,
@@ -128,7 +140,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         config=config,
         documents=[written.spelled(config), *written.documents],
         options=options,
-        notes=written.notes,
+        notes=[*written.notes, *carried_words(source.checkpoint)],
         lossy=lossy,
         original=written.original,
         foretold=written.foretold,
@@ -164,23 +176,33 @@ def as_it_is(
 ) -> Plan:
     """The plan of a model that keeps its layout: `filled` moves its tensors as they are. The config.json is
     among the documents."""
-    check_asked(options)
-    return assemble(
+    check_asked(checkpoint, options)
+    _take_apart(filled, checkpoint, "sources")
+    same = Expansion(Steps(compared))
+    _take_apart(same, checkpoint, "sources")
+    filled.problems += same.problems
+    return _assembled(
         family=written.family,
         direction="to-hf",
         checkpoint=checkpoint,
         expansion=filled,
-        compared=compared,
+        compared=same.steps,
         ignored=written.ignored,
         config=written.config,
         documents=written.documents,
         options=options,
-        notes=written.notes,
+        notes=[*written.notes, *carried_words(checkpoint)],
         lossy=lossy_words(checkpoint, options),
         original=written.original,
         turns=turns,
         unread=written.unread,
     )
+
+
+def _assembled(*, checkpoint: Checkpoint, **said: Any) -> Plan:
+    """`assemble` of what stands in the files, with what is quantised in them."""
+    made = assemble(checkpoint=physical(checkpoint), **said)
+    return replace(made, quantised=quantised_of(checkpoint))
 
 
 def _class_of(written: Written) -> Class | None:
@@ -214,7 +236,7 @@ def to_original(
     def converted(name: str) -> Home | None:
         return next(iter(source.homes(name)), None)
 
-    check_asked(options)
+    check_asked(source.checkpoint, options)
     filled = _filled_in(table, source, "targets", original=homes, converted=converted, again=again)
     if (words := table.words) is not None:
         filled.steps = filled.steps.changed(
@@ -224,18 +246,22 @@ def to_original(
         lambda s: apart(s, compared=table.compared), where=lambda s: any(p.taken for p in s.sources)
     )
     filled.steps = parts.alike(lambda s: replace(s, hint=table.unlike) if s.copied else s)
-    return assemble(
+    repeated = list(_repeated(filled.steps, table, source))
+    filled.problems += _no_place(source.checkpoint, files, written)
+    form = None if written.keeps_codes else written.quantised
+    _take_apart(filled, source.checkpoint, "targets", form)
+    return _assembled(
         family=written.family,
         direction="to-original",
         checkpoint=source.checkpoint,
         expansion=filled,
-        compared=list(_repeated(filled.steps, table, source)),
+        compared=repeated,
         ignored=written.ignored,
         config=written.config,
         documents=written.documents,
         options=options,
         outputs=files,
-        notes=written.notes,
+        notes=[*written.notes, *carried_words(source.checkpoint)],
         lossy=[*written.lossy, *lossy_words(source.checkpoint, options)],
         original=written.original,
         foretold=written.foretold,
@@ -271,7 +297,7 @@ def _filled_in(
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
     if odd:
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
-    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
+    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side, table.packed, source.checkpoint)]
     return filled
 
 
@@ -332,14 +358,59 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
     ]
 
 
-def _dtype_problems(steps: Steps, side: str) -> list[Problem]:
-    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits; a scalar may
-    count something."""
+def _take_apart(
+    filled: Expansion, checkpoint: Checkpoint, side: str, form: QuantFormat | None = None
+) -> None:
+    """Quantised weights as the tensors that they are made of."""
+    filled.steps, problems = of_all_parts(filled.steps, checkpoint, side, form)
+    filled.problems += problems
+
+
+def _packing(
+    config: Mapping[str, Value], steps: Steps, checkpoint: Checkpoint, own: Class | None
+) -> dict[str, Value]:
+    """What config.json says of carried weights, where the original's own documents say it otherwise."""
+    inventory = carried_of(checkpoint)
+    if inventory is None or KEY in config:
+        return {}
+    names = [p.name for s in steps for p in s.targets]
+    return {KEY: for_transformers(inventory, names if own is None else [own.in_memory(n) for n in names])}
+
+
+def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) -> Iterator[Problem]:
+    """Originals in which no loader looks for codes and scales, of this format or at all."""
+    inventory = carried_of(checkpoint)
+    weights = [] if inventory is None else [w for w in inventory.weights.values() if not w.form.own_rows]
+    known = written.quantised is not None and all(w.kind == FP8_TENSOR for w in weights)
+    fits = (written.keeps_codes or known) and all(f.endswith(".safetensors") for f in files)
+    if inventory is not None and weights and not fits:
+        found = f"found codes and scales ({', '.join(inventory.words)})"
+        message = f"expected numbers, which the loaders of {files[0]} know, {found}"
+        yield Problem("unsupported", message, checkpoint.path.name, hint=WAY_OUT)
+
+
+def _dtype_problems(
+    steps: Steps, side: str, packed: tuple[str, ...], checkpoint: Checkpoint
+) -> list[Problem]:
+    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits where neither the
+    table says so nor scales stand beside them; a scalar may count something."""
+    inventory = carried_of(checkpoint)
+    names = set() if inventory is None else {*inventory.weights, *(name for _, name in inventory.parts)}
+
+    def wanted(part: Part) -> Sequence[str]:
+        return BYTES if packed and part.name.endswith(packed) else CASTABLE
 
     def odd(step: Step) -> list[Part]:
         parts = step.sources if side == "sources" else step.targets
-        return [p for p in parts if p.dtype not in CASTABLE and p.dims]
+        return [p for p in parts if p.dtype not in wanted(p) and p.dims]
 
-    parts = dict.fromkeys(p for s in steps.where(odd) for p in odd(s))
-    expected = f"expected {', '.join(CASTABLE)}"
-    return [Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name) for p in parts]
+    def unlike(step: Step) -> bool:  # of a template, which has no names
+        parts = step.sources if side == "sources" else step.targets
+        return any(p.dtype not in CASTABLE or packed for p in parts)
+
+    parts = dict.fromkeys(p for s in steps.where(unlike) for p in odd(s))
+    return [
+        Problem("unsupported-dtype", f"expected {', '.join(wanted(p))}, found {p.dtype}", p.file, p.name)
+        for p in parts
+        if p.name not in names
+    ]

@@ -162,10 +162,11 @@ def grouped_attention(
     window: int | None = None,
     scalar: float | None = None,
     cap: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """q (B, N, T, H), k and v (B, K, P + T, H), each shared by N/K queries: (B, T, N * H). A query sees
-    itself and what was before it, with a window that many keys. `scalar` stands in the place of H in the
-    scores."""
+    itself and what was before it, with a window that many keys, and no padding, where `mask` (B, P + T) is 0.
+    `scalar` stands in the place of H in the scores."""
     (B, N, T, H), K, S = q.shape, k.shape[1], k.shape[2]
     q = q.view(B, K, -1, T, H)
     made, rows = [], max(1, HELD // (B * N * S))
@@ -177,7 +178,11 @@ def grouped_attention(
         seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
             seen = seen.triu(own + 1 - window)  # the last `window` keys, the query's own included
-        weights = wide(scores.masked_fill(~seen, -math.inf)).softmax(-1).to(q.dtype)
+        if mask is not None:
+            seen = seen & (mask != 0)[:, None, None, None, :]
+        # the lowest number: a query of padding that sees no key at all stays a number
+        lowest = -math.inf if mask is None else torch.finfo(scores.dtype).min
+        weights = wide(scores.masked_fill(~seen, lowest)).softmax(-1).to(q.dtype)
         made.append(torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2))
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
@@ -240,7 +245,8 @@ def span_logits(y: Tensor, w: Tensors) -> tuple[Tensor, Tensor]:
 
 def of_last_token(logits: Tensor, ids: Tensor, pad: int | None) -> Tensor:
     """(B, L) of the last id of each row that is not `pad`; of the last one where there is no id for padding.
-    transformers 4.37.2 looks for the first padding instead, which is the same but for padding on the left."""
+    transformers 4.37.2 looks for the first padding instead and takes what is before it, or the last id where
+    nothing is: the same for padding on one side of a row that has more than padding on it."""
     places = torch.arange(ids.shape[1], device=ids.device)
     last = places[-1:].expand(len(ids)) if pad is None else (places * (ids != pad)).argmax(-1)
     return logits[torch.arange(len(ids), device=ids.device), last]

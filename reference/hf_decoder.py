@@ -40,7 +40,7 @@ from ckpt_tool.reference.hf_blocks import (
 )
 from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
 from ckpt_tool.reference.hf_rope import RopeScaling, position_ids, rope, rotation, told_once
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run, trunk
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
 
@@ -168,10 +168,16 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def layer(
-    x: Tensor, i: int, ranks: Ranks, c: Config, past: Cache | None = None, positions: Tensor | None = None
+    x: Tensor,
+    i: int,
+    ranks: Ranks,
+    c: Config,
+    mask: Tensor | None = None,
+    past: Cache | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
-    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, positions)
+    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, positions, mask)
     attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)
     y = feed_forward(norm(x if c.parallel else attended, w, p + n.norm_2, c), w, p, c)
     return attended + (norm(y, w, p + n.after[1], c) if n.after[1] else y)
@@ -207,9 +213,9 @@ def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(softcap(logits, c.logit_cap))
 
 
-def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    """The normalised sequence (B, T, D), which every head starts from."""
-    return final_norm(trunk(phases(ranks, c), ids), ranks, c)
+def encode(ids: Tensor, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
+    """The normalised sequence (B, T, D), which every head starts from; `mask` (B, T) is 0 for padding."""
+    return final_norm(trunk(phases(ranks, c, given(mask=mask)), ids), ranks, c)
 
 
 # What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those
@@ -239,6 +245,7 @@ def attention(
     window: int | None,
     past: Cache | None,
     positions: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     q, k, v = project(x, w, p, c)
     if c.head_norms:
@@ -249,7 +256,7 @@ def attention(
     if c.growth is not None:
         q = position_scaled(q, position_ids(x, ahead, positions), *c.growth)
     k, v = grown(past, p, k, v)
-    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap)
+    y = grouped_attention(q, k, v, window, c.scalar, c.score_cap, mask)
     return linear(y, w, p + c.names.out, "out" in c.biased)
 
 

@@ -26,7 +26,7 @@ from ckpt_tool.reference import blocks, hf_blocks, hf_decoder, hf_transformer, t
 from ckpt_tool.reference.phases import Phase, outputs, run, trunk
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.subject import opened
-from tests import published_models
+from tests import packed_models, published_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,8 +200,8 @@ def test_an_input_that_no_phase_takes_is_refused() -> None:
     reading = reference.converted("LlamaForCausalLM")
     config = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     c = reading.Config.from_hf(config)
-    with pytest.raises(TypeError, match="expected no inputs mask"):
-        reading.phases([{}], c, {"mask": torch.ones(1, 2)})
+    with pytest.raises(TypeError, match="expected no inputs token_types"):
+        reading.phases([{}], c, {"token_types": torch.ones(1, 2)})
 
 
 def test_every_reading_has_its_phases_in_order(conversions: Written, originals: Written) -> None:
@@ -266,6 +266,7 @@ class Mutant:
     alike: bool = True  # both sides then compute the same; they do not round in the same places
 
 
+CHOSEN = ".softmax(-1).gather(1, chosen)"  # shares of the chosen experts out of those of all
 MUTANTS = {
     "rms_norm: epsilon": Mutant(
         "mistral-7b-v0.1",
@@ -600,6 +601,51 @@ MUTANTS = {
         ("codegen.head", '"lm_head.")', '"lm_head.", False)'),
         ("hf_transformer.head", "output, c.parallel", "output, False"),
     ),
+    "sinks: a head leaves nothing to its own": Mutant(
+        "gpt-oss-20b",
+        ("gpt_oss.weigh", "scores - all_of_it", "scores - scores.logsumexp(-1, keepdim=True)"),
+        ("hf_gpt_oss.with_sinks", "scores.softmax(-1)[..., :-1]", "scores[..., :-1].softmax(-1)"),
+    ),
+    "units: gates bounded below as well": Mutant(
+        "gpt-oss-120b",
+        ("gpt_oss.bent", "gate.clamp(max=limit)", "gate.clamp(-limit, limit)"),
+        ("hf_gpt_oss.one_expert", "gate.clamp(max=c.limit)", "gate.clamp(-c.limit, c.limit)"),
+    ),
+    "units: not one more": Mutant(
+        "gpt-oss-120b",
+        ("gpt_oss.bent", "(up + 1)", "up"),
+        ("hf_gpt_oss.one_expert", " + 1) * opened", ") * opened"),
+    ),
+    "units: gates, then ups": Mutant(
+        "gpt-oss-20b",
+        ("gpt_oss.bent", ".view(len(units), -1, 2).unbind(-1)", ".chunk(2, dim=-1)"),
+        ("hf_gpt_oss.one_expert", "gate_up[..., ::2], gate_up[..., 1::2]", "gate_up.chunk(2, dim=-1)"),
+    ),
+    "experts: a softmax over all of them": Mutant(
+        "gpt-oss-20b",
+        ("gpt_oss.route", "wide(logits).softmax(-1)", f'affine(tokens, w, p + "gate."){CHOSEN}'),
+        ("hf_gpt_oss.mixture", "F.softmax(wide(best), dim=-1)", f'linear(tokens, w, p + "router."){CHOSEN}'),
+    ),
+    "MXFP4: the higher half of a byte first": Mutant(
+        "gpt-oss-20b",
+        ("gpt_oss.matrix", "[codes & 15, codes >> 4]", "[codes >> 4, codes & 15]"),
+        ("hf_gpt_oss.numbers", "    out =", "    blocks = (blocks >> 4) | (blocks << 4)\n    out ="),
+    ),
+    "MXFP4: exponents of the block before": Mutant(
+        "gpt-oss-20b",
+        ("gpt_oss.matrix", "scales.int()[..., None]", "scales.roll(1, -1).int()[..., None]"),
+        ("hf_gpt_oss.numbers", "exponents.unsqueeze(-1)", "exponents.roll(1, -1).unsqueeze(-1)"),
+    ),
+    "windows in layers 1, 3, ...": Mutant(
+        "gpt-oss-120b",
+        ("gpt_oss.attention", "window=c.windows[i]", "window=c.windows[i - 1]"),
+        ("hf_gpt_oss.layer", "c.windows[i]", "c.windows[i - 1]"),
+    ),
+    "norms in one dtype: another epsilon": Mutant(
+        "gpt-oss-20b",
+        ("gpt_oss.norm", "+ EPS", "+ 1e-3"),
+        ("hf_gpt_oss.norm", "+ c.norm_eps", "+ 1e-3"),
+    ),
     "no norm at the end": Mutant(
         "opt-13b",
         ("opt.head", "if c.pre_norm", "if False"),
@@ -724,9 +770,12 @@ def judged(conversions: Written, published: Published) -> Callable[[str, Batch],
         if variant not in known:
             folder = published(variant) if variant in published_models.CASES else conversions(variant)
             (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-            model = getattr(transformers, architecture).from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager"
-            )
+            if packed_models.packed(folder):
+                model = packed_models.loaded(folder)
+            else:
+                model = getattr(transformers, architecture).from_pretrained(
+                    folder, dtype=torch.float32, attn_implementation="eager"
+                )
             more = {"attention_mask": inputs.given["mask"]} if "mask" in inputs.given else {}
             with torch.no_grad():
                 out = model(inputs.ids, **more)

@@ -425,3 +425,94 @@ def test_the_whole_decides_whether_the_head_is_the_embedding(
     (folder / "ckpt-tool.json").unlink()
     report = verify(folder, originals(IMAGES), levels="coverage")
     assert [f.where for f in report.findings if f.status == "fail" and f.check == "config"]
+
+
+# --- weights in eight bits ------------------------------------------------------------------------------
+
+
+def in_codes(source: Path, folder: Path, *, inputs: bool = True, images: bool = False) -> Path:
+    """The original with codes and one scale for each matrix of the text model's layers."""
+    shutil.copytree(source, folder)
+    file, made = folder / "consolidated.safetensors", {}
+    for name, tensor in load_file(file).items():
+        if not name.startswith("layers.") or tensor.ndim == 1:
+            made[name] = tensor
+            continue
+        scale = tensor.float().abs().max() / 448
+        stem = name.removesuffix("weight")
+        made |= {name: (tensor.float() / scale).to(torch.float8_e4m3fn), f"{stem}qscale_weight": scale}
+        made |= {f"{stem}qscale_act": scale * 3} if inputs else {}
+    made["layers.0.attention.k_fake_quantizer.qscale_act"] = torch.tensor(0.5)
+    save_file(made, file)
+    told = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR" if inputs else "NO_SCALES"}
+    params = document(folder, "params.json") | {"quantization": told}
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+@pytest.mark.parametrize("variant", [VARIANT, IMAGES])
+@pytest.mark.parametrize("inputs", [True, False])
+def test_codes_and_scales_are_carried_both_ways(
+    variant: str, inputs: bool, originals: Written, tmp_path: Path
+) -> None:
+    source = in_codes(originals(variant), tmp_path / "in", inputs=inputs)
+    plan = api.convert(source, tmp_path / "hf", check=False).plan
+    assert [d.tensor.name for d in plan.dropped] == ["layers.0.attention.k_fake_quantizer.qscale_act"]
+    config = document(tmp_path / "hf")
+    packing = config["quantization_config"]
+    assert packing["activation_scheme"] == ("static" if inputs else "dynamic")
+    parts = [] if variant == VARIANT else ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    assert packing["modules_to_not_convert"] == parts
+    found, wanted = world.tensors_of(tmp_path / "hf"), load_file(source / "consolidated.safetensors")
+    root = "" if variant == VARIANT else "language_model."
+    name = f"{root}model.layers.1.self_attn.q_proj."
+    own = "layers.1.attention.wq."
+    assert torch.equal(found[f"{name}weight_scale_inv"], wanted[f"{own}qscale_weight"])
+    assert (f"{name}activation_scale" in found) is inputs
+    (tmp_path / "hf" / "ckpt-tool.json").unlink()
+    api.convert(tmp_path / "hf", tmp_path / "back", to="original", family="ministral3", check=False)
+    del wanted["layers.0.attention.k_fake_quantizer.qscale_act"]
+    back = load_file(tmp_path / "back" / "consolidated.safetensors")
+    assert back.keys() == wanted.keys()
+    assert all(digest(back[n]) == digest(wanted[n]) for n in wanted)
+    told = document(tmp_path / "back", "params.json")["quantization"]
+    assert told == document(source, "params.json")["quantization"]
+
+
+def test_carried_codes_are_verified(originals: Written, tmp_path: Path) -> None:
+    source = in_codes(small(tmp_path / "plain"), tmp_path / "in")
+    api.convert(source, tmp_path / "hf", check=False)
+    report = verify(tmp_path / "hf", source, levels=("coverage", "bits", "parity"))
+    assert report.exit_code == 0
+    folder = Path(shutil.copytree(tmp_path / "hf", tmp_path / "wrong"))
+    tensors = load_file(folder / "model.safetensors")
+    scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    save_file(
+        {**tensors, scale: tensors[scale] * 1.01}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    assert verify(folder, source, levels="parity").exit_code == 1
+
+
+def test_the_case_of_eight_bits_has_the_values_of_its_readme(tmp_path: Path) -> None:
+    case = CASES / "mistral-fp8-tiny"
+    if not case.is_dir():
+        pytest.skip("the cases are not beside this checkout")
+    api.convert(case, tmp_path / "out", check=False)
+    wanted, config = document(case, "hf_config.json"), document(tmp_path / "out")
+    wanted["torch_dtype"] = wanted.pop("dtype")
+    assert {k: config[k] for k in wanted} == wanted
+    tensors = world.tensors_of(tmp_path / "out")
+    digests = {n: [str(t.dtype).removeprefix("torch."), [*t.shape], digest(t)] for n, t in tensors.items()}
+    assert digests == document(case, "hf_names.json")
+    expected = load_file(case / "expected.safetensors")
+    with opened(tmp_path / "out", case, {}) as subject:
+        for side in (original_side, converted_side):
+            logits = side(subject, torch.float32, "cpu").forward(expected["ids"][None])[0]
+            assert (logits - expected["logits_float32"]).abs().max() < 1e-3
+    for recipe, prefix in (("fp32-product", "fp32_product."), ("bf16-scale", "bf16_scale.")):
+        options = api.Options(dequantize="BF16", recipe=recipe)
+        api.convert(case, tmp_path / recipe, options=options, check=False)
+        made = world.tensors_of(tmp_path / recipe)
+        own = {n.removeprefix(prefix): t for n, t in expected.items() if n.startswith(prefix)}
+        assert own and all(torch.equal(made[n], t) for n, t in own.items())
+        assert "quantization_config" not in document(tmp_path / recipe)

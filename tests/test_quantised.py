@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ckpt_tool.api import convert, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert import quantised_values as values
+from ckpt_tool.convert.layout import Part, Step, apply, rule
 from ckpt_tool.convert.plan import Options
+from ckpt_tool.convert.quantised import found_in
+from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.verify.packed_mistakes import readings
 
+Written = Callable[[str], Path]
+Made = Callable[[str], Path]
+MODEL = "qwen3-float32"
+FITTING = [n for n in FORMATS if n != "mxfp4"]  # whose rows are of its length
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 ALL = np.arange(256, dtype=np.uint8)
 
@@ -93,3 +107,362 @@ def test_blocks_are_those_of_the_config_and_the_recipe_the_one_asked_for(folder:
                 some = np.empty(last - first, np.uint8)
                 seen.read_into(found, first, some.data)
                 assert np.array_equal(some, whole[first:last])
+
+
+# --- every format, in a family's own folder -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantised(conversions: Written, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`quantised(format)`: a tiny model of one family whose matrices are quantised so."""
+    known: dict[str, Path] = {}
+
+    def made(name: str) -> Path:
+        if name not in known:
+            known[name] = quantise(conversions(MODEL), tmp_path_factory.mktemp("q") / name, name)
+        return known[name]
+
+    return made
+
+
+def held(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    with open_checkpoint(folder) as checkpoint:
+        return {t.name: (t.dtype, t.shape, checkpoint.read(t).tobytes()) for t in checkpoint}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_what_is_carried_keeps_every_byte_both_ways(name: str, quantised: Made, tmp_path: Path) -> None:
+    source = quantised(name)
+    done = convert(source, tmp_path / "out")
+    assert any("keep their codes and scales" in n for n in done.plan.notes)
+    assert held(tmp_path / "out") == held(source)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["quantization_config"] == FORMATS[name].config
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
+    assert report.status == "pass", report.headline
+    assert any(f.data.get("exactness") == "bit-identical" for f in report.findings)
+    convert(tmp_path / "out", tmp_path / "back", to="original")
+    assert held(tmp_path / "back") == held(source)
+
+
+@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_numbers_are_proved_by_a_formula_of_their_own(
+    name: str, dtype: str, quantised: Made, tmp_path: Path
+) -> None:
+    options = Options(dequantize=dtype, recipe="bf16-scale" if dtype == "F32" else "fp32-product")
+    done = convert(quantised(name), tmp_path / "out", options=options)
+    assert done.plan.asked["recipe"] == options.recipe
+    assert done.outcome.manifest["options"]["dequantize"] == dtype
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    report = verify(tmp_path / "out", levels=("coverage", "bits"))  # the source by the manifest
+    assert report.status == "pass" and options.recipe in report.headline
+    (told,) = [f for f in report.findings if f.check == "dequantised"]
+    count = sum(n.endswith(("scale", "scale_inv")) for n in held(quantised(name))) - (
+        sum(n.endswith(("global_scale", "activation_scale")) for n in held(quantised(name)))
+    )
+    assert len(told.data["weights"]) == count
+    if dtype == "F32" and name in ("fp8-powers", "int4"):
+        assert set(told.data["weights"].values()) == {"exact"}
+    assert "rounded" not in told.data["weights"].values()
+
+
+def test_parity_reads_codes_on_both_sides_by_formulas_that_share_nothing(
+    quantised: Made, tmp_path: Path, one_thread: None
+) -> None:
+    convert(quantised("fp8-blocks"), tmp_path / "out")
+    report = verify(tmp_path / "out", quantised("fp8-blocks"), levels="parity", mode="quick")
+    assert report.status == "pass", report.headline
+    with open_checkpoint(tmp_path / "out") as checkpoint:  # in the output alone, where the manifest is stale
+        scale = checkpoint.find("model.layers.0.mlp.up_proj.weight_scale_inv")[0]
+        grid = checkpoint.read(scale)
+    put(tmp_path / "out", scale.name, np.roll(grid, 1, 0))
+    report = verify(tmp_path / "out", quantised("fp8-blocks"), levels=("bits", "parity"), mode="quick")
+    assert report.status == "fail"
+    assert any("one block off along the rows" in f.message for f in report.findings if f.level == "bits")
+    report = verify(tmp_path / "out", quantised("fp8-blocks"), levels="parity", mode="quick")
+    assert any(f.level == "parity" and f.status == "fail" for f in report.findings)
+
+
+def put(folder: Path, name: str, bits: np.ndarray) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        (tensor,) = checkpoint.find(name)
+        extent = checkpoint.files[tensor.file].extent(name)
+    assert extent is not None and bits.nbytes == tensor.nbytes
+    with open(folder / tensor.file, "r+b") as file:
+        file.seek(extent[1])
+        file.write(np.ascontiguousarray(bits).tobytes())
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "fp8-powers", "nvfp4", "int4"])
+def test_every_known_mistake_is_caught_and_named(name: str, quantised: Made, tmp_path: Path) -> None:
+    source, out = quantised(name), tmp_path / "out"
+    convert(source, out, options=Options(dequantize="BF16"))
+    good = held(out)
+    with open_checkpoint(source) as stored:
+        found = found_in(stored)
+        assert found is not None
+        # square in blocks where there is one, so that a transposed grid keeps its shape
+        weight = max(found.weights.values(), key=lambda w: (len(set(w.scales.shape)) == 1, w.name))
+        named = 0
+        for words, files in readings(stored, found, "BF16", "fp32-product"):
+            bits = np.empty(weight.shape, "<u2")
+            files[weight.codes.file].read_into(weight.name, 0, bits.data.cast("B"))
+            if bits.tobytes() == good[weight.name][2]:
+                continue  # nothing else here
+            put(out, weight.name, bits)
+            report = verify(out, source, levels="bits")
+            assert report.status == "fail", words
+            messages = [f.message for f in report.findings if f.check == "round trip"]
+            assert any(words in m for m in messages), (words, messages)
+            named += 1
+    assert named >= 4
+
+
+def test_the_recipe_of_somebody_elses_numbers_is_recognised(quantised: Made, tmp_path: Path) -> None:
+    for recipe in values.RECIPES:
+        out = tmp_path / recipe
+        convert(quantised("fp8-blocks"), out, options=Options(dequantize="BF16", recipe=recipe))
+        (out / "ckpt-tool.json").unlink()
+        report = verify(out, quantised("fp8-blocks"), levels=("coverage", "bits"))
+        assert report.status == "fail"
+        (told,) = [f for f in report.findings if "dequantised" in f.data]
+        assert told.data["recipe"] == recipe and f"by the recipe {recipe}" in told.message
+        accepted = verify(
+            out, quantised("fp8-blocks"), levels=("coverage", "bits"), accept=["dequantised-to-bfloat16"]
+        )
+        assert accepted.status == "pass", accepted.headline
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+
+def changed(source: Path, out: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> Path:
+    """A copy of a folder with other tensors (dtype, bits by name) or another config.json."""
+    out.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    with open_checkpoint(source) as checkpoint:
+        tensors = {t.name: (t.dtype, checkpoint.read(t)) for t in checkpoint}
+    change(tensors, config)
+    write(out / "model.safetensors", tensors)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+CODES, GRID = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight_scale_inv"
+
+
+def scaled(value: float) -> Callable[[Tensors, dict[str, Any]], None]:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        grid = tensors[GRID][1].copy()
+        grid[0, 0] = np.float32(value).view("<u4")
+        tensors[GRID] = "F32", grid
+
+    return change
+
+
+def other(key: str, value: object) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, config: config["quantization_config"].update({key: value})
+
+
+REFUSED = {
+    "no scales": (lambda t, c: t.pop(GRID), "missing-tensor", GRID, "get the whole release"),
+    "another grid": (
+        lambda t, c: t.update({GRID: ("F32", t[GRID][1][:-1])}),
+        "shape-mismatch",
+        GRID,
+        "a last block may be short",
+    ),
+    "a transposed grid": (
+        lambda t, c: t.update({GRID: ("F32", t[GRID][1].T)}),
+        "shape-mismatch",
+        GRID,
+        "a last block may be short",
+    ),
+    "another block": (
+        other("weight_block_size", [128, 128]),
+        "shape-mismatch",
+        "weight_scale_inv",
+        "config.json",
+    ),
+    "no block": (other("weight_block_size", None), "config-mismatch", "weight_scale_inv", "--set"),
+    "no config": (
+        lambda t, c: c.pop("quantization_config"),
+        "missing-fact",
+        "quantization_config.weight_block_size",
+        "--set quantization_config=",
+    ),
+    "an odd block": (other("weight_block_size", [16]), "bad-config", "weight_block_size", ""),
+    "another method": (other("quant_method", "awq"), "unsupported", "quant_method", ""),
+    "an unknown key": (other("rotation", "hadamard"), "unsupported", "rotation", "--set"),
+    "integer scales": (
+        lambda t, c: t.update({GRID: ("I32", t[GRID][1])}),
+        "unsupported-dtype",
+        GRID,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_says_why_and_the_way_out(what: str, quantised: Made, tmp_path: Path) -> None:
+    change, kind, where, hint = REFUSED[what]
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", change)
+    for options in (Options(), Options(dequantize="BF16")):
+        with pytest.raises(CkptToolError) as caught:
+            plan(source, options=options)
+        problem = caught.value.problems[0]
+        assert (problem.kind, caught.value.exit_code) == (kind, 2), problem
+        assert where in (problem.where or "")
+        assert hint in (problem.hint or "")
+
+
+def test_a_block_that_no_config_says_may_be_given(quantised: Made, tmp_path: Path) -> None:
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", lambda t, c: c.pop("quantization_config"))
+    said = {"quant_method": "fp8", "weight_block_size": [16, 24]}
+    options = Options(settings={"quantization_config": said}, dequantize="BF16")
+    convert(source, tmp_path / "out", options=options)
+    convert(quantised("fp8-blocks"), tmp_path / "right", options=Options(dequantize="BF16"))
+    assert held(tmp_path / "out") == held(tmp_path / "right")
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
+def test_numbers_are_not_made_of_scales_that_are_none(
+    value: float, words: str, quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", scaled(value))
+    with pytest.raises(CkptToolError) as caught:
+        convert(source, tmp_path / "out", options=Options(dequantize="BF16"))
+    assert caught.value.kind == "bad-scales" and words in caught.value.problems[0].message
+    assert not (tmp_path / "out").exists()
+    done = convert(source, tmp_path / "carried", check=False)  # as it is, and told
+    assert {"odd-scales", "non-finite"} <= {f.kind for f in done.outcome.findings}
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.0, "zero"), (-0.5, "negative")])
+def test_odd_scales_are_told(value: float, words: str, quantised: Made, tmp_path: Path) -> None:
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", scaled(value))
+    done = convert(source, tmp_path / "out", options=Options(dequantize="BF16"), check=False)
+    (odd,) = [f for f in done.outcome.findings if f.kind == "odd-scales"]
+    assert words in odd.message and odd.tensor == GRID and odd.details["first"] == [0, 0]
+
+
+def test_codes_that_are_nan_are_told_and_stay_so(quantised: Made, tmp_path: Path) -> None:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        codes = tensors[CODES][1].copy()
+        codes[3, 5], codes[3, 6] = 0x7F, 0xFF
+        tensors[CODES] = "F8_E4M3", codes
+
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", change)
+    for name, options in (("numbers", Options(dequantize="BF16")), ("codes", Options())):
+        done = convert(source, tmp_path / name, options=options, check=False)
+        (told,) = [f for f in done.outcome.findings if f.kind == "non-finite"]
+        assert told.tensor == CODES
+        with pytest.raises(CkptToolError, match="non-finite"):
+            convert(source, tmp_path / f"{name}-strict", options=options, strict=True)
+    with open_checkpoint(tmp_path / "numbers") as checkpoint:
+        assert np.isnan(np.asarray(checkpoint[CODES])[3, 5:7]).all()
+
+
+def test_code_255_of_a_scale_is_refused_where_libraries_disagree(quantised: Made, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.scale"
+
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        grid = tensors[name][1].copy()
+        grid[0, 0] = 255
+        tensors[name] = "F8_E8M0", grid
+
+    source = changed(quantised("fp8-powers"), tmp_path / "in", change)
+    with pytest.raises(CkptToolError, match="code 255") as caught:
+        convert(source, tmp_path / "out", options=Options(dequantize="F32"))
+    assert caught.value.kind == "bad-scales"
+
+
+def test_a_cast_is_no_way_to_make_numbers_of_codes(quantised: Made) -> None:
+    with pytest.raises(CkptToolError, match="--dequantize bfloat16") as caught:
+        plan(quantised("fp8-blocks"), options=Options(dtype="BF16"))
+    assert caught.value.kind == "usage"
+    with pytest.raises(CkptToolError, match="rounds once"):
+        plan(quantised("fp8-blocks"), options=Options(dtype="BF16", dequantize="F32"))
+
+
+# --- rows over blocks -----------------------------------------------------------------------------------
+
+
+def grids(pattern: str, sizes: dict[str, int], block: tuple[int, int], **more: Any) -> list[np.ndarray]:
+    """What a row makes of the grid 0, 1, 2, ... of one matrix, held against every number of it."""
+    row = rule("a.weight", more.pop("target", "b.weight"), pattern, **more)
+    axes = tuple((a, sizes[a]) for g in row.left for a in g)
+    targets = tuple(Part("", n, "U8", row.right, ranges) for n, ranges in more_parts(row, sizes))
+    step = Step(axes, (Part("f", "a.weight", "U8", row.left),), targets)
+    places = tuple(p.place for p in step.sources), tuple(p.place for p in step.targets)
+    grid_axes, left, right = _grid(axes, *places, block, False)
+    sources = tuple(Part("f", "a", "U8", d, r) for d, r in zip(*left, strict=True))
+    made = tuple(Part("", "b", "U8", d, r) for d, r in zip(*right, strict=True))
+    whole = Step(axes, step.sources, step.targets)
+    rows, columns = step.sources[0].shape(dict(axes))
+    grid = np.arange(-(-rows // block[0]) * -(-columns // block[1]), dtype="u1")
+    grid = grid.reshape(-(-rows // block[0]), -1)
+    found = apply(Step(grid_axes, sources, made), [grid])
+    each = apply(whole, [grid.repeat(block[0], 0).repeat(block[1], 1)[:rows, :columns]])
+    for g, numbers in zip(found, each, strict=True):
+        shown = g.repeat(block[0], 0).repeat(block[1], 1)[: numbers.shape[0], : numbers.shape[1]]
+        assert np.array_equal(shown, numbers), pattern
+    return found
+
+
+def more_parts(row: Any, sizes: dict[str, int]) -> list[tuple[str, Any]]:
+    if len(row.target) == 1:
+        return [(row.target[0], ())]
+    edges = np.cumsum([0, *row.cut_sizes]).tolist()
+    return [(n, ((row.cut, a, b),)) for n, a, b in zip(row.target, edges, edges[1:], strict=False)]
+
+
+SIZES = {"n": 4, "half": 8, "two": 2, "d": 40, "s": 3, "h": 16, "r": 36}
+LEGAL = {
+    "nothing moves": ("r d", (16, 32), {}),
+    "inside of a block of two heads": ("(n half two) d -> (n two half) d", (32, 32), {}),
+    "inside of a block of one head": ("(n half two) d -> (n two half) d", (16, 32), {}),
+    "a short last block": ("(n half two) d -> (n two half) d", (48, 32), {}),
+    "whole blocks change places": ("(n s h) d -> (s n h) d", (8, 32), {}),
+    "a cut on the edge of a block": (
+        "(s h) d",
+        (16, 32),
+        {"cut": ("s", (2, 1)), "target": ("b.weight", "c.weight")},
+    ),
+    "a cut of groups": ("(n s h) d", (16, 32), {"cut": ("s", (2, 1)), "target": ("b.weight", "c.weight")}),
+}
+TORN = {
+    "a head of two blocks": ("(n half two) d -> (n two half) d", (8, 32), {}),
+    "a block of one head and a half": ("(n half two) d -> (n two half) d", (24, 32), {}),
+    "a cut inside of a block": (
+        "(s h) d",
+        (32, 32),
+        {"cut": ("s", (1, 2)), "target": ("b.weight", "c.weight")},
+    ),
+    "a transpose": ("r d -> d r", (16, 32), {}),
+}
+
+
+@pytest.mark.parametrize("what", LEGAL)
+def test_a_row_moves_whole_blocks(what: str) -> None:
+    pattern, block, more = LEGAL[what]
+    assert grids(pattern, SIZES, block, **more)
+
+
+@pytest.mark.parametrize("what", TORN)
+def test_a_row_that_tears_a_block_is_refused(what: str) -> None:
+    pattern, block, more = TORN[what]
+    with pytest.raises(Torn, match="whole blocks"):
+        grids(pattern, SIZES, block, **more)
+
+
+def test_what_would_be_torn_is_refused_by_name_with_the_way_out(conversions: Written, tmp_path: Path) -> None:
+    """Heads of ten rows in blocks of sixteen, which the layout of the original turns to pairs."""
+    source = quantise(conversions("mistral-7b-v0.1"), tmp_path / "in", "fp8-blocks")
+    with pytest.raises(CkptToolError) as caught:
+        plan(source, to="original")
+    assert caught.value.kind == "unsupported" and "--dequantize" in (caught.value.problems[0].hint or "")
+    convert(source, tmp_path / "out", to="original", options=Options(dequantize="BF16"))
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
+    assert report.status == "pass", report.headline

@@ -9,8 +9,10 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.convert.layout import Step
+from ckpt_tool.convert.quantised_values import TARGETS
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.casted import loses
+from ckpt_tool.verify.packed_bits import dequantised_name
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 
@@ -23,7 +25,7 @@ def cast_name(dtype: str) -> str:
 def known_names() -> list[str]:
     """All that can be accepted, whatever the checkpoint."""
     foretold = [name for f in FAMILIES for name in family(f).foretold]
-    return sorted({*foretold, *map(cast_name, CASTABLE)})
+    return sorted({*foretold, *map(cast_name, CASTABLE), *map(dequantised_name, TARGETS)})
 
 
 def check_names(accept: Collection[str]) -> None:
@@ -64,6 +66,8 @@ def unneeded(subject: Subject, accept: Collection[str]) -> list[Finding]:
     needed = {f.name for f in subject.plan.foretold} if subject.plan is not None else set()
     if subject.undeclared_cast is not None:
         needed.add(cast_name(subject.undeclared_cast))
+    if subject.packed is not None and subject.packed.dtype is not None and not subject.packed.declared:
+        needed.add(dequantised_name(subject.packed.dtype))
     return [
         Finding("coverage", "accept", "note", f"nothing here is called {name}: --accept had no effect")
         for name in dict.fromkeys(accept)

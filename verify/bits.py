@@ -24,6 +24,7 @@ from ckpt_tool.convert.pooling import mean
 from ckpt_tool.verify.claims import WITHOUT_COPIES
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.in_order import in_order
+from ckpt_tool.verify.packed_bits import exactness, explained, recognised
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.rounding import other_roundings
 from ckpt_tool.verify.strips import strip
@@ -129,6 +130,21 @@ def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
     return result
 
 
+def recognise_recipe(subject: Subject) -> None:
+    """Of numbers that nobody says were asked for, the recipe by which the output has them."""
+
+    def differs(step: Step, source: Checkpoint) -> bool:
+        found = [t for p in step.targets if (t := subject.target(p.file, p.name)) is not None]
+        inputs = [source.files[p.file].tensors[p.name] for p in step.sources]
+        fits = [t.shape for t in found] == [p.shape(step.sizes) for p in step.targets]
+        if not fits or {t.dtype for t in found} != {step.targets[0].dtype}:
+            return True
+        to = step.targets[0].dtype
+        return bool(_compare_step(step, source, inputs, subject.output, found, False, to))
+
+    recognised(subject, differs)
+
+
 def compare_step(subject: Subject, step: Step) -> Comparison:
     """What one step of the plan gives against what is there."""
     assert subject.source is not None
@@ -144,14 +160,18 @@ def compare_step(subject: Subject, step: Step) -> Comparison:
     if not fits or (dtypes != wanted and not step.compare):  # what a copy is compared with is also written
         result.missing += [f"{t.name} ({t.dtype} {t.shape})" for t in found]
         return result
-    if wanted == dtypes == {t.dtype for t in sources} and not step.mean:
-        made = _compare_step(
-            step.inverse(), subject.output, found, subject.source, sources, bool(step.compare)
-        )
-    else:
-        made = _compare_step(
-            step, subject.source, sources, subject.output, found, bool(step.compare), wanted.pop()
-        )
+    same = wanted == dtypes == {t.dtype for t in sources} and not step.mean
+
+    def differences(source: Checkpoint) -> list[Difference]:
+        if same:
+            return _compare_step(step.inverse(), subject.output, found, source, sources, bool(step.compare))
+        return _compare_step(step, source, sources, subject.output, found, bool(step.compare), min(wanted))
+
+    made = differences(subject.source)
+    if made and (words := explained(subject, sources, lambda other: bool(differences(other)))) is not None:
+        for d in made:
+            d.roundings = {words}
+    if not same:
         exact = bool(step.compare) and not any(rounds(t.dtype, step.targets[0].dtype) for t in sources)
         result.cast += not step.mean and not exact
         result.pooled += bool(step.mean)
@@ -240,7 +260,9 @@ def bits(subject: Subject, scans: list[Scan], compared: Comparison | None = None
     if subject.plan is None:
         return [finding("round trip", "skipped", "the source could not be planned: see coverage"), *found]
     result = compare(subject, subject.plan.steps) if compared is None else compared
-    return [*_round_trip(subject, result), *_accounting(subject, result), *found]
+    wrong = {d.tensor.name for d in result.differences} | {d.against.name for d in result.differences}
+    numbers = exactness(subject, wrong)
+    return [*_round_trip(subject, result), *numbers, *_accounting(subject, result), *found]
 
 
 def _round_trip(subject: Subject, result: Comparison) -> Iterator[Finding]:
@@ -264,7 +286,11 @@ def _round_trip(subject: Subject, result: Comparison) -> Iterator[Finding]:
     exactness = "identical after cast" if result.cast or result.pooled else "bit-identical"
     dtypes = ", ".join(sorted({p.dtype for step in subject.plan.steps for p in step.targets}))
     words = "the plan's inverse gives the source back"
-    if result.cast:
+    packed = subject.packed
+    if packed is not None and packed.dtype is not None:
+        exactness = "identical after cast"
+        words = f"the output is what the source's codes and scales stand for by the recipe {packed.recipe}"
+    elif result.cast:
         words = f"the output is the source cast to {dtypes}"
     if result.pooled:
         pooled = f"the means over heads in {result.pooled} steps are those of the source"
@@ -310,9 +336,13 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     copies = {(p.file, p.name) for s in subject.plan.steps if s.compare for p in s.sources}
     moved = {(p.file, p.name) for s in subject.plan.steps if not s.compare for p in s.sources}
     size = Counter[str]()
+    weights = subject.packed.by_name if subject.packed is not None else {}
     for t in (*subject.source, *(left.tensor for left in subject.source.left_out)):
         key = (t.file, t.name)
-        size["used" if key in moved else "copies" if key in copies else "dropped"] += t.nbytes
+        stored = weights[t.name].parts if t.name in weights else (t,)
+        size["used" if key in moved else "copies" if key in copies else "dropped"] += sum(
+            p.nbytes for p in stored
+        )
     planned_drop = sum(d.tensor.nbytes for d in subject.plan.dropped)
     paths = {p for f in subject.source.files.values() for p in f.paths}
     served = [remote.size for p in paths if (remote := remote_of(p)) is not None]

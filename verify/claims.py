@@ -29,6 +29,7 @@ PROOFS = {
     ("bits", "round trip"): "the bits",
     ("parity", "lockstep"): "the numbers",
     ("transformers", "logits"): "what transformers computes of it",
+    ("training", "step"): "the changes of one training step on these prompts",
     ("generation", "greedy"): "the tokens that it goes on with",
 }
 NOT_COMPARED = "not compared with a source"
@@ -160,7 +161,10 @@ def _proved(findings: Sequence[Finding]) -> str:
         if proof in passed
     ]
     text = f"{', '.join(shown[:-1])}{' and ' * (len(shown) > 1)}{shown[-1]} are those of its source"
-    if exactness(findings) == "identical after cast":
+    recipe = next((f.data["recipe"] for f in findings if f.check == "dequantised"), None)
+    if recipe is not None:
+        text += f" once it is dequantised by the recipe {recipe}"
+    elif exactness(findings) == "identical after cast":
         text += " once it is cast or pooled as recorded or accepted"
     if exactness(findings) == WITHOUT_COPIES:
         text += ", but for the copies that were left out and compared with nothing"

@@ -21,6 +21,7 @@ from ckpt_tool.verify.accepting import undeclared_cast
 from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.left_over import explained, is_table, left_over
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
+from ckpt_tool.verify.packed_bits import undeclared
 from ckpt_tool.verify.prefixed import NOTE
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
@@ -170,6 +171,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
         yield finding("target tensors", "pass", text)
     yield from _left_out(subject)
     yield from undeclared_cast(subject)
+    yield from undeclared(subject)
     for note in plan.lossy:
         yield finding("dtype", "note", note)
 
@@ -188,7 +190,7 @@ def _way_back_problems(subject: Subject) -> tuple[list[Problem], list[Problem]]:
     output, and what is right in it and the original's layout cannot say or share out."""
     assert subject.family is not None
     try:
-        subject.family.plan_original(subject.output, Options())
+        subject.family.plan_original(subject.planned(subject.output), Options())
     except CkptToolError as error:
         back = [p for p in error.problems if p.kind == "unsupported" or _cannot_be_shared(p)]
         return [p for p in error.problems if p not in back], back
@@ -224,7 +226,7 @@ def _replanned(subject: Subject) -> Iterator[Finding]:
             wrong, back = [], wrong + back
     else:
         try:
-            family.plan(subject.output, Options(settings=subject.settings))
+            family.plan(subject.planned(subject.output), Options(settings=subject.settings))
         except CkptToolError as error:
             wrong = list(error.problems)
     yield from _problems("target tensors", tuple(wrong))
@@ -246,7 +248,7 @@ def _as_its_class(subject: Subject) -> Iterator[Finding]:
     """Where no original could be written, of this head or with these values: what its class has."""
     assert subject.family is not None
     try:
-        made = canonical.canonical(subject.output, subject.family, Options())
+        made = canonical.canonical(subject.planned(subject.output), subject.family, Options())
     except CkptToolError as error:
         yield from _problems("target tensors", error.problems)
         return

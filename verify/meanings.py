@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.facts import Meaning, Reading, class_of, classes, differences, read, same, shown
-from ckpt_tool.convert.facts_classes import IDENTITY, IDLE, IDS
+from ckpt_tool.convert.facts_classes import IDENTITY, IDLE, IDS, PACKED
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
 
@@ -43,7 +43,7 @@ def config(subject: Subject) -> list[Finding]:
         return [*made, finding("skipped", reason, data={"open": True})]
     expected = read(planned, model_type)
     made += _compared(expected, found, known, classes()[model_type].name)
-    made += _unknown(found, planned)
+    made += [*_unknown(found, planned), *_packing(subject, planned)]
     if not any(f.status == "fail" for f in made):
         made.append(_passed(found, known))
     return made
@@ -58,7 +58,10 @@ def _in_itself(subject: Subject, found: Reading) -> Iterator[Finding]:
     for w in found.wrong:
         yield finding("fail", w.text, f"config.json: {w.where}", data={"found": subject.config.get(w.where)})
     yield from _labels(subject.config)
+    carried = subject.packed is not None and subject.packed.carried
     for key, reason in found.refused.items():
+        if carried and key in PACKED:
+            continue  # compared below
         text = f"expected a config for plain weights, found {key}, which {reason}"
         yield finding("fail", text, f"config.json: {key}")
     counts: Counter[str] = Counter()
@@ -152,6 +155,18 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
         if key not in found.unknown and key in read(planned, found.model_type).unknown:
             text = f"expected {shown(planned[key])} (carried over from the source), found nothing"
             yield finding("fail", text, f"config.json: {key}", data={"expected": planned[key]})
+
+
+def _packing(subject: Subject, planned: Mapping[str, Any]) -> Iterator[Finding]:
+    """What says how quantised weights that were carried are to be read."""
+    if subject.packed is None or not subject.packed.carried:
+        return
+    for key in PACKED:
+        want, have = planned.get(key), subject.config.get(key)
+        if not same(want, have):
+            text = f"expected {shown(want)}, how the codes are to be read, found {shown(have)}"
+            data = {"expected": want, "found": have, "name": key}
+            yield finding("fail", text, f"config.json: {key}", data=data)
 
 
 def _passed(found: Reading, known: Known) -> Finding:

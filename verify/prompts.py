@@ -12,6 +12,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import fail
 from ckpt_tool.fixtures.prompts import prompts as fixed
 from ckpt_tool.verify.report import Finding
@@ -64,6 +65,14 @@ class Lengths:
         return {name: row for name, row in fitted.items() if row}
 
 
+def padding_of(config: Mapping[str, Any]) -> int | None:
+    """The id that fills rows, as the class reads config.json: some have one where it says none."""
+    kind = class_of(config)
+    usual = {} if kind is None else classes()[kind].identity
+    found = {**usual, **config}.get("pad_token_id")
+    return found if type(found) is int else None
+
+
 def with_inputs(
     rows: Mapping[str, list[int]],
     inputs: Iterable[str],
@@ -76,8 +85,7 @@ def with_inputs(
     taken = set(inputs) - ({"token_types"} if config.get("type_vocab_size") in (0, 1) else set())
     if not taken or not {"long", "other"} <= rows.keys():
         return made
-    found = config.get("pad_token_id")
-    pad = found if type(found) is int else 0
+    pad = padding_of(config) or 0
     one, two = rows["long"][:BATCH], rows["other"]
     one = _without(pad, one[: lengths.fits(len(one))])
     two = _without(pad, two[: max(1, len(one) * 2 // 3)])  # where a short table cut both, still the shorter

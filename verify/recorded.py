@@ -35,15 +35,17 @@ class Recorded:
     trusted: tuple[str, ...] = ()
 
 
-def find_source(out: Checkpoint, manifest: Manifest) -> Checkpoint | None:
+def find_source(
+    out: Checkpoint, manifest: Manifest, seen: Callable[[Checkpoint], Checkpoint]
+) -> Checkpoint | None:
     """The source that the manifest records, opened, where it lies there still: the same files with the same
-    headers. Nobody else is asked, and what cannot be opened is not the source."""
+    headers, as `seen`. Nobody else is asked, and what cannot be opened is not the source."""
     if manifest.source is None or scheme_of(manifest.source) is not None or not manifest.sources:
         return None
     folder = out.path if out.path.is_dir() else out.path.parent
     prefer: Prefer = "original" if manifest.direction != "to-original" else "hf"
     try:
-        found = as_families_know(open_checkpoint(folder / manifest.source, prefer=prefer))
+        found = as_families_know(seen(open_checkpoint(folder / manifest.source, prefer=prefer)))
     except (CkptToolError, OSError, ValueError):
         return None
     recorded = {(s.name, s.headers) for s in manifest.sources}

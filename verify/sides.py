@@ -29,11 +29,13 @@ from ckpt_tool.checkpoint.safe_yaml import read_yaml
 from ckpt_tool.checkpoint.weight_sets import is_settings
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.copies import copied_rows
+from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, distance, farthest
+from ckpt_tool.verify.packed_weights import PackedWeights, packed_in
 from ckpt_tool.verify.pooled import pooled_original
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.stacked import StackedWeights
@@ -310,20 +312,20 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
         told.setdefault("vocab_size", subject.config["vocab_size"])  # rows of padding are not compared
     if subject.plan is not None and (rows := copied_rows(subject.plan.steps)):
         told["copied_rows"] = rows
-    facts = _facts(checkpoint, subject.family.document)
+    facts = _plain(_facts(checkpoint, subject.family.document), checkpoint, subject.settings)
     config = module.Config.from_original(facts, shapes, len(ranks), told)
-    return side_of(module, config, checkpoint, ranks, dtype, device)
+    return side_of(module, config, checkpoint, ranks, dtype, device, original=True, settings=subject.settings)
 
 
 def _same_layout(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     """The Hugging Face layout's reading of a source that has it already, by its own config.json."""
     assert subject.original is not None and subject.family is not None
     source = canonical.as_class_writes(cast_forward(subject.original, subject.plan), subject.family)
-    config = overlaid(source.json("config.json"), subject.settings)
+    config = overlaid(_plain(source.json("config.json"), source, subject.settings), subject.settings)
     (architecture, *_) = config.get("architectures") or subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
     made = module.Config.from_hf(config)
-    return side_of(module, made, source, ranks_of(source), dtype, device, config)
+    return side_of(module, made, source, ranks_of(source), dtype, device, config, settings=subject.settings)
 
 
 def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
@@ -331,9 +333,12 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     assert subject.hf is not None
     (architecture, *_) = subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
-    config = module.Config.from_hf(subject.config)
+    read = _plain(subject.config, subject.hf, subject.settings)
+    config = module.Config.from_hf(read)
     checkpoint = subject.hf if subject.direction == "to-hf" else cast_forward(subject.hf, subject.plan)
-    return side_of(module, config, checkpoint, ranks_of(checkpoint), dtype, device, subject.config)
+    return side_of(
+        module, config, checkpoint, ranks_of(checkpoint), dtype, device, read, settings=subject.settings
+    )
 
 
 def side_of(
@@ -344,13 +349,26 @@ def side_of(
     dtype: torch.dtype,
     device: str,
     raw: Mapping[str, Any] | None = None,
+    *,
+    original: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Side:
-    """`module` over the tensors of `checkpoint` in each rank, computed in `dtype`."""
+    """`module` over the tensors of `checkpoint` in each rank, computed in `dtype`; quantised weights are read
+    by the formula of the layout, the `original` one or the library's."""
     make: Callable[..., Weights] = Weights
+    if (inventory := packed_in(checkpoint, settings or {})) is not None:
+        make = partial(PackedWeights, inventory=inventory, original=original)
     if is_stacked(checkpoint):
         make = partial(StackedWeights, apart=module.apart)
     weights = tuple(make(checkpoint, names, dtype, device) for names in ranks)
     return Side(module, config, weights, raw or {}, weights)
+
+
+def _plain(said: dict[str, Any], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a document says of the model once its quantised weights are read as numbers."""
+    if packed_in(checkpoint, settings) is None:
+        return said
+    return {k: v for k, v in said.items() if k not in PACKED}
 
 
 def _facts(checkpoint: Checkpoint, document: str | None) -> dict[str, Any]:

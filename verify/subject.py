@@ -4,7 +4,7 @@ original, the family, the plan made again from the source's headers, the manifes
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +20,11 @@ from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.convert.recognising import near_misses, with_config
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.casted import as_found, cast_seen
+from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.prefixed import is_bare, with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
@@ -45,6 +47,7 @@ class Subject:
     plan: Plan | None = None
     problems: tuple[Problem, ...] = ()  # why there is no plan
     undeclared_cast: str | None = None  # the dtype, where nothing records that it was asked for
+    packed: Packed | None = None  # what became of quantised weights
     accepted: tuple[str, ...] = ()  # names of differences that do not fail
     notes: list[str] = field(default_factory=list)
 
@@ -60,7 +63,7 @@ class Subject:
             source is not None
             and chosen is not None
             and source is not self.hf
-            and (canonical.is_one(source, chosen))
+            and (canonical.is_one(self.planned(source), chosen))
         )
 
     @cached_property
@@ -70,6 +73,10 @@ class Subject:
         if self.direction == "to-hf":
             return {("", t.name): t for t in self.output}
         return {(self.named(t.file), t.name): t for t in self.output}
+
+    def planned(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Either side as plans are made of it: quantised weights that are carried have their plain names."""
+        return as_asked(checkpoint, Options(settings=self.settings))
 
     def named(self, file: str) -> str:
         """What tells a file of the output from others: nothing in a torch.distributed folder, which reads as
@@ -99,22 +106,27 @@ def opened(
             out.close()
             out = _open(output, "original", as_loaders_do)
         stack.enter_context(out)
-        src, found = None, None
+        src, found, packed = None, None, Packed(out, manifest, settings or {})
         if source is not None:
-            src = stack.enter_context(_open(source, "hf" if back else "original"))
+            src = stack.enter_context(_open(source, "hf" if back else "original", seen=packed.seen))
         elif look_for_source and manifest is not None:
-            src = find_source(out, manifest)
+            src = find_source(out, manifest, packed.seen)
             if src is not None:
                 found = stack.enter_context(src).path
         if src is not None:
             _must_be_two(out, src)
-        subject = _subject(out, src, manifest, settings or {})
+        subject = _subject(out, src, manifest, settings or {}, packed)
         subject.found = found
         yield subject
 
 
-def _open(path: str | os.PathLike[str], prefer: Prefer, limits: Limits | None = None) -> Checkpoint:
-    """The weights of one layout where there are two, else those that are there."""
+def _open(
+    path: str | os.PathLike[str],
+    prefer: Prefer,
+    limits: Limits | None = None,
+    seen: Callable[[Checkpoint], Checkpoint] = lambda found: found,
+) -> Checkpoint:
+    """The weights of one layout where there are two, else those that are there, as `seen`."""
     try:
         found = open_checkpoint(path, prefer=prefer, limits=limits, hub="download")
     except CkptToolError as error:
@@ -122,7 +134,7 @@ def _open(path: str | os.PathLike[str], prefer: Prefer, limits: Limits | None = 
             raise
         found = open_checkpoint(path, limits=limits, hub="download")
     try:
-        return as_families_know(found)
+        return as_families_know(seen(found))
     except BaseException:
         found.close()
         raise
@@ -145,7 +157,11 @@ def _manifest_of(out: Checkpoint) -> Manifest | None:
 
 
 def _subject(
-    out: Checkpoint, src: Checkpoint | None, manifest: Manifest | None, settings: Mapping[str, Any]
+    out: Checkpoint,
+    src: Checkpoint | None,
+    manifest: Manifest | None,
+    settings: Mapping[str, Any],
+    packed: Packed,
 ) -> Subject:
     # some originals look like Hugging Face's layout too
     back = manifest is not None and manifest.direction == "to-original"
@@ -163,6 +179,7 @@ def _subject(
         config={} if hf is None else hf.json("config.json"),
         manifest=manifest,
         settings={**recorded, **settings},
+        packed=packed,
     )
     _find_family(subject)
     if subject.family is not None and src is not None:
@@ -201,7 +218,8 @@ def _find_family(subject: Subject) -> None:
         fail("bad-config", text, file="config.json", where="architectures")
     architectures = set(map(str, named_there or []))
     fitting = [f for f in known if architectures & set(f.architectures)]
-    said = [] if subject.original is None else [(f, *f.recognise(subject.original)) for f in known]
+    shown = None if subject.original is None else subject.planned(subject.original)
+    said = [] if shown is None else [(f, *f.recognise(shown)) for f in known]
     recognised = [f for f, yes, _ in said if yes]
     named = None if subject.manifest is None else subject.manifest.family
     both = [f for f in fitting if f in recognised]
@@ -215,8 +233,8 @@ def _find_family(subject: Subject) -> None:
         return
     if chosen:
         found = f"expected one family, found {', '.join(f.name for f in chosen)}"
-    elif said and subject.original is not None:
-        misses = near_misses(subject.original, [(f.name, yes, why) for f, yes, why in said])
+    elif said and shown is not None:
+        misses = near_misses(shown, [(f.name, yes, why) for f, yes, why in said])
         reasons = "; ".join(f"{name}: {why}" for name, why in misses) or "none comes near"
         found = f"expected a known family, found none ({reasons})"
     else:
@@ -226,7 +244,12 @@ def _find_family(subject: Subject) -> None:
 
 def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
     assert subject.family is not None and subject.source is not None
-    source, chosen, forth = subject.source, subject.family, subject.direction == "to-hf"
+    chosen, forth = subject.family, subject.direction == "to-hf"
+    try:
+        source = subject.planned(subject.source)
+    except CkptToolError as error:
+        subject.problems = error.problems
+        return
 
     def plan(options: Options) -> Plan:
         return canonical.plan(source, chosen, options) if forth else chosen.plan_original(source, options)
@@ -256,6 +279,7 @@ def _options(subject: Subject) -> Options:
         dtype=recorded.get("dtype"),
         drop=tuple(recorded.get("drop") or ()),
         gqa=recorded.get("gqa"),
+        **({} if subject.packed is None else subject.packed.options),
         family_options=recorded.get("family_options") or {},
     )
     if subject.direction == "to-original":

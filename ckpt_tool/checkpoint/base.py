@@ -19,12 +19,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.errors import fail, near, printable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ckpt_tool.checkpoint.tensor import Tensor
 
 
@@ -49,6 +49,7 @@ DTYPES: dict[str, DType] = {
         DType("BF16", 2, "<u2", None, "bfloat16"),
         DType("F8_E4M3", 1, "u1", None, "float8_e4m3fn"),
         DType("F8_E5M2", 1, "u1", None, "float8_e5m2"),
+        DType("F8_E8M0", 1, "u1", None, "float8_e8m0fnu"),  # a power of two: scales of codes
         DType("I64", 8, "<u8", "<i8", "int64"),
         DType("I32", 4, "<u4", "<i4", "int32"),
         DType("I16", 2, "<u2", "<i2", "int16"),
@@ -382,6 +383,8 @@ class Checkpoint:
     def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start:stop` of a tensor as an array of its raw bits (`DTYPES[...].bits`); a scalar
         counts as one row."""
+        import numpy as np
+
         dtype = DTYPES[tensor.dtype]
         shape = tensor.shape or (1,)
         stop = shape[0] if stop is None else stop

@@ -28,9 +28,7 @@ DIMENSION_LIMIT = 64
 ELEMENT_LIMIT = 1 << 56  # elements of the non-empty dimensions; no file holds as many bytes
 
 # Element types that the format has and this project does not move.
-_OTHER_DTYPES = frozenset(
-    ("C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "U4", "I4")
-)
+_OTHER_DTYPES = frozenset(("C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "U4", "I4"))
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 
 

@@ -3,7 +3,7 @@ much of it as is.
 
 numpy has no bfloat16 and no 8-bit floats: those come as float32, which holds each of their values exactly;
 `bits` gives them as they are stored. Sources of the 8-bit types: Open Compute Project, OFP8 1.0 (E4M3 has no
-infinities, E5M2 is the upper byte of a float16)."""
+infinities, E5M2 is the upper byte of a float16) and Microscaling Formats 1.0 (E8M0 is a power of two)."""
 
 from __future__ import annotations
 
@@ -123,6 +123,8 @@ def _widened(bits: np.ndarray, dtype: str) -> np.ndarray:
         return np.asarray((bits.astype("<u4") << 16).view("<f4"))
     if dtype == "F8_E5M2":
         return np.asarray((bits.astype("<u2") << 8).view("<f2").astype("<f4"))
+    if dtype == "F8_E8M0":
+        return np.where(bits == 255, np.nan, np.ldexp(np.float32(1), bits.astype("<i4") - 127)).astype("<f4")
     exponent, fraction = (bits >> 3 & 15).astype("<i4"), (bits & 7).astype("<f4")
     size = np.where(exponent > 0, np.ldexp(1 + fraction / 8, exponent - 7), np.ldexp(fraction / 8, -6))
     size = np.where(bits & 127 == 127, np.nan, size)

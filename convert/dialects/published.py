@@ -515,5 +515,5 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     facts = {n: known[n] for n, usual in p.kept.items() if known[n] != usual}
     kept = {"facts": facts} if facts else {}
     notes = [*known.facts.notes, *template_notes(files)]
-    beside = Written(p.name, config, documents, p.ignored, notes, kept)
+    beside = Written(p.name, config, documents, p.ignored, notes, kept, keeps_codes=True)
     return to_original(rows_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)

@@ -18,7 +18,7 @@ from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
-from ckpt_tool.errors import Problem
+from ckpt_tool.errors import CkptToolError, Problem
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.weave import Held
@@ -42,7 +42,8 @@ class Family:
     tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
     transformers by model_type. `tensors` are some of an original's names, by which near misses are told;
     `document` is the file beside the weights that says what shapes do not, where it may be missing;
-    `published` says whether originals are in the Hugging Face layout themselves."""
+    `published` says whether originals are in the Hugging Face layout themselves, `packed` whether tensors of
+    codes are what its rows are about."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -62,6 +63,7 @@ class Family:
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
+    packed: bool = False
     unread: str = ""  # a pattern of the names of tensors, in either layout, that no pass reads
 
 
@@ -82,7 +84,19 @@ def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
     checkpoint = layers_apart(checkpoint)
     for chosen in map(family, FAMILIES):
         checkpoint = in_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.classes)
-    return one_by_one(checkpoint, {n: parts for f in FAMILIES for n, parts in family(f).in_memory.items()})
+    meant = _meant(checkpoint) or [family(f) for f in FAMILIES]
+    return one_by_one(checkpoint, {n: parts for f in meant for n, parts in f.in_memory.items()})
+
+
+def _meant(checkpoint: Checkpoint) -> list[Family]:
+    """Whose class config.json names: families have names in common that one stacks and another does not."""
+    if "config.json" not in checkpoint.documents:
+        return []
+    try:
+        said = checkpoint.json("config.json").get("model_type")
+    except CkptToolError:
+        return []  # whoever reads it says why
+    return [f for f in map(family, FAMILIES) if said in f.classes] if isinstance(said, str) else []
 
 
 def option_problems(chosen: Family, options: Options, to: str) -> list[Problem]:

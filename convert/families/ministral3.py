@@ -1,5 +1,5 @@
-"""Mistral AI's models of 2025-26: Ministral 3, Devstral 2 and others whose params.json has `yarn`, text
-only.
+"""Mistral AI's models of 2025-26: Ministral 3, Devstral 2 and others whose params.json has `yarn`, and
+those that read images (Mistral Small 3.1 and later) with yarn or without.
 
 Original: `consolidated*.safetensors`, params.json and tekken.json. Facts: mistralai/mistral-inference
 @2557e12d for the tensors; vllm-project/vllm @01da88c (transformers_utils/configs/mistral.py) and transformers
@@ -345,7 +345,7 @@ def fields(*more: Field) -> tuple[Field | Iterable[Field], ...]:
 FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
 SAID: Mapping[str, Any] = {
     "name": "ministral3",
-    "summary": "Ministral 3 and other models of Mistral AI with yarn: consolidated*.safetensors",
+    "summary": "Ministral 3, Mistral Small 3.x, Devstral 2: consolidated*.safetensors; images, fp8",
     "lacks": ("no experts", ("moe.num_experts", "moe")),
     "forms": {"safetensors": Form(("consolidated.safetensors",), DENSE)},
     "ids": lambda _: (1, 2, "every Mistral tokenizer"),
@@ -353,6 +353,7 @@ SAID: Mapping[str, Any] = {
     "vocabulary": consolidated.MISTRAL_AI,
     "spelled": spelled,
     "ignored": consolidated.IGNORED | FAKE,
+    "quantised": consolidated.QSCALE,
 }
 ENTRIES: tuple[Entry, ...] = (
     *params_json.MISTRAL_AI,

@@ -1,0 +1,189 @@
+"""What the bits of quantised weights tell: which known mistake a difference is, which recipe somebody else's
+numbers were made by, and whether the codes come back from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.convert.layout import Step
+from ckpt_tool.convert.plan import Options
+from ckpt_tool.convert.quantised import FP8_TENSOR, INT4, Quantised
+from ckpt_tool.convert.quantised_asked import lossy_words
+from ckpt_tool.convert.quantised_values import RECIPES
+from ckpt_tool.verify.dequantised import Array, Recomputed, e2m1, e4m3, of_bfloat16, recomputed
+from ckpt_tool.verify.packed_mistakes import altered, readings
+from ckpt_tool.verify.report import Finding
+
+if TYPE_CHECKING:
+    from ckpt_tool.verify.subject import Subject
+
+TRIED = 8  # tensors whose differences are explained; others differ alike
+LARGEST = 1 << 28  # bytes of a tensor that is made once more whole
+SMALLEST = 4  # of the quantised tensors, by which a recipe is told
+PIECE = 1 << 18
+
+EXACT, INVERTIBLE, ROUNDED = "exact", "invertible with the scales", "rounded"
+
+
+def explained(
+    subject: Subject, sources: Sequence[TensorInfo], differs: Callable[[Checkpoint], bool]
+) -> str | None:
+    """The known mistake that makes of the source what the output holds, in words; `differs` compares what a
+    step gives of another source."""
+    packed = subject.packed
+    if packed is None or packed.inventory is None or packed.stored is None or packed.tried >= TRIED:
+        return None
+    if sum(t.nbytes for t in sources) > LARGEST or subject.source is None:
+        return None
+    packed.tried += 1
+    if packed.dtype is not None:
+        names = packed.inventory.weights
+        if not any(t.name in names for t in sources):
+            return None
+        ways = readings(packed.stored, packed.inventory, packed.dtype, packed.recipe)
+    else:
+        ways = _altered(packed.stored, packed.parts, sources)
+    return next((words for words, files in ways if not differs(subject.source.with_files(dict(files)))), None)
+
+
+def _altered(
+    stored: Checkpoint,
+    parts: Mapping[tuple[str, str], Quantised],
+    sources: Sequence[TensorInfo],
+) -> Iterator[tuple[str, Mapping[str, TensorFile]]]:
+    for t in sources:
+        weight = parts.get((t.file, t.name))
+        if weight is not None:
+            yield from altered(stored, weight, stored.files[t.file].tensors[t.name])
+
+
+# --- which recipe ---------------------------------------------------------------------------------------
+
+
+def recognised(subject: Subject, differs: Callable[[Step, Checkpoint], bool]) -> None:
+    """Of numbers that nothing says were asked for: the recipe they are made by, if it is a known one, for
+    what follows to go by."""
+    packed, plan = subject.packed, subject.plan
+    if packed is None or packed.declared or packed.dtype is None or plan is None or subject.source is None:
+        return
+    assert packed.inventory is not None and packed.stored is not None
+    names = packed.inventory.weights
+    size = {n: w.codes.nbytes for n, w in names.items()}
+    steps = [s for s in plan.steps if not s.compare and any(p.name in names for p in s.sources)]
+    steps.sort(key=lambda s: sum(size.get(p.name, 0) for p in s.sources))
+    for recipe in RECIPES:
+        source = recomputed(packed.stored, packed.inventory, packed.dtype, recipe)
+        if steps and not any(differs(s, source) for s in steps[:SMALLEST]):
+            packed.recipe, packed.known = recipe, True
+            subject.source = source
+            if subject.direction == "to-hf":
+                subject.original = source
+            options = replace(Options(), dequantize=packed.dtype, recipe=recipe)
+            lossy = [w for w in plan.lossy if not w.startswith("--dequantize")]
+            subject.plan = replace(plan, lossy=(*lossy, *lossy_words(source, options)))
+            return
+
+
+def undeclared(subject: Subject) -> Iterator[Finding]:
+    """That an output has numbers for the source's codes, which nothing records as asked for."""
+    packed = subject.packed
+    if packed is None or packed.declared or packed.dtype is None or packed.inventory is None:
+        return
+    dtype, count = DTYPES[packed.dtype].torch, len(packed.inventory.weights)
+    how = f"by the recipe {packed.recipe}" if packed.known else "by no recipe that is known here"
+    text = f"{count} quantised weights ({', '.join(packed.inventory.words)}) are {dtype} numbers, {how}"
+    name, data = dequantised_name(packed.dtype), {"dequantised": dtype, "recipe": packed.recipe}
+    if name in subject.accepted:
+        yield Finding("coverage", "dtype", "note", f"{text}; accepted as {name}", data=data)
+    else:
+        text = f"expected codes and scales, or a record that numbers were asked for: {text}"
+        more = {**data, "exactness": "differs"}
+        yield Finding("coverage", "dtype", "fail", f"{text}; --accept {name} accepts it", data=more)
+
+
+def dequantised_name(dtype: str) -> str:
+    """`dequantised-to-bfloat16` for BF16."""
+    return f"dequantised-to-{DTYPES[dtype].torch}"
+
+
+# --- do the codes come back -----------------------------------------------------------------------------
+
+
+def exactness(subject: Subject, wrong: Collection[str]) -> Iterator[Finding]:
+    """Of numbers that are right: whether they are the products themselves, and whether the codes come back
+    from them with the scales. `wrong` are names of weights whose numbers are not those of the recipe."""
+    packed, source = subject.packed, subject.source
+    if packed is None or packed.dtype is None or packed.inventory is None or source is None:
+        return
+    told: dict[str, str] = {}
+    for name, weight in packed.inventory.weights.items():
+        view = _recomputed_of(source, weight)
+        if view is not None and name not in wrong:
+            told[name] = _exactness(view, weight)
+    counts = Counter(told.values())
+    parts = [f"{counts[kind]} {kind}" for kind in (EXACT, INVERTIBLE, ROUNDED) if counts[kind]]
+    if not parts:
+        return
+    dtype = DTYPES[packed.dtype].torch
+    text = f"of {len(told)} quantised weights as {dtype} by the recipe {packed.recipe}: {', '.join(parts)}"
+    data = {"recipe": packed.recipe, "weights": dict(list(told.items())[:1000])}
+    yield Finding("bits", "dequantised", "note", text, data=data)
+
+
+def _recomputed_of(source: Checkpoint, weight: Quantised) -> Recomputed | None:
+    file: object = source.files.get(weight.codes.file)
+    while file is not None and not isinstance(file, Recomputed):
+        file = getattr(file, "stored", None)
+    return file
+
+
+def _exactness(view: Recomputed, weight: Quantised) -> str:
+    """Of all its numbers the worst."""
+    width = weight.shape[-1]
+    rows, step = int(np.prod(weight.shape[:-1])), max(1, PIECE // width)
+    found = EXACT
+    columns = np.arange(width)
+    for first in range(0, rows, step):
+        lines = np.arange(first, min(rows, first + step))
+        codes, scales = view._codes(weight, lines), view._scale_of_each(weight, lines, columns)
+        out = np.empty(codes.shape, DTYPES[view.dtype].bits)
+        view._rows(weight, first, 0, out)
+        numbers, scales = _float64(out, view.dtype), np.broadcast_to(scales, codes.shape)
+        with np.errstate(all="ignore"):
+            exact = np.array_equal(numbers, codes * scales, equal_nan=True)
+            if not exact and not _come_back(numbers / scales, codes, weight):
+                return ROUNDED
+        found = found if exact else INVERTIBLE
+    return found
+
+
+def _come_back(quotients: Array, codes: Array, weight: Quantised) -> bool:
+    """Whether the nearest code of each quotient is the one that it was made of, the sign of zero included."""
+    known = _positive(weight)
+    size = np.abs(quotients)
+    middle = (known[1:] + known[:-1]) / 2
+    near = known[np.minimum(np.searchsorted(middle, size), len(known) - 1)]
+    same = (near == np.abs(codes)) | (np.isnan(quotients) & np.isnan(codes))
+    return bool(np.all(same & (np.isfinite(size) | np.isnan(codes)))) and bool(
+        np.array_equal(np.signbit(quotients), np.signbit(codes)) or np.isnan(codes).any()
+    )
+
+
+def _positive(weight: Quantised) -> Array:
+    if weight.kind == INT4:
+        return np.arange(9.0)
+    if weight.kind.startswith(FP8_TENSOR[:3]):
+        return e4m3(np.arange(127, dtype="u1"))
+    return e2m1(np.arange(8, dtype="u1"))
+
+
+def _float64(bits: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return of_bfloat16(bits)
+    return np.asarray(bits.view(np.dtype(DTYPES[dtype].value)).astype("<f8"))

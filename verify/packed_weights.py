@@ -1,0 +1,86 @@
+"""Quantised weights for a forward pass: under their plain names, their numbers made by the formula of the
+layout's own reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.convert.quantised import Inventory, found_in
+from ckpt_tool.convert.quantised_view import quantised_of
+from ckpt_tool.reference import hf_quantised, quantised
+from ckpt_tool.verify.weights import Weights
+
+
+class Formula(Protocol):
+    """What both readings have of a weight."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def numbers(self, held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor: ...
+
+
+class PackedWeights(Weights):
+    """Names and shapes are those of a model that is not quantised."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        dtype: torch.dtype,
+        device: str,
+        inventory: Inventory,
+        original: bool,
+    ) -> None:
+        shapes = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+        block, group = inventory.scheme.block, inventory.scheme.group
+        found: Mapping[str, Any] = (quantised if original else hf_quantised).packed(shapes, block, group)
+        self.formulas: Mapping[str, Formula] = found
+        self.stored = tensors
+        self.inventory, self.original = inventory, original
+        super().__init__(checkpoint, dict(self._shown()), dtype, device)
+
+    def _shown(self) -> Iterable[tuple[str, TensorInfo]]:
+        """Weights under their plain names with the shape that the documents give them; what no formula reads
+        and belongs to one is no weight."""
+        hidden = {t.name for w in self.inventory.weights.values() for t in w.parts}
+        hidden |= {n for f in self.formulas.values() for n in f.names}
+        for name, info in self.stored.items():
+            if name not in hidden:
+                yield name, info
+        exact = {w.name: w.shape for w in self.inventory.weights.values() if len(w.shape) == 2}
+        for name, formula in self.formulas.items():
+            shape = exact.get(name, formula.shape)
+            yield name, TensorInfo(name, "BF16", shape, self.stored[formula.names[0]].file)
+
+    def computed_in(self, dtype: torch.dtype) -> PackedWeights:
+        return PackedWeights(self.checkpoint, self.stored, dtype, self.device, self.inventory, self.original)
+
+    def _load(self, info: TensorInfo) -> Tensor:
+        formula = self.formulas.get(info.name)
+        if formula is None:
+            return super()._load(info)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        held = {n: self._as_stored(self.stored[n]) for n in formula.names}
+        return formula.numbers(held, wide).to(self.dtype).to(self.device)
+
+    def _as_stored(self, info: TensorInfo) -> Tensor:
+        out = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype].torch))
+        if info.nbytes:
+            self.checkpoint.read_into(info, 0, out.view(-1).view(torch.uint8).numpy().data)
+        return out
+
+
+def packed_in(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inventory | None:
+    """What is quantised in the files of a side, as they are; None where it is seen as numbers, or where the
+    readings take codes themselves."""
+    found = None if quantised_of(checkpoint) is not None else found_in(checkpoint, settings)
+    if found is None or all(w.form.own_rows for w in found.weights.values()):
+        return None
+    return found
