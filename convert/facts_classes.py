@@ -47,6 +47,13 @@ class Class:
     parts: Parts | None = None  # of a model that has others beside that of text
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
+    def in_memory(self, name: str) -> str:
+        """What a tensor of that name on the disk is called in a model that is loaded."""
+        for memory, disk in ({} if self.parts is None else self.parts.names).items():
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+        return name
+
 
 IDENTITY = (
     "model_type",

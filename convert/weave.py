@@ -132,7 +132,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         config = {**config, "num_key_value_heads": fewer.heads}
         lossy = [*lossy, fewer.lossy]
     _take_apart(filled, source.checkpoint, "sources")
-    config = {**config, **_packing(config, filled.steps, source.checkpoint)}
+    config = {**config, **_packing(config, filled.steps, source.checkpoint, own)}
     return _assembled(
         family=written.family,
         direction="to-hf",
@@ -392,12 +392,15 @@ def _take_apart(
     filled.problems += problems
 
 
-def _packing(config: Mapping[str, Value], steps: Steps, checkpoint: Checkpoint) -> dict[str, Value]:
+def _packing(
+    config: Mapping[str, Value], steps: Steps, checkpoint: Checkpoint, own: Class | None
+) -> dict[str, Value]:
     """What config.json says of carried weights, where the original's own documents say it otherwise."""
     inventory = carried_of(checkpoint)
     if inventory is None or KEY in config:
         return {}
-    return {KEY: for_transformers(inventory, [p.name for s in steps for p in s.targets])}
+    names = [p.name for s in steps for p in s.targets]
+    return {KEY: for_transformers(inventory, names if own is None else [own.in_memory(n) for n in names])}
 
 
 def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) -> Iterator[Problem]:

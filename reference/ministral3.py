@@ -21,7 +21,8 @@ from ckpt_tool.reference.rope import CONTEXT, RopeScaling
 
 __all__ = ["NAMES", "Config", "inputs"]
 
-OURS = frozenset(("yarn", "llama_4_scaling", "vision_encoder", "multimodal"))
+# `quantization` says how weights are stored; what they are worth is looked at before a pass.
+OURS = frozenset(("yarn", "llama_4_scaling", "vision_encoder", "multimodal", "quantization"))
 
 
 class Config(decoder.Config):

@@ -120,5 +120,7 @@ def stretch(frequencies: Tensor, s: RopeScaling, theta: float) -> Tensor:
             most, least = math.floor(most), math.ceil(least)
         most, least = max(most, 0), min(least, 2 * pairs - 1)
         place = torch.arange(pairs, dtype=waves.dtype, device=waves.device)
-        blend = (least - place) / (least - most) if least != most else (place <= most).to(waves.dtype)
+        ramp = (place - most) / (least - most) if least != most else (place > most).to(waves.dtype)
+        kept = 1 - ramp.clamp(0, 1)
+        return frequencies / s.factor * (1 - kept) + frequencies * kept
     return torch.lerp(frequencies / s.factor, frequencies, blend.clamp(0, 1))

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.recognising import recognise
+from ckpt_tool.convert.tokenizers import tokenizer_documents
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.ministral3 import LENGTH, ministral3
+from ckpt_tool.fixtures.tokenizers import tekken_2025
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.sides import converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -251,6 +257,40 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+# --- the tokenizer --------------------------------------------------------------------------------------
+
+TEXTS = ("Hello world", " leading", "two  spaces\n\nlines", "naïve 北京 🙂 1234", "def f(x):\n    return x")
+
+
+def test_mistral_common_reads_the_tokenizers_of_2025_alike(tmp_path: Path) -> None:
+    """In a process of its own: where it can be imported, transformers prefers it to tokenizer.json."""
+    judge = Path(__file__).parents[1] / ".judges" / "mistral-common"
+    if not judge.is_dir():
+        pytest.skip("mistral_common is not set up; `make test` does it")
+    versions = ("v11", "v13", "v15")
+    for version in versions:
+        (tmp_path / f"{version}.json").write_bytes(tekken_2025(600, version=version))
+    script = (
+        "import json, sys\n"
+        "from mistral_common.tokens.tokenizers.tekken import Tekkenizer\n"
+        "texts, versions = map(json.loads, sys.argv[1:])\n"
+        "read = [Tekkenizer.from_file(f'{v}.json') for v in versions]\n"
+        "assert [t.image.spatial_merge_size for t in read] == [2] * len(read)\n"
+        "print(json.dumps([[t.encode(text, bos=True, eos=False) for text in texts] for t in read]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(TEXTS), json.dumps(versions)]
+    env = {**os.environ, "PYTHONPATH": str(judge)}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for version, wanted in zip(versions, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        data = (tmp_path / f"{version}.json").read_bytes()
+        made = tokenizer_documents({"tekken.json": data}, family="ministral3", config={"vocab_size": 600})
+        assert made.documents["tekken.json"] == data
+        tokenizer = Tokenizer.from_str(made.documents["tokenizer.json"].decode())
+        assert [tokenizer.encode(text).ids for text in TEXTS] == wanted, version
+        assert tokenizer.token_to_id("[IMG]") == 10 and tokenizer.token_to_id("[THINK]") == 22
+
+
 # --- a model that reads images --------------------------------------------------------------------------
 
 IMAGES = "mistral3-images"
@@ -385,3 +425,94 @@ def test_the_whole_decides_whether_the_head_is_the_embedding(
     (folder / "ckpt-tool.json").unlink()
     report = verify(folder, originals(IMAGES), levels="coverage")
     assert [f.where for f in report.findings if f.status == "fail" and f.check == "config"]
+
+
+# --- weights in eight bits ------------------------------------------------------------------------------
+
+
+def in_codes(source: Path, folder: Path, *, inputs: bool = True, images: bool = False) -> Path:
+    """The original with codes and one scale for each matrix of the text model's layers."""
+    shutil.copytree(source, folder)
+    file, made = folder / "consolidated.safetensors", {}
+    for name, tensor in load_file(file).items():
+        if not name.startswith("layers.") or tensor.ndim == 1:
+            made[name] = tensor
+            continue
+        scale = tensor.float().abs().max() / 448
+        stem = name.removesuffix("weight")
+        made |= {name: (tensor.float() / scale).to(torch.float8_e4m3fn), f"{stem}qscale_weight": scale}
+        made |= {f"{stem}qscale_act": scale * 3} if inputs else {}
+    made["layers.0.attention.k_fake_quantizer.qscale_act"] = torch.tensor(0.5)
+    save_file(made, file)
+    told = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR" if inputs else "NO_SCALES"}
+    params = document(folder, "params.json") | {"quantization": told}
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+@pytest.mark.parametrize("variant", [VARIANT, IMAGES])
+@pytest.mark.parametrize("inputs", [True, False])
+def test_codes_and_scales_are_carried_both_ways(
+    variant: str, inputs: bool, originals: Written, tmp_path: Path
+) -> None:
+    source = in_codes(originals(variant), tmp_path / "in", inputs=inputs)
+    plan = api.convert(source, tmp_path / "hf", check=False).plan
+    assert [d.tensor.name for d in plan.dropped] == ["layers.0.attention.k_fake_quantizer.qscale_act"]
+    config = document(tmp_path / "hf")
+    packing = config["quantization_config"]
+    assert packing["activation_scheme"] == ("static" if inputs else "dynamic")
+    parts = [] if variant == VARIANT else ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    assert packing["modules_to_not_convert"] == parts
+    found, wanted = world.tensors_of(tmp_path / "hf"), load_file(source / "consolidated.safetensors")
+    root = "" if variant == VARIANT else "language_model."
+    name = f"{root}model.layers.1.self_attn.q_proj."
+    own = "layers.1.attention.wq."
+    assert torch.equal(found[f"{name}weight_scale_inv"], wanted[f"{own}qscale_weight"])
+    assert (f"{name}activation_scale" in found) is inputs
+    (tmp_path / "hf" / "ckpt-tool.json").unlink()
+    api.convert(tmp_path / "hf", tmp_path / "back", to="original", family="ministral3", check=False)
+    del wanted["layers.0.attention.k_fake_quantizer.qscale_act"]
+    back = load_file(tmp_path / "back" / "consolidated.safetensors")
+    assert back.keys() == wanted.keys()
+    assert all(digest(back[n]) == digest(wanted[n]) for n in wanted)
+    told = document(tmp_path / "back", "params.json")["quantization"]
+    assert told == document(source, "params.json")["quantization"]
+
+
+def test_carried_codes_are_verified(originals: Written, tmp_path: Path) -> None:
+    source = in_codes(small(tmp_path / "plain"), tmp_path / "in")
+    api.convert(source, tmp_path / "hf", check=False)
+    report = verify(tmp_path / "hf", source, levels=("coverage", "bits", "parity"))
+    assert report.exit_code == 0
+    folder = Path(shutil.copytree(tmp_path / "hf", tmp_path / "wrong"))
+    tensors = load_file(folder / "model.safetensors")
+    scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    save_file(
+        {**tensors, scale: tensors[scale] * 1.01}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    assert verify(folder, source, levels="parity").exit_code == 1
+
+
+def test_the_case_of_eight_bits_has_the_values_of_its_readme(tmp_path: Path) -> None:
+    case = CASES / "mistral-fp8-tiny"
+    if not case.is_dir():
+        pytest.skip("the cases are not beside this checkout")
+    api.convert(case, tmp_path / "out", check=False)
+    wanted, config = document(case, "hf_config.json"), document(tmp_path / "out")
+    wanted["torch_dtype"] = wanted.pop("dtype")
+    assert {k: config[k] for k in wanted} == wanted
+    tensors = world.tensors_of(tmp_path / "out")
+    digests = {n: [str(t.dtype).removeprefix("torch."), [*t.shape], digest(t)] for n, t in tensors.items()}
+    assert digests == document(case, "hf_names.json")
+    expected = load_file(case / "expected.safetensors")
+    with opened(tmp_path / "out", case, {}) as subject:
+        for side in (original_side, converted_side):
+            logits = side(subject, torch.float32, "cpu").forward(expected["ids"][None])[0]
+            assert (logits - expected["logits_float32"]).abs().max() < 1e-3
+    for recipe, prefix in (("fp32-product", "fp32_product."), ("bf16-scale", "bf16_scale.")):
+        options = api.Options(dequantize="BF16", recipe=recipe)
+        api.convert(case, tmp_path / recipe, options=options, check=False)
+        made = world.tensors_of(tmp_path / recipe)
+        own = {n.removeprefix(prefix): t for n, t in expected.items() if n.startswith(prefix)}
+        assert own and all(torch.equal(made[n], t) for n, t in own.items())
+        assert "quantization_config" not in document(tmp_path / recipe)

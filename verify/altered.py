@@ -63,7 +63,7 @@ def place(wrong: np.ndarray) -> str:
     """Where elements differ: one, rows, columns, or a count with the first."""
     count = int(wrong.sum())
     first = tuple(int(k) for k in np.unravel_index(int(wrong.argmax()), wrong.shape))
-    at = first if len(first) > 1 else first[0]
+    at = first[0] if len(first) == 1 else first
     if count == wrong.size:
         return "every element"
     if count == 1:

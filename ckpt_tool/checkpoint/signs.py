@@ -355,10 +355,14 @@ _PACKED = (
 )
 
 
+_OF_A_CACHE = "fake_quantizer"  # in the names of scales of keys and values, which are no weights
+
+
 def packed(names: Collection[str]) -> tuple[str, str, str] | None:
     """(what a checkpoint with tensors of these names holds, one of them, what to do), where they are no plain
     weights."""
-    tails = {".".join(n.rsplit(".", 3)[-3:]).lower(): n for n in names}
+    weights = (n for n in names if _OF_A_CACHE not in n)
+    tails = {".".join(n.rsplit(".", 3)[-3:]).lower(): n for n in weights}
     some = _those_with("|".join(pattern for pattern, _, _ in _PACKED), tails)
     for pattern, what, hint in _PACKED if some else ():
         if name := next((tails[tail] for tail in _those_with(pattern, some)), None):

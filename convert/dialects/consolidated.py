@@ -48,6 +48,8 @@ from ckpt_tool.convert.options import SHARDS as SHARDS
 from ckpt_tool.convert.options import Option as Option
 from ckpt_tool.convert.params import NO_CONFIG
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document, natural
+from ckpt_tool.convert.quantised import QSCALE as QSCALE
+from ckpt_tool.convert.quantised import QuantFormat
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import (
     ADDED,
@@ -192,6 +194,8 @@ class Consolidated:
     unsaid: Callable[[Known], list[str]] = lambda _: []
     parts: tuple[str, ...] = ()  # objects in params.json whose values are read
     beside: Callable[[Known], Beside] | None = None  # what it has beside the text model
+    ignored: Mapping[str, str] = field(default_factory=lambda: IGNORED)
+    quantised: QuantFormat | None = None  # as `Written` has it
     root: str = ""  # before the names of the text model in the Hugging Face layout
     # config.json as the class has it, out of the values under the names of fields
     spelled: Callable[[Known, dict[str, Value]], dict[str, Value]] = lambda _, config: config
@@ -470,7 +474,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
         d.name,
         d.spelled(known, config),
         [generation_config(config), *beside],
-        IGNORED,
+        d.ignored,
         [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],
         original,
         spelled=partial(config_of, d.config),
@@ -623,7 +627,7 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
         replace(table, repeats=repeats(known), turns=turns(known), head=head_of(known)),
         source,
         options,
-        Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept),
+        Written(d.name, params, [said, *beside], FREQUENCIES, notes, kept, quantised=d.quantised),
         files=files,
         homes=lambda n: [(f, source.dtype) for f in form.homes(n, files, known["num_hidden_layers"])],
     )

@@ -30,6 +30,7 @@ from ckpt_tool.convert.numbers import (
 )
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts, of_rotary, opened, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
+from ckpt_tool.convert.quantised_view import carried_of
 from ckpt_tool.convert.weave import TIES
 from ckpt_tool.errors import CkptToolError, Problem
 
@@ -202,6 +203,37 @@ TIED = flag(
 def tied(known: Known) -> dict[str, Value]:
     """The entry of the way back, which only models with tied embeddings have."""
     return {"tied_embeddings": known.value(TIED.name)} if known[TIED.name] else {}
+
+
+# --- quantised weights ------------------------------------------------------------------------------------
+
+
+def _with_codes(known: Known, found: Value) -> Value:
+    """What the file says of codes is of codes that are there; `quantised_config` reads it."""
+    if found.value and carried_of(known.source.checkpoint) is None:
+        message = f"expected quantised weights, as {NAME} says, found none"
+        known.refuse(
+            "config-mismatch", message, PACKED, "take it out of a copy of the file if they are plain"
+        )
+    return found
+
+
+PACKED = "quantization"
+QUANTISED = replace(
+    anything(PACKED, PACKED, rule=Value(None, "absent"), silent=Value(None, "absent"), check=_with_codes),
+    hidden=True,
+    told=False,
+)
+
+
+def packed(known: Known) -> dict[str, Value]:
+    """The entry of the way back, which models with a scale for each weight have."""
+    inventory = carried_of(known.source.checkpoint)
+    if inventory is None:
+        return {}
+    scaled = any("activation" in w.others for w in inventory.weights.values())
+    told = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR" if scaled else "NO_SCALES"}
+    return {PACKED: Value(told, "the weights' codes and scales")}
 
 
 # --- Mistral AI's ---------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Mistral AI's models of 2025-26: Ministral 3, Devstral 2 and others whose params.json has `yarn`, text
-only.
+"""Mistral AI's models of 2025-26: Ministral 3, Devstral 2 and others whose params.json has `yarn`, and
+those that read images (Mistral Small 3.1 and later) with yarn or without.
 
 Original: `consolidated*.safetensors`, params.json and tekken.json. Facts: mistralai/mistral-inference
 @2557e12d for the tensors; vllm-project/vllm @01da88c (transformers_utils/configs/mistral.py) and transformers
@@ -280,7 +280,16 @@ TEXTS = {"ministral3": CLASS, "mistral": PLAIN}
 PARTS = Parts(
     text="text_config",
     others=(images.CONFIG,),
-    top=frozenset((*images.TOP, "architectures", "model_type", "tie_word_embeddings", "torch_dtype")),
+    top=frozenset(
+        (
+            *images.TOP,
+            "quantization_config",
+            "architectures",
+            "model_type",
+            "tie_word_embeddings",
+            "torch_dtype",
+        )
+    ),
     defaults={
         **{kind: {**own.numbers, LONGEST: own.identity[LONGEST]} for kind, own in TEXTS.items()},
         "pixtral": images.DEFAULTS,
@@ -328,25 +337,30 @@ def fields(*more: Field) -> tuple[Field | Iterable[Field], ...]:
         params_json.WINDOW,
         count("max_position_embeddings", read=params_json.length, ask="how long texts may be"),
         params_json.TIED,
+        params_json.QUANTISED,
         *more,
     )
 
 
+FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
 SAID: Mapping[str, Any] = {
     "name": "ministral3",
-    "summary": "Ministral 3 and other models of Mistral AI with yarn: consolidated*.safetensors",
+    "summary": "Ministral 3, Mistral Small 3.x, Devstral 2: consolidated*.safetensors; images, fp8",
     "lacks": ("no experts", ("moe.num_experts", "moe")),
     "forms": {"safetensors": Form(("consolidated.safetensors",), DENSE)},
     "ids": lambda _: (1, 2, "every Mistral tokenizer"),
     "options": (),
     "vocabulary": consolidated.MISTRAL_AI,
     "spelled": spelled,
+    "ignored": consolidated.IGNORED | FAKE,
+    "quantised": consolidated.QSCALE,
 }
 ENTRIES: tuple[Entry, ...] = (
     *params_json.MISTRAL_AI,
     lambda known: {"max_position_embeddings": known.value("max_position_embeddings")},
     some("sliding_window"),
     params_json.tied,
+    params_json.packed,
     _of_yarn,
 )
 OF_TEXT = consolidated.family(
