@@ -39,7 +39,7 @@ from ckpt_tool.reference.hf_blocks import (
 )
 from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
 from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotation, told_once
-from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run, trunk
+from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
 
@@ -155,8 +155,8 @@ def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
     return decoder_phases(embed, layer, own, ranks, c, inputs)
 
 
-def forward(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
-    logits: Tensor = run(phases(ranks, c), ids)
+def forward(ids: Tensor, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
+    logits: Tensor = run(phases(ranks, c, given(mask=mask)), ids)
     return logits
 
 
@@ -206,9 +206,9 @@ def lm_logits(y: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return wide(softcap(logits, c.logit_cap))
 
 
-def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
+def encode(ids: Tensor, ranks: Ranks, c: Config, mask: Tensor | None = None) -> Tensor:
     """The normalised sequence (B, T, D), which every head starts from."""
-    return final_norm(trunk(phases(ranks, c), ids), ranks, c)
+    return final_norm(trunk(phases(ranks, c, given(mask=mask)), ids), ranks, c)
 
 
 # What `encode` gives goes into each. Logits are (B, T, L), of which the class for sequences gives those
