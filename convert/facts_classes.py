@@ -40,6 +40,8 @@ class Class:
     distances: str | None = None  # how a table of numbers by distance ends, with that of none in its middle
     # What shares its values with another tensor where tie_word_embeddings says so; "" is the embedding.
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
+    # Rates of dropout in training, with what an absent key stands for.
+    dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
 

@@ -114,6 +114,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y if x.shape[-1] == R else torch.cat([y, x[..., R:]], dim=-1)
 
 
+def position_scaled(q: Tensor, positions: Tensor, beta: float, trained: float) -> Tensor:
+    """q (B, N, T, H) by the position of each token (T,): a factor that is 1 up to `trained`, steps up there
+    and at each of its multiples, and is rounded to the dtype of q."""
+    steps = torch.floor(positions / trained)
+    factor = 1.0 + beta * torch.log(1.0 + steps)
+    return q * factor.to(q.dtype)[:, None]
+
+
 def split_heads(x: Tensor, n: int) -> Tensor:
     """(B, T, n * H) -> (B, n, T, H)."""
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)
@@ -167,7 +175,6 @@ def grouped_attention(
     `scalar` stands in the place of H in the scores."""
     (B, N, T, H), K, S = q.shape, k.shape[1], k.shape[2]
     q = q.view(B, K, -1, T, H)
-    hidden = None if mask is None else (mask == 0)[:, None, None, None, :]
 
     def of(some: Tensor, first: int) -> Tensor:
         """Of the queries from `first` on: (B, t, N * H)."""
@@ -177,11 +184,11 @@ def grouped_attention(
         seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
             seen = seen.triu(own + 1 - window)  # the last `window` keys, the query's own included
-        if hidden is None:
-            scores = scores.masked_fill(~seen, -math.inf)
-        else:  # a query of padding may see no key at all: it sees all alike then
-            scores = scores.masked_fill(~seen | hidden, torch.finfo(q.dtype).min)
-        weights = wide(scores).softmax(-1).to(q.dtype)
+        if mask is not None:
+            seen = seen & (mask != 0)[:, None, None, None, :]
+        # the lowest number: a query of padding that sees no key at all stays a number
+        lowest = -math.inf if mask is None else torch.finfo(scores.dtype).min
+        weights = wide(scores.masked_fill(~seen, lowest)).softmax(-1).to(q.dtype)
         return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
 
     if traced():
@@ -252,7 +259,8 @@ def span_logits(y: Tensor, w: Tensors) -> tuple[Tensor, Tensor]:
 
 def of_last_token(logits: Tensor, ids: Tensor, pad: int | None) -> Tensor:
     """(B, L) of the last id of each row that is not `pad`; of the last one where there is no id for padding.
-    transformers 4.37.2 looks for the first padding instead, which is the same but for padding on the left."""
+    transformers 4.37.2 looks for the first padding instead and takes what is before it, or the last id where
+    nothing is: the same for padding on one side of a row that has more than padding on it."""
     places = torch.arange(ids.shape[1], device=ids.device)
     last = places[-1:].expand(len(ids)) if pad is None else (places * (ids != pad)).argmax(-1)
     return logits[torch.arange(len(ids), device=ids.device), last]

@@ -19,7 +19,7 @@ from ckpt_tool.verify.entity_inputs import NAMES, NoEntities, entity_inputs, tit
 from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.library import one_line
 from ckpt_tool.verify.needs import free_memory, heaviest
-from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS, positions
+from ckpt_tool.verify.prompts import MASKED_TEXT, MASKS, padding_of, positions
 from ckpt_tool.verify.sides import BROKEN, Side
 from ckpt_tool.verify.subject import Subject
 
@@ -173,9 +173,17 @@ class Runner:
             except KeyError as missing:
                 raise Skip(f"the output does not hold the head {head}: no tensor {missing}") from None
             if head == "sequence_classification" and found.ndim == 3:
-                found = of_last_token(found, ids, self.subject.config.get("pad_token_id"))
+                found = of_last_token(found, ids, self._padding(len(ids)))
         parts = found if isinstance(found, tuple) else (found,)
         return dict(zip(RESULTS.get(head, ("logits",)), parts, strict=False))
+
+    def _padding(self, rows: int) -> int | None:
+        """The id of padding, before which the last token stands that classifies a row. Skip where the library
+        refuses several rows."""
+        pad = padding_of(self.subject.config)
+        if pad is None and rows > 1:
+            raise Skip(f"expected a pad_token_id to find the last token of {rows} rows by, found none")
+        return pad
 
     def result(self, entry: Expectation, batch: Batch, default: str = "logits") -> Tensor:
         """The one that the entry is about."""

@@ -29,6 +29,7 @@ PROOFS = {
     ("bits", "round trip"): "the bits",
     ("parity", "lockstep"): "the numbers",
     ("transformers", "logits"): "what transformers computes of it",
+    ("training", "step"): "the changes of one training step on these prompts",
     ("generation", "greedy"): "the tokens that it goes on with",
     ("onnx", "outputs"): "the numbers that onnxruntime gives",
 }

@@ -32,6 +32,7 @@ from ckpt_tool.verify.prompts import (
     Prompt,
     cut,
     named_prompts,
+    padding_of,
     positions,
     prompts_for,
     tokenizer_of,
@@ -42,6 +43,7 @@ from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.spread import Walked, from_json, joined, key_of, to_json, walk
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.timing import timed
+from ckpt_tool.verify.training import training
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -108,6 +110,9 @@ def compute(
             found += cut(made.rows, made.config, made.table)
             with timed(seconds, "parity"):
                 found += _parity(subject, made, facts, tell, asked, walks)
+        if "training" in asked.levels:
+            with timed(seconds, "training"):
+                found += _training(subject, made, asked, tell)
         if "generation" in asked.levels:
             with timed(seconds, "generation"):
                 found += _generation(subject, made, asked, tell)
@@ -330,6 +335,14 @@ def _walks(said: Sequence[tuple[Mapping[str, Any], Path]], key: str) -> list[Wal
     return found
 
 
+def _training(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> list[Finding]:
+    original, converted = made.readings.original, made.readings.converted
+    if made.readings.reason is not None or original is None or converted is None:
+        status, text = made.readings.reason or ("skipped", "a side cannot be read")
+        return [Finding("training", "gradients", status, text)]
+    return training(subject, original, converted, made.prompts, memory=asked.memory, tell=tell)
+
+
 def _generation(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> list[Finding]:
     readings = made.readings
     original, converted = readings.original, readings.converted
@@ -351,10 +364,8 @@ def _judged(
     if readings.original is not None and readings.reason is not None and readings.reason[0] != "fail":
         return [Finding("transformers", "logits", *readings.reason)]
     converted = None if judge is readings.converted else readings.converted
-    padding = subject.config.get("pad_token_id")
-    judged = Judged(
-        judge, converted, asked.accept, asked.elsewhere, padding if type(padding) is int else None
-    )
+    padding = padding_of(subject.config)
+    judged = Judged(judge, converted, asked.accept, asked.elsewhere, padding)
     wanted = (converted or judge).needed
     prompts = {name: p for name, p in prompts.items() if wanted <= p.given.keys()}
     return against_transformers(

@@ -8,7 +8,12 @@ from ckpt_tool.errors import missing_package
 from ckpt_tool.verify.report import Finding
 
 # The check that each level would have answered first.
-CHECKS = {"parity": "lockstep", "documented": "documented values", "transformers": "logits"}
+CHECKS = {
+    "parity": "lockstep",
+    "training": "gradients",
+    "documented": "documented values",
+    "transformers": "logits",
+}
 
 
 def not_run(level: str, check: str, error: ImportError) -> Finding:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import fail
 from ckpt_tool.fixtures.prompts import prompts as fixed
 from ckpt_tool.verify.report import Finding
@@ -25,6 +26,8 @@ BEYOND = 64  # tokens after the first that no longer sees position 0
 MASKS = ("[MASK]", "<mask>")
 MASKED_TEXT = "The capital of France is {}."  # the example of most documentations of such models
 BATCH = 40  # tokens of the longer row of the padded batch
+TIMES = 3  # the multiple of the trained length that a far text goes past
+FARTHEST = 1 << 22  # whose multiples float32 still counts one by one
 
 # Tables of positions by the end of their names in any layout, and the rows at their beginning that no token
 # has: fairseq keeps the first two for padding, and OPT with it.
@@ -62,6 +65,14 @@ class Lengths:
         return {name: row for name, row in fitted.items() if row}
 
 
+def padding_of(config: Mapping[str, Any]) -> int | None:
+    """The id that fills rows, as the class reads config.json: some have one where it says none."""
+    kind = class_of(config)
+    usual = {} if kind is None else classes()[kind].identity
+    found = {**usual, **config}.get("pad_token_id")
+    return found if type(found) is int else None
+
+
 def with_inputs(
     rows: Mapping[str, list[int]],
     inputs: Iterable[str],
@@ -74,8 +85,7 @@ def with_inputs(
     taken = set(inputs) - ({"token_types"} if config.get("type_vocab_size") in (0, 1) else set())
     if not taken or not {"long", "other"} <= rows.keys():
         return made
-    found = config.get("pad_token_id")
-    pad = found if type(found) is int else 0
+    pad = padding_of(config) or 0
     one, two = rows["long"][:BATCH], rows["other"]
     one = _without(pad, one[: lengths.fits(len(one))])
     two = _without(pad, two[: max(1, len(one) * 2 // 3)])  # where a short table cut both, still the shorter
@@ -88,6 +98,8 @@ def with_inputs(
     if taken >= set(ENTITIES):
         given |= entities(len(one), len(two), config.get("entity_vocab_size"))
     own = {name: x for name, x in given.items() if name in taken}
+    if "positions" in taken and (start := _far(config)) is not None:
+        made["far"] = Prompt([one], {"positions": [list(range(start, start + len(one)))]})
     if "token_types" in own:
         made["segments"] = Prompt([one], {"token_types": own["token_types"][:1]})
     if "entity_ids" in own:
@@ -96,6 +108,16 @@ def with_inputs(
     if "mask" in own and padding > 0 and two:
         made["padded"] = Prompt([one, two + [pad] * padding], own)
     return made
+
+
+def _far(config: Mapping[str, Any]) -> int | None:
+    """Where a text begins that lies beyond the length the model was trained for, and goes past a multiple of
+    it; None where config.json has no such length."""
+    found = config.get("rope_parameters") or config.get("rope_scaling")
+    length = found.get("original_max_position_embeddings") if isinstance(found, Mapping) else None
+    if type(length) is not int or not 0 < length <= FARTHEST:
+        return None
+    return max(0, TIMES * length - BATCH // 2)
 
 
 ENTITIES = ("entity_ids", "entity_mask", "entity_positions")

@@ -213,6 +213,7 @@ CLASS = Class(
     positions="char_embeddings.char_position_embeddings.weight",
     key_bias=".attention.self.key.bias",
     tied={},
+    dropouts={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
 )
 
 FIELDS = (

@@ -238,6 +238,7 @@ CLASS = Class(
     idle={**NOT_READ, "head_dim": "not read: n_embd / n_head"},
     prefix="transformer.",
     words="wte.weight",
+    dropouts={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 )
 OF_GPTJ = {**CLASS.idle, "rotary": "not read: always rotary"}  # that of GPT-J 6B says so
 

@@ -48,6 +48,7 @@ CLASS = Class(
     fused_bias=".attention.query_key_value.bias",
     fused_by_head=True,
     tied={"embed_out.weight": ""},
+    dropouts={"hidden_dropout": 0.0, "attention_dropout": 0.0},
 )
 
 FAMILY = published.family(

@@ -172,6 +172,12 @@ CLASS = Class(
     prefix="mega.",
     words="embedding_layer.word_embeddings.weight",
     tied={"mlm_head.weight": "", "lm_head.weight": ""},
+    dropouts={
+        "dropout_prob": 0.1,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "nffn_activation_dropout_prob": 0.1,
+    },
 )
 
 

@@ -79,6 +79,7 @@ CLASS = Class(
     words="wte.weight",
     positions="wpe.weight",
     fused_bias=".attn.c_attn.bias",
+    dropouts={"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
 )
 
 

@@ -179,6 +179,7 @@ CLASS = Class(
         "lm_head.decoder.bias": "lm_head.bias",
         "entity_predictions.decoder.weight": f"luke.{ENTITIES}",
     },
+    dropouts={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
 )
 
 FAMILY = studio_ousia.family(

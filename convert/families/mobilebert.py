@@ -474,6 +474,7 @@ CLASS = Class(
     positions="embeddings.position_embeddings.weight",
     key_bias=".attention.self.key.bias",
     tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    dropouts={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.1},
 )
 
 

@@ -229,6 +229,7 @@ CLASS = Class(
     idle=DECODER,
     words="decoder.embed_tokens.weight",
     positions="decoder.embed_positions.weight",
+    dropouts={"dropout": 0.1, "attention_dropout": 0.0, "layerdrop": 0.0},
 )
 
 FAMILY = metaseq.family(

@@ -1,0 +1,254 @@
+"""The level `training`: gradients through both readings, one step of AdamW, schedules, and mistakes of
+training that equal logits do not show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ckpt_tool.convert.facts import classes
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import optimizer, schedules, verify
+from ckpt_tool.verify.optimizer import AdamW
+from ckpt_tool.verify.report import Finding, Report
+
+transformers = pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from optimizer_script import factors  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+OLD = ROOT / ".judges" / "tf4.37"
+Written = Callable[[str], Path]
+
+
+def findings(report: Report, check: str) -> list[Finding]:
+    return [f for f in report.findings if (f.level, f.check) == ("training", check)]
+
+
+# --- the optimizer ------------------------------------------------------------------------------------------
+
+START = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+PUSHES = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+PUSHES = PUSHES * torch.tensor([1.0, 1e-3, 1e-7], dtype=torch.float64)  # a step of small ones tells eps
+NUMBERS: list[dict[str, Any]] = [
+    {"rate": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "decay": 0.1},
+    {"rate": 3e-2, "betas": (0.8, 0.999), "eps": 1e-6, "decay": 0.0},
+]
+
+
+def walked(recipe: AdamW, decays: bool = True) -> Tensor:
+    p, moments, made = START, optimizer.start(START), []
+    for g in PUSHES:
+        p, moments = optimizer.step(recipe, p, g, moments, decays=decays)
+        made.append(p)
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_a_step_is_that_of_torch(numbers: dict[str, Any]) -> None:
+    p = torch.nn.Parameter(START.clone())
+    judge = torch.optim.AdamW(
+        [p], lr=numbers["rate"], betas=numbers["betas"], eps=numbers["eps"], weight_decay=numbers["decay"]
+    )
+    made = []
+    for g in PUSHES:
+        p.grad = g.clone()
+        judge.step()
+        made.append(p.detach().clone())
+    assert torch.allclose(walked(AdamW(**numbers)), torch.stack(made), rtol=0, atol=1e-15)
+    assert not torch.allclose(walked(AdamW(**numbers, eps_at="raw")), torch.stack(made), rtol=0, atol=1e-9)
+
+
+W, T = 3, 9
+# Our name and numbers, the function of transformers, its arguments
+JUDGED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("constant", {}, "get_constant_schedule", {}),
+    *(
+        case
+        for w in (0, W, T)
+        for case in (
+            ("constant_with_warmup", {"warmup": w}, "get_constant_schedule_with_warmup", {}),
+            ("linear", {"warmup": w, "total": T}, "get_linear_schedule_with_warmup", {}),
+            ("cosine", {"warmup": w, "total": T}, "get_cosine_schedule_with_warmup", {}),
+            ("cosine", {"warmup": w, "total": T, "cycles": 1.0}, "get_cosine_schedule_with_warmup",
+             {"num_cycles": 1.0}),
+            ("cosine_with_restarts", {"warmup": w, "total": T, "cycles": 2},
+             "get_cosine_with_hard_restarts_schedule_with_warmup", {"num_cycles": 2}),
+        )
+    ),
+    *(
+        ("polynomial", {"warmup": w, "total": T, "rate": 1e-3, "end": 1e-5, "power": 2.0},
+         "get_polynomial_decay_schedule_with_warmup", {"lr_end": 1e-5, "power": 2.0})
+        for w in (0, W)
+    ),
+    ("inverse_sqrt", {"warmup": W}, "get_inverse_sqrt_schedule", {}),
+    ("inverse_sqrt", {"warmup": W, "scale": 5}, "get_inverse_sqrt_schedule", {"timescale": 5}),
+]  # fmt: skip
+STEPS = 13
+
+
+def asked(own: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    named = {"warmup": "num_warmup_steps", "total": "num_training_steps"}
+    return {named[k]: x for k, x in own.items() if k in named} | more
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensor], list[list[float]]]:
+    """Steps and schedules of 4.37.2."""
+    if not OLD.is_dir():
+        pytest.skip("tf4.37 is not set up; `make test` does it")
+    folder = tmp_path_factory.mktemp("old")
+    options = [
+        {"lr": n["rate"], "betas": n["betas"], "eps": n["eps"], "weight_decay": n["decay"],
+         "correct_bias": correct}
+        for n in NUMBERS for correct in (True, False)
+    ]  # fmt: skip
+    steps = [(o, START, PUSHES) for o in options]
+    torch.save((steps, [(f, asked(own, more), 1e-3, STEPS) for _, own, f, more in JUDGED]), folder / "in.pt")
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "optimizer_script.py", folder / "in.pt", folder / "out.pt"],
+        env={**os.environ, "PYTHONPATH": str(OLD)}, check=True, timeout=120,
+    )  # fmt: skip
+    made: tuple[list[Tensor], list[list[float]]] = torch.load(folder / "out.pt")
+    return made
+
+
+def test_a_step_is_that_of_transformers_4_37(old: Any) -> None:
+    cases = [(n, correct) for n in NUMBERS for correct in (True, False)]
+    for (numbers, correct), wanted in zip(cases, old[0], strict=True):
+        recipe = AdamW(**numbers, correct_bias=correct, eps_at="raw", decay_first=False)
+        assert torch.allclose(walked(recipe), wanted, rtol=0, atol=1e-15)
+        other = AdamW(**numbers, correct_bias=not correct, eps_at="raw", decay_first=False)
+        assert not torch.allclose(walked(other), wanted, rtol=0, atol=1e-4)
+
+
+def test_schedules_are_those_of_both_releases(old: Any) -> None:
+    for (name, own, function, more), before in zip(JUDGED, old[1], strict=True):
+        made = [schedules.schedule(name, **own)(s) for s in range(STEPS)]
+        now = factors(function, asked(own, more), 1e-3, STEPS)
+        assert made == pytest.approx(now, abs=1e-12), (name, own)
+        assert made == pytest.approx(before, abs=1e-12), (name, own)
+
+
+def test_schedules_at_their_edges() -> None:
+    wave = schedules.cosine(W, T)
+    assert [round(wave(s), 3) for s in (9, 10, 11)] == [0.0, 0.067, 0.25], "rises again"
+    assert [schedules.cosine_with_restarts(T, T)(s) for s in (8, 9, 10)] == [8 / 9, 1.0, 0.0]
+    assert schedules.inverse_square_root(0)(10_000) == pytest.approx(0.5**0.5)
+    with pytest.raises(ValueError, match="expected a warm-up shorter than 9 steps, found 9"):
+        schedules.polynomial(T, T, rate=1e-3)
+    with pytest.raises(ValueError, match="expected end below the rate"):
+        schedules.polynomial(W, T, rate=1e-8)
+    with pytest.raises(ValueError, match="expected a schedule of constant, .* found 'cosin'"):
+        schedules.schedule("cosin")
+
+
+def test_rates_of_dropout_are_those_of_the_classes() -> None:
+    for kind, own in classes().items():
+        if (made := getattr(transformers, own.name, None)) is not None:
+            said = made().to_dict()
+            assert {key: said[key] for key in own.dropouts} == own.dropouts, kind
+
+
+# --- the level ----------------------------------------------------------------------------------------------
+
+# Ranks and a tied output layer, stages, copies of rows and of tensors, experts, variables of TensorFlow.
+RIGHT = {
+    "gpt2-v3-tp2-pp2": 7, "mluke-aware": 7, "mixtral-b": 6, "mobilebert-squad": 6, "llama-3.2-1b": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", RIGHT)
+def test_a_right_conversion_learns_as_its_original(
+    variant: str, conversions: Written, originals: Written
+) -> None:
+    report = verify(
+        conversions(variant), originals(variant), levels="training", settings=VARIANTS[variant].settings
+    )
+    assert report.status == "pass", report.headline
+    (gradients,), (step,) = findings(report, "gradients"), findings(report, "step")
+    assert gradients.measured is not None and 0 < gradients.measured <= 1e-9
+    assert step.measured is not None and step.measured <= 1e-7
+    (controls,) = findings(report, "self-test")
+    assert controls.data == {"caught": RIGHT[variant], "planted": RIGHT[variant]}
+    for mistake, place, caught, where in controls.tables[1].rows:
+        assert caught == "yes"
+        if mistake in ("frozen", "wrong group of decay"):
+            assert where == place, "no other tensor is blamed"
+        if mistake == "not tied":
+            assert str(where).endswith(("wte.weight", "embed_tokens.weight", "_embeddings.weight"))
+
+
+def altered(folder: Path, out: Path, **config: Any) -> Path:
+    shutil.copytree(folder, out)
+    document = json.loads((out / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+    return out
+
+
+def test_an_output_layer_that_is_not_tied_is_named(
+    conversions: Written, originals: Written, tmp_path: Path
+) -> None:
+    """Its copy has equal values, so that logits do not differ; the embedding lacks half of its gradient."""
+    out = altered(conversions("llama-3.2-1b"), tmp_path / "out", tie_word_embeddings=False)
+    tensors = load_file(out / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    report = verify(out, originals("llama-3.2-1b"), levels=("parity", "training"))
+    assert all(f.status == "pass" for f in report.findings if f.check == "lockstep")
+    failed = [f for f in findings(report, "gradients") if f.status == "fail"]
+    assert {f.where for f in failed} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert failed[0].where == "lm_head.weight" and "tied to model.embed_tokens.weight" in failed[0].message
+    assert failed[0].message in report.headline
+    assert report.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("rate", "found"),
+    [(None, "found none, which its class takes as 0.1"), (0.3, "found 0.3")],
+)
+def test_another_dropout_is_named(
+    rate: float | None, found: str, conversions: Written, originals: Written, tmp_path: Path
+) -> None:
+    folder = altered(conversions("opt-bare"), tmp_path / "out", dropout=rate)
+    plain = conversions("opt-bare")
+    said = json.loads((plain / "config.json").read_text())["dropout"]
+    report = verify(folder, originals("opt-bare"), levels="training", settings=VARIANTS["opt-bare"].settings)
+    wrong = [f for f in findings(report, "dropout") if f.status == "fail"]
+    if rate is None and said == 0.1:
+        assert wrong == [], "left out, the class takes the same"
+    else:
+        assert [f.where for f in wrong] == ["config.json: dropout"] and found in wrong[0].message
+
+
+def test_a_wrong_tensor_has_another_gradient(
+    conversions: Written, originals: Written, tmp_path: Path
+) -> None:
+    out = altered(conversions("llama-3.2-1b"), tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    report = verify(out, originals("llama-3.2-1b"), levels="training")
+    assert report.exit_code == 1 and findings(report, "self-test") == []
+    failed = [f for f in findings(report, "gradients") if f.status == "fail"]
+    assert any(f.where == name.replace("up", "gate") for f in failed), (
+        "what it is multiplied by learns otherwise"
+    )
+
+
+def test_too_little_memory_is_said_before(conversions: Written, originals: Written) -> None:
+    with pytest.raises(Exception, match="expected at least .* for gradients, found 9 MB"):
+        verify(conversions("llama-3.2-1b"), originals("llama-3.2-1b"), levels="training", memory=9_000_000)

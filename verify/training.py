@@ -1,0 +1,426 @@
+"""The level `training`: does the converted model learn as the original does?
+
+Equal logits do not show it: a parameter that is frozen, an output layer that is tied or not, a path that is
+cut off, another group of weight decay, another dropout. So the loss is taken back through both readings, the
+original's gradients go through the rows of the plan as its tensors did, and both take one step of AdamW.
+Gradients are judged in float32 against the original's in float64, by how far the original's own float32 is
+from those; the step is taken in float64, as one of rounding alone is a whole step where a gradient is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt_tool.convert.copies import apart as copies_apart
+from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.convert.layout import Part
+from ckpt_tool.errors import fail
+from ckpt_tool.verify import optimizer, training_groups
+from ckpt_tool.verify.gradients import Flaw, Key, Rows, Task, Taught, taught
+from ckpt_tool.verify.measure import MARGIN
+from ckpt_tool.verify.needs import size_text
+from ckpt_tool.verify.optimizer import AdamW
+from ckpt_tool.verify.prompts import Prompt, padding_of
+from ckpt_tool.verify.report import Finding, Status, Table, number
+from ckpt_tool.verify.sides import BROKEN, Side, Tensors, tensors
+from ckpt_tool.verify.subject import Subject
+
+LEVEL = "training"
+FEW = 160  # tokens of a prompt to learn from
+EACH = 40  # bytes for each weight: both precisions, gradients, moments, what moves through the rows
+USUAL = 4 << 30
+CAP = 1e-6  # of the energy of a gradient, whatever the noise
+NOTHING = 1e-20  # of the mean square of all gradients: what is below is rounding, not a gradient
+STEP = 1e-6  # of the learning rate: how far tensors may be apart after one step
+NAMED = 5  # tensors that are told one by one
+
+Found = Mapping[str, np.ndarray]
+Batches = Sequence[tuple[Tensor, Tensors]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The original's gradients as the Hugging Face layout has them, in float64. `noise` is how far those in
+    float32 are off, as a sum of squares for each tensor; `least` the smallest that counts."""
+
+    gradients: Found
+    noise: Mapping[str, float]
+    loss: float
+    left_out: Sequence[tuple[Key, float]]
+    typical: float  # noise over energy, of the median tensor
+    mean_square: float  # of all gradients
+
+    def energy(self, name: str) -> float:
+        return _energy(self.gradients[name]) if name in self.gradients else 0.0
+
+
+@dataclass(frozen=True)
+class Apart:
+    """One tensor's gradient: the share of its energy that is off, and the bar; `lost` where there should be
+    one and is none."""
+
+    name: str
+    nmse: float
+    bar: float
+    lost: bool
+    seen: bool  # the loss depends on it at all
+    alone: bool = False  # the original has no such tensor
+
+    @property
+    def holds(self) -> bool:
+        return self.nmse <= self.bar
+
+
+def training(
+    subject: Subject,
+    original: Side,
+    converted: Side,
+    prompts: Mapping[str, Prompt],
+    *,
+    memory: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Finding]:
+    """The findings of this level. `usage` for a `memory` that is not enough."""
+    if (why := unmapped(subject, converted)) is not None:
+        return [Finding(LEVEL, "gradients", "skipped", why)]
+    batches = _batches(original, prompts)
+    if not batches:
+        return [Finding(LEVEL, "gradients", "skipped", "no prompt is short enough to learn from")]
+    needed = _needed(original, converted, batches)
+    if memory is not None and needed > memory:
+        fail("usage", f"expected at least {size_text(needed)} for gradients, found {size_text(memory)}",
+             where="memory")  # fmt: skip
+    if memory is None and needed > USUAL:
+        text = f"gradients of the whole model need {size_text(needed)} of memory, more than "
+        return [Finding(LEVEL, "gradients", "skipped", f"{text}{size_text(USUAL)} (--memory allows more)")]
+    tell(f"training: gradients, needs about {size_text(needed)} of memory")
+    return _compared(subject, original, converted, batches, tell)
+
+
+def unmapped(subject: Subject, converted: Side) -> str | None:
+    """Why gradients cannot be taken, or not through the plan; None where they can."""
+    if subject.plan is None:
+        return subject.problems[0].message if subject.problems else "there is no plan"
+    if any(name.endswith(".running_mean") for name in converted.weights[0]):
+        return "batch norms take their numbers from each batch in training, and this pass does not"
+    if any(step.mean for step in subject.plan.steps):
+        return "heads were pooled: the converted model is another one, and learns otherwise"
+    return None
+
+
+def _batches(original: Side, prompts: Mapping[str, Prompt]) -> Batches:
+    device = original.weights[0].device
+    sizes = {name: sum(map(len, p.ids)) for name, p in prompts.items()}
+    return [tensors(prompts[n], device) for n, size in sizes.items() if 1 < size <= FEW]
+
+
+def _needed(original: Side, converted: Side, batches: Batches) -> int:
+    """Bytes: for each weight, and for what each layer of the longest prompt keeps."""
+    count = max(sum(t.numel for w in s.weights for t in w.tensors.values()) for s in (original, converted))
+    longest = max((ids.numel() for ids, _ in batches), default=0)
+    config = converted.raw
+    width = max((int(config[k]) for k in ("hidden_size", "n_embd") if type(config.get(k)) is int), default=1)
+    heads = max((int(config[k]) for k in ("num_attention_heads", "n_head") if type(config.get(k)) is int),
+                default=1)  # fmt: skip
+    kept = converted.config.n_layers * longest * (40 * width + 4 * heads * longest) * 8
+    return int(EACH * count + kept + 8 * longest * converted.vocabulary * 4)
+
+
+def task_of(subject: Subject, converted: Side) -> Task:
+    kind = class_of(subject.config)
+    causal = kind is None or classes()[kind].causal
+    architecture = str((subject.config.get("architectures") or [""])[0])
+    masked = architecture.endswith(("MaskedLM", "ForPreTraining"))
+    return Task(
+        converted.vocabulary,
+        causal and not masked,
+        padding_of(subject.config),
+        architecture.endswith("ForSequenceClassification"),
+        subject.config.get("problem_type"),
+    )
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+def rows_of(subject: Subject, converted: Side) -> Rows:
+    """The steps of the plan from the original on."""
+    assert subject.plan is not None
+    shapes = {name: tuple(t.shape) for name, t in converted.weights[0].tensors.items()}
+    if subject.direction == "to-hf":
+        steps = tuple(one for step in subject.plan.steps for one in copies_apart(step))
+        if subject.keeps_layout:  # its reading knows the names that the class writes
+            steps = tuple(s for s in steps if not s.compare)
+            pairs = [(p, t) for s in steps for p, t in zip(s.sources, s.targets, strict=False)]
+            renamed = {(p.file, p.name): t.name for p, t in pairs}
+            return Rows(steps, lambda p: (p.file, renamed.get((p.file, p.name), p.name)), shapes)
+        return Rows(steps, lambda p: (p.file, p.name), shapes)
+
+    def held(part: Part) -> Key:
+        found = subject.target(part.file, part.name)
+        return (part.file, part.name) if found is None else (found.file, found.name)
+
+    # what is compared on the way back is a copy of what is at home elsewhere
+    steps = tuple(replace(s.inverse(), copied=s.copied or bool(s.compare)) for s in subject.plan.steps)
+    return Rows(steps, held, shapes)
+
+
+def _wanted(original: Side, rows: Rows, batches: Batches, task: Task) -> Wanted:
+    exact = taught(original.computed_in(torch.float64), batches, task)
+    gradients = rows.forth(exact.gradients)
+    rough = rows.forth(taught(original.computed_in(torch.float32), batches, task).gradients)
+    noise = {n: _energy(rough[n] - x) if n in rough else math.inf for n, x in gradients.items()}
+    energies = {n: _energy(x) for n, x in gradients.items()}
+    count = sum(x.size for x in gradients.values())
+    mean_square = sum(energies.values()) / max(1, count)
+    shares = [noise[n] / e for n, e in energies.items() if e > NOTHING * mean_square * gradients[n].size]
+    return Wanted(
+        gradients, noise, exact.loss, rows.left_out(exact.gradients), median(shares or [0.0]), mean_square
+    )
+
+
+def _found(converted: Side, rows: Rows, made: Taught) -> dict[str, np.ndarray]:
+    """By name, with what copies add where their elements are at home."""
+    (weights,) = converted.weights
+    names = {(info.file, info.name): name for name, info in weights.tensors.items()}
+    return rows.folded({names[key]: x for key, x in made.gradients.items()})
+
+
+def apart(wanted: Wanted, found: Found) -> list[Apart]:
+    """Each tensor that has a gradient on either side."""
+    made = []
+    for name in sorted({*wanted.gradients, *found}):
+        right = wanted.gradients.get(name)
+        size = right.size if right is not None else found[name].size
+        floor = NOTHING * wanted.mean_square * size
+        energy = max(wanted.energy(name), floor)
+        other = found.get(name)
+        if right is None:
+            off = _energy(found[name])
+        else:
+            off = _energy(right if other is None else other.astype(np.float64) - right)
+        noise = max(wanted.noise.get(name, 0.0), wanted.typical * energy, floor)
+        bar = MARGIN**2 * noise / energy
+        if energy > floor:
+            bar = min(bar, CAP)
+        lost = wanted.energy(name) > floor and (other is None or not other.any())
+        made.append(Apart(name, off / energy, bar, lost, energy > floor, right is None))
+    return made
+
+
+def _energy(x: np.ndarray) -> float:
+    flat = x.astype(np.float64).ravel()
+    return float(flat @ flat)
+
+
+def _compared(
+    subject: Subject, original: Side, converted: Side, batches: Batches, tell: Callable[[str], None]
+) -> list[Finding]:
+    rows, task = rows_of(subject, converted), task_of(subject, converted)
+    try:
+        wanted = _wanted(original, rows, batches, task)
+    except BROKEN as error:
+        return [Finding(LEVEL, "gradients", "undecided", f"the original's own pass cannot learn: {error}")]
+    tell("training: gradients of the converted model")
+    try:
+        rough = _found(converted, rows, taught(converted.computed_in(torch.float32), batches, task))
+        exact = taught(converted.computed_in(torch.float64), batches, task)
+    except BROKEN as error:
+        return [Finding(LEVEL, "gradients", "fail", f"the converted model cannot learn: {error}")]
+    tokens = sum(ids.numel() for ids, _ in batches)
+    each = apart(wanted, rough)
+    what = f"{len(batches)} prompts, {tokens} tokens"
+    made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what)]
+    made += training_groups.findings(rows)
+    after = _Step(subject, converted, wanted, _found(converted, rows, exact), exact, recipe_of(subject))
+    made += after.findings()
+    made += training_groups.dropouts(subject)
+    if not any(f.status == "fail" for f in made):
+        made.append(_planted(converted, rows, batches, task, wanted, rough, after, subject))
+    return made
+
+
+def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, str]:
+    """Of tensors that the original has not: another that differs in its gradient and has equal values."""
+    (weights,) = converted.weights
+    values = {n: made.tensors.get((i.file, i.name)) for n, i in weights.tensors.items()}
+    found = {}
+    for own in (a for a in each if a.alone):
+        for other in (a for a in each if not a.alone and not a.holds):
+            one, two = values.get(own.name), values.get(other.name)
+            if one is not None and two is not None and torch.equal(one, two):
+                found[own.name] = other.name
+    return found
+
+
+def _gradient_findings(
+    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str
+) -> list[Finding]:
+    bad = sorted((a for a in each if not a.holds), key=lambda a: (not a.alone, -a.nmse))
+    made = [
+        Finding(LEVEL, "gradients", "fail", _in_words(a, bad, twins), a.name, a.nmse, a.bar)
+        for a in bad[:NAMED]
+    ]
+    if len(bad) > NAMED:
+        made.append(Finding(LEVEL, "gradients", "fail", f"{len(bad) - NAMED} more tensors differ"))
+    for (file, name), top in wanted.left_out[:NAMED]:
+        text = f"expected no gradient where convert leaves elements out, found up to {number(top)}"
+        made.append(Finding(LEVEL, "gradients", "fail", text, f"{file}: {name}" if file else name))
+    if made:
+        return made
+    seen = [a for a in each if a.seen]
+    if not seen:
+        return [Finding(LEVEL, "gradients", "undecided", "the loss depends on no tensor")]
+    worst = max(seen, key=lambda a: a.nmse / a.bar if a.bar else 0.0)
+    text = (
+        f"the loss {wanted.loss:.6g} gives {len(seen)} tensors the gradients of the original "
+        f"({what}; NMSE, nearest to its bar {worst.name})"
+    )
+    if len(seen) < len(each):
+        text += f"; {len(each) - len(seen)} have none on either side"
+    table = Table(
+        ("tensor", "NMSE", "bar"),
+        tuple((a.name, a.nmse, a.bar) for a in sorted(seen, key=lambda a: -a.nmse)),
+        brief=0,
+    )
+    data = {"loss": wanted.loss, "tensors": len(seen), "loss_apart": abs(loss - wanted.loss)}
+    return [Finding(LEVEL, "gradients", "pass", text, None, worst.nmse, worst.bar, data, (table,))]
+
+
+def _in_words(a: Apart, bad: Sequence[Apart], twins: Mapping[str, str]) -> str:
+    if a.name in twins:
+        return f"expected it tied to {twins[a.name]}, whose values it has, found it learning apart"
+    if a.alone:
+        return "expected no gradient, as the original has no such tensor, found one"
+    if a.lost:
+        lost = sum(b.lost for b in bad)
+        rest = f"{lost - 1} others have none either: a path is cut off" if lost > 1 else "frozen, or not read"
+        return f"expected the gradient of the original, found none ({rest})"
+    return f"expected the gradient of the original, found one that is off by NMSE {number(a.nmse)}"
+
+
+# --- one step -----------------------------------------------------------------------------------------------
+
+
+def recipe_of(subject: Subject) -> AdamW:
+    """The optimizer of the original, as far as its kind and its own arguments tell: else torch's."""
+    source = subject.original
+    if source is None:
+        return optimizer.TORCH
+    formats = {f.format for f in source.files.values()}
+    if "tf-bundle" in formats:
+        return optimizer.GOOGLE
+    told = training_groups.arguments_of(source)
+    return optimizer.of_arguments(told) or optimizer.TORCH
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Both sides after one step from zero moments, in float64."""
+
+    subject: Subject
+    converted: Side
+    wanted: Wanted
+    found: Found
+    made: Taught
+    recipe: AdamW
+
+    def distances(self, other: AdamW | None = None, flipped: str | None = None) -> dict[str, float]:
+        """How far apart each tensor is afterwards, in learning rates; the converted side with an `other`
+        recipe, or with one tensor in the wrong group."""
+        (weights,) = self.converted.weights
+        found = {}
+        for name, info in weights.tensors.items():
+            value = self.made.tensors.get((info.file, info.name))
+            if value is None or not value.is_floating_point():
+                continue
+            decays = optimizer.decays(name, tuple(info.shape))
+            one = self._after(self.recipe, value, self.wanted.gradients.get(name), decays)
+            two = self._after(other or self.recipe, value, self.found.get(name), decays != (name == flipped))
+            found[name] = float((one - two).abs().max()) / self.recipe.rate if one.numel() else 0.0
+        return found
+
+    def _after(self, recipe: AdamW, p: Tensor, gradient: np.ndarray | None, decays: bool) -> Tensor:
+        if gradient is None:  # no gradient, no step
+            return p
+        g = torch.from_numpy(np.ascontiguousarray(gradient, dtype=np.float64)).view(p.shape)
+        new, _ = optimizer.step(recipe, p, g, optimizer.start(p), decays=decays)
+        return new
+
+    def findings(self) -> list[Finding]:
+        each = self.distances()
+        bad = sorted((n for n, x in each.items() if not x <= STEP), key=lambda n: -each[n])
+        if bad:
+            text = "expected the tensor of the original after one step, found another (in learning rates)"
+            return [Finding(LEVEL, "step", "fail", text, n, each[n], STEP) for n in bad[:NAMED]]
+        text = f"{len(each)} tensors are those of the original after one step ({self.recipe.words()})"
+        return [Finding(LEVEL, "step", "pass", text, None, max(each.values(), default=0.0), STEP)]
+
+
+# --- planted mistakes ---------------------------------------------------------------------------------------
+
+
+def _planted(
+    converted: Side,
+    rows: Rows,
+    batches: Batches,
+    task: Task,
+    wanted: Wanted,
+    rough: Found,
+    after: _Step,
+    subject: Subject,
+) -> Finding:
+    """Mistakes of training, made in memory: the share that is caught, and where."""
+    caught: list[tuple[str, str, str, str]] = []
+
+    def learned(flaw: Flaw) -> list[str]:
+        made = taught(converted.computed_in(torch.float32), batches, task, flaw)
+        return [a.name for a in apart(wanted, _found(converted, rows, made)) if not a.holds]
+
+    def note(mistake: str, place: str, where: Sequence[str]) -> None:
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        caught.append((mistake, place, "yes" if where else "no", f"{where[0]}{more}" if where else ""))
+
+    strong = max(rough, key=lambda n: wanted.energy(n), default="")
+    if strong:
+        frozen = {n: x for n, x in rough.items() if n != strong}
+        note("frozen", strong, [a.name for a in apart(wanted, frozen) if a.lost])
+    layer = next((str(p) for p, kind in converted.kinds().items() if kind == "layer"), None)
+    if layer is not None:
+        name = f"layer {layer}" if layer.isdigit() else layer
+        note("path cut off", f"after {name}", learned(Flaw(detached=name)))
+    if after.made.shared:
+        note("not tied", "heads", learned(Flaw(output=True)))
+    for mistake, place, where in _of_steps(after, strong):
+        note(mistake, place, where)
+    if (planted := training_groups.planted_dropout(subject)) is not None:
+        note(*planted)
+    count = sum(yes == "yes" for _, _, yes, _ in caught)
+    text = f"{count} of {len(caught)} planted mistakes of training are caught"
+    table = Table(("mistake", "planted in", "caught", "first by"), tuple(caught), brief=0)
+    brief = Table(("planted mistake", "caught"), tuple((m, yes) for m, _, yes, _ in caught))
+    data = {"caught": count, "planted": len(caught)}
+    status: Status = "pass" if count == len(caught) else "undecided"
+    return Finding(LEVEL, "self-test", status, text, data=data, tables=(brief, table))
+
+
+def _of_steps(after: _Step, strong: str) -> list[tuple[str, str, list[str]]]:
+    recipe = after.recipe
+    wrong: list[tuple[str, str, AdamW | None, str | None]] = [
+        ("bias corrected otherwise", "step", replace(recipe, correct_bias=not recipe.correct_bias), None),
+        ("eps 100 times as large", "step", replace(recipe, eps=recipe.eps * 100), None),
+    ]
+    if recipe.decay and strong:
+        wrong.append(("wrong group of decay", strong, None, strong))
+    found = []
+    for words, place, other, flipped in wrong:
+        each = after.distances(other, flipped)
+        found.append((words, place, [n for n, x in each.items() if not x <= STEP]))
+    return found
