@@ -449,6 +449,26 @@ def gate(
     return run_gate(file, at_once(most, memory, tell), **asked)
 
 
+def export_onnx(folder: Source, out: Source, source: Source | None = None, **asked: Any) -> Report:
+    """Write a model as an ONNX graph, where onnxruntime computes of it what its source does; see
+    `ckpt_tool.verify.onnx_made.export_onnx`."""
+    from ckpt_tool.verify.onnx_made import export_onnx as run
+
+    return run(folder, out, source=source, **asked)
+
+
+def verify_onnx(
+    graph: Source, source: Source, *, settings: Mapping[str, Any] | None = None, **asked: Any
+) -> Report:
+    """Whether an ONNX graph computes what `source` does, an original or a folder in the Hugging Face layout;
+    see `ckpt_tool.verify.onnx_parity.verify_file`."""
+    from ckpt_tool.verify.onnx_judges import source_at
+    from ckpt_tool.verify.onnx_parity import verify_file
+
+    with source_at(source, settings) as found:
+        return verify_file(Path(graph), found, **asked)
+
+
 def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, Any]:
     """`--set KEY=VALUE` pairs over the values of a `--config` JSON file. A value is JSON where it parses as
     such (`1e6`, `null`, `{"factor": 8}`), else text."""

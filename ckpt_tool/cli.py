@@ -264,6 +264,7 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
 
     \b
     ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
+    ckpt-tool verify mistral.onnx --source mistral-7B-v0.1
     """
     from ckpt_tool.spread_command import look, look_on_ray, wanted
 

@@ -59,15 +59,15 @@ def onnx(folder: str, out: str, source: str | None, **asked: Any) -> int:
     ckpt-tool export onnx Mistral-7B-v0.1-hf --out mistral.onnx --with-past
     """
     from ckpt_tool import api
-    from ckpt_tool.verify.onnx_made import Asked, export_onnx
+    from ckpt_tool.verify.onnx_made import Asked
     from ckpt_tool.verify.prompts import read_prompts
 
     files = checked_files(asked, (folder, source, asked["prompts"]))
-    report = export_onnx(
+    report = api.export_onnx(
         folder,
         out,
+        source,
         asked=Asked(asked["task"], asked["with_past"], asked["opset"], asked["overwrite"]),
-        source=source,
         settings=api.settings(asked["pairs"]),
         prompts=None if asked["prompts"] is None else read_prompts(asked["prompts"]),
         tell=following_at(consoles()[1]),
@@ -77,11 +77,7 @@ def onnx(folder: str, out: str, source: str | None, **asked: Any) -> int:
 
 def verify_onnx(out: str, source: str | None, levels: tuple[str, ...], asked: dict[str, Any]) -> int:
     """`verify FILE.onnx --source PATH`: `usage` for options that say nothing of a graph."""
-    from pathlib import Path
-
     from ckpt_tool import api
-    from ckpt_tool.verify.onnx_judges import source_at
-    from ckpt_tool.verify.onnx_parity import verify_file
     from ckpt_tool.verify.prompts import read_prompts
 
     if source is None:
@@ -100,11 +96,11 @@ def verify_onnx(out: str, source: str | None, levels: tuple[str, ...], asked: di
         text = f"expected options of an ONNX file, found {', '.join(given)}, of checkpoints alone"
         fail("usage", text, where=given[0], hint="--source, --set, --prompts and the reports go with it")
     files = checked_files(asked, (out, source, asked["prompts"]))
-    with source_at(source, api.settings(asked["pairs"])) as found:
-        report = verify_file(
-            Path(out),
-            found,
-            prompts=None if asked["prompts"] is None else read_prompts(asked["prompts"]),
-            tell=following_at(consoles()[1]),
-        )
+    report = api.verify_onnx(
+        out,
+        source,
+        settings=api.settings(asked["pairs"]),
+        prompts=None if asked["prompts"] is None else read_prompts(asked["prompts"]),
+        tell=following_at(consoles()[1]),
+    )
     return write_report(report, asked, files)

@@ -175,7 +175,6 @@ def grouped_attention(
     `scalar` stands in the place of H in the scores."""
     (B, N, T, H), K, S = q.shape, k.shape[1], k.shape[2]
     q = q.view(B, K, -1, T, H)
-    hidden = None if mask is None else (mask == 0)[:, None, None, None, :]
 
     def of(some: Tensor, first: int) -> Tensor:
         """Of the queries from `first` on: (B, t, N * H)."""

@@ -656,6 +656,7 @@ MUTANTS = {
 # does not run are judged in test_reference_megatron_heads.py and those of OPT and Qwen2.
 NO_NUMBERS = {"complete", "only", "one_of", "span_logits", "of_last_token", "stems", "rooted", "in_turn"}
 NO_NUMBERS |= {"own_heads"}  # which heads a class has
+NO_NUMBERS |= {"traced"}  # whether a pass is written down as a graph, which test_onnx.py compares
 # What is kept of earlier tokens is held against passes that keep nothing, mistakes in it too, in
 # test_generation.py.
 NO_NUMBERS |= {"before", "remembered", "recalled", "cached", "grown"}

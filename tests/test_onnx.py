@@ -23,6 +23,7 @@ from ckpt_tool.fixtures.families.qwen3 import qwen3
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import onnx_made
 from ckpt_tool.verify.onnx_export import DATA
+from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
 from ckpt_tool.verify.sides import converted_side
 from ckpt_tool.verify.subject import opened
 from tests.in_process import program
@@ -198,7 +199,7 @@ def _alter(path: Path, name: str) -> None:
 
 
 def as_of_another_exporter(path: Path) -> None:
-    """Weights without names, other names of axes, and positions among the inputs."""
+    """Weights without names, other names of axes."""
     model = onnx.load(path, load_external_data=False)
     names = {t.name: f"onnx::MatMul_{k}" for k, t in enumerate(model.graph.initializer)}
     for t in model.graph.initializer:
@@ -210,8 +211,6 @@ def as_of_another_exporter(path: Path) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = {"batch": "batch_size"}.get(dim.dim_param, "length")
-    axes = ["batch_size", "length"]
-    model.graph.input.append(onnx.helper.make_tensor_value_info("position_ids", 7, axes))
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())
 
@@ -224,7 +223,7 @@ def test_a_graph_of_another_exporter_is_judged_by_the_original(
     run = verified(path, original, "--json", "report.json")
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "position_ids" in found(report, "interface")["message"]
+    assert "batch_size, length" in found(report, "interface")["message"]
     assert found(report, "weights")["data"]["tensors"] == 24
     assert "the original's own reading" in found(report, "outputs")["message"]
     assert found(report, "negative control")["data"]["rate"] == 1
@@ -249,6 +248,24 @@ def _renamed(old: str, new: str) -> Callable[[Any], None]:
                     names[k] = new if name == old else name
 
     return change
+
+
+def test_positions_count_the_tokens_of_no_padding(tmp_path: Path) -> None:
+    """As optimum's graphs want them, which take position_ids."""
+    helper = onnx.helper
+    axes, path = ["batch_size", "length"], tmp_path / "positions.onnx"
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "position_ids"], ["logits"])],
+        "positions",
+        [helper.make_tensor_value_info(name, 7, axes) for name in ("input_ids", "position_ids")],
+        [helper.make_tensor_value_info("logits", 1, [*axes, 1])],
+        [helper.make_tensor("table", 1, [9, 1], [float(k) for k in range(9)])],
+    )
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)]), path)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with closing(open_onnx(path)) as file:
+        made = opened_graph(file, recognised(file), None).run(Case("padded", torch.zeros_like(mask), mask))
+    assert made["logits"][..., 0].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(

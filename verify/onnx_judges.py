@@ -177,7 +177,9 @@ def _jobs(side: Side, case: Case, with_past: bool) -> list[Job]:
     flat, mask = case.ids.flatten(0, -2), case.mask.flatten(0, -2)
     types = None if case.token_types is None else case.token_types.flatten(0, -2)
     given: dict[str, Any] = {} if types is None else {"token_types": types}
-    masked = "mask" in side.takes({"mask": mask}) and ("mask" in side.inputs or case.left)
+    masked = "mask" in side.takes({"mask": mask}) and (
+        "mask" in side.inputs or (case.left and not case.counted)
+    )
     jobs = []
     if not case.padded or masked:
         given |= {"mask": mask} if case.padded else {}
@@ -211,9 +213,12 @@ def _picked(side: Side, task: str, case: Case, job: Job, name: str, y: Tensor) -
         y = y.transpose(1, 2)
     places = torch.arange(case.ids.shape[-1])
     late = (places >= 0) if name.startswith("present.") else places >= case.past
-    if job.kept.ndim == 1:
-        return y[0][late[job.kept]].flatten(1)
-    return y[job.kept & late].flatten(1)
+    return _rows(y[0][late[job.kept]] if job.kept.ndim == 1 else y[job.kept & late])
+
+
+def _rows(y: Tensor) -> Tensor:
+    """(positions, C), of results that are one number for each token as well."""
+    return y.reshape(len(y), -1)
 
 
 def picked(task: str, case: Case, name: str, y: Tensor) -> Tensor:
@@ -221,5 +226,5 @@ def picked(task: str, case: Case, name: str, y: Tensor) -> Tensor:
     if of_rows(task, name):
         return y.reshape(-1, y.shape[-1])
     if name.startswith("present."):
-        return y.transpose(1, 2)[case.mask.bool()].flatten(1)
-    return y[case.real].flatten(1)
+        return _rows(y.transpose(1, 2)[case.mask.bool()])
+    return _rows(y[case.real])

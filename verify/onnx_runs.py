@@ -85,13 +85,15 @@ def _refuse(what: str, name: str, known: Iterable[str], file: str) -> None:
 @dataclass(frozen=True)
 class Case:
     """Rows of token ids (B, T), or (B, C, T) of choices, that go through a graph; `mask` is 0 for padding.
-    The first `past` tokens go first, and what they leave behind goes in with the others."""
+    The first `past` tokens go first, and what they leave behind goes in with the others. `counted`: the graph
+    is given positions, which count tokens without padding."""
 
     name: str
     ids: Tensor
     mask: Tensor
     token_types: Tensor | None = None
     past: int = 0
+    counted: bool = False
 
     @property
     def real(self) -> Tensor:
