@@ -192,6 +192,7 @@ def _options(found: Mapping[str, Any]) -> dict[str, Any]:
         "gqa": gqa,
         "family_options": asked,
         "settings": _object(found, "settings"),
+        "with_optimizer": found.get("with_optimizer") is True,
     }
 
 

@@ -46,6 +46,7 @@ class Options:
     strict_replicas: bool = False
     tokenizer: str | None = None
     gqa: int | None = None
+    with_optimizer: bool = False  # carry the states of the optimizer, too (optimizer_state.py)
     family_options: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import optimizer, schedules, verify
+from ckpt_tool.verify import library, optimizer, schedules, verify
 from ckpt_tool.verify.optimizer import AdamW
 from ckpt_tool.verify.report import Finding, Report
 
@@ -183,7 +183,7 @@ def test_a_right_conversion_learns_as_its_original(
     assert step.measured is not None and step.measured <= 1e-7
     (controls,) = findings(report, "self-test")
     assert controls.data == {"caught": RIGHT[variant], "planted": RIGHT[variant]}
-    for mistake, place, caught, where in controls.tables[1].rows:
+    for mistake, caught, place, where in controls.tables[0].rows:
         assert caught == "yes"
         if mistake in ("frozen", "wrong group of decay"):
             assert where == place, "no other tensor is blamed"
@@ -247,6 +247,54 @@ def test_a_wrong_tensor_has_another_gradient(
     assert any(f.where == name.replace("up", "gate") for f in failed), (
         "what it is multiplied by learns otherwise"
     )
+
+
+def frozen(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+
+
+def cut_off(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, given, out: out.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (None, ""),
+        (frozen, "does not teach it"),
+        (cut_off, "found none"),
+    ],
+)
+def test_what_the_class_of_transformers_learns(
+    change: Callable[[Any], None] | None,
+    words: str,
+    conversions: Written,
+    originals: Written,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its logits are the same whatever it freezes or cuts off."""
+    own = library.load
+
+    def load(*given: Any) -> tuple[Any, Any]:
+        model, info = own(*given)
+        if change is not None:
+            change(model)
+        return model, info
+
+    monkeypatch.setattr(library, "load", load)
+    report = verify(
+        conversions("llama-3.2-1b"), originals("llama-3.2-1b"), levels="training", against="transformers"
+    )
+    assert all(
+        f.status == "pass" for f in report.findings if (f.level, f.check) == ("transformers", "logits")
+    )
+    found = findings(report, "transformers")
+    if change is None:
+        assert [f.status for f in found] == ["pass"] and report.exit_code == 0
+    else:
+        assert found[0].status == "fail" and words in found[0].message and report.exit_code == 1
+    if change is frozen:
+        assert [f.where for f in found] == ["model.layers.1.mlp.up_proj.weight"]
 
 
 def test_too_little_memory_is_said_before(conversions: Written, originals: Written) -> None:
