@@ -7,7 +7,7 @@ SOURCES := ckpt_tool convert reference verify fixtures tests benchmarks
 # Programs that tests start by the hundred find the tree compiled, whatever the shell says of bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint format types wheel base check table bench clean
+.PHONY: setup demo test fuzz lint format types wheel base check table bench clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,11 @@ $(LARGE): .judges/%/.ready: tests/judges/%.txt $(VENV)/.ready
 
 test: setup $(LARGE) .judges/tf4.37/.ready .judges/tf4.57/.ready .judges/mistral-common/.ready
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# Changed inputs for every reader, for so many seconds; `python -m tests.fuzzing --help` tells how to run longer.
+FUZZ_SECONDS ?= 120
+fuzz: setup
+	$(BIN)/python -m tests.fuzzing --seconds $(FUZZ_SECONDS) --jobs 2
 
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)

@@ -1,7 +1,7 @@
 """How many planted mistakes a verification catches, locates and names, beside the bars that others publish,
 and how many right conversions fail.
 
-    python benchmarks/detection.py [--family F] [--kind TEXT] [--sample N] [--json FILE]
+    python benchmarks/detection.py [--family F] [--kind TEXT] [--sample N [--offset K]] [--json FILE]
     python benchmarks/detection.py --mode quick --level parity   # or --costly, as large models are verified
     python benchmarks/detection.py --right [--jobs 2]
     python benchmarks/detection.py --show FILE...     the tables of earlier runs together
@@ -116,6 +116,18 @@ class How:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Every `sample`th pair of kind and family: the parts with offsets from 0 up to it are all pairs, each
+    once."""
+
+    sample: int = 1
+    offset: int = 0
+
+    def of(self, listed: list[str]) -> list[str]:
+        return listed[self.offset :: self.sample]
+
+
+@dataclass(frozen=True)
 class Task:
     kind: str
     variant: str
@@ -149,14 +161,12 @@ def planted(kind: str, folder: Path) -> Truth | None:
     return None if where is None else Truth(None, (where,), ".*")
 
 
-def tasks(
-    root: Path, families: Iterable[str], kinds: Sequence[str], sample: int | None, how: How
-) -> list[Task]:
+def tasks(root: Path, families: Iterable[str], kinds: Sequence[str], part: Part, how: How) -> list[Task]:
     """One for each kind and family: the variant changes from kind to kind."""
     listed = []
     for at, kind in enumerate(kinds):
         for shift, family in enumerate(families):
-            if sample is not None and (at + shift) % sample:
+            if (at + shift) % part.sample != part.offset:
                 continue
             variants = PLANTED[family]
             listed.append(
@@ -374,18 +384,18 @@ def shown(outcomes: Sequence[Outcome]) -> int:
     return int(any(o.acts and not o.caught for o in outcomes) or any(o.misnamed for o in outcomes))
 
 
-def every_task(root: Path, families: Sequence[str], text: str, sample: int | None, how: How) -> list[Task]:
+def every_task(root: Path, families: Sequence[str], text: str, part: Part, how: How) -> list[Task]:
     kinds = [k for k in (*KINDS, *MISTAKES) if text in k]
-    listed = tasks(root, families, kinds, sample, how)
+    listed = tasks(root, families, kinds, part, how)
     for family in families:
         found = dict.fromkeys(k for v in PLANTED[family] for k in own.kinds(made(root, v)[1]))
-        listed += tasks(root, [family], [k for k in found if text in k], sample, how)
+        listed += tasks(root, [family], [k for k in found if text in k], part, how)
         first = PLANTED[family][0]
         options = Options(settings=VARIANTS[first].settings)
         rows = [w.name for w in symmetric.listed(family, made(root, first)[0], options)]
         both = [f"{symmetric.PREFIX}{way}{name}" for name in rows for way in ("", BACK)]
-        wanted = [k for k in both if text in k]
-        listed += [Task(k, first, str(root), how) for k in wanted[:: sample or 1]]
+        wanted = part.of([k for k in both if text in k])
+        listed += [Task(k, first, str(root), how) for k in wanted]
     order = {family: k for k, family in enumerate(families)}
     return sorted(listed, key=lambda t: order[VARIANTS[t.variant.split("|")[0]].family])
 
@@ -397,6 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", choices=sorted(PLANTED), action="append")
     parser.add_argument("--kind", default="", help="only kinds whose name holds this text")
     parser.add_argument("--sample", type=int, metavar="N", help="every Nth pair of kind and family")
+    parser.add_argument("--offset", type=int, default=0, metavar="K", help="of N parts the Kth, from 0")
     parser.add_argument("--mode", choices=MODES, default="default", help="how much of parity runs")
     parser.add_argument("--level", action="append", choices=LEVELS, help="these levels only")
     parser.add_argument("--costly", action="store_true", help="leave out what is left out of large models")
@@ -406,6 +417,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="where originals and conversions are written")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="tables of earlier runs")
     asked = parser.parse_args(arguments)
+    part = Part(asked.sample or 1, asked.offset)
+    if not 0 <= part.offset < part.sample:
+        parser.error(f"expected an --offset from 0 to {part.sample - 1}, found {part.offset}")
+    if asked.show and asked.right:
+        import right  # beside this file
+
+        return int(right.shown(right.read(asked.show)))
     if asked.show:
         lines = [line for file in asked.show for line in file.read_text(encoding="utf-8").splitlines()]
         return shown([Outcome(**json.loads(line)) for line in lines])
@@ -415,12 +433,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root.mkdir(parents=True, exist_ok=True)
         families = asked.family or list(PLANTED)
         if asked.right:
-            from right import main as right  # beside this file
+            import right
 
-            return int(right(root, families, asked.sample, asked.jobs, asked.json))
+            return int(right.main(root, families, part.sample, part.offset, asked.jobs, asked.json))
         for variant in (v for family in families for v in PLANTED[family]):
             made(root, variant)
-        listed = every_task(root, families, asked.kind, asked.sample, how)
+        listed = every_task(root, families, asked.kind, part, how)
         status = shown(list(run(listed, asked.jobs, asked.json)))
     levels = ", ".join(how.levels or ("all",))
     print(f"\nmode {how.mode}{', long prompts costly' * how.costly}, levels {levels}")

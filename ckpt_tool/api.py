@@ -27,10 +27,12 @@ from ckpt_tool.convert import canonical
 from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan, dropped_names
+from ckpt_tool.convert.quantised_view import as_asked, as_read
 from ckpt_tool.convert.recognising import (
     check_own,
     check_plain,
     explained,
+    is_original,
     no_config,
     only_family,
     recognise,
@@ -99,7 +101,7 @@ def check_name(name: str) -> None:
 
 
 def _family_of_converted(checkpoint: Checkpoint) -> Family:
-    if "config.json" not in checkpoint.documents:
+    if "config.json" not in checkpoint.documents or is_original(checkpoint):
         fail_all([no_config(checkpoint)])
     config = checkpoint.json("config.json")
     architectures = config.get("architectures") or []
@@ -145,10 +147,10 @@ def plan(
     if not isinstance(source, Checkpoint):
         with open_for(source, to, options) as opened:
             return plan(opened, family=family, to=to, options=options, checksums=checksums)
-    source = layers_apart(source)
+    options = options or Options()
+    source = layers_apart(as_asked(source, options))
     check_plain(source)
     chosen = choose(source, family, to)
-    options = options or Options()
     fail_all(option_problems(chosen, options, to))
     make = _forth(chosen) if to == "hf" else chosen.plan_original
     seen = as_family_knows(source, chosen)
@@ -242,14 +244,15 @@ def convert(
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
     with open_for(source, to, asked) as checkpoint:
-        chosen = choose(checkpoint, family, to)
+        read = as_read(checkpoint, asked)
+        chosen = choose(as_asked(read, asked), family, to)
         said = _reading(checkpoint, progress)
         made = plan(checkpoint, family=chosen.name, to=to, options=asked, checksums=checksums, progress=said)
         opened = checkpoint.opened()
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
-            made, _as_planned(checkpoint, chosen, made), target, jobs=jobs, resume=resume, sha256=sha256,
+            made, _as_planned(read, chosen, made), target, jobs=jobs, resume=resume, sha256=sha256,
             strict=strict, progress=progress, address=_address(source), overwrite=overwrite,
             overwrite_foreign=overwrite_foreign, keep=Staging if hub is None else hub.staging(made),
         )  # fmt: skip
@@ -265,7 +268,7 @@ def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[
         return {}
     from ckpt_tool.verify.recorded import settled
 
-    seen = as_family_knows(layers_apart(checkpoint), chosen)
+    seen = as_family_knows(as_asked(checkpoint, options), chosen)
     options = replace(options, drop=dropped_names(options.drop, seen))
     settings = options.settings
     try:
@@ -381,7 +384,8 @@ class Shared:
         beside = [p for p in (*self.beside, self.options.tokenizer) if p is not None]
         check_output(Path(self.out), self.source, beside=beside, **replaced)
         with open_for(self.source, self.to, self.options) as checkpoint:
-            chosen = choose(checkpoint, self.family, self.to)
+            read = as_read(checkpoint, self.options)
+            chosen = choose(as_asked(read, self.options), self.family, self.to)
             made = plan(
                 checkpoint,
                 family=chosen.name,
@@ -402,7 +406,7 @@ class Shared:
                 **replaced,
             )
             insisted = _insisted(checkpoint, chosen, self.options) if self.to == "hf" else {}
-            yield _Begun(made, _as_planned(checkpoint, chosen, made), settings, checkpoint.opened(), insisted)
+            yield _Begun(made, _as_planned(read, chosen, made), settings, checkpoint.opened(), insisted)
 
 
 def convert_part(asked: Shared, worker: Worker) -> PartMade:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.report_files import write_whole
 from ckpt_tool.terminal import paragraph
 from ckpt_tool.verify.certificate import Request, as_bytes, certify
+from ckpt_tool.verify.certificate_lists import beside
 from ckpt_tool.verify.signing import sign
 
 
@@ -37,6 +38,9 @@ def made(
     if place.exists() and not _is_certificate(place):
         found = "found a file that is no certificate"
         fail("output-exists", f"expected a free name or an earlier certificate, {found}", file=place)
+    if beside(place).exists() and not place.exists():
+        found = "found the name of its lists taken"
+        fail("output-exists", f"expected a free name for a certificate, {found}", file=beside(place))
     if key is not None:
         sign(b"", key)  # before the work: a key that cannot sign is known now
     request = Request(
@@ -61,12 +65,18 @@ def made(
         return done.report.exit_code
     content = as_bytes(done.statement)
     content = content if key is None else sign(content, key)
-    try:
-        write_whole(os.fspath(place), content)
-    except OSError as error:
-        raise disk.failure(error, os.fspath(place)) from None
+    if done.lists is not None:
+        _write(beside(place), done.lists.pieces())  # first: a certificate without them holds for nothing
+    _write(place, content)
     _told(place, done.statement, key, screen)
     return 0
+
+
+def _write(place: Path, data: bytes | Iterable[bytes]) -> None:
+    try:
+        write_whole(os.fspath(place), data)
+    except OSError as error:
+        raise disk.failure(error, os.fspath(place)) from None
 
 
 def _is_certificate(place: Path) -> bool:
@@ -88,6 +98,8 @@ def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Co
         ("source", _counted(predicate["source"]["files"], predicate["source"])),
         ("plan", str(predicate["plan"]["sha256"])),
     ]
+    if "lists" in predicate:
+        rows.insert(1, ("lists", f"{beside(place)}, which belongs to it"))
     rate = said["planted_mistakes"]
     if rate is not None:
         low, _ = rate["interval"]
@@ -98,4 +110,5 @@ def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Co
 
 
 def _counted(files: Sequence[object], side: Mapping[str, Any]) -> str:
-    return f"{len(files)} files, {len(side['tensors'])} tensors, root {side['root']}"
+    tensors = side["tensors"] if isinstance(side["tensors"], int) else len(side["tensors"])
+    return f"{len(files)} files, {tensors} tensors, root {side['root']}"

@@ -68,6 +68,10 @@ how = options_of(
         "--dtype", metavar="NAME", help="Cast floating tensors (lossy): float32, float16, bfloat16."
     ),
     click.option(
+        "--dequantize", metavar="NAME", help="Make quantised weights numbers (lossy): bfloat16, float32 ..."
+    ),
+    click.option("--recipe", metavar="NAME", help="How --dequantize rounds: fp32-product, bf16-scale."),
+    click.option(
         "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output shard."
     ),
     click.option(
@@ -100,6 +104,7 @@ def _plan_options(asked: dict[str, Any]) -> Options:
     return Options(
         settings=settings(asked["pairs"], asked["config"]),
         dtype=dtype_option(asked["dtype"]) if asked["dtype"] else None,
+        **_dequantised(asked["dequantize"], asked["recipe"]),
         max_shard_bytes=byte_size(asked["max_shard_size"]),
         drop=asked["drop"],
         strict_replicas=asked["strict_replicas"],
@@ -107,6 +112,15 @@ def _plan_options(asked: dict[str, Any]) -> Options:
         tokenizer=asked["tokenizer"],
         **fields({**asked["own"], **layout}),
     )
+
+
+def _dequantised(dtype: str | None, recipe: str | None) -> dict[str, Any]:
+    """--dequantize and --recipe as fields of `Options`."""
+    if dtype is None and recipe is None:
+        return {}
+    from ckpt_tool.convert.quantised_asked import dequantize_option
+
+    return dequantize_option(dtype, recipe)
 
 
 def _direction(to: str) -> str:

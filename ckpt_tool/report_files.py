@@ -96,11 +96,13 @@ def _is_stream(file: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def write_whole(file: str, data: bytes) -> None:
-    """All of `data` in one step: whoever reads `file` sees it whole, or what was there before."""
+def write_whole(file: str, data: bytes | Iterable[bytes]) -> None:
+    """All of `data` (or of its pieces) in one step: whoever reads `file` sees it whole, or what was there
+    before."""
+    pieces = (data,) if isinstance(data, bytes) else data
     if _is_stream(file):
         with open(file, "wb") as stream:
-            stream.write(data)
+            stream.writelines(pieces)
         return
     folder, name = os.path.split(os.path.realpath(file))
     # the name may be as long as names can be
@@ -110,8 +112,10 @@ def write_whole(file: str, data: bytes) -> None:
         try:
             with suppress(FileNotFoundError):
                 os.fchmod(descriptor, stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode))
-            if data:
-                disk.write_at(descriptor, data, 0)
+            at = 0
+            for piece in filter(None, pieces):
+                disk.write_at(descriptor, piece, at)
+                at += len(piece)
             disk.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -18,7 +18,6 @@ from typing import Any
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import BESIDE, is_template, is_tokenizer, vocabulary_kind
-from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import CODE, Class
@@ -33,6 +32,7 @@ from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
 
 # How the tensors of a head begin, by the end of the class's name; of several one kind is there.

@@ -6,32 +6,17 @@ the rounding rule says. bfloat16 is the upper half of a float32, so it is reache
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.convert.widths import CASTABLE as CASTABLE
+from ckpt_tool.convert.widths import common as common
+from ckpt_tool.convert.widths import rounds as rounds
 
-CASTABLE = ("F64", "F32", "F16", "BF16")
-# pairs of (narrow, wide), where the second holds every value of the first
-WIDER = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
 _CHUNK = 64 * 1024  # elements; bounds the temporaries and keeps them in the cache
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 _INFINITY = np.uint32(0x7F80_0000)
-
-
-def rounds(source: str, target: str) -> bool:
-    """Whether a cast between the two may lose something."""
-    return source != target and (source, target) not in WIDER
-
-
-def common(dtypes: Iterable[str]) -> str:
-    """The narrowest dtype that holds every value of all of `dtypes`; the first of them where none does, which
-    is so for types that nothing is cast to."""
-    found = list(dict.fromkeys(dtypes))
-    holding = (c for c in (*found, *reversed(CASTABLE)) if not any(rounds(f, c) for f in found))
-    return next(holding, found[0])
 
 
 def cast(bits: np.ndarray, source: str, target: str, out: np.ndarray) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
-from ckpt_tool.convert.casting import CASTABLE, common
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.steps import Steps
+from ckpt_tool.convert.widths import CASTABLE, common
 from ckpt_tool.errors import Problem
 
 

@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
-
-import numpy as np
+from itertools import accumulate, groupby
 
 from ckpt_tool.convert.layout import Home, Part, Ranges, Rule, Step, dims_text
 from ckpt_tool.convert.steps import Steps
@@ -95,7 +93,7 @@ def _names(
         ]
     if len(side) > 1:
         sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
-        edges = np.cumsum([0, *sizes]).tolist()
+        edges = [*accumulate(sizes, initial=0)]
         return [
             (n.format(**v), _range(row.cut, a, b))
             for n, a, b in zip(side, edges[:-1], edges[1:], strict=True)

@@ -340,7 +340,9 @@ class _Reader:
         else:
             where = spoken[-1] if spoken else "rope_scaling"
             absent = not spoken and "rope_scaling" not in self.config
-            self.values["rope_scaling"] = Meaning(None, None, where, default=absent)
+            usual = self.own.numbers.get("rope_scaling") if absent and not any(objects.values()) else None
+            value = self._scaling("rope_scaling", usual) if usual else None
+            self.values["rope_scaling"] = Meaning(value, value, where, default=absent)
 
     def _turned(self, name: str, objects: Mapping[str, Mapping[str, Any]], default: Any) -> None:
         """A number that the objects say, or a key beside them."""
@@ -404,6 +406,8 @@ class _Reader:
             expected = f"rope_type {', '.join(['default', *NEEDED])}"
             self.refuse("unsupported", f"{key}.rope_type", expected, kind)
             return {"rope_type": kind, **given}
+        if kind == "yarn":
+            given.pop("max_position_embeddings", None)  # which nobody reads there
         if kind in ("linear", "dynamic") and same(given.get("factor"), 1):
             return None
         if kind in BOUNDED:
@@ -491,7 +495,7 @@ class _Reader:
         for key, value in self.config.items():
             if key in self.used:
                 continue
-            if key in REFUSED and value not in (None, False, {}):
+            if key in REFUSED and key not in self.own.idle and value not in (None, False, {}):
                 refused[key] = REFUSED[key]
             elif key == "is_causal" and value is not self.own.causal:
                 unknown[key] = value  # transformers 5 then builds another mask; null counts as false there

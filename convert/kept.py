@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_VERSION
+from ckpt_tool.checkpoint.strict_json import members
+from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VERSION
 from ckpt_tool.errors import fail, printable
 
 # how the source of a value begins that the user gave
@@ -75,15 +76,33 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
     """The manifest beside the weights; None without one, `bad-config` for one that does not read as such."""
     if MANIFEST not in checkpoint.documents:
         return None
-    data = checkpoint.json(MANIFEST)
+    crcs: dict[tuple[str, str], int] = {}
+    data: dict[str, Any] = {}
+    # A model of very many tensors has a long list of them, of which little is kept.
+    content = checkpoint.documents[MANIFEST].read(MANIFEST_BYTES)
+    known = members(
+        content, file=MANIFEST, max_bytes=MANIFEST_BYTES, held=False, wide=True, listed=("tensors",)
+    )
+    del content
+    for number, (key, value) in enumerate(known):
+        if key != "tensors[]":
+            if key in data:
+                _refuse(key, "each key once", "it twice in one object")
+            data[key] = value
+            continue
+        at = f"tensors[{number - len(data)}]"
+        if not isinstance(value, dict):
+            _refuse(at, "an object", value)
+        crcs[_text(value, "file", f"{at}."), _text(value, "name", f"{at}.")] = _crc(value, "crc32", f"{at}.")
+    if data.get("tensors") is not None:
+        _refuse("tensors", "a list of objects", data["tensors"])
     version = data.get("manifest_version", MANIFEST_VERSION)
     if version != MANIFEST_VERSION:
         _refuse("manifest_version", f"{MANIFEST_VERSION}, the version that this release reads", version)
-    outputs = list(_objects(data, "tensors"))
     return Manifest(
         family=_text(data, "family", optional=True),
         direction=_one_of(data, "direction", _DIRECTIONS),
-        crcs={(_text(t, "file", at), _text(t, "name", at)): _crc(t, "crc32", at) for at, t in outputs},
+        crcs=crcs,
         documents={
             _text(d, "file", at): _matching(d, "sha256", _SHA256, "a SHA-256", at)
             for at, d in _objects(data, "documents")

@@ -18,16 +18,16 @@ memory and writes runs of elements; offsets and lengths count elements, so the c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import DTYPES
-from ckpt_tool.convert.pooling import mean
-from ckpt_tool.convert.strips import assign, run_length
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Dims = tuple[tuple[str, ...], ...]
 Box = dict[str, tuple[int, int]]
@@ -129,12 +129,11 @@ class Runs:
 
     def offsets(self) -> list[int]:
         """Element offset of every run, in the order in which the runs stand in a dense buffer."""
-        if not self.shape:
-            return [self.base]
-        at = np.array([self.base], dtype=np.int64)
+        at = [self.base]
         for n, stride in zip(self.shape, self.strides, strict=True):
-            at = (at[:, None] + np.arange(n, dtype=np.int64) * stride).ravel()
-        return [int(o) for o in at]
+            steps = [k * stride for k in range(n)]
+            at = [o + step for o in at for step in steps]
+        return at
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,8 @@ class Block:
 
     def shuffle(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Fill the flat `outputs` (one array per write) from the flat `inputs` (one per read)."""
+        from ckpt_tool.convert.strips import assign
+
         several = (self.mean,) if self.mean else ()
         sources = [x.reshape(a.shape) for x, a in zip(inputs, self.reads, strict=True)]
         targets = [y.reshape(several + a.shape) for y, a in zip(outputs, self.writes, strict=True)]
@@ -332,7 +333,7 @@ class Step:
                 return axis, True
         first = next((o for o in orders if o), wide)
         extents = {a: hi - lo for a, (lo, hi) in box.items()}
-        return max(first, key=lambda a: run_length(extents, orders, a, tile), default=None), False
+        return max(first, key=lambda a: _run_length(extents, orders, a, tile), default=None), False
 
     def _block(self, box: Box) -> Block:
         sides = []
@@ -425,6 +426,14 @@ def _nameless(
     return Step(axes, reads, writes, mean=mean)
 
 
+def _run_length(extents: Mapping[str, int], orders: Iterable[Sequence[str]], axis: str, tile: int) -> int:
+    """The elements of the shortest runs that tensors with axes in these `orders` have in pieces of `tile`
+    elements, of a box of these `extents` that is cut along `axis`."""
+    step = max(1, tile * extents[axis] // prod(extents.values()))
+    inner = (prod(extents[a] for a in o[o.index(axis) + 1 :]) for o in orders if axis in o)
+    return step * min(inner, default=1)
+
+
 def _meet(a: Box, b: Box) -> Box:
     return {k: (max(a[k][0], b[k][0]), min(a[k][1], b[k][1])) for k in a}
 
@@ -486,6 +495,10 @@ def apply(step: Step, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The targets of `step` from whole source arrays in memory: for tests and small tensors. Elements are
     only moved and the result has the sources' numpy type, but for a mean, which is made of raw bits of the
     sources' dtype and comes in those of the targets'."""
+    import numpy as np
+
+    from ckpt_tool.convert.pooling import mean
+
     flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
     kind = np.dtype(DTYPES[step.targets[0].dtype].bits) if step.mean else flat[0].dtype
     out = [np.empty(prod(p.shape(step.sizes)), dtype=kind) for p in step.targets]
@@ -504,6 +517,8 @@ def apply(step: Step, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _gather(flat: np.ndarray, access: Access) -> np.ndarray:
+    import numpy as np
+
     n = access.runs.length
     return np.concatenate([flat[o : o + n] for o in access.runs.offsets()])
 

@@ -14,12 +14,15 @@ from typing import Any
 
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
-from ckpt_tool.convert.casting import rounds
 from ckpt_tool.convert.plan import OutputDocument, Plan
+from ckpt_tool.convert.widths import rounds
 
 MANIFEST = "ckpt-tool.json"
 CERTIFICATE = "ckpt-tool.certificate.json"  # which is made of an output later, see verify.certificate
+LISTS_SUFFIX = ".lists.jsonl"  # of the file beside a certificate that has very many entries
+CERTIFICATE_LISTS = CERTIFICATE.removesuffix(".json") + LISTS_SUFFIX
 MANIFEST_VERSION = 1
+MANIFEST_BYTES = 256 << 20  # that are read: half a million tensors have 140 MB
 FINDINGS = (
     "non-finite",
     "all-zero",

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import DATA
-from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document, index_pieces
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
@@ -47,6 +47,8 @@ class Options:
     tokenizer: str | None = None
     gqa: int | None = None
     with_optimizer: bool = False  # carry the states of the optimizer, too (optimizer_state.py)
+    dequantize: str | None = None  # dtype of the numbers that quantised weights become (lossy)
+    recipe: str = "fp32-product"  # in which order is rounded there, see quantised_values
     family_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -465,7 +467,15 @@ def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Pro
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
     """`settings` are those that the config does not show; null leaves a key of the source out."""
     settings = {k: v for k, v in options.settings.items() if k not in config}
-    found = {"gqa": options.gqa, "family_options": dict(options.family_options), "settings": settings}
+    packed = (
+        {} if options.dequantize is None else {"dequantize": options.dequantize, "recipe": options.recipe}
+    )
+    found = {
+        "gqa": options.gqa,
+        **packed,
+        "family_options": dict(options.family_options),
+        "settings": settings,
+    }
     return {k: v for k, v in found.items() if v}
 
 
@@ -483,11 +493,12 @@ def _metadata(name: str) -> tuple[tuple[str, str], ...]:
 
 def place(tensors: list[TensorInfo], limit: int) -> tuple[list[OutputFile], list[OutputDocument]]:
     """Tensors dealt out to `model*.safetensors` files of at most `limit` bytes each (a larger tensor gets a
-    file of its own), layers in natural order, and the index when there is more than one file."""
+    file of its own) and as many tensors as one is read with, layers in natural order, and the index when
+    there is more than one file."""
     groups: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
+        if groups[-1] and (size + tensor.nbytes > limit or len(groups[-1]) == TENSOR_LIMIT):
             groups.append([])
             size = 0
         groups[-1].append(tensor)
@@ -597,10 +608,14 @@ def config_document(config: Mapping[str, Value], name: str = "config.json") -> O
     return OutputDocument(name, content.encode(), "the plan's config values")
 
 
-def dtype_option(text: str) -> str:
+def dtype_option(
+    text: str, option: str = "--dtype", known: Sequence[str] = ("F64", "F32", "F16", "BF16")
+) -> str:
     """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what numpy cannot cast to."""
     names = {d.name.lower(): d.name for d in DTYPES.values()} | {d.torch: d.name for d in DTYPES.values()}
     found = names.get(text.lower())
-    if found not in ("F64", "F32", "F16", "BF16"):
-        fail("usage", f"expected float64, float32, float16 or bfloat16, found {text!r}", where="--dtype")
+    if found is None or found not in known:
+        names_known = [DTYPES[d].torch for d in known]
+        expected = f"{', '.join(names_known[:-1])} or {names_known[-1]}"
+        fail("usage", f"expected {expected}, found {text!r}", where=option)
     return found

@@ -25,7 +25,7 @@ NAME = '"name":""'  # stands in no string of JSON, where a quotation mark is esc
 def pieces(plan: Plan) -> Iterator[str]:
     """That of `plan.to_json()`, with sorted keys and no spaces."""
     frame = plan.frame_json()
-    long = {"outputs": _outputs(plan.outputs), "steps": _listed(_steps(plan))}
+    long = {"outputs": _outputs(plan.outputs), "steps": _listed(step_texts(plan))}
     for k, key in enumerate(sorted([*frame, *long])):
         yield f"{',' if k else '{'}{quoted(key)}:"
         yield from long[key] if key in long else (_text(frame[key]),)
@@ -45,7 +45,8 @@ def _listed(entries: Iterable[str]) -> Iterator[str]:
     yield "]"
 
 
-def _steps(plan: Plan) -> Iterator[str]:
+def step_texts(plan: Plan) -> Iterator[str]:
+    """The text of each step."""
     from ckpt_tool.convert.plan import step_json
 
     steps = plan.steps if isinstance(plan.steps, Steps) else Steps(plan.steps)
@@ -56,22 +57,26 @@ def _steps(plan: Plan) -> Iterator[str]:
         yield "".join(chain((first,), named))
 
 
-def _outputs(files: Iterable[OutputFile]) -> Iterator[str]:
-    from ckpt_tool.convert.plan import output_json, tensor_json
+def tensor_texts(file: OutputFile) -> Iterator[str]:
+    """The text of each tensor of a file to write."""
+    from ckpt_tool.convert.plan import tensor_json
 
     @lru_cache(maxsize=1024)
     def around(dtype: str, shape: tuple[int, ...]) -> list[str]:
         return _text(tensor_json("", dtype, shape)).split(NAME)
 
-    def tensors(file: OutputFile) -> Iterator[str]:
-        for t in file.tensors:
-            before, after = around(t.dtype, t.shape)
-            yield f'{before}"name":{quoted(t.name)}{after}'
+    for t in file.tensors:
+        before, after = around(t.dtype, t.shape)
+        yield f'{before}"name":{quoted(t.name)}{after}'
+
+
+def _outputs(files: Iterable[OutputFile]) -> Iterator[str]:
+    from ckpt_tool.convert.plan import output_json
 
     yield "["
     for k, file in enumerate(files):
         # "tensors" is the last of its keys
         yield f'{"," if k else ""}{_text(output_json(file))[:-1]},"tensors":'
-        yield from _listed(tensors(file))
+        yield from _listed(tensor_texts(file))
         yield "}"
     yield "]"

@@ -91,11 +91,17 @@ def with_config(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoi
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Fail with `unsupported` where the tensors are packed, or an adapter's: no family reads those."""
-    if (found := signs.packed(checkpoint.names())) is not None:
+    """Fail with `unsupported` where the tensors are packed, or an adapter's, and no family reads those."""
+    if (found := signs.packed(checkpoint.names())) is not None and not _reads_packed(checkpoint):
         what, name, hint = found
         message = f"expected plain weights, found {what}"
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
+
+
+def _reads_packed(checkpoint: Checkpoint) -> bool:
+    """Whether a family has rows for tensors of codes, in either layout."""
+    known = [family(name) for name in FAMILIES if family(name).packed]
+    return any(f.recognise(checkpoint)[0] or canonical.kind_of(checkpoint) in f.classes for f in known)
 
 
 def only_family(checkpoint: Checkpoint) -> str:
@@ -201,7 +207,7 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     asked = to == "hf" and error.kind == "missing-fact" and not of_megatron(checkpoint.names())
     if asked and chosen.document and chosen.document not in checkpoint.documents:
         error = CkptToolError(_no_document(checkpoint, chosen.document), *error.problems)
-    if to == "original" and "config.json" not in checkpoint.documents:
+    if to == "original" and ("config.json" not in checkpoint.documents or is_original(checkpoint)):
         return CkptToolError(no_config(checkpoint))
     if to == "original":
         other = _converted_by_another(checkpoint, chosen)
@@ -286,6 +292,12 @@ def _of_another(checkpoint: Checkpoint, chosen: Family, own: tuple[str, str]) ->
     if "params.json" in checkpoint.documents and nearness(chosen.tensors, checkpoint.names()) >= NEAR:
         hint += f"; if it is {chosen.name} all the same, give its values by --set, without params.json"
     return Problem("unknown-family", message, checkpoint.path.name, hint=hint)
+
+
+def is_original(checkpoint: Checkpoint) -> bool:
+    """Whether it is an original in a layout of its own, whatever config.json lies beside it."""
+    own = [family(name) for name, is_own, _ in recognise(checkpoint) if is_own]
+    return bool(own) and not any(f.published for f in own) and canonical.kind_of(checkpoint) is None
 
 
 def no_config(checkpoint: Checkpoint) -> Problem:

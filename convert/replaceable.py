@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
@@ -25,11 +25,17 @@ from ckpt_tool.checkpoint.dcp_names import DATA
 from ckpt_tool.checkpoint.dcp_names import FORMAT as DISTRIBUTED
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
-from ckpt_tool.checkpoint.strict_json import parse_object
+from ckpt_tool.checkpoint.strict_json import members
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.manifest import CERTIFICATE, MANIFEST, MANIFEST_VERSION
+from ckpt_tool.convert.manifest import (
+    CERTIFICATE,
+    CERTIFICATE_LISTS,
+    MANIFEST,
+    MANIFEST_BYTES,
+    MANIFEST_VERSION,
+)
 from ckpt_tool.errors import CkptToolError, fail, printable
 
 # nothing; an empty folder or an output of this tool; that or a folder of a model's files
@@ -81,7 +87,7 @@ class Written:
 
     @property
     def names(self) -> set[str]:
-        return {MANIFEST, CERTIFICATE, *self.weights, *self.documents}
+        return {MANIFEST, CERTIFICATE, CERTIFICATE_LISTS, *self.weights, *self.documents}
 
 
 def look(folder: Path, replace: Replace, *, shown: Path | None = None, read: bool = True) -> Contents:
@@ -216,12 +222,19 @@ def _manifest(folder: Path, found: Contents) -> Written | None:
     if stamp is None or stamp.kind != "file":
         return None
     try:
-        data = parse_object((folder / MANIFEST).read_bytes(), file=MANIFEST)
+        tensors: dict[str, dict[str, tuple[str, tuple[int, ...], str]]] = {}
+        data: dict[str, Any] = {}
+        content = (folder / MANIFEST).read_bytes()
+        for key, value in members(
+            content, file=MANIFEST, max_bytes=MANIFEST_BYTES, held=False, wide=True, listed=("tensors",)
+        ):
+            if key == "tensors[]":
+                entry = value["dtype"], tuple(value["shape"]), value["crc32"]
+                tensors.setdefault(value["file"], {})[value["name"]] = entry
+            else:
+                data[key] = value
         if data["tool"] != "ckpt-tool" or data["manifest_version"] not in range(1, MANIFEST_VERSION + 1):
             return None
-        tensors: dict[str, dict[str, tuple[str, tuple[int, ...], str]]] = {}
-        for t in data["tensors"]:
-            tensors.setdefault(t["file"], {})[t["name"]] = (t["dtype"], tuple(t["shape"]), t["crc32"])
         return Written(
             str(data["direction"]),
             {o["file"]: o["bytes"] for o in data["outputs"]},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -14,14 +12,6 @@ LARGE = (
 )  # bytes of a matrix that no longer stays in the second-level cache together with its result
 TILE = 256
 _local = threading.local()
-
-
-def run_length(extents: Mapping[str, int], orders: Iterable[Sequence[str]], axis: str, tile: int) -> int:
-    """The elements of the shortest runs that tensors with axes in these `orders` have in pieces of `tile`
-    elements, of a box of these `extents` that is cut along `axis`."""
-    step = max(1, tile * extents[axis] // prod(extents.values()))
-    inner = (prod(extents[a] for a in o[o.index(axis) + 1 :]) for o in orders if axis in o)
-    return step * min(inner, default=1)
 
 
 def assign(target: np.ndarray, source: np.ndarray) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart, with_copies
 from ckpt_tool.convert.crosscheck import disagreements
 from ckpt_tool.convert.expanding import Expansion, expand
@@ -29,11 +28,14 @@ from ckpt_tool.convert.layout import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
+from ckpt_tool.convert.quantised_asked import check_asked, lossy_words
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail_all
 
 TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
+BYTES = ("U8",)  # of packed codes
 WORDS = "v"  # the axis of every table that a vocabulary's padding lengthens
 
 
@@ -46,7 +48,8 @@ class Table:
     frequencies that are not scaled, with its source. `head` is what the checkpoint
     calls its output layer where the user may say whether it is the embedding. `copies` are the rows of an
     axis that converted tensors repeat after the last; the way back compares them unless `compared` is false,
-    and `unlike` says what to do where they differ."""
+    and `unlike` says what to do where they differ. `packed` is how names end of tensors that hold bytes of
+    codes, and not numbers."""
 
     rows: Sequence[Rule]
     axes: Mapping[str, int]
@@ -61,6 +64,7 @@ class Table:
     copies: Mapping[str, Sequence[int]] = field(default_factory=dict)
     compared: bool = True
     unlike: str = ""
+    packed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,13 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         filled.steps = filled.steps.changed(
             lambda s: without_padding(s, WORDS, words), where=lambda s: WORDS in s.sizes
         )
-    config, lossy = written.config, []
+    config, lossy = written.config, lossy_words(source.checkpoint, options)
+    check_asked(options)
     if options.gqa is not None:
         fewer = pooled(filled.steps, options.gqa, table.numbers, ranks=source.ranks)
         filled.steps = fewer.steps
         config = {**config, "num_key_value_heads": fewer.heads}
-        lossy = [fewer.lossy]
+        lossy = [*lossy, fewer.lossy]
     return assemble(
         family=written.family,
         direction="to-hf",
@@ -161,6 +166,7 @@ def as_it_is(
 ) -> Plan:
     """The plan of a model that keeps its layout: `filled` moves its tensors as they are. The config.json is
     among the documents."""
+    check_asked(options)
     return assemble(
         family=written.family,
         direction="to-hf",
@@ -172,6 +178,7 @@ def as_it_is(
         documents=written.documents,
         options=options,
         notes=written.notes,
+        lossy=lossy_words(checkpoint, options),
         original=written.original,
         turns=turns,
         unread=written.unread,
@@ -209,6 +216,7 @@ def to_original(
     def converted(name: str) -> Home | None:
         return next(iter(source.homes(name)), None)
 
+    check_asked(options)
     filled = _filled_in(table, source, "targets", original=homes, converted=converted, again=again)
     if (words := table.words) is not None:
         filled.steps = filled.steps.changed(
@@ -230,7 +238,7 @@ def to_original(
         options=options,
         outputs=files,
         notes=written.notes,
-        lossy=written.lossy,
+        lossy=[*written.lossy, *lossy_words(source.checkpoint, options)],
         original=written.original,
         foretold=written.foretold,
         turns=table.turns,
@@ -265,7 +273,7 @@ def _filled_in(
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
     if odd:
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
-    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side)]
+    filled.problems[:0] = [*layers, *_dtype_problems(filled.steps, side, table.packed)]
     return filled
 
 
@@ -326,14 +334,23 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
     ]
 
 
-def _dtype_problems(steps: Steps, side: str) -> list[Problem]:
-    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits; a scalar may
-    count something."""
+def _dtype_problems(steps: Steps, side: str, packed: tuple[str, ...]) -> list[Problem]:
+    """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits where the table
+    does not say so; a scalar may count something."""
+
+    def wanted(part: Part) -> Sequence[str]:
+        return BYTES if packed and part.name.endswith(packed) else CASTABLE
 
     def odd(step: Step) -> list[Part]:
         parts = step.sources if side == "sources" else step.targets
-        return [p for p in parts if p.dtype not in CASTABLE and p.dims]
+        return [p for p in parts if p.dtype not in wanted(p) and p.dims]
 
-    parts = dict.fromkeys(p for s in steps.where(odd) for p in odd(s))
-    expected = f"expected {', '.join(CASTABLE)}"
-    return [Problem("unsupported-dtype", f"{expected}, found {p.dtype}", p.file, p.name) for p in parts]
+    def unlike(step: Step) -> bool:  # of a template, which has no names
+        parts = step.sources if side == "sources" else step.targets
+        return any(p.dtype not in CASTABLE or packed for p in parts)
+
+    parts = dict.fromkeys(p for s in steps.where(unlike) for p in odd(s))
+    return [
+        Problem("unsupported-dtype", f"expected {', '.join(wanted(p))}, found {p.dtype}", p.file, p.name)
+        for p in parts
+    ]

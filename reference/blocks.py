@@ -128,6 +128,13 @@ def rotate_halves(x: Tensor, turned: Tensor) -> Tensor:
     return torch.cat([both.real, both.imag, y[..., R:]], dim=-1)
 
 
+def with_distance(q: Tensor, positions: Tensor, beta: float, length: float) -> Tensor:
+    """Queries (B, T, N, H), each times 1 + beta ln(1 + how often `length` fits into its position); those
+    before the first `length` stay. Keys do not grow."""
+    growth = 1 + beta * torch.log1p(torch.floor(wide(positions) / length))
+    return (wide(q) * growth[:, None, None]).to(q.dtype)
+
+
 def visible(
     x: Tensor,
     *,

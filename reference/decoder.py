@@ -41,10 +41,11 @@ from ckpt_tool.reference.blocks import (
     split_fused,
     visible,
     weigh,
+    with_distance,
     words,
 )
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, run
-from ckpt_tool.reference.rope import RopeScaling, turns
+from ckpt_tool.reference.rope import RopeScaling, places, turns
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Config:
     query_scalar: float | None = None  # scores are divided by the root of this, or of the width of a head
     score_cap: float | None = None
     logit_cap: float | None = None
+    far: tuple[float, float] | None = None  # beta and length of `with_distance`, if queries grow
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
@@ -119,11 +121,15 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return x if c.word_scale == 1 else x * torch.tensor(c.word_scale, dtype=x.dtype, device=x.device)
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, past: Past | None = None) -> Tensor:
-    """Each rank normalises with its own copy of the norm weights, as it does in the originals."""
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, past: Past | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """Each rank normalises with its own copy of the norm weights, as it does in the originals. `positions` as
+    in `places`."""
     p, n, S = f"{c.names.block}{i}.", c.names, len(ranks)
     y = all_reduce(
-        attention(norm(x, w, p + n.norm_1, c), w, p, (i, r), c, S, past) for r, w in enumerate(ranks)
+        attention(norm(x, w, p + n.norm_1, c), w, p, (i, r), c, S, past, positions)
+        for r, w in enumerate(ranks)
     )
     attended = x + (norm(y, ranks[0], p + n.after[0], c) if n.after[0] else y)
     x, branch = x if c.parallel else attended, experts if c.n_experts else feed_forward
@@ -151,6 +157,7 @@ def attention(
     c: Config,
     S: int,
     past: Past | None,
+    positions: Tensor | None,
 ) -> Tensor:
     """The part of the sum over heads that this rank's heads contribute: (B, T, D). `place` is the layer and
     the rank."""
@@ -158,9 +165,11 @@ def attention(
     ahead = remembered(past, place)
     if c.head_norms:
         q, k = (norm(y, w, p + n, c) for y, n in zip((q, k), c.head_norms, strict=True))
-    turned = turns(x, c.rope_theta, c.turned or c.head_dim, c.rope_scaling, ahead)
+    turned = turns(x, c.rope_theta, c.turned or c.head_dim, c.rope_scaling, ahead, positions)
     rotate = rotate_neighbours if c.neighbours else rotate_halves
     q, k = (rotate(y, turned).to(x.dtype) for y in (q, k))
+    if c.far:
+        q = with_distance(q, places(x, ahead, positions), *c.far)
     k, v = recalled(past, place, k, v)
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
 

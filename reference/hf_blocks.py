@@ -108,6 +108,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y if x.shape[-1] == R else torch.cat([y, x[..., R:]], dim=-1)
 
 
+def position_scaled(q: Tensor, positions: Tensor, beta: float, trained: float) -> Tensor:
+    """q (B, N, T, H) by the position of each token (T,): a factor that is 1 up to `trained`, steps up there
+    and at each of its multiples, and is rounded to the dtype of q."""
+    steps = torch.floor(positions / trained)
+    factor = 1.0 + beta * torch.log(1.0 + steps)
+    return q * factor.to(q.dtype)[:, None]
+
+
 def split_heads(x: Tensor, n: int) -> Tensor:
     """(B, T, n * H) -> (B, n, T, H)."""
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)

@@ -30,6 +30,7 @@ from ckpt_tool.reference.hf_blocks import (
     linear,
     mixture,
     only,
+    position_scaled,
     rms_norm,
     rotate,
     softcap,
@@ -38,7 +39,7 @@ from ckpt_tool.reference.hf_blocks import (
     wide,
 )
 from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of, of_class
-from ckpt_tool.reference.hf_rope import RopeScaling, rope, rotation, told_once
+from ckpt_tool.reference.hf_rope import RopeScaling, position_ids, rope, rotation, told_once
 from ckpt_tool.reference.phases import NOTHING, Inputs, Phase, Ranks, decoder_phases, given, run, trunk
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in config.json
@@ -89,6 +90,7 @@ class Config:
     scalar: float | None = None  # in the place of the width of a head, where scores are scaled
     score_cap: float | None = None
     logit_cap: float | None = None
+    growth: tuple[float, float] | None = None  # beta and length of `position_scaled`, for queries alone
 
     # What the configuration class of a family takes for keys that are absent; those of `or_null` may be null.
     names: ClassVar[Names] = Names()
@@ -166,10 +168,16 @@ def embed(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
 
 
 def layer(
-    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Cache | None = None
+    x: Tensor,
+    i: int,
+    ranks: Ranks,
+    c: Config,
+    mask: Tensor | None = None,
+    past: Cache | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     w, p, n = ranks[0], f"{c.prefix}layers.{i}.", c.names
-    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, mask)
+    y = attention(norm(x, w, p + n.norm_1, c), w, p, c, c.windows[i], past, positions, mask)
     attended = x + (norm(y, w, p + n.after[0], c) if n.after[0] else y)
     y = feed_forward(norm(x if c.parallel else attended, w, p + n.norm_2, c), w, p, c)
     return attended + (norm(y, w, p + n.after[1], c) if n.after[1] else y)
@@ -236,13 +244,17 @@ def attention(
     c: Config,
     window: int | None,
     past: Cache | None,
-    mask: Tensor | None = None,
+    positions: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     q, k, v = project(x, w, p, c)
     if c.head_norms:
         q, k = (norm(y, w, f"{p}self_attn.{n}_norm.", c) for n, y in (("q", q), ("k", k)))
-    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling, cached(past, p))
+    ahead = cached(past, p)
+    cos, sin = rotation(x, c.rope_theta, c.turned, c.rope_scaling, ahead, positions)
     q, k = (rotate(y, cos, sin) for y in (q, k))
+    if c.growth is not None:
+        q = position_scaled(q, position_ids(x, ahead, positions), *c.growth)
     k, v = grown(past, p, k, v)
     y = grouped_attention(q, k, v, window, c.scalar, c.score_cap, mask)
     return linear(y, w, p + c.names.out, "out" in c.biased)

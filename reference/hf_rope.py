@@ -115,13 +115,26 @@ def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return made
 
 
+def position_ids(x: Tensor, offset: int, told: Tensor | None) -> Tensor:
+    """(T,) of x (B, T, ...), at least float32: as told (B, T), each row of a batch the same, or from `offset`
+    on."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    made = torch.arange(offset, offset + x.shape[1], device=x.device) if told is None else told[0]
+    return made.to(wide)
+
+
 def rotation(
-    x: Tensor, theta: float, width: int, scaling: RopeScaling | None, offset: int = 0
+    x: Tensor,
+    theta: float,
+    width: int,
+    scaling: RopeScaling | None,
+    offset: int = 0,
+    told: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency for x (B, T, ...), each (T, width), equal in both halves; computed
     in the precision of x, at least float32, and rounded to the dtype of x. The first position is `offset`; a
     frequency that depends on the length of the text counts those before, and keys that were turned stay, as
-    they do in the library's cache."""
+    they do in the library's cache. `told` as in `position_ids`."""
     dtype, T = torch.promote_types(x.dtype, torch.float32), offset + x.shape[1]
     steps = torch.arange(0, width, 2, dtype=dtype, device=x.device)
     if scaling is not None and scaling.kind == "dynamic":
@@ -130,7 +143,7 @@ def rotation(
     frequencies = 1.0 / theta ** (steps / width)
     if scaling is not None:
         frequencies = stretch(frequencies, theta, scaling)
-    angles = torch.arange(offset, T, dtype=dtype, device=x.device)[:, None] * frequencies
+    angles = position_ids(x, offset, told)[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     attention = 1.0 if scaling is None else scaling.attention
     return (angles.cos() * attention).to(x.dtype), (angles.sin() * attention).to(x.dtype)

@@ -38,8 +38,8 @@ class Config(decoder.Config):
             raise ValueError(f"expected rope_type `default`, found `{kind}`")
         # A file without rope_theta is one of the first releases, whose code had 10000 together with a sliding
         # window and 1000000 without (@b8181901); today's code takes 1000000 for both, wrong for 7B v0.1.
-        cycle = _cycle(params, overrides)
-        theta = 1e4 if any(cycle) or any(_cycle(params, {})) else 1e6
+        cycle = cycle_of(params, overrides)
+        theta = 1e4 if any(cycle) or any(cycle_of(params, {})) else 1e6
         made = numbers(params, overrides, theta)
         n_layers = made["n_layers"]
         if not cycle or n_layers % len(cycle):
@@ -50,7 +50,7 @@ class Config(decoder.Config):
         return cls(**made, windows=windows, rope_scaling=None, names=names, **more)
 
 
-def _cycle(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[int | None, ...]:
+def cycle_of(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[int | None, ...]:
     """One window, perhaps a string, or a list that is repeated over the layers; newer files have
     `_sliding_window`."""
     older, newer = params.get("sliding_window"), params.get("_sliding_window")

@@ -73,12 +73,28 @@ def temperature(facts: Mapping[str, Any], factor: float) -> float:
     return (1 + growth * float(over)) / (1 + growth * float(under))
 
 
-def turns(x: Tensor, theta: float, width: int, s: RopeScaling | None, before: int = 0) -> Tensor:
-    """exp(i * position * frequency) for the T positions after those before, in the precision of x (B, T,
-    ...): complex (T, width/2)."""
+def places(x: Tensor, before: int, given: Tensor | None) -> Tensor:
+    """The positions (T,) of the tokens of x (B, T, ...), at least float32: those `given` (B, T), which all
+    rows of a batch share, else the T after those before."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if given is not None:
+        return given[0].to(dtype)
+    return torch.arange(before, before + x.shape[1], dtype=dtype, device=x.device)
+
+
+def turns(
+    x: Tensor,
+    theta: float,
+    width: int,
+    s: RopeScaling | None,
+    before: int = 0,
+    given: Tensor | None = None,
+) -> Tensor:
+    """exp(i * position * frequency) for the positions of x (see `places`), in its precision: complex (T,
+    width/2)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     even = torch.arange(0, width, 2, dtype=dtype, device=x.device)
-    positions = torch.arange(before, before + x.shape[1], dtype=dtype, device=x.device)
+    positions = places(x, before, given)
     if s is not None and s.kind == "dynamic":  # by how many contexts the text is longer than the first
         beyond = max((before + len(positions)) / s.original_context, 1.0) - 1
         theta *= (1 + s.factor * beyond) ** (width / (width - 2))

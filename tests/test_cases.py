@@ -140,7 +140,8 @@ LIST = [
     Case(
         "uneven_pipeline_stages/two_and_one", "megatron-gpt2", expected="uneven_pipeline_stages/expected"
     ),
-    Case("mistral-2025-tiny", "mistral", "unsupported", ("yarn", "llama_4_scaling")),
+    Case("mistral-2025-tiny", "auto", config={"model_type": "ministral3", "tie_word_embeddings": True}),
+    Case("mistral-2025-tiny", "mistral", "unknown-family", ("what looks like ministral3",)),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,17 @@ def test_the_program_runs_as_a_module() -> None:
         [sys.executable, "-m", "ckpt_tool", "--version"], capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"ckpt-tool, version \d+\.\d+\.\d+\n", run.stdout)
+
+
+def test_every_threat_has_its_test() -> None:
+    """The rows of docs/threats.md are numbered without a gap, and the tests that they name are there."""
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs/threats.md").read_text(), re.MULTILINE)
+    assert [int(n) for n, _ in rows] == list(range(1, 76))
+    listed = import_module("tests.test_threats").LISTED
+    for number, names in rows:
+        assert "`" in names, number
+        for name in re.findall(r"`([^`]+)`", names):
+            module, function, case = re.fullmatch(r"(\w+)(?:::(\w+))?(?:\[(.+)\])?", name).groups()  # type: ignore[union-attr]
+            text = (ROOT / f"tests/{module}.py").read_text()
+            assert function is None or f"def {function}(" in text, f"row {number}: {name}"
+            assert case is None or case in listed, f"row {number}: {name}"

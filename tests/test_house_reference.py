@@ -305,6 +305,24 @@ MUTANTS = {
         ("rope.stretch", "frequencies / s.factor", "frequencies / (2 * s.factor)"),
         ("hf_rope.stretch", "(frequencies / s.factor)\n", "(frequencies / (2 * s.factor))\n"),
     ),
+    "queries that grow: without steps": Mutant(
+        "ministral3-3b",
+        ("blocks.with_distance", "torch.floor(wide(positions) / length)", "wide(positions) / length"),
+        ("hf_blocks.position_scaled", "torch.floor(positions / trained)", "positions / trained"),
+    ),
+    "queries that grow: keys as well": Mutant(
+        "ministral3-3b",
+        (
+            "decoder.attention",
+            "q = with_distance(q, places(x, ahead, positions), *c.far)",
+            "q, k = (with_distance(y, places(x, ahead, positions), *c.far) for y in (q, k))",
+        ),
+        (
+            "hf_decoder.attention",
+            "q = position_scaled(q, position_ids(x, ahead, positions), *c.growth)",
+            "q, k = (position_scaled(y, position_ids(x, ahead, positions), *c.growth) for y in (q, k))",
+        ),
+    ),
     "rotary of neighbours, rotate_half: turned the other way": Mutant(
         "llama-2-7b",
         ("blocks.rotate_neighbours", "pairs * turned[:, None]", "pairs * turned[:, None].conj()"),

@@ -6,6 +6,8 @@ marker file that any executed payload would create.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import pickle
@@ -13,9 +15,11 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -27,8 +31,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ckpt_tool import program
+from ckpt_tool.convert import disk
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests import (
+    test_archives,
+    test_safetensors,
+    test_tf_bundle,
+    test_torch_legacy,
+    test_torch_zip,
+    test_unpickle,
+    test_zip_reader,
+)
 from tests.forked import MOMENT, Forker
+from tests.test_archives import special, tar_of
 
 CLI = [sys.executable, "-m", "ckpt_tool"]
 MEMORY = 250 << 20
@@ -325,6 +341,10 @@ NOT_CHECKPOINTS: dict[str, bytes] = {
     "empty": b"",
     "gguf": b"GGUF\x03\x00\x00\x00" + bytes(64),
     "text": b"hello\n" * 9,
+    "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(64),
+    "tar of the first versions": tar_of(
+        special("storages", tarfile.REGTYPE), special("tensors", tarfile.REGTYPE)
+    ),
 }
 
 
@@ -481,6 +501,9 @@ def test_bad_params(case: str, pth: Path, tmp_path: Path) -> None:
         ({"vocab_size": 7}, {"config-mismatch"}),
         ({"n_kv_heads": 5}, {"config-mismatch"}),
         ({"head_dim": 10}, {"config-mismatch"}),
+        ({"rope_theta": 0}, {"bad-config"}),
+        ({"rope_theta": "1e6"}, {"bad-config"}),
+        ({"sliding_window": -1}, {"bad-config"}),
     ],
 )
 def test_params_that_disagree_with_the_tensors(
@@ -660,3 +683,185 @@ def test_few_file_descriptors_are_enough(sharded: Path, tmp_path: Path) -> None:
     script = f"ulimit -n 64; exec {sys.executable} -m ckpt_tool convert auto --in in --out out"
     run = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+# --- whatever a reader refuses --------------------------------------------------------------------------
+
+
+def as_pth(pickled: bytes) -> dict[str, bytes]:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for name, data in (("x/data.pkl", pickled), ("x/data/0", bytes(range(24))), ("x/version", b"3\n")):
+            z.writestr(name, data)
+    return {"consolidated.00.pth": out.getvalue()}
+
+
+def listed() -> Iterator[tuple[str, dict[str, bytes], set[str]]]:
+    """Every broken input of the readers' own tests: its name, its files, the kinds of the error."""
+    for what, (pickled, kind, _) in test_torch_zip.HOSTILE.items():
+        yield f"torch zip: {what}", as_pth(pickled), {kind}
+    for what, (data, kind, _) in test_unpickle.HOSTILE.items():
+        # in a file a pickle that ends early, or is followed by more, may be refused as that
+        yield f"pickle: {what}", as_pth(bytes(data)), {kind, "bad-pickle", "truncated", "trailing-data"}
+    for what, (data, kind, _) in test_torch_legacy.HOSTILE.items():
+        yield f"legacy: {what}", {"consolidated.00.pth": data}, {kind}
+    for what, (members, options, _) in test_zip_reader.BAD.items():
+        yield f"zip: {what}", {"model.zip": test_zip_reader.build(*members, **options)}, {"bad-zip"}
+    for what, data in test_archives.HOSTILE.items():
+        yield f"tar: {what}", {"model.tar": data}, {"bad-tar", "tar-limit", "truncated"}
+    for what, (data, _, _) in test_safetensors.HOSTILE.items():
+        yield f"safetensors: {what}", {"model.safetensors": data}, {"bad-safetensors", "duplicate-tensor"}
+    for what, (data, kind, _) in test_tf_bundle.HOSTILE.items():
+        files = {"p.index": data, test_tf_bundle.DATA_FILE: test_tf_bundle.TINY_DATA}
+        yield f"bundle: {what}", files, {kind}
+
+
+LISTED = {name: (files, kinds) for name, files, kinds in listed()}
+
+
+@pytest.mark.parametrize("what", LISTED)
+def test_the_program_refuses_what_a_reader_refuses(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, kinds = LISTED[what]
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    given = source / next(iter(files)) if "model.tar" in files or "model.zip" in files else source
+    assert program.run(["convert", "auto", "--in", str(given), "--out", "out", "--json"]) == 2
+    told = capsys.readouterr().out
+    assert {p["kind"] for p in json.loads(told)["problems"]} & kinds, told
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert not any(ord(c) < 32 and c != "\n" for c in told)
+
+
+# --- more of each ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_pickles_of_every_protocol_are_read(protocol: int, pth: Path, tmp_path: Path) -> None:
+    torch.save(state(pth), weights(pth), pickle_protocol=protocol)
+    assert (
+        program.run(["convert", "auto", "--in", str(pth), "--out", str(tmp_path / "out"), "--no-verify"]) == 0
+    )
+
+
+def test_two_names_of_one_storage_are_two_tensors(pth: Path, tmp_path: Path) -> None:
+    content = state(pth)
+    content["output.weight"] = content["tok_embeddings.weight"]
+    save(pth, content)
+    assert (
+        program.run(["convert", "auto", "--in", str(pth), "--out", str(tmp_path / "out"), "--no-verify"]) == 0
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], content["tok_embeddings.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], content["tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize("what", ["socket", "folder"])
+def test_what_is_no_file_is_not_read(what: str, pth: Path, tmp_path: Path) -> None:
+    weights(pth).unlink()
+    if what == "folder":
+        weights(pth).mkdir()
+        assert_refused(convert(tmp_path, pth), tmp_path, "wrong-format", "not-found")
+        return
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(os.path.relpath(weights(pth)))
+        assert_refused(convert(tmp_path, pth), tmp_path, "wrong-format", "not-found")
+
+
+@pytest.mark.parametrize("where", ["the local header", "the directory"])
+def test_a_flipped_bit_outside_of_the_data_is_found(where: str, pth: Path, tmp_path: Path) -> None:
+    data = bytearray(weights(pth).read_bytes())
+    at = data.index(b"PK\3\4", 100) + 14 if where == "the local header" else data.index(b"PK\1\2") + 16
+    data[at] ^= 4  # in the checksum that it tells
+    weights(pth).write_bytes(data)
+    assert_refused(convert(tmp_path, pth), tmp_path, "bad-zip", "checksum")
+
+
+def test_documents_that_are_missing_or_too_large(pth: Path, tmp_path: Path) -> None:
+    os.truncate(pth / "params.json", 1 << 30)
+    run = convert(tmp_path, pth, family="mistral")
+    assert_refused(run, tmp_path, "bad-config")
+    assert "params.json" in run.out
+    (pth / "params.json").unlink()
+    assert_refused(convert(tmp_path, pth, family="mistral"), tmp_path, "missing-fact", "bad-config")
+
+
+def test_a_header_beyond_the_limit_is_not_read(st: Path, tmp_path: Path) -> None:
+    with open(st / "consolidated.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", 40 << 20) + b"{")
+        f.truncate(50 << 20)
+    assert_refused(convert(tmp_path, st), tmp_path, "header-limit")
+
+
+def test_an_index_leads_nowhere_else(tmp_path: Path, originals: Callable[[str], Path]) -> None:
+    source = Path(shutil.copytree(originals("qwen2-0.5b"), tmp_path / "in"))
+    (file,) = source.glob("*.safetensors")
+    file.rename(tmp_path / "in" / "model-00001-of-00001.safetensors")
+    homes = {"lm_head.weight": "../../etc/passwd"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    assert_refused(convert(tmp_path, source), tmp_path, "bad-index")
+
+
+def test_one_shard_twice_is_refused(sharded: Path, tmp_path: Path) -> None:
+    shutil.copy(sharded / "consolidated.01.pth", sharded / "consolidated.02.pth")
+    assert_refused(convert(tmp_path, sharded), tmp_path, "shard-conflict")
+
+
+def test_a_link_to_itself_is_refused_and_another_is_followed(pth: Path, tmp_path: Path) -> None:
+    (pth / "loop").symlink_to("loop")
+    assert_refused(convert(tmp_path, pth / "loop"), tmp_path, "bad-input", "not-found")
+    (pth / "loop").unlink()
+    elsewhere = pth / "elsewhere"
+    weights(pth).rename(elsewhere)
+    weights(pth).symlink_to("elsewhere")
+    assert convert(tmp_path, pth).code == 0
+
+
+def test_an_original_that_changes_meanwhile_is_not_published(
+    pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = disk.fsync
+
+    def sync(descriptor: int) -> None:
+        with open(weights(pth), "r+b") as f:
+            f.write(f.read(1))
+            f.truncate(f.seek(0, 2) - 1)
+        real(descriptor)
+
+    monkeypatch.setattr(disk, "fsync", sync)
+    assert program.run(["convert", "auto", "--in", str(pth), "--out", str(tmp_path / "out")]) == 2
+    assert "error[input-changed]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_cannot_read_is_told_with_the_place(
+    pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, size = os.preadv, weights(pth).stat().st_size
+
+    def read(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
+        if offset > size // 2 and os.fstat(descriptor).st_size == size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset, *flags)
+
+    def copy(*arguments: int) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    assert program.run(["convert", "auto", "--in", str(pth), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "error[read-failed]: consolidated.00.pth" in told and "Input/output error" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_one_line(pth: Path, tmp_path: Path) -> None:
+    script = f"ulimit -v 220000; exec {sys.executable} -m ckpt_tool verify out --source in --level parity"
+    assert convert(tmp_path, pth).code == 0
+    run = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, (run.stdout[-500:], run.stderr[-500:])
+    assert "Traceback" not in run.stderr and "error[" in run.stderr

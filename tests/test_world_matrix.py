@@ -22,14 +22,17 @@ from tests import world
 
 Written = Callable[[str], Path]
 PUBLISHED = ("codegen", "qwen2", "qwen3", "gemma2", "gpt-neox")
-CONSOLIDATED = ("mistral", "mixtral", "llama")
+CONSOLIDATED = ("mistral", "mixtral", "llama", "ministral3")
 MEGATRON = ("megatron-bert", "megatron-gpt2")
 TENSORFLOW = ("mobilebert", "canine")
+NO_PICKLE = "Mistral AI writes these in safetensors alone, which has no dicts and no zip"
+BY_CONFIG = ("gpt-oss",)  # whose config.json is the original's own
 NO_TORCH = "a TensorFlow bundle has no dicts, and no program of torch writes it"
 # One file of 16-bit weights each, without a set of ranks around it; of TensorFlow a bundle in float32.
 BASE = {
     "mistral": "mistral-7b-v0.1",
     "mixtral": "mixtral-a",
+    "ministral3": "ministral3-3b",
     "llama": "llama-3-8b",
     "megatron-bert": "bert-v1-bare",
     "megatron-gpt2": "gpt2-v1-bare",
@@ -43,6 +46,7 @@ BASE = {
     "mobilebert": "mobilebert-squad",
     "canine": "canine-tydi",
     "mega": "mega-laplace",
+    "gpt-oss": "gpt-oss-20b",
 }
 
 
@@ -100,6 +104,7 @@ KINDS: dict[str, Kind] = {
                 "test_world_spell.py::test_a_tied_head_of_other_values_is_refused_and_each_hint_leads_out",
             ),
             "mega": "test_mega.py::test_a_head_of_other_values_is_not_tied_and_the_hint_leads_out",
+            "gpt-oss": "test_gpt_oss.py::test_what_no_original_can_say_is_refused_on_the_way_back",
             "mixtral": "test_world_spell.py::test_a_mixtral_that_says_it_is_tied_can_be_told_otherwise",
             "mluke": "test_families_mluke.py::test_a_tied_head_of_other_values_is_refused",
             "mobilebert": "test_mobilebert.py::test_a_decoder_with_values_of_its_own_is_refused",
@@ -130,6 +135,7 @@ KINDS: dict[str, Kind] = {
             "mobilebert": "test_mobilebert.py::test_a_config_that_says_otherwise_is_refused",
             "canine": "test_canine.py::test_what_the_model_is_not_is_refused_by_name",
             "mega": "test_mega.py::test_an_argument_that_nobody_reads_is_refused_and_the_hint_leads_out",
+            "gpt-oss": "test_gpt_oss.py::test_what_an_original_says_wrongly_is_refused_by_name",
         },
     ),
     "quantised weights": Kind(
@@ -161,6 +167,7 @@ KINDS: dict[str, Kind] = {
             "opt": "test_world_pub.py::test_a_published_opt_asks_nothing",
             "mobilebert": "test_mobilebert.py::test_the_published_model_without_its_config",
             "canine": "test_canine.py::test_the_published_sizes_need_no_config",
+            "gpt-oss": "test_gpt_oss.py::test_published_sizes_ask_nothing",
         },
     ),
     # what files have besides
@@ -168,12 +175,13 @@ KINDS: dict[str, Kind] = {
         world.nothing,
         elsewhere={
             **each(
-                others(*MEGATRON, *PUBLISHED, *TENSORFLOW, "mega", "mluke"),
+                others(*MEGATRON, *PUBLISHED, *TENSORFLOW, *BY_CONFIG, "mega", "mluke"),
                 "test_world_pub.py::test_a_download_with_more_rows_than_ids_converts",
             ),
             "mobilebert": "test_mobilebert.py::test_rows_without_an_id_are_told",
             "mega": "test_mega.py::test_the_vocabulary_is_roberta_s_in_both_releases",
             **each(PUBLISHED, "test_world_pub.py::test_ids_of_a_published_tokenizer_are_counted"),
+            **each(BY_CONFIG, "test_gpt_oss.py::test_a_tokenizer_around_the_folder_is_carried"),
         },
         never={
             **each(MEGATRON, "ranks pad the vocabulary themselves: rows after the words are padding"),
@@ -190,8 +198,12 @@ KINDS: dict[str, Kind] = {
     "an index with another total_size": Kind(
         world.wrong_total_size, back=True, shards=True, note="total_size"
     ),
-    "backslashes in the zip": Kind(world.backslashes, never=each(TENSORFLOW, NO_TORCH)),
-    "state_dict around the weights": Kind(world.wrapped, note="state_dict", never=each(TENSORFLOW, NO_TORCH)),
+    "backslashes in the zip": Kind(
+        world.backslashes, never={**each(TENSORFLOW, NO_TORCH), "ministral3": NO_PICKLE}
+    ),
+    "state_dict around the weights": Kind(
+        world.wrapped, note="state_dict", never={**each(TENSORFLOW, NO_TORCH), "ministral3": NO_PICKLE}
+    ),
     "_orig_mod. before every name": Kind(
         world.prefixed("_orig_mod."), note="_orig_mod.", never=each(TENSORFLOW, NO_TORCH)
     ),
@@ -204,6 +216,7 @@ KINDS: dict[str, Kind] = {
             "mobilebert": "test_mobilebert.py::test_state_of_the_training_is_left_out_and_counted",
             "canine": "test_canine.py::test_heads_without_a_class_are_left_out_with_the_reason",
         },
+        never={"ministral3": NO_PICKLE},
     ),
     "an integer of 10^30 in tokenizer_config.json": Kind(
         world.document("tokenizer_config.json", lambda c: c.update(model_max_length=int(1e30))), back=True
@@ -224,13 +237,17 @@ KINDS: dict[str, Kind] = {
     ),
     "experts stacked as transformers 5 has them": Kind(
         world.nothing,
-        elsewhere={"mixtral": "test_world_dtypes.py::test_stacked_experts_go_back_to_the_same_files"},
-        never=each(others("mixtral"), "no experts"),
+        elsewhere={
+            "mixtral": "test_world_dtypes.py::test_stacked_experts_go_back_to_the_same_files",
+            "gpt-oss": "test_gpt_oss.py::test_the_folder_that_transformers_saves_is_read",
+        },
+        never=each(others("mixtral", "gpt-oss"), "no experts"),
     ),
     "a chat template beside the tokenizer": Kind(
         world.chat_template,
         kept="chat_template.jinja",
-        never=each(others(*PUBLISHED), "no original has one, and its tokenizer is written anew"),
+        elsewhere=each(BY_CONFIG, "test_gpt_oss.py::test_a_tokenizer_around_the_folder_is_carried"),
+        never=each(others(*PUBLISHED, *BY_CONFIG), "no original has one, and its tokenizer is written anew"),
     ),
     # signs at the door
     "an adapter": Kind(world.adapter, refused="wrong-format", says="adapter"),

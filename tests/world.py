@@ -102,7 +102,10 @@ def chat_template(folder: Path) -> None:
 
 
 def second_base(config: dict[str, Any]) -> None:
-    """The rotary base once more, as transformers 5 spells it, with another value."""
+    """The rotary base once more, as the other release of transformers spells it, with another value."""
+    if "rope_parameters" in config:
+        config["rope_theta"] = 123456.0
+        return
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 123456.0}
 
 

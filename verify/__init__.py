@@ -67,6 +67,7 @@ def verify(
     memory: int | None = None,
     progress: Callable[[str], None] | None = None,
     joined: bool | Joined = False,
+    then: Callable[[Subject, Report], None] = lambda subject, report: None,
 ) -> Report:
     """Verify the converted checkpoint `out`, against the `source` it was made from; without one given, the
     source that the manifest records is used where it still lies there.
@@ -84,16 +85,15 @@ def verify(
     (`recording`), to be held against instead of the documented ones. `mode` is how much of parity runs:
     "quick" a layer of each kind, "thorough" everything, "default" what `verify.effort` says. `memory` is how
     many bytes parity may take (None: 4 GiB), as far as it is computed on the CPU. `joined`: coverage, bits
-    and parity go by what workers (`verify_part`) saw, or by what was seen already. Raises `CkptToolError` for
-    what cannot be opened; all else is a finding."""
+    and parity go by what workers (`verify_part`) saw, or by what was seen already. `then` has the report
+    while both sides are open. Raises `CkptToolError` for what cannot be opened; all else is a finding."""
     named = (levels,) if isinstance(levels, str) else tuple(dict.fromkeys(levels or ()))
     asked = (QUICK if mode == "quick" else LEVELS) if levels is None else named
     _check_choices(asked, against, compute_dtype, device, mode)
     _check_one(source, no_source)
-    accepted = tuple(accept)
+    check_names(accepted := tuple(accept))
     recorded = None if expectations is None else read_file(expectations)
     asked = asked if recorded is None or "documented" in asked else (*asked, "documented")
-    check_names(accepted)
     if isinstance(prompts, str | os.PathLike):
         prompts = read_prompts(prompts)  # before anything large is in memory
     wanted = Asked(
@@ -105,6 +105,7 @@ def verify(
         report.facts |= _facts(subject, out, source, no_source)
         report.claim = _claim(subject, named, against, checkpoint_id, no_source, expectations)
         _levels(subject, out, wanted, report, progress or (lambda text: None), joined)
+        then(subject, report)
     _took(report, time.monotonic() - began)
     return report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document
-from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.convert.manifest import CERTIFICATE, CERTIFICATE_LISTS
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.strangers import listing
 
@@ -37,7 +37,7 @@ class Beside:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Beside:
         found = listing(checkpoint.path)
-        names = frozenset(found.names) - {CERTIFICATE}  # made of an earlier report
+        names = frozenset(found.names) - {CERTIFICATE, CERTIFICATE_LISTS}  # made of an earlier report
         return cls(checkpoint.path, names, found.complete, checkpoint.documents)
 
     def document(self, name: str) -> Document:

@@ -15,21 +15,28 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool import __version__
+from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.hub import parts
+from ckpt_tool.checkpoint.remote_path import RemotePath, scheme_of, without_secrets
+from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.convert.casting import rounds
-from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.convert.manifest import CERTIFICATE, CERTIFICATE_LISTS
+from ckpt_tool.convert.plan import Plan, output_json, step_json
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.binomial import CONFIDENCE, interval
-from ckpt_tool.verify.leaves import of_tensors, root
+from ckpt_tool.verify.certificate_lists import Lists, beside
+from ckpt_tool.verify.leaves import of_tensors
 from ckpt_tool.verify.provenance import versions
 from ckpt_tool.verify.report import Finding, Report
-from ckpt_tool.verify.subject import Subject, opened
+from ckpt_tool.verify.subject import Subject
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:ckpt-tool:certificate:v1"
@@ -67,6 +74,7 @@ class Certified:
 
     report: Report
     statement: dict[str, Any] | None
+    lists: Spool | None = None  # the file that belongs beside it, see `certificate_lists`
 
 
 def certify(
@@ -85,6 +93,15 @@ def certify(
     request = request or Request()
     tell = progress or (lambda text: None)
     _folder(out)
+    made: list[Certified] = []
+
+    def state(subject: Subject, report: Report) -> None:
+        if report.status == "pass":
+            tell("certificate: SHA-256 of the output's files")
+            subjects = file_digests(subject.output.path, left_out(out, place))
+            stated = statement(subject, report, request, os.fspath(source), subjects, tell)
+            made.append(Certified(report, *stated))
+
     report = verify(
         out,
         source,
@@ -96,14 +113,9 @@ def certify(
         settings=settings,
         device=device,
         progress=progress,
+        then=state,
     )
-    if report.status != "pass":
-        return Certified(report, None)
-    with opened(out, source, settings) as subject:
-        tell("certificate: SHA-256 of the output's files")
-        subjects = file_digests(subject.output.path, left_out(out, place))
-        made = statement(subject, report, request, os.fspath(source), subjects, tell)
-        return Certified(report, made)
+    return made[0] if made else Certified(report, None)
 
 
 def as_bytes(made: Mapping[str, Any]) -> bytes:
@@ -113,38 +125,54 @@ def as_bytes(made: Mapping[str, Any]) -> bytes:
 def statement(
     subject: Subject, report: Report, request: Request, address: str, subjects: Mapping[str, str],
     tell: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """The certificate of a `report` on `subject`, both sides of which are read once more; `subjects` are the
-    digests of the output's files."""
+) -> tuple[dict[str, Any], Spool | None]:  # fmt: skip
+    """The certificate of a `report` on `subject`, both sides of which are read once more, and the file of its
+    lists where they are long; `subjects` are the digests of the output's files."""
     plan, source = subject.plan, subject.source
     if plan is None or source is None:
         raise ValueError("a report that passes against a source has a plan")
+    lists = Lists()
     tell("certificate: SHA-256 of the source")
-    at_source = [leaf.to_json() for leaf in of_tensors(source, source)]
+    root = lists.leaves("source", of_tensors(source, source))
     sources = source_digests(subject)
     tell("certificate: SHA-256 of the output's tensors")
-    at_target = [leaf.to_json() for leaf in of_tensors(subject.output, subject.output)]
-    planned = plan.to_json()
-    return {
+    target = {"root": lists.leaves("target", of_tensors(subject.output, subject.output))}
+    lists.plan(plan)
+    outputs = [output_json(f) for f in plan.outputs]
+    predicate = {
+        "tool": {"name": "ckpt-tool", "version": __version__},
+        "family": plan.family,
+        "direction": plan.direction,
+        "source": {
+            "repository": repository(address, subject),
+            "files": [{"name": n, "sha256": s} for n, s in sorted(sources.items())],
+            "root": root,
+        },
+        "plan": {"sha256": plan.digest(), **_plain(plan.frame_json()), "outputs": _plain(outputs)},
+        "casts": casts(_alike(plan)),
+        "target": target,
+        "verification": verification(report, request),
+    }
+    apart = lists.into(predicate)
+    made = {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": sha}} for name, sha in sorted(subjects.items())],
         "predicateType": PREDICATE_TYPE,
-        "predicate": {
-            "tool": {"name": "ckpt-tool", "version": __version__},
-            "family": plan.family,
-            "direction": plan.direction,
-            "source": {
-                "repository": repository(address, subject),
-                "files": [{"name": n, "sha256": s} for n, s in sorted(sources.items())],
-                "tensors": at_source,
-                "root": root(at_source),
-            },
-            "plan": {"sha256": plan.digest(), **planned},
-            "casts": casts(planned["steps"]),
-            "target": {"tensors": at_target, "root": root(at_target)},
-            "verification": verification(report, request),
-        },
+        "predicate": predicate,
     }
+    return made, lists.spool if apart else None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _alike(plan: Plan) -> Iterator[tuple[dict[str, Any], int]]:
+    """The steps of a plan without names, each with how many there are."""
+    steps = plan.steps if isinstance(plan.steps, Steps) else Steps(plan.steps)
+    for kind, count in Counter(steps.kinds).items():
+        yield step_json(steps.templates[kind]), count
 
 
 def _folder(out: str | os.PathLike[str]) -> None:
@@ -154,11 +182,14 @@ def _folder(out: str | os.PathLike[str]) -> None:
 
 
 def left_out(folder: str | os.PathLike[str], place: str | os.PathLike[str] | None) -> list[str]:
-    """The names below `folder` that are certificates: the usual one, and `place` where it lies there."""
+    """The names below `folder` that are certificates with their lists: the usual one, and `place` where it
+    lies there."""
     root = Path(os.path.abspath(folder))
     own = None if place is None else Path(os.path.abspath(place))
-    inside = own is not None and own.is_relative_to(root)
-    return [CERTIFICATE, *([own.relative_to(root).as_posix()] if own is not None and inside else [])]
+    names = [CERTIFICATE, CERTIFICATE_LISTS]
+    if own is not None and own.is_relative_to(root):
+        names += [path.relative_to(root).as_posix() for path in (own, beside(own))]
+    return names
 
 
 def file_digests(folder: Path, leave_out: Iterable[str]) -> dict[str, str]:
@@ -191,6 +222,8 @@ def _in_unicode(name: str) -> str:
 
 
 def sha256_of(path: Path, shown: str) -> str:
+    if isinstance(path, RemotePath):
+        return _sha256_of_served(path, shown)
     if not path.is_file():  # a broken link, a pipe
         fail("wrong-format", "expected a regular file, found something else", file=shown)
     try:
@@ -198,6 +231,19 @@ def sha256_of(path: Path, shown: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         fail("read-failed", f"cannot be read: {error.strerror}", file=shown)
+
+
+def _sha256_of_served(path: RemotePath, shown: str) -> str:
+    data, made = ByteRange(path, shown), hashlib.sha256()
+    room = memoryview(bytearray(min(PIECE, data.size)))
+    try:
+        for start in range(0, data.size, PIECE):
+            piece = room[: min(PIECE, data.size - start)]
+            data.read_into(start, piece)
+            made.update(piece)
+    finally:
+        data.close()
+    return made.hexdigest()
 
 
 def source_digests(subject: Subject) -> dict[str, str]:
@@ -215,27 +261,30 @@ def source_digests(subject: Subject) -> dict[str, str]:
 
 
 def repository(address: str, subject: Subject) -> dict[str, str] | None:
-    """The repository and the commit that the source was read from, where it has one."""
-    name = re.fullmatch(r"hf://([\w.-]+/[\w.-]+?)(@[\w./-]+)?", address, re.ASCII)
+    """The repository of the Hub and the commit that the source was read from, or its address elsewhere; None
+    for what lies on this machine."""
+    scheme = scheme_of(address)
+    if scheme is None:
+        return None
+    if scheme != "hf":
+        return {"address": without_secrets(address)}
     notes = () if subject.source is None else subject.source.notes
     commit = next((m[1] for n in notes if (m := re.search(r"commit ([0-9a-f]{40})\b", n))), None)
-    if name is None:
-        return None
-    return {"hub": name[1], **({"commit": commit} if commit else {})}
+    return {"hub": parts(address)[0], **({"commit": commit} if commit else {})}
 
 
-def casts(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How values of another dtype were made by the `steps` of a plan's JSON: pairs of dtypes, each with its
-    rounding and how many tensors."""
+def casts(steps: Iterable[tuple[Mapping[str, Any], int]]) -> list[dict[str, Any]]:
+    """How values of another dtype were made by the `steps` of a plan's JSON, each with how often it is there:
+    pairs of dtypes, each with its rounding and how many tensors."""
     pairs: Counter[tuple[str, str, int]] = Counter()
-    for step in steps:
+    for step, times in steps:
         if step.get("compare"):
             continue
         mean = step.get("mean", 0)
         for target in step["targets"]:
             for dtype in {p["dtype"] for p in step["sources"]}:
                 if dtype != target["dtype"] or mean:
-                    pairs[dtype, target["dtype"], mean] += 1
+                    pairs[dtype, target["dtype"], mean] += times
     return [
         {
             "from": a,

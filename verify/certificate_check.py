@@ -13,25 +13,27 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.manifest import CERTIFICATE
-from ckpt_tool.convert.plan import Plan
+from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import certificate as made
 from ckpt_tool.verify import leaves as trees
 from ckpt_tool.verify.binomial import excluded
 from ckpt_tool.verify.certificate_form import must_fit
+from ckpt_tool.verify.certificate_lists import SECTIONS, Entries, Filed, Section, entries_of, lines_of
 from ckpt_tool.verify.claims import Claim, Judgement, claimed_without_numbers, exactness, judge
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.leaves import Leaf
 from ckpt_tool.verify.report import Finding, Report, Status, Table, shown
 from ckpt_tool.verify.signing import payload_of, signed_by
-from ckpt_tool.verify.subject import opened
+from ckpt_tool.verify.subject import Subject, opened
 
 BYTES = 192 << 20  # of a certificate: some 160,000 tensors on both sides
 HELD = 2 << 30  # bytes that such a one takes at most once it is parsed
@@ -49,7 +51,7 @@ class Checked(Report):
         if bad:
             where = f"{bad[0].where}: " if bad[0].where else ""
             return Judgement("fail", where + bad[0].message)
-        return Judgement("pass", "; ".join(self.depth))
+        return Judgement("pass", "; ".join(dict.fromkeys(self.depth)))
 
 
 def check(
@@ -80,16 +82,19 @@ def check(
     statement, signature = _opened(content, path.name, key, report)
     report.findings.append(signature)
     predicate = _predicate(statement, path.name)
-    report.findings += _itself(predicate)
-    report.findings += _output(Path(out), statement, predicate, path, tell)
+    entries = entries_of(predicate, path)
+    report.findings += _lists(predicate, entries)
+    if report.status == "pass":
+        report.findings += _itself(predicate, entries)
+        report.findings += _output(Path(out), statement, entries, path, tell)
     report.depth.append("the files of the output are those that it names")
     _verdict_facts(report, predicate)
     if source is not None and report.status == "pass":
         report.facts["source"] = os.fspath(source)
         if spot is not None:
-            report.findings += _spot(out, source, statement, spot, seed, settings, report, tell)
+            report.findings += _spot(out, source, statement, entries, spot, seed, settings, report, tell)
         if full:
-            report.findings += _full(out, source, statement, path, settings, device, report, tell)
+            report.findings += _full(out, source, statement, entries, path, settings, device, report, tell)
     return report
 
 
@@ -153,26 +158,43 @@ def _predicate(statement: Mapping[str, Any], name: str) -> dict[str, Any]:
 # --- without the source ---------------------------------------------------------------------------------
 
 
-def _itself(predicate: Mapping[str, Any]) -> Iterator[Finding]:
+def _lists(predicate: Mapping[str, Any], entries: Entries) -> Iterator[Finding]:
+    """Whether the lists beside a certificate are those that it names."""
+    if isinstance(entries, Filed):
+        name, said = entries.path.name, predicate["lists"]["sha256"]
+        if entries.sha256 == said:
+            yield _finding("certificate", "lists", "pass", f"SHA-256 of {name} is that of the certificate")
+        else:
+            words = f"expected the lists of SHA-256 {said}, found {entries.sha256}"
+            yield _finding("certificate", "lists", "fail", words, name)
+
+
+def _itself(predicate: Mapping[str, Any], entries: Entries) -> Iterator[Finding]:
     """Whether the certificate's own parts belong together."""
-    plan = {k: v for k, v in predicate["plan"].items() if k != "sha256"}
+    plan = predicate["plan"]
     for key in ("family", "direction"):
         yield _equal(key, plan[key], predicate[key], f"the {key} is that of the plan")
     words = "the casts are those of the plan's rows"
-    yield _equal("casts", made.casts(plan["steps"]), predicate["casts"], words)
-    digest = hashlib.sha256(trees.canonical(plan)).hexdigest()
-    yield _equal("plan", digest, predicate["plan"].get("sha256"), "the plan's digest is that of its rows")
-    for side in ("source", "target"):
-        part = predicate[side]
-        words = f"the root stands for the {len(part['tensors'])} tensors of the {side}"
-        yield _equal(f"{side} root", trees.root(part["tensors"]), part.get("root"), words)
-    planned = {repr((t["name"], t["dtype"], t["shape"])) for o in plan["outputs"] for t in o["tensors"]} | {
-        repr((n, d, s)) for o in plan["outputs"] for n, d, s, _ in o.get("constants", ())
-    }
-    held = {repr((t["name"], t["dtype"], t["shape"])) for t in predicate["target"]["tensors"]}
+    casts = made.casts((step, 1) for step in entries.each("steps"))
+    yield _equal("casts", casts, predicate["casts"], words)
+    yield _equal("plan", entries.plan_digest(), plan["sha256"], "the plan's digest is that of its rows")
+    sides: tuple[Section, ...] = ("source", "target")
+    for side in sides:
+        words = f"the root stands for the {entries.count(side)} tensors of the {side}"
+        yield _equal(f"{side} root", trees.root(entries.each(side)), predicate[side]["root"], words)
+    constants = ({"name": n, "dtype": d, "shape": s} for o in plan["outputs"] for n, d, s, _ in
+                 o.get("constants", ()))  # fmt: skip
+    planned = _marks(chain(entries.each("outputs"), constants))
+    held = _marks(entries.each("target"))
     words = f"{len(held)} tensors of the target are those of the plan"
     yield _equal("tensors", sorted(held), sorted(planned), words)
     yield from _verdict(predicate["verification"])
+
+
+def _marks(tensors: Iterable[Mapping[str, Any]]) -> set[bytes]:
+    """What stands for names, dtypes and shapes, in little memory."""
+    texts = (repr((t["name"], t["dtype"], t["shape"])) for t in tensors)
+    return {hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:20] for text in texts}
 
 
 def _verdict(said: Mapping[str, Any]) -> Iterator[Finding]:
@@ -202,9 +224,9 @@ def _as_finding(f: Mapping[str, Any]) -> Finding:
 def _equal(name: str, found: Any, said: Any, words: str) -> Finding:
     if found == said:
         return _finding("certificate", name, "pass", words)
-    shown = f"expected {_short(said)}, found {_short(found)}" if not isinstance(found, list) else (
-        f"expected those of the plan, found {sum(a not in said for a in found)} others and "
-        f"{sum(a not in found for a in said)} missing"
+    shown = f"expected {_short(said)}, found {_short(found)}" if name != "tensors" else (
+        f"expected those of the plan, found {len(set(found) - set(said))} others and "
+        f"{len(set(said) - set(found))} missing"
     )  # fmt: skip
     return _finding("certificate", name, "fail", f"it does not agree with itself: {shown}")
 
@@ -214,7 +236,7 @@ def _short(value: Any) -> str:
 
 
 def _output(
-    out: Path, statement: Mapping[str, Any], predicate: Mapping[str, Any], path: Path,
+    out: Path, statement: Mapping[str, Any], entries: Entries, path: Path,
     tell: Callable[[str], None],
 ) -> Iterator[Finding]:  # fmt: skip
     if not out.is_dir():
@@ -239,23 +261,23 @@ def _output(
             "output", "files", "pass", f"SHA-256 of all {len(said)} files is that of the certificate"
         )
     tell("tensors of the output")
-    yield _tensors(out, predicate)
+    yield _tensors(out, entries)
 
 
-def _tensors(out: Path, predicate: Mapping[str, Any]) -> Finding:
+def _tensors(out: Path, entries: Entries) -> Finding:
     """The leaves made again from the files, which the files' digests say nothing of."""
-    prefer: Any = "original" if predicate.get("direction") == "to-original" else "hf"
+    prefer: Any = "original" if entries.plan["direction"] == "to-original" else "hf"
+    count = 0
     with open_checkpoint(out, prefer=prefer) as checkpoint:
-        found = [leaf.to_json() for leaf in trees.of_tensors(checkpoint, checkpoint)]
-    said = predicate["target"]["tensors"]
-    if found == said:
-        return _finding(
-            "output", "tensors", "pass", f"SHA-256 of all {len(said)} tensors is that of its leaf"
-        )
-    here, there = (next((t for t in a if t not in b), None) for a, b in ((found, said), (said, found)))
-    words = "expected the tensors of the certificate's leaves in their order, found others"
-    where = next((f"{t['file']}: {t['name']}" for t in (here, there) if t is not None), None)
-    return _finding("output", "tensors", "fail", words, where)
+        found = (leaf.to_json() for leaf in trees.of_tensors(checkpoint, checkpoint))
+        for here, said in zip_longest(found, entries.each("target")):
+            if here != said:
+                either = [t for t in (here, said) if t is not None]
+                first = min(either, key=lambda t: (t["file"], t["name"]))
+                words = "expected the tensors of the certificate's leaves in their order, found others"
+                return _finding("output", "tensors", "fail", words, f"{first['file']}: {first['name']}")
+            count += 1
+    return _finding("output", "tensors", "pass", f"SHA-256 of all {count} tensors is that of its leaf")
 
 
 def _verdict_facts(report: Checked, predicate: Mapping[str, Any]) -> None:
@@ -270,8 +292,9 @@ def _verdict_facts(report: Checked, predicate: Mapping[str, Any]) -> None:
 
 
 def _spot(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any], spot: int,
-    seed: int | None, settings: Mapping[str, Any] | None, report: Checked, tell: Callable[[str], None],
+    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any],
+    entries: Entries, spot: int, seed: int | None, settings: Mapping[str, Any] | None, report: Checked,
+    tell: Callable[[str], None],
 ) -> Iterator[Finding]:  # fmt: skip
     predicate = statement["predicate"]
     said = {s["name"]: s["digest"]["sha256"] for s in statement["subject"]}
@@ -285,24 +308,35 @@ def _spot(
             yield _finding("source", "plan", "fail", f"{words} another plan {subject.plan.digest()[:16]}…")
             return
         yield _finding("source", "plan", "pass", "the source's headers give the plan of the certificate")
+        origin = _origin(predicate, made.repository(os.fspath(source), subject))
+        yield from origin
         yield from _documents(subject.plan, said)
-        leaves = _written(subject.plan.outputs, predicate["target"]["tensors"])
-        chosen = _choice(leaves, spot, seed)
-        wrong, made_by = [], trees.makers(subject.plan)
-        for k, leaf in enumerate(chosen):
-            tell(f"source: tensor {k + 1} of {len(chosen)}")
-            tensor = subject.target(leaf.file, leaf.name)
-            steps = made_by.get(("" if subject.direction == "to-hf" else leaf.file, leaf.name))
-            sha256 = None if tensor is None or not steps else trees.derived(steps, subject.source, tensor)
-            if sha256 != leaf.sha256:
-                words = "expected the tensor that the source gives, found another"
-                wrong.append(_finding("source", "spot", "fail", words, f"{leaf.file}: {leaf.name}"))
-        yield from capped(wrong)
-        if not wrong:
-            most = excluded(len(leaves), len(chosen))
-            words = _share(most, len(leaves), len(chosen))
-            report.depth.append(words)
-            yield _finding("source", "spot", "pass", words)
+        yield from _made_again(subject, entries, spot, seed, report, tell)
+        report.depth += [f.message for f in origin if f.status == "note"]
+
+
+def _made_again(
+    subject: Subject, entries: Entries, spot: int, seed: int | None, report: Checked,
+    tell: Callable[[str], None],
+) -> Iterator[Finding]:  # fmt: skip
+    """Tensors that were chosen at random, each held against its leaf."""
+    assert subject.plan is not None and subject.source is not None
+    total, chosen = _choice(subject.plan.outputs, entries, spot, seed)
+    to_hf = subject.direction == "to-hf"
+    keys = {("" if to_hf else leaf.file, leaf.name): leaf for leaf in chosen}
+    wrong, made_by = [], trees.makers(subject.plan, keys)
+    for k, (key, leaf) in enumerate(keys.items(), start=1):
+        tell(f"source: tensor {k} of {len(keys)}")
+        tensor, steps = subject.target(leaf.file, leaf.name), made_by.get(key)
+        sha256 = None if tensor is None or not steps else trees.derived(steps, subject.source, tensor)
+        if sha256 != leaf.sha256:
+            words = "expected the tensor that the source gives, found another"
+            wrong.append(_finding("source", "spot", "fail", words, f"{leaf.file}: {leaf.name}"))
+    yield from capped(wrong)
+    if not wrong:
+        words = _share(excluded(total, len(chosen)), total, len(chosen))
+        report.depth.append(words)
+        yield _finding("source", "spot", "pass", words)
 
 
 def _documents(plan: Plan, said: Mapping[str, str]) -> Iterator[Finding]:
@@ -323,22 +357,27 @@ def _share(most: int, leaves: int, checked: int) -> str:
     return f"{text}: at 95 % confidence no more than {most} ({share:.2g} %) are wrong"
 
 
-def _written(outputs: Iterable[Any], said: Iterable[Mapping[str, Any]]) -> list[Leaf]:
-    """The leaves of tensors that are made of the source; constants are the plan's own."""
+def _choice(
+    outputs: Iterable[OutputFile], entries: Entries, count: int, seed: int | None
+) -> tuple[int, list[Leaf]]:
+    """How many leaves are of tensors that are made of the source (constants are the plan's own), and some of
+    them: chosen after the certificate was made, so that nobody could prepare for it."""
     own = {name for o in outputs for name, *_ in o.constants}
-    return [Leaf(t["file"], t["name"], t["dtype"], tuple(t["shape"]), t["sha256"]) for t in said
-            if t["name"] not in own]  # fmt: skip
 
+    def made_of_it() -> Iterator[dict[str, Any]]:
+        return (t for t in entries.each("target") if t["name"] not in own)
 
-def _choice(leaves: list[Leaf], count: int, seed: int | None) -> list[Leaf]:
-    """Chosen after the certificate was made, so that nobody could prepare for it."""
+    total = sum(1 for _ in made_of_it())
     chance = random.SystemRandom() if seed is None else random.Random(seed)
-    return chance.sample(leaves, min(count, len(leaves)))
+    numbers = set(chance.sample(range(total), min(count, total)))
+    chosen = (t for k, t in enumerate(made_of_it()) if k in numbers)
+    return total, [Leaf(t["file"], t["name"], t["dtype"], tuple(t["shape"]), t["sha256"]) for t in chosen]
 
 
 def _full(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any], path: Path,
-    settings: Mapping[str, Any] | None, device: str, report: Checked, tell: Callable[[str], None],
+    out: str | os.PathLike[str], source: str | os.PathLike[str], statement: Mapping[str, Any],
+    entries: Entries, path: Path, settings: Mapping[str, Any] | None, device: str, report: Checked,
+    tell: Callable[[str], None],
 ) -> Iterator[Finding]:  # fmt: skip
     again = made.certify(
         out, source, _request(statement), settings=settings, device=device, progress=tell, place=path
@@ -347,39 +386,59 @@ def _full(
         yield _finding("again", "verification", "fail", f"it does not pass now: {again.report.headline}")
         return
     found = json.loads(made.as_bytes(again.statement))
-    origin = _only_one_names_it(statement, found)
-    if origin is not None:
+    origin = _origin(statement["predicate"], found["predicate"]["source"]["repository"])
+    yield from origin
+    if origin:
         found["predicate"]["source"]["repository"] = statement["predicate"]["source"]["repository"]
-        yield _finding("again", "repository", "note", origin)
+    notes = [f.message for f in origin if f.status == "note"]
     if _but_for_the_tool(found) == _but_for_the_tool(statement):
         words = "the verification was done again, and the certificate came out byte for byte"
-        if origin is not None:
+        if origin:
             words += ", but for the repository"
         if found["predicate"]["tool"] != statement["predicate"]["tool"]:
             words += f", but for the tool: {_versions(statement)} then, {_versions(found)} now"
-        report.depth += [words, *([] if origin is None else [origin])]
+        report.depth += [words, *notes]
         yield _finding("again", "verification", "pass", words)
         return
     before, after = (_without_numbers(s) for s in (statement, found))
     if before == after:
         finding = _other_numbers(statement, found, report)
-        if origin is not None and finding.status == "pass":
-            report.depth.append(origin)
+        if finding.status == "pass":
+            report.depth += notes
         yield finding
         return
-    where = ", ".join(_differing(before, after)) or "its parts"
+    where = ", ".join([*_differing(before, after), *_other_entry(entries, again)]) or "its parts"
     yield _finding("again", "verification", "fail", "expected the certificate again, found another", where)
 
 
-def _only_one_names_it(statement: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """In words, that the certificate or this run alone has the source from a repository; all else is
-    compared."""
-    named, here = (s["predicate"]["source"].get("repository") for s in (statement, found))
-    if named is not None and here is None:
-        return f"not shown, as this source is a copy on a disk: that it is {_short(named)}, which it names"
-    if named is None and here is not None:
-        return f"it names no repository; this source is {_short(here)}"
-    return None
+def _other_entry(entries: Entries, again: made.Certified) -> Iterator[str]:
+    """Where lists that lie beside a certificate begin to be others, in words."""
+    if again.lists is None or not isinstance(entries, Filed):
+        return
+    sections = [s for s in SECTIONS for _ in range(entries.count(s))]
+    before = (line for s in SECTIONS for line in entries.lines(s))
+    now = (line + b"\n" for line in lines_of(again.lists.pieces()))
+    for k, pair in enumerate(zip_longest(before, now)):
+        if pair[0] != pair[1]:
+            yield f"entry {k + 1} of the lists ({sections[k] if k < len(sections) else 'one more'})"
+            return
+
+
+def _origin(predicate: Mapping[str, Any], here: Mapping[str, str] | None) -> list[Finding]:
+    """Whether this source is from where the certificate says that it is; all else is compared."""
+    named = predicate["source"].get("repository")
+    if named == here:
+        return []
+    status: Status = "note"
+    if named is None:
+        words = f"it names no repository; this source is {_short(here)}"
+    elif here is None:
+        words = f"not shown, as this source is a copy on a disk: that it is {_short(named)}, which it names"
+    else:
+        status, words = "fail", f"expected the source {_short(named)}, which it names, found {_short(here)}"
+        if isinstance(named, dict) and {"hub", "commit"} <= named.keys():
+            words += f": --source hf://{named['hub']}@{named['commit']} is the one"[:300]
+    return [_finding("source", "repository", status, words)]
 
 
 def _but_for_the_tool(statement: Mapping[str, Any]) -> bytes:

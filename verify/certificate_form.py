@@ -3,7 +3,7 @@ anything. Whoever forged one may have put anything anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from ckpt_tool.errors import fail
@@ -14,11 +14,6 @@ from ckpt_tool.verify.report import Status
 Form = Any
 LEAF: Form = {"file": str, "name": str, "dtype": str, "shape": [int], "sha256": str}
 PART: Form = {"file": str, "name": str, "dtype": str}
-OUTPUT: Form = {
-    "file": str,
-    "tensors": [{"name": str, "dtype": str, "shape": [int]}],
-    "?constants": [list],
-}
 FINDING: Form = {
     "level": str,
     "check": str,
@@ -27,44 +22,60 @@ FINDING: Form = {
     "data": dict,
     "tables": [{"columns": [str], "rows": [list]}],
 }
-STATEMENT: Form = {
-    "subject": [{"name": str, "digest": {"sha256": str}}],
-    "predicate": {
-        "tool": {"name": str, "version": str},
-        "family": str,
-        "direction": str,
-        "source": {"files": [{"name": str, "sha256": str}], "tensors": [LEAF], "root": str},
-        "plan": {
-            "sha256": str,
+VERIFICATION: Form = {
+    "asked": {
+        "levels": ([str],),
+        "against": (str,),
+        "compute_dtype": str,
+        "checkpoint_id": (str,),
+        "accept": [str],
+    },
+    "verdict": str,
+    "headline": str,
+    "environment": dict,
+    "findings": [FINDING],
+}
+STEP: Form = {"sources": [PART], "targets": [PART], "?mean": int}
+TENSOR: Form = {"name": str, "dtype": str, "shape": [int]}
+ENTRY_FORMS: dict[str, Form] = {"source": LEAF, "target": LEAF, "outputs": TENSOR, "steps": STEP}
+
+
+def _form(many: Callable[[Form], Form], more: Form) -> Form:
+    """That of a Statement, whose long lists are `many` of their entries."""
+    output = {"file": str, "tensors": many(TENSOR), "?constants": [list]}
+    return {
+        "subject": [{"name": str, "digest": {"sha256": str}}],
+        "predicate": {
+            "tool": {"name": str, "version": str},
             "family": str,
             "direction": str,
-            "steps": [{"sources": [PART], "targets": [PART], "?mean": int}],
-            "outputs": [OUTPUT],
-            "documents": [{"file": str, "sha256": str}],
-        },
-        "casts": list,
-        "target": {"tensors": [LEAF], "root": str},
-        "verification": {
-            "asked": {
-                "levels": ([str],),
-                "against": (str,),
-                "compute_dtype": str,
-                "checkpoint_id": (str,),
-                "accept": [str],
+            "source": {"files": [{"name": str, "sha256": str}], "tensors": many(LEAF), "root": str},
+            "plan": {
+                "sha256": str,
+                "family": str,
+                "direction": str,
+                "steps": many(STEP),
+                "outputs": [output],
+                "documents": [{"file": str, "sha256": str}],
             },
-            "verdict": str,
-            "headline": str,
-            "environment": dict,
-            "findings": [FINDING],
+            "casts": list,
+            "target": {"tensors": many(LEAF), "root": str},
+            "verification": VERIFICATION,
+            **more,
         },
-    },
-}
+    }
+
+
+STATEMENT = _form(lambda entry: [entry], {})
+APART = _form(lambda entry: int, {"lists": {"sha256": str}})  # the lists in a file of their own
 WORDS = {str: "text", int: "an integer", list: "a list", dict: "an object"}
 
 
 def must_fit(statement: Mapping[str, Any], file: str) -> None:
     """Refuse (bad-config) a statement that is not of the form, or says two things of one file."""
-    for where, expected in _unlike(statement, STATEMENT, ""):
+    predicate = statement.get("predicate")
+    apart = isinstance(predicate, dict) and "lists" in predicate
+    for where, expected in unlike(statement, APART if apart else STATEMENT, ""):
         fail("bad-config", f"expected {expected}, found another value", file=file, where=where)
     for k, entry in enumerate(statement["predicate"]["verification"]["findings"]):
         if entry["status"] not in get_args(Status):
@@ -89,7 +100,7 @@ def _one_digest_each(subjects: list[dict[str, Any]], file: str) -> None:
             fail("bad-config", f"expected sha256 alone, {found}", file=file, where=entry["name"])
 
 
-def _unlike(value: Any, form: Form, where: str) -> Iterator[tuple[str, str]]:
+def unlike(value: Any, form: Form, where: str) -> Iterator[tuple[str, str]]:
     """Where a value is not of the form, and what is expected there."""
     if isinstance(form, tuple):
         if value is None:
@@ -100,9 +111,9 @@ def _unlike(value: Any, form: Form, where: str) -> Iterator[tuple[str, str]]:
         yield where, WORDS[kind]
     elif isinstance(form, list):
         for k, entry in enumerate(value):
-            yield from _unlike(entry, form[0], f"{where}[{k}]")
+            yield from unlike(entry, form[0], f"{where}[{k}]")
     elif isinstance(form, dict):
         for key, inner in form.items():
             name = key.removeprefix("?")
             if name in value or name == key:
-                yield from _unlike(value.get(name), inner, f"{where}.{name}" if where else name)
+                yield from unlike(value.get(name), inner, f"{where}.{name}" if where else name)

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -53,7 +53,7 @@ def canonical(value: Any) -> bytes:
 
 def root(leaves: Iterable[Mapping[str, Any]]) -> str:
     """The Merkle root over leaves in their order, each as canonical JSON."""
-    return merkle.root([canonical(leaf) for leaf in leaves])
+    return merkle.root(map(canonical, leaves))
 
 
 def of_tensors(checkpoint: Checkpoint, tensors: Iterable[TensorInfo]) -> Iterator[Leaf]:
@@ -72,15 +72,18 @@ def digest(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
     return made.hexdigest()
 
 
-def makers(plan: Plan) -> dict[Key, Makers]:
-    """The steps that write each tensor of the output, each with the number of its target, by file and name.
+def makers(plan: Plan, wanted: Container[Key] | None = None) -> dict[Key, Makers]:
+    """The steps that write each tensor of the output (or of those that are `wanted`), each with the number of
+    its target, by file and name.
     On the way to the Hugging Face layout the file is "": a name is enough there, and the tensors may have
     been dealt out to other files than this plan's."""
     found: dict[Key, Makers] = defaultdict(list)
     for step in plan.steps:
         if not step.compare:
             for k, part in enumerate(step.targets):
-                found["" if plan.direction == "to-hf" else part.file, part.name].append((step, k))
+                key = "" if plan.direction == "to-hf" else part.file, part.name
+                if wanted is None or key in wanted:
+                    found[key].append((step, k))
     return dict(found)
 
 

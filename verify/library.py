@@ -43,6 +43,7 @@ HINT = (
 ARGUMENTS = {
     "mask": "attention_mask",
     "token_types": "token_type_ids",
+    "positions": "position_ids",
     "entity_ids": "entity_ids",
     "entity_mask": "entity_attention_mask",
     "entity_positions": "entity_position_ids",

@@ -395,7 +395,7 @@ def _config_changes(
     made: dict[str, Change] = {}
     for key, v in values:
         if now.get(key) != v:
-            name = f"{key} {_show(now.get(key))} where it should be {_show(v)}"
+            name = _where(key, now.get(key), v)
             made.setdefault(name, Change(name, config={key: v}))
     singles = list(made.values())
     if len(several) > 1:
@@ -411,6 +411,14 @@ def _llama3(factor: float) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+
+
+def _where(key: str, now: Any, right: Any) -> str:
+    """Two values in words: of two objects, those of their values that differ."""
+    if not (isinstance(now, Mapping) and isinstance(right, Mapping)):
+        return f"{key} {_show(now)} where it should be {_show(right)}"
+    unlike = [k for k in dict.fromkeys([*right, *now]) if now.get(k) != right.get(k)]
+    return ", ".join(_where(f"{key}.{k}", now.get(k), right.get(k)) for k in unlike)
 
 
 def _show(value: Any) -> str:

@@ -503,7 +503,20 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt], in_part: bool) -> li
     if longest <= window:
         text = f"the longest prompt has {longest} tokens and cannot see the sliding window of {window}"
         made.append(finding("unseen", "note", text))
-    return [*made, *_beyond(converted, longest)]
+    return [*made, *_far(prompts, longest), *_beyond(converted, longest)]
+
+
+def _far(prompts: Mapping[str, Prompt], longest: int) -> Iterator[Finding]:
+    """Positions that no prompt has, before those that one says it begins with."""
+    for name, prompt in prompts.items():
+        if "positions" in prompt.given and (row := prompt.given["positions"][0])[0] > longest:
+            text = f"prompt {name} has positions {row[0]:,} to {row[-1]:,}, others those below {longest:,}"
+            yield finding(
+                "unseen",
+                "note",
+                f"{text}: no position between them was seen",
+                data={"positions": [row[0], row[-1]]},
+            )
 
 
 def _beyond(converted: Side, longest: int) -> Iterator[Finding]:

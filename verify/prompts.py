@@ -26,6 +26,8 @@ BEYOND = 64  # tokens after the first that no longer sees position 0
 MASKS = ("[MASK]", "<mask>")
 MASKED_TEXT = "The capital of France is {}."  # the example of most documentations of such models
 BATCH = 40  # tokens of the longer row of the padded batch
+TIMES = 3  # the multiple of the trained length that a far text goes past
+FARTHEST = 1 << 22  # whose multiples float32 still counts one by one
 
 # Tables of positions by the end of their names in any layout, and the rows at their beginning that no token
 # has: fairseq keeps the first two for padding, and OPT with it.
@@ -96,6 +98,8 @@ def with_inputs(
     if taken >= set(ENTITIES):
         given |= entities(len(one), len(two), config.get("entity_vocab_size"))
     own = {name: x for name, x in given.items() if name in taken}
+    if "positions" in taken and (start := _far(config)) is not None:
+        made["far"] = Prompt([one], {"positions": [list(range(start, start + len(one)))]})
     if "token_types" in own:
         made["segments"] = Prompt([one], {"token_types": own["token_types"][:1]})
     if "entity_ids" in own:
@@ -104,6 +108,16 @@ def with_inputs(
     if "mask" in own and padding > 0 and two:
         made["padded"] = Prompt([one, two + [pad] * padding], own)
     return made
+
+
+def _far(config: Mapping[str, Any]) -> int | None:
+    """Where a text begins that lies beyond the length the model was trained for, and goes past a multiple of
+    it; None where config.json has no such length."""
+    found = config.get("rope_parameters") or config.get("rope_scaling")
+    length = found.get("original_max_position_embeddings") if isinstance(found, Mapping) else None
+    if type(length) is not int or not 0 < length <= FARTHEST:
+        return None
+    return max(0, TIMES * length - BATCH // 2)
 
 
 ENTITIES = ("entity_ids", "entity_mask", "entity_positions")

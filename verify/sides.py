@@ -279,7 +279,7 @@ def same(one: Tree, other: Tree) -> bool:
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with other values, also where transformers 5 keeps the rotary ones."""
     made = {**config, **values}
-    newer = config.get("rope_parameters")
+    newer = values.get("rope_parameters", config.get("rope_parameters"))
     if isinstance(newer, Mapping):
         if "rope_theta" in values:
             newer = {**newer, "rope_theta": values["rope_theta"]}

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart as copies_apart
 from ckpt_tool.convert.facts import class_of, classes
-from ckpt_tool.convert.layout import Part
+from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import optimizer, training_groups, training_library
 from ckpt_tool.verify.gradients import Flaw, Key, Rows, Task, Taught, taught
@@ -114,7 +115,14 @@ def unmapped(subject: Subject, converted: Side) -> str | None:
         return "batch norms take their numbers from each batch in training, and this pass does not"
     if any(step.mean for step in subject.plan.steps):
         return "heads were pooled: the converted model is another one, and learns otherwise"
+    if any(_unpacks(step) for step in subject.plan.steps):
+        return "weights are packed in one layout and numbers in the other: only the second can learn"
     return None
+
+
+def _unpacks(step: Step) -> bool:
+    """Whether numbers become codes, or codes numbers."""
+    return len({p.dtype in CASTABLE for p in (*step.sources, *step.targets)}) > 1
 
 
 def _batches(original: Side, prompts: Mapping[str, Prompt]) -> Batches:
@@ -244,7 +252,8 @@ def _compared(
     tokens = sum(ids.numel() for ids, _ in batches)
     each = apart(wanted, rough)
     what = f"{len(batches)} prompts, {tokens} tokens"
-    made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what)]
+    packed = sum(t.dtype not in CASTABLE for t in converted.weights[0].tensors.values())
+    made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what, packed)]
     made += training_groups.findings(rows)
     after = _Step(subject, converted, wanted, _found(converted, rows, exact), exact, recipe_of(subject))
     made += after.findings()
@@ -297,7 +306,7 @@ def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, st
 
 
 def _gradient_findings(
-    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str
+    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str, packed: int
 ) -> list[Finding]:
     bad = sorted((a for a in each if not a.holds), key=lambda a: (not a.alone, -a.nmse))
     made = [
@@ -319,6 +328,8 @@ def _gradient_findings(
         f"the loss {wanted.loss:.6g} gives {len(seen)} tensors the gradients of the original "
         f"({what}; NMSE, nearest to its bar {worst.name})"
     )
+    if packed:
+        text += f"; {packed} hold packed weights, which no step changes"
     if len(seen) < len(each):
         text += f"; {len(each) - len(seen)} have none on either side"
     table = Table(

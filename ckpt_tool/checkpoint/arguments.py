@@ -9,8 +9,6 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.pickle_records import Inert, children, describe, plain
-from ckpt_tool.checkpoint.torch_state import surveyed, unsafe_problems
-from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.errors import CkptToolError, fail, fail_all
 
 LIMIT = 1 << 20  # bytes; arguments are names and numbers
@@ -23,6 +21,9 @@ def read_arguments(document: Document) -> dict[str, object]:
     scalars as numbers. A value that is no plain one becomes the words for what it is. Kinds: those of
     `read_pickle`, `unsafe-pickle` for a call of what may not stand in data, `wrong-format` for what is no
     dict, `trailing-data`, `bad-config` (too large)."""
+    from ckpt_tool.checkpoint.torch_state import surveyed, unsafe_problems
+    from ckpt_tool.checkpoint.unpickle import Machine
+
     data, file = document.read(LIMIT), document.name
     machine = Machine(data, file=file)
     try:

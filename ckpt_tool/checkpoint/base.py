@@ -19,12 +19,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.errors import fail, near, printable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ckpt_tool.checkpoint.tensor import Tensor
 
 
@@ -382,6 +382,8 @@ class Checkpoint:
     def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start:stop` of a tensor as an array of its raw bits (`DTYPES[...].bits`); a scalar
         counts as one row."""
+        import numpy as np
+
         dtype = DTYPES[tensor.dtype]
         shape = tensor.shape or (1,)
         stop = shape[0] if stop is None else stop

@@ -56,6 +56,7 @@ from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
+    ORIGINAL_FOLDER,
     Prefer,
     WeightSet,
     belongs,
@@ -80,7 +81,12 @@ if TYPE_CHECKING:
 HUB = "hf://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 NEAR = 2000  # names that are compared with one that is not there
-TOKENIZER = "tokenizer.model"
+TOKENIZER, READY = "tokenizer.model", "tokenizer.json"
+# What a repository has around its folder `original`, where that has no tokenizer of its own.
+AROUND = (
+    *(READY, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    "generation_config.json",
+)
 STATE_BYTES = 1 << 20
 
 
@@ -569,10 +575,21 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
     called = {name.removeprefix(within): name for name in inside}
     found = {short: folder.document(name, short) for short, name in called.items() if belongs(short)}
     outer = folder if within else folder.outer()
-    if original and not any(map(is_tokenizer, found)) and outer is not None and outer.has(TOKENIZER):
+    if not original or any(map(is_tokenizer, found)) or outer is None:
+        return found
+    if outer.has(TOKENIZER):
         found[TOKENIZER] = outer.document(TOKENIZER)
         notes.append(f"{TOKENIZER} was taken from the folder above the weights")
+    elif (within or within_original(folder)) and outer.has(READY):
+        around = [n for n in outer.names() if n in AROUND and n not in found]
+        found |= {n: outer.document(n) for n in around}
+        notes.append(f"{', '.join(sorted(around))}: taken from the folder above the weights")
     return found
+
+
+def within_original(folder: Folder) -> bool:
+    """Whether it is the part of a repository that holds the original download."""
+    return isinstance(folder, Directory) and f"{folder.path.resolve().name}/" == ORIGINAL_FOLDER
 
 
 def _state(folder: Folder, within: str) -> str:

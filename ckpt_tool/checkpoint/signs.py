@@ -9,8 +9,9 @@ Sources: the writers' own documentation and code: PEFT, accelerate (merge-weight
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
 TAR_BLOCK = 512
@@ -26,22 +27,31 @@ class Sign:
 
     what: str
     hint: str
-    paths: re.Pattern[str] | None = None
+    paths: str | None = None
     starts: tuple[tuple[int, bytes], ...] = ()
-    beside: re.Pattern[str] | None = None
-    without: re.Pattern[str] | None = None
+    beside: str | None = None
+    without: str | None = None
     inner: bool = False
 
     def tells(self, path: str) -> bool:
-        return self.paths is not None and self.paths.search(path) is not None
+        return _found(self.paths, path) is not None
 
     def place(self, path: str) -> str:
         """The part of `path`, which tells, that {at} stands for."""
-        found = None if self.paths is None else self.paths.search(path)
+        found = _found(self.paths, path)
         if found is None:
             return path
         named = "at" in found.re.groupindex and found["at"] is not None
         return path[: found.end("at") if named else found.start()].rstrip("/")
+
+
+def _found(pattern: str | None, path: str) -> re.Match[str] | None:
+    return None if pattern is None else _compiled(pattern).search(path)
+
+
+@cache  # when the first is asked for: to compile them all takes 8 ms of every start
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|/)(?:{pattern})$", re.ASCII)
 
 
 def _sign(
@@ -53,10 +63,7 @@ def _sign(
     without: str = "",
     inner: bool = False,
 ) -> Sign:
-    def compiled(pattern: str) -> re.Pattern[str] | None:
-        return re.compile(rf"(?:^|/)(?:{pattern})$", re.ASCII) if pattern else None
-
-    return Sign(what, hint, compiled(paths), starts, compiled(beside), compiled(without), inner)
+    return Sign(what, hint, paths or None, starts, beside or None, without or None, inner)
 
 
 DOWNLOAD = "the download failed or needs a login; download the file again"
@@ -304,8 +311,8 @@ def of_folder(paths: Collection[str]) -> tuple[Sign, str] | None:
     """What a folder with the files `paths` is, and the first file that tells."""
     for sign in SIGNS:
         telling = [p for p in paths if sign.tells(p)]
-        beside = sign.beside is None or any(map(sign.beside.search, paths))
-        if telling and beside and not (sign.without and any(map(sign.without.search, paths))):
+        beside = sign.beside is None or any(_found(sign.beside, p) for p in paths)
+        if telling and beside and not any(_found(sign.without, p) for p in paths):
             return sign, min(telling, key=lambda p: (p.count("/"), p))
     return None
 
@@ -346,25 +353,26 @@ _PACKED = (
     (r"\w+_blocks|\w+\.blocks", "MXFP4 weights of four bits", UNPACKED),
     (r"codebooks|qidxs\w*", "weights of few bits (AQLM, QuIP)", UNPACKED),
 )
-_PACKED_NAMES = tuple(
-    (re.compile(rf"(?:.*\.)?(?:{pattern})", re.ASCII), what, hint) for pattern, what, hint in _PACKED
-)
-
-_ANY_PACKED = re.compile(rf"(?:.*\.)?(?:{'|'.join(pattern for pattern, _, _ in _PACKED)})", re.ASCII)
 
 
 def packed(names: Collection[str]) -> tuple[str, str, str] | None:
     """(what a checkpoint with tensors of these names holds, one of them, what to do), where they are no plain
     weights."""
     tails = {".".join(n.rsplit(".", 3)[-3:]).lower(): n for n in names}
-    some = [tail for tail in tails if _ANY_PACKED.fullmatch(tail)]
-    for pattern, what, hint in _PACKED_NAMES:
-        if name := next((tails[tail] for tail in some if pattern.fullmatch(tail)), None):
+    some = _those_with("|".join(pattern for pattern, _, _ in _PACKED), tails)
+    for pattern, what, hint in _PACKED if some else ():
+        if name := next((tails[tail] for tail in _those_with(pattern, some)), None):
             return what, name, hint
     for tail, name in tails.items():
         if tail.endswith(".scales") and f"{tail.removesuffix('scales')}biases" in tails:
             return "MLX weights of few bits", name, UNQUANTISED
     return None
+
+
+def _those_with(pattern: str, tails: Iterable[str]) -> list[str]:
+    """Those of the ends of names whose last parts are as `pattern` says."""
+    found = re.compile(rf"(?:.*\.)?(?:{pattern})", re.ASCII).fullmatch
+    return [tail for tail in tails if found(tail)]
 
 
 def is_legacy(head: bytes) -> bool:

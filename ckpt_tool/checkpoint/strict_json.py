@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any, Literal, NoReturn, overload
 
 from ckpt_tool.errors import fail, printable
@@ -213,9 +213,30 @@ class _Reader:
                 if type(value) is not int:
                     self._check(value, f"{field}[{index}]")
 
-    def members(self) -> Iterator[tuple[str, Any]]:
-        """The keys and values of the outermost object, one at a time."""
-        text = self.text
+    def entries(self, position: int, key: str) -> Generator[tuple[str, Any], None, int]:
+        """The values of the list that starts at `position`, one at a time with `key[]`; where it
+        ends."""
+        text, number = self.text, 0
+        self.max_depth -= 1
+        position = self.skip(position + 1)
+        while text[position : position + 1] != "]":
+            value, position = self.value(position, f"{key}[{number}]")
+            yield f"{key}[]", value
+            number, position = number + 1, self.skip(position)
+            mark = text[position : position + 1]
+            if mark not in (",", "]"):
+                self.refuse_at(position, "`,` or `]`")
+            if mark == ",":
+                position = self.skip(position + 1)
+                if text[position : position + 1] == "]":
+                    self.refuse_at(position, "a value after `,`")
+        self.max_depth += 1
+        return position + 1
+
+    def members(self, listed: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+        """The keys and values of the outermost object, one at a time; of lists that are `listed` the values
+        one at a time, each with `key[]`."""
+        text, seen = self.text, set()
         self.max_depth -= 1  # this object is the first level
         position = self.skip(0)
         if text[position : position + 1] != "{":
@@ -230,8 +251,15 @@ class _Reader:
             position = self.skip(position)
             if text[position : position + 1] != ":":
                 self.refuse_at(position, "`:` after a key")
-            value, position = self.value(self.skip(position + 1), key)
-            yield key, value
+            position = self.skip(position + 1)
+            if key in listed and text[position : position + 1] == "[":
+                if key in seen:
+                    self.refuse("expected each key once, found it twice in one object", key)
+                seen.add(key)
+                position = yield from self.entries(position, key)
+            else:
+                value, position = self.value(position, key)
+                yield key, value
             position = self.skip(position)
             mark = text[position : position + 1]
             if mark == "}":
@@ -278,14 +306,16 @@ def members(
     held: bool = True,
     wide: bool = False,
     most: int = MAX_HELD,
+    listed: Collection[str] = (),
 ) -> Iterator[tuple[str, Any]]:
     """The members of the JSON object in `data`, one at a time, so that a large one is never held twice.
 
     A key that comes twice is yielded twice; with `surrogates`, lone surrogates are left in the text. Without
     `held` the caller keeps little of each member, and the limit on memory is for each and not for all. With
     `wide`, integers may have up to `MAX_DIGITS` digits. `most` is the limit on memory, in bytes.
+    The values of the lists under the keys `listed` come one at a time, each with `key[]`.
     """
-    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held, wide, most).members()
+    return _Reader(data, file, kind, max_bytes, max_depth, surrogates, held, wide, most).members(listed)
 
 
 def parse(data: bytes, *, file: str, kind: str = "bad-config") -> Any:

@@ -72,6 +72,8 @@ _TEMPLATE = re.compile(r"[\w.-]{1,80}\.jinja", re.ASCII)
 _SETTINGS = re.compile(
     r"(?:model|canine|(?:[a-z]{1,20}_?)?bert)_config\.json|(?:un|multi_)?cased_L-[\w.-]{1,80}\.json", re.ASCII
 )
+# What safetensors are called that are beside a model, and none.
+_NO_MODEL = re.compile(r"(adapter|optim|sched|rng|random|scaler|train|ema\b|lora|diffusion|rank\d)", re.ASCII)
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
@@ -117,7 +119,7 @@ _PATTERNS = (
     _pattern(r"(encoder|mlm_head)_weights\.pt", 0, "original", label="encoder and mlm_head_weights.pt"),
     _pattern(r"model\.safetensors", 0, "hf"),
     _pattern(
-        r"model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
+        r"model--?(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
         1,
         "hf",
         INDEX_NAME,
@@ -228,15 +230,31 @@ def refuse_flat(chosen: str, names: Collection[str]) -> None:
         )
 
 
+def loose_set(names: Collection[str]) -> WeightSet | None:
+    """All safetensors beside a config.json whose names say nothing, as OpenAI's loader takes them; None where
+    there are none, or not those of a model."""
+    found = [n for n in names if n.endswith(".safetensors") and "/" not in n and not _NO_MODEL.match(n)]
+    if not found or "config.json" not in names:
+        return None
+    found.sort(key=lambda n: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", n)])
+    return WeightSet(found[0] if len(found) == 1 else "safetensors files", tuple(found), None, "original")
+
+
 def choose(
-    names: Collection[str], *, file: str, prefer: Prefer | None = None, expected: Iterable[str] = ()
+    names: Collection[str],
+    *,
+    file: str,
+    prefer: Prefer | None = None,
+    expected: Iterable[str] = (),
+    inner: bool = False,
 ) -> WeightSet | None:
     """The one set to open among `names`, complete; None when there is none (of the kind `prefer`).
 
-    `expected` are weight files that a checklist says there should be. Kinds: `ambiguous-input` when more
-    than one set could be meant, `missing-shard` when the set has gaps.
+    `inner` are those of a folder `original`, which holds originals whatever they are called. `expected` are
+    weight files that a checklist says there should be. Kinds: `ambiguous-input` when more than one set could
+    be meant, `missing-shard` when the set has gaps.
     """
-    sets = find_sets(names)
+    sets = [replace(s, origin="original") if inner else s for s in find_sets(names)]
     original = [s for s in sets if s.origin == "original"]
     converted = [s for s in sets if s.origin == "hf"]
     notes: list[str] = []
@@ -284,10 +302,10 @@ def locate(
     for wish in dict.fromkeys((prefer, None)):
         for within, inside in places:
             label = f"{file}/{within}".rstrip("/")
-            chosen = choose(inside, file=label, prefer=wish, expected=checklist(within))
+            chosen = choose(inside, file=label, prefer=wish, expected=checklist(within), inner=bool(within))
             if chosen is None:
                 continue
-            if not within and chosen.origin == "hf" and any(s.origin == "original" for s in find_sets(inner)):
+            if not within and chosen.origin == "hf" and find_sets(inner):
                 note = f"the folder {ORIGINAL_FOLDER} holds weights too; they were left aside"
                 chosen = replace(chosen, notes=(*chosen.notes, note))
             aside = [f"the TensorFlow checkpoint {p} was left aside" for p in bundles(inside)]
@@ -297,6 +315,10 @@ def locate(
             bundle = _bundle(inside, file=label, state=partial(state, within))
             if bundle is not None:
                 return within, bundle
+        for within, inside in places if wish != "hf" else ():
+            if (loose := loose_set(inside)) is not None:
+                check_finished(loose, inside, file=f"{file}/{within}".rstrip("/"))
+                return within, loose
     return None
 
 

@@ -53,7 +53,7 @@ _OWN = re.compile(
 # It is a wrapper's before names that begin with no such word, and before another root of a whole model.
 _WRAPPED = re.compile(
     r"model\.(tok_embeddings\.|(\w+\.)+(layers|layer|h)\.\d+\.|(\w+\.)*encoders\.\d+\."
-    r"|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.)"
+    r"|layers\.\d+\.(attention|feed_forward|block_sparse_moe)\.|(\w+\.)*block\.\d+\.(attn|mlp)\.)"
 )
 # The first names of whole models, by which any word before all of them is known for a wrapper's; others that
 # are known may stand between.
@@ -62,6 +62,7 @@ _ROOTS = (
     r"|(model\.)?decoder\.(embed_tokens|layers\.0)|(model\d*\.)?language_model\.\w+"
     r"|model\d*\.(embedding|decoder|encoder)|(mobilebert|luke)\.(embeddings|encoder)"
     r"|mega\.(embedding_layer|layers\.0)|canine\.(char_embeddings|initial_char_encoder)"
+    r"|block\.0\.(attn|mlp)|unembedding"
 )
 _WHOLE = re.compile(
     rf"(?!model\d*\.)\w+\.(({'|'.join(map(re.escape, (*_INSIDE, *_BEFORE)))})\.)*({_ROOTS})\.", re.ASCII

@@ -14,14 +14,16 @@ from ckpt_tool.errors import Problem, fail_all, near, printable
 
 
 def read_keys(
-    document: Mapping[str, Any], settings: Mapping[str, Any], own: Class
+    document: Mapping[str, Any], settings: Mapping[str, Any], own: Class, *, quantised: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The document and the user's settings without what the user leaves out by setting it to null, and notes
-    on that and on code of the download. Fails with `unsupported` for what may change the numbers."""
+    on that and on code of the download. Fails with `unsupported` for what may change the numbers; what says
+    how tensors are packed may where they were read as that (`quantised`)."""
     found = read_as(document, own)
     out = {k for k in (*found.unknown, *found.refused) if k in settings and settings[k] is None}
     left = {k: v for k, v in document.items() if k not in out}
-    fail_all(_not_read(read_as(left, own), left, own))
+    plain = {k: v for k, v in left.items() if k not in PACKED} if quantised else left
+    fail_all(_not_read(read_as(plain, own), plain, own))
     notes = [left_out("config.json", k, document[k]) for k in sorted(out)]
     notes += [
         f"config.json: {k} asks for code of the download ({shown(left[k])}) and is left out: {own.name} of "

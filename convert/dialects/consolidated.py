@@ -176,6 +176,9 @@ class Consolidated:
     words_axis: Callable[[Known], str] = lambda _: "v"
     untold: Callable[[Known], list[str]] = lambda _: []
     unsaid: Callable[[Known], list[str]] = lambda _: []
+    parts: tuple[str, ...] = ()  # objects in params.json whose values are read
+    # config.json as the class has it, out of the values under the names of fields
+    spelled: Callable[[Known, dict[str, Value]], dict[str, Value]] = lambda _, config: config
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -394,7 +397,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     if (layout := layout_of(d.layouts, checkpoint.names())) is not None:
         return layout.plan(checkpoint, options)
     download = open_download(checkpoint)
-    facts = params_json.read(checkpoint, options)
+    facts = params_json.read(checkpoint, options, d.parts)
     known = Known(d.fields, facts, download, options, once=kept_facts(checkpoint))
     what, keys = d.lacks
     if facts.given(*keys):
@@ -403,7 +406,8 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     config = known.values()
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
     ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
-    facts.check_settings({*config, *ids, *params_fields.unknown_set_to_null(facts)})
+    asked = (n for n, f in d.fields.items() if f.hidden and f.ask is not None)
+    facts.check_settings({*config, *ids, *asked, *params_fields.unknown_set_to_null(facts)})
     notes = params_fields.check_unread(facts)
     facts.check()
     tokenizer = tokenizer_of(d, known, config)
@@ -426,7 +430,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     beside = [OutputDocument(n, c, "the download's tokenizer") for n, c in tokenizer.documents.items()]
     written = Written(
         d.name,
-        config,
+        d.spelled(known, config),
         [generation_config(config), *beside],
         IGNORED,
         [*notes, *d.untold(known), *no_ids(config), *_copies(config, download.ranks), *tokenizer.notes],

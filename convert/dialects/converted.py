@@ -16,6 +16,7 @@ from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.kept import read_manifest
 from ckpt_tool.convert.params import Facts
 from ckpt_tool.convert.plan import OutputDocument, Value
+from ckpt_tool.convert.quantised_view import carried_of
 from ckpt_tool.errors import Problem, fail, fail_all
 
 # Names that transformers has for the numbers of GPT-2 and what came from it, and those every family knows.
@@ -70,7 +71,8 @@ def read_config(
         if document.get(name) is not None:
             refuse(name, "the config of a text model alone", "one of a model of several parts")
     fail_all(problems)
-    document, settings, notes = read_keys(document, settings, own)
+    carried = carried_of(checkpoint) is not None
+    document, settings, notes = read_keys(document, settings, own, quantised=carried)
     fail_all(misread(overlaid(document, settings), own, settings))
     rotary = {n: own.aliases[n][0] for n in ROTARY if n in own.aliases}
     facts = Facts(document, "config.json", settings, rotary)

@@ -16,8 +16,6 @@ from itertools import groupby
 from json.encoder import encode_basestring
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.spool import PIECE, Spool
@@ -111,6 +109,8 @@ class Vocabulary:
 
     def _check(self, hashes: array[int], document: Document) -> None:
         """What the file says as a whole."""
+        import numpy as np
+
         for token in (t for t in SPECIAL if t not in self.ids):
             self._refuse(f"expected the entity {token}, found none", "entities")
         if missing := self._seen.count(0):

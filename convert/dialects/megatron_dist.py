@@ -20,14 +20,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
-from ckpt_tool.checkpoint.dcp_places import Item
-from ckpt_tool.checkpoint.dcp_writer import DistLayout, Stored, metadata_of
 from ckpt_tool.checkpoint.megatron import TRACKER
-from ckpt_tool.checkpoint.pieces import Piece
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace, whole_zip
 from ckpt_tool.convert.dialects.megatron_ranks import RELEASE
 from ckpt_tool.convert.layer_axis import key_of
@@ -35,6 +32,11 @@ from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.weave import Table, Written, to_original
+
+if TYPE_CHECKING:
+    from ckpt_tool.checkpoint.dcp_places import Item
+    from ckpt_tool.checkpoint.dcp_writer import Stored
+    from ckpt_tool.checkpoint.pieces import Piece
 
 STACKED, APART, SINGLETON = LAYERS = ("stacked", "non_homogeneous", "singleton")
 OPTION = Option(
@@ -121,6 +123,10 @@ def _chunk(name: str, axes: int, *, layers: str) -> Chunk:
 
 def contents(files: list[OutputFile]) -> Iterator[OutputDocument]:
     """`.metadata`, and a data file with the entries that are no tensors."""
+    from ckpt_tool.checkpoint.dcp_places import Item
+    from ckpt_tool.checkpoint.dcp_writer import DistLayout, Stored, metadata_of
+    from ckpt_tool.checkpoint.pieces import Piece
+
     dtypes: dict[str, str] = {}
     pieces: dict[str, list[Piece[Item]]] = {}
     for file in files:

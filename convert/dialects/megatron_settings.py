@@ -152,25 +152,23 @@ def llama3(factor: Any, low: Any = None, high: Any = None, length: Any = None) -
 
 # Classes whose models compute what their fields say and nothing else. Others scale the words, cap the
 # logits, or turn some layers otherwise in code of their own.
-_CLASSES = re.compile(
+_CLASSES = (
     r"(?:Bridge)?GPTModelConfig|GPTModelProvider|GPTProvider\d+[MB]|GPTConfig(?:\d+[MB])?"
     r"|(?:(?:Code)?Llama(?:2|3|31|32)?|Mistral(?:NeMo|Small3)?|Mixtral|Qwen(?:2|25|3)(?:MoE)?)"
-    r"(?:ModelProvider|Config)(?:\d+(?:[xP]\d+)?[MB](?:_A\d+B)?)?",
-    re.ASCII,
+    r"(?:ModelProvider|Config)(?:\d+(?:[xP]\d+)?[MB](?:_A\d+B)?)?"
 )
 # Functions that make the layers of Megatron-Core's GPT, of its own modules or Transformer Engine's.
-_LAYERS = re.compile(r"(default|local|transformer_engine(_full)?|modelopt_transformer)_layer_spec", re.ASCII)
+_LAYERS = r"(default|local|transformer_engine(_full)?|modelopt_transformer)_layer_spec"
 # What every dump of such a class has. Silence would mean what its class says, which the file does not.
 _ASKED = """num_layers hidden_size num_attention_heads normalization activation_func gated_linear_unit
     add_bias_linear position_embedding_type rotary_base layernorm_epsilon
     share_embeddings_and_output_weights"""
 # Of the model's section, without an effect on what it computes.
-_OF_PROGRAMS = re.compile(
+_OF_PROGRAMS = (
     r"generation_config|forward_step_fn|data_step_fn|hf_model_id|hf_model_revision|extra_checkpoint_metadata"
     r"|should_pad_vocab|scatter_embedding_sequence_parallel|restore_modelopt_state|fp8_interval|_builder_"
     r"|builder|grad_scale_func|grad_sync_func|timers|mtp_enabled|use_transformer_engine_full_layer_spec"
-    r"|use_arbitrary_attention_mask|heterogeneous_dist_checkpoint|.*_hooks?|logit_dtype|_call_|_partial_",
-    re.ASCII,
+    r"|use_arbitrary_attention_mask|heterogeneous_dist_checkpoint|.*_hooks?|logit_dtype|_call_|_partial_"
 )
 _FACTORS = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
 # Words of Megatron-LM's args alone.
@@ -202,11 +200,11 @@ def _of_fields(fields: Mapping[str, Any], file: str) -> Beside:
         message = f"expected all fields of the model's class, found none of {', '.join(missing)}"
         hint = "its class may have defaults of its own: copy the file from where the checkpoint was saved"
         fail("missing-fact", message, file=file, hint=hint)
-    args = {_RENAMED.get(k, k): v for k, v in said.items() if not _OF_PROGRAMS.fullmatch(k)}
+    args = {_RENAMED.get(k, k): v for k, v in said.items() if not re.fullmatch(_OF_PROGRAMS, k, re.ASCII)}
     called = {new: old for old, new in _RENAMED.items()}
-    args[CLASS] = None if _CLASSES.fullmatch(str(_last(said.get(CLASS)))) else said.get(CLASS)
+    args[CLASS] = None if re.fullmatch(_CLASSES, str(_last(said.get(CLASS))), re.ASCII) else said.get(CLASS)
     spec = args.get("transformer_layer_spec")
-    args["transformer_layer_spec"] = None if _LAYERS.fullmatch(str(_last(spec))) else spec
+    args["transformer_layer_spec"] = None if re.fullmatch(_LAYERS, str(_last(spec)), re.ASCII) else spec
     args[ACTIVATION] = _last(said[ACTIVATION])
     args["swiglu"], called["swiglu"] = args.pop("gated_linear_unit"), "gated_linear_unit"
     _tie(args, called)
@@ -281,7 +279,7 @@ _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerN
 _GATED = {"swiglu": "silu", "fast-swiglu": "silu"}
 # Read by NeMo's own code only, which leaves the model of Megatron-Core as it is: training, data, files, and
 # what is of its older models alone.
-_OF_NEMO = re.compile(
+_OF_NEMO = (
     r"tokenizer|optim|data|peft|nsys_profile|sched|target|nemo_version|precision|restore_from_(path|ckpt)"
     r"|resume_from_checkpoint|skip_train|micro_batch_size|global_batch_size|rampup_batch_size|mcore_gpt"
     r"|use_scaled_init_method|ffn_dropout|do_layer_norm_weight_decay|pre_process|post_process|headscale"
@@ -294,8 +292,7 @@ _OF_NEMO = re.compile(
     r"|init_method_std|name|encoder_seq_length|use_loss_mask|sample_weight|with_fp32_embedding_grads"
     r"|drop_last|async_grad_allreduce|dist_ckpt_format|fp8_params|skip_fp8_.*|use_te_rng_tracker"
     r"|rotary_(percentage|base|interleaved)|apply_query_key_layer_scaling|bias_activation_fusion"
-    r"|override_vocab_size",
-    re.ASCII,
+    r"|override_vocab_size"
 )
 _NEMO_NULL = ("bias", "qkv_bias", "rotary_interleaved", "share_embeddings_and_output_weights")  # as false
 _NEMO_READ = ("bias", "qkv_bias", "activation", "rotary_percentage", "mcore_customization_config")
@@ -315,7 +312,7 @@ def _of_nemo_1(document: Mapping[str, Any], file: str) -> Beside:
         fail("missing-fact", message, file=file, where=missing[0])
     called = {k: f"{k} (NeMo's default)" for k in _DEFAULTS if k not in own}
     left = (*_NEMO_READ, *_NEMO_SCALED)
-    args = {k: v for k, v in said.items() if k not in left and not _OF_NEMO.fullmatch(k)}
+    args = {k: v for k, v in said.items() if k not in left and not re.fullmatch(_OF_NEMO, k, re.ASCII)}
     for new, old in {
         "add_bias_linear": "bias",
         "add_qkv_bias": "qkv_bias",

@@ -14,11 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.pickle_records import plain
-from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.metaseq_settings import unread
@@ -33,6 +30,7 @@ from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Written, to_hf, to_original
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 
@@ -385,6 +383,10 @@ def _as_saved(file: OutputFile, prefix: str, settings: Mapping[str, Any], versio
 
 def _three(dtype: str) -> bytes:
     """The number 3 in `dtype`."""
+    import numpy as np
+
+    from ckpt_tool.convert.casting import cast
+
     out = np.empty(1, dtype=DTYPES[dtype].bits)
     cast(np.array([3.0]).view(DTYPES["F64"].bits), "F64", dtype, out)
     return out.tobytes()

@@ -59,14 +59,17 @@ REASONS: Mapping[str, str] = {
         adaptive_(input|softmax)_factor | character_(embedding_dim|filters)
         | char_embedder_highway_layers | base_(sublayers|shuffle) | quant_noise_pq_block_size""",
 }
-_HARMLESS = {reason: re.compile(names, re.VERBOSE | re.ASCII) for reason, names in REASONS.items()}
 # Values that switch nothing on, beside null, false, 0 and no text: -1 is no id of a document's end
 OFF: Mapping[str, Any] = {"self_attn_doc_sep": -1}
+
+
+def _without_effect(name: str) -> bool:
+    return any(re.fullmatch(names, name, re.VERBOSE | re.ASCII) for names in REASONS.values())
 
 
 def unread(told: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[str, Any]]:
     """The settings that are switched on, that no field reads and that are on no list."""
     for name, value in told.items():
         off = value in (None, False, 0, "", "None", "none") or (name in OFF and value == OFF[name])
-        if name not in read and not off and not any(p.fullmatch(name) for p in _HARMLESS.values()):
+        if name not in read and not off and not _without_effect(name):
             yield name, value

@@ -5,7 +5,7 @@ not there, and the document of the way back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,9 @@ NAME = "params.json"
 OF_META = frozenset(("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"))
 OF_MISTRAL_AI = frozenset(("hidden_dim", "head_dim", "sliding_window", "_sliding_window"))
 
+# What only Mistral AI's models of 2025-26 have, beside those.
+OF_2025 = frozenset(("yarn", "llama_4_scaling"))
+
 
 def keys_of(checkpoint: Checkpoint) -> frozenset[str]:
     """The fields that hold a value; none when the file is missing or cannot be read (planning says why)."""
@@ -51,15 +54,29 @@ def keys_of(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(k for k, v in (inner if isinstance(inner, dict) else params).items() if v is not None)
 
 
-def read(checkpoint: Checkpoint, options: Options) -> Facts:
-    """The file may be missing: then what shapes do not tell is asked for."""
+def read(checkpoint: Checkpoint, options: Options, parts: Collection[str] = ()) -> Facts:
+    """The file may be missing: then what shapes do not tell is asked for. `parts` are objects whose values
+    are read under dotted keys."""
     document = checkpoint.json(NAME) if NAME in checkpoint.documents else None
-    facts = Facts(document, NAME, options.settings)
+    facts = Facts(None if document is None else _dotted(opened(document), parts), NAME, options.settings)
     facts.problems += _twice(document or {}, facts)
     kind = (facts.document or {}).get("model_type")
     if kind not in (None, "transformer", *FAMILIES):
         facts.refuse("unsupported", f"expected transformer, found {json.dumps(kind)[:60]}", "model_type")
     return facts
+
+
+def _dotted(document: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any]:
+    """`document` with the values of the objects in it that `parts` name, dotted names of objects inside them
+    included, beside the others; an empty object is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in parts and isinstance(value, dict):
+            inside = tuple(p.removeprefix(f"{key}.") for p in parts if p.startswith(f"{key}."))
+            flat.update({f"{key}.{k}": v for k, v in _dotted(value, inside).items()})
+        else:
+            flat[key] = value
+    return flat
 
 
 def _twice(document: Mapping[str, Any], facts: Facts) -> Iterator[Problem]:
@@ -297,7 +314,9 @@ def written(
         notes = [f"{NAME} is written anew: config.json has another {', '.join(changed)} than the original"]
     values: dict[str, Any] = {}
     for name, value in derived.items():
-        outer, dot, inner = name.partition(".")
-        place = values.setdefault(outer, {}) if dot else values
-        place[inner or outer] = value.value
+        *outer, last = name.split(".")
+        place = values
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value.value
     return OutputDocument(NAME, (json.dumps(values, indent=4) + "\n").encode(), "config.json"), notes

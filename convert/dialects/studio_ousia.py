@@ -12,13 +12,12 @@ convert_luke_to_huggingface_model.py); transformers 4.37.2, models/mluke/convert
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document
 from ckpt_tool.convert.copies import DROPPED
@@ -410,6 +409,6 @@ def _documents_back(
 def _as_saved(file: OutputFile, known: Known, once: Mapping[str, Any]) -> OutputFile:
     """`file` with what stands around its tensors, where DeepSpeed saved them, and position_ids."""
     length = known["max_position_embeddings"]
-    numbers = np.arange(length, dtype="<i8").tobytes()
+    numbers = struct.pack(f"<{length}q", *range(length))
     constants = ((POSITION_IDS, "I64", (1, length), numbers),) if once.get("position_ids", True) else ()
     return replace(file, dicts=("module",) if once.get("file") == DEEPSPEED else (), constants=constants)

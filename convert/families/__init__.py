@@ -41,7 +41,8 @@ class Family:
     tokens, `foretold` names the differences that its plans may foretell, `classes` are the configurations of
     transformers by model_type. `tensors` are some of an original's names, by which near misses are told;
     `document` is the file beside the weights that says what shapes do not, where it may be missing;
-    `published` says whether originals are in the Hugging Face layout themselves."""
+    `published` says whether originals are in the Hugging Face layout themselves, `packed` whether tensors of
+    codes are what its rows are about."""
 
     name: str
     summary: str  # one line for `ckpt-tool families`
@@ -61,6 +62,7 @@ class Family:
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
+    packed: bool = False
     unread: str = ""  # a pattern of the names of tensors, in either layout, that no pass reads
 
 

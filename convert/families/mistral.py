@@ -21,6 +21,8 @@ def told(seen: Seen) -> tuple[bool, str]:
         return False, seen.not_dense
     if seen.keys & OF_META:
         return False, f"params.json has {', '.join(sorted(seen.keys & OF_META))}, as Llama's do"
+    if seen.keys & params_json.OF_2025:
+        return False, f"params.json has {', '.join(sorted(seen.keys & params_json.OF_2025))}"
     if seen.keys & OF_MISTRAL_AI:
         return True, f"dense layers, and params.json has {', '.join(sorted(seen.keys & OF_MISTRAL_AI))}"
     if seen.equal_names:

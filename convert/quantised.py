@@ -1,0 +1,381 @@
+"""A quantised weight as one thing: its codes, its scales, and what else belongs to it.
+
+`found_in` looks through a checkpoint for them: by their names, and then by what they are, since a dtype alone
+says nothing. The codes' dtype, the shape of the grid of scales and the block that the documents say must
+agree; nothing is derived by dividing rows by scales, because a last block may be short.
+
+Facts: transformers 5.23.0 (finegrained_fp8, mxfp4), deepseek-ai/DeepSeek-V3 (inference/kernel.py: blocks of
+the config, the last one short), compressed-tensors 0.20.1, openai/gpt-oss (gpt_oss/torch/weights.py), Mistral
+originals of 2025 (qscale_weight, qscale_act).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.signs import UNPACKED
+from ckpt_tool.convert.quantised_config import KEY, Scheme, scheme_of
+from ckpt_tool.errors import Problem, fail_all
+
+E4M3, E8M0 = "F8_E4M3", ("U8", "F8_E8M0")
+NUMBERS = ("F32", "BF16", "F16", "F64")  # in which scales are stored that are no bare exponents
+CODE_COLUMNS = {"I32": 8, "U8": 2}  # codes of four bits in one element
+MX_GROUP, NV_GROUP = 32, 16  # neighbours that share a scale, by the formats' definition
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """How the tensors of one weight are called: by what stands after a stem that they share. `plain` is the
+    end of the weight's name in a model that is not quantised. `packed` codes are several in one element.
+    `own_rows` says that a family has rows for the codes and scales themselves."""
+
+    name: str
+    codes: str
+    scales: str
+    plain: str
+    dtypes: tuple[str, ...]
+    activation: str = ""
+    shape: str = ""
+    zeros: str = ""
+    second: str = ""  # one more scale, of the whole tensor
+    packed: bool = False
+    own_rows: bool = False
+
+    @property
+    def others(self) -> dict[str, str]:
+        """What else belongs to a weight, by what it is."""
+        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "second")}
+        return {n: end for n, end in found.items() if end}
+
+
+QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act")
+TRANSFORMERS = QuantFormat(
+    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
+)
+FORMATS = (
+    TRANSFORMERS,
+    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
+    QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale"),
+    QSCALE,
+    QuantFormat(
+        "compressed-tensors",
+        ".weight_packed",
+        ".weight_scale",
+        ".weight",
+        ("I32", "U8"),
+        ".input_global_scale",
+        ".weight_shape",
+        ".weight_zero_point",
+        ".weight_global_scale",
+        packed=True,
+    ),
+    QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True),
+    QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True),
+)
+_ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
+_PLAIN_ENDS = {f.codes for f in FORMATS if not f.packed}
+
+# What a weight's numbers are made of.
+FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
+    "fp8, a scale for each tensor",
+    "fp8, a scale for each row",
+    "fp8 in blocks",
+)
+MXFP4, INT4, NVFP4 = "MXFP4", "int4 in groups", "NVFP4"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """One weight. `shape` is that of its numbers, `kind` what they are made of (above), `block` how many of
+    each of its last two dimensions share a scale. `others` are its further tensors by what they are."""
+
+    name: str
+    form: QuantFormat
+    kind: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    codes: TensorInfo
+    scales: TensorInfo
+    others: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """The format with its block, as people say it."""
+        if self.kind == FP8_BLOCKS:
+            return f"fp8 in blocks of {self.block[0]} x {self.block[1]}"
+        return f"int4 in groups of {self.block[1]}" if self.kind == INT4 else self.kind
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return self.codes, self.scales, *self.others.values()
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The quantised weights of a checkpoint by the names of their numbers, and what the documents say."""
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, Quantised]
+    scheme: Scheme
+
+    @cached_property
+    def parts(self) -> frozenset[tuple[str, str]]:
+        """(file, name) of all tensors that belong to one."""
+        return frozenset((t.file, t.name) for w in self.weights.values() for t in w.parts)
+
+    @property
+    def words(self) -> list[str]:
+        """Each format that there is, once."""
+        return list(dict.fromkeys(w.words for w in self.weights.values()))
+
+
+def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) -> Inventory | None:
+    """The quantised weights of `checkpoint`; None where there are none. `settings` (--set) stand before what
+    config.json says of blocks. Kinds: `missing-tensor` (scales), `shape-mismatch` (of a grid),
+    `unsupported-dtype`, `missing-fact` (a block), `duplicate-tensor`, `config-mismatch`, `unsupported`."""
+    tensors = {t.name: t for t in checkpoint if t.name.endswith(_KNOWN_ENDS)}
+    candidates = [t for t in tensors.values() if t.name.endswith(_ENDS)]
+    named = [(t, f) for t in candidates for f in _formats_of(t, tensors)]
+    if not named:
+        return None
+    scheme = scheme_of(checkpoint, settings or {})
+    problems = list(_repeated(checkpoint, {t.name for t, _ in named}))
+    weights: dict[str, Quantised] = {}
+    of_files = {t for t, _ in named}
+    for t in candidates:
+        if t not in of_files and t.dtype == E4M3 and t.name.endswith(".weight") and len(t.shape) > 1:
+            problems.append(_no_scales(t, named[0][1]))
+    for t, form in named:
+        made = _quantised(t, form, tensors, scheme, checkpoint)
+        if isinstance(made, Problem):
+            problems.append(made)
+        else:
+            weights[made.name] = made
+    fail_all([*problems, *_plain_twins(weights, checkpoint)])
+    return Inventory(checkpoint, weights, scheme)
+
+
+_KNOWN_ENDS = tuple({*_ENDS, *(f.scales for f in FORMATS), *(e for f in FORMATS for e in f.others.values())})
+
+
+def _formats_of(t: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Iterator[QuantFormat]:
+    """The first format whose codes it may be, with scales beside them; codes that no plain tensor is called
+    are codes without any."""
+    fitting = [f for f in FORMATS if t.name.endswith(f.codes) and t.dtype in f.dtypes]
+    yield from [f for f in fitting if _stem(t, f) + f.scales in tensors][:1] or [
+        f for f in fitting if f.codes == ".weight_packed"
+    ]
+
+
+def _stem(t: TensorInfo, form: QuantFormat) -> str:
+    return t.name[: -len(form.codes)]
+
+
+def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
+    name = _stem(t, form) + form.scales
+    message = f"expected the scales of {t.name}, whose {t.dtype} are codes, found none"
+    return Problem(
+        "missing-tensor", message, t.file, name, "get the whole release: codes alone are no weight"
+    )
+
+
+def _repeated(checkpoint: Checkpoint, names: set[str]) -> Iterator[Problem]:
+    """Files of ranks have a name each; nobody shares out codes and scales so."""
+    seen: dict[str, str] = {}
+    for t in checkpoint:
+        if t.name in names and seen.setdefault(t.name, t.file) != t.file:
+            message = f"expected quantised weights in one file each, found this one in {seen[t.name]} too"
+            yield Problem("unsupported", message, t.file, t.name)
+
+
+def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> Iterator[Problem]:
+    for t in checkpoint if any(w.form.packed for w in weights.values()) else ():
+        if t.name in weights and weights[t.name].form.packed:
+            message = f"expected codes or numbers of one weight, found {weights[t.name].codes.name} beside it"
+            yield Problem("duplicate-tensor", message, t.file, t.name)
+
+
+def _quantised(
+    codes: TensorInfo,
+    form: QuantFormat,
+    tensors: Mapping[str, TensorInfo],
+    scheme: Scheme,
+    checkpoint: Checkpoint,
+) -> Quantised | Problem:
+    stem = _stem(codes, form)
+    scales = tensors.get(stem + form.scales)
+    if scales is None:
+        return _no_scales(codes, form)
+    others = {what: tensors[stem + end] for what, end in form.others.items() if stem + end in tensors}
+    unit = Quantised(stem + form.plain, form, "", codes.shape, (1, 1), codes, scales, others)
+    if (odd := _odd_activation(unit)) is not None:
+        return odd
+    if not form.packed:
+        return _fp8(unit, scheme)
+    if form.own_rows:
+        return _mxfp4_blocks(unit)
+    return _packed(unit, scheme, checkpoint)
+
+
+def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, ...] = ()) -> Quantised:
+    return Quantised(
+        unit.name, unit.form, kind, shape or unit.shape, block, unit.codes, unit.scales, unit.others
+    )
+
+
+def _odd_activation(unit: Quantised) -> Problem | None:
+    """The scale of the inputs is one number."""
+    t = unit.others.get("activation")
+    if t is None or (t.numel == 1 and t.dtype in NUMBERS):
+        return None
+    message = f"expected one number, the scale of the inputs, found {t.dtype} {t.shape}"
+    return Problem("unsupported", message, t.file, t.name)
+
+
+def _odd_dtype(t: TensorInfo, expected: tuple[str, ...]) -> Problem:
+    message = f"expected scales in {' or '.join(expected)}, found {t.dtype}"
+    return Problem("unsupported-dtype", message, t.file, t.name)
+
+
+# --- fp8 ------------------------------------------------------------------------------------------------
+
+
+def _fp8(unit: Quantised, scheme: Scheme) -> Quantised | Problem:
+    codes, scales = unit.codes, unit.scales
+    if scales.dtype not in (*NUMBERS, *E8M0):
+        return _odd_dtype(scales, (*NUMBERS, *E8M0))
+    if len(codes.shape) < 2:
+        message = f"expected codes of a matrix, found shape {codes.shape}"
+        return Problem("unsupported", message, codes.file, codes.name)
+    rows, columns = codes.shape[-2:]
+    if scales.numel == 1 and len(scales.shape) < 2 and scheme.block is None:
+        return _made(unit, FP8_TENSOR, (rows, columns))
+    if len(codes.shape) == 2 and scheme.block is None and scales.shape in ((rows,), (rows, 1)):
+        return _made(unit, FP8_ROWS, (1, columns))
+    if scheme.block is None:
+        return _no_block(unit, scheme)
+    block = scheme.block
+    expected = (*codes.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+    if scales.shape != expected:
+        return _wrong_grid(unit, scheme, expected)
+    return _made(unit, FP8_BLOCKS, block)
+
+
+def _no_block(unit: Quantised, scheme: Scheme) -> Problem:
+    """A grid without a block in the documents, or a shape that no grid has."""
+    scales = unit.scales
+    if len(scales.shape) != len(unit.codes.shape) or scheme.file == "params.json":
+        rows = unit.codes.shape[-2]
+        message = f"expected one scale, or one for each of {rows} rows, found shape {scales.shape}"
+        return Problem("shape-mismatch", message, scales.file, scales.name)
+    if scheme.said:
+        message = f"expected one scale, as {KEY} says no block, found a grid of shape {scales.shape}"
+        return Problem("config-mismatch", message, scales.file, scales.name, _SET_BLOCK)
+    message = f"expected {KEY} beside a grid of scales of shape {scales.shape}, to say which block has one"
+    return Problem("missing-fact", message, "config.json", f"{KEY}.weight_block_size", _SET_BLOCK)
+
+
+_SET_BLOCK = (
+    f'--set {KEY}=\'{{"quant_method": "fp8", "weight_block_size": [128, 128]}}\', with the block of the model'
+)
+
+
+def _wrong_grid(unit: Quantised, scheme: Scheme, expected: tuple[int, ...]) -> Problem:
+    bm, bn = unit.codes.shape[-2:] if scheme.block is None else scheme.block
+    message = (
+        f"expected scales of shape {expected}, one for each block of {bm} x {bn} ({scheme.file}), of codes "
+        f"of shape {unit.codes.shape}, found {unit.scales.shape}"
+    )
+    hint = "the block of config.json must be that of the tensors; a last block may be short"
+    return Problem("shape-mismatch", message, unit.scales.file, unit.scales.name, hint)
+
+
+# --- four bits ------------------------------------------------------------------------------------------
+
+
+def _mxfp4_blocks(unit: Quantised) -> Quantised | Problem:
+    """Codes (..., rows, blocks, 16) and scales (..., rows, blocks)."""
+    codes, scales = unit.codes, unit.scales
+    if scales.dtype not in E8M0:
+        return _odd_dtype(scales, E8M0)
+    if len(codes.shape) < 3 or codes.shape[-1] != MX_GROUP // 2:
+        message = f"expected blocks of 16 bytes (32 codes) in the last dimension, found shape {codes.shape}"
+        return Problem("shape-mismatch", message, codes.file, codes.name)
+    if scales.shape != codes.shape[:-1]:
+        message = f"expected scales of shape {codes.shape[:-1]}, one for each block, found {scales.shape}"
+        return Problem("shape-mismatch", message, scales.file, scales.name)
+    shape = (*codes.shape[:-2], codes.shape[-2] * MX_GROUP)
+    return _made(unit, MXFP4, (1, MX_GROUP), shape)
+
+
+def _packed(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised | Problem:
+    """What compressed-tensors packs: int4 in words, or two codes of E2M1 in a byte."""
+    codes = unit.codes
+    if len(codes.shape) != 2:
+        message = f"expected packed codes of a matrix, found shape {codes.shape}"
+        return Problem("shape-mismatch", message, codes.file, codes.name)
+    if codes.dtype == "I32":
+        return _int4(unit, scheme, checkpoint)
+    rows, columns = codes.shape[0], codes.shape[1] * CODE_COLUMNS["U8"]
+    if unit.scales.dtype in E8M0:
+        made = _made(unit, MXFP4, (1, MX_GROUP), (rows, columns))
+    elif unit.scales.dtype == E4M3 and "second" in unit.others:
+        made = _made(unit, NVFP4, (1, NV_GROUP), (rows, columns))
+    else:
+        message = f"expected scales in U8 (MXFP4), or F8_E4M3 with a global scale, found {unit.scales.dtype}"
+        return Problem("unsupported-dtype", message, unit.scales.file, unit.scales.name, UNPACKED)
+    return made if _fits_groups(made) else _wrong_groups(made)
+
+
+def _fits_groups(unit: Quantised) -> bool:
+    rows, columns = unit.shape
+    return columns % unit.block[1] == 0 and unit.scales.shape == (rows, columns // unit.block[1])
+
+
+def _wrong_groups(unit: Quantised) -> Problem:
+    rows, columns = unit.shape
+    message = (
+        f"expected scales of shape {(rows, -(-columns // unit.block[1]))}, one for {unit.block[1]} "
+        f"neighbours in a row, of codes of shape {unit.codes.shape}, found {unit.scales.shape}"
+    )
+    return Problem("shape-mismatch", message, unit.scales.file, unit.scales.name)
+
+
+def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised | Problem:
+    """Eight codes in a word, the last word of a row padded: `weight_shape` says how many columns count."""
+    codes, scales = unit.codes, unit.scales
+    if scales.dtype not in NUMBERS:
+        return _odd_dtype(scales, NUMBERS)
+    if scheme.bits not in (None, 4):
+        message = f"expected words of eight codes for 4 bits, found {scheme.bits} bits in {scheme.file}"
+        return Problem("config-mismatch", message, codes.file, codes.name)
+    if "zeros" in unit.others or not scheme.symmetric:
+        message = "expected symmetric codes, found zero points"
+        return Problem("unsupported", message, codes.file, codes.name, UNPACKED)
+    if (shape := unit.others.get("shape")) is None:
+        message = "expected this tensor, which says how many columns of the codes count, found none"
+        return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
+    said = _shape_said(shape, checkpoint)
+    if said is None or said[0] != codes.shape[0] or -(-said[1] // CODE_COLUMNS["I32"]) != codes.shape[1]:
+        message = f"expected rows and columns that {codes.shape} words of eight codes hold, found {said}"
+        return Problem("shape-mismatch", message, shape.file, shape.name)
+    if scheme.group is None and scales.shape != (said[0], 1):
+        message = "expected config.json to say how many neighbours share a scale, found nothing"
+        return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
+    group = scheme.group or said[1]
+    made = _made(unit, INT4, (1, group), said)
+    return made if scales.shape == (said[0], -(-said[1] // group)) else _wrong_groups(made)
+
+
+def _shape_said(shape: TensorInfo, checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The numbers in a `weight_shape`: the only bytes of a tensor that a plan reads."""
+    if shape.shape != (2,) or shape.dtype not in ("I64", "I32"):
+        return None
+    rows, columns = (int(n) for n in checkpoint.read(shape).view(np.dtype(DTYPES[shape.dtype].value)))
+    return (rows, columns) if 0 < rows < 1 << 40 and 0 < columns < 1 << 40 else None

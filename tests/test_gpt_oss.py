@@ -1,0 +1,336 @@
+"""gpt-oss: the publisher's folder to the Hugging Face layout and back, what either may not say, and the
+numbers of an outside judge."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckpt_tool import api, reference
+from ckpt_tool.errors import CkptToolError, Problem
+from tests import world
+
+Written = Callable[[str], Path]
+SQUARE, OTHER = "gpt-oss-20b", "gpt-oss-120b"
+CASE = Path(__file__).parents[2] / "shared" / "cases" / "gpt-oss-original-tiny"
+E = "model.layers.0.mlp.experts."
+
+
+@pytest.fixture
+def case() -> Path:
+    if not CASE.is_dir():
+        pytest.skip("the case is not beside this checkout")
+    return CASE
+
+
+def read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def changed(folder: Path, to: Path, **said: Any) -> Path:
+    """A copy whose config.json says these things otherwise; None: not at all."""
+    shutil.copytree(folder, to)
+    config = {**read(folder / "config.json"), **said}
+    (to / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return to
+
+
+def problems(action: Callable[[], object]) -> tuple[Problem, ...]:
+    with pytest.raises(CkptToolError) as caught:
+        action()
+    return caught.value.problems
+
+
+# --- what comes out ---------------------------------------------------------------------------------------
+
+
+def test_names_bytes_and_config_are_those_of_the_case(case: Path, tmp_path: Path) -> None:
+    api.convert(case / "original", tmp_path / "hf")
+    made, source = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        world.load(case / "original/model.safetensors"),
+    )
+    names = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in made.items()}
+    assert names == read(case / "hf_mxfp4_names.json")
+    assert read(tmp_path / "hf" / "config.json") == read(case / "hf_config_mxfp4.json")
+    for layer in range(2):
+        own, theirs = f"block.{layer}.", f"model.layers.{layer}."
+        for end in ("weight", "bias"):
+            parts = [made[f"{theirs}self_attn.{x}_proj.{end}"] for x in "qkv"]
+            assert torch.equal(torch.cat(parts), source[f"{own}attn.qkv.{end}"])
+        for end in ("blocks", "scales"):
+            for one, other in (("mlp1", "gate_up_proj"), ("mlp2", "down_proj")):
+                there = made[f"{theirs}mlp.experts.{other}_{end}"]
+                assert torch.equal(there, source[f"{own}mlp.{one}_weight.{end}"])
+
+
+def test_both_readings_give_the_logits_of_the_case(case: Path, conversions: Written, tmp_path: Path) -> None:
+    expected = load_file(case / "expected.safetensors")
+    api.convert(case / "original", tmp_path / "hf")
+    ids, made = expected["ids"][None], load_file(tmp_path / "hf" / "model.safetensors")
+    original = world.load(case / "original" / "model.safetensors")
+    shapes = {n: tuple(t.shape) for n, t in original.items()}
+    ours, theirs = reference.original("gpt-oss"), reference.converted("GptOssForCausalLM")
+    sides = (
+        (ours, ours.Config.from_original(read(case / "original/config.json"), shapes, 1, {}), original),
+        (theirs, theirs.Config.from_hf(read(case / "hf_config_mxfp4.json")), made),
+    )
+    for module, c, tensors in sides:
+        wide = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+        logits = module.forward(ids, [wide], c)[0]
+        assert (logits - expected["logits_float32"]).abs().max() < 1e-5 * 2.7 * 4  # of their deviation, 2.7
+
+
+@pytest.mark.parametrize("variant", [SQUARE, OTHER])
+def test_the_way_back_gives_the_same_bytes(
+    variant: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    api.convert(conversions(variant), tmp_path / "back", to="original")
+    source = {n: t for f in world.weight_files(originals(variant)) for n, t in world.load(f).items()}
+    assert world.equal(world.tensors_of(tmp_path / "back"), source)
+    text = (tmp_path / "back" / "config.json").read_text()
+    assert text == (originals(variant) / "config.json").read_text()
+    anew = changed(conversions(variant), tmp_path / "anew", rope_theta=71250.0)
+    made = api.convert(anew, tmp_path / "otherwise", to="original")
+    assert any("another rope_theta" in note for note in made.plan.notes)
+    document = read(tmp_path / "otherwise" / "config.json")
+    assert document == {**read(originals(variant) / "config.json"), "rope_theta": 71250.0}
+
+
+def test_nothing_scaled_is_said_outright(originals: Written, tmp_path: Path) -> None:
+    """Without a word the class of transformers would take the scaling of the published models."""
+    source = changed(originals(SQUARE), tmp_path / "in", rope_scaling_factor=1.0)
+    api.convert(source, tmp_path / "hf")
+    config = read(tmp_path / "hf" / "config.json")
+    assert config["rope_scaling"] == {"rope_type": "default"} and config["max_position_embeddings"] == 4096
+    assert api.verify(tmp_path / "hf", levels=("bits", "parity")).status == "pass"
+    (tmp_path / "hf" / "ckpt-tool.json").unlink()
+    api.convert(tmp_path / "hf", tmp_path / "back", to="original")
+    assert read(tmp_path / "back" / "config.json") == read(source / "config.json")
+    silent = reference.converted("GptOssForCausalLM").Config.from_hf(
+        {k: v for k, v in config.items() if k != "rope_scaling"}
+    )
+    assert silent.rope_scaling is not None and silent.rope_scaling.factor == 32
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a key that the class has not": ({"logit_scale": 0.5}, "unsupported", "logit_scale"),
+    "no bound of the units": ({"swiglu_limit": None}, "missing-fact", "swiglu_limit"),
+    "ends of the blend outside": ({"rope_ntk_beta": 2000.0}, "unsupported", "rope_ntk_beta"),
+    "another number of experts": ({"num_experts": 4}, "config-mismatch", "num_local_experts"),
+    "more experts chosen than there are": ({"experts_per_token": 4}, "config-mismatch", "experts_per_token"),
+    "heads that do not divide": ({"num_key_value_heads": 4}, "config-mismatch", "num_key_value_heads"),
+    "another width": ({"hidden_size": 96}, "config-mismatch", "hidden_size"),
+    "a width of no whole blocks": ({"hidden_size": 72}, "config-mismatch", "hidden_size"),
+    "the config of transformers": ({"model_type": "gpt_oss"}, "wrong-format", "model_type"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_an_original_says_wrongly_is_refused_by_name(
+    what: str, originals: Written, tmp_path: Path
+) -> None:
+    said, kind, where = WRONG[what]
+    source = changed(originals(SQUARE), tmp_path / "in", **said)
+    found = problems(lambda: api.plan(source, family="gpt-oss"))
+    assert (kind, where) in [(p.kind, p.where) for p in found], found
+
+
+def test_a_hint_for_an_unknown_key_leads_out(originals: Written, tmp_path: Path) -> None:
+    source = changed(originals(SQUARE), tmp_path / "in", logit_scale=0.5)
+    (problem,) = problems(lambda: api.plan(source))
+    assert "--set logit_scale=null" in (problem.hint or "")
+    made = api.plan(source, options=api.Options(settings={"logit_scale": None}))
+    assert any("logit_scale 0.5 is left out" in note for note in made.notes)
+
+
+Changed = Callable[[torch.Tensor], torch.Tensor | None]
+CODES, SCALES = (f"block.1.mlp.mlp2_weight.{end}" for end in ("blocks", "scales"))
+BROKEN: dict[str, tuple[str, Changed, str]] = {
+    "no scales": (SCALES, lambda t: None, "missing-tensor"),
+    "scales of another grid": (SCALES, lambda t: t[..., :1], "shape-mismatch"),
+    "blocks of 15 bytes": (CODES, lambda t: t[..., :15], "shape-mismatch"),
+    "codes that are numbers": (CODES, lambda t: t.half(), "unsupported-dtype"),
+    "norms that are bytes": ("norm.scale", lambda t: t.byte(), "unsupported-dtype"),
+}
+
+
+def rewritten(folder: Path, to: Path, name: str, change: Changed) -> Path:
+    shutil.copytree(folder, to)
+    (file,) = world.weight_files(to)
+    tensors = world.load(file)
+    made = change(tensors.pop(name))
+    world.save(tensors | ({} if made is None else {name: made}), file)
+    return to
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_packed_matrix_that_is_not_whole_is_refused(what: str, originals: Written, tmp_path: Path) -> None:
+    where, change, kind = BROKEN[what]
+    source = rewritten(originals(SQUARE), tmp_path / "in", where, change)
+    found = problems(lambda: api.plan(source, family="gpt-oss"))
+    assert (kind, where) in [(p.kind, p.where) for p in found], found
+
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+KINDS = ["full_attention", "sliding_attention"]
+PACKING, TOKEN = "quantization_config", "experts_per_token"
+BACK: dict[str, tuple[dict[str, Any], str, str]] = {
+    "whole channels": ({"rope_scaling": YARN}, "unsupported", "rope_scaling"),
+    "another kind of scaling": (
+        {"rope_scaling": YARN | {"rope_type": "linear"}},
+        "unsupported",
+        "rope_scaling",
+    ),
+    "another heat": (
+        {"rope_scaling": YARN | {"truncate": False, "attention_factor": 1.0}},
+        "unsupported",
+        "rope_scaling",
+    ),
+    "another epsilon": ({"rms_norm_eps": 1e-6}, "unsupported", "rms_norm_eps"),
+    "another gain": ({"swiglu_alpha": 1.5}, "unsupported", "swiglu_alpha"),
+    "windows in the other layers": ({"layer_types": KINDS}, "unsupported", "layer_types"),
+    "a tied head": ({"tie_word_embeddings": True}, "unsupported", "tie_word_embeddings"),
+    "two numbers of experts": ({TOKEN: 3}, "bad-config", TOKEN),
+    "one number of experts, where nobody looks": ({"num_experts_per_tok": None}, "bad-config", TOKEN),
+    "two first lengths": ({"initial_context_length": 8192}, "bad-config", "initial_context_length"),
+    "another way of packing": ({PACKING: {"quant_method": "fp8"}}, "unsupported", PACKING),
+    "nothing said of packing": ({PACKING: None}, "config-mismatch", PACKING),
+}
+
+
+@pytest.mark.parametrize("what", BACK)
+def test_what_no_original_can_say_is_refused_on_the_way_back(
+    what: str, conversions: Written, tmp_path: Path
+) -> None:
+    said, kind, where = BACK[what]
+    folder = changed(conversions(SQUARE), tmp_path / "in", **said)
+    (folder / "ckpt-tool.json").unlink()
+    found = problems(lambda: api.plan(folder, to="original"))
+    assert (kind, where) in [(p.kind, (p.where or "").partition(".")[0]) for p in found], found
+
+
+# --- folders ----------------------------------------------------------------------------------------------
+
+
+def test_both_layouts_in_one_repository(originals: Written, conversions: Written, tmp_path: Path) -> None:
+    """The original is the one to convert, and it is said where it was found."""
+    shutil.copytree(conversions(SQUARE), tmp_path / "repository")
+    shutil.copytree(originals(SQUARE), tmp_path / "repository" / "original")
+    made = api.convert(tmp_path / "repository", tmp_path / "out")
+    assert "the weights were found in original/" in made.opened
+    assert world.equal(world.tensors_of(tmp_path / "out"), world.tensors_of(conversions(SQUARE)))
+    kept = api.plan(tmp_path / "repository" / "model.safetensors")
+    assert {s.note for s in kept.steps} == {"rename"}
+
+
+def test_safetensors_of_any_names_are_one_model(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    shutil.copytree(originals(OTHER), tmp_path / "in")
+    for file, name in zip(world.weight_files(tmp_path / "in"), ("one", "weights-b", "c_3"), strict=True):
+        file.rename(file.with_name(f"{name}.safetensors"))
+    api.convert(tmp_path / "in", tmp_path / "out")
+    assert world.equal(world.tensors_of(tmp_path / "out"), world.tensors_of(conversions(OTHER)))
+
+
+def test_a_tokenizer_around_the_folder_is_carried(originals: Written, tmp_path: Path) -> None:
+    shutil.copytree(originals(SQUARE), tmp_path / "repository" / "original")
+    words = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
+    around = {
+        "tokenizer.json": json.dumps(words),
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
+        "chat_template.jinja": "{{ messages }}\n",
+        "generation_config.json": '{"eos_token_id": [1, 0]}',
+    }
+    for name, text in around.items():
+        (tmp_path / "repository" / name).write_text(text)
+    for given in (tmp_path / "repository", tmp_path / "repository" / "original"):
+        made = api.convert(given, tmp_path / "out", overwrite=True)
+        for name, text in around.items():
+            there = (tmp_path / "out" / name).read_text()
+            assert there == text or (name.endswith(".json") and json.loads(there) == json.loads(text))
+        assert "318 of 320 embedding rows have no id in tokenizer.json (2 ids)" in made.plan.notes
+    alone = api.plan(originals(SQUARE))
+    assert any("has no tokenizer" in note and "--tokenizer" in note for note in alone.notes)
+
+
+def saved_by_transformers(folder: Path, to: Path) -> Any:
+    """The model of a converted folder as the library holds and saves it, with experts as numbers."""
+    transformers = pytest.importorskip("transformers")
+    config = {k: v for k, v in read(folder / "config.json").items() if k != PACKING}
+    theirs, state = reference.converted("GptOssForCausalLM"), world.tensors_of(folder)
+    c = theirs.Config.from_hf(config)
+    whole = {n: t for n, t in state.items() if not n.endswith(("_blocks", "_scales"))}
+    for stem in (n.removesuffix("_blocks") for n in state if n.endswith("_blocks")):
+        whole[stem] = torch.stack(
+            [theirs.numbers(state, stem, e, torch.bfloat16) for e in range(c.n_experts)]
+        )
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**config))
+    model.load_state_dict(whole)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(to)  # which rounds its frequencies as well
+    return model.eval()
+
+
+def test_the_folder_that_transformers_saves_is_read(conversions: Written, tmp_path: Path) -> None:
+    """The library's model of what was converted gives the logits of the original; what it saves is canonical,
+    and has no way back."""
+    for variant in (SQUARE, OTHER):
+        model = saved_by_transformers(conversions(variant), tmp_path / variant)
+        model.config._attn_implementation = model.config._experts_implementation = "eager"
+        ids = torch.arange(64).mul(37).remainder(300)[None]
+        for folder in (conversions(variant), tmp_path / variant):
+            config, state = read(folder / "config.json"), world.tensors_of(folder)
+            theirs = reference.converted("GptOssForCausalLM")
+            wide = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+            with torch.no_grad():
+                expected = model(ids).logits
+                found = theirs.forward(ids, [wide], theirs.Config.from_hf(config))
+            assert ((found - expected).square().mean() / expected.var()).item() < 1e-10
+    made = api.convert(tmp_path / SQUARE, tmp_path / "canonical")
+    assert {s.note for s in made.plan.steps} == {"rename"}
+    assert world.equal(world.tensors_of(tmp_path / "canonical"), world.tensors_of(tmp_path / SQUARE))
+    (problem,) = problems(lambda: api.plan(tmp_path / SQUARE, to="original"))
+    assert (
+        problem.kind == "unsupported" and "MXFP4" in problem.message and "bit for bit" in (problem.hint or "")
+    )
+
+
+def test_published_sizes_ask_nothing(tmp_path: Path) -> None:
+    """The 120B by its headers alone; norms of it are said to be float32 in some copies."""
+    from ckpt_tool.checkpoint.base import Checkpoint, Document
+    from ckpt_tool.fixtures.openai import ROWS, sizes_of
+    from ckpt_tool.fixtures.shapes import shape_of, spread
+    from tests.headers_only import Headers
+
+    config = {
+        "num_hidden_layers": 36, "num_experts": 128, "experts_per_token": 4, "vocab_size": 201088,
+        "hidden_size": 2880, "intermediate_size": 2880, "swiglu_limit": 7.0, "head_dim": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128,
+        "initial_context_length": 4096, "rope_theta": 150000, "rope_scaling_factor": 32.0,
+        "rope_ntk_alpha": 1, "rope_ntk_beta": 32,
+    }  # fmt: skip
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    sizes = sizes_of(config)
+    kinds = {"blocks": "U8", "scales": "U8", "scale": "F32"}
+    held = [
+        (n, kinds.get(n.rpartition(".")[2], "BF16"), shape_of(w, sizes)[0]) for n, w, _ in spread(ROWS, sizes)
+    ]
+    documents = {"config.json": Document("config.json", file, file.stat().st_size)}
+    made = api.plan(
+        Checkpoint(tmp_path, {"model.safetensors": Headers("model.safetensors", held)}, documents)
+    )
+    assert made.bytes_out == 65_248_815_744 + 2 * 2880 * 73  # norms in float32
+    assert made.config["max_position_embeddings"].value == 131072
