@@ -159,11 +159,29 @@ def plan(
         made = make(seen, options)
     except CkptToolError as error:  # without the frames, which hold what was read of large documents
         raise explained(error.with_traceback(None), source, chosen, to) from None
+    if options.with_optimizer:
+        made = _with_optimizer(made, seen, options)
     if to == "hf":
         check_own(source, chosen)
     sums = checklist.notes(source, weights=checksums, progress=progress)
     sums += integrity.notes(source, weights=checksums, progress=progress)
     return replace(made, notes=(*sums, *made.notes))
+
+
+def _with_optimizer(made: Plan, seen: Checkpoint, options: Options) -> Plan:
+    from ckpt_tool.convert.optimizer_state import attached, with_optimizer
+
+    return with_optimizer(made, seen if made.direction == "to-hf" else attached(seen), options)
+
+
+def _as_planned(checkpoint: Checkpoint, chosen: Family, made: Plan) -> Checkpoint:
+    """What carrying the plan out reads."""
+    seen = as_family_knows(checkpoint, chosen)
+    if made.direction == "to-hf" or not made.asked.get("with_optimizer"):
+        return seen
+    from ckpt_tool.convert.optimizer_state import attached
+
+    return attached(seen)
 
 
 def _forth(chosen: Family) -> Callable[[Checkpoint, Options], Plan]:
@@ -234,7 +252,7 @@ def convert(
         if on_plan is not None:
             on_plan(made)
         outcome = execute(
-            made, as_family_knows(read, chosen), target, jobs=jobs, resume=resume, sha256=sha256,
+            made, _as_planned(read, chosen, made), target, jobs=jobs, resume=resume, sha256=sha256,
             strict=strict, progress=progress, address=_address(source), overwrite=overwrite,
             overwrite_foreign=overwrite_foreign, keep=Staging if hub is None else hub.staging(made),
         )  # fmt: skip
@@ -388,7 +406,7 @@ class Shared:
                 **replaced,
             )
             insisted = _insisted(checkpoint, chosen, self.options) if self.to == "hf" else {}
-            yield _Begun(made, as_family_knows(read, chosen), settings, checkpoint.opened(), insisted)
+            yield _Begun(made, _as_planned(read, chosen, made), settings, checkpoint.opened(), insisted)
 
 
 def convert_part(asked: Shared, worker: Worker) -> PartMade:

@@ -81,6 +81,9 @@ how = options_of(
         metavar="NAME",
         help="Leave out a tensor, or all that a pattern such as '*/Momentum' fits.",
     ),
+    click.option(
+        "--with-optimizer", is_flag=True, help="Carry the moments of the optimizer, too (Megatron)."
+    ),
     click.option("--strict-replicas", is_flag=True, help="Refuse any difference between ranks' copies."),
 )
 
@@ -106,6 +109,7 @@ def _plan_options(asked: dict[str, Any]) -> Options:
         max_shard_bytes=byte_size(asked["max_shard_size"]),
         drop=asked["drop"],
         strict_replicas=asked["strict_replicas"],
+        with_optimizer=asked["with_optimizer"],
         tokenizer=asked["tokenizer"],
         **fields({**asked["own"], **layout}),
     )

@@ -214,6 +214,7 @@ def _options(found: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": _one_of(found, "recipe", RECIPES, "options."),
         "family_options": asked,
         "settings": _object(found, "settings"),
+        "with_optimizer": found.get("with_optimizer") is True,
     }
 
 

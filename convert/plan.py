@@ -53,6 +53,7 @@ class Options:
     strict_replicas: bool = False
     tokenizer: str | None = None
     gqa: int | None = None
+    with_optimizer: bool = False  # carry the states of the optimizer, too (optimizer_state.py)
     dequantize: str | None = None  # dtype of the numbers that quantised weights become (lossy)
     recipe: str = "fp32-product"  # in which order is rounded there, see quantised_values
     family_options: Mapping[str, Any] = field(default_factory=dict)

@@ -184,11 +184,11 @@ def grouped_attention(
         seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
             seen = seen.triu(own + 1 - window)  # the last `window` keys, the query's own included
-        if hidden is None:
-            scores = scores.masked_fill(~seen, -math.inf)
-        else:  # a query of padding may see no key at all: it sees all alike then
-            scores = scores.masked_fill(~seen | hidden, torch.finfo(q.dtype).min)
-        weights = wide(scores).softmax(-1).to(q.dtype)
+        if mask is not None:
+            seen = seen & (mask != 0)[:, None, None, None, :]
+        # the lowest number: a query of padding that sees no key at all sees all alike
+        lowest = -math.inf if mask is None else torch.finfo(scores.dtype).min
+        weights = wide(scores.masked_fill(~seen, lowest)).softmax(-1).to(q.dtype)
         return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
 
     if traced():

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from ckpt_tool import reference
 from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
+from ckpt_tool.verify.answers import Runner, Skip
 from ckpt_tool.verify.prompts import padding_of
 
 transformers = pytest.importorskip("transformers")
@@ -192,3 +194,14 @@ def test_heads_are_those_of_transformers_4_37(made: Any, tmp_path: Path) -> None
         with torch.no_grad():
             found = answered(case, tensors, config)
         assert largest(case, old, found) <= BAR, case
+
+
+def test_rows_without_an_id_for_padding_are_refused_as_the_library_does() -> None:
+    """An id that config.json leaves out is the one of the class, if it has one."""
+    assert padding_of({"model_type": "opt"}) == 1 and padding_of({"model_type": "llama"}) is None
+    assert padding_of({"model_type": "opt", "pad_token_id": None}) is None
+    subject: Any = SimpleNamespace(config={"model_type": "llama"})
+    runner = Runner(subject, None, "float32", "cpu", None)  # type: ignore[arg-type]
+    assert runner._padding(1) is None
+    with pytest.raises(Skip, match="expected a pad_token_id to find the last token of 2 rows by, found none"):
+        runner._padding(2)

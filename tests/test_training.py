@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import optimizer, schedules, verify
+from ckpt_tool.verify import library, optimizer, schedules, verify
 from ckpt_tool.verify.optimizer import AdamW
 from ckpt_tool.verify.report import Finding, Report
 
@@ -165,9 +165,7 @@ def test_rates_of_dropout_are_those_of_the_classes() -> None:
 # --- the level ----------------------------------------------------------------------------------------------
 
 # Ranks and a tied output layer, stages, copies of rows and of tensors, experts, variables of TensorFlow.
-RIGHT = {
-    "gpt2-v3-tp2-pp2": 7, "mluke-aware": 7, "mixtral-b": 6, "mobilebert-squad": 6, "llama-3.2-1b": 7,
-}  # fmt: skip
+RIGHT = {"gpt2-v2-tp2": 7, "mluke-aware": 7, "mixtral-mcore": 6, "mobilebert-squad": 6, "llama-3.2-1b": 7}
 
 
 @pytest.mark.parametrize("variant", RIGHT)
@@ -183,7 +181,7 @@ def test_a_right_conversion_learns_as_its_original(
     assert step.measured is not None and step.measured <= 1e-7
     (controls,) = findings(report, "self-test")
     assert controls.data == {"caught": RIGHT[variant], "planted": RIGHT[variant]}
-    for mistake, place, caught, where in controls.tables[1].rows:
+    for mistake, caught, place, where in controls.tables[0].rows:
         assert caught == "yes"
         if mistake in ("frozen", "wrong group of decay"):
             assert where == place, "no other tensor is blamed"
@@ -247,6 +245,53 @@ def test_a_wrong_tensor_has_another_gradient(
     assert any(f.where == name.replace("up", "gate") for f in failed), (
         "what it is multiplied by learns otherwise"
     )
+
+
+def frozen(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+
+
+def cut_off(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, given, out: out.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (frozen, "does not teach it"),
+        (cut_off, "found none"),
+    ],
+)
+def test_what_the_class_of_transformers_learns(
+    change: Callable[[Any], None],
+    words: str,
+    conversions: Written,
+    originals: Written,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its logits are the same whatever it freezes or cuts off."""
+    own = library.load
+
+    def load(*given: Any) -> tuple[Any, Any]:
+        model, info = own(*given)
+        if changed:
+            change(model)
+        return model, info
+
+    monkeypatch.setattr(library, "load", load)
+    folders = conversions("llama-3.2-1b"), originals("llama-3.2-1b")
+    changed = False
+    if change is frozen:
+        plain = verify(*folders, levels="training", against="transformers")
+        assert [f.status for f in findings(plain, "transformers")] == ["pass"] and plain.exit_code == 0
+    changed = True
+    report = verify(*folders, levels="training", against="transformers")
+    logits = [f for f in report.findings if (f.level, f.check) == ("transformers", "logits")]
+    assert [f.status for f in logits] == ["pass"]
+    found = findings(report, "transformers")
+    assert found[0].status == "fail" and words in found[0].message and report.exit_code == 1
+    if change is frozen:
+        assert [f.where for f in found] == ["model.layers.1.mlp.up_proj.weight"]
 
 
 def test_too_little_memory_is_said_before(conversions: Written, originals: Written) -> None:

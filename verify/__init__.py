@@ -25,6 +25,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits, recognise_recipe
 from ckpt_tool.verify.by_bits import by_bits
+from ckpt_tool.verify.carried_bits import carried_bits
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
 from ckpt_tool.verify.confirm import confirm
 from ckpt_tool.verify.coverage import coverage, scan
@@ -145,6 +146,7 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
         tell("bits: comparing with the source")
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
+            report.findings += carried_bits(subject)
     if {"parity", "documented", "training", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report, tell, seen.walks)
     report.findings += by_bits(subject, report.findings)

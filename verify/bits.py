@@ -333,8 +333,10 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     """Where every byte of the source files is: moved, compared as a copy, dropped, or not tensor data at
     all."""
     assert subject.plan is not None and subject.source is not None
-    copies = {(p.file, p.name) for s in subject.plan.steps if s.compare for p in s.sources}
-    moved = {(p.file, p.name) for s in subject.plan.steps if not s.compare for p in s.sources}
+    own = subject.carried.plan if subject.carried is not None else None
+    steps = [*subject.plan.steps, *(own.steps if own is not None else ())]
+    copies = {(p.file, p.name) for s in steps if s.compare for p in s.sources}
+    moved = {(p.file, p.name) for s in steps if not s.compare for p in s.sources}
     size = Counter[str]()
     weights = subject.packed.by_name if subject.packed is not None else {}
     for t in (*subject.source, *(left.tensor for left in subject.source.left_out)):

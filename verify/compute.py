@@ -340,7 +340,9 @@ def _training(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> lis
     if made.readings.reason is not None or original is None or converted is None:
         status, text = made.readings.reason or ("skipped", "a side cannot be read")
         return [Finding("training", "gradients", status, text)]
-    return training(subject, original, converted, made.prompts, memory=asked.memory, tell=tell)
+    return training(
+        subject, original, converted, made.prompts, memory=asked.memory, against=asked.against, tell=tell
+    )
 
 
 def _generation(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> list[Finding]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.layout import Access, Part, Step
 from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
@@ -44,7 +45,10 @@ class Leaves(Mapping[str, Tensor]):
         self.asked.add(key)
         if key not in self.made:
             x = self.weights[name].detach().clone()
-            self.made[key] = x.requires_grad_() if x.is_floating_point() else x
+            learns = (
+                self.weights.tensors[name].dtype in CASTABLE
+            )  # and not a code, packed with others or scaled
+            self.made[key] = x.requires_grad_() if learns else x
         return self.made[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -23,6 +23,7 @@ from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.convert.recognising import near_misses, with_config
 from ckpt_tool.errors import CkptToolError, Problem, fail
+from ckpt_tool.verify.carried import Carried, apart, planned
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.prefixed import is_bare, with_prefix
@@ -50,6 +51,7 @@ class Subject:
     packed: Packed | None = None  # what became of quantised weights
     accepted: tuple[str, ...] = ()  # names of differences that do not fail
     notes: list[str] = field(default_factory=list)
+    carried: Carried | None = None  # the states of the optimizer, where they were carried along
 
     @property
     def direction(self) -> str:
@@ -116,6 +118,8 @@ def opened(
         if src is not None:
             _must_be_two(out, src)
         subject = _subject(out, src, manifest, settings or {}, packed)
+        if subject.carried is not None:
+            stack.callback(subject.carried.close)
         subject.found = found
         yield subject
 
@@ -168,6 +172,9 @@ def _subject(
     recorded = {} if manifest is None else manifest.settings
     if src is not None and not back:
         src = with_config(src, recorded | {**settings})
+    carried = None
+    if manifest is not None and manifest.options.get("with_optimizer"):
+        out, manifest, carried = apart(out, manifest)
     out = out if back else with_prefix(out)
     hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and is_hf(c)), None)
     original = next((c for c in (out, src) if c is not None and c is not hf), None)
@@ -180,6 +187,7 @@ def _subject(
         manifest=manifest,
         settings={**recorded, **settings},
         packed=packed,
+        carried=carried,
     )
     _find_family(subject)
     if subject.family is not None and src is not None:
@@ -258,6 +266,8 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
     try:
         subject.recorded, options = settled(plan, options, given)
         subject.plan = plan(options)
+        if subject.carried is not None:
+            subject.plan = planned(subject.carried, subject.plan, source)
         cast = cast_seen(subject.plan, subject.target)
         if cast is not None and options.dtype is None:
             subject.undeclared_cast = cast

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart as copies_apart
 from ckpt_tool.convert.facts import class_of, classes
-from ckpt_tool.convert.layout import Part
+from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.errors import fail
-from ckpt_tool.verify import optimizer, training_groups
+from ckpt_tool.verify import optimizer, training_groups, training_library
 from ckpt_tool.verify.gradients import Flaw, Key, Rows, Task, Taught, taught
 from ckpt_tool.verify.measure import MARGIN
 from ckpt_tool.verify.needs import size_text
@@ -85,9 +86,11 @@ def training(
     prompts: Mapping[str, Prompt],
     *,
     memory: int | None = None,
+    against: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[Finding]:
-    """The findings of this level. `usage` for a `memory` that is not enough."""
+    """The findings of this level; `against` transformers its class is asked, too. `usage` for a `memory` that
+    is not enough."""
     if (why := unmapped(subject, converted)) is not None:
         return [Finding(LEVEL, "gradients", "skipped", why)]
     batches = _batches(original, prompts)
@@ -101,7 +104,7 @@ def training(
         text = f"gradients of the whole model need {size_text(needed)} of memory, more than "
         return [Finding(LEVEL, "gradients", "skipped", f"{text}{size_text(USUAL)} (--memory allows more)")]
     tell(f"training: gradients, needs about {size_text(needed)} of memory")
-    return _compared(subject, original, converted, batches, tell)
+    return _compared(subject, original, converted, batches, against, tell)
 
 
 def unmapped(subject: Subject, converted: Side) -> str | None:
@@ -112,7 +115,14 @@ def unmapped(subject: Subject, converted: Side) -> str | None:
         return "batch norms take their numbers from each batch in training, and this pass does not"
     if any(step.mean for step in subject.plan.steps):
         return "heads were pooled: the converted model is another one, and learns otherwise"
+    if any(_unpacks(step) for step in subject.plan.steps):
+        return "weights are packed in one layout and numbers in the other: only the second can learn"
     return None
+
+
+def _unpacks(step: Step) -> bool:
+    """Whether numbers become codes, or codes numbers."""
+    return len({p.dtype in CASTABLE for p in (*step.sources, *step.targets)}) > 1
 
 
 def _batches(original: Side, prompts: Mapping[str, Prompt]) -> Batches:
@@ -221,7 +231,12 @@ def _energy(x: np.ndarray) -> float:
 
 
 def _compared(
-    subject: Subject, original: Side, converted: Side, batches: Batches, tell: Callable[[str], None]
+    subject: Subject,
+    original: Side,
+    converted: Side,
+    batches: Batches,
+    against: str | None,
+    tell: Callable[[str], None],
 ) -> list[Finding]:
     rows, task = rows_of(subject, converted), task_of(subject, converted)
     try:
@@ -237,14 +252,44 @@ def _compared(
     tokens = sum(ids.numel() for ids, _ in batches)
     each = apart(wanted, rough)
     what = f"{len(batches)} prompts, {tokens} tokens"
-    made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what)]
+    packed = sum(t.dtype not in CASTABLE for t in converted.weights[0].tensors.values())
+    made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what, packed)]
     made += training_groups.findings(rows)
     after = _Step(subject, converted, wanted, _found(converted, rows, exact), exact, recipe_of(subject))
     made += after.findings()
     made += training_groups.dropouts(subject)
+    if against is not None:
+        tell("training: gradients of transformers")
+        made += _of_library(subject, converted, batches, task, rows, wanted)
     if not any(f.status == "fail" for f in made):
         made.append(_planted(converted, rows, batches, task, wanted, rough, after, subject))
     return made
+
+
+def _of_library(
+    subject: Subject, converted: Side, batches: Batches, task: Task, rows: Rows, wanted: Wanted
+) -> list[Finding]:
+    try:
+        version, found, frozen, padding = training_library.learned(subject, converted, batches, task, rows)
+    except (ImportError, training_library.NotComparable) as error:
+        return [training_library.skipped(str(error))]
+    for name in padding.keys() & found.keys() & wanted.gradients.keys():
+        found[name][padding[name]] = wanted.gradients[name][padding[name]]
+    each = apart(wanted, found)
+    bad = sorted((a for a in each if not a.holds), key=lambda a: (a.name not in frozen, -a.nmse))
+    made = []
+    for a in bad[:NAMED]:
+        why = f"transformers {version} does not teach it (requires_grad is false)"
+        text = why if a.name in frozen else f"transformers {version}: {_in_words(a, bad, {})}"
+        made.append(Finding(LEVEL, "transformers", "fail", text, a.name, a.nmse, a.bar))
+    if made:
+        return made
+    seen = [a for a in each if a.seen]
+    text = f"transformers {version} gives {len(seen)} tensors the gradients of the original"
+    if padding:
+        text += f"; rows of padding are not taught, so not compared ({', '.join(sorted(padding))})"
+    worst = max(seen, key=lambda a: a.nmse / a.bar if a.bar else 0.0)
+    return [Finding(LEVEL, "transformers", "pass", text, None, worst.nmse, worst.bar)]
 
 
 def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, str]:
@@ -261,7 +306,7 @@ def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, st
 
 
 def _gradient_findings(
-    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str
+    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str, packed: int
 ) -> list[Finding]:
     bad = sorted((a for a in each if not a.holds), key=lambda a: (not a.alone, -a.nmse))
     made = [
@@ -283,6 +328,8 @@ def _gradient_findings(
         f"the loss {wanted.loss:.6g} gives {len(seen)} tensors the gradients of the original "
         f"({what}; NMSE, nearest to its bar {worst.name})"
     )
+    if packed:
+        text += f"; {packed} hold packed weights, which no step changes"
     if len(seen) < len(each):
         text += f"; {len(each) - len(seen)} have none on either side"
     table = Table(
@@ -404,11 +451,11 @@ def _planted(
         note(*planted)
     count = sum(yes == "yes" for _, _, yes, _ in caught)
     text = f"{count} of {len(caught)} planted mistakes of training are caught"
-    table = Table(("mistake", "planted in", "caught", "first by"), tuple(caught), brief=0)
-    brief = Table(("planted mistake", "caught"), tuple((m, yes) for m, _, yes, _ in caught))
+    rows_of_table = tuple((m, yes, place, by) for m, place, yes, by in caught)
+    table = Table(("planted mistake", "caught", "in", "found by"), rows_of_table)
     data = {"caught": count, "planted": len(caught)}
     status: Status = "pass" if count == len(caught) else "undecided"
-    return Finding(LEVEL, "self-test", status, text, data=data, tables=(brief, table))
+    return Finding(LEVEL, "self-test", status, text, data=data, tables=(table,))
 
 
 def _of_steps(after: _Step, strong: str) -> list[tuple[str, str, list[str]]]:

@@ -66,7 +66,7 @@ def to_folder(
 ) -> Plan:
     """The plan of the way back; the config of `written` are the args. `layers` is one of `LAYERS`."""
     dtype = options.dtype or source.dtype
-    first = _data(0)
+    first = data_file(0)
     plan = to_original(
         table, source, options, written, files=[first], homes=lambda name: [(first, dtype, name)]
     )
@@ -85,12 +85,13 @@ def to_folder(
         OutputDocument(TRACKER, RELEASE.encode(), "names the folder of the checkpoint"),
         OutputDocument(f"{RELEASE}/{COMMON}", whole_zip(common, root="common"), "the args"),
         OutputDocument(f"{RELEASE}/metadata.json", json.dumps(_CONFIG).encode(), "names the container"),
-        *_contents(files),
+        *contents(files),
     ]
     return replace(plan, outputs=tuple(files), steps=steps, documents=(*plan.documents, *documents))
 
 
-def _data(number: int, rank: int = 0) -> str:
+def data_file(number: int, rank: int = 0) -> str:
+    """The name of a file of tensors."""
     return f"{RELEASE}/__{rank}_{number}{DATA}"
 
 
@@ -107,8 +108,8 @@ def _dealt(whole: OutputFile, limit: int, *, layers: str) -> list[OutputFile]:
     return [
         replace(
             whole,
-            name=_data(k),
-            tensors=tuple(replace(t, file=_data(k)) for t in group),
+            name=data_file(k),
+            tensors=tuple(replace(t, file=data_file(k)) for t in group),
             chunks=tuple(_chunk(t.name, len(t.shape), layers=layers) for t in group),
         )
         for k, group in enumerate(groups)
@@ -120,7 +121,7 @@ def _chunk(name: str, axes: int, *, layers: str) -> Chunk:
     return Chunk(key, (*index, *(0,) * axes))
 
 
-def _contents(files: list[OutputFile]) -> Iterator[OutputDocument]:
+def contents(files: list[OutputFile]) -> Iterator[OutputDocument]:
     """`.metadata`, and a data file with the entries that are no tensors."""
     from ckpt_tool.checkpoint.dcp_places import Item
     from ckpt_tool.checkpoint.dcp_writer import DistLayout, Stored, metadata_of
@@ -141,7 +142,7 @@ def _contents(files: list[OutputFile]) -> Iterator[OutputDocument]:
         for key, own in pieces.items()
     }
     states = list(_states(tensors, files))
-    last, state = _data(0, rank=1), whole_zip([None])  # called so however many the others are
+    last, state = data_file(0, rank=1), whole_zip([None])  # called so however many the others are
     objects = {
         name: Item(last.removeprefix(f"{RELEASE}/"), k * len(state), len(state))
         for k, name in enumerate(states)
@@ -163,7 +164,7 @@ def _states(tensors: Mapping[str, Stored], files: Iterable[OutputFile]) -> Itera
     }
     for key, told in tensors.items():
         module = _LINEAR.fullmatch(key)
-        if module is None:
+        if module is None or key.startswith("optimizer."):
             continue
         counts = told.shape[: axes[key]] or (1,)
         for index in product(*map(range, counts)):

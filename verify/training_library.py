@@ -1,0 +1,90 @@
+"""Whether the class of transformers, as it loads the output, learns as the original does: a parameter that it
+freezes, or a path that it cuts off, gives equal logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt_tool.verify import library
+from ckpt_tool.verify.gradients import Rows, Task
+from ckpt_tool.verify.library import one_line
+from ckpt_tool.verify.report import Finding
+from ckpt_tool.verify.sides import Side, Tensors
+from ckpt_tool.verify.subject import Subject
+
+LEVEL, CHECK = "training", "transformers"
+WORDS = ("logits", "prediction_logits", "last_hidden_state")  # what the head of a reading may be there
+
+
+class NotComparable(Exception):
+    """Why the class and the reading do not have one loss."""
+
+
+def learned(
+    subject: Subject, converted: Side, batches: Sequence[tuple[Tensor, Tensors]], task: Task, rows: Rows
+) -> tuple[str, dict[str, np.ndarray], list[str], Mapping[str, int]]:
+    """The release, its gradients by the names of the converted tensors, the parameters that it does not
+    teach, and of tables the row of padding, which it leaves alone. ImportError without transformers,
+    NotComparable."""
+    transformers = library.installed()
+    said: list[str] = []
+    try:
+        model, _ = library.load(transformers, subject, "float32", converted.weights[0].device, said)
+        total = torch.zeros(())
+        with torch.enable_grad(), library.listening(said):
+            for ids, given in batches:
+                out = model(**library.arguments(model, ids, given))
+                heads = converted.outputs(ids, given)
+                total = total + sum(
+                    (task.loss(name, _named(out, name, y), ids, given) for name, y in heads.items()),
+                    torch.zeros(()),
+                ) / len(batches)
+        total.backward()  # type: ignore[no-untyped-call]
+    except NotComparable:
+        raise
+    except Exception as error:  # a library may raise anything
+        raise NotComparable(one_line(error)) from error
+    parameters = dict(model.named_parameters())
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    frozen = sorted(n for n, p in parameters.items() if not p.requires_grad)
+    made = rows.folded(_by_name(converted, gradients))
+    return str(transformers.__version__), made, frozen, _padding(model)
+
+
+def _named(out: Mapping[str, Any], head: str, wanted: Tensor) -> Tensor:
+    """The output of the class that a head of the reading is; NotComparable where it gives none."""
+    for name in WORDS if head == "head" else (head,):
+        found = out.get(name)
+        if isinstance(found, Tensor) and found.shape[-1] == wanted.shape[-1]:
+            return found
+    raise NotComparable(f"the class gives no output that is the {head} of the reading")
+
+
+def _by_name(converted: Side, gradients: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """By the names on the disk: some tensors are stacked in memory."""
+    apart = getattr(converted.module, "apart", None)
+    found = {}
+    for name in converted.weights[0]:
+        own = gradients.get(name)
+        if own is None and apart is not None:
+            try:
+                own = apart(gradients, name)
+            except KeyError:
+                own = None
+        if own is not None:
+            found[name] = own.numpy(force=True).copy()
+    return found
+
+
+def _padding(model: Any) -> dict[str, int]:
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    return {f"{n}.weight": m.padding_idx for n, m in tables.items() if m.padding_idx is not None}
+
+
+def skipped(reason: str) -> Finding:
+    return Finding(LEVEL, CHECK, "skipped", f"what the class learns was not compared: {reason}")
