@@ -218,3 +218,18 @@ def test_a_model_without_its_pooler_is_computed(tmp_path: Path) -> None:
     assert any("no pooler" in note for note in done.plan.notes)
     report = verify(tmp_path / "out", tmp_path / "in", levels=("parity",))
     assert report.status == "pass", report.headline
+
+
+def test_a_model_type_of_another_class_is_told_where_there_is_no_plan(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(conversions("canine-c-training"), out)
+    said = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**said, "model_type": "gpt2"}))
+    report = verify(out, originals("canine-c-training"), levels=("coverage",))
+    (found,) = [f for f in report.findings if f.where == "config.json: model_type"]
+    assert (
+        found.status == "fail"
+        and found.message == "expected canine, as its class CanineModel has it, found gpt2"
+    )
