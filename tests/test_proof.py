@@ -197,7 +197,7 @@ def test_a_class_that_config_does_not_name_can_be_given(family: str, tmp_path: P
     asked = ("convert", "auto", "--in", "in", "--out", "out", "--no-verify")
     done = program(*asked, cwd=tmp_path)
     hint = f"--set architectures={family}ForSequenceClassification"
-    assert done.returncode == 2 and done.stderr.startswith("error[missing-config]"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error[bad-config]"), done.stderr
     assert hint in done.stderr
     done = program(*asked, *hint.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
