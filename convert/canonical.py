@@ -159,7 +159,7 @@ def plan(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
 
 
 def _check_class(checkpoint: Checkpoint, chosen: Family) -> None:
-    """Fail with `missing-config` where config.json names no class and the tensors are of a head that is not
+    """Fail with `bad-config` where config.json names no class and the tensors are of a head that is not
     the family's own: classes that share a head's names compute other numbers."""
     kind = kind_of(checkpoint)
     if kind is None or kind not in chosen.classes or checkpoint.json("config.json").get("architectures"):
@@ -172,9 +172,7 @@ def _check_class(checkpoint: Checkpoint, chosen: Family) -> None:
     if fitting:
         told = f"found none, and tensors of the head of {' or '.join(fitting)}"
         hint = f"--set architectures={fitting[0]} says that it is of that class"
-        fail_all(
-            [Problem("missing-config", f"expected one class, {told}", "config.json", "architectures", hint)]
-        )
+        fail_all([Problem("bad-config", f"expected one class, {told}", "config.json", "architectures", hint)])
 
 
 def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:

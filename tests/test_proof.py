@@ -197,7 +197,7 @@ def test_a_class_that_config_does_not_name_can_be_given(family: str, tmp_path: P
     asked = ("convert", "auto", "--in", "in", "--out", "out", "--no-verify")
     done = program(*asked, cwd=tmp_path)
     hint = f"--set architectures={family}ForSequenceClassification"
-    assert done.returncode == 2 and done.stderr.startswith("error[missing-config]"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error[bad-config]"), done.stderr
     assert hint in done.stderr
     done = program(*asked, *hint.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -218,3 +218,18 @@ def test_a_model_without_its_pooler_is_computed(tmp_path: Path) -> None:
     assert any("no pooler" in note for note in done.plan.notes)
     report = verify(tmp_path / "out", tmp_path / "in", levels=("parity",))
     assert report.status == "pass", report.headline
+
+
+def test_a_model_type_of_another_class_is_told_where_there_is_no_plan(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(conversions("canine-c-training"), out)
+    said = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**said, "model_type": "gpt2"}))
+    report = verify(out, originals("canine-c-training"), levels=("coverage",))
+    (found,) = [f for f in report.findings if f.where == "config.json: model_type"]
+    assert (
+        found.status == "fail"
+        and found.message == "expected canine, as its class CanineModel has it, found gpt2"
+    )

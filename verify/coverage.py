@@ -14,6 +14,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import canonical
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
@@ -124,11 +125,21 @@ def _not_there(name: str, subject: Subject) -> str:
     )
 
 
+def _of_two_classes(output: Checkpoint) -> Iterator[Finding]:
+    """A config.json whose model_type and class are of two models, which can be why there is no plan."""
+    config = output.json("config.json") if "config.json" in output.documents else {}
+    said, named = class_of(config), class_of({"architectures": config.get("architectures")})
+    if said is not None and named is not None and classes()[said].name != classes()[named].name:
+        text = f"expected {named}, as its class {config['architectures'][0]} has it, found {said}"
+        yield finding("config", "fail", text, "config.json: model_type", data={"exactness": "differs"})
+
+
 def _planned(subject: Subject) -> Iterator[Finding]:
     """Against the plan that the family makes from the source."""
     plan = subject.plan
     if plan is None:
         yield from _problems("plan", subject.problems)
+        yield from _of_two_classes(subject.output)
         return
     assert subject.source is not None
     total = sum(1 for _ in subject.source) + len(subject.source.left_out)
