@@ -135,13 +135,27 @@ def _folded(steps: Steps) -> list[_Found]:
     at = 0
     for kind, columns in steps.runs():
         before = len(steps.templates[kind].sources)
-        if len(columns) != 2 or not _taken(groups, kind, at, columns[:1], columns[1:]):
+        if len(columns) == 2:
+            _fold_pairs(groups, kind, at, columns[0], columns[1])
+        else:
             for k, names in enumerate(zip(*columns, strict=True), at):
                 # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
                 sides = ([[n] for n in dict.fromkeys(side)] for side in (names[:before], names[before:]))
-                assert _taken(groups, kind, k, *sides)
+                _taken(groups, kind, k, *sides)
         at += len(columns[0])
     return list(groups.values())
+
+
+def _fold_pairs(
+    groups: dict[_Keys, _Found], kind: int, first: int, sources: Sequence[str], targets: Sequence[str]
+) -> None:
+    """Those from one tensor to one. Rows of a table that follow one another may have one template: halves are
+    tried, and halves of these, until each holds names of one row."""
+    if _taken(groups, kind, first, [sources], [targets]):
+        return
+    half = len(sources) // 2
+    _fold_pairs(groups, kind, first, sources[:half], targets[:half])
+    _fold_pairs(groups, kind, first + half, sources[half:], targets[half:])
 
 
 def _taken(groups: dict[_Keys, _Found], kind: int, first: int, *sides: Sequence[Sequence[str]]) -> bool:
