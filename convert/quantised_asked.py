@@ -50,7 +50,10 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
         return []
     weights, formats = len(inventory.weights), ", ".join(inventory.words)
     dtype = DTYPES[options.dequantize].torch
-    return [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
+    made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
+    if count := sum("activation" in w.others for w in inventory.weights.values()):
+        made.append(f"--dequantize: scales of the inputs of {count} weights are left out")
+    return made
 
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:

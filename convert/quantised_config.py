@@ -7,6 +7,7 @@ vLLM (model_executor/layers/quantization), mistral params.json of 2025.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ _READ = {
     "mxfp4": (),
     "compressed-tensors": ("format", "config_groups"),
 }
+_IN_ORDER = ("weight", "static")  # of activations, which calibration alone looked at
 _FORMATS = (
     "pack-quantized",
     "float-quantized",
@@ -153,11 +155,11 @@ def _compressed(raw: Mapping[str, Any], file: str) -> Scheme:
 
 def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, file: str) -> Scheme:
     form = raw.get("format")
-    formats = {g.get("format") for g in raw["config_groups"].values()} - {None, form}
+    formats = [f for g in raw["config_groups"].values() if (f := g.get("format")) not in (None, form)]
     if form not in _FORMATS or formats:
-        found = form if not formats else sorted(map(str, {form, *formats}))
+        found = [form, *formats] if formats else form
         _refuse("unsupported", f"expected {' or '.join(_FORMATS)}", found, f"{KEY}.format", file)
-    if weights.get("actorder"):
+    if weights.get("actorder") not in (None, False, *_IN_ORDER):
         _refuse("unsupported", "expected columns in order", weights["actorder"], f"{where}.actorder", file)
     bits, kind, group = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
     if (bits, kind) not in ((4, "int"), (8, "float"), (4, "float")):
@@ -165,9 +167,12 @@ def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, fi
         _refuse("unsupported", "expected 4 bits of int or float, or 8 of float", found, where, file)
     if group is not None and (type(group) is not int or not (group == -1 or 0 < group < 1 << 31)):
         _refuse("bad-config", "expected a whole number from 1, or -1", group, f"{where}.group_size", file)
+    block = weights.get("block_structure")
+    if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):  # its older form
+        block = [int(n) for n in block.split("x")]
     return Scheme(
         "compressed-tensors",
-        _two(weights.get("block_structure"), f"{where}.block_structure", file),
+        _two(block, f"{where}.block_structure", file),
         group if group != -1 else None,
         bits,
         weights.get("symmetric", True) is True,

@@ -267,8 +267,21 @@ def other(key: str, value: object) -> Callable[[Tensors, dict[str, Any]], None]:
     return lambda tensors, config: config["quantization_config"].update({key: value})
 
 
+def without_scales(tensors: Tensors, config: dict[str, Any]) -> None:
+    for name in [n for n in tensors if n.endswith("scale_inv")]:
+        del tensors[name]
+
+
 REFUSED = {
     "no scales": (lambda t, c: t.pop(GRID), "missing-tensor", GRID, "get the whole release"),
+    "no scales at all": (without_scales, "missing-tensor", "weight_scale_inv", "get the whole release"),
+    "no codes": (lambda t, c: t.pop(CODES), "missing-tensor", CODES, ""),
+    "scales of plain numbers": (
+        lambda t, c: t.update({CODES: ("BF16", np.full(t[CODES][1].shape, 0x3F80, "<u2"))}),
+        "uncovered-tensors",
+        GRID,
+        "--drop",
+    ),
     "another grid": (
         lambda t, c: t.update({GRID: ("F32", t[GRID][1][:-1])}),
         "shape-mismatch",
@@ -386,6 +399,57 @@ def test_a_cast_is_no_way_to_make_numbers_of_codes(quantised: Made) -> None:
     assert caught.value.kind == "usage"
     with pytest.raises(CkptToolError, match="rounds once"):
         plan(quantised("fp8-blocks"), options=Options(dtype="BF16", dequantize="F32"))
+
+
+def test_scales_of_inputs_are_left_out_of_numbers_and_that_is_told(quantised: Made) -> None:
+    made = plan(quantised("fp8-tensor"), options=Options(dequantize="BF16"))
+    assert any("scales of the inputs of 21 weights are left out" in words for words in made.lossy), made.lossy
+
+
+def test_one_scale_is_one_whatever_its_shape(quantised: Made, tmp_path: Path) -> None:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        for name in [n for n in tensors if n.endswith("scale_inv")]:
+            tensors[name] = "F32", tensors[name][1].reshape(1, 1)
+
+    source = changed(quantised("fp8-tensor"), tmp_path / "in", change)
+    numbers = Options(dequantize="BF16")
+    for folder, name in ((source, "out"), (quantised("fp8-tensor"), "right")):
+        convert(folder, tmp_path / name, options=numbers)
+    assert held(tmp_path / "out") == held(tmp_path / "right")
+
+
+def grouped(**weights: object) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 24]} | weights
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+
+
+@pytest.mark.parametrize("weights", [{}, {"block_structure": "16x24"}, {"actorder": "static"}])
+def test_what_compressed_tensors_says_of_blocks(
+    weights: dict[str, Any], quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(
+        quantised("fp8-blocks"),
+        tmp_path / "in",
+        lambda t, c: c.update(quantization_config=grouped(**weights)),
+    )
+    with open_checkpoint(source) as checkpoint:
+        found = found_in(checkpoint)
+    assert found is not None and found.words == ["fp8 in blocks of 16 x 24"]
+
+
+@pytest.mark.parametrize(
+    "said", [grouped(actorder="group"), grouped() | {"format": ["x"]}, grouped(block_structure="16")]
+)
+def test_what_compressed_tensors_says_oddly_is_refused(
+    said: dict[str, Any], quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(
+        quantised("fp8-blocks"), tmp_path / "in", lambda t, c: c.update(quantization_config=said)
+    )
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    assert caught.value.kind in ("unsupported", "bad-config")
 
 
 # --- rows over blocks -----------------------------------------------------------------------------------
