@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckpt_tool.api import convert, plan, verify
+from ckpt_tool.api import convert, gate, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
@@ -617,3 +617,20 @@ def test_scales_may_stand_in_another_file_than_their_codes(quantised: Made, tmp_
         convert(source, tmp_path / f"{name}-right", options=options)
         assert held(tmp_path / name) == held(tmp_path / f"{name}-right")
         assert verify(tmp_path / name, apart, levels=("coverage", "bits")).status == "pass"
+
+
+def test_a_gate_makes_numbers_of_codes(quantised: Made, tmp_path: Path) -> None:
+    entries = (
+        ("numbers", 'dequantize = "bfloat16"\nrecipe = "bf16-scale"'),
+        ("codes", ""),
+        ("half", 'recipe = "bf16-scale"'),
+    )
+    checks = [
+        f'[[check]]\nname = "{name}"\nconvert = "auto"\nsource = "{quantised("fp8-blocks")}"\n'
+        f'out = "{name}"\nlevels = ["coverage", "bits"]\n{said}\n'
+        for name, said in entries
+    ]
+    (tmp_path / "parity.toml").write_text("\n".join(checks))
+    numbers, codes, half = gate(tmp_path / "parity.toml").reports
+    assert numbers.status == codes.status == "pass" and "recipe bf16-scale" in numbers.headline
+    assert half.could_not_run and not (tmp_path / "half").exists()
