@@ -89,6 +89,17 @@ FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
     "fp8 in blocks",
 )
 MXFP4, INT4, NVFP4 = "MXFP4", "int4 in groups", "NVFP4"
+_FP8 = (FP8_TENSOR, FP8_ROWS, FP8_BLOCKS)
+_KINDS = {
+    "fp8": _FP8,
+    OF_PARAMS: _FP8,
+    "mxfp4": (MXFP4,),
+    "float-quantized": _FP8,
+    "naive-quantized": _FP8,
+    "pack-quantized": (INT4,),
+    "nvfp4-pack-quantized": (NVFP4,),
+    "mxfp4-pack-quantized": (MXFP4,),
+}  # by the format or the method of a scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +158,7 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
     tensors = {t.name: t for t in checkpoint if t.name.endswith(_KNOWN_ENDS)}
     named = [(t, f) for t in candidates for f in _formats_of(t, tensors)]
     of_files = {t for t, _ in named}
-    alone = [
-        t
-        for t in candidates
-        if t not in of_files and t.dtype == E4M3 and t.name.endswith(".weight") and len(t.shape) > 1
-    ]
+    alone = [t for t in candidates if t not in of_files and _are_codes(t)]
     if not named and not alone:
         return None
     scheme = scheme_of(checkpoint, settings or {})
@@ -166,6 +173,7 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
             problems.append(made)
         else:
             weights[made.name] = made
+    problems += _not_as_said(weights, scheme)
     fail_all([*problems, *_plain_twins(weights, checkpoint)])
     return Inventory(checkpoint, weights, scheme)
 
@@ -188,7 +196,15 @@ def _stem(t: TensorInfo, form: QuantFormat) -> str:
     return t.name[: -len(form.codes)]
 
 
+def _are_codes(t: TensorInfo) -> bool:
+    """Whether a tensor without scales is codes all the same, beside others that are."""
+    if t.dtype == E4M3:
+        return t.name.endswith(".weight") and len(t.shape) > 1
+    return t.dtype == "U8" and len(t.shape) > 2 and t.shape[-1] == MX_GROUP // 2
+
+
 def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
+    form = next((f for f in FORMATS if f.own_rows and t.name.endswith(f.codes)), form)
     name = _stem(t, form) + form.scales
     message = f"expected the scales of {t.name}, whose {t.dtype} are codes, found none"
     return Problem(
@@ -210,6 +226,16 @@ def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> It
         if t.name in weights and weights[t.name].form.packed:
             message = f"expected codes or numbers of one weight, found {weights[t.name].codes.name} beside it"
             yield Problem("duplicate-tensor", message, t.file, t.name)
+
+
+def _not_as_said(weights: Mapping[str, Quantised], scheme: Scheme) -> Iterator[Problem]:
+    """The first weight that is not made of what the documents say."""
+    said = scheme.format or scheme.method
+    odd = next((w for w in weights.values() if said and w.kind not in _KINDS[said]), None)
+    if odd is not None:
+        message = f"expected codes of {said}, as {scheme.file} says, found {odd.kind}"
+        hint = f"--set {KEY}='{{...}}' says what the tensors are, if {scheme.file} is wrong"
+        yield Problem("config-mismatch", message, odd.codes.file, odd.codes.name, hint)
 
 
 def _quantised(

@@ -180,8 +180,9 @@ def rewritten(folder: Path, to: Path, name: str, change: Changed) -> Path:
 def test_a_packed_matrix_that_is_not_whole_is_refused(what: str, originals: Written, tmp_path: Path) -> None:
     where, change, kind = BROKEN[what]
     source = rewritten(originals(SQUARE), tmp_path / "in", where, change)
-    found = problems(lambda: api.plan(source, family="gpt-oss"))
-    assert (kind, where) in [(p.kind, p.where) for p in found], found
+    for options in (api.Options(), api.Options(dequantize="BF16"))[: 1 + (kind != "unsupported-dtype")]:
+        found = problems(lambda options=options: api.plan(source, family="gpt-oss", options=options))
+        assert (kind, where) in [(p.kind, p.where) for p in found], found
 
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
@@ -206,7 +207,7 @@ BACK: dict[str, tuple[dict[str, Any], str, str]] = {
     "two numbers of experts": ({TOKEN: 3}, "bad-config", TOKEN),
     "one number of experts, where nobody looks": ({"num_experts_per_tok": None}, "bad-config", TOKEN),
     "two first lengths": ({"initial_context_length": 8192}, "bad-config", "initial_context_length"),
-    "another way of packing": ({PACKING: {"quant_method": "fp8"}}, "unsupported", PACKING),
+    "another way of packing": ({PACKING: {"quant_method": "fp8"}}, "config-mismatch", E),
     "nothing said of packing": ({PACKING: None}, "config-mismatch", PACKING),
 }
 
@@ -219,7 +220,7 @@ def test_what_no_original_can_say_is_refused_on_the_way_back(
     folder = changed(conversions(SQUARE), tmp_path / "in", **said)
     (folder / "ckpt-tool.json").unlink()
     found = problems(lambda: api.plan(folder, to="original"))
-    assert (kind, where) in [(p.kind, (p.where or "").partition(".")[0]) for p in found], found
+    assert any(p.kind == kind and (p.where or "").startswith(where) for p in found), found
 
 
 # --- folders ----------------------------------------------------------------------------------------------

@@ -307,6 +307,12 @@ REFUSED = {
         "quantization_config.weight_block_size",
         "--set quantization_config=",
     ),
+    "another format": (
+        lambda t, c: c.update(quantization_config={"quant_method": "mxfp4"}),
+        "config-mismatch",
+        "weight",
+        "--set quantization_config",
+    ),
     "an odd block": (other("weight_block_size", [16]), "bad-config", "weight_block_size", ""),
     "another method": (other("quant_method", "awq"), "unsupported", "quant_method", ""),
     "an unknown key": (other("rotation", "hadamard"), "unsupported", "rotation", "--set"),
