@@ -63,4 +63,12 @@ def carried_words(checkpoint: Checkpoint) -> list[str]:
     inventory = carried_of(checkpoint)
     if inventory is None:
         return []
-    return [f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"]
+    made = [f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"]
+    left = inventory.scheme.left(n.removesuffix(".weight") for n in inventory.weights)
+    if left:
+        file = inventory.scheme.file
+        made.append(
+            f"{file} says that {left[0]} is not quantised{f', and {len(left) - 1} more' * (len(left) > 1)}: "
+            "by that, loaders take its codes as numbers, without the scales"
+        )
+    return made

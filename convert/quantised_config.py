@@ -28,7 +28,8 @@ RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quant
 TARGETS = ("BF16", "F32", "F16")  # dtypes that numbers are made in
 NO_NUMBER = 255  # the E8M0 code that is NaN
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
-_PLACES = ("modules_to_not_convert", "ignored_layers", "ignore", "modules_to_convert")
+_LEFT = ("modules_to_not_convert", "ignored_layers", "ignore")  # modules that are not quantised
+_PLACES = (*_LEFT, "modules_to_convert")
 # Keys without a bearing on the numbers of the weights, by method; those of `_PLACES` are known everywhere.
 _FREE = {
     "fp8": ("activation_scheme", "dequantize", "kv_cache_quant_algo"),
@@ -72,6 +73,20 @@ class Scheme:
     @property
     def said(self) -> bool:
         return bool(self.method)
+
+    def left(self, modules: Iterable[str]) -> list[str]:
+        """Those of the modules that are named among what is left as it is: whole, or by their beginning or
+        end. Names that are patterns are not looked at."""
+        listed = [(self.raw or {}).get(place) for place in _LEFT]
+        names = {n for each in listed if isinstance(each, list) for n in each if isinstance(n, str)}
+        return [m for m in modules if not names.isdisjoint(_ends(m))] if names else []
+
+
+def _ends(module: str) -> Iterator[str]:
+    parts = module.split(".")
+    for k in range(len(parts)):
+        yield ".".join(parts[: k + 1])
+        yield ".".join(parts[k:])
 
 
 def scheme_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scheme:

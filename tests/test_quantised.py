@@ -412,6 +412,24 @@ def test_scales_of_inputs_are_left_out_of_numbers_and_that_is_told(quantised: Ma
     assert any("scales of the inputs of 21 weights are left out" in words for words in made.lossy), made.lossy
 
 
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["lm_head", "model.layers.1", "mlp.up_pro", "layers.0"], 7),
+        (["down_proj", "model.layers.1.mlp.down_proj"], 3),
+        (["model.layers.1.mlp.up_proj"], 1),
+        (["model.layers.*.mlp", "", 5], 0),
+    ],
+)
+def test_codes_that_config_json_calls_plain_are_told(
+    names: list[Any], count: int, quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", other("modules_to_not_convert", names))
+    told = [n for n in plan(source).notes if "is not quantised" in n]
+    assert len(told) == bool(count), told
+    assert count < 2 or f", and {count - 1} more:" in told[0]
+
+
 def test_one_scale_is_one_whatever_its_shape(quantised: Made, tmp_path: Path) -> None:
     def change(tensors: Tensors, config: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.endswith("scale_inv")]:
