@@ -50,7 +50,10 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
         return []
     weights, formats = len(inventory.weights), ", ".join(inventory.words)
     dtype = DTYPES[options.dequantize].torch
-    return [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
+    made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
+    if count := sum("activation" in w.others for w in inventory.weights.values()):
+        made.append(f"--dequantize: scales of the inputs of {count} weights are left out")
+    return made
 
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:
@@ -60,4 +63,12 @@ def carried_words(checkpoint: Checkpoint) -> list[str]:
     inventory = carried_of(checkpoint)
     if inventory is None:
         return []
-    return [f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"]
+    made = [f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"]
+    left = inventory.scheme.left(n.removesuffix(".weight") for n in inventory.weights)
+    if left:
+        file = inventory.scheme.file
+        made.append(
+            f"{file} says that {left[0]} is not quantised{f', and {len(left) - 1} more' * (len(left) > 1)}: "
+            "by that, loaders take its codes as numbers, without the scales"
+        )
+    return made
