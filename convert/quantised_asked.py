@@ -58,12 +58,16 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:
     """That quantised weights are carried as they are."""
+    from ckpt_tool.convert.quantised import FP8_ROWS, QSCALE
     from ckpt_tool.convert.quantised_view import carried_of
 
     inventory = carried_of(checkpoint)
     if inventory is None:
         return []
-    made = [f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"]
+    text = f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"
+    if any(w.form is QSCALE and w.kind == FP8_ROWS for w in inventory.weights.values()):
+        text += f"; transformers loads no such folder, whose class has one scale for a matrix: {WAY_OUT}"
+    made = [text]
     left = inventory.scheme.left(n.removesuffix(".weight") for n in inventory.weights)
     if left:
         file = inventory.scheme.file

@@ -199,16 +199,17 @@ def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, fi
 
 def for_transformers(inventory: Inventory, names: Iterable[str]) -> Value:
     """What transformers is told of fp8 weights whose original says it in words of its own; `names` are the
-    tensors of the converted model."""
+    tensors of the converted model. A part of the model without codes is named as a whole, in one with codes
+    each layer that has none."""
     names = list(names)
     static = any("activation" in w.others for w in inventory.weights.values())
     codes = {n.removesuffix("_scale_inv") for n in names if n.endswith(".weight_scale_inv")}
     plain: dict[str, None] = {}
     for name in names:
         if name.endswith(".weight") and name not in codes and _is_linear(name):
-            parts = name.removesuffix(".weight").split(".")
-            tower = parts[0] == "model" and parts[1] != "layers"
-            plain[".".join(parts[: 2 if tower else 1] if parts[1:2] != ["layers"] else parts)] = None
+            layer = name.removesuffix(".weight")
+            whole = ".".join(layer.split(".")[: 2 if layer.startswith("model.") else 1])
+            plain[layer if any(c.startswith(f"{whole}.") for c in codes) else whole] = None
     made = {
         "quant_method": "fp8",
         "activation_scheme": "static" if static else "dynamic",
