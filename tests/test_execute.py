@@ -25,7 +25,8 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert import carry
 from ckpt_tool.convert.execute import Outcome, Progress, execute, groups
 from ckpt_tool.convert.layout import Part, Step, parse_dims
-from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan, place
+from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan, _set_down, _written, place
+from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 
@@ -49,26 +50,8 @@ def step(
 
 
 def plan_of(steps: Sequence[Step], limit: int = 1 << 40, **more: Any) -> Plan:
-    from ckpt_tool.checkpoint.base import TensorInfo
-
-    wanted = {
-        p.name: TensorInfo(p.name, p.dtype, p.shape(s.sizes), p.file)
-        for s in steps
-        if not s.compare
-        for p in s.targets
-    }
-    files, index = place(list(wanted.values()), limit)
-    home = {t.name: f.name for f in files for t in f.tensors}
-    placed = tuple(
-        Step(
-            s.axes,
-            s.sources,
-            tuple(Part(home[p.name], p.name, p.dtype, p.dims, p.ranges) for p in s.targets),
-            s.note,
-            s.compare,
-        )
-        for s in steps
-    )
+    files, index, home = place(_written(Steps(steps), in_files=False), limit)
+    placed = _set_down(Steps(steps), home)
     return Plan("test", "to-hf", placed, tuple(files), tuple(index), {}, **more)
 
 
