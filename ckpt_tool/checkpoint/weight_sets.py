@@ -316,7 +316,7 @@ def locate(
             if bundle is not None:
                 return within, bundle
         for within, inside in places if wish != "hf" else ():
-            if (loose := loose_set(inside)) is not None:
+            if not find_sets(inside) and (loose := loose_set(inside)) is not None:
                 check_finished(loose, inside, file=f"{file}/{within}".rstrip("/"))
                 return within, loose
     return None
