@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from rich.console import Console
 
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.manifest import CERTIFICATE
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import CkptToolError, fail
 from ckpt_tool.report_files import write_whole
 from ckpt_tool.terminal import paragraph
 from ckpt_tool.verify.certificate import Request, as_bytes, certify
 from ckpt_tool.verify.certificate_lists import beside
-from ckpt_tool.verify.signing import sign
+from ckpt_tool.verify.signing import payload_of, sign
 
 
 def made(
@@ -35,12 +36,15 @@ def made(
     place = Path(out) / CERTIFICATE if file is None else Path(file)
     if not place.parent.is_dir() or place.is_dir():
         fail("output-failed", "expected the name of a file in an existing folder, found none", file=place)
-    if place.exists() and not _is_certificate(place):
+    earlier = _earlier(place) if place.exists() else {}
+    if earlier is None:
         found = "found a file that is no certificate"
         fail("output-exists", f"expected a free name or an earlier certificate, {found}", file=place)
-    if beside(place).exists() and not place.exists():
+    lists = beside(place)
+    if lists.exists() and "lists" not in earlier:
         found = "found the name of its lists taken"
-        fail("output-exists", f"expected a free name for a certificate, {found}", file=beside(place))
+        hint = "move that file away, or name another certificate with --write"
+        fail("output-exists", f"expected a free name for a certificate, {found}", file=lists, hint=hint)
     if key is not None:
         sign(b"", key)  # before the work: a key that cannot sign is known now
     request = Request(
@@ -66,8 +70,11 @@ def made(
     content = as_bytes(done.statement)
     content = content if key is None else sign(content, key)
     if done.lists is not None:
-        _write(beside(place), done.lists.pieces())  # first: a certificate without them holds for nothing
+        _write(lists, done.lists.pieces())  # first: a certificate without them holds for nothing
     _write(place, content)
+    if done.lists is None and "lists" in earlier:  # those of the one before
+        with suppress(OSError):
+            lists.unlink()
     _told(place, done.statement, key, screen)
     return 0
 
@@ -79,13 +86,19 @@ def _write(place: Path, data: bytes | Iterable[bytes]) -> None:
         raise disk.failure(error, os.fspath(place)) from None
 
 
-def _is_certificate(place: Path) -> bool:
-    """Whether a file begins as certificates do: as JSON with their types."""
+def _earlier(place: Path) -> dict[str, Any] | None:
+    """What the certificate at `place` says, signed or not; None where the file there does not begin as
+    certificates do, as JSON with their types."""
     try:
-        content = json.loads(place.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and ("predicateType" in content or "payloadType" in content)
+        found = json.loads(place.read_bytes())
+        if isinstance(found, dict) and "payloadType" in found:
+            found = json.loads(payload_of(found, place.name))
+    except (OSError, ValueError, RecursionError, CkptToolError):
+        return None
+    if not isinstance(found, dict) or "predicateType" not in found:
+        return None
+    said = found.get("predicate")
+    return said if isinstance(said, dict) else {}
 
 
 def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Console) -> None:

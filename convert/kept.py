@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.checkpoint.strict_json import members
-from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VERSION
+from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VERSION, members_of
 from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.errors import fail, printable
 
@@ -79,11 +78,8 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest | None:
         return None
     crcs: dict[tuple[str, str], int] = {}
     data: dict[str, Any] = {}
-    # A model of very many tensors has a long list of them, of which little is kept.
     content = checkpoint.documents[MANIFEST].read(MANIFEST_BYTES)
-    known = members(
-        content, file=MANIFEST, max_bytes=MANIFEST_BYTES, held=False, wide=True, listed=("tensors",)
-    )
+    known = members_of(content)
     del content
     for number, (key, value) in enumerate(known):
         if key != "tensors[]":

@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
+from ckpt_tool.checkpoint.strict_json import members
 from ckpt_tool.convert.plan import OutputDocument, Plan
 from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.convert.widths import rounds
@@ -172,6 +173,14 @@ def _options(plan: Plan) -> dict[str, Any]:
         "strict_replicas": plan.strict_replicas,
         **plan.asked,
     }
+
+
+def members_of(content: bytes) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a manifest as read; a model of very many tensors has a long list of them, whose
+    entries come one at a time as `tensors[]`."""
+    return members(
+        content, file=MANIFEST, max_bytes=MANIFEST_BYTES, held=False, wide=True, listed=("tensors",)
+    )
 
 
 def as_document(content: Mapping[str, Any]) -> bytes:

@@ -23,6 +23,7 @@ from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_doc
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
+from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as TORCH_LIMIT
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
@@ -352,6 +353,7 @@ def assemble(
         steps, documents = _set_down(steps, home), [*documents, *index]
     else:
         files = [wanted.whole(name) for name in outputs or ()]
+        fail_all(_too_many(files))
     return Plan(
         family=family,
         direction=direction,
@@ -565,6 +567,17 @@ def place(wanted: ToWrite, limit: int) -> tuple[list[OutputFile], list[OutputDoc
         for piece in index_pieces(home, total):
             content.write(piece)
     return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")], home
+
+
+def _too_many(files: Iterable[OutputFile]) -> Iterator[Problem]:
+    """Files that would hold more tensors than the readers take from one."""
+    most = {"safetensors": TENSOR_LIMIT, "tf-bundle": TENSOR_LIMIT, "torch-zip": TORCH_LIMIT}
+    for file in files:
+        limit = most.get(file.format)
+        if limit is not None and len(file.tensors) > limit:
+            message = f"expected at most {limit:,} tensors in one file, found {len(file.tensors):,}"
+            hint = "--form or --container, where the family has them, write other files"
+            yield Problem("unsupported", message, file.name, hint=hint)
 
 
 def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:

@@ -25,7 +25,6 @@ from ckpt_tool.checkpoint.dcp_names import DATA
 from ckpt_tool.checkpoint.dcp_names import FORMAT as DISTRIBUTED
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.sniff import sniff
-from ckpt_tool.checkpoint.strict_json import members
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.layer_axis import layers_apart
@@ -35,6 +34,7 @@ from ckpt_tool.convert.manifest import (
     MANIFEST,
     MANIFEST_BYTES,
     MANIFEST_VERSION,
+    members_of,
 )
 from ckpt_tool.errors import CkptToolError, fail, printable
 
@@ -219,15 +219,13 @@ def _listed(names: list[str]) -> str:
 def _manifest(folder: Path, found: Contents) -> Written | None:
     """What the manifest in the folder says; None where none reads as one of this tool."""
     stamp = found.get(MANIFEST)
-    if stamp is None or stamp.kind != "file":
+    if stamp is None or stamp.kind != "file" or stamp.size > MANIFEST_BYTES:
         return None
     try:
         tensors: dict[str, dict[str, tuple[str, tuple[int, ...], str]]] = {}
         data: dict[str, Any] = {}
         content = (folder / MANIFEST).read_bytes()
-        for key, value in members(
-            content, file=MANIFEST, max_bytes=MANIFEST_BYTES, held=False, wide=True, listed=("tensors",)
-        ):
+        for key, value in members_of(content):
             if key == "tensors[]":
                 entry = value["dtype"], tuple(value["shape"]), value["crc32"]
                 tensors.setdefault(value["file"], {})[value["name"]] = entry

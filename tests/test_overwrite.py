@@ -247,6 +247,14 @@ def test_a_file_called_like_the_manifest_is_not_enough(what: str, work: Path) ->
     assert contents(work) == before
 
 
+def test_a_manifest_of_any_size_is_looked_at_in_bounded_memory(work: Path) -> None:
+    (work / "mine").mkdir()
+    (work / "mine" / "notes.txt").write_text("mine")
+    with (work / "mine" / "ckpt-tool.json").open("w") as file:
+        file.truncate(1 << 40)  # bytes that no memory holds
+    assert refused("mine").kind == "not-replaceable"
+
+
 # --- places that are never replaced ---------------------------------------------------------------------
 
 

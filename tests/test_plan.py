@@ -17,6 +17,9 @@ from rich.console import Console
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
+from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as TORCH_LIMIT
+from ckpt_tool.checkpoint.zip_reader import MEMBER_LIMIT
+from ckpt_tool.convert import plan as plan_module
 from ckpt_tool.convert.expanding import expand
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Step, rule
@@ -41,6 +44,7 @@ from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.headers import real_header
 from ckpt_tool.fixtures.variants import VARIANTS
 from tests.headers_only import Headers
+from tests.in_process import program
 
 
 def opened(original: Original, folder: Path) -> Checkpoint:
@@ -93,6 +97,24 @@ def test_placing_keeps_every_tensor_once_and_the_limit(sizes: list[int], limit: 
         assert [f.name for f in files] == sorted(f.name for f in files)
     assert home == {t.name: t.file for f in files for t in f.tensors}
     assert all(f.metadata == (("format", "pt"),) for f in files)  # transformers 4 fails without it
+
+
+def test_no_file_is_planned_that_could_not_be_read(
+    conversions: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TORCH_LIMIT < MEMBER_LIMIT - 100  # the other members of a torch file
+    for name, limit in (("a.safetensors", "TENSOR_LIMIT"), ("a.pth", "TORCH_LIMIT")):
+        monkeypatch.setattr(plan_module, limit, 3)
+        made: list[str] = []
+        for count in (3, 4):
+            wanted = to_write(*[1] * count)
+            wanted.names[name] = wanted.names.pop("")
+            made += [p.message for p in plan_module._too_many([wanted.whole(name)])]
+        assert made == ["expected at most 3 tensors in one file, found 4"]
+    back = ("convert", "mistral", "--to", "original", "--in", str(conversions("mistral-float32")))
+    done = program(*back, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2 and "expected at most 3 tensors" in done.stderr, done.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_layers_tensors_stand_together_in_the_order_of_layers(tmp_path: Path) -> None:

@@ -116,9 +116,13 @@ def test_lists_that_were_changed_do_not_hold(apart: Path) -> None:
         (out / NAME).write_bytes(as_bytes(forged))
         with pytest.raises(CkptToolError, match=words):
             check(out)
+    (out / NAME).write_bytes(said)
+    place.write_bytes(b"".join(right.splitlines(keepends=True)[1:]))  # cut between two entries
+    assert check(out).headline.startswith(f"{LISTS}: expected the lists of SHA-256")
     place.unlink()
-    with pytest.raises(CkptToolError, match="expected the lists of the certificate, found none"):
+    with pytest.raises(CkptToolError, match="expected the lists of the certificate, found none") as missing:
         check(out)
+    assert f"belongs to {NAME}" in str(missing.value.problems[0].hint)
 
 
 def test_what_differs_in_lists_is_told_by_doing_it_again(apart: Path) -> None:
@@ -138,10 +142,22 @@ def test_what_differs_in_lists_is_told_by_doing_it_again(apart: Path) -> None:
 
 
 def test_a_name_that_lists_would_take_is_not_written_over(work: Path) -> None:
-    (work / "out" / LISTS).write_text("mine")
-    done = program("certificate", "out", "--source", "source", cwd=work)
-    assert done.returncode == 2 and done.stderr.startswith("error[output-exists]"), done.stderr
-    assert (work / "out" / LISTS).read_text() == "mine"
+    lists = work / "out" / LISTS
+    lists.write_text("mine")
+    for earlier in (None, {"predicateType": "x", "predicate": {}}, {"payloadType": "x", "payload": "e30="}):
+        if earlier is not None:
+            (work / "out" / NAME).write_text(json.dumps(earlier))
+        done = program("certificate", "out", "--source", "source", cwd=work)
+        assert done.returncode == 2 and done.stderr.startswith("error[output-exists]"), done.stderr
+        assert lists.read_text() == "mine"
+
+
+def test_lists_of_an_earlier_certificate_go_with_it(apart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificate_lists, "INLINE", 10**9)
+    levels = ("--level", "coverage", "--level", "bits")
+    done = program("certificate", "out", "--source", "source", *levels, cwd=apart)
+    assert done.returncode == 0, done.stderr
+    assert (apart / "out" / NAME).exists() and not (apart / "out" / LISTS).exists()
 
 
 # --- where a source is from -----------------------------------------------------------------------------

@@ -326,13 +326,13 @@ def test_dtypes_that_are_not_read_are_named_and_others_convert(
 ) -> None:
     odd = {
         "extra.c64": torch.ones(2, dtype=torch.complex64),
-        "extra.e8m0": torch.ones(2).to(torch.float8_e8m0fnu),
+        "extra.fnuz": torch.ones(2).to(torch.float8_e4m3fnuz),
     }
     source = originals("qwen2-0.5b")
     saved(weights(source) | odd, tmp_path / "in")
     beside(source, tmp_path / "in")
     shown = program("inspect", "in", cwd=tmp_path).stdout
-    for name, dtype in (("extra.c64", "complex64"), ("extra.e8m0", "float8_e8m0fnu")):
+    for name, dtype in (("extra.c64", "complex64"), ("extra.fnuz", "float8_e4m3fnuz")):
         assert name in shown and dtype in shown
     api.convert(tmp_path / "in", tmp_path / "out")
     ours, theirs = (f / "model.safetensors" for f in (tmp_path / "out", conversions("qwen2-0.5b")))
@@ -340,7 +340,8 @@ def test_dtypes_that_are_not_read_are_named_and_others_convert(
 
 
 def test_every_dtype_that_is_read(tmp_path: Path) -> None:
-    kinds = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64, torch.bool)
+    bits = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.bool)
+    kinds = (*bits, torch.uint16, torch.uint32, torch.uint64)
     made = {str(d).partition(".")[2]: torch.arange(6).view(torch.int64).to(d).view(2, 3) for d in kinds}
     saved(made, tmp_path / "in")
     with open_checkpoint(tmp_path / "in") as checkpoint:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -259,6 +260,28 @@ def test_a_large_stored_member_is_checked_in_two_halves(tmp_path: Path, damaged:
     expected = nullcontext() if damaged is None else pytest.raises(CkptToolError, match="expected crc32")
     with closing(archive.source), expected:
         archive.check(archive.members["weights.pt"])
+
+
+def test_a_signal_does_not_wait_for_the_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as made:
+        made.writestr("weights.pt", bytes(3_000_000))
+    archive = ZipArchive(ByteRange(tmp_path / "a.zip", "a.zip"))
+    read, begun = archive.source.read_into, threading.Event()
+    count: list[int] = []
+
+    def slow(offset: int, buffer: memoryview, where: str | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(5)
+            raise KeyboardInterrupt
+        count.append(offset)
+        begun.set()
+        time.sleep(0.05)
+        read(offset, buffer, where)
+
+    monkeypatch.setattr(archive.source, "read_into", slow)
+    with closing(archive.source), pytest.raises(KeyboardInterrupt):
+        archive.check(archive.members["weights.pt"])
+    assert len(count) <= 2  # of six
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])

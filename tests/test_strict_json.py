@@ -180,3 +180,13 @@ def test_strings_and_booleans_are_not_converted() -> None:
         strict_json.string({"a": 1}, "a", file="p")
     with pytest.raises(CkptToolError, match="expected true or false, found 1"):
         strict_json.boolean({"a": 1}, "a", file="p")
+
+
+@pytest.mark.parametrize("text", ['{"a":[1],"a":null}', '{"a":null,"a":[1]}', '{"a":[],"a":[]}'])
+def test_a_list_that_comes_entry_by_entry_comes_once(text: str) -> None:
+    def read(data: str) -> list[tuple[str, Any]]:
+        return list(strict_json.members(data.encode(), file="f", max_bytes=99, listed=("a",)))
+
+    assert read('{"b":[3],"a":[1,{"a":[2]}]}') == [("b", [3]), ("a[]", 1), ("a[]", {"a": [2]})]
+    with pytest.raises(CkptToolError, match="expected each key once, found it twice"):
+        read(text)

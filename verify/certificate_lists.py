@@ -146,13 +146,14 @@ class Entries:
 
 
 class Filed(Entries):
-    """Those of one whose lists lie in the file `path`. `sha256` is that of the file."""
+    """Those of the one at `place`, whose lists lie in the file `path`. `sha256` is that of the file: where it
+    is not the one in the certificate, they are not to be read."""
 
     apart = True
 
-    def __init__(self, predicate: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, predicate: Mapping[str, Any], place: Path) -> None:
         super().__init__(predicate)
-        self.path = path
+        self.place, self.path = place, beside(place)
         outputs = [o["tensors"] for o in self.plan["outputs"]]
         self.counts: dict[Section, int] = {
             "source": predicate["source"]["tensors"],
@@ -161,7 +162,7 @@ class Filed(Entries):
             "steps": self.plan["steps"],
         }
         if any(n < 0 for n in (*self.counts.values(), *outputs)):
-            fail("bad-config", "expected numbers of entries, found one below 0", file=path.name)
+            fail("bad-config", "expected numbers of entries, found one below 0", file=place.name)
         self.sha256 = self._look()
 
     def _look(self) -> str:
@@ -180,9 +181,10 @@ class Filed(Entries):
             at, number = at + len(line), number + 1
         for section in wanted.get(number, ()):
             self.starts[section] = at
-        if number != total:
+        found = made.hexdigest()
+        if number != total and found == self.predicate["lists"]["sha256"]:
             self._refuse(f"expected {total:,} entries, found {number:,}")
-        return made.hexdigest()
+        return found
 
     def _read(self, at: int) -> Iterator[bytes]:
         try:
@@ -193,7 +195,7 @@ class Filed(Entries):
                         self._refuse(f"expected lines of at most {LINE:,} bytes, found a longer one")
                     yield line
         except FileNotFoundError:
-            hint = f"it belongs to the certificate: copy {self.path.name} with it"
+            hint = f"a file {LISTS_SUFFIX} belongs to {self.place.name}: copy and rename it with that"
             fail("not-found", "expected the lists of the certificate, found none", file=self.path, hint=hint)
         except OSError as error:
             fail("read-failed", f"cannot be read: {error.strerror}", file=self.path)
@@ -250,4 +252,4 @@ class Filed(Entries):
 
 def entries_of(predicate: Mapping[str, Any], place: Path) -> Entries:
     """Of a certificate at `place` that has the form of one."""
-    return Filed(predicate, beside(place)) if "lists" in predicate else Entries(predicate)
+    return Filed(predicate, place) if "lists" in predicate else Entries(predicate)

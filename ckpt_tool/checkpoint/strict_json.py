@@ -252,10 +252,11 @@ class _Reader:
             if text[position : position + 1] != ":":
                 self.refuse_at(position, "`:` after a key")
             position = self.skip(position + 1)
-            if key in listed and text[position : position + 1] == "[":
+            if key in listed:
                 if key in seen:
                     self.refuse("expected each key once, found it twice in one object", key)
                 seen.add(key)
+            if key in listed and text[position : position + 1] == "[":
                 position = yield from self.entries(position, key)
             else:
                 value, position = self.value(position, key)

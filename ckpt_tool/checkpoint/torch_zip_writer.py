@@ -23,6 +23,7 @@ from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.errors import fail_all
 
 ALIGNMENT = 64
+TENSOR_LIMIT = 99_000  # in one file: a member each beside a few others, see zip_reader.MEMBER_LIMIT
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _UTF8 = 0x0800
 _DATE = 1 << 5 | 1  # 1980-01-01, the first that a zip can say

@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from threading import Event
 from typing import NoReturn
 from zlib import MAX_WBITS
 
@@ -429,19 +430,24 @@ class ZipArchive:
             return
         from concurrent.futures import ThreadPoolExecutor
 
-        middle = member.packed // 2
+        middle, left = member.packed // 2, Event()
         with ThreadPoolExecutor(1) as other:
             try:
-                right = other.submit(self._crc, member, middle, member.packed).result
-            except RuntimeError:  # a limit of threads
-                right = partial(self._crc, member, middle, member.packed)
-            left = self._crc(member, 0, middle)
-            self._compare(member, combine(left, right(), member.packed - middle))
+                try:
+                    right = other.submit(self._crc, member, middle, member.packed, left).result
+                except RuntimeError:  # a limit of threads
+                    right = partial(self._crc, member, middle, member.packed, left)
+                crc = self._crc(member, 0, middle, left)
+                self._compare(member, combine(crc, right(), member.packed - middle))
+            finally:
+                left.set()  # a failure or a signal does not wait for the other half
 
-    def _crc(self, member: Member, start: int, stop: int) -> int:
-        """Of bytes `start` to `stop` of a stored member."""
+    def _crc(self, member: Member, start: int, stop: int, left: Event) -> int:
+        """Of bytes `start` to `stop` of a stored member; nothing is read any more once nobody asks for it."""
         crc, room = 0, memoryview(bytearray(_BLOCK))
         for at in range(start, stop, _BLOCK):
+            if left.is_set():
+                break
             block = room[: min(_BLOCK, stop - at)]
             self.source.read_into(member.data + at, block, member.name)
             crc = crc32(block, crc)
