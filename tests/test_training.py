@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import library, optimizer, schedules, training, training_groups, verify
 from ckpt_tool.verify.optimizer import AdamW
+from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.report import Finding, Report
 
 transformers = pytest.importorskip("transformers")
@@ -259,6 +262,15 @@ def test_a_gradient_that_float32_does_not_have_is_not_judged() -> None:
         assert (found.holds, found.noisy, found.lost) == (bar_holds, bar_holds, False)
         (found,) = training.apart(wanted(right, off), {})
         assert found.lost is not bar_holds
+
+
+def test_what_is_packed_is_told_from_what_learns() -> None:
+    """Codes that a pass sees as numbers, and codes that it sees as they are."""
+    weights = PackedWeights.__new__(PackedWeights)
+    weights.formulas = {"one": Mock(), "two": Mock()}
+    weights.tensors = {n: TensorInfo(n, d, (4,), "") for n, d in (("one", "BF16"), ("blocks", "U8"))}
+    said = training._packed(Mock(weights=[weights]))
+    assert "1 hold packed weights" in said and "2 are codes, taught here as the numbers" in said
 
 
 def test_an_original_without_a_loss_is_undecided(originals: Written, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ckpt_tool.verify.gradients import Flaw, Key, Rows, Task, Taught, taught
 from ckpt_tool.verify.measure import MARGIN
 from ckpt_tool.verify.needs import size_text
 from ckpt_tool.verify.optimizer import AdamW
+from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.prompts import Prompt, padding_of
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import BROKEN, Side, Tensors, tensors
@@ -258,7 +259,7 @@ def _compared(
     tokens = sum(ids.numel() for ids, _ in batches)
     each = apart(wanted, rough)
     what = f"{len(batches)} prompts, {tokens} tokens"
-    packed = sum(t.dtype not in CASTABLE for t in converted.weights[0].tensors.values())
+    packed = _packed(converted)
     made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what, packed)]
     made += training_groups.findings(rows)
     after = _Step(subject, converted, wanted, _found(converted, rows, exact), exact, recipe_of(subject))
@@ -312,7 +313,7 @@ def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, st
 
 
 def _gradient_findings(
-    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str, packed: int
+    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str, packed: str
 ) -> list[Finding]:
     bad = sorted((a for a in each if not a.holds), key=lambda a: (not a.alone, -a.nmse))
     made = [
@@ -340,8 +341,7 @@ def _gradient_findings(
         f"the loss {wanted.loss:.6g} gives {len(seen)} tensors the gradients of the original "
         f"({what}; NMSE, nearest to its bar {worst.name})"
     )
-    if packed:
-        text += f"; {packed} hold packed weights, which no step changes"
+    text += packed
     if len(seen) < len(each):
         text += f"; {len(each) - len(seen)} have none on either side"
     table = Table(
@@ -351,6 +351,15 @@ def _gradient_findings(
     )
     data = {"loss": wanted.loss, "tensors": len(seen), "loss_apart": abs(loss - wanted.loss)}
     return [Finding(LEVEL, "gradients", "pass", text, None, worst.nmse, worst.bar, data, (table,))]
+
+
+def _packed(converted: Side) -> str:
+    """What of its weights are codes."""
+    (weights,) = converted.weights
+    still = sum(t.dtype not in CASTABLE for t in weights.tensors.values())
+    coded = len(weights.formulas) if isinstance(weights, PackedWeights) else 0
+    text = f"; {still} hold packed weights, which no step changes" if still else ""
+    return text + (f"; {coded} are codes, taught here as the numbers that they stand for" if coded else "")
 
 
 def _in_words(a: Apart, bad: Sequence[Apart], twins: Mapping[str, str]) -> str:
