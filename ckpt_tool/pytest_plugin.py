@@ -153,7 +153,7 @@ def narrowed(check: Check, chosen: set[str]) -> Check:
         return check
     return replace(
         check,
-        levels=tuple(level for level in LEVELS if level in chosen),
+        levels=tuple(level for level in check.levels or LEVELS if level in chosen),
         against=check.against if check.against in chosen else None,
         expectations=check.expectations if "documented" in chosen else None,
         require=(),

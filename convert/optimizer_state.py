@@ -18,6 +18,7 @@ sharded_state_dict); torch 2.13 (optim/optimizer.py, state_dict).
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from ckpt_tool.checkpoint.safetensors import open_safetensors
 from ckpt_tool.convert.dialects import megatron_dist
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, Plan, natural
+from ckpt_tool.convert.source import each_once
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all
 
@@ -41,9 +43,10 @@ DOCUMENT = f"{FOLDER}/optimizer.json"
 STATES = ("exp_avg", "exp_avg_sq", "fp32_param")  # the moments, and the weights that the step is made on
 _ALL = "|".join(STATES)
 _NAMED = re.compile(rf"optimizer\.state\.(?P<state>{_ALL})\.(?P<name>.+)", re.ASCII)
-_NUMBERED = re.compile(rf"(?P<at>optimizer\.(optimizer\.)?)state\.(?P<n>\d+)\.(?P<state>{_ALL})", re.ASCII)
+_NUMBERED = re.compile(rf"optimizer\.(optimizer\.)?state\.(?P<n>\d{{1,9}})\.(?P<state>{_ALL})", re.ASCII)
 _STEP = re.compile(r"optimizer\.(optimizer\.)?state\.\d+\.step", re.ASCII)
 _FILE = re.compile(rf"(?P<state>{_ALL})(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
+_WITHOUT = f"without {FLAG} the state is left out"
 # Of a group of parameters: what a number of `optimizer.json` may be.
 _PLAIN = (int, float, bool, str)
 
@@ -102,7 +105,7 @@ def is_state(name: str) -> bool:
 def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
     """The states of an original."""
     named: dict[str, dict[Key, TensorInfo]] = {}
-    told: dict[str, Any] = {}
+    told: list[dict[str, Any]] = []
     notes: list[str] = []
     for label, file in checkpoint.files.items():
         ours = [t for t in file.tensors.values() if t.name.startswith("optimizer.")]
@@ -113,11 +116,16 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
             for (state, name), t in _numbered(label, file, plan).items():
                 named.setdefault(state, {})[label, name] = t
         fail_all(_unmapped(label, file, [t for t in ours if not _is_mapped(t)]))
-        told = told or _told(file)
+        told += filter(None, [_told(file)])
         notes += _notes(label, file)
     if not named:
         _none(checkpoint)
-    return State({s: named[s] for s in STATES if s in named}, told, tuple(dict.fromkeys(notes)))
+    steps = sorted({t["step"] for t in told if "step" in t})
+    content = told[0] if told else {}
+    if len(steps) > 1:
+        notes.append(f"ranks made {' and '.join(map(str, steps))} steps, so {DOCUMENT} says no number")
+        content = {k: v for k, v in content.items() if k != "step"}
+    return State({s: named[s] for s in STATES if s in named}, content, tuple(dict.fromkeys(notes)))
 
 
 def _none(checkpoint: Checkpoint) -> NoReturn:
@@ -192,25 +200,30 @@ def _told(file: TensorFile) -> dict[str, Any]:
         else []
     )
     kept += [g.get("step") for g in groups]
-    counted = {int(x) for x in kept if isinstance(x, int | float)} | set(_counts(file))
+    counted = {
+        int(x) for x in (*kept, *_counts(file)) if isinstance(x, int | float) and _plain(x) is not None
+    }
     made = [
         {str(k): _plain(v) for k, v in g.items() if k != "params" and _plain(v) is not None} for g in groups
     ]
     return {**({"step": counted.pop()} if len(counted) == 1 else {}), "groups": made}
 
 
-def _counts(file: TensorFile) -> Iterator[int]:
+def _counts(file: TensorFile) -> Iterator[float]:
     """The numbers of steps that are tensors, as torch keeps them."""
     for t in file.tensors.values():
         if _STEP.fullmatch(t.name) and t.dtype == "F32" and t.numel == 1:
             buffer = bytearray(4)
             file.read_into(t.name, 0, memoryview(buffer))
-            yield int(struct.unpack("<f", buffer)[0])
+            yield from struct.unpack("<f", buffer)
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, list | tuple) and all(type(x) in _PLAIN for x in value):
-        return list(value)
+    """`value` where JSON has it, else None."""
+    if isinstance(value, list | tuple):
+        return None if any(_plain(x) is None for x in value) else list(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if type(value) in _PLAIN else None
 
 
@@ -220,21 +233,22 @@ def _numbered(label: str, file: TensorFile, plan: Plan) -> dict[tuple[str, str],
     model = [t for t in file.tensors.values() if t.name in used]
     order = [[t for t in model if _decays(t)], [t for t in model if not _decays(t)]]
     _, groups = _groups(file)
-    numbers = [[n for n in g["params"]] for g in groups if isinstance(g.get("params"), list) and g["params"]]
+    numbers = [g["params"] for g in groups if isinstance(g.get("params"), list) and g["params"]]
     if len(numbers) == 1:
         order = [[*model]]
     elif not order[1]:
         order = order[:1]
+    if any(type(n) is not int for own in numbers for n in own):
+        fail("unsupported", "expected numbers of parameters, found others", file=label,
+             where="optimizer.param_groups", hint=_WITHOUT)  # fmt: skip
     if [len(o) for o in order] != [len(n) for n in numbers]:
         counts = " and ".join(str(len(n)) for n in numbers) or "none"
         wanted = " and ".join(str(len(o)) for o in order)
         text = f"expected groups of {wanted} parameters (those that decay, and the others), found {counts}"
         fail("unsupported", text, file=label, where="optimizer.param_groups",
-             hint=f"without {FLAG} the state is left out")  # fmt: skip
+             hint=_WITHOUT)  # fmt: skip
     names = {
-        int(n): t
-        for own, tensors in zip(numbers, order, strict=True)
-        for n, t in zip(own, tensors, strict=True)
+        n: t for own, tensors in zip(numbers, order, strict=True) for n, t in zip(own, tensors, strict=True)
     }
     found: dict[tuple[str, str], TensorInfo] = {}
     for state in file.tensors.values():
@@ -269,7 +283,7 @@ def _forth(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     content = {"states": list(found.of), **found.told}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     document = OutputDocument(DOCUMENT, text.encode(), "the optimizer of the original")
-    carried = {(t.file, t.name) for held in found.of.values() for t in held.values()}
+    carried = {(p.file, p.name) for s in steps for p in s.sources}
     return replace(
         plan,
         steps=Steps([*plan.steps, *steps]),
@@ -285,6 +299,7 @@ def _cloned(steps: Iterable[Step], held: Mapping[Key, TensorInfo], state: str) -
     """Each step once more, of the states of its tensors; a copy that has none is not compared."""
     made: list[Step] = []
     problems: list[Problem] = []
+    dtypes: dict[Key, str] = {}
     for step in steps:
         infos = [held.get((p.file, p.name)) for p in step.sources]
         if step.compare and all(i is None for i in infos):
@@ -300,6 +315,12 @@ def _cloned(steps: Iterable[Step], held: Mapping[Key, TensorInfo], state: str) -
             else:
                 sources.append(replace(part, file=info.file, name=info.name, dtype=info.dtype))
         if len(sources) < len(infos):
+            continue
+        written = {dtypes.setdefault((p.file, p.name), sources[0].dtype) for p in step.targets}
+        if len(found := {*written, *(p.dtype for p in sources)}) > 1:
+            said = " and ".join(sorted(found))
+            text = f"expected {state} of one dtype in what becomes one tensor, found {said}"
+            problems.append(Problem("dtype-mismatch", text, sources[0].file, sources[0].name, _WITHOUT))
             continue
         targets = [replace(p, name=f"{state}.{p.name}", dtype=sources[0].dtype) for p in step.targets]
         made.append(step.between(tuple(sources), tuple(targets)))
@@ -344,15 +365,7 @@ def _back(plan: Plan, checkpoint: Checkpoint) -> Plan:
             f"--form torch_dist writes one where the family has it; without {FLAG} the model alone is written"
         )
         fail("unsupported", text, where=FLAG, hint=hint)
-    held: dict[str, dict[str, TensorInfo]] = {}
-    for file in checkpoint.files.values():
-        for t in file.tensors.values():
-            state, _, name = t.name.partition(".")
-            if state in STATES and file.name.startswith(f"{FOLDER}/"):
-                held.setdefault(state, {})[name] = t
-    if not held:
-        text = f"expected {FOLDER}/exp_avg-00001-of-0000N.safetensors beside the weights, found none"
-        fail("missing-tensor", text, file=checkpoint.path.name, where=FLAG)
+    held = _held(plan, checkpoint)
     steps: list[Step] = []
     files: list[OutputFile] = []
     for state in (s for s in STATES if s in held):
@@ -381,6 +394,26 @@ def _back(plan: Plan, checkpoint: Checkpoint) -> Plan:
         notes=(*plan.notes, *_left_to_the_run([s for s in STATES if s in held])),
         asked={**plan.asked, "with_optimizer": True},
     )
+
+
+def _held(plan: Plan, checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    """The states of a folder in the Hugging Face layout, by state and by the name of the tensor: each stands
+    once, and is of a tensor that the plan reads."""
+    files = {n: f for n, f in checkpoint.files.items() if n.startswith(f"{FOLDER}/")}
+    read = {p.name for s in plan.steps for p in s.sources}
+    held: dict[str, dict[str, TensorInfo]] = {}
+    problems = []
+    for t in each_once(replace(checkpoint, files=files)).values():
+        state, _, name = t.name.partition(".")
+        if state not in STATES or name not in read:
+            text = f"expected {', '.join(STATES)} of tensors of the model, found another"
+            problems.append(Problem("uncovered-tensors", text, t.file, t.name, _WITHOUT))
+        held.setdefault(state, {})[name] = t
+    fail_all(problems)
+    if not held:
+        text = f"expected {FOLDER}/exp_avg-00001-of-0000N.safetensors beside the weights, found none"
+        fail("missing-tensor", text, file=checkpoint.path.name, where=FLAG)
+    return held
 
 
 def _left_to_the_run(states: Sequence[str]) -> Iterator[str]:

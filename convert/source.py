@@ -123,13 +123,13 @@ def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], st
     if len(held) > 1 and rename is str:
         tensors = {name: tensor for one in held for name, tensor in one.items()}
     if rename is not str or len(tensors) < sum(map(len, held)):
-        tensors = _each_once(checkpoint, rename)
+        tensors = each_once(checkpoint, rename)
     if not tensors:
         fail("missing-tensor", "expected the tensors of a model, found none", file=checkpoint.path.name)
     return Source(checkpoint, Single(tensors), 1, layer_count(tensors, layer))
 
 
-def _each_once(checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, TensorInfo]:
+def each_once(checkpoint: Checkpoint, rename: Callable[[str], str] = str) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     problems = []
     for t in checkpoint:

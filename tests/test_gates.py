@@ -343,6 +343,8 @@ def test_only_what_the_chosen_tests_ask_for_is_run() -> None:
     some = narrowed(whole, {"bits", "coverage"})
     assert (some.levels, some.against, some.require, some.bars) == (("coverage", "bits"), None, (), {})
     assert narrowed(whole, {"transformers"}).levels == () and narrowed(whole, {"transformers"}).against
+    by_name = replace(whole, levels=("bits", "training", "generation"))
+    assert narrowed(by_name, {"training", "generation"}).levels == ("training", "generation")
 
 
 def test_a_named_test_runs_alone(

@@ -154,9 +154,14 @@ def lacking(inner: dict[str, Any]) -> None:
     del inner["state"][2]["exp_avg_sq"]
 
 
+def in_words(inner: dict[str, Any]) -> None:
+    inner["param_groups"][0]["params"][0] = "first"
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
+        (in_words, "unsupported", "expected numbers of parameters"),
         (fewer, "unsupported", "expected groups of"),
         (another_shape, "shape-mismatch", "expected the shape of parameter 0, found [3, 5]"),
         (lacking, "missing-tensor", "expected exp_avg_sq of this tensor too"),
@@ -168,6 +173,37 @@ def test_state_that_does_not_fit_is_refused(
     source = trained(originals("qwen2-mcore"), tmp_path / "in", change)
     error = refused(lambda: api.plan(source, family="qwen2", options=WITH))
     assert error.problems[0].kind == kind and words in str(error)
+
+
+def test_numbers_of_a_run_that_are_none_are_left_out(originals: Written, tmp_path: Path) -> None:
+    def broken(inner: dict[str, Any]) -> None:
+        inner["param_groups"][0]["lr"] = float("inf")
+        for k, one in inner["state"].items():
+            one["step"] = torch.tensor(float("nan")) if k % 2 else float("nan")
+
+    source = trained(originals("qwen2-mcore"), tmp_path / "in", broken)
+    made = api.plan(source, family="qwen2", options=WITH)
+    (told,) = (json.loads(d.content) for d in made.documents if d.name == "optimizer/optimizer.json")
+    assert "step" not in told and [g.get("lr") for g in told["groups"]] == [None, 1e-4]
+
+
+def test_ranks_that_differ_are_not_averaged_nor_cast(originals: Written, tmp_path: Path) -> None:
+    source = trained(originals("qwen2-mcore"), tmp_path / "in")
+    last = max(source.rglob("model_optim_rng.pt"))
+    file = torch.load(last, weights_only=False)
+    state = file["optimizer"]["optimizer"]["state"]
+    for one in state.values():
+        one["step"] = 9
+    torch.save(file, last)
+    made = api.plan(source, family="qwen2", options=WITH)
+    assert any("ranks made 7 and 9 steps" in note for note in made.notes)
+    (told,) = (json.loads(d.content) for d in made.documents if d.name == "optimizer/optimizer.json")
+    assert "step" not in told
+    for one in state.values():
+        one["exp_avg"] = one["exp_avg"].half()
+    torch.save(file, last)
+    error = refused(lambda: api.plan(source, family="qwen2", options=WITH))
+    assert {p.kind for p in error.problems} == {"dtype-mismatch"} and "found F16 and F32" in str(error)
 
 
 # --- torch_dist ---------------------------------------------------------------------------------------------
@@ -211,8 +247,54 @@ def test_a_torch_dist_folder_goes_forth_and_back(dist: Path, tmp_path: Path) -> 
     assert not (tmp_path / "model" / "optimizer").exists()
 
 
-def test_a_changed_moment_is_found(dist: Path, tmp_path: Path) -> None:
-    api.convert(dist, tmp_path / "out", family="llama", options=WITH)
+@pytest.fixture(scope="module")
+def hf(dist: Path) -> Path:
+    """That folder in the Hugging Face layout."""
+    api.convert(dist, dist.parent / "hf", family="llama", options=WITH)
+    return dist.parent / "hf"
+
+
+def one_narrow(tensors: dict[str, Tensor]) -> None:
+    name = "exp_avg.model.layers.0.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+
+
+def a_stranger(tensors: dict[str, Tensor]) -> None:
+    tensors["exp_avg.model.other.weight"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "kind"),
+    [
+        (one_narrow, "exp_avg-00001-of-00001.safetensors", "dtype-mismatch"),
+        (a_stranger, "exp_avg-00001-of-00001.safetensors", "uncovered-tensors"),
+        (dict.copy, "exp_avg-00001-of-00002.safetensors", "duplicate-tensor"),
+    ],
+)
+def test_states_that_do_not_go_back_are_refused(
+    change: Callable[[dict[str, Tensor]], object], name: str, kind: str, hf: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(hf, tmp_path / "out")
+    tensors = load_file(out / "optimizer" / "exp_avg-00001-of-00001.safetensors")
+    change(tensors)
+    save_file(tensors, out / "optimizer" / name)
+    form = api.Options(family_options={"form": "torch_dist"}, with_optimizer=True)
+    error = refused(lambda: api.plan(out, to="original", options=form))
+    assert {p.kind for p in error.problems} == {kind}
+
+
+def test_a_state_of_no_tensor_is_named_among_what_is_left_out(originals: Written, tmp_path: Path) -> None:
+    def stranger(model: dict[str, Tensor]) -> None:
+        model["optimizer.state.exp_avg.decoder.other.weight"] = torch.zeros(3)
+
+    source = joined(with_state(originals("llama-mcore"), tmp_path / "ranks", stranger), tmp_path / "in")
+    dropped = [d.tensor.name for d in api.plan(source, family="llama", options=WITH).dropped]
+    assert "optimizer.state.exp_avg.decoder.other.weight" in dropped
+    assert not any("exp_avg.embedding" in name for name in dropped)
+
+
+def test_a_changed_moment_is_found(dist: Path, hf: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf, tmp_path / "out")
     file = next((tmp_path / "out" / "optimizer").glob("exp_avg-*"))
     tensors = load_file(file)
     tensors["exp_avg.model.norm.weight"][3] += 1

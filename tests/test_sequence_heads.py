@@ -154,16 +154,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list
     """Of each row of the table its cases: tensors as they are saved, config.json, what 5.23.0 makes of it."""
     found: dict[tuple[str, str], list[tuple[Case, Any, Any, Any]]] = {}
     root = tmp_path_factory.mktemp("heads")
+    known: dict[tuple[str, int], tuple[Any, Any]] = {}  # one model for all cases with as many labels
     for stem, head in TABLE:
-        for k, case in enumerate(cases(stem, head)):
-            model, folder = built(case), root / f"{case.architecture}{k}"
-            model.save_pretrained(folder)
+        for case in cases(stem, head):
+            told = case.config()
+            key = (case.architecture, told["num_labels"])
+            if key not in known:
+                model, folder = built(case), root / f"{key[0]}{key[1]}"
+                model.save_pretrained(folder)
+                known[key] = model, load_file(folder / "model.safetensors")
+            model, tensors = known[key]
+            model.config.pad_token_id, model.config.problem_type = told["pad_token_id"], None
             with torch.no_grad():
                 out = {n: x for n, x in model(**case.call).items() if isinstance(x, Tensor)}
             config = {**model.config.to_dict(), "architectures": [case.architecture]}
-            found.setdefault((stem, head), []).append(
-                (case, load_file(folder / "model.safetensors"), config, out)
-            )
+            found.setdefault((stem, head), []).append((case, tensors, config, out))
     return found
 
 

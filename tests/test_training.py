@@ -9,18 +9,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ckpt_tool import api
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.convert.facts import classes
+from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import library, optimizer, schedules, verify
+from ckpt_tool.verify import library, optimizer, schedules, training, training_groups, verify
 from ckpt_tool.verify.optimizer import AdamW
+from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.report import Finding, Report
 
 transformers = pytest.importorskip("transformers")
@@ -159,13 +167,19 @@ def test_rates_of_dropout_are_those_of_the_classes() -> None:
     for kind, own in classes().items():
         if (made := getattr(transformers, own.name, None)) is not None:
             said = made().to_dict()
+            said = said if own.parts is None else in_one_row(said, own.parts)
             assert {key: said[key] for key in own.dropouts} == own.dropouts, kind
 
 
 # --- the level ----------------------------------------------------------------------------------------------
 
-# Ranks and a tied output layer, stages, copies of rows and of tensors, experts, variables of TensorFlow.
-RIGHT = {"gpt2-v2-tp2": 7, "mluke-aware": 7, "mixtral-mcore": 6, "mobilebert-squad": 6, "llama-3.2-1b": 7}
+# Ranks and a tied output layer, stages, copies of rows and tensors, experts, variables of TensorFlow, names
+# that are others in memory.
+RIGHT = {
+    "gpt2-v2-tp2": 7, "mluke-aware": 7, "mixtral-mcore": 6, "mobilebert-squad": 6, "pythia-410m": 6,
+    "mistral3-images": 6,
+}  # fmt: skip
+BESIDE = ("mobilebert-squad", "pythia-410m", "mistral3-images")  # the class of transformers is asked as well
 
 
 @pytest.mark.parametrize("variant", RIGHT)
@@ -173,9 +187,12 @@ def test_a_right_conversion_learns_as_its_original(
     variant: str, conversions: Written, originals: Written
 ) -> None:
     report = verify(
-        conversions(variant), originals(variant), levels="training", settings=VARIANTS[variant].settings
-    )
+        conversions(variant), originals(variant), levels="training", settings=VARIANTS[variant].settings,
+        against="transformers" if variant in BESIDE else None,
+    )  # fmt: skip
     assert report.status == "pass", report.headline
+    beside = [f.status for f in findings(report, "transformers")]
+    assert beside == ["pass"] * (variant in BESIDE)
     (gradients,), (step,) = findings(report, "gradients"), findings(report, "step")
     assert gradients.measured is not None and 0 < gradients.measured <= 1e-9
     assert step.measured is not None and step.measured <= 1e-7
@@ -213,22 +230,60 @@ def test_an_output_layer_that_is_not_tied_is_named(
     assert report.exit_code == 1
 
 
-@pytest.mark.parametrize(
-    ("rate", "found"),
-    [(None, "found none, which its class takes as 0.1"), (0.3, "found 0.3")],
-)
-def test_another_dropout_is_named(
-    rate: float | None, found: str, conversions: Written, originals: Written, tmp_path: Path
-) -> None:
-    folder = altered(conversions("opt-bare"), tmp_path / "out", dropout=rate)
-    plain = conversions("opt-bare")
-    said = json.loads((plain / "config.json").read_text())["dropout"]
-    report = verify(folder, originals("opt-bare"), levels="training", settings=VARIANTS["opt-bare"].settings)
-    wrong = [f for f in findings(report, "dropout") if f.status == "fail"]
-    if rate is None and said == 0.1:
-        assert wrong == [], "left out, the class takes the same"
-    else:
-        assert [f.where for f in wrong] == ["config.json: dropout"] and found in wrong[0].message
+def test_another_dropout_is_named(conversions: Written, originals: Written, tmp_path: Path) -> None:
+    folder = altered(conversions("opt-bare"), tmp_path / "out", dropout=0.3)
+    settings = VARIANTS["opt-bare"].settings
+    report = verify(folder, originals("opt-bare"), levels="training", settings=settings)
+    (wrong,) = (f for f in findings(report, "dropout") if f.status == "fail")
+    assert wrong.where == "config.json: dropout" and "found 0.3" in wrong.message
+    plan = api.plan(originals("opt-bare"), family="opt", options=api.Options(settings=settings))
+    said = json.loads((conversions("opt-bare") / "config.json").read_text())
+    for rate, status in ((0.1, "pass"), (0.0, "fail")):  # which its class takes where none is said
+        config = {**plan.config, "dropout": replace(plan.config["dropout"], value=rate)}
+        silent: Any = SimpleNamespace(
+            config={k: v for k, v in said.items() if k != "dropout"},
+            plan=replace(plan, config=config), direction="to-hf", original=None,
+        )  # fmt: skip
+        (first, *_) = training_groups.dropouts(silent)
+        assert first.status == status, first.message
+    assert "found none, which its class takes as 0.1" in first.message
+
+
+def wanted(right: np.ndarray, off: float) -> training.Wanted:
+    energy = float(right @ right)
+    return training.Wanted({"w": right}, {"w": off}, 1.0, (), 1e-13, energy / right.size)
+
+
+def test_a_gradient_that_float32_does_not_have_is_not_judged() -> None:
+    """Of an original whose own float32 is off by more than the bar can be, or is no number."""
+    right = np.array([3.0, -1.0, 2.0])
+    for off, bar_holds in ((1e-13, False), (1.0, True), (float("nan"), True)):
+        (found,) = training.apart(wanted(right, off), {"w": right * 0.9})
+        assert (found.holds, found.noisy, found.lost) == (bar_holds, bar_holds, False)
+        (found,) = training.apart(wanted(right, off), {})
+        assert found.lost is not bar_holds
+
+
+def test_what_is_packed_is_told_from_what_learns() -> None:
+    """Codes that a pass sees as numbers, and codes that it sees as they are."""
+    weights = PackedWeights.__new__(PackedWeights)
+    weights.formulas = {"one": Mock(), "two": Mock()}
+    weights.tensors = {n: TensorInfo(n, d, (4,), "") for n, d in (("one", "BF16"), ("blocks", "U8"))}
+    said = training._packed(Mock(weights=[weights]))
+    assert "1 hold packed weights" in said and "2 are codes, taught here as the numbers" in said
+
+
+def test_an_original_without_a_loss_is_undecided(originals: Written, tmp_path: Path) -> None:
+    source = shutil.copytree(originals("mistral-nemo"), tmp_path / "in")
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["output.weight"][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    api.convert(source, tmp_path / "out", family="mistral")
+    report = verify(tmp_path / "out", source, levels="training")
+    (found,) = findings(report, "gradients")
+    assert found.status == "undecided" and "the original's own loss is nan" in found.message
+    assert report.exit_code == 2 and findings(report, "step") == []
 
 
 def test_a_wrong_tensor_has_another_gradient(

@@ -28,6 +28,7 @@ from ckpt_tool.verify.gradients import Flaw, Key, Rows, Task, Taught, taught
 from ckpt_tool.verify.measure import MARGIN
 from ckpt_tool.verify.needs import size_text
 from ckpt_tool.verify.optimizer import AdamW
+from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.prompts import Prompt, padding_of
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import BROKEN, Side, Tensors, tensors
@@ -73,10 +74,11 @@ class Apart:
     lost: bool
     seen: bool  # the loss depends on it at all
     alone: bool = False  # the original has no such tensor
+    noisy: bool = False  # float32 is off by more than the cap on the original's own side: no judge
 
     @property
     def holds(self) -> bool:
-        return self.nmse <= self.bar
+        return self.noisy or self.nmse <= self.bar
 
 
 def training(
@@ -220,8 +222,10 @@ def apart(wanted: Wanted, found: Found) -> list[Apart]:
         bar = MARGIN**2 * noise / energy
         if energy > floor:
             bar = min(bar, CAP)
-        lost = wanted.energy(name) > floor and (other is None or not other.any())
-        made.append(Apart(name, off / energy, bar, lost, energy > floor, right is None))
+        seen = energy > floor
+        noisy = seen and not wanted.noise.get(name, 0.0) <= CAP * energy
+        lost = seen and not noisy and (other is None or not other.any())
+        made.append(Apart(name, off / energy, bar, lost, seen, right is None, noisy))
     return made
 
 
@@ -243,6 +247,9 @@ def _compared(
         wanted = _wanted(original, rows, batches, task)
     except BROKEN as error:
         return [Finding(LEVEL, "gradients", "undecided", f"the original's own pass cannot learn: {error}")]
+    if not math.isfinite(wanted.loss + wanted.mean_square):
+        text = f"the original's own loss is {number(wanted.loss)}, and teaches nothing"
+        return [Finding(LEVEL, "gradients", "undecided", text)]
     tell("training: gradients of the converted model")
     try:
         rough = _found(converted, rows, taught(converted.computed_in(torch.float32), batches, task))
@@ -252,7 +259,7 @@ def _compared(
     tokens = sum(ids.numel() for ids, _ in batches)
     each = apart(wanted, rough)
     what = f"{len(batches)} prompts, {tokens} tokens"
-    packed = sum(t.dtype not in CASTABLE for t in converted.weights[0].tensors.values())
+    packed = _packed(converted)
     made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what, packed)]
     made += training_groups.findings(rows)
     after = _Step(subject, converted, wanted, _found(converted, rows, exact), exact, recipe_of(subject))
@@ -306,7 +313,7 @@ def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, st
 
 
 def _gradient_findings(
-    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str, packed: int
+    wanted: Wanted, each: list[Apart], twins: Mapping[str, str], loss: float, what: str, packed: str
 ) -> list[Finding]:
     bad = sorted((a for a in each if not a.holds), key=lambda a: (not a.alone, -a.nmse))
     made = [
@@ -323,13 +330,18 @@ def _gradient_findings(
     seen = [a for a in each if a.seen]
     if not seen:
         return [Finding(LEVEL, "gradients", "undecided", "the loss depends on no tensor")]
+    if noisy := [a.name for a in seen if a.noisy]:
+        text = (
+            f"the original's own gradients in float32 are off by more than {CAP:g} in {len(noisy)} tensors, "
+            f"which are not judged ({', '.join(noisy[:NAMED])})"
+        )
+        return [Finding(LEVEL, "gradients", "undecided", text)]
     worst = max(seen, key=lambda a: a.nmse / a.bar if a.bar else 0.0)
     text = (
         f"the loss {wanted.loss:.6g} gives {len(seen)} tensors the gradients of the original "
         f"({what}; NMSE, nearest to its bar {worst.name})"
     )
-    if packed:
-        text += f"; {packed} hold packed weights, which no step changes"
+    text += packed
     if len(seen) < len(each):
         text += f"; {len(each) - len(seen)} have none on either side"
     table = Table(
@@ -339,6 +351,15 @@ def _gradient_findings(
     )
     data = {"loss": wanted.loss, "tensors": len(seen), "loss_apart": abs(loss - wanted.loss)}
     return [Finding(LEVEL, "gradients", "pass", text, None, worst.nmse, worst.bar, data, (table,))]
+
+
+def _packed(converted: Side) -> str:
+    """What of its weights are codes."""
+    (weights,) = converted.weights
+    still = sum(t.dtype not in CASTABLE for t in weights.tensors.values())
+    coded = len(weights.formulas) if isinstance(weights, PackedWeights) else 0
+    text = f"; {still} hold packed weights, which no step changes" if still else ""
+    return text + (f"; {coded} are codes, taught here as the numbers that they stand for" if coded else "")
 
 
 def _in_words(a: Apart, bad: Sequence[Apart], twins: Mapping[str, str]) -> str:
@@ -370,7 +391,8 @@ def recipe_of(subject: Subject) -> AdamW:
 
 @dataclass(frozen=True)
 class _Step:
-    """Both sides after one step from zero moments, in float64."""
+    """One step of both sides from zero moments, in float64, from the values that the converted side has: what
+    these are is for the other levels to say."""
 
     subject: Subject
     converted: Side
@@ -405,9 +427,9 @@ class _Step:
         each = self.distances()
         bad = sorted((n for n, x in each.items() if not x <= STEP), key=lambda n: -each[n])
         if bad:
-            text = "expected the tensor of the original after one step, found another (in learning rates)"
+            text = "expected the step of the original, found another (in learning rates)"
             return [Finding(LEVEL, "step", "fail", text, n, each[n], STEP) for n in bad[:NAMED]]
-        text = f"{len(each)} tensors are those of the original after one step ({self.recipe.words()})"
+        text = f"{len(each)} tensors take the one step that the original takes ({self.recipe.words()})"
         return [Finding(LEVEL, "step", "pass", text, None, max(each.values(), default=0.0), STEP)]
 
 

@@ -3,13 +3,14 @@ freezes, or a path that it cuts off, gives equal logits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.verify import library
 from ckpt_tool.verify.gradients import Rows, Task
 from ckpt_tool.verify.library import one_line
@@ -38,7 +39,7 @@ def learned(
         total = torch.zeros(())
         with torch.enable_grad(), library.listening(said):
             for ids, given in batches:
-                out = model(**library.arguments(model, ids, given))
+                out = model(**library.arguments(model, ids, given), output_hidden_states=True)
                 heads = converted.outputs(ids, given)
                 total = total + sum(
                     (task.loss(name, _named(out, name, y), ids, given) for name, y in heads.items()),
@@ -52,8 +53,11 @@ def learned(
     parameters = dict(model.named_parameters())
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     frozen = sorted(n for n, p in parameters.items() if not p.requires_grad)
-    made = rows.folded(_by_name(converted, gradients))
-    return str(transformers.__version__), made, frozen, _padding(model)
+    names = _in_memory(subject, converted, parameters)
+    made = rows.folded(_by_name(converted, gradients, names))
+    disk = {memory: name for name, memory in names.items()}
+    padding = {disk.get(n, n): row for n, row in _padding(model).items()}
+    return str(transformers.__version__), made, [disk.get(n, n) for n in frozen], padding
 
 
 def _named(out: Mapping[str, Any], head: str, wanted: Tensor) -> Tensor:
@@ -62,15 +66,33 @@ def _named(out: Mapping[str, Any], head: str, wanted: Tensor) -> Tensor:
         found = out.get(name)
         if isinstance(found, Tensor) and found.shape[-1] == wanted.shape[-1]:
             return found
+    found = (out.get("hidden_states") or [None])[-1]  # normalised last by some classes, and not by all
+    if head == "head" and isinstance(found, Tensor) and found.shape == wanted.shape:
+        first = found[:, 0], wanted[:, 0]  # a token that is never padding
+        if torch.allclose(*first, rtol=1e-3, atol=1e-3):
+            return found
     raise NotComparable(f"the class gives no output that is the {head} of the reading")
 
 
-def _by_name(converted: Side, gradients: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """By the names on the disk: some tensors are stacked in memory."""
+def _in_memory(subject: Subject, converted: Side, parameters: Container[str]) -> dict[str, str]:
+    """What the class calls each tensor of the disk."""
+    kind = class_of(subject.config)
+    held = {disk: memory for memory, disk in subject.family.held_as.items()} if subject.family else {}
+    found = {}
+    for name in converted.weights[0]:
+        called = (name, held.get(name, name), name if kind is None else classes()[kind].in_memory(name))
+        found[name] = next((n for n in called if n in parameters), name)
+    return found
+
+
+def _by_name(
+    converted: Side, gradients: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """By the names on the disk: some tensors are called otherwise in memory, or stacked."""
     apart = getattr(converted.module, "apart", None)
     found = {}
     for name in converted.weights[0]:
-        own = gradients.get(name)
+        own = gradients.get(names[name])
         if own is None and apart is not None:
             try:
                 own = apart(gradients, name)
