@@ -75,6 +75,8 @@ PLANTED = {
     "canine": ("canine-s", "canine-c-training", "canine-tydi"),
     "mluke": ("mluke-base", "mluke-aware", "mluke-bare"),
     "mobilebert": ("mobilebert-uncased", "mobilebert-training", "mobilebert-squad"),
+    "gpt-oss": ("gpt-oss-20b", "gpt-oss-120b"),
+    "ministral3": ("ministral3-3b", "mistral3-images"),
 }
 ONCE = peers.Once()
 BACK = "back, "  # a symmetric mistake on the way to the original

@@ -558,19 +558,22 @@ def _reasons(held: Held, names: Iterable[str], there: Mapping[str, str]) -> dict
 def _config(
     checkpoint: Checkpoint, options: Options, held: Held
 ) -> tuple[dict[str, Value], list[OutputDocument], list[str]]:
-    """config.json as it is, byte for byte, unless the user or --dtype says otherwise."""
+    """config.json as it is, byte for byte, unless the user says otherwise: --dtype, or --dequantize, whose
+    numbers loaders would round to a dtype that is said of the others."""
     before = checkpoint.json("config.json")
     asked = options.settings
     out = {k for k, v in asked.items() if v is None and k not in held.facts.settings}  # left out as told
     settings = {k: v for k, v in asked.items() if k not in out}
     made = overlaid({k: v for k, v in before.items() if k not in out}, settings)
     made = {k: v for k, v in made.items() if k not in CODE}
-    if options.dtype is not None:
+    flag = "--dequantize" if options.dtype is None else "--dtype"
+    dtype = options.dtype if options.dequantize is None else options.dtype or held.source.dtype
+    if dtype is not None:
         names = [k for k in ("torch_dtype", "dtype") if k in made] or ["torch_dtype"]
-        made |= dict.fromkeys(names, DTYPES[options.dtype].torch)
+        made |= dict.fromkeys(names, DTYPES[dtype].torch)
     values = {k: Value(v, SET if k in settings else f"config.json: {k}") for k, v in made.items()}
-    if options.dtype is not None:
-        values |= {k: Value(made[k], "--dtype") for k in names}
+    if dtype is not None:
+        values |= {k: Value(made[k], flag) for k in names}
     if made == before:
         return (
             values,

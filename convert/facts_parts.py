@@ -63,7 +63,8 @@ def _rotary(values: Mapping[str, Any]) -> dict[str, Any]:
     found = values.get("rope_parameters")
     if not isinstance(found, Mapping) or found.get("rope_type", "axial") not in ("axial", "default"):
         return dict(values)
-    if found.keys() - {"rope_type", "type", *ROTARY[:1]}:
+    beside = {k: values[k] for k in ROTARY[:1] if k in values and k in found}
+    if found.keys() - {"rope_type", "type", *ROTARY[:1]} or any(found[k] != v for k, v in beside.items()):
         return dict(values)
     others = {k: v for k, v in values.items() if k != "rope_parameters"}
     return {**others, **{k: found[k] for k in ROTARY[:1] if k in found}}

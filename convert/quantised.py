@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.signs import UNPACKED
-from ckpt_tool.convert.quantised_config import KEY, Scheme, scheme_of
+from ckpt_tool.convert.quantised_config import KEY, OF_PARAMS, Scheme, scheme_of
 from ckpt_tool.errors import Problem, fail_all
 
 E4M3, E8M0 = "F8_E4M3", ("U8", "F8_E8M0")
@@ -31,7 +31,8 @@ MX_GROUP, NV_GROUP = 32, 16  # neighbours that share a scale, by the formats' de
 class QuantFormat:
     """How the tensors of one weight are called: by what stands after a stem that they share. `plain` is the
     end of the weight's name in a model that is not quantised. `packed` codes are several in one element.
-    `own_rows` says that a family has rows for the codes and scales themselves."""
+    `own_rows` says that a family has rows for the codes and scales themselves, `turned` that the class has
+    the last two dimensions of its numbers the other way round than those of its codes."""
 
     name: str
     codes: str
@@ -44,6 +45,7 @@ class QuantFormat:
     second: str = ""  # one more scale, of the whole tensor
     packed: bool = False
     own_rows: bool = False
+    turned: bool = False
 
     @property
     def others(self) -> dict[str, str]:
@@ -74,8 +76,9 @@ FORMATS = (
         packed=True,
     ),
     QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True),
-    QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True),
+    QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True, turned=True),
 )
+_USUAL = {"fp8": "transformers", "mxfp4": "transformers", "compressed-tensors": "vllm", OF_PARAMS: "qscale"}
 _ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
 _CODES = frozenset(d for f in FORMATS for d in f.dtypes)
 
@@ -86,6 +89,17 @@ FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
     "fp8 in blocks",
 )
 MXFP4, INT4, NVFP4 = "MXFP4", "int4 in groups", "NVFP4"
+_FP8 = (FP8_TENSOR, FP8_ROWS, FP8_BLOCKS)
+_KINDS = {
+    "fp8": _FP8,
+    OF_PARAMS: _FP8,
+    "mxfp4": (MXFP4,),
+    "float-quantized": _FP8,
+    "naive-quantized": _FP8,
+    "pack-quantized": (INT4,),
+    "nvfp4-pack-quantized": (NVFP4,),
+    "mxfp4-pack-quantized": (MXFP4,),
+}  # by the format or the method of a scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,26 +157,30 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
     candidates = list({t.name: t for t in candidates}.values())
     tensors = {t.name: t for t in checkpoint if t.name.endswith(_KNOWN_ENDS)}
     named = [(t, f) for t in candidates for f in _formats_of(t, tensors)]
-    if not named:
+    of_files = {t for t, _ in named}
+    alone = [t for t in candidates if t not in of_files and _are_codes(t)]
+    if not named and not alone:
         return None
     scheme = scheme_of(checkpoint, settings or {})
-    problems = list(_repeated(checkpoint, {t.name for t, _ in named}))
+    if not named and not scheme.said:
+        return None
+    usual = named[0][1] if named else next(f for f in FORMATS if f.name == _USUAL[scheme.method])
+    problems = [*_repeated(checkpoint, {t.name for t, _ in named}), *(_no_scales(t, usual) for t in alone)]
     weights: dict[str, Quantised] = {}
-    of_files = {t for t, _ in named}
-    for t in candidates:
-        if t not in of_files and t.dtype == E4M3 and t.name.endswith(".weight") and len(t.shape) > 1:
-            problems.append(_no_scales(t, named[0][1]))
     for t, form in named:
         made = _quantised(t, form, tensors, scheme, checkpoint)
         if isinstance(made, Problem):
             problems.append(made)
         else:
             weights[made.name] = made
+    problems += _not_as_said(weights, scheme)
     fail_all([*problems, *_plain_twins(weights, checkpoint)])
     return Inventory(checkpoint, weights, scheme)
 
 
-_KNOWN_ENDS = tuple({*_ENDS, *(f.scales for f in FORMATS), *(e for f in FORMATS for e in f.others.values())})
+# How names end of what belongs to a weight and is none, as a plain model has it.
+OF_WEIGHTS = tuple({e for f in FORMATS for e in (f.codes, f.scales, *f.others.values())} - {".weight"})
+_KNOWN_ENDS = tuple({*_ENDS, *OF_WEIGHTS})
 
 
 def _formats_of(t: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Iterator[QuantFormat]:
@@ -178,7 +196,15 @@ def _stem(t: TensorInfo, form: QuantFormat) -> str:
     return t.name[: -len(form.codes)]
 
 
+def _are_codes(t: TensorInfo) -> bool:
+    """Whether a tensor without scales is codes all the same, beside others that are."""
+    if t.dtype == E4M3:
+        return t.name.endswith(".weight") and len(t.shape) > 1
+    return t.dtype == "U8" and len(t.shape) > 2 and t.shape[-1] == MX_GROUP // 2
+
+
 def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
+    form = next((f for f in FORMATS if f.own_rows and t.name.endswith(f.codes)), form)
     name = _stem(t, form) + form.scales
     message = f"expected the scales of {t.name}, whose {t.dtype} are codes, found none"
     return Problem(
@@ -200,6 +226,16 @@ def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> It
         if t.name in weights and weights[t.name].form.packed:
             message = f"expected codes or numbers of one weight, found {weights[t.name].codes.name} beside it"
             yield Problem("duplicate-tensor", message, t.file, t.name)
+
+
+def _not_as_said(weights: Mapping[str, Quantised], scheme: Scheme) -> Iterator[Problem]:
+    """The first weight that is not made of what the documents say."""
+    said = scheme.format or scheme.method
+    odd = next((w for w in weights.values() if said and w.kind not in _KINDS[said]), None)
+    if odd is not None:
+        message = f"expected codes of {said}, as {scheme.file} says, found {odd.kind}"
+        hint = f"--set {KEY}='{{...}}' says what the tensors are, if {scheme.file} is wrong"
+        yield Problem("config-mismatch", message, odd.codes.file, odd.codes.name, hint)
 
 
 def _quantised(
@@ -255,7 +291,7 @@ def _fp8(unit: Quantised, scheme: Scheme) -> Quantised | Problem:
         message = f"expected codes of a matrix, found shape {codes.shape}"
         return Problem("unsupported", message, codes.file, codes.name)
     rows, columns = codes.shape[-2:]
-    if scales.numel == 1 and len(scales.shape) < 2 and scheme.block is None:
+    if scales.numel == 1 and scheme.block is None:
         return _made(unit, FP8_TENSOR, (rows, columns))
     if len(codes.shape) == 2 and scheme.block is None and scales.shape in ((rows,), (rows, 1)):
         return _made(unit, FP8_ROWS, (1, columns))

@@ -50,14 +50,29 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
         return []
     weights, formats = len(inventory.weights), ", ".join(inventory.words)
     dtype = DTYPES[options.dequantize].torch
-    return [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
+    made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
+    if count := sum("activation" in w.others for w in inventory.weights.values()):
+        made.append(f"--dequantize: scales of the inputs of {count} weights are left out")
+    return made
 
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:
     """That quantised weights are carried as they are."""
+    from ckpt_tool.convert.quantised import FP8_ROWS, QSCALE
     from ckpt_tool.convert.quantised_view import carried_of
 
     inventory = carried_of(checkpoint)
     if inventory is None:
         return []
-    return [f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"]
+    text = f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"
+    if any(w.form is QSCALE and w.kind == FP8_ROWS for w in inventory.weights.values()):
+        text += f"; transformers loads no such folder, whose class has one scale for a matrix: {WAY_OUT}"
+    made = [text]
+    left = inventory.scheme.left(n.removesuffix(".weight") for n in inventory.weights)
+    if left:
+        file = inventory.scheme.file
+        made.append(
+            f"{file} says that {left[0]} is not quantised{f', and {len(left) - 1} more' * (len(left) > 1)}: "
+            "by that, loaders take its codes as numbers, without the scales"
+        )
+    return made

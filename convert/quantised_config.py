@@ -7,6 +7,7 @@ vLLM (model_executor/layers/quantization), mistral params.json of 2025.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quant
 TARGETS = ("BF16", "F32", "F16")  # dtypes that numbers are made in
 NO_NUMBER = 255  # the E8M0 code that is NaN
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
-_PLACES = ("modules_to_not_convert", "ignored_layers", "ignore", "modules_to_convert")
+_LEFT = ("modules_to_not_convert", "ignored_layers", "ignore")  # modules that are not quantised
+_PLACES = (*_LEFT, "modules_to_convert")
 # Keys without a bearing on the numbers of the weights, by method; those of `_PLACES` are known everywhere.
 _FREE = {
     "fp8": ("activation_scheme", "dequantize", "kv_cache_quant_algo"),
@@ -42,6 +44,7 @@ _READ = {
     "mxfp4": (),
     "compressed-tensors": ("format", "config_groups"),
 }
+_IN_ORDER = ("weight", "static")  # of activations, which calibration alone looked at
 _FORMATS = (
     "pack-quantized",
     "float-quantized",
@@ -70,6 +73,20 @@ class Scheme:
     @property
     def said(self) -> bool:
         return bool(self.method)
+
+    def left(self, modules: Iterable[str]) -> list[str]:
+        """Those of the modules that are named among what is left as it is: whole, or by their beginning or
+        end. Names that are patterns are not looked at."""
+        listed = [(self.raw or {}).get(place) for place in _LEFT]
+        names = {n for each in listed if isinstance(each, list) for n in each if isinstance(n, str)}
+        return [m for m in modules if not names.isdisjoint(_ends(m))] if names else []
+
+
+def _ends(module: str) -> Iterator[str]:
+    parts = module.split(".")
+    for k in range(len(parts)):
+        yield ".".join(parts[: k + 1])
+        yield ".".join(parts[k:])
 
 
 def scheme_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scheme:
@@ -153,11 +170,11 @@ def _compressed(raw: Mapping[str, Any], file: str) -> Scheme:
 
 def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, file: str) -> Scheme:
     form = raw.get("format")
-    formats = {g.get("format") for g in raw["config_groups"].values()} - {None, form}
+    formats = [f for g in raw["config_groups"].values() if (f := g.get("format")) not in (None, form)]
     if form not in _FORMATS or formats:
-        found = form if not formats else sorted(map(str, {form, *formats}))
+        found = [form, *formats] if formats else form
         _refuse("unsupported", f"expected {' or '.join(_FORMATS)}", found, f"{KEY}.format", file)
-    if weights.get("actorder"):
+    if weights.get("actorder") not in (None, False, *_IN_ORDER):
         _refuse("unsupported", "expected columns in order", weights["actorder"], f"{where}.actorder", file)
     bits, kind, group = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
     if (bits, kind) not in ((4, "int"), (8, "float"), (4, "float")):
@@ -165,9 +182,12 @@ def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, fi
         _refuse("unsupported", "expected 4 bits of int or float, or 8 of float", found, where, file)
     if group is not None and (type(group) is not int or not (group == -1 or 0 < group < 1 << 31)):
         _refuse("bad-config", "expected a whole number from 1, or -1", group, f"{where}.group_size", file)
+    block = weights.get("block_structure")
+    if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):  # its older form
+        block = [int(n) for n in block.split("x")]
     return Scheme(
         "compressed-tensors",
-        _two(weights.get("block_structure"), f"{where}.block_structure", file),
+        _two(block, f"{where}.block_structure", file),
         group if group != -1 else None,
         bits,
         weights.get("symmetric", True) is True,
@@ -179,16 +199,17 @@ def _of_group(raw: Mapping[str, Any], weights: Mapping[str, Any], where: str, fi
 
 def for_transformers(inventory: Inventory, names: Iterable[str]) -> Value:
     """What transformers is told of fp8 weights whose original says it in words of its own; `names` are the
-    tensors of the converted model."""
+    tensors of the converted model. A part of the model without codes is named as a whole, in one with codes
+    each layer that has none."""
     names = list(names)
     static = any("activation" in w.others for w in inventory.weights.values())
     codes = {n.removesuffix("_scale_inv") for n in names if n.endswith(".weight_scale_inv")}
     plain: dict[str, None] = {}
     for name in names:
         if name.endswith(".weight") and name not in codes and _is_linear(name):
-            parts = name.removesuffix(".weight").split(".")
-            tower = parts[0] == "model" and parts[1] != "layers"
-            plain[".".join(parts[: 2 if tower else 1] if parts[1:2] != ["layers"] else parts)] = None
+            layer = name.removesuffix(".weight")
+            whole = ".".join(layer.split(".")[: 2 if layer.startswith("model.") else 1])
+            plain[layer if any(c.startswith(f"{whole}.") for c in codes) else whole] = None
     made = {
         "quant_method": "fp8",
         "activation_scheme": "static" if static else "dynamic",

@@ -13,6 +13,7 @@ from ckpt_tool.convert.quantised import FP8_BLOCKS, FP8_TENSOR, INT4, MXFP4, NVF
 from ckpt_tool.convert.quantised_view import Quantising
 
 PIECE = 1 << 15  # numbers made at a time: they and what they are made of stay in the cache
+ABREAST = 64  # rows that become columns at a time: whole lines of the cache
 
 
 class Dequantised(Quantising):
@@ -20,10 +21,15 @@ class Dequantised(Quantising):
 
     def __init__(self, stored: TensorFile, inventory: Inventory, dtype: str, recipe: str) -> None:
         self.dtype, self.recipe = dtype, recipe
+        self._last: tuple[tuple[str, int], np.ndarray] | None = None
         super().__init__(stored, inventory)
 
     def dtype_of(self, weight: Quantised) -> str:
         return self.dtype
+
+    def shape_of(self, weight: Quantised) -> tuple[int, ...]:
+        *lead, rows, columns = weight.shape
+        return (*lead, columns, rows) if weight.form.turned else weight.shape
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         weight = self.by_name.get(name)
@@ -44,6 +50,11 @@ class Dequantised(Quantising):
         """Fill flat `out` with the numbers from number `first` on: of whole rows a few at once, and of the
         rows that are not whole by itself what is wanted of them."""
         columns, at = weight.shape[-1], 0
+        while weight.form.turned and at < out.size:
+            lead, inside = divmod(first + at, weight.shape[-2] * columns)
+            piece = self._turned(weight, lead)[inside:][: out.size - at]
+            out[at : at + piece.size] = piece
+            at += piece.size
         while at < out.size:
             row, column = divmod(first + at, columns)
             if column or out.size - at < columns:
@@ -53,6 +64,22 @@ class Dequantised(Quantising):
             piece = out[at : at + rows * size].reshape(rows, size)
             self._rows(weight, row, column, piece)
             at += rows * size
+
+    def _turned(self, weight: Quantised, lead: int) -> np.ndarray:
+        """The flat numbers of one matrix, columns for rows. The last one is kept: a tensor is read in order,
+        and a row of it takes all rows of codes."""
+        last, (rows, columns) = self._last, weight.shape[-2:]
+        if last is not None and last[0] == (weight.name, lead):
+            return last[1]
+        self._last = last = None  # never two of them
+        made = np.empty((columns, rows), DTYPES[self.dtype].bits)
+        step = max(ABREAST, PIECE // columns)
+        for row in range(0, rows, step):
+            lines = np.empty((min(step, rows - row), columns), made.dtype)
+            self._rows(weight, lead * rows + row, 0, lines)
+            made[:, row : row + step] = lines.T
+        self._last = (weight.name, lead), made.reshape(-1)
+        return self._last[1]
 
     def _rows(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Fill `out` (rows, columns) from there on; rows are counted over all leading dimensions."""

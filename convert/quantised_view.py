@@ -34,7 +34,8 @@ class Quantising(View):
         for t in self.stored.tensors.values():
             weight = self.own.get(t.name)
             if weight is not None:
-                yield weight.name, TensorInfo(weight.name, self.dtype_of(weight), weight.shape, t.file)
+                shape = self.shape_of(weight)
+                yield weight.name, TensorInfo(weight.name, self.dtype_of(weight), shape, t.file)
             elif (t.file, t.name) not in hidden:
                 yield t.name, t
 
@@ -44,6 +45,9 @@ class Quantising(View):
 
     def dtype_of(self, weight: Quantised) -> str:
         raise NotImplementedError
+
+    def shape_of(self, weight: Quantised) -> tuple[int, ...]:
+        return weight.shape
 
     def absent(self, name: str) -> str | None:
         weight = self.by_name.get(name)

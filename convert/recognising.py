@@ -18,6 +18,8 @@ from ckpt_tool.convert import canonical
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
 from ckpt_tool.convert.params import NO_CONFIG
+from ckpt_tool.convert.quantised import OF_WEIGHTS
+from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
@@ -112,8 +114,13 @@ def _with_class(checkpoint: Checkpoint, said: Any) -> Checkpoint:
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Fail with `unsupported` where the tensors are packed, or an adapter's, and no family reads those."""
-    if (found := signs.packed(checkpoint.names())) is not None and not _reads_packed(checkpoint):
+    """Fail with `unsupported` where the tensors are packed, or an adapter's, and no family reads those.
+    Beside quantised weights that are read, codes or scales alone are no other format: a plan says what is
+    missing."""
+    names = checkpoint.names()
+    if quantised_of(checkpoint) is not None:
+        names = [n for n in names if not n.endswith(OF_WEIGHTS)]
+    if (found := signs.packed(names)) is not None and not _reads_packed(checkpoint):
         what, name, hint = found
         message = f"expected plain weights, found {what}"
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])

@@ -28,7 +28,7 @@ from ckpt_tool.convert.layout import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
-from ckpt_tool.convert.quantised import FP8_TENSOR, QuantFormat
+from ckpt_tool.convert.quantised import FP8_ROWS, FP8_TENSOR, QuantFormat
 from ckpt_tool.convert.quantised_asked import WAY_OUT, carried_words, check_asked, lossy_words
 from ckpt_tool.convert.quantised_config import KEY, for_transformers
 from ckpt_tool.convert.quantised_steps import of_all_parts, physical
@@ -407,7 +407,7 @@ def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) ->
     """Originals in which no loader looks for codes and scales, of this format or at all."""
     inventory = carried_of(checkpoint)
     weights = [] if inventory is None else [w for w in inventory.weights.values() if not w.form.own_rows]
-    known = written.quantised is not None and all(w.kind == FP8_TENSOR for w in weights)
+    known = written.quantised is not None and all(w.kind in (FP8_TENSOR, FP8_ROWS) for w in weights)
     fits = (written.keeps_codes or known) and all(f.endswith(".safetensors") for f in files)
     if inventory is not None and weights and not fits:
         found = f"found codes and scales ({', '.join(inventory.words)})"

@@ -25,7 +25,7 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert import carry
 from ckpt_tool.convert.execute import Outcome, Progress, execute, groups
 from ckpt_tool.convert.layout import Part, Step, parse_dims
-from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan, place
+from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan, ToWrite, place
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 
@@ -49,16 +49,11 @@ def step(
 
 
 def plan_of(steps: Sequence[Step], limit: int = 1 << 40, **more: Any) -> Plan:
-    from ckpt_tool.checkpoint.base import TensorInfo
-
-    wanted = {
-        p.name: TensorInfo(p.name, p.dtype, p.shape(s.sizes), p.file)
-        for s in steps
-        if not s.compare
-        for p in s.targets
-    }
-    files, index = place(list(wanted.values()), limit)
-    home = {t.name: f.name for f in files for t in f.tensors}
+    wanted = ToWrite()
+    for s in steps:
+        for p in () if s.compare else s.targets:
+            wanted.add("", p.dtype, p.shape(s.sizes), [p.name])
+    files, index, home = place(wanted, limit)
     placed = tuple(
         Step(
             s.axes,

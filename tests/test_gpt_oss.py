@@ -180,8 +180,9 @@ def rewritten(folder: Path, to: Path, name: str, change: Changed) -> Path:
 def test_a_packed_matrix_that_is_not_whole_is_refused(what: str, originals: Written, tmp_path: Path) -> None:
     where, change, kind = BROKEN[what]
     source = rewritten(originals(SQUARE), tmp_path / "in", where, change)
-    found = problems(lambda: api.plan(source, family="gpt-oss"))
-    assert (kind, where) in [(p.kind, p.where) for p in found], found
+    for options in (api.Options(), api.Options(dequantize="BF16"))[: 1 + (kind != "unsupported-dtype")]:
+        found = problems(lambda options=options: api.plan(source, family="gpt-oss", options=options))
+        assert (kind, where) in [(p.kind, p.where) for p in found], found
 
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
@@ -206,7 +207,7 @@ BACK: dict[str, tuple[dict[str, Any], str, str]] = {
     "two numbers of experts": ({TOKEN: 3}, "bad-config", TOKEN),
     "one number of experts, where nobody looks": ({"num_experts_per_tok": None}, "bad-config", TOKEN),
     "two first lengths": ({"initial_context_length": 8192}, "bad-config", "initial_context_length"),
-    "another way of packing": ({PACKING: {"quant_method": "fp8"}}, "unsupported", PACKING),
+    "another way of packing": ({PACKING: {"quant_method": "fp8"}}, "config-mismatch", E),
     "nothing said of packing": ({PACKING: None}, "config-mismatch", PACKING),
 }
 
@@ -219,7 +220,7 @@ def test_what_no_original_can_say_is_refused_on_the_way_back(
     folder = changed(conversions(SQUARE), tmp_path / "in", **said)
     (folder / "ckpt-tool.json").unlink()
     found = problems(lambda: api.plan(folder, to="original"))
-    assert (kind, where) in [(p.kind, (p.where or "").partition(".")[0]) for p in found], found
+    assert any(p.kind == kind and (p.where or "").startswith(where) for p in found), found
 
 
 # --- folders ----------------------------------------------------------------------------------------------
@@ -406,8 +407,34 @@ def test_numbers_are_proved_and_have_no_way_back(
     assert report.status == "pass", report.headline
     (problem,) = problems(lambda: api.plan(tmp_path / "hf", to="original"))
     assert problem.kind == "unsupported" and "bit for bit" in (problem.hint or "")
-    (problem,) = problems(lambda: api.plan(conversions(OTHER), options=numbers))
-    assert problem.kind == "unsupported" and "--to original" in (problem.hint or "")
-    api.convert(conversions(OTHER), tmp_path / "back", to="original")
-    api.convert(tmp_path / "back", tmp_path / "again", options=numbers)
-    assert world.equal(world.tensors_of(tmp_path / "again"), world.tensors_of(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_numbers_are_made_of_either_layout(
+    dtype: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Experts lie in the Hugging Face layout of codes as in the original, and in that of numbers turned."""
+    numbers = api.Options(dequantize=dtype)
+    api.convert(originals(SQUARE), tmp_path / "of-original", options=numbers)
+    made = api.convert(conversions(SQUARE), tmp_path / "of-codes", options=numbers)
+    assert made.plan.config["torch_dtype"].value == {"BF16": "bfloat16", "F32": "float32"}[dtype]
+    for file in ("model.safetensors", "config.json"):
+        found, expected = ((tmp_path / d / file).read_bytes() for d in ("of-codes", "of-original"))
+        assert found == expected, file
+    levels = ("coverage", "bits", "parity") if dtype == "BF16" else ("coverage", "bits")
+    report = api.verify(tmp_path / "of-codes", levels=levels, mode="quick")
+    assert report.status == "pass", report.headline
+
+
+def test_any_range_of_turned_numbers_is_read(conversions: Written) -> None:
+    from ckpt_tool.convert.quantised_view import as_asked
+
+    with api.open_checkpoint(conversions(OTHER)) as stored:
+        seen = as_asked(stored, api.Options(dequantize="F32"))
+        (info,) = seen.find(E + "gate_up_proj")
+        whole = seen.read(info).reshape(-1).view("u1")
+        one = whole.size // info.shape[0]  # of an expert
+        for first, last in ((1, 2), (one - 3, one + 5), (2 * one + 8, 3 * one), (0, whole.size)):
+            some = bytearray(last - first)
+            seen.read_into(info, first, memoryview(some))
+            assert bytes(some) == whole[first:last].tobytes()

@@ -85,8 +85,10 @@ REFUSED = {
     "yarn not in whole channels": ({"yarn__truncate": False}, "unsupported", "expected true, found false"),
     "an unknown value of yarn": ({"yarn__gamma": 3}, "unsupported", "yarn.gamma"),
     "windows that differ": ({"sliding_window": [8, None]}, "unsupported", "one window for all layers"),
+    "no window in the list": ({"sliding_window": []}, "unsupported", "found none"),
+    "growth without yarn": ({"yarn": {}}, "unsupported", "expected yarn beside it"),
     "experts": ({"moe": {"num_experts": 4, "num_experts_per_tok": 2}}, "unsupported", "moe"),
-    "latent attention": ({"q_lora_rank": 8}, "unsupported", "q_lora_rank"),
+    "latent attention": ({"kv_lora_rank": 8}, "unsupported", "multi-head latent attention"),
     "a draft of another": ({"is_eagle": True}, "unsupported", "is_eagle"),
 }
 
@@ -99,6 +101,7 @@ def test_params_that_leave_a_question_are_refused(name: str, originals: Written,
         api.convert(source, tmp_path / "out", family="ministral3")
     assert caught.value.problems[0].kind == kind
     assert said in caught.value.text()
+    assert "expected None" not in caught.value.text() and "moe." not in caught.value.text()
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +206,7 @@ def test_a_mistake_of_others_is_caught_and_named(
     source, right = two_layers
     folder = Path(shutil.copytree(right, tmp_path / "hf"))
     changed(folder, **values)
-    report = verify(folder, source, levels="parity")
+    report = verify(folder, source, levels="parity", mode="quick")
     assert report.exit_code == 1
     causes = [str(f.data["cause"]) for f in report.level("diagnosis") if f.data["cause"] is not None]
     assert causes and all(words in cause for cause in causes), causes
@@ -230,7 +233,7 @@ def test_a_factor_that_is_no_ratio_is_told_and_taken(two_layers: tuple[Path, Pat
     pytest.importorskip("transformers")
     source = altered(two_layers[0], tmp_path / "in", max_position_embeddings=512)
     api.convert(source, tmp_path / "out", check=False)
-    report = verify(tmp_path / "out", source, levels="coverage", against="transformers")
+    report = verify(tmp_path / "out", source, levels="coverage", against="transformers", mode="quick")
     assert report.exit_code == 0
     assert any("RoPE scaling factor" in f.message for f in report.findings if f.check == "warnings")
 
@@ -408,10 +411,50 @@ def test_a_text_model_without_yarn_may_read_images(originals: Written, tmp_path:
     assert (text["model_type"], text["rope_parameters"]) == (
         "mistral", {"rope_type": "default", "rope_theta": 20000.0},
     )  # fmt: skip
-    report = verify(tmp_path / "out", source, levels=("coverage", "bits", "parity"))
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits", "parity"), mode="quick")
     assert report.exit_code == 0
     said = [f.message for f in report.findings if f.check == "unseen"]
-    assert any("the part that reads images: 33 tensors were compared by bits alone" in t for t in said)
+    assert any("the part that reads images: 33 tensors are read by no pass here" in t for t in said)
+    assert "; the part that reads images by its bits alone" in report.headline
+
+
+def test_adapters_have_the_biases_that_are_there(originals: Written, tmp_path: Path) -> None:
+    """The publisher's code takes biases where nothing is said, its releases say that there are none."""
+    source = altered(originals(IMAGES), tmp_path / "in", vision_encoder__adapter_bias=None)
+    assert api.plan(source).config["multimodal_projector_bias"].value is False
+    file = source / "consolidated.safetensors"
+    more = {
+        f"vision_language_adapter.w_{n}.bias": torch.ones(44, dtype=torch.bfloat16) for n in ("in", "out")
+    }
+    save_file({**load_file(file), **more}, file)
+    api.convert(source, tmp_path / "hf", check=False)
+    (tmp_path / "hf" / "ckpt-tool.json").unlink()
+    assert document(tmp_path / "hf")["multimodal_projector_bias"] is True
+    api.convert(tmp_path / "hf", tmp_path / "back", to="original", family="ministral3", check=False)
+    assert world.equal(world.tensors_of(tmp_path / "back"), world.tensors_of(source))
+    assert document(tmp_path / "back", "params.json")["vision_encoder"]["adapter_bias"] is True
+
+
+def test_the_part_for_images_may_be_told_in_either_place(originals: Written, tmp_path: Path) -> None:
+    told = document(originals(IMAGES), "params.json")["vision_encoder"]
+    wanted = {n: v.value for n, v in api.plan(originals(IMAGES)).config.items()}
+    for k, first in enumerate((None, told)):
+        again = {"vision_encoder": first, "multimodal": {"vision_encoder_args": told}}
+        source = altered(originals(IMAGES), tmp_path / f"in{k}", **again)
+        assert {n: v.value for n, v in api.plan(source).config.items()} == wanted
+
+
+def test_two_bases_of_the_part_for_images_are_a_difference(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """transformers 5 reads the one in rope_parameters, older releases the one beside it."""
+    folder = Path(shutil.copytree(conversions(IMAGES), tmp_path / "hf"))
+    config = document(folder)
+    config["vision_config"]["rope_theta"] = 1e4
+    (folder / "config.json").write_text(json.dumps(config))
+    report = verify(folder, originals(IMAGES), levels="coverage")
+    wrong = [f.where for f in report.findings if f.status == "fail" and f.check == "config"]
+    assert "config.json: vision_config.rope_parameters" in wrong
 
 
 def test_the_whole_decides_whether_the_head_is_the_embedding(
@@ -450,21 +493,35 @@ def in_codes(source: Path, folder: Path, *, inputs: bool = True, images: bool = 
     return folder
 
 
-@pytest.mark.parametrize("variant", [VARIANT, IMAGES])
+@pytest.fixture(scope="module")
+def coded(two_layers: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_codes(two_layers[0], tmp_path_factory.mktemp("coded") / "in")
+
+
+def with_tensors(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of the original with other tensors."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "consolidated.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "consolidated.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("inputs", [True, False])
 def test_codes_and_scales_are_carried_both_ways(
-    variant: str, inputs: bool, originals: Written, tmp_path: Path
+    images: bool, inputs: bool, two_layers: tuple[Path, Path], originals: Written, tmp_path: Path
 ) -> None:
-    source = in_codes(originals(variant), tmp_path / "in", inputs=inputs)
+    source = in_codes(originals(IMAGES) if images else two_layers[0], tmp_path / "in", inputs=inputs)
     plan = api.convert(source, tmp_path / "hf", check=False).plan
     assert [d.tensor.name for d in plan.dropped] == ["layers.0.attention.k_fake_quantizer.qscale_act"]
     config = document(tmp_path / "hf")
     packing = config["quantization_config"]
     assert packing["activation_scheme"] == ("static" if inputs else "dynamic")
-    parts = [] if variant == VARIANT else ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    assert packing["modules_to_not_convert"] == parts
+    parts = ["model.vision_tower", "model.multi_modal_projector"] if images else []
+    assert packing["modules_to_not_convert"] == [*parts, "lm_head"]
     found, wanted = world.tensors_of(tmp_path / "hf"), load_file(source / "consolidated.safetensors")
-    root = "" if variant == VARIANT else "language_model."
+    root = "language_model." if images else ""
     name = f"{root}model.layers.1.self_attn.q_proj."
     own = "layers.1.attention.wq."
     assert torch.equal(found[f"{name}weight_scale_inv"], wanted[f"{own}qscale_weight"])
@@ -479,10 +536,9 @@ def test_codes_and_scales_are_carried_both_ways(
     assert told == document(source, "params.json")["quantization"]
 
 
-def test_carried_codes_are_verified(originals: Written, tmp_path: Path) -> None:
-    source = in_codes(small(tmp_path / "plain"), tmp_path / "in")
-    api.convert(source, tmp_path / "hf", check=False)
-    report = verify(tmp_path / "hf", source, levels=("coverage", "bits", "parity"))
+def test_carried_codes_are_verified(coded: Path, tmp_path: Path) -> None:
+    api.convert(coded, tmp_path / "hf", check=False)
+    report = verify(tmp_path / "hf", coded, levels=("coverage", "bits", "parity"), mode="quick")
     assert report.exit_code == 0
     folder = Path(shutil.copytree(tmp_path / "hf", tmp_path / "wrong"))
     tensors = load_file(folder / "model.safetensors")
@@ -490,7 +546,84 @@ def test_carried_codes_are_verified(originals: Written, tmp_path: Path) -> None:
     save_file(
         {**tensors, scale: tensors[scale] * 1.01}, folder / "model.safetensors", metadata={"format": "pt"}
     )
-    assert verify(folder, source, levels="parity").exit_code == 1
+    assert verify(folder, coded, levels="parity", mode="quick").exit_code == 1
+
+
+def test_a_scale_for_each_row_goes_with_its_row(coded: Path, tmp_path: Path) -> None:
+    def by_rows(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(".qscale_weight")]:
+            rows = len(tensors[name.replace("qscale_weight", "weight")])
+            tensors[name] = tensors[name] * torch.linspace(1, 2, rows)
+
+    source = with_tensors(coded, tmp_path / "in", by_rows)
+    made = api.convert(source, tmp_path / "hf", check=False)
+    assert any("transformers loads no such folder" in note for note in made.plan.notes)
+    assert verify(tmp_path / "hf", source, levels=("bits", "parity"), mode="quick").exit_code == 0
+    api.convert(tmp_path / "hf", tmp_path / "back", to="original", family="ministral3", check=False)
+    wanted = {n: t for n, t in world.tensors_of(source).items() if "fake_quantizer" not in n}
+    assert world.equal(world.tensors_of(tmp_path / "back"), wanted)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_layer_of_numbers_is_named_alone(
+    images: bool, coded: Path, originals: Written, tmp_path: Path
+) -> None:
+    """Were the whole text model named, its codes would be read as its numbers."""
+
+    def plain(tensors: dict[str, torch.Tensor]) -> None:
+        layer = "layers.1.feed_forward.w2."
+        numbers = tensors[f"{layer}weight"].float() * tensors.pop(f"{layer}qscale_weight")
+        del tensors[f"{layer}qscale_act"]
+        tensors[f"{layer}weight"] = numbers.bfloat16()
+
+    source = in_codes(originals(IMAGES), tmp_path / "codes") if images else coded
+    config = api.plan(with_tensors(source, tmp_path / "in", plain)).config
+    named = config["quantization_config"].value["modules_to_not_convert"]
+    root = "model.language_model" if images else "model"
+    parts = ["model.vision_tower", "model.multi_modal_projector"] if images else []
+    assert named == [f"{root}.layers.1.mlp.down_proj", *parts, "lm_head"]
+
+
+def embedding_in_codes(tensors: dict[str, torch.Tensor]) -> None:
+    name = "tok_embeddings.weight"
+    more = {name: tensors[name].to(torch.float8_e4m3fn)}
+    tensors |= more | {f"tok_embeddings.qscale_{n}": torch.tensor(0.5) for n in ("weight", "act")}
+
+
+def no_inputs(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [n for n in tensors if n.endswith("qscale_act")]:
+        del tensors[name]
+
+
+ODD_CODES: Mapping[str, tuple[Callable[[dict[str, torch.Tensor]], Any], Any, str, str]] = {
+    "one scale of inputs is missing": (
+        lambda t: t.pop("layers.1.attention.wk.qscale_act"), "TENSOR", "missing-tensor", "found none of 1",
+    ),
+    "no scale of inputs": (no_inputs, "TENSOR", "config-mismatch", "expected NO_SCALES"),
+    "scales of inputs unsaid": (lambda t: None, "NO_SCALES", "config-mismatch", "expected TENSOR"),
+    "an embedding": (embedding_in_codes, "TENSOR", "unsupported", "no loader knows codes of it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_CODES)
+def test_codes_that_no_loader_would_read_are_refused(name: str, coded: Path, tmp_path: Path) -> None:
+    change, scheme, kind, said = ODD_CODES[name]
+    source = altered(
+        with_tensors(coded, tmp_path / "a", change), tmp_path / "b", quantization__qscheme_act=scheme
+    )
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(source)
+    assert [p.kind for p in caught.value.problems] == [kind]
+    assert said in caught.value.text()
+
+
+def test_a_scale_of_inputs_is_missed_on_the_way_back(coded: Path, tmp_path: Path) -> None:
+    api.convert(coded, tmp_path / "hf", check=False)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.activation_scale"]
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CkptToolError, match="expected a scale of the inputs"):
+        api.plan(tmp_path / "hf", to="original")
 
 
 def test_the_case_of_eight_bits_has_the_values_of_its_readme(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckpt_tool.api import convert, plan, verify
+from ckpt_tool.api import convert, gate, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
@@ -267,8 +267,21 @@ def other(key: str, value: object) -> Callable[[Tensors, dict[str, Any]], None]:
     return lambda tensors, config: config["quantization_config"].update({key: value})
 
 
+def without_scales(tensors: Tensors, config: dict[str, Any]) -> None:
+    for name in [n for n in tensors if n.endswith("scale_inv")]:
+        del tensors[name]
+
+
 REFUSED = {
     "no scales": (lambda t, c: t.pop(GRID), "missing-tensor", GRID, "get the whole release"),
+    "no scales at all": (without_scales, "missing-tensor", "weight_scale_inv", "get the whole release"),
+    "no codes": (lambda t, c: t.pop(CODES), "missing-tensor", CODES, ""),
+    "scales of plain numbers": (
+        lambda t, c: t.update({CODES: ("BF16", np.full(t[CODES][1].shape, 0x3F80, "<u2"))}),
+        "uncovered-tensors",
+        GRID,
+        "--drop",
+    ),
     "another grid": (
         lambda t, c: t.update({GRID: ("F32", t[GRID][1][:-1])}),
         "shape-mismatch",
@@ -293,6 +306,12 @@ REFUSED = {
         "missing-fact",
         "quantization_config.weight_block_size",
         "--set quantization_config=",
+    ),
+    "another format": (
+        lambda t, c: c.update(quantization_config={"quant_method": "mxfp4"}),
+        "config-mismatch",
+        "weight",
+        "--set quantization_config",
     ),
     "an odd block": (other("weight_block_size", [16]), "bad-config", "weight_block_size", ""),
     "another method": (other("quant_method", "awq"), "unsupported", "quant_method", ""),
@@ -386,6 +405,75 @@ def test_a_cast_is_no_way_to_make_numbers_of_codes(quantised: Made) -> None:
     assert caught.value.kind == "usage"
     with pytest.raises(CkptToolError, match="rounds once"):
         plan(quantised("fp8-blocks"), options=Options(dtype="BF16", dequantize="F32"))
+
+
+def test_scales_of_inputs_are_left_out_of_numbers_and_that_is_told(quantised: Made) -> None:
+    made = plan(quantised("fp8-tensor"), options=Options(dequantize="BF16"))
+    assert any("scales of the inputs of 21 weights are left out" in words for words in made.lossy), made.lossy
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["lm_head", "model.layers.1", "mlp.up_pro", "layers.0"], 7),
+        (["down_proj", "model.layers.1.mlp.down_proj"], 3),
+        (["model.layers.1.mlp.up_proj"], 1),
+        (["model.layers.*.mlp", "", 5], 0),
+    ],
+)
+def test_codes_that_config_json_calls_plain_are_told(
+    names: list[Any], count: int, quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(quantised("fp8-blocks"), tmp_path / "in", other("modules_to_not_convert", names))
+    told = [n for n in plan(source).notes if "is not quantised" in n]
+    assert len(told) == bool(count), told
+    assert count < 2 or f", and {count - 1} more:" in told[0]
+
+
+def test_one_scale_is_one_whatever_its_shape(quantised: Made, tmp_path: Path) -> None:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        for name in [n for n in tensors if n.endswith("scale_inv")]:
+            tensors[name] = "F32", tensors[name][1].reshape(1, 1)
+
+    source = changed(quantised("fp8-tensor"), tmp_path / "in", change)
+    numbers = Options(dequantize="BF16")
+    for folder, name in ((source, "out"), (quantised("fp8-tensor"), "right")):
+        convert(folder, tmp_path / name, options=numbers)
+    assert held(tmp_path / "out") == held(tmp_path / "right")
+
+
+def grouped(**weights: object) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 24]} | weights
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+
+
+@pytest.mark.parametrize("weights", [{}, {"block_structure": "16x24"}, {"actorder": "static"}])
+def test_what_compressed_tensors_says_of_blocks(
+    weights: dict[str, Any], quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(
+        quantised("fp8-blocks"),
+        tmp_path / "in",
+        lambda t, c: c.update(quantization_config=grouped(**weights)),
+    )
+    with open_checkpoint(source) as checkpoint:
+        found = found_in(checkpoint)
+    assert found is not None and found.words == ["fp8 in blocks of 16 x 24"]
+
+
+@pytest.mark.parametrize(
+    "said", [grouped(actorder="group"), grouped() | {"format": ["x"]}, grouped(block_structure="16")]
+)
+def test_what_compressed_tensors_says_oddly_is_refused(
+    said: dict[str, Any], quantised: Made, tmp_path: Path
+) -> None:
+    source = changed(
+        quantised("fp8-blocks"), tmp_path / "in", lambda t, c: c.update(quantization_config=said)
+    )
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    assert caught.value.kind in ("unsupported", "bad-config")
 
 
 # --- rows over blocks -----------------------------------------------------------------------------------
@@ -553,3 +641,20 @@ def test_scales_may_stand_in_another_file_than_their_codes(quantised: Made, tmp_
         convert(source, tmp_path / f"{name}-right", options=options)
         assert held(tmp_path / name) == held(tmp_path / f"{name}-right")
         assert verify(tmp_path / name, apart, levels=("coverage", "bits")).status == "pass"
+
+
+def test_a_gate_makes_numbers_of_codes(quantised: Made, tmp_path: Path) -> None:
+    entries = (
+        ("numbers", 'dequantize = "bfloat16"\nrecipe = "bf16-scale"'),
+        ("codes", ""),
+        ("half", 'recipe = "bf16-scale"'),
+    )
+    checks = [
+        f'[[check]]\nname = "{name}"\nconvert = "auto"\nsource = "{quantised("fp8-blocks")}"\n'
+        f'out = "{name}"\nlevels = ["coverage", "bits"]\n{said}\n'
+        for name, said in entries
+    ]
+    (tmp_path / "parity.toml").write_text("\n".join(checks))
+    numbers, codes, half = gate(tmp_path / "parity.toml").reports
+    assert numbers.status == codes.status == "pass" and "recipe bf16-scale" in numbers.headline
+    assert half.could_not_run and not (tmp_path / "half").exists()

@@ -436,7 +436,7 @@ def test_documented_generations_are_run(
     [
         ({"dtype": "bfloat16"}, "no bar is known"),
         ({"dtype": "4bit (bitsandbytes)"}, "cannot be computed here"),
-        ({"input": {"input_ids": [[0, 1, 2]], "attention_mask": [[0, 1, 1]]}}, "padded"),
+        ({"input": {"input_ids": [[0, 1, 2]], "token_type_ids": [[0, 1, 1]]}}, "takes no token types"),
         ({"expected": {"kind": "invariant", "rule": "scores add up"}}, "scores add up"),
         ({"head": "masked_lm"}, "for the head masked_lm"),
         ({"expected": {"kind": "logits_slice", "slice": [0, 7, 0], "values": 1.0}}, "another shape"),

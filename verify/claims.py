@@ -176,6 +176,9 @@ def _proved(findings: Sequence[Finding]) -> str:
     for f in findings:
         if (f.level, f.check, f.status) == ("parity", "equivalence", "pass"):
             text += _equivalent(f.data.get("upper"), f.data.get("margin"))
+        if f.level == "parity" and (part := f.data.get("part")):
+            by_bits = ("bits", "round trip") in passed
+            text += f"; {part} {'by its bits alone' if by_bits else 'was not compared'}"
         if f.data.get("trusted"):
             text += f"; only the manifest tells {f.data['trusted']}"
         if f.status == "skipped" and f.data.get("open"):

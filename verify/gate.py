@@ -31,6 +31,7 @@ from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert import options
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
+from ckpt_tool.convert.quantised_asked import dequantize_option
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 from ckpt_tool.verify import ASKED_FOR, DTYPES, JUDGES, claims, verify
 from ckpt_tool.verify.baseline import MORE, hold_against, read_baseline
@@ -56,6 +57,8 @@ class Check:
     overwrite: bool = False
     overwrite_foreign: bool = False
     dtype: str | None = None
+    dequantize: str | None = None
+    recipe: str | None = None
     levels: tuple[str, ...] | None = None  # None: all, and what cannot run is skipped
     require: tuple[str, ...] = ()
     against: str | None = None
@@ -160,9 +163,11 @@ def could_not_run(name: str, error: CkptToolError) -> Report:
 
 
 def _convert(check: Check, convert: Callable[..., object]) -> None:
+    numbers = (check.dequantize, check.recipe)
     asked = Options(
         settings=check.settings,
         dtype=None if check.dtype is None else dtype_option(check.dtype),
+        **({} if numbers == (None, None) else dequantize_option(*numbers)),
         **options.fields(check.options),
     )
     convert(

@@ -498,8 +498,8 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt], in_part: bool) -> li
     for words, pattern in getattr(converted.module, "UNREAD", {}).items():
         own = [n for n in unread if re.fullmatch(pattern, n)]
         if own:
-            text = f"{words}: {len(own)} tensors were compared by bits alone, as no pass here reads them"
-            made.append(finding("unseen", "note", text, own[0], data={"unread": len(own)}))
+            text = f"{words}: {len(own)} tensors are read by no pass here, bits alone compare them"
+            made.append(finding("unseen", "note", text, own[0], data={"unread": len(own), "part": words}))
             unread = [n for n in unread if n not in {*own}]
     if unread:
         why = "layers that did not run, experts never chosen, or unused"

@@ -316,9 +316,13 @@ def locate(
             if bundle is not None:
                 return within, bundle
         for within, inside in places if wish != "hf" else ():
-            if (loose := loose_set(inside)) is not None:
-                check_finished(loose, inside, file=f"{file}/{within}".rstrip("/"))
-                return within, loose
+            label, known = f"{file}/{within}".rstrip("/"), find_sets(inside)
+            if any(s.index is not None for s in known) or (loose := loose_set(inside)) is None:
+                continue
+            for one in known:
+                check_complete(one, file=label)
+            check_finished(loose, inside, file=label)
+            return within, loose
     return None
 
 

@@ -445,6 +445,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     if facts.given(*keys):
         where = keys[0].partition(".")[0]
         facts.refuse("unsupported", f"expected {what} in family {d.name}, found some", where)
+        facts.used |= {k for k in facts.document or {} if k.startswith(f"{where}.")}  # said once
     config = known.values()
     known.values(n for n, f in d.fields.items() if f.hidden and f.keys)
     ids = {"bos_token_id", "eos_token_id", "pad_token_id"}

@@ -80,8 +80,13 @@ def _size(name: str, **more: Any) -> Field:
 
 def _side(known: Known) -> tuple[str, ...]:
     """image_size, else max_image_size: the longer side of the largest image."""
-    named = (*_keys("image_size"), *_keys("max_image_size"))
-    return tuple(k for k in named if known.facts.given(k))[:1]
+    own = _keys("image_size")
+    return own if known.facts.given(*own) else _keys("max_image_size")
+
+
+def _biased(known: Known) -> Value:
+    """Whether the adapter has biases, which readers take for granted either way."""
+    return given(BIASES[0].source[0] in known.source.tensors, "adapter_bias absent: as the tensors have it")
 
 
 def _beside(*fields: Field) -> tuple[Field, ...]:
@@ -112,7 +117,7 @@ FIELDS: tuple[Field, ...] = (
     flag(
         "multimodal_projector_bias",
         *_keys("adapter_bias"),
-        rule=given(False, "adapter_bias absent: no biases"),
+        rule=_biased,
     ),
     count(
         "image_token_index", *_keys("image_token_id"), silent=DEFAULT, ask="the id that stands for an image"

@@ -271,10 +271,6 @@ def packed_otherwise(known: Known, numbers: bool) -> Iterator[Problem]:
 
 def held(d: OpenAI, checkpoint: Checkpoint, options: Options, architecture: str) -> Held:
     """See `Family.held`: packed as the original is, or as numbers, as transformers saves them."""
-    if options.dequantize is not None:
-        message = "expected the original's layout, in which matrices lie as their codes do, found the other"
-        hint = "--to original writes it, bit for bit; --dequantize takes that"
-        fail("unsupported", message, file=checkpoint.path.name, where="--dequantize", hint=hint)
     known = converted(d, checkpoint, options, architecture)
     return Held(rows_of(d, known), known.source, known.facts, FREQUENCIES)
 

@@ -68,6 +68,7 @@ HARMLESS: Mapping[str, str] = {
 }
 
 OFF = (False, 0)
+LATENT = "queries, keys and values are made of smaller vectors (multi-head latent attention)"
 # By field: what it does, and the values with which it does nothing.
 OTHER_MODELS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "use_qk_norm": ("queries and keys are normalised", OFF),
@@ -97,6 +98,11 @@ OTHER_MODELS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "vision_max_num_chunks": ("the model sees images", (4, *OFF)),
     "vision_num_cross_attention_layers": ("the model sees images", (-1, *OFF)),
     "is_eagle": ("the model only drafts for another", OFF),
+    "q_lora_rank": (LATENT, OFF),
+    "kv_lora_rank": (LATENT, OFF),
+    "qk_nope_head_dim": (LATENT, OFF),
+    "qk_rope_head_dim": (LATENT, OFF),
+    "v_head_dim": (LATENT, OFF),
     "moe": ("there are experts", OFF),
     "norm_topk_prob": ("the chosen experts do not share one whole", (True,)),
     "moe.norm_topk_prob": ("the chosen experts do not share one whole", (True,)),

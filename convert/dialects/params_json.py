@@ -30,6 +30,8 @@ from ckpt_tool.convert.numbers import (
 )
 from ckpt_tool.convert.params import SET, UNKNOWN, Facts, of_rotary, opened, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
+from ckpt_tool.convert.quantised import Inventory
+from ckpt_tool.convert.quantised_asked import WAY_OUT
 from ckpt_tool.convert.quantised_view import carried_of
 from ckpt_tool.convert.weave import TIES
 from ckpt_tool.errors import CkptToolError, Problem
@@ -210,12 +212,39 @@ def tied(known: Known) -> dict[str, Value]:
 
 def _with_codes(known: Known, found: Value) -> Value:
     """What the file says of codes is of codes that are there; `quantised_config` reads it."""
-    if found.value and carried_of(known.source.checkpoint) is None:
+    inventory = carried_of(known.source.checkpoint)
+    if inventory is not None:
+        _check_codes(known, inventory, found.value)
+    elif found.value:
         message = f"expected quantised weights, as {NAME} says, found none"
         known.refuse(
             "config-mismatch", message, PACKED, "take it out of a copy of the file if they are plain"
         )
     return found
+
+
+def _check_codes(known: Known, inventory: Inventory, told: Any = None) -> None:
+    """Codes of linear layers, which loaders look for, and scales of inputs for all of them or for none, as
+    the file says where it does: a loader leaves a scale that is missing at whatever it is made with."""
+    said = told.get("qscheme_act") if isinstance(told, Mapping) else None
+    without = [w for w in inventory.weights.values() if "activation" not in w.others]
+    for w in inventory.weights.values():
+        if "embed" in w.name or len(w.shape) != 2:
+            message = f"expected numbers, as no loader knows codes of it, found {w.words}"
+            known.facts.problems.append(Problem("unsupported", message, w.codes.file, w.name, WAY_OUT))
+    if 0 < len(without) < len(inventory.weights):
+        w, total = without[0], len(inventory.weights)
+        name = w.codes.name.removesuffix(w.form.codes) + w.form.activation
+        message = f"expected a scale of the inputs of each of {total} weights, found none of {len(without)}"
+        known.facts.problems.append(
+            Problem("missing-tensor", message, w.codes.file, name, "get the whole release")
+        )
+        return
+    wanted = "NO_SCALES" if without else "TENSOR"
+    if said not in (None, wanted):
+        message = f"expected {wanted}, as {'no' if without else 'each'} weight has a scale of its inputs"
+        hint = f"say {wanted} in a copy of the file, if nothing is missing"
+        known.refuse("config-mismatch", f"{message}, found {said}", f"{PACKED}.qscheme_act", hint)
 
 
 PACKED = "quantization"
@@ -231,6 +260,8 @@ def packed(known: Known) -> dict[str, Value]:
     inventory = carried_of(known.source.checkpoint)
     if inventory is None:
         return {}
+    _check_codes(known, inventory)
+    known.facts.check()
     scaled = any("activation" in w.others for w in inventory.weights.values())
     told = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR" if scaled else "NO_SCALES"}
     return {PACKED: Value(told, "the weights' codes and scales")}
@@ -255,7 +286,8 @@ def _one_window(known: Known, found: Value) -> Value:
     if isinstance(found.value, list):
         kinds = {str(v): v for v in found.value}
         if len(kinds) != 1:
-            message = "expected one window for all layers, as config.json can hold, found several"
+            many = "several" if kinds else "none"
+            message = f"expected one window for all layers, as config.json can hold, found {many}"
             known.refuse("unsupported", message, "sliding_window")
             return Value(None, found.source)
         found = Value(next(iter(kinds.values())), f"{found.source}, the same for all layers")

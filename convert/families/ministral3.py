@@ -87,7 +87,7 @@ def _beta(known: Known, found: Value) -> Value:
 
 def _one_length(known: Known, found: Value) -> Value:
     """Queries grow at multiples of a length, for which the class takes that of yarn."""
-    if found.value is not None and found.value != known["yarn_length"]:
+    if found.value is not None and known["yarn_length"] not in (None, found.value):
         message = f"expected {known['yarn_length']}, that of yarn, whose length the class takes for both"
         known.refuse("unsupported", f"{message}, found {shown(found.value)}", f"{LLAMA_4}.{LENGTH}")
     return found
