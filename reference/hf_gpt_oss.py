@@ -26,6 +26,7 @@ from ckpt_tool.reference.hf_blocks import (
     linear,
     rotate,
     split_heads,
+    traced,
     wide,
 )
 from ckpt_tool.reference.hf_decoder import windowed
@@ -102,9 +103,13 @@ def encode(ids: Tensor, ranks: Ranks, c: Config) -> Tensor:
     return final_norm(trunk(phases(ranks, c), ids), ranks, c)
 
 
-def layer(x: Tensor, i: int, ranks: Ranks, c: Config, past: Cache | None = None) -> Tensor:
+def layer(
+    x: Tensor, i: int, ranks: Ranks, c: Config, mask: Tensor | None = None, past: Cache | None = None
+) -> Tensor:
+    """`mask` (B, P + T) is 0 for padding, of which positions count as of other tokens."""
     w, p = ranks[0], f"{c.prefix}layers.{i}."
-    x = x + attention(norm(x, w, p + "input_layernorm.", c), w, p + "self_attn.", c, c.windows[i], past)
+    y = norm(x, w, p + "input_layernorm.", c)
+    x = x + attention(y, w, p + "self_attn.", c, c.windows[i], past, mask)
     return x + mixture(norm(x, w, p + "post_attention_layernorm.", c), w, p + "mlp.", c)
 
 
@@ -134,33 +139,49 @@ def _of_last(name: str) -> Callable[[Tensor, Ranks, Config], Any]:
 _OF_LAST = {name: _of_last(name) for name in HEADS}
 
 
-def attention(x: Tensor, w: Tensors, p: str, c: Config, window: int | None, past: Cache | None) -> Tensor:
+def attention(
+    x: Tensor,
+    w: Tensors,
+    p: str,
+    c: Config,
+    window: int | None,
+    past: Cache | None,
+    mask: Tensor | None,
+) -> Tensor:
     counts = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
     q, k, v = (split_heads(linear(x, w, f"{p}{name}_proj."), n) for name, n in counts.items())
     cos, sin = rotation(x, c.rope_theta, c.head_dim, c.rope_scaling, cached(past, p))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     k, v = grown(past, p, k, v)
-    return linear(with_sinks(q, k, v, w[p + "sinks"], window), w, p + "o_proj.")
+    return linear(with_sinks(q, k, v, w[p + "sinks"], window, mask), w, p + "o_proj.")
 
 
-def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
+def with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None, mask: Tensor | None = None
+) -> Tensor:
     """q (B, N, T, H), k and v (B, K, P + T, H), each shared by N/K queries: (B, T, N * H). The score of a
-    head's sink is one more column, which is dropped after the softmax."""
+    head's sink is one more column, which is dropped after the softmax. `mask` (B, P + T) is 0 for padding."""
     (B, N, T, H), K, S = q.shape, k.shape[1], k.shape[2]
     q, column = q.view(B, K, -1, T, H), sinks.view(1, K, -1, 1, 1)
-    made, rows = [], max(1, HELD // (B * N * S))
-    for first in range(0, T, rows):
-        some = q[:, :, :, first : first + rows]
+
+    def of(some: Tensor, first: int) -> Tensor:
+        """Of the queries from `first` on: (B, t, N * H)."""
         scores = torch.einsum("bkgqh,bkth->bkgqt", some, k) * H**-0.5
         own = S - T + first  # which key is the first query's own
         seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
             seen = seen.triu(own + 1 - window)
+        if mask is not None:
+            seen = seen & (mask != 0)[:, None, None, None, :]
         scores = scores.masked_fill(~seen, -math.inf)
         scores = wide(torch.cat([scores, column.expand(*scores.shape[:-1], 1).to(scores.dtype)], dim=-1))
         weights = scores.softmax(-1)[..., :-1].to(q.dtype)
-        made.append(torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2))
-    return torch.cat(made, dim=1)
+        return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
+
+    if traced():
+        return of(q, 0)
+    rows = max(1, HELD // (B * N * S))
+    return torch.cat([of(q[:, :, :, i : i + rows], i) for i in range(0, T, rows)], dim=1)
 
 
 def mixture(x: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
@@ -169,7 +190,9 @@ def mixture(x: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
     best, chosen = linear(tokens, w, p + "router.").topk(c.n_experts_per_token)
     share = F.softmax(wide(best), dim=-1).to(best.dtype)
     y = torch.zeros_like(tokens)
-    for e in sorted(set(chosen.flatten().tolist())):  # an expert nobody asks for is never read
+    # an expert nobody asks for is never read
+    asked = range(c.n_experts) if traced() else sorted(set(chosen.flatten().tolist()))
+    for e in asked:
         rows, place = torch.where(chosen == e)
         out = one_expert(tokens[rows], w, p + "experts.", e, c) * share[rows, place, None]
         y.index_add_(0, rows, out.to(y.dtype))

@@ -303,7 +303,7 @@ MUTANTS = {
     ),
     "frequencies: stretched by another factor": Mutant(
         "llama-3.1-8b",
-        ("rope.stretch", "frequencies / s.factor", "frequencies / (2 * s.factor)"),
+        ("rope.stretch", "torch.lerp(frequencies / s.factor", "torch.lerp(frequencies / (2 * s.factor)"),
         ("hf_rope.stretch", "(frequencies / s.factor)\n", "(frequencies / (2 * s.factor))\n"),
     ),
     "queries that grow: without steps": Mutant(

@@ -22,7 +22,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.qwen3 import qwen3
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import onnx_made
-from ckpt_tool.verify.onnx_export import DATA
+from ckpt_tool.verify.onnx_export import DATA, for_task, form_of
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
 from ckpt_tool.verify.sides import converted_side
 from ckpt_tool.verify.subject import opened
@@ -33,8 +33,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 Written = Callable[[str], Path]
-# Two layers, grouped heads, norms of heads.
-VARIANT = qwen3(2, 56, 6, 2, 12, 88, 336, 2, tie_word_embeddings=True).variant("two-layers", "a Qwen3")
+# Grouped heads, norms of heads, and one layer: what an export costs is the exporter's, layer by layer.
+VARIANT = qwen3(1, 56, 6, 2, 12, 88, 336, 2, tie_word_embeddings=True).variant("one-layer", "a Qwen3")
 # torch and onnxscript say of themselves, while they are imported, what will be otherwise one day
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -84,7 +84,7 @@ def test_an_export_is_published_with_its_proof(exported: tuple[Path, dict[str, A
     path, report = exported
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data", "report.json"]
     assert report["headline"] == "the numbers that onnxruntime gives are those of its source"
-    assert found(report, "weights")["data"]["tensors"] == 24
+    assert found(report, "weights")["data"]["tensors"] == 13
     outputs, control = found(report, "outputs"), found(report, "negative control")
     rows = {row[0]: row for row in outputs["tables"][0]["rows"]}
     assert {"short", "long", "padded", "padded left", "batch", "past 1", "past 7", "padded, past 4"} <= set(
@@ -106,11 +106,22 @@ def test_names_axes_and_opset_are_the_documented_ones(exported: tuple[Path, Any]
         shapes = {v.name: v.shape for v in (*file.inputs, *file.outputs)}
         assert shapes["input_ids"] == ("batch", "sequence")
         assert shapes["attention_mask"] == ("batch", "past_sequence + sequence")
-        assert shapes["past_key_values.1.value"] == ("batch", 2, "past_sequence", 12)
-        assert shapes["present.1.value"] == ("batch", 2, "past_sequence + sequence", 12)
+        assert shapes["past_key_values.0.value"] == ("batch", 2, "past_sequence", 12)
+        assert shapes["present.0.value"] == ("batch", 2, "past_sequence + sequence", 12)
         assert shapes["logits"] == ("batch", "sequence", 336)
         assert file.opset == 18
         assert {place.file for place in file.outside.values()} == {"model.onnx.data"}
+
+
+def test_keys_and_values_are_named_layer_by_layer(conversions: Written) -> None:
+    with opened(conversions("qwen3-0.6b"), None, {}) as subject:
+        side = for_task(converted_side(subject, torch.float32, "cpu"), "causal-lm")
+        form = form_of(side, "causal-lm", with_past=True)
+    layers = range(side.config.n_layers)
+    assert [f"{p.name} {p.own}" for p in form.outputs[1:]] == [
+        f"present.{i}.{kind} model.layers.{i}.{n}" for i in layers for n, kind in enumerate(("key", "value"))
+    ]
+    assert [p.own for p in form.inputs[1:-1]] == [p.own for p in form.outputs[1:]] and len(layers) > 1
 
 
 def test_a_graph_says_nothing_of_the_machine_that_wrote_it(exported: tuple[Path, Any]) -> None:
@@ -138,7 +149,7 @@ def test_an_export_that_does_not_pass_is_not_published(
 ) -> None:
     def wrong(side: Any, form: Any, opset: int, folder: Path, name: str) -> None:
         path = copied(exported, folder)
-        _alter(path, "model.layers.1.mlp.gate_proj.weight")
+        _alter(path, "model.layers.0.mlp.gate_proj.weight")
         path.rename(folder / name)
 
     monkeypatch.setattr(onnx_made, "export", wrong)
@@ -224,14 +235,14 @@ def test_a_graph_of_another_exporter_is_judged_by_the_original(
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert "batch_size, length" in found(report, "interface")["message"]
-    assert found(report, "weights")["data"]["tensors"] == 24
+    assert found(report, "weights")["data"]["tensors"] == 13
     assert "the original's own reading" in found(report, "outputs")["message"]
     assert found(report, "negative control")["data"]["rate"] == 1
 
 
 def test_a_wrong_weight_is_found(exported: tuple[Path, Any], converted: Path, tmp_path: Path) -> None:
     path = copied(exported, tmp_path)
-    _alter(path, "model.layers.1.self_attn.o_proj.weight")
+    _alter(path, "model.layers.0.self_attn.o_proj.weight")
     run = verified(path, converted, "--json", "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert run.returncode == 1 and found(report, "outputs")["status"] == "fail"
@@ -456,3 +467,42 @@ def test_padding_and_past_are_read_as_the_library_reads_them(variant: str, conve
     real = mask.bool()
     assert float((ours - wanted)[real].abs().max()) < 1e-4
     assert float((later - wanted[:, 4:])[real[:, 4:]].abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("both_ways", [True, False], ids=["both ways", "one way"])
+@pytest.mark.parametrize("reach", [None, 5])
+def test_an_average_of_a_graph_is_that_of_the_fourier_transforms(both_ways: bool, reach: int | None) -> None:
+    """onnxruntime's own transforms lose four digits at lengths that are no powers of two."""
+    from ckpt_tool.reference.hf_mega import convolved, multiplied
+
+    T = 13
+    R = reach or T
+    generator = torch.Generator().manual_seed(5)
+    y = torch.randn(2, 4, T, generator=generator, dtype=torch.float64)
+    taps = torch.randn(4, 2 * R - 1 if both_ways else R, generator=generator, dtype=torch.float64)
+    length = T + R - 1 if both_ways else T
+    assert torch.allclose(convolved(y, taps, length), multiplied(y, taps, length), rtol=0, atol=1e-12)
+
+
+def test_padding_and_past_of_gpt_oss_are_left_out(
+    conversions: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows alone are right; padding on the left changes nothing, as positions are relative. As a graph the
+    pass runs all experts on the tokens that chose them."""
+    from ckpt_tool.reference import hf_gpt_oss
+
+    with opened(conversions("gpt-oss-20b"), None, VARIANTS["gpt-oss-20b"].settings) as subject:
+        side = converted_side(subject, torch.float32, "cpu")
+        ids = torch.arange(3, 21).view(2, 9)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        alone = side.forward(ids[1:, 3:])
+        whole = side.forward(ids, {"mask": mask})
+        past: dict[str, torch.Tensor] = {}
+        side.encode(ids[:, :4], {"mask": mask[:, :4], "past": past})  # type: ignore[dict-item]
+        later = side.forward(ids[:, 4:], {"mask": mask, "past": past})  # type: ignore[dict-item]
+        monkeypatch.setattr(hf_gpt_oss, "traced", lambda: True)
+        written = side.forward(ids, {"mask": mask})
+    assert float((whole[1:, 3:] - alone).abs().max()) < 1e-4
+    assert float((whole[:, 4:] - later).abs().max()) < 1e-4
+    assert torch.allclose(written, whole, rtol=0, atol=1e-5)

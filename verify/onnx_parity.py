@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.onnx_file import OnnxFile, open_onnx
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import fail
@@ -368,15 +369,15 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
 def _held(file: OnnxFile) -> set[bytes]:
     found = set()
     for t in file.tensors.values():
-        if t.dtype == "F32":
-            x = np.empty(t.shape, "<f4")
+        if (dtype := DTYPES[t.dtype].value) is not None:
+            x = np.empty(t.shape, dtype)
             file.read_into(t.name, 0, x.reshape(-1).view(np.uint8).data)
             found.add(_digest(x))
     return found
 
 
 def _digest(x: np.ndarray) -> bytes:
-    made = hashlib.sha256(str(x.shape).encode())
+    made = hashlib.sha256(f"{x.dtype.str} {x.shape}".encode())
     made.update(np.ascontiguousarray(x).data)
     return made.digest()
 
