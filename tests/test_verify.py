@@ -431,6 +431,12 @@ def test_documented_generations_are_run(
     assert (wrong.measured, wrong.bar) == (5.0, 6.0)
 
 
+def test_a_padded_row_is_computed(run_entry: Callable[[Expectation], Finding]) -> None:
+    """A decoder takes a mask: numbers that are not its own fail, and are not skipped."""
+    given = {"input_ids": [[0, 1, 2]], "attention_mask": [[0, 1, 1]]}
+    assert run_entry(entry([0.0, 0.0, 0.0], input=given)).status == "fail"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
