@@ -38,6 +38,7 @@ from ckpt_tool.convert.facts_rotary import (
     NUMBERS,
     OBJECTS,
     ROTARY,
+    SCALES,
     TRAINED,
     flat,
     kind_of,
@@ -429,6 +430,8 @@ class _Reader:
             plain = isinstance(value, int | float) and not isinstance(value, bool)
             if name in NUMBERS and (not plain or not 0 < value < math.inf):
                 self.refuse("bad-config", f"{key}.{name}", "a finite number above 0", value)
+            if name in SCALES and (not plain or not 0 <= value < math.inf):
+                self.refuse("bad-config", f"{key}.{name}", "a finite number from 0", value)
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -516,10 +519,11 @@ def _yarn(given: dict[str, Any]) -> dict[str, Any]:
     """YaRN's values with the library's defaults; the two scales are the factor on cosines and sines."""
     made = {"beta_fast": 32, "beta_slow": 1, "truncate": True, **given}
     made |= {k: d for k, d in (("beta_fast", 32), ("beta_slow", 1)) if not made[k]}
-    one, all_dims = made.pop("mscale", None), made.pop("mscale_all_dim", None)
+    one, all_dims = (made.pop(name, None) for name in SCALES)
     factor = made.get("factor")
     if made.get("attention_factor") is None and isinstance(factor, int | float) and factor > 0:
-        scales = (one, all_dims) if one and all_dims else (1, 0)
+        both = one and all_dims and all(isinstance(x, int | float) for x in (one, all_dims))
+        scales = (one, all_dims) if both else (1, 0)
         over, under = (0.1 * s * math.log(factor) + 1.0 if factor > 1 else 1.0 for s in scales)
         made["attention_factor"] = over / under
     return made

@@ -32,6 +32,7 @@ LLAMA3: Mapping[str, Any] = {
     "rope_type": "llama3",
 }
 # Values of a scaling that are numbers, those that it may do without included.
+SCALES = ("mscale", "mscale_all_dim")  # of yarn, which mean nothing where they are 0
 NUMBERS = frozenset((*NEEDED["llama3"], TRAINED, "beta_fast", "beta_slow", "attention_factor"))
 
 

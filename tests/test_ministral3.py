@@ -36,6 +36,7 @@ Written = Callable[[str], Path]
 VARIANT = "ministral3-3b"
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 BETA = "llama_4_scaling_beta"
+NULL = object()
 
 
 def small(folder: Path, **told: Any) -> Path:
@@ -66,10 +67,10 @@ def document(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def changed(folder: Path, **rotary: Any) -> None:
-    """Other values among the rotary ones of config.json; None takes one out."""
+    """Other values among the rotary ones of config.json; None takes one out, `NULL` stands for null."""
     config = document(folder)
-    made = {**config["rope_parameters"], **rotary}
-    config["rope_parameters"] = {k: v for k, v in made.items() if v is not None}
+    made = {k: v for k, v in {**config["rope_parameters"], **rotary}.items() if v is not None}
+    config["rope_parameters"] = {k: None if v is NULL else v for k, v in made.items()}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -124,6 +125,7 @@ def test_params_come_back_from_config_alone(scaled: bool, growth: float | None, 
     api.convert(source, tmp_path / "hf", check=False)
     (tmp_path / "hf" / "ckpt-tool.json").unlink()
     assert document(tmp_path / "hf")["rope_parameters"][BETA] == (growth or 0.0)
+    changed(tmp_path / "hf", **{LENGTH: 64.0})
     api.convert(tmp_path / "hf", tmp_path / "back", to="original", family="ministral3", check=False)
     found, told = (document(folder, "params.json") for folder in (tmp_path / "back", source))
     assert found == {k: v for k, v in told.items() if v is not False or k != "tied_embeddings"}
@@ -143,6 +145,11 @@ NOT_SAID = {
     "one scale of two": ({"mscale_all_dim": 0.5}, "unsupported", "expected an attention factor"),
     "not in whole channels": ({"truncate": False}, "unsupported", "truncate"),
     "another rotary": ({"rope_type": "linear"}, "unsupported", "expected rope_type yarn"),
+    "a growth of null": ({BETA: NULL}, "bad-config", BETA),
+    "a length of null": ({LENGTH: NULL}, "bad-config", LENGTH),
+    "a scale that is text": ({"mscale": "x"}, "bad-config", "mscale"),
+    "no length": ({LENGTH: None}, "bad-config", LENGTH),
+    "a length in parts": ({LENGTH: 64.5}, "bad-config", "a whole number"),
     "beta below 0": ({BETA: -0.1}, "bad-config", BETA),
 }
 
@@ -547,6 +554,19 @@ def test_carried_codes_are_verified(coded: Path, tmp_path: Path) -> None:
         {**tensors, scale: tensors[scale] * 1.01}, folder / "model.safetensors", metadata={"format": "pt"}
     )
     assert verify(folder, coded, levels="parity", mode="quick").exit_code == 1
+
+
+def test_transformers_judges_codes_beside_numbers(
+    coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes numbers of the codes where there is no accelerator, and leaves bfloat16 beside them."""
+    fp8 = pytest.importorskip("transformers.quantizers.quantizer_finegrained_fp8")
+    monkeypatch.setattr(fp8, "is_accelerate_available", lambda *_: True)  # which it does not come to use
+    api.convert(coded, tmp_path / "hf", check=False)
+    report = verify(tmp_path / "hf", coded, levels="coverage", against="transformers", mode="quick")
+    assert report.exit_code == 0 and ("transformers", "logits", "pass") in {
+        (f.level, f.check, f.status) for f in report.findings
+    }
 
 
 def test_a_scale_for_each_row_goes_with_its_row(coded: Path, tmp_path: Path) -> None:

@@ -169,7 +169,18 @@ def load(transformers: Any, subject: Subject, dtype: str, device: str, said: lis
             local_files_only=True,
             **more,
         )
+    if subject.config.get("quantization_config"):
+        _in_one_dtype(model, more[word])
     return model.to(device).eval(), info
+
+
+def _in_one_dtype(model: Any, dtype: torch.dtype) -> None:
+    """A model whose codes became numbers of `dtype` while it was loaded: what lay beside them stays as it was
+    stored, and the two do not multiply."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    if all(p.dtype.itemsize > 1 for p in floating):
+        for p in floating:
+            p.data = p.data.to(dtype)
 
 
 def arguments(model: Any, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -186,17 +186,22 @@ def _sayable(known: Known, found: Value) -> Value:
         message = f"expected rope_type yarn in family ministral3, found {shown(kind)}"
         known.refuse("unsupported", message, where, "a model without yarn is of family mistral")
         return found
-    if BETA not in scaling:
+    if scaling.get(BETA) is None:
         message = f"expected {BETA}, without which the class stops, found none"
         known.refuse("bad-config", message, where, f"{BETA} 0 in rope_parameters: queries do not grow")
-    if LENGTH not in scaling:
-        known.refuse("bad-config", f"expected {LENGTH}, found none", where)
+        return found
+    if missing := [name for name in ("factor", LENGTH) if scaling.get(name) is None]:
+        known.refuse("bad-config", f"expected {' and '.join(missing)}, found none", where)
+        return found
     numbers = ("factor", LENGTH, "beta_fast", "beta_slow", BETA, "mscale", "mscale_all_dim")
     for name in (*numbers, "attention_factor"):
         value, least = scaling.get(name, 1), 0 if name in (BETA, "mscale", "mscale_all_dim") else 1e-30
         if value is not None and (type(value) not in (int, float) or not least <= value < math.inf):
             known.refuse("bad-config", f"expected a number above 0 as {name}, found {shown(value)}", where)
             return found
+    if float(scaling[LENGTH]) % 1:
+        message = f"expected a whole number as {LENGTH}, found {shown(scaling[LENGTH])}"
+        known.refuse("bad-config", message, where)
     if scaling.get("truncate", True) is not True:
         known.refuse("unsupported", "expected truncate true, as params.json means it, found false", where)
     if _applied(scaling) is None:
@@ -210,7 +215,7 @@ def _of_yarn(known: Known) -> dict[str, Value]:
     found = known.value("rope_scaling")
     if found.value is None:
         return {}
-    values, beta = found.value, float(found.value[BETA])
+    values, beta = {**found.value, LENGTH: int(found.value[LENGTH])}, float(found.value[BETA])
     made = {
         f"{YARN}.factor": values["factor"],
         f"{YARN}.{LENGTH}": values[LENGTH],
