@@ -113,7 +113,7 @@ def test_nothing_scaled_is_said_outright(originals: Written, tmp_path: Path) -> 
     api.convert(source, tmp_path / "hf")
     config = read(tmp_path / "hf" / "config.json")
     assert config["rope_scaling"] == {"rope_type": "default"} and config["max_position_embeddings"] == 4096
-    assert api.verify(tmp_path / "hf", levels=("bits", "parity")).status == "pass"
+    assert api.verify(tmp_path / "hf", levels=("bits", "parity"), mode="quick").status == "pass"
     (tmp_path / "hf" / "ckpt-tool.json").unlink()
     api.convert(tmp_path / "hf", tmp_path / "back", to="original")
     assert read(tmp_path / "back" / "config.json") == read(source / "config.json")
@@ -269,22 +269,20 @@ def test_a_tokenizer_around_the_folder_is_carried(originals: Written, tmp_path: 
 
 
 def test_the_folder_that_transformers_saves_is_read(conversions: Written, tmp_path: Path) -> None:
-    """The library's model of what was converted gives the logits of the original; what it saves is canonical,
-    and has no way back."""
+    """What the library saves of a converted model has its logits, is canonical, and has no way back; of both
+    variants in MXFP4 it is held against ours in test_house_reference.py."""
     pytest.importorskip("transformers")
-    for variant in (SQUARE, OTHER):
-        model = packed_models.loaded(conversions(variant))
-        saved = copy.deepcopy(model).to(torch.bfloat16)  # which rounds its frequencies as well
-        saved.save_pretrained(tmp_path / variant)
-        ids = torch.arange(64).mul(37).remainder(300)[None]
-        for folder in (conversions(variant), tmp_path / variant):
-            config, state = read(folder / "config.json"), world.tensors_of(folder)
-            theirs = reference.converted("GptOssForCausalLM")
-            wide = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
-            with torch.no_grad():
-                expected = model(ids).logits
-                found = theirs.forward(ids, [wide], theirs.Config.from_hf(config))
-            assert ((found - expected).square().mean() / expected.var()).item() < 1e-10
+    model = packed_models.loaded(conversions(SQUARE))
+    saved = copy.deepcopy(model).to(torch.bfloat16)  # which rounds its frequencies as well
+    saved.save_pretrained(tmp_path / SQUARE)
+    ids = torch.arange(64).mul(37).remainder(300)[None]
+    config, state = read(tmp_path / SQUARE / "config.json"), world.tensors_of(tmp_path / SQUARE)
+    theirs = reference.converted("GptOssForCausalLM")
+    wide = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = theirs.forward(ids, [wide], theirs.Config.from_hf(config))
+    assert ((found - expected).square().mean() / expected.var()).item() < 1e-10
     made = api.convert(tmp_path / SQUARE, tmp_path / "canonical")
     assert {s.note for s in made.plan.steps} == {"rename"}
     assert world.equal(world.tensors_of(tmp_path / "canonical"), world.tensors_of(tmp_path / SQUARE))
@@ -329,7 +327,7 @@ def test_published_sizes_ask_nothing(tmp_path: Path) -> None:
 def test_mistakes_of_the_format_are_planted_and_caught(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
-    report = api.verify(conversions(OTHER), originals(OTHER), levels="parity")
+    report = api.verify(conversions(OTHER), originals(OTHER), levels="parity", mode="quick")
     assert report.status == "pass"
     (control,) = (f for f in report.findings if f.check == "negative control")
     assert control.measured == 1.0
