@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.qwen3 import qwen3
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import onnx_made
-from ckpt_tool.verify.onnx_export import DATA, for_task, form_of
+from ckpt_tool.verify.onnx_export import DATA, for_task, form_of, needed
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
 from ckpt_tool.verify.sides import converted_side
 from ckpt_tool.verify.subject import opened
@@ -122,6 +123,15 @@ def test_keys_and_values_are_named_layer_by_layer(conversions: Written) -> None:
         f"present.{i}.{kind} model.layers.{i}.{n}" for i in layers for n, kind in enumerate(("key", "value"))
     ]
     assert [p.own for p in form.inputs[1:-1]] == [p.own for p in form.outputs[1:]] and len(layers) > 1
+
+
+def test_a_table_of_few_positions_is_enough(conversions: Written) -> None:
+    with opened(conversions("bert-v1-bare"), None, VARIANTS["bert-v1-bare"].settings) as subject:
+        side = for_task(converted_side(subject, torch.float32, "cpu"), "default")
+        table = "embeddings.position_embeddings.weight"
+        (name,) = (n for n in side.ranks[0] if n.endswith(table))
+        side = replace(side, ranks=({**side.ranks[0], name: side.ranks[0][name][:16]},))
+        assert name in needed(side, form_of(side, "default", with_past=False))
 
 
 def test_a_graph_says_nothing_of_the_machine_that_wrote_it(exported: tuple[Path, Any]) -> None:
@@ -362,12 +372,44 @@ def _twice(model: Any, folder: Path) -> None:
     model.graph.initializer.append(model.graph.initializer[0])
 
 
-def _hidden_in_a_constant(model: Any, folder: Path) -> None:
+def _outside(location: str) -> Any:
     value = onnx.helper.make_tensor("c", 1, [1], b"\0" * 4, raw=True)
     value.ClearField("raw_data")
     value.data_location = 1
-    value.external_data.add(key="location", value="../secret")
-    model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=value))
+    value.external_data.add(key="location", value=location)
+    return value
+
+
+def _hidden_in_a_constant(model: Any, folder: Path) -> None:
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=_outside("../secret")))
+
+
+def _hidden_in_a_sparse_one(model: Any, folder: Path) -> None:
+    indices = onnx.helper.make_tensor("i", 7, [1], [0])
+    value = onnx.helper.make_sparse_tensor(_outside("../secret"), indices, [4])
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], sparse_value=value))
+
+
+def _hidden_in_a_function(model: Any, folder: Path) -> None:
+    usual = model.functions.add(name="f", domain="x").attribute_proto.add(name="a", type=4)
+    usual.t.CopyFrom(_outside("../secret"))
+
+
+def _hidden_in_training(model: Any, folder: Path) -> None:
+    model.training_info.add().initialization.initializer.append(_outside("../secret"))
+
+
+def _two_places(model: Any, folder: Path) -> None:
+    model.graph.initializer[0].external_data.insert(
+        0, onnx.StringStringEntryProto(key="location", value="..")
+    )
+
+
+def _in_memory(model: Any, folder: Path) -> None:
+    place = folder / "*" / "_ORT_MEM_ADDR_"
+    place.mkdir(parents=True)
+    (place / "*").write_bytes(b"\0" * 48)
+    _said(location="*/_ORT_MEM_ADDR_/*")(model, folder)
 
 
 def _words(model: Any, folder: Path) -> None:
@@ -398,6 +440,12 @@ LIES: dict[str, tuple[Callable[[Any, Path], None], str]] = {
     "a size that the bytes are too few for": (_dims(1 << 20, 3), "size-mismatch"),
     "a name twice": (_twice, "bad-onnx"),
     "a constant elsewhere": (_hidden_in_a_constant, "bad-onnx"),
+    "a sparse constant elsewhere": (_hidden_in_a_sparse_one, "bad-onnx"),
+    "an attribute of a function elsewhere": (_hidden_in_a_function, "bad-onnx"),
+    "a weight of training elsewhere": (_hidden_in_training, "bad-onnx"),
+    "two places": (_two_places, "bad-onnx"),
+    "a place in memory": (_in_memory, "bad-onnx"),
+    "a key that is not known": (_said(prepacked_0="0|4|0"), "bad-onnx"),
     "words as weights": (_words, "unsupported-dtype"),
     "too few bytes in the graph": (_short_inline, "size-mismatch"),
 }

@@ -149,8 +149,7 @@ def _runs(side: Side, head: str) -> bool:
     """Whether the tensors of a head that the class may have are there: a pooler is in some files only."""
     if head == "head":
         return True
-    tokens = max(side.fits(n) for n in (8, 16, 64, 256))
-    ids = torch.zeros(1, max(tokens, 1), dtype=torch.long)
+    ids = _few(side)
     try:
         with torch.inference_mode():
             phases = side.reading()
@@ -162,6 +161,12 @@ def _runs(side: Side, head: str) -> bool:
     return True
 
 
+def _few(side: Side) -> Tensor:
+    """Token ids (1, T), as few as the pass takes: a table of positions may be short."""
+    tokens = next((found for n in (8, 16, 64, 256) if (found := side.fits(n))), 1)
+    return torch.zeros(1, tokens, dtype=torch.long)
+
+
 class Reading(nn.Module):
     """A side as a module: parameters of the names of its tensors, inputs and outputs in a form's order."""
 
@@ -169,7 +174,8 @@ class Reading(nn.Module):
         super().__init__()
         self.side, self.form = side, form
         (tensors,) = side.ranks
-        self.names = [name for name in tensors if name in needed(side, form)]
+        read = needed(side, form)
+        self.names = [name for name in tensors if name in read]
         for name in self.names:
             self._put(name, tensors[name])
 
@@ -224,7 +230,7 @@ def needed(side: Side, form: Form) -> set[str]:
     (tensors,) = side.ranks
     seen = _Seen(tensors)
     module, config = side.module, side.config
-    ids = torch.zeros(1, max(side.fits(n) for n in (8, 16, 64, 256)) or 1, dtype=torch.long)
+    ids = _few(side)
     with torch.inference_mode():
         phases = {p.name: p for p in module.phases((seen,), config, {})}
         x = protocol.trunk(list(phases.values()), ids)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ SUFFIX = ".onnx"
 LARGEST = (1 << 31) - 1  # bytes that a message of protobuf may have
 DEEPEST = 32  # graphs within graphs
 MOST_AXES = 64
+KEYS = frozenset(("location", "offset", "length", "checksum", "basepath"))  # of a place outside
 # Numbers of TensorProto.DataType, and how a value is called here.
 TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64",
@@ -161,6 +164,9 @@ class OnnxFile(TensorFile):
             kind = type_name(t.data_type)
             fail("unsupported-dtype", f"expected numbers, found {kind}", file=self.name, where=t.name)
         said = {entry.key: entry.value for entry in t.external_data}
+        if len(said) < len(t.external_data) or not said.keys() <= KEYS:
+            keys = ", ".join(printable(entry.key) for entry in t.external_data[:8])
+            bad(f"expected {', '.join(sorted(KEYS))}, each at most once, found {keys}", self.name, t.name)
         location = beside(self.path, said.get("location", ""), self.name, t.name)
         offset = _count(said.get("offset", "0"), "offset", self.name, t.name)
         size = numel * itemsize
@@ -240,7 +246,9 @@ def beside(path: Path, location: str, file: str, where: str) -> str:
     """The name of a file in the folder of `path`, as the graph gives it; `bad-onnx` for a place anywhere
     else, also by way of a link, `missing-file` where nothing stands."""
     parts = PurePosixPath(location).parts
-    if not location or "\0" in location or "\\" in location or location.startswith("/") or ".." in parts:
+    # "*/_ORT_MEM_ADDR_/*" is no place to onnxruntime: it reads its own memory at the offset
+    odd = any(c in location for c in "\0\\*")
+    if not location or odd or location.startswith("/") or ".." in parts:
         bad(f"expected weights in a file of its folder, found {printable(location)!r}", file, where)
     name = str(PurePosixPath(location))
     place = path.parent / name
@@ -303,23 +311,30 @@ def _check_inline(t: Any, numel: int, itemsize: int | None, file: str) -> None:
 
 
 def _tensors_within(model: Any, file: str) -> Iterator[Any]:
-    """Of attributes, of inner graphs and of functions: all but the initializers of the graph itself."""
-    waiting = [(model.graph, 0), *((f, 0) for f in model.functions)]
+    """Of attributes, of inner graphs, of functions and of training: all but the initializers of the graph
+    itself."""
+    trained = (g for t in model.training_info for g in (t.initialization, t.algorithm))
+    waiting = deque([(model.graph, 0), *((f, 0) for f in model.functions), *((g, 0) for g in trained)])
     first = True
     while waiting:
-        graph, depth = waiting.pop(0)
+        graph, depth = waiting.popleft()
         if depth > DEEPEST:
             bad(f"expected at most {DEEPEST} graphs within each other, found more", file)
-        if not first and hasattr(graph, "initializer"):
-            yield from graph.initializer
+        if not first:
+            yield from getattr(graph, "initializer", ())
         first = False
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                inner = [attribute.g] if attribute.HasField("g") else []
-                waiting += [(g, depth + 1) for g in [*inner, *attribute.graphs]]
+        sparse = list(getattr(graph, "sparse_initializer", ()))
+        usual = iter(getattr(graph, "attribute_proto", ()))  # what a function takes where nothing is given
+        for attribute in chain(usual, chain.from_iterable(node.attribute for node in graph.node)):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            sparse += [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+            sparse += attribute.sparse_tensors
+            inner = [attribute.g] if attribute.HasField("g") else []
+            waiting += [(g, depth + 1) for g in [*inner, *attribute.graphs]]
+        for tensor in sparse:
+            yield from (tensor.values, tensor.indices)
 
 
 def _value(v: Any, file: str) -> Value:
