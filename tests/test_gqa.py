@@ -236,7 +236,7 @@ def test_where_it_does_not_apply_it_is_refused(
         api.convert(source, tmp_path / "out", to=to, options=api.Options(gqa=2))
     (problem,) = caught.value.problems
     assert problem.kind == "usage" and problem.where == "--gqa"
-    assert "llama, mistral, mixtral, qwen2" in problem.message
+    assert "llama, ministral3, mistral, mixtral, qwen2" in problem.message
 
 
 def test_ranks_of_megatron_core_are_converted_first(originals: Written, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_the_norm_that_forgets_its_division_is_foretold_and_accepted_by_name(tmp
 MUTANTS = {
     "averages: damping for decay": (CHUNKS, "kernel", "1.0 - damping * decay", "1.0 - damping * damping"),
     "averages: not scaled": (CHUNKS, "kernel", "math.sqrt(1.0 / projection.shape[1])", "1.0"),
-    "averages: one step late": (CHUNKS, "ema", "start : start + T", "start + 1 : start + 1 + T"),
+    "averages: one step late": (CHUNKS, "ema", "R - 1 if c.both_ways else 0", "R if c.both_ways else 1"),
     "averages: the own step once": (CHUNKS, "ema", "-1), (0, R - 1)", "-1)[:, :-1], (0, R)"),
     "averages: cut off late": (BASE, "ema", "min(c.truncation, T)", "min(c.truncation + 1, T)"),
     "averages: padding goes in": (CHUNKS, "ema", "if mask is None", "if True"),
