@@ -464,8 +464,9 @@ def families(as_json: bool) -> int:
 
 
 def _first(names: Sequence[str]) -> str:
-    """One or two names, or the first of more: the longest of many do not fit into a column of 80."""
-    return ", ".join(names) if len(names) < 3 else f"{names[0]}\nand {len(names) - 1} more"
+    """One or two names, or the first where there are more or one of 30 letters: 80 columns hold no more."""
+    few = len(names) < 3 and max(map(len, names)) < 30
+    return ", ".join(names) if few else f"{names[0]}\nand {len(names) - 1} more"
 
 
 @cli.command()

@@ -130,7 +130,8 @@ def test_no_class_of_a_family_is_broken_and_json_names_all(place: Path) -> None:
     words = {word.rstrip(",") for word in shown(["families"], place, 80).split()}
     for family in told:
         names = family["architectures"]
-        assert set(names if len(names) < 3 else names[:1]) <= words, family["name"]
+        few = len(names) < 3 and max(map(len, names)) < 30
+        assert set(names if few else names[:1]) <= words, family["name"]
     assert any(len(family["architectures"]) > 2 for family in told)
 
 

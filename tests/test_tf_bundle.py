@@ -38,6 +38,7 @@ from ckpt_tool.checkpoint.tf_coding import (
     slice_key,
     to_varint,
 )
+from ckpt_tool.checkpoint.tf_entries import NUMBER_OF
 from ckpt_tool.checkpoint.tf_table import entries, table
 from ckpt_tool.convert.execute import Outcome, execute
 from ckpt_tool.convert.layout import Part, Step, parse_dims
@@ -726,7 +727,7 @@ OF_TENSORFLOW = ("saver-12", "raw", "many", "objects-1", "anew")
 def every_type() -> dict[str, Content]:
     random = np.random.default_rng(5)
     made = {"grid": Content.of(random.normal(size=(9, 7)).astype("<f4"), "F32")}
-    for dtype in DTYPES.values():
+    for dtype in (DTYPES[d] for d in NUMBER_OF):
         for name, shape in (("matrix", (3, 5)), ("scalar", ()), ("empty", (0, 4))):
             bits = random.integers(0, 2 if dtype.name == "BOOL" else 50, shape, dtype=dtype.bits)
             made[f"{dtype.name}/{name}"] = Content.of(np.asarray(bits), dtype.name)

@@ -46,6 +46,8 @@ CONVERTED = {
     "llama": "llama-3.1-8b",
     "mistral": "mistral-7b-v0.3",
     "mixtral": "mixtral-c",
+    "ministral3": "ministral3-3b",
+    "gpt-oss": "gpt-oss-20b",
     "canine": "canine-s-bare",
     "mega": "mega-chunks",
     "mluke": "mluke-aware",

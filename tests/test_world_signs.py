@@ -529,8 +529,8 @@ def tensors(folder: Path, *names: str, **config: object) -> Path:
 
 
 NEARLY = {
-    "layers.0.attention.wq.weight": ["llama", "mistral", "mixtral"],
-    "policy.layers.0.attention.wq.weight": ["llama", "mistral", "mixtral"],
+    "layers.0.attention.wq.weight": ["ministral3", "llama", "mistral"],
+    "policy.layers.0.attention.wq.weight": ["ministral3", "llama", "mistral"],
     "model.layers.0.self_attn.k_norm.weight": ["qwen3"],
     "gpt_neox.layers.0.attention.dense.weight": ["gpt-neox"],
     "transformer.h.0.attn.c_attn.weight": ["codegen"],
