@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch.multinomial (2.13.0, CPU) without replacement draws outcomes of probability 0 once the possible ones are used up.
+# torch.multinomial (2.13.0, CPU) without replacement draws what has probability 0 once the possible outcomes are used up.
 #
 # Its documentation asks for as many possible outcomes as are drawn; where there are fewer, ids of probability 0 come
 # back without an error or a warning. Sampling with beams draws 2 x beams candidates of
