@@ -755,7 +755,7 @@ def test_tensorflow_reads_our_types_as_what_they_are(judged: tuple[Path, Read]) 
     names |= {f"{s}{n}": f"{w}{n}" for s, w in (("I", "int"), ("U", "uint")) for n in (8, 16, 32, 64)}
     for prefix in ("ours", "shards"):
         types = {n: dtype for n, (dtype, _, _) in judged[1][prefix].items() if n != "grid"}
-        assert types == {f"{d}/{s}": names[d] for d in DTYPES for s in ("matrix", "scalar", "empty")}
+        assert types == {f"{d}/{s}": names[d] for d in NUMBER_OF for s in ("matrix", "scalar", "empty")}
 
 
 def test_an_index_of_many_blocks_is_written_as_tensorflow_does(judged: tuple[Path, Read]) -> None:
