@@ -342,7 +342,12 @@ class _Reader:
         else:
             where = spoken[-1] if spoken else "rope_scaling"
             absent = not spoken and "rope_scaling" not in self.config
-            usual = self.own.numbers.get("rope_scaling") if absent and not any(objects.values()) else None
+            usual = None if any(objects.values()) else self.own.numbers.get("rope_scaling")
+            if usual and not absent:  # null, which 5 takes for silence, and fills with what is usual
+                readers = (None, "read by transformers 4"), (usual, "the default, read by transformers 5")
+                one, two = (("rope_scaling", *reader) for reader in readers)
+                self.contradictions.append(Contradiction("rope_scaling", one, two))
+                usual = None
             value = self._scaling("rope_scaling", usual) if usual else None
             self.values["rope_scaling"] = Meaning(value, value, where, default=absent)
 

@@ -285,6 +285,11 @@ TWICE: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "layers": ("qwen2", {"layer_types": ["full_attention"]}, "num_hidden_layers 5 (the layers) and layer_ty"),
     "names": ("gpt2", {"n_embd": 48, "hidden_size": 50}, "found n_embd 48 (the key of the class) and hidden"),
+    "null": (
+        "gpt_oss",
+        {"rope_scaling": None},
+        "found rope_scaling null (read by transformers 4) and rope_sc",
+    ),
     "labels": ("megatron-bert", {"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, "found num_labels 3"),
 }
 
