@@ -97,7 +97,8 @@ class Part:
         return {**self.whole(axes), **{a: (lo, hi) for a, lo, hi in self.taken}}
 
     def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        return _shape(self.dims, self.ranges, tuple(axes[a] for a in self.order))
+        own = {**axes, **{a: hi - lo for a, lo, hi in self.ranges}}
+        return tuple([prod([own[a] for a in g]) for g in self.dims])
 
     def stride(self, axis: str, axes: Mapping[str, int]) -> int:
         """Elements from one to the next along `axis`, 0 where it does not have that."""
@@ -113,13 +114,6 @@ class Part:
     def called(self, name: str) -> Part:
         """The same under another name."""
         return Part(self.file, name, self.dtype, self.dims, self.ranges, self.taken)
-
-
-@lru_cache(maxsize=1024)
-def _shape(dims: Dims, ranges: Ranges, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """See `Part.shape`; `sizes` of the axes in order."""
-    box = Part("", "", "", dims, ranges).whole(dict(zip(_order(dims), sizes, strict=True)))
-    return tuple(prod(box[a][1] - box[a][0] for a in g) for g in dims)
 
 
 @dataclass(frozen=True)
