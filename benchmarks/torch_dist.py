@@ -315,7 +315,7 @@ def main() -> None:
             "--to",
             kind.to,
             "--dry-run",
-            *(("--form", "A") if kind.files else ()),  # one file for all would have too many tensors
+            *(("--form", "B") if kind.files else ()),  # which stacks experts: no file has too many tensors
         ]
         made = {
             "tensors": tensors,

@@ -188,18 +188,17 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     if asked["dry_run"]:
         to, checksums = _direction(asked["to"]), asked["checksums"]
         return _show_plan(source, family, to, options, as_json, checksums=checksums)
-    screen, log = consoles()
 
     def on_plan(made: Any) -> None:
         if asked["verbose"]:
             from ckpt_tool.convert.render import plan_table
 
-            plan_table(made, log)
+            plan_table(made, consoles()[1])
 
     if wanted(asked):
         shared = api.Shared(source, out, family, _direction(asked["to"]), options, on_plan=on_plan)
-        return carry_out(shared, asked, as_json, screen, log)
-    with following(log) as progress:
+        return carry_out(shared, asked, as_json, *consoles())
+    with following(lambda: consoles()[1]) as progress:
         done = api.convert(
             source,
             out,
@@ -223,7 +222,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
     else:
         from ckpt_tool.progress import conversion_summary
 
-        conversion_summary(done, screen, source)
+        conversion_summary(done, consoles()[0], source)
     return done.report.exit_code if done.report is not None else 0
 
 

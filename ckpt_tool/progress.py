@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,24 @@ STAGES = {"copy": "copying", "check": "checking", "finish": "finishing"}
 
 
 @contextmanager
-def following(log: Console) -> Iterator[Callable[[Progress], None]]:
+def following(make: Callable[[], Console]) -> Iterator[Callable[[Progress], None]]:
     """A callback for `convert(progress=...)`: a bar with bytes, speed and time left on a terminal, else a
-    plain line now and then. The bar appears with the first report, so errors come out clean."""
-    if not log.is_terminal:
-        yield _plain(log)
-        return
+    plain line now and then. The bar appears with the first report, so errors come out clean, and its console
+    is made then: what draws is loaded while the workers copy."""
+    begun: list[Callable[[Progress], None]] = []
+    with ExitStack() as stack:
+
+        def follow(now: Progress) -> None:
+            if not begun:
+                log = make()
+                begun.append(_bar(log, now, stack) if log.is_terminal else _plain(log))
+            begun[0](now)
+
+        yield follow
+
+
+def _bar(log: Console, first: Progress, stack: ExitStack) -> Callable[[Progress], None]:
+    """On a terminal: a bar, until `stack` ends."""
     from rich import progress as bars
 
     bar = bars.Progress(
@@ -39,19 +51,15 @@ def following(log: Console) -> Iterator[Callable[[Progress], None]]:
         console=log,
         transient=True,
     )
-    task: list[bars.TaskID] = []
+    bar.start()
+    stack.callback(bar.stop)
+    task = bar.add_task("", total=first.bytes_total)
 
     def follow(now: Progress) -> None:
-        if not task:
-            bar.start()
-            task.append(bar.add_task("", total=now.bytes_total))
         text = f"{STAGES.get(now.stage, now.stage)} {printable(now.file, 60)}"
-        bar.update(task[0], completed=now.bytes_done, total=now.bytes_total, description=text)
+        bar.update(task, completed=now.bytes_done, total=now.bytes_total, description=text)
 
-    try:
-        yield follow
-    finally:
-        bar.stop()
+    return follow
 
 
 def _plain(log: Console) -> Callable[[Progress], None]:

@@ -62,7 +62,7 @@ def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Cons
     def tell(text: str) -> None:
         log.print(printable(text, 500), style="dim", markup=False)
 
-    with following(log) as progress:
+    with following(lambda: log) as progress:
         taken = {k: asked[k] for k in TAKEN}
         shared = replace(shared, progress=progress, tell=tell, beside=beside, **taken)
         if asked["ray"]:

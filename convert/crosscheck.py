@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
-from ckpt_tool.convert.layout import Part
+from ckpt_tool.convert.layout import Dims, Part
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
@@ -53,21 +52,24 @@ def disagreements(
     seen: list[set[tuple[int, tuple[int, ...]]]] = [set() for _ in steps.templates]  # layers are alike
     held = [_held(s.sources if side == "sources" else s.targets, checkpoint) for s in steps.templates]
     before = [0 if side == "sources" else len(step.sources) for step in steps.templates]
+    measured_by: dict[Dims, list[tuple[str, ...]]] = {}
     for number, columns in steps.runs():
         for j, tensor in _of_new_shapes(held[number], columns[before[number] :], seen[number]):
-            part = held[number][j][0]
+            part, step = held[number][j][0], steps.templates[number]
             if len(tensor.shape) != len(part.dims):
                 continue
-            step = steps.templates[number]
-            sizes, longer = step.sizes, any(p.taken for p in step.sources)  # ranges say where copies lie
-            part, box = part.called(tensor.name), part.whole(sizes)
-            for k, (group, found) in enumerate(zip(part.dims, tensor.shape, strict=True)):
-                measured = tuple(dict.fromkeys(fields[a] for a in group if a in fields))
-                expected = prod(box[a][1] - box[a][0] for a in group)
-                if expected == found:
-                    confirmed.add(measured)
-                elif measured not in first:
-                    split = not longer and any(a in group for a, _, _ in part.ranges)
+            if (each := measured_by.get(part.dims)) is None:
+                each = [tuple(dict.fromkeys(fields[a] for a in g if a in fields)) for g in part.dims]
+                measured_by[part.dims] = each
+            shape = part.shape(step.sizes)
+            confirmed.update(m for m, a, b in zip(each, shape, tensor.shape, strict=True) if a == b)
+            if shape == tensor.shape:
+                continue
+            longer = any(p.taken for p in step.sources)  # ranges say where copies lie
+            for k, (measured, expected, found) in enumerate(zip(each, shape, tensor.shape, strict=True)):
+                if expected != found and measured not in first:
+                    split = not longer and any(a in part.dims[k] for a, _, _ in part.ranges)
+                    part = part.called(tensor.name)
                     first[measured] = Disagreement(measured, part, k, expected, found, split)
     return [d for measured, d in first.items() if measured not in confirmed and measured]
 

@@ -140,6 +140,7 @@ class Staging:
     _folder: int = -1
     _journal: int = -1
     _journal_size: int = 0
+    _noted: bool = False  # whether what stands beside the place would be found after a loss of power
 
     @property
     def afresh(self) -> str:
@@ -174,9 +175,7 @@ class Staging:
                 os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
                 0o666,
             )
-            self._append(self.identity.to_json())
-            disk.fsync(self._folder)
-            self._sync_parent()
+            self._append(self.identity.to_json())  # on the disk with the first entry, as the names are
         except OSError as error:
             self.leave(keep=False)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -239,9 +238,13 @@ class Staging:
         """Note in the journal that the files an entry speaks of are finished and on the disk."""
         try:
             disk.fsync(self._folder)
+            if not self._noted:
+                self._sync_parent()  # the names of the folder and of the journal
             self._append(entry.to_json())
+            disk.fdatasync(self._journal)
         except OSError as error:
             raise disk.failure(error, self._journal_path.name) from None
+        self._noted = True
         self.entries.append(entry)
 
     def discard(self, names: Iterable[str]) -> None:
@@ -439,7 +442,6 @@ class Staging:
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = journal.line(entry)
         disk.write_at(self._journal, line, self._journal_size)
-        disk.fdatasync(self._journal)
         self._journal_size += len(line)
 
     def _sync_parent(self) -> None:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,8 @@ class Part:
         return {**self.whole(axes), **{a: (lo, hi) for a, lo, hi in self.taken}}
 
     def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        return _shape(self.dims, self.ranges, tuple(axes[a] for a in self.order))
+        own = {**axes, **{a: hi - lo for a, lo, hi in self.ranges}}
+        return tuple([prod([own[a] for a in g]) for g in self.dims])
 
     def stride(self, axis: str, axes: Mapping[str, int]) -> int:
         """Elements from one to the next along `axis`, 0 where it does not have that."""
@@ -112,13 +114,6 @@ class Part:
     def called(self, name: str) -> Part:
         """The same under another name."""
         return Part(self.file, name, self.dtype, self.dims, self.ranges, self.taken)
-
-
-@lru_cache(maxsize=1024)
-def _shape(dims: Dims, ranges: Ranges, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """See `Part.shape`; `sizes` of the axes in order."""
-    box = Part("", "", "", dims, ranges).whole(dict(zip(_order(dims), sizes, strict=True)))
-    return tuple(prod(box[a][1] - box[a][0] for a in g) for g in dims)
 
 
 @dataclass(frozen=True)
@@ -431,12 +426,22 @@ def _defects(
     for label, side in (("source", step.sources), ("target", step.targets)):
         boxes = [_meet(p.box(step.sizes), domain) for p in side]
         covered = sum(prod(max(0, hi - lo) for lo, hi in b.values()) for b in boxes)
-        overlap = any(
-            all(hi > lo for lo, hi in _meet(a, b).values()) for k, a in enumerate(boxes) for b in boxes[:k]
-        )
+        overlap = _overlap([b for b in boxes if all(hi > lo for lo, hi in b.values())])
         if overlap or covered != size:
             found.append(f"the {label} tensors hold {covered} elements of {size}" + " twice" * overlap)
     return tuple(found)
+
+
+def _overlap(boxes: Sequence[Box]) -> bool:
+    """Whether two of the boxes, none of them empty, have an element in common. Almost always they follow one
+    another along an axis, which is seen without comparing each with each (experts come by the hundred)."""
+    for axis in boxes[0] if boxes else ():
+        spans = sorted(b[axis] for b in boxes)
+        if all(before[1] <= after[0] for before, after in pairwise(spans)):
+            return False
+    return any(
+        all(hi > lo for lo, hi in _meet(a, b).values()) for k, a in enumerate(boxes) for b in boxes[:k]
+    )
 
 
 @lru_cache(maxsize=128)

@@ -195,10 +195,15 @@ def _indented(value: Any, line: str) -> str:
     """`line` begins a line around it."""
     inner = line + " "
     if isinstance(value, dict) and value:
-        items = [f"{_key(k)}: {_indented(v, inner)}" for k, v in value.items()]
+        text = encode_basestring_ascii  # of nearly all keys and most values
+        items = [
+            f"{text(k) if type(k) is str else _key(k)}: {text(v) if type(v) is str else _indented(v, inner)}"
+            for k, v in value.items()
+        ]
         return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
     if isinstance(value, list | tuple) and value:
-        return f"[{inner}{f',{inner}'.join([_indented(v, inner) for v in value])}{line}]"
+        several = [repr(v) if type(v) is int else _indented(v, inner) for v in value]
+        return f"[{inner}{f',{inner}'.join(several)}{line}]"
     if type(value) is str:
         return encode_basestring_ascii(value)
     return repr(value) if type(value) is int else _plain(value)

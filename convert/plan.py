@@ -23,8 +23,6 @@ from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_doc
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
-from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as TORCH_LIMIT
-from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
@@ -271,6 +269,8 @@ def tensor_json(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]
 
 
 def _beside_json(beside: Mapping[str, object]) -> dict[str, object]:
+    from ckpt_tool.checkpoint.torch_zip_writer import Namespace
+
     return {k: dict(v.fields) if isinstance(v, Namespace) else v for k, v in beside.items()}
 
 
@@ -571,9 +571,10 @@ def place(wanted: ToWrite, limit: int) -> tuple[list[OutputFile], list[OutputDoc
 
 def _too_many(files: Iterable[OutputFile]) -> Iterator[Problem]:
     """Files that would hold more tensors than the readers take from one."""
-    most = {"safetensors": TENSOR_LIMIT, "tf-bundle": TENSOR_LIMIT, "torch-zip": TORCH_LIMIT}
     for file in files:
-        limit = most.get(file.format)
+        limit = {"safetensors": TENSOR_LIMIT, "tf-bundle": TENSOR_LIMIT}.get(file.format)
+        if file.format == "torch-zip":
+            from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as limit
         if limit is not None and len(file.tensors) > limit:
             message = f"expected at most {limit:,} tensors in one file, found {len(file.tensors):,}"
             hint = "--form or --container, where the family has them, write other files"

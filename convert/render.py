@@ -140,10 +140,17 @@ def _folded(steps: Steps) -> list[_Found]:
         else:
             for k, names in enumerate(zip(*columns, strict=True), at):
                 # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
-                sides = ([[n] for n in dict.fromkeys(side)] for side in (names[:before], names[before:]))
-                _taken(groups, kind, k, *sides)
+                _taken(groups, kind, k, *map(_alike, (names[:before], names[before:])), count=1)
         at += len(columns[0])
     return list(groups.values())
+
+
+def _alike(names: Iterable[str]) -> list[list[str]]:
+    """The names of one side by what they are but for numbers: experts of a layer are one entry."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(names):
+        found.setdefault(fold_key(name), []).append(name)
+    return list(found.values())
 
 
 def _fold_pairs(
@@ -158,12 +165,15 @@ def _fold_pairs(
     _fold_pairs(groups, kind, first + half, sources[half:], targets[half:])
 
 
-def _taken(groups: dict[_Keys, _Found], kind: int, first: int, *sides: Sequence[Sequence[str]]) -> bool:
+def _taken(
+    groups: dict[_Keys, _Found], kind: int, first: int, *sides: Sequence[Sequence[str]], count: int = 0
+) -> bool:
     """Add steps, a column for each of their names, to those that differ from them in numbers only; False, and
-    nothing done, where they differ in more."""
+    nothing done, where they differ in more. A column holds a name of each step, or all names of its kind in
+    the only one where `count` says that there is one."""
     texts = [tuple(fold_key(names[0]) for names in side) for side in sides]
     key = (kind, texts[0], texts[1])
-    number, count, *held = groups.get(key) or (
+    number, before, *held = groups.get(key) or (
         first,
         0,
         [Folded(names[0]) for names in sides[0]],
@@ -176,7 +186,7 @@ def _taken(groups: dict[_Keys, _Found], kind: int, first: int, *sides: Sequence[
         return False
     for f, numbers in zip(folded, read, strict=True):
         f.add(numbers or ())
-    groups[key] = (number, count + len(columns[0]), held[0], held[1])
+    groups[key] = (number, before + (count or len(columns[0])), held[0], held[1])
     return True
 
 

@@ -68,6 +68,11 @@ class Source:
             return [(found[0].file, found[0].dtype, found[0].name)]
         return [(t.file, t.dtype, t.name) for t in found]
 
+    def home(self, name: str) -> Home | None:
+        """The first of them; None where it is nowhere."""
+        found = self.tensors.held.get(name) if isinstance(self.tensors, Single) else self.first(name)
+        return None if found is None else (found.file, found.dtype, found.name)
+
     def column(self, names: Sequence[str]) -> Column | None:
         """The same of many; None where they are not all there, or not in one file each."""
         if not isinstance(self.tensors, Single):

@@ -237,16 +237,13 @@ def to_original(
     order, and `homes(name)` says which of them hold the tensor of that name in the table, for each rank;
     `again(part)` where else the same part of it is written."""
 
-    def converted(name: str) -> Home | None:
-        return next(iter(source.homes(name)), None)
-
     check_asked(source.checkpoint, options)
     filled = _filled_in(
         table,
         source,
         "targets",
         original=homes,
-        converted=converted,
+        converted=source.home,
         originals=lambda names: _in_one_file(map(homes, names), names),
         converteds=source.column,
         again=again,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from math import prod
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tool.convert.expanding import expand
-from ckpt_tool.convert.layout import Dims, Part, Step, apply, parse_dims, rule
+from ckpt_tool.convert.layout import Dims, Part, Step, _overlap, apply, parse_dims, rule
 
 NAMES = "abcdefgh"
 
@@ -160,6 +162,22 @@ def test_interleaved_rotary_rows_become_halves() -> None:
 def test_what_is_not_a_layout_is_refused(bad: str) -> None:
     with pytest.raises(ValueError):
         parse_dims(bad)
+
+
+def test_parts_that_have_an_element_in_common_are_found_along_any_axis() -> None:
+    drawn = random.Random(0)
+    found = {True: 0, False: 0}
+    for _ in range(600):
+        boxes = []
+        for _ in range(drawn.randint(1, 4)):
+            starts = {axis: drawn.randint(0, 4) for axis in "ab"}
+            boxes.append({axis: (lo, lo + drawn.randint(1, 2)) for axis, lo in starts.items()})
+        cells = [set(itertools.product(*(range(*span) for span in box.values()))) for box in boxes]
+        common = len(set().union(*cells)) != sum(map(len, cells))
+        assert _overlap(boxes) == common
+        found[common] += 1
+    assert min(found.values()) > 100
+    assert not _overlap([]) and not _overlap([{}]) and _overlap([{}, {}])  # scalars
 
 
 def test_overlap_and_holes_are_defects() -> None:

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from ckpt_tool.checkpoint import torch_zip_writer
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
-from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as TORCH_LIMIT
 from ckpt_tool.checkpoint.zip_reader import MEMBER_LIMIT
 from ckpt_tool.convert import plan as plan_module
 from ckpt_tool.convert.expanding import expand
@@ -102,9 +102,9 @@ def test_placing_keeps_every_tensor_once_and_the_limit(sizes: list[int], limit: 
 def test_no_file_is_planned_that_could_not_be_read(
     conversions: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert TORCH_LIMIT < MEMBER_LIMIT - 100  # the other members of a torch file
-    for name, limit in (("a.safetensors", "TENSOR_LIMIT"), ("a.pth", "TORCH_LIMIT")):
-        monkeypatch.setattr(plan_module, limit, 3)
+    assert torch_zip_writer.TENSOR_LIMIT < MEMBER_LIMIT - 100  # the other members of a torch file
+    for name, module in (("a.safetensors", plan_module), ("a.pth", torch_zip_writer)):
+        monkeypatch.setattr(module, "TENSOR_LIMIT", 3)
         made: list[str] = []
         for count in (3, 4):
             wanted = to_write(*[1] * count)

@@ -155,7 +155,22 @@ def test_only_the_reader_of_the_container_is_loaded(tmp_path: Path) -> None:
     code_, *loaded = done.stdout.splitlines()[-1].split()
     assert code_ == "0" and "ckpt_tool.checkpoint.tf_bundle" in loaded
     readers = ("archive", "dcp", "hub", "tar", "torch_legacy", "torch_zip", "unpickle", "zip_reader")
-    assert not {f"ckpt_tool.checkpoint.{name}" for name in readers} & set(loaded)
+    others = ("no_weights", "pickle_records", "torch_zip_writer", "wrapping")  # which only others need
+    assert not {f"ckpt_tool.checkpoint.{name}" for name in (*readers, *others)} & set(loaded)
+    assert "ckpt_tool.convert.tokenizers.sentencepiece" not in loaded
+
+
+@pytest.mark.parametrize(("command", "code"), [("families", 0), ("inspect", 2)])
+def test_a_command_that_is_not_taken_apart_ends_as_others_do(command: str, code: int, tmp_path: Path) -> None:
+    text = (
+        "import atexit, os, sys\nfrom ckpt_tool.program import main\n"
+        "atexit.register(lambda: sys.stdout.write('the end, ' + os.environ['OPENBLAS_NUM_THREADS']))\nmain()"
+    )
+    asked = [sys.executable, "-c", text, command, *(["missing"] if code else [])]
+    own = {k: v for k, v in os.environ.items() if k != program.ONE_THREAD}
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=own, check=False)
+    assert done.returncode == code and done.stdout.endswith("the end, 1"), done
+    assert ("error[" in done.stderr) == bool(code)
 
 
 def test_what_lives_until_the_end_is_seldom_searched_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from math import prod
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
-from ckpt_tool.checkpoint.pickle_records import Global, Inert, describe
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -274,11 +273,15 @@ def every_argument(file: TensorFile) -> dict[str, Any] | None:
 
 
 def _args_of(file: TensorFile) -> Mapping[Any, Any] | None:
+    from ckpt_tool.checkpoint.pickle_records import Inert
+
     found = file.metadata.get("args")
     return found.fields if isinstance(found, Inert) else found if isinstance(found, dict) else None
 
 
 def _in_words(value: object, depth: int = 4) -> Any:
+    from ckpt_tool.checkpoint.pickle_records import Global, Inert, describe
+
     if _is_plain(value):
         return value
     if isinstance(value, list | tuple) and depth:

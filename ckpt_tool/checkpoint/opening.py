@@ -41,7 +41,6 @@ from ckpt_tool.checkpoint.megatron import (
     is_rank_folder,
     may_hold_ranks,
 )
-from ckpt_tool.checkpoint.no_weights import Around, refuse, tells
 from ckpt_tool.checkpoint.remote_path import Way, scheme_of
 from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
 from ckpt_tool.checkpoint.safetensors import (
@@ -72,10 +71,11 @@ from ckpt_tool.checkpoint.weight_sets import (
     set_of,
     vocabulary_kind,
 )
-from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
 
 if TYPE_CHECKING:
+    from ckpt_tool.checkpoint.no_weights import Around
+    from ckpt_tool.checkpoint.wrapping import Unwrapped
     from ckpt_tool.checkpoint.zip_reader import ZipArchive
 
 HUB = "hf://"
@@ -273,6 +273,8 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         if found is None and (states := _open_states(folder, path, limits)) is not None:
             return states
         if found is None:
+            from ckpt_tool.checkpoint.no_weights import refuse
+
             refuse(folder.survey(), _around(folder, path))
         within, chosen = found
         return _open_set(folder, chosen, path, limits, within)
@@ -303,7 +305,7 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         if outer is not None:
             _add_run_documents(documents, outer, "")
         files = {file.name: file}
-        own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+        own = _unwrapped(files, path, limits)
     except BaseException:
         file.close()
         raise
@@ -360,8 +362,17 @@ def _names(path: Path) -> list[str]:
         return []
 
 
+def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwrapped:
+    """The files without what training programs put around a model, unless they are wanted as they stand."""
+    from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
+
+    return Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+
+
 def _around(folder: Folder, path: Path) -> Around:
     """How to speak of a folder, and of what is in it and around it."""
+    from ckpt_tool.checkpoint.no_weights import Around
+
     if not isinstance(folder, Directory):
         from ckpt_tool.checkpoint.archive import around
 
@@ -387,6 +398,8 @@ def _rank_folders(folder: Folder, path: Path) -> RankFolders | None:
     if any(is_weights(n) for n in names if "/" not in n):
         return None
     if not any(is_weights(n.rpartition("/")[2]) for n in names) and any(map(is_of_megatron, names)):
+        from ckpt_tool.checkpoint.no_weights import refuse, tells
+
         around = _around(folder, path)
         if tells(paths := folder.survey(), around):
             refuse(paths, around)
@@ -473,7 +486,7 @@ def _open_set(
             problems.extend(_across(files, chosen, index))
         fail_all(problems)
         readings = [] if index is None else list(index.notes(files))
-        own = Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+        own = _unwrapped(files, path, limits)
         if MODEL_CONFIG in documents:
             _add_run_documents(documents, folder, within)
     except BaseException:

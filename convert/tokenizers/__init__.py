@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ckpt_tool.convert.families import family as family_of
-from ckpt_tool.convert.tokenizers import codepoints, gpt2, sentencepiece, tekken, tiktoken, wordpiece
 from ckpt_tool.convert.tokenizers.hf_files import ADDED, MAP, More, TokenizerResult, read_more
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import fail
@@ -26,7 +25,7 @@ __all__ = [
     "tokenizer_documents",
 ]
 
-MAX_BYTES = tekken.MAX_BYTES  # no tokenizer file may be larger; real ones go up to 19 MB
+MAX_BYTES = 64 << 20  # no tokenizer file may be larger; real ones go up to 19 MB
 _ORIGINAL = re.compile(r"tokenizer\.model(?:\.v[0-9]+(?:m[0-9]+)?)?|tekken\.json", re.ASCII)
 # Publishers put the name of the model before these: bert-large-uncased-vocab.txt, gpt2-vocab.json
 _VOCABULARY = re.compile(
@@ -52,6 +51,8 @@ def tokenizer_documents(
     """
     vocabulary = family_of(family).vocabulary
     if vocabulary.kind == "codepoints":
+        from ckpt_tool.convert.tokenizers import codepoints
+
         return codepoints.convert(config)
     found = _candidates(documents, vocabulary)
     if not found:
@@ -147,13 +148,21 @@ def _convert(
             fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {len(content)}", file=name)
     if vocabulary.kind == "byte-level":
         vocab, merges = contents
+        from ckpt_tool.convert.tokenizers import gpt2
+
         files = (name, name.removesuffix("vocab.json") + "merges.txt")
         return gpt2.convert(vocab, merges, files=files, config=config, use=vocabulary, more_tokens=more)
     (data,) = contents
     if vocabulary.kind == "wordpiece":
+        from ckpt_tool.convert.tokenizers import wordpiece
+
         return wordpiece.convert(data, file=name, config=config, more_tokens=more)
     if name == "tekken.json":
+        from ckpt_tool.convert.tokenizers import tekken
+
         return tekken.convert(data, file=name, more_tokens=more)
+    from ckpt_tool.convert.tokenizers import sentencepiece, tiktoken
+
     if sentencepiece.looks_like(data):
         return sentencepiece.convert(data, file=name, more_tokens=more)
     if tiktoken.looks_like(data):
