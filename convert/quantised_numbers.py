@@ -3,16 +3,18 @@ rows at a time, from codes and the scales of just those rows."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.convert import quantised_values as values
-from ckpt_tool.convert.quantised import FP8_BLOCKS, FP8_TENSOR, INT4, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised import FP8_ROWS, FP8_TENSOR, INT4, MXFP4, NVFP4, Inventory, Quantised
 from ckpt_tool.convert.quantised_view import Quantising
 
-PIECE = 1 << 15  # numbers made at a time: they and what they are made of stay in the cache
+PIECE = 1 << 16  # numbers made at a time: they and what they are made of stay in the cache
+FOUR_BITS = (MXFP4, INT4, NVFP4)
 ABREAST = 64  # rows that become columns at a time: whole lines of the cache
 
 
@@ -21,6 +23,7 @@ class Dequantised(Quantising):
 
     def __init__(self, stored: TensorFile, inventory: Inventory, dtype: str, recipe: str) -> None:
         self.dtype, self.recipe = dtype, recipe
+        self._kept = threading.local()
         self._last: tuple[tuple[str, int], np.ndarray] | None = None
         super().__init__(stored, inventory)
 
@@ -83,33 +86,43 @@ class Dequantised(Quantising):
 
     def _rows(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Fill `out` (rows, columns) from there on; rows are counted over all leading dimensions."""
-        if weight.kind in (MXFP4, INT4, NVFP4):
+        if weight.kind in FOUR_BITS:
             self._four_bits(weight, row, column, out)
             return
         width = weight.shape[-1]
         codes = self._read(weight.codes, row * width + column, out.size).reshape(out.shape)
-        if weight.kind == FP8_TENSOR:
-            (scale,) = self._scales(weight, 0, 1)
-            values.fp8_of_one_scale(codes.reshape(-1), float(scale), out.reshape(-1), self.dtype)
-            return
-        if weight.kind != FP8_BLOCKS:
+        if weight.kind == FP8_ROWS:
             scales = self._scales(weight, row, len(out))[:, None]
             values.fp8_rows(codes, scales, out, self.dtype)
             return
-        high, wide = weight.block
-        grid = -(-width // wide)
-        for start, stop, line in _lines(row, len(out), weight.shape[-2], high):
-            scales = self._scales(weight, line * grid + column // wide, grid - column // wide)
-            spread = np.repeat(scales, wide)[column % wide :][: out.shape[1]]
-            values.fp8_rows(codes[start:stop], spread[None], out[start:stop], self.dtype)
+        if weight.kind == FP8_TENSOR:
+            scale, half_up = self._line(weight, 0)
+            values.fp8_rows(codes, scale, out, self.dtype, half_up=half_up)
+            return
+        for start, stop, line in _lines(row, len(out), weight.shape[-2], weight.block[0]):
+            scales, half_up = self._line(weight, line)
+            scales = scales[column : column + out.shape[1]]
+            values.fp8_rows(codes[start:stop], scales[None], out[start:stop], self.dtype, half_up=half_up)
+
+    def _line(self, weight: Quantised, line: int) -> tuple[np.ndarray, bool]:
+        """The scales of each column in one line of blocks, and whether they let round half up. Those of the
+        line before are kept: a tensor is read in order, a part of a line at a time."""
+        key = weight.name, line
+        last: tuple[tuple[str, int], np.ndarray, bool] | None = getattr(self._kept, "line", None)
+        if last is None or last[0] != key:
+            width, wide = weight.shape[-1], weight.block[1]
+            grid = -(-width // wide)
+            scales = self._scales(weight, line * grid, grid)
+            spread = scales if weight.kind == FP8_TENSOR else np.repeat(scales, wide)[:width]
+            last = key, spread, values.rounds_half_up(scales)
+            self._kept.line = last
+        return last[1], last[2]
 
     def _four_bits(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Of whole groups, from which what is wanted is cut."""
         width, group = weight.shape[-1], weight.block[1]
-        if weight.kind == INT4 or out.shape[1] != width:
-            begin, end = column // group * group, min(-(-(column + out.shape[1]) // group) * group, width)
-        else:
-            begin, end = 0, width
+        begin = column // group * group
+        end = min(-(-(column + out.shape[1]) // group) * group, width)
         whole = out if (begin, end) == (column, column + out.shape[1]) else None
         made = np.empty((len(out), end - begin), out.dtype) if whole is None else whole
         if weight.kind == MXFP4:
@@ -118,28 +131,29 @@ class Dequantised(Quantising):
             scales = self._read(weight.scales, first, count)
             values.mxfp4(codes, scales, made.reshape(-1), self.dtype)
         else:
-            for k in range(len(made)):
-                self._row_of_groups(weight, row + k, begin, made[k : k + 1])
+            self._groups(weight, row, begin, made)
         if whole is None:
             out[...] = made[:, column - begin : column - begin + out.shape[1]]
 
-    def _row_of_groups(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
-        """A part of one row that begins with a group."""
+    def _groups(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
+        """A part of rows that begins with a group: of several rows all columns, of one any."""
+        rows, columns = out.shape
         width, group = weight.shape[-1], weight.block[1]
         grid = -(-width // group)
-        scales = self._scales(weight, row * grid + begin // group, -(-out.shape[1] // group))[None]
+        lines = -(-columns // group)
+        scales = self._scales(weight, row * grid + begin // group, rows * lines).reshape(rows, lines)
         if weight.kind == INT4:
             words = -(-width // 8)
-            first, last = begin // 8, -(-(begin + out.shape[1]) // 8)
-            codes = values.nibbles(self._read(weight.codes, row * words + first, last - first)[None])
-            numbers = codes.astype("<f4") - np.float32(8)
-            numbers = numbers[:, begin - 8 * first :][:, : out.shape[1]]
+            first, last = begin // 8, -(-(begin + columns) // 8)
+            codes = self._read(weight.codes, row * words + first, rows * (last - first))
+            data = codes.view(np.uint8).reshape(rows, -1)
+            numbers = values.nibbles(data, "int4")[:, begin - 8 * first :][:, :columns]
         else:
-            pairs = self._read(weight.codes, (row * width + begin) // 2, out.shape[1] // 2)
-            numbers = values.E2M1[values.nibbles(pairs[None])]
+            pairs = self._read(weight.codes, (row * width + begin) // 2, rows * columns // 2)
+            numbers = values.nibbles(pairs.reshape(rows, -1), "e2m1")
             second = self._read(weight.others["second"], 0, 1).view("<f4")
             scales = scales / second
-        values.grouped(np.ascontiguousarray(numbers), scales, group, out, self.dtype)
+        values.grouped(numbers, scales, group, out, self.dtype)
 
     def _scales(self, weight: Quantised, first: int, count: int) -> np.ndarray:
         bits = self._read(weight.scales, first, count)
