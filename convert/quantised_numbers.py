@@ -10,11 +10,21 @@ import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.convert import quantised_values as values
-from ckpt_tool.convert.quantised import FP8_ROWS, FP8_TENSOR, INT4, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised import (
+    FP8_ROWS,
+    FP8_TENSOR,
+    INT4,
+    MX_GROUP,
+    MXFP4,
+    NVFP4,
+    Inventory,
+    Quantised,
+)
 from ckpt_tool.convert.quantised_view import Quantising
 
-PIECE = 1 << 16  # numbers made at a time: they and what they are made of stay in the cache
+PIECE = 1 << 17  # numbers made at a time: they and what they are made of stay in the cache
 FOUR_BITS = (MXFP4, INT4, NVFP4)
+STRIP = 4 << 20  # bytes of columns that are made rows at a time
 ABREAST = 64  # rows that become columns at a time: whole lines of the cache
 
 
@@ -24,7 +34,6 @@ class Dequantised(Quantising):
     def __init__(self, stored: TensorFile, inventory: Inventory, dtype: str, recipe: str) -> None:
         self.dtype, self.recipe = dtype, recipe
         self._kept = threading.local()
-        self._last: tuple[tuple[str, int], np.ndarray] | None = None
         super().__init__(stored, inventory)
 
     def dtype_of(self, weight: Quantised) -> str:
@@ -54,8 +63,7 @@ class Dequantised(Quantising):
         rows that are not whole by itself what is wanted of them."""
         columns, at = weight.shape[-1], 0
         while weight.form.turned and at < out.size:
-            lead, inside = divmod(first + at, weight.shape[-2] * columns)
-            piece = self._turned(weight, lead)[inside:][: out.size - at]
+            piece = self._turned(weight, first + at)[: out.size - at]
             out[at : at + piece.size] = piece
             at += piece.size
         while at < out.size:
@@ -68,21 +76,34 @@ class Dequantised(Quantising):
             self._rows(weight, row, column, piece)
             at += rows * size
 
-    def _turned(self, weight: Quantised, lead: int) -> np.ndarray:
-        """The flat numbers of one matrix, columns for rows. The last one is kept: a tensor is read in order,
-        and a row of it takes all rows of codes."""
-        last, (rows, columns) = self._last, weight.shape[-2:]
-        if last is not None and last[0] == (weight.name, lead):
-            return last[1]
-        self._last = last = None  # never two of them
-        made = np.empty((columns, rows), DTYPES[self.dtype].bits)
-        step = max(ABREAST, PIECE // columns)
-        for row in range(0, rows, step):
-            lines = np.empty((min(step, rows - row), columns), made.dtype)
-            self._rows(weight, lead * rows + row, 0, lines)
-            made[:, row : row + step] = lines.T
-        self._last = (weight.name, lead), made.reshape(-1)
-        return self._last[1]
+    def _turned(self, weight: Quantised, first: int) -> np.ndarray:
+        """Numbers from `first` on with columns for rows, some of one matrix. A strip of columns is made at a
+        time, from all rows of codes, and kept: a tensor is read in order."""
+        rows, columns = weight.shape[-2:]
+        lead, inside = divmod(first, rows * columns)
+        group, itemsize = weight.block[1], DTYPES[self.dtype].itemsize
+        count = min(max(STRIP // (rows * itemsize * group), 1) * group, columns)
+        strip, inside = divmod(inside, count * rows)
+        key, begin = (weight.name, lead, strip), strip * count
+        last: tuple[tuple[str, int, int], np.ndarray] | None = getattr(self._kept, "strip", None)
+        if last is None or last[0] != key:
+            self._kept.strip = last = None  # never two of them
+            made = np.empty((min(count, columns - begin), rows), DTYPES[self.dtype].bits)
+            for row in range(0, rows, ABREAST):
+                lines = np.empty((min(ABREAST, rows - row), len(made)), made.dtype)
+                self._columns(weight, lead * rows + row, begin, lines)
+                made[:, row : row + ABREAST] = lines.T
+            self._kept.strip = last = key, made.reshape(-1)
+        return last[1][inside:]
+
+    def _columns(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
+        """Whole groups of several rows of MXFP4; all of their codes are read."""
+        groups = weight.shape[-1] // MX_GROUP
+        some = slice(begin // MX_GROUP, (begin + out.shape[1]) // MX_GROUP)
+        codes = self._read(weight.codes, row * groups * 16, len(out) * groups * 16)
+        scales = self._read(weight.scales, row * groups, len(out) * groups).reshape(-1, groups)[:, some]
+        wanted = codes.reshape(-1, groups, 16)[:, some].reshape(-1, 16)
+        values.mxfp4(wanted, scales.reshape(-1), out.reshape(-1), self.dtype)
 
     def _rows(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Fill `out` (rows, columns) from there on; rows are counted over all leading dimensions."""
