@@ -40,9 +40,12 @@ class QuantFormat:
     plain: str
     dtypes: tuple[str, ...]
     activation: str = ""
+    keys: str = ""  # the scale of the cache of keys, of the weight that makes them
+    cached: str = ""  # of that of values
     shape: str = ""
     zeros: str = ""
     second: str = ""  # one more scale, of the whole tensor
+    multiplied: bool = False  # that the second one is a factor, no divisor
     packed: bool = False
     own_rows: bool = False
     turned: bool = False
@@ -50,7 +53,7 @@ class QuantFormat:
     @property
     def others(self) -> dict[str, str]:
         """What else belongs to a weight, by what it is."""
-        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "second")}
+        found = {n: getattr(self, n) for n in ("activation", "keys", "cached", "shape", "zeros", "second")}
         return {n: end for n, end in found.items() if end}
 
 
@@ -61,7 +64,22 @@ TRANSFORMERS = QuantFormat(
 FORMATS = (
     TRANSFORMERS,
     QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
-    QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale"),
+    QuantFormat(
+        "vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", ".k_scale", ".v_scale"
+    ),
+    QuantFormat(
+        "modelopt",
+        ".weight",
+        ".weight_scale",
+        ".weight",
+        ("U8",),
+        ".input_scale",
+        ".k_scale",
+        ".v_scale",
+        second=".weight_scale_2",
+        multiplied=True,
+        packed=True,
+    ),
     QSCALE,
     QuantFormat(
         "compressed-tensors",
@@ -70,15 +88,21 @@ FORMATS = (
         ".weight",
         ("I32", "U8"),
         ".input_global_scale",
-        ".weight_shape",
-        ".weight_zero_point",
-        ".weight_global_scale",
+        shape=".weight_shape",
+        zeros=".weight_zero_point",
+        second=".weight_global_scale",
         packed=True,
     ),
     QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True),
     QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True, turned=True),
 )
-_USUAL = {"fp8": "transformers", "mxfp4": "transformers", "compressed-tensors": "vllm", OF_PARAMS: "qscale"}
+_USUAL = {
+    "fp8": "transformers",
+    "mxfp4": "transformers",
+    "modelopt": "vllm",
+    "compressed-tensors": "vllm",
+    OF_PARAMS: "qscale",
+}
 _ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
 _CODES = frozenset(d for f in FORMATS for d in f.dtypes)
 
@@ -98,6 +122,8 @@ _KINDS = {
     "naive-quantized": _FP8,
     "pack-quantized": (INT4,),
     "nvfp4-pack-quantized": (NVFP4,),
+    "FP8": _FP8,
+    "NVFP4": (NVFP4,),
     "mxfp4-pack-quantized": (MXFP4,),
 }  # by the format or the method of a scheme
 
@@ -223,8 +249,9 @@ def _repeated(checkpoint: Checkpoint, names: set[str]) -> Iterator[Problem]:
 
 def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> Iterator[Problem]:
     for t in checkpoint if any(w.form.packed for w in weights.values()) else ():
-        if t.name in weights and weights[t.name].form.packed:
-            message = f"expected codes or numbers of one weight, found {weights[t.name].codes.name} beside it"
+        weight = weights.get(t.name)
+        if weight is not None and weight.form.packed and weight.codes.name != t.name:
+            message = f"expected codes or numbers of one weight, found {weight.codes.name} beside it"
             yield Problem("duplicate-tensor", message, t.file, t.name)
 
 
@@ -266,13 +293,16 @@ def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, 
     )
 
 
+OF_INPUTS = ("activation", "keys", "cached")  # scales that are not of the weight's own numbers
+
+
 def _odd_activation(unit: Quantised) -> Problem | None:
-    """The scale of the inputs is one number."""
-    t = unit.others.get("activation")
-    if t is None or (t.numel == 1 and t.dtype in NUMBERS):
-        return None
-    message = f"expected one number, the scale of the inputs, found {t.dtype} {t.shape}"
-    return Problem("unsupported", message, t.file, t.name)
+    """The scale of the inputs, or of what is cached, is one number."""
+    for t in (unit.others[what] for what in OF_INPUTS if what in unit.others):
+        if t.numel != 1 or t.dtype not in NUMBERS:
+            message = f"expected one number, a scale of inputs or of the cache, found {t.dtype} {t.shape}"
+            return Problem("unsupported", message, t.file, t.name)
+    return None
 
 
 def _odd_dtype(t: TensorInfo, expected: tuple[str, ...]) -> Problem:

@@ -173,7 +173,7 @@ class Dequantised(Quantising):
             pairs = self._read(weight.codes, (row * width + begin) // 2, rows * columns // 2)
             numbers = values.nibbles(pairs.reshape(rows, -1), "e2m1")
             second = self._read(weight.others["second"], 0, 1).view("<f4")
-            scales = scales / second
+            scales = scales * second if weight.form.multiplied else scales / second
         values.grouped(numbers, scales, group, out, self.dtype)
 
     def _scales(self, weight: Quantised, first: int, count: int) -> np.ndarray:

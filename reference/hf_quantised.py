@@ -3,7 +3,8 @@ over their blocks and one product. Originals have their own reading, quantised.p
 
 Sources: transformers 5.23.0, integrations/finegrained_fp8.py (Fp8Dequantize; the block is that of config.json
 here, since the library divides rows by rows of scales, another block where the last one is short) and
-integrations/mxfp4.py (convert_moe_packed_tensors); compressed-tensors 0.20.1 (unpack_from_int32, unpack_fp4).
+integrations/mxfp4.py (convert_moe_packed_tensors); compressed-tensors 0.20.1 (unpack_from_int32, unpack_fp4);
+nvidia-modelopt 0.47.0 (NVFP4QTensor.dequantize).
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def _inverse(
 ) -> tuple[str, Packed] | None:
     """`weight` and the scales beside it."""
     codes = f"{plain}.weight"
+    if f"{codes}_scale_2" in shapes and shapes.get(codes, ("", ()))[0] == "U8":
+        return codes, _twice(codes, scales, f"{codes}_scale_2", shapes[codes][1])
     if shapes.get(codes, ("", ()))[0] != "F8_E4M3":
         return None
     shape = shapes[codes][1]
@@ -64,6 +67,16 @@ def _inverse(
         return held[codes].to(dtype) * s
 
     return codes, Packed((codes, scales), shape, numbers)
+
+
+def _twice(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Packed:
+    """Two codes in a byte, a scale for 16 of them, and one for all."""
+
+    def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        each = (held[scales].float() * held[second].float()).to(dtype)
+        return _lookup(held[codes], dtype) * each.repeat_interleave(16, -1)
+
+    return Packed((codes, scales, second), (*shape[:-1], shape[-1] * 2), numbers)
 
 
 def powers(scales: Tensor, dtype: torch.dtype) -> Tensor:

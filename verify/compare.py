@@ -103,8 +103,8 @@ def compare(
             report.facts[name] = f"{os.fspath(path)}: {side.layout}, {count} tensors, {size:,} bytes"
             sides.append(side)
         one, other = sides
-        *seen, codes = as_numbers(*_named_alike(one, other), settings)
-        report.findings += _tensors(*seen, report, tell)
+        here, there, codes = as_numbers(*_named_alike(one, other), settings)
+        report.findings += _tensors(here, there, report, tell)
         report.findings += [finding("tensors", "quantised", "note", text, side) for side, text in codes]
         if codes and report.same is not None:
             report.same = "identical after cast"

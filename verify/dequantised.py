@@ -70,7 +70,8 @@ class Recomputed(Dequantised):
         made = e4m3(bits) if kind == "F8_E4M3" else _of_floats(bits, kind)
         if weight.kind == NVFP4:
             second = self._read(weight.others["second"], 0, 1).view("<f4")
-            both: Array = made.astype("<f4") / second
+            one = made.astype("<f4")
+            both: Array = one * second if weight.form.multiplied else one / second
             return both.astype("<f8")
         return of_bfloat16(to_dtype(made, "BF16")) if self.recipe == "bf16-scale" else made
 
