@@ -147,7 +147,9 @@ class Quantised:
         """The format with its block, as people say it."""
         if self.kind == FP8_BLOCKS:
             return f"fp8 in blocks of {self.block[0]} x {self.block[1]}"
-        return f"int4 in groups of {self.block[1]}" if self.kind == INT4 else self.kind
+        if self.kind != INT4:
+            return self.kind
+        return f"int4 in groups of {self.block[1]}{' with zero points' * ('zeros' in self.others)}"
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -422,9 +424,6 @@ def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised 
     if scheme.bits not in (None, 4):
         message = f"expected words of eight codes for 4 bits, found {scheme.bits} bits in {scheme.file}"
         return Problem("config-mismatch", message, codes.file, codes.name)
-    if "zeros" in unit.others or not scheme.symmetric:
-        message = "expected symmetric codes, found zero points"
-        return Problem("unsupported", message, codes.file, codes.name, UNPACKED)
     if (shape := unit.others.get("shape")) is None:
         message = "expected this tensor, which says how many columns of the codes count, found none"
         return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
@@ -437,7 +436,27 @@ def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised 
         return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
     group = scheme.group or said[1]
     made = _made(unit, INT4, (1, group), said)
-    return made if scales.shape == (said[0], -(-said[1] // group)) else _wrong_groups(made)
+    if scales.shape != (said[0], -(-said[1] // group)):
+        return _wrong_groups(made)
+    return _odd_zeros(made, scheme) or made
+
+
+def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:
+    """Zero points are codes as well, those of eight rows in a word, one for each scale."""
+    zeros, called = unit.others.get("zeros"), _stem(unit.codes, unit.form) + unit.form.zeros
+    if zeros is None:
+        if scheme.symmetric:
+            return None
+        message = f"expected zero points, as {scheme.file} says that codes are not symmetric, found none"
+        return Problem("missing-tensor", message, unit.codes.file, called)
+    if scheme.said and scheme.symmetric:
+        message = f"expected symmetric codes, as {scheme.file} says, found zero points"
+        return Problem("config-mismatch", message, zeros.file, zeros.name)
+    expected = -(-unit.shape[0] // CODE_COLUMNS["I32"]), unit.scales.shape[1]
+    if zeros.dtype == "I32" and zeros.shape == expected:
+        return None
+    message = f"expected zero points I32 {expected}, those of eight rows in a word, found {zeros.dtype}"
+    return Problem("shape-mismatch", f"{message} {zeros.shape}", zeros.file, zeros.name)
 
 
 def _shape_said(shape: TensorInfo, checkpoint: Checkpoint) -> tuple[int, int] | None:

@@ -168,13 +168,26 @@ class Dequantised(Quantising):
             first, last = begin // 8, -(-(begin + columns) // 8)
             codes = self._read(weight.codes, row * words + first, rows * (last - first))
             data = codes.view(np.uint8).reshape(rows, -1)
-            numbers = values.nibbles(data, "int4")[:, begin - 8 * first :][:, :columns]
+            symmetric = "zeros" not in weight.others
+            numbers = values.nibbles(data, "int4" if symmetric else "uint4")
+            numbers = numbers[:, begin - 8 * first :][:, :columns]
+            if not symmetric:
+                zeros = self._zeros(weight, row, rows, grid)[:, begin // group :][:, :lines]
+                numbers -= np.repeat(zeros, group, axis=1)[:, :columns]
         else:
             pairs = self._read(weight.codes, (row * width + begin) // 2, rows * columns // 2)
             numbers = values.nibbles(pairs.reshape(rows, -1), "e2m1")
             second = self._read(weight.others["second"], 0, 1).view("<f4")
             scales = scales * second if weight.form.multiplied else scales / second
         values.grouped(numbers, scales, group, out, self.dtype)
+
+    def _zeros(self, weight: Quantised, row: int, rows: int, grid: int) -> np.ndarray:
+        """The zero points of some rows, float32 (rows, grid): codes in words of eight rows each."""
+        each = np.arange(row, row + rows, dtype="<u4")
+        first, last = row // 8, (row + rows - 1) // 8 + 1
+        words = self._read(weight.others["zeros"], first * grid, (last - first) * grid).reshape(-1, grid)
+        codes = words[each // 8 - first] >> (4 * (each % 8))[:, None] & np.uint32(15)
+        return np.asarray(codes.astype("<f4"))
 
     def _scales(self, weight: Quantised, first: int, count: int) -> np.ndarray:
         bits = self._read(weight.scales, first, count)

@@ -111,7 +111,8 @@ def _experts(
 def _words(
     plain: str, codes: str, shapes: Shapes, block: tuple[int, int] | None, group: int | None
 ) -> tuple[str, Packed] | None:
-    scales, said, second = (f"{plain}.weight_{end}" for end in ("scale", "shape", "global_scale"))
+    ends = ("scale", "shape", "global_scale", "zero_point")
+    scales, said, second, zero = (f"{plain}.weight_{end}" for end in ends)
     if scales not in shapes:
         return None
     rows, width = shapes[codes][1]
@@ -124,10 +125,15 @@ def _words(
             return made * s.to(dtype).repeat_interleave(made.shape[1] // s.shape[1], 1)
         columns = int(held[said][1])
         shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        made = ((held[codes].unsqueeze(-1) >> shifts) & 0xF).flatten(1)[:, :columns].to(dtype) - 8
+        made = ((held[codes].unsqueeze(-1) >> shifts) & 0xF).flatten(1)[:, :columns].to(dtype)
+        if zero in held:
+            middle = ((held[zero].unsqueeze(1) >> shifts[:, None]) & 0xF).flatten(0, 1)[:rows].to(dtype)
+            made = made - middle.repeat_interleave(group or columns, 1)[:, :columns]
+        else:
+            made = made - 8
         return made * s.to(dtype).repeat_interleave(group or columns, 1)[:, :columns]
 
-    further = tuple(n for n in (said, second) if n in shapes)
+    further = tuple(n for n in (said, second, zero) if n in shapes)
     shape = (rows, width * (2 if of_bytes else 8))
     return f"{plain}.weight", Packed((codes, scales, *further), shape, numbers)
 

@@ -110,19 +110,26 @@ def _of_words(stem: str, shapes: Shapes, group: int | None) -> Packed | None:
         return _of_pairs(codes, scales, (rows, 2 * width))
     if dtype == "U8":
         return _of_pairs_twice_scaled(codes, scales, second, (rows, 2 * width), -1)
-    said = f"{stem}.weight_shape"
+    said, zeros = f"{stem}.weight_shape", f"{stem}.weight_zero_point"
+    own = (zeros,) if zeros in shapes else ()
 
     def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         columns = int(held[said][1])
         out = torch.empty(rows, width * 8, dtype=dtype)
         for k in range(8):
-            out[:, k::8] = ((held[codes] >> 4 * k & 0xF) - 8).to(dtype)
+            out[:, k::8] = (held[codes] >> 4 * k & 0xF).to(dtype)
+        zero = torch.full(grid, 8)  # of each row and group, those of eight rows in a word
+        if own:
+            for row in range(rows):
+                zero[row] = held[zeros][row // 8] >> 4 * (row % 8) & 0xF
         each = group or columns
         for j in range(grid[1]):
-            out[:, j * each : (j + 1) * each] *= held[scales][:, j : j + 1].to(dtype)
+            some = out[:, j * each : (j + 1) * each]
+            some -= zero[:, j : j + 1]
+            some *= held[scales][:, j : j + 1].to(dtype)
         return out[:, :columns]
 
-    return Packed(codes, scales, (said,), (rows, width * 8), numbers)
+    return Packed(codes, scales, (said, *own), (rows, width * 8), numbers)
 
 
 def _of_pairs_twice_scaled(
