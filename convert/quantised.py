@@ -11,7 +11,7 @@ originals of 2025 (qscale_weight, qscale_act).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -179,8 +179,12 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
     """The quantised weights of `checkpoint`; None where there are none. `settings` (--set) stand before what
     config.json says of blocks. Kinds: `missing-tensor` (scales), `shape-mismatch` (of a grid),
     `unsupported-dtype`, `missing-fact` (a block), `duplicate-tensor`, `config-mismatch`, `unsupported`."""
-    candidates = [t for t in checkpoint if t.dtype in _CODES and t.name.endswith(_ENDS)]
-    if not candidates:  # as in nearly all, of however many tensors
+    of_codes = [t for t in checkpoint if t.dtype in _CODES]
+    if not of_codes:  # as in nearly all, of however many tensors
+        return None
+    fail_all(_stacked(of_codes))
+    candidates = [t for t in of_codes if t.name.endswith(_ENDS)]
+    if not candidates:
         return None
     candidates = list({t.name: t for t in candidates}.values())
     tensors = {t.name: t for t in checkpoint if t.name.endswith(_KNOWN_ENDS)}
@@ -238,6 +242,26 @@ def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
     return Problem(
         "missing-tensor", message, t.file, name, "get the whole release: codes alone are no weight"
     )
+
+
+# Of fp8 without any scales: it may be a plain cast, or what is left of a release.
+ALONE = (
+    "codes of fp8 without their scales are no weights: get the whole release; of a plain cast, "
+    "`.to(torch.bfloat16)` in torch makes numbers, exactly"
+)
+
+
+def _stacked(of_codes: Iterable[TensorInfo]) -> Iterator[Problem]:
+    """Experts in one tensor, as transformers 5 holds fp8 in memory: a family has rows for each of them, and
+    the line between gate and up need not be one between blocks."""
+    for t in of_codes:
+        if t.dtype == E4M3 and len(t.shape) == 3 and t.name.endswith(("_proj", "experts.w1", "experts.w2")):
+            message = f"expected codes of fp8 for each expert by itself, found those of {t.shape[0]} stacked"
+            hint = (
+                "transformers loads them as numbers with FineGrainedFP8Config(dequantize=True), and "
+                "save_pretrained() writes those"
+            )
+            yield Problem("unsupported", message, t.file, t.name, hint)
 
 
 def _repeated(checkpoint: Checkpoint, names: set[str]) -> Iterator[Problem]:
