@@ -13,7 +13,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,14 +91,23 @@ def write(folder: Path, kind: str, layers: int) -> int:
     return layout.size
 
 
-def run(command: list[str]) -> tuple[float, float, int]:
+# A process counts the memory of the one that started it as its own largest, so a small one starts it.
+START = """
+import os, resource, sys, time
+began = time.perf_counter()
+status = os.spawnvp(os.P_WAIT, sys.argv[1], sys.argv[1:])
+took, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(status, took, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+"""
+
+
+def run(command: list[str]) -> tuple[float, float, float]:
     """Seconds by the clock, seconds of processors, and the largest memory of this child in bytes."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
+    started = subprocess.run([sys.executable, "-ISc", START, *command], stdout=subprocess.PIPE, text=True)
+    status, clock, cpu, memory = map(float, started.stdout.splitlines()[-1].split())
     if status:
         raise SystemExit(f"{command} failed")
-    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    return clock, cpu, memory
 
 
 def main() -> None:
@@ -111,8 +119,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CONFIGS))
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    heads = ("in", "out", "seconds", "CPU s", "GB/s a core", "memory", "cp")
-    print(f"{'':12}", *(f"{h:>{w}}" for h, w in zip(heads, (9, 9, 8, 7, 12, 8, 7), strict=True)))
+    heads = ("in", "out", "seconds", "CPU s", "a GB", "GB/s a core", "memory", "cp", "CPU s")
+    widths = (9, 9, 8, 7, 6, 12, 8, 7, 7)
+    print(f"{'':12}", *(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
     for kind in asked.only:
         source, out = asked.work / kind, asked.work / f"{kind}-out"
         size = write(source, kind, asked.layers)
@@ -120,10 +129,11 @@ def main() -> None:
         tool += ["--jobs", "1", "--no-verify", "--dequantize", "bfloat16", "--max-shard-size", "100GB"]
         clock, cpu, memory = run(tool)
         made = sum(f.stat().st_size for f in out.iterdir())
-        copy, _, _ = run(["cp", "-r", str(out), str(asked.work / "copy")])
+        copy, copying, _ = run(["cp", "-r", str(out), str(asked.work / "copy")])
         print(
             f"{kind:12} {size / 1e9:7.2f}GB {made / 1e9:7.2f}GB {clock:8.1f} {cpu:7.1f}"
-            f" {made / 1e9 / cpu:12.2f} {memory / 1e6:6.0f}MB {copy:6.1f}s",
+            f" {cpu / made * 1e9:6.2f} {made / 1e9 / cpu:12.2f} {memory / 1e6:6.0f}MB {copy:6.1f}s"
+            f" {copying:7.1f}",
             flush=True,
         )
         for folder in (source, out, asked.work / "copy"):

@@ -57,6 +57,17 @@ class Options:
     recipe: str = "fp32-product"  # in which order is rounded there, see quantised_values
     family_options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Dtypes by any of their names; kind `usage` for what is none."""
+        from ckpt_tool.convert.quantised_config import RECIPES, TARGETS  # which imports this module
+
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        if self.dequantize is not None:
+            object.__setattr__(self, "dequantize", dtype_option(self.dequantize, "--dequantize", TARGETS))
+        if self.recipe not in RECIPES:
+            fail("usage", f"expected {' or '.join(RECIPES)}, found {self.recipe!r}", where="--recipe")
+
 
 @dataclass(frozen=True)
 class Value:

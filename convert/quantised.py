@@ -11,7 +11,7 @@ originals of 2025 (qscale_weight, qscale_act).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -40,9 +40,12 @@ class QuantFormat:
     plain: str
     dtypes: tuple[str, ...]
     activation: str = ""
+    keys: str = ""  # the scale of the cache of keys, of the weight that makes them
+    cached: str = ""  # of that of values
     shape: str = ""
     zeros: str = ""
     second: str = ""  # one more scale, of the whole tensor
+    multiplied: bool = False  # that the second one is a factor, no divisor
     packed: bool = False
     own_rows: bool = False
     turned: bool = False
@@ -50,7 +53,7 @@ class QuantFormat:
     @property
     def others(self) -> dict[str, str]:
         """What else belongs to a weight, by what it is."""
-        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "second")}
+        found = {n: getattr(self, n) for n in ("activation", "keys", "cached", "shape", "zeros", "second")}
         return {n: end for n, end in found.items() if end}
 
 
@@ -61,7 +64,22 @@ TRANSFORMERS = QuantFormat(
 FORMATS = (
     TRANSFORMERS,
     QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
-    QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale"),
+    QuantFormat(
+        "vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", ".k_scale", ".v_scale"
+    ),
+    QuantFormat(
+        "modelopt",
+        ".weight",
+        ".weight_scale",
+        ".weight",
+        ("U8",),
+        ".input_scale",
+        ".k_scale",
+        ".v_scale",
+        second=".weight_scale_2",
+        multiplied=True,
+        packed=True,
+    ),
     QSCALE,
     QuantFormat(
         "compressed-tensors",
@@ -70,15 +88,21 @@ FORMATS = (
         ".weight",
         ("I32", "U8"),
         ".input_global_scale",
-        ".weight_shape",
-        ".weight_zero_point",
-        ".weight_global_scale",
+        shape=".weight_shape",
+        zeros=".weight_zero_point",
+        second=".weight_global_scale",
         packed=True,
     ),
     QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True),
     QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True, turned=True),
 )
-_USUAL = {"fp8": "transformers", "mxfp4": "transformers", "compressed-tensors": "vllm", OF_PARAMS: "qscale"}
+_USUAL = {
+    "fp8": "transformers",
+    "mxfp4": "transformers",
+    "modelopt": "vllm",
+    "compressed-tensors": "vllm",
+    OF_PARAMS: "qscale",
+}
 _ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
 _CODES = frozenset(d for f in FORMATS for d in f.dtypes)
 
@@ -98,6 +122,8 @@ _KINDS = {
     "naive-quantized": _FP8,
     "pack-quantized": (INT4,),
     "nvfp4-pack-quantized": (NVFP4,),
+    "FP8": _FP8,
+    "NVFP4": (NVFP4,),
     "mxfp4-pack-quantized": (MXFP4,),
 }  # by the format or the method of a scheme
 
@@ -121,7 +147,9 @@ class Quantised:
         """The format with its block, as people say it."""
         if self.kind == FP8_BLOCKS:
             return f"fp8 in blocks of {self.block[0]} x {self.block[1]}"
-        return f"int4 in groups of {self.block[1]}" if self.kind == INT4 else self.kind
+        if self.kind != INT4:
+            return self.kind
+        return f"int4 in groups of {self.block[1]}{' with zero points' * ('zeros' in self.others)}"
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -151,8 +179,12 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
     """The quantised weights of `checkpoint`; None where there are none. `settings` (--set) stand before what
     config.json says of blocks. Kinds: `missing-tensor` (scales), `shape-mismatch` (of a grid),
     `unsupported-dtype`, `missing-fact` (a block), `duplicate-tensor`, `config-mismatch`, `unsupported`."""
-    candidates = [t for t in checkpoint if t.dtype in _CODES and t.name.endswith(_ENDS)]
-    if not candidates:  # as in nearly all, of however many tensors
+    of_codes = [t for t in checkpoint if t.dtype in _CODES]
+    if not of_codes:  # as in nearly all, of however many tensors
+        return None
+    fail_all(_stacked(of_codes))
+    candidates = [t for t in of_codes if t.name.endswith(_ENDS)]
+    if not candidates:
         return None
     candidates = list({t.name: t for t in candidates}.values())
     tensors = {t.name: t for t in checkpoint if t.name.endswith(_KNOWN_ENDS)}
@@ -212,6 +244,26 @@ def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
     )
 
 
+# Of fp8 without any scales: it may be a plain cast, or what is left of a release.
+ALONE = (
+    "codes of fp8 without their scales are no weights: get the whole release; of a plain cast, "
+    "`.to(torch.bfloat16)` in torch makes numbers, exactly"
+)
+
+
+def _stacked(of_codes: Iterable[TensorInfo]) -> Iterator[Problem]:
+    """Experts in one tensor, as transformers 5 holds fp8 in memory: a family has rows for each of them, and
+    the line between gate and up need not be one between blocks."""
+    for t in of_codes:
+        if t.dtype == E4M3 and len(t.shape) == 3 and t.name.endswith(("_proj", "experts.w1", "experts.w2")):
+            message = f"expected codes of fp8 for each expert by itself, found those of {t.shape[0]} stacked"
+            hint = (
+                "transformers loads them as numbers with FineGrainedFP8Config(dequantize=True), and "
+                "save_pretrained() writes those"
+            )
+            yield Problem("unsupported", message, t.file, t.name, hint)
+
+
 def _repeated(checkpoint: Checkpoint, names: set[str]) -> Iterator[Problem]:
     """Files of ranks have a name each; nobody shares out codes and scales so."""
     seen: dict[str, str] = {}
@@ -223,8 +275,9 @@ def _repeated(checkpoint: Checkpoint, names: set[str]) -> Iterator[Problem]:
 
 def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> Iterator[Problem]:
     for t in checkpoint if any(w.form.packed for w in weights.values()) else ():
-        if t.name in weights and weights[t.name].form.packed:
-            message = f"expected codes or numbers of one weight, found {weights[t.name].codes.name} beside it"
+        weight = weights.get(t.name)
+        if weight is not None and weight.form.packed and weight.codes.name != t.name:
+            message = f"expected codes or numbers of one weight, found {weight.codes.name} beside it"
             yield Problem("duplicate-tensor", message, t.file, t.name)
 
 
@@ -266,13 +319,16 @@ def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, 
     )
 
 
+OF_INPUTS = ("activation", "keys", "cached")  # scales that are not of the weight's own numbers
+
+
 def _odd_activation(unit: Quantised) -> Problem | None:
-    """The scale of the inputs is one number."""
-    t = unit.others.get("activation")
-    if t is None or (t.numel == 1 and t.dtype in NUMBERS):
-        return None
-    message = f"expected one number, the scale of the inputs, found {t.dtype} {t.shape}"
-    return Problem("unsupported", message, t.file, t.name)
+    """The scale of the inputs, or of what is cached, is one number."""
+    for t in (unit.others[what] for what in OF_INPUTS if what in unit.others):
+        if t.numel != 1 or t.dtype not in NUMBERS:
+            message = f"expected one number, a scale of inputs or of the cache, found {t.dtype} {t.shape}"
+            return Problem("unsupported", message, t.file, t.name)
+    return None
 
 
 def _odd_dtype(t: TensorInfo, expected: tuple[str, ...]) -> Problem:
@@ -392,9 +448,6 @@ def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised 
     if scheme.bits not in (None, 4):
         message = f"expected words of eight codes for 4 bits, found {scheme.bits} bits in {scheme.file}"
         return Problem("config-mismatch", message, codes.file, codes.name)
-    if "zeros" in unit.others or not scheme.symmetric:
-        message = "expected symmetric codes, found zero points"
-        return Problem("unsupported", message, codes.file, codes.name, UNPACKED)
     if (shape := unit.others.get("shape")) is None:
         message = "expected this tensor, which says how many columns of the codes count, found none"
         return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
@@ -407,7 +460,27 @@ def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised 
         return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
     group = scheme.group or said[1]
     made = _made(unit, INT4, (1, group), said)
-    return made if scales.shape == (said[0], -(-said[1] // group)) else _wrong_groups(made)
+    if scales.shape != (said[0], -(-said[1] // group)):
+        return _wrong_groups(made)
+    return _odd_zeros(made, scheme) or made
+
+
+def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:
+    """Zero points are codes as well, those of eight rows in a word, one for each scale."""
+    zeros, called = unit.others.get("zeros"), _stem(unit.codes, unit.form) + unit.form.zeros
+    if zeros is None:
+        if scheme.symmetric:
+            return None
+        message = f"expected zero points, as {scheme.file} says that codes are not symmetric, found none"
+        return Problem("missing-tensor", message, unit.codes.file, called)
+    if scheme.said and scheme.symmetric:
+        message = f"expected symmetric codes, as {scheme.file} says, found zero points"
+        return Problem("config-mismatch", message, zeros.file, zeros.name)
+    expected = -(-unit.shape[0] // CODE_COLUMNS["I32"]), unit.scales.shape[1]
+    if zeros.dtype == "I32" and zeros.shape == expected:
+        return None
+    message = f"expected zero points I32 {expected}, those of eight rows in a word, found {zeros.dtype}"
+    return Problem("shape-mismatch", f"{message} {zeros.shape}", zeros.file, zeros.name)
 
 
 def _shape_said(shape: TensorInfo, checkpoint: Checkpoint) -> tuple[int, int] | None:

@@ -51,8 +51,9 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     weights, formats = len(inventory.weights), ", ".join(inventory.words)
     dtype = DTYPES[options.dequantize].torch
     made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
-    if count := sum("activation" in w.others for w in inventory.weights.values()):
-        made.append(f"--dequantize: scales of the inputs of {count} weights are left out")
+    for words, kinds in (("inputs", ("activation",)), ("cached keys and values", ("keys", "cached"))):
+        if count := sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values()):
+            made.append(f"--dequantize: scales of the {words} of {count} weights are left out")
     return made
 
 

@@ -27,8 +27,13 @@ IN_PARAMS, OF_PARAMS = "quantization", "params"
 RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quantised_values.py
 TARGETS = ("BF16", "F32", "F16")  # dtypes that numbers are made in
 NO_NUMBER = 255  # the E8M0 code that is NaN
-METHODS = ("fp8", "mxfp4", "compressed-tensors")
-_LEFT = ("modules_to_not_convert", "ignored_layers", "ignore")  # modules that are not quantised
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
+_LEFT = (
+    "modules_to_not_convert",
+    "ignored_layers",
+    "ignore",
+    "exclude_modules",
+)  # modules that are not quantised
 _PLACES = (*_LEFT, "modules_to_convert")
 # Keys without a bearing on the numbers of the weights, by method; those of `_PLACES` are known everywhere.
 _FREE = {
@@ -38,11 +43,13 @@ _FREE = {
         "quantization_status", "global_compression_ratio", "version", "kv_cache_scheme", "sparsity_config",
         "transform_config",
     ),
+    "modelopt": ("producer", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups"),
 }  # fmt: skip
 _READ = {
     "fp8": ("fmt", "weight_block_size", "scale_fmt"),
     "mxfp4": (),
     "compressed-tensors": ("format", "config_groups"),
+    "modelopt": ("quant_algo", "group_size"),
 }
 _IN_ORDER = ("weight", "static")  # of activations, which calibration alone looked at
 _FORMATS = (
@@ -100,7 +107,9 @@ def scheme_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scheme:
     if method not in METHODS:
         _refuse("unsupported", f"expected {' or '.join(METHODS)}", method, f"{KEY}.quant_method", file)
     fail_all(_unknown(raw, method, file))
-    made = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed}[method](raw, file)
+    made = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed, "modelopt": _modelopt}[method](
+        raw, file
+    )
     if raw.get("sparsity_config") or raw.get("transform_config"):
         _refuse("unsupported", "expected no sparsity and no transform beside the codes", "one", KEY, file)
     return made
@@ -151,6 +160,16 @@ def _two(block: Any, where: str, file: str) -> tuple[int, int] | None:
 
 def _mxfp4(raw: Mapping[str, Any], file: str) -> Scheme:
     return Scheme("mxfp4", group=32, bits=4, file=file, raw=raw)
+
+
+def _modelopt(raw: Mapping[str, Any], file: str) -> Scheme:
+    """`{"quant_algo": "FP8" or "NVFP4"}`: a scale for a matrix, or one for 16 neighbours and a second."""
+    algorithm = raw.get("quant_algo")
+    if algorithm not in ("FP8", "NVFP4"):
+        _refuse("unsupported", "expected FP8 or NVFP4", algorithm, f"{KEY}.quant_algo", file)
+    if algorithm == "NVFP4" and raw.get("group_size") not in (None, 16):
+        _refuse("unsupported", "expected 16", raw["group_size"], f"{KEY}.group_size", file)
+    return Scheme("modelopt", format=str(algorithm), file=file, raw=raw)
 
 
 def _compressed(raw: Mapping[str, Any], file: str) -> Scheme:

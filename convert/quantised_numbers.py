@@ -3,16 +3,28 @@ rows at a time, from codes and the scales of just those rows."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.convert import quantised_values as values
-from ckpt_tool.convert.quantised import FP8_BLOCKS, FP8_TENSOR, INT4, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised import (
+    FP8_ROWS,
+    FP8_TENSOR,
+    INT4,
+    MX_GROUP,
+    MXFP4,
+    NVFP4,
+    Inventory,
+    Quantised,
+)
 from ckpt_tool.convert.quantised_view import Quantising
 
-PIECE = 1 << 15  # numbers made at a time: they and what they are made of stay in the cache
+PIECE = 1 << 17  # numbers made at a time: they and what they are made of stay in the cache
+FOUR_BITS = (MXFP4, INT4, NVFP4)
+STRIP = 4 << 20  # bytes of columns that are made rows at a time
 ABREAST = 64  # rows that become columns at a time: whole lines of the cache
 
 
@@ -21,7 +33,7 @@ class Dequantised(Quantising):
 
     def __init__(self, stored: TensorFile, inventory: Inventory, dtype: str, recipe: str) -> None:
         self.dtype, self.recipe = dtype, recipe
-        self._last: tuple[tuple[str, int], np.ndarray] | None = None
+        self._kept = threading.local()
         super().__init__(stored, inventory)
 
     def dtype_of(self, weight: Quantised) -> str:
@@ -51,8 +63,7 @@ class Dequantised(Quantising):
         rows that are not whole by itself what is wanted of them."""
         columns, at = weight.shape[-1], 0
         while weight.form.turned and at < out.size:
-            lead, inside = divmod(first + at, weight.shape[-2] * columns)
-            piece = self._turned(weight, lead)[inside:][: out.size - at]
+            piece = self._turned(weight, first + at)[: out.size - at]
             out[at : at + piece.size] = piece
             at += piece.size
         while at < out.size:
@@ -65,51 +76,74 @@ class Dequantised(Quantising):
             self._rows(weight, row, column, piece)
             at += rows * size
 
-    def _turned(self, weight: Quantised, lead: int) -> np.ndarray:
-        """The flat numbers of one matrix, columns for rows. The last one is kept: a tensor is read in order,
-        and a row of it takes all rows of codes."""
-        last, (rows, columns) = self._last, weight.shape[-2:]
-        if last is not None and last[0] == (weight.name, lead):
-            return last[1]
-        self._last = last = None  # never two of them
-        made = np.empty((columns, rows), DTYPES[self.dtype].bits)
-        step = max(ABREAST, PIECE // columns)
-        for row in range(0, rows, step):
-            lines = np.empty((min(step, rows - row), columns), made.dtype)
-            self._rows(weight, lead * rows + row, 0, lines)
-            made[:, row : row + step] = lines.T
-        self._last = (weight.name, lead), made.reshape(-1)
-        return self._last[1]
+    def _turned(self, weight: Quantised, first: int) -> np.ndarray:
+        """Numbers from `first` on with columns for rows, some of one matrix. A strip of columns is made at a
+        time, from all rows of codes, and kept: a tensor is read in order."""
+        rows, columns = weight.shape[-2:]
+        lead, inside = divmod(first, rows * columns)
+        group, itemsize = weight.block[1], DTYPES[self.dtype].itemsize
+        count = min(max(STRIP // (rows * itemsize * group), 1) * group, columns)
+        strip, inside = divmod(inside, count * rows)
+        key, begin = (weight.name, lead, strip), strip * count
+        last: tuple[tuple[str, int, int], np.ndarray] | None = getattr(self._kept, "strip", None)
+        if last is None or last[0] != key:
+            self._kept.strip = last = None  # never two of them
+            made = np.empty((min(count, columns - begin), rows), DTYPES[self.dtype].bits)
+            for row in range(0, rows, ABREAST):
+                lines = np.empty((min(ABREAST, rows - row), len(made)), made.dtype)
+                self._columns(weight, lead * rows + row, begin, lines)
+                made[:, row : row + ABREAST] = lines.T
+            self._kept.strip = last = key, made.reshape(-1)
+        return last[1][inside:]
+
+    def _columns(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
+        """Whole groups of several rows of MXFP4; all of their codes are read."""
+        groups = weight.shape[-1] // MX_GROUP
+        some = slice(begin // MX_GROUP, (begin + out.shape[1]) // MX_GROUP)
+        codes = self._read(weight.codes, row * groups * 16, len(out) * groups * 16)
+        scales = self._read(weight.scales, row * groups, len(out) * groups).reshape(-1, groups)[:, some]
+        wanted = codes.reshape(-1, groups, 16)[:, some].reshape(-1, 16)
+        values.mxfp4(wanted, scales.reshape(-1), out.reshape(-1), self.dtype)
 
     def _rows(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Fill `out` (rows, columns) from there on; rows are counted over all leading dimensions."""
-        if weight.kind in (MXFP4, INT4, NVFP4):
+        if weight.kind in FOUR_BITS:
             self._four_bits(weight, row, column, out)
             return
         width = weight.shape[-1]
         codes = self._read(weight.codes, row * width + column, out.size).reshape(out.shape)
-        if weight.kind == FP8_TENSOR:
-            (scale,) = self._scales(weight, 0, 1)
-            values.fp8_of_one_scale(codes.reshape(-1), float(scale), out.reshape(-1), self.dtype)
-            return
-        if weight.kind != FP8_BLOCKS:
+        if weight.kind == FP8_ROWS:
             scales = self._scales(weight, row, len(out))[:, None]
             values.fp8_rows(codes, scales, out, self.dtype)
             return
-        high, wide = weight.block
-        grid = -(-width // wide)
-        for start, stop, line in _lines(row, len(out), weight.shape[-2], high):
-            scales = self._scales(weight, line * grid + column // wide, grid - column // wide)
-            spread = np.repeat(scales, wide)[column % wide :][: out.shape[1]]
-            values.fp8_rows(codes[start:stop], spread[None], out[start:stop], self.dtype)
+        if weight.kind == FP8_TENSOR:
+            scale, half_up = self._line(weight, 0)
+            values.fp8_rows(codes, scale, out, self.dtype, half_up=half_up)
+            return
+        for start, stop, line in _lines(row, len(out), weight.shape[-2], weight.block[0]):
+            scales, half_up = self._line(weight, line)
+            scales = scales[column : column + out.shape[1]]
+            values.fp8_rows(codes[start:stop], scales[None], out[start:stop], self.dtype, half_up=half_up)
+
+    def _line(self, weight: Quantised, line: int) -> tuple[np.ndarray, bool]:
+        """The scales of each column in one line of blocks, and whether they let round half up. Those of the
+        line before are kept: a tensor is read in order, a part of a line at a time."""
+        key = weight.name, line
+        last: tuple[tuple[str, int], np.ndarray, bool] | None = getattr(self._kept, "line", None)
+        if last is None or last[0] != key:
+            width, wide = weight.shape[-1], weight.block[1]
+            grid = -(-width // wide)
+            scales = self._scales(weight, line * grid, grid)
+            spread = scales if weight.kind == FP8_TENSOR else np.repeat(scales, wide)[:width]
+            last = key, spread, values.rounds_half_up(scales)
+            self._kept.line = last
+        return last[1], last[2]
 
     def _four_bits(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Of whole groups, from which what is wanted is cut."""
         width, group = weight.shape[-1], weight.block[1]
-        if weight.kind == INT4 or out.shape[1] != width:
-            begin, end = column // group * group, min(-(-(column + out.shape[1]) // group) * group, width)
-        else:
-            begin, end = 0, width
+        begin = column // group * group
+        end = min(-(-(column + out.shape[1]) // group) * group, width)
         whole = out if (begin, end) == (column, column + out.shape[1]) else None
         made = np.empty((len(out), end - begin), out.dtype) if whole is None else whole
         if weight.kind == MXFP4:
@@ -118,28 +152,42 @@ class Dequantised(Quantising):
             scales = self._read(weight.scales, first, count)
             values.mxfp4(codes, scales, made.reshape(-1), self.dtype)
         else:
-            for k in range(len(made)):
-                self._row_of_groups(weight, row + k, begin, made[k : k + 1])
+            self._groups(weight, row, begin, made)
         if whole is None:
             out[...] = made[:, column - begin : column - begin + out.shape[1]]
 
-    def _row_of_groups(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
-        """A part of one row that begins with a group."""
+    def _groups(self, weight: Quantised, row: int, begin: int, out: np.ndarray) -> None:
+        """A part of rows that begins with a group: of several rows all columns, of one any."""
+        rows, columns = out.shape
         width, group = weight.shape[-1], weight.block[1]
         grid = -(-width // group)
-        scales = self._scales(weight, row * grid + begin // group, -(-out.shape[1] // group))[None]
+        lines = -(-columns // group)
+        scales = self._scales(weight, row * grid + begin // group, rows * lines).reshape(rows, lines)
         if weight.kind == INT4:
             words = -(-width // 8)
-            first, last = begin // 8, -(-(begin + out.shape[1]) // 8)
-            codes = values.nibbles(self._read(weight.codes, row * words + first, last - first)[None])
-            numbers = codes.astype("<f4") - np.float32(8)
-            numbers = numbers[:, begin - 8 * first :][:, : out.shape[1]]
+            first, last = begin // 8, -(-(begin + columns) // 8)
+            codes = self._read(weight.codes, row * words + first, rows * (last - first))
+            data = codes.view(np.uint8).reshape(rows, -1)
+            symmetric = "zeros" not in weight.others
+            numbers = values.nibbles(data, "int4" if symmetric else "uint4")
+            numbers = numbers[:, begin - 8 * first :][:, :columns]
+            if not symmetric:
+                zeros = self._zeros(weight, row, rows, grid)[:, begin // group :][:, :lines]
+                numbers -= np.repeat(zeros, group, axis=1)[:, :columns]
         else:
-            pairs = self._read(weight.codes, (row * width + begin) // 2, out.shape[1] // 2)
-            numbers = values.E2M1[values.nibbles(pairs[None])]
+            pairs = self._read(weight.codes, (row * width + begin) // 2, rows * columns // 2)
+            numbers = values.nibbles(pairs.reshape(rows, -1), "e2m1")
             second = self._read(weight.others["second"], 0, 1).view("<f4")
-            scales = scales / second
-        values.grouped(np.ascontiguousarray(numbers), scales, group, out, self.dtype)
+            scales = scales * second if weight.form.multiplied else scales / second
+        values.grouped(numbers, scales, group, out, self.dtype)
+
+    def _zeros(self, weight: Quantised, row: int, rows: int, grid: int) -> np.ndarray:
+        """The zero points of some rows, float32 (rows, grid): codes in words of eight rows each."""
+        each = np.arange(row, row + rows, dtype="<u4")
+        first, last = row // 8, (row + rows - 1) // 8 + 1
+        words = self._read(weight.others["zeros"], first * grid, (last - first) * grid).reshape(-1, grid)
+        codes = words[each // 8 - first] >> (4 * (each % 8))[:, None] & np.uint32(15)
+        return np.asarray(codes.astype("<f4"))
 
     def _scales(self, weight: Quantised, first: int, count: int) -> np.ndarray:
         bits = self._read(weight.scales, first, count)

@@ -104,7 +104,10 @@ def _apart(step: Step, units: list[Quantised], side: str, form: QuantFormat | No
     for what, tensor in first.others.items():
         if what == "shape" and (len(units) > 1 or len(named.others) > 1):
             raise Torn("expected codes in words of their own row to stay one tensor, found a cut or a join")
-        yield from named.numbers(what, tensor.shape)
+        if what == "zeros":  # those of several rows in a word
+            yield named.on_grid("zeros", (CODE_COLUMNS[tensor.dtype], first.block[1]))
+        else:
+            yield from named.numbers(what, tensor.shape)
 
 
 def _hugging_face(form: QuantFormat, side: str) -> QuantFormat:

@@ -23,6 +23,8 @@ from ckpt_tool.convert.quantised_config import NO_NUMBER, RECIPES, TARGETS
 
 _TINY = np.float32(2.0**120)  # what e4m3's bits in a float32 lack: the exponents count from 7 and from 127
 _LARGE = np.float32(2.0**7)  # a scale below stays finite times that
+_SMALL = np.float32(2.0**-100)  # and one above makes no subnormal numbers
+_EIGHTS = np.arange(8, 16, dtype="<f4")  # the fractions of E4M3
 _SIGN_AND_SEVEN = np.uint32(0x87F0_0000).view(np.int32)  # of a float32: where the eight bits come to stand
 _NAN_BFLOAT16 = np.uint16(0xFFFF)  # as torch rounds NaN on the CPU
 
@@ -86,39 +88,63 @@ def scale_numbers(bits: Array, dtype: str, recipe: str = RECIPES[0]) -> Array:
 _rooms = threading.local()
 
 
-def _room(purpose: str, shape: tuple[int, ...]) -> Array:
-    """float32 scratch of this thread, unset: fresh memory for each piece costs more than what is done in
-    it."""
+def _room(purpose: str, shape: tuple[int, ...], kind: str = "<f4") -> Array:
+    """Scratch of this thread, unset: fresh memory for each piece costs more than what is done in it."""
     count = prod(shape)
     found: Array | None = getattr(_rooms, purpose, None)
     if found is None or found.size < count:
-        found = np.empty(max(count, 1 << 15), "<f4")
+        found = np.empty(max(count, 1 << 15), kind)
         setattr(_rooms, purpose, found)
     return found[:count].reshape(shape)
 
 
-def fp8_rows(codes: Array, scales: Array, out: Array, dtype: str) -> None:
+def rounds_half_up(scales: Array) -> bool:
+    """Whether, of the products of any E4M3 codes with these float32 scales, none lies in the middle of two
+    bfloat16 numbers of which the lower one is even, so that rounding half up is rounding to nearest even.
+    Eight numbers tell for each scale: codes are these times powers of two."""
+    size = np.abs(scales).reshape(-1, 1)
+    if not bool(((size > _SMALL) & (size < _LARGE)).all()):
+        return False
+    low = (size * _EIGHTS).view("<u4") & np.uint32(0x1FFFF)
+    return not bool((low == 0x8000).any())
+
+
+def fp8_rows(codes: Array, scales: Array, out: Array, dtype: str, *, half_up: bool = False) -> None:
     """Fill `out` (rows, columns), raw bits of `dtype`, with E4M3 `codes` (rows, columns) times `scales`,
-    float32 that broadcast to them."""
-    product = _tiny(codes, _room("product", codes.shape))
-    number = (codes.view(np.int8) & np.int8(0x7F)).max(initial=0) != 0x7F
-    plain = bool(np.isfinite(scales).all()) and bool(number)
+    float32 that broadcast to them; `half_up` as `rounds_half_up` has it of them."""
+    product = _tiny(codes, out.view("<f4") if dtype == "F32" else _room("product", codes.shape))
+    number = not _has_nan(codes)
+    plain = number and (half_up or bool(np.isfinite(scales).all()))
     with np.errstate(all="ignore"):
-        if plain and bool((np.abs(scales) < _LARGE).all()):
+        if plain and (half_up or bool((np.abs(scales) < _LARGE).all())):
             product *= scales * _TINY  # one rounding: the second factor is exact
         else:
             product *= _TINY
             if not plain:
                 product[(codes & np.uint8(0x7F)) == 0x7F] = np.nan
             product *= scales
-    rounded(product, out, dtype, plain=plain)
+    if half_up and plain and dtype == "BF16":
+        bits = product.view("<u4")
+        bits += np.uint32(0x8000)
+        bits >>= np.uint32(16)
+        out[...] = bits
+    else:
+        rounded(product, out, dtype, plain=plain)
+
+
+def _has_nan(codes: Array) -> bool:
+    """Whether 0x7F or 0xFF is there: the largest of signed and of unsigned bytes, which nothing is above."""
+    if not codes.size:
+        return False
+    return int(codes.max()) == 0xFF or int(codes.view(np.int8).max()) == 0x7F
 
 
 def rounded(values: Array, out: Array, dtype: str, *, plain: bool = False) -> None:
     """Fill `out`, raw bits of `dtype`, with float32 `values`, which are used up; `plain` says that none of
     them is NaN."""
     if dtype == "F32":
-        out.view("<f4")[...] = values
+        if not np.shares_memory(values, out):
+            out.view("<f4")[...] = values
     elif dtype == "F16":
         with np.errstate(all="ignore"):
             out.view("<f2")[...] = values
@@ -141,30 +167,6 @@ def _to_bfloat16(values: Array, out: Array, plain: bool) -> None:
         out[nan] = _NAN_BFLOAT16
 
 
-@lru_cache(maxsize=8)
-def _pairs_of_fp8(scale: float, dtype: str) -> Array:
-    """Two values of `dtype` for each two codes, the first of them in the lower byte."""
-    one = np.empty((1, 256), DTYPES[dtype].bits)
-    fp8_rows(np.arange(256, dtype="u1")[None], np.float32(scale).reshape(1, 1), one, dtype)
-    return _both(one[0], one[0])
-
-
-def _both(first: Array, second: Array) -> Array:
-    """A table by 16-bit index of the pairs (first[low byte], second[high byte]), as one number each."""
-    made = np.empty((256, 256, 2), first.dtype)
-    made[..., 0], made[..., 1] = first[None, :], second[:, None]
-    return np.ascontiguousarray(made).view(f"<u{2 * first.dtype.itemsize}").reshape(-1)
-
-
-def fp8_of_one_scale(codes: Array, scale: float, out: Array, dtype: str) -> None:
-    """The same of flat codes that share one scale: two at a time, by table."""
-    if dtype == "F32" or codes.size % 2 or codes.size < 1 << 16:
-        fp8_rows(codes.reshape(1, -1), np.float32(scale).reshape(1, 1), out.reshape(1, -1), dtype)
-        return
-    table = _pairs_of_fp8(scale, dtype)
-    np.take(table, codes.view("<u2"), out=out.view(table.dtype), mode="clip")
-
-
 # --- four bits ------------------------------------------------------------------------------------------
 
 
@@ -180,23 +182,44 @@ def _mxfp4_table(dtype: str) -> Array:
     return np.ascontiguousarray(made).view(f"<u{2 * made.dtype.itemsize}").reshape(-1)
 
 
+_EACH_HIGH_BYTE = np.uint64(0x0100_0100_0100_0100)  # times a byte: that byte in four numbers of 16 bits
+
+
 def mxfp4(codes: Array, scales: Array, out: Array, dtype: str) -> None:
     """Fill flat `out`, raw bits of `dtype`, with the values of MXFP4 blocks: `codes` (blocks, 16) of two
     nibbles a byte, the low one first, and `scales` (blocks,) E8M0 codes. Exact in bfloat16 and float32 but
     for scales near the ends (2^126 and above overflow)."""
     table = _mxfp4_table(dtype)
-    index = np.empty(codes.shape, "<u2")
-    index[...] = codes
-    index |= (scales.astype("<u2") << np.uint16(8))[:, None]
-    np.take(table, index.reshape(-1), out=out.view(table.dtype), mode="clip")
+    pairs = _room("pairs", codes.shape, "<u2")
+    high = pairs.view("<u8")
+    wide = scales.astype("<u8")
+    wide *= _EACH_HIGH_BYTE
+    for k in range(high.shape[1]):
+        high[:, k] = wide
+    pairs |= codes
+    index = _room("index", codes.shape, "<i8")
+    index[...] = pairs  # here, since `take` makes itself new memory for it
+    np.take(table, index.reshape(-1), out=out.view(table.dtype), mode="wrap")
 
 
-def nibbles(words: Array) -> Array:
-    """The unsigned four-bit codes of the bytes of little-endian `words` (rows, n), in order: (rows, all)."""
-    data = np.ascontiguousarray(words).view(np.uint8)
-    made = np.empty((*data.shape, 2), np.uint8)
-    made[..., 0], made[..., 1] = data & 15, data >> 4
-    return made.reshape(*data.shape[:-1], -1)
+def _pairs_of(table: Array) -> Array:
+    """The two numbers of every byte by a table for each nibble, the low one first, as one of 64 bits."""
+    byte = np.arange(256)
+    two = np.stack([table[byte & 15], table[byte >> 4]], axis=-1)
+    return np.ascontiguousarray(two, dtype="<f4").view("<u8").reshape(-1)
+
+
+_PAIRS = {"e2m1": _pairs_of(E2M1), "int4": _pairs_of(np.arange(-8, 8)), "uint4": _pairs_of(np.arange(16))}
+
+
+def nibbles(data: Array, kind: str) -> Array:
+    """float32 of the two codes in each byte of `data` (rows, n), the low one first: (rows, 2n). They are
+    valid until the next call in this thread."""
+    index = _room("index", data.shape, "<i8")
+    index[...] = data
+    made = _room("product", (data.shape[0], 2 * data.shape[1]))
+    np.take(_PAIRS[kind], index.reshape(-1), out=made.reshape(-1).view("<u8"), mode="wrap")
+    return made
 
 
 def grouped(values: Array, scales: Array, group: int, out: Array, dtype: str) -> None:
@@ -204,4 +227,4 @@ def grouped(values: Array, scales: Array, group: int, out: Array, dtype: str) ->
     of which is that of `group` neighbours in a row; a last group may be short."""
     with np.errstate(all="ignore"):
         values *= np.repeat(scales, group, axis=1)[:, : values.shape[1]]
-    rounded(values, out, dtype)
+    rounded(values, out, dtype, plain=bool(np.isfinite(scales).all()))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Given, Record, TensorFile, TensorInfo, View
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.convert.quantised import Inventory, Quantised, found_in
+from ckpt_tool.convert.quantised import ALONE, E4M3, Inventory, Quantised, found_in
 from ckpt_tool.convert.quantised_config import CONFIG, IN_PARAMS, KEY, OTHER_KEYS, PARAMS
 from ckpt_tool.errors import fail
 
@@ -99,7 +99,10 @@ def as_asked(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     if options.dequantize is not None:
         if inventory is None:
             message = "expected quantised weights (codes with scales beside them), found none"
-            fail("usage", message, where="--dequantize", hint="--dtype casts plain weights")
+            alone = any(t.dtype == E4M3 for t in checkpoint)
+            fail(
+                "usage", message, where="--dequantize", hint=ALONE if alone else "--dtype casts plain weights"
+            )
         return dequantised(checkpoint, inventory, options.dequantize, options.recipe)
     if inventory is None:
         return checkpoint

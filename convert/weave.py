@@ -28,7 +28,7 @@ from ckpt_tool.convert.layout import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
-from ckpt_tool.convert.quantised import FP8_ROWS, FP8_TENSOR, QuantFormat
+from ckpt_tool.convert.quantised import ALONE, E4M3, FP8_ROWS, FP8_TENSOR, QuantFormat
 from ckpt_tool.convert.quantised_asked import WAY_OUT, carried_words, check_asked, lossy_words
 from ckpt_tool.convert.quantised_config import KEY, for_transformers
 from ckpt_tool.convert.quantised_steps import of_all_parts, physical
@@ -433,7 +433,13 @@ def _dtype_problems(
 
     parts = dict.fromkeys(p for s in steps.where(unlike) for p in odd(s))
     return [
-        Problem("unsupported-dtype", f"expected {', '.join(wanted(p))}, found {p.dtype}", p.file, p.name)
+        Problem(
+            "unsupported-dtype",
+            f"expected {', '.join(wanted(p))}, found {p.dtype}",
+            p.file,
+            p.name,
+            ALONE if p.dtype == E4M3 else None,
+        )
         for p in parts
         if p.name not in names
     ]

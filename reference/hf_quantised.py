@@ -3,7 +3,8 @@ over their blocks and one product. Originals have their own reading, quantised.p
 
 Sources: transformers 5.23.0, integrations/finegrained_fp8.py (Fp8Dequantize; the block is that of config.json
 here, since the library divides rows by rows of scales, another block where the last one is short) and
-integrations/mxfp4.py (convert_moe_packed_tensors); compressed-tensors 0.20.1 (unpack_from_int32, unpack_fp4).
+integrations/mxfp4.py (convert_moe_packed_tensors); compressed-tensors 0.20.1 (unpack_from_int32, unpack_fp4);
+nvidia-modelopt 0.47.0 (NVFP4QTensor.dequantize).
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def _inverse(
 ) -> tuple[str, Packed] | None:
     """`weight` and the scales beside it."""
     codes = f"{plain}.weight"
+    if f"{codes}_scale_2" in shapes and shapes.get(codes, ("", ()))[0] == "U8":
+        return codes, _twice(codes, scales, f"{codes}_scale_2", shapes[codes][1])
     if shapes.get(codes, ("", ()))[0] != "F8_E4M3":
         return None
     shape = shapes[codes][1]
@@ -64,6 +67,16 @@ def _inverse(
         return held[codes].to(dtype) * s
 
     return codes, Packed((codes, scales), shape, numbers)
+
+
+def _twice(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Packed:
+    """Two codes in a byte, a scale for 16 of them, and one for all."""
+
+    def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        each = (held[scales].float() * held[second].float()).to(dtype)
+        return _lookup(held[codes], dtype) * each.repeat_interleave(16, -1)
+
+    return Packed((codes, scales, second), (*shape[:-1], shape[-1] * 2), numbers)
 
 
 def powers(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +111,8 @@ def _experts(
 def _words(
     plain: str, codes: str, shapes: Shapes, block: tuple[int, int] | None, group: int | None
 ) -> tuple[str, Packed] | None:
-    scales, said, second = (f"{plain}.weight_{end}" for end in ("scale", "shape", "global_scale"))
+    ends = ("scale", "shape", "global_scale", "zero_point")
+    scales, said, second, zero = (f"{plain}.weight_{end}" for end in ends)
     if scales not in shapes:
         return None
     rows, width = shapes[codes][1]
@@ -111,10 +125,15 @@ def _words(
             return made * s.to(dtype).repeat_interleave(made.shape[1] // s.shape[1], 1)
         columns = int(held[said][1])
         shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        made = ((held[codes].unsqueeze(-1) >> shifts) & 0xF).flatten(1)[:, :columns].to(dtype) - 8
+        made = ((held[codes].unsqueeze(-1) >> shifts) & 0xF).flatten(1)[:, :columns].to(dtype)
+        if zero in held:
+            middle = ((held[zero].unsqueeze(1) >> shifts[:, None]) & 0xF).flatten(0, 1)[:rows].to(dtype)
+            made = made - middle.repeat_interleave(group or columns, 1)[:, :columns]
+        else:
+            made = made - 8
         return made * s.to(dtype).repeat_interleave(group or columns, 1)[:, :columns]
 
-    further = tuple(n for n in (said, second) if n in shapes)
+    further = tuple(n for n in (said, second, zero) if n in shapes)
     shape = (rows, width * (2 if of_bytes else 8))
     return f"{plain}.weight", Packed((codes, scales, *further), shape, numbers)
 

@@ -4,7 +4,7 @@ it. The Hugging Face side has its own reading, hf_quantised.py.
 Sources: deepseek-ai/DeepSeek-V3 0623163, inference/kernel.py (a scale for each block, the last ones short);
 Mistral originals of 2025 (qscale_weight multiplies); openai/gpt-oss 7b58334, gpt_oss/torch/weights.py (pairs
 of four bits, the low one first, exponents from 127); compressed-tensors 0.20.1
-(pack_quantized: codes from -8).
+(pack_quantized: codes from -8); modelopt 0.47 (NVFP4QTensor: the second scale is a factor).
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def packed(shapes: Shapes, block: tuple[int, int] | None, group: int | None) -> 
                 found[name] = _of_eight_bits(name, beside, shape, shapes[beside][1], block)
         elif dtype == "U8" and last == "blocks" and f"{stem}.scales" in shapes:
             found[stem] = _of_pairs(name, f"{stem}.scales", (*shape[:-2], shape[-2] * shape[-1] * 2))
+        elif dtype == "U8" and last == "weight" and f"{stem}.weight_scale_2" in shapes:
+            beside, second = f"{stem}.weight_scale", f"{stem}.weight_scale_2"
+            if beside in shapes:
+                found[name] = _of_pairs_twice_scaled(name, beside, second, (shape[0], 2 * shape[1]), 1)
         elif last == "weight_packed":
             made = _of_words(stem, shapes, group)
             if made is not None:
@@ -105,28 +109,40 @@ def _of_words(stem: str, shapes: Shapes, group: int | None) -> Packed | None:
     if dtype == "U8" and kind in ("U8", "F8_E8M0"):
         return _of_pairs(codes, scales, (rows, 2 * width))
     if dtype == "U8":
-        return _of_pairs_twice_scaled(codes, scales, second, (rows, 2 * width))
-    said = f"{stem}.weight_shape"
+        return _of_pairs_twice_scaled(codes, scales, second, (rows, 2 * width), -1)
+    said, zeros = f"{stem}.weight_shape", f"{stem}.weight_zero_point"
+    own = (zeros,) if zeros in shapes else ()
 
     def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         columns = int(held[said][1])
         out = torch.empty(rows, width * 8, dtype=dtype)
         for k in range(8):
-            out[:, k::8] = ((held[codes] >> 4 * k & 0xF) - 8).to(dtype)
+            out[:, k::8] = (held[codes] >> 4 * k & 0xF).to(dtype)
+        zero = torch.full(grid, 8)  # of each row and group, those of eight rows in a word
+        if own:
+            for row in range(rows):
+                zero[row] = held[zeros][row // 8] >> 4 * (row % 8) & 0xF
         each = group or columns
         for j in range(grid[1]):
-            out[:, j * each : (j + 1) * each] *= held[scales][:, j : j + 1].to(dtype)
+            some = out[:, j * each : (j + 1) * each]
+            some -= zero[:, j : j + 1]
+            some *= held[scales][:, j : j + 1].to(dtype)
         return out[:, :columns]
 
-    return Packed(codes, scales, (said,), (rows, width * 8), numbers)
+    return Packed(codes, scales, (said, *own), (rows, width * 8), numbers)
 
 
-def _of_pairs_twice_scaled(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Packed:
+def _of_pairs_twice_scaled(
+    codes: str, scales: str, second: str, shape: tuple[int, ...], power: int
+) -> Packed:
+    """`power` of the second scale: 1 multiplies, -1 divides."""
+
     def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         table = torch.tensor([*FP4, *(-x for x in FP4)], dtype=dtype)
         data = held[codes].long()
         out = torch.stack([table[data & 0xF], table[data >> 4]], -1).reshape(shape)
-        each = held[scales].float() / held[second].float()
+        one, two = held[scales].float(), held[second].float()
+        each = one / two if power < 0 else one * two
         return (out.reshape(*each.shape, 16) * each.to(dtype)[..., None]).reshape(shape)
 
     return Packed(codes, scales, (second,), shape, numbers)

@@ -22,6 +22,7 @@ from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.verify.compare import compare
 from ckpt_tool.verify.packed_mistakes import readings
 
 Written = Callable[[str], Path]
@@ -160,9 +161,7 @@ def test_numbers_are_proved_by_a_formula_of_their_own(
     report = verify(tmp_path / "out", levels=("coverage", "bits"))  # the source by the manifest
     assert report.status == "pass" and options.recipe in report.headline
     (told,) = [f for f in report.findings if f.check == "dequantised"]
-    count = sum(n.endswith(("scale", "scale_inv")) for n in held(quantised(name))) - (
-        sum(n.endswith(("global_scale", "activation_scale")) for n in held(quantised(name)))
-    )
+    count = sum(n.endswith((".weight_scale", ".scale", "_scale_inv")) for n in held(quantised(name)))
     assert len(told.data["weights"]) == count
     if dtype == "F32" and name in ("fp8-powers", "int4"):
         assert set(told.data["weights"].values()) == {"exact"}
@@ -196,7 +195,7 @@ def put(folder: Path, name: str, bits: np.ndarray) -> None:
         file.write(np.ascontiguousarray(bits).tobytes())
 
 
-@pytest.mark.parametrize("name", ["fp8-blocks", "fp8-powers", "nvfp4", "int4"])
+@pytest.mark.parametrize("name", ["fp8-blocks", "fp8-powers", "nvfp4", "int4-shifted"])
 def test_every_known_mistake_is_caught_and_named(name: str, quantised: Made, tmp_path: Path) -> None:
     source, out = quantised(name), tmp_path / "out"
     convert(source, out, options=Options(dequantize="BF16"))
@@ -564,7 +563,7 @@ ODD = {
         (lambda t: t.update({f"{INT4}_shape": ("I64", np.array([344, 60], "<u8"))}), "shape-mismatch"),
         (lambda t: t.pop(f"{INT4}_shape"), "missing-tensor"),
         (lambda t: t.update({f"{INT4}_scale": ("BF16", t[f"{INT4}_scale"][1][:, :1])}), "shape-mismatch"),
-        (lambda t: t.update({f"{INT4}_zero_point": ("I32", t[f"{INT4}_packed"][1][:43])}), "unsupported"),
+        (lambda t: t.update({f"{INT4}_zero_point": ("I32", t[f"{INT4}_packed"][1][:43])}), "config-mismatch"),
     ],
     "nvfp4": [
         (lambda t: t.update({f"{INT4}_packed": ("U8", t[f"{INT4}_packed"][1][:, :-1])}), "shape-mismatch"),
@@ -658,3 +657,27 @@ def test_a_gate_makes_numbers_of_codes(quantised: Made, tmp_path: Path) -> None:
     numbers, codes, half = gate(tmp_path / "parity.toml").reports
     assert numbers.status == codes.status == "pass" and "recipe bf16-scale" in numbers.headline
     assert half.could_not_run and not (tmp_path / "half").exists()
+
+
+def test_codes_are_compared_with_the_numbers_that_they_mean(quantised: Made, tmp_path: Path) -> None:
+    source = quantised("fp8-blocks")
+    assert compare(source, source, logits=False).same == "bit-identical"
+    for recipe in RECIPES:
+        out = tmp_path / recipe
+        convert(source, out, options=Options(dequantize="bfloat16", recipe=recipe), check=False)
+        for a, b, side in ((source, out, "A"), (out, source, "B")):
+            report = compare(a, b, logits=False)
+            assert report.status == "pass" and report.exactness == "identical after cast"
+            (told,) = [f for f in report.findings if f.check == "quantised"]
+            assert told.where == side and f"recipe {recipe}" in told.message
+    other_block = other("weight_block_size", [16, 23])  # of a grid of the same shape
+    report = compare(source, changed(source, tmp_path / "block", other_block), logits=False)
+    assert report.status == "fail" and "21 of 36 tensors differ" in report.headline
+
+
+def test_dtypes_have_all_their_names_in_options_too() -> None:
+    assert Options(dtype="bfloat16", dequantize="float32") == Options(dtype="BF16", dequantize="F32")
+    for asked in ({"dtype": "int8"}, {"dequantize": "float64"}, {"recipe": "none"}):
+        with pytest.raises(CkptToolError) as caught:
+            Options(**asked)  # type: ignore[arg-type]
+        assert caught.value.kind == "usage"

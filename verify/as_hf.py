@@ -19,6 +19,7 @@ from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import as_families_know, as_family_knows, family
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.convert.recognising import only_family
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.leaves import fill, makers
@@ -53,10 +54,11 @@ def shown_as_hf(
             yield Shown(known, config, f"Hugging Face, {_files(known)}", own)
             return
     with _open(path, "original") as found:
-        apart = layers_apart(found)
+        options = Options(settings=dict(settings or {}))
+        apart = layers_apart(as_asked(found, options))
         own_family = family(chosen or only_family(apart))
-        source = as_family_knows(apart, own_family)
-        plan = own_family.plan(source, Options(settings=dict(settings or {})))
+        plan = own_family.plan(as_family_knows(apart, own_family), options)
+        source = as_family_knows(layers_apart(found), own_family)  # codes and scales, as steps read them
         with Made(plan, source) as made:
             view = Checkpoint(found.path, {made.name: made}, _documents(source), list(found.notes))
             config = json.loads(next(d.content for d in plan.documents if d.name == "config.json"))

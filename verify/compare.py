@@ -29,6 +29,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
 from ckpt_tool.verify.as_hf import Shown, shown_as_hf
 from ckpt_tool.verify.claims import Judgement
+from ckpt_tool.verify.comparing_codes import as_numbers
 from ckpt_tool.verify.comparing_tensors import Pair, compared
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.left_over import explained, several
@@ -65,7 +66,8 @@ class Compared(Report):
         open_ = [f for f in self.findings if f.status in ("skipped", "undecided") and f.data.get("open")]
         words = "the tensors, the values of the configuration and the tokenizer are the same"
         if self.same == "identical after cast":
-            words += " once those of one side are cast"
+            codes = next((f.where for f in self.findings if f.check == "quantised"), None)
+            words += f" once codes of {codes} are numbers" if codes else " once those of one side are cast"
         for f in open_:
             words += f"; {f.level} not compared: {f.message}"
         return Judgement("pass", words)
@@ -101,7 +103,11 @@ def compare(
             report.facts[name] = f"{os.fspath(path)}: {side.layout}, {count} tensors, {size:,} bytes"
             sides.append(side)
         one, other = sides
-        report.findings += _tensors(*_named_alike(one, other), report, tell)
+        here, there, codes = as_numbers(*_named_alike(one, other), settings)
+        report.findings += _tensors(here, there, report, tell)
+        report.findings += [finding("tensors", "quantised", "note", text, side) for side, text in codes]
+        if codes and report.same is not None:
+            report.same = "identical after cast"
         report.findings += _config(one, other)
         report.findings += _generation(one, other)
         report.findings += _tokenizer(one, other)

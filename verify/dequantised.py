@@ -41,13 +41,23 @@ class Recomputed(Dequantised):
             each = -(-width // WORDS_HAVE)
             words = self._read(weight.codes, int(rows[0]) * each, len(rows) * each).reshape(len(rows), each)
             shifts = 4 * np.arange(WORDS_HAVE, dtype="<u4")
-            codes: Array = (words[..., None] >> shifts & 15).astype("<f8") - 8
-            return codes.reshape(len(rows), -1)[:, :width]
+            codes: Array = (words[..., None] >> shifts & 15).astype("<f8").reshape(len(rows), -1)[:, :width]
+            return codes - self._middle(weight, rows)
         if weight.kind in (MXFP4, NVFP4):
             half = width // 2
             data = self._read(weight.codes, int(rows[0]) * half, len(rows) * half).reshape(len(rows), half)
             return np.stack([e2m1(data & 15), e2m1(data >> 4)], axis=-1).reshape(len(rows), width)
         return e4m3(self._read(weight.codes, int(rows[0]) * width, len(rows) * width)).reshape(-1, width)
+
+    def _middle(self, weight: Quantised, rows: Array) -> Array:
+        """The code of four bits that stands for zero: 8, or that of each row and group."""
+        if "zeros" not in weight.others:
+            return np.full((1, 1), 8.0)
+        grid, group = weight.scales.shape[-1], weight.block[1]
+        words = self._read(weight.others["zeros"], 0, weight.others["zeros"].numel).reshape(-1, grid)
+        shifts = 4 * np.arange(WORDS_HAVE, dtype="<u4")
+        unpacked = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, grid)[rows]
+        return np.asarray(unpacked.astype("<f8")[:, np.arange(weight.shape[-1]) // group])
 
     def _scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
         """The scale that goes with each code, as the recipe takes it, float64."""
@@ -70,7 +80,8 @@ class Recomputed(Dequantised):
         made = e4m3(bits) if kind == "F8_E4M3" else _of_floats(bits, kind)
         if weight.kind == NVFP4:
             second = self._read(weight.others["second"], 0, 1).view("<f4")
-            both: Array = made.astype("<f4") / second
+            one = made.astype("<f4")
+            both: Array = one * second if weight.form.multiplied else one / second
             return both.astype("<f8")
         return of_bfloat16(to_dtype(made, "BF16")) if self.recipe == "bf16-scale" else made
 

@@ -177,7 +177,7 @@ def _come_back(quotients: Array, codes: Array, weight: Quantised) -> bool:
 
 def _positive(weight: Quantised) -> Array:
     if weight.kind == INT4:
-        return np.arange(9.0)
+        return np.arange(16.0)
     if weight.kind.startswith(FP8_TENSOR[:3]):
         return e4m3(np.arange(127, dtype="u1"))
     return e2m1(np.arange(8, dtype="u1"))

@@ -36,6 +36,7 @@ class Mistake:
     codes: Callable[[Array, Quantised], Array | None] = lambda codes, weight: codes
     power: int = 1
     plain: bool = False  # exponent bytes are numbers
+    symmetric: bool = False  # zero points are left out
     block: Callable[[Quantised], tuple[int, int]] | None = None
 
 
@@ -78,6 +79,7 @@ MISTAKES = (
     Mistake("the two codes of a byte were exchanged", codes=_exchanged),
     Mistake("blocks of another size were taken, rows divided by rows of scales", block=_divided),
     Mistake("rows and columns of a block were exchanged", block=_turned),
+    Mistake("the zero points were left out", symmetric=True),
 )
 
 
@@ -95,6 +97,9 @@ class Mistaken(Recomputed):
         even = right.shape[1] // 2 * 2
         other[:, 0:even:2], other[:, 1:even:2] = right[:, 1:even:2], right[:, 0:even:2]
         return other
+
+    def _middle(self, weight: Quantised, rows: Array) -> Array:
+        return np.full((1, 1), 8.0) if self.mistake.symmetric else super()._middle(weight, rows)
 
     def _scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
         one, seen = self.mistake, weight
