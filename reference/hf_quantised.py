@@ -69,7 +69,7 @@ def _inverse(
 def powers(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as numbers; bytes and E8M0 are exponents."""
     if scales.dtype == torch.uint8:
-        return torch.ldexp(torch.ones((), dtype=dtype), scales.int() - 127)
+        return torch.ldexp(torch.ones(scales.shape, dtype=dtype), scales.int() - 127)
     return scales.to(dtype)
 
 
