@@ -10,7 +10,9 @@ Every kind of mistake is planted into the conversion of a tiny original of every
 the whole is verified. There are those in tensors and config.json (fixtures/flaws_kinds.py, flaws_values.py),
 those that the reading of an architecture says are its own (own.py), rows of the family's table that are wrong
 on the way in and on the way back (symmetric.py), and those in tokenizers and other documents
-(fixtures/flaws_documents.py).
+(fixtures/flaws_documents.py). Quantised copies of a tiny original in each format are families of their own
+("qwen3 as fp8-blocks"), into which those with codes and scales are planted (fixtures/flaws_packed.py): in
+what was carried, and in numbers that were made of it.
 
     acts      the logits of the converted model change in at least one bit; a document is another one
     caught    the verdict is not a pass; of a document: it fails
@@ -31,7 +33,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,14 @@ import symmetric
 
 from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
-from ckpt_tool.fixtures import flaws_values  # noqa: F401  (adds its kinds)
+from ckpt_tool.fixtures import (
+    flaws_packed,
+    flaws_values,  # noqa: F401  (adds its kinds)
+)
 from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_documents import MISTAKES
 from ckpt_tool.fixtures.flaws_kinds import KINDS, Roles, Truth
+from ckpt_tool.fixtures.quantised import FORMATS, quantise
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import LEVELS, Report, effort, verify
 from ckpt_tool.verify.claims import MODES, Mode
@@ -78,6 +84,20 @@ PLANTED = {
     "gpt-oss": ("gpt-oss-20b", "gpt-oss-120b"),
     "ministral3": ("ministral3-3b", "mistral3-images"),
 }
+# Quantised copies: a family as one format, and the variant that is quantised.
+AS = " as "
+BASES = {
+    "qwen3": "qwen3-float32",
+    "mistral": "mistral-float32",
+    "llama": "llama-2-7b",
+    "qwen2": "qwen2-0.5b",
+    "mixtral": "mixtral-c",
+}
+CODED = {f"{family}{AS}{form}": (f"{base}{AS}{form}",) for family, base in BASES.items() for form in FORMATS}
+EVERY = {**PLANTED, **CODED}
+PACKED = {"gpt-oss": PLANTED["gpt-oss"], **CODED}
+NUMBERS = Options(dequantize="BF16")
+OF_FORMATS = (*flaws_packed.CARRIED, *flaws_packed.NUMBERS)
 ONCE = peers.Once()
 BACK = "back, "  # a symmetric mistake on the way to the original
 
@@ -137,8 +157,39 @@ class Task:
     how: How
 
 
+def family_of(variant: str) -> str:
+    base, _, form = variant.partition(AS)
+    return VARIANTS[base].family + (f"{AS}{form}" if form else "")
+
+
+def settings_of(variant: str) -> dict[str, Any]:
+    """Of a quantised copy none: it is a conversion that is quantised."""
+    return {} if AS in variant else dict(VARIANTS[variant].settings)
+
+
+def coded(root: Path, variant: str) -> tuple[Path, Path]:
+    """A quantised copy and its conversion, written once."""
+    base, _, form = variant.partition(AS)
+    home = root / variant
+    if not (home / "right").exists():
+        quantise(made(root, base)[1], home / "original", form)
+        convert(home / "original", home / "right", check=False)
+    return home / "original", home / "right"
+
+
+def as_numbers(root: Path, variant: str) -> Path:
+    """The conversion to numbers, written once."""
+    out = root / variant / "numbers"
+    if not out.exists():
+        options = replace(NUMBERS, settings=settings_of(variant))
+        convert(made(root, variant)[0], out, options=options, check=False)
+    return out
+
+
 def made(root: Path, variant: str) -> tuple[Path, Path]:
     """The original and its conversion, written once."""
+    if AS in variant:
+        return coded(root, variant)
     chosen, home = VARIANTS[variant], root / variant
     if not (home / "path").exists():
         source = chosen.write(home / "original")
@@ -147,11 +198,15 @@ def made(root: Path, variant: str) -> tuple[Path, Path]:
     return Path((home / "path").read_text(encoding="utf-8")), home / "right"
 
 
-def planted(kind: str, folder: Path) -> Truth | None:
-    """Plant it; None where the folder has nothing to plant it in."""
-    if kind in KINDS:
+def planted(kind: str, folder: Path, carried: Path) -> Truth | None:
+    """Plant it; None where the folder has nothing to plant it in. `carried` has the codes of its numbers."""
+    if kind in KINDS or kind in OF_FORMATS:
         opened = Folder(folder)
         try:
+            if kind in flaws_packed.NUMBERS:
+                return flaws_packed.NUMBERS[kind](opened, carried)
+            if kind in flaws_packed.CARRIED:
+                return flaws_packed.CARRIED[kind](opened)
             return KINDS[kind](opened, Roles(opened))
         except NotHere:
             return None
@@ -170,7 +225,7 @@ def tasks(root: Path, families: Iterable[str], kinds: Sequence[str], part: Part,
         for shift, family in enumerate(families):
             if (at + shift) % part.sample != part.offset:
                 continue
-            variants = PLANTED[family]
+            variants = EVERY[family]
             listed.append(
                 Task(
                     kind,
@@ -187,12 +242,15 @@ def outcome(task: Task) -> Outcome | None:
     root = Path(task.root)
     for variant in task.variant.split("|"):
         source, right = made(root, variant)
+        carried = right
+        if task.kind in flaws_packed.NUMBERS:
+            right = as_numbers(root, variant)
         folder = Path(tempfile.mkdtemp(prefix="planted-", dir=root))
         try:
             if task.kind.startswith(symmetric.PREFIX):
                 return of_the_table(task, variant, folder, source, right)
             shutil.copytree(right, folder, dirs_exist_ok=True)
-            truth = planted(task.kind, folder)
+            truth = planted(task.kind, folder, carried)
             if truth is not None and task.kind in MISTAKES:
                 return of_documents(task.kind, variant, folder, source, truth)
             if truth is not None:
@@ -263,9 +321,9 @@ def _acts(out: Path, right: Path, source: Path, again: Path | None, variant: str
 
 
 def judged(task: Task, variant: str, folder: Path, source: Path, right: Path, truth: Truth) -> Outcome:
-    began, kind, chosen = time.monotonic(), task.kind, VARIANTS[variant]
-    with peers.seen() as passes, ONCE.of(variant):
-        report = task.how.verify(folder, source, chosen.settings)
+    began, kind = time.monotonic(), task.kind
+    with peers.seen() as passes, ONCE.of(f"{variant} {right.name}"):
+        report = task.how.verify(folder, source, settings_of(variant))
     acts = changes_logits(folder, right, source, variant)
     causes = [str(f.data["cause"]) for f in report.level("diagnosis") if f.data.get("cause")]
     keys = [t for t in truth.tensors if t.startswith("config.json")]
@@ -273,9 +331,10 @@ def judged(task: Task, variant: str, folder: Path, source: Path, right: Path, tr
     if keys and not causes:
         named = any(f.where in keys for f in report.findings if f.status == "fail")
     return Outcome(
-        kind, chosen.family, variant, acts, report.status != "pass", located(report, truth), named,
+        kind, family_of(variant), variant, acts, report.status != "pass", located(report, truth), named,
         any(not truth.names(c) for c in causes), "; ".join(causes), time.monotonic() - began,
-        "config" if keys else "weights", fails(report, "bits"), fails(report, "parity"),
+        "format" if kind in OF_FORMATS else "config" if keys else "weights",
+        fails(report, "bits"), fails(report, "parity"),
         peers.caught(passes) or {},
     )  # fmt: skip
 
@@ -307,7 +366,7 @@ def outputs(path: Path, source: Path, variant: str) -> list[object] | None:
     from ckpt_tool.verify.subject import opened
 
     try:
-        with opened(path, source, VARIANTS[variant].settings) as subject:
+        with opened(path, source, settings_of(variant)) as subject:
             if subject.hf is None:  # no such model is read
                 return None
             side = converted_side(subject, torch.float32, "cpu")
@@ -326,9 +385,10 @@ def changes_logits(folder: Path, right: Path, source: Path, variant: str) -> boo
     """Whether the converted model computes other numbers with the mistake than without, in any bit."""
     import torch
 
-    if variant not in RIGHT:
-        RIGHT[variant] = outputs(right, source, variant)
-    one, other = RIGHT[variant], outputs(folder, source, variant)
+    key = str(right)
+    if key not in RIGHT:
+        RIGHT[key] = outputs(right, source, variant)
+    one, other = RIGHT[key], outputs(folder, source, variant)
     if one is None or other is None or len(one) != len(other):
         return True
     return any(
@@ -340,7 +400,7 @@ def changes_logits(folder: Path, right: Path, source: Path, variant: str) -> boo
 # --- tables ---------------------------------------------------------------------------------------------
 
 COLUMNS = ("planted", "acts", "caught", "located", "named", "misnamed")
-WHERE = ("weights", "config", "table", "documents")
+WHERE = ("weights", "config", "table", "format", "documents")
 
 
 def counted(outcomes: Sequence[Outcome]) -> tuple[int, ...]:
@@ -367,7 +427,7 @@ def beside(outcomes: Sequence[Outcome]) -> list[str]:
     names = list(peers.BARS)
     heads = ["cases", "verify", "parity", "bits", *names]
     lines = [f"{'planted in':10} " + " ".join(f"{h:>11}" for h in heads)]
-    for level in (*WHERE[:3], "all"):
+    for level in (*WHERE[:4], "all"):
         its = [o for o in held if level in (o.level, "all")]
         counts = [len(its), *(sum(getattr(o, c) for o in its) for c in ("caught", "parity", "bits"))]
         counts += [sum(o.peers[n] for o in its) for n in names]
@@ -402,9 +462,12 @@ def shown(outcomes: Sequence[Outcome]) -> int:
 
 
 def every_task(root: Path, families: Sequence[str], text: str, part: Part, how: How) -> list[Task]:
+    packed = [f for f in families if f in PACKED]
+    listed = tasks(root, packed, [k for k in OF_FORMATS if text in k], part, how)
+    plain = [f for f in families if f not in CODED]
     kinds = [k for k in (*KINDS, *MISTAKES) if text in k]
-    listed = tasks(root, families, kinds, part, how)
-    for family in families:
+    listed += tasks(root, plain, kinds, part, how)
+    for family in plain:
         found = dict.fromkeys(k for v in PLANTED[family] for k in own.kinds(made(root, v)[1]))
         listed += tasks(root, [family], [k for k in found if text in k], part, how)
         first = PLANTED[family][0]
@@ -414,14 +477,16 @@ def every_task(root: Path, families: Sequence[str], text: str, part: Part, how: 
         wanted = part.of([k for k in both if text in k])
         listed += [Task(k, first, str(root), how) for k in wanted]
     order = {family: k for k, family in enumerate(families)}
-    return sorted(listed, key=lambda t: order[VARIANTS[t.variant.split("|")[0]].family])
+    return sorted(listed, key=lambda t: order[family_of(t.variant.split("|")[0])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=sorted(PLANTED), action="append")
+    parser.add_argument(
+        "--family", choices=sorted(EVERY), action="append", metavar="F", help="one of many, again for more"
+    )
     parser.add_argument("--kind", default="", help="only kinds whose name holds this text")
     parser.add_argument("--sample", type=int, metavar="N", help="every Nth pair of kind and family")
     parser.add_argument("--offset", type=int, default=0, metavar="K", help="of N parts the Kth, from 0")
@@ -448,12 +513,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="detection-") as temporary:
         root = asked.work or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        families = asked.family or list(PLANTED)
+        families = asked.family or list(EVERY)
         if asked.right:
             import right
 
             return int(right.main(root, families, part.sample, part.offset, asked.jobs, asked.json))
-        for variant in (v for family in families for v in PLANTED[family]):
+        for variant in (v for family in families for v in EVERY[family]):
             made(root, variant)
         listed = every_task(root, families, asked.kind, part, how)
         status = shown(list(run(listed, asked.jobs, asked.json)))

@@ -228,18 +228,9 @@ Change = Callable[[Tensors], dict[str, Tensor]]
 
 
 def mistakes(names: Collection[str], c: Config) -> dict[str, Change | tuple[Change, Change]]:
-    """In the tensors of one layer: how to plant it, and how to undo it where that is not the same."""
+    """In the tensors of one layer: how to plant it, and how to undo it where that is not the same. Those with
+    codes and scales are of the format, of whatever model."""
     made: dict[str, Change | tuple[Change, Change]] = {}
-    stems = sorted({n.removesuffix("_blocks") for n in names if n.endswith("_blocks")})
-    if stems:
-        blocks, scales = ([f"{stem}_{end}" for stem in stems] for end in ("blocks", "scales"))
-        made["the two codes of a byte exchanged"] = _of(blocks, lambda b: (b >> 4) | (b << 4))
-        made["scales one block off"] = (
-            _of(scales, lambda s: s.roll(1, -1)),
-            _of(scales, lambda s: s.roll(-1, -1)),
-        )
-        made["scales dropped"] = (_of(scales, lambda s: torch.full_like(s, 127)), _lost)
-        made["scales doubled"] = (_of(scales, lambda s: s + (s < 254)), _of(scales, lambda s: s - 1))
     units = [n for n in names if ".experts.gate_up_proj" in n]
     if units:
         made["gates and ups exchanged"] = _along(units, lambda n: torch.arange(n).view(-1, 2).flip(-1))

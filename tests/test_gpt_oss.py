@@ -333,7 +333,9 @@ def test_mistakes_of_the_format_are_planted_and_caught(
     assert control.measured == 1.0
     planted = json.dumps(report.to_json())
     for words in (
-        "the two codes of a byte exchanged", "scales one block off", "scales dropped", "scales doubled",
+        "the two codes of a byte were exchanged", "one block off along the rows", "without the scales",
+        "the scales were applied twice", "one block off along the columns", "blocks of half the size",
+        "grid of scales was transposed", "exponent bytes of the scales were taken as numbers",
         "gates and ups exchanged", "gates, then ups, where they alternate", "sinks ignored", "a bound of 7",
         "windows in the other layers", "frequencies blended between whole channels",
         "sines and cosines as they are", "one expert fewer for a token",
@@ -349,7 +351,11 @@ def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written
     scaling = read(conversions(SQUARE) / "config.json")["rope_scaling"] | {"truncate": True}
     changed(conversions(SQUARE), tmp_path / "config", rope_scaling=scaling)
     for name, words in (
-        ("codes", "layer 0: the two codes of a byte exchanged"),
+        (
+            "codes",
+            "layer 0: mlp.experts.down_proj_blocks and mlp.experts.gate_up_proj_blocks: "
+            "the two codes of a byte were exchanged",
+        ),
         ("config", "layer 0: rope_scaling.truncate True where it should be False"),
     ):
         (tmp_path / name / "ckpt-tool.json").unlink()

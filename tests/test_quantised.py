@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures import flaws_packed
+from ckpt_tool.fixtures.flaws import Folder, NotHere
+from ckpt_tool.fixtures.flaws_kinds import Truth
 from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.verify import packed_mistakes as known
 from ckpt_tool.verify.compare import compare
-from ckpt_tool.verify.packed_mistakes import readings
 
 Written = Callable[[str], Path]
 Made = Callable[[str], Path]
@@ -195,29 +201,64 @@ def put(folder: Path, name: str, bits: np.ndarray) -> None:
         file.write(np.ascontiguousarray(bits).tobytes())
 
 
-@pytest.mark.parametrize("name", ["fp8-blocks", "fp8-powers", "nvfp4", "int4-shifted"])
-def test_every_known_mistake_is_caught_and_named(name: str, quantised: Made, tmp_path: Path) -> None:
-    source, out = quantised(name), tmp_path / "out"
-    convert(source, out, options=Options(dequantize="BF16"))
-    good = held(out)
-    with open_checkpoint(source) as stored:
-        found = found_in(stored)
-        assert found is not None
-        # square in blocks where there is one, so that a transposed grid keeps its shape
-        weight = max(found.weights.values(), key=lambda w: (len(set(w.scales.shape)) == 1, w.name))
-        named = 0
-        for words, files in readings(stored, found, "BF16", "fp32-product"):
-            bits = np.empty(weight.shape, "<u2")
-            files[weight.codes.file].read_into(weight.name, 0, bits.data.cast("B"))
-            if bits.tobytes() == good[weight.name][2]:
-                continue  # nothing else here
-            put(out, weight.name, bits)
-            report = verify(out, source, levels="bits")
-            assert report.status == "fail", words
-            messages = [f.message for f in report.findings if f.check == "round trip"]
-            assert any(words in m for m in messages), (words, messages)
-            named += 1
-    assert named >= 4
+TRIED = {  # of mistakes that have a place in many formats; benchmarks/detection.py has all in each
+    "fp8-blocks": "",
+    "fp8-powers": "exponent|dropped|inverted",
+    "fp8-tensor": "dropped|rounded",
+    "nvfp4": "nibble|global|rounded",
+    "int4": "nibble|sign|half",
+}
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_every_known_mistake_is_caught_located_and_named(name: str, quantised: Made, tmp_path: Path) -> None:
+    """With codes and scales that were carried, and with numbers that were made of them."""
+    source, missed, places = quantised(name), [], 0
+    carried: dict[str, Callable[[Folder], Truth]] = dict(flaws_packed.CARRIED)
+    numbers = {n: partial(p, coded=source) for n, p in flaws_packed.NUMBERS.items()}
+    for options, kinds in ((Options(), carried), (Options(dequantize="BF16"), numbers)):
+        right = tmp_path / str(options.dequantize)
+        convert(source, right, options=options, check=False)
+        for kind, plant in ((k, p) for k, p in kinds.items() if re.search(TRIED[name], k)):
+            out = Path(shutil.copytree(right, tmp_path / "out"))
+            folder = Folder(out)
+            try:
+                truth = plant(folder)
+                report = verify(out, source, levels="bits")
+                (found,) = report.level("diagnosis")
+                named = found.where == "layer 1" and truth.names(str(found.data["cause"]))
+                missed += [] if report.status == "fail" and named else [(kind, found.message)]
+                places += 1
+            except NotHere:
+                pass
+            finally:
+                folder.checkpoint.close()
+                shutil.rmtree(out)
+    assert not missed
+    assert places >= (20 if name == "fp8-blocks" else 4)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp8-blocks", None), ("int4", "BF16"), ("nvfp4", None)])
+def test_mistakes_of_the_format_are_planted_in_each_parity(
+    name: str, dtype: str | None, quantised: Made, tmp_path: Path, one_thread: None
+) -> None:
+    """In the weight of a layer that shows them least; a weight that is normed at once would not show one
+    scale of the whole."""
+    convert(quantised(name), tmp_path / "out", options=Options(dequantize=dtype), check=False)
+    report = verify(tmp_path / "out", quantised(name), levels="parity", mode="quick")
+    assert report.status == "pass", report.headline
+    (control,) = (f for f in report.findings if f.check == "negative control")
+    rows = [row for row in control.tables[0].rows if "o_proj: " in str(row[1])]
+    planted = {str(mistake).partition(": ")[2] for _, mistake, _, _ in rows}
+    assert {phase for phase, *_ in rows} == {"layer 0", "layer 2"}
+    assert all(caught == "yes" for *_, caught in rows)
+    own = {
+        "fp8-blocks": {known.ROUNDED, known.DIVIDED, known.TURNED},
+        "int4": {known.EXCHANGED, known.SIGNED},
+        "nvfp4": {known.EXCHANGED, known.MULTIPLIED, known.ROUNDED},
+    }[name]
+    every = {known.DROPPED, known.TWICE, known.INVERTED, known.TRANSPOSED, known.ROWS_OFF, known.COLUMNS_OFF}
+    assert planted >= own | every | {known.HALVED}
 
 
 def test_the_recipe_of_somebody_elses_numbers_is_recognised(quantised: Made, tmp_path: Path) -> None:
@@ -681,3 +722,19 @@ def test_dtypes_have_all_their_names_in_options_too() -> None:
         with pytest.raises(CkptToolError) as caught:
             Options(**asked)  # type: ignore[arg-type]
         assert caught.value.kind == "usage"
+
+
+def test_a_left_out_zero_point_is_named(quantised: Made, tmp_path: Path) -> None:
+    source, out = quantised("int4-shifted"), tmp_path / "out"
+    convert(source, out, options=Options(dequantize="BF16"))
+    with open_checkpoint(source) as stored:
+        inventory = found_in(stored)
+        assert inventory is not None
+        weight = next(iter(inventory.weights.values()))
+        files = dict(known.readings(stored, inventory, "BF16", "fp32-product"))[known.UNSHIFTED]
+        bits = np.empty(weight.shape, "<u2")
+        files[weight.codes.file].read_into(weight.name, 0, bits.data.cast("B"))
+    put(out, weight.name, bits)
+    report = verify(out, source, levels="bits")
+    assert report.status == "fail"
+    assert any(known.UNSHIFTED in f.message for f in report.findings if f.check == "round trip")

@@ -44,7 +44,8 @@ def _told(words: str, at: str) -> str:
     """The place is of interest where the kind concerns single elements."""
     if words == "sign flipped" and at == "every element":
         return "negated"
-    return f"{words} in {at}" if words in SINGLE or words.startswith("bit ") else words
+    single = words in SINGLE or words.startswith(("bit ", "holds "))
+    return f"{words} in {at}" if single else words
 
 
 def _sample(right: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +102,10 @@ def _kinds(a: np.ndarray, b: np.ndarray, dtype: str, sizes: frozenset[int]) -> I
     top = ((1 << (_sign(dtype) - MANTISSA[dtype])) - 1) << MANTISSA[dtype]  # the bits of infinity
     sign = a.dtype.type(1 << _sign(dtype))
     yield "zeros", lambda x, y: (_magnitude(y, dtype) == 0) | (x == y)
+    if a.size > 2 and (b == b[0]).all():
+        value = float(converted(b[:1], dtype, "F64").view("<f8")[0])
+        if np.isfinite(value):
+            yield f"holds {value:g}", lambda x, y: (y == b[0]) | (x == y)
     yield "NaN", lambda x, y: (_magnitude(y, dtype) > top) | (x == y)
     yield "infinity", lambda x, y: (_magnitude(y, dtype) == top) | (x == y)
     rounded = list(_rounded(dtype))

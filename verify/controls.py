@@ -7,13 +7,14 @@ from collections import ChainMap
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ckpt_tool.reference.phases import Tree, mapped
 from ckpt_tool.verify.measure import CAPS, Bar, bar_for, wider
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, same
+from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, same
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,13 @@ def _changed(side: Side, change: Change) -> Side | None:
     own = side.ranks[0]
     made = changed.ranks[0]
     altered = made.maps[0] if isinstance(made, ChainMap) else {}
-    other = changed.config != side.config or any(not torch.equal(x, own[n]) for n, x in altered.items())
+    other = changed.config != side.config or any(_differs(x, own, n) for n, x in altered.items())
     return changed if other else None
+
+
+def _differs(x: Any, own: Tensors, name: str) -> bool:
+    """Whether a tensor is another one than before; one that is made bit by bit, or of codes, is."""
+    return not isinstance(x, torch.Tensor) or name not in own or not torch.equal(x, own[name])
 
 
 class _Right:

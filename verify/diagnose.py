@@ -16,6 +16,7 @@ from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.mistakes import to_undo
+from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.report import Finding, Table
 from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text
 from ckpt_tool.verify.subject import Subject
@@ -172,13 +173,16 @@ def _right(
     (weights,) = side.weights
 
     def make(w: Tensors) -> dict[str, torch.Tensor]:
-        made = {}
+        made, parts = {}, {}
         for name in explanation.differing:
             dtype = getattr(torch, DTYPES[evidence.where[name][1].dtype].torch)
             bits = np.ascontiguousarray(evidence.expected(name))
             x = torch.frombuffer(bytearray(bits.tobytes()), dtype=dtype).view(bits.shape)
-            made[name] = x.to(weights.device, weights.dtype if dtype.is_floating_point else dtype)
-        return made
+            if isinstance(weights, PackedWeights) and name in weights.of_codes:
+                parts[name] = x
+            else:
+                made[name] = x.to(weights.device, weights.dtype if dtype.is_floating_point else dtype)
+        return {**made, **weights.with_parts(parts)} if isinstance(weights, PackedWeights) else made
 
     return make
 

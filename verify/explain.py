@@ -22,6 +22,7 @@ from ckpt_tool.convert.casting import common, converted
 from ckpt_tool.convert.copies import joined
 from ckpt_tool.convert.layout import COPIED, Part, Step, apply
 from ckpt_tool.verify.altered import alteration, place
+from ckpt_tool.verify.explain_packed import of_codes
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders
 from ckpt_tool.verify.rowmaps import Rows, hashes, span
 from ckpt_tool.verify.subject import Subject
@@ -163,6 +164,8 @@ class Evidence:
         alone = len(wide) == 1 and not {"n", "k", "g", "h"} & set(words) and dim == _along_heads(name)
         if alone and heads > 1 and wide[0] % heads == 0:
             return (("n", heads), ("h", wide[0] // heads))
+        if len(group) == 2 and dim == _along_heads(name) and words[1] == "h" and words[0] not in ("n", "k"):
+            return (("n", group[0][1]), group[1])  # an axis of the heads of queries, keys and values
         if words in (["g", "s", "h"], ["k", "s", "h"]):
             return (("n", group[0][1] * group[1][1]), group[2])
         experts = {config.get(k) for k in EXPERTS}
@@ -265,6 +268,9 @@ def _together(evidence: Evidence, rest: Changed, layer: int | None, names: Seque
     inside = {n: o for n, o in origin.items() if layer_of(o) == layer or layer is None or layer_of(o) is None}
     yield from _moved(inside)
     left = {n: pair for n, pair in rest.items() if n not in origin}
+    for words, own in of_codes(evidence.subject, evidence.where, left):
+        yield Cause(f"{_listed(sorted(own, key=_rank))}: {words}", tuple(own))
+        left = {n: pair for n, pair in left.items() if n not in own}
     for cause in _misread(evidence, left, layer):
         yield cause
         left = {n: pair for n, pair in left.items() if n not in cause.tensors}

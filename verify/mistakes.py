@@ -19,8 +19,10 @@ from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.plan import Plan
+from ckpt_tool.verify import mistakes_packed
 from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, layouts, reorders
+from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.sides import Change, Phase, Side, Tensors
 
 Sizes = Mapping[str, int]
@@ -192,13 +194,19 @@ OTHER_GELU = {"gelu": "gelu_new", "gelu_python": "gelu_new"} | dict.fromkeys(
 
 
 def to_plant(
-    phase: Phase, plan: Plan | None, shapes: Mapping[str, tuple[int, ...]], side: Side
+    phase: Phase,
+    plan: Plan | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    side: Side,
+    packed: Packed | None = None,
 ) -> list[Change]:
     """The negative controls of one phase of `side`. `shapes` holds the tensors that the phase has read, so
-    that an expert that no token was sent to is not blamed for staying unseen."""
+    that an expert that no token was sent to is not blamed for staying unseen; `packed` says what became of
+    quantised weights."""
     own = [Change(name, plant) for name, plant, _ in _own_tensors(side, shapes)]
     own += [Change(name, config=values) for name, values in _own_values(side)]
-    return [*own, *_planted(phase, plan, shapes, side.raw)]
+    of_codes = [] if packed is None else mistakes_packed.to_plant(packed, plan, shapes, side)
+    return [*own, *_planted(phase, plan, shapes, side.raw), *of_codes]
 
 
 def _own_tensors(

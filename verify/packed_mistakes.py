@@ -9,7 +9,7 @@ the tensors themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,25 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo, View
 from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Inventory, Quantised
 from ckpt_tool.convert.quantised_config import RECIPES
-from ckpt_tool.verify.dequantised import Array, Recomputed, e4m3, to_dtype
+from ckpt_tool.verify.dequantised import Array, Recomputed, e4m3, of_bfloat16, to_dtype
 
+DROPPED = "the codes were taken as numbers, without the scales"
+TWICE = "the scales were applied twice"
+INVERTED = "the codes were divided by the scales"
+TRANSPOSED = "the grid of scales was transposed"
+ROWS_OFF = "the scales were taken one block off along the rows"
+COLUMNS_OFF = "the scales were taken one block off along the columns"
+PLAIN = "the exponent bytes of the scales were taken as numbers"
+EXCHANGED = "the two codes of a byte were exchanged"
+SIGNED = "the codes were taken as numbers with a sign, and count from -8"
+MULTIPLIED = "the global scale was multiplied, and is a divisor"
+DIVIDED = "blocks of another size were taken, rows divided by rows of scales"
+TURNED = "rows and columns of a block were exchanged"
+HALVED = "blocks of half the size were taken"
+ROUNDED = "the scale was rounded to bfloat16 before the product (recipe bf16-scale)"
+UNSHIFTED = "the zero points were left out"
 ORDER = {
-    "bf16-scale": "the scale was rounded to bfloat16 before the product (recipe bf16-scale)",
+    "bf16-scale": ROUNDED,
     "fp32-product": "the scale was taken in float32, and the product rounded once (recipe fp32-product)",
 }
 
@@ -29,19 +44,23 @@ ORDER = {
 @dataclass(frozen=True)
 class Mistake:
     """`words` say what was done; `scales` makes other scales of the right ones of a whole weight (as raw bits
-    of its grid, and the weight), `codes` other codes of raw ones. `power` is how often the scales count."""
+    of its grid, and the weight), `codes` other numbers of those that whole rows of codes stand for. `power`
+    is how often the scales count, `second` how often the global one does."""
 
     words: str
     scales: Callable[[Array, Quantised], Array | None] = lambda grid, weight: grid
-    codes: Callable[[Array, Quantised], Array | None] = lambda codes, weight: codes
+    codes: Callable[[Array, Quantised], Array] = lambda codes, weight: codes
     power: int = 1
+    second: int = 0
     plain: bool = False  # exponent bytes are numbers
+    rounded: bool = False  # the quotient of a scale and the global one is
     symmetric: bool = False  # zero points are left out
-    block: Callable[[Quantised], tuple[int, int]] | None = None
+    block: Callable[[Quantised], tuple[int, int] | None] | None = None
 
 
 def _transposed(grid: Array, weight: Quantised) -> Array | None:
-    return grid.swapaxes(-1, -2) if grid.ndim > 1 and grid.shape[-1] == grid.shape[-2] > 1 else None
+    """The numbers of the transposed grid in the shape that it had."""
+    return grid.swapaxes(-1, -2).reshape(grid.shape) if grid.ndim > 1 and min(grid.shape[-2:]) > 1 else None
 
 
 def _shifted(axis: int) -> Callable[[Array, Quantised], Array | None]:
@@ -51,11 +70,17 @@ def _shifted(axis: int) -> Callable[[Array, Quantised], Array | None]:
     return make
 
 
-def _exchanged(codes: Array, weight: Quantised) -> Array | None:
-    if weight.kind not in (MXFP4, NVFP4, INT4):
-        return None
-    data = np.ascontiguousarray(codes).view(np.uint8)
-    return (data << 4 | data >> 4).view(codes.dtype)
+def _exchanged(codes: Array, weight: Quantised) -> Array:
+    """Of each pair of columns the one for the other."""
+    if weight.kind not in FOUR_BITS:
+        return codes
+    other, even = codes.copy(), codes.shape[1] // 2 * 2
+    other[:, 0:even:2], other[:, 1:even:2] = codes[:, 1:even:2], codes[:, 0:even:2]
+    return other
+
+
+def _signed(codes: Array, weight: Quantised) -> Array:
+    return np.where(codes >= 0, codes - 8, codes + 8) if weight.kind == INT4 else codes
 
 
 def _divided(weight: Quantised) -> tuple[int, int]:
@@ -64,22 +89,41 @@ def _divided(weight: Quantised) -> tuple[int, int]:
     return max(1, weight.shape[-2] // rows), max(1, weight.shape[-1] // columns)
 
 
-def _turned(weight: Quantised) -> tuple[int, int]:
-    return weight.block[1], weight.block[0]
+def _turned(weight: Quantised) -> tuple[int, int] | None:
+    return weight.block[::-1] if min(weight.block) > 1 else None
 
 
+def _halved(weight: Quantised) -> tuple[int, int] | None:
+    grid = weight.scales.shape[-2:]
+    return halved(weight.block, (grid[0], grid[1])) if len(grid) > 1 else None
+
+
+def halved(block: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Half a block along the columns, or along the rows where a row has one; the same where neither has
+    two."""
+    high, wide = block
+    if grid[1] > 1 and wide > 1:
+        return high, wide // 2
+    return (high // 2, wide) if grid[0] > 1 and high > 1 else block
+
+
+FOUR_BITS = (MXFP4, NVFP4, INT4)
 MISTAKES = (
-    Mistake("its codes were taken as numbers, without the scales", power=0),
-    Mistake("the scales were applied twice", power=2),
-    Mistake("it was divided by the scales", power=-1),
-    Mistake("the grid of scales was transposed", _transposed),
-    Mistake("the scales were taken one block off along the rows", _shifted(-2)),
-    Mistake("the scales were taken one block off along the columns", _shifted(-1)),
-    Mistake("the exponent bytes of the scales were taken as numbers", plain=True),
-    Mistake("the two codes of a byte were exchanged", codes=_exchanged),
-    Mistake("blocks of another size were taken, rows divided by rows of scales", block=_divided),
-    Mistake("rows and columns of a block were exchanged", block=_turned),
-    Mistake("the zero points were left out", symmetric=True),
+    Mistake(DROPPED, power=0),
+    Mistake(TWICE, power=2),
+    Mistake(INVERTED, power=-1),
+    Mistake(TRANSPOSED, _transposed),
+    Mistake(ROWS_OFF, _shifted(-2)),
+    Mistake(COLUMNS_OFF, _shifted(-1)),
+    Mistake(PLAIN, plain=True),
+    Mistake(EXCHANGED, codes=_exchanged),
+    Mistake(SIGNED, codes=_signed),
+    Mistake(MULTIPLIED, second=2),
+    Mistake(DIVIDED, block=_divided),
+    Mistake(TURNED, block=_turned),
+    Mistake(HALVED, block=_halved),
+    Mistake(ROUNDED, rounded=True),
+    Mistake(UNSHIFTED, symmetric=True),
 )
 
 
@@ -89,28 +133,25 @@ class Mistaken(Recomputed):
     mistake: Mistake = MISTAKES[0]
 
     def _codes(self, weight: Quantised, rows: Array) -> Array:
-        """Exchanged codes are those of each pair of columns."""
-        right = super()._codes(weight, rows)
-        if self.mistake.codes is not _exchanged or weight.kind not in (MXFP4, NVFP4, INT4):
-            return right
-        other = right.copy()
-        even = right.shape[1] // 2 * 2
-        other[:, 0:even:2], other[:, 1:even:2] = right[:, 1:even:2], right[:, 0:even:2]
-        return other
+        return self.mistake.codes(super()._codes(weight, rows), weight)
 
     def _middle(self, weight: Quantised, rows: Array) -> Array:
         return np.full((1, 1), 8.0) if self.mistake.symmetric else super()._middle(weight, rows)
 
     def _scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
-        one, seen = self.mistake, weight
-        if one.block is not None:
-            seen = replace(weight, block=one.block(weight))
-        if weight.scales.numel == 1 or one.block is None:
+        one = self.mistake
+        block = None if one.block is None else one.block(weight)
+        if weight.scales.numel == 1 or block is None:
             made = super()._scale_of_each(weight, rows, columns)
         else:
-            made = self._other_blocks(seen, rows, columns)
+            made = self._other_blocks(replace(weight, block=block), rows, columns)
+        if one.rounded and weight.kind == NVFP4:
+            made = of_bfloat16(to_dtype(made, "BF16"))
         with np.errstate(all="ignore"):
-            return np.asarray(made**one.power)
+            made = made**one.power
+            if one.second and "second" in weight.others:
+                made = made * super()._read(weight.others["second"], 0, 1).view("<f4") ** float(one.second)
+            return np.asarray(made)
 
     def _other_blocks(self, weight: Quantised, rows: Array, columns: Array) -> Array:
         grid = self._numbers(weight, 0, weight.scales.numel).reshape(weight.scales.shape)
@@ -121,7 +162,7 @@ class Mistaken(Recomputed):
         return np.asarray(flat[lead[:, None], i[:, None], j[None, :]])
 
     def _numbers(self, weight: Quantised, first: int, count: int) -> Array:
-        if self.mistake.plain and weight.scales.dtype in ("U8", "F8_E8M0"):
+        if self.mistake.plain and weight.scales.dtype in EXPONENTS:
             return self._read(weight.scales, first, count).astype("<f8")
         grid = self.mistake.scales(self._raw(weight), weight)
         if grid is None or grid.shape != weight.scales.shape:
@@ -181,29 +222,80 @@ def altered(
 ) -> Iterator[tuple[str, Mapping[str, TensorFile]]]:
     """Each wrong way to carry one of a weight's tensors, in words, with the files as if it were right."""
     bits = checkpoint.read(part)
-    for words, made in _other_bits(bits, weight, part):
-        if made is None or made.shape != bits.shape or np.array_equal(made, bits):
-            continue
+    for words, made in other_bits(bits, weight, part):
         data = np.ascontiguousarray(made).astype(bits.dtype, copy=False).tobytes()
         yield words, {**checkpoint.files, part.file: _Altered(checkpoint.files[part.file], part.name, data)}
 
 
-def _other_bits(bits: Array, weight: Quantised, part: TensorInfo) -> Iterator[tuple[str, Array | None]]:
-    if part == weight.codes:
-        yield "the two codes of a byte were exchanged", _exchanged(bits, weight)
-        return
-    if part != weight.scales:
-        return
+def other_bits(bits: Array, weight: Quantised, part: TensorInfo) -> Iterator[tuple[str, Array]]:
+    """The raw bits of one of a weight's tensors as wrong converters leave it, in words."""
+    ways = _of_codes(bits, weight) if part.name == weight.codes.name else ()
+    if part.name == weight.scales.name:
+        ways = _of_scales(bits, weight, part.dtype)
+    elif part.name == getattr(weight.others.get("second"), "name", None):
+        ways = ((MULTIPLIED, _of_numbers(1 / _numbers(bits, part.dtype), part.dtype)),)
+    for words, made in ways:
+        if made is not None and made.size == bits.size and not np.array_equal(made.reshape(bits.shape), bits):
+            yield words, made.reshape(bits.shape)
+
+
+Ways = Iterable[tuple[str, Array | None]]
+
+
+def _of_codes(bits: Array, weight: Quantised) -> Ways:
+    if weight.kind in FOUR_BITS:
+        data = np.ascontiguousarray(bits).view(np.uint8)
+        yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
+    if weight.kind == INT4:
+        yield SIGNED, (np.ascontiguousarray(bits).view(np.uint8) ^ 0x88).view(bits.dtype)
+
+
+def _of_scales(bits: Array, weight: Quantised, dtype: str) -> Ways:
     for mistake in MISTAKES[3:6]:
         yield mistake.words, mistake.scales(bits, weight)
-    yield "every scale is one", _of_numbers(np.ones(bits.shape), part.dtype)
-    if part.dtype not in ("U8", "F8_E8M0"):
-        numbers = _numbers(bits, part.dtype)
+    for axis, words in ((-1, "columns"), (-2, "rows")):
+        if bits.ndim >= -axis and bits.shape[axis] > 1:
+            n, lead = bits.shape[axis], np.arange(bits.shape[axis])
+            yield f"{HALVED} along the {words}", bits.take(lead // 2, axis)
+            yield f"blocks of twice the size were taken along the {words}", bits.take(lead * 2 % n, axis)
+    if dtype in EXPONENTS:
+        yield from _of_exponents(bits)
+        return
+    numbers = _numbers(bits, dtype)
+    with np.errstate(all="ignore"):
+        yield "every scale is one", _of_numbers(np.ones(bits.shape), dtype)
+        yield "the scales are squared", _of_numbers(numbers**2, dtype)
+        yield "the scales are inverted", _of_numbers(1 / numbers, dtype)
+        yield "the scales are twice as large", _of_numbers(2 * numbers, dtype)
+        yield "the scales are half as large", _of_numbers(numbers / 2, dtype)
+        yield "the scales are powers of two", _of_numbers(2.0 ** np.ceil(np.log2(numbers)), dtype)
+        for size in dict.fromkeys((127, 240, 448)):
+            yield f"the scales are {size} times as large", _of_numbers(numbers * size, dtype)
+            yield f"the scales are those of 1/{size}", _of_numbers(numbers / size, dtype)
+    rounded = to_dtype(numbers, "BF16").astype("<u4") << 16
+    yield "the scales are rounded to bfloat16", rounded if dtype == "F32" else None
+
+
+def _of_exponents(bits: Array) -> Ways:
+    """Bytes of exponents from 127 on; those beyond a byte are cut off."""
+    own = bits.astype("<i4")
+
+    def held(exponents: Array) -> Array:
+        return exponents.clip(0, 255).astype(bits.dtype)
+
+    yield "every scale is one", held(np.full(bits.shape, 127))
+    yield "the scales are squared", held(2 * own - 127)
+    yield "the scales are inverted", held(254 - own)
+    yield "the scales are twice as large", held(own + 1)
+    yield "the scales are half as large", held(own - 1)
+    yield "the scales are exponents from 0 on", (own - 127).astype(bits.dtype)
+    for words, made in (("nearest", np.rint), ("lower", np.floor), ("higher", np.ceil)):
         with np.errstate(all="ignore"):
-            yield "the scales are squared", _of_numbers(numbers**2, part.dtype)
-            yield "the scales are inverted", _of_numbers(1 / numbers, part.dtype)
-        rounded = to_dtype(numbers, "BF16").astype("<u4") << 16
-        yield "the scales are rounded to bfloat16", rounded if part.dtype == "F32" else None
+            powers = made(np.log2(np.maximum(own, 1e-30)))
+        yield f"{PLAIN} (the {words} power of two of each)", held(powers + 127)
+
+
+EXPONENTS = ("U8", "F8_E8M0")
 
 
 def _numbers(bits: Array, dtype: str) -> Array:
@@ -216,6 +308,13 @@ def _numbers(bits: Array, dtype: str) -> Array:
 
 
 def _of_numbers(numbers: Array, dtype: str) -> Array | None:
-    if dtype in ("U8", "F8_E8M0"):
-        return np.full(numbers.shape, 127, "u1")
+    if dtype == "F8_E4M3":
+        return _nearest_code(numbers)
     return to_dtype(numbers, dtype) if dtype in ("F32", "BF16", "F16") else None
+
+
+def _nearest_code(numbers: Array) -> Array:
+    """Of E4M3, whose largest stands for all that is larger."""
+    known = e4m3(np.arange(127, dtype="u1"))
+    code = np.searchsorted((known[1:] + known[:-1]) / 2, np.abs(np.nan_to_num(numbers)))
+    return np.asarray(code + 128 * np.signbit(numbers), "u1")

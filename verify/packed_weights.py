@@ -47,11 +47,15 @@ class PackedWeights(Weights):
         self.inventory, self.original = inventory, original
         super().__init__(checkpoint, dict(self._shown()), dtype, device)
 
+    @property
+    def of_codes(self) -> set[str]:
+        """The names of all that formulas are made of."""
+        return {n for f in self.formulas.values() for n in f.names}
+
     def _shown(self) -> Iterable[tuple[str, TensorInfo]]:
         """Weights under their plain names with the shape that the documents give them; what no formula reads
         and belongs to one is no weight."""
-        hidden = {t.name for w in self.inventory.weights.values() for t in w.parts}
-        hidden |= {n for f in self.formulas.values() for n in f.names}
+        hidden = {t.name for w in self.inventory.weights.values() for t in w.parts} | self.of_codes
         for name, info in self.stored.items():
             if name not in hidden:
                 yield name, info
@@ -70,6 +74,18 @@ class PackedWeights(Weights):
         wide = torch.promote_types(self.dtype, torch.float32)
         held = {n: self._as_stored(self.stored[n]) for n in formula.names}
         return formula.numbers(held, wide).to(self.dtype).to(self.device)
+
+    def with_parts(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that these tensors, as they are stored, belong to, made with them, by plain names."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        made = {}
+        for name, formula in self.formulas.items():
+            if any(n in others for n in formula.names):
+                held = {
+                    n: others[n] if n in others else self._as_stored(self.stored[n]) for n in formula.names
+                }
+                made[name] = formula.numbers(held, wide).to(self.dtype).to(self.device)
+        return made
 
     def _as_stored(self, info: TensorInfo) -> Tensor:
         out = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype].torch))

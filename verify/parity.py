@@ -132,7 +132,7 @@ def lockstep(
                     cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
             elif (isinstance(phase, str) or phase in (0, last)) and step.holds:
-                changes = to_plant(phase, subject.plan, shapes, side)
+                changes = to_plant(phase, subject.plan, shapes, side, subject.packed)
                 result.controls += control(side, phase, changes, samples, step.bar)
         if pace is not None:
             pace.add(phase)

@@ -217,7 +217,7 @@ def joined(
         shapes = {n: i.shape for n, i in converted.weights[0].tensors.items() if n in read}
         with converted.keep():
             samples = _samples(original, step.phase, prompts, inputs, effort)
-            changes = to_plant(step.phase, subject.plan, shapes, converted)
+            changes = to_plant(step.phase, subject.plan, shapes, converted, subject.packed)
             result.controls += control(converted, step.phase, changes, samples, step.bar)
     converted.weights[0].used |= names
     return result
