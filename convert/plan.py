@@ -24,7 +24,7 @@ from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as TORCH_LIMIT
-from ckpt_tool.checkpoint.torch_zip_writer import Namespace
+from ckpt_tool.checkpoint.torch_zip_writer import in_json
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
@@ -258,7 +258,7 @@ def output_json(file: OutputFile) -> dict[str, Any]:
     """All of a file but its tensors."""
     made: dict[str, Any] = {"file": file.name, "format": file.format}
     if file.beside:
-        made |= {"dicts": list(file.dicts), "beside": _beside_json(file.beside)}
+        made |= {"dicts": list(file.dicts), "beside": in_json(file.beside)}
     if file.constants:
         made["constants"] = [[n, d, s, c.hex()] for n, d, s, c in file.constants]
     if file.chunks:
@@ -268,10 +268,6 @@ def output_json(file: OutputFile) -> dict[str, Any]:
 
 def tensor_json(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": list(shape)}
-
-
-def _beside_json(beside: Mapping[str, object]) -> dict[str, object]:
-    return {k: dict(v.fields) if isinstance(v, Namespace) else v for k, v in beside.items()}
 
 
 def step_json(step: Step) -> dict[str, Any]:
