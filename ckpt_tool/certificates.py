@@ -104,9 +104,10 @@ def _earlier(place: Path) -> dict[str, Any] | None:
 def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Console) -> None:
     predicate = statement["predicate"]
     said = predicate["verification"]
+    exactness = f" ({said['exactness']})" if said["exactness"] else ""
     rows = [
         ("certificate", f"{place}, {'not signed' if key is None else 'signed'}"),
-        ("verdict", f"{said['verdict']} ({said['exactness']}): {said['headline']}"),
+        ("verdict", f"{said['verdict']}{exactness}: {said['headline']}"),
         ("output", _counted(statement["subject"], predicate["target"])),
         ("source", _counted(predicate["source"]["files"], predicate["source"])),
         ("plan", str(predicate["plan"]["sha256"])),

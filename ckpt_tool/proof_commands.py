@@ -29,8 +29,8 @@ from ckpt_tool.command_parts import (
     "--level",
     "levels",
     multiple=True,
-    type=click.Choice(["coverage", "bits", "parity", "documented"]),
-    help="Levels to verify (default: all).",
+    type=click.Choice(["coverage", "bits", "parity", "documented", "training"]),
+    help="Levels to verify (default: all but training).",
 )
 @click.option("--against", type=click.Choice(["transformers"]), help="Also compare with transformers.")
 @click.option("--accept", multiple=True, metavar="NAME", help="A foretold difference to accept, by its name.")

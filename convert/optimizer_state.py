@@ -3,16 +3,16 @@
 A moment has the layout of its parameter, so each step of a plan is done once more for each state:
 
     torch_dist    optimizer.state.{state}.{name}         exp_avg, exp_avg_sq, fp32_param of every tensor
-    mp_rank_*     optimizer[.optimizer].state.{n}.{state}   exp_avg, exp_avg_sq of the n-th parameter
+    mp_rank_*     by number, see optimizer_ranks.py
     Hugging Face  optimizer/{state}-00001-of-0000N.safetensors holds {state}.{name}, optimizer/optimizer.json
-                  the number of steps and the groups
+                  the number of steps, the groups, the schedule and how ranks had them
 
-The numbers of Megatron's ranks count the parameters that decay, then the others, each in the order of the
-modules, which is that of the file. Flat buffers of a distributed optimizer have no tensors of their own, and
-are refused.
+Flat buffers of a distributed optimizer are refused: where a parameter begins in one is computed by the run,
+from the number of its data-parallel ranks, the size of its buckets and how the release aligns them, and no
+file has it.
 
 Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.19.2 (core/optimizer/__init__.py, optimizer.py:
-sharded_state_dict); torch 2.13 (optim/optimizer.py, state_dict).
+sharded_state_dict; distributed_data_parallel/param_and_grad_buffer.py).
 """
 
 from __future__ import annotations
@@ -22,29 +22,40 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.megatron import FILE as RANK_FILE
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.safetensors import open_safetensors
+from ckpt_tool.convert import optimizer_document
 from ckpt_tool.convert.dialects import megatron_dist
 from ckpt_tool.convert.layout import Part, Step
+from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
+from ckpt_tool.convert.optimizer_ranks import (
+    LISTED,
+    MASTER,
+    NUMBERED,
+    SCHEDULERS,
+    STEP,
+    Numbered,
+    laid,
+    numbered,
+    state_of_file,
+    told_of,
+)
 from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import each_once
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all
 
 FLAG = "--with-optimizer"
-FOLDER = "optimizer"
 DISTRIBUTED = "distrib_optim.pt"  # of a distributed optimizer
-DOCUMENT = f"{FOLDER}/optimizer.json"
 STATES = ("exp_avg", "exp_avg_sq", "fp32_param")  # the moments, and the weights that the step is made on
 _ALL = "|".join(STATES)
 _NAMED = re.compile(rf"optimizer\.state\.(?P<state>{_ALL})\.(?P<name>.+)", re.ASCII)
-_NUMBERED = re.compile(rf"optimizer\.(optimizer\.)?state\.(?P<n>\d{{1,9}})\.(?P<state>{_ALL})", re.ASCII)
-_STEP = re.compile(r"optimizer\.(optimizer\.)?state\.\d+\.step", re.ASCII)
 _FILE = re.compile(rf"(?P<state>{_ALL})(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
 _WITHOUT = f"without {FLAG} the state is left out"
 # Of a group of parameters: what a number of `optimizer.json` may be.
@@ -63,6 +74,15 @@ class State:
     notes: tuple[str, ...] = ()
 
 
+@dataclass
+class _Told:
+    """What the files say beside the states, as they are read; `ranks` are those that number parameters."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[tuple[TensorFile, Numbered]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 def with_optimizer(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     """`plan` with the states of the optimizer carried along. `checkpoint` is its source, from a folder in the
     Hugging Face layout `attached`. Kinds: `missing-tensor` where there is none, or not of every tensor,
@@ -78,10 +98,9 @@ def with_optimizer(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan
 
 def of_states(plan: Plan) -> Plan:
     """The part of such a plan that is about the optimizer alone."""
-    ours = [f for f in plan.outputs if any(is_state(t.name) for t in f.tensors)]
-    files = {f.name for f in ours}
-    steps = Steps([s for s in plan.steps if all(p.file in files for p in s.targets)])
-    return replace(plan, outputs=tuple(ours), steps=steps, dropped=())
+    ours = [replace(f, tensors=tuple(t for t in f.tensors if is_state(t.name))) for f in plan.outputs]
+    steps = Steps([s for s in plan.steps if is_state(s.targets[0].name)])
+    return replace(plan, outputs=tuple(f for f in ours if f.tensors), steps=steps, dropped=())
 
 
 def attached(checkpoint: Checkpoint) -> Checkpoint:
@@ -96,7 +115,7 @@ def attached(checkpoint: Checkpoint) -> Checkpoint:
 
 def is_state(name: str) -> bool:
     """Whether a tensor of either layout is called as a state that was carried."""
-    return name.startswith(("optimizer.state.", *(f"{s}." for s in STATES)))
+    return name.startswith(("optimizer.", *(f"{s}." for s in STATES)))
 
 
 # --- what there is ------------------------------------------------------------------------------------------
@@ -105,27 +124,42 @@ def is_state(name: str) -> bool:
 def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
     """The states of an original."""
     named: dict[str, dict[Key, TensorInfo]] = {}
-    told: list[dict[str, Any]] = []
-    notes: list[str] = []
+    told = _Told()
+    used: dict[str, set[str]] = {}
+    for p in (p for s in plan.steps for p in s.sources):
+        used.setdefault(p.file, set()).add(p.name)
     for label, file in checkpoint.files.items():
         ours = [t for t in file.tensors.values() if t.name.startswith("optimizer.")]
         for t in ours:
             if (found := _NAMED.fullmatch(t.name)) is not None:
                 named.setdefault(found["state"], {})[label, found["name"]] = t
-        if any(_NUMBERED.fullmatch(t.name) for t in ours):
-            for (state, name), t in _numbered(label, file, plan).items():
+        if any(NUMBERED.fullmatch(t.name) for t in ours):
+            model = [t for t in file.tensors.values() if t.name in used.get(label, ())]
+            told.ranks.append((file, numbered(label, file, model, _WITHOUT)))
+            for (state, name), t in told.ranks[-1][1].states.items():
                 named.setdefault(state, {})[label, name] = t
         fail_all(_unmapped(label, file, [t for t in ours if not _is_mapped(t)]))
-        told += filter(None, [_told(file)])
-        notes += _notes(label, file)
+        told.runs += filter(None, [_told(file, told.notes)])
     if not named:
         _none(checkpoint)
-    steps = sorted({t["step"] for t in told if "step" in t})
-    content = told[0] if told else {}
+    return State(
+        {s: named[s] for s in STATES if s in named}, _content(told), tuple(dict.fromkeys(told.notes))
+    )
+
+
+def _content(told: _Told) -> dict[str, Any]:
+    """What `optimizer.json` says beside the states."""
+    steps = sorted({t["step"] for t in told.runs if "step" in t})
+    content = dict(told.runs[0]) if told.runs else {}
     if len(steps) > 1:
-        notes.append(f"ranks made {' and '.join(map(str, steps))} steps, so {DOCUMENT} says no number")
-        content = {k: v for k, v in content.items() if k != "step"}
-    return State({s: named[s] for s in STATES if s in named}, content, tuple(dict.fromkeys(notes)))
+        told.notes.append(f"ranks made {' and '.join(map(str, steps))} steps, so {DOCUMENT} says no number")
+        content.pop("step", None)
+    if told.ranks:
+        content["ranks"] = told_of(told.ranks)
+        told.notes += (
+            [] if content["ranks"] else [f"{DOCUMENT} has no way back to ranks: they differ in form"]
+        )
+    return content
 
 
 def _none(checkpoint: Checkpoint) -> NoReturn:
@@ -160,7 +194,7 @@ def _objects(held: object) -> bool:
 
 def _is_mapped(t: TensorInfo) -> bool:
     """Whether it is a state of one tensor, or a number of the run, such as the scale of its gradients."""
-    return bool(_NAMED.fullmatch(t.name) or _NUMBERED.fullmatch(t.name)) or t.numel == 1
+    return any(p.fullmatch(t.name) for p in (_NAMED, NUMBERED, LISTED)) or t.numel == 1
 
 
 def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Iterator[Problem]:
@@ -172,25 +206,9 @@ def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Ite
         yield Problem("unsupported", text, label, others[0].name, hint)
 
 
-def _notes(label: str, file: TensorFile) -> Iterator[str]:
-    held = file.metadata.get("optimizer")
-    if isinstance(held, Mapping) and any(k in held for k in ("fp32_from_fp16_params", "fp32_from_fp16")):
-        yield f"{label}: master weights in lists are left out, as no name leads to them; moments are carried"
-
-
-def _groups(file: TensorFile) -> tuple[Mapping[Any, Any], list[Mapping[Any, Any]]]:
-    """What an optimizer has beside its tensors, and its groups of parameters."""
-    held = file.metadata.get("optimizer")
-    inner = held.get("optimizer", held) if isinstance(held, Mapping) else {}
-    inner = inner if isinstance(inner, Mapping) else {}
-    found = inner.get("param_groups")
-    groups = [g for g in found if isinstance(g, Mapping)] if isinstance(found, list) else []
-    return inner, groups
-
-
-def _told(file: TensorFile) -> dict[str, Any]:
-    """How many steps were made, and the numbers of the groups."""
-    inner, groups = _groups(file)
+def _told(file: TensorFile, notes: list[str]) -> dict[str, Any]:
+    """How many steps were made, the numbers of the groups, and of the schedule."""
+    inner, groups = state_of_file(file)
     if not groups:
         return {}
     states = inner.get("state")
@@ -203,16 +221,26 @@ def _told(file: TensorFile) -> dict[str, Any]:
     counted = {
         int(x) for x in (*kept, *_counts(file)) if isinstance(x, int | float) and _plain(x) is not None
     }
-    made = [
-        {str(k): _plain(v) for k, v in g.items() if k != "params" and _plain(v) is not None} for g in groups
-    ]
-    return {**({"step": counted.pop()} if len(counted) == 1 else {}), "groups": made}
+    made: dict[str, Any] = {"step": counted.pop()} if len(counted) == 1 else {}
+    made["groups"] = [_numbers(g, notes) for g in groups]
+    for name in SCHEDULERS:
+        if isinstance(found := file.metadata.get(name), Mapping):
+            made["schedule"] = {"name": name, "values": _numbers(found, notes)}
+    return made
+
+
+def _numbers(found: Mapping[Any, Any], notes: list[str]) -> dict[str, Any]:
+    """What JSON has of it; `notes` get what it has not."""
+    kept = {str(k): _plain(v) for k, v in found.items() if k != "params"}
+    if lost := sorted(str(k) for k, v in found.items() if v is not None and kept.get(str(k), v) is None):
+        notes.append(f"{', '.join(lost)} of the optimizer are no plain numbers, and left out of {DOCUMENT}")
+    return {k: v for k, v in kept.items() if k not in lost}
 
 
 def _counts(file: TensorFile) -> Iterator[float]:
     """The numbers of steps that are tensors, as torch keeps them."""
     for t in file.tensors.values():
-        if _STEP.fullmatch(t.name) and t.dtype == "F32" and t.numel == 1:
+        if STEP.fullmatch(t.name) and t.dtype == "F32" and t.numel == 1:
             buffer = bytearray(4)
             file.read_into(t.name, 0, memoryview(buffer))
             yield from struct.unpack("<f", buffer)
@@ -225,46 +253,6 @@ def _plain(value: object) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if type(value) in _PLAIN else None
-
-
-def _numbered(label: str, file: TensorFile, plan: Plan) -> dict[tuple[str, str], TensorInfo]:
-    """The states of a rank's parameters by state and name; see the module docstring."""
-    used = {p.name for s in plan.steps for p in s.sources if p.file == label}
-    model = [t for t in file.tensors.values() if t.name in used]
-    order = [[t for t in model if _decays(t)], [t for t in model if not _decays(t)]]
-    _, groups = _groups(file)
-    numbers = [g["params"] for g in groups if isinstance(g.get("params"), list) and g["params"]]
-    if len(numbers) == 1:
-        order = [[*model]]
-    elif not order[1]:
-        order = order[:1]
-    if any(type(n) is not int for own in numbers for n in own):
-        fail("unsupported", "expected numbers of parameters, found others", file=label,
-             where="optimizer.param_groups", hint=_WITHOUT)  # fmt: skip
-    if [len(o) for o in order] != [len(n) for n in numbers]:
-        counts = " and ".join(str(len(n)) for n in numbers) or "none"
-        wanted = " and ".join(str(len(o)) for o in order)
-        text = f"expected groups of {wanted} parameters (those that decay, and the others), found {counts}"
-        fail("unsupported", text, file=label, where="optimizer.param_groups",
-             hint=_WITHOUT)  # fmt: skip
-    names = {
-        n: t for own, tensors in zip(numbers, order, strict=True) for n, t in zip(own, tensors, strict=True)
-    }
-    found: dict[tuple[str, str], TensorInfo] = {}
-    for state in file.tensors.values():
-        if (known := _NUMBERED.fullmatch(state.name)) is None:
-            continue
-        of = names.get(int(known["n"]))
-        if of is None or of.shape != state.shape:
-            what = "no such parameter" if of is None else f"{list(of.shape)} of {of.name}"
-            text = f"expected the shape of parameter {known['n']}, found {list(state.shape)}, and {what}"
-            fail("shape-mismatch", text, file=label, where=state.name)
-        found[known["state"], of.name] = state
-    return found
-
-
-def _decays(t: TensorInfo) -> bool:
-    return len(t.shape) > 1 and not t.name.endswith(".bias")
 
 
 # --- to the Hugging Face layout -----------------------------------------------------------------------------
@@ -302,7 +290,7 @@ def _cloned(steps: Iterable[Step], held: Mapping[Key, TensorInfo], state: str) -
     dtypes: dict[Key, str] = {}
     for step in steps:
         infos = [held.get((p.file, p.name)) for p in step.sources]
-        if step.compare and all(i is None for i in infos):
+        if all(i is None for i in infos) and (step.compare or _is_its_own(step, state)):
             continue
         sources = []
         for part, info in zip(step.sources, infos, strict=True):
@@ -326,6 +314,11 @@ def _cloned(steps: Iterable[Step], held: Mapping[Key, TensorInfo], state: str) -
         made.append(step.between(tuple(sources), tuple(targets)))
     fail_all(problems)
     return made
+
+
+def _is_its_own(step: Step, state: str) -> bool:
+    """Whether tensors are the weights in float32 themselves."""
+    return state == MASTER and all(p.dtype == "F32" for p in step.sources)
 
 
 def _written(steps: Iterable[Step]) -> list[TensorInfo]:
@@ -355,45 +348,95 @@ def _placed(tensors: Sequence[TensorInfo], state: str, limit: int) -> list[Outpu
     return files
 
 
-# --- to a torch_dist folder ---------------------------------------------------------------------------------
+# --- to an original -----------------------------------------------------------------------------------------
 
 
 def _back(plan: Plan, checkpoint: Checkpoint) -> Plan:
-    if not all(f.format == "dcp" for f in plan.outputs):
-        text = "expected a torch_dist folder to write, found another form, which numbers the parameters"
-        hint = (
-            f"--form torch_dist writes one where the family has it; without {FLAG} the model alone is written"
-        )
-        fail("unsupported", text, where=FLAG, hint=hint)
+    in_folder = all(f.format == "dcp" for f in plan.outputs)
+    if not in_folder and not all(f.name.endswith(f"/{RANK_FILE}") for f in plan.outputs):
+        text = "expected ranks of Megatron or a torch_dist folder to write, found a form without a state"
+        fail("unsupported", text, where=FLAG, hint=f"without {FLAG} the model alone is written")
     held = _held(plan, checkpoint)
+    parts = [p for s in plan.steps for p in s.sources]
+    made: dict[str, list[Step]] = {}
+    for state in (s for s in STATES if s in held):
+        own = {(p.file, p.name): held[state][p.name] for p in parts if p.name in held[state]}
+        made[state] = _cloned(plan.steps, own, state)
+    whole = _to_folder(plan, made) if in_folder else _to_ranks(plan, checkpoint, made)
+    return replace(
+        whole,
+        notes=(*whole.notes, f"{', '.join(made)} of the optimizer are carried along"),
+        asked={**plan.asked, "with_optimizer": True},
+    )
+
+
+def _to_folder(plan: Plan, made: Mapping[str, Sequence[Step]]) -> Plan:
     steps: list[Step] = []
     files: list[OutputFile] = []
-    for state in (s for s in STATES if s in held):
-        own = {
-            (p.file, p.name): held[state][p.name]
-            for s in plan.steps
-            for p in s.sources
-            if p.name in held[state]
-        }
-        made = _cloned(plan.steps, own, state)
+    for state, own in made.items():
         homes = {
             f.name: megatron_dist.data_file(len(plan.outputs) + len(files) + k)
             for k, f in enumerate(plan.outputs)
         }
-        files += [_of_state(f, homes[f.name], state, made) for f in plan.outputs]
-        steps += [_moved(s, state, homes) for s in made]
+        files += [_of_state(f, homes[f.name], state, own) for f in plan.outputs]
+        steps += [_moved(s, state, homes) for s in own]
     files = [f for f in files if f.tensors]
     outputs = (*plan.outputs, *files)
     listed = list(megatron_dist.contents(list(outputs)))
     again = {d.name for d in listed}
+    note = f"the steps and groups of {DOCUMENT} are not written: Megatron takes them from its own run"
     return replace(
         plan,
         steps=Steps([*plan.steps, *steps]),
         outputs=outputs,
         documents=(*(d for d in plan.documents if d.name not in again), *listed),
-        notes=(*plan.notes, *_left_to_the_run([s for s in STATES if s in held])),
-        asked={**plan.asked, "with_optimizer": True},
+        notes=(*plan.notes, note),
     )
+
+
+def _to_ranks(plan: Plan, checkpoint: Checkpoint, made: Mapping[str, Sequence[Step]]) -> Plan:
+    """Each file with the states of its own tensors, numbered as the original's were."""
+    ranks, schedule = optimizer_document.read(checkpoint)
+    if unknown := [t for f in plan.outputs for t in f.tensors if not ranks.order.knows(t.name)]:
+        text = f"expected the parameters of the ranks that {DOCUMENT} has in their order, found another"
+        hint = f"another --form, or none, writes those that the original had; without {FLAG} the model alone"
+        fail("unsupported", text, file=unknown[0].file, where=unknown[0].name, hint=hint)
+    written = [p for own in made.values() for s in own if not s.compare for p in s.targets]
+    dtypes = {(p.file, p.name): p.dtype for p in written}
+    names: dict[Key, str] = {}
+    files: list[OutputFile] = []
+    for f in plan.outputs:
+        has = {s: [t.name for t in f.tensors if (f.name, f"{s}.{t.name}") in dtypes] for s in made}
+        # who reads them takes the order of the parameters from that of the file
+        model = tuple(sorted(f.tensors, key=lambda t: ranks.order.key(t.name)))
+        file, shapes = laid(ranks, model, has), {t.name: t.shape for t in model}
+        names |= {(f.name, f"{state}.{name}"): called for (state, name), called in file.names.items()}
+        states = [
+            TensorInfo(called, dtypes[f.name, f"{state}.{name}"], shapes[name], f.name)
+            for (state, name), called in file.names.items()
+        ]
+        files.append(
+            replace(
+                f,
+                tensors=(*model, *states),
+                constants=(*f.constants, *file.constants),
+                beside={**f.beside, "optimizer": file.tree, **schedule},
+            )
+        )
+    steps = [_renamed(s, names) for own in made.values() for s in own]
+    notes = ["random states of the run are left out: Megatron loads the ranks with --no-load-rng"]
+    if not schedule:
+        notes.append(f"{DOCUMENT} has no schedule, which Megatron asks for beside the state of the optimizer")
+    return replace(
+        plan,
+        steps=Steps([*plan.steps, *steps]),
+        outputs=tuple(files),
+        notes=(*plan.notes, *notes),
+    )
+
+
+def _renamed(step: Step, names: Mapping[Key, str]) -> Step:
+    return step.with_targets(tuple(p.called(names[p.file, p.name]) for p in step.targets))
 
 
 def _held(plan: Plan, checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
@@ -414,11 +457,6 @@ def _held(plan: Plan, checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]
         text = f"expected {FOLDER}/exp_avg-00001-of-0000N.safetensors beside the weights, found none"
         fail("missing-tensor", text, file=checkpoint.path.name, where=FLAG)
     return held
-
-
-def _left_to_the_run(states: Sequence[str]) -> Iterator[str]:
-    yield f"{', '.join(states)} of the optimizer are carried along"
-    yield f"the steps and groups of {DOCUMENT} are not written: Megatron takes them from its own run"
 
 
 def _own(name: str, state: str) -> str:

@@ -267,7 +267,9 @@ def output_json(file: OutputFile) -> dict[str, Any]:
     """All of a file but its tensors."""
     made: dict[str, Any] = {"file": file.name, "format": file.format}
     if file.beside:
-        made |= {"dicts": list(file.dicts), "beside": _beside_json(file.beside)}
+        from ckpt_tool.checkpoint.torch_zip_writer import in_json
+
+        made |= {"dicts": list(file.dicts), "beside": in_json(file.beside)}
     if file.constants:
         made["constants"] = [[n, d, s, c.hex()] for n, d, s, c in file.constants]
     if file.chunks:
@@ -277,12 +279,6 @@ def output_json(file: OutputFile) -> dict[str, Any]:
 
 def tensor_json(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": list(shape)}
-
-
-def _beside_json(beside: Mapping[str, object]) -> dict[str, object]:
-    from ckpt_tool.checkpoint.torch_zip_writer import Namespace
-
-    return {k: dict(v.fields) if isinstance(v, Namespace) else v for k, v in beside.items()}
 
 
 def step_json(step: Step) -> dict[str, Any]:

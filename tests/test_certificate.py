@@ -458,6 +458,26 @@ def test_only_what_passes_has_a_certificate(work: Path) -> None:
     assert not (work / "out" / NAME).exists()
 
 
+def test_a_step_of_training_is_certified(originals: Written, conversions: Written, tmp_path: Path) -> None:
+    """With the mistakes that were planted in it."""
+    out = conversions(VARIANT)
+    done = certify(out, originals(VARIANT), Request(levels=("training",)))
+    assert done.statement is not None, done.report.headline
+    rate = done.statement["predicate"]["verification"]["planted_mistakes"]
+    assert rate["caught"] == rate["planted"] == 6
+    place = tmp_path / NAME
+    place.write_bytes(as_bytes(done.statement))
+    assert check(out, file=place).status == "pass"
+
+    def uncaught(s: Any) -> None:
+        (own,) = (f for f in s["predicate"]["verification"]["findings"] if f["check"] == "self-test")
+        own["tables"][0]["rows"][0][1] = "no"
+
+    change(place, uncaught)
+    report = check(out, file=place)
+    assert report.status == "fail" and '"caught": 5' in report.headline
+
+
 # --- signatures -----------------------------------------------------------------------------------------
 
 

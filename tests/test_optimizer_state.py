@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from ckpt_tool import api
 from ckpt_tool.cli import cli
 from ckpt_tool.convert.optimizer_state import STATES
+from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from tests.conftest import Written
@@ -76,31 +78,46 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def trained(source: Path, out: Path, change: Callable[[dict[str, Any]], None] = lambda inner: None) -> Path:
-    """The same run with all of its Adam's state, as torch's optimizers number it."""
+def parameters(file: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of a rank in the order of its file."""
+    model = flat({k: v for k, v in file.items() if k.startswith("model")})
+    return {n: x for n, x in model.items() if x.is_floating_point() and "_extra_state" not in n}
+
+
+def adam(model: dict[str, Tensor]) -> dict[str, Any]:
+    """The state of those parameters in this order, as torch's optimizers number it."""
+    order = [n for n in model if decays(n, model[n])], [n for n in model if not decays(n, model[n])]
+    numbers = {n: k for k, n in enumerate([*order[0], *order[1]])}
+    moments = {k: {m: MADE[m](model[n]) for m in ("exp_avg", "exp_avg_sq")} for n, k in numbers.items()}
+    return {
+        "state": {k: {"step": 7, **own} for k, own in moments.items()},
+        "param_groups": [
+            {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": wd, "params": [numbers[n] for n in names]}
+            for wd, names in zip((0.1, 0.0), order, strict=True)
+        ],
+    }
+
+
+def mixed(model: dict[str, Tensor]) -> dict[str, Any]:
+    """That of a run in 16 bits, whose steps are made on weights in float32."""
+    narrow = [{n: x for n, x in model.items() if decays(n, x) == group} for group in (True, False)]
+    lists = [[MADE["fp32_param"](x) for x in own.values() if x.itemsize == 2] for own in narrow]
+    return {"optimizer": adam(model), "fp32_from_fp16_params": lists}
+
+
+def trained(
+    source: Path,
+    out: Path,
+    change: Callable[[dict[str, Any]], None] = lambda inner: None,
+    state: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda model: {"optimizer": adam(model)},
+) -> Path:
+    """The same run with all of its Adam's state."""
     shutil.copytree(source, out)
     for path in sorted(out.rglob("model_optim_rng.pt")):
         file = torch.load(path, map_location="cpu", weights_only=False)
-        model = flat({k: v for k, v in file.items() if k.startswith("model")})
-        model = {n: x for n, x in model.items() if x.is_floating_point() and "_extra_state" not in n}
-        order = [n for n in model if decays(n, model[n])], [n for n in model if not decays(n, model[n])]
-        numbers = {n: k for k, n in enumerate([*order[0], *order[1]])}
-        inner = {
-            "state": {
-                k: {
-                    "step": 7,
-                    "exp_avg": MADE["exp_avg"](model[n]),
-                    "exp_avg_sq": MADE["exp_avg_sq"](model[n]),
-                }
-                for n, k in numbers.items()
-            },
-            "param_groups": [
-                {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": wd, "params": [numbers[n] for n in names]}
-                for wd, names in zip((0.1, 0.0), order, strict=True)
-            ],
-        }
-        change(inner)
-        file["optimizer"] = {"optimizer": inner}
+        held = state(parameters(file))
+        change(held.get("optimizer", held))
+        file["optimizer"] = held
         torch.save(file, path)
     return out
 
@@ -118,21 +135,161 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees are equal, tensors bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(x, b[k]) for k, x in a.items())
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def of_32_bits(model: dict[str, Tensor]) -> dict[str, Any]:
+    """That of a run in 32 bits, in which torch counts the steps of each tensor."""
+    held = adam(model)
+    for own in held["state"].values():
+        own["step"] = torch.tensor(7.0)
+    return held
+
+
+# Ranks and rows of padding; weights in float32; experts, stages.
+RUNS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "gpt2-v2-tp2": of_32_bits,
+    "qwen2-mcore": mixed,
+    "mixtral-mcore": lambda model: {"optimizer": adam(model)},
+}
+
+
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("variant", ["gpt2-v2-tp2", "qwen2-mcore", "mixtral-mcore"])
-def test_ranks_with_their_moments(variant: str, originals: Written, tmp_path: Path) -> None:
-    source, chosen = trained(originals(variant), tmp_path / "in"), VARIANTS[variant]
+@pytest.mark.parametrize("variant", RUNS)
+def test_ranks_go_forth_and_back_with_their_state(variant: str, originals: Written, tmp_path: Path) -> None:
+    chosen, state = VARIANTS[variant], RUNS[variant]
+    source = trained(originals(variant), tmp_path / "in", state=state)
+    kinds = STATES if state is mixed else STATES[:2]
     options = api.Options(settings=chosen.settings, with_optimizer=True)
     made = api.convert(source, tmp_path / "out", family=chosen.family, options=options)
-    checked(tmp_path / "out", ("exp_avg", "exp_avg_sq"))
+    checked(tmp_path / "out", kinds)
     told = json.loads((tmp_path / "out" / "optimizer" / "optimizer.json").read_text())
-    assert told["step"] == 7 and told["states"] == ["exp_avg", "exp_avg_sq"]
+    assert told["step"] == 7 and told["states"] == list(kinds)
     assert [g["weight_decay"] for g in told["groups"]] == [0.1, 0.0]
     assert not any(".exp_avg" in d.tensor.name for d in made.plan.dropped)
     report = api.verify(tmp_path / "out", source, levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
-    (state,) = (f for f in report.findings if f.check == "optimizer")
-    assert state.status == "pass" and "exp_avg, exp_avg_sq" in state.message
+    (found,) = (f for f in report.findings if f.check == "optimizer")
+    assert found.status == "pass" and ", ".join(kinds) in found.message
+    back = tmp_path / "back"
+    api.convert(tmp_path / "out", back, to="original", options=WITH)
+    files = sorted(source.rglob("model_optim_rng.pt")), sorted(back.rglob("model_optim_rng.pt"))
+    assert len(files[0]) == len(files[1])
+    for one, other in zip(*files, strict=True):
+        before, after = (torch.load(p, weights_only=False) for p in (one, other))
+        model = {n: parameters(after)[n] for n in parameters(before)}
+        assert same(after["optimizer"], state(model))
+        schedules = {n: before[n] for n in ("opt_param_scheduler", "lr_scheduler") if n in before}
+        assert same({n: after[n] for n in schedules}, schedules)
+        if all(map(torch.equal, parameters(before).values(), model.values())):  # rows of padding are made up
+            assert same(after["optimizer"], before["optimizer"])
+    report = api.verify(back, tmp_path / "out", levels=("coverage", "bits"))
+    assert report.status == "pass", report.headline
+
+
+@pytest.fixture(scope="module")
+def run(originals: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run in 16 bits, `in`, and its conversion, `hf`."""
+    root = tmp_path_factory.mktemp("run")
+    trained(originals("qwen2-mcore"), root / "in", state=mixed)
+    api.convert(root / "in", root / "hf", family="qwen2", options=WITH)
+    return root
+
+
+def test_ranks_are_shared_out_otherwise(run: Path, tmp_path: Path) -> None:
+    """Numbers are those of the ranks that are written, in the order that the original's modules have."""
+    asked = {"tensor_parallel": 1, "pipeline_parallel": 2}
+    options = api.Options(family_options=asked, with_optimizer=True)
+    api.convert(run / "hf", tmp_path / "back", to="original", options=options)
+    files = [torch.load(p, weights_only=False) for p in sorted((tmp_path / "back").rglob("*.pt"))]
+    before = torch.load(next((run / "in").rglob("*.pt")), weights_only=False)
+    names = [*parameters(before)]
+    assert len(files) == 2
+    for file in files:
+        own = parameters(file)
+        ordered = {n: own[n] for n in names if n in own}
+        assert ordered.keys() == own.keys() and same(file["optimizer"], mixed(ordered))
+    api.convert(tmp_path / "back", tmp_path / "again", family="qwen2", options=WITH)
+    assert same(states(tmp_path / "again"), states(run / "hf"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_what_was_stopped_and_what_workers_make_is_the_same(to: str, run: Path, tmp_path: Path) -> None:
+    source = run / ("in" if to == "hf" else "hf")
+    given: dict[str, Any] = {"to": to, "options": replace(WITH, max_shard_bytes=200_000)}
+    seen: list[str] = []
+    whole = api.convert(
+        source, tmp_path / "whole", progress=lambda now: seen.append(now.file), jobs=1, **given
+    )
+    left = len(seen) - 1
+
+    def stop(now: api.Progress) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    error = refused(lambda: api.convert(source, tmp_path / "out", progress=stop, jobs=1, **given))
+    assert error.kind == "interrupted"
+    done = api.convert(source, tmp_path / "out", resume=True, **given)
+    if to == "hf":
+        assert any(name.startswith("optimizer/") for name in done.outcome.resumed)
+    assert len(whole.plan.outputs) > 1
+    shared = api.Shared(source, tmp_path / "shared", **given)
+    for k in (2, 1):
+        api.convert_part(shared, Worker(k, 2))
+    api.publish_parts(shared)
+    for other in ("out", "shared"):
+        assert contents(tmp_path / other) == contents(tmp_path / "whole")
+
+
+def without_order(told: dict[str, Any]) -> None:
+    told["ranks"]["order"].remove("decoder.layers.{}.mlp.linear_fc2.weight")
+
+
+def without_steps(told: dict[str, Any]) -> None:
+    del told["step"]
+
+
+def of_no_ranks(told: dict[str, Any]) -> None:
+    del told["ranks"]
+
+
+def of_another_kind(told: dict[str, Any]) -> None:
+    told["ranks"]["groups"] = ["decay", "decay"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (without_order, "unsupported", "linear_fc2.weight: expected the parameters of the ranks"),
+        (without_steps, "unsupported", "expected the number of steps that were made, found none"),
+        (of_no_ranks, "unsupported", "--form torch_dist"),
+        (of_another_kind, "bad-config", "expected `decay`, `others` or `all` for each of 2 groups"),
+    ],
+)
+def test_ranks_that_cannot_be_numbered_are_refused(
+    change: Callable[[dict[str, Any]], None], kind: str, words: str, run: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    document = out / "optimizer" / "optimizer.json"
+    told = json.loads(document.read_text())
+    change(told)
+    document.write_text(json.dumps(told))
+    error = refused(lambda: api.plan(out, to="original", options=WITH))
+    assert error.problems[0].kind == kind and words in str(error)
 
 
 def test_without_the_option_they_are_dropped_with_a_reason(originals: Written, tmp_path: Path) -> None:
@@ -333,6 +490,3 @@ def test_where_there_is_none_that_is_said(conversions: Written, originals: Writt
     form = api.Options(family_options={"form": "torch_dist"}, with_optimizer=True)
     error = refused(lambda: api.plan(conversions("llama-mcore"), to="original", options=form))
     assert error.problems[0].kind == "missing-tensor" and "exp_avg-00001" in str(error)
-    form = api.Options(family_options={"form": "mcore"}, with_optimizer=True)
-    error = refused(lambda: api.plan(conversions("llama-mcore"), to="original", options=form))
-    assert error.problems[0].kind == "unsupported" and "--form torch_dist" in str(error)

@@ -321,16 +321,25 @@ def _processor() -> str:
 
 
 def catch_rate(findings: Iterable[Finding]) -> dict[str, Any] | None:
-    """How many of the mistakes that were planted were caught, with the interval of the rate."""
-    for f in findings:
-        if f.check == "negative control" and f.tables:
-            shown = [row[-1] for row in f.tables[0].rows if row]
-            caught = sum(1 for word in shown if word == "yes")
-            low, high = interval(caught, len(shown))
-            return {
-                "planted": len(shown),
-                "caught": caught,
-                "confidence": CONFIDENCE,
-                "interval": [round(low, 6), round(high, 6)],
-            }
-    return None
+    """How many of the mistakes that were planted, of numbers and of training, were caught, with the interval
+    of the rate."""
+    shown = [word for f in findings if f.tables for word in _caught(f)]
+    if not shown:
+        return None
+    caught = sum(1 for word in shown if word == "yes")
+    low, high = interval(caught, len(shown))
+    return {
+        "planted": len(shown),
+        "caught": caught,
+        "confidence": CONFIDENCE,
+        "interval": [round(low, 6), round(high, 6)],
+    }
+
+
+def _caught(f: Finding) -> list[Any]:
+    """The words for each planted mistake: whether it was caught."""
+    if f.check == "negative control":
+        return [row[-1] for row in f.tables[0].rows if row]
+    if (f.level, f.check) == ("training", "self-test"):
+        return [row[1] for row in f.tables[0].rows if len(row) > 1]
+    return []

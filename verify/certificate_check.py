@@ -282,7 +282,8 @@ def _tensors(out: Path, entries: Entries) -> Finding:
 
 def _verdict_facts(report: Checked, predicate: Mapping[str, Any]) -> None:
     said = predicate["verification"]
-    report.facts["it says"] = f"{said.get('verdict')} ({said.get('exactness')}): {said.get('headline')}"
+    exactness = f" ({said['exactness']})" if said.get("exactness") else ""
+    report.facts["it says"] = f"{said.get('verdict')}{exactness}: {said.get('headline')}"
     rate = said.get("planted_mistakes")
     if isinstance(rate, dict):
         report.facts["mistakes"] = f"{rate.get('caught')} of {rate.get('planted')} planted were caught"

@@ -91,6 +91,7 @@ class Task:
     padding: int | None
     sequence: bool = False  # the class labels a sequence by its last token
     problem: str | None = None
+    left_out: frozenset[str] = frozenset()  # heads that nothing is asked of
 
     def loss(self, head: str, y: Tensor, ids: Tensor, given: Tensors) -> Tensor:
         """That of one head, as its class has it, for labels that are made up of the ids and of places; of
@@ -168,7 +169,7 @@ def taught(side: Side, prompts: Sequence[tuple[Tensor, Tensors]], task: Task, fl
                     x = mapped(lambda t: t.detach(), x)
             shared |= asked
             asked.clear()
-            heads = [(p.name, p.run(x)) for p in phases if p.kind == "head"]
+            heads = [(p.name, p.run(x)) for p in phases if p.kind == "head" and p.name not in task.left_out]
             loss = sum(
                 (task.loss(n, y, ids, given) for n, y in heads if any(t.numel() for t in leaves(y))),
                 torch.zeros((), dtype=side.weights[0].dtype, device=ids.device),

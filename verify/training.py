@@ -267,19 +267,28 @@ def _compared(
     made += training_groups.dropouts(subject)
     if against is not None:
         tell("training: gradients of transformers")
-        made += _of_library(subject, converted, batches, task, rows, wanted)
+        made += _of_library(subject, original, converted, batches, task, rows, wanted)
     if not any(f.status == "fail" for f in made):
         made.append(_planted(converted, rows, batches, task, wanted, rough, after, subject))
     return made
 
 
 def _of_library(
-    subject: Subject, converted: Side, batches: Batches, task: Task, rows: Rows, wanted: Wanted
+    subject: Subject,
+    original: Side,
+    converted: Side,
+    batches: Batches,
+    task: Task,
+    rows: Rows,
+    wanted: Wanted,
 ) -> list[Finding]:
     try:
-        version, found, frozen, padding = training_library.learned(subject, converted, batches, task, rows)
+        own = training_library.learned(subject, converted, batches, task, rows)
     except (ImportError, training_library.NotComparable) as error:
         return [training_library.skipped(str(error))]
+    if own.without:  # and what it has learns without them
+        wanted = _wanted(original, rows, batches, replace(task, left_out=own.without))
+    version, found, frozen, padding = own.version, own.gradients, own.frozen, own.padding
     for name in padding.keys() & found.keys() & wanted.gradients.keys():
         found[name][padding[name]] = wanted.gradients[name][padding[name]]
     each = apart(wanted, found)
@@ -295,6 +304,8 @@ def _of_library(
     text = f"transformers {version} gives {len(seen)} tensors the gradients of the original"
     if padding:
         text += f"; rows of padding are not taught, so not compared ({', '.join(sorted(padding))})"
+    if own.without:
+        text += f"; from the loss without the {', '.join(sorted(own.without))}, which the class does not give"
     worst = max(seen, key=lambda a: a.nmse / a.bar if a.bar else 0.0)
     return [Finding(LEVEL, "transformers", "pass", text, None, worst.nmse, worst.bar)]
 

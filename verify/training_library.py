@@ -4,6 +4,7 @@ freezes, or a path that it cuts off, gives equal logits."""
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,25 +27,43 @@ class NotComparable(Exception):
     """Why the class and the reading do not have one loss."""
 
 
+@dataclass(frozen=True)
+class Learned:
+    """The release, its gradients by the names of the converted tensors, the parameters that it does not
+    teach, of tables the row of padding, which it leaves alone, and the heads of the reading that it has no
+    output for."""
+
+    version: str
+    gradients: dict[str, np.ndarray]
+    frozen: list[str]
+    padding: Mapping[str, int]
+    without: frozenset[str]
+
+
 def learned(
     subject: Subject, converted: Side, batches: Sequence[tuple[Tensor, Tensors]], task: Task, rows: Rows
-) -> tuple[str, dict[str, np.ndarray], list[str], Mapping[str, int]]:
-    """The release, its gradients by the names of the converted tensors, the parameters that it does not
-    teach, and of tables the row of padding, which it leaves alone. ImportError without transformers,
-    NotComparable."""
+) -> Learned:
+    """From the loss of the heads that the class has. ImportError without transformers, NotComparable."""
     transformers = library.installed()
+    for name in subject.config.get("architectures") or ():
+        if isinstance(name, str) and not hasattr(transformers, name):
+            version = transformers.__version__
+            raise NotComparable(f"transformers {version}, which is installed, has no class {name}")
     said: list[str] = []
+    without: set[str] = set()
     try:
         model, _ = library.load(transformers, subject, "float32", converted.weights[0].device, said)
         total = torch.zeros(())
         with torch.enable_grad(), library.listening(said):
             for ids, given in batches:
                 out = model(**library.arguments(model, ids, given), output_hidden_states=True)
-                heads = converted.outputs(ids, given)
-                total = total + sum(
-                    (task.loss(name, _named(out, name, y), ids, given) for name, y in heads.items()),
-                    torch.zeros(()),
-                ) / len(batches)
+                heads = {n: (y, _named(out, n, y)) for n, y in converted.outputs(ids, given).items()}
+                without |= {n for n, (_, found) in heads.items() if found is None}
+                there = ((n, found) for n, (_, found) in heads.items() if found is not None)
+                losses = [task.loss(n, found, ids, given) for n, found in there]
+                total = total + sum(losses, torch.zeros(())) / len(batches)
+        if not total.requires_grad:
+            raise NotComparable(f"the class gives no output that is the {' or the '.join(sorted(without))}")
         total.backward()  # type: ignore[no-untyped-call]
     except NotComparable:
         raise
@@ -57,11 +76,12 @@ def learned(
     made = rows.folded(_by_name(converted, gradients, names))
     disk = {memory: name for name, memory in names.items()}
     padding = {disk.get(n, n): row for n, row in _padding(model).items()}
-    return str(transformers.__version__), made, [disk.get(n, n) for n in frozen], padding
+    version, names_of_frozen = str(transformers.__version__), [disk.get(n, n) for n in frozen]
+    return Learned(version, made, names_of_frozen, padding, frozenset(without))
 
 
-def _named(out: Mapping[str, Any], head: str, wanted: Tensor) -> Tensor:
-    """The output of the class that a head of the reading is; NotComparable where it gives none."""
+def _named(out: Mapping[str, Any], head: str, wanted: Tensor) -> Tensor | None:
+    """The output of the class that a head of the reading is; None where it gives none."""
     for name in WORDS if head == "head" else (head,):
         found = out.get(name)
         if isinstance(found, Tensor) and found.shape[-1] == wanted.shape[-1]:
@@ -71,7 +91,7 @@ def _named(out: Mapping[str, Any], head: str, wanted: Tensor) -> Tensor:
         first = found[:, 0], wanted[:, 0]  # a token that is never padding
         if torch.allclose(*first, rtol=1e-3, atol=1e-3):
             return found
-    raise NotComparable(f"the class gives no output that is the {head} of the reading")
+    return None
 
 
 def _in_memory(subject: Subject, converted: Side, parameters: Container[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypeGuard
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.pickle_records import (
@@ -23,6 +24,9 @@ from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.checkpoint.wrapping import beside_weights
 from ckpt_tool.errors import Problem, fail, fail_all, printable
 
+# A mixed-precision optimizer's copies of the weights, by groups of parameters. Source: NVIDIA/Megatron-LM,
+# fp16/fp16.py (v1.0) and core/optimizer/optimizer.py (core_v0.16.1).
+_IN_GROUPS = ("optimizer.fp32_from_fp16_params", "optimizer.fp32_from_fp16")
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
 _ELEMENT_LIMIT = 1 << 62
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
@@ -41,7 +45,8 @@ class State:
 def read_state(pickled: Pickled, *, file: str) -> State:
     """The tensors of the dict that `pickled` holds; nested dicts that hold tensors join their keys with ".".
 
-    Lists and objects are metadata even where they hold tensors. Fails with every problem found:
+    Lists and objects are metadata even where they hold tensors, but for the weights of a mixed-precision
+    optimizer, whose numbers of group and place join the name. Fails with every problem found:
     `unsafe-pickle`, `bad-pickle` (a container inside itself), `pickle-limit` (nesting, a dict of tensors
     reached twice), `wrong-format` (no dict), `bad-name`, `duplicate-tensor`, `unsupported-dtype`,
     `unsupported-device`, `bad-view`.
@@ -197,6 +202,10 @@ class _Splitter:
                 self.split(item, name + ".", rest)
                 if rest:
                     metadata[self.text(key, prefix)] = rest
+            elif name in _IN_GROUPS and _is_groups(item):
+                for g, group in enumerate(item):
+                    for k, tensor in enumerate(group):
+                        self.add(f"{name}.{g}.{k}", tensor)
             else:
                 if direct and type(item) is Inert and standing(item.type, called=True) == "foreign":
                     message = f"expected a tensor among tensors, found {describe(item)}"
@@ -218,6 +227,15 @@ class _Splitter:
                     "bad-name", f"expected a name in UTF-8, found {key[:80]!r}", file=self.file, where=prefix
                 )
         return str(key)
+
+
+def _is_groups(value: object) -> TypeGuard[list[list[TensorRecord]]]:
+    """Lists of tensors, none of them twice."""
+    return (
+        type(value) is list
+        and all(type(group) is list and all(type(x) is TensorRecord for x in group) for group in value)
+        and len({id(group) for group in value}) == len(value)
+    )
 
 
 def dtype_of(tensor: TensorRecord) -> str:

@@ -52,6 +52,14 @@ class Namespace:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A tensor of the file by its name, where it stands in a value beside the tensors: as an entry of a list,
+    or of a dict by numbers."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class _Part:
     """One member: its header at `header`, its data at `data`."""
 
@@ -62,6 +70,20 @@ class _Part:
     content: bytes | None  # None for a tensor, which somebody else writes
 
 
+def in_json(value: object) -> object:
+    """A value beside the tensors as JSON has it."""
+    match value:
+        case Namespace():
+            return dict(value.fields)
+        case Held():
+            return {"tensor": value.name}
+        case list():
+            return [in_json(v) for v in value]
+        case Mapping():
+            return {str(k): in_json(v) for k, v in value.items()}
+    return value
+
+
 class TorchZipLayout:
     """Where everything goes in a torch zip of `tensors`, a list of (name, dtype of DTYPES, shape).
 
@@ -69,7 +91,8 @@ class TorchZipLayout:
     little-endian. `size` is the whole file's. `root` names the folder inside the archive that torch gives
     every member. A tensor whose name starts with one of `dicts` and a dot stands in a dict of that name,
     under the rest of its own: `a.b.c.d` with `dicts` `a` and `a.b` is at `["a"]["b"]["c.d"]`. `beside` are
-    plain values and `Namespace`s of the outermost dict. `constants` are further tensors whose bytes are known
+    plain values and `Namespace`s of the outermost dict; a tensor that they have `Held` is there and nowhere
+    else. `constants` are further tensors whose bytes are known
     already: name to (dtype, shape, bytes). Fails with `bad-name`.
     """
 
@@ -172,9 +195,11 @@ def _central_header(part: _Part, crc: int) -> bytes:
 def _pickle(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], dicts: Iterable[str], beside: Mapping[str, object]
 ) -> bytes:
-    tree: dict[str, Any] = dict(beside)
+    known = {name: _tensor(str(index), dtype, shape) for index, (name, dtype, shape) in enumerate(tensors)}
+    placed: set[str] = set()
+    tree: dict[str, Any] = {k: _filled(v, known, placed) for k, v in beside.items()}
     prefixes = sorted(set(dicts), key=len)
-    for index, (name, dtype, shape) in enumerate(tensors):
+    for name in (n for n in known if n not in placed):
         inner, done = tree, 0
         for prefix in prefixes:
             if name.startswith(prefix + ".") and prefix.startswith(name[:done]):
@@ -182,8 +207,21 @@ def _pickle(
                 done = len(prefix) + 1
         if name[done:] in inner:
             raise ValueError(f"{name}: something else stands there already")
-        inner[name[done:]] = _Pickled(_tensor(str(index), dtype, shape))
+        inner[name[done:]] = _Pickled(known[name])
     return plain_pickle(tree)
+
+
+def _filled(value: object, known: Mapping[str, bytes], placed: set[str]) -> object:
+    """`value` with the opcodes of each tensor that it has `Held`; these are `placed`."""
+    match value:
+        case Held():
+            placed.add(value.name)
+            return _Pickled(known[value.name])
+        case list():
+            return [_filled(v, known, placed) for v in value]
+        case Mapping():
+            return {k: _filled(v, known, placed) for k, v in value.items()}
+    return value
 
 
 def whole_zip(value: object, *, root: str = "archive") -> bytes:
@@ -227,11 +265,15 @@ def _value(value: object) -> bytes:
             ends = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
             return ends[0] + b"".join(map(_value, value)) + ends[1]
         case Mapping():
-            items = b"".join(_text(str(k)) + _value(v) for k, v in value.items())
+            items = b"".join(_key(k) + _value(v) for k, v in value.items())
             return b"}(" + items + b"u" if items else b"}"
         case Namespace():
             return _global("argparse", "Namespace") + b")\x81" + _value(value.fields) + b"b"
     raise TypeError(f"expected a plain value, found a {type(value).__name__}")
+
+
+def _key(key: object) -> bytes:
+    return _integer(key) if type(key) is int else _text(str(key))
 
 
 def _tensor(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:

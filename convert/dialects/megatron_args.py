@@ -160,7 +160,7 @@ def notes_on(run: Run) -> list[str]:
             "them again: nothing but another rounding in float16"
         )
     if listed := _listed_tensors(run.checkpoint):
-        notes.append(f"{listed} tensors in lists of the optimizer are left out: only training needs them")
+        notes.append(f"{listed} tensors in lists are left out: only training needs them")
     if run.args.get("orig_vocab_size"):
         notes.append("args: orig_vocab_size tells which rows of the vocabulary are padding")
     return notes

@@ -1,0 +1,274 @@
+"""Adam's state as the files of Megatron's ranks number it, read and written.
+
+    optimizer[.optimizer].state.{n}.{exp_avg,exp_avg_sq}        of the n-th parameter
+    optimizer.{fp32_from_fp16_params,fp32_from_fp16}.{g}.{k}    the weights in float32 that the step is made
+                                                                on: of the k-th in group g that has 16 bits
+
+Numbers run through the groups, and in each group in the order of the modules, which is that of the file. No
+file says that order for a run that shares its layers out otherwise, so `optimizer.json` keeps it: the names
+with `{}` for the numbers in them, each where it first stands.
+
+Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.16.1 (core/optimizer/__init__.py: _get_param_groups;
+optimizer.py: Float16OptimizerWithFloat16Params); torch 2.13 (optim/optimizer.py, state_dict).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_tool.checkpoint.base import TensorFile, TensorInfo
+from ckpt_tool.checkpoint.torch_zip_writer import Held
+from ckpt_tool.errors import fail
+
+MASTER = "fp32_param"  # what the state of the lists is called elsewhere
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LISTS = ("fp32_from_fp16_params", "fp32_from_fp16")
+SCHEDULERS = ("opt_param_scheduler", "lr_scheduler")
+NUMBERED = re.compile(
+    rf"(?P<inside>optimizer(\.optimizer)?)\.state\.(?P<n>\d{{1,9}})\.(?P<state>{'|'.join(MOMENTS)})", re.ASCII
+)
+LISTED = re.compile(rf"optimizer\.(?P<list>{'|'.join(LISTS)})\.(?P<g>\d{{1,9}})\.(?P<k>\d{{1,9}})", re.ASCII)
+STEP = re.compile(r"optimizer\.(optimizer\.)?state\.\d+\.step", re.ASCII)
+_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)|(?<=\.weight)\d{1,6}$|(?<=\.bias)\d{1,6}$", re.ASCII)
+_CHUNK = re.compile(r"model(?P<chunk>\d{0,4})\.", re.ASCII)
+# What a group holds: matrices, which decay, or the others, or both.
+DECAY, OTHERS, ALL = "decay", "others", "all"
+
+
+def decays(t: TensorInfo) -> bool:
+    return len(t.shape) > 1 and not t.name.endswith(".bias")
+
+
+def is_in(t: TensorInfo, group: str) -> bool:
+    """Whether a parameter belongs to a group of that word."""
+    return group == ALL or decays(t) == (group == DECAY)
+
+
+def state_of_file(file: TensorFile) -> tuple[Mapping[Any, Any], list[Mapping[Any, Any]]]:
+    """What an optimizer has beside its tensors, and its groups of parameters."""
+    held = file.metadata.get("optimizer")
+    inner = held.get("optimizer", held) if isinstance(held, Mapping) else {}
+    inner = inner if isinstance(inner, Mapping) else {}
+    found = inner.get("param_groups")
+    groups = [g for g in found if isinstance(g, Mapping)] if isinstance(found, list) else []
+    return inner, groups
+
+
+# --- the order of parameters --------------------------------------------------------------------------------
+
+
+def _parts(name: str) -> tuple[int, str, list[int]]:
+    """The virtual stage of a parameter, its name with `{}` for numbers, and these."""
+    m = _CHUNK.match(name)
+    own = name if m is None else name[m.end() :]
+    numbers = [int(n) for n in _NUMBER.findall(own)]
+    return (int(m["chunk"] or 0) if m else 0), _NUMBER.sub("{}", own), numbers
+
+
+class Order:
+    """An order of parameters by their names, whatever layers and experts there are: what is numbered stands
+    where the first of its kind does, by number."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._first: dict[str, int] = {}
+        for place, name in enumerate(names):
+            parts = name.split("{}")
+            for k in range(1, len(parts)):
+                self._first.setdefault("{}".join(parts[:k]) + "{", place)
+            self._first[name] = place
+
+    @classmethod
+    def of(cls, files: Iterable[Sequence[str]]) -> Order | None:
+        """That of the names in files; None where they follow none that this class can say."""
+        known = [list(names) for names in files]
+        found = cls(list(dict.fromkeys(_parts(n)[1] for names in known for n in names)))
+        return found if all(sorted(names, key=found.key) == names for names in known) else None
+
+    def knows(self, name: str) -> bool:
+        return _parts(name)[1] in self._first
+
+    def key(self, name: str) -> tuple[int, ...]:
+        chunk, template, numbers = _parts(name)
+        parts, places = template.split("{}"), [chunk]
+        for k, number in enumerate(numbers, 1):
+            places += [self._first["{}".join(parts[:k]) + "{"], number]
+        return (*places, self._first[template])
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """The parameters of one file by name in the order of modules, what each group of them holds, and their
+    states by state and name."""
+
+    order: tuple[str, ...]
+    words: tuple[str, ...]
+    states: Mapping[tuple[str, str], TensorInfo]
+
+
+def numbered(label: str, file: TensorFile, model: Sequence[TensorInfo], hint: str) -> Numbered:
+    """See the module docstring; `model` are the tensors of the model in the order of the file. Kinds:
+    `unsupported` where groups do not fit, `shape-mismatch`."""
+    _, groups = state_of_file(file)
+    numbers = [g["params"] if isinstance(g.get("params"), list) else [] for g in groups]
+    if any(type(n) is not int for own in numbers for n in own):
+        fail("unsupported", "expected numbers of parameters, found others", file=label,
+             where="optimizer.param_groups", hint=hint)  # fmt: skip
+    words = _words(file, numbers)
+    own = [[t for t in model if is_in(t, w)] if n else [] for w, n in zip(words, numbers, strict=True)]
+    if [len(o) for o in own] != [len(n) for n in numbers] or sum(map(len, own)) != len(model):
+        counts = " and ".join(str(len(n)) for n in numbers) or "none"
+        two = [t for t in model if decays(t)], [t for t in model if not decays(t)]
+        wanted = " and ".join(str(len(o)) for o in two if o)
+        text = f"expected groups of {wanted} parameters (those that decay, and the others), found {counts}"
+        fail("unsupported", text, file=label, where="optimizer.param_groups", hint=hint)
+    pairs = [(n, t) for ns, o in zip(numbers, own, strict=True) for n, t in zip(ns, o, strict=True)]
+    states = dict((*_moments(label, file, dict(pairs)), *_masters(label, file, own)))
+    return Numbered(tuple(t.name for t in model), words, states)
+
+
+def _words(file: TensorFile, numbers: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """What each group holds, by the shape of the first moment in it."""
+    shapes: dict[int, int] = {}
+    for t in file.tensors.values():
+        if (known := NUMBERED.fullmatch(t.name)) is not None:
+            shapes.setdefault(int(known["n"]), len(t.shape))
+    if sum(map(bool, numbers)) < 2:
+        return tuple(ALL for _ in numbers)
+    return tuple(DECAY if n and shapes.get(n[0], 0) > 1 else OTHERS for n in numbers)
+
+
+def _moments(
+    label: str, file: TensorFile, names: Mapping[int, TensorInfo]
+) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
+    for state in file.tensors.values():
+        if (known := NUMBERED.fullmatch(state.name)) is None:
+            continue
+        of = names.get(int(known["n"]))
+        if of is None or of.shape != state.shape:
+            what = "no such parameter" if of is None else f"{list(of.shape)} of {of.name}"
+            text = f"expected the shape of parameter {known['n']}, found {list(state.shape)}, and {what}"
+            fail("shape-mismatch", text, file=label, where=state.name)
+        yield (known["state"], of.name), state
+
+
+def _masters(
+    label: str, file: TensorFile, groups: Sequence[Sequence[TensorInfo]]
+) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
+    found: dict[int, dict[int, TensorInfo]] = {}
+    for t in file.tensors.values():
+        if (known := LISTED.fullmatch(t.name)) is not None:
+            found.setdefault(int(known["g"]), {})[int(known["k"])] = t
+    for g, group in enumerate(groups if found else ()):
+        narrow, lists = [t for t in group if t.dtype in ("F16", "BF16")], found.pop(g, {})
+        if len(narrow) != len(lists):
+            text = f"expected weights in float32 of the {len(narrow)} parameters of group {g} in 16 bits"
+            fail("unsupported", f"{text}, found {len(lists)}", file=label, where="optimizer")
+        for k, of in enumerate(narrow):
+            if (state := lists[k]).shape != of.shape:
+                text = f"expected the shape {list(of.shape)} of {of.name}, found {list(state.shape)}"
+                fail("shape-mismatch", text, file=label, where=state.name)
+            yield (MASTER, of.name), state
+    if found:
+        text = f"expected weights in float32 of {len(groups)} groups of parameters, found more"
+        fail("unsupported", text, file=label, where="optimizer")
+
+
+def told_of(files: Sequence[tuple[TensorFile, Numbered]]) -> dict[str, Any]:
+    """What the way back to ranks needs, for `optimizer.json`: empty where the order of the parameters, or
+    what holds the steps, is none that can be said again."""
+    order = Order.of(n.order for _, n in files)
+    words = {n.words for _, n in files}
+    words = {w for w in words if ALL not in w} or words  # a stage may have matrices alone
+    places = {tuple(_forms(f)) for f, _ in files}
+    if order is None or len(words) != 1 or len(places) != 1:
+        return {}
+    return {"groups": list(words.pop()), "order": list(order.names), **dict(places.pop())}
+
+
+def _forms(file: TensorFile) -> Iterator[tuple[str, str]]:
+    """Where the states, the number of steps and the weights in float32 stand."""
+    inner, groups = state_of_file(file)
+    moments = filter(None, map(NUMBERED.fullmatch, file.tensors))
+    yield "inside", next(moments)["inside"]
+    states = inner.get("state")
+    kept = states.values() if isinstance(states, Mapping) else ()
+    if any(STEP.fullmatch(t.name) and t.dtype == "F32" and not t.shape for t in file.tensors.values()):
+        yield "step", "tensor"
+    elif any(isinstance(s, Mapping) and "step" in s for s in kept):
+        yield "step", "number"
+    elif any("step" in g for g in groups):
+        yield "step", "group"
+    if listed := next(filter(None, map(LISTED.fullmatch, file.tensors)), None):
+        yield "master", listed["list"]
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What `optimizer.json` says of ranks: see `told_of`. `numbers` are those of each group, `steps` how many
+    were made."""
+
+    words: tuple[str, ...]
+    order: Order
+    inside: str
+    step: str | None
+    master: str | None
+    numbers: tuple[Mapping[str, Any], ...]
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class Laid:
+    """The state of one file: what each state is called by state and parameter, the dict that holds them, and
+    tensors that are numbers of steps."""
+
+    names: Mapping[tuple[str, str], str]
+    tree: Mapping[str, object]
+    constants: tuple[tuple[str, str, tuple[int, ...], bytes], ...]
+
+
+def laid(ranks: Ranks, model: Sequence[TensorInfo], states: Mapping[str, Iterable[str]]) -> Laid:
+    """`model` are the parameters of a file in their order, `states` by state those that have it."""
+    groups = [[t for t in model if is_in(t, w)] for w in ranks.words]
+    has = {state: set(names) for state, names in states.items()}
+    names: dict[tuple[str, str], str] = {}
+    constants: list[tuple[str, str, tuple[int, ...], bytes]] = []
+    state: dict[object, object] = {}
+    params: list[dict[str, Any]] = []
+    n = 0
+    for group, numbers in zip(groups, ranks.numbers, strict=True):
+        for number, t in enumerate(group, n):
+            at = f"{ranks.inside}.state.{number}"
+            own: dict[str, object] = {}
+            if ranks.step == "number":
+                own["step"] = ranks.steps
+            elif ranks.step == "tensor":
+                own["step"] = Held(f"{at}.step")
+                constants.append((f"{at}.step", "F32", (), struct.pack("<f", ranks.steps)))
+            for moment in (m for m in MOMENTS if t.name in has.get(m, ())):
+                names[moment, t.name] = f"{at}.{moment}"
+                own[moment] = Held(f"{at}.{moment}")
+            state[number] = own
+        params.append({**numbers, "params": [*range(n, n + len(group))]})
+        n += len(group)
+    inner: dict[str, object] = {"state": state, "param_groups": params}
+    tree = inner if ranks.inside == "optimizer" else {"optimizer": inner}
+    if ranks.master is not None:
+        lists: list[list[Held]] = []
+        for g, group in enumerate(groups):
+            with_one = [t.name for t in group if t.name in has.get(MASTER, ())]
+            own_names = {name: f"optimizer.{ranks.master}.{g}.{k}" for k, name in enumerate(with_one)}
+            names |= {(MASTER, name): called for name, called in own_names.items()}
+            lists.append([Held(called) for called in own_names.values()])
+        tree = {**tree, ranks.master: lists}
+    return Laid(names, tree, tuple(constants))
