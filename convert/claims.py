@@ -183,7 +183,7 @@ def _owner(content: bytes) -> Owner:
     try:
         said: dict[str, Any] = json.loads(content)
         return Owner(str(said["host"]), said["machine"], int(said["process"]), str(said["started"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # the last of a number that is infinite
         return Owner()
 
 

@@ -37,6 +37,7 @@ from ckpt_tool.checkpoint.unpickle import read_pickle
 from ckpt_tool.convert.dialects import entity_vocabulary
 from ckpt_tool.convert.tokenizers import gpt2, sentencepiece, tekken, tiktoken, wordpiece
 from ckpt_tool.fixtures import pickles, tokenizers, vocabularies
+from tests.fuzz_records import RECORDS
 from tests.fuzzing import Change, Files, Read, Target
 
 MOST = 4 << 20  # bytes that a tensor of these inputs may come to
@@ -427,4 +428,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     ),
     "gpt2": _gpt2,
     "entities": lambda: _document("entities", "entity_vocab.jsonl", ENTITIES, _entities),
+    **RECORDS,
 }

@@ -361,15 +361,15 @@ def recipes(path: Path = CORPUS) -> dict[str, list[tuple[int, ...]]]:
 
 
 def write_corpus(tallies: Sequence[Tally], path: Path = CORPUS) -> None:
-    """Of each place where an input was refused the shortest recipe."""
+    """The shortest recipe of each place where an input was refused; targets that did not run keep theirs."""
+    ran = {t.target for t in tallies}
+    kept = {name: held for name, held in recipes(path).items() if name not in ran}
     lines = [
         "# TARGET and the numbers of a recipe, see fuzzing.py: one for each place where inputs are refused."
     ]
-    for tally in tallies:
-        lines += [
-            f"{tally.target} {' '.join(map(str, r))}"
-            for r in sorted(set(tally.recipes), key=lambda r: (len(r), r))
-        ]
+    for name, held in (kept | {t.target: t.recipes for t in tallies}).items():
+        shortest = sorted(set(held), key=lambda r: (len(r), r))
+        lines += [f"{name} {' '.join(map(str, r))}" for r in shortest]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

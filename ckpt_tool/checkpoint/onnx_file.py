@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -73,6 +73,7 @@ class OnnxFile(TensorFile):
         self._file = ByteRange(path, self.name)
         try:
             self.model = _parsed(self._file)
+            _check_texts(_texts(self.model), self.name)
             self.opsets = _opsets(self.model, self.name)
             self.outside: dict[str, Outside] = {}
             self._inline: dict[str, Any] = {}
@@ -129,6 +130,7 @@ class OnnxFile(TensorFile):
     def _initializers(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
         for t in self.model.graph.initializer:
+            _check_texts([t.name], self.name)
             if not t.name or t.name in found:
                 what = "a second one" if t.name else "none"
                 bad(f"expected a name of its own for every initializer, found {what}", self.name, t.name)
@@ -155,6 +157,7 @@ class OnnxFile(TensorFile):
     def _place(self, t: Any) -> Outside | None:
         """Where a tensor lies outside, its file opened and its bytes known to be there; None for one that
         lies in the graph."""
+        _check_texts((t.name, *(x for e in t.external_data for x in (e.key, e.value))), self.name)
         numel = _numel(t, self.name)
         itemsize = DTYPES[TYPES[t.data_type]].itemsize if t.data_type in TYPES else None
         if t.data_location != 1:
@@ -232,6 +235,28 @@ def _parsed(data: ByteRange) -> Any:
     return model
 
 
+def _check_texts(texts: Iterable[str | bytes], file: str) -> None:
+    """Refuse a text that is not UTF-8: protobuf gives it as bytes, which are the key of nothing."""
+    for text in texts:
+        if isinstance(text, bytes):
+            bad(f"expected names and other texts as UTF-8, found {text[:40]!r}", file)
+
+
+def _texts(model: Any) -> Iterator[str | bytes]:
+    """All of the model's, but for those of its tensors and of graphs within the graph."""
+    graph = model.graph
+    yield from (model.producer_name, model.producer_version, graph.name)
+    yield from (entry.domain for entry in model.opset_import)
+    for prop in model.metadata_props:
+        yield from (prop.key, prop.value)
+    for value in chain(graph.input, graph.output):
+        yield value.name
+        yield from (axis.dim_param for axis in value.type.tensor_type.shape.dim)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
 def _opsets(model: Any, file: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in model.opset_import:
@@ -285,7 +310,8 @@ def _count(text: str, what: str, file: str, where: str) -> int:
 
 def _numel(t: Any, file: str) -> int:
     dims = tuple(t.dims)
-    if len(dims) > MOST_AXES or any(d < 0 for d in dims) or prod(dims) >= 1 << 60:
+    # an axis of none does not make others reasonable: numpy refuses such a shape too
+    if len(dims) > MOST_AXES or any(d < 0 for d in dims) or prod(filter(None, dims)) >= 1 << 60:
         bad(f"expected a shape, found {printable(dims)}", file, t.name)
     return prod(dims)
 
