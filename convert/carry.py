@@ -164,22 +164,37 @@ class Carrier:
     def _reorder(self, bound: Bound, block: Block, lane: Lane) -> None:
         for access, bits in self._gathered(bound, block, lane):
             target = bound.targets[access.part]
-            values = Values(target.info.dtype)
+            values, step = Values(target.info.dtype), CHUNK // target.itemsize
             offsets, length = access.runs.offsets(), access.runs.length
-            step = CHUNK // target.itemsize
-            for start in range(0, bits.size, step):
-                place = values.look(bits[start : start + step])
-                if place is not None:
-                    run, rest = divmod(start + place, length)
-                    values.found_at(offsets[run] + rest)
-            data, size = bits.data.cast("B"), length * target.itemsize
             runs: list[Run] = []
+            if length < step:  # several runs are looked at together
+                for start in range(0, bits.size, step):
+                    place = values.look(bits[start : start + step])
+                    if place is not None:
+                        run, rest = divmod(start + place, length)
+                        values.found_at(offsets[run] + rest)
             for k, offset in enumerate(offsets):
-                part = data[k * size : (k + 1) * size]
-                runs.append((offset * target.itemsize, size, crc32(part)))
-                target.write(part, offset * target.itemsize, lane.outbox)
+                part = bits[k * length : (k + 1) * length]
+                looked = values if length >= step else None
+                runs.append(self._write_run(target, part, offset, looked, lane))
             self._learn_target(target, runs, values)
-            lane.written_bytes += len(data)
+            lane.written_bytes += bits.nbytes
+
+    def _write_run(
+        self, target: Target, bits: np.ndarray, offset: int, values: Values | None, lane: Lane
+    ) -> Run:
+        """One run of elements: each chunk is looked at (for `values`), summed and written while the cache
+        has it."""
+        step, crc = CHUNK // target.itemsize, 0
+        for start in range(0, bits.size, step):
+            chunk = bits[start : start + step]
+            place = None if values is None else values.look(chunk)
+            if values is not None and place is not None:
+                values.found_at(offset + start + place)
+            data = chunk.data.cast("B")
+            crc = crc32(data, crc)
+            target.write(data, (offset + start) * target.itemsize, lane.outbox)
+        return offset * target.itemsize, bits.nbytes, crc
 
     def same(self, bound: Bound, block: Block, lane: Lane) -> bool:
         """Whether the targets, already written, hold what the block would write."""

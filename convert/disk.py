@@ -24,6 +24,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2
 WORTH_WRITING = 128 * 1024  # bytes; asking for less costs more than it saves
+AT_ONCE = 256 * 1024  # bytes of a write: for more the kernel looks for larger pages (benchmarks/README.md)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 # What renameat2 answers where the kernel or the file system does not know the flag.
@@ -46,10 +47,10 @@ def create(folder: int, name: str) -> int:
 
 
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
-    """All of `data`; a short write is continued."""
-    done = pwrite(descriptor, data, offset)
-    while done < len(data):
-        done += pwrite(descriptor, memoryview(data)[done:], offset + done)
+    """All of `data`, at most `AT_ONCE` bytes a call; a short write is continued."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += pwrite(descriptor, view[done : done + AT_ONCE], offset + done)
 
 
 def reserve(descriptor: int, size: int) -> None:
