@@ -21,9 +21,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ import numpy as np
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
 from ckpt_tool.checkpoint.tf_names import is_part
 from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
-from ckpt_tool.fixtures.families import canine, mobilebert
+from ckpt_tool.fixtures.families import canine, codegen, megatron_gpt2, mobilebert
+from ckpt_tool.fixtures.numbers import noise
+from ckpt_tool.fixtures.pickles import Tensor, write_torch_zip
+from ckpt_tool.fixtures.published import Published, json_document
 from ckpt_tool.fixtures.shapes import shape_of, spread
 from ckpt_tool.fixtures.tensorflow import Bundle
 
@@ -107,6 +111,40 @@ def write_bundle_of(folder: Path, original: Bundle) -> None:
             os.fsync(file.fileno())
 
 
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """`write` makes one file in a folder, which `unpack` (of a file into a folder) usually opens: a
+    conversion is measured against that and `cp` of what came out. None: against `cp` of the archive, whose
+    members lie in it as they are."""
+
+    write: Callable[[Path], object]
+    unpack: str | None = None
+
+
+def write_codegen(folder: Path) -> None:
+    """The published CodeGen 350M with random finite float16 bits, in a tar.gz of its folder."""
+    original: Published = codegen.codegen(*CODEGEN_350M, masks=True, ids=(1, 50256))
+    shapes = {n: "3*d d" if n.endswith("qkv_proj.weight") else row for n, row in original.shapes.items()}
+    tensors = {
+        name: row(name, original, _no_numbers)
+        if callable(row)
+        else Tensor(original.dtype, row, partial(noise, name, 2 * int(np.prod(row))), "cpu")
+        for name, row in dataclasses.replace(original, shapes=shapes).rows()
+    }
+    inner = folder / "codegen-350M-mono"
+    inner.mkdir(parents=True)
+    (inner / "config.json").write_bytes(json_document(original.config))
+    with open(inner / "pytorch_model.bin", "wb") as file:
+        write_torch_zip(tensors, file)
+    with tarfile.open(folder / f"{inner.name}.tar.gz", "w:gz", compresslevel=6) as archive:
+        archive.add(inner, inner.name)
+    shutil.rmtree(inner)
+
+
+def _no_numbers(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    raise AssertionError(f"{name} is made of noise")
+
+
 def _normal(noise: np.random.Generator, shape: tuple[int, ...]) -> list[bytes]:
     return [noise.standard_normal(shape, dtype=np.float32).tobytes()]
 
@@ -140,7 +178,8 @@ def write_original(folder: Path, model: Model, seed: int = 0) -> int:
 
 
 def weights(folder: Path) -> list[Path]:
-    ours = (p for p in folder.iterdir() if p.suffix in (".pth", ".safetensors") or is_part(p.name))
+    kinds = (".pth", ".safetensors", ".zip", ".gz")
+    ours = (p for p in folder.iterdir() if p.suffix in kinds or is_part(p.name))
     return sorted(ours)
 
 
@@ -196,6 +235,7 @@ def run(command: list[str], out: Path, log: Path) -> Cost:
 def prepare(source: Path, out: Path, cold: bool) -> None:
     """No output, nothing waiting to be written, the source in the page cache or out of it."""
     shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(unpacked(out), ignore_errors=True)
     os.sync()
     for path in weights(source):
         descriptor = os.open(path, os.O_RDONLY)
@@ -207,12 +247,30 @@ def prepare(source: Path, out: Path, cold: bool) -> None:
         os.close(descriptor)
 
 
-def compare(source: Path, work: Path, command: str, rounds: int, cold: bool) -> dict[str, Any]:
+def unpacked(out: Path) -> Path:
+    """Where an archive is unpacked before it is copied to `out`."""
+    return out.with_name("unpacked")
+
+
+def copying(source: Path, out: Path, unpack: str | None) -> list[str]:
+    """What ours is measured against, into the folder `out`, which is there."""
+    if unpack is None:
+        return ["cp", "-r", *map(str, weights(source)), str(out)]
+    folder = unpacked(out)
+    words = unpack.format(archive=shlex.quote(str(weights(source)[0])), folder=shlex.quote(str(folder)))
+    return ["sh", "-ec", f"mkdir {shlex.quote(str(folder))}; {words}; cp -r {folder}/. {out}"]
+
+
+def compare(
+    source: Path, work: Path, command: str, rounds: int, cold: bool, archive: Archive | None = None
+) -> dict[str, Any]:
     """`rounds` of {cp, cp again, ours} in random order, and what the ratios come to."""
     out = work / "out"
-    copy = ["cp", "-r", *map(str, weights(source)), str(out)]
-    ours = [w.format(source=source, out=out, python=sys.executable) for w in shlex.split(command)]
+    copy = copying(source, out, None if archive is None else archive.unpack)
+    given = source if archive is None else weights(source)[0]
+    ours = [w.format(source=given, out=out, python=sys.executable) for w in shlex.split(command)]
     costs: dict[str, list[Cost]] = {"cp": [], "again": [], "ours": []}
+    size = 0
     order = random.Random(0)
     load = os.getloadavg()[0]
     for _ in range(rounds):
@@ -223,8 +281,10 @@ def compare(source: Path, work: Path, command: str, rounds: int, cold: bool) -> 
             if name != "ours":
                 out.mkdir()
             costs[name].append(run(ours if name == "ours" else copy, out, work / "log"))
-    size = sum(p.stat().st_size for p in weights(out)) if weights(out) else 0
+            if name == "ours":
+                size = sum(p.stat().st_size for p in weights(out))
     shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(unpacked(out), ignore_errors=True)
     noise = ratios(costs, "again", "synced")
     return {
         "bytes": size,
@@ -268,6 +328,11 @@ CANINE = canine.canine(
     **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     **{"num_hash_buckets": 16384, "max_positions": 16384, "local_transformer_stride": 128},
 )
+CODEGEN_350M = (20, 1024, 16, 32, 51200)  # layers, width, heads, rotary channels, words
+UNZIP = "unzip -q {archive} -d {folder}"
+UNTAR = "tar xzf {archive} -C {folder}"
+NGC = partial(megatron_gpt2.synthetic, deflated=False)
+NGC_DEFLATED = partial(megatron_gpt2.synthetic, deflated=True)
 TO_HF = "{python} -m ckpt_tool convert FAMILY --in {source} --out {out} --no-verify --jobs JOBS"
 BACK = "{python} -m ckpt_tool convert FAMILY --to original --in {source} --out {out} --no-verify --jobs JOBS"
 
@@ -276,7 +341,7 @@ BACK = "{python} -m ckpt_tool convert FAMILY --to original --in {source} --out {
 class Case:
     what: str
     family: str
-    model: Model | Bundle
+    model: Model | Bundle | Archive
     back: bool = False
 
 
@@ -284,19 +349,25 @@ CASES = {
     "B0": Case("tiny, the cost of starting", "mistral", dataclasses.replace(MISTRAL, layers=1, vocab=256)),
     "B1": Case("Mistral, 1.2 B, one zip", "mistral", MISTRAL),
     "B2": Case("Llama 2, 1.2 B, two shards", "llama", LLAMA),
+    "B3": Case("Megatron GPT-2 345M, NGC's zip, stored", "megatron-gpt2", Archive(NGC)),
+    "B3d": Case("the same, deflated, beside unzip and cp", "megatron-gpt2", Archive(NGC_DEFLATED, UNZIP)),
     "B4a": Case("Mistral, 0.25 B", "mistral", dataclasses.replace(MISTRAL, layers=2)),
     "B4b": Case("Mistral, 1.9 B", "mistral", dataclasses.replace(MISTRAL, layers=29)),
     "B5": Case("12,600 small tensors, 1 GB of embeddings", "mistral", SMALL),
     "B6": Case("MobileBERT of 100 layers, a TensorFlow bundle", "mobilebert", MOBILEBERT),
     "B6c": Case("CANINE-s at its published sizes, a TensorFlow bundle", "canine", CANINE),
     "B7": Case("Mistral, 1.2 B, back to the original", "mistral", MISTRAL, back=True),
+    "B8": Case("CodeGen 350M, a tar.gz, beside tar and cp", "codegen", Archive(write_codegen, UNTAR)),
 }
 
 
 def measure(case: Case, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     source = work / "source"
     shutil.rmtree(source, ignore_errors=True)
-    if isinstance(case.model, Bundle):
+    archive = case.model if isinstance(case.model, Archive) else None
+    if archive is not None:
+        archive.write(source)
+    elif isinstance(case.model, Bundle):
         write_bundle_of(source, case.model)
     else:
         write_original(source, case.model)
@@ -314,7 +385,7 @@ def measure(case: Case, work: Path, options: argparse.Namespace) -> dict[str, An
         converted.rename(source)
         command = fill(options.back_command or BACK)
     for attempt in range(options.attempts):
-        found = compare(source, work, command, options.rounds, options.cold)
+        found = compare(source, work, command, options.rounds, options.cold, archive)
         if not found["noisy"] or attempt + 1 == options.attempts:
             break
     shutil.rmtree(source)

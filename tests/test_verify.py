@@ -27,12 +27,16 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.flaws import Folder, plant
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import answers, documented, verify
+from ckpt_tool.verify import passing as passing_module
 from ckpt_tool.verify.against_transformers import _deviations
+from ckpt_tool.verify.bits import compare
+from ckpt_tool.verify.coverage import scan
 from ckpt_tool.verify.expectations import Expectation, parse
 from ckpt_tool.verify.measure import CAPS, bar_for, distance, logit_distance
 from ckpt_tool.verify.mistakes import planted, transpose, undone
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.orders import Reorder, _reorders, beliefs
+from ckpt_tool.verify.passing import Passing
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.sides import converted_side, original_side, with_values
 from ckpt_tool.verify.subject import opened
@@ -61,6 +65,46 @@ def broken(conversions: Written, tmp_path: Path) -> Written:
         return Path(shutil.copytree(conversions(variant), tmp_path / "broken"))
 
     return copy
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [(GPT2, None), (RANKS, None), (EXPERTS, None), ("gpt2-ngc-stored", None), (DENSE, "F32")],
+)
+def test_what_passes_in_a_comparison_is_not_read_again(
+    variant: str,
+    dtype: str | None,
+    originals: Written,
+    broken: Written,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Checksums and looks of the values are those of a reading from the first byte to the last."""
+    chosen, folder = VARIANTS[variant], tmp_path / "cast"
+    if dtype is None:
+        folder = broken(variant)
+    else:
+        api.convert(originals(variant), folder, family=chosen.family, options=Options(dtype=dtype))
+    tampered = Folder(folder)
+    odd = max(tampered.checkpoint, key=lambda t: (len(t.shape), t.name)).name
+    bits = tampered.get(odd)
+    bits[1, 2] = bits[-1, 0] = {2: 0x7FFF, 4: 0x7FFFFFFF}[bits.itemsize]
+    tampered.set(odd, bits)
+    tampered.checkpoint.close()
+    with opened(folder, originals(variant), chosen.settings) as subject:
+        assert subject.plan is not None
+        read = list(scan(subject.output))
+        passing = Passing(subject.output)
+        assert compare(subject, subject.plan.steps, passing).differences
+        again: list[str] = []
+        one_by_one = passing_module.scan_one
+        monkeypatch.setattr(passing_module, "scan_one", lambda c, t: again.append(t.name) or one_by_one(c, t))
+        found = passing.scans()
+    assert [(s.tensor, s.crc32) for s in found] == [(s.tensor, s.crc32) for s in read]
+    for a, b in zip(found, read, strict=True):
+        assert all(getattr(a.values, x) == getattr(b.values, x) for x in type(a.values).__slots__), a.tensor
+    assert next(s.values.non_finite for s in found if s.tensor.name == odd) == 2
+    assert again == []
 
 
 # --- a good conversion ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
-from ckpt_tool.verify.bits import bits, recognise_recipe
+from ckpt_tool.verify.bits import bits, compare, recognise_recipe
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.carried_bits import carried_bits
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
@@ -33,6 +33,7 @@ from ckpt_tool.verify.documents import documents
 from ckpt_tool.verify.expectations import read_file
 from ckpt_tool.verify.missing import not_computed
 from ckpt_tool.verify.parts import READ, SHARED, Joined, Seen, Walk, join, look
+from ckpt_tool.verify.passing import Passing
 from ckpt_tool.verify.prompts import Prompts, read_prompts
 from ckpt_tool.verify.provenance import provenance
 from ckpt_tool.verify.report import Finding, Report, Reports
@@ -143,7 +144,6 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
             report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
     report.findings += unneeded(subject, asked.accept)
     if "bits" in asked.levels:
-        tell("bits: comparing with the source")
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
             report.findings += carried_bits(subject)
@@ -220,6 +220,11 @@ def _seen(
         return join(subject, out, _shared(asked), tell)
     if not READ & set(asked):
         return Joined()
+    if "bits" in asked and subject.source is not None and subject.plan is not None:
+        tell("bits: comparing with the source")  # which reads the output, too
+        passing = Passing(subject.output)
+        compared = compare(subject, subject.plan.steps, passing)
+        return Joined(passing.scans(), compared)
     tell("reading the output")
     return Joined(list(scan(subject.output)))
 

@@ -19,12 +19,13 @@ from ckpt_tool.convert.carry import pieces
 from ckpt_tool.convert.casting import CASTABLE, common, converted, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.copies import DROPPED
-from ckpt_tool.convert.layout import COPIED, Access, Block, Step
+from ckpt_tool.convert.layout import COPIED, Access, Block, Runs, Step
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.verify.claims import WITHOUT_COPIES
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.packed_bits import exactness, explained, recognised
+from ckpt_tool.verify.passing import Passing
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.rounding import other_roundings
 from ckpt_tool.verify.strips import strip
@@ -34,7 +35,8 @@ LEVEL = "bits"
 DOCUMENT_LIMIT = 1 << 30  # bytes of a file beside the weights: a list of entities has a hundred million
 ROWS = 1 << 22  # of a tensor, which are told apart
 SMALLEST = 5e-324
-PIECE = 1 << 20  # bytes compared at a time where a block is one long run
+PIECE = 1 << 20  # bytes of a long run that are moved or compared at a time
+KEPT = 1 << 20  # bytes of an array that is used again for the next block
 
 
 @dataclass
@@ -60,6 +62,13 @@ class Difference:
         ways = other_roundings(before, source, self.dtype)
         fitting = {words for words, bits in ways if np.array_equal(bits, found)}
         self.roundings = fitting if self.roundings is None else self.roundings & fitting
+
+    def add_runs(self, access: Access, expected: np.ndarray, found: np.ndarray) -> None:
+        """Take in the runs of `access`, which lie one after another in the raw bits."""
+        n = access.runs.length
+        for k, start in enumerate(access.runs.offsets()):
+            run = slice(k * n, (k + 1) * n)
+            self.add(start, expected[run], found[run])
 
     def add(self, start: int, expected: np.ndarray, found: np.ndarray) -> None:
         """Take in a run of raw bits that begins at element `start`."""
@@ -121,11 +130,13 @@ class Comparison:
         self.missing += other.missing
 
 
-def compare(subject: Subject, steps: Iterable[Step]) -> Comparison:
-    """Walk steps of the plan, which is there as is the source."""
+def compare(subject: Subject, steps: Iterable[Step], passing: Passing | None = None) -> Comparison:
+    """Walk steps of the plan, which is there as is the source. `passing` takes in what is read of the
+    output."""
     assert subject.source is not None
     result = Comparison()
-    for found in in_order(partial(compare_step, subject), steps, subject.source, subject.output):
+    work = partial(compare_step, subject, passing=passing)
+    for found in in_order(work, steps, subject.source, subject.output):
         result.add(found)
     return result
 
@@ -145,7 +156,7 @@ def recognise_recipe(subject: Subject) -> None:
     recognised(subject, differs)
 
 
-def compare_step(subject: Subject, step: Step) -> Comparison:
+def compare_step(subject: Subject, step: Step, passing: Passing | None = None) -> Comparison:
     """What one step of the plan gives against what is there."""
     assert subject.source is not None
     result = Comparison()
@@ -162,12 +173,13 @@ def compare_step(subject: Subject, step: Step) -> Comparison:
         return result
     same = wanted == dtypes == {t.dtype for t in sources} and not step.mean
 
-    def differences(source: Checkpoint) -> list[Difference]:
+    def differences(source: Checkpoint, passing: Passing | None = None) -> list[Difference]:
+        is_copy, output = bool(step.compare), subject.output
         if same:
-            return _compare_step(step.inverse(), subject.output, found, source, sources, bool(step.compare))
-        return _compare_step(step, source, sources, subject.output, found, bool(step.compare), min(wanted))
+            return _compare_step(step.inverse(), output, found, source, sources, is_copy, None, passing)
+        return _compare_step(step, source, sources, output, found, is_copy, min(wanted), passing)
 
-    made = differences(subject.source)
+    made = differences(subject.source, None if step.compare else passing)
     if made and (words := explained(subject, sources, lambda other: bool(differences(other)))) is not None:
         for d in made:
             d.roundings = {words}
@@ -190,27 +202,82 @@ def _compare_step(
     wanted: Sequence[TensorInfo],
     is_copy: bool,
     cast_to: str | None = None,
+    passing: Passing | None = None,
 ) -> list[Difference]:
-    """`step` applied to `inputs` against what `wanted` hold; differences name the tensors of `wanted`."""
+    """`step` applied to `inputs` against what `wanted` hold; differences name the tensors of `wanted`. What
+    is read of the output, on either side, goes to `passing`."""
     dtype = cast_to or wanted[0].dtype
     moved = common(t.dtype for t in inputs)
     differences = [Difference(w, inputs[0], dtype) for w in wanted]
+    reading, holding = _Reader(made_from, passing), _Reader(held_by, passing)
     for block in pieces(step, copy_bytes=PIECE):
-        made = _apply(block, made_from, inputs, cast_to)
-        for access, values in zip(block.writes, made, strict=True):
-            held = _read(held_by, wanted[access.part], access, dtype)
-            if is_copy:
-                differences[access.part].drift.add(values, held, dtype)
-            if not np.array_equal(values, held):
-                if cast_to is not None and not block.mean:
-                    before = _apply(block, made_from, inputs, None)[block.writes.index(access)]
-                    differences[access.part].round_otherwise(before, moved, held)
-                n = access.runs.length
-                right, left = (held, values) if cast_to is None else (values, held)  # the source is right
-                for k, start in enumerate(access.runs.offsets()):
-                    run = slice(k * n, (k + 1) * n)
-                    differences[access.part].add(start, right[run], left[run])
+        made = _apply(block, reading, inputs, cast_to)
+        for whole, all_values in zip(block.writes, made, strict=True):
+            difference = differences[whole.part]
+            for first, access in _parts(whole, all_values.itemsize):
+                values = all_values[first : first + access.numel]
+                held = holding.read(wanted[access.part], access, dtype)
+                if is_copy:
+                    difference.drift.add(values, held, dtype)
+                if not _equal(values, held):
+                    if cast_to is not None and not block.mean:
+                        k = block.writes.index(whole)
+                        before = _apply(block, _Reader(made_from), inputs, None)[k]
+                        difference.round_otherwise(before[first : first + access.numel], moved, held)
+                    right, left = (held, values) if cast_to is None else (values, held)
+                    difference.add_runs(access, right, left)  # the source is right
     return [d.compared() for d in differences if d.count]
+
+
+def _parts(access: Access, itemsize: int) -> Iterator[tuple[int, Access]]:
+    """One long run in parts of at most `PIECE` bytes: of each the first element of the run, and its place."""
+    longest = PIECE // itemsize
+    if access.runs.count != 1 or access.numel <= longest:
+        yield 0, access
+        return
+    for start in range(0, access.numel, longest):
+        n = min(longest, access.numel - start)
+        yield start, Access(access.part, Runs(access.runs.base + start, (), (), n), (n,))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether all bits are the same."""
+    if a.dtype != b.dtype or a.nbytes != b.nbytes or a.nbytes % 8:
+        return np.array_equal(a, b)
+    return bool((a.view(np.uint64) == b.view(np.uint64)).all())
+
+
+class _Reader:
+    """Reads of one checkpoint for one thread, into small arrays that are used again: what was read is good
+    until the next is read for the same purpose. `passing` takes in what is read of its output."""
+
+    def __init__(self, checkpoint: Checkpoint, passing: Passing | None = None) -> None:
+        self.checkpoint = checkpoint
+        self._passing = passing if passing is not None and passing.output is checkpoint else None
+        self._rooms: dict[str, np.ndarray] = {}
+
+    def room(self, purpose: str, count: int, dtype: str) -> np.ndarray:
+        """`count` elements, unset."""
+        bits = np.dtype(DTYPES[dtype].bits)
+        size = count * bits.itemsize
+        if size > KEPT:
+            return np.empty(count, bits)
+        found = self._rooms.get(purpose)
+        if found is None or found.size < size:
+            found = self._rooms[purpose] = np.empty(KEPT, np.uint8)
+        return found[:size].view(bits)
+
+    def read(self, tensor: TensorInfo, access: Access, dtype: str, purpose: str = "read") -> np.ndarray:
+        """In `dtype`, which is the tensor's or a wider one."""
+        out = self.room(purpose, access.numel, tensor.dtype)
+        data = out.data.cast("B")
+        size = access.runs.length * out.itemsize
+        offsets = access.runs.offsets()
+        for k, start in enumerate(offsets):
+            self.checkpoint.read_into(tensor, start * out.itemsize, data[k * size : (k + 1) * size])
+        if self._passing is not None:
+            self._passing.look(tensor, offsets, out)
+        return converted(out, tensor.dtype, dtype)
 
 
 def moved(
@@ -218,30 +285,22 @@ def moved(
 ) -> Iterator[tuple[Access, np.ndarray]]:
     """What `step` makes of `inputs`, piece by piece: where it goes, and its raw bits in `dtype`."""
     for block in pieces(step, copy_bytes=PIECE):
-        yield from zip(block.writes, _apply(block, source, inputs, dtype), strict=True)
+        yield from zip(block.writes, _apply(block, _Reader(source), inputs, dtype), strict=True)
 
 
 def _apply(
-    block: Block, checkpoint: Checkpoint, inputs: Sequence[TensorInfo], cast_to: str | None
+    block: Block, reader: _Reader, inputs: Sequence[TensorInfo], cast_to: str | None
 ) -> list[np.ndarray]:
+    """What the block makes of `inputs`, one array for each of its writes."""
     dtype = common(t.dtype for t in inputs)
-    read = [_read(checkpoint, inputs[a.part], a, dtype) for a in block.reads]
-    made = [np.empty(n, dtype=DTYPES[dtype].bits) for n in block.filled]
+    read = [reader.read(inputs[a.part], a, dtype, f"read {k}") for k, a in enumerate(block.reads)]
+    if block.is_copy:
+        return [converted(x, dtype, cast_to or dtype) for x in read]
+    made = [reader.room(f"made {k}", n, dtype) for k, n in enumerate(block.filled)]
     block.shuffle(read, made)
     if block.mean:
         return [mean(x, block.mean, dtype, cast_to or dtype) for x in made]
     return [converted(x, dtype, cast_to or dtype) for x in made]
-
-
-def _read(checkpoint: Checkpoint, tensor: TensorInfo, access: Access, dtype: str) -> np.ndarray:
-    """In `dtype`, which is the tensor's or a wider one."""
-    stored = DTYPES[tensor.dtype]
-    out = np.empty(access.numel, dtype=stored.bits)
-    data = out.data.cast("B")
-    size = access.runs.length * stored.itemsize
-    for k, start in enumerate(access.runs.offsets()):
-        checkpoint.read_into(tensor, start * stored.itemsize, data[k * size : (k + 1) * size])
-    return converted(out, tensor.dtype, dtype)
 
 
 # --- findings -------------------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""What the bytes of the output tell while they pass in a comparison with the source, so that none is read
+once more to take its checksum and to look at its values."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.crc32 import IntervalCrc
+from ckpt_tool.checkpoint.zlibs import crc32
+from ckpt_tool.convert.values import Values
+from ckpt_tool.verify.coverage import Scan, scan_one
+from ckpt_tool.verify.in_order import in_order
+
+CHUNK = 256 << 10  # bytes that are looked at while the cache has them
+
+
+@dataclass
+class _Seen:
+    """Of one tensor."""
+
+    values: Values
+    crc: IntervalCrc = field(default_factory=IntervalCrc)
+
+
+class Passing:
+    """What was seen of the tensors of `output`, by several threads."""
+
+    def __init__(self, output: Checkpoint) -> None:
+        self.output = output
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[str, str], _Seen] = {}  # in part
+        self._whole: dict[tuple[str, str], Scan | None] = {}  # None: of more than that, which tells nothing
+
+    def look(self, tensor: TensorInfo, offsets: Sequence[int], bits: np.ndarray) -> None:
+        """Take in equal runs of elements, which lie one after another in the flat `bits` and begin at
+        `offsets` of the tensor."""
+        if not bits.size:
+            return
+        values, runs = _looked_at(tensor.dtype, offsets, bits)
+        key = (tensor.file, tensor.name)
+        with self._lock:
+            if key in self._whole:
+                self._whole[key] = None
+                return
+            seen = self._seen.get(key)
+            if seen is None:
+                seen = self._seen[key] = _Seen(Values(tensor.dtype))
+            seen.values.merge(values)
+        for start, nbytes, crc in runs:
+            seen.crc.add(start, nbytes, crc)
+        total = seen.crc.value(tensor.nbytes)
+        if total is not None:
+            with self._lock:
+                self._seen.pop(key, None)
+                self._whole[key] = Scan(tensor, total, seen.values)
+
+    def scans(self) -> list[Scan]:
+        """Those of all tensors, in order; one of which not every element came just once is read for it."""
+        return list(in_order(self._scan, self.output, self.output))
+
+    def _scan(self, tensor: TensorInfo) -> Scan:
+        return self._whole.get((tensor.file, tensor.name)) or scan_one(self.output, tensor)
+
+
+def _looked_at(
+    dtype: str, offsets: Sequence[int], bits: np.ndarray
+) -> tuple[Values, list[tuple[int, int, int]]]:
+    """The values of equal runs, and of each run its first byte, its bytes and their CRC32."""
+    values, length, itemsize = Values(dtype), bits.size // len(offsets), bits.itemsize
+    step, runs = CHUNK // itemsize, []
+    if length < step:  # several are looked at together
+        for start in range(0, bits.size, step):
+            place = values.look(bits[start : start + step])
+            if place is not None:
+                run, rest = divmod(start + place, length)
+                values.found_at(offsets[run] + rest)
+    for k, offset in enumerate(offsets):
+        own, crc = bits[k * length : (k + 1) * length], 0
+        for start in range(0, length, step):
+            chunk = own[start : start + step]
+            place = values.look(chunk) if length >= step else None
+            if place is not None:
+                values.found_at(offset + start + place)
+            crc = crc32(chunk.data.cast("B"), crc)
+        runs.append((offset * itemsize, own.nbytes, crc))
+    return values, runs
