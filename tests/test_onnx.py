@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ckpt_tool.api import convert
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.onnx_file import open_onnx
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.errors import CkptToolError
@@ -26,7 +27,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import onnx_made
 from ckpt_tool.verify.onnx_export import DATA, for_task, form_of, needed
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
-from ckpt_tool.verify.onnx_weights import in_graph, put_outside, without_values
+from ckpt_tool.verify.onnx_weights import in_graph, pieces, put_outside, without_values
 from ckpt_tool.verify.sides import converted_side
 from ckpt_tool.verify.subject import opened
 from ckpt_tool.verify.weights import Weights, ranks_of
@@ -157,6 +158,11 @@ def test_weights_keep_names_shapes_and_bits(exported: tuple[Path, Any], converte
             assert np.array_equal(held, x.astype(np.float32))
 
 
+class Codes(Weights):
+    def _load(self, info: TensorInfo) -> torch.Tensor:
+        return 2 * super()._load(info)
+
+
 def test_large_weights_lie_at_pages_and_are_written_a_piece_at_a_time(tmp_path: Path) -> None:
     """Of tensors that have no values in the graph; one of few bytes stands in it."""
     import onnx_ir
@@ -175,7 +181,9 @@ def test_large_weights_lie_at_pages_and_are_written_a_piece_at_a_time(tmp_path: 
         ]
         graph = onnx_ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 18})
         put_outside(graph, weights, tmp_path / "m.onnx.data")
-        assert len(list(weights.pieces("b"))) == 3
+        assert len(list(pieces(weights, "b"))) == 3
+        codes = Codes(checkpoint, infos, torch.float32, "cpu")  # made of more than they are stored as
+        assert torch.equal(torch.cat(list(pieces(codes, "b"))), 2 * stored["b"].reshape(-1))
         onnx.save(onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)), tmp_path / "m.onnx")
         with closing(open_onnx(tmp_path / "m.onnx")) as file:
             places = {n: (p.offset, p.size) for n, p in file.outside.items()}

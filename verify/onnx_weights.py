@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def pieces(tensors: Mapping[str, Tensor], name: str) -> Iterable[Tensor]:
     """The numbers of a tensor in order, flat, some at a time where they come from a file; each piece takes
     the place of the one before."""
     weights, own = _at(tensors, name)
-    return weights.pieces(own) if isinstance(weights, Weights) else (weights[own].reshape(-1),)
+    return (weights[own].reshape(-1),) if not _as_stored(weights) else weights.pieces(own)
 
 
 def _at(tensors: Mapping[str, Tensor], name: str) -> tuple[Mapping[str, Tensor], str]:
@@ -56,12 +56,17 @@ def _at(tensors: Mapping[str, Tensor], name: str) -> tuple[Mapping[str, Tensor],
     return tensors, name
 
 
+def _as_stored(weights: Mapping[str, Tensor]) -> TypeGuard[Weights]:
+    """Whether tensors are cast and no more: those of other classes are made of several, or of codes."""
+    return type(weights) is Weights
+
+
 def in_graph(file: OnnxFile, tensors: Mapping[str, Tensor], name: str) -> bool:
     """Whether a graph has the tensor under its name, in its shape, bit for bit; False as well where it is not
     to be said a piece at a time."""
     weights, own = _at(tensors, name)
     info = file.tensors.get(name)
-    if info is None or not isinstance(weights, Weights) or info.shape != weights.tensors[own].shape:
+    if info is None or not _as_stored(weights) or info.shape != weights.tensors[own].shape:
         return False
     at = 0
     for piece in weights.pieces(own):
