@@ -18,15 +18,19 @@ import pytest
 import torch
 
 from ckpt_tool.api import convert
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.onnx_file import open_onnx
+from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.qwen3 import qwen3
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import onnx_made
 from ckpt_tool.verify.onnx_export import DATA, for_task, form_of, needed
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
+from ckpt_tool.verify.onnx_weights import in_graph, pieces, put_outside, without_values
 from ckpt_tool.verify.sides import converted_side
 from ckpt_tool.verify.subject import opened
+from ckpt_tool.verify.weights import Weights, ranks_of
 from tests.in_process import program
 
 onnx = pytest.importorskip("onnx")
@@ -152,6 +156,47 @@ def test_weights_keep_names_shapes_and_bits(exported: tuple[Path, Any], converte
             held = np.empty(x.shape, np.float32)
             file.read_into(name, 0, memoryview(held.reshape(-1).view(np.uint8)))
             assert np.array_equal(held, x.astype(np.float32))
+
+
+class Codes(Weights):
+    def _load(self, info: TensorInfo) -> torch.Tensor:
+        return 2 * super()._load(info)
+
+
+def test_large_weights_lie_at_pages_and_are_written_a_piece_at_a_time(tmp_path: Path) -> None:
+    """Of tensors that have no values in the graph; one of few bytes stands in it."""
+    import onnx_ir
+    from safetensors.torch import save_file
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.onnx._internal.exporter._core import TorchTensor
+
+    stored = {name: torch.randn(shape) for name, shape in (("a", (3, 100)), ("b", (600, 500)), ("c", (2, 7)))}
+    save_file(stored, tmp_path / "m.safetensors")
+    with closing(open_checkpoint(tmp_path / "m.safetensors")) as checkpoint:
+        (infos,) = ranks_of(checkpoint)
+        weights, mode = Weights(checkpoint, infos, torch.float32, "cpu"), FakeTensorMode()
+        values = [
+            onnx_ir.Value(name=n, const_value=TorchTensor(without_values(x, mode), n))
+            for n, x in stored.items()
+        ]
+        graph = onnx_ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 18})
+        put_outside(graph, weights, tmp_path / "m.onnx.data")
+        assert len(list(pieces(weights, "b"))) == 3
+        codes = Codes(checkpoint, infos, torch.float32, "cpu")  # made of more than they are stored as
+        assert torch.equal(torch.cat(list(pieces(codes, "b"))), 2 * stored["b"].reshape(-1))
+        onnx.save(onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)), tmp_path / "m.onnx")
+        with closing(open_onnx(tmp_path / "m.onnx")) as file:
+            places = {n: (p.offset, p.size) for n, p in file.outside.items()}
+            assert places == {"a": (0, 1200), "b": (1 << 16, 1_200_000)}
+            assert all(in_graph(file, weights, n) for n in stored)
+            data = tmp_path / "m.onnx.data"
+            content = bytearray(data.read_bytes())
+            content[-1] ^= 1
+            data.write_bytes(content)
+    with closing(open_checkpoint(tmp_path / "m.safetensors")) as checkpoint:
+        weights = Weights(checkpoint, ranks_of(checkpoint)[0], torch.float32, "cpu")
+        with closing(open_onnx(tmp_path / "m.onnx")) as file:
+            assert [n for n in stored if not in_graph(file, weights, n)] == ["b"]
 
 
 def test_an_export_that_does_not_pass_is_not_published(

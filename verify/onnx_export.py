@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ckpt_tool
 import ckpt_tool.reference.phases as protocol
@@ -38,6 +39,7 @@ from ckpt_tool.verify.onnx_names import (
     layer_names,
     of_words,
 )
+from ckpt_tool.verify.onnx_weights import Some, put_outside, without_values
 from ckpt_tool.verify.sides import BROKEN, Side
 
 DATA = ".data"  # after the name of the graph
@@ -75,24 +77,8 @@ def for_task(side: Side, task: str) -> Side:
         return side
     (ranks,) = side.ranks
     bare = {n: n for n in ranks if not n.startswith("cls.")}  # of readings that tell a head by its tensors
-    side = replace(side, ranks=(_Some(ranks, bare),))
+    side = replace(side, ranks=(Some(ranks, bare),))
     return side if own is None else replace(side, config=replace(side.config, kind="base_model"))
-
-
-class _Some(Mapping[str, Tensor]):
-    """Some of the tensors of a mapping, which are read when they are asked for; by other names."""
-
-    def __init__(self, whole: Mapping[str, Tensor], own: Mapping[str, str]) -> None:
-        self.whole, self.own = whole, own
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.whole[self.own[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.own)
-
-    def __len__(self) -> int:
-        return len(self.own)
 
 
 def form_of(side: Side, task: str, *, with_past: bool) -> Form:
@@ -168,16 +154,17 @@ def _few(side: Side) -> Tensor:
 
 
 class Reading(nn.Module):
-    """A side as a module: parameters of the names of its tensors, inputs and outputs in a form's order."""
+    """A side as a module: parameters of the names of its tensors, which have no values, inputs and outputs
+    in a form's order."""
 
-    def __init__(self, side: Side, form: Form) -> None:
+    def __init__(self, side: Side, form: Form, mode: FakeTensorMode) -> None:
         super().__init__()
         self.side, self.form = side, form
         (tensors,) = side.ranks
         read = needed(side, form)
         self.names = [name for name in tensors if name in read]
         for name in self.names:
-            self._put(name, tensors[name])
+            self._put(name, without_values(read[name], mode))
 
     def _put(self, name: str, x: Tensor) -> None:
         *path, last = name.split(".")
@@ -225,8 +212,9 @@ def shaped(y: Tensor, task: str, ids: Tensor, pad: Any, rows: Any) -> Tensor:
     return y
 
 
-def needed(side: Side, form: Form) -> set[str]:
-    """The tensors that a graph of that form is made of: those that a pass reads, and of experts all."""
+def needed(side: Side, form: Form) -> dict[str, Tensor]:
+    """The tensors that a graph of that form is made of, as they are on the device "meta": those that a pass
+    reads, and of experts all."""
     (tensors,) = side.ranks
     seen = _Seen(tensors)
     module, config = side.module, side.config
@@ -238,17 +226,21 @@ def needed(side: Side, form: Form) -> set[str]:
             if port.own not in form.kept:
                 phases[port.own].run(x)
     experts = {name.partition(".experts.")[0] for name in seen.read if ".experts." in name}
-    return seen.read | {n for n in tensors if ".experts." in n and n.partition(".experts.")[0] in experts}
+    for name in tensors:
+        if ".experts." in name and name.partition(".experts.")[0] in experts and name not in seen.read:
+            seen[name]
+    return seen.read
 
 
-class _Seen(_Some):
+class _Seen(Some):
     def __init__(self, whole: Mapping[str, Tensor]) -> None:
         super().__init__(whole, {n: n for n in whole})
-        self.read: set[str] = set()
+        self.read: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        self.read.add(name)
-        return super().__getitem__(name)
+        found = super().__getitem__(name)
+        self.read[name] = torch.empty(found.shape, dtype=found.dtype, device="meta")
+        return found
 
 
 def _example(port: Port, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Tensor:
@@ -272,11 +264,15 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
         hint = f"--opset {OLDEST} is the oldest that it writes"
         text = f"expected a version of the operators from {OLDEST} to {NEWEST}, found {opset}"
         fail("usage", text, where="--opset", hint=hint)
-    module = Reading(side, form).eval()
+    import torch._dynamo
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module = Reading(side, form, mode).eval()
     shapes = _kept_shapes(side, form)
-    args = tuple(_example(p, shapes) for p in form.inputs)
+    args = tuple(mode.from_tensor(_example(p, shapes), static_shapes=True) for p in form.inputs)
     axes = tuple(dict(p.axes) for p in form.inputs)
-    with torch.inference_mode(False), _quiet():
+    with torch.inference_mode(False), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        # looking shapes of symbols up in a cache costs more than working them out
         try:
             program = torch.onnx.export(
                 module, args, dynamo=True, dynamic_shapes=(axes,), opset_version=opset, optimize=False,
@@ -287,9 +283,10 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
             reason = error.__cause__ or error
             text = "expected a pass that torch.onnx.export can write, found one that it cannot"
             fail("unsupported", f"{text}: {_reason(reason)}")
-        assert program is not None
-        program.save(folder / name, external_data=True)
-    _tidy(folder / name, side, form)
+    assert program is not None
+    (tensors,) = side.ranks
+    put_outside(program.model.graph, tensors, folder / (name + DATA))
+    _write(program.model, folder / name, side, form)
     with closing(open_onnx(folder / name)) as written:
         if written.opset != opset:
             text = f"expected version {opset} of the operators, found {written.opset} in what was exported"
@@ -329,12 +326,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _tidy(path: Path, side: Side, form: Form) -> None:
+def _write(made: Any, path: Path, side: Side, form: Form) -> None:
     """Without what the exporter notes of the machine it ran on (paths of sources, node by node), and with the
-    names of the axes and what the graph is."""
+    names of the axes and what the graph is. `made` is of onnx_ir."""
     import onnx
+    import onnx_ir
 
-    model = onnx.load(path, load_external_data=False)
+    model = onnx_ir.to_proto(made)
     for graph in (model.graph, *model.functions):
         del graph.metadata_props[:]
         graph.doc_string = ""

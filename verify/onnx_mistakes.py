@@ -17,7 +17,7 @@ import torch
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.onnx_file import OnnxFile
 from ckpt_tool.checkpoint.tensor_names import fold_key, short
-from ckpt_tool.verify.onnx_runs import Case, Graph, Interface, altered_graph
+from ckpt_tool.verify.onnx_runs import Case, Graph, Interface, altered_graph, opened_graph
 
 Array = np.ndarray
 MOST = 24  # weights that are altered
@@ -42,30 +42,32 @@ class Mistake:
 
 
 def mistakes(
-    file: OnnxFile,
-    interface: Interface,
-    right: Graph,
-    sizes: tuple[int, int] | None,
-    without: str | tuple[str, ...],
+    file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None, without: str | tuple[str, ...]
 ) -> Iterator[Mistake]:
     """Those of weights, but for names with an end of `without`, of operators where the graph is small enough
-    to be loaded again, and of inputs."""
-    chosen = [t for t in _chosen(file) if not (without and t.name.endswith(without))]
-    if chosen:
-        open_graph = altered_graph(_with_inputs(file, chosen), file, interface, sizes)
-        for name, feeds in _weights(file, chosen):
-            yield Mistake(name, lambda feeds=feeds: replace(open_graph, more=feeds()))  # type: ignore[misc]
+    to be loaded again, and of inputs. One graph is open at a time where each is forgotten before the next is
+    asked for."""
+    yield from _of_weights(file, interface, sizes, without)
     if sum(t.nbytes for t in file.tensors.values()) <= RELOADED:
         for name, change in _operators(file):
             model = _copy(file)
             change(model)
             yield Mistake(name, lambda model=model: altered_graph(model, file, interface, sizes))  # type: ignore[misc]
+    right = lambda: opened_graph(file, interface, sizes)  # noqa: E731
     if "mask" in interface.inputs:
-        yield Mistake(
-            "attention_mask not read", lambda: right, lambda c: replace(c, mask=torch.ones_like(c.mask))
-        )
+        yield Mistake("attention_mask not read", right, lambda c: replace(c, mask=torch.ones_like(c.mask)))
     if "token_types" in interface.inputs:
-        yield Mistake("token_type_ids not read", lambda: right, lambda c: replace(c, token_types=None))
+        yield Mistake("token_type_ids not read", right, lambda c: replace(c, token_types=None))
+
+
+def _of_weights(
+    file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None, without: str | tuple[str, ...]
+) -> Iterator[Mistake]:
+    chosen = [t for t in _chosen(file) if not (without and t.name.endswith(without))]
+    if chosen:
+        graph = altered_graph(_with_inputs(file, chosen), file, interface, sizes)
+        for name, feeds in _weights(file, chosen):
+            yield Mistake(name, lambda feeds=feeds: replace(graph, more=feeds()))  # type: ignore[misc]
 
 
 def _copy(file: OnnxFile) -> Any:

@@ -28,7 +28,8 @@ from ckpt_tool.verify.onnx_export import for_task, kept_by
 from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
 from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
-from ckpt_tool.verify.onnx_runs import Case, Graph, Interface, opened_graph, recognised
+from ckpt_tool.verify.onnx_runs import Case, Interface, opened_graph, recognised
+from ckpt_tool.verify.onnx_weights import in_graph
 from ckpt_tool.verify.prompts import Prompts, positions, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
 from ckpt_tool.verify.sides import Side
@@ -99,14 +100,13 @@ def verify_onnx(
         tell("onnx: computing with the readings")
         judged = _judged(source, single, task, cases, bool(interface.past or interface.present))
         tell("onnx: computing with onnxruntime")
-        graph = opened_graph(file, interface, sizes)
+        found = _found(file, interface, sizes, task, judged.cases)
         report.findings += [_interface(file, interface, left), *_weights(file, single)]
-        found = [_run(graph, task, case) for case in judged.cases]
         compared = _compare(judged, found, tolerance(single.module, source.config)[0])
         report.findings.append(_outputs(compared, judged, source))
         if all(c.holds for c in compared):
             tell("onnx: planting mistakes")
-            report.findings.append(_control(file, interface, graph, sizes, task, judged, found))
+            report.findings.append(_control(file, interface, sizes, task, judged, found))
         report.facts["computed"] = _computed()
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
@@ -308,8 +308,12 @@ def _variances(wanted: list[Results], task: str) -> dict[str, float | None]:
     return made
 
 
-def _run(graph: Graph, task: str, case: Case) -> Results:
-    return {name: picked(task, case, name, y) for name, y in graph.run(case).items()}
+def _found(
+    file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None, task: str, cases: list[Case]
+) -> list[Results]:
+    """What the graph gives for each case; it is closed again, as one takes the memory of its weights."""
+    graph = opened_graph(file, interface, sizes)
+    return [{name: picked(task, c, name, y) for name, y in graph.run(c).items()} for c in cases]
 
 
 def _compare(judged: Judged, found: list[Results], atol: float) -> list[Compared]:
@@ -350,10 +354,12 @@ def _interface(file: OnnxFile, interface: Interface, left: list[str]) -> Finding
 def _weights(file: OnnxFile, side: Side) -> list[Finding]:
     """How many tensors of the source are in the graph bit for bit, as they are or transposed, whatever their
     name: exporters give them others."""
-    held = _held(file)
-    names, missing = list(side.ranks[0]), []
-    for name in names:
-        x = side.ranks[0][name].numpy()
+    (tensors,) = side.ranks
+    names, missing = list(tensors), []
+    renamed = [name for name in names if not in_graph(file, tensors, name)]
+    held = _held(file) if renamed else set()
+    for name in renamed:
+        x = tensors[name].numpy()
         if x.size and not ({_digest(x), _digest(x.T)} & held):
             missing.append(name)
     found = len(names) - len(missing)
@@ -449,13 +455,12 @@ class Caught:
 def _control(
     file: OnnxFile,
     interface: Interface,
-    graph: Graph,
     sizes: tuple[int, int] | None,
     task: str,
     judged: Judged,
     right: list[Results],
 ) -> Finding:
-    known = mistakes(file, interface, graph, sizes, judged.without)
+    known = mistakes(file, interface, sizes, judged.without)
     planted = [c for m in known if (c := _planted(m, task, judged, right)) is not None]
     if not planted:
         return Finding(

@@ -160,7 +160,15 @@ class Graph:
         feeds: dict[str, np.ndarray] = {v.name: x.numpy().astype(NUMPY[v.dtype]) for v, x in values.items()}
         wanted = {v.name: v.name for v in self.interface.results.values()}
         wanted |= {v.name: f"present.{i}.{part}" for (i, part), v in self.interface.present.items()}
-        found = self.session.run(list(wanted), {**feeds, **self.more})
+        try:
+            found = self.session.run(list(wanted), {**feeds, **self.more})
+        except Exception as error:  # onnxruntime's classes have no base of their own
+            reason = printable(" ".join(str(error).split()), 300)
+            fail(
+                "unsupported",
+                f"expected a graph that onnxruntime runs on the prompt {case.name}, "
+                f"{'x'.join(map(str, case.ids.shape))} tokens, found one that it does not: {reason}",
+            )
         return {name: torch.from_numpy(np.array(y)) for name, y in zip(wanted.values(), found, strict=True)}
 
 

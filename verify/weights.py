@@ -114,14 +114,30 @@ class Weights(Mapping[str, Tensor]):
             return self._streamed(info)
         wanted = self.dtype if stored.is_floating_point else stored
         out = torch.empty(info.numel, dtype=wanted, device=self.device)
+        start = 0
+        for piece in self._stored(info):
+            out[start : start + len(piece)] = piece
+            start += len(piece)
+        return out.view(info.shape)
+
+    def _stored(self, info: TensorInfo) -> Iterator[Tensor]:
+        """Its numbers in order, some at a time, as they are stored; each piece takes the place of the one
+        before."""
+        stored = getattr(torch, DTYPES[info.dtype].torch)
         step = max(1, PIECE // stored.itemsize)
         staging = torch.empty(min(step, info.numel), dtype=stored)
         for start in range(0, info.numel, step):
             piece = staging[: min(step, info.numel - start)]
             buffer = piece.view(torch.uint8).numpy().data
             self.checkpoint.read_into(info, start * stored.itemsize, buffer)
-            out[start : start + len(piece)] = piece
-        return out.view(info.shape)
+            yield piece
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The numbers of a tensor as it is computed with, in order, flat, some at a time."""
+        info = self.tensors[name]
+        self.used.add(name)
+        for piece in self._stored(info):
+            yield piece.to(self.dtype) if piece.is_floating_point() else piece
 
 
 def ranks_of(checkpoint: Checkpoint, *, stages: bool = False) -> list[Mapping[str, TensorInfo]]:
