@@ -188,7 +188,7 @@ def test_losses_of_every_head(head: str, model: Any, run: Callable[..., Finding]
     expected = {"kind": "loss", "values": round(true, 2), "round_digits": 2}
     assert run(folder, entry(head, expected, labels=labels)).status == "pass"
     wrong = run(folder, entry(head, {**expected, "values": true + 0.02}, labels=labels))
-    assert wrong.status == "fail"
+    assert wrong.status == "fail" and wrong.message.startswith("expected the documented loss ")
     assert wrong.measured == pytest.approx(0.02, abs=1e-4)
 
 
@@ -216,6 +216,8 @@ def test_points_of_every_result(
     wrong = run(folder, entry(head, {**expected, "values": [values[0], values[1] + 0.01]}))
     assert wrong.status == "fail"
     assert wrong.bar == pytest.approx(5e-4 if kind == "hidden_slice" else 1e-3)
+    assert wrong.message.startswith(f"expected 2 documented values of {kind}, computed in float32, within ")
+    assert "found 1 of them outside, the farthest 0.0" in wrong.message
 
 
 def test_padded_positions_of_a_slice_are_left_out(model: Any, run: Callable[..., Finding]) -> None:

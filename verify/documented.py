@@ -16,7 +16,7 @@ from ckpt_tool.verify import documented_generation
 from ckpt_tool.verify.answers import Batch, Contradiction, Runner, Skip
 from ckpt_tool.verify.expectations import Expectation, Tolerance, match
 from ckpt_tool.verify.prompts import tokenizer_of
-from ckpt_tool.verify.report import Finding, Status
+from ckpt_tool.verify.report import Finding, Status, number
 from ckpt_tool.verify.sides import Side, mask_of
 from ckpt_tool.verify.subject import Subject
 
@@ -161,14 +161,19 @@ def _numbers(entry: Expectation, runner: Runner) -> Finding:
         bars = torch.full_like(bars, rtol)
     worst = int((delta - bars).argmax())
     over = int((delta > bars).sum())
-    text = f"{delta.numel()} documented values of {expected.kind}"
-    text = f"{over} of {text} differ" if over else text
-    text += f", computed in {runner.dtype}"
+    text = f"{delta.numel()} documented values of {expected.kind}, computed in {runner.dtype}"
+    if over:
+        text = _outside(f"{text},", float(bars[worst]), f"{over} of them", float(delta[worst]))
     if delta.numel() < values.numel():
         text += f"; {values.numel() - delta.numel()} at padded positions are left out"
     return _verdict(
         entry, bool((delta <= bars).all()), text, measured=float(delta[worst]), bar=float(bars[worst])
     )
+
+
+def _outside(what: str, bar: float, found: str, off: float) -> str:
+    """What is documented, within what, and how far the farthest of what was found is off."""
+    return f"expected {what} within {number(bar)}, found {found} outside, the farthest {number(off)} off"
 
 
 def _apart(found: Tensor, values: Tensor, tolerance: Tolerance) -> Tensor:
@@ -189,8 +194,10 @@ def _loss(entry: Expectation, runner: Runner) -> Finding:
     found = runner.loss(entry)
     want = float(entry.expected.values)
     bar = max(LOSS_BAR, entry.tolerance.atol)
+    holds = abs(found - want) <= bar
     text = f"loss {found:.4f}, documented {want}"
-    return _verdict(entry, abs(found - want) <= bar, text, measured=abs(found - want), bar=bar)
+    text = text if holds else f"expected the documented loss {want} within {number(bar)}, found {found:.4f}"
+    return _verdict(entry, holds, text, measured=abs(found - want), bar=bar)
 
 
 def _inequality(entry: Expectation, runner: Runner) -> Finding:
@@ -311,6 +318,7 @@ def _scores(entry: Expectation, runner: Runner) -> Finding:
         if float(delta.max()) >= worst:
             worst, bar = float(delta.max()), float(bars[int(delta.argmax())])
     text = f"{sum(map(len, nested))} documented scores, computed in {runner.dtype}"
+    text = text if holds else _outside(f"{text},", bar, "some", worst)
     return _verdict(entry, holds, text, measured=worst, bar=bar)
 
 

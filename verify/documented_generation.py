@@ -14,7 +14,7 @@ from ckpt_tool.verify.answers import Runner, Skip
 from ckpt_tool.verify.expectations import Expectation
 from ckpt_tool.verify.generate_options import RULES
 from ckpt_tool.verify.generate_run import Made, Request, run
-from ckpt_tool.verify.report import Finding
+from ckpt_tool.verify.report import Finding, number
 
 FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 # Of an entry, beside options of the library.
@@ -138,6 +138,9 @@ def scores(entry: Expectation, runner: Runner, verdict: Verdict, bars: tuple[flo
         if float(delta.max()) >= worst:
             worst, bar = float(delta.max()), float(limits[int(delta.argmax())])
     text = f"{sum(map(len, nested))} documented scores, computed in {runner.dtype}"
+    if not holds:
+        off = f"found some outside, the farthest {number(worst)} off"
+        text = f"expected {text}, within {number(bar)}, {off}"
     return verdict(entry, holds, text, measured=worst, bar=bar)
 
 

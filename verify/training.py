@@ -41,6 +41,7 @@ USUAL = 4 << 30
 CAP = 1e-6  # of the energy of a gradient, whatever the noise
 NOTHING = 1e-20  # of the mean square of all gradients: what is below is rounding, not a gradient
 STEP = 1e-6  # of the learning rate: how far tensors may be apart after one step
+PIECE = 1 << 20  # elements that take the step at once
 NAMED = 5  # tensors that are told one by one
 
 Found = Mapping[str, np.ndarray]
@@ -230,7 +231,7 @@ def apart(wanted: Wanted, found: Found) -> list[Apart]:
 
 
 def _energy(x: np.ndarray) -> float:
-    flat = x.astype(np.float64).ravel()
+    flat = x.astype(np.float64, copy=False).ravel()
     return float(flat @ flat)
 
 
@@ -258,11 +259,15 @@ def _compared(
         return [Finding(LEVEL, "gradients", "fail", f"the converted model cannot learn: {error}")]
     tokens = sum(ids.numel() for ids, _ in batches)
     each = apart(wanted, rough)
+    if (other := _other_heads(original, converted, each)) is not None:
+        return [other]
     what = f"{len(batches)} prompts, {tokens} tokens"
     packed = _packed(converted)
     made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what, packed)]
     made += training_groups.findings(rows)
-    after = _Step(subject, converted, wanted, _found(converted, rows, exact), exact, recipe_of(subject))
+    found = _found(converted, rows, exact)
+    exact.gradients.clear()  # which are as large again as what was made of them
+    after = _Step(subject, converted, wanted, found, exact, recipe_of(subject))
     made += after.findings()
     made += training_groups.dropouts(subject)
     if against is not None:
@@ -271,6 +276,17 @@ def _compared(
     if not any(f.status == "fail" for f in made):
         made.append(_planted(converted, rows, batches, task, wanted, rough, after, subject))
     return made
+
+
+def _other_heads(original: Side, converted: Side, each: Sequence[Apart]) -> Finding | None:
+    """That the sides learn different things, where gradients differ and a head of one is not in the other."""
+    own = original.heads(), converted.heads()
+    new = [a.name for a in each if a.alone and not a.holds]
+    if set(own[0]) == set(own[1]) or all(a.holds for a in each):
+        return None
+    what = f"one with {', '.join(new[:NAMED])}" if new else f"another ({', '.join(own[1]) or 'none'})"
+    text = f"expected the head of the original, found {what}: a head that it does not have cannot be compared"
+    return Finding(LEVEL, "gradients", "fail", text, "config.json: architectures")
 
 
 def _of_library(
@@ -422,17 +438,13 @@ class _Step:
             if value is None or not value.is_floating_point():
                 continue
             decays = optimizer.decays(name, tuple(info.shape))
-            one = self._after(self.recipe, value, self.wanted.gradients.get(name), decays)
-            two = self._after(other or self.recipe, value, self.found.get(name), decays != (name == flipped))
-            found[name] = float((one - two).abs().max()) / self.recipe.rate if one.numel() else 0.0
+            given = (
+                (self.recipe, self.wanted.gradients.get(name), decays),
+                (other or self.recipe, self.found.get(name), decays != (name == flipped)),
+            )
+            top = (_moved_apart(value, given, start) for start in range(0, value.numel(), PIECE))
+            found[name] = max(top, default=0.0) / self.recipe.rate
         return found
-
-    def _after(self, recipe: AdamW, p: Tensor, gradient: np.ndarray | None, decays: bool) -> Tensor:
-        if gradient is None:  # no gradient, no step
-            return p
-        g = torch.from_numpy(np.ascontiguousarray(gradient, dtype=np.float64)).view(p.shape)
-        new, _ = optimizer.step(recipe, p, g, optimizer.start(p), decays=decays)
-        return new
 
     def findings(self) -> list[Finding]:
         each = self.distances()
@@ -442,6 +454,20 @@ class _Step:
             return [Finding(LEVEL, "step", "fail", text, n, each[n], STEP) for n in bad[:NAMED]]
         text = f"{len(each)} tensors take the one step that the original takes ({self.recipe.words()})"
         return [Finding(LEVEL, "step", "pass", text, None, max(each.values(), default=0.0), STEP)]
+
+
+def _moved_apart(value: Tensor, given: Sequence[tuple[AdamW, np.ndarray | None, bool]], start: int) -> float:
+    """How far apart one step takes the elements of a tensor from `start` on, by each recipe with its gradient
+    and whether it decays."""
+    p = value.reshape(-1)[start : start + PIECE]
+    after = []
+    for recipe, gradient, decays in given:
+        if gradient is None:  # no gradient, no step
+            after.append(p)
+            continue
+        g = torch.from_numpy(gradient.reshape(-1)[start : start + PIECE].astype(np.float64))
+        after.append(optimizer.step(recipe, p, g, optimizer.start(p), decays=decays)[0])
+    return float((after[0] - after[1]).abs().max())
 
 
 # --- planted mistakes ---------------------------------------------------------------------------------------
