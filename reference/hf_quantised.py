@@ -82,7 +82,7 @@ def _twice(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Pack
 def powers(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as numbers; bytes and E8M0 are exponents."""
     if scales.dtype == torch.uint8:
-        return torch.ldexp(torch.ones((), dtype=dtype), scales.int() - 127)
+        return torch.ldexp(torch.ones(scales.shape, dtype=dtype), scales.int() - 127)
     return scales.to(dtype)
 
 
