@@ -88,6 +88,9 @@ def against_transformers(
         return [finding("logits", "skipped", str(reason), data={"open": True})]
     except NotLoaded as error:
         text = f"transformers {error.version} cannot load the output: {error.error}"
+        if (method := _unknown_method(subject)) is not None:
+            text = f"transformers {error.version} has no reader of weights that {method} quantised"
+            return [finding("load", "undecided", text)]
         deviations = _deviations(subject, error.version)
         if deviations and release(error.version) < (4, 43):
             return [finding("load", "skipped", text), *deviations]
@@ -135,6 +138,17 @@ def _loaded(
         progress(f"transformers {getattr(judge, '__version__', judge)}: loading")
     make = library.there if isinstance(judge, Path) else library.here
     return make(judge, subject, prompts, dtype, device)
+
+
+def _unknown_method(subject: Subject) -> str | None:
+    """The method by which weights are quantised, where the installed release takes their codes as numbers."""
+    try:
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    except ImportError:
+        return None
+    said = subject.config.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    return method if isinstance(method, str) and method not in AUTO_QUANTIZER_MAPPING else None
 
 
 def _fault(transformers: Any, subject: Subject, error: NotLoaded) -> Status:
