@@ -88,12 +88,18 @@ PLANTED = {
 AS = " as "
 BASES = {
     "qwen3": "qwen3-float32",
+    "llama": "llama-1-13b",
+    "qwen2": "qwen2.5-14b",
     "mistral": "mistral-float32",
-    "llama": "llama-2-7b",
-    "qwen2": "qwen2-0.5b",
     "mixtral": "mixtral-c",
 }
-CODED = {f"{family}{AS}{form}": (f"{base}{AS}{form}",) for family, base in BASES.items() for form in FORMATS}
+UNFIT = {"qwen2": ("mxfp4",), "mistral": ("mxfp4", "nvfp4"), "mixtral": ("mxfp4", "nvfp4")}  # by their rows
+CODED = {
+    f"{family}{AS}{form}": (f"{base}{AS}{form}",)
+    for family, base in BASES.items()
+    for form in FORMATS
+    if form not in UNFIT.get(family, ())
+}
 EVERY = {**PLANTED, **CODED}
 PACKED = {"gpt-oss": PLANTED["gpt-oss"], **CODED}
 NUMBERS = Options(dequantize="BF16")

@@ -430,6 +430,8 @@ def test_a_text_model_without_yarn_may_read_images(originals: Written, tmp_path:
     said = [f.message for f in report.findings if f.check == "unseen"]
     assert any("the part that reads images: 33 tensors are read by no pass here" in t for t in said)
     assert "; the part that reads images by its bits alone" in report.headline
+    (files,) = (n for n in api.plan(source).notes if "processor_config.json" in n)
+    assert files.endswith("(patch_size 4, spatial_merge_size 2)")
 
 
 def test_adapters_have_the_biases_that_are_there(originals: Written, tmp_path: Path) -> None:

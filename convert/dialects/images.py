@@ -186,6 +186,15 @@ def beside(known: Known) -> Beside:
     return Beside(rows, axes, behind, {"j": int(known[f"{CONFIG}.num_hidden_layers"])})
 
 
+def untold(known: Known) -> list[str]:
+    """The files by which transformers makes patches of images are no part of an original."""
+    patch, merged = known[f"{CONFIG}.patch_size"], known["spatial_merge_size"]
+    return [
+        "no processor_config.json and preprocessor_config.json are written, which AutoProcessor reads: take "
+        f"those of the release (patch_size {patch}, spatial_merge_size {merged})"
+    ]
+
+
 # What the classes take for absent keys.
 DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 1024,

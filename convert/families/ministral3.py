@@ -387,6 +387,7 @@ SEEING = consolidated.family(
     params=(*ENTRIES, images.entries),
     parts=(YARN, LLAMA_4, *images.OBJECTS),
     beside=images.beside,
+    untold=images.untold,
     root="language_model.",
 )
 FAMILY = consolidated.one_of_two(OF_TEXT, SEEING, lambda checkpoint: images.sees(checkpoint.names()))
