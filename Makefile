@@ -74,6 +74,13 @@ check: lint types base test
 table: setup .judges/tf4.37/.ready
 	CKPT_TOOL_TRANSFORMERS=$${CKPT_TOOL_TRANSFORMERS:-.judges/tf4.37} $(BIN)/python -m ckpt_tool table
 
+# Conversions beside cp, levels beside reading, parity beside a forward pass: one table. Some 12 GB of BENCH_FOLDER.
+BENCH_FOLDER ?= build/bench
+BENCH_ROUNDS ?= 3
+bench: setup
+	mkdir -p $(BENCH_FOLDER)
+	$(BIN)/python benchmarks/together.py --work $(BENCH_FOLDER) --rounds $(BENCH_ROUNDS) --json $(BENCH_FOLDER)/result.json
+
 clean:
 	rm -rf build ckpt-tool-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -prune -exec rm -r {} +

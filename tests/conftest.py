@@ -49,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 Written = Callable[[str], Path]
+FEW_TOKENS = 150
 SHARED_REAL = Path(__file__).parents[2] / "shared" / "real"
 
 
@@ -61,6 +62,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the fixed prompts, the longer one cut to a quarter, in a third of the time: for tests of what is
+    found, since what two prompts show all of them do. That right models pass is shown with all
+    (test_end_to_end.py)."""
+    from ckpt_tool.verify import prompts
+
+    every = prompts.fixed
+
+    def few(vocab_size: int, *, bos: int | None = 1) -> dict[str, list[int]]:
+        rows = every(vocab_size, bos=bos)
+        return {"other": rows["other"], "long": rows["long"][:FEW_TOKENS]}
+
+    monkeypatch.setattr(prompts, "fixed", few)
 
 
 @pytest.fixture(scope="session")

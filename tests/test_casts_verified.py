@@ -20,6 +20,8 @@ from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.subject import opened
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 Written = Callable[[str], Path]
 Cast = Callable[[torch.Tensor], torch.Tensor]
 FLOAT32 = "bert-2023-float32"

@@ -65,6 +65,7 @@ def first_wrong(report: Report) -> str | int | None:
     return int(named.removeprefix("layer ")) if named and named.startswith("layer ") else named
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(("variant", "flaw"), CASES)
 def test_planted_mistakes_are_caught(
     variant: str, flaw: str, originals: Written, conversions: Written, tmp_path: Path

@@ -24,6 +24,8 @@ SMALL = (
     "gpt2-v2-tp2",
 )  # fmt: skip
 
+ALL_PROMPTS = "mistral-7b-v0.1"  # whose long prompt two prompts give too narrow a bar in bfloat16
+
 
 def of(report: Report, check: str, level: str = "parity") -> Finding:
     found = [f for f in report.level(level) if f.check == check]
@@ -40,8 +42,10 @@ def run(variant: str, out: Path, source: Path, **asked: Any) -> Report:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", SMALL)
 def test_sixteen_bits_cannot_decide_and_say_what_can(
-    variant: str, dtype: str, originals: Written, conversions: Written
+    variant: str, dtype: str, originals: Written, conversions: Written, request: pytest.FixtureRequest
 ) -> None:
+    if variant != ALL_PROMPTS:
+        request.getfixturevalue("few_prompts")
     report = run(variant, conversions(variant), originals(variant), compute_dtype=dtype)
     assert (report.exit_code, [f.message for f in report.findings if f.status == "fail"]) == (2, [])
     assert of(report, "lockstep").status == "pass"
@@ -57,6 +61,7 @@ def test_sixteen_bits_cannot_decide_and_say_what_can(
     assert coarse and set(coarse) == {"yes"}
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_still_see_a_wrong_matrix(
     dtype: str, originals: Written, conversions: Written, tmp_path: Path
@@ -113,6 +118,7 @@ def test_a_mistake_without_effect_is_undecided(
 # --- the outside judge ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("variant", ["llama-2-7b", "qwen2-window", "opt-350m", "mixtral-a"])
 def test_transformers_in_float64_is_judged_by_its_float32_parts(
     variant: str, originals: Written, conversions: Written
@@ -126,6 +132,7 @@ def test_transformers_in_float64_is_judged_by_its_float32_parts(
     assert "float32" in judged.message
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_transformers_still_sees_a_wrong_matrix(
     dtype: str, originals: Written, conversions: Written, tmp_path: Path
@@ -151,6 +158,7 @@ def test_what_the_judge_raises_is_no_difference(
     assert "RuntimeError: Expected mat_a to be Float32, found Double" in judged.message
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("error", [MemoryError("no room"), ImportError("needs accelerate")])
 def test_a_judge_that_cannot_load_a_right_output_is_no_difference(
     error: Exception, originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch

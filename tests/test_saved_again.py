@@ -20,6 +20,8 @@ from ckpt_tool.verify import prompts, verify
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("few_prompts")
+
 ROOT = Path(__file__).parents[1]
 Written = Callable[[str], Path]
 RELEASES = {"tf5": "5.23.0", "tf4.57": "4.57.6", "tf4.37": "4.37.2"}

@@ -172,6 +172,7 @@ def test_the_cheap_levels_do_not_import_torch(originals: Written, conversions: W
 # --- mistakes, and their diagnosis ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("variant", "flaw", "cause"),
     [
@@ -237,6 +238,7 @@ def test_both_q_and_k_unpermuted_are_one_cause(originals: Written, broken: Writt
     )
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("variant", "config", "cause"),
     [
