@@ -28,6 +28,7 @@ VERSION_0, VERSION_1, VERSION_2 = "t n h", "n h t", "g t h"
 KEYS_FIRST = "t n h, key, value, query"  # metaseq's; the others have the query first
 ALL = slice(None)
 AT_ONCE = 1 << 24  # numbers of one intermediate result: scores of queries with keys, hidden units
+QUERIES = 128  # whose scores are made at once: of keys after all of them, or out of their window, none are
 # What transformers calls the two forms of gelu, which are the user's words for them.
 GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 # What config.json calls the functions of `activate`.
@@ -152,10 +153,16 @@ def visible(
     return seen[None, None] if mask is None else seen & mask.bool()[:, None, None, :]
 
 
-def in_turn(part: Callable[[slice], Tensor], tokens: int, each: int) -> Tensor:
+def reached(own: slice, tokens: int, before: int = 0, window: int | None = None) -> slice:
+    """The keys that some of the queries `own` see, of `tokens` tokens after the first `before`."""
+    first, last, _ = own.indices(tokens)
+    return slice(0 if window is None else max(0, before + first + 1 - window), before + last)
+
+
+def in_turn(part: Callable[[slice], Tensor], tokens: int, each: int, most: int | None = None) -> Tensor:
     """What `part` makes of all tokens, (B, tokens, C), of so many at a time that it makes at most AT_ONCE
-    numbers on its way, which are `each` for a token."""
-    turns = max(1, -(-tokens * each // AT_ONCE))
+    numbers on its way, which are `each` for a token, and of at most `most`."""
+    turns = max(1, -(-tokens * each // AT_ONCE), 1 if most is None else -(-tokens // most))
     if turns == 1:
         return part(ALL)
     share = -(-tokens // turns)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference.blocks import (
+    QUERIES,
     VERSION_2,
     Expert,
     Past,
@@ -33,6 +34,7 @@ from ckpt_tool.reference.blocks import (
     layer_norm,
     mixture,
     products,
+    reached,
     recalled,
     remembered,
     rms_norm,
@@ -172,12 +174,15 @@ def attention(
         q = with_distance(q, places(x, ahead, positions), *c.far)
     k, v = recalled(past, place, k, v)
     k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))  # (B, T, N/S, H)
+    window = c.windows[place[0]]
 
     def attended(own: slice) -> Tensor:
-        scores = capped(products(q[:, own], k) / math.sqrt(c.query_scalar or c.head_dim), c.score_cap)
-        return weigh(scores, v, visible(x, window=c.windows[place[0]], before=ahead, queries=own), -math.inf)
+        keys = reached(own, x.shape[1], ahead, window)
+        scores = products(q[:, own], k[:, keys]) / math.sqrt(c.query_scalar or c.head_dim)
+        seen = visible(x, window=window, before=ahead, queries=own)[..., keys]
+        return weigh(capped(scores, c.score_cap), v[:, keys], seen, -math.inf)
 
-    y = in_turn(attended, x.shape[1], len(x) * q.shape[2] * k.shape[1])
+    y = in_turn(attended, x.shape[1], len(x) * q.shape[2] * k.shape[1], QUERIES)
     return affine(y, w, p + c.names.out, "out" in c.biased)
 
 

@@ -26,6 +26,7 @@ GELUS = {
 ACTIVATIONS = {**GELUS, "relu": "relu", "silu": "silu", "swish": "silu"}  # of `activate`
 
 HELD = 1 << 24  # numbers of one intermediate result: scores of queries with keys, hidden units
+ROWS = 128  # of scores that are made at once, without the keys that none of these queries sees
 
 
 def traced() -> bool:
@@ -178,10 +179,13 @@ def grouped_attention(
 
     def of(some: Tensor, first: int) -> Tensor:
         """Of the queries from `first` on: (B, t, N * H)."""
-        scores = torch.einsum("bkgqh,bkth->bkgqt", some, k) * (scalar or H) ** -0.5
+        own, low, high = S - T + first, 0, S  # `own`: which key is the first query's own
+        if mask is None and some.shape[3] < T:  # else a query of padding may see keys that are later, too
+            low, high = max(0, own + 1 - (window or S)), own + some.shape[3]
+        keys, values, own = k[:, :, low:high], v[:, :, low:high], own - low
+        scores = torch.einsum("bkgqh,bkth->bkgqt", some, keys) * (scalar or H) ** -0.5
         scores = softcap(scores, cap)
-        own = S - T + first  # which key is the first query's own
-        seen = torch.ones(some.shape[3], S, dtype=torch.bool, device=q.device).tril(own)
+        seen = torch.ones(some.shape[3], high - low, dtype=torch.bool, device=q.device).tril(own)
         if window is not None:
             seen = seen.triu(own + 1 - window)  # the last `window` keys, the query's own included
         if mask is not None:
@@ -189,11 +193,11 @@ def grouped_attention(
         # the lowest number: a query of padding that sees no key at all sees all alike
         lowest = -math.inf if mask is None else torch.finfo(scores.dtype).min
         weights = wide(scores.masked_fill(~seen, lowest)).softmax(-1).to(q.dtype)
-        return torch.einsum("bkgqt,bkth->bqkgh", weights, v).flatten(2)
+        return torch.einsum("bkgqt,bkth->bqkgh", weights, values).flatten(2)
 
     if traced():
         return of(q, 0)
-    rows = max(1, HELD // (B * N * S))
+    rows = max(1, min(ROWS, HELD // (B * N * S)))
     made = [of(q[:, :, :, first : first + rows], first) for first in range(0, T, rows)]
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 

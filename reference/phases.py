@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -65,8 +66,12 @@ def decoder_phases(
 
 def taken(function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
     """Those inputs that the function has a parameter for."""
-    known = signature(function).parameters
-    return {name: x for name, x in inputs.items() if name in known}
+    return {name: x for name, x in inputs.items() if name in _parameters(function)} if inputs else {}
+
+
+@lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(signature(function).parameters)
 
 
 def passes(phases: Callable[..., list[Phase]]) -> tuple[Callable[..., Tree], Callable[..., Tree]]:

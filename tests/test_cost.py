@@ -23,6 +23,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.verify import Report, effort, in_order, pace, parity, streamed, verify, weights
+from ckpt_tool.verify.buffers import Buffers
 from ckpt_tool.verify.effort import Effort, effort_for, first_of_each_kind, layers_text
 from ckpt_tool.verify.measure import CAPS, Distance, distance
 from ckpt_tool.verify.needs import read_size
@@ -272,6 +273,37 @@ def test_attention_and_units_in_turns_are_those_of_all_at_once(monkeypatch: pyte
     seen = blocks.visible(x, window=7)
     rows = [blocks.visible(x, window=7, queries=own) for own in taken]
     assert torch.equal(torch.cat(rows, dim=2), seen)
+
+
+def test_memory_of_weights_is_lent_again_once_nobody_holds_it() -> None:
+    lent = Buffers()
+    first = lent.lend(4096).view(torch.float32)
+    first.fill_(1)
+    row, place = first.view(32, 32)[3:4], first.data_ptr()
+    del first  # a view of it is left
+    other = lent.lend(4096).view(torch.float32).fill_(2)
+    assert other.data_ptr() != place and torch.equal(row, torch.ones(1, 32))
+    assert place % 64 == other.data_ptr() % 64 == 0
+    del row
+    again = lent.lend(4096)
+    assert again.data_ptr() == place
+    del again
+    assert len(lent.lend(8192)) == 8192 and len(lent._made) == 2  # what is idle and does not fit is gone
+
+
+def test_attention_leaves_out_keys_that_no_query_of_a_block_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the original's reading and the library's, with windows and with tokens before: as all at once."""
+    assert blocks.reached(slice(10, 20), 50) == slice(0, 20)
+    assert blocks.reached(slice(10, 20), 50, 5, window=3) == slice(13, 25)
+    assert blocks.reached(slice(40, 60), 50, window=100) == blocks.reached(blocks.ALL, 50) == slice(0, 50)
+    q, k, v = (torch.randn(1, n, 50, 8, dtype=torch.float64) for n in (6, 2, 2))
+    more = (torch.cat([x, torch.randn(1, 2, 9, 8, dtype=torch.float64)], dim=2) for x in (k, v))
+    for keys, values in ((k, v), tuple(more)):
+        whole = [hf_blocks.grouped_attention(q, keys, values, window) for window in (None, 1, 7, 50)]
+        with monkeypatch.context() as patch:
+            patch.setattr(hf_blocks, "ROWS", 16)
+            parts = [hf_blocks.grouped_attention(q, keys, values, window) for window in (None, 1, 7, 50)]
+        assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(whole, parts, strict=True))
 
 
 def test_ranks_that_have_none_of_the_words_add_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ from ckpt_tool.verify.spread import Walked, from_json, joined, key_of, to_json, 
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.timing import timed
 from ckpt_tool.verify.training import training
+from ckpt_tool.verify.weights import reused
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TINY = 4_000_000  # weights
@@ -306,10 +307,11 @@ def _parity(
     facts["needs"] = needs
     shared = _walks(walks, _key(subject, made, asked))
     try:
-        result = joined(subject, original, converted, prompts, effort, shared, tell) if shared else None
-        if result is None:
-            tell(f"parity: needs {needs}")
-            result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
+        with reused(*original.weights, *converted.weights):
+            result = joined(subject, original, converted, prompts, effort, shared, tell) if shared else None
+            if result is None:
+                tell(f"parity: needs {needs}")
+                result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
     except NoPass as error:
         return [Finding("parity", "lockstep", "undecided", str(error))]
     tokenizer = tokenizer_of(subject.hf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,31 +33,54 @@ class Distance:
     magnitude: float
 
 
-def distance(found: Tensor, reference: Tensor, variance: float | None = None) -> Distance:
+@dataclass(frozen=True)
+class Spread:
+    """What a distance asks of a reference: the variance of its numbers, and the largest of them."""
+
+    variance: float
+    magnitude: float
+
+
+def spread(reference: Tensor) -> Spread:
+    """Of (B, T, C), some positions at a time."""
+    moments, magnitude = Moments(), 0.0
+    for x in _parts(reference):
+        low, high = x.aminmax()
+        magnitude = max(magnitude, -float(low), float(high))
+        moments.add(x)
+    return Spread(moments.variance, magnitude)
+
+
+def distance(
+    found: Tensor, reference: Tensor, variance: float | None = None, known: Spread | None = None
+) -> Distance:
     """Over all positions and channels of (B, T, C); infinite where anything is not finite or shapes differ.
-    `variance` is given where these are too few numbers to have one of their own. Some positions at a time, so
-    that no copy of all is made."""
+    `variance` is given where these are too few numbers to have one of their own, `known` where the spread of
+    the reference was measured before. Some positions at a time, so that no copy of all is made."""
     if found.shape != reference.shape:
         return Distance(math.inf, math.inf, 0, float(reference.abs().max()))
-    rows = max(1, BLOCK // max(1, reference.shape[0] * reference.shape[-1]))
-    moments, squares, tops, magnitude = Moments(), 0.0, [], 0.0
-    for start in range(0, reference.shape[1], rows):
-        a, b = (x[:, start : start + rows] for x in (reference, found))
-        delta = (b - a).abs()
+    known = spread(reference) if known is None else known
+    variance = known.variance if variance is None else variance
+    if math.isfinite(known.magnitude) and torch.equal(found, reference):
+        return Distance(0.0, 0.0, 0, known.magnitude)
+    squares, tops = 0.0, []
+    for a, b in zip(_parts(reference), _parts(found), strict=True):
+        delta = (b - a).abs_()
         tops.append(delta.amax(dim=(0, -1)))
         squares += _squares(delta, float(tops[-1].max()))
-        low, high = a.aminmax()
-        magnitude = max(magnitude, -float(low), float(high))
-        if variance is None:
-            moments.add(a)
     top = torch.cat(tops)
     if not math.isfinite(squares):
         bad = (~torch.isfinite(top)).nonzero()
-        return Distance(math.inf, math.inf, int(bad[0]) if len(bad) else 0, magnitude)
+        return Distance(math.inf, math.inf, int(bad[0]) if len(bad) else 0, known.magnitude)
     mse = squares / reference.numel()
-    variance = moments.variance if variance is None else variance
     nmse = 0.0 if mse == 0 else math.inf if variance == 0 else mse / variance
-    return Distance(float(top.max()), nmse, int(top.argmax()), magnitude)
+    return Distance(float(top.max()), nmse, int(top.argmax()), known.magnitude)
+
+
+def _parts(x: Tensor) -> Iterator[Tensor]:
+    """Positions that are together BLOCK numbers."""
+    rows = max(1, BLOCK // max(1, x.shape[0] * x.shape[-1]))
+    return (x[:, start : start + rows] for start in range(0, x.shape[1], rows))
 
 
 def _squares(delta: Tensor, top: float) -> float:
@@ -83,10 +106,11 @@ class Moments:
     squares: float = 0.0  # of the distances from the mean
 
     def add(self, x: Tensor) -> None:
-        variance, mean = torch.var_mean(wide(x), correction=0)
-        n, apart = x.numel(), float(mean) - self.mean
-        whole = self.count + n
-        self.squares += float(variance) * n + apart**2 * self.count * n / whole
+        n, x = x.numel(), wide(x)
+        mean = float(x.mean())
+        rest = (x - mean).flatten()
+        apart, whole = mean - self.mean, self.count + n
+        self.squares += float(rest @ rest) + apart**2 * self.count * n / whole
         self.mean += apart * n / whole
         self.count = whole
 

@@ -11,7 +11,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +34,7 @@ from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
 from ckpt_tool.verify.casted import cast_forward
-from ckpt_tool.verify.measure import Distance, distance, farthest
+from ckpt_tool.verify.measure import Distance, Spread, distance, farthest, spread
 from ckpt_tool.verify.packed_weights import PackedWeights, packed_in
 from ckpt_tool.verify.pooled import pooled_original
 from ckpt_tool.verify.prompts import Prompt
@@ -222,16 +222,28 @@ class Sample:
         if not wanted or _skeleton(found) != _skeleton(self.wanted):
             return Distance(math.inf, math.inf, 0, 0.0)
         variances = self.variances or (None,) * len(wanted)
-        return farthest(self._between(*pair) for pair in zip(other, wanted, variances, strict=True))
+        pairs = zip(other, wanted, variances, self._spreads, strict=True)
+        return farthest(self._between(*pair) for pair in pairs)
 
-    def _between(self, found: Tensor, wanted: Tensor, variance: float | None) -> Distance:
-        if not wanted.is_floating_point() or wanted.numel() == 0:  # positions, say, or a cache that is empty
+    def _between(
+        self, found: Tensor, wanted: Tensor, variance: float | None, known: Spread | None
+    ) -> Distance:
+        if known is None:
             return (
                 Distance(0.0, 0.0, 0, 0.0)
                 if torch.equal(found, wanted)
                 else Distance(math.inf, math.inf, 0, 0.0)
             )
-        return distance(self.real(found), self.real(wanted), variance)
+        return distance(self.real(found), self.real(wanted), variance, known)
+
+    @cached_property
+    def _spreads(self) -> list[Spread | None]:
+        """Of each tensor of what is wanted, which several results are held against; None of those that only
+        are equal or not: positions, say, or a cache that is empty."""
+        return [
+            spread(self.real(t)) if t.is_floating_point() and t.numel() else None
+            for t in protocol.leaves(self.wanted)
+        ]
 
     def real(self, y: Tensor) -> Tensor:
         """The positions of `y` that are not padding, row after row: (1, positions, C)."""

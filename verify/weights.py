@@ -14,11 +14,12 @@ from torch import Tensor
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
 from ckpt_tool.checkpoint.tensor_names import stack_of
+from ckpt_tool.verify.buffers import Buffers
 from ckpt_tool.verify.streamed import Room, Rows, Streamed
 
 PIECE = 1 << 19  # bytes read at once, which stay in a cache of the processor while they are cast
 
-SMALL = 1 << 20  # elements of a matrix that is held whatever room there is
+SMALL = 1 << 20  # elements of a matrix that is held whatever room there is, in memory of its own
 
 
 class Weights(Mapping[str, Tensor]):
@@ -32,6 +33,7 @@ class Weights(Mapping[str, Tensor]):
         self.used: set[str] = set()
         self.limit: int | None = None  # bytes to hold at once; None: as many as there are
         self.room = Room(0)  # for rows of matrices that are not held whole
+        self.buffers: Buffers | None = None  # memory for large tensors; None: as torch comes by it
         self._kept: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -113,7 +115,11 @@ class Weights(Mapping[str, Tensor]):
         if (stored.is_floating_point or len(info.shape) > 2) and not self._fits(info):
             return self._streamed(info)
         wanted = self.dtype if stored.is_floating_point else stored
-        out = torch.empty(info.numel, dtype=wanted, device=self.device)
+        out = self._empty(info.numel, wanted)
+        if stored == wanted and out.device.type == "cpu":
+            if info.nbytes:
+                self.checkpoint.read_into(info, 0, out.view(torch.uint8).numpy().data)
+            return out.view(info.shape)
         start = 0
         for piece in self._stored(info):
             out[start : start + len(piece)] = piece
@@ -138,6 +144,24 @@ class Weights(Mapping[str, Tensor]):
         self.used.add(name)
         for piece in self._stored(info):
             yield piece.to(self.dtype) if piece.is_floating_point() else piece
+
+    def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        if self.buffers is None or self.device != "cpu" or count < SMALL:
+            return torch.empty(count, dtype=dtype, device=self.device)
+        return self.buffers.lend(count * dtype.itemsize).view(dtype)
+
+
+@contextmanager
+def reused(*weights: Weights) -> Iterator[None]:
+    """Inside, what one of these held and let go of is where the next one is read to."""
+    shared = Buffers()
+    for w in weights:
+        w.buffers = shared
+    try:
+        yield
+    finally:
+        for w in weights:
+            w.buffers = None
 
 
 def ranks_of(checkpoint: Checkpoint, *, stages: bool = False) -> list[Mapping[str, TensorInfo]]:
