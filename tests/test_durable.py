@@ -460,3 +460,20 @@ def test_a_kill_at_any_point_leaves_no_output_and_the_next_run_ends_equal(
     # only the last call, of the sync after the rename, finds the output there; a lock and a journal then stay
     assert [int(p) for p, there in found["there"].items() if there] == [p for p in points if p == calls]
     assert len(hidden(folder)) == 2 * (calls in points)
+
+
+def test_large_data_is_written_in_parts_and_a_short_write_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, sizes = os.urandom(2 * disk.AT_ONCE + 1000), list[int]()
+
+    def short(descriptor: int, part: memoryview, offset: int) -> int:
+        sizes.append(len(part))
+        return os.pwrite(descriptor, part[: disk.AT_ONCE - 24], offset)
+
+    monkeypatch.setattr(disk, "pwrite", short)
+    with open(tmp_path / "file", "wb") as file:
+        disk.write_at(file.fileno(), data, 5)
+        disk.write_at(file.fileno(), b"", 0)
+    assert (tmp_path / "file").read_bytes() == bytes(5) + data
+    assert sizes == [disk.AT_ONCE, disk.AT_ONCE, 1048]

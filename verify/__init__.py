@@ -124,7 +124,7 @@ def _levels(
         report.facts["mode"] = f"{asked.mode}; levels: {', '.join(asked.levels)}"
     subject.accepted = asked.accept
     recognise_recipe(subject)
-    with timed(report.seconds, next((level for level in SHARED if level in asked.levels), OTHER)):
+    with timed(report.seconds, next((level for level in ("bits", *SHARED) if level in asked.levels), OTHER)):
         seen = _seen(subject, out, asked.levels, tell, joined)
     _run(subject, asked, seen, report, tell)
     report.facts |= seen.facts
