@@ -237,6 +237,20 @@ def test_an_output_layer_that_is_not_tied_is_named(
     assert report.exit_code == 1
 
 
+def test_a_head_that_the_original_has_not_is_told_in_one_sentence(
+    conversions: Written, originals: Written, tmp_path: Path
+) -> None:
+    labels: dict[str, Any] = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3}
+    out = altered(conversions("llama-3.2-1b"), tmp_path / "out", **labels)
+    tensors = load_file(out / "model.safetensors")
+    tensors["score.weight"] = tensors["model.embed_tokens.weight"][:3].clone()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    report = verify(out, originals("llama-3.2-1b"), levels="training")
+    (found,) = (f for f in report.findings if f.level == "training")
+    assert found.status == "fail" and report.exit_code == 1
+    assert "expected the head of the original, found one with score.weight" in found.message
+
+
 def test_another_dropout_is_named(conversions: Written, originals: Written, tmp_path: Path) -> None:
     folder = altered(conversions("opt-bare"), tmp_path / "out", dropout=0.3)
     settings = VARIANTS["opt-bare"].settings

@@ -37,6 +37,7 @@ from ckpt_tool.verify.subject import Subject
 LEVEL = "training"
 FEW = 160  # tokens of a prompt to learn from
 EACH = 40  # bytes for each weight: both precisions, gradients, moments, what moves through the rows
+LIBRARIES = 400 << 20  # bytes that torch and the readers take before any weight
 USUAL = 4 << 30
 CAP = 1e-6  # of the energy of a gradient, whatever the noise
 NOTHING = 1e-20  # of the mean square of all gradients: what is below is rounding, not a gradient
@@ -143,7 +144,7 @@ def _needed(original: Side, converted: Side, batches: Batches) -> int:
     heads = max((int(config[k]) for k in ("num_attention_heads", "n_head") if type(config.get(k)) is int),
                 default=1)  # fmt: skip
     kept = converted.config.n_layers * longest * (40 * width + 4 * heads * longest) * 8
-    return int(EACH * count + kept + 8 * longest * converted.vocabulary * 4)
+    return int(LIBRARIES + EACH * count + kept + 8 * longest * converted.vocabulary * 4)
 
 
 def task_of(subject: Subject, converted: Side) -> Task:
