@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 
 from ckpt_tool import __version__
@@ -14,13 +15,14 @@ STEPS = 20_000  # of a plan; the text that its digest is made of takes as much m
 FILES = 8  # of a source, before the rest is counted
 
 
-def versions() -> Iterator[tuple[str, str]]:
+@cache  # a process has one of each, and its papers take milliseconds to read
+def versions() -> tuple[tuple[str, str], ...]:
     """Of the libraries that a result depends on, as far as they are installed."""
+    found = []
     for name in LIBRARIES:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        with suppress(metadata.PackageNotFoundError):
+            found.append((name, metadata.version(name)))
+    return tuple(found)
 
 
 def provenance(subject: Subject) -> dict[str, str]:
