@@ -257,6 +257,11 @@ def _together(evidence: Evidence, rest: Changed, layer: int | None, names: Seque
     """Causes that involve more than one tensor; each accounts for all elements of its tensors."""
     if not rest:
         return
+    packed = list(of_codes(evidence.subject, evidence.where, rest))
+    for words, own in packed:
+        if len(own) > 1:  # one grid of few numbers may be another's by chance
+            yield Cause(f"{_listed(sorted(own, key=_rank))}: {words}", tuple(own))
+            rest = {n: pair for n, pair in rest.items() if n not in own}
     origin = _origins(evidence, rest, names)
     layers = defaultdict(list)
     for name, other in origin.items():
@@ -268,9 +273,10 @@ def _together(evidence: Evidence, rest: Changed, layer: int | None, names: Seque
     inside = {n: o for n, o in origin.items() if layer_of(o) == layer or layer is None or layer_of(o) is None}
     yield from _moved(inside)
     left = {n: pair for n, pair in rest.items() if n not in origin}
-    for words, own in of_codes(evidence.subject, evidence.where, left):
-        yield Cause(f"{_listed(sorted(own, key=_rank))}: {words}", tuple(own))
-        left = {n: pair for n, pair in left.items() if n not in own}
+    for words, own in packed:
+        if len(own) == 1 and own[0] in left:
+            yield Cause(f"{short(own[0])}: {words}", tuple(own))
+            del left[own[0]]
     for cause in _misread(evidence, left, layer):
         yield cause
         left = {n: pair for n, pair in left.items() if n not in cause.tensors}
