@@ -144,6 +144,7 @@ def main() -> None:
         folder = written(family, asked.work)
         for name in formats_of(folder, asked.only):
             work = asked.work / f"{family}-{name}"
+            work.mkdir()
             row = Row(quantise(folder, work / "in", name) if name in FORMATS else folder, work)
             marks = [row.tried(getattr(row, head)) for head in HEADS]
             print(f"{family:14} {name:13}", *(f"{m:>7}" for m in marks), flush=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.convert.plan import Foretold
+from ckpt_tool.convert.quantised import FP8_BLOCKS, Quantised, found_in
 from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify import foretold, library, logits
 from ckpt_tool.verify.library import Library, NotLoaded, Unavailable, one_line, release
@@ -98,6 +99,8 @@ def against_transformers(
     version = made.version
     unused = (judged.converted or judged.reference).unused
     loading = [*_loading(version, made.info, made.said, unused), *_deviations(subject, version)]
+    if (odd := _other_blocks(subject, version)) is not None:
+        return [*loading, finding("logits", "undecided", odd)]
     try:
         return [*loading, *_logits(subject, made, judged, prompts, progress)]
     except Exception as error:
@@ -138,6 +141,26 @@ def _loaded(
         progress(f"transformers {getattr(judge, '__version__', judge)}: loading")
     make = library.there if isinstance(judge, Path) else library.here
     return make(judge, subject, prompts, dtype, device)
+
+
+def _other_blocks(subject: Subject, version: str) -> str | None:
+    """That the library takes other blocks of fp8 than config.json says: where it makes numbers of them while
+    loading, it divides rows by rows of scales (5.23.0, integrations/finegrained_fp8.py)."""
+    if subject.hf is None or not subject.config.get("quantization_config"):
+        return None
+    inventory = found_in(subject.hf)
+    weights = [] if inventory is None else list(inventory.weights.values())
+    odd = [w for w in weights if w.kind == FP8_BLOCKS and _divided(w) != w.block]
+    if not odd:
+        return None
+    rows, columns = _divided(odd[0])
+    text = f"transformers {version} reads {len(odd)} weights in other blocks than config.json says, the first"
+    return f"{text} {odd[0].name} in {rows} x {columns}: it divides rows by rows of scales"
+
+
+def _divided(weight: Quantised) -> tuple[int, int]:
+    rows, columns, high, wide = (*weight.shape[-2:], *weight.scales.shape[-2:])
+    return (rows // high if high > 1 else weight.block[0]), (columns // wide if wide > 1 else weight.block[1])
 
 
 def _unknown_method(subject: Subject) -> str | None:
