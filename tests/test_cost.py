@@ -234,6 +234,7 @@ def test_a_streamed_matrix_computes_as_an_ordinary_one(room: int, monkeypatch: p
         (F.linear(x, s, torch.ones(23)), F.linear(x, w, torch.ones(23))), (x @ s.T, x @ w.T), (z @ s, z @ w),
         (F.linear(z, s.T), z @ w), (s[ids], w[ids]), (s[ids - 1], w[ids - 1]), (F.embedding(ids, s), w[ids]),
         (s[3:9], w[3:9]), (s.mT.reshape(s.shape), w.mT.reshape(w.shape)), (torch.roll(s, 1, 0), w.roll(1, 0)),
+        (s.roll(-9, 0)[2:22], w.roll(-9, 0)[2:22]), (x @ torch.roll(s, 20, 0).T, x @ w.roll(20, 0).T),
         (s * 2, w * 2), (torch.cat([s, s]), torch.cat([w, w])),
     ]  # fmt: skip
     with ReversedSums():

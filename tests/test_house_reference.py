@@ -348,6 +348,9 @@ MUTANTS = {
         ("blocks.visible", "back < window", "back <= window"),
         ("hf_blocks.grouped_attention", "triu(own + 1 - window)", "triu(own - window)"),
     ),
+    "keys of some queries: the last one left out": Mutant(
+        "llama-2-7b", ("blocks.reached", "before + last)", "before + last - 1)"), None
+    ),
     "what comes later is seen: decoder": Mutant(
         "llama-2-7b",
         ("blocks.visible", "(back >= 0) if", "(back >= -1) if"),

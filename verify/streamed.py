@@ -198,6 +198,22 @@ def _chunks(x: Streamed, n: int, dim: int = 0) -> Any:
     return tuple(Streamed(x.rows.part(k * size, (k + 1) * size)) for k in range(n))
 
 
+def _rolled(x: Tensor, shifts: Any, dims: Any = None) -> Any:
+    """Rows that begin with other ones, read from where they are: no copy of a table is made."""
+    if not isinstance(x, Streamed) or x.turned or type(shifts) is not int or dims != 0:
+        return NotImplemented
+    rows, count = x.rows, x.shape[0]
+
+    def read(first: int, last: int) -> Tensor:
+        first, last = first - shifts, last - shifts
+        turn = first // count * count
+        first, last = first - turn, last - turn
+        parts = [rows.some(first, min(last, count)), *([rows.some(0, last - count)] if last > count else [])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return Streamed(Rows(rows.shape, read, rows.dtype, rows.device, Room(0)))
+
+
 def _equal(a: Tensor, b: Tensor) -> Any:
     """Block by block, which does not need two whole matrices."""
     if not all(isinstance(x, Tensor) and x.dim() == 2 for x in (a, b)) or a.shape != b.shape:
@@ -227,6 +243,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _taken,
     Tensor.chunk: _chunks,
     torch.chunk: _chunks,
+    **dict.fromkeys((torch.roll, Tensor.roll), _rolled),
     torch.equal: _equal,
     Tensor.equal: _equal,
 }
