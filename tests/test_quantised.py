@@ -28,6 +28,7 @@ from ckpt_tool.fixtures import flaws_packed
 from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_kinds import Truth
 from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.verify import mistakes_packed as planting
 from ckpt_tool.verify import packed_mistakes as known
 from ckpt_tool.verify.compare import compare
 
@@ -207,6 +208,8 @@ TRIED = {  # of mistakes that have a place in many formats; benchmarks/detection
     "fp8-tensor": "dropped|rounded",
     "nvfp4": "nibble|global|rounded",
     "int4": "nibble|sign|half",
+    "int4-shifted": "nibble|zero",
+    "modelopt": "nibble|global|divided|rounded",
 }
 
 
@@ -259,6 +262,27 @@ def test_mistakes_of_the_format_are_planted_in_each_parity(
     }[name]
     every = {known.DROPPED, known.TWICE, known.INVERTED, known.TRANSPOSED, known.ROWS_OFF, known.COLUMNS_OFF}
     assert planted >= own | every | {known.HALVED}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_planted_mistakes_start_from_the_right_numbers(name: str, quantised: Made) -> None:
+    """Zero points and a second scale, whichever way it counts, are in what goes wrong from there on."""
+    import torch
+
+    with open_checkpoint(quantised(name)) as stored:
+        found, numbers = found_in(stored), as_asked(stored, Options(dequantize="F32"))
+        assert found is not None
+        weight = next(w for n, w in found.weights.items() if n.endswith("o_proj.weight"))
+        coded = planting.Coded(stored, weight, found.scheme.block, found.scheme.group)
+        parts = coded.parts(None, torch.float32)
+        assert np.array_equal(parts.right.numpy(), np.asarray(numbers[weight.name]))
+    own = {
+        known.UNSHIFTED: name == "int4-shifted",
+        known.SIGNED: name == "int4",
+        known.MULTIPLIED: name == "nvfp4",
+        known.DIVIDED_BY: name == "modelopt",
+    }
+    assert {words: planting._applies(parts, planting.WRONG[words]) for words in own} == own
 
 
 def test_the_recipe_of_somebody_elses_numbers_is_recognised(quantised: Made, tmp_path: Path) -> None:
@@ -722,19 +746,3 @@ def test_dtypes_have_all_their_names_in_options_too() -> None:
         with pytest.raises(CkptToolError) as caught:
             Options(**asked)  # type: ignore[arg-type]
         assert caught.value.kind == "usage"
-
-
-def test_a_left_out_zero_point_is_named(quantised: Made, tmp_path: Path) -> None:
-    source, out = quantised("int4-shifted"), tmp_path / "out"
-    convert(source, out, options=Options(dequantize="BF16"))
-    with open_checkpoint(source) as stored:
-        inventory = found_in(stored)
-        assert inventory is not None
-        weight = next(iter(inventory.weights.values()))
-        files = dict(known.readings(stored, inventory, "BF16", "fp32-product"))[known.UNSHIFTED]
-        bits = np.empty(weight.shape, "<u2")
-        files[weight.codes.file].read_into(weight.name, 0, bits.data.cast("B"))
-    put(out, weight.name, bits)
-    report = verify(out, source, levels="bits")
-    assert report.status == "fail"
-    assert any(known.UNSHIFTED in f.message for f in report.findings if f.check == "round trip")
