@@ -494,6 +494,43 @@ def test_codes_that_config_json_calls_plain_are_told(
     assert count < 2 or f", and {count - 1} more:" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "told"),
+    [
+        ("fp8-blocks", {"activation_scheme": "static"}, True),
+        ("fp8-blocks", {}, False),
+        ("fp8-tensor", {}, False),  # which has them
+        (
+            "fp8-rows",
+            {"config_groups": {"g": {"weights": {}, "input_activations": {"dynamic": False}}}},
+            True,
+        ),
+        (
+            "fp8-rows",
+            {"config_groups": {"g": {"weights": {}, "input_activations": {"dynamic": True}}}},
+            False,
+        ),
+    ],
+)
+def test_scales_of_inputs_that_are_said_and_missing_are_told(
+    name: str, said: dict[str, Any], told: bool, quantised: Made, tmp_path: Path
+) -> None:
+    settings = json.loads(json.dumps(FORMATS[name].config)) | said
+    for group in settings.get("config_groups", {}).values():
+        group["weights"] = FORMATS[name].config["config_groups"]["group_0"]["weights"]
+    options = Options(settings={"quantization_config": settings})
+    notes = plan(quantised(name), options=options).notes
+    assert any("inputs have stored scales, and 21 of 21" in n for n in notes) == told, notes
+
+
+@pytest.mark.parametrize(("name", "same"), [("nvfp4", True), ("int4", True), ("fp8-blocks", False)])
+def test_a_recipe_that_changes_nothing_says_so(name: str, same: bool, quantised: Made) -> None:
+    for recipe in RECIPES:
+        made = plan(quantised(name), options=Options(dequantize="BF16", recipe=recipe))
+        told = any("fp32-product makes the same" in words for words in made.lossy)
+        assert told == (same and recipe == "bf16-scale")
+
+
 def test_one_scale_is_one_whatever_its_shape(quantised: Made, tmp_path: Path) -> None:
     def change(tensors: Tensors, config: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.endswith("scale_inv")]:
