@@ -648,6 +648,18 @@ def test_a_row_that_tears_a_block_is_refused(what: str) -> None:
         grids(pattern, SIZES, block, **more)
 
 
+def test_words_of_codes_move_whole_and_in_order() -> None:
+    """A scale may stay where rows move inside of its block; a word that holds a code of each may not."""
+    axes = (("n", 4), ("half", 2), ("two", 4), ("d", 32))
+    for rows in (("n", "two", "half"), ("half", "n", "two")):
+        places = tuple(((r, ("d",)), (), ()) for r in (("n", "half", "two"), rows))
+        _grid(axes, places[:1], places[1:], (32, 32), False)
+        with pytest.raises(Torn, match="whole blocks"):
+            _grid(axes, places[:1], places[1:], (32, 32), False, True)
+    (_, (left, _), (right, _)) = _grid(axes, places[:1], places[1:], (4, 32), False, True)
+    assert (left[0][0], right[0][0]) == (("n", "half", "two_blocks"), ("half", "n", "two_blocks"))
+
+
 def test_what_would_be_torn_is_refused_by_name_with_the_way_out(conversions: Written, tmp_path: Path) -> None:
     """Heads of ten rows in blocks of sixteen, which the layout of the original turns to pairs."""
     source = quantise(conversions("mistral-7b-v0.1"), tmp_path / "in", "fp8-blocks")
