@@ -152,6 +152,11 @@ class Quantised:
         return f"int4 in groups of {self.block[1]}{' with zero points' * ('zeros' in self.others)}"
 
     @property
+    def rounds_scales(self) -> bool:
+        """Whether bfloat16 may not hold the scales, so that the recipes differ."""
+        return self.scales.dtype not in ("BF16", E4M3, *E8M0)
+
+    @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return self.codes, self.scales, *self.others.values()
 

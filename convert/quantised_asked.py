@@ -3,13 +3,16 @@ loaded where it is wanted: every family imports this."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.convert.widths import rounds
 from ckpt_tool.errors import Problem, fail, fail_all
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.quantised import Inventory
 
 WAY_OUT = "--dequantize bfloat16 makes them plain numbers (lossy)"
 
@@ -54,7 +57,19 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     for words, kinds in (("inputs", ("activation",)), ("cached keys and values", ("keys", "cached"))):
         if count := sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values()):
             made.append(f"--dequantize: scales of the {words} of {count} weights are left out")
+    if options.recipe != RECIPES[0] and not any(w.rounds_scales for w in inventory.weights.values()):
+        made.append(f"--recipe {options.recipe}: bfloat16 holds these scales, so {RECIPES[0]} makes the same")
     return made
+
+
+def _without_inputs(inventory: Inventory) -> list[str]:
+    """That scales of inputs are said to be there, and are not."""
+    lacking = [n for n, w in inventory.weights.items() if "activation" not in w.others]
+    if not inventory.scheme.static or not lacking:
+        return []
+    count = f"{len(lacking)} of {len(inventory.weights)} weights have none, as {lacking[0]}"
+    file = inventory.scheme.file
+    return [f"{file} says that inputs have stored scales, and {count}: loaders make them up, or stop"]
 
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:
@@ -68,7 +83,7 @@ def carried_words(checkpoint: Checkpoint) -> list[str]:
     text = f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"
     if any(w.form is QSCALE and w.kind == FP8_ROWS for w in inventory.weights.values()):
         text += f"; transformers loads no such folder, whose class has one scale for a matrix: {WAY_OUT}"
-    made = [text]
+    made = [text, *_without_inputs(inventory)]
     left = inventory.scheme.left(n.removesuffix(".weight") for n in inventory.weights)
     if left:
         file = inventory.scheme.file

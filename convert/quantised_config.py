@@ -81,6 +81,15 @@ class Scheme:
     def said(self) -> bool:
         return bool(self.method)
 
+    @property
+    def static(self) -> bool:
+        """Whether it says that inputs have scales of their own, which are stored."""
+        raw = self.raw or {}
+        groups = raw.get("config_groups")
+        inputs = [g.get("input_activations") for g in groups.values()] if isinstance(groups, Mapping) else []
+        stored = any(isinstance(i, Mapping) and i.get("dynamic") is False for i in inputs)
+        return stored or raw.get("activation_scheme") == "static" or raw.get("qscheme_act") == "TENSOR"
+
     def left(self, modules: Iterable[str]) -> list[str]:
         """Those of the modules that are named among what is left as it is: whole, or by their beginning or
         end. Names that are patterns are not looked at."""

@@ -105,7 +105,7 @@ def _apart(step: Step, units: list[Quantised], side: str, form: QuantFormat | No
         if what == "shape" and (len(units) > 1 or len(named.others) > 1):
             raise Torn("expected codes in words of their own row to stay one tensor, found a cut or a join")
         if what == "zeros":  # those of several rows in a word
-            yield named.on_grid("zeros", (CODE_COLUMNS[tensor.dtype], first.block[1]))
+            yield named.on_grid("zeros", (CODE_COLUMNS[tensor.dtype], first.block[1]), packed=True)
         else:
             yield from named.numbers(what, tensor.shape)
 
@@ -147,22 +147,23 @@ class _Named:
     def codes(self) -> Step:
         unit = self.units[0]
         if unit.form.packed:
-            return self.on_grid("codes", (1, CODE_COLUMNS[unit.codes.dtype]))
+            return self.on_grid("codes", (1, CODE_COLUMNS[unit.codes.dtype]), packed=True)
         held, names = self.called("codes")
         mine, theirs = (
             ([p.dims for p in side], [p.ranges for p in side]) for side in (self.here, self.others)
         )
         return self._between(self.step.axes, *mine, *theirs, held, names)
 
-    def on_grid(self, what: str, block: tuple[int, int], *, flat: bool = False) -> Step:
-        """The step of what has one element for each block; `flat` without the last dimension."""
+    def on_grid(self, what: str, block: tuple[int, int], *, flat: bool = False, packed: bool = False) -> Step:
+        """The step of what has one element for each block; `flat` without the last dimension, `packed` with
+        all of a block in it, in order, and not one number for them."""
         held, names = self.called(what)
         if any(p.taken for p in (*self.here, *self.others)):
             raise Torn("expected whole quantised tensors, found rows that are written twice")
         if self.units[0].kind == FP8_ROWS:
             block = (1, 0)  # of all columns
         mine, theirs = (tuple(p.place for p in side) for side in (self.here, self.others))
-        axes, left, right = _grid(self.step.axes, mine, theirs, block, flat)
+        axes, left, right = _grid(self.step.axes, mine, theirs, block, flat, packed)
         return self._between(axes, *left, *right, held, names)
 
     def numbers(self, what: str, shape: tuple[int, ...] | None = None) -> Iterator[Step]:
@@ -210,7 +211,12 @@ Side = tuple[list[Dims], list[Ranges]]
 
 @lru_cache(maxsize=1024)  # the layers of a model differ in names only
 def _grid(
-    axes: Axes, here: tuple[Place, ...], others: tuple[Place, ...], block: tuple[int, int], flat: bool
+    axes: Axes,
+    here: tuple[Place, ...],
+    others: tuple[Place, ...],
+    block: tuple[int, int],
+    flat: bool,
+    packed: bool = False,
 ) -> tuple[Axes, Side, Side]:
     """The axes of a grid of blocks, and for each part of either side its dims and ranges on them. `block` is
     that of the last two dimensions of the parts `here`; 0 takes all of one. Raises `Torn`."""
@@ -229,7 +235,7 @@ def _grid(
         if match is None or (each != 1 and (len(other) != len(dims) or other[k] != match)):
             raise Torn(_words(dims, other, block))
         size = each or total
-        blocks = _blocks(group, match, sizes, size, ranged) if size > 1 else None
+        blocks = _blocks(group, match, sizes, size, ranged, packed) if size > 1 else None
         if blocks is None:
             made |= {a: sizes[a] for a in group}
             orders[frozenset(group)] = (group, match)
@@ -254,7 +260,12 @@ Blocks = tuple[tuple[tuple[str, ...], tuple[str, ...]], tuple[str, int], dict[st
 
 
 def _blocks(
-    group: tuple[str, ...], match: tuple[str, ...], sizes: Mapping[str, int], block: int, ranged: set[str]
+    group: tuple[str, ...],
+    match: tuple[str, ...],
+    sizes: Mapping[str, int],
+    block: int,
+    ranged: set[str],
+    packed: bool,
 ) -> Blocks:
     """One dimension, whose axes are `group` here and `match` there, in blocks: the axes before the merged
     ones, either way round, the merged one with its size, and of an axis in it that is shared out how many
@@ -262,8 +273,8 @@ def _blocks(
     same = next((k for k, (a, b) in enumerate(zip(group, match, strict=True)) if a != b), len(group))
     back = zip(group[::-1], match[::-1], strict=True)
     end = next((k for k, (a, b) in enumerate(back) if a != b), len(group))
-    inner = prod(sizes[a] for a in group[same:])  # permuted: moved inside of a block, or block by block
-    if same < len(group) and (block % inner or ranged & set(group[same:])):
+    inner = prod(sizes[a] for a in group[same:])  # permuted: inside of a block, or block by block
+    if same < len(group) and (packed or block % inner or ranged & set(group[same:])):
         tail = group[len(group) - end :]
         count = prod(sizes[a] for a in tail)
         if not end or count % block or ranged & set(tail):

@@ -102,3 +102,13 @@ def test_converting_loads_no_torch(tmp_path: Path) -> None:
     )
     assert "ckpt_tool.convert.execute" in loaded
     assert not loaded & {"torch", "transformers", "sentencepiece", "tokenizers", "huggingface_hub"}
+
+
+def test_no_name_of_a_package_is_that_of_a_module_it_has() -> None:
+    """Whoever imports the module later would put it in the name's place: `verify.compare` once was both."""
+    for package, folder in PACKAGES.items():
+        modules = {f.stem for f in folder.glob("*.py")}
+        for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                taken = {a.asname or a.name for a in node.names} & modules
+                assert taken <= {(node.module or "").removeprefix(f"{package}.")}, (package, taken)

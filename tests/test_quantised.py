@@ -28,6 +28,7 @@ from ckpt_tool.fixtures import flaws_packed
 from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_kinds import Truth
 from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.verify import mistakes_packed as planting
 from ckpt_tool.verify import packed_mistakes as known
 from ckpt_tool.verify.compare import compare
 
@@ -207,6 +208,8 @@ TRIED = {  # of mistakes that have a place in many formats; benchmarks/detection
     "fp8-tensor": "dropped|rounded",
     "nvfp4": "nibble|global|rounded",
     "int4": "nibble|sign|half",
+    "int4-shifted": "nibble|zero",
+    "modelopt": "nibble|global|divided|rounded",
 }
 
 
@@ -259,6 +262,27 @@ def test_mistakes_of_the_format_are_planted_in_each_parity(
     }[name]
     every = {known.DROPPED, known.TWICE, known.INVERTED, known.TRANSPOSED, known.ROWS_OFF, known.COLUMNS_OFF}
     assert planted >= own | every | {known.HALVED}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_planted_mistakes_start_from_the_right_numbers(name: str, quantised: Made) -> None:
+    """Zero points and a second scale, whichever way it counts, are in what goes wrong from there on."""
+    import torch
+
+    with open_checkpoint(quantised(name)) as stored:
+        found, numbers = found_in(stored), as_asked(stored, Options(dequantize="F32"))
+        assert found is not None
+        weight = next(w for n, w in found.weights.items() if n.endswith("o_proj.weight"))
+        coded = planting.Coded(stored, weight, found.scheme.block, found.scheme.group)
+        parts = coded.parts(None, torch.float32)
+        assert np.array_equal(parts.right.numpy(), np.asarray(numbers[weight.name]))
+    own = {
+        known.UNSHIFTED: name == "int4-shifted",
+        known.SIGNED: name == "int4",
+        known.MULTIPLIED: name == "nvfp4",
+        known.DIVIDED_BY: name == "modelopt",
+    }
+    assert {words: planting._applies(parts, planting.WRONG[words]) for words in own} == own
 
 
 def test_the_recipe_of_somebody_elses_numbers_is_recognised(quantised: Made, tmp_path: Path) -> None:
@@ -470,6 +494,43 @@ def test_codes_that_config_json_calls_plain_are_told(
     assert count < 2 or f", and {count - 1} more:" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "told"),
+    [
+        ("fp8-blocks", {"activation_scheme": "static"}, True),
+        ("fp8-blocks", {}, False),
+        ("fp8-tensor", {}, False),  # which has them
+        (
+            "fp8-rows",
+            {"config_groups": {"g": {"weights": {}, "input_activations": {"dynamic": False}}}},
+            True,
+        ),
+        (
+            "fp8-rows",
+            {"config_groups": {"g": {"weights": {}, "input_activations": {"dynamic": True}}}},
+            False,
+        ),
+    ],
+)
+def test_scales_of_inputs_that_are_said_and_missing_are_told(
+    name: str, said: dict[str, Any], told: bool, quantised: Made, tmp_path: Path
+) -> None:
+    settings = json.loads(json.dumps(FORMATS[name].config)) | said
+    for group in settings.get("config_groups", {}).values():
+        group["weights"] = FORMATS[name].config["config_groups"]["group_0"]["weights"]
+    options = Options(settings={"quantization_config": settings})
+    notes = plan(quantised(name), options=options).notes
+    assert any("inputs have stored scales, and 21 of 21" in n for n in notes) == told, notes
+
+
+@pytest.mark.parametrize(("name", "same"), [("nvfp4", True), ("int4", True), ("fp8-blocks", False)])
+def test_a_recipe_that_changes_nothing_says_so(name: str, same: bool, quantised: Made) -> None:
+    for recipe in RECIPES:
+        made = plan(quantised(name), options=Options(dequantize="BF16", recipe=recipe))
+        told = any("fp32-product makes the same" in words for words in made.lossy)
+        assert told == (same and recipe == "bf16-scale")
+
+
 def test_one_scale_is_one_whatever_its_shape(quantised: Made, tmp_path: Path) -> None:
     def change(tensors: Tensors, config: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.endswith("scale_inv")]:
@@ -585,6 +646,18 @@ def test_a_row_that_tears_a_block_is_refused(what: str) -> None:
     pattern, block, more = TORN[what]
     with pytest.raises(Torn, match="whole blocks"):
         grids(pattern, SIZES, block, **more)
+
+
+def test_words_of_codes_move_whole_and_in_order() -> None:
+    """A scale may stay where rows move inside of its block; a word that holds a code of each may not."""
+    axes = (("n", 4), ("half", 2), ("two", 4), ("d", 32))
+    for rows in (("n", "two", "half"), ("half", "n", "two")):
+        places = tuple(((r, ("d",)), (), ()) for r in (("n", "half", "two"), rows))
+        _grid(axes, places[:1], places[1:], (32, 32), False)
+        with pytest.raises(Torn, match="whole blocks"):
+            _grid(axes, places[:1], places[1:], (32, 32), False, True)
+    (_, (left, _), (right, _)) = _grid(axes, places[:1], places[1:], (4, 32), False, True)
+    assert (left[0][0], right[0][0]) == (("n", "half", "two_blocks"), ("half", "n", "two_blocks"))
 
 
 def test_what_would_be_torn_is_refused_by_name_with_the_way_out(conversions: Written, tmp_path: Path) -> None:
@@ -722,19 +795,3 @@ def test_dtypes_have_all_their_names_in_options_too() -> None:
         with pytest.raises(CkptToolError) as caught:
             Options(**asked)  # type: ignore[arg-type]
         assert caught.value.kind == "usage"
-
-
-def test_a_left_out_zero_point_is_named(quantised: Made, tmp_path: Path) -> None:
-    source, out = quantised("int4-shifted"), tmp_path / "out"
-    convert(source, out, options=Options(dequantize="BF16"))
-    with open_checkpoint(source) as stored:
-        inventory = found_in(stored)
-        assert inventory is not None
-        weight = next(iter(inventory.weights.values()))
-        files = dict(known.readings(stored, inventory, "BF16", "fp32-product"))[known.UNSHIFTED]
-        bits = np.empty(weight.shape, "<u2")
-        files[weight.codes.file].read_into(weight.name, 0, bits.data.cast("B"))
-    put(out, weight.name, bits)
-    report = verify(out, source, levels="bits")
-    assert report.status == "fail"
-    assert any(known.UNSHIFTED in f.message for f in report.findings if f.check == "round trip")

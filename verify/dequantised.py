@@ -54,9 +54,11 @@ class Recomputed(Dequantised):
         if "zeros" not in weight.others:
             return np.full((1, 1), 8.0)
         grid, group = weight.scales.shape[-1], weight.block[1]
-        words = self._read(weight.others["zeros"], 0, weight.others["zeros"].numel).reshape(-1, grid)
+        first, last = int(rows[0]) // WORDS_HAVE, int(rows[-1]) // WORDS_HAVE + 1
+        words = self._read(weight.others["zeros"], first * grid, (last - first) * grid).reshape(-1, grid)
         shifts = 4 * np.arange(WORDS_HAVE, dtype="<u4")
-        unpacked = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, grid)[rows]
+        each = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, grid)
+        unpacked = each[rows - first * WORDS_HAVE]
         return np.asarray(unpacked.astype("<f8")[:, np.arange(weight.shape[-1]) // group])
 
     def _scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:

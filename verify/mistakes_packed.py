@@ -33,6 +33,7 @@ from ckpt_tool.verify.sides import Change, Side, Tensors
 from ckpt_tool.verify.weights import Weights
 
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+EIGHTS = 0x8888_8888 - (1 << 32)  # a word of zero points that are those of symmetric codes
 Block = tuple[int, int]
 
 
@@ -40,7 +41,7 @@ Block = tuple[int, int]
 class Parts:
     """One matrix of a weight: what its codes stand for alone, (rows, columns), its grid of scales as the
     recipe takes them, the same unrounded and as it is stored, and the block that each scale is of. `second`
-    is a scale of the whole that the grid was divided by."""
+    is what a scale of the whole made of the grid; `symmetric` are the codes without their zero points."""
 
     kind: str
     codes: Tensor
@@ -49,6 +50,8 @@ class Parts:
     stored: Tensor
     block: Block
     second: Tensor | None = None
+    factor: bool = False  # that it multiplied
+    symmetric: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,15 +97,26 @@ def _exchanged(p: Parts) -> Tensor:
 
 
 def _signed(p: Parts) -> Tensor:
-    if p.kind != INT4:
-        raise NoMistake("codes that have a sign")
+    if p.kind != INT4 or p.symmetric is not None:
+        raise NoMistake("codes that do not count from -8")
     return torch.where(p.codes >= 0, p.codes - 8, p.codes + 8) * p.each(p.grid)
 
 
-def _multiplied(p: Parts) -> Tensor:
-    if p.second is None:
-        raise NoMistake("one scale for each number")
-    return p.codes * p.each(p.grid * p.second.square())
+def _inverse(factor: bool) -> Make:
+    """The second scale the other way round than it counts, which is as a factor or as a divisor."""
+
+    def make(p: Parts) -> Tensor:
+        if p.second is None or p.factor != factor:
+            raise NoMistake("no such second scale")
+        return p.codes * p.each(p.grid / p.second.square())
+
+    return make
+
+
+def _unshifted(p: Parts) -> Tensor:
+    if p.symmetric is None:
+        raise NoMistake("codes without zero points")
+    return p.symmetric * p.each(p.grid)
 
 
 def _halved(p: Parts) -> Tensor:
@@ -130,7 +144,9 @@ WRONG: Mapping[str, Make] = {
     known.PLAIN: _exponents,
     known.EXCHANGED: _exchanged,
     known.SIGNED: _signed,
-    known.MULTIPLIED: _multiplied,
+    known.MULTIPLIED: _inverse(factor=False),
+    known.DIVIDED_BY: _inverse(factor=True),
+    known.UNSHIFTED: _unshifted,
     known.DIVIDED: _divided,
     known.TURNED: _turned,
     known.HALVED: _halved,
@@ -174,7 +190,7 @@ class Coded:
 
     @property
     def _tensors(self) -> tuple[TensorInfo, ...]:
-        others = {n: t for n, t in self.weight.others.items() if n in ("shape", "second")}
+        others = {n: t for n, t in self.weight.others.items() if n in ("shape", "second", "zeros")}
         return self.weight.codes, self.weight.scales, *others.values()
 
     def parts(self, e: int | None, dtype: torch.dtype) -> Parts:
@@ -186,15 +202,24 @@ class Coded:
         grid, second = _numbers(stored, wide), None
         if "second" in self.weight.others:
             name = self.weight.others["second"].name
-            second, held[name] = held[name].to(wide), torch.ones_like(held[name])
-            grid = grid / second
+            one, held[name] = held[name].to(wide), torch.ones_like(held[name])
+            second = one if self.weight.form.multiplied else one.reciprocal()
+            grid = grid * one if self.weight.form.multiplied else grid / one
         ones = {**held, scales: torch.ones(held[scales].shape)}
-        plain = self._formula.numbers({**ones, self.weight.codes.name: codes}, wide)
-        columns = self.weight.shape[-1]
-        plain = plain.T if self.turned else plain[:, :columns]
+        ones[self.weight.codes.name] = codes
+        plain, symmetric = self._plain(ones, wide), None
+        if "zeros" in self.weight.others:
+            name = self.weight.others["zeros"].name
+            symmetric = self._plain({**ones, name: torch.full_like(ones[name], EIGHTS)}, wide)
         first = self.recipe == "bf16-scale" and second is None
         taken = grid.bfloat16().to(wide) if first else grid
-        return Parts(self.weight.kind, plain, taken, grid, stored, self.weight.block, second)
+        kind, block, factor = self.weight.kind, self.weight.block, self.weight.form.multiplied
+        return Parts(kind, plain, taken, grid, stored, block, second, factor, symmetric)
+
+    def _plain(self, held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """By the formula, (rows, columns)."""
+        made: Tensor = self._formula.numbers(held, dtype)
+        return made.T if self.turned else made[:, : self.weight.shape[-1]]
 
     def _read(self, t: TensorInfo, e: int | None) -> Tensor:
         shape = t.shape if e is None else t.shape[1:]

@@ -3,8 +3,8 @@ whether it is what an output holds.
 
 Seen in public: scales left out, applied twice or as divisors; taken from a transposed or shifted grid, or
 from blocks of another size (rows divided by rows of scales); exponent bytes taken as numbers; the two codes
-of a byte exchanged; the scale rounded before the product. Of codes and scales that are carried, the same of
-the tensors themselves.
+of a byte exchanged; zero points left out; the scale rounded before the product. Of codes and scales that are
+carried, the same of the tensors themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PLAIN = "the exponent bytes of the scales were taken as numbers"
 EXCHANGED = "the two codes of a byte were exchanged"
 SIGNED = "the codes were taken as numbers with a sign, and count from -8"
 MULTIPLIED = "the global scale was multiplied, and is a divisor"
+DIVIDED_BY = "the second scale was taken as a divisor, and is a factor"
 DIVIDED = "blocks of another size were taken, rows divided by rows of scales"
 TURNED = "rows and columns of a block were exchanged"
 HALVED = "blocks of half the size were taken"
@@ -45,13 +46,14 @@ ORDER = {
 class Mistake:
     """`words` say what was done; `scales` makes other scales of the right ones of a whole weight (as raw bits
     of its grid, and the weight), `codes` other numbers of those that whole rows of codes stand for. `power`
-    is how often the scales count, `second` how often the global one does."""
+    is how often the scales count, `inverse` says that the second one counts the other way round, as a factor
+    where it is a divisor and as a divisor where it is a factor."""
 
     words: str
     scales: Callable[[Array, Quantised], Array | None] = lambda grid, weight: grid
     codes: Callable[[Array, Quantised], Array] = lambda codes, weight: codes
     power: int = 1
-    second: int = 0
+    inverse: bool = False
     plain: bool = False  # exponent bytes are numbers
     rounded: bool = False  # the quotient of a scale and the global one is
     symmetric: bool = False  # zero points are left out
@@ -80,7 +82,9 @@ def _exchanged(codes: Array, weight: Quantised) -> Array:
 
 
 def _signed(codes: Array, weight: Quantised) -> Array:
-    return np.where(codes >= 0, codes - 8, codes + 8) if weight.kind == INT4 else codes
+    if weight.kind != INT4 or "zeros" in weight.others:
+        return codes
+    return np.where(codes >= 0, codes - 8, codes + 8)
 
 
 def _divided(weight: Quantised) -> tuple[int, int]:
@@ -118,7 +122,7 @@ MISTAKES = (
     Mistake(PLAIN, plain=True),
     Mistake(EXCHANGED, codes=_exchanged),
     Mistake(SIGNED, codes=_signed),
-    Mistake(MULTIPLIED, second=2),
+    Mistake(MULTIPLIED, inverse=True),
     Mistake(DIVIDED, block=_divided),
     Mistake(TURNED, block=_turned),
     Mistake(HALVED, block=_halved),
@@ -149,8 +153,9 @@ class Mistaken(Recomputed):
             made = of_bfloat16(to_dtype(made, "BF16"))
         with np.errstate(all="ignore"):
             made = made**one.power
-            if one.second and "second" in weight.others:
-                made = made * super()._read(weight.others["second"], 0, 1).view("<f4") ** float(one.second)
+            if one.inverse and "second" in weight.others:
+                second = super()._read(weight.others["second"], 0, 1).view("<f4")
+                made = made * second ** (-2.0 if weight.form.multiplied else 2.0)
             return np.asarray(made)
 
     def _other_blocks(self, weight: Quantised, rows: Array, columns: Array) -> Array:
@@ -192,9 +197,11 @@ def readings(
     for other in RECIPES:
         if other != recipe:
             yield ORDER[other], {n: Recomputed(f, inventory, dtype, other) for n, f in stored.files.items()}
+    factors = any(w.form.multiplied for w in inventory.weights.values())
     for mistake in MISTAKES:
         kind = type("_Mistaken", (Mistaken,), {"mistake": mistake})
-        yield mistake.words, {n: kind(f, inventory, dtype, recipe) for n, f in stored.files.items()}
+        words = DIVIDED_BY if mistake.inverse and factors else mistake.words
+        yield words, {n: kind(f, inventory, dtype, recipe) for n, f in stored.files.items()}
 
 
 # --- codes and scales that are carried ------------------------------------------------------------------
@@ -233,13 +240,28 @@ def other_bits(bits: Array, weight: Quantised, part: TensorInfo) -> Iterator[tup
     if part.name == weight.scales.name:
         ways = _of_scales(bits, weight, part.dtype)
     elif part.name == getattr(weight.others.get("second"), "name", None):
-        ways = ((MULTIPLIED, _of_numbers(1 / _numbers(bits, part.dtype), part.dtype)),)
+        ways = ((of_second(weight), _of_numbers(1 / _numbers(bits, part.dtype), part.dtype)),)
+    elif part.name == getattr(weight.others.get("zeros"), "name", None):
+        ways = _of_zeros(bits)
     for words, made in ways:
         if made is not None and made.size == bits.size and not np.array_equal(made.reshape(bits.shape), bits):
             yield words, made.reshape(bits.shape)
 
 
 Ways = Iterable[tuple[str, Array | None]]
+
+
+def of_second(weight: Quantised) -> str:
+    """What is said where the second scale counts the other way round."""
+    return DIVIDED_BY if weight.form.multiplied else MULTIPLIED
+
+
+def _of_zeros(bits: Array) -> Ways:
+    """Words of eight rows each."""
+    data = np.ascontiguousarray(bits).view(np.uint8)
+    yield UNSHIFTED, np.full(bits.shape, 0x8888_8888, bits.dtype)
+    yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
+    yield COLUMNS_OFF, np.roll(bits, 1, -1)
 
 
 def _of_codes(bits: Array, weight: Quantised) -> Ways:
