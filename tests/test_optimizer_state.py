@@ -179,6 +179,7 @@ def test_ranks_go_forth_and_back_with_their_state(variant: str, originals: Writt
     assert report.status == "pass", report.headline
     (found,) = (f for f in report.findings if f.check == "optimizer")
     assert found.status == "pass" and ", ".join(kinds) in found.message
+    assert not any("read by no loader" in f.message for f in report.findings)
     back = tmp_path / "back"
     api.convert(tmp_path / "out", back, to="original", options=WITH)
     files = sorted(source.rglob("model_optim_rng.pt")), sorted(back.rglob("model_optim_rng.pt"))
@@ -193,6 +194,9 @@ def test_ranks_go_forth_and_back_with_their_state(variant: str, originals: Writt
             assert same(after["optimizer"], before["optimizer"])
     report = api.verify(back, tmp_path / "out", levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
+    (found,) = (f for f in report.findings if f.check == "optimizer")
+    assert f"{', '.join(kinds)} of the optimizer" in found.message
+    assert not any("not the one recorded" in f.message for f in report.findings)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +257,37 @@ def test_what_was_stopped_and_what_workers_make_is_the_same(to: str, run: Path, 
     api.publish_parts(shared)
     for other in ("out", "shared"):
         assert contents(tmp_path / other) == contents(tmp_path / "whole")
+
+
+def another_decay(held: dict[str, Any]) -> None:
+    held["optimizer"]["param_groups"][1]["weight_decay"] = 0.1
+
+
+def another_count(held: dict[str, Any]) -> None:
+    held["optimizer"]["state"][3]["step"] = 8
+
+
+def other_numbers(held: dict[str, Any]) -> None:
+    held["optimizer"]["param_groups"][0]["params"].reverse()
+
+
+def test_what_ranks_say_beside_the_tensors_is_verified(run: Path, tmp_path: Path) -> None:
+    one = api.Options(family_options={"tensor_parallel": 1}, with_optimizer=True)
+    api.convert(run / "hf", tmp_path / "back", to="original", options=one)
+    (path,) = (tmp_path / "back").rglob("*.pt")
+    for change, where in (
+        (another_decay, "param_groups.1.weight_decay"),
+        (another_count, "state.3.step"),
+        (other_numbers, "param_groups.0.params.0"),
+    ):
+        written = path.read_bytes()
+        file = torch.load(path, weights_only=False)
+        change(file["optimizer"])
+        torch.save(file, path)
+        report = api.verify(tmp_path / "back", run / "hf", levels="bits")
+        (found,) = (f for f in report.findings if f.check == "optimizer")
+        assert found.status == "fail" and str(found.where).endswith(where), found
+        path.write_bytes(written)
 
 
 def without_order(told: dict[str, Any]) -> None:
