@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import MAX_BYTES, integer, parse_object
-from ckpt_tool.convert.optimizer_ranks import ALL, DECAY, LISTS, OTHERS, SCHEDULERS, Order, Ranks
+from ckpt_tool.convert.optimizer_ranks import ALL, DECAY, LISTS, OTHERS, SCHEDULERS, Order, Ranks, crc32_of
 from ckpt_tool.errors import fail
 
 FOLDER = "optimizer"
@@ -50,6 +50,12 @@ def _ranks(said: Mapping[str, Any], ranks: Mapping[str, Any]) -> Ranks:
     for key, known in _WORDS.items():
         if ranks.get(key) not in (known if key == "inside" else (*known, None)):
             _refuse(f"ranks.{key}", " or ".join(known))
+    if ranks.get("crc32") != crc32_of(ranks):
+        text = "expected what was written of how ranks number their parameters, found it changed since"
+        hint = (
+            "convert the original once more; `groups`, `schedule` and `step` may be changed, `ranks` may not"
+        )
+        fail("bad-config", text, file=DOCUMENT, where="ranks.crc32", hint=hint)
     steps = integer(said, "step", file=DOCUMENT, minimum=0, maximum=2**24, optional=True)
     if steps is None and ranks.get("step") in ("tensor", "number"):
         text = (

@@ -6,7 +6,8 @@
 
 Numbers run through the groups, and in each group in the order of the modules, which is that of the file. No
 file says that order for a run that shares its layers out otherwise, so `optimizer.json` keeps it: the names
-with `{}` for the numbers in them, each where it first stands.
+with `{}` for the numbers in them, each where it first stands, and a checksum: of two norms that have changed
+places there, each would get the other's state, and nobody could tell.
 
 Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.16.1 (core/optimizer/__init__.py: _get_param_groups;
 optimizer.py: Float16OptimizerWithFloat16Params); torch 2.13 (optim/optimizer.py, state_dict).
@@ -14,8 +15,10 @@ optimizer.py: Float16OptimizerWithFloat16Params); torch 2.13 (optim/optimizer.py
 
 from __future__ import annotations
 
+import json
 import re
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +28,7 @@ from ckpt_tool.checkpoint.torch_zip_writer import Held
 from ckpt_tool.errors import fail
 
 MASTER = "fp32_param"  # what the state of the lists is called elsewhere
+NARROW = ("F16", "BF16")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LISTS = ("fp32_from_fp16_params", "fp32_from_fp16")
 SCHEDULERS = ("opt_param_scheduler", "lr_scheduler")
@@ -167,7 +171,7 @@ def _masters(
         if (known := LISTED.fullmatch(t.name)) is not None:
             found.setdefault(int(known["g"]), {})[int(known["k"])] = t
     for g, group in enumerate(groups if found else ()):
-        narrow, lists = [t for t in group if t.dtype in ("F16", "BF16")], found.pop(g, {})
+        narrow, lists = [t for t in group if t.dtype in NARROW], found.pop(g, {})
         if len(narrow) != len(lists):
             text = f"expected weights in float32 of the {len(narrow)} parameters of group {g} in 16 bits"
             fail("unsupported", f"{text}, found {len(lists)}", file=label, where="optimizer")
@@ -190,7 +194,14 @@ def told_of(files: Sequence[tuple[TensorFile, Numbered]]) -> dict[str, Any]:
     places = {tuple(_forms(f)) for f, _ in files}
     if order is None or len(words) != 1 or len(places) != 1:
         return {}
-    return {"groups": list(words.pop()), "order": list(order.names), **dict(places.pop())}
+    told = {"groups": list(words.pop()), "order": list(order.names), **dict(places.pop())}
+    return told | {"crc32": crc32_of(told)}
+
+
+def crc32_of(told: Mapping[str, Any]) -> int:
+    """The checksum of what `told_of` says, itself aside."""
+    rest = {k: v for k, v in told.items() if k != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _forms(file: TensorFile) -> Iterator[tuple[str, str]]:

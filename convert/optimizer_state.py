@@ -37,6 +37,7 @@ from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
 from ckpt_tool.convert.optimizer_ranks import (
     LISTED,
     MASTER,
+    NARROW,
     NUMBERED,
     SCHEDULERS,
     STEP,
@@ -167,7 +168,10 @@ def _none(checkpoint: Checkpoint) -> NoReturn:
     hint = f"without {FLAG} the model alone is converted"
     text = "expected the state of an optimizer, a tensor for each of the model, found"
     for label, file in checkpoint.files.items():
-        if isinstance(held := file.metadata.get("optimizer"), Inert) or _objects(held):
+        if isinstance(held := file.metadata.get("optimizer"), list) and held:
+            what = f"it in a list of {len(held)}, as runs have it that step experts apart"
+            fail("unsupported", f"{text} {what}", file=label, where="optimizer", hint=hint)
+        if isinstance(held, Inert) or _objects(held):
             fail(
                 "unsupported",
                 f"{text} it in an object of the run's own code",
@@ -407,6 +411,7 @@ def _to_ranks(plan: Plan, checkpoint: Checkpoint, made: Mapping[str, Sequence[St
     files: list[OutputFile] = []
     for f in plan.outputs:
         has = {s: [t.name for t in f.tensors if (f.name, f"{s}.{t.name}") in dtypes] for s in made}
+        _refuse_wide(f, has.get(MASTER, ()))
         # who reads them takes the order of the parameters from that of the file
         model = tuple(sorted(f.tensors, key=lambda t: ranks.order.key(t.name)))
         file, shapes = laid(ranks, model, has), {t.name: t.shape for t in model}
@@ -433,6 +438,15 @@ def _to_ranks(plan: Plan, checkpoint: Checkpoint, made: Mapping[str, Sequence[St
         outputs=tuple(files),
         notes=(*plan.notes, *notes),
     )
+
+
+def _refuse_wide(file: OutputFile, masters: Sequence[str]) -> None:
+    """Ranks list weights in float32 only of parameters that have 16 bits."""
+    held = set(masters)
+    if wide := [t for t in file.tensors if t.name in held and t.dtype not in NARROW]:
+        text = f"expected 16 bits beside the weights in float32 that the optimizer has, found {wide[0].dtype}"
+        hint = "--dtype bfloat16 or float16, as the run had it, writes them so"
+        fail("unsupported", text, file=file.name, where=wide[0].name, hint=hint)
 
 
 def _renamed(step: Step, names: Mapping[Key, str]) -> Step:

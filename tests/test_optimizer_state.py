@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ckpt_tool import api
 from ckpt_tool.cli import cli
+from ckpt_tool.convert.optimizer_ranks import crc32_of
 from ckpt_tool.convert.optimizer_state import STATES
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError
@@ -179,6 +180,7 @@ def test_ranks_go_forth_and_back_with_their_state(variant: str, originals: Writt
     assert report.status == "pass", report.headline
     (found,) = (f for f in report.findings if f.check == "optimizer")
     assert found.status == "pass" and ", ".join(kinds) in found.message
+    assert not any("read by no loader" in f.message for f in report.findings)
     back = tmp_path / "back"
     api.convert(tmp_path / "out", back, to="original", options=WITH)
     files = sorted(source.rglob("model_optim_rng.pt")), sorted(back.rglob("model_optim_rng.pt"))
@@ -193,6 +195,9 @@ def test_ranks_go_forth_and_back_with_their_state(variant: str, originals: Writt
             assert same(after["optimizer"], before["optimizer"])
     report = api.verify(back, tmp_path / "out", levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
+    (found,) = (f for f in report.findings if f.check == "optimizer")
+    assert f"{', '.join(kinds)} of the optimizer" in found.message
+    assert not any("not the one recorded" in f.message for f in report.findings)
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +260,40 @@ def test_what_was_stopped_and_what_workers_make_is_the_same(to: str, run: Path, 
         assert contents(tmp_path / other) == contents(tmp_path / "whole")
 
 
+def another_decay(held: dict[str, Any]) -> None:
+    held["optimizer"]["param_groups"][1]["weight_decay"] = 0.1
+
+
+def another_count(held: dict[str, Any]) -> None:
+    held["optimizer"]["state"][3]["step"] = 8
+
+
+def other_numbers(held: dict[str, Any]) -> None:
+    held["optimizer"]["param_groups"][0]["params"].reverse()
+
+
+def test_what_ranks_say_beside_the_tensors_is_verified(run: Path, tmp_path: Path) -> None:
+    one = api.Options(family_options={"tensor_parallel": 1}, with_optimizer=True)
+    api.convert(run / "hf", tmp_path / "back", to="original", options=one)
+    (path,) = (tmp_path / "back").rglob("*.pt")
+    for change, where in (
+        (another_decay, "param_groups.1.weight_decay"),
+        (another_count, "state.3.step"),
+        (other_numbers, "param_groups.0.params.0"),
+    ):
+        written = path.read_bytes()
+        file = torch.load(path, weights_only=False)
+        change(file["optimizer"])
+        torch.save(file, path)
+        report = api.verify(tmp_path / "back", run / "hf", levels="bits")
+        (found,) = (f for f in report.findings if f.check == "optimizer")
+        assert found.status == "fail" and str(found.where).endswith(where), found
+        path.write_bytes(written)
+
+
 def without_order(told: dict[str, Any]) -> None:
     told["ranks"]["order"].remove("decoder.layers.{}.mlp.linear_fc2.weight")
+    told["ranks"]["crc32"] = crc32_of(told["ranks"])
 
 
 def without_steps(told: dict[str, Any]) -> None:
@@ -267,6 +304,13 @@ def of_no_ranks(told: dict[str, Any]) -> None:
     del told["ranks"]
 
 
+def exchanged(told: dict[str, Any]) -> None:
+    """Of norms, which have one shape: each would get the state of the other."""
+    order = told["ranks"]["order"]
+    a, b = (k for k, name in enumerate(order) if name.endswith("layer_norm_weight"))
+    order[a], order[b] = order[b], order[a]
+
+
 def of_another_kind(told: dict[str, Any]) -> None:
     told["ranks"]["groups"] = ["decay", "decay"]
 
@@ -275,6 +319,7 @@ def of_another_kind(told: dict[str, Any]) -> None:
     ("change", "kind", "words"),
     [
         (without_order, "unsupported", "linear_fc2.weight: expected the parameters of the ranks"),
+        (exchanged, "bad-config", "ranks.crc32: expected what was written"),
         (without_steps, "unsupported", "expected the number of steps that were made, found none"),
         (of_no_ranks, "unsupported", "--form torch_dist"),
         (of_another_kind, "bad-config", "expected `decay`, `others` or `all` for each of 2 groups"),
@@ -290,6 +335,11 @@ def test_ranks_that_cannot_be_numbered_are_refused(
     document.write_text(json.dumps(told))
     error = refused(lambda: api.plan(out, to="original", options=WITH))
     assert error.problems[0].kind == kind and words in str(error)
+
+
+def test_weights_in_32_bits_have_no_others_beside_them(run: Path) -> None:
+    error = refused(lambda: api.plan(run / "hf", to="original", options=replace(WITH, dtype="float32")))
+    assert error.problems[0].kind == "unsupported" and "expected 16 bits beside" in str(error)
 
 
 def test_without_the_option_they_are_dropped_with_a_reason(originals: Written, tmp_path: Path) -> None:
@@ -309,6 +359,15 @@ def another_shape(inner: dict[str, Any]) -> None:
 
 def lacking(inner: dict[str, Any]) -> None:
     del inner["state"][2]["exp_avg_sq"]
+
+
+def test_a_list_of_optimizers_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(run / "in", tmp_path / "in")
+    for path in source.rglob("*.pt"):
+        file = torch.load(path, weights_only=False)
+        torch.save(file | {"optimizer": [file["optimizer"]] * 2}, path)
+    error = refused(lambda: api.plan(source, family="qwen2", options=WITH))
+    assert error.problems[0].kind == "unsupported" and "found it in a list of 2" in str(error)
 
 
 def in_words(inner: dict[str, Any]) -> None:

@@ -228,8 +228,7 @@ def test_an_output_layer_that_is_not_tied_is_named(
     tensors = load_file(out / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    report = verify(out, originals("llama-3.2-1b"), levels=("parity", "training"))
-    assert all(f.status == "pass" for f in report.findings if f.check == "lockstep")
+    report = verify(out, originals("llama-3.2-1b"), levels="training")
     failed = [f for f in findings(report, "gradients") if f.status == "fail"]
     assert {f.where for f in failed} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert failed[0].where == "lm_head.weight" and "tied to model.embed_tokens.weight" in failed[0].message
@@ -345,22 +344,16 @@ def test_what_the_class_of_transformers_learns(
     originals: Written,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its logits are the same whatever it freezes or cuts off."""
+    """Its logits are the same whatever it freezes or cuts off; that unchanged ones pass, see `BESIDE`."""
     own = library.load
 
     def load(*given: Any) -> tuple[Any, Any]:
         model, info = own(*given)
-        if changed:
-            change(model)
+        change(model)
         return model, info
 
     monkeypatch.setattr(library, "load", load)
     folders = conversions("llama-3.2-1b"), originals("llama-3.2-1b")
-    changed = False
-    if change is frozen:
-        plain = verify(*folders, levels="training", against="transformers")
-        assert [f.status for f in findings(plain, "transformers")] == ["pass"] and plain.exit_code == 0
-    changed = True
     report = verify(*folders, levels="training", against="transformers")
     logits = [f for f in report.findings if (f.level, f.check) == ("transformers", "logits")]
     assert [f.status for f in logits] == ["pass"]

@@ -1,11 +1,16 @@
 """The states of the optimizer that a conversion carried along: are they what was written, and what the source
-has, byte for byte?"""
+has, byte for byte, and do ranks say of them what its document says?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 
+from ckpt_tool.checkpoint.torch_zip_writer import Held
+from ckpt_tool.convert.optimizer_ranks import LISTS, MASTER, SCHEDULERS
+from ckpt_tool.convert.optimizer_state import STATES, is_state
 from ckpt_tool.verify.bits import compare
 from ckpt_tool.verify.carried import Carried
 from ckpt_tool.verify.coverage import scan
@@ -25,13 +30,20 @@ def carried_bits(subject: Subject) -> list[Finding]:
         wrong = list(_compared(subject, carried))
     if wrong:
         return wrong[:SHOWN]
-    kinds = ", ".join(
-        sorted({name.split(".")[2 if name.startswith("optimizer.") else 0] for _, name in carried.crcs})
-    )
-    text = f"{kinds} of the optimizer, {len(carried.crcs)} tensors, are those of the manifest"
+    text = f"{_kinds(carried)} of the optimizer, {len(carried.crcs)} tensors, are those of the manifest"
     if carried.source is not None:
         text += " and of the source, byte for byte"
     return [Finding("bits", "optimizer", "pass", text)]
+
+
+def _kinds(carried: Carried) -> str:
+    """The states that there are, where ranks give them numbers those that their plan carries."""
+    plan = carried.plan
+    targets = (p.name for s in plan.steps for p in s.targets) if plan is not None else ()
+    words = {w for n in (*(name for _, name in carried.crcs), *targets) for w in n.split(".")}
+    if words & set(LISTS):
+        words.add(MASTER)
+    return ", ".join(s for s in STATES if s in words) or "states"
 
 
 def _fail(text: str, where: str | None = None) -> Finding:
@@ -64,3 +76,39 @@ def _compared(subject: Subject, carried: Carried) -> Iterator[Finding]:
         yield _fail(text, f"{d.tensor.file}: {d.tensor.name}")
     for name in result.missing:
         yield _fail("expected a state of the planned shape and dtype, found none", name)
+    yield from _beside(carried)
+
+
+def _beside(carried: Carried) -> Iterator[Finding]:
+    """What ranks say beside the tensors: groups, numbers, steps and the schedule."""
+    assert carried.plan is not None
+    for f in (f for f in carried.plan.outputs if "optimizer" in f.beside):
+        file = carried.output.files[f.name]
+        for key in (k for k in ("optimizer", *SCHEDULERS) if k in f.beside):
+            if (where := _unlike(f.beside[key], file.metadata.get(key), key)) is not None:
+                yield _fail(
+                    "expected what the source says of its optimizer, found another", f"{f.name}: {where}"
+                )
+        for name, _, _, content in (c for c in f.constants if is_state(c[0])):
+            if carried.crcs.get((f.name, name)) != zlib.crc32(content):
+                yield _fail("expected the steps that the source has made, found others", f"{f.name}: {name}")
+
+
+def _unlike(planned: object, found: object, where: str) -> str | None:
+    """Where a value is another than the planned one, tensors aside, which a reader has elsewhere."""
+    if isinstance(planned, Mapping):
+        own = found if isinstance(found, Mapping) else {}
+        there = {str(k): x for k, x in own.items()}
+        wanted = {str(k): x for k, x in planned.items()}
+        for key in sorted(wanted.keys() | there):
+            if (odd := _unlike(wanted.get(key), there.get(key), f"{where}.{key}")) is not None:
+                return odd
+        return None
+    if isinstance(planned, list | tuple):
+        listed = found if isinstance(found, list | tuple) else ()
+        for k, (one, other) in enumerate(zip_longest(planned, listed)):
+            if (odd := _unlike(one, other, f"{where}.{k}")) is not None:
+                return odd
+        return None
+    same = isinstance(planned, Held) or (type(planned) is type(found) and planned == found)
+    return None if same else where

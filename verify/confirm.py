@@ -74,7 +74,9 @@ def _plan(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
 def _notes(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
     if subject.source is not None and subject.found is None and manifest.sources:
         recorded = {s.name: s.headers for s in manifest.sources}
-        given = {f.name: headers_digest(f) for f in subject.source.files.values()}
+        states = subject.carried.source if subject.carried is not None else None
+        files = {**(states.files if states is not None else {}), **subject.source.files}
+        given = {f.name: headers_digest(f) for f in files.values()}
         if recorded != given:
             odd = sorted(n for n in recorded.keys() | given if recorded.get(n) != given.get(n))
             text = f"the source given is not the one recorded: {', '.join(odd[:SHOWN])} differ"

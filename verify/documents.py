@@ -277,7 +277,8 @@ def _known(
     subject: Subject, beside: Beside, expected: Mapping[str, bytes], recorded: Mapping[str, str]
 ) -> set[str]:
     """The files that are planned, recorded, or compared by another check whoever wrote them."""
-    known = {*subject.output.files, *expected, *recorded, MANIFEST, "config.json"}
+    carried = subject.carried.output.files if subject.carried is not None else ()
+    known = {*subject.output.files, *carried, *expected, *recorded, MANIFEST, "config.json"}
     root = subject.output.path
     paths = (p for f in subject.output.files.values() for p in f.paths)
     known |= {p.relative_to(root).as_posix() for p in paths if p.is_relative_to(root)}
