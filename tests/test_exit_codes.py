@@ -218,12 +218,15 @@ def test_an_error_that_nobody_can_read_ends_with_141_too(command: str, tiny: Pat
         (">/dev/full", "families", 2),
         (">/dev/full", "inspect in --json", 2),
         ("2>/dev/full", "families", 0),
+        ("2>/dev/full", "inspect nowhere", 2),
     ],
 )
 def test_streams_that_are_closed_at_the_start(closed: str, command: str, code: int, tiny: Path) -> None:
     text = f"{' '.join(PROGRAM)} {command} {closed}"
     done = subprocess.run(["bash", "-c", text], cwd=tiny, capture_output=True, text=True, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr
+    if closed == ">/dev/full":
+        assert done.stderr == "error[write-failed]: stdout: cannot be written: No space left on device\n"
     if "--out new" in command:  # no file of the output was taken for a stream
         assert run("verify", "new", "--source", "in", "--level", "bits", cwd=tiny).returncode == 0
 
