@@ -54,14 +54,14 @@ def main() -> NoReturn:
         os.environ.setdefault(ONE_THREAD, "1")
     try:
         code = flush(run(sys.argv[1:]))
-    except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told
+        gc.freeze()  # or the interpreter's end would look for cycles among all there is
+        if keeping and threading.active_count() == 1:
+            leave(code)
+    except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told, or came
         code = 128 + getattr(stop, "number", signal.SIGINT)
-    gc.freeze()  # or the interpreter's end would look for cycles among all there is
     if _came:
         for number in SIGNALS:  # the interpreter's own end has no handlers: the code would be lost
             signal.signal(number, signal.SIG_IGN)
-    if keeping and threading.active_count() == 1:
-        leave(code)
     sys.exit(code)
 
 

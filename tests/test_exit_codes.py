@@ -353,6 +353,16 @@ def test_an_interrupt_while_the_program_is_loading(module: str, tiny: Path) -> N
     assert done.returncode == 130 and done.stderr.strip() == "error[interrupted]: stopped by SIGINT"
 
 
+@pytest.mark.parametrize("place", ["leave", "gc.freeze"])
+def test_an_interrupt_while_the_program_ends_is_no_difference(place: str, tmp_path: Path) -> None:
+    script = (
+        "import os, signal\nfrom ckpt_tool import program\n"
+        f"program.{place} = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = run("inspect", "nowhere", script=script + MAIN, cwd=tmp_path)
+    assert done.returncode == 143 and "Traceback" not in done.stderr
+
+
 # --- packages that are not installed --------------------------------------------------------------------
 
 BLOCKER = """
