@@ -316,7 +316,7 @@ def test_a_group_that_gets_the_signal_twice_ends_as_with_one(originals: Written,
 
 
 WAITING = {
-    "while comparing with the source": "import ckpt_tool.verify as m\nm.compare = wait\n",
+    "while comparing with the source": "import ckpt_tool.verify as m\nm.compare_steps = wait\n",
     "while computing": "import ckpt_tool.verify.compute as m\nm.lockstep = wait\n",
 }
 
