@@ -26,7 +26,7 @@ def read(checkpoint: Checkpoint) -> tuple[Ranks, dict[str, Any]]:
     path = Path(checkpoint.path) / DOCUMENT
     if not path.is_file():
         text = "expected how Megatron's ranks had the state of their optimizer, found no such file"
-        fail("missing-config", text, file=DOCUMENT)
+        fail("missing-file", text, file=DOCUMENT)
     with path.open("rb") as file:
         said = parse_object(file.read(MAX_BYTES + 1), file=DOCUMENT)
     ranks = said.get("ranks")
