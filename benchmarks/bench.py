@@ -257,9 +257,9 @@ def copying(source: Path, out: Path, unpack: str | None) -> list[str]:
     """What ours is measured against, into the folder `out`, which is there."""
     if unpack is None:
         return ["cp", "-r", *map(str, weights(source)), str(out)]
-    folder = unpacked(out)
-    words = unpack.format(archive=shlex.quote(str(weights(source)[0])), folder=shlex.quote(str(folder)))
-    return ["sh", "-ec", f"mkdir {shlex.quote(str(folder))}; {words}; cp -r {folder}/. {out}"]
+    archive, folder, target = (shlex.quote(str(p)) for p in (weights(source)[0], unpacked(out), out))
+    words = unpack.format(archive=archive, folder=folder)
+    return ["sh", "-ec", f"mkdir {folder}; {words}; cp -r {folder}/. {target}"]
 
 
 def compare(

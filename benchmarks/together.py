@@ -171,8 +171,11 @@ def main() -> int:
         for line in measured(options, work, raw):
             lines.append(line)
             print(f"{line.case}: {line.ratio}", file=sys.stderr, flush=True)
-    except subprocess.CalledProcessError as error:
-        failed = f"{Path(error.cmd[1]).name} ended with {error.returncode}: what follows it was not measured"
+    except (subprocess.CalledProcessError, SystemExit) as error:  # of a script beside this, of `run`
+        ended = f"{error}".partition("\n")[0]
+        if isinstance(error, subprocess.CalledProcessError):
+            ended = f"{Path(error.cmd[1]).name} ended with {error.returncode}"
+        failed = f"{ended}: what follows it was not measured"
         lines.append(Line(failed, *[""] * 6))
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -54,14 +54,14 @@ def main() -> NoReturn:
         os.environ.setdefault(ONE_THREAD, "1")
     try:
         code = flush(run(sys.argv[1:]))
-    except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told
+        gc.freeze()  # or the interpreter's end would look for cycles among all there is
+        if keeping and threading.active_count() == 1:
+            leave(code)
+    except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told, or came
         code = 128 + getattr(stop, "number", signal.SIGINT)
-    gc.freeze()  # or the interpreter's end would look for cycles among all there is
     if _came:
         for number in SIGNALS:  # the interpreter's own end has no handlers: the code would be lost
             signal.signal(number, signal.SIG_IGN)
-    if keeping and threading.active_count() == 1:
-        leave(code)
     sys.exit(code)
 
 
@@ -151,8 +151,22 @@ def flush(code: int) -> int:
             code = CLOSED_PIPE if isinstance(error, BrokenPipeError) else code or 2
             _nowhere(number)
             if number == 1 and not isinstance(error, BrokenPipeError):
-                _say(f"error[write-failed]: stdout: cannot be written: {getattr(error, 'strerror', error)}")
+                _say(_not_written(error))
     return code
+
+
+def _stdout_is_stuck() -> bool:
+    """Whether stdout takes not even the end of a line; it then leads nowhere."""
+    try:
+        print(flush=True)
+    except (OSError, ValueError):
+        _nowhere(1)
+        return True
+    return False
+
+
+def _not_written(error: Exception) -> str:
+    return f"error[write-failed]: stdout: cannot be written: {getattr(error, 'strerror', error)}"
 
 
 def _nowhere(number: int) -> None:
@@ -162,13 +176,13 @@ def _nowhere(number: int) -> None:
 
 
 def _say(text: str) -> bool:
-    """Whether `text` could be written to stderr."""
+    """Write `text` to stderr; whether that has a reader."""
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         _nowhere(2)
-        return False
+        return not isinstance(error, BrokenPipeError)
     return True
 
 
@@ -203,6 +217,8 @@ def ended(error: BaseException, arguments: list[str]) -> int:
         return CLOSED_PIPE
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return 0
+    if isinstance(error, OSError) and error.filename is None and not _came and _stdout_is_stuck():
+        return 2 if _say(_not_written(error)) else CLOSED_PIPE
     told = error if isinstance(error, CkptToolError) else as_told(error)
     if TRACEBACK in os.environ or (told.kind in ("internal", "system") and _verbose(arguments)):
         _say("".join(traceback.format_exception(error)).rstrip())

@@ -218,12 +218,15 @@ def test_an_error_that_nobody_can_read_ends_with_141_too(command: str, tiny: Pat
         (">/dev/full", "families", 2),
         (">/dev/full", "inspect in --json", 2),
         ("2>/dev/full", "families", 0),
+        ("2>/dev/full", "inspect nowhere", 2),
     ],
 )
 def test_streams_that_are_closed_at_the_start(closed: str, command: str, code: int, tiny: Path) -> None:
     text = f"{' '.join(PROGRAM)} {command} {closed}"
     done = subprocess.run(["bash", "-c", text], cwd=tiny, capture_output=True, text=True, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr
+    if closed == ">/dev/full":
+        assert done.stderr == "error[write-failed]: stdout: cannot be written: No space left on device\n"
     if "--out new" in command:  # no file of the output was taken for a stream
         assert run("verify", "new", "--source", "in", "--level", "bits", cwd=tiny).returncode == 0
 
@@ -313,7 +316,7 @@ def test_a_group_that_gets_the_signal_twice_ends_as_with_one(originals: Written,
 
 
 WAITING = {
-    "while comparing with the source": "import ckpt_tool.verify as m\nm.compare_bits = wait\n",
+    "while comparing with the source": "import ckpt_tool.verify as m\nm.compare_steps = wait\n",
     "while computing": "import ckpt_tool.verify.compute as m\nm.lockstep = wait\n",
 }
 
@@ -348,6 +351,16 @@ def test_an_interrupt_while_the_program_is_loading(module: str, tiny: Path) -> N
     )
     done = run("inspect", "in", script=script, cwd=tiny)
     assert done.returncode == 130 and done.stderr.strip() == "error[interrupted]: stopped by SIGINT"
+
+
+@pytest.mark.parametrize("place", ["leave", "gc.freeze"])
+def test_an_interrupt_while_the_program_ends_is_no_difference(place: str, tmp_path: Path) -> None:
+    script = (
+        "import os, signal\nfrom ckpt_tool import program\n"
+        f"program.{place} = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = run("inspect", "nowhere", script=script + MAIN, cwd=tmp_path)
+    assert done.returncode == 143 and "Traceback" not in done.stderr
 
 
 # --- packages that are not installed --------------------------------------------------------------------

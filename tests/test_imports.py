@@ -47,6 +47,17 @@ def imported(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_has_no_name_that_a_module_of_it_takes_when_it_is_imported(package: str) -> None:
+    """`from .bits import compare` beside compare.py holds until somebody imports that."""
+    folder = PACKAGES[package]
+    modules = {file.stem for file in folder.glob("*.py")}
+    for node in ast.walk(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module != package:
+            taken = modules & {alias.asname or alias.name for alias in node.names}
+            assert taken <= {(node.module or "").removeprefix(f"{package}.")}, taken
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_only_whom_they_may_know(package: str) -> None:
     files = sorted(PACKAGES[package].rglob("*.py"))
     assert files

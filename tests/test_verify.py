@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import answers, documented, verify
 from ckpt_tool.verify import passing as passing_module
 from ckpt_tool.verify.against_transformers import _deviations
+from ckpt_tool.verify.as_hf import shown_as_hf
 from ckpt_tool.verify.bits import compare
 from ckpt_tool.verify.coverage import scan
 from ckpt_tool.verify.expectations import Expectation, parse
@@ -105,6 +108,22 @@ def test_what_passes_in_a_comparison_is_not_read_again(
         assert all(getattr(a.values, x) == getattr(b.values, x) for x in type(a.values).__slots__), a.tensor
     assert next(s.values.non_finite for s in found if s.tensor.name == odd) == 2
     assert again == []
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("verdict", ["verify", "compare"])
+def test_a_file_that_is_written_meanwhile_has_no_verdict(
+    verdict: str, side: int, originals: Written, broken: Written, tmp_path: Path
+) -> None:
+    """What was read of it need not be what is there, even where every byte read was right."""
+    sides = broken(DENSE), Path(shutil.copytree(originals(DENSE), tmp_path / "source"))
+    (weights,) = (p for p in sides[side].iterdir() if p.suffix in (".pth", ".safetensors"))
+    both = opened(*sides) if verdict == "verify" else ExitStack()
+    with pytest.raises(CkptToolError, match="touched since") as caught, both as stack:
+        for folder in sides if isinstance(stack, ExitStack) else ():
+            stack.enter_context(shown_as_hf(folder))
+        os.utime(weights)
+    assert caught.value.kind == "input-changed"
 
 
 # --- a good conversion ----------------------------------------------------------------------------------

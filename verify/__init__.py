@@ -24,7 +24,7 @@ from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.accepting import check_names, unneeded
 from ckpt_tool.verify.bits import bits, recognise_recipe
-from ckpt_tool.verify.bits import compare as compare_bits
+from ckpt_tool.verify.bits import compare as compare_steps  # `compare` is a module beside this
 from ckpt_tool.verify.by_bits import by_bits
 from ckpt_tool.verify.carried_bits import carried_bits
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
@@ -224,7 +224,7 @@ def _seen(
     if "bits" in asked and subject.source is not None and subject.plan is not None:
         tell("bits: comparing with the source")  # which reads the output, too
         passing = Passing(subject.output)
-        compared = compare_bits(subject, subject.plan.steps, passing)
+        compared = compare_steps(subject, subject.plan.steps, passing)
         return Joined(passing.scans(), compared)
     tell("reading the output")
     return Joined(list(scan(subject.output)))

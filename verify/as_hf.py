@@ -45,13 +45,15 @@ def shown_as_hf(
     path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, chosen: str | None = None
 ) -> Iterator[Shown]:
     """Open `path`; `settings` are facts that an original's files lack, `chosen` its family where it does not
-    say it. Raises what opening, recognising and planning raise."""
+    say it. Raises what opening, recognising and planning raise, and `input-changed` at the end where the
+    weights are no longer those that were opened."""
     with _open(path, "hf") as found:
         known = with_prefix(as_families_know(found))
         if is_hf(known):
             config = known.json("config.json")
             own = {n: d.read for n, d in known.documents.items()}
             yield Shown(known, config, f"Hugging Face, {_files(known)}", own)
+            found.check_unchanged()
             return
     with _open(path, "original") as found:
         options = Options(settings=dict(settings or {}))
@@ -64,6 +66,7 @@ def shown_as_hf(
             config = json.loads(next(d.content for d in plan.documents if d.name == "config.json"))
             written = {d.name: _content(d.content) for d in plan.documents}
             yield Shown(view, config, f"original of {own_family.name}, {_files(source)}", written)
+        found.check_unchanged()
 
 
 def _content(data: bytes) -> Callable[[], bytes]:

@@ -98,7 +98,8 @@ def opened(
     look_for_source: bool = True,
 ) -> Iterator[Subject]:
     """Open both sides and make the plan again; raises what cannot be opened, keeps what cannot be planned.
-    Without a `source` the one that the manifest records is opened where it still lies there."""
+    Without a `source` the one that the manifest records is opened where it still lies there. Raises
+    `input-changed` at the end where the weights are no longer those that were opened."""
     as_loaders_do = Limits(as_it_stands=True)  # which take no wrapper off
     with ExitStack() as stack:
         out = _open(output, "hf", as_loaders_do)
@@ -122,6 +123,8 @@ def opened(
             stack.callback(subject.carried.close)
         subject.found = found
         yield subject
+        for side in filter(None, (out, src)):
+            side.check_unchanged()  # or what was found is true of nothing that is there
 
 
 def _open(

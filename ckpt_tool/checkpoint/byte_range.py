@@ -106,10 +106,11 @@ class ByteRange:
         same_place = there is not None and (there.st_dev, there.st_ino) == (now.device, now.inode)
         if now != self.fingerprint or not same_place:
             before = self.fingerprint
+            held = f"{now.size} bytes" if now.size != before.size else "as many that were touched since"
             fail(
                 "input-changed",
                 f"expected the file as it was opened ({before.size} bytes, inode {before.inode}), "
-                f"found {now.size if same_place else 'another file'}",
+                f"found {held if same_place else 'another file'}",
                 file=self.name,
                 hint="nothing else may write to the input while it is read",
             )
