@@ -93,12 +93,12 @@ BASES = {
     "mistral": "mistral-float32",
     "mixtral": "mixtral-c",
 }
-UNFIT = {"qwen2": ("mxfp4",), "mistral": ("mxfp4", "nvfp4"), "mixtral": ("mxfp4", "nvfp4")}  # by their rows
+UNFIT = {"qwen2": 32, "mistral": 16, "mixtral": 16}  # by columns of a block, which divide no row of theirs
 CODED = {
     f"{family}{AS}{form}": (f"{base}{AS}{form}",)
     for family, base in BASES.items()
-    for form in FORMATS
-    if form not in UNFIT.get(family, ())
+    for form, written in FORMATS.items()
+    if written.columns < UNFIT.get(family, 64)
 }
 EVERY = {**PLANTED, **CODED}
 PACKED = {"gpt-oss": PLANTED["gpt-oss"], **CODED}

@@ -21,7 +21,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.claims import Claim, judge
 from ckpt_tool.verify.equivalence import BLOCK, MARGINS, blocks_of, bound, findings, histogram
-from ckpt_tool.verify.logits import Logits
+from ckpt_tool.verify.logits import Logits, finding
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, LogitDistance, divergence
 from ckpt_tool.verify.report import Finding
 
@@ -105,6 +105,21 @@ def test_what_a_bound_is_made_of() -> None:
 def logits_of(kls: Sequence[float], holds: bool = True) -> Logits:
     far = Distance(0.1, 1e-13 if holds else 1.0, 0, 4.0)
     return Logits(far, LogitDistance(tuple(kls), 1.0, 1.0, 0.0, 0), Bar(1e-12, 1.0, far), len(kls))
+
+
+def test_single_logits_of_a_narrow_dtype_do_not_fail_a_pass() -> None:
+    """Of a right Code Llama in bfloat16: the mean square is below the bar, one logit of 600 tokens over."""
+    quiet, far = Distance(0.05, 3e-5, 0, 6.2), Distance(0.64, 7e-4, 470, 6.2)
+    same = LogitDistance((0.01,), 1.0, 1.0, 0.0, 0)
+    x = Logits(far, same, Bar(3e-3, 0.5, quiet), 600, narrow=True)
+    found = finding("parity", "logits", {"long": x}, torch.bfloat16)
+    assert found.status == "undecided" and "their mean square is not" in found.message
+    for wrong in (
+        replace(x, narrow=False),
+        replace(x, distance=replace(far, nmse=0.1)),
+        replace(x, logits=replace(same, top1=0.99)),
+    ):
+        assert finding("parity", "logits", {"long": wrong}, torch.bfloat16).status == "fail"
 
 
 def one(results: dict[str, Logits], dtype: str = "float32") -> Finding:

@@ -301,7 +301,9 @@ def test_a_wrong_weight_is_found(exported: tuple[Path, Any], converted: Path, tm
     run = verified(path, converted, "--json", "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert run.returncode == 1 and found(report, "outputs")["status"] == "fail"
-    assert "self_attn.o_proj" in found(report, "weights")["message"]
+    said = found(report, "weights")
+    assert said["message"].endswith("other bits under its name: model.layers.0.self_attn.o_proj.weight")
+    assert said["data"]["missing"] == said["data"]["other_bits"]
 
 
 def _renamed(old: str, new: str) -> Callable[[Any], None]:

@@ -16,7 +16,8 @@ from ckpt_tool.verify.positions import Positions, drawn, positions
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import Sample
 
-CANNOT_TELL = "and so is noise alone: this dtype cannot decide, a wider --compute-dtype can"
+NOT_DECIDED = "this dtype cannot decide, a wider --compute-dtype can"
+CANNOT_TELL = f"and so is noise alone: {NOT_DECIDED}"
 
 
 # What a head gives: logits of the token at each position, logits of other things (classes, entities), or
@@ -40,6 +41,7 @@ class Logits:
     bar: Bar
     tokens: int
     positions: Positions | None = None  # where it has logits of tokens
+    narrow: bool = False  # computed in a dtype of 16 bits
 
     @property
     def _alike(self) -> bool:
@@ -51,7 +53,14 @@ class Logits:
 
     @property
     def cannot_tell(self) -> bool:
-        return self.bar.cannot_tell(self.distance) and self._alike
+        return (self.bar.cannot_tell(self.distance) or self.lone) and self._alike
+
+    @property
+    def lone(self) -> bool:
+        """Whether only single numbers of a narrow dtype are over the bar, and their mean square is not. Such
+        products are summed in float32 and rounded once, so reversed sums move next to nothing, while the
+        order of operations, whose roundings all layers carry on, is no mistake."""
+        return self.narrow and self.distance.nmse <= self.bar.nmse and not self.bar.holds(self.distance)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ def by_prompt(passes: list[Pass], dtype: torch.dtype, kind: Kind = "words") -> d
         far = s.of(found) if shared else distance(real, wanted)
         ids = s.real(s.x[..., None])[..., 0] if kind == "words" and not shared else None
         likely = None if kind == "values" else logit_distance(real, wanted, ids, 2 * bar.max_delta)
-        made[p.name] = Logits(far, likely, bar, wanted.shape[1])
+        narrow = torch.finfo(dtype).bits < 32
+        made[p.name] = Logits(far, likely, bar, wanted.shape[1], narrow=narrow)
         if ids is not None:
             seen = positions(real, wanted, tokens=not made[p.name].holds)
             made[p.name] = replace(made[p.name], positions=seen)
@@ -144,7 +154,9 @@ def finding(
     over = [x for x in results.values() if not x.holds]
     status: Status = "pass" if not over else "undecided" if all(x.cannot_tell for x in over) else "fail"
     if status == "undecided":
-        text = f"{text}; over the cap {CAPS[str(dtype).removeprefix('torch.')]:g} for {dtype}, {CANNOT_TELL}"
+        cap = f"over the cap {CAPS[str(dtype).removeprefix('torch.')]:g} for {dtype}, {CANNOT_TELL}"
+        lone = f"single {values} are over the bar for {dtype}, their mean square is not: {NOT_DECIDED}"
+        text = f"{text}; {lone if any(x.lone for x in over) else cap}"
     else:
         data["exactness"] = "within noise floor" if status == "pass" else "differs"
     seen = {n: x.positions for n, x in results.items() if x.positions is not None}

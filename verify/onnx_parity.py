@@ -355,21 +355,31 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
     """How many tensors of the source are in the graph bit for bit, as they are or transposed, whatever their
     name: exporters give them others."""
     (tensors,) = side.ranks
-    names, missing = list(tensors), []
+    names, missing, other = list(tensors), [], []
     renamed = [name for name in names if not in_graph(file, tensors, name)]
     held = _held(file) if renamed else set()
     for name in renamed:
         x = tensors[name].numpy()
         if x.size and not ({_digest(x), _digest(x.T)} & held):
             missing.append(name)
+            if name in file.tensors and file.tensors[name].shape == x.shape:
+                other.append(name)
     found = len(names) - len(missing)
     if not missing:
         text = f"all {found} tensors of the source are in it bit for bit, in float32"
         return [Finding(LEVEL, "weights", "pass", text, data={"tensors": found})]
-    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    absent = [name for name in missing if name not in other]
     text = f"{found} of {len(names)} tensors of the source are in it bit for bit"
-    text += f"; not {shown}: folded, or not used"
-    return [Finding(LEVEL, "weights", "note", text, data={"tensors": found, "missing": missing[:100]})]
+    if other:
+        text += f"; with other bits under its name: {_few_of(other)}"
+    if absent:
+        text += f"; not {_few_of(absent)}: folded, or not used"
+    data = {"tensors": found, "missing": missing[:100], "other_bits": other[:100]}
+    return [Finding(LEVEL, "weights", "note", text, data=data)]
+
+
+def _few_of(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _held(file: OnnxFile) -> set[bytes]:
