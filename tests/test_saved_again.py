@@ -17,6 +17,7 @@ import pytest
 
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import prompts, verify
+from tests.conftest import kind
 
 pytest.importorskip("transformers")
 
@@ -71,17 +72,6 @@ CHOSEN = (
     "gemma-2-2b",
     "pythia-410m",
 )
-
-
-def kind(folder: Path) -> str:
-    """What a release makes of a folder, but for sizes: two of one kind load and are saved again alike."""
-
-    def without_sizes(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: without_sizes(v) for k, v in value.items()}
-        return without_sizes(value[0]) if isinstance(value, list) else isinstance(value, float | int) or value
-
-    return json.dumps(without_sizes(json.loads((folder / "config.json").read_text())), sort_keys=True)
 
 
 def chosen(release: str, way: str, conversions: Written) -> list[str]:
