@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -67,8 +69,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the fixed prompts, the longer one cut to a quarter, in a third of the time: for tests of what is
-    found, since what two prompts show all of them do. That right models pass is shown with all
-    (test_end_to_end.py)."""
+    found, since what two prompts show all of them do. That right models of every kind pass is shown
+    with all (test_end_to_end.py)."""
     from ckpt_tool.verify import prompts
 
     every = prompts.fixed
@@ -78,6 +80,20 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"other": rows["other"], "long": rows["long"][:FEW_TOKENS]}
 
     monkeypatch.setattr(prompts, "fixed", few)
+
+
+def kind(folder: Path) -> str:
+    """What a release makes of a folder, but for sizes and other numbers: two of one kind are loaded, computed
+    and saved again alike."""
+
+    def without_numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without_numbers(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return sorted({json.dumps(without_numbers(v)) for v in value})
+        return "a number" if type(value) in (int, float) else value
+
+    return json.dumps(without_numbers(json.loads((folder / "config.json").read_text())), sort_keys=True)
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,8 @@ def main(out: str, folders: list[str]) -> None:
         report = {
             k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
         }
-        if (Path(folder) / "tokenizer.json").exists():
-            texts = json.loads((Path(folder) / "judge_texts.json").read_text(encoding="utf-8"))
+        if (asked := Path(folder) / "judge_texts.json").exists():
+            texts = json.loads(asked.read_text(encoding="utf-8"))
             report["tokens"] = [AutoTokenizer.from_pretrained(folder)(t)["input_ids"] for t in texts]
         reports[Path(folder).name] = report
     np.savez(out, **arrays)

@@ -241,6 +241,7 @@ def test_the_other_gelu_is_foretold_bounded_and_accepted_by_name(published: Path
     assert (report.exit_code, report.exactness) == (0, "within the foretold difference")
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_mistake_behind_the_other_gelu_still_fails(
     published: Path, originals: Written, tmp_path: Path
 ) -> None:
@@ -303,6 +304,7 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
 }
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_their_own_mistakes_are_located_and_named(
     name: str, conversions: Written, originals: Written, tmp_path: Path

@@ -20,8 +20,6 @@ from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.subject import opened
 
-pytestmark = pytest.mark.usefixtures("few_prompts")
-
 Written = Callable[[str], Path]
 Cast = Callable[[torch.Tensor], torch.Tensor]
 FLOAT32 = "bert-2023-float32"
@@ -150,6 +148,7 @@ def away_from_zero_at_ties(x: torch.Tensor) -> torch.Tensor:
     return ((x.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("cast", "words"),
     [
@@ -180,6 +179,7 @@ def test_a_wider_dtype_loses_nothing_and_is_a_note(
     assert note.status == "note" and "holds every value" in note.message
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_wrong_matrix_among_cast_ones_is_caught(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_altered_tensors_are_named_by_their_bits(
     assert report.headline.endswith(found[0])
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("kind", [k for k in CONFIG if k not in SEEN_BY_NO_PASS])
 def test_values_of_config_json_are_named(
     kind: str, tampered: Callable[[str], tuple[str, Path, Truth]], originals: Written
@@ -189,6 +190,7 @@ def test_pieces_of_a_unigram_vocabulary_exchange_their_ids(conversions: Written,
     assert sorted(before) == sorted(after) and sum(a != b for a, b in zip(before, after, strict=True)) == 2
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_change_of_tensors_and_of_a_value_is_told_as_both(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
@@ -204,6 +206,7 @@ def test_a_change_of_tensors_and_of_a_value_is_told_as_both(
     )
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_two_mistakes_in_one_layer_are_both_named(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_two_mistakes_in_one_layer_are_both_named(
     assert len(report.level("diagnosis")) == 1
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_what_no_mistake_explains_is_located_and_not_named(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
@@ -239,6 +243,7 @@ def test_what_no_mistake_explains_is_located_and_not_named(
     assert "in rows 13 to 13, columns 4 to 8, all in head 2" in found.message  # heads of six rows
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_named_order_with_one_more_element_changed_is_not_named(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

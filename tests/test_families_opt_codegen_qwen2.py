@@ -34,8 +34,6 @@ from ckpt_tool.fixtures.pickles import Global, Instance, write_torch_zip
 from ckpt_tool.fixtures.published import tensor
 from ckpt_tool.fixtures.variants import VARIANTS
 
-pytestmark = pytest.mark.usefixtures("few_prompts")
-
 Written = Callable[[str], Path]
 OPT, CODEGEN, QWEN2 = (
     {k: v for k, v in VARIANTS.items() if v.family == family} for family in ("opt", "codegen", "qwen2")

@@ -61,6 +61,7 @@ def test_a_plan_without_one_has_no_word_of_it(originals: Written) -> None:
     assert made.foretold == () and "foretold" not in made.to_json()
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_it_fails_until_it_is_accepted(pair: tuple[Path, Path]) -> None:
     source, out = pair
     report = verify(out, source)
@@ -83,6 +84,7 @@ def test_accepted_it_passes_in_its_own_class(pair: tuple[Path, Path]) -> None:
     assert judged.status == "pass" and judged.data["foretold"] == NAME
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_mistakes_in_the_accepted_head_are_caught_at_the_ordinary_bar(pair: tuple[Path, Path]) -> None:
     source, out = pair
     report = verify(out, source, accept=[NAME], levels=("parity",))
@@ -92,6 +94,7 @@ def test_mistakes_in_the_accepted_head_are_caught_at_the_ordinary_bar(pair: tupl
     assert any("hidden_act gelu_new where it is gelu" in str(row[1]) for row in heads)
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("tensor", "value"),
     [
@@ -118,6 +121,7 @@ def test_a_mistake_hidden_behind_it_still_fails(
     assert of(report, "foretold").status == "note"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_the_other_gelu_in_config_json_is_not_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """With erf for both the layers differ, and that is not foretold."""
     source, out = pair

@@ -165,6 +165,7 @@ def test_a_pooled_model_is_verified_against_the_pooled_definition(
     assert len(logits) == 2 and all(f.measured is not None and f.measured <= 1e-10 for f in logits)
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_pooled_heads_that_changed_places_are_caught(originals: Written, tmp_path: Path) -> None:
     source, out = originals("llama-1-7b"), tmp_path / "out"
     api.convert(source, out, family="llama", options=api.Options(gqa=2))

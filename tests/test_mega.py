@@ -330,6 +330,7 @@ MASK = torch.ones(2, 40, dtype=torch.long)
 MASK[1, 26:] = 0
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("case", MUTANTS)
 def test_a_mistake_in_the_reading_is_caught(
     case: str, originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch

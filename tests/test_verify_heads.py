@@ -60,6 +60,7 @@ def test_every_head_is_compared_with_segments_and_padding(originals: Written, co
         assert words in planted
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("function", "dropped", "phase", "prompt"),
     [("layer", "mask", "layer 0", "padded"), ("embed", "token_types", "embed", "segments")],
