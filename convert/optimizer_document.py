@@ -22,7 +22,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
 
 def read(checkpoint: Checkpoint) -> tuple[Ranks, dict[str, Any]]:
     """How ranks had their state, and their schedule by its name, none where it is not known. Kinds:
-    `missing-config` without the document, `bad-config`, `unsupported` where it does not say it."""
+    `missing-file` without the document, `bad-config`, `unsupported` where it does not say it."""
     path = Path(checkpoint.path) / DOCUMENT
     if not path.is_file():
         text = "expected how Megatron's ranks had the state of their optimizer, found no such file"
