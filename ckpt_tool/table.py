@@ -72,11 +72,11 @@ def row(variant: Variant, scratch: Path, judge: bool) -> Row:
     """Write the variant into `scratch`, convert it, verify it, and send it back and forth once more."""
     source, out = variant.write(scratch / "original"), scratch / "converted"
     options = Options(settings=variant.settings)
-    api.convert(source, out, family=variant.family, options=options, check=False)
+    first = api.convert(source, out, family=variant.family, options=options, check=False)
     report = api.verify(out, source, settings=variant.settings, against="transformers" if judge else None)
     with api.open_for(source) as checkpoint:
         ranks = ranks_of(checkpoint)
-    differences = round_trip(variant, source, scratch)
+    differences = round_trip(variant, source, scratch, (out, first))
     return Row(
         family=variant.family,
         variant=variant.id,
@@ -108,15 +108,18 @@ def ranks_of(checkpoint: Checkpoint) -> int:
     return len(checkpoint.find(first.name))
 
 
-def round_trip(variant: Variant, source: Path, scratch: Path) -> list[str]:
+def round_trip(variant: Variant, source: Path, scratch: Path, made: tuple[Path, api.Conversion]) -> list[str]:
     """Original -> Hugging Face -> original and once more to Hugging Face; what differs, in words. Padding of
-    the vocabulary is kept on this way, so that there is nothing to make up; dropped tensors stay dropped."""
-    there, back, again = scratch / "there", scratch / "back", scratch / "again"
+    the vocabulary is kept on this way, so that there is nothing to make up; dropped tensors stay dropped.
+    The way there is `made`, the variant's conversion, where that one leaves no padding out."""
+    (there, first), back, again = made, scratch / "back", scratch / "again"
     settings = {k: v for k, v in variant.settings.items() if k != "vocab_size"}
     own = {o.name for o in family(variant.family).options}
     padding = {"keep_padding": True} if "keep_padding" in own else {}
     options = Options(settings=settings, family_options=padding)
-    first = api.convert(source, there, family=variant.family, options=options, check=False)
+    if options != Options(settings=variant.settings):
+        there = scratch / "there"
+        first = api.convert(source, there, family=variant.family, options=options, check=False)
     with api.open_for(source) as checkpoint:
         form = {k: v for k, v in _form(checkpoint).items() if k in own}
         shape = Options(shards=ranks_of(checkpoint) if "shards" in own else 1, family_options=form)
