@@ -470,6 +470,10 @@ def test_a_torch_dist_folder_goes_forth_and_back(dist: Path, tmp_path: Path) -> 
     api.convert(tmp_path / "back", tmp_path / "again", family="llama", options=WITH)
     before, after = states(out), states(tmp_path / "again")
     assert before.keys() == after.keys() and all(torch.equal(before[n], x) for n, x in after.items())
+    given = (str(tmp_path / "back"), "--source", str(out), "--level", "coverage", "--level", "bits")
+    CliRunner().invoke(cli, ["certificate", *given])
+    check = CliRunner().invoke(cli, ["check-certificate", given[0]])
+    assert check.output.startswith("ckpt-tool check-certificate: pass"), check.output
     report = api.verify(tmp_path / "back", out, levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
     alone = tmp_path / "alone"
