@@ -51,7 +51,7 @@ def _ranks(said: Mapping[str, Any], ranks: Mapping[str, Any]) -> Ranks:
         if ranks.get(key) not in (known if key == "inside" else (*known, None)):
             _refuse(f"ranks.{key}", " or ".join(known))
     if ranks.get("crc32") != crc32_of(ranks):
-        text = "expected what was written of how ranks number their parameters, found it changed since"
+        text = "expected the checksum of how ranks number their parameters, found another or none"
         hint = (
             "convert the original once more; `groups`, `schedule` and `step` may be changed, `ranks` may not"
         )

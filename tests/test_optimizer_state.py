@@ -291,6 +291,21 @@ def test_what_ranks_say_beside_the_tensors_is_verified(run: Path, tmp_path: Path
         path.write_bytes(written)
 
 
+def test_a_certificate_holds_for_ranks_with_states(run: Path, tmp_path: Path) -> None:
+    one = api.Options(family_options={"tensor_parallel": 1}, with_optimizer=True)
+    api.convert(run / "hf", tmp_path / "back", to="original", options=one)
+    given = (str(tmp_path / "back"), "--source", str(run / "hf"))
+    CliRunner().invoke(cli, ["certificate", *given, "--level", "coverage", "--level", "bits"])
+    check = CliRunner().invoke(cli, ["check-certificate", *given, "--spot", "3"])
+    assert check.output.startswith("ckpt-tool check-certificate: pass"), check.output
+    (path,) = (tmp_path / "back").rglob("*.pt")
+    file = torch.load(path, weights_only=False)
+    file["optimizer"]["optimizer"]["state"][0]["exp_avg"][0] += 1
+    torch.save(file, path)
+    check = CliRunner().invoke(cli, ["check-certificate", *given[:1]])
+    assert check.output.startswith("ckpt-tool check-certificate: fail"), check.output
+
+
 def without_order(told: dict[str, Any]) -> None:
     told["ranks"]["order"].remove("decoder.layers.{}.mlp.linear_fc2.weight")
     told["ranks"]["crc32"] = crc32_of(told["ranks"])
@@ -319,7 +334,7 @@ def of_another_kind(told: dict[str, Any]) -> None:
     ("change", "kind", "words"),
     [
         (without_order, "unsupported", "linear_fc2.weight: expected the parameters of the ranks"),
-        (exchanged, "bad-config", "ranks.crc32: expected what was written"),
+        (exchanged, "bad-config", "ranks.crc32: expected the checksum"),
         (without_steps, "unsupported", "expected the number of steps that were made, found none"),
         (of_no_ranks, "unsupported", "--form torch_dist"),
         (of_another_kind, "bad-config", "expected `decay`, `others` or `all` for each of 2 groups"),
@@ -455,6 +470,10 @@ def test_a_torch_dist_folder_goes_forth_and_back(dist: Path, tmp_path: Path) -> 
     api.convert(tmp_path / "back", tmp_path / "again", family="llama", options=WITH)
     before, after = states(out), states(tmp_path / "again")
     assert before.keys() == after.keys() and all(torch.equal(before[n], x) for n, x in after.items())
+    given = (str(tmp_path / "back"), "--source", str(out), "--level", "coverage", "--level", "bits")
+    CliRunner().invoke(cli, ["certificate", *given])
+    check = CliRunner().invoke(cli, ["check-certificate", given[0]])
+    assert check.output.startswith("ckpt-tool check-certificate: pass"), check.output
     report = api.verify(tmp_path / "back", out, levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
     alone = tmp_path / "alone"

@@ -19,7 +19,9 @@ from typing import Any
 
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.strict_json import parse_object
+from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.manifest import CERTIFICATE
+from ckpt_tool.convert.optimizer_state import is_state
 from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import fail
@@ -268,8 +270,11 @@ def _tensors(out: Path, entries: Entries) -> Finding:
     """The leaves made again from the files, which the files' digests say nothing of."""
     prefer: Any = "original" if entries.plan["direction"] == "to-original" else "hf"
     count = 0
-    with open_checkpoint(out, prefer=prefer) as checkpoint:
-        found = (leaf.to_json() for leaf in trees.of_tensors(checkpoint, checkpoint))
+    with open_checkpoint(out, prefer=prefer) as stored:
+        checkpoint = layers_apart(stored) if prefer == "original" else stored
+        # states of an optimizer that ranks hold among their tensors have no leaves: files' digests are theirs
+        model = [t for t in checkpoint if not (prefer == "original" and is_state(t.name))]
+        found = (leaf.to_json() for leaf in trees.of_tensors(checkpoint, model))
         for here, said in zip_longest(found, entries.each("target")):
             if here != said:
                 either = [t for t in (here, said) if t is not None]
