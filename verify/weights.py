@@ -55,9 +55,11 @@ class Weights(Mapping[str, Tensor]):
         return name in self.tensors
 
     def computed_in(self, dtype: torch.dtype) -> Weights:
-        """The same tensors in another dtype."""
+        """The same tensors in another dtype, which hold no more than what these leave."""
         made = Weights(self.checkpoint, self.tensors, dtype, self.device)
-        made.limit, made.room = self.limit, Room(self.room.size)
+        whole = sum(t.nbytes for t in (self._kept or {}).values() if not isinstance(t, Streamed))
+        made.limit = None if self.limit is None else max(0, self.limit - whole)
+        made.room = Room(max(0, self.room.size - max(whole, self.room.held)))
         return made
 
     @contextmanager
