@@ -6,8 +6,11 @@ an ordinary one."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 16 << 20  # bytes of rows that are cast at once
+M_MMAP_THRESHOLD = -3  # malloc.h
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -83,6 +87,14 @@ class Rows:
             rows = self.block(first)
             made[first : first + len(rows)] = rows
         return made
+
+
+@cache
+def give_back() -> None:
+    """Have memory of blocks go back to the system once nobody holds it. glibc would keep what it gave back
+    before for the next ones, and holes of hundreds of megabytes with it. Source: mallopt(3)."""
+    with suppress(OSError, AttributeError):  # another library of C has no such setting
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK // 4)
 
 
 class Streamed(Tensor):
