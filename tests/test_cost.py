@@ -32,7 +32,7 @@ from ckpt_tool.verify.parity import _both
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.sides import Side, converted_side, original_side
-from ckpt_tool.verify.streamed import Room, Rows, Streamed
+from ckpt_tool.verify.streamed import Room, Rows, Streamed, turned_by_blocks
 from ckpt_tool.verify.subject import opened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +160,43 @@ def test_quick_says_what_it_leaves_out_of_two_layers(written: Callable[[str], Ma
         two = replace(original, config=replace(original.config, n_layers=2))
         made = effort_for("quick", two, converted, prompts, frozenset())
         assert made.layers == (0, 1) and not made.has(1, "long") and not made.has("head", "long")
-        assert made.left_out[1:] == ("prompt long (600 tokens) through layer 0 only",)
+        assert made.left_out[1] == "prompt long (600 tokens) through layer 0 only"
+
+
+def test_quick_runs_two_short_prompts_where_a_long_one_is_costly(
+    written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long one stays where it shows a window, and so do those of the user and those with more inputs."""
+    rows = {"short": range(8), "edges": range(6), "other": range(19), "repeated": [1] * 49, "long": [1] * 600}
+    prompts = {n: Prompt([[*row]], {}) for n, row in rows.items()}
+    for original, converted in sides(*written("gemma-2-2b")):
+        windowless = replace(original, config=replace(original.config, windows=(None,) * 4))
+        windows = replace(original, config=replace(original.config, windows=(128, None) * 2))
+        cheap = effort_for("quick", windowless, converted, prompts, frozenset())
+        assert all(cheap.has("embed", n) for n in rows) and cheap.plants(0, 4)
+        monkeypatch.setattr(effort, "AFFORDABLE", 1.0)
+        made = effort_for("quick", windowless, converted, prompts, frozenset({"short"}))
+        assert [n for n in rows if made.has("embed", n)] == ["short", "edges", "other"]
+        assert (
+            made.floor == {"other"} and "repeated (49 tokens), long (600 tokens) not run" in made.left_out[-1]
+        )
+        shown = effort_for("quick", windows, converted, prompts, frozenset())
+        assert [n for n in rows if shown.has(0, n)] == ["edges", "other", "long"]
+        more = {**prompts, "padded": Prompt([[1] * 40] * 2, {"mask": [[1] * 40] * 2})}
+        assert effort_for("quick", windowless, converted, more, frozenset()).has("embed", "padded")
+
+
+def test_mistakes_of_quick_are_planted_in_the_last_layer_where_it_may_be_of_another_kind(
+    written: Callable[[str], Made],
+) -> None:
+    for name, last in (("mistral-7b-v0.3", False), ("gemma-2-2b", True)):
+        for original, converted in sides(*written(name)):
+            count = original.config.n_layers
+            made = effort_for("quick", original, converted, {}, frozenset())
+            assert made.plants(0, count) and made.plants("head", count) and not made.plants(1, count)
+            assert made.plants(count - 1, count) is last
+            assert Effort().plants(count - 1, count)
+            assert any("no mistakes were planted" in text for text in made.left_out) is not last
 
 
 def test_words_for_layers() -> None:
@@ -237,6 +273,8 @@ def test_a_streamed_matrix_computes_as_an_ordinary_one(room: int, monkeypatch: p
         (s.roll(-9, 0)[2:22], w.roll(-9, 0)[2:22]), (x @ torch.roll(s, 20, 0).T, x @ w.roll(20, 0).T),
         (s * 2, w * 2), (torch.cat([s, s]), torch.cat([w, w])),
     ]  # fmt: skip
+    turned, its = turned_by_blocks(s), torch.cat([b.T.reshape(b.shape) for b in w.split(5)])
+    pairs += [(x @ turned.T, x @ its.T), (turned[ids], its[ids]), (turned[3:12], its[3:12]), (turned, its)]
     with ReversedSums():
         pairs += [(F.linear(x, s), x @ w.T), (x @ s.T, x @ w.T), (z @ s, z @ w)]
     for k, (found, wanted) in enumerate(pairs):

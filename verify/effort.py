@@ -6,7 +6,10 @@ noise floor and the free run are made. What is left out is said, and a verdict c
               than WIDE (a window's) goes through the first layer of each kind. Of those that
               are ids alone the FREED longest of the others are run free and make the floor: with few tokens
               a pass costs what reading its weights does.
-    quick     the first layer of each kind and the last one; no free run.
+    quick     the first layer of each kind and the last one; no free run. Where a long prompt is costly, of
+              those that are ids alone the shortest one, the short one of the most different ids, whose floor
+              is measured, and a long one only if it shows a window. Mistakes are planted in the last layer
+              only where layers are of several kinds.
     thorough  everything.
 """
 
@@ -34,7 +37,8 @@ AFFORDABLE = 3e10  # tokens x weights of one prompt: a few seconds a pass
 class Effort:
     """`layers` are those that run (None: all). A prompt of `reach` goes through these layers alone, and to no
     head; without any it does not run. `floor` and `free` are the prompts whose noise is measured in any case,
-    and that are run free; None stands for all."""
+    and that are run free; None stands for all. `planted` are the layers that mistakes are planted in,
+    None for the first and the last one."""
 
     mode: Mode = "thorough"
     layers: tuple[int, ...] | None = None
@@ -43,6 +47,7 @@ class Effort:
     free: frozenset[str] | None = None
     left_out: tuple[str, ...] = ()
     before: frozenset[Phase] = frozenset({"embed"})  # what comes in front of the first layer
+    planted: frozenset[int] | None = None
 
     def has(self, phase: Phase, prompt: str) -> bool:
         """Whether a prompt goes through a phase. A layer that is left out is passed over: the next one is fed
@@ -53,6 +58,10 @@ class Effort:
         if phase in self.before:
             return self.reach.get(prompt) != frozenset()  # one without any layer does not run at all
         return prompt not in self.reach
+
+    def plants(self, phase: Phase, layers: int) -> bool:
+        """Whether mistakes are planted in a phase of so many layers."""
+        return isinstance(phase, str) or phase in ((0, layers - 1) if self.planted is None else self.planted)
 
     def measures(self, prompt: str) -> bool:
         return self.floor is None or prompt in self.floor
@@ -79,7 +88,7 @@ def effort_for(
     weights = sum(t.numel for t in converted.weights[0].tensors.values())
     tokens = {name: sum(map(len, p.ids)) for name, p in prompts.items()}
     if mode == "quick":
-        return _quick(original, converted, tokens)
+        return _quick(original, converted, prompts, tokens, costly(tokens, weights, given), given)
     dear = costly(tokens, weights, given)
     if not dear:
         return Effort("default")
@@ -101,22 +110,60 @@ def effort_for(
     return Effort("default", None, dict.fromkeys(wide, firsts), free, free, tuple(said), _before(original))
 
 
-def _quick(original: Side, converted: Side, tokens: Mapping[str, int]) -> Effort:
+def _quick(
+    original: Side,
+    converted: Side,
+    prompts: Mapping[str, Prompt],
+    tokens: Mapping[str, int],
+    dear: Collection[str],
+    given: frozenset[str],
+) -> Effort:
     firsts = first_of_each_kind(original, converted)
     count = original.config.n_layers
-    layers = tuple(sorted({*firsts, *([count - 1] if count else [])}))
-    wide = [n for n, t in tokens.items() if t > WIDE]
-    long = [n for n, t in tokens.items() if SHORT < t <= WIDE]
+    last = [count - 1] if count else []
+    layers = tuple(sorted({*firsts, *last}))
+    off = _not_in_quick(original, prompts, tokens, dear, given)
+    long = [n for n, t in tokens.items() if t > SHORT and n not in off]
     said = ["no prompt was run free, so the logits of a whole pass were not compared"]
     if len(layers) < count:
         said.insert(0, f"{count - len(layers)} of {count} layers did not run, only {layers_text(layers)}")
     if long:
         said.append(f"{_named(long, tokens)} through {layers_text(firsts)} only")
-    if wide:
-        said.append(f"{_named(wide, tokens)} not run")
-    reach = {**dict.fromkeys(long, frozenset(firsts)), **dict.fromkeys(wide, frozenset[int]())}
-    short = frozenset(n for n, t in tokens.items() if t <= SHORT)
-    return Effort("quick", layers, reach, short or None, frozenset(), tuple(said), _before(original))
+    if off:
+        said.append(f"{_named(off, tokens)} not run")
+    planted = frozenset(layers if len(firsts) > 1 else firsts) & {0, *last}
+    if not planted.issuperset(last):
+        said.append(f"no mistakes were planted in layer {count - 1}, which is of the kind of layer 0")
+    reach = {**dict.fromkeys(long, frozenset(firsts)), **dict.fromkeys(off, frozenset[int]())}
+    short = frozenset(n for n, t in tokens.items() if t <= SHORT and n not in off)
+    floor = frozenset({_most_different(short, prompts)} if short and dear else short)
+    before = _before(original)
+    return Effort("quick", layers, reach, floor or None, frozenset(), tuple(said), before, planted)
+
+
+def _not_in_quick(
+    original: Side,
+    prompts: Mapping[str, Prompt],
+    tokens: Mapping[str, int],
+    dear: Collection[str],
+    given: frozenset[str],
+) -> list[str]:
+    """The prompts that do not run at all: those longer than WIDE and, where any is costly, all that are ids
+    alone and not the user's, but for the shortest one, the short one of the most different ids, and long ones
+    beyond a window."""
+    off = {n for n, t in tokens.items() if t > WIDE}
+    if dear:
+        plain = [n for n in tokens if n not in given and not prompts[n].given]
+        short = [n for n in plain if tokens[n] <= SHORT]
+        kept = {_most_different(short, prompts), min(short, key=lambda n: tokens[n])} if short else set()
+        kept |= {n for n in plain if any(SHORT < w < tokens[n] for w in original.windows or [])} - off
+        off |= {*plain} - kept
+    return [n for n in tokens if n in off]
+
+
+def _most_different(names: Collection[str], prompts: Mapping[str, Prompt]) -> str:
+    """The one of the most different ids: one that repeats a word shows no positions."""
+    return max(names, key=lambda n: len({i for row in prompts[n].ids for i in row}))
 
 
 def _before(original: Side) -> frozenset[Phase]:

@@ -24,6 +24,7 @@ from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, layouts, reorders
 from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.sides import Change, Phase, Side, Tensors
+from ckpt_tool.verify.streamed import Streamed, turned_by_blocks
 
 Sizes = Mapping[str, int]
 
@@ -148,10 +149,13 @@ def exchanges(
 
 
 def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Tensor]]:
-    """The transposed values in the shape they had; `back` undoes it (the same where the matrix is square)."""
+    """The transposed values in the shape they had; `back` undoes it (the same where the matrix is square). Of
+    a large one outside of the layers, as a head is, each block of rows by itself."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name]
+        if isinstance(x, Streamed) and not back and not x.turned and layer_of(name) is None:
+            return {name: turned_by_blocks(x)}
         turned = x.reshape(x.shape[::-1]).mT if back else x.mT.reshape(x.shape)
         return {name: turned.contiguous()}
 

@@ -114,10 +114,15 @@ def limit(
     if memory is None and original.weights[0].device != "cpu":
         return f"about {size_text(besides + sum(weights))} on the device"
     room = max(memory or needs.USUAL, least) - besides
-    for side in (original, converted):
+    for side, copies in ((original, 0), (converted, _copies(tensors[1]))):
         for held in side.weights:
-            held.within(room // len(side.weights), 2 * largest // len(side.weights))
+            held.within(room // len(side.weights), copies // len(side.weights))
     return f"about {size_text(needs.of_parity(besides, max(weights), largest, memory))} of memory"
+
+
+def _copies(tensors: list[TensorInfo]) -> int:
+    """Bytes of those that mistakes make of a matrix of a layer; of one outside, a block at a time is made."""
+    return 2 * max((t.nbytes for t in tensors if layer_of(t.name) is not None), default=0)
 
 
 def _passes(converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> needs.Passes:

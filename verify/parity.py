@@ -99,7 +99,6 @@ def lockstep(
     result = Parity(effort=effort, layers=original.config.n_layers)
     runs = runs_of(original, prompts, effort)
     result.prompts = sum(effort.has("embed", r.name) for r in runs)
-    last = result.layers - 1
     expected = foretold.expected(subject)
     kinds = original.kinds([{}, *(r.given for r in runs)])
     for phase in kinds:
@@ -110,8 +109,9 @@ def lockstep(
             left = pace.left() if pace is not None else ""
             progress(f"parity: {phase_text(phase)} of {result.layers} layers{left}")
         with ExitStack() as stack:
+            swept = stack.enter_context(ExitStack())
             if phase == "embed":
-                stack.enter_context(original.keep())  # which the sweeps run many times
+                swept.enter_context(original.keep())  # which the sweeps run many times
             stack.enter_context(converted.keep())
             known = expected.get(phase)
             side = foretold.taken_back(converted, known)
@@ -123,6 +123,7 @@ def lockstep(
             if phase == "embed":
                 for rows in sweeps(original, side, shapes):
                     sweep(original, side, step, samples, rows)
+            swept.close()  # before mistakes are planted, which makes copies of the other side's
             result.steps.append(step)
             if known is not None and step.broken is None:
                 met = foretold.measure(known, converted, phase, samples, step.bar, step.holds)
@@ -131,7 +132,7 @@ def lockstep(
                 with original.keep():
                     cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
-            elif (isinstance(phase, str) or phase in (0, last)) and step.holds:
+            elif effort.plants(phase, result.layers) and step.holds:
                 changes = to_plant(phase, subject.plan, shapes, side, subject.packed)
                 result.controls += control(side, phase, changes, samples, step.bar)
         if pace is not None:

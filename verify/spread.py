@@ -157,7 +157,7 @@ def _walk(
         result.passed.append(
             Passed(phase, known, step.distances, step.broken, tuple(shapes), tuple(m.run.name for m in own))
         )
-        if _is_planted_in(phase, original) and phase != "embed":
+        if effort.plants(phase, original.config.n_layers) and phase != "embed":
             result.inputs |= {(phase, m.run.name): _one_tensor(m.sample.x) for m in own}
     seen.heads = ("head",)
     parity.whole(seen, runs, converted, original.weights[0].dtype)
@@ -177,10 +177,6 @@ def _of_sweeps(prompts: Mapping[str, Prompt], effort: Effort, worker: Worker) ->
 def _measured(made: Made, effort: Effort) -> bool:
     """Whether one process measures its noise whatever comes of it."""
     return effort.measures(made.run.name) or made.run.is_free
-
-
-def _is_planted_in(phase: Phase, side: Side) -> bool:
-    return isinstance(phase, str) or phase in (0, side.config.n_layers - 1)
 
 
 def _one_tensor(x: Any) -> Tensor:
@@ -210,7 +206,7 @@ def joined(
     inputs = {key: x for w in walks for key, x in w.inputs.items()}
     names = {n for w in walks for p in w.passed for n in p.names}
     for step in result.steps:
-        if not _is_planted_in(step.phase, original):
+        if not effort.plants(step.phase, original.config.n_layers):
             continue
         tell(f"parity: mistakes in {phase_text(step.phase)}")
         read = {n for w in walks for p in w.passed if p.phase == step.phase for n in p.names}

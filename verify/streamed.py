@@ -6,8 +6,11 @@ an ordinary one."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 16 << 20  # bytes of rows that are cast at once
+M_MMAP_THRESHOLD = -3  # malloc.h
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,9 +61,10 @@ class Rows:
             self.kept[first] = made
         return self.kept[first]
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows in the dtype of the computation), in order."""
-        for first in range(0, self.shape[0], self.step):
+    def blocks(self, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in the dtype of the computation), in order or the last ones first."""
+        firsts = range(0, self.shape[0], self.step)
+        for first in reversed(firsts) if backwards else firsts:
             yield first, self.block(first).to(self.device, self.dtype)
 
     def some(self, first: int, last: int) -> Tensor:
@@ -74,8 +79,22 @@ class Rows:
         return Rows(shape, lambda a, b: self.some(first + a, first + b), self.dtype, self.device, Room(0))
 
     def whole(self) -> Tensor:
-        """All of it, as it is stored."""
-        return self.some(0, self.shape[0])
+        """All of it, as it is stored; no more of it is in memory than that."""
+        if not self.kept:
+            return self.read(0, self.shape[0])
+        made = self.block(0).new_empty(self.shape)
+        for first in range(0, self.shape[0], self.step):
+            rows = self.block(first)
+            made[first : first + len(rows)] = rows
+        return made
+
+
+@cache
+def give_back() -> None:
+    """Have memory of blocks go back to the system once nobody holds it. glibc would keep what it gave back
+    before for the next ones, and holes of hundreds of megabytes with it. Source: mallopt(3)."""
+    with suppress(OSError, AttributeError):  # another library of C has no such setting
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK // 4)
 
 
 class Streamed(Tensor):
@@ -131,14 +150,30 @@ def product(a: Tensor, b: Streamed, multiply: Multiply = torch.matmul, backwards
     last ones may come first."""
     columns = b.shape[1]
     out = a.new_zeros(*a.shape[:-1], columns)
-    parts: Iterable[tuple[int, Tensor]] = b.rows.blocks()
     if b.turned:
-        for first, w in parts:
+        for first, w in b.rows.blocks():
             out[..., first : first + len(w)] = multiply(a, w.T)
         return out
-    for first, w in reversed(list(parts)) if backwards else parts:
+    for first, w in b.rows.blocks(backwards):
         out += multiply(a[..., first : first + len(w)], w)
     return out
+
+
+def turned_by_blocks(x: Streamed) -> Streamed:
+    """As many rows at a time as are cast at once, each of these blocks transposed in the shape it had: which
+    needs no copy of the matrix, and reads the rows that are used alone."""
+    rows = x.rows
+
+    def read(first: int, last: int) -> Tensor:
+        start = first - first % rows.step
+        made = [
+            block.T.reshape(block.shape)[max(first - at, 0) : last - at]
+            for at in range(start, last, rows.step)
+            for block in [rows.some(at, min(at + rows.step, rows.shape[0]))]
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    return Streamed(Rows(rows.shape, read, rows.dtype, rows.device, Room(0)))
 
 
 # --- what is done with some rows at a time ----------------------------------------------------------------

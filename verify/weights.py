@@ -15,7 +15,7 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
 from ckpt_tool.checkpoint.tensor_names import stack_of
 from ckpt_tool.verify.buffers import Buffers
-from ckpt_tool.verify.streamed import Room, Rows, Streamed
+from ckpt_tool.verify.streamed import Room, Rows, Streamed, give_back
 
 PIECE = 1 << 19  # bytes read at once, which stay in a cache of the processor while they are cast
 
@@ -55,9 +55,11 @@ class Weights(Mapping[str, Tensor]):
         return name in self.tensors
 
     def computed_in(self, dtype: torch.dtype) -> Weights:
-        """The same tensors in another dtype."""
+        """The same tensors in another dtype, which hold no more than what these leave."""
         made = Weights(self.checkpoint, self.tensors, dtype, self.device)
-        made.limit, made.room = self.limit, Room(self.room.size)
+        whole = sum(t.nbytes for t in (self._kept or {}).values() if not isinstance(t, Streamed))
+        made.limit = None if self.limit is None else max(0, self.limit - whole)
+        made.room = Room(max(0, self.room.size - max(whole, self.room.held)))
         return made
 
     @contextmanager
@@ -97,6 +99,7 @@ class Weights(Mapping[str, Tensor]):
         return (layer + 2 * info.numel) * self.dtype.itemsize <= self.limit
 
     def _streamed(self, info: TensorInfo) -> Tensor:
+        give_back()
         stored = getattr(torch, DTYPES[info.dtype].torch)
         wanted = self.dtype if stored.is_floating_point else stored
         width = prod(info.shape[1:])
