@@ -43,10 +43,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def main() -> NoReturn:
-    """Entry point, see `ckpt_tool.program`."""
+    """The program in somebody else's process, see `ckpt_tool.program`: ends by SystemExit."""
     from ckpt_tool import program
 
-    program.main()
+    program.main(whole=False)
 
 
 source_option = click.option(

@@ -46,8 +46,9 @@ class Interrupted(BaseException):
         self.number = number
 
 
-def main() -> NoReturn:
-    """Entry point of `ckpt-tool`."""
+def main(*, whole: bool = True) -> NoReturn:
+    """Entry point of `ckpt-tool`. `whole`: the process is this program's, and may end with it at once; else by
+    SystemExit."""
     listen()
     keeping = sys.argv[1:2] and sys.argv[1] in KEEPING
     if keeping:
@@ -55,7 +56,7 @@ def main() -> NoReturn:
     try:
         code = flush(run(sys.argv[1:]))
         gc.freeze()  # or the interpreter's end would look for cycles among all there is
-        if keeping and threading.active_count() == 1:
+        if whole and keeping and threading.active_count() == 1:
             leave(code)
     except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told, or came
         code = 128 + getattr(stop, "number", signal.SIGINT)
