@@ -136,7 +136,7 @@ def compared(tmp_path: Path) -> Callable[..., Parity]:
             weights = (Weights(checkpoint, {t.name: t for t in checkpoint}, torch.float32, "cpu"),)
             return Side(reading, c, weights, {"vocab_size": WORDS}, weights)
 
-        subject: Any = SimpleNamespace(plan=None, source=None, config={})
+        subject: Any = SimpleNamespace(plan=None, source=None, config={}, packed=None)
         return lockstep(subject, side(Config()), side(Config(mistake=mistake)), PROMPTS)
 
     return run

@@ -253,7 +253,7 @@ def test_mistakes_of_the_format_are_planted_in_each_parity(
     (control,) = (f for f in report.findings if f.check == "negative control")
     rows = [row for row in control.tables[0].rows if "o_proj: " in str(row[1])]
     planted = {str(mistake).partition(": ")[2] for _, mistake, _, _ in rows}
-    assert {phase for phase, *_ in rows} == {"layer 0", "layer 2"}
+    assert {phase for phase, *_ in rows} == {"layer 0"}  # the last one too where layers are of several kinds
     assert all(caught == "yes" for *_, caught in rows)
     own = {
         "fp8-blocks": {known.ROUNDED, known.DIVIDED, known.TURNED},

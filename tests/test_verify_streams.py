@@ -175,7 +175,7 @@ def compared(sided: Callable[..., Side]) -> Compared:
         config = _with_vocabulary(RAW, [original, converted])
         rows = prompts_for(config, None, table=63, lengths=lengths)
         prompts = with_inputs(rows, original.inputs, config, lengths)
-        subject: Any = SimpleNamespace(plan=None, source=None, config=RAW)
+        subject: Any = SimpleNamespace(plan=None, source=None, config=RAW, packed=None)
         return lockstep(subject, original, converted, prompts), original, converted, prompts
 
     return run
@@ -305,7 +305,7 @@ def test_what_no_prompt_has_is_said(sided: Callable[..., Side]) -> None:
     lengths = lengths_of([original, converted])
     rows = prompts_for(config, None, table=62, lengths=lengths)
     prompts = with_inputs(rows, original.inputs, config, lengths)
-    subject: Any = SimpleNamespace(plan=None, source=None, config=raw)
+    subject: Any = SimpleNamespace(plan=None, source=None, config=raw, packed=None)
     made = findings(lockstep(subject, original, converted, prompts), original, converted, prompts)
     assert any(f.check == "unseen" and "no prompt has entity_ids, entity_mask" in f.message for f in made)
 
@@ -371,7 +371,9 @@ def test_a_difference_foretold_in_a_layer_of_streams(
     module: Any = SimpleNamespace(**{**vars(READING), "bounds": {"layer": named}})
     original, converted = sided(module), sided(module, {**RAW, "scale": 3.0}, scale=3.0)
     known: Any = Foretold("other-scale", "two scales", {"scale": 2.0}, (0,))  # type: ignore[arg-type]
-    subject: Any = SimpleNamespace(plan=SimpleNamespace(foretold=[known]), source=None, config=RAW)
+    subject: Any = SimpleNamespace(
+        plan=SimpleNamespace(foretold=[known]), source=None, config=RAW, packed=None
+    )
     subject.plan.steps, subject.plan.config, subject.plan.direction = [], {}, "to-hf"
     lengths = lengths_of([original, converted])
     rows = prompts_for({**RAW, "vocab_size": WORDS}, None, table=62, lengths=lengths)
