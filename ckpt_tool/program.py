@@ -47,7 +47,7 @@ class Interrupted(BaseException):
 
 
 def main(*, whole: bool = True) -> NoReturn:
-    """Entry point of `ckpt-tool`. `whole`: the process is this program's, and may end with it at once; else by
+    """Entry point of `ckpt-tool`. `whole`: the process is this program's and may end at once; else it ends by
     SystemExit."""
     listen()
     keeping = sys.argv[1:2] and sys.argv[1] in KEEPING
