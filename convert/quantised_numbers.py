@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +27,22 @@ PIECE = 1 << 17  # numbers made at a time: they and what they are made of stay i
 FOUR_BITS = (MXFP4, INT4, NVFP4)
 STRIP = 4 << 20  # bytes of columns that are made rows at a time
 ABREAST = 64  # rows that become columns at a time: whole lines of the cache
+TOGETHER = 1 << 14  # numbers up to which rows of a block are multiplied as one: shorter ones cost the calls
+SCALES = 1 << 12  # that are read at a time
+
+
+@dataclass(frozen=True)
+class Line:
+    """The scales of `rows` rows of numbers, of each number one, or a single one of all."""
+
+    factors: values.Factors
+    rows: int
+
+    def part(self, first: int, count: int) -> values.Factors:
+        numbers = self.factors.numbers
+        if count == numbers.size:
+            return self.factors
+        return replace(self.factors, numbers=numbers[first : first + count])
 
 
 class Dequantised(Quantising):
@@ -61,6 +78,9 @@ class Dequantised(Quantising):
     def _fill(self, weight: Quantised, first: int, out: np.ndarray) -> None:
         """Fill flat `out` with the numbers from number `first` on: of whole rows a few at once, and of the
         rows that are not whole by itself what is wanted of them."""
+        if weight.kind not in FOUR_BITS:
+            self._fp8(weight, first, out)
+            return
         columns, at = weight.shape[-1], 0
         while weight.form.turned and at < out.size:
             piece = self._turned(weight, first + at)[: out.size - at]
@@ -107,37 +127,68 @@ class Dequantised(Quantising):
 
     def _rows(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Fill `out` (rows, columns) from there on; rows are counted over all leading dimensions."""
-        if weight.kind in FOUR_BITS:
-            self._four_bits(weight, row, column, out)
-            return
-        width = weight.shape[-1]
-        codes = self._read(weight.codes, row * width + column, out.size).reshape(out.shape)
-        if weight.kind == FP8_ROWS:
-            scales = self._scales(weight, row, len(out))[:, None]
-            values.fp8_rows(codes, scales, out, self.dtype)
-            return
-        if weight.kind == FP8_TENSOR:
-            scale, half_up = self._line(weight, 0)
-            values.fp8_rows(codes, scale, out, self.dtype, half_up=half_up)
-            return
-        for start, stop, line in _lines(row, len(out), weight.shape[-2], weight.block[0]):
-            scales, half_up = self._line(weight, line)
-            scales = scales[column : column + out.shape[1]]
-            values.fp8_rows(codes[start:stop], scales[None], out[start:stop], self.dtype, half_up=half_up)
+        self._four_bits(weight, row, column, out)
 
-    def _line(self, weight: Quantised, line: int) -> tuple[np.ndarray, bool]:
-        """The scales of each column in one line of blocks, and whether they let round half up. Those of the
-        line before are kept: a tensor is read in order, a part of a line at a time."""
+    def _fp8(self, weight: Quantised, first: int, out: np.ndarray) -> None:
+        """Any run of numbers: rows matter to nothing but the scales."""
+        for start in range(0, out.size, PIECE):
+            piece = out[start : start + PIECE]
+            codes = self._read(weight.codes, first + start, piece.size)
+            values.fp8(codes, list(self._spans(weight, first + start, piece.size)), piece, self.dtype)
+
+    def _spans(self, weight: Quantised, first: int, count: int) -> Iterator[values.Span]:
+        """`count` numbers from `first` on by the scales that go with them: parts of a row, and rows."""
+        width, high, at = weight.shape[-1], weight.block[0], 0
+        if weight.kind == FP8_TENSOR:
+            yield values.Span(0, (count,), self._line(weight, 0).part(0, 1))
+            return
+        while at < count:
+            row, column = divmod(first + at, width)
+            size, rows = min(width - column, count - at), 1
+            if size == width:
+                rows = (count - at) // width
+            if weight.kind == FP8_ROWS:
+                scales = values.factors(self._scales(weight, row, rows)[:, None])
+                yield values.Span(at, (rows, size), scales)
+            else:
+                lead, inside = divmod(row, weight.shape[-2])
+                line = self._line(weight, lead * -(-weight.shape[-2] // high) + inside // high)
+                rows = min(rows, high - inside % high, weight.shape[-2] - inside)
+                each = line.rows if rows >= line.rows else 1
+                rows -= rows % each
+                yield values.Span(at, (rows // each, each * size), line.part(column, each * size))
+            at += rows * size
+
+    def _line(self, weight: Quantised, line: int) -> Line:
+        """The scales of each column in one line of blocks. The last one is kept: a tensor is read in order,
+        a part of a line at a time."""
         key = weight.name, line
-        last: tuple[tuple[str, int], np.ndarray, bool] | None = getattr(self._kept, "line", None)
+        last: tuple[tuple[str, int], Line] | None = getattr(self._kept, "line", None)
         if last is None or last[0] != key:
-            width, wide = weight.shape[-1], weight.block[1]
-            grid = -(-width // wide)
-            scales = self._scales(weight, line * grid, grid)
-            spread = scales if weight.kind == FP8_TENSOR else np.repeat(scales, wide)[:width]
-            last = key, spread, values.rounds_half_up(scales)
-            self._kept.line = last
-        return last[1], last[2]
+            scales, half_up = self._grid(weight, line)
+            width, (high, wide) = weight.shape[-1], weight.block
+            found, rows = values.factors(scales, half_up), 1
+            if weight.kind != FP8_TENSOR:
+                rows = max(1, min(high, TOGETHER // width))
+                row = np.repeat(found.numbers, wide)[:width]
+                found = replace(found, numbers=np.tile(row, rows) if rows > 1 else row)
+            self._kept.line = last = key, Line(found, rows)
+        return last[1]
+
+    def _grid(self, weight: Quantised, line: int) -> tuple[np.ndarray, bool]:
+        """The scales of one line of blocks, float32, and whether they let round half up. Those of its
+        neighbours are read and looked at along with them: a line has few."""
+        wide = -(-weight.shape[-1] // weight.block[1])
+        lines = max(1, SCALES // wide)
+        key = weight.name, line // lines
+        last: tuple[tuple[str, int], np.ndarray, np.ndarray] | None = getattr(self._kept, "grid", None)
+        if last is None or last[0] != key:
+            first = line - line % lines
+            count = min(lines, weight.scales.numel // wide - first)
+            scales = self._scales(weight, first * wide, count * wide).reshape(count, wide)
+            last = key, scales, values.rounds_half_up(scales)
+            self._kept.grid = last
+        return last[1][line % lines], bool(last[2][line % lines])
 
     def _four_bits(self, weight: Quantised, row: int, column: int, out: np.ndarray) -> None:
         """Of whole groups, from which what is wanted is cut."""
@@ -200,14 +251,3 @@ class Dequantised(Quantising):
         file = self.inventory.checkpoint.files[tensor.file]
         file.read_into(tensor.name, first * stored.itemsize, out.data.cast("B"))
         return out
-
-
-def _lines(row: int, count: int, rows: int, high: int) -> Iterator[tuple[int, int, int]]:
-    """Of `count` rows from `row` on those that share a line of the grid: where they begin and end among
-    them, and the line, counted over all leading dimensions of `rows` rows each."""
-    grid, at = -(-rows // high), 0
-    while at < count:
-        lead, inside = divmod(row + at, rows)
-        stop = min(count, at + min((inside // high + 1) * high, rows) - inside)
-        yield at, stop, lead * grid + inside // high
-        at = stop

@@ -11,6 +11,8 @@ All functions take arrays of raw bits and fill raw bits; nothing here reads a fi
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -26,6 +28,7 @@ _LARGE = np.float32(2.0**7)  # a scale below stays finite times that
 _SMALL = np.float32(2.0**-100)  # and one above makes no subnormal numbers
 _EIGHTS = np.arange(8, 16, dtype="<f4")  # the fractions of E4M3
 _SIGN_AND_SEVEN = np.uint32(0x87F0_0000).view(np.int32)  # of a float32: where the eight bits come to stand
+_HALF, _SIXTEEN = np.uint32(0x8000), np.uint32(16)  # of the bits that bfloat16 lacks
 _NAN_BFLOAT16 = np.uint16(0xFFFF)  # as torch rounds NaN on the CPU
 
 Array = np.ndarray[Any, Any]
@@ -98,38 +101,67 @@ def _room(purpose: str, shape: tuple[int, ...], kind: str = "<f4") -> Array:
     return found[:count].reshape(shape)
 
 
-def rounds_half_up(scales: Array) -> bool:
-    """Whether, of the products of any E4M3 codes with these float32 scales, none lies in the middle of two
-    bfloat16 numbers of which the lower one is even, so that rounding half up is rounding to nearest even.
-    Eight numbers tell for each scale: codes are these times powers of two."""
-    size = np.abs(scales).reshape(-1, 1)
-    if not bool(((size > _SMALL) & (size < _LARGE)).all()):
-        return False
-    low = (size * _EIGHTS).view("<u4") & np.uint32(0x1FFFF)
-    return not bool((low == 0x8000).any())
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Float32 scales as codes are multiplied by them. `lifted` ones are times 2^120 already: codes are that
+    much too small at first, and such a factor is exact. `half_up` is that of `rounds_half_up`."""
+
+    numbers: Array
+    lifted: bool
+    half_up: bool
+    finite: bool
 
 
-def fp8_rows(codes: Array, scales: Array, out: Array, dtype: str, *, half_up: bool = False) -> None:
-    """Fill `out` (rows, columns), raw bits of `dtype`, with E4M3 `codes` (rows, columns) times `scales`,
-    float32 that broadcast to them; `half_up` as `rounds_half_up` has it of them."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Codes that are multiplied together: from place `begin` on as many as `shape` has, to which the factors
+    broadcast."""
+
+    begin: int
+    shape: tuple[int, ...]
+    factors: Factors
+
+
+def factors(scales: Array, half_up: bool = False) -> Factors:
+    """The factors of float32 scales of any shape."""
+    if half_up or bool((np.abs(scales) < _LARGE).all()):
+        return Factors(scales * _TINY, True, half_up, True)
+    return Factors(scales, False, False, bool(np.isfinite(scales).all()))
+
+
+def rounds_half_up(scales: Array) -> Array:
+    """For each row of float32 scales (rows, n) whether, of the products of any E4M3 codes with them, none
+    lies in the middle of two bfloat16 numbers of which the lower one is even, so that rounding half up is
+    rounding to nearest even. Eight numbers tell for each scale: codes are these times powers of two."""
+    size = np.abs(scales)
+    inside = ((size > _SMALL) & (size < _LARGE)).all(axis=1)
+    with np.errstate(all="ignore"):
+        low = (size[..., None] * _EIGHTS).view("<u4") & np.uint32(0x1FFFF)
+    return np.asarray(inside & ~(low == 0x8000).any(axis=(1, 2)))
+
+
+def fp8(codes: Array, spans: Sequence[Span], out: Array, dtype: str) -> None:
+    """Fill flat `out`, raw bits of `dtype`, with flat E4M3 `codes` times the factors of `spans`, which share
+    all of them out. One pass a step over numbers that stay in the cache, and no new memory."""
     product = _tiny(codes, out.view("<f4") if dtype == "F32" else _room("product", codes.shape))
     number = not _has_nan(codes)
-    plain = number and (half_up or bool(np.isfinite(scales).all()))
-    with np.errstate(all="ignore"):
-        if plain and (half_up or bool((np.abs(scales) < _LARGE).all())):
-            product *= scales * _TINY  # one rounding: the second factor is exact
+    if not number:
+        product[(codes & np.uint8(0x7F)) == 0x7F] = np.nan
+    for span in spans:
+        part = product[span.begin : span.begin + prod(span.shape)].reshape(span.shape)
+        if span.factors.lifted:
+            part *= span.factors.numbers  # one rounding
         else:
-            product *= _TINY
-            if not plain:
-                product[(codes & np.uint8(0x7F)) == 0x7F] = np.nan
-            product *= scales
-    if half_up and plain and dtype == "BF16":
+            with np.errstate(all="ignore"):
+                part *= _TINY
+                part *= span.factors.numbers
+    if number and dtype == "BF16" and all(s.factors.half_up for s in spans):
         bits = product.view("<u4")
-        bits += np.uint32(0x8000)
-        bits >>= np.uint32(16)
+        bits += _HALF
+        bits >>= _SIXTEEN
         out[...] = bits
     else:
-        rounded(product, out, dtype, plain=plain)
+        rounded(product, out, dtype, plain=number and all(s.factors.finite for s in spans))
 
 
 def _has_nan(codes: Array) -> bool:

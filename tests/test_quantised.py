@@ -16,6 +16,7 @@ import pytest
 
 from ckpt_tool.api import convert, gate, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert import quantised_numbers
 from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
 from ckpt_tool.convert.plan import Options
@@ -74,9 +75,60 @@ def test_a_product_is_rounded_once(scale: float) -> None:
         wanted["F16"] = numbers.astype("<f4").astype("<f2").view("<u2")
     for dtype, bits in wanted.items():
         made = np.empty(codes.shape, bits.dtype)
-        values.fp8_rows(codes, factor, made, dtype)
+        spans = [values.Span(0, codes.shape, values.factors(factor))]
+        values.fp8(codes[0], spans, made[0], dtype)
         inside = np.abs(numbers) < 3e38
         assert np.array_equal(made[inside], bits[inside]), dtype
+
+
+def of_blocks(scales: np.ndarray, shape: tuple[int, int]) -> tuple[Tensors, dict[str, Any]]:
+    """One weight of every number code, in blocks of 16 x 24, and what config.json says of it."""
+    codes = ALL[(ALL & 127) != 127]
+    tensors = {
+        "a.weight": ("F8_E4M3", np.resize(codes, shape)),
+        "a.weight_scale_inv": ("F32", scales.astype("<f4").view("<u4")),
+    }
+    return tensors, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 24]}}
+
+
+@pytest.mark.parametrize("piece", [7, 500, 1 << 17])
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+def test_scales_that_round_otherwise_change_their_own_line_alone(
+    piece: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines whose products lie in the middle of two numbers, are large, small, zero, below it or infinite,
+    beside lines of which none does."""
+    scales = np.full((9, 5), 0.0123)
+    scales[1], scales[3, 2], scales[4, 1], scales[5, 4], scales[6], scales[7, 0] = (
+        1.0625,
+        1e30,
+        3e-39,
+        0,
+        -3,
+        300,
+    )
+    scales[8, 3] = np.inf
+    shape = 16 * 9 - 5, 24 * 5 - 7
+    tensors, settings = of_blocks(scales, shape)
+    write(tmp_path / "in.safetensors", tensors)
+    monkeypatch.setattr(quantised_numbers, "PIECE", piece)
+    monkeypatch.setattr(quantised_numbers, "SCALES", 11)
+    with open_checkpoint(tmp_path / "in.safetensors") as stored:
+        seen = as_asked(stored, Options(dequantize=dtype, settings=settings))
+        found = seen.read(seen.find("a.weight")[0])
+    each = np.repeat(np.repeat(scales.astype("<f4"), 16, 0), 24, 1)[: shape[0], : shape[1]].astype("<f8")
+    with np.errstate(all="ignore"):
+        numbers = np.vectorize(exact)(tensors["a.weight"][1]) * each
+        single = numbers.astype("<f4")
+        wanted = {
+            "F32": single.view("<u4"),
+            "F16": single.astype("<f2").view("<u2"),
+            "BF16": bfloat16(numbers),
+        }
+    plain = np.isfinite(numbers) & (np.abs(numbers) < 3e38)
+    assert np.array_equal(found[plain], wanted[dtype][plain])
+    there = (found.astype("<u4") << 16).view("<f4") if dtype == "BF16" else found.view(f"<f{found.itemsize}")
+    assert np.array_equal(np.isnan(there), np.isnan(numbers))
 
 
 def test_every_byte_of_mxfp4_with_every_scale() -> None:

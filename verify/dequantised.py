@@ -9,47 +9,121 @@ DeepSeek-V3 inference/kernel.py (weight_dequant_kernel); compressed-tensors 0.20
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Inventory, Quantised
-from ckpt_tool.convert.quantised_numbers import Dequantised
-from ckpt_tool.convert.quantised_view import dequantised
+from ckpt_tool.convert.quantised_view import Quantising, dequantised
 
 Array = np.ndarray[Any, Any]
 
 WORDS_HAVE = 8  # codes of four bits in a word of 32
+STRIP = 1 << 16  # numbers that are computed at a time, of whole rows or of a part of one
+KEPT = 1 << 21  # numbers of the columns that are kept where columns are rows
+NO_EXPONENT = 255  # of E8M0
 
 
-class Recomputed(Dequantised):
+class Recomputed(Quantising):
     """A view of a file in which quantised weights are numbers, as this module computes them."""
 
-    def _rows(self, weight: Quantised, row: int, column: int, out: Array) -> None:
-        rows, columns = np.arange(row, row + len(out)), np.arange(column, column + out.shape[1])
-        codes = self._codes(weight, rows)[:, columns]
-        scales = self._scale_of_each(weight, rows, columns)
-        out[...] = to_dtype(codes * scales, self.dtype)
+    def __init__(self, stored: TensorFile, inventory: Inventory, dtype: str, recipe: str) -> None:
+        self.dtype, self.recipe = dtype, recipe
+        self._last = threading.local()
+        super().__init__(stored, inventory)
 
-    def _codes(self, weight: Quantised, rows: Array) -> Array:
-        """The numbers that whole rows of codes stand for, float64 (rows, columns)."""
+    def dtype_of(self, weight: Quantised) -> str:
+        return self.dtype
+
+    def shape_of(self, weight: Quantised) -> tuple[int, ...]:
+        *lead, rows, columns = weight.shape
+        return (*lead, columns, rows) if weight.form.turned else weight.shape
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        weight = self.by_name.get(name)
+        if weight is None:
+            self.stored.read_into(name, offset, buffer)
+            return
+        size = DTYPES[self.dtype].itemsize
+        end = offset + len(buffer)
+        at, last = offset // size, -(-end // size)
+        while at < last:
+            some = self._columns_from(weight, at) if weight.form.turned else self._from(weight, at, last)
+            some = some[: last - at]
+            first, stop = max(offset, at * size), min(end, (at + some.size) * size)
+            buffer[first - offset : stop - offset] = some.data.cast("B")[first - at * size : stop - at * size]
+            at += some.size
+
+    def _from(self, weight: Quantised, first: int, last: int) -> Array:
+        """Raw bits of numbers from `first` on, as many as are made at once, flat."""
         width = weight.shape[-1]
-        if weight.kind == INT4:
-            each = -(-width // WORDS_HAVE)
-            words = self._read(weight.codes, int(rows[0]) * each, len(rows) * each).reshape(len(rows), each)
-            shifts = 4 * np.arange(WORDS_HAVE, dtype="<u4")
-            codes: Array = (words[..., None] >> shifts & 15).astype("<f8").reshape(len(rows), -1)[:, :width]
-            return codes - self._middle(weight, rows)
-        if weight.kind in (MXFP4, NVFP4):
-            half = width // 2
-            data = self._read(weight.codes, int(rows[0]) * half, len(rows) * half).reshape(len(rows), half)
-            return np.stack([e2m1(data & 15), e2m1(data >> 4)], axis=-1).reshape(len(rows), width)
-        return e4m3(self._read(weight.codes, int(rows[0]) * width, len(rows) * width)).reshape(-1, width)
+        row, column = divmod(first, width)
+        if not column and width <= min(STRIP, last - first):
+            count = min(STRIP, last - first) // width
+            return self.bits_of(weight, np.arange(row, row + count), np.arange(width)).reshape(-1)
+        begin = column - column % WORDS_HAVE
+        columns = np.arange(begin, min(begin + STRIP, width, column + last - first))
+        return self.bits_of(weight, np.arange(row, row + 1), columns)[0, column - begin :]
 
-    def _middle(self, weight: Quantised, rows: Array) -> Array:
+    def _columns_from(self, weight: Quantised, first: int) -> Array:
+        """The same of a weight whose columns are the rows of its numbers. What is made for it is kept: a
+        tensor is read in order."""
+        rows, width = weight.shape[-2:]
+        lead, inside = divmod(first, rows * width)
+        count = max(KEPT // rows // WORDS_HAVE, 1) * WORDS_HAVE
+        begin = inside // rows // count * count
+        key = weight.name, lead, begin
+        found: tuple[tuple[str, int, int], Array] | None = getattr(self._last, "columns", None)
+        if found is None or found[0] != key:
+            self._last.columns = found = None
+            columns, step = np.arange(begin, min(begin + count, width)), max(1, STRIP // width)
+            made = np.empty((len(columns), rows), DTYPES[self.dtype].bits)
+            for row in range(0, rows, step):
+                some = np.arange(lead * rows + row, lead * rows + min(row + step, rows))
+                made[:, row : row + step] = self.bits_of(weight, some, columns).T
+            self._last.columns = found = key, made.reshape(-1)
+        return found[1][inside - begin * rows :]
+
+    def bits_of(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        """Raw bits of the numbers in neighbouring rows, counted over all leading dimensions, and columns."""
+        with np.errstate(all="ignore"):
+            product = self.codes(weight, rows, columns) * self.scale_of_each(weight, rows, columns)
+        return to_dtype(product, self.dtype)
+
+    def codes(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        """The numbers that codes stand for, float64 (rows, columns). The first column is one that a word
+        begins with."""
+        if weight.kind == INT4:
+            found = self._nibbles(weight, rows, columns).astype("<f8")
+            found -= self._middle(weight, rows, columns)
+            return found
+        if weight.kind in (MXFP4, NVFP4):
+            return e2m1(self._nibbles(weight, rows, columns))
+        return e4m3(self._elements(weight.codes, weight.shape[-1], rows, columns))
+
+    def _nibbles(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        """Codes of four bits, one a byte, (rows, columns)."""
+        each = WORDS_HAVE if weight.kind == INT4 else 2
+        one, other = int(columns[0]) // each, int(columns[-1]) // each + 1
+        packed = self._elements(weight.codes, -(-weight.shape[-1] // each), rows, np.arange(one, other))
+        data = np.ascontiguousarray(packed).view("u1")  # words begin with their lowest byte
+        made = np.empty((len(rows), 2 * data.shape[1]), "u1")
+        np.bitwise_and(data, 15, out=made[:, 0::2])
+        np.right_shift(data, 4, out=made[:, 1::2])
+        return made[:, : len(columns)]
+
+    def _elements(self, tensor: TensorInfo, width: int, rows: Array, columns: Array) -> Array:
+        """Raw elements of a stored matrix of rows of `width`."""
+        first, begin, count = int(rows[0]), int(columns[0]), len(columns)
+        if len(rows) == 1:
+            return self._read(tensor, first * width + begin, count).reshape(1, count)
+        return self._read(tensor, first * width, len(rows) * width).reshape(-1, width)[:, begin:][:, :count]
+
+    def _middle(self, weight: Quantised, rows: Array, columns: Array) -> Array:
         """The code of four bits that stands for zero: 8, or that of each row and group."""
         if "zeros" not in weight.others:
             return np.full((1, 1), 8.0)
@@ -59,10 +133,10 @@ class Recomputed(Dequantised):
         shifts = 4 * np.arange(WORDS_HAVE, dtype="<u4")
         each = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, grid)
         unpacked = each[rows - first * WORDS_HAVE]
-        return np.asarray(unpacked.astype("<f8")[:, np.arange(weight.shape[-1]) // group])
+        return np.asarray(unpacked.astype("<f8").take(columns // group, axis=1))
 
-    def _scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
-        """The scale that goes with each code, as the recipe takes it, float64."""
+    def scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        """The scale that goes with each code, as the recipe takes it, float64 that broadcasts to them."""
         if weight.scales.numel == 1:
             return self._numbers(weight, 0, 1)
         high, wide = weight.block
@@ -71,21 +145,39 @@ class Recomputed(Dequantised):
         grid = -(-weight.shape[-1] // wide)
         first = int(lines[0])
         found = self._numbers(weight, first * grid, (int(lines[-1]) - first + 1) * grid).reshape(-1, grid)
-        each: Array = found[lines - first][:, columns // wide]
-        return each
+        if grid > 1:
+            found = found.take(columns // wide, axis=1)
+        return found if high == 1 else found.take(lines - first, axis=0)
 
     def _numbers(self, weight: Quantised, first: int, count: int) -> Array:
-        bits = self._read(weight.scales, first, count)
+        return self.taken(weight, self.read_scales(weight, first, count))
+
+    def read_scales(self, weight: Quantised, first: int, count: int) -> Array:
+        """Raw bits of its scales."""
+        return self._read(weight.scales, first, count)
+
+    def taken(self, weight: Quantised, bits: Array) -> Array:
+        """float64 of raw bits of scales, as the recipe takes them."""
         kind = weight.scales.dtype
         if kind in ("U8", "F8_E8M0"):
-            return np.where(bits == 255, np.nan, 2.0 ** (bits.astype("<f8") - 127))
+            powers = np.ldexp(1.0, bits.astype("<i4") - 127)
+            return np.where(bits == NO_EXPONENT, np.nan, powers)
         made = e4m3(bits) if kind == "F8_E4M3" else _of_floats(bits, kind)
         if weight.kind == NVFP4:
             second = self._read(weight.others["second"], 0, 1).view("<f4")
-            one = made.astype("<f4")
-            both: Array = one * second if weight.form.multiplied else one / second
+            with np.errstate(all="ignore"):
+                one = made.astype("<f4")
+                both: Array = one * second if weight.form.multiplied else one / second
             return both.astype("<f8")
         return of_bfloat16(to_dtype(made, "BF16")) if self.recipe == "bf16-scale" else made
+
+    def _read(self, tensor: TensorInfo, first: int, count: int) -> Array:
+        """Raw elements of a stored tensor, flat."""
+        kind = DTYPES[tensor.dtype]
+        out = np.empty(count, kind.bits)
+        file = self.inventory.checkpoint.files[tensor.file]
+        file.read_into(tensor.name, first * kind.itemsize, out.data.cast("B"))
+        return out
 
 
 def _of_floats(bits: Array, kind: str) -> Array:
@@ -99,19 +191,34 @@ def of_bfloat16(bits: Array) -> Array:
     return wide.view("<f4").astype("<f8")
 
 
-def e4m3(codes: Array) -> Array:
+def _all_of_e4m3() -> Array:
     """float64 of E4M3: sign, four bits of exponent from 7, three of fraction; no infinity, one NaN."""
+    codes = np.arange(256)
     sign = np.where(codes & 128, -1.0, 1.0)
-    exponent, fraction = (codes >> 3 & 15).astype("<i4"), (codes & 7).astype("<f8")
+    exponent, fraction = codes >> 3 & 15, (codes & 7).astype("<f8")
     size = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10.0))
     return np.asarray(sign * np.where(codes & 127 == 127, np.nan, size))
 
 
-def e2m1(codes: Array) -> Array:
+def _all_of_e2m1() -> Array:
     """float64 of E2M1: sign, two bits of exponent from 1, one of fraction."""
+    codes = np.arange(16)
     sign = np.where(codes & 8, -1.0, 1.0)
-    exponent, fraction = (codes >> 1 & 3).astype("<i4"), (codes & 1).astype("<f8")
+    exponent, fraction = codes >> 1 & 3, (codes & 1).astype("<f8")
     return np.asarray(sign * np.where(exponent == 0, fraction / 2, (2 + fraction) * 2.0 ** (exponent - 2.0)))
+
+
+_E4M3, _E2M1 = _all_of_e4m3(), _all_of_e2m1()
+
+
+def e4m3(codes: Array) -> Array:
+    """float64 of E4M3 codes of any shape."""
+    return np.asarray(_E4M3.take(codes))
+
+
+def e2m1(codes: Array) -> Array:
+    """float64 of E2M1 codes, one a byte, of any shape."""
+    return np.asarray(_E2M1.take(codes))
 
 
 def to_dtype(numbers: Array, dtype: str) -> Array:
@@ -123,9 +230,13 @@ def to_dtype(numbers: Array, dtype: str) -> Array:
         if dtype == "F16":
             return single.astype("<f2").view("<u2")
     bits = single.view("<u4")
-    whole, rest = bits >> 16, bits & 0xFFFF
-    up = (rest > 0x8000) | ((rest == 0x8000) & (whole & 1 == 1))
-    return np.where(np.isnan(single), 0xFFFF, whole + up).astype("<u2")
+    whole = (bits >> 16).astype("<u2")
+    rest = (bits & 0xFFFF) + (whole & 1)  # half is rounded up where what stays is odd
+    whole += rest > 0x8000
+    nan = np.isnan(single)
+    if nan.any():
+        whole[nan] = 0xFFFF
+    return whole
 
 
 def recomputed(checkpoint: Checkpoint, inventory: Inventory, dtype: str, recipe: str) -> Checkpoint:

@@ -16,7 +16,7 @@ from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import FP8_TENSOR, INT4, Quantised
 from ckpt_tool.convert.quantised_asked import lossy_words
 from ckpt_tool.convert.quantised_config import RECIPES
-from ckpt_tool.verify.dequantised import Array, Recomputed, e2m1, e4m3, of_bfloat16, recomputed
+from ckpt_tool.verify.dequantised import Array, Recomputed, e2m1, e4m3, of_bfloat16, recomputed, to_dtype
 from ckpt_tool.verify.packed_mistakes import altered, readings
 from ckpt_tool.verify.report import Finding
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 TRIED = 8  # tensors whose differences are explained; others differ alike
 LARGEST = 1 << 28  # bytes of a tensor that is made once more whole
 SMALLEST = 4  # of the quantised tensors, by which a recipe is told
-PIECE = 1 << 18
+PIECE = 1 << 16  # numbers, or scales, that are looked at together
+SHORT = 2  # bytes of a scale of which each kind is looked at once
 
 EXACT, INVERTIBLE, ROUNDED = "exact", "invertible with the scales", "rounded"
 
@@ -144,38 +145,76 @@ def _recomputed_of(source: Checkpoint, weight: Quantised) -> Recomputed | None:
 
 
 def _exactness(view: Recomputed, weight: Quantised) -> str:
-    """Of all its numbers the worst."""
+    """Of all its numbers the worst. Of most weights every code with every scale tells, which are fewer than
+    the numbers; where those do not, or are not all exact, it is looked at what is there."""
+    every = _of_every_code(view, weight)
+    if every == EXACT:
+        return every
     width = weight.shape[-1]
     rows, step = int(np.prod(weight.shape[:-1])), max(1, PIECE // width)
-    found = EXACT
-    columns = np.arange(width)
+    found, columns = EXACT, np.arange(width)
     for first in range(0, rows, step):
         lines = np.arange(first, min(rows, first + step))
-        codes, scales = view._codes(weight, lines), view._scale_of_each(weight, lines, columns)
-        out = np.empty(codes.shape, DTYPES[view.dtype].bits)
-        view._rows(weight, first, 0, out)
-        numbers, scales = _float64(out, view.dtype), np.broadcast_to(scales, codes.shape)
-        with np.errstate(all="ignore"):
-            exact = np.array_equal(numbers, codes * scales, equal_nan=True)
-            if not exact and not _come_back(numbers / scales, codes, weight):
-                return ROUNDED
-        found = found if exact else INVERTIBLE
+        codes, scales = view.codes(weight, lines, columns), view.scale_of_each(weight, lines, columns)
+        one = _of_products(codes, scales, view.dtype, weight, look=every != INVERTIBLE)
+        if one == ROUNDED or one == every:
+            return one  # no other number makes it worse
+        found = found if one == EXACT else one
     return found
+
+
+def _of_every_code(view: Recomputed, weight: Quantised) -> str:
+    """The same of all codes of the format with all scales that the weight has, whether they meet or not."""
+    codes = _known(weight)
+    codes = np.concatenate([-codes[::-1], codes])
+    found = EXACT
+    for bits in _scales_of(view, weight, PIECE // len(codes)):
+        scales = view.taken(weight, bits)[:, None]
+        one = _of_products(codes[None], scales, view.dtype, weight)
+        if one == ROUNDED:
+            return one
+        found = found if one == EXACT else one
+    return found
+
+
+def _scales_of(view: Recomputed, weight: Quantised, count: int) -> Iterator[Array]:
+    """Raw bits of the scales of a weight, each once where they are short, at most `count` at a time."""
+    kind, total = DTYPES[weight.scales.dtype], weight.scales.numel
+    there = np.zeros(1 << 8 * kind.itemsize if kind.itemsize <= SHORT else 0, bool)
+    for first in range(0, total, PIECE if there.size else count):
+        bits = view.read_scales(weight, first, min(PIECE if there.size else count, total - first))
+        if there.size:
+            there[bits] = True
+        else:
+            yield np.unique(bits)
+    each = np.flatnonzero(there).astype(kind.bits)
+    yield from (each[first : first + count] for first in range(0, each.size, count))
+
+
+def _of_products(codes: Array, scales: Array, dtype: str, weight: Quantised, *, look: bool = True) -> str:
+    """What rounding makes of the products of numbers that codes stand for and scales, float64; `look` says
+    that it is not known to leave the codes to be told."""
+    with np.errstate(all="ignore"):
+        products = codes * scales
+        numbers = _float64(to_dtype(products, dtype), dtype)
+        if np.array_equal(numbers, products, equal_nan=True):
+            return EXACT
+        numbers /= scales
+    there = np.broadcast_to(codes, products.shape)
+    return INVERTIBLE if not look or _come_back(numbers, there, weight) else ROUNDED
 
 
 def _come_back(quotients: Array, codes: Array, weight: Quantised) -> bool:
     """Whether the nearest code of each quotient is the one that it was made of, the sign of zero included."""
-    known = _positive(weight)
-    size = np.abs(quotients)
+    known, size = _known(weight), np.abs(quotients)
     middle = (known[1:] + known[:-1]) / 2
     near = known[np.minimum(np.searchsorted(middle, size), len(known) - 1)]
-    same = (near == np.abs(codes)) | (np.isnan(quotients) & np.isnan(codes))
-    return bool(np.all(same & (np.isfinite(size) | np.isnan(codes)))) and bool(
-        np.array_equal(np.signbit(quotients), np.signbit(codes)) or np.isnan(codes).any()
-    )
+    same = (near == np.abs(codes)) & np.isfinite(size) & (np.signbit(quotients) == np.signbit(codes))
+    return bool(np.all(same | np.isnan(codes) & np.isnan(quotients)))
 
 
-def _positive(weight: Quantised) -> Array:
+def _known(weight: Quantised) -> Array:
+    """The numbers from zero on that codes stand for."""
     if weight.kind == INT4:
         return np.arange(16.0)
     if weight.kind.startswith(FP8_TENSOR[:3]):

@@ -136,17 +136,17 @@ class Mistaken(Recomputed):
 
     mistake: Mistake = MISTAKES[0]
 
-    def _codes(self, weight: Quantised, rows: Array) -> Array:
-        return self.mistake.codes(super()._codes(weight, rows), weight)
+    def codes(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        return self.mistake.codes(super().codes(weight, rows, columns), weight)
 
-    def _middle(self, weight: Quantised, rows: Array) -> Array:
-        return np.full((1, 1), 8.0) if self.mistake.symmetric else super()._middle(weight, rows)
+    def _middle(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        return np.full((1, 1), 8.0) if self.mistake.symmetric else super()._middle(weight, rows, columns)
 
-    def _scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+    def scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
         one = self.mistake
         block = None if one.block is None else one.block(weight)
         if weight.scales.numel == 1 or block is None:
-            made = super()._scale_of_each(weight, rows, columns)
+            made = super().scale_of_each(weight, rows, columns)
         else:
             made = self._other_blocks(replace(weight, block=block), rows, columns)
         if one.rounded and weight.kind == NVFP4:
@@ -154,7 +154,7 @@ class Mistaken(Recomputed):
         with np.errstate(all="ignore"):
             made = made**one.power
             if one.inverse and "second" in weight.others:
-                second = super()._read(weight.others["second"], 0, 1).view("<f4")
+                second = self._read(weight.others["second"], 0, 1).view("<f4")
                 made = made * second ** (-2.0 if weight.form.multiplied else 2.0)
             return np.asarray(made)
 
@@ -169,24 +169,22 @@ class Mistaken(Recomputed):
     def _numbers(self, weight: Quantised, first: int, count: int) -> Array:
         if self.mistake.plain and weight.scales.dtype in EXPONENTS:
             return self._read(weight.scales, first, count).astype("<f8")
-        grid = self.mistake.scales(self._raw(weight), weight)
-        if grid is None or grid.shape != weight.scales.shape:
+        grid = self._grid(weight)
+        if grid is None:
             return super()._numbers(weight, first, count)
-        kept, self._held = self._held, (weight.scales.name, grid.reshape(-1)[first : first + count])
-        try:
-            return super()._numbers(weight, first, count)
-        finally:
-            self._held = kept
+        return self.taken(weight, grid[first : first + count])
 
-    _held: tuple[str, Array] | None = None
+    _other: tuple[str, Array | None] = "", None
 
-    def _raw(self, weight: Quantised) -> Array:
-        return super()._read(weight.scales, 0, weight.scales.numel).reshape(weight.scales.shape)
-
-    def _read(self, tensor: TensorInfo, first: int, count: int) -> Array:
-        if self._held is not None and self._held[0] == tensor.name:
-            return np.ascontiguousarray(self._held[1])
-        return super()._read(tensor, first, count)
+    def _grid(self, weight: Quantised) -> Array | None:
+        """Raw bits of other scales, flat; None where they are the right ones. The last are kept: rows are
+        read a few at a time."""
+        if self._other[0] != weight.name:
+            right = self.read_scales(weight, 0, weight.scales.numel).reshape(weight.scales.shape)
+            made = self.mistake.scales(right, weight)
+            other = made is not None and made is not right and made.shape == right.shape
+            self._other = weight.name, np.ascontiguousarray(made).reshape(-1) if other else None
+        return self._other[1]
 
 
 def readings(
