@@ -1,5 +1,6 @@
-"""Time and memory of `--dequantize`, beside `cp` of the same output: a Qwen3 of few layers as wide as one of
-8 billion parameters, its matrices fp8 in blocks of 128 x 128, fp8 with one scale, or MXFP4.
+"""Time and memory of `--dequantize` and of `verify --level bits` of what it made, beside `cp` of the same
+output: a Qwen3 of few layers as wide as one of 8 billion parameters, its matrices fp8 in blocks of 128 x 128,
+fp8 with one scale, MXFP4, or int4 in groups of 32.
 
     python benchmarks/quantised.py --work FOLDER [--layers 10] [--only fp8-blocks ...]
 """
@@ -37,6 +38,7 @@ CONFIGS = {
     "fp8-blocks": BLOCKS,
     "fp8-tensor": BLOCKS | {"weight_block_size": None},
     "mxfp4": dict(FORMATS["mxfp4"].config),
+    "int4": dict(FORMATS["int4"].config),
 }
 Entry = tuple[str, str, tuple[int, ...]]
 
@@ -51,6 +53,10 @@ def entries(kind: str, layers: int) -> Iterator[Entry]:
             if kind == "mxfp4":
                 yield f"{stem}{name}.weight_packed", "U8", (rows, columns // 2)
                 yield f"{stem}{name}.weight_scale", "U8", (rows, columns // 32)
+            elif kind == "int4":
+                yield f"{stem}{name}.weight_packed", "I32", (rows, columns // 8)
+                yield f"{stem}{name}.weight_scale", "BF16", (rows, columns // 32)
+                yield f"{stem}{name}.weight_shape", "I64", (2,)
             else:
                 grid = (rows // 128, columns // 128) if kind == "fp8-blocks" else ()
                 yield f"{stem}{name}.weight", "F8_E4M3", (rows, columns)
@@ -68,10 +74,14 @@ def write(folder: Path, kind: str, layers: int) -> int:
         for at, piece in layout.header_writes():
             file.seek(at)
             file.write(piece)
+        shapes = {n: shape for n, _, shape in layout.tensors}
         for name, dtype, shape in layout.tensors:
-            count = int(np.prod(shape))
+            count = int(np.prod(shape)) * (4 if dtype == "I32" else 1)
             file.seek(layout.offsets[name])
-            if dtype in ("F8_E4M3", "U8") and "scale" not in name:
+            if dtype == "I64":
+                rows, words = shapes[name.replace("_shape", "_packed")]
+                file.write(np.array([rows, 8 * words], "<i8").data)
+            elif dtype in ("F8_E4M3", "U8", "I32") and "scale" not in name:
                 for start in range(0, count, codes.size):
                     file.write(codes[: count - start].data)
             elif dtype == "U8":
@@ -115,6 +125,11 @@ def tool(source: Path, out: Path) -> list[str]:
     return [*command, "--jobs", "1", "--no-verify", "--dequantize", "bfloat16", "--max-shard-size", "100GB"]
 
 
+def proof(source: Path, out: Path) -> list[str]:
+    command = [sys.executable, "-m", "ckpt_tool", "verify", str(out), "--source", str(source)]
+    return [*command, "--level", "bits"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,7 +144,8 @@ def main() -> None:
     write(asked.work / "first", asked.only[0], 1)
     run(tool(asked.work / "first", asked.work / "first-out"))
     heads = ("in", "out", "seconds", "CPU s", "a GB", "GB/s a core", "memory", "cp", "CPU s")
-    widths = (9, 9, 8, 7, 6, 12, 8, 7, 7)
+    heads += ("verify, CPU s", "GB/s a core", "memory")
+    widths = (9, 9, 8, 7, 6, 12, 8, 7, 7, 14, 12, 8)
     print(f"{'':12}", *(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
     for kind in asked.only:
         source, out = asked.work / kind, asked.work / f"{kind}-out"
@@ -137,10 +153,11 @@ def main() -> None:
         clock, cpu, memory = run(tool(source, out))
         made = sum(f.stat().st_size for f in out.iterdir())
         copy, copying, _ = run(["cp", "-r", str(out), str(asked.work / "copy")])
+        _, proving, proved = run(proof(source, out))
         print(
             f"{kind:12} {size / 1e9:7.2f}GB {made / 1e9:7.2f}GB {clock:8.1f} {cpu:7.1f}"
             f" {cpu / made * 1e9:6.2f} {made / 1e9 / cpu:12.2f} {memory / 1e6:6.0f}MB {copy:6.1f}s"
-            f" {copying:7.1f}",
+            f" {copying:7.1f} {proving:14.1f} {made / 1e9 / proving:12.2f} {proved / 1e6:6.0f}MB",
             flush=True,
         )
         for folder in (source, out, asked.work / "copy"):
