@@ -430,15 +430,40 @@ def test_numbers_are_made_of_either_layout(
     assert report.status == "pass", report.headline
 
 
-def test_any_range_of_turned_numbers_is_read(conversions: Written) -> None:
-    from ckpt_tool.convert.quantised_view import as_asked
+def test_turned_numbers_are_proved_by_another_formula_than_they_are_made_by(
+    originals: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpt_tool.convert import quantised_values
 
+    right = quantised_values.mxfp4
+
+    def wrong(codes: Any, scales: Any, out: Any, dtype: str) -> None:
+        right(codes, scales, out, dtype)
+        out[-1] ^= 1
+
+    monkeypatch.setattr(quantised_values, "mxfp4", wrong)
+    api.convert(originals(OTHER), tmp_path / "hf", options=api.Options(dequantize="BF16"), check=False)
+    assert api.verify(tmp_path / "hf", originals(OTHER), levels="bits").status == "fail"
+
+
+def test_any_range_of_turned_numbers_is_read(conversions: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is made, and as it is made once more to hold that against; a few columns at a time."""
+    from ckpt_tool.convert.quantised import found_in
+    from ckpt_tool.convert.quantised_view import as_asked
+    from ckpt_tool.verify import dequantised
+
+    monkeypatch.setattr(dequantised, "KEPT", 1 << 10)
+    monkeypatch.setattr(dequantised, "STRIP", 1 << 8)
     with api.open_checkpoint(conversions(OTHER)) as stored:
+        inventory = found_in(stored)
+        assert inventory is not None
         seen = as_asked(stored, api.Options(dequantize="F32"))
+        again = dequantised.recomputed(stored, inventory, "F32", "fp32-product")
         (info,) = seen.find(E + "gate_up_proj")
         whole = seen.read(info).reshape(-1).view("u1")
         one = whole.size // info.shape[0]  # of an expert
         for first, last in ((1, 2), (one - 3, one + 5), (2 * one + 8, 3 * one), (0, whole.size)):
-            some = bytearray(last - first)
-            seen.read_into(info, first, memoryview(some))
-            assert bytes(some) == whole[first:last].tobytes()
+            for view in (seen, again):
+                some = bytearray(last - first)
+                view.read_into(view.find(info.name)[0], first, memoryview(some))
+                assert bytes(some) == whole[first:last].tobytes()

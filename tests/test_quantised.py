@@ -20,7 +20,7 @@ from ckpt_tool.convert import quantised_numbers
 from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.convert.quantised import found_in
+from ckpt_tool.convert.quantised import Quantised, found_in
 from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
@@ -29,6 +29,7 @@ from ckpt_tool.fixtures import flaws_packed
 from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_kinds import Truth
 from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.verify import dequantised, packed_bits
 from ckpt_tool.verify import mistakes_packed as planting
 from ckpt_tool.verify import packed_mistakes as known
 from ckpt_tool.verify.compare import compare
@@ -242,6 +243,94 @@ def test_parity_reads_codes_on_both_sides_by_formulas_that_share_nothing(
     assert any("one block off along the rows" in f.message for f in report.findings if f.level == "bits")
     report = verify(tmp_path / "out", quantised("fp8-blocks"), levels="parity", mode="quick")
     assert any(f.level == "parity" and f.status == "fail" for f in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "place"), [("fp8-blocks", "fp8", 2), ("int4", "grouped", 3), ("nvfp4", "grouped", 3)]
+)
+def test_a_wrong_number_of_the_converting_formula_is_not_the_formula_of_verify(
+    name: str, kernel: str, place: int, quantised: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(values, kernel)
+
+    def wrong(*given: Any, **more: Any) -> None:
+        right(*given, **more)
+        given[place].reshape(-1)[-1] ^= 1
+
+    monkeypatch.setattr(values, kernel, wrong)
+    convert(quantised(name), tmp_path / "out", options=Options(dequantize="BF16"), check=False)
+    assert verify(tmp_path / "out", quantised(name), levels="bits").status == "fail"
+    monkeypatch.setattr(values, kernel, right)
+    convert(quantised(name), tmp_path / "right", options=Options(dequantize="BF16"), check=False)
+    monkeypatch.setattr(values, kernel, wrong)
+    assert verify(tmp_path / "right", quantised(name), levels="bits").status == "pass"
+
+
+def exactness_by_number(view: dequantised.Recomputed, weight: Quantised) -> str:
+    """Of each number by itself, with the nearest of all codes of the format."""
+    shape = weight.shape
+    lines, columns = np.arange(shape[0]), np.arange(shape[1])
+    codes, scales = view.codes(weight, lines, columns), view.scale_of_each(weight, lines, columns)
+    bits = view.bits_of(weight, lines, columns)
+    wide = (bits.astype("<u4") << 16).view("<f4") if view.dtype == "BF16" else bits.view(f"<f{bits.itemsize}")
+    numbers = wide.astype("<f8")
+    with np.errstate(all="ignore"):
+        if np.array_equal(numbers, codes * scales, equal_nan=True):
+            return packed_bits.EXACT
+        each = np.unique(codes)
+        near = each[np.abs((numbers / scales)[..., None] - each).argmin(-1)]
+        signs = np.signbit(numbers / scales) == np.signbit(codes)
+    return packed_bits.INVERTIBLE if np.array_equal(near, codes) and signs.all() else packed_bits.ROUNDED
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("name", FITTING)
+def test_what_is_said_of_all_codes_holds_for_those_that_are_there(
+    name: str, dtype: str, quantised: Made
+) -> None:
+    with open_checkpoint(quantised(name)) as stored:
+        found = found_in(stored)
+        assert found is not None
+        seen = dequantised.recomputed(stored, found, dtype, RECIPES[0])
+        made = as_asked(stored, Options(dequantize=dtype))
+        for weight in list(found.weights.values())[:3]:
+            view = seen.files[weight.codes.file]
+            assert isinstance(view, dequantised.Recomputed)
+            whole = made.read(made.find(weight.name)[0]).reshape(-1).view("u1")
+            for first, last in (
+                (1, 2),
+                (3, 670),
+                (whole.size // 2 - 1, whole.size),
+            ):  # any range of its bytes
+                some = bytearray(last - first)
+                view.read_into(weight.name, first, memoryview(some))
+                assert bytes(some) == whole[first:last].tobytes()
+            assert packed_bits._exactness(view, weight) == exactness_by_number(view, weight), weight.name
+
+
+def test_what_float32_cannot_see_is_judged_where_it_is_seen(
+    quantised: Made, tmp_path: Path, one_thread: None
+) -> None:
+    """An epsilon whose tenfold is too small a mistake there: the right one passes, one a hundredth off
+    fails."""
+    source = Path(shutil.copytree(quantised("fp8-blocks"), tmp_path / "in"))
+    rewrite(source / "config.json", {"rms_norm_eps": 1e-9})
+    convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source, levels="parity", mode="quick")
+    assert report.status == "pass", report.headline
+    (control,) = (f for f in report.findings if f.check == "negative control")
+    assert {w["dtype"] for w in control.data["judged_in"]} == {"float64"}
+    assert all(w["agrees"] and w["nmse"] < 1e-25 for w in control.data["judged_in"])
+    assert "which float32 cannot see, in float64: rms_norm_eps" in control.message
+    rewrite(tmp_path / "out" / "config.json", {"rms_norm_eps": 1.01e-9})
+    report = verify(tmp_path / "out", source, levels="parity", mode="quick")
+    assert report.status == "fail" and "differ in float64" in report.headline
+    states = {f.check: f.status for f in report.findings if f.level == "parity"}
+    assert states["lockstep"] == "pass" and states["negative control"] == "undecided"
+
+
+def rewrite(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def put(folder: Path, name: str, bits: np.ndarray) -> None:

@@ -4,24 +4,48 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ckpt_tool.reference.phases import Tree, mapped
-from ckpt_tool.verify.measure import CAPS, Bar, bar_for, wider
+from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, farthest, wider
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, same
+
+JUDGED_IN = {"float32": "float64"}  # what is too small for one precision is judged in the other
+FEW = 2  # prompts, the shortest, on which that is done
+
+
+@dataclass(frozen=True)
+class Wider:
+    """One phase of both sides once more, in a precision that sees what the one of the run does not. `worst`
+    is the farther of the `prompts`."""
+
+    phase: Phase
+    dtype: str
+    prompts: tuple[str, ...]
+    worst: Distance
+    bar: Bar
+
+    @property
+    def holds(self) -> bool:
+        return self.bar.holds(self.worst)
+
+    @property
+    def differs(self) -> bool:
+        """By more than noise can make of it."""
+        return not self.holds and not self.bar.cannot_tell(self.worst)
 
 
 @dataclass(frozen=True)
 class Planted:
     """One mistake planted in memory, and the NMSE it caused. One that was not caught is `blind` when another
     precision shows that it is too small for this one: `seen_in` names that precision, None where none sees
-    it."""
+    it. `wider` is what both sides were held against there; caught by that counts where they agree."""
 
     phase: Phase
     name: str
@@ -29,19 +53,25 @@ class Planted:
     caught: bool
     blind: bool = False
     seen_in: str | None = None
+    wider: Wider | None = None
 
     @property
     def words(self) -> str:
         if self.caught:
-            return "yes"
+            return "yes" if self.wider is None else f"yes, in {self.wider.dtype}"
         return f"blind; {self.seen_in or 'no precision'} sees it" if self.blind else "NO"
 
 
 def control(
-    converted: Side, phase: Phase, changes: list[Change], samples: Mapping[str, Sample], bar: Bar
+    original: Side,
+    converted: Side,
+    phase: Phase,
+    changes: list[Change],
+    samples: Mapping[str, Sample],
+    bar: Bar,
 ) -> list[Planted]:
-    """Plant each mistake, run the phase on all prompts until one shows it, the shortest first; those that
-    none shows are looked at in wider precisions."""
+    """Plant each mistake in the converted side, run the phase on all prompts until one shows it, the shortest
+    first; those that none shows are looked at in wider precisions."""
     made, missed = [], []
     order = sorted(samples.values(), key=lambda s: s.tokens)
     right = _Right(converted, phase)
@@ -64,11 +94,15 @@ def control(
             made.append(Planted(phase, change.name, worst, True))
         else:
             missed.append((change, worst))
-    return made + _missed(converted, phase, missed, samples)
+    return made + _missed(original, converted, phase, missed, samples)
 
 
 def _missed(
-    side: Side, phase: Phase, missed: list[tuple[Change, float]], samples: Mapping[str, Sample]
+    original: Side,
+    side: Side,
+    phase: Phase,
+    missed: list[tuple[Change, float]],
+    samples: Mapping[str, Sample],
 ) -> list[Planted]:
     """What wider precisions make of mistakes that this one did not show. A mistake that moves the result by
     more than the cap of this precision should have been seen: the bar is at fault and not the precision."""
@@ -89,7 +123,54 @@ def _missed(
     for change, nmse in missed:
         seen_in, effect = seen.get(change.name, (None, nmse))
         made.append(Planted(phase, change.name, nmse, False, effect <= 2 * CAPS[name], seen_in))
-    return made
+    dtype = JUDGED_IN.get(name)
+    blind = [c for (c, _), p in zip(missed, made, strict=True) if p.blind and p.seen_in == dtype is not None]
+    if not blind or dtype is None:
+        return made
+    wide_one, caught = _judged(original, side, phase, blind, samples, dtype)
+    names = {c.name for c in blind}
+    return [_again(p, wide_one, p.name in caught) if p.name in names else p for p in made]
+
+
+def _again(planted: Planted, wide: Wider | None, caught: bool) -> Planted:
+    return replace(planted, wider=wide, caught=caught, blind=not caught)
+
+
+def _judged(
+    original: Side,
+    converted: Side,
+    phase: Phase,
+    changes: list[Change],
+    samples: Mapping[str, Sample],
+    dtype: str,
+) -> tuple[Wider | None, set[str]]:
+    """The phase of both sides in another precision, on a few short prompts and one side at a time, and which
+    of the changes are caught at the bar of that; none where the sides do not agree. None where there is no
+    such operation."""
+    kind: torch.dtype = getattr(torch, dtype)
+    few = sorted(samples.items(), key=lambda item: item[1].tokens)[:FEW]
+    try:
+        own, noise = {}, []
+        side = original.computed_in(kind)
+        with side.keep():
+            for name, s in few:
+                x = mapped(lambda t: t.to(kind) if t.is_floating_point() else t, s.x)
+                own[name] = Sample(x, side.run(phase, x, s.given), s.given, s.variances)
+                with ReversedSums():
+                    noise.append(own[name].of(side.run(phase, x, s.given)))
+        bar, side = bar_for(noise, kind), converted.computed_in(kind)
+        with side.keep():
+            worst = farthest([s.of(side.run(phase, s.x, s.given)) for s in own.values()])
+            wide = Wider(phase, dtype, tuple(own), worst, bar)
+            caught = {c.name for c in changes if wide.holds and _shown(side, c, phase, own.values(), bar)}
+    except BROKEN:
+        return None, set()
+    return wide, caught
+
+
+def _shown(side: Side, change: Change, phase: Phase, samples: Iterable[Sample], bar: Bar) -> bool:
+    changed = side.changed(change)
+    return any(not bar.holds(s.of(changed.run(phase, s.x, s.given))) for s in samples)
 
 
 def _effect(side: Side, change: Change, phase: Phase, samples: Mapping[str, Sample]) -> tuple[float, bool]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,12 +153,13 @@ def _exactness(view: Recomputed, weight: Quantised) -> str:
         return every
     width = weight.shape[-1]
     rows, step = int(np.prod(weight.shape[:-1])), max(1, PIECE // width)
-    found, columns = EXACT, np.arange(width)
-    for first in range(0, rows, step):
+    found, starts = EXACT, product(range(0, rows, step), range(0, width, PIECE))
+    for first, begin in starts:
         lines = np.arange(first, min(rows, first + step))
+        columns = np.arange(begin, min(width, begin + PIECE))
         codes, scales = view.codes(weight, lines, columns), view.scale_of_each(weight, lines, columns)
         one = _of_products(codes, scales, view.dtype, weight, look=every != INVERTIBLE)
-        if one == ROUNDED or one == every:
+        if one in (ROUNDED, every):
             return one  # no other number makes it worse
         found = found if one == EXACT else one
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from ckpt_tool.reference.phases import Tree, leaves, mapped
 from ckpt_tool.verify import equivalence, foretold, logits
 from ckpt_tool.verify.binomial import interval
-from ckpt_tool.verify.controls import Planted, control
+from ckpt_tool.verify.controls import Planted, Wider, control
 from ckpt_tool.verify.diagnose import Diagnosis, diagnose
 from ckpt_tool.verify.effort import THOROUGH, Effort, layers_text, sampled
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
@@ -134,7 +134,7 @@ def lockstep(
                 result.diagnoses.append(cause)
             elif effort.plants(phase, result.layers) and step.holds:
                 changes = to_plant(phase, subject.plan, shapes, side, subject.packed)
-                result.controls += control(side, phase, changes, samples, step.bar)
+                result.controls += control(original, side, phase, changes, samples, step.bar)
         if pace is not None:
             pace.add(phase)
     ran = {str(s.phase) for s in result.steps}
@@ -436,10 +436,14 @@ def _controls(result: Parity, dtype: torch.dtype) -> list[Finding]:
         f"{caught} of {len(planted)} planted mistakes are caught at these bars (95 % interval of the rate "
         f"{low:.1%} to {high:.1%})"
     )
+    wide = list(dict.fromkeys(p.wider for p in planted if p.wider is not None))
+    if elsewhere := [p for p in planted if p.caught and p.wider is not None]:
+        text += f"; {len(elsewhere)} of them, which {_name(dtype)} cannot see, in {wide[0].dtype}: "
+        text += f"{_named(elsewhere)}; {_agreed_there([w for w in wide if w.holds])}"
     if missed:
         text += f"; not caught: {_named(missed)}"
     if blind:
-        text += f"; {_precision(blind, str(dtype).removeprefix('torch.'))}"
+        text += f"; {_precision(blind, _name(dtype))}"
     rate = caught / len(planted)
     status: Status = "fail" if missed else "undecided" if blind else "pass"
     data = {
@@ -447,8 +451,42 @@ def _controls(result: Parity, dtype: torch.dtype) -> list[Finding]:
         "interval": [round(low, 6), round(high, 6)],
         "more_is_better": True,
         "blind": [[phase_text(p.phase), p.name, p.seen_in] for p in blind],
+        "judged_in": [_there(w) for w in wide],
     }
-    return [finding("negative control", status, text, measured=rate, bar=1.0, data=data, tables=(table,))]
+    made = [finding("negative control", status, text, measured=rate, bar=1.0, data=data, tables=(table,))]
+    return [*(_differs_there(w, _name(dtype)) for w in wide if w.differs), *made]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _there(wide: Wider) -> dict[str, Any]:
+    return {
+        "phase": phase_text(wide.phase), "dtype": wide.dtype, "prompts": list(wide.prompts),
+        "nmse": wide.worst.nmse, "bar": wide.bar.nmse, "max_delta": wide.worst.max_delta,
+        "agrees": wide.holds,
+    }  # fmt: skip
+
+
+def _agreed_there(wide: list[Wider]) -> str:
+    """Where both sides were held against each other in another precision, and came to the same."""
+    phases, prompts = (", ".join(phase_text(w.phase) for w in wide), ", ".join(wide[0].prompts))
+    nmse = number(max(w.worst.nmse for w in wide))
+    return (
+        f"both sides agree in {phases} there, on {prompts} (NMSE up to {nmse}), and were compared in no other"
+    )
+
+
+def _differs_there(wide: Wider, dtype: str) -> Finding:
+    text = (
+        f"both sides differ in {wide.dtype}, by less than {dtype} can see, on {', '.join(wide.prompts)}; "
+        f"--compute-dtype {wide.dtype} looks for the cause"
+    )
+    return finding(
+        f"lockstep in {wide.dtype}", "fail", text, phase_text(wide.phase), measured=wide.worst.nmse,
+        bar=wide.bar.nmse, data={"exactness": "differs", **_there(wide)},
+    )  # fmt: skip
 
 
 def _named(planted: list[Planted]) -> str:

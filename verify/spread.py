@@ -214,7 +214,7 @@ def joined(
         with converted.keep():
             samples = _samples(original, step.phase, prompts, inputs, effort)
             changes = to_plant(step.phase, subject.plan, shapes, converted, subject.packed)
-            result.controls += control(converted, step.phase, changes, samples, step.bar)
+            result.controls += control(original, converted, step.phase, changes, samples, step.bar)
     converted.weights[0].used |= names
     return result
 
