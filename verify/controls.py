@@ -123,17 +123,15 @@ def _missed(
     for change, nmse in missed:
         seen_in, effect = seen.get(change.name, (None, nmse))
         made.append(Planted(phase, change.name, nmse, False, effect <= 2 * CAPS[name], seen_in))
-    dtype = JUDGED_IN.get(name)
-    blind = [c for (c, _), p in zip(missed, made, strict=True) if p.blind and p.seen_in == dtype is not None]
-    if not blind or dtype is None:
+    judge = JUDGED_IN.get(name)
+    names = {p.name for p in made if p.blind and p.seen_in is not None and p.seen_in == judge}
+    if judge is None or not names:
         return made
-    wide_one, caught = _judged(original, side, phase, blind, samples, dtype)
-    names = {c.name for c in blind}
-    return [_again(p, wide_one, p.name in caught) if p.name in names else p for p in made]
-
-
-def _again(planted: Planted, wide: Wider | None, caught: bool) -> Planted:
-    return replace(planted, wider=wide, caught=caught, blind=not caught)
+    again, caught = _judged(original, side, phase, [c for c, _ in missed if c.name in names], samples, judge)
+    return [
+        replace(p, wider=again, caught=p.name in caught, blind=p.name not in caught) if p.name in names else p
+        for p in made
+    ]
 
 
 def _judged(
