@@ -46,7 +46,7 @@ _FREE = {
     "modelopt": ("producer", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups"),
 }  # fmt: skip
 _READ = {
-    "fp8": ("fmt", "weight_block_size", "scale_fmt"),
+    "fp8": ("fmt", "weight_block_size", "scale_fmt", "expert_dtype"),
     "mxfp4": (),
     "compressed-tensors": ("format", "config_groups"),
     "modelopt": ("quant_algo", "group_size"),
@@ -154,6 +154,8 @@ def _fp8(raw: Mapping[str, Any], file: str) -> Scheme:
         _refuse("unsupported", "expected e4m3", raw["fmt"], f"{KEY}.fmt", file)
     if raw.get("scale_fmt") not in (None, "float", "ue8m0"):
         _refuse("unsupported", "expected float or ue8m0", raw["scale_fmt"], f"{KEY}.scale_fmt", file)
+    if raw.get("expert_dtype") not in (None, "fp8"):  # transformers 5.23.0 writes it beside any fp8
+        _refuse("unsupported", "expected fp8", raw["expert_dtype"], f"{KEY}.expert_dtype", file)
     block = raw.get("weight_block_size")
     return Scheme("fp8", _two(block, f"{KEY}.weight_block_size", file), file=file, raw=raw)
 
