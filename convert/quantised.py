@@ -62,12 +62,13 @@ QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), 
 TRANSFORMERS = QuantFormat(
     "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
 )
+VLLM = QuantFormat(
+    "vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", ".k_scale", ".v_scale"
+)
 FORMATS = (
     TRANSFORMERS,
     QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
-    QuantFormat(
-        "vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", ".k_scale", ".v_scale"
-    ),
+    VLLM,
     QuantFormat(
         "modelopt",
         ".weight",
@@ -179,6 +180,11 @@ class Inventory:
     def words(self) -> list[str]:
         """Each format that there is, once."""
         return list(dict.fromkeys(w.words for w in self.weights.values()))
+
+
+def scaled_by_rows(inventory: Inventory) -> bool:
+    """Whether all are fp8 with a scale for each row."""
+    return all(w.kind == FP8_ROWS for w in inventory.weights.values())
 
 
 def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) -> Inventory | None:

@@ -233,20 +233,45 @@ def for_transformers(inventory: Inventory, names: Iterable[str]) -> Value:
     each layer that has none."""
     names = list(names)
     static = any("activation" in w.others for w in inventory.weights.values())
-    codes = {n.removesuffix("_scale_inv") for n in names if n.endswith(".weight_scale_inv")}
+    ends = (".weight_scale_inv", ".weight_scale")
+    codes = {n[: n.rindex("_scale")] for n in names if n.endswith(ends)}
     plain: dict[str, None] = {}
     for name in names:
         if name.endswith(".weight") and name not in codes and _is_linear(name):
             layer = name.removesuffix(".weight")
             whole = ".".join(layer.split(".")[: 2 if layer.startswith("model.") else 1])
             plain[layer if any(c.startswith(f"{whole}.") for c in codes) else whole] = None
-    made = {
+    left = sorted(plain, key=lambda n: n == "lm_head")
+    made: dict[str, Any] = {
         "quant_method": "fp8",
         "activation_scheme": "static" if static else "dynamic",
         "weight_block_size": None,
-        "modules_to_not_convert": sorted(plain, key=lambda n: n == "lm_head"),
+        "modules_to_not_convert": left,
     }
+    if any(n.endswith(ends[1]) for n in names):
+        exact = {n.removesuffix(".weight") for n in names}
+        heads = [] if "lm_head" in {*left, *(c.removesuffix(".weight") for c in codes)} else ["lm_head"]
+        parts = [n if n in exact else rf"re:.*{n.rpartition('.')[2]}\..*" for n in left]
+        made = _by_rows(static, [*parts, *heads])
     return Value(made, f"{inventory.scheme.file}: {inventory.scheme.place}")
+
+
+def _by_rows(static: bool, left: list[str]) -> dict[str, Any]:
+    """A scale for each row, as compressed-tensors says it (0.20.1, quant_scheme.py: FP8_DYNAMIC)."""
+    eight = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+    inputs = {**eight, "strategy": "tensor"} if static else None
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel"},
+        "input_activations": inputs,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": left,
+    }
 
 
 def _is_linear(name: str) -> bool:

@@ -795,3 +795,18 @@ def test_dtypes_have_all_their_names_in_options_too() -> None:
         with pytest.raises(CkptToolError) as caught:
             Options(**asked)  # type: ignore[arg-type]
         assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-rows"])
+def test_codes_of_a_mistral_without_yarn_go_back_and_forth(
+    name: str, conversions: Written, tmp_path: Path
+) -> None:
+    """Its params.json says them as that of a model with yarn does."""
+    source = quantise(conversions("mistral-float32"), tmp_path / "in", name)
+    asked = Options(family_options={"container": "safetensors"})
+    convert(source, tmp_path / "original", to="original", options=asked)
+    said = json.loads((tmp_path / "original" / "params.json").read_text())["quantization"]
+    assert said["qscheme_act"] == ("TENSOR" if name == "fp8-tensor" else "NO_SCALES")
+    convert(tmp_path / "original", tmp_path / "again")
+    assert held(tmp_path / "again") == held(source)
+    assert verify(tmp_path / "again", tmp_path / "original", levels=("coverage", "bits")).status == "pass"

@@ -78,6 +78,9 @@ _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 # Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all.
 IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
 
+# Of Mistral AI's models in eight bits.
+FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
+
 CONSOLIDATED = "consolidated"  # in `--form`
 LAYER = r"model\.layers\.(\d+)\."
 
