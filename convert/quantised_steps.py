@@ -23,7 +23,6 @@ from ckpt_tool.convert.quantised import (
     QSCALE,
     TRANSFORMERS,
     VLLM,
-    Inventory,
     QuantFormat,
     Quantised,
     scaled_by_rows,
@@ -57,7 +56,7 @@ def of_all_parts(
     inventory = carried_of(checkpoint)
     if inventory is None:
         return steps, []
-    problems: list[Problem] = []
+    torn: dict[str, list[Part]] = {}
     by_rows = scaled_by_rows(inventory)
 
     def here(step: Step) -> tuple[Part, ...]:
@@ -69,13 +68,13 @@ def of_all_parts(
             return [step]
         try:
             return list(_apart(step, [*map(_known, units, here(step))], side, form, by_rows))
-        except Torn as torn:
-            problems.append(_refused(step, here(step), inventory, str(torn)))
+        except Torn as why:
+            torn.setdefault(str(why), []).append(next(p for p in here(step) if p.name in inventory.weights))
             return [step]
 
     dtypes = {w.codes.dtype for w in inventory.weights.values() if not w.form.own_rows}
     made = steps.changed(apart, where=lambda s: any(p.dtype in dtypes for p in here(s)))
-    return made, problems
+    return made, [_refused(why, parts) for why, parts in torn.items()]
 
 
 def _known(unit: Quantised | None, part: Part) -> Quantised:
@@ -84,9 +83,10 @@ def _known(unit: Quantised | None, part: Part) -> Quantised:
     return unit
 
 
-def _refused(step: Step, parts: Sequence[Part], inventory: Inventory, why: str) -> Problem:
-    first = next(p for p in parts if p.name in inventory.weights)
-    return Problem("unsupported", why, first.file, first.name, WAY_OUT)
+def _refused(why: str, parts: Sequence[Part]) -> Problem:
+    """One for all of which the same is to be said."""
+    first, more = parts[0], f"; {len(parts) - 1} more weights alike" * (len(parts) > 1)
+    return Problem("unsupported", why + more, first.file, first.name, WAY_OUT)
 
 
 def _apart(

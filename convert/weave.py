@@ -257,7 +257,7 @@ def to_original(
     )
     filled.steps = parts.alike(lambda s: replace(s, hint=table.unlike) if s.copied else s)
     repeated = list(_repeated(filled.steps, table, source))
-    filled.problems += _no_place(source.checkpoint, files, written)
+    fail_all(_no_place(source.checkpoint, files, written))
     form = None if written.keeps_codes else written.quantised
     _take_apart(filled, source.checkpoint, "targets", form)
     return _assembled(
@@ -384,9 +384,10 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
 def _take_apart(
     filled: Expansion, checkpoint: Checkpoint, side: str, form: QuantFormat | None = None
 ) -> None:
-    """Quantised weights as the tensors that they are made of."""
+    """Quantised weights as the tensors that they are made of; raises what stands in the way."""
     filled.steps, problems = of_all_parts(filled.steps, checkpoint, side, form)
-    filled.problems += problems
+    if problems:  # at once: of tensors that are left as they are, more would be said than is true
+        fail_all([*filled.problems, *problems])
 
 
 def _packing(
@@ -408,8 +409,11 @@ def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) ->
     fits = (written.keeps_codes or known) and all(f.endswith(".safetensors") for f in files)
     if inventory is not None and weights and not fits:
         found = f"found codes and scales ({', '.join(inventory.words)})"
-        message = f"expected numbers, which the loaders of {files[0]} know, {found}"
-        yield Problem("unsupported", message, checkpoint.path.name, hint=WAY_OUT)
+        eight = written.quantised is not None and files[0].endswith(".safetensors")
+        some = "or fp8 with a scale for each tensor or each row, " if eight else ""
+        message = f"expected numbers, {some}which the loaders of {files[0]} know, {found}"
+        other = "--container safetensors keeps them; " if written.keeps_codes or known else ""
+        yield Problem("unsupported", message, checkpoint.path.name, hint=other + WAY_OUT)
 
 
 def _dtype_problems(
