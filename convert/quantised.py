@@ -59,15 +59,14 @@ class QuantFormat:
 
 
 QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act")
+CACHED = (".k_scale", ".v_scale")
 TRANSFORMERS = QuantFormat(
-    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
+    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale", *CACHED
 )
-VLLM = QuantFormat(
-    "vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", ".k_scale", ".v_scale"
-)
+VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", *CACHED)
 FORMATS = (
     TRANSFORMERS,
-    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
+    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,), "", *CACHED),
     VLLM,
     QuantFormat(
         "modelopt",
@@ -76,8 +75,7 @@ FORMATS = (
         ".weight",
         ("U8",),
         ".input_scale",
-        ".k_scale",
-        ".v_scale",
+        *CACHED,
         second=".weight_scale_2",
         multiplied=True,
         packed=True,
@@ -90,6 +88,7 @@ FORMATS = (
         ".weight",
         ("I32", "U8"),
         ".input_global_scale",
+        *CACHED,
         shape=".weight_shape",
         zeros=".weight_zero_point",
         second=".weight_global_scale",
@@ -329,7 +328,8 @@ def _quantised(
     scales = tensors.get(stem + form.scales)
     if scales is None:
         return _no_scales(codes, form)
-    others = {what: tensors[stem + end] for what, end in form.others.items() if stem + end in tensors}
+    named = {what: [stem + end, *_of_attention(stem, what, end)] for what, end in form.others.items()}
+    others = {what: tensors[n] for what, names in named.items() for n in names[::-1] if n in tensors}
     unit = Quantised(stem + form.plain, form, "", codes.shape, (1, 1), codes, scales, others)
     if (odd := _odd_activation(unit)) is not None:
         return odd
@@ -338,6 +338,12 @@ def _quantised(
     if form.own_rows:
         return _mxfp4_blocks(unit)
     return _packed(unit, scheme, checkpoint)
+
+
+def _of_attention(stem: str, what: str, end: str) -> list[str]:
+    """The name that llm-compressor gives the scale of a cache: of the attention whose projection fills it."""
+    outer, _, last = stem.rpartition(".")
+    return [outer + end] if (what, last) in (("keys", "k_proj"), ("cached", "v_proj")) else []
 
 
 def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, ...] = ()) -> Quantised:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, PARAMS = "config.json", "params.json"
 KEY = "quantization_config"
+OF_MODELOPT = "hf_quant_config.json"  # which its older releases write beside config.json, and vLLM reads
 OTHER_KEYS = ("compression_config",)  # its older name in compressed-tensors
 IN_PARAMS, OF_PARAMS = "quantization", "params"
 RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quantised_values.py
@@ -133,7 +134,18 @@ def _raw(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[Any, str]
         document = checkpoint.json(CONFIG)
     except CkptToolError:
         return None, CONFIG  # whoever reads it says why
-    return next((document[k] for k in (KEY, *OTHER_KEYS) if document.get(k)), None), CONFIG
+    found = next((document[k] for k in (KEY, *OTHER_KEYS) if document.get(k)), None)
+    if found is None and OF_MODELOPT in checkpoint.documents:
+        return _modelopt_beside(checkpoint.json(OF_MODELOPT).get("quantization")), OF_MODELOPT
+    return found, CONFIG
+
+
+def _modelopt_beside(said: Any) -> Any:
+    """What its file says, as newer releases say it in config.json."""
+    if not isinstance(said, Mapping):
+        return said
+    names = {"exclude_modules": "ignore"}
+    return {"quant_method": "modelopt", **{names.get(k, k): v for k, v in said.items()}}
 
 
 def _refuse(kind: str, expected: str, found: Any, where: str, file: str) -> None:

@@ -148,11 +148,17 @@ class _Named:
         """The tensors that are there, and the names of those to be written."""
         held = [getattr(u, what) if what in ("codes", "scales") else u.others[what] for u in self.units]
         plain, end = self.form.plain, getattr(self.form, what)
-        names = []
+        if not end:
+            found = f"found {held[0].name}"
+            raise Torn(f"expected what the other layout has a name for, {found}; --drop {held[0].name}")
+        unit, names = self.units[0], []
+        stem = unit.codes.name[: len(unit.codes.name) - len(unit.form.codes)]
+        outer = what in ("keys", "cached") and not held[0].name.startswith(f"{stem}.")
         for part in self.others:
-            if not part.name.endswith(plain) or not end:
+            if not part.name.endswith(plain):
                 raise Torn(f"expected a name that ends in {plain or 'a word'} for {what}, found {part.name}")
-            names.append(part.name[: len(part.name) - len(plain)] + end)
+            made = part.name[: len(part.name) - len(plain)]
+            names.append((made.rpartition(".")[0] if outer else made) + end)
         return held, names
 
     def codes(self) -> Step:
