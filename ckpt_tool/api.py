@@ -24,7 +24,14 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
 from ckpt_tool.convert import canonical
-from ckpt_tool.convert.families import FAMILIES, Family, as_family_knows, family, option_problems
+from ckpt_tool.convert.families import (
+    FAMILIES,
+    Family,
+    as_family_knows,
+    codes_apart,
+    family,
+    option_problems,
+)
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan, dropped_names
 from ckpt_tool.convert.quantised_view import as_asked, as_read
@@ -194,6 +201,7 @@ def open_for(source: Source, to: str = "hf", options: Options | None = None) -> 
     the settings of `options` are, where there is none."""
     found = open_checkpoint(source, prefer="original" if to == "hf" else "hf")
     try:
+        found = codes_apart(found)
         return found if options is None else with_config(found, options.settings)
     except BaseException:
         found.close()

@@ -311,9 +311,11 @@ def _packed(checkpoint: Checkpoint) -> Iterator[str]:
     held = packed(checkpoint.names())
     if held is None:
         return
+    from ckpt_tool.convert.families import codes_apart
     from ckpt_tool.convert.quantised import found_in
 
     try:
+        checkpoint = codes_apart(checkpoint)
         inventory = found_in(checkpoint)
     except CkptToolError as error:  # what stands in the way of converting it
         first = error.problems[0]

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.checkpoint.weight_sets import BESIDE, is_template, is_tokenizer, vocabulary_kind
+from ckpt_tool.checkpoint.weight_sets import BESIDE, PROCESSORS, is_template, is_tokenizer, vocabulary_kind
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.facts_classes import CODE, Class
@@ -31,7 +31,7 @@ from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
 from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
-from ckpt_tool.convert.quantised_view import with_packing
+from ckpt_tool.convert.quantised_view import packing_beside, with_packing
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.convert.widths import CASTABLE
@@ -565,7 +565,7 @@ def _config(
     out = {k for k, v in asked.items() if v is None and k not in held.facts.settings}  # left out as told
     settings = {k: v for k, v in asked.items() if k not in out}
     made = overlaid({k: v for k, v in before.items() if k not in out}, settings)
-    made = {k: v for k, v in made.items() if k not in CODE}
+    made = {**packing_beside(checkpoint), **{k: v for k, v in made.items() if k not in CODE}}
     flag = "--dequantize" if options.dtype is None else "--dtype"
     dtype = options.dtype if options.dequantize is None else options.dtype or held.source.dtype
     if dtype is not None:
@@ -594,7 +594,7 @@ def _beside(checkpoint: Checkpoint) -> Iterator[OutputDocument]:
         if not (name in BESIDE or is_template(name) or is_tokenizer(name) or vocabulary_kind(name) == name):
             continue
         content, source = document.read(), "copied from beside the weights"
-        if name in ("tokenizer_config.json", "generation_config.json"):
+        if name in ("tokenizer_config.json", "generation_config.json", *PROCESSORS):
             fields = parse_object(content, file=name, kind="bad-tokenizer")
             if fields.keys() & {*CODE}:
                 fields = {k: v for k, v in fields.items() if k not in CODE}

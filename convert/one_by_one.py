@@ -20,6 +20,8 @@ from ckpt_tool.errors import Problem, fail_all
 # or with {e} of its second one, while the first counts e.
 InMemory = Mapping[str, tuple[str, ...]]
 READING = "experts are stacked as transformers 5 holds them in memory: read one by one"
+# How what belongs to stacked codes is called behind their name, and behind that of one expert's.
+OF_CODES = {"_scale_inv": ".weight_scale_inv", "_activation_scale": ".activation_scale"}
 SAVED = "load the model with transformers 5 and save_pretrained() it: that writes them one by one"
 # What servers join of a decoder's own projections, as vLLM holds them.
 _JOINED = re.compile(
@@ -73,6 +75,19 @@ class OneByOne(Shares):
     """A view of a file in which what a library stacks in memory is apart."""
 
 
+def with_scales(in_memory: InMemory) -> InMemory:
+    """`in_memory` with what stands beside stacked codes of eight bits."""
+    return {
+        **in_memory,
+        **{
+            one + end: tuple(part.removesuffix(".weight") + own for part in parts)
+            for one, parts in in_memory.items()
+            if "{e}" in parts[0]
+            for end, own in OF_CODES.items()
+        },
+    }
+
+
 def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
     """`checkpoint`, or a view of it in which the tensors of `in_memory` are apart. Fails with `unsupported`
     where some layers are stacked and others are not, or where projections are joined as no family has them;
@@ -124,6 +139,14 @@ def is_stacked(checkpoint: Checkpoint) -> bool:
     return any(isinstance(f, OneByOne) for f in checkpoint.files.values())
 
 
+def stacked_from(checkpoint: Checkpoint, tensor: TensorInfo) -> TensorInfo:
+    """The stacked tensor of which `tensor` is a run; itself where it is none."""
+    file = checkpoint.files[tensor.file]
+    if not isinstance(file, OneByOne):
+        return tensor
+    return file.stored.tensors[file.shares[tensor.name].stored]
+
+
 def _tail(template: str) -> str:
     """What every name that it stands for ends with."""
     return template.rpartition("}")[2]
@@ -144,6 +167,13 @@ def _shares(tensor: TensorInfo, patterns: list[tuple[re.Pattern[str], tuple[str,
 
 def _apart(tensor: TensorInfo, parts: tuple[str, ...], layer: str) -> Iterator[Share]:
     many = "{e}" in parts[0]
+    if many and len(tensor.shape) == 1 and not parts[0].endswith(".weight"):  # one number of each expert
+        for e in range(tensor.shape[0]):
+            for part in parts:
+                name = part.replace("{i}", layer).replace("{e}", str(e))
+                info = TensorInfo(name, tensor.dtype, (), tensor.file)
+                yield Share(info, tensor.name, e * DTYPES[tensor.dtype].itemsize)
+        return
     shape = tensor.shape if many else (1, *tensor.shape)
     if len(shape) < 2 or shape[1] % len(parts):
         return

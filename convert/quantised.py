@@ -18,6 +18,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.signs import UNPACKED
+from ckpt_tool.convert.one_by_one import is_stacked, stacked_from
 from ckpt_tool.convert.quantised_config import KEY, OF_PARAMS, Scheme, scheme_of
 from ckpt_tool.errors import Problem, fail_all
 
@@ -58,15 +59,15 @@ class QuantFormat:
 
 
 QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act")
+CACHED = (".k_scale", ".v_scale")
 TRANSFORMERS = QuantFormat(
-    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
+    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale", *CACHED
 )
+VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", *CACHED)
 FORMATS = (
     TRANSFORMERS,
-    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
-    QuantFormat(
-        "vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", ".k_scale", ".v_scale"
-    ),
+    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,), "", *CACHED),
+    VLLM,
     QuantFormat(
         "modelopt",
         ".weight",
@@ -74,8 +75,7 @@ FORMATS = (
         ".weight",
         ("U8",),
         ".input_scale",
-        ".k_scale",
-        ".v_scale",
+        *CACHED,
         second=".weight_scale_2",
         multiplied=True,
         packed=True,
@@ -88,6 +88,7 @@ FORMATS = (
         ".weight",
         ("I32", "U8"),
         ".input_global_scale",
+        *CACHED,
         shape=".weight_shape",
         zeros=".weight_zero_point",
         second=".weight_global_scale",
@@ -180,6 +181,11 @@ class Inventory:
         return list(dict.fromkeys(w.words for w in self.weights.values()))
 
 
+def scaled_by_rows(inventory: Inventory) -> bool:
+    """Whether all are fp8 with a scale for each row."""
+    return all(w.kind == FP8_ROWS for w in inventory.weights.values())
+
+
 def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) -> Inventory | None:
     """The quantised weights of `checkpoint`; None where there are none. `settings` (--set) stand before what
     config.json says of blocks. Kinds: `missing-tensor` (scales), `shape-mismatch` (of a grid),
@@ -210,7 +216,7 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
             problems.append(made)
         else:
             weights[made.name] = made
-    problems += _not_as_said(weights, scheme)
+    problems += [*_not_as_said(weights, scheme), *_shared_blocks(weights, checkpoint)]
     fail_all([*problems, *_plain_twins(weights, checkpoint)])
     return Inventory(checkpoint, weights, scheme)
 
@@ -257,16 +263,31 @@ ALONE = (
 
 
 def _stacked(of_codes: Iterable[TensorInfo]) -> Iterator[Problem]:
-    """Experts in one tensor, as transformers 5 holds fp8 in memory: a family has rows for each of them, and
-    the line between gate and up need not be one between blocks."""
+    """Experts in one tensor that no family holds so, and has therefore none of them apart (`codes_apart`).
+    Numbers that transformers makes of them are no way out: 5.23.0 finds no scales beside stacked codes where
+    it dequantises, and takes the codes as numbers."""
     for t in of_codes:
         if t.dtype == E4M3 and len(t.shape) == 3 and t.name.endswith(("_proj", "experts.w1", "experts.w2")):
             message = f"expected codes of fp8 for each expert by itself, found those of {t.shape[0]} stacked"
             hint = (
-                "transformers loads them as numbers with FineGrainedFP8Config(dequantize=True), and "
-                "save_pretrained() writes those"
+                "split codes and scales by their first dimension, to the names that the release has: "
+                "...experts.E.NAME.weight beside ...experts.E.NAME.weight_scale_inv"
             )
             yield Problem("unsupported", message, t.file, t.name, hint)
+
+
+def _shared_blocks(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Gate and up of stacked experts, the last block of the first of which is short: by the grid of the whole
+    it would hold rows of both, by those of its parts it does not."""
+    for w in weights.values() if is_stacked(checkpoint) else ():
+        rows, whole = w.codes.shape[0], stacked_from(checkpoint, w.codes)
+        if w.kind == FP8_BLOCKS and rows % w.block[0] and whole.shape[1:-1] == (2 * rows,):
+            message = (
+                f"expected gate and up of {rows} rows to end at whole blocks of {w.block[0]}, found a block "
+                "of the stacked codes with rows of both, and nothing tells whose scale it has"
+            )
+            hint = "split them apart where they were made, with the scales that each had"
+            yield Problem("unsupported", message, whole.file, whole.name, hint)
 
 
 def _repeated(checkpoint: Checkpoint, names: set[str]) -> Iterator[Problem]:
@@ -307,7 +328,8 @@ def _quantised(
     scales = tensors.get(stem + form.scales)
     if scales is None:
         return _no_scales(codes, form)
-    others = {what: tensors[stem + end] for what, end in form.others.items() if stem + end in tensors}
+    named = {what: [stem + end, *_of_attention(stem, what, end)] for what, end in form.others.items()}
+    others = {what: tensors[n] for what, names in named.items() for n in names[::-1] if n in tensors}
     unit = Quantised(stem + form.plain, form, "", codes.shape, (1, 1), codes, scales, others)
     if (odd := _odd_activation(unit)) is not None:
         return odd
@@ -316,6 +338,12 @@ def _quantised(
     if form.own_rows:
         return _mxfp4_blocks(unit)
     return _packed(unit, scheme, checkpoint)
+
+
+def _of_attention(stem: str, what: str, end: str) -> list[str]:
+    """The name that llm-compressor gives the scale of a cache: of the attention whose projection fills it."""
+    outer, _, last = stem.rpartition(".")
+    return [outer + end] if (what, last) in (("keys", "k_proj"), ("cached", "v_proj")) else []
 
 
 def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, ...] = ()) -> Quantised:

@@ -74,15 +74,19 @@ def _without_inputs(inventory: Inventory) -> list[str]:
 
 def carried_words(checkpoint: Checkpoint) -> list[str]:
     """That quantised weights are carried as they are."""
-    from ckpt_tool.convert.quantised import FP8_ROWS, QSCALE
+    from ckpt_tool.convert.quantised import FP8_ROWS, QSCALE, scaled_by_rows
     from ckpt_tool.convert.quantised_view import carried_of
 
     inventory = carried_of(checkpoint)
     if inventory is None:
         return []
     text = f"{len(inventory.weights)} weights ({', '.join(inventory.words)}) keep their codes and scales"
-    if any(w.form is QSCALE and w.kind == FP8_ROWS for w in inventory.weights.values()):
-        text += f"; transformers loads no such folder, whose class has one scale for a matrix: {WAY_OUT}"
+    mixed = not scaled_by_rows(inventory)
+    if mixed and any(w.form is QSCALE and w.kind == FP8_ROWS for w in inventory.weights.values()):
+        text += (
+            "; transformers loads no such folder, in which some have a scale for each row and others one: "
+        )
+        text += WAY_OUT
     made = [text, *_without_inputs(inventory)]
     left = inventory.scheme.left(n.removesuffix(".weight") for n in inventory.weights)
     if left:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, PARAMS = "config.json", "params.json"
 KEY = "quantization_config"
+OF_MODELOPT = "hf_quant_config.json"  # which its older releases write beside config.json, and vLLM reads
 OTHER_KEYS = ("compression_config",)  # its older name in compressed-tensors
 IN_PARAMS, OF_PARAMS = "quantization", "params"
 RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quantised_values.py
@@ -46,7 +47,7 @@ _FREE = {
     "modelopt": ("producer", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups"),
 }  # fmt: skip
 _READ = {
-    "fp8": ("fmt", "weight_block_size", "scale_fmt"),
+    "fp8": ("fmt", "weight_block_size", "scale_fmt", "expert_dtype"),
     "mxfp4": (),
     "compressed-tensors": ("format", "config_groups"),
     "modelopt": ("quant_algo", "group_size"),
@@ -133,7 +134,18 @@ def _raw(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[Any, str]
         document = checkpoint.json(CONFIG)
     except CkptToolError:
         return None, CONFIG  # whoever reads it says why
-    return next((document[k] for k in (KEY, *OTHER_KEYS) if document.get(k)), None), CONFIG
+    found = next((document[k] for k in (KEY, *OTHER_KEYS) if document.get(k)), None)
+    if found is None and OF_MODELOPT in checkpoint.documents:
+        return _modelopt_beside(checkpoint.json(OF_MODELOPT).get("quantization")), OF_MODELOPT
+    return found, CONFIG
+
+
+def _modelopt_beside(said: Any) -> Any:
+    """What its file says, as newer releases say it in config.json."""
+    if not isinstance(said, Mapping):
+        return said
+    names = {"exclude_modules": "ignore"}
+    return {"quant_method": "modelopt", **{names.get(k, k): v for k, v in said.items()}}
 
 
 def _refuse(kind: str, expected: str, found: Any, where: str, file: str) -> None:
@@ -154,6 +166,8 @@ def _fp8(raw: Mapping[str, Any], file: str) -> Scheme:
         _refuse("unsupported", "expected e4m3", raw["fmt"], f"{KEY}.fmt", file)
     if raw.get("scale_fmt") not in (None, "float", "ue8m0"):
         _refuse("unsupported", "expected float or ue8m0", raw["scale_fmt"], f"{KEY}.scale_fmt", file)
+    if raw.get("expert_dtype") not in (None, "fp8"):  # transformers 5.23.0 writes it beside any fp8
+        _refuse("unsupported", "expected fp8", raw["expert_dtype"], f"{KEY}.expert_dtype", file)
     block = raw.get("weight_block_size")
     return Scheme("fp8", _two(block, f"{KEY}.weight_block_size", file), file=file, raw=raw)
 
@@ -231,20 +245,45 @@ def for_transformers(inventory: Inventory, names: Iterable[str]) -> Value:
     each layer that has none."""
     names = list(names)
     static = any("activation" in w.others for w in inventory.weights.values())
-    codes = {n.removesuffix("_scale_inv") for n in names if n.endswith(".weight_scale_inv")}
+    ends = (".weight_scale_inv", ".weight_scale")
+    codes = {n[: n.rindex("_scale")] for n in names if n.endswith(ends)}
     plain: dict[str, None] = {}
     for name in names:
         if name.endswith(".weight") and name not in codes and _is_linear(name):
             layer = name.removesuffix(".weight")
             whole = ".".join(layer.split(".")[: 2 if layer.startswith("model.") else 1])
             plain[layer if any(c.startswith(f"{whole}.") for c in codes) else whole] = None
-    made = {
+    left = sorted(plain, key=lambda n: n == "lm_head")
+    made: dict[str, Any] = {
         "quant_method": "fp8",
         "activation_scheme": "static" if static else "dynamic",
         "weight_block_size": None,
-        "modules_to_not_convert": sorted(plain, key=lambda n: n == "lm_head"),
+        "modules_to_not_convert": left,
     }
+    if any(n.endswith(ends[1]) for n in names):
+        exact = {n.removesuffix(".weight") for n in names}
+        heads = [] if "lm_head" in {*left, *(c.removesuffix(".weight") for c in codes)} else ["lm_head"]
+        parts = [n if n in exact else rf"re:.*{n.rpartition('.')[2]}\..*" for n in left]
+        made = _by_rows(static, [*parts, *heads])
     return Value(made, f"{inventory.scheme.file}: {inventory.scheme.place}")
+
+
+def _by_rows(static: bool, left: list[str]) -> dict[str, Any]:
+    """A scale for each row, as compressed-tensors says it (0.20.1, quant_scheme.py: FP8_DYNAMIC)."""
+    eight = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+    inputs = {**eight, "strategy": "tensor"} if static else None
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel"},
+        "input_activations": inputs,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": left,
+    }
 
 
 def _is_linear(name: str) -> bool:

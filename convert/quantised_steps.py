@@ -22,9 +22,10 @@ from ckpt_tool.convert.quantised import (
     FP8_TENSOR,
     QSCALE,
     TRANSFORMERS,
-    Inventory,
+    VLLM,
     QuantFormat,
     Quantised,
+    scaled_by_rows,
 )
 from ckpt_tool.convert.quantised_asked import WAY_OUT
 from ckpt_tool.convert.quantised_view import carried_of, view_in
@@ -55,7 +56,8 @@ def of_all_parts(
     inventory = carried_of(checkpoint)
     if inventory is None:
         return steps, []
-    problems: list[Problem] = []
+    torn: dict[str, list[Part]] = {}
+    by_rows = scaled_by_rows(inventory)
 
     def here(step: Step) -> tuple[Part, ...]:
         return step.sources if side == "sources" else step.targets
@@ -65,16 +67,14 @@ def of_all_parts(
         if not any(units):
             return [step]
         try:
-            return list(
-                _apart(step, [_known(u, p) for u, p in zip(units, here(step), strict=True)], side, form)
-            )
-        except Torn as torn:
-            problems.append(_refused(step, here(step), inventory, str(torn)))
+            return list(_apart(step, [*map(_known, units, here(step))], side, form, by_rows))
+        except Torn as why:
+            torn.setdefault(str(why), []).append(next(p for p in here(step) if p.name in inventory.weights))
             return [step]
 
     dtypes = {w.codes.dtype for w in inventory.weights.values() if not w.form.own_rows}
     made = steps.changed(apart, where=lambda s: any(p.dtype in dtypes for p in here(s)))
-    return made, problems
+    return made, [_refused(why, parts) for why, parts in torn.items()]
 
 
 def _known(unit: Quantised | None, part: Part) -> Quantised:
@@ -83,24 +83,27 @@ def _known(unit: Quantised | None, part: Part) -> Quantised:
     return unit
 
 
-def _refused(step: Step, parts: Sequence[Part], inventory: Inventory, why: str) -> Problem:
-    first = next(p for p in parts if p.name in inventory.weights)
-    return Problem("unsupported", why, first.file, first.name, WAY_OUT)
+def _refused(why: str, parts: Sequence[Part]) -> Problem:
+    """One for all of which the same is to be said."""
+    first, more = parts[0], f"; {len(parts) - 1} more weights alike" * (len(parts) > 1)
+    return Problem("unsupported", why + more, first.file, first.name, WAY_OUT)
 
 
-def _apart(step: Step, units: list[Quantised], side: str, form: QuantFormat | None) -> Iterator[Step]:
+def _apart(
+    step: Step, units: list[Quantised], side: str, form: QuantFormat | None, by_rows: bool
+) -> Iterator[Step]:
     first = units[0]
     for u in units[1:]:
         if (u.kind, u.block, u.form, [*u.others]) != (first.kind, first.block, first.form, [*first.others]):
             raise Torn(f"expected {u.name} to be quantised as {first.name} ({first.words}), found {u.words}")
     if step.mean:
         raise Torn(f"expected plain weights to take the mean of, found {first.words}")
-    named = _Named(step, units, side, form or _hugging_face(first.form, side))
+    named = _Named(step, units, side, form or _hugging_face(first.form, side, by_rows))
     yield named.codes()
     if first.kind == FP8_TENSOR:
         yield from named.numbers("scales")
     else:
-        yield named.on_grid("scales", first.block, flat=len(first.scales.shape) < len(first.shape))
+        yield named.of_rows() if first.kind == FP8_ROWS else named.on_grid("scales", first.block)
     for what, tensor in first.others.items():
         if what == "shape" and (len(units) > 1 or len(named.others) > 1):
             raise Torn("expected codes in words of their own row to stay one tensor, found a cut or a join")
@@ -110,9 +113,17 @@ def _apart(step: Step, units: list[Quantised], side: str, form: QuantFormat | No
             yield from named.numbers(what, tensor.shape)
 
 
-def _hugging_face(form: QuantFormat, side: str) -> QuantFormat:
-    """How the tensors are called there that are called so in an original, and are read so on the way back."""
-    return TRANSFORMERS if form is QSCALE and side == "sources" else form
+def _hugging_face(form: QuantFormat, side: str, by_rows: bool) -> QuantFormat:
+    """How the tensors are called there that are called so in an original, and are read so on the way back:
+    scales of rows as compressed-tensors has them, whose loaders alone know those."""
+    if form is not QSCALE or side != "sources":
+        return form
+    return VLLM if by_rows else TRANSFORMERS
+
+
+# How many dimensions the scale of inputs has beside scales of rows: none in an original,
+# and (1,) as compressed-tensors makes room for it.
+_ONE = {QSCALE.name: 0, VLLM.name: 1}
 
 
 @dataclass(frozen=True)
@@ -137,11 +148,17 @@ class _Named:
         """The tensors that are there, and the names of those to be written."""
         held = [getattr(u, what) if what in ("codes", "scales") else u.others[what] for u in self.units]
         plain, end = self.form.plain, getattr(self.form, what)
-        names = []
+        if not end:
+            found = f"found {held[0].name}"
+            raise Torn(f"expected what the other layout has a name for, {found}; --drop {held[0].name}")
+        unit, names = self.units[0], []
+        stem = unit.codes.name[: len(unit.codes.name) - len(unit.form.codes)]
+        outer = what in ("keys", "cached") and not held[0].name.startswith(f"{stem}.")
         for part in self.others:
-            if not part.name.endswith(plain) or not end:
+            if not part.name.endswith(plain):
                 raise Torn(f"expected a name that ends in {plain or 'a word'} for {what}, found {part.name}")
-            names.append(part.name[: len(part.name) - len(plain)] + end)
+            made = part.name[: len(part.name) - len(plain)]
+            names.append((made.rpartition(".")[0] if outer else made) + end)
         return held, names
 
     def codes(self) -> Step:
@@ -154,17 +171,32 @@ class _Named:
         )
         return self._between(self.step.axes, *mine, *theirs, held, names)
 
-    def on_grid(self, what: str, block: tuple[int, int], *, flat: bool = False, packed: bool = False) -> Step:
-        """The step of what has one element for each block; `flat` without the last dimension, `packed` with
-        all of a block in it, in order, and not one number for them."""
+    def of_rows(self) -> Step:
+        """The step of scales of whole rows: (rows,) in an original, (rows, 1) as compressed-tensors has them,
+        else either way as they are."""
+        held, names = self.called("scales")
+        wide = len(held[0].shape) > 1
+        becomes = {QSCALE.name: False, VLLM.name: True}.get(self.form.name, wide)
+        axes, left, right = self._of_blocks((1, 0), True, False)
+        (mine, my_ranges), (theirs, their_ranges) = left, right
+        column: Dims = ((),)
+        mine = [(*dims, *column * wide) for dims in mine]
+        theirs = [(*dims, *column * becomes) for dims in theirs]
+        return self._between(axes, mine, my_ranges, theirs, their_ranges, held, names)
+
+    def on_grid(self, what: str, block: tuple[int, int], *, packed: bool = False) -> Step:
+        """The step of what has one element for each block; `packed` with all of a block in it, in order, and
+        not one number for them."""
         held, names = self.called(what)
+        axes, left, right = self._of_blocks(block, False, packed)
+        return self._between(axes, *left, *right, held, names)
+
+    def _of_blocks(self, block: tuple[int, int], flat: bool, packed: bool) -> tuple[Axes, Side, Side]:
+        """See `_grid`."""
         if any(p.taken for p in (*self.here, *self.others)):
             raise Torn("expected whole quantised tensors, found rows that are written twice")
-        if self.units[0].kind == FP8_ROWS:
-            block = (1, 0)  # of all columns
         mine, theirs = (tuple(p.place for p in side) for side in (self.here, self.others))
-        axes, left, right = _grid(self.step.axes, mine, theirs, block, flat, packed)
-        return self._between(axes, *left, *right, held, names)
+        return _grid(self.step.axes, mine, theirs, block, flat, packed)
 
     def numbers(self, what: str, shape: tuple[int, ...] | None = None) -> Iterator[Step]:
         """The steps of what belongs to a whole tensor: each share has it, and what is joined must agree."""
@@ -174,8 +206,11 @@ class _Named:
             raise Torn("expected scales of one tensor for several, or the other way round, found neither")
         axes = tuple((f"x{k}", n) for k, n in enumerate(shape))
         dims: Dims = tuple((a,) for a, _ in axes)
+        becomes = dims
+        if self.units[0].kind == FP8_ROWS and what == "activation" and self.form.name in _ONE:
+            axes, dims, becomes = (), ((),) * len(shape), ((),) * _ONE[self.form.name]
         for k, (tensor, name) in enumerate((t, n) for t in held for n in names):
-            made = self._between(axes, [dims], [()], [dims], [()], [tensor], [name])
+            made = self._between(axes, [dims], [()], [becomes], [()], [tensor], [name])
             if k and len(held) > 1:
                 hint = f"the scales differ: {WAY_OUT}"
                 compared = {"compare": "tied"} if self.side == "sources" else {"copied": True}

@@ -12,10 +12,10 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.checkpoint.base import Checkpoint, Given, Record, TensorFile, TensorInfo, View
+from ckpt_tool.checkpoint.base import Checkpoint, Given, Record, Renamed, TensorFile, TensorInfo, View
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import ALONE, E4M3, Inventory, Quantised, found_in
-from ckpt_tool.convert.quantised_config import CONFIG, IN_PARAMS, KEY, OTHER_KEYS, PARAMS
+from ckpt_tool.convert.quantised_config import CONFIG, IN_PARAMS, KEY, OF_MODELOPT, OTHER_KEYS, PARAMS
 from ckpt_tool.errors import fail
 
 
@@ -163,6 +163,32 @@ def carried_of(checkpoint: Checkpoint) -> Inventory | None:
     """What is quantised and carried as it is."""
     first = next((v for f in checkpoint.files.values() if (v := view_in(f)) is not None), None)
     return first.inventory if isinstance(first, Whole) else None
+
+
+def names_of_codes(checkpoint: Checkpoint) -> set[str]:
+    """What is quantised and carried, and what belongs to it, under the names that `checkpoint` shows: another
+    view may have put a prefix before them."""
+    inventory = carried_of(checkpoint)
+    if inventory is None:
+        return set()
+    stored = {*inventory.weights, *(name for _, name in inventory.parts)}
+    made: set[str] = set()
+    for file in checkpoint.files.values():
+        names = {name: name for name in file.tensors}
+        while isinstance(file, View) and not isinstance(file, Quantising):
+            if isinstance(file, Renamed):
+                names = {shown: file.own[name] for shown, name in names.items()}
+            file = file.stored
+        made |= {shown for shown, name in names.items() if name in stored}
+    return made
+
+
+def packing_beside(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json is to say of carried codes of which another file says it."""
+    inventory = carried_of(checkpoint)
+    if inventory is None or inventory.scheme.file != OF_MODELOPT:
+        return {}
+    return {KEY: inventory.scheme.raw}
 
 
 def with_packing(

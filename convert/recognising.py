@@ -233,6 +233,9 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
     if error.kind not in _OF_ANOTHER:
         return error
     asked = to == "hf" and error.kind == "missing-fact" and not of_megatron(checkpoint.names())
+    asked = asked and any(
+        p.file != "config.json" for p in error.problems
+    )  # which tells what it was asked for
     if asked and chosen.document and chosen.document not in checkpoint.documents:
         error = CkptToolError(_no_document(checkpoint, chosen.document), *error.problems)
     if to == "original" and ("config.json" not in checkpoint.documents or is_original(checkpoint)):

@@ -28,11 +28,20 @@ from ckpt_tool.convert.layout import (
 )
 from ckpt_tool.convert.params import SET, Facts
 from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
-from ckpt_tool.convert.quantised import ALONE, E4M3, FP8_ROWS, FP8_TENSOR, QuantFormat
+from ckpt_tool.convert.quantised import (
+    ALONE,
+    E4M3,
+    FP8_ROWS,
+    FP8_TENSOR,
+    QSCALE,
+    TRANSFORMERS,
+    Inventory,
+    QuantFormat,
+)
 from ckpt_tool.convert.quantised_asked import WAY_OUT, carried_words, check_asked, lossy_words
-from ckpt_tool.convert.quantised_config import KEY, for_transformers
+from ckpt_tool.convert.quantised_config import KEY, OF_MODELOPT, for_transformers
 from ckpt_tool.convert.quantised_steps import of_all_parts, physical
-from ckpt_tool.convert.quantised_view import carried_of, quantised_of
+from ckpt_tool.convert.quantised_view import carried_of, names_of_codes, packing_beside, quantised_of
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.widths import CASTABLE
@@ -181,6 +190,9 @@ def as_it_is(
     """The plan of a model that keeps its layout: `filled` moves its tensors as they are. The config.json is
     among the documents."""
     check_asked(checkpoint, options)
+    inventory = carried_of(checkpoint)
+    if inventory is not None and KEY not in written.config:
+        _must_be_said(inventory)
     _take_apart(filled, checkpoint, "sources")
     same = Expansion(Steps(compared))
     _take_apart(same, checkpoint, "sources")
@@ -257,7 +269,7 @@ def to_original(
     )
     filled.steps = parts.alike(lambda s: replace(s, hint=table.unlike) if s.copied else s)
     repeated = list(_repeated(filled.steps, table, source))
-    filled.problems += _no_place(source.checkpoint, files, written)
+    fail_all(_no_place(source.checkpoint, files, written))
     form = None if written.keeps_codes else written.quantised
     _take_apart(filled, source.checkpoint, "targets", form)
     return _assembled(
@@ -384,9 +396,10 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
 def _take_apart(
     filled: Expansion, checkpoint: Checkpoint, side: str, form: QuantFormat | None = None
 ) -> None:
-    """Quantised weights as the tensors that they are made of."""
+    """Quantised weights as the tensors that they are made of; raises what stands in the way."""
     filled.steps, problems = of_all_parts(filled.steps, checkpoint, side, form)
-    filled.problems += problems
+    if problems:  # at once: of tensors that are left as they are, more would be said than is true
+        fail_all([*filled.problems, *problems])
 
 
 def _packing(
@@ -396,8 +409,23 @@ def _packing(
     inventory = carried_of(checkpoint)
     if inventory is None or KEY in config:
         return {}
+    if beside := packing_beside(checkpoint):
+        return {KEY: Value(beside[KEY], OF_MODELOPT)}
+    _must_be_said(inventory)
     names = [p.name for s in steps for p in s.targets]
     return {KEY: for_transformers(inventory, names if own is None else [own.in_memory(n) for n in names])}
+
+
+def _must_be_said(inventory: Inventory) -> None:
+    """Codes under names whose loaders look for nothing of the kind unless config.json says so."""
+    first = next(iter(inventory.weights.values()))
+    if inventory.scheme.said or first.form.own_rows or first.form in (QSCALE, TRANSFORMERS):
+        return
+    message = (
+        f"expected {KEY} beside codes and scales ({first.words}), by which loaders know them, found none"
+    )
+    hint = f"--set {KEY}='{{...}}', as the release says it"
+    fail_all([Problem("missing-fact", message, "config.json", KEY, hint)])
 
 
 def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) -> Iterator[Problem]:
@@ -408,8 +436,11 @@ def _no_place(checkpoint: Checkpoint, files: Sequence[str], written: Written) ->
     fits = (written.keeps_codes or known) and all(f.endswith(".safetensors") for f in files)
     if inventory is not None and weights and not fits:
         found = f"found codes and scales ({', '.join(inventory.words)})"
-        message = f"expected numbers, which the loaders of {files[0]} know, {found}"
-        yield Problem("unsupported", message, checkpoint.path.name, hint=WAY_OUT)
+        eight = written.quantised is not None and files[0].endswith(".safetensors")
+        some = "or fp8 with a scale for each tensor or each row, " if eight else ""
+        message = f"expected numbers, {some}which the loaders of {files[0]} know, {found}"
+        other = "--container safetensors keeps them; " if written.keeps_codes or known else ""
+        yield Problem("unsupported", message, checkpoint.path.name, hint=other + WAY_OUT)
 
 
 def _dtype_problems(
@@ -417,8 +448,7 @@ def _dtype_problems(
 ) -> list[Problem]:
     """Tensors of the checkpoint that hold no floating numbers, or that are packed to 8 bits where neither the
     table says so nor scales stand beside them; a scalar may count something."""
-    inventory = carried_of(checkpoint)
-    names = set() if inventory is None else {*inventory.weights, *(name for _, name in inventory.parts)}
+    names = names_of_codes(checkpoint)
 
     def wanted(part: Part) -> Sequence[str]:
         return BYTES if packed and part.name.endswith(packed) else CASTABLE

@@ -28,7 +28,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import flaws_packed
 from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_kinds import Truth
-from ckpt_tool.fixtures.quantised import FORMATS, Tensors, quantise, write
+from ckpt_tool.fixtures.quantised import FORMATS, Format, Tensors, _fp8, quantise, write
 from ckpt_tool.verify import dequantised, packed_bits
 from ckpt_tool.verify import mistakes_packed as planting
 from ckpt_tool.verify import packed_mistakes as known
@@ -806,10 +806,49 @@ def test_what_would_be_torn_is_refused_by_name_with_the_way_out(conversions: Wri
     source = quantise(conversions("mistral-7b-v0.1"), tmp_path / "in", "fp8-blocks")
     with pytest.raises(CkptToolError) as caught:
         plan(source, to="original")
-    assert caught.value.kind == "unsupported" and "--dequantize" in (caught.value.problems[0].hint or "")
+    (problem,) = caught.value.problems  # and none of what would be left over
+    assert problem.kind == "unsupported" and "--dequantize" in (problem.hint or "")
     convert(source, tmp_path / "out", to="original", options=Options(dequantize="BF16"))
     report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
     assert report.status == "pass", report.headline
+
+
+def test_what_is_torn_is_said_once_with_the_count(
+    conversions: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Query, key and value of CodeGen lie in turns, and its layers are alike."""
+    said = {**FORMATS["fp8-blocks"].config, "weight_block_size": [7, 24]}
+    make = partial(_fp8, block=(7, 24), end=".weight_scale_inv")
+    monkeypatch.setitem(FORMATS, "fp8-blocks", Format(make, said))
+    source = quantise(conversions("codegen-350m-mono"), tmp_path / "in", "fp8-blocks")
+    with pytest.raises(CkptToolError) as caught:
+        plan(source, to="original")
+    (problem,) = caught.value.problems
+    assert problem.where.endswith("h.0.attn.qkv_proj.weight") and "more weights alike" in problem.message
+
+
+@pytest.mark.parametrize("container", [None, "pth"])
+def test_codes_leave_the_container_that_has_no_reader_of_them(
+    container: str | None, conversions: Written, tmp_path: Path
+) -> None:
+    source = quantise(conversions("codegen-350m-mono"), tmp_path / "in", "int4")
+    options = Options(family_options={} if container is None else {"container": container})
+    if container is None:  # the family's usual one is a .bin
+        made = convert(source, tmp_path / "original", to="original", options=options)
+        convert(tmp_path / "original", tmp_path / "again")
+        assert held(tmp_path / "again") == held(source)
+        assert any("as safetensors" in note for note in made.plan.notes)
+    else:
+        with pytest.raises(CkptToolError) as caught:
+            plan(source, to="original", options=options)
+        assert "--container safetensors" in (caught.value.problems[0].hint or "")
+
+
+def test_ranks_of_codes_say_what_would_work(quantised: Made) -> None:
+    with pytest.raises(CkptToolError) as caught:
+        plan(quantised("fp8-tensor"), to="original", options=Options(shards=2))
+    (problem,) = caught.value.problems
+    assert "share out to ranks themselves" in (problem.hint or "") and "--dequantize" in (problem.hint or "")
 
 
 INT4 = "model.layers.1.mlp.up_proj.weight"
@@ -936,3 +975,18 @@ def test_dtypes_have_all_their_names_in_options_too() -> None:
         with pytest.raises(CkptToolError) as caught:
             Options(**asked)  # type: ignore[arg-type]
         assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-rows"])
+def test_codes_of_a_mistral_without_yarn_go_back_and_forth(
+    name: str, conversions: Written, tmp_path: Path
+) -> None:
+    """Its params.json says them as that of a model with yarn does."""
+    source = quantise(conversions("mistral-float32"), tmp_path / "in", name)
+    asked = Options(family_options={"container": "safetensors"})
+    convert(source, tmp_path / "original", to="original", options=asked)
+    said = json.loads((tmp_path / "original" / "params.json").read_text())["quantization"]
+    assert said["qscheme_act"] == ("TENSOR" if name == "fp8-tensor" else "NO_SCALES")
+    convert(tmp_path / "original", tmp_path / "again")
+    assert held(tmp_path / "again") == held(source)
+    assert verify(tmp_path / "again", tmp_path / "original", levels=("coverage", "bits")).status == "pass"

@@ -16,7 +16,7 @@ from typing import IO, Any
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorInfo, View
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
-from ckpt_tool.convert.families import as_families_know, as_family_knows, family
+from ckpt_tool.convert.families import as_families_know, as_family_knows, codes_apart, family
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
@@ -85,11 +85,11 @@ def _files(checkpoint: Checkpoint) -> str:
 
 def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
     try:
-        return open_checkpoint(path, prefer=prefer)
+        return codes_apart(open_checkpoint(path, prefer=prefer))
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-        return open_checkpoint(path)
+        return codes_apart(open_checkpoint(path))
 
 
 class Made(View):

@@ -88,10 +88,15 @@ class PackedWeights(Weights):
         return made
 
     def _as_stored(self, info: TensorInfo) -> Tensor:
-        out = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype].torch))
-        if info.nbytes:
-            self.checkpoint.read_into(info, 0, out.view(-1).view(torch.uint8).numpy().data)
-        return out
+        return as_stored(self.checkpoint, info)
+
+
+def as_stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
+    """A tensor of the checkpoint in the dtype that it has there."""
+    out = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype].torch))
+    if info.nbytes:
+        checkpoint.read_into(info, 0, out.view(-1).view(torch.uint8).numpy().data)
+    return out
 
 
 def packed_in(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Inventory | None:

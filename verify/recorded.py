@@ -13,7 +13,7 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.weight_sets import Prefer
-from ckpt_tool.convert.families import as_families_know
+from ckpt_tool.convert.families import as_families_know, codes_apart
 from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.plan import Options, Plan
@@ -45,7 +45,8 @@ def find_source(
     folder = out.path if out.path.is_dir() else out.path.parent
     prefer: Prefer = "original" if manifest.direction != "to-original" else "hf"
     try:
-        found = as_families_know(seen(open_checkpoint(folder / manifest.source, prefer=prefer)))
+        found = codes_apart(open_checkpoint(folder / manifest.source, prefer=prefer))
+        found = as_families_know(seen(found))
     except (CkptToolError, OSError, ValueError):
         return None
     recorded = {(s.name, s.headers) for s in manifest.sources}

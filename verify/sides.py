@@ -38,7 +38,7 @@ from ckpt_tool.verify.measure import Distance, Spread, distance, farthest, sprea
 from ckpt_tool.verify.packed_weights import PackedWeights, packed_in
 from ckpt_tool.verify.pooled import pooled_original
 from ckpt_tool.verify.prompts import Prompt
-from ckpt_tool.verify.stacked import StackedWeights
+from ckpt_tool.verify.stacked import StackedCodes, StackedWeights
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.weights import Weights, ranks_of
 
@@ -371,7 +371,12 @@ def side_of(
     if (inventory := packed_in(checkpoint, settings or {})) is not None:
         make = partial(PackedWeights, inventory=inventory, original=original)
     if is_stacked(checkpoint):
-        make = partial(StackedWeights, apart=module.apart)
+        of = (
+            StackedWeights
+            if inventory is None
+            else partial(StackedCodes, inventory=inventory, original=original)
+        )
+        make = partial(of, apart=module.apart)
     weights = tuple(make(checkpoint, names, dtype, device) for names in ranks)
     return Side(module, config, weights, raw or {}, weights)
 

@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.convert.one_by_one import OneByOne
+from ckpt_tool.verify.packed_weights import PackedWeights, as_stored
 from ckpt_tool.verify.weights import Weights
 
+SCALES = "_scale_inv"  # behind the name of codes
 Apart = Callable[[Mapping[str, Tensor], str], Tensor]  # (stacked tensors, name of one) -> that one
 
 
@@ -44,6 +47,48 @@ class StackedWeights(Weights):
 
     def _load(self, info: TensorInfo) -> Tensor:
         return self.apart(self.stacked, info.name)
+
+
+class StackedCodes(PackedWeights):
+    """The same of codes and their scales: the numbers of one weight are made of what `apart` finds in the
+    stacked ones."""
+
+    def __init__(self, *said: Any, apart: Apart, **more: Any) -> None:
+        super().__init__(*said, **more)
+        self.apart = apart
+        files = {n: _stored(f) for n, f in self.checkpoint.files.items()}
+        self.whole = replace(self.checkpoint, files=files)
+        self.held = {t.name: t for t in self.whole}
+        self.plain = Weights(self.whole, self.held, self.dtype, self.device)
+
+    def computed_in(self, dtype: torch.dtype) -> StackedCodes:
+        said = (self.checkpoint, self.stored, dtype, self.device, self.inventory, self.original)
+        return StackedCodes(*said, apart=self.apart)
+
+    def _load(self, info: TensorInfo) -> Tensor:
+        if info.name in self.formulas:
+            return super()._load(info)
+        return self.apart(self.plain, info.name)
+
+    def _as_stored(self, info: TensorInfo) -> Tensor:
+        end = SCALES if info.name.endswith(SCALES) else ""
+        return self.apart(_Behind(self, end), info.name.removesuffix(end))
+
+
+class _Behind(Mapping[str, Tensor]):
+    """Tensors as they are stored, each under what stands before `end` in its name."""
+
+    def __init__(self, weights: StackedCodes, end: str) -> None:
+        self.weights, self.end = weights, end
+
+    def __getitem__(self, name: str) -> Tensor:
+        return as_stored(self.weights.whole, self.weights.held[name + self.end])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights.held)
+
+    def __len__(self) -> int:
+        return len(self.weights.held)
 
 
 def _stored(file: TensorFile) -> TensorFile:

@@ -17,7 +17,7 @@ from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.facts import class_of, classes
-from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
+from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, codes_apart, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
@@ -141,7 +141,7 @@ def _open(
             raise
         found = open_checkpoint(path, limits=limits, hub="download")
     try:
-        return as_families_know(seen(found))
+        return as_families_know(seen(codes_apart(found)))
     except BaseException:
         found.close()
         raise

@@ -27,7 +27,9 @@ CHECKLISTS = (
     *("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "sha256sum.txt"),
 )
 # What a model in the Hugging Face layout has beside config.json and its weights.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of a model that reads images
 BESIDE = (
+    *PROCESSORS,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,6 +62,7 @@ _DOCUMENTS = frozenset(
         "run_config.yaml",
         "model_config.yaml",
         "integrity.json",
+        "hf_quant_config.json",
         INDEX_NAME,
     )
 )

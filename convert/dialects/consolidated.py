@@ -9,19 +9,22 @@ below are those of the whole model; S model-parallel ranks each hold a share of 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.weight_sets import is_tokenizer
+from ckpt_tool.checkpoint.strict_json import parse_object
+from ckpt_tool.checkpoint.weight_sets import PROCESSORS, is_template, is_tokenizer
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects import params_fields, params_json
 from ckpt_tool.convert.dialects.converted import FREQUENCIES, generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.layouts import FORM, Layout, asked_layout, layout_of, layout_option
 from ckpt_tool.convert.dialects.vocabulary import files_beside_or_asked
+from ckpt_tool.convert.facts_classes import CODE
 from ckpt_tool.convert.facts_parts import taken_apart
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule, rule
@@ -77,6 +80,9 @@ _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 
 # Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all.
 IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
+
+# Of Mistral AI's models in eight bits.
+FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
 
 CONSOLIDATED = "consolidated"  # in `--form`
 LAYER = r"model\.layers\.(\d+)\."
@@ -471,6 +477,7 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     if tied:
         original["head"] = head
     beside = [OutputDocument(n, c, "the download's tokenizer") for n, c in tokenizer.documents.items()]
+    beside += of_the_library(checkpoint, {*tokenizer.documents}, sees=d.beside is not None)
     written = Written(
         d.name,
         d.spelled(known, config),
@@ -483,6 +490,21 @@ def plan(d: Consolidated, checkpoint: Checkpoint, options: Options) -> Plan:
     untied = "output.weight" if may_untie(d.fields) else ""
     table = _whole(d, known, table_of(rows, config))
     return to_hf(replace(table, turns=turns(known), head=untied), download, options, written)
+
+
+def of_the_library(checkpoint: Checkpoint, made: Container[str], *, sees: bool) -> Iterator[OutputDocument]:
+    """Files of transformers that a publisher put beside the original, as they are but for code: templates of
+    chats, and of a model that `sees` images what makes patches of them."""
+    for name, file in checkpoint.documents.items():
+        if name in made or not (is_template(name) or (sees and name in PROCESSORS)):
+            continue
+        content = file.read()
+        if name in PROCESSORS:
+            fields = parse_object(content, file=name)
+            if fields.keys() & set(CODE):
+                left = {k: v for k, v in fields.items() if k not in CODE}
+                content = (json.dumps(left, indent=2, ensure_ascii=False) + "\n").encode()
+        yield OutputDocument(name, content, "copied from beside the weights")
 
 
 def config_of(own: Class, config: Mapping[str, Value]) -> OutputDocument:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckpt_tool.checkpoint.weight_sets import PROCESSORS
 from ckpt_tool.convert.dialects.consolidated import Beside
 from ckpt_tool.convert.layout import rule
 from ckpt_tool.convert.numbers import (
@@ -187,11 +188,16 @@ def beside(known: Known) -> Beside:
 
 
 def untold(known: Known) -> list[str]:
-    """The files by which transformers makes patches of images are no part of an original."""
+    """The files by which transformers makes patches of images are no part of an original, and carried where
+    they stand beside it."""
+    missing = [name for name in PROCESSORS[::-1] if name not in known.source.checkpoint.documents]
     patch, merged = known[f"{CONFIG}.patch_size"], known["spatial_merge_size"]
+    if not missing:
+        return []
+    verb, those = ("is", "that") if len(missing) == 1 else ("are", "those")
     return [
-        "no processor_config.json and preprocessor_config.json are written, which AutoProcessor reads: take "
-        f"those of the release (patch_size {patch}, spatial_merge_size {merged})"
+        f"no {' and '.join(missing)} {verb} written, which AutoProcessor reads: take {those} of the release "
+        f"(patch_size {patch}, spatial_merge_size {merged})"
     ]
 
 

@@ -10,6 +10,8 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.numbers import Field, Known
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.quantised_asked import WAY_OUT
+from ckpt_tool.convert.quantised_view import carried_of
 from ckpt_tool.errors import fail
 
 FORM = "form"
@@ -44,6 +46,18 @@ def layout_option(usual: str, layouts: Mapping[str, Layout]) -> tuple[Option, ..
     return (*found.values(), form) if layouts else ()
 
 
+def _of_codes(known: Known, form: str) -> str | None:
+    """Of codes, which the ranks of no other layout have."""
+    inventory = carried_of(known.source.checkpoint)
+    if inventory is None:
+        return None
+    return (
+        f"--form {form} keeps codes and scales ({', '.join(inventory.words)}) in whole tensors, which its "
+        "loaders share out to ranks themselves: leave the option out; ranks of other layouts hold numbers "
+        f"({WAY_OUT})"
+    )
+
+
 def layout_of(layouts: Mapping[str, Layout], names: Collection[str]) -> Layout | None:
     """The one that tensors of these names are in; None for the published one."""
     return next((layout for layout in layouts.values() if layout.holds(names)), None)
@@ -66,5 +80,6 @@ def asked_layout(
         having = [f"--form {word}" for word, names in options.items() if name in names]
         if having and f"--form {form}" not in having:
             flag = f"--{name.replace('_', '-')}"
-            fail("usage", f"expected {' or '.join(having)} beside it, found --form {form}", where=flag)
+            message = f"expected {' or '.join(having)} beside it, found --form {form}"
+            fail("usage", message, where=flag, hint=_of_codes(known, form))
     return layouts.get(form)

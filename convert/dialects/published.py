@@ -53,6 +53,7 @@ from ckpt_tool.convert.numbers import (
 from ckpt_tool.convert.options import CONTAINER, POOLING
 from ckpt_tool.convert.params import BOOKKEEPING, SET, Facts, renamed
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document
+from ckpt_tool.convert.quantised_view import carried_of
 from ckpt_tool.convert.source import whole_tensors
 from ckpt_tool.convert.tokenizers import rows_without_ids, tokenizer_documents, too_many_ids
 from ckpt_tool.convert.tokenizers.counting import ids_of, renumbered
@@ -498,6 +499,13 @@ def held(p: Published, checkpoint: Checkpoint, options: Options, architecture: s
     return Held(rows_of(p, known), known.source, known.facts, p.ignored)
 
 
+def _usual_container(p: Published, known: Known) -> str:
+    """As the original was; of codes the one from which loaders take them."""
+    if carried_of(known.source.checkpoint) is not None:
+        return "safetensors"
+    return str(known.once.get("container", p.container))
+
+
 def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Plan:
     """The published layout in one file, or another: as `form` asks, else as the original was."""
     said = model_type_of(checkpoint)
@@ -507,7 +515,7 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     if (layout := asked_layout(p.name, (AS_PUBLISHED,), p.layouts, known, [CONTAINER.name])) is not None:
         return layout.plan_original(checkpoint, options, known)
     config = config_of(p, known) | signs_of(p, known)
-    container = options.family_options.get("container", known.once.get("container", p.container))
+    container = options.family_options.get("container") or _usual_container(p, known)
     file = "pytorch_model.bin" if container == "pth" else "model.safetensors"
     files = tokenizer_files(checkpoint, options)
     documents = [config_document(config), generation(checkpoint, config), *copied(files)]
@@ -515,5 +523,7 @@ def plan_original(p: Published, checkpoint: Checkpoint, options: Options) -> Pla
     facts = {n: known[n] for n, usual in p.kept.items() if known[n] != usual}
     kept = {"facts": facts} if facts else {}
     notes = [*known.facts.notes, *template_notes(files)]
+    if container != known.once.get("container", p.container) and "container" not in options.family_options:
+        notes.append("codes and scales are written as safetensors, as which they are published")
     beside = Written(p.name, config, documents, p.ignored, notes, kept, keeps_codes=True)
     return to_original(rows_of(p, known), known.source, options, beside, files=[file], homes=lambda _: homes)

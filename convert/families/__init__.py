@@ -14,7 +14,7 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.in_parts import in_one
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one
+from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one, with_scales
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
@@ -86,6 +86,15 @@ def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint = in_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.classes)
     meant = _meant(checkpoint) or [family(f) for f in FAMILIES]
     return one_by_one(checkpoint, {n: parts for f in meant for n, parts in f.in_memory.items()})
+
+
+def codes_apart(checkpoint: Checkpoint) -> Checkpoint:
+    """The same for experts whose codes of eight bits are stacked, with their scales: before anything looks
+    for codes."""
+    if not any(t.dtype == "F8_E4M3" and len(t.shape) == 3 for t in checkpoint):
+        return checkpoint
+    meant = _meant(checkpoint) or [family(f) for f in FAMILIES]
+    return one_by_one(checkpoint, with_scales({n: parts for f in meant for n, parts in f.in_memory.items()}))
 
 
 def _meant(checkpoint: Checkpoint) -> list[Family]:

@@ -347,7 +347,6 @@ def fields(*more: Field) -> tuple[Field | Iterable[Field], ...]:
     )
 
 
-FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
 SAID: Mapping[str, Any] = {
     "name": "ministral3",
     "summary": "Ministral 3, Mistral Small 3.x, Devstral 2: consolidated*.safetensors; images, fp8",
@@ -357,7 +356,7 @@ SAID: Mapping[str, Any] = {
     "options": (),
     "vocabulary": consolidated.MISTRAL_AI,
     "spelled": spelled,
-    "ignored": consolidated.IGNORED | FAKE,
+    "ignored": consolidated.IGNORED | consolidated.FAKE,
     "quantised": consolidated.QSCALE,
 }
 ENTRIES: tuple[Entry, ...] = (

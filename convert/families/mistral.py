@@ -70,14 +70,17 @@ FAMILY = consolidated.family(
         params_json.WINDOW,
         count("max_position_embeddings", read=params_json.length, rule=context),
         params_json.TIED,
+        params_json.QUANTISED,
     ),
     forms={
         "safetensors": Form(("consolidated.safetensors",), DENSE),  # as Mistral AI publishes today
         "pth": Form(("consolidated.00.pth",), DENSE),
     },
-    params=(*params_json.MISTRAL_AI, some("sliding_window"), params_json.tied),
+    params=(*params_json.MISTRAL_AI, some("sliding_window"), params_json.tied, params_json.packed),
     ids=lambda _: (1, 2, "every Mistral tokenizer"),
     options=(consolidated.CONTAINER,),
     layouts=megatron_core.layouts_of(CORE),
     vocabulary=consolidated.MISTRAL_AI,
+    ignored=consolidated.IGNORED | consolidated.FAKE,
+    quantised=consolidated.QSCALE,
 )
