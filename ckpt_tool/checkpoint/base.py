@@ -104,9 +104,9 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
 class Fingerprint:
     """Tells whether a file is still the one that was opened.
 
-    The time of the last change of its inode counts too: a program can set the time of the last write back, not
-    that one. It also moves with a link more, another mode or another owner, which are no writes: where one of
-    those changed as well it says nothing."""
+    The time of the last change of its inode counts too, as a program can set the time of the last write back,
+    not that one. It also moves with one more link, another mode or another owner, which are no writes: where
+    one of those changed as well it says nothing."""
 
     device: int
     inode: int
