@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api, program
 from ckpt_tool.errors import CkptToolError, Problem
@@ -129,6 +129,29 @@ def test_weights_beside_model_safetensors_are_left_aside_and_said(
     made = api.convert(source, tmp_path / "out", family="qwen2")
     assert any("left aside" in note for note in made.opened)
     assert world.equal(world.tensors_of(made.out), world.tensors_of(originals("qwen2-0.5b")))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"format": "pt"}, None),
+        ({"format": "pt", "step": "9"}, "step"),
+        (None, "found none"),
+        ({"step": "9"}, "found none"),
+        ({"format": "tf"}, "format tf"),
+    ],
+)
+def test_text_of_a_header_is_noted(
+    metadata: dict[str, str] | None, words: str | None, conversions: Written, tmp_path: Path
+) -> None:
+    """ml-explore/mlx#743, safetensors/safetensors#549: transformers 4 refuses text without a format."""
+    out = Path(shutil.copytree(conversions("qwen2-0.5b"), tmp_path / "out"))
+    tensors = load_file(out / "model.safetensors")
+    save_file(tensors, out / "model.safetensors", metadata=metadata)
+    report = api.verify(out, levels=("bits",))
+    said = [f for f in report.findings if f.check == "header"]
+    assert [f.status for f in said] == ["note"] * (words is not None)
+    assert words is None or (words in said[0].message and said[0].where == "model.safetensors")
 
 
 # --- sentences ------------------------------------------------------------------------------------------
