@@ -38,6 +38,7 @@ from ckpt_tool.convert.quantised_view import as_asked, as_read
 from ckpt_tool.convert.recognising import (
     check_own,
     check_plain,
+    check_whole,
     explained,
     is_original,
     no_config,
@@ -157,6 +158,7 @@ def plan(
     options = options or Options()
     source = layers_apart(as_asked(source, options))
     check_plain(source)
+    check_whole(source)
     chosen = choose(source, family, to)
     fail_all(option_problems(chosen, options, to))
     make = _forth(chosen) if to == "hf" else chosen.plan_original

@@ -5,9 +5,10 @@ Every module of the project may import this one; it imports nothing of the proje
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 NAME_LIMIT = 200  # a hostile file can hold names of any length; nobody reads more than this
@@ -76,14 +77,39 @@ class CkptToolError(Exception):
         return self.problems[0].kind
 
     def text(self) -> str:
-        """The first problems, one a line, then a count of the rest."""
-        lines = [p.line() for p in self.problems[:SHOWN_PROBLEMS]]
-        if len(self.problems) > SHOWN_PROBLEMS:
-            lines.append(f"(+{len(self.problems) - SHOWN_PROBLEMS} more problems)")
+        """The first problems, one a line, those of several layers as one, then a count of the rest."""
+        groups = list(_by_layers(self.problems))
+        lines = [folded.line() for folded, _ in groups[:SHOWN_PROBLEMS]]
+        if left := sum(count for _, count in groups[SHOWN_PROBLEMS:]):
+            lines.append(f"(+{left} more problems)")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
         return {"error": self.kind, "problems": [p.to_json() for p in self.problems]}
+
+
+_NUMBER = re.compile(r"(?<![^./])\d{1,9}(?![^./])", re.ASCII)  # a whole part of a tensor's name
+
+
+def _by_layers(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int]]:
+    """Each problem and how many it stands for: those that differ in one number of a tensor's name alone, if
+    the numbers follow on each other, are one of `layers.{0..31}`."""
+    alike: dict[tuple[object, ...], list[tuple[Problem, tuple[int, ...]]]] = {}
+    for p in problems:
+        where = p.where or ""
+        key = (p.kind, p.message, p.file, p.hint, _NUMBER.sub("\0", where))
+        alike.setdefault(key, []).append((p, tuple(map(int, _NUMBER.findall(where)))))
+    for group in alike.values():
+        first, numbers = group[0][0], [n for _, n in group]
+        varied = [k for k, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+        layers = sorted(n[varied[0]] for n in numbers) if len(varied) == 1 else []
+        if not layers or layers != list(range(layers[0], layers[-1] + 1)):
+            yield from ((p, 1) for p, _ in group)
+            continue
+        at = list(_NUMBER.finditer(first.where or ""))[varied[0]]
+        assert first.where is not None
+        named = f"{first.where[: at.start()]}{{{layers[0]}..{layers[-1]}}}{first.where[at.end() :]}"
+        yield replace(first, where=named), len(group)
 
 
 def fail(

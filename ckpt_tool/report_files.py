@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ckpt_tool.checkpoint.remote_path import scheme_of
-from ckpt_tool.convert import disk
+from ckpt_tool.convert import aside, disk
 from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
 
@@ -105,22 +104,13 @@ def write_whole(file: str, data: bytes | Iterable[bytes]) -> None:
             stream.writelines(pieces)
         return
     folder, name = os.path.split(os.path.realpath(file))
-    # the name may be as long as names can be
-    hidden = os.path.join(folder, f".ckpt-tool-{secrets.token_hex(8)}")
-    descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            with suppress(FileNotFoundError):
-                os.fchmod(descriptor, stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode))
-            at = 0
-            for piece in filter(None, pieces):
-                disk.write_at(descriptor, piece, at)
-                at += len(piece)
-            disk.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    aside.sweep(folder)
+    with aside.file(folder) as (hidden, descriptor):  # the name may be as long as names can be
+        with suppress(FileNotFoundError):
+            os.fchmod(descriptor, stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode))
+        at = 0
+        for piece in filter(None, pieces):
+            disk.write_at(descriptor, piece, at)
+            at += len(piece)
+        disk.fsync(descriptor)
         os.replace(hidden, os.path.join(folder, name))
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(hidden)
-        raise

@@ -219,7 +219,9 @@ class _Reader:
         self.contradictions.append(Contradiction(name, (a, self.at(a), by), (b, self.at(b), other)))
 
     def refuse(self, kind: str, where: str, expected: str, found: Any) -> None:
-        self.wrong.append(Wrong(kind, where, f"expected {expected}, found {shown(found)}"))
+        text = isinstance(found, str) and "number" in expected  # "1e-5" is none, though it looks like one
+        told = f"the text {json.dumps(shown(found))}" if text else shown(found)
+        self.wrong.append(Wrong(kind, where, f"expected {expected}, found {told}"))
 
     def at(self, path: str) -> Any:
         found: Any = self.config
@@ -291,7 +293,9 @@ class _Reader:
                 if not isinstance(said, bool) and not empty:
                     self.refuse("bad-config", name, "true or false", said)
             elif isinstance(default, int | float) and isinstance(said, bool | str):
-                self.refuse("bad-config", name if m is None else m.where, "a number", said)
+                where = name if m is None else m.where
+                if not any(w.where == where for w in self.wrong):
+                    self.refuse("bad-config", where, "a number", said)
 
     def _activations(self) -> None:
         """The name of a function that transformers has; a class that reads one of the two names of

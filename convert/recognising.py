@@ -126,6 +126,28 @@ def check_plain(checkpoint: Checkpoint) -> None:
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
 
 
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Fail with `unsupported` where parameters lie elsewhere: a run of DeepSpeed's ZeRO-3, or of FSDP, keeps
+    an empty tensor in the place of each until it gathers them, older releases of DeepSpeed one number.
+    No weight of a model is empty. Source: huggingface/transformers#20082, deepspeedai/DeepSpeed#1394."""
+    shapes = {t.name: t.shape for t in checkpoint if t.name.endswith((".weight", ".bias"))}
+    empty = [n for n, shape in shapes.items() if shape == (0,)]
+    single = [n for n, shape in shapes.items() if shape == (1,)]
+    found = empty or (single if 2 * len(single) > len(shapes) else [])
+    if not found:
+        return
+    numbers = "no number" if empty else "one number"
+    message = (
+        f"expected whole weights, found {len(found)} of {len(shapes)} parameters with {numbers} in them, as "
+        "ZeRO-3 and FSDP hold the places of what other ranks have"
+    )
+    hint = (
+        "zero_to_fp32.py in DeepSpeed's own folder writes the whole weights; a run saves them with "
+        "stage3_gather_16bit_weights_on_model_save, or FSDP's FULL_STATE_DICT"
+    )
+    fail_all([Problem("unsupported", message, checkpoint.path.name, found[0], hint)])
+
+
 def _reads_packed(checkpoint: Checkpoint) -> bool:
     """Whether a family has rows for tensors of codes, in either layout."""
     known = [family(name) for name in FAMILIES if family(name).packed]
@@ -256,11 +278,12 @@ def explained(error: CkptToolError, checkpoint: Checkpoint, chosen: Family, to: 
         return error
     if converted is not None:
         return CkptToolError(_of_another_folder(checkpoint, chosen, converted, "--to hf"))
-    if error.kind in ("already-converted", "unsupported"):  # which know what it is
-        return error
+    wrapped = _wrapped(chosen.tensors, names)
+    if error.kind == "already-converted" or (error.kind == "unsupported" and wrapped is None):
+        return error  # which knows what it is
     if not alike:
         return CkptToolError(*unknown(checkpoint, said, f"an original of {chosen.name}"))
-    if (wrapped := _wrapped(chosen.tensors, names)) is not None:  # all that is missing then is there
+    if wrapped is not None:  # all that is missing then is there
         message = f"expected an original of {chosen.name}; {wrapped}"
         hint = ALONE.format(wrapped.rpartition(" ")[2])
         return CkptToolError(Problem("unknown-family", message, checkpoint.path.name, hint=hint))

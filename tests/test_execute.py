@@ -507,7 +507,7 @@ def test_progress_goes_up_to_the_whole(tmp_path: Path) -> None:
     assert seen[-1].stage == "finish" and seen[0].file == "model.safetensors"
 
 
-@pytest.mark.parametrize("change", ["touched", "replaced", "cut"])
+@pytest.mark.parametrize("change", ["touched", "replaced", "cut", "written in the same time"])
 def test_a_source_that_changes_meanwhile_is_refused(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,9 +525,25 @@ def test_a_source_that_changes_meanwhile_is_refused(
         elif change == "replaced":
             shutil.copy(path, tmp_path / "copy")
             os.replace(tmp_path / "copy", path)
+        elif change == "written in the same time":  # as programs do that keep times
+            times = path.stat()
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"x")
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     monkeypatch.setattr(carry.Carrier, "carry", carry_and_change)
     assert refused(copy_plan(x), c, tmp_path / "out").kind == "input-changed"
+
+
+def test_a_source_with_another_link_or_mode_is_the_same(tmp_path: Path) -> None:
+    """A cache that links its files twice, or a backup, writes nothing."""
+    c = source_of(tmp_path / "in", a={"x": numbers(5, 5)})
+    path = tmp_path / "in" / A
+    os.link(path, tmp_path / "link")
+    c.check_unchanged()
+    path.chmod(0o400)
+    c.check_unchanged()
 
 
 def test_resuming_reads_only_what_is_missing_and_remakes_what_is_damaged(

@@ -6,7 +6,7 @@ source."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.copies import DROPPED
 from ckpt_tool.convert.layout import COPIED, Access, Block, Runs, Step
 from ckpt_tool.convert.pooling import mean
+from ckpt_tool.errors import printable
 from ckpt_tool.verify.claims import WITHOUT_COPIES
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.in_order import in_order
@@ -313,7 +314,7 @@ def finding(check: str, status: Status, message: str, where: str | None = None, 
 def bits(subject: Subject, scans: list[Scan], compared: Comparison | None = None) -> list[Finding]:
     """The findings of this level; `scans` are those of the whole output, `compared` what comparing all steps
     of the plan found where that was done already."""
-    found = list(_checksums(subject, scans))
+    found = [*_checksums(subject, scans), *capped([*_headers(subject)])]
     if subject.source is None:
         return [finding("round trip", "skipped", "no source was given to compare with"), *found]
     if subject.plan is None:
@@ -418,6 +419,27 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     status: Status = "pass" if size["dropped"] == planned_drop else "fail"
     text = f"of {whole:,} bytes in the source's files {', '.join(parts)}"
     yield finding("bytes", status, text, data={**size, "files": whole, "rest": rest})
+
+
+def _headers(subject: Subject) -> Iterator[Finding]:
+    """Text of safetensors headers, which no bits of tensors show. Release 4 of transformers (4.37.2, 4.57.6)
+    takes its `format` for the program that wrote the file and refuses text without it; 5 reads none."""
+    for name, file in subject.output.files.items() if subject.direction == "to-hf" else ():
+        said = file.metadata.get("format")
+        if file.format != "safetensors" or dict(file.metadata) == {"format": "pt"}:
+            continue
+        if said == "pt":
+            text = f"the header has keys besides format, which nothing compared: {_keys(file.metadata)}"
+        else:
+            found = "none" if said is None else f"format {printable(said, 40)}"
+            text = f"expected format pt in the header's __metadata__, found {found}"
+            text += ": releases 4 of transformers may refuse the file, 5 does not look"
+        yield finding("header", "note", text, name)
+
+
+def _keys(metadata: Mapping[str, Any]) -> str:
+    others = sorted(k for k in metadata if k != "format")
+    return ", ".join(printable(k, 40) for k in others[:8]) + (", ..." if len(others) > 8 else "")
 
 
 def _checksums(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 
 from ckpt_tool.checkpoint.onnx_file import SUFFIX
-from ckpt_tool.convert import disk
+from ckpt_tool.convert import aside, disk
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.compute import threads_for
 from ckpt_tool.verify.onnx_export import DATA, export, for_task, form_of, heads_left_out
@@ -53,29 +51,32 @@ def export_onnx(
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
 
+    aside.sweep(os.path.realpath(Path(out).parent), _taken_back)
     place = _place(Path(out), asked.overwrite)
-    with source_of(folder, source, settings) as found:
+    with source_of(folder, source, settings) as found, _beside(place, os.fspath(out)) as hidden:
         task = chosen_task(asked.task, found.config, with_past=asked.with_past)
-        hidden = place.parent / f".ckpt-tool-{secrets.token_hex(8)}"
-        hidden.mkdir()
-        try:
-            tell("onnx: exporting")
-            notes = _export(found, task, asked, hidden, place.name)
-            report = verify_file(hidden / place.name, found, prompts=prompts, tell=tell)
-            report.title = "ckpt-tool export onnx"
-            report.findings[:0] = notes
-            size = sum((hidden / name).stat().st_size for name in _names(place))
-            where = os.fspath(out) if report.status == "pass" else "none: what was exported does not pass"
-            report.facts["output"] = (
-                f"{where} and {place.name}{DATA} ({size:,} bytes)" if report.status == "pass" else where
-            )
-            if report.status == "pass":
-                _publish(hidden, place)
-            return report
-        except OSError as error:
-            raise disk.failure(error, os.fspath(out)) from error
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+        tell("onnx: exporting")
+        notes = _export(found, task, asked, hidden, place.name)
+        report = verify_file(hidden / place.name, found, prompts=prompts, tell=tell)
+        report.title = "ckpt-tool export onnx"
+        report.findings[:0] = notes
+        size = sum((hidden / name).stat().st_size for name in _names(place))
+        where = os.fspath(out) if report.status == "pass" else "none: what was exported does not pass"
+        report.facts["output"] = (
+            f"{where} and {place.name}{DATA} ({size:,} bytes)" if report.status == "pass" else where
+        )
+        if report.status == "pass":
+            _publish(hidden, place)
+        return report
+
+
+@contextmanager
+def _beside(place: Path, out: str) -> Iterator[Path]:
+    try:
+        with aside.folder(os.fspath(place.parent)) as hidden:
+            yield hidden
+    except OSError as error:
+        raise disk.failure(error, out) from error
 
 
 def _names(place: Path) -> tuple[str, str]:
@@ -134,5 +135,21 @@ def _publish(hidden: Path, place: Path) -> None:
             disk.fsync(file.fileno())
     with suppress(FileNotFoundError):
         os.unlink(place)
-    os.replace(hidden / data, place.parent / data)
+    linked = hidden / f"{data}.link"  # a second name, by which they are known if this process is killed now
+    try:
+        os.link(hidden / data, linked)
+    except OSError:  # a file system without
+        linked = hidden / data
+    os.replace(linked, place.parent / data)
     os.replace(hidden / graph, place)
+
+
+def _taken_back(left: Path) -> None:
+    """Remove the weights that an export published if its process was killed before the graph: they are those
+    in the folder that it `left`, where the graph still is."""
+    for own in left.glob(f"*{DATA}"):
+        data = left.parent / own.name
+        graph = own.name.removesuffix(DATA)
+        waits = (left / graph).exists() and not os.path.lexists(left.parent / graph)
+        if waits and data.exists() and own.samefile(data):
+            data.unlink()

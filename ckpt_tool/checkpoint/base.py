@@ -102,17 +102,30 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Tells whether a file is still the one that was opened."""
+    """Tells whether a file is still the one that was opened.
+
+    The time of the last change of its inode counts too, as a program can set the time of the last write back,
+    not that one. It also moves with one more link, another mode or another owner, which are no writes: where
+    one of those changed as well it says nothing."""
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    kept_as: tuple[int, ...] = ()  # links, mode, owner and group
 
     @classmethod
     def of(cls, descriptor: int) -> Fingerprint:
         s = os.fstat(descriptor)
-        return cls(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns)
+        kept_as = s.st_nlink, s.st_mode, s.st_uid, s.st_gid
+        return cls(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, kept_as)
+
+    def still(self, now: Fingerprint) -> bool:
+        """Whether nothing was written since, if it is `now` that."""
+        written = now.ctime_ns != self.ctime_ns and now.kept_as == self.kept_as
+        mine = self.device, self.inode, self.size, self.mtime_ns
+        return mine == (now.device, now.inode, now.size, now.mtime_ns) and not written
 
 
 @dataclass(frozen=True)

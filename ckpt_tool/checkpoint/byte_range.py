@@ -104,7 +104,7 @@ class ByteRange:
         except OSError:
             there = None
         same_place = there is not None and (there.st_dev, there.st_ino) == (now.device, now.inode)
-        if now != self.fingerprint or not same_place:
+        if not self.fingerprint.still(now) or not same_place:
             before = self.fingerprint
             held = f"{now.size} bytes" if now.size != before.size else "as many that were touched since"
             fail(

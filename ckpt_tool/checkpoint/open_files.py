@@ -44,7 +44,7 @@ class Files:
     def _opened(self, name: str) -> ByteRange:
         place = self.places[name]
         data = ByteRange(place.path, name, place.window)
-        if self._were.setdefault(name, data.fingerprint) != data.fingerprint:
+        if not self._were.setdefault(name, data.fingerprint).still(data.fingerprint):
             data.close()
             hint = "nothing else may write to the input while it is read"
             fail("input-changed", "expected the file as it was, found another", file=name, hint=hint)

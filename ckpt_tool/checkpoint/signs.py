@@ -336,6 +336,11 @@ _PACKED = (
         MERGE,
     ),
     (
+        r"base_layer\.(weight|bias)",
+        "weights below the base_layer of an adapter whose factors are not there",
+        "merged or not, nothing tells: peft's merge_and_unload, then save_pretrained, writes plain names",
+    ),
+    (
         r"(ia3_l|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_[rs]|vera_(a|b|lambda_[bd]))(\.[\w-]+)?",
         "factors of an adapter (IA3, LoHa, LoKr, OFT, VeRA)",
         MERGE,

@@ -334,6 +334,7 @@ _DATA = {
         for module in ("pathlib", "pathlib._local")  # where Python 3.13 has them
     },
     "uuid": {"UUID", "SafeUUID"},
+    "signal": {"Signals"},  # Megatron's --exit-signal; on the list of its core/safe_globals.py (0.16.1)
     # The types that fields of saved settings are said to have: omegaconf's typing.Any, int | None, list[int].
     "typing": {
         *("Any", "Callable", "Dict", "FrozenSet", "Generic", "Iterable", "List", "Literal", "Mapping"),

@@ -3,6 +3,7 @@ unsafe."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -29,6 +30,8 @@ from ckpt_tool.errors import Problem, fail, fail_all, printable
 _IN_GROUPS = ("optimizer.fp32_from_fp16_params", "optimizer.fp32_from_fp16")
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
 _ELEMENT_LIMIT = 1 << 62
+# Saved as a buffer by code after Meta's, in a dtype that no weights have: pytorch/torchtitan#634.
+_COMPLEX_TURNS = re.compile(r"(.*\.)?freqs_cis", re.ASCII).fullmatch
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
 
 
@@ -67,6 +70,10 @@ def read_state(pickled: Pickled, *, file: str) -> State:
             if type(v) is Inert and v.fields.keys() & {"_parameters", "_modules"}  # a whole torch module
         ]
     fail_all([*splitter.problems, *name_problems(state.tensors, file=file)])
+    turns = [n for n, t in state.tensors.items() if _COMPLEX_TURNS(n) and t.dtype.startswith("complex")]
+    for name in turns if len(turns) < len(state.tensors) else ():
+        del state.tensors[name]
+        state.notes = (*state.notes, f"{name} is left out: complex rotary factors, which models make anew")
     odd = {n: p for n, t in state.tensors.items() if (p := _tensor_problem(n, t, file))}
     fail_all(p for n, p in odd.items() if beside_weights(n.partition(".")[0]) is None)
     if len(odd) == len(state.tensors):

@@ -77,6 +77,7 @@ _SETTINGS = re.compile(
 )
 # What safetensors are called that are beside a model, and none.
 _NO_MODEL = re.compile(r"(adapter|optim|sched|rng|random|scaler|train|ema\b|lora|diffusion|rank\d)", re.ASCII)
+WHOLE = "model.safetensors"
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
 
@@ -312,6 +313,8 @@ def locate(
                 note = f"the folder {ORIGINAL_FOLDER} holds weights too; they were left aside"
                 chosen = replace(chosen, notes=(*chosen.notes, note))
             aside = [f"the TensorFlow checkpoint {p} was left aside" for p in bundles(inside)]
+            if chosen.files == (WHOLE,) and (loose := loose_set(inside)) is not None:
+                aside += [f"{f} was left aside" for f in loose.files if f != WHOLE]
             return within, replace(chosen, notes=(*chosen.notes, *aside))
         for within, inside in places if wish != "hf" else ():
             label = f"{file}/{within}".rstrip("/")
@@ -322,6 +325,8 @@ def locate(
             label, known = f"{file}/{within}".rstrip("/"), find_sets(inside)
             if any(s.index is not None for s in known) or (loose := loose_set(inside)) is None:
                 continue
+            if WHOLE in loose.files and (len(known) > 1 or len(loose.files) > 1):
+                continue  # the name that all loaders know says what is the model, and what lies beside it
             for one in known:
                 check_complete(one, file=label)
             check_finished(loose, inside, file=label)

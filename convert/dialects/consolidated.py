@@ -78,8 +78,9 @@ _WORDS_OF = {  # one of them is in every name that fits
 }
 _CONVERTED = re.compile(r"model\.(layers|embed_tokens|norm)\.|lm_head\.")
 
-# Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all.
-IGNORED = {r"(.*\.)?rope\.freqs": "recomputed from rope_theta"}
+# Reasons for leaving a tensor out. Llama 1 keeps a table of frequencies in every layer, Llama 2 one in all;
+# torchtitan kept what they make of positions (pytorch/torchtitan#634).
+IGNORED = {r"(.*\.)?(rope\.freqs|freqs_cis)": "recomputed from rope_theta"}
 
 # Of Mistral AI's models in eight bits.
 FAKE = {r".*fake_quantizer.*": "scales of a cache of keys and values, for which transformers has no place"}
