@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NoReturn
+
+from ckpt_tool.records import dataclass
 
 NAME_LIMIT = 200  # a hostile file can hold names of any length; nobody reads more than this
 SHOWN_PROBLEMS = 20
