@@ -15,13 +15,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint import checklist, integrity
-from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.base import Checkpoint, stored
+from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of, without_secrets
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.families import (
@@ -49,6 +49,7 @@ from ckpt_tool.convert.recognising import (
 )
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
@@ -198,15 +199,21 @@ def _forth(chosen: Family) -> Callable[[Checkpoint, Options], Plan]:
     return lambda checkpoint, options: canonical.plan(checkpoint, chosen, options)
 
 
-def open_for(source: Source, to: str = "hf", options: Options | None = None) -> Checkpoint:
+def open_for(
+    source: Source, to: str = "hf", options: Options | None = None, *, late: bool = False
+) -> Checkpoint:
     """`open_checkpoint`, preferring the side a conversion in that direction reads; with the config.json that
-    the settings of `options` are, where there is none."""
-    found = open_checkpoint(source, prefer="original" if to == "hf" else "hf")
+    the settings of `options` are, where there is none. `late`: see `Limits`."""
+    found = open_checkpoint(source, prefer="original" if to == "hf" else "hf", limits=Limits(late=late))
     try:
         found = codes_apart(found)
         return found if options is None else with_config(found, options.settings)
-    except BaseException:
-        found.close()
+    except BaseException as error:
+        try:
+            if isinstance(error, CkptToolError):
+                found.check_whole({})
+        finally:
+            found.close()
         raise
 
 
@@ -253,7 +260,7 @@ def convert(
     target = Path(out) if hub is None else hub.repository.folder
     beside = [*beside, *([] if asked.tokenizer is None else [asked.tokenizer])]
     check_output(target, source, overwrite=overwrite, overwrite_foreign=overwrite_foreign, beside=beside)
-    with open_for(source, to, asked) as checkpoint:
+    with open_for(source, to, asked, late=True) as checkpoint, _checked(checkpoint):
         read = as_read(checkpoint, asked)
         chosen = choose(as_asked(read, asked), family, to)
         said = _reading(checkpoint, progress)
@@ -261,8 +268,10 @@ def convert(
         opened = checkpoint.opened()
         if on_plan is not None:
             on_plan(made)
+        executed = _as_planned(read, chosen, made)
+        _check_others(checkpoint, executed)
         outcome = execute(
-            made, _as_planned(read, chosen, made), target, jobs=jobs, resume=resume, sha256=sha256,
+            made, executed, target, jobs=jobs, resume=resume, sha256=sha256,
             strict=strict, progress=progress, address=_address(source), overwrite=overwrite,
             overwrite_foreign=overwrite_foreign, keep=Staging if hub is None else hub.staging(made),
         )  # fmt: skip
@@ -270,6 +279,26 @@ def convert(
     report = _coverage(target) if check and hub is None else None
     done = Conversion(target, made, outcome, report, opened, insisted)
     return done if hub is None else hub.published(done)
+
+
+@contextmanager
+def _checked(checkpoint: Checkpoint) -> Iterator[None]:
+    """What opening left for later is looked at before anything else is said to be wrong with the source."""
+    from ckpt_tool.convert.durable import resumable
+
+    try:
+        yield
+    except CkptToolError as error:
+        if not resumable(error):
+            checkpoint.check_whole({})
+        raise
+
+
+def _check_others(checkpoint: Checkpoint, executed: Checkpoint) -> None:
+    """Look at files of `checkpoint` that `executed` does not see, which nobody reads later."""
+    seen = {id(stored(file)) for file in executed.files.values()}
+    others = {name: file for name, file in checkpoint.files.items() if id(stored(file)) not in seen}
+    checkpoint.with_files(others).check_whole({})
 
 
 def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NoReturn
+
+from ckpt_tool.records import dataclass
 
 NAME_LIMIT = 200  # a hostile file can hold names of any length; nobody reads more than this
 SHOWN_PROBLEMS = 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress, groupby, repeat
 from typing import Any
 
@@ -36,6 +36,7 @@ from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
+from ckpt_tool.records import dataclass
 
 # How the tensors of a head begin, by the end of the class's name; of several one kind is there.
 HEADS: Mapping[str, tuple[str, ...]] = {

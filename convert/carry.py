@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
@@ -23,8 +23,10 @@ from ckpt_tool.convert import disk
 from ckpt_tool.convert.casting import cast, common
 from ckpt_tool.convert.layout import Access, Block, Runs, Step
 from ckpt_tool.convert.outbox import Outbox
+from ckpt_tool.convert.plan import OutputFile
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.convert.values import Values
+from ckpt_tool.records import dataclass
 
 CHUNK = 256 * 1024  # bytes moved at a time by a plain copy
 BLOCK = 1 << 20  # bytes of a block that joins or cuts tensors: fewer, larger pieces (benchmarks/README.md)
@@ -71,6 +73,33 @@ class Target:
             if count == 0:
                 raise disk.failure(OSError(0, "end of file"), self.info.file, offset=self.offset + start)
             done += count
+
+
+class Targets(dict[tuple[str, str], Target]):
+    """The tensors of the open files `opened` by file and name, each made when it is asked for; `begins` has
+    their first bytes."""
+
+    def __init__(
+        self,
+        files: Sequence[OutputFile],
+        opened: Mapping[str, int],
+        begins: Mapping[str, Mapping[str, int]],
+    ) -> None:
+        super().__init__()
+        self._files, self._opened, self._begins = files, opened, begins
+
+    @cached_property
+    def _infos(self) -> dict[tuple[str, str], TensorInfo]:
+        return {(f.name, t.name): t for f in self._files for t in f.tensors}
+
+    def every(self) -> Iterator[tuple[str, str]]:
+        """The file and name of each."""
+        return ((f.name, t.name) for f in self._files for t in f.tensors)
+
+    def __missing__(self, key: tuple[str, str]) -> Target:
+        file, name = key
+        found = self[key] = Target(self._infos[key], self._opened[file], self._begins[file][name])
+        return found
 
 
 @dataclass

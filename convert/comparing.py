@@ -8,7 +8,7 @@ ranks exchanged, differ by the size of the values themselves: never harmless.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 
 import numpy as np
@@ -17,6 +17,7 @@ from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, pieces
 from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.layout import Access, Part, Step
+from ckpt_tool.records import dataclass
 
 # bfloat16 has 8 bits of precision: rounding alone moves a value by up to 0.4 %, a few steps of training drift
 # by a few of those. Norm weights of neighbouring layers, the most alike of what could be mixed up, differ by

@@ -8,13 +8,13 @@ other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.convert.layout import Dims, Part
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,26 @@ def disagreements(
 ) -> list[Disagreement]:
     """One for each combination of config values (`fields` names the value behind an axis) that no tensor on
     the `side` of the steps confirms."""
+    if not _disagreements(steps, steps.by_kind(), checkpoint, fields, side):
+        return []
+    return _disagreements(steps, steps.runs(), checkpoint, fields, side)
+
+
+def _disagreements(
+    steps: Steps,
+    runs: Iterable[tuple[int, list[list[str]]]],
+    checkpoint: Checkpoint,
+    fields: Mapping[str, str],
+    side: str,
+) -> list[Disagreement]:
+    """Those of the names in these runs, in their order."""
     confirmed: set[tuple[str, ...]] = set()
     first: dict[tuple[str, ...], Disagreement] = {}
     seen: list[set[tuple[int, tuple[int, ...]]]] = [set() for _ in steps.templates]  # layers are alike
     held = [_held(s.sources if side == "sources" else s.targets, checkpoint) for s in steps.templates]
     before = [0 if side == "sources" else len(step.sources) for step in steps.templates]
     measured_by: dict[Dims, list[tuple[str, ...]]] = {}
-    for number, columns in steps.runs():
+    for number, columns in runs:
         for j, tensor in _of_new_shapes(held[number], columns[before[number] :], seen[number]):
             part, step = held[number][j][0], steps.templates[number]
             if len(tensor.shape) != len(part.dims):

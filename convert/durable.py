@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ckpt_tool.convert import disk, journal
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.replaceable import Contents, Replace, contents, look, refuse_existing, remove
 from ckpt_tool.errors import CkptToolError, fail, printable
+from ckpt_tool.records import dataclass
 
 RESUMABLE = (
     "disk-full",

@@ -16,8 +16,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import field, replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
-from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, batches
+from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, Targets, batches
 from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.containers import layout_of
 from ckpt_tool.convert.copies import in_words
@@ -43,13 +44,15 @@ from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_d
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.quantised_scales import odd_scales
-from ckpt_tool.convert.read_ahead import ReadAhead
+from ckpt_tool.convert.read_ahead import ReadAhead, Work
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import first_readers, groups
+from ckpt_tool.convert.small import Smalls, Together
 from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 T = TypeVar("T")
 REFRESH = 0.1  # seconds between two calls of `progress`
@@ -197,7 +200,8 @@ class Run:
         self.lanes = [Lane() for _ in range(self.jobs)]
         self.pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="ckpt-tool")
         self.stopping = threading.Event()
-        self.first_readers = first_readers(self.plan.steps)
+        self.steps = as_steps(self.plan.steps)
+        self.first_readers = first_readers(self.steps)
         self.layouts = {f.name: layout_of(f) for f in self.plan.outputs}
         self.resumed_bytes = 0
         self.bytes_out = self.plan.bytes_out
@@ -259,34 +263,37 @@ class Run:
                 opened[file.name] = self.staging.create(file.name, self.layouts[file.name].size)
                 stack.callback(os.close, opened[file.name])
                 self._write_all(file.name, opened[file.name], self.layouts[file.name].header_writes())
-            targets = {
-                (f.name, t.name): Target(t, opened[f.name], self.layouts[f.name].offsets[t.name])
-                for f in files
-                for t in f.tensors
-            }
-            crcs: dict[Key, IntervalCrc] = {}
-            bound = [self._bind(k, targets, crcs) for k in indices]
-            self._each(
-                self.ahead.of(batches(b for b in bound if not b.step.compare)),
-                self._carry,
-                "copy",
-                files[0].name,
+            small = Smalls(
+                self.checkpoint,
+                self.steps,
+                opened,
+                {f.name: self.layouts[f.name].offsets for f in files},
+                self._crc_c,
             )
-            findings = self._look_at(targets)
+            targets = Targets(files, opened, small.begins)
+            crcs: dict[Key, IntervalCrc | None] = {}
+            bound = self._bound(indices, targets, crcs, small)
+            work: Iterator[Work] = chain(
+                small.together(indices, self.first_readers),
+                batches(b for b in bound if not b.step.compare),
+            )
+            self._each(self.ahead.of(work), partial(self._carry, small), "copy", files[0].name)
+            findings = self._look_at(targets, small)
             findings += self._compare([b for b in bound if b.step.compare])
             for file in files:
-                self.targets[file.name] = {t.name: _total(targets[file.name, t.name]) for t in file.tensors}
+                self.targets[file.name] = {
+                    t.name: small.targets[key]
+                    if (key := (file.name, t.name)) in small.targets
+                    else _total(targets[key])
+                    for t in file.tensors
+                }
                 tail = self.layouts[file.name].finish(self.targets[file.name])
                 self._write_all(file.name, opened[file.name], tail)
             if self.sha256:
                 self._hash(targets)
             for file in files:
                 self.staging.seal(opened[file.name], file.name)
-        known = {}
-        for key, crc in crcs.items():
-            total = crc.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)
-            if total is not None:
-                known[key] = total
+        known = self._known_sources(crcs, small)
         wanted = (k for f in files for k in self.whole.get(f.name, ()))
         known |= self._read_whole([k for k in wanted if k not in known and k not in self.sources])
         self.sources.update(known)
@@ -295,22 +302,50 @@ class Run:
             Entry(
                 {f.name: self.targets[f.name] for f in files},
                 known,
-                {key: self.hashes[key] for key in targets if key in self.hashes},
+                {key: self.hashes[key] for key in targets.every() if key in self.hashes}
+                if self.sha256
+                else {},
                 tuple(findings),
             )
         )
 
-    def _carry(self, batch: list[tuple[Bound, Block]], lane: Lane) -> None:
-        self.carrier.carry_all(batch, lane)
+    def _carry(self, small: Smalls, work: Work, lane: Lane) -> None:
+        if isinstance(work, Together):
+            small.carry(work, lane)
+        else:
+            self.carrier.carry_all(work, lane)
 
-    def _bind(self, index: int, targets: Mapping[Key, Target], crcs: dict[Key, IntervalCrc]) -> Bound:
-        step = self.plan.steps[index]
+    def _bound(
+        self, indices: Iterable[int], targets: Targets, crcs: dict[Key, IntervalCrc | None], small: Smalls
+    ) -> list[Bound]:
+        """The steps that are carried out one by one. `crcs` gets the sources whose checksums are taken, in
+        the order of the steps; those that `small` takes without a place for it."""
+        bound = []
+        for k in indices:
+            if not small.has(k):
+                bound.append(self._bind(k, targets, crcs))
+            elif (k, 0) in self.first_readers:
+                crcs[small.source(k)] = None
+        return bound
+
+    def _known_sources(self, crcs: Mapping[Key, IntervalCrc | None], small: Smalls) -> dict[Key, int]:
+        """The CRC32s of those that were read whole."""
+        known = {}
+        for key, crc in crcs.items():
+            if crc is None:
+                known[key] = small.sources[key]
+            elif (total := crc.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)) is not None:
+                known[key] = total
+        return known
+
+    def _bind(self, index: int, targets: Targets, crcs: dict[Key, IntervalCrc | None]) -> Bound:
+        step = self.steps[index]
         sources = []
         for i, part in enumerate(step.sources):
             info = self.checkpoint.files[part.file].tensors[part.name]
             crc = None
             if (index, i) in self.first_readers:
-                crc = crcs.setdefault((part.file, part.name), IntervalCrc())
+                crc = crcs[part.file, part.name] = IntervalCrc()
             sources.append(Source(info, crc, None if crc is None else self._crc_c(part.file, part.name)))
         return Bound(step, sources, [targets[p.file, p.name] for p in step.targets])
 
@@ -335,15 +370,18 @@ class Run:
             except OSError as error:
                 raise disk.failure(error, name, offset=offset) from None
 
-    def _look_at(self, targets: Mapping[Key, Target]) -> list[Finding]:
+    def _look_at(self, targets: Targets, small: Smalls) -> list[Finding]:
         """What is odd about the values; with `strict`, values that are not finite are refused."""
         found = []
-        for (file, name), target in targets.items():
+        for key in targets.every():
+            file, name = key
+            if key in small.targets and key not in small.odd:
+                continue
             if self.plan.unread and re.fullmatch(self.plan.unread, name):
                 continue
-            values = target.values
+            values = small.odd.get(key) or targets[key].values
             if values.non_finite:
-                shape = target.info.shape or (1,)
+                shape = targets[key].info.shape or (1,)
                 first = [int(k) for k in np.unravel_index(values.first or 0, shape)]
                 text = f"expected finite values, found {values.non_finite} that are not, the first at {first}"
                 details = {"count": values.non_finite, "first": first}
@@ -416,14 +454,14 @@ class Run:
         }
         return Finding("replica-difference", message, part.file, part.name, details)
 
-    def _hash(self, targets: Mapping[Key, Target]) -> None:
+    def _hash(self, targets: Targets) -> None:
         def work(key: Key, lane: Lane) -> None:
             target, digest = targets[key], hashlib.sha256()
             for data in _chunks(target, lane):
                 digest.update(data)
             self.hashes[key] = digest.hexdigest()
 
-        self._each(iter(targets), work, "check", "")
+        self._each(targets.every(), work, "check", "")
 
     # --- going on ---
 
@@ -510,7 +548,7 @@ class Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        read = {key for keys in as_steps(self.plan.steps).sources() for key in keys}
+        read = {key for keys in self.steps.sources() for key in keys}
         self.sources |= self._read_whole(k for k in sorted(read) if k not in self.sources)
         known_c = {
             key: crc
@@ -527,6 +565,10 @@ class Run:
                 problems.extend(error.problems)
 
         self._each(iter(found.unread), check, "check", "")
+        try:
+            self.checkpoint.check_whole(self.sources)
+        except CkptToolError as error:
+            problems.extend(error.problems)
         fail_all(problems)
         for file, count in found.unchecked.items():
             text = f"expected a checksum for each record, found none for {count}: damage would not be noticed"

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from itertools import accumulate, groupby
 
 from ckpt_tool.convert.layout import Home, Part, Ranges, Rule, Step, dims_text
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
+from ckpt_tool.records import dataclass
 
 # Of a part all but its name and its dims: its file, its dtype and the share of the axes that it holds.
 Held = tuple[str, str, Ranges]

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from typing import Any
 
@@ -44,6 +44,7 @@ from ckpt_tool.convert.facts_rotary import (
     kind_of,
 )
 from ckpt_tool.errors import near
+from ckpt_tool.records import dataclass
 
 ABSENT = object()  # of a key that is not in the file, where null is a value
 

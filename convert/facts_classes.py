@@ -9,10 +9,11 @@ those that are installed. Defaults of null that follow from other values are wor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from ckpt_tool.convert.facts_parts import Parts
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True)

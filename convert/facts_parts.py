@@ -6,10 +6,11 @@ Families and readings then look at it as at any other, and it is taken apart aga
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ckpt_tool.convert.facts_rotary import ROTARY, flat
+from ckpt_tool.records import dataclass
 
 # Of a part without a bearing on anything: the whole model says it, or has no such head.
 REPEATED = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"))

@@ -7,12 +7,12 @@ What comes out computes something else than what went in, and needs more trainin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ckpt_tool.convert.layout import with_mean
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail_all
+from ckpt_tool.records import dataclass
 
 OPTION = "--gqa"
 AXIS = "k"  # of the tables of every family that can do this: key/value heads

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document, Given, Renamed, TensorFile
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 
 CONFIG = "config.json"
 

@@ -14,13 +14,14 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeVar
 
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.manifest import FINDINGS, Finding
 from ckpt_tool.convert.source_checks import Key
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 
 JOURNAL_BYTES = 256 << 20  # also of one line: a file may hold a hundred thousand tensors
 V = TypeVar("V")

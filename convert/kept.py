@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
 from ckpt_tool.convert.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VERSION, members_of
 from ckpt_tool.convert.quantised_config import RECIPES, TARGETS
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 # how the source of a value begins that the user gave
 ASKED_FOR = ("--set", "--config", "--tokenizer", "--keep-padding")

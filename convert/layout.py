@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -18,6 +18,7 @@ from ckpt_tool.checkpoint.strict_json import members
 from ckpt_tool.convert.plan import OutputDocument, Plan
 from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.convert.widths import rounds
+from ckpt_tool.records import dataclass
 
 MANIFEST = "ckpt-tool.json"
 CERTIFICATE = "ckpt-tool.certificate.json"  # which is made of an output later, see verify.certificate

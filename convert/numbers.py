@@ -11,7 +11,7 @@ user has to be asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -39,6 +39,7 @@ from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import MAX_LAYERS, Source, dtype_value
 from ckpt_tool.convert.weave import Table
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True)

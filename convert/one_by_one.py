@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Record, Renamed, TensorFile, TensorInfo, View
 from ckpt_tool.errors import Problem, fail_all
+from ckpt_tool.records import dataclass
 
 # Name of the stacked tensor, of any layer {i}, to those it is made of: equal shares of its first dimension,
 # or with {e} of its second one, while the first counts e.

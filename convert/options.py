@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.plan import Options

@@ -10,7 +10,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, repeat
@@ -28,6 +28,7 @@ from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.quantised import Inventory
@@ -444,7 +445,7 @@ def _unclaimed(
     """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
     claimed: dict[str, set[str]] = {}  # names by file
     reads = [[claimed.setdefault(p.file, set()).update for p in step.sources] for step in steps.templates]
-    for kind, columns in steps.runs():
+    for kind, columns in steps.by_kind():
         for claim, names in zip(reads[kind], columns, strict=False):
             claim(names)
     dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
@@ -590,6 +591,9 @@ def _too_many(files: Iterable[OutputFile]) -> Iterator[Problem]:
 
 def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
     """The steps with the file of each target."""
+    if len(of := set(home.values())) == 1:
+        (only,) = of
+        return steps.alike(lambda t: t.with_targets(tuple(p.at_home(only) for p in t.targets)))
     made = Steps()
     kinds: dict[tuple[object, ...], int] = {}
     sources = [len(t.sources) for t in steps.templates]
@@ -626,11 +630,16 @@ def _step_problems(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
     yield from _absent(steps, checkpoint)
     defects = [step.defects() for step in steps.templates]
     expected = [[(p, p.shape(s.sizes), _tensors(p, checkpoint)) for p in s.sources] for s in steps.templates]
+
+    def fine(kind: int, columns: Sequence[Sequence[str]]) -> bool:
+        parts = zip(expected[kind], columns, strict=False)
+        return not defects[kind] and all(_fit(*part[1:], names) for part, names in parts)
+
+    if all(fine(kind, columns) for kind, columns in steps.by_kind()):
+        return
     for kind, columns in steps.runs():
         parts = expected[kind]
-        if not defects[kind] and all(
-            _fit(*part[1:], names) for part, names in zip(parts, columns, strict=False)
-        ):
+        if fine(kind, columns):
             continue
         for names in zip(*columns, strict=True):
             for defect in defects[kind]:

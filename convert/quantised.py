@@ -12,7 +12,7 @@ originals of 2025 (qscale_weight, qscale_act).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.convert.one_by_one import is_stacked, stacked_from
 from ckpt_tool.convert.quantised_config import KEY, OF_PARAMS, Scheme, scheme_of
 from ckpt_tool.errors import Problem, fail_all
+from ckpt_tool.records import dataclass
 
 E4M3, E8M0 = "F8_E4M3", ("U8", "F8_E8M0")
 NUMBERS = ("F32", "BF16", "F16", "F64")  # in which scales are stored that are no bare exponents

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.params import shown
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.quantised import Inventory

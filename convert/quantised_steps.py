@@ -10,7 +10,7 @@ tensors become one only if their scales are equal. Anything else is refused by n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -31,6 +31,7 @@ from ckpt_tool.convert.quantised_asked import WAY_OUT
 from ckpt_tool.convert.quantised_view import carried_of, view_in
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
+from ckpt_tool.records import dataclass
 
 Axes = tuple[tuple[str, int], ...]
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import TypeVar
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.remote_file import AHEAD, Fetcher, RemoteFile
 from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.convert.carry import Bound
 from ckpt_tool.convert.layout import Block
+from ckpt_tool.convert.small import Together
 
-Batch = list[tuple[Bound, Block]]
+Work = list[tuple[Bound, Block]] | Together  # of one worker at a time
+W = TypeVar("W", bound=Work)
 
 
 class ReadAhead:
@@ -22,12 +25,12 @@ class ReadAhead:
         found = {remote_of(p) for file in checkpoint.files.values() for p in file.paths}
         self.fetchers: set[Fetcher] = {r.fetcher for r in found if isinstance(r, RemoteFile)}
 
-    def of(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def of(self, batches: Iterator[W]) -> Iterator[W]:
         """The same batches in the same order; those to come are announced as far as there is room."""
         return self._announced(batches) if self.fetchers else batches
 
-    def _announced(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        waiting: deque[Batch] = deque()
+    def _announced(self, batches: Iterator[W]) -> Iterator[W]:
+        waiting: deque[W] = deque()
         more = True
         while more or waiting:
             while more and (not waiting or sum(f.ahead for f in self.fetchers) < AHEAD):
@@ -40,17 +43,24 @@ class ReadAhead:
             if waiting:
                 yield waiting.popleft()
 
-    def _announce(self, batch: Batch) -> None:
+    def _announce(self, batch: Work) -> None:
         ranges: dict[str, list[tuple[str, int, int]]] = {}
-        for bound, block in batch:
-            for access in block.reads:
-                source = bound.sources[access.part]
-                own, size = ranges.setdefault(source.info.file, []), access.runs.length * source.itemsize
-                own += [(source.info.name, at * source.itemsize, size) for at in access.runs.offsets()]
-        for file, wanted in ranges.items():
-            self.checkpoint.files[file].expect(wanted)
+        for file, wanted in batch.ranges() if isinstance(batch, Together) else _reads(batch):
+            ranges.setdefault(file, []).append(wanted)
+        for file, all_ in ranges.items():
+            self.checkpoint.files[file].expect(all_)
 
     def stop(self) -> None:
         """Give up what is on its way: nothing will be read any more."""
         for fetcher in self.fetchers:
             fetcher.stop()
+
+
+def _reads(batch: list[tuple[Bound, Block]]) -> Iterator[tuple[str, tuple[str, int, int]]]:
+    """Each run that is read: its file, the tensor, the first byte in that, and how many."""
+    for bound, block in batch:
+        for access in block.reads:
+            source = bound.sources[access.part]
+            size = access.runs.length * source.itemsize
+            for at in access.runs.offsets():
+                yield source.info.file, (source.info.name, at * source.itemsize, size)

@@ -14,7 +14,6 @@ import re
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -37,6 +36,7 @@ from ckpt_tool.convert.manifest import (
     members_of,
 )
 from ckpt_tool.errors import CkptToolError, fail, printable
+from ckpt_tool.records import dataclass
 
 # nothing; an empty folder or an output of this tool; that or a folder of a model's files
 Replace = Literal["nothing", "outputs", "models"]

@@ -7,13 +7,14 @@ other agree on it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.source_checks import Key
 from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 
 MOST = 9999  # workers
 

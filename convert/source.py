@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import islice
 from math import prod
@@ -22,6 +22,7 @@ from ckpt_tool.convert.expanding import Column
 from ckpt_tool.convert.layout import Home
 from ckpt_tool.convert.plan import Options, Value
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 _PLACE, _NAME, _KIND = attrgetter("file", "dtype"), attrgetter("name"), attrgetter("dtype", "shape")
 

@@ -4,7 +4,7 @@ carry, and shares that no two ranks can have alike."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
@@ -13,6 +13,7 @@ from ckpt_tool.checkpoint.crc32c import combine_c
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.errors import Problem
+from ckpt_tool.records import dataclass
 
 Key = tuple[str, str]  # (file, tensor name)
 

@@ -109,6 +109,20 @@ class Steps(Sequence[Step]):
             kind, at, stop = self.kinds[first], self.starts[first], self.starts[end]
             yield kind, [self.names[j : stop : widths[kind]] for j in range(at, at + widths[kind])]
 
+    def by_kind(self) -> Iterator[tuple[int, list[list[str]]]]:
+        """As `runs`, but once for each template where runs are short: for what asks for no order."""
+        if sum(a != b for a, b in pairwise(self.kinds)) < len(self.kinds) // 4:
+            yield from self.runs()
+            return
+        starts: list[list[int]] = [[] for _ in self.templates]
+        for kind, at in zip(self.kinds, self.starts, strict=False):
+            starts[kind].append(at)
+        for kind, own in enumerate(starts):
+            step = self.templates[kind]
+            width = len(step.sources) + len(step.targets)
+            if own:
+                yield kind, [[self.names[at + j] for at in own] for j in range(width)]
+
     def sources(self) -> Iterator[list[tuple[str, str]]]:
         """(file, name) of the sources of each step, which is not made for it."""
         files = [[p.file for p in t.sources] for t in self.templates]

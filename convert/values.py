@@ -5,11 +5,12 @@ It costs a fraction of the copy itself, since two maxima over the raw bits tell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,16 @@ class Values:
     @property
     def denormal_only(self) -> bool:
         return self.format is not None and 0 < self.largest < self.format.normal
+
+
+def odd_ones(dtype: str, bits: np.ndarray, begins: Sequence[int]) -> list[int]:
+    """The numbers of those among tensors of `dtype`, which begin in flat `bits` at these places, that
+    `Values` has something to say of: not finite, all zero or denormal only. None of them is empty."""
+    known = _FORMATS.get(dtype)
+    if known is None:
+        return []
+    unsigned, signed = _BITS[dtype]
+    positive = np.maximum.reduceat(bits.view(signed), begins)
+    negative = np.maximum.reduceat(bits, begins) & unsigned.type((1 << (8 * unsigned.itemsize - 1)) - 1)
+    largest = np.maximum(np.maximum(positive, 0).view(unsigned), negative)
+    return np.flatnonzero((largest < known.normal) | (largest >= known.non_finite)).tolist()

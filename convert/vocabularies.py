@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
+
+from ckpt_tool.records import dataclass
 
 END_OF_TEXT = "<|endoftext|>"  # of GPT-2: begins and ends every text, and stands for what is unknown
 

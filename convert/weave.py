@@ -8,7 +8,7 @@ plan is put together, with every problem of the stage raised at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -46,6 +46,7 @@ from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail_all
+from ckpt_tool.records import dataclass
 
 TIES = "--set tie_word_embeddings=true if the output layer is the embedding"
 BYTES = ("U8",)  # of packed codes

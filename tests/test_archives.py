@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -19,13 +20,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckpt_tool.api import _check_others, convert
 from ckpt_tool.checkpoint import tar as tar_module
+from ckpt_tool.checkpoint.base import Checkpoint, Renamed
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.signs import tar_checksum
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
+from ckpt_tool.checkpoint.zip_reader import Member, ZipArchive
 from ckpt_tool.errors import CkptToolError, Problem
+from tests.headers_only import Headers
 
 RANDOM = np.random.default_rng(5)
 WEIGHTS = {
@@ -190,6 +195,66 @@ def test_a_flipped_bit_in_the_weights_is_found(tmp_path: Path, writer: str) -> N
     whole[len(whole) // 2] ^= 4
     path.write_bytes(whole)
     assert refused(path).kind in ("checksum", "bad-zip", "zip-limit")  # a wrong length inflates to more
+
+
+@pytest.mark.parametrize(
+    ("variant", "family"), [("bert-v1-bare", "megatron-bert"), ("mistral-7b-v0.3", "mistral")]
+)
+def test_a_conversion_tells_of_a_flipped_bit_anywhere_in_a_stored_file_what_opening_does(
+    variant: str, family: str, originals: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What it is told only once everything is copied, as the file is read once, is told before all else."""
+    given, path = originals(variant), tmp_path / "d.zip"
+    whole = {p.name: p.read_bytes() for p in (sorted(given.iterdir()) if given.is_dir() else [given])}
+    write_zip(path, whole, zipfile.ZIP_STORED)
+    name = max(whole, key=lambda n: len(whole[n]))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(name).header_offset + 30 + len(name)
+    right, size = path.read_bytes(), len(whole[name])
+    for at in (99, 300, 700, 2000, *range(size // 11, size, size // 11), size - 1):
+        damaged = bytearray(right)
+        damaged[start + at] ^= 4
+        path.write_bytes(damaged)
+        expected = refused(path)
+        with pytest.raises(CkptToolError) as told:
+            convert(path, tmp_path / "out", family=family, strict=True)
+        assert (
+            told.value.problems == (expected,) and expected.kind == "checksum" and told.value.exit_code == 2
+        )
+        assert [p.name for p in tmp_path.iterdir()] == ["d.zip"]
+
+
+def test_what_a_stored_archive_holds_is_read_once(
+    originals: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = originals("mistral-7b-v0.3")
+    weights = next(folder.glob("*.safetensors"))
+    write_zip(tmp_path / "d.zip", {p.name: p.read_bytes() for p in folder.iterdir()}, zipfile.ZIP_STORED)
+    asked: list[int] = []
+    crc = ZipArchive._crc
+
+    def counted(self: ZipArchive, member: Member, start: int, stop: int, left: Event) -> int:
+        asked.append(stop - start)
+        return crc(self, member, start, stop, left)
+
+    monkeypatch.setattr(ZipArchive, "_crc", counted)
+    convert(tmp_path / "d.zip", tmp_path / "out", family="mistral", check=False)
+    with open_checkpoint(folder) as there:
+        assert sum(asked) == weights.stat().st_size - sum(t.nbytes for t in there)  # the header again
+
+
+def test_a_file_that_nothing_reads_is_compared_before_the_copy(tmp_path: Path) -> None:
+    checks: list[int] = []
+
+    def file(name: str) -> Headers:
+        made = Headers(name, [])
+        made.check = lambda known: checks.append(len([*known]))
+        return made
+
+    seen, unseen = file("seen"), file("unseen")
+    opened = Checkpoint(tmp_path, {"seen": seen, "unseen": unseen})
+    _check_others(opened, Checkpoint(tmp_path, {"seen": Renamed(seen, {})}))
+    assert checks == [0] and seen.check is not None and unseen.check is None
 
 
 def test_a_flipped_bit_in_a_tar_header_is_found(tmp_path: Path) -> None:

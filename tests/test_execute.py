@@ -22,8 +22,7 @@ from safetensors.numpy import load_file, save_file
 from ckpt_tool.api import Options, convert
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.convert import carry
-from ckpt_tool.convert.execute import Outcome, Progress, execute, groups
+from ckpt_tool.convert.execute import Outcome, Progress, Run, execute, groups
 from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan, ToWrite, place
 from ckpt_tool.errors import CkptToolError
@@ -514,7 +513,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     x = {"x": numbers(500, 500)}
     c = source_of(tmp_path / "in", a=x)
     path = tmp_path / "in" / A
-    real = carry.Carrier.carry
+    real = Run._carry
 
     def carry_and_change(*arguments: Any) -> None:
         if change == "cut":
@@ -532,7 +531,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
                 file.write(b"x")
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    monkeypatch.setattr(carry.Carrier, "carry", carry_and_change)
+    monkeypatch.setattr(Run, "_carry", carry_and_change)
     assert refused(copy_plan(x), c, tmp_path / "out").kind == "input-changed"
 
 
@@ -636,10 +635,10 @@ def load_bits(path: Path) -> dict[str, torch.Tensor]:
 def test_a_signal_to_the_program_cleans_up(originals: Written, tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
-        "from ckpt_tool.convert import carry\n"
-        "real = carry.Carrier.carry\n"
+        "from ckpt_tool.convert.execute import Run\n"
+        "real = Run._carry\n"
         "def slow(*a):\n    print('working', flush=True)\n    time.sleep(0.2)\n    real(*a)\n"
-        "carry.Carrier.carry = slow\n"
+        "Run._carry = slow\n"
         "from ckpt_tool.cli import main\nmain()\n"
     )
     child = subprocess.Popen(

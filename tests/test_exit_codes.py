@@ -125,7 +125,7 @@ def test_errors_are_json_where_json_goes_to_stdout(arguments: str, wanted: bool)
 DEFECTS = {
     "inspect in": "import ckpt_tool.inspect as m; m.inspect = broken",
     "plan auto --in in": "import ckpt_tool.api as m; m.plan = broken",
-    "convert auto --in in --out new": "import ckpt_tool.convert.carry as m; m.Carrier.carry = broken",
+    "convert auto --in in --out new": "import ckpt_tool.convert.execute as m; m.Run._carry = broken",
     "verify out --source in --level bits": "import ckpt_tool.verify as m; m.bits = broken",
     "verify out --source in --level parity": "import ckpt_tool.verify.compute as m; m.lockstep = broken",
     "families": "import ckpt_tool.convert.families as m; m.family = broken",
@@ -235,12 +235,12 @@ def test_streams_that_are_closed_at_the_start(closed: str, command: str, code: i
 
 SLOW = """
 import time
-from ckpt_tool.convert import carry
-real = carry.Carrier.carry
+from ckpt_tool.convert.execute import Run
+real = Run._carry
 def slow(*a):
     time.sleep(0.05)
     real(*a)
-carry.Carrier.carry = slow
+Run._carry = slow
 """
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 SHARDED = ["--max-shard-size", "60KB", "--jobs", "1", "--no-verify"]

@@ -9,6 +9,7 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
@@ -18,11 +19,16 @@ import pytest
 from ckpt_tool.api import convert
 from ckpt_tool.checkpoint import crc32c as castagnoli
 from ckpt_tool.checkpoint import zlibs
+from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.crc32c import crc32c
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.convert import disk
+from ckpt_tool.convert import disk, small, values
+from ckpt_tool.convert.durable import Staging
+from ckpt_tool.convert.journal import Entry, line
 from ckpt_tool.convert.layout import SMALL_STEP, Part, Step, parse_dims, with_mean
 from ckpt_tool.convert.outbox import HELD, SMALL, Outbox
+from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.strips import assign
 from ckpt_tool.errors import CkptToolError
 
@@ -116,6 +122,95 @@ def test_a_model_of_small_tensors_takes_few_writes(
     assert made == (conversions("mobilebert-uncased") / output.name).read_bytes()
     with open_checkpoint(tmp_path / "out") as there:
         assert {(t.file, t.name): zlib.crc32(there.read(t).tobytes()) for t in there} == done.outcome.targets
+
+
+# --- moved together -------------------------------------------------------------------------------------
+
+
+def test_tensors_that_are_moved_together_give_the_bytes_the_manifest_and_the_journal_of_one_by_one(
+    originals: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journals: dict[str, list[bytes]] = {}
+
+    def noted(self: Staging, entry: Entry) -> None:
+        journals.setdefault(self.place.name, []).append(line(entry.to_json()))
+
+    monkeypatch.setattr(Staging, "record", noted)
+    calls: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda d, b, at: calls.append(d) or preadv(d, b, at))
+    counts, made = [], []
+    options = Options(max_shard_bytes=200_000)
+    for largest in (small.LARGEST, 0):
+        monkeypatch.setattr(small, "LARGEST", largest)
+        calls.clear()
+        for family, variant in (("mobilebert", "mobilebert-uncased"), ("mistral", "mistral-7b-v0.1")):
+            out = tmp_path / str(largest) / family
+            out.parent.mkdir(exist_ok=True)
+            convert(originals(variant), out, family=family, options=options, jobs=1, check=False)
+        counts.append(len(calls))
+        files = {p.relative_to(out.parent): p.read_bytes() for p in sorted(out.parent.rglob("*.*"))}
+        made.append((files, journals.copy()))
+        journals.clear()
+    together, apart = made
+    assert together == apart and len(apart[0]) > 6 and sum(map(len, apart[1].values())) > 2
+    assert counts[0] < counts[1] / 3
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I32", "BOOL"])
+def test_odd_tensors_among_neighbours_are_those_that_a_look_at_each_finds(dtype: str) -> None:
+    bits = np.dtype(DTYPES[dtype].bits)
+    chance = np.random.default_rng(1)
+    telling = [0, 1, 1 << (8 * bits.itemsize - 1), (1 << (8 * bits.itemsize - 1)) - 1, -1, 3]
+    known = values._FORMATS.get(dtype)
+    telling += (
+        [] if known is None else [known.normal, known.normal - 1, known.non_finite, known.non_finite - 1]
+    )
+    one = [np.array([x & ((1 << 8 * bits.itemsize) - 1)] * 2, dtype=bits) for x in telling]
+    tensors = [*one, *(chance.choice(np.concatenate(one), chance.integers(1, 5)) for _ in range(200))]
+    begins = np.cumsum([0, *map(len, tensors)])[:-1].tolist()
+    expected = []
+    for k, tensor in enumerate(tensors):
+        looked = values.Values(dtype)
+        looked.look(tensor)
+        if looked.non_finite or looked.all_zero or looked.denormal_only:
+            expected.append(k)
+    assert values.odd_ones(dtype, np.concatenate(tensors), begins) == expected
+    assert (known is None) == (not expected)
+
+
+def test_neighbours_are_read_with_one_call_and_what_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(2).randbytes(100_000)
+    (tmp_path / "file").write_bytes(content)
+    chance = random.Random(3)
+    begins = [
+        0,
+        10,
+        10,
+        5,
+        90_000,
+        20_000,
+        20_100,
+        24_300,
+        99_999,
+        *(chance.randrange(99_000) for _ in range(900)),
+    ]
+    wanted = [(at, memoryview(bytearray(min(chance.randrange(60), 100_000 - at))), "x") for at in begins]
+    calls: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda d, b, at: calls.append(at) or preadv(d, b, at))
+    with closing(ByteRange(tmp_path / "file", "file", (7, 99_993))) as source:
+        source.read_each([(at - 7, buffer, name) for at, buffer, name in wanted if at >= 7])
+        assert len(calls) < 400  # those that overlap are read by themselves
+        for at, buffer, _ in wanted:
+            assert at < 7 or buffer == content[at : at + len(buffer)]
+        os.truncate(tmp_path / "file", 50_000)
+        with pytest.raises(CkptToolError, match="input-changed.*file.*there"):
+            source.read_each(
+                [(49_980, memoryview(bytearray(9)), "here"), (49_990, memoryview(bytearray(9)), "there")]
+            )
 
 
 # --- blocks ---------------------------------------------------------------------------------------------

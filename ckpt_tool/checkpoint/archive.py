@@ -6,10 +6,11 @@ without a name (spool.py), only those that are needed, with their checksums comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 
+from ckpt_tool.checkpoint.base import Known
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_folders import is_part as is_dcp_part
 from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
@@ -164,8 +165,12 @@ def _of_zip(archive: ZipArchive, spool_dir: Path | None) -> Members:
     def locate(name: str) -> Place:
         member = archive.members[name]
         if member.stored:
-            window = (data.base + member.data, member.size)
-            return Place(data.path, member.size, window, lambda: archive.check(member))
+            begin = data.base + member.data
+
+            def check(known: Iterable[Known] = ()) -> None:
+                archive.check(member, [(at - begin, size, crc) for at, size, crc in known])
+
+            return Place(data.path, member.size, (begin, member.size), check)
         # One file for each: a file that grows after it was opened counts as changed.
         spool = Spool(spool_dir)
         members.held.append(spool)

@@ -12,8 +12,8 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field, replace
 from functools import lru_cache
 from itertools import chain, repeat
 from math import prod
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ckpt_tool.checkpoint.signs import pointer
-from ckpt_tool.errors import fail, near, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,6 +145,11 @@ class Record:
     of: str | None = None
 
 
+Known = tuple[int, int, int]  # first byte in the file, bytes, their CRC-32
+# Compares the checksum that an archive has of a file in it, reading what is not known. Fails with `checksum`.
+Check = Callable[[Iterable[Known]], object]
+
+
 class TensorFile(ABC):
     """One container file, opened: a mapping of tensor names to `TensorInfo`, headers already read."""
 
@@ -154,6 +160,7 @@ class TensorFile(ABC):
     metadata: Mapping[str, Any]  # what is not a tensor: pickled args, safetensors __metadata__
     imports: tuple[str, ...] = ()  # globals that a pickle named, "module.name"; none was imported
     notes: tuple[str, ...] = ()
+    check: Check | None = None  # what opening left for later
     may_lack = False  # whether files that are not there may hold some of its tensors, see `absent`
 
     @property
@@ -164,6 +171,12 @@ class TensorFile(ABC):
     @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the dense bytes of tensor `name` starting at byte `offset`. Thread-safe."""
+
+    def read_whole(self, tensors: Sequence[tuple[str, memoryview]]) -> None:
+        """Fill each buffer with all bytes of the tensor beside it; small neighbours in one call where they
+        lie in one file. Thread-safe."""
+        for name, buffer in tensors:
+            self.read_into(name, 0, buffer)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """These (tensor, first byte, bytes) will be read soon: files that are not on this machine begin to
@@ -197,6 +210,14 @@ class TensorFile(ABC):
         """Read a record through and compare its checksum: fails with `checksum` where it differs; False where
         the file has none. For records whose bytes are not copied in order."""
         raise KeyError(key)
+
+    def check_whole(self, crcs: Mapping[str, int]) -> None:
+        """What opening left for later (`Limits.late`): compare the checksum of all the file's bytes. `crcs`
+        are the CRC-32s of tensors that were read whole, which are not read again."""
+        check, self.check = self.check, None
+        if check is not None:
+            places = ((self.extent(name), self.tensors[name].nbytes, crc) for name, crc in crcs.items())
+            check([(place[1], size, crc) for place, size, crc in places if place is not None])
 
     @abstractmethod
     def check_unchanged(self) -> None:
@@ -282,11 +303,21 @@ class View(TensorFile):
     def check_record(self, key: str) -> bool:
         return self.stored.check_record(key)
 
+    def check_whole(self, crcs: Mapping[str, int]) -> None:
+        self.stored.check_whole({})
+
     def check_unchanged(self) -> None:
         self.stored.check_unchanged()
 
     def close(self) -> None:
         self.stored.close()
+
+
+def stored(file: TensorFile) -> TensorFile:
+    """The opened file that is seen through views."""
+    while isinstance(file, View):
+        file = file.stored
+    return file
 
 
 class Renamed(View):
@@ -313,6 +344,12 @@ class Renamed(View):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         self.stored.read_into(self.own[name], offset, buffer)
+
+    def check_whole(self, crcs: Mapping[str, int]) -> None:
+        self.stored.check_whole({self.own[name]: crc for name, crc in crcs.items()})
+
+    def read_whole(self, tensors: Sequence[tuple[str, memoryview]]) -> None:
+        self.stored.read_whole([(self.own[name], buffer) for name, buffer in tensors])
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         self.stored.expect((self.own[name], offset, size) for name, offset, size in ranges)
@@ -458,6 +495,16 @@ class Checkpoint:
         left = len(lines) - SHOWN_NOTES
         more = [f"{left} more notes: see `ckpt-tool inspect`"] if left > 0 else []
         return (*lines[:SHOWN_NOTES], *more)
+
+    def check_whole(self, crcs: Mapping[tuple[str, str], int]) -> None:
+        """See `TensorFile.check_whole`; `crcs` are by file and name. Fails with all that differ."""
+        problems: list[Problem] = []
+        for file in self.files.values():
+            try:
+                file.check_whole({name: crc for (of, name), crc in crcs.items() if of == file.name})
+            except CkptToolError as error:
+                problems += error.problems
+        fail_all(problems)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():

@@ -10,7 +10,9 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Fingerprint
@@ -18,6 +20,9 @@ from ckpt_tool.checkpoint.remote_path import RemotePath
 from ckpt_tool.errors import fail
 
 Window = tuple[int, int]  # (offset of the first byte in the file, number of bytes)
+Wanted = tuple[int, memoryview, str | None]  # (offset, what is to be filled, its name in an error)
+NEIGHBOURS = 400  # pieces that one call fills: the kernel takes 1024 buffers, and gaps have one too
+_GAP = memoryview(bytearray(4096))  # what lies between two neighbours, which nobody looks at
 
 
 class ByteRange:
@@ -73,6 +78,28 @@ class ByteRange:
                     where=where,
                 )
             done += count
+
+    def read_each(self, pieces: Iterable[Wanted]) -> None:
+        """Fill each buffer from its offset on, neighbours in the file with one call."""
+        left = deque(sorted(pieces, key=itemgetter(0)))
+        while left:
+            start = end = left[0][0]
+            near: list[Wanted] = []
+            rooms: list[memoryview] = []
+            while left and len(near) < NEIGHBOURS and 0 <= left[0][0] - end <= len(_GAP):
+                near.append(piece := left.popleft())
+                rooms += [piece[1]] if piece[0] == end else [_GAP[: piece[0] - end], piece[1]]
+                end = piece[0] + len(piece[1])
+            if start < 0 or end > self.size or self._preadv(rooms, start) != end - start:
+                for piece in near:  # which says what is wrong, and where
+                    self.read_into(*piece)
+
+    def _preadv(self, rooms: Sequence[memoryview], offset: int) -> int:
+        """The bytes that were read into `rooms`; none where that fails."""
+        try:
+            return os.preadv(self.descriptor, rooms, self.base + offset)
+        except OSError:
+            return -1
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes; the caller bounds `size`."""
@@ -144,6 +171,10 @@ class RemoteRange(ByteRange):
             raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside 0 to {self.size}")
         self.path.remote.read_into(self.base + offset, buffer, self.name, where)
 
+    def read_each(self, pieces: Iterable[Wanted]) -> None:
+        for piece in pieces:
+            self.read_into(*piece)
+
     def read(self, offset: int, size: int) -> bytes:
         buffer = bytearray(size)
         self.read_into(offset, memoryview(buffer))
@@ -178,6 +209,10 @@ class Part(ByteRange):
         if offset < 0 or offset + len(buffer) > self.size:
             raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside 0 to {self.size}")
         self._whole.read_into(self._offset + offset, buffer, where)
+
+    def read_each(self, pieces: Iterable[Wanted]) -> None:
+        for piece in pieces:
+            self.read_into(*piece)
 
     def read(self, offset: int, size: int) -> bytes:
         if offset + size > self.size:

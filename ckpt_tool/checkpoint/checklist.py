@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -20,6 +20,7 @@ from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.remote_path import remote_of
 from ckpt_tool.checkpoint.weight_sets import CHECKLISTS
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 
 LIST_BYTES = 1 << 20
 DOCUMENT_BYTES = 32 << 20  # of a file beside the weights; the largest tokenizers have 28 MB

@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, Record, TensorFile, TensorInfo
@@ -40,6 +40,7 @@ from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 COMMON_STATE = re.compile(r"common_state/shard_0_1")
 RUN = ("args", "checkpoint_version", "iteration")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import groupby, repeat
 from math import prod
@@ -35,6 +35,7 @@ from ckpt_tool.checkpoint.pieces import Boxes, Numbers, tiling_fault
 from ckpt_tool.checkpoint.tensor_names import faultless, name_fault
 from ckpt_tool.checkpoint.torch_state import unsafe_problems
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 METADATA_BYTES = 1 << 30
 HELD = 32 << 20  # bytes that are read once; of more, a part at a time, twice

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
 
 from ckpt_tool.checkpoint.pickle_rows import NUMBER, SIZE, Form, Row, number, recalled
+from ckpt_tool.records import dataclass
 
 INDEX = ("fqn", "offset")
 PLACE = ("relative_path", "offset", "length", "transform_descriptors")

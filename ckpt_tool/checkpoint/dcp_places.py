@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, repeat
 from typing import NoReturn
 
@@ -17,6 +16,7 @@ from ckpt_tool.checkpoint.pickle_records import describe
 from ckpt_tool.checkpoint.pickle_rows import fields_of
 from ckpt_tool.checkpoint.pieces import Numbers
 from ckpt_tool.errors import Problem, fail, printable
+from ckpt_tool.records import dataclass
 
 DIMENSIONS = 16
 _FILE = re.compile(r"[\w.-]{1,255}", re.ASCII)

@@ -8,15 +8,15 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ckpt_tool.checkpoint.base import Document
+from ckpt_tool.checkpoint.base import Check, Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.hub_cache import blob_of, repository_of
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.checkpoint.no_weights import Around
@@ -33,7 +33,7 @@ class Place:
     path: Path
     size: int
     window: Window | None = None
-    check: Callable[[], object] = lambda: None  # reads it through to compare the archive's checksum of it
+    check: Check = lambda known: None
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Folder(ABC):
         if place.window is None:
             return Document(called or name, place.path, place.size)
         if place.size <= CHECKED_BYTES:  # nobody reads a larger document
-            place.check()
+            place.check(())
         return ArchivedDocument(called or name, place.path, place.size, place.window)
 
     def close(self) -> None:

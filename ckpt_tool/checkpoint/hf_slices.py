@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
@@ -23,6 +22,7 @@ from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Numbers, Piece, tiling_fault
 from ckpt_tool.checkpoint.safetensors import SafetensorsFile, header_of
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 INFO = "DCP_SHARDING_INFO"

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"  # the development versions of 2022 called it model_rng.pt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import NoReturn
 
 from ckpt_tool.checkpoint import signs
@@ -15,6 +14,7 @@ from ckpt_tool.checkpoint.tf_names import DATA
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
 from ckpt_tool.checkpoint.wrapping import beside_weights
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 USUAL = "expected weight files (consolidated.*, model*.safetensors, pytorch_model*.bin)"
 EMPTY = "was it downloaded? Weights that lie more than four folders deeper are opened at their own folder"

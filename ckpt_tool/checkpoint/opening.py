@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ from ckpt_tool.checkpoint.megatron import (
     is_rank_folder,
     may_hold_ranks,
 )
-from ckpt_tool.checkpoint.remote_path import Way, scheme_of
+from ckpt_tool.checkpoint.remote_path import RemotePath, Way, scheme_of
 from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
@@ -72,6 +72,7 @@ from ckpt_tool.checkpoint.weight_sets import (
     vocabulary_kind,
 )
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.checkpoint.no_weights import Around
@@ -95,6 +96,9 @@ class Limits:
     """What opening accepts beyond what the formats themselves say."""
 
     safetensors_header: int = HEADER_LIMIT  # bytes
+    # What archives on this machine say of the files in them is compared later, by `check_whole`, or where
+    # opening fails: nothing of the checkpoint is to be believed before.
+    late: bool = False
     as_it_stands: bool = False  # names are those in the files, whatever a training program put before them
 
 
@@ -489,9 +493,13 @@ def _open_set(
         own = _unwrapped(files, path, limits)
         if MODEL_CONFIG in documents:
             _add_run_documents(documents, folder, within)
-    except BaseException:
-        for file in files.values():
-            file.close()
+    except BaseException as error:
+        try:
+            if isinstance(error, CkptToolError):
+                Checkpoint(path, files).check_whole({})
+        finally:
+            for file in files.values():
+                file.close()
         raise
     for file in files.values():
         notes.extend(f"{file.name}: {note}" for note in file.notes)
@@ -547,8 +555,21 @@ def _open_file(place: Place, name: str, limits: Limits, seen: _Seen | None = Non
 
         return torch_zip(seen.archive)
     seen.data.close()
-    place.check()
-    match seen.format:
+    if not limits.late or isinstance(place.path, RemotePath):
+        place.check(())
+        return _open_plain(place, name, limits, seen.format)
+    try:
+        file = _open_plain(place, name, limits, seen.format)
+    except CkptToolError:
+        place.check(())
+        raise
+    file.check = place.check
+    return file
+
+
+def _open_plain(place: Place, name: str, limits: Limits, format: str) -> TensorFile:
+    """Of those without checksums of their own."""
+    match format:
         case "torch-legacy":
             from ckpt_tool.checkpoint.torch_legacy import open_torch_legacy
 
@@ -558,7 +579,7 @@ def _open_file(place: Place, name: str, limits: Limits, seen: _Seen | None = Non
                 place.path, name, window=place.window, header_limit=limits.safetensors_header
             )
         case _:
-            found = {"tar": "a tar", "tar.gz": "a gzip file", "zip": "a zip of other files"}[seen.format]
+            found = {"tar": "a tar", "tar.gz": "a gzip file", "zip": "a zip of other files"}[format]
             fail("wrong-format", f"expected a torch or safetensors file, found {found}", file=name)
 
 

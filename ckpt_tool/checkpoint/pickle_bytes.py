@@ -79,6 +79,13 @@ class PickleBytes(ABC):
             self.cut(f"{size} bytes")
         return self.data[at : self.pos]
 
+    def byte(self) -> int:
+        at = self.pos
+        if at >= len(self.data):
+            self.cut("1 bytes")
+        self.pos = at + 1
+        return self.data[at]
+
     def pass_over(self, size: int) -> None:
         if size > self.end - self.base - self.pos:
             self.fault(self.cut_kind, f"expected {size} bytes, found the end of the data at byte {self.end}")

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from ckpt_tool.checkpoint.pickle_records import Global, Inert
+from ckpt_tool.records import dataclass
 
 OPENING = b")\x81\x94}\x94("
 CLOSING = b"ub"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Generic, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
+
+from ckpt_tool.records import dataclass
 
 Numbers = tuple[int, ...]
 Bits = npt.NDArray[np.unsignedinteger]

@@ -16,12 +16,13 @@ from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import field
 from mmap import mmap
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from ckpt_tool.errors import CkptToolError, Problem, fail
+from ckpt_tool.records import dataclass
 
 CONNECTIONS = 8  # requests at a time
 PIECE = 2 << 20  # bytes of one request at most

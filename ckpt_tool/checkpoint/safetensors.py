@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import repeat
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.strict_json import closes, members, parse_object
 from ckpt_tool.checkpoint.tensor_names import RESERVED, faultless, name_problems
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 HEADER_LIMIT = 32 << 20
 # In one file: to open 100,000 takes 50 MB. The largest published models have 91,000 in 163 files.
@@ -55,6 +56,11 @@ class SafetensorsFile(TensorFile):
         if offset < 0 or offset + len(buffer) > self.tensors[name].nbytes:
             raise ValueError(f"bytes {offset} to {offset + len(buffer)} are outside tensor {name}")
         self._bytes.read_into(self._data_start + self._begins[name] + offset, buffer, name)
+
+    def read_whole(self, tensors: Sequence[tuple[str, memoryview]]) -> None:
+        if any(len(buffer) != self.tensors[name].nbytes for name, buffer in tensors):
+            raise ValueError("expected buffers of the tensors' sizes")
+        self._bytes.read_each((self.begin(name), buffer, name) for name, buffer in tensors)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         start = self._data_start

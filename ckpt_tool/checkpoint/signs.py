@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from functools import cache
+
+from ckpt_tool.records import dataclass
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
 TAR_BLOCK = 512

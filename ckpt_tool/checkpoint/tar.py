@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -21,6 +20,7 @@ from ckpt_tool.checkpoint.signs import is_tar_header
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.zlibs import InflateError, decompressobj
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 MEMBER_LIMIT = 100_000
 NAME_LIMIT = 4096  # bytes of a long name

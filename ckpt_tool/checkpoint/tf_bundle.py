@@ -9,12 +9,12 @@ these files can be executed, and the graph beside them (`.meta`) is not opened.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import LeftOut, Record, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.byte_range import ByteRange, Wanted
 from ckpt_tool.checkpoint.crc32c import PIECE, crc32c
 from ckpt_tool.checkpoint.folders import Folder
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Piece, tiling_fault
@@ -31,6 +31,7 @@ from ckpt_tool.checkpoint.tf_coding import (
 from ckpt_tool.checkpoint.tf_entries import TYPES, Entry, Index, read_index
 from ckpt_tool.checkpoint.tf_names import data_name
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 INDEX_LIMIT = 256 << 20  # bytes; a model of 1,100 tensors has an index of 50 kB
 _STRINGS = {
@@ -139,6 +140,17 @@ class BundleFile(TensorFile):
         bits = f"<u{itemsize}" if itemsize <= 8 else f"V{itemsize}"
         self._joined.read_into(name, entry.shape, self._pieces[name], bits, offset, buffer)
 
+    def read_whole(self, tensors: Sequence[tuple[str, memoryview]]) -> None:
+        plain: dict[int, list[Wanted]] = {}
+        for name, buffer in tensors:
+            entry = self._entries[name]
+            if name in self._pieces or len(buffer) != entry.size or entry.shard not in self._places.there:
+                self.read_into(name, 0, buffer)
+            else:
+                plain.setdefault(entry.shard, []).append((entry.offset, buffer, name))
+        for shard, pieces in plain.items():
+            self._places.there[shard].read_each(pieces)
+
     def extent(self, name: str) -> tuple[int, int] | None:
         entry = self._entries[name]
         data = self._places.there.get(entry.shard)
@@ -215,7 +227,7 @@ def open_bundle(folder: Folder, prefix: str, *, within: str = "") -> Bundle:
 
     def open_(name: str) -> ByteRange:
         place = folder.place(within + name)
-        place.check()
+        place.check(())
         opened.append(ByteRange(place.path, name, place.window))
         return opened[-1]
 

@@ -8,7 +8,7 @@ core/framework/{types,tensor_shape,tensor_slice}.proto and core/util/tensor_bund
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from math import prod
 
@@ -31,6 +31,7 @@ from ckpt_tool.checkpoint.tf_coding import (
 )
 from ckpt_tool.checkpoint.tf_table import entries
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 
 SHARD_LIMIT = 99_999  # what five digits can say
 SLICE_LIMIT = 4096  # of one tensor

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.byte_range import ByteRange, Wanted
 from ckpt_tool.checkpoint.pickle_records import StorageRef, TensorRecord
 from ckpt_tool.checkpoint.torch_state import State, dtype_of
+from ckpt_tool.records import dataclass
 
 _BLOCK = 4 << 20  # dense bytes of a strided tensor that are gathered at once
 _SPAN = 1 << 20  # storage bytes read at once while gathering
@@ -68,6 +69,18 @@ class TorchFile(TensorFile):
             piece = self._gathered(name, block)[skip : skip + len(buffer) - done]
             buffer[done : done + len(piece)] = piece
             done += len(piece)
+
+    def read_whole(self, tensors: Sequence[tuple[str, memoryview]]) -> None:
+        plain: dict[int, tuple[ByteRange, list[Wanted]]] = {}
+        for name, buffer in tensors:
+            place = self._places[name]
+            if place.dims or len(buffer) != self.tensors[name].nbytes:
+                self.read_into(name, 0, buffer)
+                continue
+            source, start = self._storage(place.key)
+            plain.setdefault(id(source), (source, []))[1].append((start + place.start, buffer, name))
+        for source, pieces in plain.values():
+            source.read_each(pieces)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """Of tensors that lie in one run; those of other strides are read by blocks of their own."""
@@ -130,6 +143,7 @@ def _place(t: TensorRecord) -> _Place:
     return _Place(t.storage.key, offset * itemsize, () if dense else dims)
 
 
+@lru_cache(maxsize=1024)  # layers are alike
 def _merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> Dims:
     """The axes without those of size 1, neighbours joined where the outer steps over the inner exactly."""
     dims: list[tuple[int, int]] = []

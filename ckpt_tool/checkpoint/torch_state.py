@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+from functools import lru_cache
 from math import prod
 from typing import TypeGuard
 
@@ -24,6 +25,7 @@ from ckpt_tool.checkpoint.torch_globals import standing
 from ckpt_tool.checkpoint.unpickle import Machine
 from ckpt_tool.checkpoint.wrapping import beside_weights
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 # A mixed-precision optimizer's copies of the weights, by groups of parameters. Source: NVIDIA/Megatron-LM,
 # fp16/fp16.py (v1.0) and core/optimizer/optimizer.py (core_v0.16.1).
@@ -271,17 +273,28 @@ def view_fault(t: TensorRecord) -> str | None:
     """What is wrong with a tensor's place in its storage, or None. All arithmetic is exact."""
     if t.storage is None:
         return "expected a storage, found none"
-    shape, strides, offset = t.shape, t.strides, t.offset
+    itemsize = DTYPES[_DTYPE_NAMES[t.dtype]].itemsize
+    numel = t.storage.numel
+    if t.storage.dtype is None:
+        numel //= itemsize  # an untyped storage counts bytes
+    return _fault(t.shape, t.strides, t.offset, numel, t.storage.view)
+
+
+@lru_cache(maxsize=1024)  # layers are alike
+def _fault(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
+    numel: int,
+    view: tuple[str, int, int] | None,
+) -> str | None:
+    """See `view_fault`; `numel` elements are in the storage."""
     if len(shape) != len(strides):
         return f"expected as many strides as sizes, found sizes {shape} and strides {strides}"
     if offset < 0 or min((0, *shape, *strides)) < 0:
         return f"expected numbers from 0 on, found offset {offset}, sizes {shape}, strides {strides}"
-    numel = t.storage.numel
-    itemsize = DTYPES[_DTYPE_NAMES[t.dtype]].itemsize
-    if t.storage.dtype is None:
-        numel //= itemsize  # an untyped storage counts bytes
-    if t.storage.view is not None:
-        _, start, length = t.storage.view
+    if view is not None:
+        _, start, length = view
         if start < 0 or length < 0 or start + length > numel:
             return f"expected a part of {numel} elements, found elements {start} to {start + length}"
         numel = length

@@ -14,13 +14,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.errors import fail_all
+from ckpt_tool.records import dataclass
 
 ALIGNMENT = 64
 TENSOR_LIMIT = 99_000  # in one file: a member each beside a few others, see zip_reader.MEMBER_LIMIT

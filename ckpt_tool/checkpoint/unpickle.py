@@ -34,6 +34,8 @@ from ckpt_tool.checkpoint.pickle_records import (
 from ckpt_tool.checkpoint.torch_globals import MEANINGS, enum_member, storage
 from ckpt_tool.errors import CkptToolError, fail
 
+SHORT = 1024  # bytes of text that is taken in one go
+
 
 def read_pickle(
     data: bytes, *, file: str, limits: Limits = LIMITS, base: int = 0, cut: str = "bad-pickle"
@@ -68,6 +70,8 @@ class Machine(PickleBytes):
         self.memo: dict[int, object] = {}
         self.imports: dict[Global, int] = {}
         self.names: dict[Global, Global] = {}
+        self.short = min(SHORT, limits.string)
+        self.named: dict[bytes, object] = {}  # by the lines that name them
         self.called: set[Global] = set()
         self.storages: dict[str, StorageRef] = {}
         self.tensors = 0
@@ -329,7 +333,9 @@ class Machine(PickleBytes):
     def op_mark(self) -> None:
         if len(self.marked) >= self.limits.nesting:
             self.fault("pickle-limit", f"expected at most {self.limits.nesting} open containers, found more")
-        self.spend(72)
+        self.memory -= 72
+        if self.memory < 0:
+            self.spend(0)
         self.marked.append(self.stack)
         self.stack = []
 
@@ -358,7 +364,7 @@ class Machine(PickleBytes):
         self.push(int.from_bytes(self.take(4), "little", signed=True), 48)
 
     def op_binint1(self) -> None:
-        self.push(self.take(1)[0])
+        self.push(self.byte())
 
     def op_binint2(self) -> None:
         self.push(self.number(2), 48)
@@ -440,7 +446,13 @@ class Machine(PickleBytes):
         self.push(self.counted(1, self.text), 80)
 
     def op_binunicode(self) -> None:
-        self.push(self.counted(4, self.text), 80)
+        begin = self.pos + 4
+        end = begin + int.from_bytes(self.data[self.pos : begin], "little")
+        if end - begin > self.short or end > len(self.data) or not (raw := self.data[begin:end]).isascii():
+            self.push(self.counted(4, self.text), 80)
+            return
+        self.pos = end
+        self.push(raw.decode("ascii"), 80 + end - begin)
 
     def op_binunicode8(self) -> None:
         self.push(self.counted(8, self.text), 80)
@@ -522,7 +534,7 @@ class Machine(PickleBytes):
         self.recall(self.index())
 
     def op_binget(self) -> None:
-        self.recall(self.take(1)[0])
+        self.recall(self.byte())
 
     def op_long_binget(self) -> None:
         self.recall(self.number(4))
@@ -531,7 +543,7 @@ class Machine(PickleBytes):
         self.remember(self.index())
 
     def op_binput(self) -> None:
-        self.remember(self.take(1)[0])
+        self.remember(self.byte())
 
     def op_long_binput(self) -> None:
         self.remember(self.number(4))
@@ -540,8 +552,17 @@ class Machine(PickleBytes):
         self.remember(len(self.memo))
 
     def op_global(self) -> None:
+        begin = self.pos
+        end = self.data.find(b"\n", self.data.find(b"\n", begin, begin + 256) + 1, begin + 512)
+        known = self.named.get(self.data[begin:end])
+        if known is not None:  # some programs name it in full each time
+            self.pos = end + 1
+            self.push(known)
+            return
         module = self.text(self.line())
         self.find(module, self.text(self.line()))
+        if end >= 0 and self.pos == end + 1:
+            self.named[self.data[begin:end]] = self.stack[-1]
 
     def op_stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -16,6 +16,7 @@ from ckpt_tool.checkpoint.safetensors import INDEX_NAME
 from ckpt_tool.checkpoint.signs import unfinished
 from ckpt_tool.checkpoint.tf_names import bundles, is_data, newest
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 Prefer = Literal["original", "hf"]
 ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from math import prod
 
 from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 # Modules that stand for the one inside them, wherever in a name.
 _INSIDE = (

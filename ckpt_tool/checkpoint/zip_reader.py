@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 import stat
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from threading import Event
@@ -30,6 +29,7 @@ from ckpt_tool.checkpoint.remote_path import RemotePath
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.zlibs import InflateError, crc32, decompressobj
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 STORED, DEFLATED = 0, 8
 MEMBER_LIMIT = 100_000
@@ -48,6 +48,9 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 _ALLOWED_FLAGS = 0x0006 | _DESCRIPTOR | _UTF8  # and the deflate level
+_SAID_TWICE = ("flags", "method", "crc32", "packed size", "size")
+# Names in which nothing is to be checked, as torch writes them.
+_PLAIN = re.compile(rb"\w[\w.-]*(?:/\w[\w.-]*)*")
 _FOLDER = 0x10  # in the external attributes; torch reads such a member as if it had no bytes
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -252,6 +255,8 @@ class ZipArchive:
         return _Entry(name, raw, method, flags, crc, packed, size, header), end
 
     def _checked_name(self, raw: bytes, flags: int) -> str:
+        if _PLAIN.fullmatch(raw):
+            return raw.decode("ascii")
         try:
             name = raw.decode("utf-8" if flags & _UTF8 or raw.isascii() else "cp437")
         except UnicodeDecodeError:
@@ -355,9 +360,9 @@ class ZipArchive:
                 )
                 size = next(wide, size) if size == _FULL32 else size
                 packed = next(wide, packed) if packed == _FULL32 else packed
-        found = {"flags": flags, "method": method, "crc32": crc, "packed size": packed, "size": size}
         wanted = (entry.flags, entry.method, entry.crc32, entry.packed, entry.size)
-        for (what, local), central in zip(found.items(), wanted, strict=True):
+        found = (flags, method, crc, packed, size)
+        for what, local, central in zip(_SAID_TWICE, found, wanted, strict=True) if found != wanted else ():
             later = entry.flags & _DESCRIPTOR and what not in ("flags", "method")  # said after the data
             if local != central and not (later and local in (0, _FULL32)):
                 self._bad(
@@ -421,9 +426,13 @@ class ZipArchive:
             message = f"expected crc32 {member.crc32:#010x}, found {crc:#010x}"
             fail("checksum", message, file=self.name, where=member.name)
 
-    def check(self, member: Member) -> None:
+    def check(self, member: Member, known: Iterable[tuple[int, int, int]] = ()) -> None:
         """Read a member through and compare its checksum, a large stored one on this machine on two cores.
+        What is `known` of a stored one is not read again: (first byte of the member, bytes, their CRC-32).
         Kinds: those of `blocks`."""
+        if member.stored and (runs := sorted(known)):
+            self._compare(member, self._joined(member, runs))
+            return
         if not member.stored or member.packed <= AT_ONCE or isinstance(self.source.path, RemotePath):
             for _ in self.blocks(member):
                 pass
@@ -441,6 +450,16 @@ class ZipArchive:
                 self._compare(member, combine(crc, right(), member.packed - middle))
             finally:
                 left.set()  # a failure or a signal does not wait for the other half
+
+    def _joined(self, member: Member, runs: Iterable[tuple[int, int, int]]) -> int:
+        """The checksum of a stored member of which these `runs` are known; of two that overlap the first."""
+        at = crc = 0
+        for start, size, own in (*runs, (member.size, 0, 0)):
+            if at <= start <= member.size - size:
+                between = self._crc(member, at, start, Event())
+                crc = combine(combine(crc, between, start - at), own, size)
+                at = start + size
+        return crc
 
     def _crc(self, member: Member, start: int, stop: int, left: Event) -> int:
         """Of bytes `start` to `stop` of a stored member; nothing is read any more once nobody asks for it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,7 @@ from ckpt_tool.convert.vocabularies import MISTRAL_AI as MISTRAL_AI
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 _NOT_PLAIN_TEXT = (
     (r"(model\.)?vision_|patch_merger\.|pre_mm_projector_norm|text_model\.", "an image encoder"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -57,6 +57,7 @@ from ckpt_tool.convert.tokenizers import MAX_BYTES, original_tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.convert.weave import Held, Table, Written, to_hf
 from ckpt_tool.errors import CkptToolError, fail, printable
+from ckpt_tool.records import dataclass
 
 COPY = "word_embeddings_for_head.weight"
 EXPORTS = "NeMo's scripts/checkpoint_converters and Megatron-Bridge export it to Hugging Face"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import translate
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from ckpt_tool.checkpoint.megatron import every_argument
 from ckpt_tool.convert.dialects.megatron_ranks import Run
 from ckpt_tool.convert.params import Facts, left_out, shown
 from ckpt_tool.errors import Problem, printable
+from ckpt_tool.records import dataclass
 
 # Read by a field or a rule of the dialects.
 READ = """

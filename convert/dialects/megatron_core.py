@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress, repeat
 from shlex import quote
 from typing import Any
@@ -58,6 +58,7 @@ from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.weave import Table, Written, to_hf
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 WORDS = "embedding.word_embeddings.weight"
 FIRST = "decoder.layers.0."

@@ -15,7 +15,6 @@ core_v0.19.0 (core/transformer/moe: experts.py, router.py, moe_utils.py, moe_lay
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tool.convert.dialects.megatron_arguments import Only
@@ -24,6 +23,7 @@ from ckpt_tool.convert.numbers import Field, Known, count, measured
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.source import Source
+from ckpt_tool.records import dataclass
 
 S = "decoder.layers.{i}."
 ROUTER = f"{S}mlp.router.weight"

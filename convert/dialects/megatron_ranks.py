@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
@@ -37,6 +37,7 @@ from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value
 from ckpt_tool.convert.source import Source
 from ckpt_tool.convert.weave import TIES, Table, Written, to_original
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 OPTIONS = (SHARDS, TENSOR_PARALLEL, PIPELINE_PARALLEL, PIPELINE_LAYERS, VIRTUAL_STAGES)
 SPLIT = "layers_of_parts"  # in the manifest

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -28,6 +28,7 @@ from ckpt_tool.convert.dialects.megatron_ranks import STRETCHED, Run
 from ckpt_tool.convert.numbers import LLAMA3
 from ckpt_tool.convert.params import shown
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 ACTIVATION = "activation_func"
 CLASS = "_target_"

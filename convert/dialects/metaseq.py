@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import compress, repeat
 from typing import Any
@@ -33,6 +33,7 @@ from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Written, to_hf, to_original
 from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all, near, printable
+from ckpt_tool.records import dataclass
 
 CONFIG = "config.json"
 FILE = "model.safetensors"  # of the way back

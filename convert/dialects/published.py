@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,7 @@ from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Table, Written, misread_config, to_hf, to_original
 from ckpt_tool.errors import CkptToolError, fail, fail_all
+from ckpt_tool.records import dataclass
 
 AS_PUBLISHED = "hf"  # in `--form`
 TOKENIZER = (

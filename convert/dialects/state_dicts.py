@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from ckpt_tool.convert.tokenizers import TokenizerResult, tokenizer_documents
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail_all, printable
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -45,6 +45,7 @@ from ckpt_tool.convert.tokenizers import entity_spans
 from ckpt_tool.convert.vocabularies import Vocabulary as Tokens
 from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 METADATA = "metadata.json"
 WEIGHTS, DEEPSPEED = "pytorch_model.bin", "mp_rank_00_model_states.pt"

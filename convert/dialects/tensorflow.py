@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from ckpt_tool.convert.tokenizers import (
 from ckpt_tool.convert.vocabularies import Vocabulary as Vocabulary
 from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
 from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.records import dataclass
 
 OPTIMIZER = "state of the optimizer"
 RUN = "state of the training run"

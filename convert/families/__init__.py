@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.weave import Held

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,6 +14,7 @@ from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 
 # Both libraries read `tokenizer.json` as it stands under this class name, whatever the model type beside it.
 # Under `LlamaTokenizer` transformers 5 keeps only vocabulary and merges and builds the rest from class code,

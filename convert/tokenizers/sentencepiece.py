@@ -10,7 +10,6 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from ckpt_tool.convert.plan import Value
@@ -24,6 +23,7 @@ from ckpt_tool.convert.tokenizers.hf_files import (
     tokenizer_json,
 )
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 MAX_BYTES = 32 << 20
 MAX_PIECES = 500_000  # twice the largest published vocabulary
