@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests import loaded
+
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
 settings.load_profile("suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
@@ -43,6 +45,11 @@ LONGEST = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
+    loaded.begin()
+
+
+def pytest_unconfigure() -> None:
+    loaded.end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
