@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests import loaded
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
 settings.load_profile("suite")
@@ -30,6 +33,7 @@ def _keep_freed_memory() -> None:
 
 
 _keep_freed_memory()
+gc.disable()  # until all tests are collected: of their ten thousand none is garbage
 
 # The files that take longest, each more than 15 seconds: dealt out first, so that no worker is left alone
 # with one at the end. By itself xdist begins with those of the most tests.
@@ -43,11 +47,24 @@ LONGEST = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
+    loaded.begin()
+
+
+def pytest_unconfigure() -> None:
+    loaded.end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected stays, and nobody looks through it again for cycles; nor at every 700 objects
+    for new ones, where a library's module makes a hundred thousand."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 Written = Callable[[str], Path]

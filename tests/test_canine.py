@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from ckpt_tool.fixtures.tensorflow import Bundle
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.report import Report
+from tests import loaded
 from tests.headers_only import held
 from tests.headers_only import planned as headers
 
@@ -356,16 +356,13 @@ def test_4_37_reads_texts_and_model_as_the_original_does(
 ) -> None:
     """Any text is its code points between [CLS] and [SEP], and what the model makes of it is what the
     original computes; 5.23 is judged below and in test_end_to_end.py."""
-    judge = ROOT / ".judges" / "tf4.37"
-    if not judge.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
     (tmp_path / "out.json").write_text(json.dumps(TEXTS))
     folder = conversions("canine-c-training")
     run = subprocess.run(
-        [sys.executable, "-c", JUDGE, str(folder), str(tmp_path / "out")],
+        [loaded.python("tf4.37"), "-c", JUDGE, str(folder), str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{judge}{os.pathsep}{ROOT}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -17,11 +17,11 @@ from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests import loaded
 from tests.conftest import kind
 
 Written = Callable[[str], Path]
 # What the current release of transformers has dropped is judged by the oldest one.
-OLDEST = Path(__file__).parents[1] / ".judges" / "tf4.37"
 DROPPED = ("mega",)
 # What transformers loads with accelerate alone; without it test_house_reference.py has its model as a judge.
 ACCELERATED = ("gpt-oss",)
@@ -68,9 +68,7 @@ def test_verified_at_every_level_judged_and_round_tripped(
     if variant not in first_of_kind:
         request.getfixturevalue("few_prompts")
     if VARIANTS[variant].family in DROPPED:
-        if not OLDEST.is_dir():
-            pytest.skip("tf4.37 is not set up; `make test` does it")
-        monkeypatch.setenv("CKPT_TOOL_TRANSFORMERS", str(OLDEST))
+        monkeypatch.setenv("CKPT_TOOL_TRANSFORMERS", loaded.python("tf4.37"))
     judged = find_spec("accelerate") is not None or VARIANTS[variant].family not in ACCELERATED
     found = table.row(VARIANTS[variant], tmp_path, judge=judged)
     assert found.verdict == "pass", found

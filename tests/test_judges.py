@@ -6,10 +6,8 @@ The current 5.x release judges in test_end_to_end.py. Skipped where `make test` 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 Written = Callable[[str], Path]
@@ -63,10 +62,7 @@ def judged(
 
 
 def _judged(release: str, variants: list[str], conversions: Written, scratch: Path) -> Verdict:
-    judge = ROOT / ".judges" / release
-    if not judge.is_dir():
-        pytest.skip(f"{release} is not set up; `make test` does it")
-    folders = []
+    python, folders = loaded.python(release), []
     ids = np.array(PROMPT, dtype=np.int64)
     for variant in variants:
         folder = scratch / variant
@@ -77,14 +73,13 @@ def _judged(release: str, variants: list[str], conversions: Written, scratch: Pa
         folders.append(str(folder))
     run = subprocess.run(
         [
-            sys.executable,
+            python,
             "-W",
             "ignore",
             str(ROOT / "tests" / "judge_script.py"),
             str(scratch / "logits.npz"),
             *folders,
         ],
-        env={**os.environ, "PYTHONPATH": str(judge), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from ckpt_tool.convert.facts import class_of, classes, differences, ranges, read
 from ckpt_tool.convert.facts_classes import IDENTITY
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.verify import meanings
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {
@@ -45,17 +44,10 @@ LACKING = {"tf5": ("mega",), "tf4.57": NEW[:1], "tf4.37": ("qwen3", "gemma2", "g
 
 @pytest.mark.parametrize("release", LACKING)
 def test_the_table_of_defaults_is_that_of_the_release(release: str) -> None:
-    pytest.importorskip("transformers")
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if release != "tf5":
-        judge = ROOT / ".judges" / release
-        if not judge.is_dir():
-            pytest.skip(f"{release} is not set up; `make test` does it")
-        env["PYTHONPATH"] = str(judge)
     names = [c.name for c in classes().values()]
     script = str(ROOT / "tests" / "config_defaults_script.py")
-    command = [sys.executable, "-W", "ignore", script, *names]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    command = [loaded.python(release), "-W", "ignore", script, *names]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     defaults = json.loads(run.stdout.splitlines()[-1])
     for model_type, own in classes().items():

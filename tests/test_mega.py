@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from ckpt_tool.reference import hf_mega
 from ckpt_tool.verify.probe import texts
 from ckpt_tool.verify.sides import converted_side, original_side
 from ckpt_tool.verify.subject import opened
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 Written = Callable[[str], Path]
@@ -400,15 +400,12 @@ print(json.dumps([[t(x)["input_ids"] for x in texts] for t in made]))
 def oldest(conversions: Written, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any, Path]:
     """What transformers 4.37.2 makes of a conversion: texts, their ids by three classes, and the folder that
     it saves the model into again."""
-    if not OLDEST.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
     folder = tmp_path_factory.mktemp("oldest")
     asked = list(texts(["<s>", "</s>", "<mask>", "<pad>"], ["Hello", "Ġworld"]))
     (folder / "texts.json").write_text(json.dumps(asked))
     given = [str(conversions("mega-wikitext")), str(folder / "texts.json"), str(folder / "again")]
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SLOW_AND_FAST, *given],
-        env={**os.environ, "PYTHONPATH": str(OLDEST), "HF_HUB_OFFLINE": "1"},
+        [loaded.python("tf4.37"), "-W", "ignore", "-c", SLOW_AND_FAST, *given],
         capture_output=True,
         text=True,
         check=False,

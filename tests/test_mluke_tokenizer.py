@@ -7,10 +7,8 @@ Source of the rules: studio-ousia/luke @25165454; arXiv 2110.08151 for the tasks
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 
 from ckpt_tool.convert.dialects.entity_vocabulary import OBJECT
 from ckpt_tool.convert.tokenizers import entity_spans
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 WORDS = 176  # of the embedding before the markers
@@ -179,15 +178,11 @@ def rules(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def test_4_37_reads_words_and_entities_by_the_rules(
     folder: Path, rules: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
 ) -> None:
-    judge = ROOT / ".judges" / "tf4.37"
-    if not judge.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
     asked = [*cases(), *OLD]
     (tmp_path / "cases.json").write_text(json.dumps(asked))
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ASK + "print(json.dumps(answers(cases)))"]
+        [loaded.python("tf4.37"), "-W", "ignore", "-c", ASK + "print(json.dumps(answers(cases)))"]
         + [str(folder), str(tmp_path / "cases.json")],
-        env={**os.environ, "PYTHONPATH": str(judge), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ckpt_tool.reference import hf_mega, losses, mega
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,16 +189,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    judge = ROOT / ".judges" / "tf4.37"
-    if not judge.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
     folder = tmp_path_factory.mktemp("mega")
     cases = {case: (name, {**SIZES, **more}) for case, (name, more) in CASES.items()}
     cases["full-MegaForQuestionAnswering"][1]["num_labels"] = 2  # the start and the end
     (folder / "cases.json").write_text(json.dumps(cases))
     run = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "mega_script.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(judge), "HF_HUB_OFFLINE": "1"},
+        [loaded.python("tf4.37"), str(ROOT / "tests" / "mega_script.py"), str(folder)],
         capture_output=True,
         text=True,
         check=False,

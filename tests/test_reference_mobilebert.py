@@ -3,10 +3,8 @@ model that its config can say, and what is refused."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from ckpt_tool.reference import hf_mobilebert as hf
 from ckpt_tool.reference import losses
 from ckpt_tool.reference import mobilebert as tf
+from tests import loaded
 from tests.mobilebert_models import (
     KINDS,
     STUDENT,
@@ -243,9 +242,6 @@ def test_every_head_and_its_loss_are_those_of_transformers(
 
 def test_every_head_and_its_loss_are_those_of_transformers_4_37(tmp_path: Path) -> None:
     """In float32, with a pooler and without one."""
-    release = ROOT / ".judges" / "tf4.37"
-    if not release.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
     cases = [case(name, told, torch.float32) for name in HEADS for told in (STUDENT, POOLED)]
     asked = []
     for made in cases:
@@ -255,9 +251,10 @@ def test_every_head_and_its_loss_are_those_of_transformers_4_37(tmp_path: Path) 
         asked.append(("MobileBertConfig", f"MobileBert{made.head.name}", config, state, made.call))
     torch.save(asked, tmp_path / "in.pt")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "heads_script.py", tmp_path / "in.pt", tmp_path / "out.pt"],
-        env={**os.environ, "PYTHONPATH": str(release)}, check=True, timeout=120,
-    )  # fmt: skip
+        [loaded.python("tf4.37"), ROOT / "tests/heads_script.py", tmp_path / "in.pt", tmp_path / "out.pt"],
+        check=True,
+        timeout=120,
+    )
     answers = torch.load(tmp_path / "out.pt")
     for made, answer in zip(cases, answers, strict=True):
         off, of_loss, size = distances(made, answer)

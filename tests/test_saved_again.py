@@ -4,11 +4,9 @@ same with one value changed fail and name the pair of values."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 from ckpt_tool import reference
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import prompts, verify
+from tests import loaded
 from tests.conftest import kind
 
 pytest.importorskip("transformers")
@@ -95,12 +94,6 @@ def saved_again(conversions: Written, tmp_path_factory: pytest.TempPathFactory) 
     def save(release: str, way: str, folder: list[Path]) -> list[str]:
         folder.append(root / release / way)
         if release not in known:
-            env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            if release != "tf5":
-                judge = ROOT / ".judges" / release
-                if not judge.is_dir():
-                    pytest.skip(f"{release} is not set up; `make test` does it")
-                env["PYTHONPATH"] = str(judge)
             variants = {w: chosen(release, w, conversions) for r, w in CASES if r == release}
             jobs = []
             for w, v in ((w, v) for w, own in variants.items() for v in own):
@@ -111,8 +104,8 @@ def saved_again(conversions: Written, tmp_path_factory: pytest.TempPathFactory) 
             listed = root / f"{release}.json"
             listed.write_text(json.dumps(jobs))
             script = ROOT / "tests" / "save_again_script.py"
-            command = [sys.executable, "-W", "ignore", str(script), str(listed)]
-            run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            command = [loaded.python(release), "-W", "ignore", str(script), str(listed)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stderr[-3000:]
             assert json.loads(run.stdout.splitlines()[-1]) == {}
             known[release] = variants

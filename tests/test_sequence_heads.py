@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify.answers import Runner, Skip
 from ckpt_tool.verify.prompts import padding_of
+from tests import loaded
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,8 +182,6 @@ def test_heads_are_those_of_transformers_5(stem: str, head: str, made: Any) -> N
 
 def test_heads_are_those_of_transformers_4_37(made: Any, tmp_path: Path) -> None:
     """Tied output layers aside, the release reads the same tensors."""
-    if not OLD.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
     taken = [row for (stem, head), rows in made.items() if head in MODELS[stem][2] for row in rows]
     asked = [
         (f"{case.stem}Config", case.architecture, case.config(), tensors, case.call)
@@ -192,9 +189,10 @@ def test_heads_are_those_of_transformers_4_37(made: Any, tmp_path: Path) -> None
     ]
     torch.save(asked, tmp_path / "in.pt")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "heads_script.py", tmp_path / "in.pt", tmp_path / "out.pt"],
-        env={**os.environ, "PYTHONPATH": str(OLD)}, check=True, timeout=120,
-    )  # fmt: skip
+        [loaded.python("tf4.37"), ROOT / "tests/heads_script.py", tmp_path / "in.pt", tmp_path / "out.pt"],
+        check=True,
+        timeout=120,
+    )
     for (case, tensors, config, _), old in zip(taken, torch.load(tmp_path / "out.pt"), strict=True):
         with torch.no_grad():
             found = answered(case, tensors, config)
