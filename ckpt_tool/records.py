@@ -9,6 +9,7 @@ slots becomes another class, and is finished at once.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -84,7 +85,8 @@ def _refusals(cls: Any, names: Collection[str]) -> tuple[Callable[..., None], Ca
     return set_, delete
 
 
-if TYPE_CHECKING:  # which knows what it means
+# mypy knows what it means; release 3.14 keeps annotations in another place, and nobody has tried this there.
+if TYPE_CHECKING or sys.version_info >= (3, 14):
     from dataclasses import dataclass as dataclass
 else:
 
