@@ -82,6 +82,22 @@ def test_a_product_is_rounded_once(scale: float) -> None:
         assert np.array_equal(made[inside], bits[inside]), dtype
 
 
+@pytest.mark.parametrize("factor", ["0x1.4dddde0000000p-7", "0x1.3222220000000p-7"])
+def test_a_float32_product_in_the_middle_is_a_tie_whatever_the_exact_one_is(factor: str) -> None:
+    """15 times these is a trifle off the middle of two bfloat16 numbers, and the middle in float32: libraries
+    that multiply in float32 take the even one, which is not the nearest of the product."""
+    scale, fifteen = np.array([float.fromhex(factor)], "<f4"), np.array([0x57], np.uint8)
+    (single,) = np.float32(15) * scale
+    assert int(single.view("<u4")) & 0xFFFF == 0x8000 and float(single) != 15 * float(scale[0])
+    even = int(single.view("<u4") >> 16) + 1 & ~1
+    made = np.empty(1, "<u2")
+    half_up = bool(values.rounds_half_up(scale[None])[0])
+    values.fp8(fifteen, [values.Span(0, (1,), values.factors(scale, half_up))], made, "BF16")
+    again = dequantised.to_dtype(dequantised.e4m3(fifteen) * scale.astype("<f8"), "BF16")
+    assert int(made[0]) == int(again[0]) == even
+    assert even != int(bfloat16(15 * scale.astype("<f8"))[0])
+
+
 def of_blocks(scales: np.ndarray, shape: tuple[int, int]) -> tuple[Tensors, dict[str, Any]]:
     """One weight of every number code, in blocks of 16 x 24, and what config.json says of it."""
     codes = ALL[(ALL & 127) != 127]
