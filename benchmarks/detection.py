@@ -92,8 +92,14 @@ BASES = {
     "qwen2": "qwen2.5-14b",
     "mistral": "mistral-float32",
     "mixtral": "mixtral-c",
+    "ministral3": "mistral3-images",
 }
-UNFIT = {"qwen2": 32, "mistral": 16, "mixtral": 16}  # by columns of a block, which divide no row of theirs
+UNFIT = {
+    "qwen2": 32,
+    "mistral": 16,
+    "mixtral": 16,
+    "ministral3": 16,
+}  # by columns of a block, which divide no row of theirs
 CODED = {
     f"{family}{AS}{form}": (f"{base}{AS}{form}",)
     for family, base in BASES.items()

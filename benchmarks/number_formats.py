@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,23 @@ class Row:
         raise AssertionError
 
     def parity(self) -> str:
-        return mark(verify(self.work / "carried", self.source, **PARITY))
+        return self.found_at("parity")
 
     def judged(self) -> str:
-        report = verify(self.work / "carried", self.source, against="transformers", **PARITY)
-        self.why += [f.message for f in report.findings if f.check == "load" and f.status == "undecided"]
-        return mark(report)
+        """What cannot be loaded there is no difference: the source cannot be either."""
+        found = [f for f in self.report.findings if f.level == "transformers" and f.status != "pass"]
+        self.why += [f"{f.check}: {f.message}" for f in found]
+        failed = {f.check for f in found if f.status == "fail"}
+        unloaded = any(f.check == "load" and "cannot load" in f.message for f in found)
+        return "?" if failed == {"load"} and unloaded else self.found_at("transformers")
+
+    @cached_property
+    def report(self) -> Report:
+        return verify(self.work / "carried", self.source, against="transformers", **PARITY)
+
+    def found_at(self, level: str) -> str:
+        states = {f.status for f in self.report.findings if f.level == level}
+        return next((MARKS[s] for s in ("fail", "undecided", "pass") if s in states), "?")
 
     def back(self) -> str:
         out = self.made("original", to="original")

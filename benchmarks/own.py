@@ -65,29 +65,26 @@ def plant(kind: str, path: Path) -> Truth | None:
     """Write the wrong tensors or values into the folder; None where this model has no such mistake, or it
     changes nothing."""
     words = kind.removeprefix(PREFIX)
-    with opened(path, None) as subject:
+    wrong: dict[str, torch.Tensor] = {}
+    with opened(path, None) as subject:  # and written behind it, which insists on what it opened
         side = converted_side(subject, torch.float64, "cpu")
         found = own(side)
-        folder = Folder(path)
-        try:
-            if words in found.values:
-                folder.write_config(**found.values[words])
-                keys = tuple(found.values[words])
-                return Truth(
-                    None, tuple(f"config.json: {key}" for key in keys), "|".join(map(re.escape, keys))
-                )
-            if words not in found.tensors:
-                return None
+        if words in found.tensors:
             made = found.tensors[words](side.ranks[0])
             wrong = {n: x for n, x in made.items() if not torch.equal(x, side.ranks[0][n])}
-            for name, x in wrong.items():
-                kept = DTYPES[folder.info(name).dtype]
-                bits = getattr(torch, f"int{8 * kept.itemsize}")
-                folder.set(
-                    name, x.to(getattr(torch, kept.torch)).contiguous().view(bits).numpy().view(kept.bits)
-                )
-        finally:
-            folder.checkpoint.close()
+    folder = Folder(path)
+    try:
+        if words in found.values:
+            folder.write_config(**found.values[words])
+            keys = tuple(found.values[words])
+            return Truth(None, tuple(f"config.json: {key}" for key in keys), "|".join(map(re.escape, keys)))
+        for name, x in wrong.items():
+            kept = DTYPES[folder.info(name).dtype]
+            bits = getattr(torch, f"int{8 * kept.itemsize}")
+            as_kept = x.to(getattr(torch, kept.torch)).contiguous()
+            folder.set(name, as_kept.view(bits).numpy().view(kept.bits))
+    finally:
+        folder.checkpoint.close()
     if not wrong:
         return None
     stems = sorted({re.escape(short(name).removesuffix(".bias")) for name in wrong}, reverse=True)
