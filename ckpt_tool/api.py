@@ -268,11 +268,9 @@ def convert(
         opened = checkpoint.opened()
         if on_plan is not None:
             on_plan(made)
-        executed = _as_planned(read, chosen, made)
-        _check_others(checkpoint, executed)
         outcome = execute(
-            made, executed, target, jobs=jobs, resume=resume, sha256=sha256,
-            strict=strict, progress=progress, address=_address(source), overwrite=overwrite,
+            made, _rest_seen(checkpoint, _as_planned(read, chosen, made)), target, jobs=jobs, resume=resume,
+            sha256=sha256, strict=strict, progress=progress, address=_address(source), overwrite=overwrite,
             overwrite_foreign=overwrite_foreign, keep=Staging if hub is None else hub.staging(made),
         )  # fmt: skip
         insisted = _insisted(checkpoint, chosen, asked) if to == "hf" else {}
@@ -294,11 +292,12 @@ def _checked(checkpoint: Checkpoint) -> Iterator[None]:
         raise
 
 
-def _check_others(checkpoint: Checkpoint, executed: Checkpoint) -> None:
-    """Look at files of `checkpoint` that `executed` does not see, which nobody reads later."""
+def _rest_seen(checkpoint: Checkpoint, executed: Checkpoint) -> Checkpoint:
+    """`executed`, after a look at the files of `checkpoint` that it does not see: nobody else reads them."""
     seen = {id(stored(file)) for file in executed.files.values()}
     others = {name: file for name, file in checkpoint.files.items() if id(stored(file)) not in seen}
     checkpoint.with_files(others).check_whole({})
+    return executed
 
 
 def _insisted(checkpoint: Checkpoint, chosen: Family, options: Options) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpt_tool.api import _check_others, convert
+from ckpt_tool.api import _rest_seen, convert
 from ckpt_tool.checkpoint import tar as tar_module
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed
 from ckpt_tool.checkpoint.byte_range import ByteRange
@@ -253,7 +253,7 @@ def test_a_file_that_nothing_reads_is_compared_before_the_copy(tmp_path: Path) -
 
     seen, unseen = file("seen"), file("unseen")
     opened = Checkpoint(tmp_path, {"seen": seen, "unseen": unseen})
-    _check_others(opened, Checkpoint(tmp_path, {"seen": Renamed(seen, {})}))
+    _rest_seen(opened, Checkpoint(tmp_path, {"seen": Renamed(seen, {})}))
     assert checks == [0] and seen.check is not None and unseen.check is None
 
 

@@ -71,7 +71,7 @@ class Machine(PickleBytes):
         self.imports: dict[Global, int] = {}
         self.names: dict[Global, Global] = {}
         self.short = min(SHORT, limits.string)
-        self.named: dict[bytes, object] = {}  # by the lines that name them
+        self.lines_known: dict[bytes, object] = {}  # by the lines that name them
         self.called: set[Global] = set()
         self.storages: dict[str, StorageRef] = {}
         self.tensors = 0
@@ -554,7 +554,7 @@ class Machine(PickleBytes):
     def op_global(self) -> None:
         begin = self.pos
         end = self.data.find(b"\n", self.data.find(b"\n", begin, begin + 256) + 1, begin + 512)
-        known = self.named.get(self.data[begin:end])
+        known = self.lines_known.get(self.data[begin:end])
         if known is not None:  # some programs name it in full each time
             self.pos = end + 1
             self.push(known)
@@ -562,7 +562,7 @@ class Machine(PickleBytes):
         module = self.text(self.line())
         self.find(module, self.text(self.line()))
         if end >= 0 and self.pos == end + 1:
-            self.named[self.data[begin:end]] = self.stack[-1]
+            self.lines_known[self.data[begin:end]] = self.stack[-1]
 
     def op_stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
