@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     loaded.end()
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Every worker collects all tests, from modules that pytest compiles in its own way. Where nobody has
+    done that yet each begins with another part of them, and finds the rest done by the others."""
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is None:
+        return
+    if session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    own, workers = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    modules = sorted(Path(__file__).parent.glob("test_*.py"))
+    for module in modules[own * len(modules) // workers : (own + 1) * len(modules) // workers]:
+        with suppress(Exception, pytest.skip.Exception):  # told of where it is collected
+            import_module(f"tests.{module.stem}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
