@@ -36,13 +36,14 @@ def _keep_freed_memory() -> None:
 _keep_freed_memory()
 gc.disable()  # until all tests are collected: of their ten thousand none is garbage
 
-# The files that take longest, each more than 15 seconds: dealt out first, so that no worker is left alone
+# The files that take longest, each more than 10 seconds: dealt out first, so that no worker is left alone
 # with one at the end. By itself xdist begins with those of the most tests.
 LONGEST = (
-    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_precisions.py", "test_flaws.py",
-    "test_judges.py", "test_exit_codes.py", "test_plan_digests.py", "test_diagnosis.py",
-    "test_casts_verified.py", "test_families_opt_codegen_qwen2.py", "test_verify.py", "test_json_memory.py",
-    "test_megatron_families.py", "test_claims.py",
+    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_exit_codes.py",
+    "test_json_memory.py", "test_plan_digests.py", "test_families_opt_codegen_qwen2.py", "test_flaws.py",
+    "test_diagnosis.py", "test_casts_verified.py", "test_precisions.py", "test_claims.py",
+    "test_house_reference.py", "test_threats.py", "test_verify.py", "test_megatron_families.py",
+    "test_judges.py",
 )  # fmt: skip
 
 
