@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ def _keep_freed_memory() -> None:
 _keep_freed_memory()
 gc.disable()  # until all tests are collected: of their ten thousand none is garbage
 
-# The files that take longest, each more than 15 seconds: dealt out first, so that no worker is left alone
+# The files that take longest, each more than 10 seconds: dealt out first, so that no worker is left alone
 # with one at the end. By itself xdist begins with those of the most tests.
 LONGEST = (
-    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_precisions.py", "test_flaws.py",
-    "test_judges.py", "test_exit_codes.py", "test_plan_digests.py", "test_diagnosis.py",
-    "test_casts_verified.py", "test_families_opt_codegen_qwen2.py", "test_verify.py", "test_json_memory.py",
-    "test_megatron_families.py", "test_claims.py",
+    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_exit_codes.py",
+    "test_json_memory.py", "test_plan_digests.py", "test_families_opt_codegen_qwen2.py", "test_flaws.py",
+    "test_diagnosis.py", "test_casts_verified.py", "test_precisions.py", "test_claims.py",
+    "test_house_reference.py", "test_threats.py", "test_verify.py", "test_megatron_families.py",
+    "test_judges.py",
 )  # fmt: skip
 
 
@@ -52,6 +54,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     loaded.end()
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Every worker collects all tests, from modules that pytest compiles in its own way. Where nobody has
+    done that yet each begins with another part of them, and finds the rest done by the others."""
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is None:
+        return
+    if session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    own, workers = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    modules = sorted(Path(__file__).parent.glob("test_*.py"))
+    for module in modules[own * len(modules) // workers : (own + 1) * len(modules) // workers]:
+        with suppress(Exception, pytest.skip.Exception):  # told of where it is collected
+            import_module(f"tests.{module.stem}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

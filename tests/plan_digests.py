@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.headers import REAL, write_sparse
@@ -75,7 +76,7 @@ ONLY = {  # where other families refuse the option, or do not look at it
 }
 
 
-def digest(source: Path, family: str, way: Way, settings: Mapping[str, Any]) -> str:
+def digest(source: Path | Checkpoint, family: str, way: Way, settings: Mapping[str, Any]) -> str:
     """Of the plan; where there is none, the kinds and places of what stands in the way."""
     options = replace(way.options, settings=settings)
     try:
@@ -99,9 +100,11 @@ def of_variant(name: str, folder: Path) -> Iterator[tuple[str, str]]:
 def _all(
     source: Path, family: str, ways: Mapping[str, Way], settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    for title, way in ways.items():
-        if family in ONLY.get(title, (family,)):
-            yield title, digest(source, family, way, settings)
+    (to,) = {way.to for way in ways.values()}
+    with api.open_for(source, to, Options(settings=settings)) as checkpoint:
+        for title, way in ways.items():
+            if family in ONLY.get(title, (family,)):
+                yield title, digest(checkpoint, family, way, settings)
 
 
 def of_published(name: str, folder: Path) -> str:

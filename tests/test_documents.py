@@ -23,16 +23,16 @@ from tests import loaded
 
 Written = Callable[[str], Path]
 CHECKS = ("tokenizer", "generation config", "chat template", "documents", "strangers")
-# One of each family, and of each format of tokenizer.
+# One of each family, and of each format of tokenizer: of few tensors, which are read again for each mistake.
 WITH_TOKENIZER = (
     "mistral-7b-v0.3",
     "mistral-nemo",
     "mixtral-c",
-    "llama-2-7b",
+    "llama-1-7b",
     "llama-3-8b",
-    "bert-ngc-cased",
-    "gpt2-ngc-deflated",
-    "opt-13b",
+    "bert-2023-float32",
+    "gpt2-2023-float32",
+    "opt-350m",
     "codegen-2b-multi",
     "qwen2-0.5b",
 )

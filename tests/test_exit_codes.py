@@ -123,30 +123,38 @@ def test_errors_are_json_where_json_goes_to_stdout(arguments: str, wanted: bool)
 # --- defects --------------------------------------------------------------------------------------------
 
 DEFECTS = {
-    "inspect in": "import ckpt_tool.inspect as m; m.inspect = broken",
-    "plan auto --in in": "import ckpt_tool.api as m; m.plan = broken",
-    "convert auto --in in --out new": "import ckpt_tool.convert.execute as m; m.Run._carry = broken",
-    "verify out --source in --level bits": "import ckpt_tool.verify as m; m.bits = broken",
-    "verify out --source in --level parity": "import ckpt_tool.verify.compute as m; m.lockstep = broken",
-    "families": "import ckpt_tool.convert.families as m; m.family = broken",
-    "fixtures mistral-float32 --out new": "import ckpt_tool.convert.places as m; m.free_place = broken",
-    "gate parity.toml": "import ckpt_tool.verify.gate as m; m.read_gate = broken",
+    "inspect in": "ckpt_tool.inspect.inspect",
+    "plan auto --in in": "ckpt_tool.api.plan",
+    "convert auto --in in --out new": "ckpt_tool.convert.execute.Run._carry",
+    "verify out --source in --level bits": "ckpt_tool.verify.bits",
+    "verify out --source in --level parity": "ckpt_tool.verify.compute.lockstep",
+    "families": "ckpt_tool.convert.families.family",
+    "fixtures mistral-float32 --out new": "ckpt_tool.convert.places.free_place",
+    "gate parity.toml": "ckpt_tool.verify.gate.read_gate",
 }
 RAISED = ["ZeroDivisionError('by a\\x1b[31m zero')", "SystemExit(1)", "RecursionError()", "Alien('panicked')"]
 
 
 def defect(place: str, raised: str) -> str:
+    module, _, name = place.rpartition(".")
     return (
         "class Alien(BaseException): pass\n"  # as libraries in other languages raise
-        f"def broken(*a, **k): raise {raised}\n{place}\n{MAIN}"
+        f"def broken(*a, **k): raise {raised}\n"
+        f"import pkgutil\nsetattr(pkgutil.resolve_name({module!r}), {name!r}, broken)\n{MAIN}"
     )
 
 
 @pytest.mark.parametrize("command", DEFECTS)
-def test_a_defect_is_an_error_of_its_own(command: str, tiny: Path) -> None:
-    script = defect(DEFECTS[command], RAISED[0])
-    done = run(*command.split(), script=script, cwd=tiny)
-    assert done.returncode == 2
+def test_a_defect_is_an_error_of_its_own(command: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any, **named: Any) -> None:
+        raise ZeroDivisionError("by a\x1b[31m zero")
+
+    if command == "inspect in":  # by a process too
+        done = run(*command.split(), script=defect(DEFECTS[command], RAISED[0]), cwd=tiny)
+    else:
+        monkeypatch.setattr(DEFECTS[command], broken)
+        done = program(*command.split(), cwd=tiny)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     first, second = done.stderr.strip().splitlines()
     assert first.startswith(
         "error[internal]: expected to go on, found ZeroDivisionError: by a\\x1b[31m zero ("
@@ -228,7 +236,7 @@ def test_streams_that_are_closed_at_the_start(closed: str, command: str, code: i
     if closed == ">/dev/full":
         assert done.stderr == "error[write-failed]: stdout: cannot be written: No space left on device\n"
     if "--out new" in command:  # no file of the output was taken for a stream
-        assert run("verify", "new", "--source", "in", "--level", "bits", cwd=tiny).returncode == 0
+        assert program("verify", "new", "--source", "in", "--level", "bits", cwd=tiny).returncode == 0
 
 
 # --- signals --------------------------------------------------------------------------------------------
@@ -281,10 +289,10 @@ def test_a_signal_keeps_what_is_finished_for_resume(
     if code > 0:
         assert f"error[interrupted]: stopped by {number.name}" in errors and "--resume" in errors
     again = ["convert", "auto", "--in", str(source), "--out", str(tmp_path / "out"), *SHARDED]
-    done = run(*again, "--resume", "--json")
+    done = program(*again, "--resume", "--json", cwd=tmp_path)
     assert done.returncode == 0 and len(json.loads(done.stdout)["resumed"]) >= 2
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert run("verify", str(tmp_path / "out"), "--source", str(source), "--level", "bits").returncode == 0
+    assert program("verify", "out", "--source", str(source), "--level", "bits", cwd=tmp_path).returncode == 0
 
 
 def test_the_interrupt_is_told_as_json(originals: Written, tmp_path: Path) -> None:

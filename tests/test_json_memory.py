@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ class Run:
             child = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err)
             while child.poll() is None:
                 self.peak = max(self.peak, high_water(child.pid))
-                time.sleep(0.002)
+                time.sleep(0.004)
         self.code = child.returncode
         self.out, self.err = ((cwd / n).read_text(errors="replace") for n in ("stdout", "stderr"))
 
@@ -61,6 +62,7 @@ def high_water(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+@cache
 def bomb(kind: str) -> str:
     if kind == "keys":
         return '{"x":{' + ",".join(f'"{k:x}":1' for k in range(1_250_000)) + "}}"
