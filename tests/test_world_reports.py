@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,27 @@ def test_parameters_that_were_not_gathered_are_told_once(
     (problem,) = found.problems
     assert problem.kind == "unsupported" and "ZeRO-3" in problem.message
     assert problem.hint is not None and "zero_to_fp32.py" in problem.hint
+
+
+def test_the_shares_of_one_rank_are_named(tmp_path: Path) -> None:
+    """pytorch/pytorch#136336: `torch.save(model.state_dict())` after fully_shard pickles DTensors. The pickle
+    here calls what such a file calls, without a process group."""
+    calls = [
+        b"ctorch.distributed.tensor\nDTensor\n",
+        b"ctorch.distributed.tensor._dtensor_spec\nDTensorSpec\n)R",
+    ]
+    content = b"\x80\x02}(X\x01\0\0\0a" + calls[0] + b"X\x01\0\0\0b" + calls[1] + b"%bu."
+    for other, kind in ((b"", "unsupported"), (b"X\x01\0\0\0ccos\nsystem\n", "unsafe-pickle")):
+        file = tmp_path / f"{kind}.bin"
+        torch.save({"w": torch.ones(2)}, file)
+        with zipfile.ZipFile(file) as old:
+            members = {i.filename: old.read(i) for i in old.infolist()}
+        with zipfile.ZipFile(file, "w") as new:
+            for name, data in members.items():
+                new.writestr(name, content.replace(b"%b", other) if name.endswith("data.pkl") else data)
+        with pytest.raises(CkptToolError) as caught:
+            api.open_checkpoint(file)
+        assert caught.value.kind == kind
 
 
 def test_weights_below_an_adapter_s_base_layer_are_named(originals: Written, tmp_path: Path) -> None:

@@ -203,7 +203,8 @@ def _typed_tensor(reader: Reader, function: Global, args: Args) -> object:
     return made
 
 
-_REBUILDS: tuple[Meaning, ...] = (_tensor_v1, _tensor_v2, _tensor_v3, _parameter)
+_wrapper = _odd("a wrapper of another tensor")
+_REBUILDS: tuple[Meaning, ...] = (_tensor_v1, _tensor_v2, _tensor_v3, _parameter, _wrapper)
 
 
 # Plain data
@@ -286,7 +287,7 @@ MEANINGS: dict[tuple[str, str], Meaning] = {
     ("torch._utils", "_rebuild_sparse_tensor"): _odd("sparse"),
     ("torch._utils", "_rebuild_sparse_csr_tensor"): _odd("sparse"),
     ("torch._utils", "_rebuild_nested_tensor"): _odd("nested"),
-    ("torch._utils", "_rebuild_wrapper_subclass"): _odd("a wrapper of another tensor"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _wrapper,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _odd("meta"),
     ("torch._utils", "_rebuild_device_tensor_from_numpy"): _odd("of a device, stored as a numpy array"),
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _odd("of a device, stored as another tensor"),

@@ -32,6 +32,7 @@ from ckpt_tool.records import dataclass
 _IN_GROUPS = ("optimizer.fp32_from_fp16_params", "optimizer.fp32_from_fp16")
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
 _ELEMENT_LIMIT = 1 << 62
+_SHARES = ("DTensor", "ShardedTensor")
 # Saved as a buffer by code after Meta's, in a dtype that no weights have: pytorch/torchtitan#634.
 _COMPLEX_TURNS = re.compile(r"(.*\.)?freqs_cis", re.ASCII).fullmatch
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
@@ -58,6 +59,7 @@ def read_state(pickled: Pickled, *, file: str) -> State:
     """
     root = pickled.value
     paths = surveyed(root, file)
+    _refuse_shares(pickled, file)
     fail_all(unsafe_problems(pickled, file, paths))
     if type(root) is not dict:
         kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
@@ -85,6 +87,23 @@ def read_state(pickled: Pickled, *, file: str) -> State:
     if odd:
         state.notes = (*state.notes, f"{len(odd)} tensors of training are no dense ones: not read")
     return state
+
+
+def _refuse_shares(pickled: Pickled, file: str) -> None:
+    """Fail with `unsupported` where tensors are one rank's shares (FSDP 2, tensor parallelism), and nothing
+    but torch's own classes for them would be called: pytorch/pytorch#136336."""
+    refused = [g for g in pickled.imports if standing(g, called=g in pickled.called) == "refused"]
+    kinds = [
+        g.name for g in pickled.imports if g.module.startswith("torch.distributed.") and g.name in _SHARES
+    ]
+    if kinds and all(g.module.startswith("torch.distributed.") for g in refused):
+        fail(
+            "unsupported",
+            f"expected whole tensors, found {kinds[0]}s, which hold the share of one rank",
+            file=file,
+            hint="save it by torch.distributed.checkpoint, whose folder is read, or whole: "
+            "get_model_state_dict with StateDictOptions(full_state_dict=True)",
+        )
 
 
 def unsafe_problems(
