@@ -96,7 +96,8 @@ def form_of(side: Side, task: str, *, with_past: bool) -> Form:
         for n, own in zip(layer_names(len(kept) // 2, "past_key_values"), kept, strict=True)
     ]
     inputs += [*types, *past, *mask] if kept else [*mask, *types]
-    given = {p.own: _example(p) for p in inputs if p.own not in ("ids", *kept)}
+    sizes = _sizes(side)
+    given = {p.own: _example(p, sizes) for p in inputs if p.own not in ("ids", *kept)}
     heads = side.reading({**given, **({"past": {}} if kept else {})})
     outputs = [
         Port(name, head, {0: BATCH} if name in ONE_ROW else dict(enumerate(kind.axes)))
@@ -243,8 +244,17 @@ class _Seen(Some):
         return found
 
 
-def _example(port: Port, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Tensor:
-    sizes = {**EXAMPLE, WHOLE: EXAMPLE[PAST] + EXAMPLE[SEQUENCE]}
+def _sizes(side: Side) -> dict[str, int]:
+    """The sizes of what a pass is traced with: its own where it has few tokens of fewer, since a size of 0 or
+    1 stays what it is in a graph."""
+    tokens = getattr(side.module, "traced_with", None)
+    sequence = EXAMPLE[SEQUENCE] if tokens is None else int(tokens(side.config))
+    return {**EXAMPLE, SEQUENCE: sequence, WHOLE: EXAMPLE[PAST] + sequence}
+
+
+def _example(
+    port: Port, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Tensor:
     if shapes is None or port.own not in shapes:
         shape = [sizes[port.axes[k]] for k in range(len(port.axes))]
         return (
@@ -268,8 +278,8 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = Reading(side, form, mode).eval()
-    shapes = _kept_shapes(side, form)
-    args = tuple(mode.from_tensor(_example(p, shapes), static_shapes=True) for p in form.inputs)
+    shapes, sizes = _kept_shapes(side, form), _sizes(side)
+    args = tuple(mode.from_tensor(_example(p, sizes, shapes), static_shapes=True) for p in form.inputs)
     axes = tuple(dict(p.axes) for p in form.inputs)
     with torch.inference_mode(False), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         # looking shapes of symbols up in a cache costs more than working them out
