@@ -43,6 +43,7 @@ from ckpt_tool.verify.onnx_weights import Some, put_outside, without_values
 from ckpt_tool.verify.sides import BROKEN, Side
 
 DATA = ".data"  # after the name of the graph
+PRODUCER = "ckpt-tool"
 EXAMPLE = {BATCH: 2, CHOICE: 3, SEQUENCE: 6, PAST: 4}  # sizes, pairwise different
 
 
@@ -127,7 +128,8 @@ def kept_by(side: Side) -> tuple[str, ...]:
         with torch.inference_mode(), side.keep():
             protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
     if not past or len(past) % 2 or any(y.ndim != 4 for y in past.values()):
-        text = "expected a pass that keeps keys and values of earlier tokens, found one that does not"
+        (named, *_) = side.raw.get("architectures") or ["one that does not"]
+        text = f"expected a decoder that keeps keys and values of earlier tokens, found {named}"
         fail("unsupported", text, where="--with-past", hint="leave --with-past out")
     return tuple(past)
 
@@ -351,7 +353,7 @@ def _write(made: Any, path: Path, side: Side, form: Form) -> None:
             del part.metadata_props[:]
             part.doc_string = ""
     del model.metadata_props[:]
-    model.producer_name, model.producer_version = "ckpt-tool", ckpt_tool.__version__
+    model.producer_name, model.producer_version = PRODUCER, ckpt_tool.__version__
     ports = {p.name: p for p in (*form.inputs, *form.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]
@@ -378,6 +380,7 @@ def heads_left_out(side: Side, form: Form) -> list[str]:
 __all__ = [
     "ARGUMENTS",
     "DATA",
+    "PRODUCER",
     "Form",
     "Port",
     "Reading",

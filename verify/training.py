@@ -37,7 +37,7 @@ from ckpt_tool.verify.subject import Subject
 
 LEVEL = "training"
 FEW = 160  # tokens of a prompt to learn from
-MOVED = 3  # times the largest tensor: a gradient beside the one it is added to, and what moves it through the rows
+MOVED = 3  # times the largest tensor: a gradient beside the sum of others, and on its way through the rows
 LIBRARIES = 400 << 20  # bytes that torch and the readers take before any weight
 USUAL = 4 << 30
 CAP = 1e-6  # of the energy of a gradient, whatever the noise
