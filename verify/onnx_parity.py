@@ -361,9 +361,9 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
     wanted: dict[str, bytes] = {}
     for name in renamed:
         x = tensors[name].numpy()
-        own = {_digest(x), _digest(x.T)}
+        right = {_digest(x), _digest(x.T)}
         there = name in file.tensors and file.tensors[name].shape in (x.shape, x.T.shape)
-        if x.size and not own & ({held[name]} if there and name in held else set(held.values())):
+        if x.size and not right & ({held[name]} if there and name in held else set(held.values())):
             missing.append(name)
             if there:
                 other.append(name)
