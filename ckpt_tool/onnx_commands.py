@@ -88,8 +88,11 @@ def verify_onnx(out: str, source: str | None, levels: tuple[str, ...], asked: di
             where="--source",
             hint=hint,
         )
+    if other := [level for level in levels if level != "parity"]:
+        why = ": it has no gradients" if "training" in other else ""
+        text = f"expected parity, which is all that a graph is asked, found {', '.join(other)}{why}"
+        fail("usage", text, where="--level", hint="verify the model that it was made from at this level")
     given = [option for name, option in OF_CHECKPOINTS.items() if asked.get(name)]
-    given += ["--level"] if levels and levels != ("parity",) else []
     given += ["--compute-dtype"] if asked.get("compute_dtype") not in (None, "float32") else []
     given += ["--device"] if asked.get("device") not in (None, "cpu") else []
     if given:

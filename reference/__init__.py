@@ -35,6 +35,7 @@ What verification asks a reading besides, where it says it:
                                         a padded position would else reach a real one in one layout only
     vocabulary(c) -> int                the ids that there are, where config.json does not say it
     needed(c) -> inputs                 those without which the class gives nothing
+    traced_with(c) -> int               tokens that a graph is written with, where a few do not stand for any
 
 a reading of the Hugging Face layout, of tensors that no pass reads, by what they are of:
 

@@ -30,6 +30,7 @@ from ckpt_tool.reference.hf_blocks import (
     only,
     span_logits,
     split_heads,
+    traced,
     weigh,
     wide,
 )
@@ -112,6 +113,11 @@ def fits(tokens: int, c: Config) -> int:
     return 0 if found < c.rate else found
 
 
+def traced_with(c: Config) -> int:
+    """Characters of several molecules, and some over."""
+    return 5 * c.rate + 2
+
+
 def padding(tokens: int, longest: int, c: Config) -> int:
     """How many of `tokens` characters a row may have that is padded to `longest`, so that both layouts agree
     on them: what leaves a window of padding alone differs, and its molecules are seen from before it."""
@@ -189,9 +195,11 @@ def embed(ids: Tensor, w: Tensors, c: Config, token_types: Tensor | None = None)
 
 
 def self_attention(x: Tensor, w: Tensors, p: str, c: Config, seen: Tensor | None) -> Tensor:
-    """`seen` (B, T) is 1 for keys that are seen, 0 for padding, and -1 for what is not there at all."""
+    """`seen` (B, T), or (B, T, T) for each query, is 1 for keys that are seen, 0 for padding, and -1 for what
+    is not there at all."""
     q, k, v = (split_heads(linear(x, w, f"{p}{name}."), c.n_heads) for name in ("query", "key", "value"))
-    keys = torch.ones_like(x[:, None, None, :, 0]) if seen is None else seen[:, None, None, :]
+    keys = torch.ones_like(x[:, None, None, :, 0]) if seen is None else seen[:, None]
+    keys = keys[:, :, None] if keys.ndim == 3 else keys
     scores = wide(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(keys < 0, -torch.inf)
     return weigh(scores, v, keys == 0)
 
@@ -215,22 +223,36 @@ def local_layer(x: Tensor, w: Tensors, c: Config, mask: Tensor | None) -> Tensor
 def local_attention(x: Tensor, w: Tensors, c: Config, mask: Tensor | None) -> Tensor:
     """The windows as a batch of their own, the last one filled up with what nobody sees."""
     B, T, D = x.shape
+    p = c.root + "initial_char_encoder.layer.0.attention.self."
+    if traced():
+        return self_attention(x, w, p, c, windows_seen(x, c, mask))
     more = -T % c.window
     windows = F.pad(x, (0, 0, 0, more)).view(-1, c.window, D)  # (B * T/W, W, D)
     seen = torch.ones(B, T, device=x.device) if mask is None else mask
     # a last window of padding weighs all its own characters alike, and none of those that fill it up
     filled = F.pad(seen.to(x.dtype), (0, more), value=-1.0).view(-1, c.window)
-    p = c.root + "initial_char_encoder.layer.0.attention.self."
     return self_attention(windows, w, p, c, filled).view(B, -1, D)[:, :T]
+
+
+def windows_seen(x: Tensor, c: Config, mask: Tensor | None) -> Tensor:
+    """For graphs, whose lengths are not known, what each character of x (B, T, D) has of the others: those of
+    its window, (B, T, T)."""
+    window = torch.arange(x.shape[1], device=x.device) // c.window
+    seen = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
+    return seen[:, None, :].masked_fill(window[:, None] != window, -1.0)
 
 
 def downsampled(x: Tensor, w: Tensors, c: Config) -> Tensor:
     """One molecule of each `rate` characters, but for the last, before which comes the first character:
     (B, M, D)."""
-    if x.shape[1] < c.rate:
+    if not traced() and x.shape[1] < c.rate:
         raise ValueError(f"expected at least {c.rate} characters, found {x.shape[1]}")
     p = c.root + "chars_to_molecules."
-    made = F.conv1d(x.mT, w[p + "conv.weight"], w[p + "conv.bias"], stride=c.rate).mT
+    if traced():  # the same products, with as many molecules as the mask has
+        flat = whole_molecules(x, c).flatten(2)
+        made = F.linear(flat, w[p + "conv.weight"].mT.flatten(1), w[p + "conv.bias"])
+    else:
+        made = F.conv1d(x.mT, w[p + "conv.weight"], w[p + "conv.bias"], stride=c.rate).mT
     return torch.cat([x[:, :1], activate(made, c.activation)[:, :-1]], dim=1)
 
 
@@ -240,7 +262,16 @@ def downsample(x: Tensor, w: Tensors, c: Config) -> Both:
 
 def molecules_seen(mask: Tensor | None, c: Config) -> Tensor | None:
     """(B, M)."""
+    if mask is not None and traced():
+        return whole_molecules(wide(mask)[..., None], c).amax((2, 3))
     return None if mask is None else F.max_pool1d(wide(mask)[:, None], c.rate)[:, 0]
+
+
+def whole_molecules(x: Tensor, c: Config) -> Tensor:
+    """(B, T, D) as (B, M, R, D), without the last characters where they are fewer than `rate`."""
+    B, T, D = x.shape
+    M = T // c.rate
+    return x[:, : M * c.rate].reshape(B, M, c.rate, D)
 
 
 def encoder_layer(x: Both, i: int, w: Tensors, c: Config, mask: Tensor | None) -> Both:
@@ -253,10 +284,15 @@ def upsampled(x: Both, w: Tensors, c: Config) -> Tensor:
     """Each character beside its molecule, those without one beside the last; then a convolution that keeps
     the length, and its gelu: (B, T, D)."""
     (characters, m), p = x, c.root + "projection."
-    lengths = torch.full((m.shape[1],), c.rate, device=m.device)
-    lengths[0] = 0
-    lengths[-1] += characters.shape[1] - int(lengths.sum())
-    both = torch.cat([characters, m.repeat_interleave(lengths, dim=1)], dim=-1)
+    if traced():
+        own = torch.arange(characters.shape[1], device=m.device) // c.rate + 1
+        repeated = m[:, own.clamp(max=m.shape[1] - 1)]
+    else:
+        lengths = torch.full((m.shape[1],), c.rate, device=m.device)
+        lengths[0] = 0
+        lengths[-1] += characters.shape[1] - int(lengths.sum())
+        repeated = m.repeat_interleave(lengths, dim=1)
+    both = torch.cat([characters, repeated], dim=-1)
     before = (c.kernel - 1) // 2
     both = F.pad(both.mT, (before, c.kernel - 1 - before))
     return activate(F.conv1d(both, w[p + "conv.weight"], w[p + "conv.bias"]).mT, c.activation)

@@ -258,7 +258,7 @@ def kernel(R: int, w: Tensors, p: str) -> Tensor:
 def relative(x: Tensor, w: Tensors, stem: str, c: Config) -> Tensor:
     """(C, C), as a strip that is tiled and cut, or from sines and cosines."""
     T = x.shape[1]
-    C = T if c.chunk is None or c.chunk > T else c.chunk
+    C = T if c.chunk is None or (not traced() and c.chunk > T) else c.chunk
     if c.bias == "rotary":
         both = (rotary(w[stem + name].expand(C, -1)) for name in ("alpha", "b_param"))
         return torch.einsum("mk,nk->mn", *both)
@@ -283,6 +283,8 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, c: Config, mask: Tensor | None
 ) -> Tensor:
     """Inside chunks, (B, T, H). A decoder divides by how many keys come before, padding or not."""
+    if traced() and c.chunk is not None:
+        return attention_of_any_length(query, key, value, bias, c, mask)
     B, T, Z = query.shape
     C, H = len(bias), value.shape[-1]
     query, key = (y.view(B, T // C, C, Z) for y in (query, key))
@@ -304,6 +306,30 @@ def attention(
         weights = weights if padding is None else weights * padding[:, :, None, :]
         weights = weights if causal is None else weights * causal
     return torch.matmul(weights, value.view(B, T // C, C, H)).view(B, T, H)
+
+
+def attention_of_any_length(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, c: Config, mask: Tensor | None
+) -> Tensor:
+    """The same for graphs, whose lengths are not known: every key is scored, and those of other chunks do not
+    count. `bias` is that of a whole chunk, of which less than one has the first rows and columns."""
+    T, C, Z = query.shape[1], len(bias), query.shape[2]
+    place = torch.arange(T, device=query.device)
+    chunk, inside = place // C, place % C
+    near = chunk[:, None] == chunk
+    before = near & (place[:, None] >= place) if c.causal else near
+    real = None if mask is None else near & (mask != 0)[:, None, :]  # (B, T, T)
+    bias = bias[inside][:, inside]
+    if c.attention == "softmax":
+        seen = before if real is None else before & (real | ~real.any(-1, keepdim=True))
+        scores = torch.matmul(query * Z**-0.5, key.transpose(1, 2)) + bias
+        return torch.matmul(scores.masked_fill(~seen, -math.inf).softmax(-1), value)
+    keys = before if c.causal or real is None else real
+    lengths = keys.to(query.dtype).sum(-1, keepdim=True).clamp(min=1.0)
+    scores = torch.matmul(query, key.transpose(1, 2)) / lengths + bias
+    weights = F.relu(scores).square() if c.attention == "relu2" else laplace(scores)
+    seen = before if real is None else before & real
+    return torch.matmul(weights * seen.to(weights.dtype), value)
 
 
 def laplace(x: Tensor, mu: float = 0.707107, sigma: float = 0.282095) -> Tensor:

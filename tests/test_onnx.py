@@ -24,8 +24,10 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.qwen3 import qwen3
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import onnx_made
+from ckpt_tool.reference.phases import leaves
+from ckpt_tool.verify import onnx_made, onnx_parity
 from ckpt_tool.verify.onnx_export import DATA, for_task, form_of, needed
+from ckpt_tool.verify.onnx_judges import source_of
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
 from ckpt_tool.verify.onnx_weights import in_graph, pieces, put_outside, without_values
 from ckpt_tool.verify.sides import converted_side
@@ -246,6 +248,14 @@ def test_what_cannot_be_exported_is_said(
     assert not list(tmp_path.iterdir())
 
 
+def test_past_of_a_model_that_keeps_none_is_refused(conversions: Written, tmp_path: Path) -> None:
+    for task in ((), ("--task", "default")):
+        folder = str(conversions("bert-v1-bare"))
+        run = program("export", "onnx", folder, "--out", "a.onnx", "--with-past", *task, cwd=tmp_path)
+        assert run.returncode == 2 and not list(tmp_path.iterdir())
+        assert "a decoder that keeps keys and values of earlier tokens, found MegatronBert" in run.stderr
+
+
 # --- exports of others ------------------------------------------------------------------------------------
 
 
@@ -306,6 +316,48 @@ def test_a_wrong_weight_is_found(exported: tuple[Path, Any], converted: Path, tm
     assert said["data"]["missing"] == said["data"]["other_bits"]
 
 
+def _changed(path: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]], None]) -> None:
+    """Weights altered where they lie, by name."""
+    with closing(open_onnx(path)) as file:
+        places = {n: (p.offset, p.size, file.tensors[n].shape) for n, p in file.outside.items()}
+    data = np.memmap(path.parent / (path.name + DATA), np.uint8, "r+")
+    change({n: data[at : at + size].view("<f4").reshape(shape) for n, (at, size, shape) in places.items()})
+
+
+FIRST, SECOND = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "kv")
+
+
+def _exchanged(weights: dict[str, np.ndarray[Any, Any]]) -> None:
+    weights[FIRST][:], weights[SECOND][:] = weights[SECOND].copy(), weights[FIRST].copy()
+
+
+def _one_bit(weights: dict[str, np.ndarray[Any, Any]]) -> None:
+    weights["model.embed_tokens.weight"].view(np.uint32)[-1, 0] ^= 1  # of a word that no prompt has
+
+
+@pytest.mark.parametrize(
+    ("change", "producer", "status", "words"),
+    [
+        (_exchanged, "pytorch", "fail", f"exchanged: {FIRST} holds {SECOND}, {SECOND} holds {FIRST}"),
+        (_one_bit, "ckpt-tool", "fail", "with other bits under its name: model.embed_tokens.weight"),
+        (_one_bit, "pytorch", "note", "with other bits under its name: model.embed_tokens.weight"),
+    ],
+)
+def test_weights_are_compared_under_their_names(
+    change: Any, producer: str, status: str, words: str,
+    exported: tuple[Path, Any], converted: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Another's bits under a name, and a bit that no result shows, of an export that promises them all."""
+    path = copied(exported, tmp_path)
+    _changed(path, change)
+    model = onnx.load(path, load_external_data=False)
+    model.producer_name = producer
+    path.write_bytes(model.SerializeToString())
+    with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
+        (finding,) = onnx_parity._weights(file, source.converted(torch.float32))
+    assert finding.status == status and words in finding.message
+
+
 def _renamed(old: str, new: str) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         for value in (*model.graph.input, *model.graph.output):
@@ -360,6 +412,11 @@ def test_a_graph_wants_a_source_and_no_options_of_checkpoints(exported: tuple[Pa
     assert run.returncode == 2 and "expected the model that the graph was made from" in run.stderr
     run = verified(path, path.parent, "--against", "transformers")
     assert run.returncode == 2 and "--against" in run.stderr
+    run = verified(path, path.parent, "--level", "training")
+    assert run.returncode == 2
+    assert "expected parity, which is all that a graph is asked, found training: it has no gradients" in (
+        " ".join(run.stderr.split())
+    )
 
 
 # --- files that lie ---------------------------------------------------------------------------------------
@@ -601,3 +658,26 @@ def test_padding_and_past_of_gpt_oss_are_left_out(
     assert float((whole[1:, 3:] - alone).abs().max()) < 1e-4
     assert float((whole[:, 4:] - later).abs().max()) < 1e-4
     assert torch.allclose(written, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["canine-s", "mega-chunks", "mega-decoder"])
+def test_a_graph_of_windows_takes_every_length(
+    variant: str, conversions: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a graph the pass does not choose by lengths, and computes the same at each."""
+    from ckpt_tool.reference import hf_canine, hf_mega
+
+    module: Any = hf_canine if variant.startswith("canine") else hf_mega
+    with opened(conversions(variant), None, VARIANTS[variant].settings) as subject:
+        side = converted_side(subject, torch.float64, "cpu")
+        for tokens in sorted({side.fits(n) for n in (4, 9, 33)} - {0}):
+            ids = torch.arange(11, 11 + 2 * tokens).view(2, tokens)
+            mask = torch.ones_like(ids)
+            mask[1, tokens // 2 :] = 0
+            wanted = side.encode(ids, {"mask": mask})
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "traced", lambda: True)
+                found = side.encode(ids, {"mask": mask})
+            for one, other in zip(leaves(wanted), leaves(found), strict=True):
+                real = slice(None) if one.shape[1] != tokens else mask.bool()
+                assert torch.allclose(one[real], other[real], rtol=0, atol=1e-9), tokens

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +22,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ckpt_tool.reference.phases as protocol
 from ckpt_tool import api
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.facts_parts import in_one_row
+from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import library, optimizer, schedules, training, training_groups, verify
+from ckpt_tool.verify import gradients, library, optimizer, schedules, training, training_groups, verify
 from ckpt_tool.verify.optimizer import AdamW
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.report import Finding, Report
+from ckpt_tool.verify.sides import converted_side
+from ckpt_tool.verify.subject import opened
+from ckpt_tool.verify.weights import Weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -271,7 +277,7 @@ def test_another_dropout_is_named(conversions: Written, originals: Written, tmp_
 
 def wanted(right: np.ndarray, off: float) -> training.Wanted:
     energy = float(right @ right)
-    return training.Wanted({"w": right}, {"w": off}, 1.0, (), 1e-13, energy / right.size)
+    return training.Wanted({"w": right}, {"w": energy}, {"w": off}, 1.0, (), 1e-13, energy / right.size)
 
 
 def test_a_gradient_that_float32_does_not_have_is_not_judged() -> None:
@@ -363,6 +369,65 @@ def test_what_the_class_of_transformers_learns(
         assert [f.where for f in found] == ["model.layers.1.mlp.up_proj.weight"]
 
 
-def test_too_little_memory_is_said_before(conversions: Written, originals: Written) -> None:
-    with pytest.raises(Exception, match="expected at least .* for gradients, found 9 MB"):
-        verify(conversions("llama-3.2-1b"), originals("llama-3.2-1b"), levels="training", memory=9_000_000)
+def test_too_little_memory_is_said_before(
+    conversions: Written, originals: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = conversions("llama-3.2-1b"), originals("llama-3.2-1b")
+    with pytest.raises(CkptToolError, match="expected at least .* for gradients, found 9 MB"):
+        verify(*folders, levels="training", memory=9_000_000)
+    monkeypatch.setattr(training, "free_memory", lambda: 300_000_000)
+    with pytest.raises(CkptToolError, match="expected 4.. MB of free memory for gradients, found 300 MB"):
+        verify(*folders, levels="training")
+
+
+class Counted(Weights):
+    """Notes how many elements are in use at once."""
+
+    alive, most = 0, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        x = super().__getitem__(name)
+        Counted.alive += x.numel()
+        Counted.most = max(Counted.most, Counted.alive)
+        weakref.finalize(x.untyped_storage(), self.gone, x.numel())
+        return x
+
+    @staticmethod
+    def gone(count: int) -> None:
+        Counted.alive -= count
+
+
+@pytest.mark.parametrize("variant", ["llama-3.2-1b", "mluke-aware"])
+def test_gradients_phase_by_phase_are_those_of_one_graph(variant: str, conversions: Written) -> None:
+    """Of a tied table, and of words and entities side by side; with the weights of one phase in memory, and
+    each gradient handed on once."""
+    with opened(conversions(variant), None, VARIANTS[variant].settings) as subject:
+        side = converted_side(subject, torch.float64, "cpu")
+        given = {"entity_ids": [[3, 4]], "entity_positions": [[[1, 2], [4, -1]]]}
+        mask = {} if variant != "mluke-aware" else {k: torch.tensor(x) for k, x in given.items()}
+        batches = [(torch.arange(5, 16)[None], mask), (torch.arange(30, 37)[None], {})]
+        task = gradients.Task(side.vocabulary, variant == "llama-3.2-1b", None)
+        (own,) = side.weights
+        leaves = {n: own[n].requires_grad_(own.tensors[n].dtype != "I64") for n in own}
+        total = torch.zeros((), dtype=torch.float64)
+        for ids, more in batches:
+            phases = side.module.phases((leaves,), side.config, more)
+            for name, y in protocol.outputs(phases, ids).items():
+                total = total + task.loss(name, y, ids, more) / 2 if y.numel() else total
+        total.backward()
+        counted = Counted(own.checkpoint, own.tensors, torch.float64, "cpu")
+        Counted.alive = Counted.most = 0
+        found: dict[Any, Any] = {}
+
+        def take(key: Any, x: Any) -> None:
+            assert key not in found
+            found[key] = x
+
+        made = gradients.taught(replace(side, weights=(counted,), ranks=(counted,)), batches, task, take)
+    assert made.loss == pytest.approx(float(total.detach()), rel=1e-12)
+    assert Counted.most < 0.7 * sum(t.numel for t in own.tensors.values())
+    for name, info in own.tensors.items():
+        wanted, x = leaves[name].grad, found.get((info.file, info.name))
+        assert (wanted is None) == (x is None), name
+        if wanted is not None:
+            assert np.allclose(wanted.numpy(), x, rtol=1e-9, atol=1e-12), name

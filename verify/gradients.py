@@ -8,7 +8,8 @@ sum of theirs, and so has one of which the Hugging Face layout has several.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -20,21 +21,27 @@ from ckpt_tool.convert.layout import Access, Part, Step
 from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.reference.phases import Phase, Tree, leaves, mapped
-from ckpt_tool.verify.sides import Side, Tensors
+from ckpt_tool.verify.sides import Side, Tensors, holds_numbers
 from ckpt_tool.verify.weights import Weights
 
 Key = tuple[str, str]  # file and name
 Gradients = dict[Key, np.ndarray]
+Batches = Sequence[tuple[Tensor, Tensors]]
+Take = Callable[[Key, np.ndarray | None], None]
+Grads = list[Tensor | None]  # of the tensors of a tree, in order
+HEADS = "heads"
 EVERY = 3  # of the words that a model without an order is asked for, one of so many
 NO_LABEL = -100
 
 
 class Leaves(Mapping[str, Tensor]):
     """Tensors of one rank that collect gradients; those of one (file, name) are one, in all ranks and under
-    all names. `asked` gets those that are read."""
+    all names. `asked` gets those that are read, and `begun` are gradients that are added to."""
 
-    def __init__(self, weights: Weights, made: dict[Key, Tensor], asked: set[Key]) -> None:
-        self.weights, self.made, self.asked = weights, made, asked
+    def __init__(
+        self, weights: Weights, made: dict[Key, Tensor], asked: set[Key], begun: dict[Key, Tensor]
+    ) -> None:
+        self.weights, self.made, self.asked, self.begun = weights, made, asked, begun
 
     def key(self, name: str) -> Key:
         info = self.weights.tensors[name]
@@ -44,11 +51,11 @@ class Leaves(Mapping[str, Tensor]):
         key = self.key(name)
         self.asked.add(key)
         if key not in self.made:
-            x = self.weights[name].detach().clone()
-            learns = (
-                self.weights.tensors[name].dtype in CASTABLE
-            )  # and not a code, packed with others or scaled
-            self.made[key] = x.requires_grad_() if learns else x
+            x = self.weights[name].detach()
+            if self.weights.tensors[name].dtype in CASTABLE:  # and not a code, packed with others or scaled
+                x.requires_grad_()
+                x.grad = self.begun.get(key)
+            self.made[key] = x
         return self.made[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -132,14 +139,14 @@ class Task:
         return losses.labelled(rows, labels)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Taught:
-    """Gradients of one side by tensor, the loss, and the tensors themselves."""
+    """What is known when all gradients of a side are handed on: the loss, the tensors that were read, and
+    those of them that heads use and what comes before them too."""
 
-    gradients: Gradients
     loss: float
-    tensors: dict[Key, Tensor] = field(default_factory=dict)
-    shared: frozenset[Key] = frozenset()  # that heads use, and what comes before them too
+    read: frozenset[Key]
+    shared: frozenset[Key]
 
 
 @dataclass(frozen=True)
@@ -151,46 +158,112 @@ class Flaw:
     output: bool = False
 
 
-def taught(side: Side, prompts: Sequence[tuple[Tensor, Tensors]], task: Task, flaw: Flaw = Flaw()) -> Taught:
-    """The gradients of the mean loss over the prompts and heads."""
-    made: dict[Key, Tensor] = {}
-    asked: set[Key] = set()
-    ranks = [Leaves(w, made, asked) for w in side.weights]
-    total, both = 0.0, set[Key]()
-    for ids, given in prompts:
-        asked.clear()
-        shared: set[Key] = set()
-        phases = _phases(side, ranks, given, shared if flaw.output else None)
+def taught(side: Side, prompts: Batches, task: Task, take: Take, flaw: Flaw = Flaw()) -> Taught:
+    """The gradients of the mean loss over the prompts and heads: `take` gets each as soon as it is whole,
+    those of the last phase first, and None of a tensor that was read and has none.
+
+    Each phase is computed twice, the second time from what went into it with what its gradients need. So the
+    weights of one phase are in memory at a time, and of gradients those of tensors that phases share."""
+    walk = _Walk(side, prompts, task, flaw, take)
+    walk.forth()
+    walk.back()
+    return Taught(walk.loss, frozenset(walk.first), walk.shared)
+
+
+class _Walk:
+    """A pass of one side over prompts, and back. `into` is what goes into each phase, by prompt; `first` the
+    phase that reads a tensor before all others, after which its gradient is whole."""
+
+    def __init__(self, side: Side, prompts: Batches, task: Task, flaw: Flaw, take: Take) -> None:
+        self.side, self.prompts, self.task, self.flaw, self.take = side, prompts, task, flaw, take
+        self.made: dict[Key, Tensor] = {}
+        self.asked: set[Key] = set()
+        self.begun: dict[Key, Tensor] = {}
+        self.ranks = [Leaves(w, self.made, self.asked, self.begun) for w in side.weights]
+        self.into: list[dict[str, Tree]] = [{} for _ in prompts]
+        self.first: dict[Key, str] = {}
+        self.shared: frozenset[Key] = frozenset()
+        self.loss = 0.0
+        phases = (p for k in range(len(prompts)) for p in self._phases(k).values())
+        self.order = list(dict.fromkeys(p.name for p in phases if p.kind != "head"))
+
+    def _phases(self, k: int, cut: Container[Key] = ()) -> dict[str, Phase]:
+        """Those of a prompt; `cut` are tensors without their gradients."""
+        ranks = [Cut(r, cut) for r in self.ranks] if cut else self.ranks
+        found: list[Phase] = self.side.module.phases(ranks, self.side.config, self.prompts[k][1])
+        return {p.name: p for p in found}
+
+    def _done(self, name: str) -> None:
+        """Forget the weights of a phase, and note what it has read."""
+        for key in self.asked:
+            self.first.setdefault(key, name)
+        self.begun.update((key, x.grad) for key, x in self.made.items() if x.grad is not None)
+        self.asked.clear()
+        self.made.clear()
+
+    def _hand_on(self, name: str) -> None:
+        """The gradients of tensors that no earlier phase reads."""
+        for key in [key for key, first in self.first.items() if first == name]:
+            x = self.begun.pop(key, None)
+            self.take(key, None if x is None else x.cpu().numpy())
+
+    def forth(self) -> None:
+        """What goes into each phase, and into the heads, of which nothing else is kept."""
+        x: list[Tree] = [ids for ids, _ in self.prompts]
+        with torch.no_grad():
+            for name in self.order:
+                for k, own in enumerate(self.into):
+                    if (phase := self._phases(k).get(name)) is not None:
+                        own[name] = x[k]
+                        x[k] = phase.run(x[k])
+                self._done(name)
+        for own, last in zip(self.into, x, strict=True):
+            own[HEADS] = last
+
+    def back(self) -> None:
+        before = frozenset(self.first)
+        after = [self._of_heads(k, before) for k in range(len(self.prompts))]
+        self.shared = before & self.asked
+        self._done(HEADS)
+        self._hand_on(HEADS)
+        for name in reversed(self.order):
+            if name == self.flaw.detached:
+                after = [[None] * len(grads) for grads in after]
+            after = [self._of_phase(name, k, grads) for k, grads in enumerate(after)]
+            self._done(name)
+            self._hand_on(name)
+
+    def _of_heads(self, k: int, before: frozenset[Key]) -> Grads:
+        """The gradients of what the heads start from."""
+        x, (ids, given) = _leaves_of(self.into[k].pop(HEADS)), self.prompts[k]
+        phases = self._phases(k, before if self.flaw.output else ())
         with torch.enable_grad():
-            x: Tree = ids
-            for phase in (p for p in phases if p.kind != "head"):
-                x = phase.run(x)
-                if phase.name == flaw.detached:
-                    x = mapped(lambda t: t.detach(), x)
-            shared |= asked
-            asked.clear()
-            heads = [(p.name, p.run(x)) for p in phases if p.kind == "head" and p.name not in task.left_out]
-            loss = sum(
-                (task.loss(n, y, ids, given) for n, y in heads if any(t.numel() for t in leaves(y))),
-                torch.zeros((), dtype=side.weights[0].dtype, device=ids.device),
-            )
-            loss = loss / len(prompts)
+            heads = ((n, p.run(x)) for n, p in phases.items() if p.kind == "head")
+            asked = ((n, y) for n, y in heads if n not in self.task.left_out and holds_numbers(y))
+            loss = torch.zeros((), dtype=self.side.weights[0].dtype, device=ids.device)
+            loss = sum((self.task.loss(n, y, ids, given) for n, y in asked), loss) / len(self.prompts)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-        both |= shared & asked
-    found = {k: t.grad.cpu().numpy() for k, t in made.items() if t.grad is not None}
-    return Taught(found, total, {k: t.detach() for k, t in made.items()}, frozenset(both))
+        self.loss += float(loss.detach())
+        return [t.grad for t in leaves(x)]
+
+    def _of_phase(self, name: str, k: int, after: Grads) -> Grads:
+        """The gradients of what goes into a phase, by those of what comes out of it."""
+        if name not in self.into[k]:
+            return after
+        x = _leaves_of(self.into[k].pop(name))
+        if any(g is not None for g in after):
+            with torch.enable_grad():
+                made = leaves(self._phases(k)[name].run(x))
+            known = [(y, g) for y, g in zip(made, after, strict=True) if y.requires_grad and g is not None]
+            if known:
+                torch.autograd.backward([y for y, _ in known], [g for _, g in known])
+        return [t.grad for t in leaves(x)]
 
 
-def _phases(
-    side: Side, ranks: Sequence[Leaves], given: Tensors, shared: Container[Key] | None
-) -> list[Phase]:
-    own: list[Phase] = side.module.phases(ranks, side.config, given)
-    if shared is None:
-        return own
-    cut: list[Phase] = side.module.phases([Cut(r, shared) for r in ranks], side.config, given)
-    return [b if a.kind == "head" else a for a, b in zip(own, cut, strict=True)]
+def _leaves_of(x: Tree) -> Tree:
+    """The same tree, which collects gradients."""
+    return mapped(lambda t: t.detach().requires_grad_(t.is_floating_point()), x)
 
 
 # --- through the rows of a plan -----------------------------------------------------------------------------
@@ -217,20 +290,16 @@ class Rows:
     def forth(self, gradients: Gradients) -> dict[str, np.ndarray]:
         """Those of an original as the other layout has them, summed where it has one place for several."""
         found: dict[str, np.ndarray] = {}
-        for step in self.own:
-            sources = [gradients.get(self.key(p)) for p in step.sources]
-            if all(x is None for x in sources):
-                continue
-            made = moved(step, _whole(step.sources, step, sources))
-            for part, x in zip(step.targets, made, strict=True):
-                _add(found, part.name, x.reshape(self.shapes.get(part.name, x.shape)))
+        carried = Carried(self, found.__setitem__)
+        for key, x in gradients.items():
+            carried.take(key, x)
+        carried.close()
         return found
 
     def folded(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Those of the Hugging Face layout with what its copies have added to where the elements are at
-        home, and nothing in the copies."""
-        found = {name: x.copy() for name, x in gradients.items()}
-        back: Gradients = {}
+        home, and nothing in the copies. What no copy concerns is handed on as it is."""
+        found, back = dict(gradients), Gradients()
         whole: dict[str, int] = {}  # elements of each that are copies
         for step in self.copies:
             taken = [gradients.get(p.name) for p in step.targets]
@@ -239,33 +308,93 @@ class Rows:
             way = Step(step.axes, step.targets, step.sources)
             for part, x in zip(step.sources, moved(way, _whole(step.targets, step, taken)), strict=True):
                 _add(back, self.key(part), x)
-            ones = [np.ones(prod(p.shape(step.sizes))) for p in step.sources]
+            ones = [np.ones(prod(p.shape(step.sizes)), bool) for p in step.sources]
             for part, hit in zip(step.targets, moved(step, ones), strict=True):
-                if part.name in found:
-                    found[part.name][hit.reshape(found[part.name].shape) > 0] = 0
+                if (own := found.get(part.name)) is not None:
+                    found[part.name] = np.where(hit.reshape(own.shape), own.dtype.type(0), own)
                     whole[part.name] = whole.get(part.name, 0) + int(hit.sum())
         found = {name: x for name, x in found.items() if whole.get(name) != x.size}
         for name, x in self.forth(back).items():
             _add(found, name, x)
         return found
 
-    def left_out(self, gradients: Gradients) -> list[tuple[Key, float]]:
-        """Elements of the original that go nowhere and have a gradient: their largest, by tensor."""
-        seen: dict[Key, np.ndarray] = {}
+    @cached_property
+    def of_copies(self) -> frozenset[str]:
+        """Tensors of the Hugging Face layout that copies take from or add to."""
+        keys = {self.key(p) for s in self.copies for p in s.sources}
+        home = {p.name for s in self.own if keys & {self.key(x) for x in s.sources} for p in s.targets}
+        return frozenset(home | {p.name for s in self.copies for p in s.targets})
+
+    @cached_property
+    def readers(self) -> Mapping[Key, list[Step]]:
+        """The steps that read each tensor of the original, copies among them."""
+        found: dict[Key, list[Step]] = {}
         for step in self.steps:
+            for key in {self.key(p) for p in step.sources}:
+                found.setdefault(key, []).append(step)
+        return found
+
+    def left_out(self, key: Key, x: np.ndarray) -> float:
+        """The largest of the elements of an original's tensor that go nowhere; 0 where all do."""
+        rest = np.ones(x.size, bool)
+        for step in self.readers.get(key, ()):
             for block in step.blocks():
                 for access in block.reads:
-                    part = step.sources[access.part]
-                    key = self.key(part)
-                    if key in gradients:
-                        hit = seen.setdefault(key, np.zeros(gradients[key].size, bool))
-                        hit[_places(access)] = True
-        found = []
-        for key, x in gradients.items():
-            rest = x.ravel() if key not in seen else x.ravel()[~seen[key]]
-            if rest.size and (top := float(np.abs(rest).max())) > 0:
-                found.append((key, top))
-        return found
+                    if self.key(step.sources[access.part]) == key:
+                        rest[_places(access)] = False
+        return float(np.abs(x.ravel()[rest]).max()) if rest.any() else 0.0
+
+
+class Carried:
+    """Gradients of an original on their way through the rows: `give` gets each tensor of the other layout as
+    soon as all that goes into it is there, and nothing is held longer than it is needed."""
+
+    def __init__(self, rows: Rows, give: Callable[[str, np.ndarray], None]) -> None:
+        self.rows, self.give = rows, give
+        self.held: Gradients = {}
+        self.made: dict[str, np.ndarray] = {}
+        self.steps = dict(enumerate(rows.own))  # those that are still to come
+        self.waits: dict[int, set[Key]] = {}
+        self.readers: dict[Key, set[int]] = {}
+        self.writers: dict[str, set[int]] = {}
+        for n, step in self.steps.items():
+            self.waits[n] = {rows.key(p) for p in step.sources}
+            for key in self.waits[n]:
+                self.readers.setdefault(key, set()).add(n)
+            for part in step.targets:
+                self.writers.setdefault(part.name, set()).add(n)
+
+    def take(self, key: Key, x: np.ndarray | None) -> None:
+        """None of a tensor that has no gradient."""
+        if x is not None and key in self.readers:
+            self.held[key] = x
+        for n in list(self.readers.get(key, ())):
+            self.waits[n].discard(key)
+            if not self.waits[n]:
+                self._run(n)
+
+    def close(self) -> None:
+        """What did not come has no gradient."""
+        for n in list(self.steps):
+            self._run(n)
+
+    def _run(self, n: int) -> None:
+        step = self.steps.pop(n)
+        keys = [self.rows.key(p) for p in step.sources]
+        if any(key in self.held for key in keys):
+            for part, x in zip(step.targets, self._moved(step, keys), strict=True):
+                _add(self.made, part.name, x.reshape(self.rows.shapes.get(part.name, x.shape)))
+        for key in set(keys):
+            self.readers[key].discard(n)
+            if not self.readers[key]:
+                self.held.pop(key, None)
+        for name in {p.name for p in step.targets}:
+            self.writers[name].discard(n)
+            if not self.writers[name] and name in self.made:
+                self.give(name, self.made.pop(name))
+
+    def _moved(self, step: Step, keys: Sequence[Key]) -> list[np.ndarray]:
+        return moved(step, _whole(step.sources, step, [self.held.get(key) for key in keys]))
 
 
 def moved(step: Step, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

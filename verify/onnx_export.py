@@ -43,6 +43,7 @@ from ckpt_tool.verify.onnx_weights import Some, put_outside, without_values
 from ckpt_tool.verify.sides import BROKEN, Side
 
 DATA = ".data"  # after the name of the graph
+PRODUCER = "ckpt-tool"
 EXAMPLE = {BATCH: 2, CHOICE: 3, SEQUENCE: 6, PAST: 4}  # sizes, pairwise different
 
 
@@ -96,7 +97,8 @@ def form_of(side: Side, task: str, *, with_past: bool) -> Form:
         for n, own in zip(layer_names(len(kept) // 2, "past_key_values"), kept, strict=True)
     ]
     inputs += [*types, *past, *mask] if kept else [*mask, *types]
-    given = {p.own: _example(p) for p in inputs if p.own not in ("ids", *kept)}
+    sizes = _sizes(side)
+    given = {p.own: _example(p, sizes) for p in inputs if p.own not in ("ids", *kept)}
     heads = side.reading({**given, **({"past": {}} if kept else {})})
     outputs = [
         Port(name, head, {0: BATCH} if name in ONE_ROW else dict(enumerate(kind.axes)))
@@ -126,7 +128,8 @@ def kept_by(side: Side) -> tuple[str, ...]:
         with torch.inference_mode(), side.keep():
             protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
     if not past or len(past) % 2 or any(y.ndim != 4 for y in past.values()):
-        text = "expected a pass that keeps keys and values of earlier tokens, found one that does not"
+        (named, *_) = side.raw.get("architectures") or ["one that does not"]
+        text = f"expected a decoder that keeps keys and values of earlier tokens, found {named}"
         fail("unsupported", text, where="--with-past", hint="leave --with-past out")
     return tuple(past)
 
@@ -243,8 +246,17 @@ class _Seen(Some):
         return found
 
 
-def _example(port: Port, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Tensor:
-    sizes = {**EXAMPLE, WHOLE: EXAMPLE[PAST] + EXAMPLE[SEQUENCE]}
+def _sizes(side: Side) -> dict[str, int]:
+    """The sizes of what a pass is traced with: its own where it has few tokens of fewer, since a size of 0 or
+    1 stays what it is in a graph."""
+    tokens = getattr(side.module, "traced_with", None)
+    sequence = EXAMPLE[SEQUENCE] if tokens is None else int(tokens(side.config))
+    return {**EXAMPLE, SEQUENCE: sequence, WHOLE: EXAMPLE[PAST] + sequence}
+
+
+def _example(
+    port: Port, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Tensor:
     if shapes is None or port.own not in shapes:
         shape = [sizes[port.axes[k]] for k in range(len(port.axes))]
         return (
@@ -268,8 +280,8 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = Reading(side, form, mode).eval()
-    shapes = _kept_shapes(side, form)
-    args = tuple(mode.from_tensor(_example(p, shapes), static_shapes=True) for p in form.inputs)
+    shapes, sizes = _kept_shapes(side, form), _sizes(side)
+    args = tuple(mode.from_tensor(_example(p, sizes, shapes), static_shapes=True) for p in form.inputs)
     axes = tuple(dict(p.axes) for p in form.inputs)
     with torch.inference_mode(False), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         # looking shapes of symbols up in a cache costs more than working them out
@@ -341,7 +353,7 @@ def _write(made: Any, path: Path, side: Side, form: Form) -> None:
             del part.metadata_props[:]
             part.doc_string = ""
     del model.metadata_props[:]
-    model.producer_name, model.producer_version = "ckpt-tool", ckpt_tool.__version__
+    model.producer_name, model.producer_version = PRODUCER, ckpt_tool.__version__
     ports = {p.name: p for p in (*form.inputs, *form.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]
@@ -368,6 +380,7 @@ def heads_left_out(side: Side, form: Form) -> list[str]:
 __all__ = [
     "ARGUMENTS",
     "DATA",
+    "PRODUCER",
     "Form",
     "Port",
     "Reading",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import fail
 from ckpt_tool.reference.hf_heads import OF_WORDS, kind_of
 
@@ -112,9 +113,12 @@ def chosen_task(asked: str | None, config: Mapping[str, Any], *, with_past: bool
         named = (config.get("architectures") or ["none"])[0]
         text = f"expected {own} or default, which {named} has weights for, found {task}"
         fail("usage", text, where="--task")
-    if with_past and task not in ("default", "causal-lm"):
-        text = f"expected the task causal-lm or default, whose passes go on from earlier tokens, found {task}"
-        fail("usage", text, where="--with-past")
+    kind = classes().get(class_of(config) or "")
+    if with_past and (task not in ("default", "causal-lm") or (kind is not None and not kind.causal)):
+        named = (config.get("architectures") or ["none"])[0]
+        text = f"expected a decoder that keeps keys and values of earlier tokens, found {named} for {task}"
+        hint = "leave --with-past out, or export its model: --task default"
+        fail("usage", text, where="--with-past", hint=hint if own == "causal-lm" else "leave --with-past out")
     return task
 
 

@@ -24,7 +24,7 @@ from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.claims import Claim
 from ckpt_tool.verify.compute import as_read, lengths_of, threads_for
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
-from ckpt_tool.verify.onnx_export import for_task, kept_by
+from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_by
 from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
 from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
@@ -352,43 +352,62 @@ def _interface(file: OnnxFile, interface: Interface, left: list[str]) -> Finding
 
 
 def _weights(file: OnnxFile, side: Side) -> list[Finding]:
-    """How many tensors of the source are in the graph bit for bit, as they are or transposed, whatever their
-    name: exporters give them others."""
+    """How many tensors of the source are in the graph bit for bit, as they are or transposed. What is there
+    under its name and in its shape has to be so itself, the rest may have any name: exporters give others."""
     (tensors,) = side.ranks
-    names, missing, other = list(tensors), [], []
+    names, missing, other, exchanged = list(tensors), [], [], []
     renamed = [name for name in names if not in_graph(file, tensors, name)]
-    held = _held(file) if renamed else set()
+    held = _held(file) if renamed else {}
+    wanted: dict[str, bytes] = {}
     for name in renamed:
         x = tensors[name].numpy()
-        if x.size and not ({_digest(x), _digest(x.T)} & held):
+        right = {_digest(x), _digest(x.T)}
+        there = name in file.tensors and file.tensors[name].shape in (x.shape, x.T.shape)
+        if x.size and not right & ({held[name]} if there and name in held else set(held.values())):
             missing.append(name)
-            if name in file.tensors and file.tensors[name].shape == x.shape:
+            if there:
                 other.append(name)
-    found = len(names) - len(missing)
+                wanted[name] = held.get(name, b"")
+    if other:
+        theirs = {_digest(tensors[name].numpy()): name for name in names}
+        exchanged = [(name, theirs[wanted[name]]) for name in other if wanted[name] in theirs]
+    own = file.model.producer_name == PRODUCER and any(file.tensors[n].dtype == "F32" for n in other)
+    return [_in_it(len(names), missing, other, exchanged, own)]
+
+
+def _in_it(
+    count: int, missing: list[str], other: list[str], exchanged: list[tuple[str, str]], own: bool
+) -> Finding:
+    """`own`: of an export of this program, which keeps every bit, where others may fold numbers in."""
+    found = count - len(missing)
     if not missing:
         text = f"all {found} tensors of the source are in it bit for bit, in float32"
-        return [Finding(LEVEL, "weights", "pass", text, data={"tensors": found})]
+        return Finding(LEVEL, "weights", "pass", text, data={"tensors": found})
     absent = [name for name in missing if name not in other]
-    text = f"{found} of {len(names)} tensors of the source are in it bit for bit"
+    text = f"{found} of {count} tensors of the source are in it bit for bit"
+    if exchanged:
+        pairs = [f"{name} holds {whose}" for name, whose in exchanged]
+        text += f"; exchanged: {_few_of(pairs)}"
     if other:
         text += f"; with other bits under its name: {_few_of(other)}"
     if absent:
         text += f"; not {_few_of(absent)}: folded, or not used"
-    data = {"tensors": found, "missing": missing[:100], "other_bits": other[:100]}
-    return [Finding(LEVEL, "weights", "note", text, data=data)]
+    data: dict[str, Any] = {"tensors": found, "missing": missing[:100], "other_bits": other[:100]}
+    status: Status = "fail" if exchanged or (own and other) else "note"
+    return Finding(LEVEL, "weights", status, text, data=data | {"exchanged": exchanged[:100]})
 
 
 def _few_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _held(file: OnnxFile) -> set[bytes]:
-    found = set()
+def _held(file: OnnxFile) -> dict[str, bytes]:
+    found = {}
     for t in file.tensors.values():
         if (dtype := DTYPES[t.dtype].value) is not None:
             x = np.empty(t.shape, dtype)
             file.read_into(t.name, 0, x.reshape(-1).view(np.uint8).data)
-            found.add(_digest(x))
+            found[t.name] = _digest(x)
     return found
 
 

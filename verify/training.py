@@ -10,7 +10,7 @@ from those; the step is taken in float64, as one of rounding alone is a whole st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -18,35 +18,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.checkpoint.tensor_names import stack_of
 from ckpt_tool.convert.casting import CASTABLE
 from ckpt_tool.convert.copies import apart as copies_apart
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import optimizer, training_groups, training_library
-from ckpt_tool.verify.gradients import Flaw, Key, Rows, Task, Taught, taught
+from ckpt_tool.verify.gradients import Batches, Carried, Flaw, Key, Rows, Task, Taught, taught
 from ckpt_tool.verify.measure import MARGIN
-from ckpt_tool.verify.needs import size_text
+from ckpt_tool.verify.needs import free_memory, size_text
 from ckpt_tool.verify.optimizer import AdamW
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.prompts import Prompt, padding_of
 from ckpt_tool.verify.report import Finding, Status, Table, number
-from ckpt_tool.verify.sides import BROKEN, Side, Tensors, tensors
+from ckpt_tool.verify.sides import BROKEN, Side, tensors
 from ckpt_tool.verify.subject import Subject
 
 LEVEL = "training"
 FEW = 160  # tokens of a prompt to learn from
-EACH = 40  # bytes for each weight: both precisions, gradients, moments, what moves through the rows
+MOVED = 3  # times the largest tensor: a gradient beside the sum of others, and on its way through the rows
 LIBRARIES = 400 << 20  # bytes that torch and the readers take before any weight
 USUAL = 4 << 30
 CAP = 1e-6  # of the energy of a gradient, whatever the noise
 NOTHING = 1e-20  # of the mean square of all gradients: what is below is rounding, not a gradient
 STEP = 1e-6  # of the learning rate: how far tensors may be apart after one step
 PIECE = 1 << 20  # elements that take the step at once
+RIGHT = Flaw()  # none
 NAMED = 5  # tensors that are told one by one
 
 Found = Mapping[str, np.ndarray]
-Batches = Sequence[tuple[Tensor, Tensors]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Wanted:
     float32 are off, as a sum of squares for each tensor; `least` the smallest that counts."""
 
     gradients: Found
+    energies: Mapping[str, float]
     noise: Mapping[str, float]
     loss: float
     left_out: Sequence[tuple[Key, float]]
@@ -62,7 +64,7 @@ class Wanted:
     mean_square: float  # of all gradients
 
     def energy(self, name: str) -> float:
-        return _energy(self.gradients[name]) if name in self.gradients else 0.0
+        return self.energies.get(name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,16 @@ def training(
     batches = _batches(original, prompts)
     if not batches:
         return [Finding(LEVEL, "gradients", "skipped", "no prompt is short enough to learn from")]
-    needed = _needed(original, converted, batches)
+    needed = _needed(original, converted, batches, against)
     if memory is not None and needed > memory:
         fail("usage", f"expected at least {size_text(needed)} for gradients, found {size_text(memory)}",
              where="memory")  # fmt: skip
     if memory is None and needed > USUAL:
         text = f"gradients of the whole model need {size_text(needed)} of memory, more than "
         return [Finding(LEVEL, "gradients", "skipped", f"{text}{size_text(USUAL)} (--memory allows more)")]
+    if needed > (free := free_memory()) and converted.weights[0].device == "cpu":
+        text = f"expected {size_text(needed)} of free memory for gradients, found {size_text(free)}"
+        fail("out-of-memory", text, where="--level training")
     tell(f"training: gradients, needs about {size_text(needed)} of memory")
     return _compared(subject, original, converted, batches, against, tell)
 
@@ -135,16 +140,35 @@ def _batches(original: Side, prompts: Mapping[str, Prompt]) -> Batches:
     return [tensors(prompts[n], device) for n, size in sizes.items() if 1 < size <= FEW]
 
 
-def _needed(original: Side, converted: Side, batches: Batches) -> int:
-    """Bytes: for each weight, and for what each layer of the longest prompt keeps."""
-    count = max(sum(t.numel for w in s.weights for t in w.tensors.values()) for s in (original, converted))
+def _needed(original: Side, converted: Side, batches: Batches, against: str | None) -> int:
+    """Bytes: what is wanted of the whole model in float64 (with `against` its class and gradients in float32
+    beside it), of the largest phase weights and gradients, of the largest tensor what moves through the rows,
+    and what a layer of the longest prompt keeps."""
+    sides = (original, converted)
+    counts = [_sizes(s) for s in sides]
+    whole = max(sum(sizes.values()) for sizes, _ in counts)
+    phase, tensor = max(max(sizes.values()) for sizes, _ in counts), max(largest for _, largest in counts)
     longest = max((ids.numel() for ids, _ in batches), default=0)
     config = converted.raw
     width = max((int(config[k]) for k in ("hidden_size", "n_embd") if type(config.get(k)) is int), default=1)
     heads = max((int(config[k]) for k in ("num_attention_heads", "n_head") if type(config.get(k)) is int),
                 default=1)  # fmt: skip
-    kept = converted.config.n_layers * longest * (40 * width + 4 * heads * longest) * 8
-    return int(LIBRARIES + EACH * count + kept + 8 * longest * converted.vocabulary * 4)
+    layers = converted.config.n_layers * sum(ids.numel() for ids, _ in batches) * width * 8
+    kept = layers + longest * (40 * width + 4 * heads * longest) * 8
+    held = 8 * whole + 16 * phase + MOVED * 8 * tensor + (12 * whole if against is not None else 0)
+    return int(LIBRARIES + held + kept + 8 * longest * converted.vocabulary * 4)
+
+
+def _sizes(side: Side) -> tuple[dict[tuple[str, int], int], int]:
+    """The elements of each layer, and of each tensor outside of them; and those of the largest tensor."""
+    sizes: dict[tuple[str, int], int] = {}
+    largest = 0
+    for w in side.weights:
+        for name, t in w.tensors.items():
+            group = stack_of(name) or (name, 0)
+            sizes[group] = sizes.get(group, 0) + t.numel
+            largest = max(largest, t.numel)
+    return sizes, largest
 
 
 def task_of(subject: Subject, converted: Side) -> Task:
@@ -187,53 +211,107 @@ def rows_of(subject: Subject, converted: Side) -> Rows:
 
 
 def _wanted(original: Side, rows: Rows, batches: Batches, task: Task) -> Wanted:
-    exact = taught(original.computed_in(torch.float64), batches, task)
-    gradients = rows.forth(exact.gradients)
-    rough = rows.forth(taught(original.computed_in(torch.float32), batches, task).gradients)
-    noise = {n: _energy(rough[n] - x) if n in rough else math.inf for n, x in gradients.items()}
+    """What is held of the whole model: these gradients, and of those in float32 a number for each tensor."""
+    gradients: dict[str, np.ndarray] = {}
+    noise: dict[str, float] = {}
+    left: list[tuple[Key, float]] = []
+    carried = Carried(rows, gradients.__setitem__)
+
+    def take(key: Key, x: np.ndarray | None) -> None:
+        if x is not None and (top := rows.left_out(key, x)) > 0:
+            left.append((key, top))
+        carried.take(key, x)
+
+    exact = taught(original.computed_in(torch.float64), batches, task, take)
+    carried.close()
+
+    def compare(name: str, x: np.ndarray) -> None:
+        if name in gradients:
+            noise[name] = _energy(x, gradients[name])
+
+    rough = Carried(rows, compare)
+    taught(original.computed_in(torch.float32), batches, task, rough.take)
+    rough.close()
+    noise = {name: noise.get(name, math.inf) for name in gradients}
     energies = {n: _energy(x) for n, x in gradients.items()}
     count = sum(x.size for x in gradients.values())
     mean_square = sum(energies.values()) / max(1, count)
     shares = [noise[n] / e for n, e in energies.items() if e > NOTHING * mean_square * gradients[n].size]
-    return Wanted(
-        gradients, noise, exact.loss, rows.left_out(exact.gradients), median(shares or [0.0]), mean_square
-    )
+    return Wanted(gradients, energies, noise, exact.loss, left, median(shares or [0.0]), mean_square)
 
 
-def _found(converted: Side, rows: Rows, made: Taught) -> dict[str, np.ndarray]:
-    """By name, with what copies add where their elements are at home."""
+def _learned(
+    converted: Side,
+    rows: Rows,
+    batches: Batches,
+    task: Task,
+    give: Callable[[str, np.ndarray | None], None],
+    flaw: Flaw = RIGHT,
+) -> Taught:
+    """`give` gets the gradients of the converted side by name, with what copies add where their elements are
+    at home, and None of a tensor that was read and has none."""
     (weights,) = converted.weights
     names = {(info.file, info.name): name for name, info in weights.tensors.items()}
-    return rows.folded({names[key]: x for key, x in made.gradients.items()})
+    copied: dict[str, np.ndarray] = {}
+
+    def take(key: Key, x: np.ndarray | None) -> None:
+        if x is not None and names[key] in rows.of_copies:
+            copied[names[key]] = x
+        else:
+            give(names[key], x)
+
+    made = taught(converted, batches, task, take, flaw)
+    for name, x in rows.folded(copied).items() if copied else ():
+        give(name, x)
+    return made
 
 
 def apart(wanted: Wanted, found: Found) -> list[Apart]:
     """Each tensor that has a gradient on either side."""
-    made = []
-    for name in sorted({*wanted.gradients, *found}):
-        right = wanted.gradients.get(name)
-        size = right.size if right is not None else found[name].size
-        floor = NOTHING * wanted.mean_square * size
-        energy = max(wanted.energy(name), floor)
-        other = found.get(name)
-        if right is None:
-            off = _energy(found[name])
-        else:
-            off = _energy(right if other is None else other.astype(np.float64) - right)
-        noise = max(wanted.noise.get(name, 0.0), wanted.typical * energy, floor)
-        bar = MARGIN**2 * noise / energy
-        if energy > floor:
-            bar = min(bar, CAP)
-        seen = energy > floor
-        noisy = seen and not wanted.noise.get(name, 0.0) <= CAP * energy
-        lost = seen and not noisy and (other is None or not other.any())
-        made.append(Apart(name, off / energy, bar, lost, seen, right is None, noisy))
-    return made
+    return [_apart(wanted, name, found.get(name)) for name in sorted({*wanted.gradients, *found})]
 
 
-def _energy(x: np.ndarray) -> float:
-    flat = x.astype(np.float64, copy=False).ravel()
-    return float(flat @ flat)
+def _apart(wanted: Wanted, name: str, other: np.ndarray | None) -> Apart:
+    right = wanted.gradients.get(name)
+    one = right if right is not None else other
+    assert one is not None
+    floor = NOTHING * wanted.mean_square * one.size
+    energy = max(wanted.energy(name), floor)
+    off = _energy(one) if right is None or other is None else _energy(other, right)
+    noise = max(wanted.noise.get(name, 0.0), wanted.typical * energy, floor)
+    bar = MARGIN**2 * noise / energy
+    if energy > floor:
+        bar = min(bar, CAP)
+    seen = energy > floor
+    noisy = seen and not wanted.noise.get(name, 0.0) <= CAP * energy
+    lost = seen and not noisy and (other is None or not other.any())
+    return Apart(name, off / energy, bar, lost, seen, right is None, noisy)
+
+
+def _all_apart(
+    wanted: Wanted, converted: Side, rows: Rows, batches: Batches, task: Task, flaw: Flaw = RIGHT
+) -> tuple[list[Apart], Taught]:
+    """As `apart`, of the converted side in float32, one gradient after the other."""
+    made: dict[str, Apart] = {}
+
+    def give(name: str, x: np.ndarray | None) -> None:
+        if x is not None:
+            made[name] = _apart(wanted, name, x)
+
+    done = _learned(converted.computed_in(torch.float32), rows, batches, task, give, flaw)
+    made |= {name: _apart(wanted, name, None) for name in wanted.gradients.keys() - made.keys()}
+    return [made[name] for name in sorted(made)], done
+
+
+def _energy(x: np.ndarray, other: np.ndarray | None = None) -> float:
+    """The sum of the squares of x, or of x - other, some elements at a time."""
+    total, flat = 0.0, x.reshape(-1)
+    for start in range(0, x.size, PIECE):
+        piece = flat[start : start + PIECE].astype(np.float64, copy=False)
+        if other is not None:
+            piece = piece - other.reshape(-1)[start : start + PIECE]
+        total += float(piece @ piece)
+    return total
 
 
 def _compared(
@@ -254,29 +332,33 @@ def _compared(
         return [Finding(LEVEL, "gradients", "undecided", text)]
     tell("training: gradients of the converted model")
     try:
-        rough = _found(converted, rows, taught(converted.computed_in(torch.float32), batches, task))
-        exact = taught(converted.computed_in(torch.float64), batches, task)
+        each, rough = _all_apart(wanted, converted, rows, batches, task)
+        if (other := _other_heads(original, converted, each)) is not None:
+            return [other]
+        tell("training: one step of both")
+        after = _Steps(converted, wanted, recipe_of(subject), _strongest(wanted, each))
+        exact = _learned(after.converted, rows, batches, task, after.take)
     except BROKEN as error:
         return [Finding(LEVEL, "gradients", "fail", f"the converted model cannot learn: {error}")]
-    tokens = sum(ids.numel() for ids, _ in batches)
-    each = apart(wanted, rough)
-    if (other := _other_heads(original, converted, each)) is not None:
-        return [other]
-    what = f"{len(batches)} prompts, {tokens} tokens"
+    what = f"{len(batches)} prompts, {sum(ids.numel() for ids, _ in batches)} tokens"
     packed = _packed(converted)
-    made = [*_gradient_findings(wanted, each, _twins(converted, each, exact), exact.loss, what, packed)]
+    made = [*_gradient_findings(wanted, each, _twins(after.converted, each), exact.loss, what, packed)]
     made += training_groups.findings(rows)
-    found = _found(converted, rows, exact)
-    exact.gradients.clear()  # which are as large again as what was made of them
-    after = _Step(subject, converted, wanted, found, exact, recipe_of(subject))
     made += after.findings()
     made += training_groups.dropouts(subject)
     if against is not None:
         tell("training: gradients of transformers")
         made += _of_library(subject, original, converted, batches, task, rows, wanted)
     if not any(f.status == "fail" for f in made):
+        tell("training: planting mistakes")
         made.append(_planted(converted, rows, batches, task, wanted, rough, after, subject))
     return made
+
+
+def _strongest(wanted: Wanted, each: Sequence[Apart]) -> str | None:
+    """The tensor whose gradient has the most energy, of those that have one on both sides."""
+    both = (a.name for a in each if not a.alone and not a.lost)
+    return max(both, key=wanted.energy, default=None)
 
 
 def _other_heads(original: Side, converted: Side, each: Sequence[Apart]) -> Finding | None:
@@ -327,16 +409,15 @@ def _of_library(
     return [Finding(LEVEL, "transformers", "pass", text, None, worst.nmse, worst.bar)]
 
 
-def _twins(converted: Side, each: Sequence[Apart], made: Taught) -> dict[str, str]:
+def _twins(converted: Side, each: Sequence[Apart]) -> dict[str, str]:
     """Of tensors that the original has not: another that differs in its gradient and has equal values."""
     (weights,) = converted.weights
-    values = {n: made.tensors.get((i.file, i.name)) for n, i in weights.tensors.items()}
     found = {}
-    for own in (a for a in each if a.alone):
-        for other in (a for a in each if not a.alone and not a.holds):
-            one, two = values.get(own.name), values.get(other.name)
-            if one is not None and two is not None and torch.equal(one, two):
-                found[own.name] = other.name
+    for own in (a.name for a in each if a.alone and a.name in weights):
+        for other in (a.name for a in each if not a.alone and not a.holds and a.name in weights):
+            alike = weights.tensors[own].shape == weights.tensors[other].shape
+            if alike and torch.equal(weights[own], weights[other]):
+                found[own] = other
     return found
 
 
@@ -418,37 +499,53 @@ def recipe_of(subject: Subject) -> AdamW:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Other:
+    """A mistake of the step, in words, and where it is: another recipe, or one tensor in the wrong group."""
+
+    name: str
+    place: str
+    recipe: AdamW | None = None
+    flipped: str | None = None
+
+
+class _Steps:
     """One step of both sides from zero moments, in float64, from the values that the converted side has: what
-    these are is for the other levels to say."""
+    these are is for the other levels to say. Each tensor takes it when its gradient comes, by the right
+    recipe and by wrong ones, and how far apart it is then, in learning rates, is all that stays."""
 
-    subject: Subject
-    converted: Side
-    wanted: Wanted
-    found: Found
-    made: Taught
-    recipe: AdamW
+    def __init__(self, converted: Side, wanted: Wanted, recipe: AdamW, strong: str | None) -> None:
+        self.converted = converted.computed_in(torch.float64)
+        self.wanted, self.recipe, self.strong = wanted, recipe, strong
+        self.others = [
+            _Other("bias corrected otherwise", "step", replace(recipe, correct_bias=not recipe.correct_bias)),
+            _Other("eps 100 times as large", "step", replace(recipe, eps=recipe.eps * 100)),
+        ]
+        if recipe.decay and strong:
+            self.others.append(_Other("wrong group of decay", strong, None, strong))
+        self.right: dict[str, float] = {}
+        self.wrong: list[dict[str, float]] = [{} for _ in self.others]
 
-    def distances(self, other: AdamW | None = None, flipped: str | None = None) -> dict[str, float]:
-        """How far apart each tensor is afterwards, in learning rates; the converted side with an `other`
-        recipe, or with one tensor in the wrong group."""
+    def take(self, name: str, gradient: np.ndarray | None) -> None:
         (weights,) = self.converted.weights
-        found = {}
-        for name, info in weights.tensors.items():
-            value = self.made.tensors.get((info.file, info.name))
-            if value is None or not value.is_floating_point():
-                continue
-            decays = optimizer.decays(name, tuple(info.shape))
-            given = (
-                (self.recipe, self.wanted.gradients.get(name), decays),
-                (other or self.recipe, self.found.get(name), decays != (name == flipped)),
-            )
-            top = (_moved_apart(value, given, start) for start in range(0, value.numel(), PIECE))
-            found[name] = max(top, default=0.0) / self.recipe.rate
-        return found
+        value = weights[name]
+        if not value.is_floating_point():
+            return
+        right = self.wanted.gradients.get(name)
+        decays = optimizer.decays(name, tuple(weights.tensors[name].shape))
+        ways = [(self.recipe, decays)]
+        ways += [(o.recipe or self.recipe, decays != (name == o.flipped)) for o in self.others]
+        far = [0.0] * len(ways)
+        for start in range(0, value.numel(), PIECE):
+            piece = slice(start, start + PIECE)
+            p = value.reshape(-1)[piece]
+            theirs = _moved(p, right, piece, self.recipe, decays)
+            found = [_moved(p, gradient, piece, *way) for way in ways]
+            far = [max(d, float((x - theirs).abs().max())) for d, x in zip(far, found, strict=True)]
+        for each, d in zip((self.right, *self.wrong), far, strict=True):
+            each[name] = d / self.recipe.rate
 
     def findings(self) -> list[Finding]:
-        each = self.distances()
+        each = self.right
         bad = sorted((n for n, x in each.items() if not x <= STEP), key=lambda n: -each[n])
         if bad:
             text = "expected the step of the original, found another (in learning rates)"
@@ -456,19 +553,18 @@ class _Step:
         text = f"{len(each)} tensors take the one step that the original takes ({self.recipe.words()})"
         return [Finding(LEVEL, "step", "pass", text, None, max(each.values(), default=0.0), STEP)]
 
+    def planted(self) -> Iterator[tuple[str, str, list[str]]]:
+        """The mistakes, and the tensors that show them."""
+        for other, each in zip(self.others, self.wrong, strict=True):
+            yield other.name, other.place, [n for n, x in each.items() if not x <= STEP]
 
-def _moved_apart(value: Tensor, given: Sequence[tuple[AdamW, np.ndarray | None, bool]], start: int) -> float:
-    """How far apart one step takes the elements of a tensor from `start` on, by each recipe with its gradient
-    and whether it decays."""
-    p = value.reshape(-1)[start : start + PIECE]
-    after = []
-    for recipe, gradient, decays in given:
-        if gradient is None:  # no gradient, no step
-            after.append(p)
-            continue
-        g = torch.from_numpy(gradient.reshape(-1)[start : start + PIECE].astype(np.float64))
-        after.append(optimizer.step(recipe, p, g, optimizer.start(p), decays=decays)[0])
-    return float((after[0] - after[1]).abs().max())
+
+def _moved(p: Tensor, gradient: np.ndarray | None, piece: slice, recipe: AdamW, decays: bool) -> Tensor:
+    """Some elements of a tensor after one step; without a gradient they take none."""
+    if gradient is None:
+        return p
+    g = torch.from_numpy(gradient.reshape(-1)[piece].astype(np.float64, copy=False)).to(p.device)
+    return optimizer.step(recipe, p, g, optimizer.start(p), decays=decays)[0]
 
 
 # --- planted mistakes ---------------------------------------------------------------------------------------
@@ -480,32 +576,30 @@ def _planted(
     batches: Batches,
     task: Task,
     wanted: Wanted,
-    rough: Found,
-    after: _Step,
+    rough: Taught,
+    after: _Steps,
     subject: Subject,
 ) -> Finding:
     """Mistakes of training, made in memory: the share that is caught, and where."""
     caught: list[tuple[str, str, str, str]] = []
 
     def learned(flaw: Flaw) -> list[str]:
-        made = taught(converted.computed_in(torch.float32), batches, task, flaw)
-        return [a.name for a in apart(wanted, _found(converted, rows, made)) if not a.holds]
+        each, _ = _all_apart(wanted, converted, rows, batches, task, flaw)
+        return [a.name for a in each if not a.holds]
 
     def note(mistake: str, place: str, where: Sequence[str]) -> None:
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         caught.append((mistake, place, "yes" if where else "no", f"{where[0]}{more}" if where else ""))
 
-    strong = max(rough, key=lambda n: wanted.energy(n), default="")
-    if strong:
-        frozen = {n: x for n, x in rough.items() if n != strong}
-        note("frozen", strong, [a.name for a in apart(wanted, frozen) if a.lost])
+    if after.strong:
+        note("frozen", after.strong, [after.strong] if _apart(wanted, after.strong, None).lost else [])
     layer = next((str(p) for p, kind in converted.kinds().items() if kind == "layer"), None)
     if layer is not None:
         name = f"layer {layer}" if layer.isdigit() else layer
         note("path cut off", f"after {name}", learned(Flaw(detached=name)))
-    if after.made.shared:
+    if rough.shared:
         note("not tied", "heads", learned(Flaw(output=True)))
-    for mistake, place, where in _of_steps(after, strong):
+    for mistake, place, where in after.planted():
         note(mistake, place, where)
     if (planted := training_groups.planted_dropout(subject)) is not None:
         note(*planted)
@@ -516,18 +610,3 @@ def _planted(
     data = {"caught": count, "planted": len(caught)}
     status: Status = "pass" if count == len(caught) else "undecided"
     return Finding(LEVEL, "self-test", status, text, data=data, tables=(table,))
-
-
-def _of_steps(after: _Step, strong: str) -> list[tuple[str, str, list[str]]]:
-    recipe = after.recipe
-    wrong: list[tuple[str, str, AdamW | None, str | None]] = [
-        ("bias corrected otherwise", "step", replace(recipe, correct_bias=not recipe.correct_bias), None),
-        ("eps 100 times as large", "step", replace(recipe, eps=recipe.eps * 100), None),
-    ]
-    if recipe.decay and strong:
-        wrong.append(("wrong group of decay", strong, None, strong))
-    found = []
-    for words, place, other, flipped in wrong:
-        each = after.distances(other, flipped)
-        found.append((words, place, [n for n, x in each.items() if not x <= STEP]))
-    return found

@@ -119,7 +119,7 @@ def _by_name(
             except KeyError:
                 own = None
         if own is not None:
-            found[name] = own.numpy(force=True).copy()
+            found[name] = own.numpy(force=True)
     return found
 
 
