@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.verify import (
     Report,
+    diagnose,
     effort,
     holding,
     in_order,
@@ -366,20 +368,32 @@ def test_blocks_that_find_no_room_take_the_place_of_the_one_before(written: Call
 def test_both_sides_hold_what_the_memory_leaves_for_them_together(
     written: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where what differs is looked into, which holds both sides at once; all is given back."""
+    """Also where what differs is looked into, which holds both sides at once, but nothing while their bits
+    are; all is given back."""
     source, out = written("mistral-7b-v0.3")
     monkeypatch.setattr(holding, "SMALL", 1)
     monkeypatch.setattr(streamed, "BLOCK", 8192)
     rooms: list[Room] = []
     monkeypatch.setattr(pace, "Room", lambda size: rooms.append(Room(60_000)) or rooms[-1])
+    explained = diagnose.explain
+    looked: list[int] = []
+    monkeypatch.setattr(diagnose, "explain", lambda *a: (looked.append(rooms[-1].held), explained(*a))[1])
     wrong = shutil.copytree(out, tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    for folder, status in ((out, "pass"), (wrong, "fail")):
+    rolled = shutil.copytree(out, tmp_path / "rolled")
+    held, name = load_file(rolled / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    save_file({**held, name: held[name].roll(1, 0)}, rolled / "model.safetensors", {"format": "pt"})
+    told = {}
+    for folder, status in ((out, "pass"), (wrong, "fail"), (rolled, "fail")):
         report = verify(folder, source, levels=("parity",), mode="quick")
         room = rooms.pop()
         assert report.status == status and 50_000 < room.most <= 60_000 and room.held == 0
-    assert report.level("diagnosis")[0].data["cause"].startswith("rms_norm_eps")
+        told[folder] = report.level("diagnosis")
+    assert looked and not any(looked) and not told[out]
+    assert told[wrong][0].data["cause"].startswith("rms_norm_eps")
+    taken_back = told[rolled][0].tables[0].rows[0]
+    assert told[rolled][0].data["tensor"] == [name] and taken_back[2] < 1e-9 < taken_back[1]
 
 
 def test_logits_some_positions_at_a_time_are_as_far_apart_as_all_at_once(

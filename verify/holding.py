@@ -65,17 +65,19 @@ def fits(info: TensorInfo, layers: dict[tuple[str, int], int], item: int, limit:
     return (layer + COPIES * info.numel) * item <= limit
 
 
-def copies(tensors: Sequence[TensorInfo], item: int, limit: int) -> int:
-    """Bytes that mistakes planted into a layer make of a matrix: as it is computed where it is held as that,
-    else as it is stored, and of a square one alone, as others are made by blocks of rows. Outside of layers
-    blocks are made in any case."""
-    layers, most = of_layers(tensors), 0
-    for info in tensors:
-        if layer_of(info.name) is None or is_small(info):
-            continue
+def copies(tensors: Sequence[TensorInfo], item: int, limit: int, *, likely: bool = False) -> int:
+    """Bytes that mistakes planted into a layer may make of a matrix: as it is computed where it is held as
+    that, else as it is stored, and of a square one alone, as others are made by blocks of rows. Outside of
+    layers blocks are made in any case. `likely`: of matrices that are not square only where none is."""
+    layers = of_layers(tensors)
+    large = [t for t in tensors if layer_of(t.name) is not None and not is_small(t)]
+    square = {t.name for t in large if len(t.shape) > 2 or t.shape[0] == t.shape[1]}
+    most = 0
+    for info in large:
         if fits(info, layers, item, limit):
-            most = max(most, COPIES * info.numel * item)
-        elif len(info.shape) > 2 or info.shape[0] == info.shape[1]:
+            if info.name in square or not (likely and square):
+                most = max(most, COPIES * info.numel * item)
+        elif info.name in square:
             most = max(most, info.nbytes)
     return most
 

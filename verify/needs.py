@@ -102,7 +102,8 @@ def of_parity(passes: Passes, original: Ranks, converted: Ranks, item: int, memo
     room = max(memory or USUAL, least) - besides
     spared = holding.copies(own, item, room)
     layers, heads = holding.held((original, converted), item, room)
-    about = COMPUTING + max(passes.of_layers(item) + layers + spared, passes.of_heads(item) + heads)
+    layers += holding.copies(own, item, room, likely=True)
+    about = COMPUTING + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
     return Need(least, room, spared, max(least, told(min(about, besides + room))))
 
 

@@ -38,6 +38,10 @@ class StackedWeights(Weights):
     def computed_in(self, dtype: torch.dtype) -> StackedWeights:
         return self._sharing(StackedWeights(self.checkpoint, self.tensors, dtype, self.device, self.apart))
 
+    def let_go(self) -> None:
+        super().let_go()
+        self.stacked.let_go()
+
     def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
         super().within(nbytes, shared, spared)
         self.stacked.within(nbytes, self.room)

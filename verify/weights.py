@@ -86,6 +86,14 @@ class Weights(Mapping[str, Tensor]):
             self._kept = None
             self.room.clear()
 
+    def let_go(self) -> None:
+        """Hold nothing for now of what was read; what is asked for again is read again."""
+        if self._kept is not None:
+            self._kept = {}
+            self.room.clear()
+        if self.buffers is not None:
+            self.buffers.drop()
+
     def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
         """Hold the layers that take at most so many bytes as they are computed, with copies of a matrix as
         planted mistakes make them, and of others what finds room in that `shared` with others, of which
