@@ -411,6 +411,7 @@ def test_logits_some_positions_at_a_time_are_as_far_apart_as_all_at_once(
 
 
 MEASURED = {  # MB of a run of one layer by default, benchmarks/README.md
+    "mistral-7b-v0.1": 2011,
     "llama-3-70b": 3578,
 }
 
@@ -430,7 +431,7 @@ def test_what_is_told_of_published_sizes_is_what_was_measured(
     ends, free = {*rows} - {"window"}, {"other", "repeated"}
     passes = needs.Passes(rows, ends, free, made.model.dim, made.model.vocab)
     need = needs.of_parity(passes, [one_rank] * made.model.ranks, [whole], 4, None)
-    assert need.about <= needs.USUAL and MEASURED[name] / 1.5 < need.about / 1e6 < MEASURED[name] * 1.5
+    assert need.about <= needs.USUAL and MEASURED[name] * 2 / 3 < need.about / 1e6 < MEASURED[name] * 4 / 3
     least = needs.of_parity(passes, [one_rank] * made.model.ranks, [whole], 4, need.least)
     assert least.about == least.least == need.least < 2 << 30
 

@@ -54,7 +54,7 @@ class Passes:
         that run free two more, and intermediate results of the longest."""
         longest = max(self.tokens.values(), default=0)
         free = sum(t for n, t in self.tokens.items() if n in self.free)
-        made = (2 * sum(self.tokens.values()) + 3 * free + 12 * longest) * self.width * item
+        made = (2 * sum(self.tokens.values()) + 3 * free + 10 * longest) * self.width * item
         return made + min(TURNS, 64 * longest * self.width) * item // 4
 
     def of_heads(self, item: int) -> int:
