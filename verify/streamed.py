@@ -66,7 +66,7 @@ class Rows:
     def blocks(self, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in the dtype of the computation), in order or the last ones first. Each takes the
         place of the one before, unless a gradient may still ask for that: pages that the system gives, zeroes
-        and takes back for every block cost as much as casting does."""
+        and takes back for every block cost several times what casting does."""
         firsts = range(0, self.shape[0], self.step)
         spare = None if torch.is_grad_enabled() or self.device.type != "cpu" else Spare()
         for first in reversed(firsts) if backwards else firsts:
