@@ -366,16 +366,16 @@ def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written
 def test_experts_are_read_one_at_a_time_where_there_is_no_room(
     conversions: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckpt_tool.verify import weights
+    from ckpt_tool.verify import holding, weights
 
     module = reference.converted("GptOssForCausalLM")
     c = module.Config.from_hf(read(conversions(OTHER) / "config.json"))
     ids = torch.arange(40).mul(37).remainder(300)[None]
-    monkeypatch.setattr(weights, "SMALL", 0)
+    monkeypatch.setattr(holding, "SMALL", 0)
     with api.open_checkpoint(conversions(OTHER)) as checkpoint:
         held = weights.Weights(checkpoint, {t.name: t for t in checkpoint}, torch.float32, "cpu")
         right = module.forward(ids, [held], c)
-        held.within(1, 0)
+        held.within(1, holding.Room(0))
         pieces: list[float] = []
         into = checkpoint.read_into
 

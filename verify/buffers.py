@@ -30,6 +30,10 @@ class Buffers:
     def __init__(self) -> None:
         self._made: list[_Buffer] = []
 
+    def drop(self) -> None:
+        """Give back what nobody holds, for whoever needs the room for something else."""
+        self._made = [b for b in self._made if b.lent() is not None]
+
     def lend(self, nbytes: int) -> Tensor:
         """So many bytes, with any values in them (uint8)."""
         idle = [b for b in self._made if b.lent() is None]

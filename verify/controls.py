@@ -90,6 +90,7 @@ def control(
             caught = not bar.holds(d)
             if caught:
                 break
+        del changed  # or its copies of matrices are there while the next one makes its own
         if caught:
             made.append(Planted(phase, change.name, worst, True))
         else:

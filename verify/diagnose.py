@@ -19,6 +19,8 @@ from ckpt_tool.verify.mistakes import to_undo
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.report import Finding, Table
 from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, phase_text
+from ckpt_tool.verify.streamed import Streamed
+from ckpt_tool.verify.streamed import held as as_stored
 from ckpt_tool.verify.subject import Subject
 
 ROWS = 8  # wrong embedding rows that are looked up in the original's table
@@ -117,6 +119,8 @@ def diagnose(
         if not bar.holds(before):
             break
     evidence = Evidence(subject) if subject.plan is not None and subject.source is not None else None
+    for held in (*original.weights, *converted.weights):
+        held.let_go()  # tensors whose bits are looked into are there twice, and more
     explanation = explain(evidence, _all_of(phase, shapes, evidence)) if evidence is not None else None
     side, bits = converted, None
     attempts: list[Attempt] = []
@@ -173,13 +177,17 @@ def _right(
     (weights,) = side.weights
 
     def make(w: Tensors) -> dict[str, torch.Tensor]:
-        made, parts = {}, {}
+        made: dict[str, torch.Tensor] = {}
+        parts: dict[str, torch.Tensor] = {}
         for name in explanation.differing:
             dtype = getattr(torch, DTYPES[evidence.where[name][1].dtype].torch)
             bits = np.ascontiguousarray(evidence.expected(name))
-            x = torch.frombuffer(bytearray(bits.tobytes()), dtype=dtype).view(bits.shape)
+            x = torch.frombuffer(bytearray(bits), dtype=dtype).view(bits.shape)
+            own = None if name not in weights.tensors else weights[name]
             if isinstance(weights, PackedWeights) and name in weights.of_codes:
                 parts[name] = x
+            elif isinstance(own, Streamed):
+                made[name] = as_stored(x, own)
             else:
                 made[name] = x.to(weights.device, weights.dtype if dtype.is_floating_point else dtype)
         return {**made, **weights.with_parts(parts)} if isinstance(weights, PackedWeights) else made

@@ -14,7 +14,8 @@ MARGIN = 10.0  # times the noise floor, for |delta|; its square for NMSE
 CAPS = {"float64": 1e-18, "float32": 1e-10, "float16": 1e-4, "bfloat16": 1e-2}  # NMSE, whatever the noise
 ABSOLUTE_CAPS = {"float64": 1e-9}  # max |delta|
 BLOCK = 1 << 18  # numbers that are compared at once: they stay in a cache of the processor
-CHUNK = 64  # positions whose distributions are held in float64 at once
+CHUNK = 64  # positions whose distributions are held in float64 at once, at most
+HELD = 1 << 20  # numbers of one of them that are
 
 
 def wider(dtype: str) -> list[str]:
@@ -149,10 +150,10 @@ def logit_distance(found: Tensor, reference: Tensor, ids: Tensor | None, tie: fl
     whose reference logits are nearer than `tie` may change places."""
     kls: list[float] = []
     same, ties, shared = 0, 0, 0.0
-    positions = reference.shape[1]
-    k = min(5, reference.shape[-1])
-    for start in range(0, positions, CHUNK):
-        p, q = (x[0, start : start + CHUNK].double() for x in (reference, found))
+    positions, words = reference.shape[1:]
+    k, some = min(5, words), at_once(words)
+    for start in range(0, positions, some):
+        p, q = (x[0, start : start + some].double() for x in (reference, found))
         kls += divergence(p.log_softmax(-1), q.log_softmax(-1)).nan_to_num(nan=math.inf).tolist()
         best, other = p.argmax(-1, keepdim=True), q.argmax(-1, keepdim=True)
         near = (p.gather(-1, best) - p.gather(-1, other)).squeeze(-1) <= tie
@@ -180,8 +181,20 @@ def divergence(p_log: Tensor, q_log: Tensor) -> Tensor:
     return torch.where(ruled_out, q_log.exp(), torch.where(delta < 1, near, far)).sum(-1)
 
 
+def at_once(words: int) -> int:
+    """Positions whose logits of so many words are looked at together."""
+    return min(CHUNK, max(1, HELD // max(1, words)))
+
+
 def _loss(logits: Tensor, ids: Tensor) -> float:
-    return float(cross_entropy(logits[0, :-1].double(), ids[0, 1:]))
+    some, last = at_once(logits.shape[-1]), logits.shape[1] - 1
+    parts = (
+        cross_entropy(
+            logits[0, k : min(k + some, last)].double(), ids[0, k + 1 : k + 1 + some], reduction="sum"
+        )
+        for k in range(0, last, some)
+    )
+    return float(sum(parts)) / last
 
 
 @dataclass(frozen=True)

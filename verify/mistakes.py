@@ -9,6 +9,8 @@ reading of the architecture says of its own (`mistakes` and `config_mistakes`, r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,33 @@ from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, layouts, reorders
 from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.sides import Change, Phase, Side, Tensors
-from ckpt_tool.verify.streamed import Streamed, turned_by_blocks
+from ckpt_tool.verify.streamed import Streamed, beside, transposed, turned_by_blocks, with_order
 
 Sizes = Mapping[str, int]
 
 
 def relayout(x: Tensor, sizes: Sizes, stored: Iterable[str], wanted: Iterable[str]) -> Tensor:
-    """The elements of x, which lie in the axis order `stored`, in the order `wanted`; x keeps its shape."""
-    stored = list(stored)
+    """The elements of x, which lie in the axis order `stored`, in the order `wanted`; x keeps its shape. Of a
+    matrix that is read by rows, rows in another order are read from where they are."""
+    stored, wanted = list(stored), list(wanted)
+    if isinstance(x, Streamed) and not x.turned and x.dim() == 2:
+        inner = columns_of(stored, wanted, sizes, x.shape[1])
+        if inner is not None:
+            outer = stored[: len(stored) - inner]
+            rows = torch.arange(x.shape[0]).reshape([sizes[a] for a in outer])
+            return with_order(x, rows.permute([outer.index(a) for a in wanted[: len(outer)]]).reshape(-1))
     split = x.reshape([sizes[a] for a in stored])
     return split.permute([stored.index(a) for a in wanted]).reshape(x.shape)
+
+
+def columns_of(stored: list[str], wanted: list[str], sizes: Sizes, columns: int) -> int | None:
+    """How many of the last axes, which are the same in both orders, make up the columns of a matrix."""
+    for count in range(1, len(stored) + 1):
+        if stored[-count:] != wanted[-count:]:
+            return None
+        if prod(sizes[a] for a in stored[-count:]) == columns:
+            return count
+    return None
 
 
 def planted(r: Reorder, b: Belief) -> Callable[[Tensors], dict[str, Tensor]]:
@@ -69,6 +88,10 @@ def with_rows(f: Fused, rows: np.ndarray) -> Callable[[Tensors], dict[str, Tenso
 
     def make(w: Tensors) -> dict[str, Tensor]:
         parts = [w[name] for name in f.names]
+        if f.dim == 0 and all(isinstance(p, Streamed) and not p.turned and p.dim() == 2 for p in parts):
+            mixed = with_order(beside([p for p in parts if isinstance(p, Streamed)]), torch.from_numpy(rows))
+            ends = [*accumulate(len(p) for p in parts)]
+            return {n: mixed[e - len(p) : e] for n, p, e in zip(f.names, parts, ends, strict=True)}
         index = torch.from_numpy(rows).to(parts[0].device)
         whole = torch.cat(parts, dim=f.dim).index_select(f.dim, index)
         pieces = torch.split(whole, [p.shape[f.dim] for p in parts], dim=f.dim)
@@ -150,12 +173,15 @@ def exchanges(
 
 def transpose(name: str, back: bool = False) -> Callable[[Tensors], dict[str, Tensor]]:
     """The transposed values in the shape they had; `back` undoes it (the same where the matrix is square). Of
-    a large one outside of the layers, as a head is, each block of rows by itself."""
+    one that is read by rows each block of rows by itself, unless it is a square one of a layer."""
 
     def make(w: Tensors) -> dict[str, Tensor]:
         x = w[name]
-        if isinstance(x, Streamed) and not back and not x.turned and layer_of(name) is None:
-            return {name: turned_by_blocks(x)}
+        if isinstance(x, Streamed) and not x.turned and x.dim() == 2:
+            if x.shape[0] == x.shape[1] and layer_of(name) is not None:
+                return {name: transposed(x)}
+            if not back:
+                return {name: turned_by_blocks(x)}
         turned = x.reshape(x.shape[::-1]).mT if back else x.mT.reshape(x.shape)
         return {name: turned.contiguous()}
 

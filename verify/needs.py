@@ -16,16 +16,19 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.verify import holding
 from ckpt_tool.verify.effort import SHORT, WIDE, costly
 from ckpt_tool.verify.prompts import named_prompts, positions, prompts_for
 
 if TYPE_CHECKING:
     from ckpt_tool.verify.gate import Check
 
+Ranks = Sequence[Sequence[TensorInfo]]  # the tensors of each rank of a side
+
 # Measured of tiny models, resident: what Python, numpy and the tool take, then with torch, with transformers.
 PLAIN, COMPUTING, JUDGING = 100_000_000, 380_000_000, 450_000_000
 USUAL = 4 << 30  # bytes of memory that parity takes, unless the user says otherwise
-SPARE = 128 << 20  # bytes for weights, besides a matrix and its copy
+SPARE = 128 << 20  # bytes for weights, besides the copy of a matrix
 TURNS = 5 << 26  # intermediate results of a layer, made in turns (reference.blocks.AT_ONCE)
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -46,21 +49,26 @@ class Passes:
     width: int
     vocabulary: int
 
-    def activations(self, item: int) -> int:
-        """Bytes of what is held beside the weights: of all prompts the input and the output of a phase, of
-        those that run free two more, and intermediate results of the longest."""
+    def of_layers(self, item: int) -> int:
+        """Bytes of what is held beside the weights of a layer: of all prompts its input and output, of those
+        that run free two more, and intermediate results of the longest."""
         longest = max(self.tokens.values(), default=0)
         free = sum(t for n, t in self.tokens.items() if n in self.free)
+        made = (2 * sum(self.tokens.values()) + 3 * free + 10 * longest) * self.width * item
+        return made + min(TURNS, 64 * longest * self.width) * item // 4
+
+    def of_heads(self, item: int) -> int:
+        """The same of logits."""
+        free = sum(t for n, t in self.tokens.items() if n in self.free)
         ends = [t for n, t in self.tokens.items() if n in self.ends]
-        layer = (2 * sum(self.tokens.values()) + 3 * free + 12 * longest) * self.width * item
-        layer += min(TURNS, 64 * longest * self.width) * item // 4
-        logits = (sum(ends) + 3 * free + 2 * max(ends, default=0)) * self.vocabulary * item
-        return max(layer, logits)
+        return (sum(ends) + 3 * free + 2 * max(ends, default=0)) * self.vocabulary * item
+
+    def activations(self, item: int) -> int:
+        return max(self.of_layers(item), self.of_heads(item))
 
 
 def heaviest(tensors: Iterable[TensorInfo], item: int) -> int:
-    """Bytes that the tensors of the heaviest layer take, `item` bytes each number: what a lockstep pass holds
-    of a side."""
+    """Bytes that the tensors of the heaviest layer take, `item` bytes each number."""
     layers: dict[int | None, int] = {}
     for info in tensors:
         index = layer_of(info.name)
@@ -74,16 +82,29 @@ def told(size: int) -> int:
     return -(-size // step) * step
 
 
-def least(besides: int, weights: int, largest: int) -> int:
-    """Bytes below which no run goes: of the weights a matrix as it is stored, a copy of it, and a little."""
-    return told(besides + 2 * largest + min(weights, SPARE))
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a lockstep run: `least` is what no run goes below, `room` what weights may take, of which
+    `spared` are left to what planted mistakes make of a matrix, `about` what the run takes in all."""
+
+    least: int
+    room: int
+    spared: int
+    about: int
 
 
-def of_parity(besides: int, weights: int, largest: int, memory: int | None = None) -> int:
-    """About how many bytes a run takes that may take `memory`, with `weights` in the heaviest layer: one
-    side's are held at a time, by rows where there is no room for all."""
-    room = max(memory or USUAL, least(besides, weights, largest)) - besides
-    return told(besides + min(room, weights + 2 * largest))
+def of_parity(passes: Passes, original: Ranks, converted: Ranks, item: int, memory: int | None) -> Need:
+    """Of a run that may take `memory` bytes (None: what is usual, or the least where that is more)."""
+    flat = [t for ranks in (original, converted) for tensors in ranks for t in tensors]
+    own = [t for tensors in converted for t in tensors]
+    besides = COMPUTING + passes.activations(item)
+    least = told(besides + holding.copies(own, item, 0) + min(heaviest(flat, item), SPARE))
+    room = max(memory or USUAL, least) - besides
+    spared = holding.copies(own, item, room)
+    layers, heads = holding.held((original, converted), item, room)
+    layers += holding.copies(own, item, room, likely=True)
+    about = COMPUTING + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
+    return Need(least, room, spared, max(least, told(min(about, besides + room))))
 
 
 def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:
@@ -123,7 +144,8 @@ def of_check(check: Check) -> int | None:
         except (CkptToolError, OSError):
             return None
         besides, weights = passes.activations(item), max(heaviest(s, item) for s in sides)
-        needs = [of_parity(COMPUTING + besides, weights, max(t.nbytes for s in sides for t in s))] * asked
+        ranks = [[[*s]] for s in sides]
+        needs = [of_parity(passes, ranks[-1], ranks[0], item, None).about] * asked
         if check.against is not None:  # a library's model is in memory as a whole, its file is mapped
             whole = max(sum(t.numel * item + t.nbytes for t in s) for s in sides)
             needs.append(JUDGING + besides + weights + whole)

@@ -15,6 +15,7 @@ from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.errors import fail
 from ckpt_tool.verify import needs
 from ckpt_tool.verify.effort import Effort
+from ckpt_tool.verify.holding import Room
 from ckpt_tool.verify.needs import size_text
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.sides import Phase, Side
@@ -99,30 +100,27 @@ def _weights(side: Side) -> dict[int | None, float]:
 def limit(
     original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort, memory: int | None
 ) -> str:
-    """Have both sides hold no more weights than `memory` bytes in all leave for them (None: what is usual);
-    what is needed, in words. `usage` where that is too little for any run."""
-    item, tensors = original.weights[0].dtype.itemsize, [_tensors(s) for s in (original, converted)]
-    besides = needs.COMPUTING + _passes(converted, prompts, effort).activations(item)
-    largest = max((t.nbytes for side in tensors for t in side), default=0)
-    weights = [needs.heaviest(side, item) for side in tensors]
-    least = needs.least(besides, max(weights), largest)
-    if memory is not None and memory < least:
-        text = (
-            f"expected at least {size_text(least)} for these prompts and tensors, found {size_text(memory)}"
-        )
+    """Have both sides hold no more weights together than `memory` bytes in all leave for them (None: what is
+    usual); what is needed, in words. `usage` where that is too little for any run."""
+    item = original.weights[0].dtype.itemsize
+    passes = _passes(converted, prompts, effort)
+    need = needs.of_parity(passes, _ranks(original), _ranks(converted), item, memory)
+    if memory is not None and memory < need.least:
+        found = f"found {size_text(memory)}"
+        text = f"expected at least {size_text(need.least)} for these prompts and tensors, {found}"
         fail("usage", text, where="memory")
     if memory is None and original.weights[0].device != "cpu":
-        return f"about {size_text(besides + sum(weights))} on the device"
-    room = max(memory or needs.USUAL, least) - besides
-    for side, copies in ((original, 0), (converted, _copies(tensors[1]))):
+        whole = sum(needs.heaviest(_tensors(side), item) for side in (original, converted))
+        return f"about {size_text(needs.COMPUTING + passes.activations(item) + whole)} on the device"
+    shared = Room(need.room)
+    for side, spared in ((original, 0), (converted, need.spared)):
         for held in side.weights:
-            held.within(room // len(side.weights), copies // len(side.weights))
-    return f"about {size_text(needs.of_parity(besides, max(weights), largest, memory))} of memory"
+            held.within(need.room // len(side.weights), shared, spared)
+    return f"about {size_text(need.about)} of memory"
 
 
-def _copies(tensors: list[TensorInfo]) -> int:
-    """Bytes of those that mistakes make of a matrix of a layer; of one outside, a block at a time is made."""
-    return 2 * max((t.nbytes for t in tensors if layer_of(t.name) is not None), default=0)
+def _ranks(side: Side) -> list[list[TensorInfo]]:
+    return [[*w.tensors.values()] for w in side.weights]
 
 
 def _passes(converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> needs.Passes:

@@ -14,7 +14,10 @@ from ckpt_tool.convert.quantised import Inventory, found_in
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
+from ckpt_tool.verify.holding import SMALL, Room
 from ckpt_tool.verify.weights import Weights
+
+STEPS = 4  # matrices of numbers that are there while one is made of codes: codes, scales, their product
 
 
 class Formula(Protocol):
@@ -65,7 +68,18 @@ class PackedWeights(Weights):
             yield name, TensorInfo(name, "BF16", shape, self.stored[formula.names[0]].file)
 
     def computed_in(self, dtype: torch.dtype) -> PackedWeights:
-        return PackedWeights(self.checkpoint, self.stored, dtype, self.device, self.inventory, self.original)
+        own = self.checkpoint, self.stored, dtype, self.device, self.inventory, self.original
+        return self._sharing(PackedWeights(*own))
+
+    def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
+        """Numbers are made whole, and mistakes of them once more out of their codes and scales."""
+        most = max((self.tensors[n].numel for n in self.formulas), default=0)
+        super().within(nbytes, shared, max(spared, STEPS * most * self.dtype.itemsize))
+
+    def _has_room(self, name: str, made: Tensor) -> bool:
+        """Whether numbers are kept; those that find no room are made again of their codes."""
+        free = self.limit is None or name not in self.formulas or made.numel() < SMALL
+        return free or self.room.take(made.nbytes)
 
     def _load(self, info: TensorInfo) -> Tensor:
         formula = self.formulas.get(info.name)

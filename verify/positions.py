@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ckpt_tool.verify.measure import at_once
+
 MARKS = 300  # of a prompt's positions; of more the largest of several is kept
 SHOWN = 4  # positions whose most probable tokens are shown
-CHUNK = 64  # positions looked at at once; a vocabulary may have 150,000 words
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class Positions:
 
 def positions(found: Tensor, wanted: Tensor, *, tokens: bool) -> Positions:
     """Of logits (1, T, V) that are real, on both sides; `tokens` asks for the most probable ones."""
-    delta = (found - wanted).abs().amax((0, -1)).nan_to_num(nan=math.inf).tolist()
+    some = at_once(wanted.shape[-1])
+    delta: list[float] = []
+    for start in range(0, wanted.shape[1], some):
+        apart = found[:, start : start + some] - wanted[:, start : start + some]
+        delta += apart.abs_().amax((0, -1)).nan_to_num(nan=math.inf).tolist()
     if not tokens or wanted.shape[-1] < 5:
         return Positions(tuple(delta))
     differing = []
-    for start in range(0, wanted.shape[1], CHUNK):
-        one, other = (x[0, start : start + CHUNK].topk(5).indices.sort(-1).values for x in (wanted, found))
+    for start in range(0, wanted.shape[1], some):
+        one, other = (x[0, start : start + some].topk(5).indices.sort(-1).values for x in (wanted, found))
         differing += [start + k for k in (one != other).any(-1).nonzero().flatten().tolist()]
     worst = sorted(differing, key=lambda t: -delta[t])[:SHOWN]
     top5 = tuple(

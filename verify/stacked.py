@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.convert.one_by_one import OneByOne
+from ckpt_tool.verify.holding import SMALL, Room
 from ckpt_tool.verify.packed_weights import PackedWeights, as_stored
 from ckpt_tool.verify.weights import Weights
 
@@ -38,7 +39,20 @@ class StackedWeights(Weights):
         self.stacked = Weights(stored, {t.name: t for t in stored}, dtype, device)
 
     def computed_in(self, dtype: torch.dtype) -> StackedWeights:
-        return StackedWeights(self.checkpoint, self.tensors, dtype, self.device, self.apart)
+        return self._sharing(StackedWeights(self.checkpoint, self.tensors, dtype, self.device, self.apart))
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.stacked.let_go()
+
+    def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
+        super().within(nbytes, shared, spared)
+        self.stacked.within(nbytes, self.room)
+
+    def _has_room(self, name: str, made: Tensor) -> bool:
+        """Whether one that was taken out of a stack is held beside it."""
+        free = self.limit is None or name in self.stacked.tensors or made.numel() < SMALL
+        return free or self.room.take(made.nbytes)
 
     @contextmanager
     def keep(self) -> Iterator[None]:
@@ -63,7 +77,15 @@ class StackedCodes(PackedWeights):
 
     def computed_in(self, dtype: torch.dtype) -> StackedCodes:
         said = (self.checkpoint, self.stored, dtype, self.device, self.inventory, self.original)
-        return StackedCodes(*said, apart=self.apart)
+        return self._sharing(StackedCodes(*said, apart=self.apart))
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.plain.let_go()
+
+    def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
+        super().within(nbytes, shared, spared)
+        self.plain.within(nbytes, self.room)
 
     def _load(self, info: TensorInfo) -> Tensor:
         if info.name in self.formulas:

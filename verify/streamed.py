@@ -7,10 +7,11 @@ an ordinary one."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -18,28 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ckpt_tool.verify.holding import Room
+
 BLOCK = 16 << 20  # bytes of rows that are cast at once
+NEAR = 2  # times as many rows as are asked for may be read to have them at once
 M_MMAP_THRESHOLD = -3  # malloc.h
 Multiply = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Room:
-    """How many bytes of weights one side may hold; `held` are those that it does."""
-
-    size: int
-    held: int = 0
-
-    def take(self, nbytes: int) -> bool:
-        fits = self.held + nbytes <= self.size
-        self.held += nbytes * fits
-        return fits
 
 
 @dataclass(frozen=True)
 class Rows:
     """A matrix (or, in memory, any tensor) as it is stored. `read` gives rows first to last of it in their
-    own dtype; those that find room are kept. `dtype` and `device` are what it is computed in and on."""
+    own dtype; those that find room are kept. `dtype` and `device` are what it is computed in and on. `fill`,
+    where rows are read from a file, does that into a tensor that is there."""
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
@@ -47,25 +39,42 @@ class Rows:
     device: torch.device
     room: Room
     kept: dict[int, Tensor] = field(default_factory=dict)
+    fill: Callable[[int, Tensor], None] | None = None
 
     @property
     def step(self) -> int:
         width = max(1, prod(self.shape[1:]))
         return max(1, BLOCK // (width * self.dtype.itemsize))
 
-    def block(self, first: int) -> Tensor:
-        if first not in self.kept:
-            made = self.read(first, min(first + self.step, self.shape[0]))
-            if not self.room.take(made.nbytes):
+    def block(self, first: int, spare: Spare | None = None) -> Tensor:
+        """Rows as they are stored; those that find no room may be read into a `spare` place."""
+        if first in self.kept:
+            return self.kept[first]
+        count = min(self.step, self.shape[0] - first)
+        if spare is not None and spare.stored is not None and self.fill is not None:
+            made = spare.stored[:count]
+            if self.room.left < made.nbytes:
+                self.fill(first, made)
                 return made
+        made = self.read(first, first + count)
+        if self.room.take(made.nbytes):
             self.kept[first] = made
-        return self.kept[first]
+        elif spare is not None and spare.stored is None and count == self.step:
+            spare.stored = made
+        return made
 
     def blocks(self, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows in the dtype of the computation), in order or the last ones first."""
+        """(first row, rows in the dtype of the computation), in order or the last ones first. Each takes the
+        place of the one before, unless a gradient may still ask for that: pages that the system gives, zeroes
+        and takes back for every block cost several times what casting does."""
         firsts = range(0, self.shape[0], self.step)
+        spare = None if torch.is_grad_enabled() or self.device.type != "cpu" else Spare()
         for first in reversed(firsts) if backwards else firsts:
-            yield first, self.block(first).to(self.device, self.dtype)
+            rows = self.block(first, spare)
+            if spare is None or rows.dtype == self.dtype:
+                yield first, rows.to(self.device, self.dtype)
+            else:
+                yield first, spare.cast(rows, self)
 
     def some(self, first: int, last: int) -> Tensor:
         """Rows as they are stored."""
@@ -87,6 +96,19 @@ class Rows:
             rows = self.block(first)
             made[first : first + len(rows)] = rows
         return made
+
+
+@dataclass
+class Spare:
+    """Where the blocks of one run through a matrix are read and cast."""
+
+    stored: Tensor | None = None
+    computed: Tensor | None = None
+
+    def cast(self, rows: Tensor, of: Rows) -> Tensor:
+        if self.computed is None:
+            self.computed = torch.empty(min(of.step, of.shape[0]), *of.shape[1:], dtype=of.dtype)
+        return self.computed[: len(rows)].copy_(rows)
 
 
 @cache
@@ -176,6 +198,63 @@ def turned_by_blocks(x: Streamed) -> Streamed:
     return Streamed(Rows(rows.shape, read, rows.dtype, rows.device, Room(0)))
 
 
+def transposed(x: Streamed) -> Streamed:
+    """The transpose as it is stored, in memory: one copy of the matrix, made by blocks of its rows."""
+    rows = x.rows
+    made = rows.block(0).new_empty(rows.shape[::-1])
+    for first in range(0, rows.shape[0], rows.step):
+        block = rows.block(first)
+        made[:, first : first + len(block)] = block.T
+    return held(made, x)
+
+
+@dataclass(frozen=True)
+class Ordered(Rows):
+    """Row k is row `order[k]` of `base`, from where that is: no copy is made."""
+
+    base: Rows | None = None
+    order: Tensor | None = None
+
+
+def with_order(x: Streamed, order: Tensor) -> Streamed:
+    """The matrix with the row `order[k]` (int64, on the CPU) of it as its row k."""
+    base, own = x.rows, x.rows
+    if isinstance(own, Ordered) and own.base is not None and own.order is not None:
+        base, order = own.base, own.order[order]
+
+    def read(first: int, last: int) -> Tensor:
+        asked = order[first:last]
+        low, high = int(asked.min()), int(asked.max()) + 1
+        if high - low <= NEAR * (last - first):
+            return base.some(low, high).index_select(0, asked - low)
+        return torch.cat([_outside(base, int(r[0]), int(r[-1]) + 1) for r in _runs(asked)])
+
+    shape = (len(order), *base.shape[1:])
+    return Streamed(Ordered(shape, read, base.dtype, base.device, Room(0), base=base, order=order))
+
+
+def beside(parts: Sequence[Streamed]) -> Streamed:
+    """The rows of several matrices, one after the other."""
+    starts = [0, *accumulate(len(p) for p in parts)]
+
+    def read(first: int, last: int) -> Tensor:
+        found = [
+            p.rows.some(max(first - at, 0), min(last - at, len(p)))
+            for p, at in zip(parts, starts, strict=False)
+            if first < at + len(p) and at < last
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    like = parts[0].rows
+    return Streamed(Rows((starts[-1], *like.shape[1:]), read, like.dtype, like.device, Room(0)))
+
+
+def _runs(ids: Tensor) -> list[Tensor]:
+    """Ids in parts that follow each other."""
+    cuts = [0, *((ids.diff() != 1).nonzero().flatten() + 1).tolist(), len(ids)]
+    return [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
 # --- what is done with some rows at a time ----------------------------------------------------------------
 
 
@@ -214,9 +293,7 @@ def _taken(x: Any, at: Any) -> Any:
     if int(at.min()) < -x.shape[0] or int(at.max()) >= x.shape[0]:
         return NotImplemented  # an error, as of an ordinary tensor
     ids, back = torch.unique(at.cpu() % x.shape[0], return_inverse=True)
-    cuts = [0, *((ids.diff() != 1).nonzero().flatten() + 1).tolist(), len(ids)]
-    runs = [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-    found = torch.cat([_outside(x.rows, int(r[0]), int(r[-1]) + 1) for r in runs])
+    found = torch.cat([_outside(x.rows, int(r[0]), int(r[-1]) + 1) for r in _runs(ids)])
     return found.to(x.rows.device, x.rows.dtype)[back.to(x.rows.device)]
 
 

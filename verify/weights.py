@@ -7,19 +7,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
-from ckpt_tool.checkpoint.tensor_names import stack_of
 from ckpt_tool.verify.buffers import Buffers
-from ckpt_tool.verify.streamed import Room, Rows, Streamed, give_back
+from ckpt_tool.verify.holding import SMALL, Room, fits, is_small, of_layers
+from ckpt_tool.verify.streamed import Rows, Streamed, give_back
 
 PIECE = 1 << 19  # bytes read at once, which stay in a cache of the processor while they are cast
 
-SMALL = 1 << 20  # elements of a matrix that is held whatever room there is, in memory of its own
+
+W = TypeVar("W", bound="Weights")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -31,8 +33,8 @@ class Weights(Mapping[str, Tensor]):
     ) -> None:
         self.checkpoint, self.tensors, self.dtype, self.device = checkpoint, tensors, dtype, device
         self.used: set[str] = set()
-        self.limit: int | None = None  # bytes to hold at once; None: as many as there are
-        self.room = Room(0)  # for rows of matrices that are not held whole
+        self.limit: int | None = None  # bytes of a layer that is held as computed; None: whatever it takes
+        self.room = Room(0)  # for all that is held, where there is a limit
         self.buffers: Buffers | None = None  # memory for large tensors; None: as torch comes by it
         self._kept: dict[str, Tensor] | None = None
 
@@ -42,8 +44,15 @@ class Weights(Mapping[str, Tensor]):
         if self._kept is None:
             return self._load(info)
         if name not in self._kept:
-            self._kept[name] = self._load(info)
+            made = self._load(info)
+            if not self._has_room(name, made):
+                return made
+            self._kept[name] = made
         return self._kept[name]
+
+    def _has_room(self, name: str, made: Tensor) -> bool:
+        """Whether what was read is kept: here what finds no room is read by rows, which count themselves."""
+        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -56,10 +65,11 @@ class Weights(Mapping[str, Tensor]):
 
     def computed_in(self, dtype: torch.dtype) -> Weights:
         """The same tensors in another dtype, which hold no more than what these leave."""
-        made = Weights(self.checkpoint, self.tensors, dtype, self.device)
-        whole = sum(t.nbytes for t in (self._kept or {}).values() if not isinstance(t, Streamed))
-        made.limit = None if self.limit is None else max(0, self.limit - whole)
-        made.room = Room(max(0, self.room.size - max(whole, self.room.held)))
+        return self._sharing(Weights(self.checkpoint, self.tensors, dtype, self.device))
+
+    def _sharing(self, made: W) -> W:
+        if self.limit is not None:
+            made.within(max(0, self.limit - self.room.held), self.room)
         return made
 
     @contextmanager
@@ -74,44 +84,55 @@ class Weights(Mapping[str, Tensor]):
             yield
         finally:
             self._kept = None
-            self.room.held = 0
+            self.room.clear()
 
-    def within(self, nbytes: int, copies: int) -> None:
-        """Hold at most so many bytes at once, of which `copies` are left free for those of one matrix, as
-        planted mistakes make them."""
-        self.limit, self.room = nbytes, Room(max(0, nbytes - copies))
+    def let_go(self) -> None:
+        """Hold nothing for now of what was read; what is asked for again is read again."""
+        if self._kept is not None:
+            self._kept = {}
+            self.room.clear()
+        if self.buffers is not None:
+            self.buffers.drop()
+
+    def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
+        """Hold the layers that take at most so many bytes as they are computed, with copies of a matrix as
+        planted mistakes make them, and of others what finds room in that `shared` with others, of which
+        `spared` are left free."""
+        self.limit, self.room = nbytes, Room(max(0, shared.size - spared), within=shared)
 
     @cached_property
     def _of_layers(self) -> dict[tuple[str, int], int]:
-        """Elements of each layer of each stack."""
-        found: dict[tuple[str, int], int] = {}
-        for info in self.tensors.values():
-            if (stack := stack_of(info.name)) is not None:
-                found[stack] = found.get(stack, 0) + info.numel
-        return found
+        return of_layers(self.tensors.values())
 
     def _fits(self, info: TensorInfo) -> bool:
-        """Whether the layer of a tensor may be held as it is computed, and two copies of the tensor beside
-        it, as a planted mistake makes them."""
-        if self.limit is None or len(info.shape) < 2 or info.numel < SMALL:
+        """Whether a tensor is held as it is computed, with its layer, and two copies of it beside, as a
+        planted mistake makes them; what is kept so is counted."""
+        if self.limit is None or is_small(info):
             return True
-        layer = self._of_layers.get(stack_of(info.name) or ("", 0), info.numel)
-        return (layer + 2 * info.numel) * self.dtype.itemsize <= self.limit
+        item = self.dtype.itemsize
+        return fits(info, self._of_layers, item, self.limit) and (
+            self._kept is None or self.room.take(info.numel * item)
+        )
 
     def _streamed(self, info: TensorInfo) -> Tensor:
         give_back()
+        if self.buffers is not None:
+            self.buffers.drop()
         stored = getattr(torch, DTYPES[info.dtype].torch)
         wanted = self.dtype if stored.is_floating_point else stored
         width = prod(info.shape[1:])
 
-        def read(first: int, last: int) -> Tensor:
-            rows = torch.empty(last - first, *info.shape[1:], dtype=stored)
+        def fill(first: int, rows: Tensor) -> None:
             buffer = rows.view(torch.uint8).numpy().reshape(-1).data
             self.checkpoint.read_into(info, first * width * stored.itemsize, buffer)
+
+        def read(first: int, last: int) -> Tensor:
+            rows = torch.empty(last - first, *info.shape[1:], dtype=stored)
+            fill(first, rows)
             return rows
 
         room = self.room if self._kept is not None else Room(0)
-        return Streamed(Rows(tuple(info.shape), read, wanted, torch.device(self.device), room))
+        return Streamed(Rows(tuple(info.shape), read, wanted, torch.device(self.device), room, fill=fill))
 
     def _load(self, info: TensorInfo) -> Tensor:
         stored = getattr(torch, DTYPES[info.dtype].torch)
