@@ -90,6 +90,11 @@ class Weights(Mapping[str, Tensor]):
                 found[stack] = found.get(stack, 0) + info.numel
         return found
 
+    @property
+    def streams(self) -> bool:
+        """Whether any matrix is held by rows, for want of room."""
+        return not all(map(self._fits, self.tensors.values()))
+
     def _fits(self, info: TensorInfo) -> bool:
         """Whether the layer of a tensor may be held as it is computed, and two copies of the tensor beside
         it, as a planted mistake makes them."""
