@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
+from ckpt_tool.verify.buffers import memory_at_hand
 from ckpt_tool.verify.claims import Asked
 from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.effort import Effort, effort_for
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.generated import generated
-from ckpt_tool.verify.pace import TOLD, duration, limit, pace
+from ckpt_tool.verify.pace import TOLD, duration, is_light, limit, pace
 from ckpt_tool.verify.parity import NoPass, findings, lockstep
 from ckpt_tool.verify.positions import spelled
 from ckpt_tool.verify.prompts import (
@@ -307,7 +308,8 @@ def _parity(
     facts["needs"] = needs
     shared = _walks(walks, _key(subject, made, asked))
     try:
-        with reused(*original.weights, *converted.weights):
+        light = is_light(original, converted, prompts, effort)
+        with reused(*original.weights, *converted.weights), memory_at_hand() if light else nullcontext():
             result = joined(subject, original, converted, prompts, effort, shared, tell) if shared else None
             if result is None:
                 tell(f"parity: needs {needs}")

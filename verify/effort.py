@@ -4,12 +4,12 @@ noise floor and the free run are made. What is left out is said, and a verdict c
     default   every layer and every prompt in lockstep. Where a prompt is long and costs more than AFFORDABLE,
               its floor is measured only where it is over that of others, it is not run free, and one longer
               than WIDE (a window's) goes through the first layer of each kind. Of those that
-              are ids alone the FREED longest of the others are run free and make the floor: with few tokens
-              a pass costs what reading its weights does.
+              are ids alone the FREED longest of the others are run free: with few tokens a pass costs what
+              reading its weights does. The floor of a phase is that of the one of most different ids.
     quick     the first layer of each kind and the last one; no free run. Where a long prompt is costly, of
-              those that are ids alone the shortest one, the short one of the most different ids, whose floor
-              is measured, and a long one only if it shows a window. Mistakes are planted in the last layer
-              only where layers are of several kinds.
+              those that are ids alone the shortest one of SEVERAL tokens, and a long one only if it shows a
+              window. Of mistakes that are alike one is planted, in the last layer only where layers are of
+              several kinds.
     thorough  everything.
 """
 
@@ -25,11 +25,12 @@ from ckpt_tool.verify.claims import Mode
 from ckpt_tool.verify.prompts import Prompt
 
 if TYPE_CHECKING:  # torch takes a second to load, and who asks only what is costly has no use for it
-    from ckpt_tool.verify.sides import Phase, Side
+    from ckpt_tool.verify.sides import Change, Phase, Side
 
 SHORT = 64  # tokens, up to which a prompt costs little
 WIDE = 1024  # tokens, beyond which one costs much
 FREED = 2  # prompts that are run free where a long one is not
+SEVERAL = 8  # tokens that a prompt has which runs alone: enough for positions to count
 AFFORDABLE = 3e10  # tokens x weights of one prompt: a few seconds a pass
 
 
@@ -38,7 +39,7 @@ class Effort:
     """`layers` are those that run (None: all). A prompt of `reach` goes through these layers alone, and to no
     head; without any it does not run. `floor` and `free` are the prompts whose noise is measured in any case,
     and that are run free; None stands for all. `planted` are the layers that mistakes are planted in,
-    None for the first and the last one."""
+    None for the first and the last one; `few`: one of those that are alike."""
 
     mode: Mode = "thorough"
     layers: tuple[int, ...] | None = None
@@ -48,6 +49,7 @@ class Effort:
     left_out: tuple[str, ...] = ()
     before: frozenset[Phase] = frozenset({"embed"})  # what comes in front of the first layer
     planted: frozenset[int] | None = None
+    few: bool = False
 
     def has(self, phase: Phase, prompt: str) -> bool:
         """Whether a prompt goes through a phase. A layer that is left out is passed over: the next one is fed
@@ -62,6 +64,15 @@ class Effort:
     def plants(self, phase: Phase, layers: int) -> bool:
         """Whether mistakes are planted in a phase of so many layers."""
         return isinstance(phase, str) or phase in ((0, layers - 1) if self.planted is None else self.planted)
+
+    def chosen(self, mistakes: list[Change]) -> list[Change]:
+        """Which of the mistakes of a phase are planted."""
+        if not self.few:
+            return mistakes
+        kept: dict[tuple[str, int], Change] = {}
+        for number, change in enumerate(mistakes):
+            kept.setdefault((change.kind, 0 if change.kind else number), change)
+        return list(kept.values())
 
     def measures(self, prompt: str) -> bool:
         return self.floor is None or prompt in self.floor
@@ -98,7 +109,9 @@ def effort_for(
     if not cheap:
         return Effort("default")
     plain = [n for n in tokens if n in cheap - given and not prompts[n].given]
-    free = cheap - frozenset(sorted(plain, key=lambda n: -tokens[n])[FREED:])
+    freed = sorted(plain, key=lambda n: -tokens[n])[:FREED]
+    free = cheap - frozenset(plain) | frozenset(freed)
+    floor = free - frozenset(freed) | ({_most_different(freed, prompts)} if freed else set())
     long = [n for n in tokens if n not in free and n not in wide]
     said = []
     if long:
@@ -107,7 +120,8 @@ def effort_for(
         said.append(
             f"{_named(wide, tokens)} through {layers_text(sorted(firsts))} only, the first of each kind"
         )
-    return Effort("default", None, dict.fromkeys(wide, firsts), free, free, tuple(said), _before(original))
+    reach = dict.fromkeys(wide, firsts)
+    return Effort("default", None, reach, floor, free, tuple(said), _before(original))
 
 
 def _quick(
@@ -134,11 +148,12 @@ def _quick(
     planted = frozenset(layers if len(firsts) > 1 else firsts) & {0, *last}
     if not planted.issuperset(last):
         said.append(f"no mistakes were planted in layer {count - 1}, which is of the kind of layer 0")
+    said.append("of planted mistakes that are alike one was")
     reach = {**dict.fromkeys(long, frozenset(firsts)), **dict.fromkeys(off, frozenset[int]())}
     short = frozenset(n for n, t in tokens.items() if t <= SHORT and n not in off)
     floor = frozenset({_most_different(short, prompts)} if short and dear else short)
     before = _before(original)
-    return Effort("quick", layers, reach, floor or None, frozenset(), tuple(said), before, planted)
+    return Effort("quick", layers, reach, floor or None, frozenset(), tuple(said), before, planted, few=True)
 
 
 def _not_in_quick(
@@ -149,13 +164,12 @@ def _not_in_quick(
     given: frozenset[str],
 ) -> list[str]:
     """The prompts that do not run at all: those longer than WIDE and, where any is costly, all that are ids
-    alone and not the user's, but for the shortest one, the short one of the most different ids, and long ones
-    beyond a window."""
+    alone and not the user's, but for the shortest one of SEVERAL tokens and long ones beyond a window."""
     off = {n for n, t in tokens.items() if t > WIDE}
     if dear:
         plain = [n for n in tokens if n not in given and not prompts[n].given]
         short = [n for n in plain if tokens[n] <= SHORT]
-        kept = {_most_different(short, prompts), min(short, key=lambda n: tokens[n])} if short else set()
+        kept = {min(short, key=lambda n: (tokens[n] < SEVERAL, abs(tokens[n] - SEVERAL)))} if short else set()
         kept |= {n for n in plain if any(SHORT < w < tokens[n] for w in original.windows or [])} - off
         off |= {*plain} - kept
     return [n for n in tokens if n in off]

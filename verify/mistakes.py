@@ -9,6 +9,7 @@ reading of the architecture says of its own (`mistakes` and `config_mistakes`, r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -239,6 +240,10 @@ def to_plant(
     return [*own, *_planted(phase, plan, shapes, side.raw), *of_codes]
 
 
+def _of_kind(kind: str, changes: Iterable[Change]) -> list[Change]:
+    return [replace(c, kind=kind) for c in changes]
+
+
 def _own_tensors(
     side: Side, names: Iterable[str]
 ) -> list[tuple[str, Callable[[Tensors], dict[str, Tensor]], Callable[[Tensors], dict[str, Tensor]]]]:
@@ -269,26 +274,28 @@ def _planted(
 ) -> list[Change]:
     kind, layer = _class_of(config), layer_in(phase, shapes)
     if layer is None:
-        made = [Change(*_of_matrix(n, s, kind, undo=False)) for n, s in shapes.items() if len(s) == 2]
+        whole = [Change(*_of_matrix(n, s, kind, undo=False)) for n, s in shapes.items() if len(s) == 2]
+        made = _of_kind("outside", whole)
         made += _perturbed({n: s for n, s in shapes.items() if len(s) == 1}, kind, config)
         made += _other_gelus(config)
         if phase == "head" and config.get("tie_word_embeddings") is False:
-            made.append(Change("output layer tied to the embedding", config={"tie_word_embeddings": True}))
+            tied = {"tie_word_embeddings": True}
+            made.append(Change("output layer tied to the embedding", config=tied, kind="outside"))
         return made
     found = [r for r in reorders(plan, layer) if r.name in shapes]
     made = []
     for r in found:
         for b in beliefs(r, found):
             if b.order == r.right or b.sizes != r.sizes:
-                made.append(Change(f"{short(r.name)} {b.words}", planted(r, b)))
-    made += misread(fused(plan, layer))[:2]
+                made.append(Change(f"{short(r.name)} {b.words}", planted(r, b), kind=r.name))
+    made += _of_kind("misread", misread(fused(plan, layer))[:2])
     swaps = exchanges(shapes, shapes, layer)
     kinds = {"experts": [c for c in swaps if c.name.startswith("experts")][:1]}
     kinds["others"] = [c for c in swaps if not c.name.startswith("experts")][:4]
-    made += [c for group in kinds.values() for c in group]
+    made += [c for kind_of, group in kinds.items() for c in _of_kind(kind_of, group)]
     matrices = [n for n, s in shapes.items() if len(s) == 2]
     square = [n for n in matrices if shapes[n][0] == shapes[n][1]] or matrices[-1:]
-    made += [Change(f"{short(n)} transposed", transpose(n)) for n in square[:2]]
+    made += [Change(f"{short(n)} transposed", transpose(n), kind="transposed") for n in square[:2]]
     # Without rotary positions a key's bias adds the same to all scores of a query, which softmax takes away;
     # with them its slowly turned channels still add nearly that.
     vectors = {n: s for n, s in shapes.items() if len(s) == 1 and not n.endswith(kind.key_bias)}

@@ -22,6 +22,7 @@ from ckpt_tool.verify.sides import Phase, Side
 
 FEW = 16  # tokens that take as long as fewer do: the weights have to be read
 READ = 1e9  # bytes in a second that are read and cast, at least
+LIGHT = 768 << 20  # bytes of the heaviest layer and of activations, of a model that is small
 TOLD = 20.0  # seconds: shorter runs are not worth a word
 EXPERTS = (("num_local_experts", "num_experts"), ("num_experts_per_tok",))
 
@@ -121,6 +122,15 @@ def limit(
 
 def _ranks(side: Side) -> list[list[TensorInfo]]:
     return [[*w.tensors.values()] for w in side.weights]
+
+
+def is_light(original: Side, converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> bool:
+    """Whether layers and activations are so small, and no matrix is held by rows, that memory need not be
+    given back between them; once `limit` has said how much may be held."""
+    held, item = [*original.weights, *converted.weights], original.weights[0].dtype.itemsize
+    size = max(needs.heaviest(_tensors(side), item) for side in (original, converted))
+    size += _passes(converted, prompts, effort).activations(item)
+    return size <= LIGHT and held[0].device == "cpu" and not any(w.streams for w in held)
 
 
 def _passes(converted: Side, prompts: Mapping[str, Prompt], effort: Effort) -> needs.Passes:

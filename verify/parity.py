@@ -133,7 +133,7 @@ def lockstep(
                     cause = diagnose(subject, original, side, phase, shapes, samples, step.bar)
                 result.diagnoses.append(cause)
             elif effort.plants(phase, result.layers) and step.holds:
-                changes = to_plant(phase, subject.plan, shapes, side, subject.packed)
+                changes = effort.chosen(to_plant(phase, subject.plan, shapes, side, subject.packed))
                 result.controls += control(original, side, phase, changes, samples, step.bar)
         if pace is not None:
             pace.add(phase)
@@ -190,8 +190,11 @@ def originals(
         made = []
         for (r, y), v in zip(own, variances, strict=True):
             m = Made(r, Sample(r.x, y, r.given, v))
-            if effort.measures(r.name) or r.is_free:
+            if effort.measures(r.name):
                 _noise(original, phase, m)
+            elif r.is_free:
+                with ReversedSums():
+                    m.noisy = _own(original, phase, r.noisy, r.given)
             made.append(m)
     return made
 
@@ -205,7 +208,7 @@ def _noise(original: Side, phase: Phase, m: Made) -> None:
             again, m.noisy = _both(partial(_own, original, phase, given=given), x, r.noisy, given)
         else:
             again = _own(original, phase, x, given)
-            m.noisy = again if r.is_free else None
+            m.noisy = again if r.is_free and m.noisy is None else m.noisy
     m.noise = m.sample.of(again)
 
 

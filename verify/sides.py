@@ -57,11 +57,13 @@ def phase_text(phase: Phase) -> str:
 @dataclass(frozen=True)
 class Change:
     """Something done to one side in memory. `tensors` makes replacements out of the side's own tensors
-    (KeyError or ValueError where it cannot be done), `config` are values of config.json to put in."""
+    (KeyError or ValueError where it cannot be done), `config` are values of config.json to put in. Changes of
+    one `kind` are so much alike that one stands for the others; those without stand for themselves."""
 
     name: str
     tensors: Callable[[Tensors], dict[str, Tensor]] = lambda w: {}
     config: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ckpt_tool.verify.controls import control
 from ckpt_tool.verify.effort import Effort
 from ckpt_tool.verify.measure import Bar, Distance, LogitDistance, bar_for
 from ckpt_tool.verify.mistakes import to_plant
-from ckpt_tool.verify.parity import Made, NoPass, Parity
+from ckpt_tool.verify.parity import NoPass, Parity
 from ckpt_tool.verify.positions import Positions
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.sides import Phase, Sample, Side, phase_text, tensors
@@ -152,7 +152,7 @@ def _walk(
                         sweep(original, converted, step, samples, rows, share)
         if any(v is not None for m in own for v in m.sample.variances):
             raise Alone("the model gives a few numbers for a prompt, which are measured over all of them")
-        noise = {m.run.name: m.noise for m in own if _measured(m, effort)}
+        noise = {m.run.name: m.noise for m in own if effort.measures(m.run.name)}
         known = {n: d for n, d in noise.items() if d is not None}
         result.passed.append(
             Passed(phase, known, step.distances, step.broken, tuple(shapes), tuple(m.run.name for m in own))
@@ -172,11 +172,6 @@ def _of_sweeps(prompts: Mapping[str, Prompt], effort: Effort, worker: Worker) ->
     able = sorted({*free, *([0] if alone else [])})
     able = able[1:] or able
     return [(k, len(able)) for k, number in enumerate(able) if number == worker.number - 1]
-
-
-def _measured(made: Made, effort: Effort) -> bool:
-    """Whether one process measures its noise whatever comes of it."""
-    return effort.measures(made.run.name) or made.run.is_free
 
 
 def _one_tensor(x: Any) -> Tensor:
@@ -213,7 +208,7 @@ def joined(
         shapes = {n: i.shape for n, i in converted.weights[0].tensors.items() if n in read}
         with converted.keep():
             samples = _samples(original, step.phase, prompts, inputs, effort)
-            changes = to_plant(step.phase, subject.plan, shapes, converted, subject.packed)
+            changes = effort.chosen(to_plant(step.phase, subject.plan, shapes, converted, subject.packed))
             result.controls += control(original, converted, step.phase, changes, samples, step.bar)
     converted.weights[0].used |= names
     return result

@@ -104,15 +104,21 @@ class Weights(Mapping[str, Tensor]):
     def _of_layers(self) -> dict[tuple[str, int], int]:
         return of_layers(self.tensors.values())
 
+    @property
+    def streams(self) -> bool:
+        """Whether any matrix is held by rows, for want of room."""
+        return not all(is_small(t) or self._whole(t) for t in self.tensors.values())
+
+    def _whole(self, info: TensorInfo) -> bool:
+        limit = self.limit
+        return limit is None or fits(info, self._of_layers, self.dtype.itemsize, limit)
+
     def _fits(self, info: TensorInfo) -> bool:
         """Whether a tensor is held as it is computed, with its layer, and two copies of it beside, as a
         planted mistake makes them; what is kept so is counted."""
         if self.limit is None or is_small(info):
             return True
-        item = self.dtype.itemsize
-        return fits(info, self._of_layers, item, self.limit) and (
-            self._kept is None or self.room.take(info.numel * item)
-        )
+        return self._whole(info) and (self._kept is None or self.room.take(info.numel * self.dtype.itemsize))
 
     def _streamed(self, info: TensorInfo) -> Tensor:
         give_back()
