@@ -248,6 +248,21 @@ def test_what_cannot_be_exported_is_said(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_padding_follows_where_no_id_stands_for_it(exported: tuple[Path, Any], converted: Path) -> None:
+    """A sequence is labelled by its last token, which nothing tells then."""
+    path, _ = exported
+    with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
+        side, interface = source.converted(torch.float32), recognised(file)
+        for pad, task, there in (
+            (None, "sequence-classification", False),
+            (3, "sequence-classification", True),
+            (None, "token-classification", True),
+        ):
+            known = replace(source, config={**source.config, "pad_token_id": pad})
+            names = {case.name for case in onnx_parity._cases(known, side, interface, None, task)[0]}
+            assert ("padded" in names) is there and "padded left" in names
+
+
 def test_past_of_a_model_that_keeps_none_is_refused(conversions: Written, tmp_path: Path) -> None:
     for task in ((), ("--task", "default")):
         folder = str(conversions("bert-v1-bare"))

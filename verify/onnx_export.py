@@ -40,6 +40,7 @@ from ckpt_tool.verify.onnx_names import (
     of_words,
 )
 from ckpt_tool.verify.onnx_weights import Some, put_outside, without_values
+from ckpt_tool.verify.prompts import padding_of
 from ckpt_tool.verify.sides import BROKEN, Side
 
 DATA = ".data"  # after the name of the graph
@@ -162,7 +163,7 @@ class Reading(nn.Module):
 
     def __init__(self, side: Side, form: Form, mode: FakeTensorMode) -> None:
         super().__init__()
-        self.side, self.form = side, form
+        self.side, self.form, self.pad = side, form, padding_of(side.raw)
         (tensors,) = side.ranks
         read = needed(side, form)
         self.names = [name for name in tensors if name in read]
@@ -200,16 +201,15 @@ class Reading(nn.Module):
         phases = {p.name: p for p in side.module.phases(ranks, side.config, given)}
         x = protocol.trunk(list(phases.values()), ids)
         made = [p for p in form.outputs if p.own not in form.kept]
-        pad = side.raw.get("pad_token_id")
-        found = [shaped(phases[p.own].run(x), form.task, ids, pad, choices) for p in made]
+        found = [shaped(phases[p.own].run(x), form.task, ids, self.pad, choices) for p in made]
         return (*found, *(past[name] for name in form.kept))
 
 
-def shaped(y: Tensor, task: str, ids: Tensor, pad: Any, rows: Any) -> Tensor:
+def shaped(y: Tensor, task: str, ids: Tensor, pad: int | None, rows: Any) -> Tensor:
     """What a head gives, as the class of the library gives it: one row of classes for a sequence, one number
     for each of the choices."""
     if task == "sequence-classification" and y.ndim == 3:
-        return of_last_token(y, ids, pad if type(pad) is int else None)
+        return of_last_token(y, ids, pad)
     if task == "multiple-choice":
         return y.reshape(rows)
     return y

@@ -24,6 +24,7 @@ from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.onnx_export import kept_by, shaped
 from ckpt_tool.verify.onnx_names import TASKS, layer_names, of_rows
 from ckpt_tool.verify.onnx_runs import Case
+from ckpt_tool.verify.prompts import padding_of
 from ckpt_tool.verify.sides import BROKEN, Side, original_side, side_of
 from ckpt_tool.verify.subject import Subject, opened
 from ckpt_tool.verify.weights import ranks_of
@@ -204,9 +205,8 @@ def _joined(side: Side, task: str, case: Case, jobs: list[Job]) -> Results:
 
 
 def _picked(side: Side, task: str, case: Case, job: Job, name: str, y: Tensor) -> Tensor:
-    pad = side.raw.get("pad_token_id")
     if not name.startswith("present."):
-        y = shaped(y, task, job.ids, pad, case.ids.shape[:-1])
+        y = shaped(y, task, job.ids, padding_of(side.raw), case.ids.shape[:-1])
     if of_rows(task, name):
         return y.reshape(-1, y.shape[-1])
     if name.startswith("present."):

@@ -30,7 +30,7 @@ from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
 from ckpt_tool.verify.onnx_runs import Case, Interface, opened_graph, recognised
 from ckpt_tool.verify.onnx_weights import in_graph
-from ckpt_tool.verify.prompts import Prompts, positions, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import Prompts, padding_of, positions, prompts_for, tokenizer_of, with_inputs
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
 from ckpt_tool.verify.sides import Side
 
@@ -95,7 +95,7 @@ def verify_onnx(
     with threads_for(source.checkpoint):
         single = for_task(source.converted(torch.float32), task)
         sizes = _sizes(single, interface)
-        cases, left = _cases(source, single, interface, prompts)
+        cases, left = _cases(source, single, interface, prompts, task)
         report.facts |= _facts(file, source, single, interface, task)
         tell("onnx: computing with the readings")
         judged = _judged(source, single, task, cases, bool(interface.past or interface.present))
@@ -168,9 +168,10 @@ def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
 
 
 def _cases(
-    source: Source, side: Side, interface: Interface, more: Prompts | None
+    source: Source, side: Side, interface: Interface, more: Prompts | None, task: str
 ) -> tuple[list[Case], list[str]]:
-    """What goes through the graph, and the names of those that its fixed sizes do not take."""
+    """What goes through the graph, and the names of those that its fixed sizes do not take. Without an id for
+    padding a sequence is labelled by its last token, so no padding may come after it."""
     config, lengths = as_read(source.config, [side]), lengths_of([side])
     table = positions(source.config, source.checkpoint)
     if sum(t.numel for t in source.checkpoint) > LARGE:
@@ -186,6 +187,8 @@ def _cases(
         made = [_case(name, p.ids, p.given) for name, p in prompts.items()]
         made += _further(rows, inputs, config, lengths.fits, bool(interface.past))
     made = [replace(case, counted="positions" in interface.inputs) for case in made]
+    if task == "sequence-classification" and padding_of(source.config) is None:
+        made = [case for case in made if bool(case.mask[..., -1].all())]
     fitting = [case for case in made if _fits(case, interface)]
     left = [case.name for case in made if not _fits(case, interface)]
     if not fitting:
