@@ -92,7 +92,7 @@ BASES = {
     "qwen2": "qwen2.5-14b",
     "mistral": "mistral-float32",
     "mixtral": "mixtral-c",
-    "ministral3": "mistral3-images",
+    "ministral3": "ministral3-3b",
 }
 UNFIT = {
     "qwen2": 32,
