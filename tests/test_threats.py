@@ -844,7 +844,7 @@ def test_a_disk_that_cannot_read_is_told_with_the_place(
     real, size = os.preadv, weights(pth).stat().st_size
 
     def read(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
-        if offset > size // 2 and os.fstat(descriptor).st_size == size:
+        if offset + sum(map(len, buffers)) > size // 2 and os.fstat(descriptor).st_size == size:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(descriptor, buffers, offset, *flags)
 

@@ -498,10 +498,15 @@ class Checkpoint:
 
     def check_whole(self, crcs: Mapping[tuple[str, str], int]) -> None:
         """See `TensorFile.check_whole`; `crcs` are by file and name. Fails with all that differ."""
+        left = {name: file for name, file in self.files.items() if stored(file).check is not None}
+        known: dict[str, dict[str, int]] = {name: {} for name in left}
+        for (of, name), crc in crcs.items() if left else ():
+            if of in left:
+                known[of][name] = crc
         problems: list[Problem] = []
-        for file in self.files.values():
+        for name, file in left.items():
             try:
-                file.check_whole({name: crc for (of, name), crc in crcs.items() if of == file.name})
+                file.check_whole(known[name])
             except CkptToolError as error:
                 problems += error.problems
         fail_all(problems)
