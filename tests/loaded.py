@@ -13,6 +13,7 @@ from __future__ import annotations
 import marshal
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -53,11 +54,8 @@ def begin() -> None:
 
 def end() -> None:
     if os.environ.get(OWNER) == str(os.getpid()):
-        home = Path(os.environ.pop(HOME))
+        shutil.rmtree(os.environ.pop(HOME), ignore_errors=True)  # their Pythons look for it, and end
         del os.environ[OWNER]
-        for file in home.iterdir():
-            file.unlink()
-        home.rmdir()
 
 
 def python(release: str) -> str:
