@@ -518,7 +518,7 @@ def test_memory_is_kept_for_what_comes_next_where_it_is_little(
         with monkeypatch.context() as patch:
             patch.setattr(pace, "LIGHT", 1000)
             assert not pace.is_light(*asked)
-        monkeypatch.setattr(weights, "SMALL", 1)
+        monkeypatch.setattr(holding, "SMALL", 1)
         _tight(converted.weights[0])
         assert not pace.is_light(*asked)  # matrices that are held by rows leave holes
     streamed.give_back()
@@ -568,6 +568,24 @@ def test_distances_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert distance(tiny * 2, tiny, 1e-50).nmse == pytest.approx(1.0, rel=1e-4)  # no squares below a float's
     b[0, 33, 2] = torch.nan
     assert distance(b, a) == Distance(float("inf"), float("inf"), 33, whole.magnitude)
+
+
+def test_sides_of_other_numbers_of_threads_agree_within_the_floor(
+    written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original by one, the converted model by three, which cut rows and sums otherwise."""
+    source, out = written("mistral-7b-v0.3")
+    run, taken = Side.run, set()
+
+    def threaded(side: Side, *asked: Any, **more: Any) -> Any:
+        torch.set_num_threads(3 if side.raw else 1)  # the converted side has a config.json
+        taken.add(torch.get_num_threads())
+        return run(side, *asked, **more)
+
+    monkeypatch.setattr(Side, "run", threaded)
+    report = verify(out, source, levels=("parity",))
+    assert taken == {1, 3} and report.status == "pass"
+    assert one(report, "negative control").measured == 1.0
 
 
 def test_two_inputs_in_one_pass_come_apart_where_a_phase_makes_several_tensors() -> None:
