@@ -2,9 +2,9 @@
 
 A command makes instances of a third of the classes that it imports, and the methods of one take half a
 millisecond to write: a third of the time to start. Until then a class has an `__init__` that finishes it, and
-what looks at it as a dataclass does so too (`fields`, a subclass, `inspect.signature`, a pattern), and so does
-unpickling, which makes instances without `__init__`. One with slots becomes another class, and is finished at
-once.
+what looks at it as a dataclass does so too (`fields`, a subclass, `inspect.signature`, a pattern), as does
+unpickling, which makes instances without `__init__`. One with slots becomes another class, and is finished
+at once.
 """
 
 from __future__ import annotations
