@@ -42,8 +42,8 @@ class StackedWeights(Weights):
         return self._sharing(StackedWeights(self.checkpoint, self.tensors, dtype, self.device, self.apart))
 
     def let_go(self) -> None:
+        self.stacked.let_go()  # first: what it holds counts in the room of these too
         super().let_go()
-        self.stacked.let_go()
 
     def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
         super().within(nbytes, shared, spared)
@@ -80,8 +80,8 @@ class StackedCodes(PackedWeights):
         return self._sharing(StackedCodes(*said, apart=self.apart))
 
     def let_go(self) -> None:
-        super().let_go()
         self.plain.let_go()
+        super().let_go()
 
     def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
         super().within(nbytes, shared, spared)
