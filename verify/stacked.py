@@ -87,6 +87,11 @@ class StackedCodes(PackedWeights):
         super().within(nbytes, shared, spared)
         self.plain.within(nbytes, self.room)
 
+    @property
+    def making(self) -> int:
+        """A stack is read as a whole for each that comes out of it."""
+        return super().making + max(t.nbytes for t in self.held.values())
+
     def _load(self, info: TensorInfo) -> Tensor:
         if info.name in self.formulas:
             return super()._load(info)
