@@ -455,6 +455,7 @@ def test_logits_some_positions_at_a_time_are_as_far_apart_as_all_at_once(
 MEASURED = {  # MB of a run of one layer by default, benchmarks/README.md
     "mistral-7b-v0.1": 2011,
     "llama-3-70b": 3578,
+    "mixtral-8x22b": 3936,
 }
 
 

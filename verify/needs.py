@@ -114,7 +114,7 @@ def of_parity(
     layers, heads = holding.held((original, converted), item, room)
     layers += max(exchanged, holding.copies(own, item, room, likely=True))
     about = COMPUTING + making + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
-    return Need(least, room, spared, max(least, told(min(about, besides + room))))
+    return Need(least, room, spared, max(least, min(told(about), besides + room)))
 
 
 def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:
