@@ -87,6 +87,11 @@ class StackedCodes(PackedWeights):
         super().within(nbytes, shared, spared)
         self.plain.within(nbytes, self.room)
 
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        with super().keep(), self.plain.keep():
+            yield
+
     @property
     def making(self) -> int:
         """A stack is read as a whole for each that comes out of it."""
