@@ -425,6 +425,19 @@ def test_both_sides_hold_what_the_memory_leaves_for_them_together(
     assert told[rolled][0].data["tensor"] == [name] and taken_back[2] < 1e-9 < taken_back[1]
 
 
+def test_what_is_let_go_of_is_given_back_to_every_room_that_it_was_taken_within() -> None:
+    """Another precision takes its own within that of a side, and a side within what both share."""
+    shared = Room(100)
+    side = Room(80, within=shared)
+    precision = Room(60, within=side)
+    assert side.take(50) and not precision.take(31) and precision.take(30) and not shared.take(21)
+    assert (shared.held, side.held, precision.held, precision.left) == (80, 80, 30, 0)
+    precision.clear()
+    assert (shared.held, side.held, precision.held, precision.left) == (50, 50, 0, 30)
+    side.clear()
+    assert (shared.held, side.held, shared.most) == (0, 0, 80)
+
+
 def test_logits_some_positions_at_a_time_are_as_far_apart_as_all_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -442,6 +455,7 @@ def test_logits_some_positions_at_a_time_are_as_far_apart_as_all_at_once(
 MEASURED = {  # MB of a run of one layer by default, benchmarks/README.md
     "mistral-7b-v0.1": 2011,
     "llama-3-70b": 3578,
+    "mixtral-8x22b": 3936,
 }
 
 

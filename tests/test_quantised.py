@@ -923,6 +923,35 @@ def test_logits_of_both_readings_are_those_of_transformers(one_thread: None) -> 
             assert np.abs(logits - expected).max() < 1e-4
 
 
+def test_numbers_that_are_made_of_codes_come_out_of_the_memory(quantised: Made, tmp_path: Path) -> None:
+    """While they are made nothing else may take their room, in float64 either; less is refused."""
+    import torch
+
+    from ckpt_tool.verify import pace
+    from ckpt_tool.verify.effort import THOROUGH
+    from ckpt_tool.verify.needs import COMPUTING
+    from ckpt_tool.verify.packed_weights import PackedWeights
+    from ckpt_tool.verify.prompts import Prompt
+    from ckpt_tool.verify.sides import converted_side, original_side
+    from ckpt_tool.verify.subject import opened
+
+    convert(quantised("fp8-blocks"), tmp_path / "out")
+    prompts = {"one": Prompt([[1, 2, 3]], {})}
+    with opened(tmp_path / "out", quantised("fp8-blocks"), {}) as subject:
+        sides = [make(subject, torch.float32, "cpu") for make in (original_side, converted_side)]
+        weights = [side.weights[0] for side in sides]
+        assert isinstance(weights[1], PackedWeights)
+        most = max(weights[1].tensors[n].numel for n in weights[1].formulas)
+        assert {w.making for w in weights} == {4 * 8 * most} and weights[1].exchanged == 2 * 4 * most
+        pace.limit(*sides, prompts, THOROUGH, 2 * 10**9)
+        activations = pace._passes(sides[1], prompts, THOROUGH).activations(4)
+        whole = 2 * 10**9 - COMPUTING - activations - 4 * 8 * most
+        assert weights[0].room.size == whole and weights[1].room.size <= whole - weights[1].exchanged
+        least = COMPUTING + activations + weights[1].making + weights[1].exchanged
+        with pytest.raises(CkptToolError, match="memory: expected at least"):
+            pace.limit(*sides, prompts, THOROUGH, least)
+
+
 @pytest.mark.parametrize("form", ["mcore", "torch_dist"])
 def test_ranks_take_numbers_and_no_codes(form: str, quantised: Made) -> None:
     options = Options(family_options={"form": form})

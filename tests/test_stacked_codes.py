@@ -111,6 +111,33 @@ def test_one_scale_for_each_half(conversions: Written, tmp_path: Path) -> None:
     assert held(tmp_path / "out") == held(tmp_path / "right")
 
 
+def test_tables_beside_stacked_codes_are_counted(
+    conversions: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and given back; a stack is among what is there while a weight is made."""
+    import torch
+
+    from ckpt_tool.verify import holding
+    from ckpt_tool.verify.sides import original_side
+    from ckpt_tool.verify.stacked import StackedCodes
+    from ckpt_tool.verify.subject import opened
+
+    monkeypatch.setattr(holding, "SMALL", 1)
+    one = stacked(quantise(conversions("mixtral-c"), tmp_path / "apart", "fp8-tensor"), tmp_path / "one")
+    convert(one, tmp_path / "out")
+    with opened(tmp_path / "out", one, {}) as subject:
+        weights, shared = original_side(subject, torch.float32, "cpu").weights[0], holding.Room(10**9)
+        assert isinstance(weights, StackedCodes) and weights.making > max(t.nbytes for t in weights.whole)
+        weights.within(10**9, shared)
+        with weights.keep():
+            table = weights["model.embed_tokens.weight"]
+            assert weights["model.embed_tokens.weight"] is table and shared.held == table.nbytes
+            weights.let_go()
+            assert shared.held == weights.room.held == 0
+            assert len(weights["model.embed_tokens.weight"]) > 0 < shared.held
+        assert shared.held == 0
+
+
 def test_stacked_codes_under_other_names_are_refused(conversions: Written, tmp_path: Path) -> None:
     source = quantise(conversions("mixtral-c"), tmp_path / "apart", "fp8-blocks")
     with open_checkpoint(source) as checkpoint:

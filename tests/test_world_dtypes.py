@@ -29,7 +29,9 @@ from ckpt_tool.fixtures.families.megatron_gpt2 import WIDE
 from ckpt_tool.fixtures.megatron import FILE
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.inspect import inspect
-from ckpt_tool.verify import verify
+from ckpt_tool.verify import holding, verify
+from ckpt_tool.verify.sides import converted_side
+from ckpt_tool.verify.subject import opened
 
 SHARED = Path(__file__).parents[2] / "shared" / "cases"
 Written = Callable[[str], Path]
@@ -371,6 +373,26 @@ def test_a_stacked_folder_is_verified_like_any(
     report = verify(wrong, originals("mixtral-c"), levels=("coverage", "bits", "parity"))
     assert report.exit_code == 1
     assert {f.level for f in report.findings if f.status == "fail"} == {"bits", "parity"}
+
+
+def test_what_is_held_of_stacked_experts_is_counted_once_and_given_back(
+    originals: Written, conversions: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacks and what was taken out of them come out of one room; also where they are let go of."""
+    monkeypatch.setattr(holding, "SMALL", 1)
+    shared = holding.Room(10**9)
+    with opened(stacked(conversions("mixtral-c"), tmp_path / "fused"), originals("mixtral-c"), {}) as subject:
+        weights = converted_side(subject, torch.float32, "cpu").weights[0]
+        weights.within(10**9, shared)
+        with weights.keep():
+            sizes = []
+            for _ in range(2):
+                assert all(weights[n].isfinite().all() for n in weights)
+                sizes.append(shared.held)
+                weights.let_go()
+                assert shared.held == weights.room.held == 0
+            assert sizes[0] == sizes[1] > 0 and len(weights["lm_head.weight"]) > 0 < shared.held
+        assert shared.held == 0
 
 
 def test_a_reading_takes_stacked_experts_apart_by_its_own_code(

@@ -17,8 +17,7 @@ from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.sides import BROKEN, Change, Phase, Sample, Side, Tensors, same
 from ckpt_tool.verify.streamed import Streamed
 
-FEW = 1 << 16  # numbers of a tensor that are compared first
-
+FIRST = 1 << 16  # numbers of a tensor that are compared first
 JUDGED_IN = {"float32": "float64"}  # what is too small for one precision is judged in the other
 FEW = 2  # prompts, the shortest, on which that is done
 
@@ -214,8 +213,8 @@ def _differs(x: Any, own: Tensors, name: str) -> bool:
     if not isinstance(x, torch.Tensor) or name not in own:
         return True
     before = own[name]
-    if x.numel() > FEW and x.shape == before.shape and not isinstance(x, Streamed):
-        rows = max(1, FEW * len(x) // x.numel())
+    if x.numel() > FIRST and x.shape == before.shape and not isinstance(x, Streamed):
+        rows = max(1, FIRST * len(x) // x.numel())
         if not torch.equal(x[:rows], before[:rows]):
             return True
     return not torch.equal(x, before)

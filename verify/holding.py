@@ -34,10 +34,14 @@ class Room:
         self.most = max(self.most, self.held)
         return fits
 
-    def clear(self) -> None:
+    def give(self, nbytes: int) -> None:
+        """Let go of what was taken, in every room that it was taken within."""
+        self.held -= nbytes
         if self.within is not None:
-            self.within.held -= self.held
-        self.held = 0
+            self.within.give(nbytes)
+
+    def clear(self) -> None:
+        self.give(self.held)
 
     @property
     def left(self) -> int:

@@ -93,18 +93,28 @@ class Need:
     about: int
 
 
-def of_parity(passes: Passes, original: Ranks, converted: Ranks, item: int, memory: int | None) -> Need:
-    """Of a run that may take `memory` bytes (None: what is usual, or the least where that is more)."""
+def of_parity(
+    passes: Passes,
+    original: Ranks,
+    converted: Ranks,
+    item: int,
+    memory: int | None,
+    making: int = 0,
+    exchanged: int = 0,
+) -> Need:
+    """Of a run that may take `memory` bytes (None: what is usual, or the least where that is more), of which
+    `making` are for numbers while they are made of codes, `exchanged` for those that mistakes exchange."""
     flat = [t for ranks in (original, converted) for tensors in ranks for t in tensors]
     own = [t for tensors in converted for t in tensors]
-    besides = COMPUTING + passes.activations(item)
-    least = told(besides + holding.copies(own, item, 0) + min(heaviest(flat, item), SPARE))
+    besides = COMPUTING + making + passes.activations(item)
+    copied = max(exchanged, holding.copies(own, item, 0))
+    least = told(besides + copied + min(heaviest(flat, item), SPARE))
     room = max(memory or USUAL, least) - besides
-    spared = holding.copies(own, item, room)
+    spared = max(exchanged, holding.copies(own, item, room))
     layers, heads = holding.held((original, converted), item, room)
-    layers += holding.copies(own, item, room, likely=True)
-    about = COMPUTING + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
-    return Need(least, room, spared, max(least, told(min(about, besides + room))))
+    layers += max(exchanged, holding.copies(own, item, room, likely=True))
+    about = COMPUTING + making + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
+    return Need(least, room, spared, max(least, min(told(about), besides + room)))
 
 
 def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:

@@ -105,7 +105,9 @@ def limit(
     usual); what is needed, in words. `usage` where that is too little for any run."""
     item = original.weights[0].dtype.itemsize
     passes = _passes(converted, prompts, effort)
-    need = needs.of_parity(passes, _ranks(original), _ranks(converted), item, memory)
+    held = [*original.weights, *converted.weights]
+    making, exchanged = max(w.making for w in held), max(w.exchanged for w in held)
+    need = needs.of_parity(passes, _ranks(original), _ranks(converted), item, memory, making, exchanged)
     if memory is not None and memory < need.least:
         found = f"found {size_text(memory)}"
         text = f"expected at least {size_text(need.least)} for these prompts and tensors, {found}"
@@ -115,8 +117,8 @@ def limit(
         return f"about {size_text(needs.COMPUTING + passes.activations(item) + whole)} on the device"
     shared = Room(need.room)
     for side, spared in ((original, 0), (converted, need.spared)):
-        for held in side.weights:
-            held.within(need.room // len(side.weights), shared, spared)
+        for w in side.weights:
+            w.within(need.room // len(side.weights), shared, spared)
     return f"about {size_text(need.about)} of memory"
 
 

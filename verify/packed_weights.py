@@ -4,6 +4,7 @@ layout's own reading."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +15,11 @@ from ckpt_tool.convert.quantised import Inventory, found_in
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
-from ckpt_tool.verify.holding import SMALL, Room
+from ckpt_tool.verify.holding import SMALL
 from ckpt_tool.verify.weights import Weights
 
 STEPS = 4  # matrices of numbers that are there while one is made of codes: codes, scales, their product
+WIDEST = 8  # bytes of a number: what float32 cannot see is judged in float64
 
 
 class Formula(Protocol):
@@ -71,10 +73,19 @@ class PackedWeights(Weights):
         own = self.checkpoint, self.stored, dtype, self.device, self.inventory, self.original
         return self._sharing(PackedWeights(*own))
 
-    def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
-        """Numbers are made whole, and mistakes of them once more out of their codes and scales."""
-        most = max((self.tensors[n].numel for n in self.formulas), default=0)
-        super().within(nbytes, shared, max(spared, STEPS * most * self.dtype.itemsize))
+    @property
+    def making(self) -> int:
+        """Numbers are made whole, and those of mistakes once more out of their codes and scales."""
+        return STEPS * self._most * WIDEST
+
+    @property
+    def exchanged(self) -> int:
+        """Two matrices, or those of two experts."""
+        return (6 if any(".experts." in n for n in self.formulas) else 2) * self._most * self.dtype.itemsize
+
+    @cached_property
+    def _most(self) -> int:
+        return max((self.tensors[n].numel for n in self.formulas), default=0)
 
     def _has_room(self, name: str, made: Tensor) -> bool:
         """Whether numbers are kept; those that find no room are made again of their codes."""

@@ -406,8 +406,9 @@ def _agreed(result: Parity, dtype: str, table: Table) -> Finding:
     apart = [s.phase for s in result.steps if isinstance(s.phase, str)]
     stages = "".join(f", {p}" for p in apart if p != "embed" and p not in result.heads)
     exactness = "bit-identical" if d.max_delta == 0 else "within noise floor"
+    prompts = f"{result.prompts} prompt{'s' * (result.prompts != 1)}"
     text = (
-        f"embedding, {layers}{stages} and {heads} agree on {result.prompts} prompts, "
+        f"embedding, {layers}{stages} and {heads} agree on {prompts}, "
         f"{dtype}; largest NMSE in {phase_text(worst.phase)} over a noise floor of "
         f"{number(worst.bar.noise.nmse)}"
     )

@@ -42,8 +42,8 @@ class StackedWeights(Weights):
         return self._sharing(StackedWeights(self.checkpoint, self.tensors, dtype, self.device, self.apart))
 
     def let_go(self) -> None:
+        self.stacked.let_go()  # first: what it holds counts in the room of these too
         super().let_go()
-        self.stacked.let_go()
 
     def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
         super().within(nbytes, shared, spared)
@@ -80,12 +80,22 @@ class StackedCodes(PackedWeights):
         return self._sharing(StackedCodes(*said, apart=self.apart))
 
     def let_go(self) -> None:
-        super().let_go()
         self.plain.let_go()
+        super().let_go()
 
     def within(self, nbytes: int, shared: Room, spared: int = 0) -> None:
         super().within(nbytes, shared, spared)
         self.plain.within(nbytes, self.room)
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        with super().keep(), self.plain.keep():
+            yield
+
+    @property
+    def making(self) -> int:
+        """A stack is read as a whole for each that comes out of it."""
+        return super().making + max(t.nbytes for t in self.held.values())
 
     def _load(self, info: TensorInfo) -> Tensor:
         if info.name in self.formulas:

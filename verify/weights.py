@@ -100,6 +100,18 @@ class Weights(Mapping[str, Tensor]):
         `spared` are left free."""
         self.limit, self.room = nbytes, Room(max(0, shared.size - spared), within=shared)
 
+    @property
+    def making(self) -> int:
+        """Bytes that are there while a tensor is made, besides what is held: none that count where it is read
+        as it is, or by rows."""
+        return 0
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes of what changes places where a mistake is planted, and is not held: none of rows, which are
+        read from where they are."""
+        return 0
+
     @cached_property
     def _of_layers(self) -> dict[tuple[str, int], int]:
         return of_layers(self.tensors.values())
