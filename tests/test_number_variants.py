@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from ckpt_tool.api import convert, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import Tensors, quantise, write
+from ckpt_tool.verify import library
+from ckpt_tool.verify.against_transformers import _rounded
+from ckpt_tool.verify.subject import opened
 
 Written = Callable[[str], Path]
 LAYER = "model.layers.0.self_attn."
@@ -120,3 +124,53 @@ def test_what_makes_patches_of_images_is_carried_from_beside_an_original(
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"patch_size": 14}
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert any("no processor_config.json is written" in n for n in made.notes)
+
+
+@pytest.mark.parametrize("inputs", [{"dynamic": True}, {"dynamic": False}])
+def test_transformers_judges_weights_whose_inputs_it_would_round(
+    inputs: dict[str, Any], conversions: Written, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compressed-tensors rounds inputs on every device; of that no reading of weights knows."""
+    torch, own = pytest.importorskip("torch"), library.load
+    folder = conversions("qwen3-float32")
+
+    class Rounding(torch.nn.Linear):  # type: ignore[misc,name-defined]
+        quantization_scheme = SimpleNamespace(input_activations=inputs)
+
+        def forward(self, x: Any) -> Any:
+            enabled = getattr(self, "quantization_enabled", True)
+            return super().forward(x.bfloat16().float() if enabled else x)
+
+    def load(*given: Any) -> tuple[Any, Any]:
+        model, info = own(*given)
+        for m in model.modules():
+            if type(m) is torch.nn.Linear:
+                m.__class__ = Rounding
+        return model, {**info, library.INPUTS: library._inputs_as_they_are(model)}
+
+    monkeypatch.setattr(library, "load", load)
+    report = verify(folder, levels="coverage", against="transformers", mode="quick")
+    found = {f.check: f for f in report.findings if f.level == "transformers"}
+    assert found["logits"].status == "pass" and found["inputs"].status == "note"
+    assert "left as they are" in found["inputs"].message
+
+
+def test_experts_that_transformers_rounds_are_no_difference(conversions: Written, tmp_path: Path) -> None:
+    """It stacks the numbers of int4 experts in the dtype of their scales, whatever dtype is asked."""
+    torch = pytest.importorskip("torch")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    model = torch.nn.Module()
+    parts = model
+    for part in name.split(".")[:-1]:
+        parts.add_module(part, torch.nn.Module())
+        parts = parts.get_submodule(part)
+    parts.register_parameter("gate_up_proj", torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))
+    narrow = library._in_one_dtype(model, torch.float32)
+    assert narrow == [name] and model.get_parameter(name).dtype == torch.float32
+    source = quantise(conversions("mixtral-c"), tmp_path / "in", "int4")
+    with opened(source, None) as subject:
+        told = _rounded(subject, "5", {library.NARROW: narrow})
+        assert told is not None and "bfloat16, the dtype of their scales" in told
+        assert _rounded(subject, "5", {library.NARROW: ["model.norm.weight"]}) is None
+    with opened(quantise(conversions("mixtral-c"), tmp_path / "wide", "fp8-rows"), None) as subject:
+        assert _rounded(subject, "5", {library.NARROW: narrow}) is None  # scales in float32
