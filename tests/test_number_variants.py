@@ -13,6 +13,7 @@ import pytest
 
 from ckpt_tool.api import convert, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import Tensors, quantise, write
 from ckpt_tool.verify import library
@@ -174,3 +175,68 @@ def test_experts_that_transformers_rounds_are_no_difference(conversions: Written
         assert _rounded(subject, "5", {library.NARROW: ["model.norm.weight"]}) is None
     with opened(quantise(conversions("mixtral-c"), tmp_path / "wide", "fp8-rows"), None) as subject:
         assert _rounded(subject, "5", {library.NARROW: narrow}) is None  # scales in float32
+
+
+def one_less(tensors: Tensors, config: dict[str, Any]) -> None:
+    rows, columns = tensors[f"{LAYER}q_proj.weight_shape"][1].tolist()
+    tensors[f"{LAYER}q_proj.weight_shape"] = "I64", np.array([rows, columns - 1], "<u8")
+
+
+def two_of_the_whole(tensors: Tensors, config: dict[str, Any]) -> None:
+    name = f"{LAYER}q_proj.weight_global_scale"
+    tensors[name] = "F32", tensors[name][1].repeat(2)
+
+
+def short_of_the_whole(tensors: Tensors, config: dict[str, Any]) -> None:
+    name = f"{LAYER}q_proj.weight_global_scale"
+    tensors[name] = "BF16", (tensors[name][1] >> 16).astype("<u2")
+
+
+def divided_by_zero(tensors: Tensors, config: dict[str, Any]) -> None:
+    tensors[f"{LAYER}q_proj.weight_global_scale"][1][...] = 0
+
+
+def nothing_said(tensors: Tensors, config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "form", "change", "asked", "kind", "words"),
+    [
+        ("qwen3-float32", "int4", one_less, None, "shape-mismatch", "q_proj.weight_shape"),
+        ("mistral-small", "nvfp4", two_of_the_whole, "BF16", "unsupported", "one number in F32"),
+        ("mistral-small", "nvfp4", short_of_the_whole, None, "unsupported", "one number in F32"),
+        ("mistral-small", "nvfp4", divided_by_zero, "BF16", "bad-scales", "that is zero"),
+        ("llama-3-70b", "fp8-tensor", nothing_said, None, "missing-fact", "loaders know them"),
+    ],
+)
+def test_what_is_no_weight_is_refused(
+    variant: str,
+    form: str,
+    change: Callable[[Tensors, dict[str, Any]], None],
+    asked: str | None,
+    kind: str,
+    words: str,
+    conversions: Written,
+    tmp_path: Path,
+) -> None:
+    """Also where the tensors alone would be carried."""
+    source = changed(quantise(conversions(variant), tmp_path / "in", form), change)
+    with pytest.raises(CkptToolError) as caught:
+        convert(source, tmp_path / "out", options=Options(dequantize=asked))
+    assert caught.value.problems[0].kind == kind and words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_none_are_no_matter_of_precision(
+    conversions: Written, one_thread: None, tmp_path: Path
+) -> None:
+    def not_a_number(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors[f"{LAYER}q_proj.scale"][1][0, 0] = 255
+
+    source = changed(quantise(conversions("qwen3-float32"), tmp_path / "in", "fp8-powers"), not_a_number)
+    convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source, levels="parity", mode="quick")
+    (found,) = (f for f in report.findings if f.check == "lockstep")
+    assert found.status == "undecided" and "not finite" in found.message
+    assert "--compute-dtype" not in found.message
