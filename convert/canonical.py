@@ -32,7 +32,8 @@ from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
 from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
-from ckpt_tool.convert.quantised_view import packing_beside, with_packing
+from ckpt_tool.convert.quantised_config import KEY
+from ckpt_tool.convert.quantised_view import carried_of, packing_beside, with_packing
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.convert.widths import CASTABLE
@@ -239,6 +240,7 @@ def _check_settings(held: Held, document: Mapping[str, Any], own: Class) -> None
     """Raise settings that the class does not read and config.json has not."""
     aliases = {other for others in own.aliases.values() for other in others}
     known = {*own.numbers, *own.identity, *own.idle, *aliases, *document, *ROPES, *ROTARY}
+    known |= {KEY} if carried_of(held.source.checkpoint) is not None else set()
     held.facts.check_settings(known)
 
 

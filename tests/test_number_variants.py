@@ -240,3 +240,18 @@ def test_numbers_that_are_none_are_no_matter_of_precision(
     (found,) = (f for f in report.findings if f.check == "lockstep")
     assert found.status == "undecided" and "not finite" in found.message
     assert "--compute-dtype" not in found.message
+
+
+@pytest.mark.parametrize("variant", ["qwen3-float32", "llama-3-70b"])
+def test_what_the_user_says_of_codes_is_written_and_read(
+    variant: str, conversions: Written, few_prompts: None, tmp_path: Path
+) -> None:
+    """In an original that has this layout, and in a folder: parity was skipped, --set refused."""
+    source = quantise(conversions(variant), tmp_path / "in", "fp8-blocks")
+    asked = {"quantization_config": json.loads((source / "config.json").read_text())["quantization_config"]}
+    changed(source, nothing_said)
+    convert(source, tmp_path / "out", options=Options(settings=asked))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).items() >= asked.items()
+    report = verify(tmp_path / "out", source, settings=asked, mode="quick")
+    assert report.status == "pass", report.headline
+    assert ("parity", "lockstep", "pass") in {(f.level, f.check, f.status) for f in report.findings}
