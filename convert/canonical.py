@@ -26,12 +26,14 @@ from ckpt_tool.convert.facts_rotary import OBJECTS as ROPES
 from ckpt_tool.convert.facts_rotary import ROTARY
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.families import FAMILIES, Family, family
+from ckpt_tool.convert.in_parts import OneRow, in_its_parts
 from ckpt_tool.convert.kept import HUGGING_FACE, LAYOUT, read_manifest
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
 from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
-from ckpt_tool.convert.quantised_view import packing_beside, with_packing
+from ckpt_tool.convert.quantised_config import KEY
+from ckpt_tool.convert.quantised_view import carried_of, packing_beside, with_packing
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
 from ckpt_tool.convert.widths import CASTABLE
@@ -53,7 +55,9 @@ HEADS: Mapping[str, tuple[str, ...]] = {
     "ForEntityClassification": ("classifier.",),
     "ForEntityPairClassification": ("classifier.",),
     "ForEntitySpanClassification": ("classifier.",),
+    "ForConditionalGeneration": ("language_model.lm_head.", "vision_tower.", "multi_modal_projector."),
 }
+SEEING = "ForConditionalGeneration"  # the text model with what reads images beside it
 ANY_HEAD = tuple(sorted({start for starts in HEADS.values() for start in starts}))
 # Whose last matrix has a row for each label of config.json, and what that is called.
 LABELLED = re.compile(
@@ -236,6 +240,7 @@ def _check_settings(held: Held, document: Mapping[str, Any], own: Class) -> None
     """Raise settings that the class does not read and config.json has not."""
     aliases = {other for others in own.aliases.values() for other in others}
     known = {*own.numbers, *own.identity, *own.idle, *aliases, *document, *ROPES, *ROTARY}
+    known |= {KEY} if carried_of(held.source.checkpoint) is not None else set()
     held.facts.check_settings(known)
 
 
@@ -276,19 +281,21 @@ def _architecture(
     config: Mapping[str, Any], chosen: Family, base: str, found: str, names: Iterable[str]
 ) -> str:
     """What config.json says; where it says none, the model alone, unless there are tensors of a head."""
-    said = config.get("architectures")
+    said, stem = config.get("architectures"), base.removesuffix("Model")
+    own = [name for name in chosen.architectures if name.startswith(stem)]
     if isinstance(said, list) and len(said) == 1 and isinstance(said[0], str):
-        stem = base.removesuffix("Model")
-        if said[0] == base or (said[0].startswith(stem) and said[0].endswith(tuple(HEADS))):
+        others = [] if any(n.endswith(SEEING) for n in own) else [end for end in HEADS if end != SEEING]
+        if said[0] in (base, *own) or (said[0].startswith(stem) and said[0].endswith(tuple(others))):
             return said[0]
-        classes_known = ", ".join([base, *(f"{stem}{end}" for end in HEADS if end.startswith("For"))][:6])
-        message = f"expected a class of {chosen.name} such as {classes_known}, found {said[0]!r}"
+        headed = [f"{stem}{end}" for end in others if end.startswith("For")]
+        some = [*dict.fromkeys([base] * bool(others) + own + headed)][:6]
+        message = f"expected a class of {chosen.name} such as {', '.join(some)}, found {said[0]!r}"
         fail_all([Problem("unsupported", message, "config.json", "architectures")])
     if said is not None and said != []:
         message = f"expected one class, found {json.dumps(said)[:100]}"
         fail_all([Problem("bad-config", message, "config.json", "architectures")])
     headed = any(n.startswith(ANY_HEAD) for n in names) or bool(found)
-    return chosen.architectures[0] if headed else base
+    return next(iter([*own, *chosen.architectures])) if headed else base
 
 
 def as_class_writes(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
@@ -428,10 +435,11 @@ def _starts(architecture: str) -> tuple[str, ...]:
 
 
 def _is_of_head(name: str, spelling: Spelling) -> bool:
-    """Whether it is a tensor of the class's head, or of the pooler before it."""
+    """Whether it is a tensor of the class's head, or of the pooler before it. Of one that sees images the
+    rows name all that there is."""
     if name.startswith(spelling.prefix):
         return ".pooler." in name and _end(spelling.architecture) not in UNPOOLED
-    return name.startswith(_starts(spelling.architecture))
+    return _end(spelling.architecture) != SEEING and name.startswith(_starts(spelling.architecture))
 
 
 def _module(name: str) -> str:
@@ -534,7 +542,7 @@ def _labels(config: Mapping[str, Any]) -> int:
 def _written(
     checkpoint: Checkpoint, chosen: Family, options: Options, held: Held, spelling: Spelling
 ) -> Written:
-    config, documents, notes = _config(checkpoint, options, held)
+    config, documents, notes = _config(checkpoint, options, held, spelling.kind)
     notes += held.facts.notes + _renamings(spelling)
     manifest = read_manifest(checkpoint)
     original = {} if manifest is None or manifest.direction != "to-hf" else dict(manifest.original)
@@ -557,7 +565,7 @@ def _reasons(held: Held, names: Iterable[str], there: Mapping[str, str]) -> dict
 
 
 def _config(
-    checkpoint: Checkpoint, options: Options, held: Held
+    checkpoint: Checkpoint, options: Options, held: Held, own: Class
 ) -> tuple[dict[str, Value], list[OutputDocument], list[str]]:
     """config.json as it is, byte for byte, unless the user says otherwise: --dtype, or --dequantize, whose
     numbers loaders would round to a dtype that is said of the others."""
@@ -575,16 +583,16 @@ def _config(
     values = {k: Value(v, SET if k in settings else f"config.json: {k}") for k, v in made.items()}
     if dtype is not None:
         values |= {k: Value(made[k], flag) for k in names}
+    document = checkpoint.documents["config.json"]
     if made == before:
-        return (
-            values,
-            [OutputDocument("config.json", checkpoint.documents["config.json"].read(), "as it is")],
-            [],
-        )
-    text = json.dumps(made, indent=2, ensure_ascii=True) + "\n"
+        stored = document.stored if isinstance(document, OneRow) else document
+        return values, [OutputDocument("config.json", stored.read(), "as it is")], []
     changed = sorted(
         k for k in {*before, *made} if before.get(k) != made.get(k) or (k in before) != (k in made)
     )
+    if isinstance(document, OneRow) and own.parts is not None:
+        made = in_its_parts(document, made, changed, own.parts)
+    text = json.dumps(made, indent=2, ensure_ascii=True) + "\n"
     source = f"config.json, but for {', '.join(changed)}"
     return values, [OutputDocument("config.json", text.encode(), source)], []
 

@@ -4,12 +4,14 @@ its tensors under the names that save_pretrained() writes, whichever the folder 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import field, replace
+from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document, Given, Renamed, TensorFile
+from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.convert.facts_parts import in_one_row
+from ckpt_tool.convert.facts_parts import Parts, in_one_row, taken_apart
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.records import dataclass
 
@@ -20,11 +22,23 @@ CONFIG = "config.json"
 class OneRow(Given):
     """A config.json read otherwise than it lies there: the sum is that of the file."""
 
-    stored: Document | None = None
+    stored: Document = field(kw_only=True)
 
     def sha256(self, limit: int) -> str:
-        assert self.stored is not None
         return self.stored.sha256(limit)
+
+
+def in_its_parts(
+    document: OneRow, row: Mapping[str, Any], changed: Iterable[str], parts: Parts
+) -> dict[str, Any]:
+    """The file with what of its row was changed: of the whole in its place, and where it is a part's all as
+    the class writes it."""
+    keys = {*changed}
+    if keys - parts.top:
+        return taken_apart(row, parts)
+    stored = parse_object(document.stored.read(), file=CONFIG)
+    kept = {k: v for k, v in stored.items() if k not in keys or k in row}
+    return {**kept, **{k: v for k, v in row.items() if k in keys}}
 
 
 def in_one(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkpoint:
@@ -42,7 +56,7 @@ def in_one(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkpoint:
     if (row := in_one_row(config, own.parts)) == config:
         return made
     text, stored = json.dumps(row).encode(), made.documents[CONFIG]
-    seen = OneRow(CONFIG, stored.path, len(text), text, stored)
+    seen = OneRow(CONFIG, stored.path, len(text), text, stored=stored)
     return replace(made, documents={**made.documents, CONFIG: seen})
 
 

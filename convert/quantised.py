@@ -450,6 +450,10 @@ def _packed(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantise
     if codes.dtype == "I32":
         return _int4(unit, scheme, checkpoint)
     rows, columns = codes.shape[0], codes.shape[1] * CODE_COLUMNS["U8"]
+    second = unit.others.get("second")
+    if second is not None and (second.dtype, second.numel) != ("F32", 1):
+        message = f"expected one number in F32, a scale of the whole, found {second.dtype} {second.shape}"
+        return Problem("unsupported", message, second.file, second.name)
     if unit.scales.dtype in E8M0:
         made = _made(unit, MXFP4, (1, MX_GROUP), (rows, columns))
     elif unit.scales.dtype == E4M3 and "second" in unit.others:

@@ -229,7 +229,8 @@ class Dequantised(Quantising):
             pairs = self._read(weight.codes, (row * width + begin) // 2, rows * columns // 2)
             numbers = values.nibbles(pairs.reshape(rows, -1), "e2m1")
             second = self._read(weight.others["second"], 0, 1).view("<f4")
-            scales = scales * second if weight.form.multiplied else scales / second
+            with np.errstate(all="ignore"):
+                scales = scales * second if weight.form.multiplied else scales / second
         values.grouped(numbers, scales, group, out, self.dtype)
 
     def _zeros(self, weight: Quantised, row: int, rows: int, grid: int) -> np.ndarray:

@@ -30,8 +30,9 @@ def odd_scales(inventory: Inventory | None, *, dequantised: bool) -> list[Findin
     findings, problems = [], []
     for weight in inventory.weights.values():
         for t in (weight.scales, *(t for what, t in weight.others.items() if what == "second")):
+            divisor = t is not weight.scales and not weight.form.multiplied
             for words, count, first in _odd(inventory, t):
-                bad = words not in ("zero", "negative")
+                bad = words not in (("negative",) if divisor else ("zero", "negative"))
                 at = tuple(int(k) for k in np.unravel_index(first, t.shape or (1,)))
                 found = f"found {count} that {_are(words, count)}, the first at {at}"
                 text = f"expected positive finite scales, {found}"

@@ -39,6 +39,14 @@ Axes = tuple[tuple[str, int], ...]
 class Torn(Exception):
     """A step would tear blocks apart."""
 
+    kind, hint = "unsupported", WAY_OUT
+
+
+class OtherShape(Torn):
+    """There are no such codes as the step takes."""
+
+    kind, hint = "shape-mismatch", ""
+
 
 def physical(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with the tensors that stand in its files, for carrying out what is carried."""
@@ -57,7 +65,7 @@ def of_all_parts(
     inventory = carried_of(checkpoint)
     if inventory is None:
         return steps, []
-    torn: dict[str, list[Part]] = {}
+    torn: dict[tuple[type[Torn], str], list[Part]] = {}
     by_rows = scaled_by_rows(inventory)
 
     def here(step: Step) -> tuple[Part, ...]:
@@ -68,14 +76,16 @@ def of_all_parts(
         if not any(units):
             return [step]
         try:
+            _as_large(step, units, here(step))
             return list(_apart(step, [*map(_known, units, here(step))], side, form, by_rows))
         except Torn as why:
-            torn.setdefault(str(why), []).append(next(p for p in here(step) if p.name in inventory.weights))
+            first = next(p for p in here(step) if p.name in inventory.weights)
+            torn.setdefault((type(why), str(why)), []).append(first)
             return [step]
 
     dtypes = {w.codes.dtype for w in inventory.weights.values() if not w.form.own_rows}
     made = steps.changed(apart, where=lambda s: any(p.dtype in dtypes for p in here(s)))
-    return made, [_refused(why, parts) for why, parts in torn.items()]
+    return made, [_refused(*why, parts) for why, parts in torn.items()]
 
 
 def _known(unit: Quantised | None, part: Part) -> Quantised:
@@ -84,10 +94,19 @@ def _known(unit: Quantised | None, part: Part) -> Quantised:
     return unit
 
 
-def _refused(why: str, parts: Sequence[Part]) -> Problem:
+def _as_large(step: Step, units: Sequence[Quantised | None], parts: Sequence[Part]) -> None:
+    """Words of codes are as many for one column less: their own tensor says how many count."""
+    sizes = step.sizes
+    for unit, part in zip(units, parts, strict=True):
+        if unit is not None and "shape" in unit.others and unit.shape != part.shape(sizes):
+            said = f"found {unit.shape} in {unit.others['shape'].name}"
+            raise OtherShape(f"expected codes of shape {part.shape(sizes)}, {said}")
+
+
+def _refused(how: type[Torn], why: str, parts: Sequence[Part]) -> Problem:
     """One for all of which the same is to be said."""
     first, more = parts[0], f"; {len(parts) - 1} more weights alike" * (len(parts) > 1)
-    return Problem("unsupported", why + more, first.file, first.name, WAY_OUT)
+    return Problem(how.kind, why + more, first.file, first.name, how.hint or None)
 
 
 def _apart(

@@ -193,7 +193,7 @@ def as_it_is(
     check_asked(checkpoint, options)
     inventory = carried_of(checkpoint)
     if inventory is not None and KEY not in written.config:
-        _must_be_said(inventory)
+        _must_be_said(inventory, written=False)
     _take_apart(filled, checkpoint, "sources")
     same = Expansion(Steps(compared))
     _take_apart(same, checkpoint, "sources")
@@ -417,10 +417,12 @@ def _packing(
     return {KEY: for_transformers(inventory, names if own is None else [own.in_memory(n) for n in names])}
 
 
-def _must_be_said(inventory: Inventory) -> None:
-    """Codes under names whose loaders look for nothing of the kind unless config.json says so."""
+def _must_be_said(inventory: Inventory, *, written: bool = True) -> None:
+    """Codes under names whose loaders look for nothing of the kind unless config.json says so; `written` says
+    that it is made here (`for_transformers`), and not what it was."""
     first = next(iter(inventory.weights.values()))
-    if inventory.scheme.said or first.form.own_rows or first.form in (QSCALE, TRANSFORMERS):
+    known = written and first.form in (QSCALE, TRANSFORMERS)
+    if inventory.scheme.said or first.form.own_rows or known:
         return
     message = (
         f"expected {KEY} beside codes and scales ({first.words}), by which loaders know them, found none"

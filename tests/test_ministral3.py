@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.recognising import recognise
 from ckpt_tool.convert.tokenizers import tokenizer_documents
 from ckpt_tool.errors import CkptToolError
@@ -394,6 +395,49 @@ def test_both_spellings_of_names_go_back(originals: Written, conversions: Writte
     assert world.equal(world.tensors_of(tmp_path / "back"), world.tensors_of(originals(IMAGES)))
     report = verify(folder, originals(IMAGES), levels=("coverage", "bits"))
     assert report.exit_code == 0
+
+
+def test_a_folder_that_reads_images_is_carried(conversions: Written, tmp_path: Path) -> None:
+    """From the Hugging Face layout to itself: its config.json in parts, as it is but for what is asked."""
+    hf = conversions(IMAGES)
+    api.convert(hf, tmp_path / "again", check=False)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (hf / name).read_bytes()
+    report = verify(tmp_path / "again", hf, levels=("coverage", "bits"))
+    assert report.exit_code == 0
+    wide, before = Options(dtype="F32"), document(hf, "config.json")
+    api.convert(hf, tmp_path / "wide", options=wide, check=False)
+    assert document(tmp_path / "wide", "config.json") == {**before, "torch_dtype": "float32"}
+    asked = Options(settings={"rms_norm_eps": 1e-6})
+    api.convert(hf, tmp_path / "other", options=asked, check=False)
+    text = {**before["text_config"], "rms_norm_eps": 1e-6}
+    assert document(tmp_path / "other", "config.json") == {**before, "text_config": text}
+
+
+@pytest.mark.parametrize("change", ["more", "class", "none"])
+def test_a_folder_that_reads_images_has_what_its_class_has(
+    change: str, conversions: Written, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(conversions(IMAGES), tmp_path / "hf"))
+    (folder / "ckpt-tool.json").unlink()
+    config = document(folder, "config.json")
+    if change == "more":
+        tensors = load_file(folder / "model.safetensors")
+        more = {**tensors, "vision_tower.more.weight": torch.ones(3)}
+        save_file(more, folder / "model.safetensors", metadata={"format": "pt"})
+    elif change == "class":
+        config["architectures"] = ["Mistral3ForTokenClassification"]
+    else:
+        del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if change == "none":  # the class that the family has for this model_type
+        assert api.plan(folder).family == "ministral3"
+        return
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(folder)
+    assert len(caught.value.problems) == 1
+    told = {"more": "vision_tower.more.weight", "class": "such as Mistral3ForConditionalGeneration, found"}
+    assert told[change] in str(caught.value) and "Masked" not in str(caught.value)
 
 
 OTHER_IMAGES = {

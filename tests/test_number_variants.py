@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 
 from ckpt_tool.api import convert, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import Tensors, quantise, write
+from ckpt_tool.verify import library
+from ckpt_tool.verify.against_transformers import _rounded
+from ckpt_tool.verify.subject import opened
 
 Written = Callable[[str], Path]
 LAYER = "model.layers.0.self_attn."
@@ -120,3 +125,133 @@ def test_what_makes_patches_of_images_is_carried_from_beside_an_original(
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"patch_size": 14}
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert any("no processor_config.json is written" in n for n in made.notes)
+
+
+@pytest.mark.parametrize("inputs", [{"dynamic": True}, {"dynamic": False}])
+def test_transformers_judges_weights_whose_inputs_it_would_round(
+    inputs: dict[str, Any], conversions: Written, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compressed-tensors rounds inputs on every device; of that no reading of weights knows."""
+    torch, own = pytest.importorskip("torch"), library.load
+    folder = conversions("qwen3-float32")
+
+    class Rounding(torch.nn.Linear):  # type: ignore[misc,name-defined]
+        quantization_scheme = SimpleNamespace(input_activations=inputs)
+
+        def forward(self, x: Any) -> Any:
+            enabled = getattr(self, "quantization_enabled", True)
+            return super().forward(x.bfloat16().float() if enabled else x)
+
+    def load(*given: Any) -> tuple[Any, Any]:
+        model, info = own(*given)
+        for m in model.modules():
+            if type(m) is torch.nn.Linear:
+                m.__class__ = Rounding
+        return model, {**info, library.INPUTS: library._inputs_as_they_are(model)}
+
+    monkeypatch.setattr(library, "load", load)
+    report = verify(folder, levels="coverage", against="transformers", mode="quick")
+    found = {f.check: f for f in report.findings if f.level == "transformers"}
+    assert found["logits"].status == "pass" and found["inputs"].status == "note"
+    assert "left as they are" in found["inputs"].message
+
+
+def test_experts_that_transformers_rounds_are_no_difference(conversions: Written, tmp_path: Path) -> None:
+    """It stacks the numbers of int4 experts in the dtype of their scales, whatever dtype is asked."""
+    torch = pytest.importorskip("torch")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    model = torch.nn.Module()
+    parts = model
+    for part in name.split(".")[:-1]:
+        parts.add_module(part, torch.nn.Module())
+        parts = parts.get_submodule(part)
+    parts.register_parameter("gate_up_proj", torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))
+    narrow = library._in_one_dtype(model, torch.float32)
+    assert narrow == [name] and model.get_parameter(name).dtype == torch.float32
+    source = quantise(conversions("mixtral-c"), tmp_path / "in", "int4")
+    with opened(source, None) as subject:
+        told = _rounded(subject, "5", {library.NARROW: narrow})
+        assert told is not None and "bfloat16, the dtype of their scales" in told
+        assert _rounded(subject, "5", {library.NARROW: ["model.norm.weight"]}) is None
+    with opened(quantise(conversions("mixtral-c"), tmp_path / "wide", "fp8-rows"), None) as subject:
+        assert _rounded(subject, "5", {library.NARROW: narrow}) is None  # scales in float32
+
+
+def one_less(tensors: Tensors, config: dict[str, Any]) -> None:
+    rows, columns = tensors[f"{LAYER}q_proj.weight_shape"][1].tolist()
+    tensors[f"{LAYER}q_proj.weight_shape"] = "I64", np.array([rows, columns - 1], "<u8")
+
+
+def two_of_the_whole(tensors: Tensors, config: dict[str, Any]) -> None:
+    name = f"{LAYER}q_proj.weight_global_scale"
+    tensors[name] = "F32", tensors[name][1].repeat(2)
+
+
+def short_of_the_whole(tensors: Tensors, config: dict[str, Any]) -> None:
+    name = f"{LAYER}q_proj.weight_global_scale"
+    tensors[name] = "BF16", (tensors[name][1] >> 16).astype("<u2")
+
+
+def divided_by_zero(tensors: Tensors, config: dict[str, Any]) -> None:
+    tensors[f"{LAYER}q_proj.weight_global_scale"][1][...] = 0
+
+
+def nothing_said(tensors: Tensors, config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "form", "change", "asked", "kind", "words"),
+    [
+        ("qwen3-float32", "int4", one_less, None, "shape-mismatch", "q_proj.weight_shape"),
+        ("mistral-small", "nvfp4", two_of_the_whole, "BF16", "unsupported", "one number in F32"),
+        ("mistral-small", "nvfp4", short_of_the_whole, None, "unsupported", "one number in F32"),
+        ("mistral-small", "nvfp4", divided_by_zero, "BF16", "bad-scales", "that is zero"),
+        ("llama-3-70b", "fp8-tensor", nothing_said, None, "missing-fact", "loaders know them"),
+    ],
+)
+def test_what_is_no_weight_is_refused(
+    variant: str,
+    form: str,
+    change: Callable[[Tensors, dict[str, Any]], None],
+    asked: str | None,
+    kind: str,
+    words: str,
+    conversions: Written,
+    tmp_path: Path,
+) -> None:
+    """Also where the tensors alone would be carried."""
+    source = changed(quantise(conversions(variant), tmp_path / "in", form), change)
+    with pytest.raises(CkptToolError) as caught:
+        convert(source, tmp_path / "out", options=Options(dequantize=asked))
+    assert caught.value.problems[0].kind == kind and words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_none_are_no_matter_of_precision(
+    conversions: Written, one_thread: None, tmp_path: Path
+) -> None:
+    def not_a_number(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors[f"{LAYER}q_proj.scale"][1][0, 0] = 255
+
+    source = changed(quantise(conversions("qwen3-float32"), tmp_path / "in", "fp8-powers"), not_a_number)
+    convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source, levels="parity", mode="quick")
+    (found,) = (f for f in report.findings if f.check == "lockstep")
+    assert found.status == "undecided" and "not finite" in found.message
+    assert "--compute-dtype" not in found.message
+
+
+@pytest.mark.parametrize("variant", ["qwen3-float32", "llama-3-70b"])
+def test_what_the_user_says_of_codes_is_written_and_read(
+    variant: str, conversions: Written, few_prompts: None, tmp_path: Path
+) -> None:
+    """In an original that has this layout, and in a folder: parity was skipped, --set refused."""
+    source = quantise(conversions(variant), tmp_path / "in", "fp8-blocks")
+    asked = {"quantization_config": json.loads((source / "config.json").read_text())["quantization_config"]}
+    changed(source, nothing_said)
+    convert(source, tmp_path / "out", options=Options(settings=asked))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).items() >= asked.items()
+    report = verify(tmp_path / "out", source, settings=asked, mode="quick")
+    assert report.status == "pass", report.headline
+    assert ("parity", "lockstep", "pass") in {(f.level, f.check, f.status) for f in report.findings}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.plan import Foretold
 from ckpt_tool.convert.quantised import FP8_BLOCKS, Quantised, found_in
 from ckpt_tool.reference.hf_blocks import of_last_token
@@ -38,6 +39,7 @@ ABOUT_WEIGHTS = re.compile(
 )
 # That a factor is not the ratio of two lengths: the library says so, and takes the factor.
 OF_A_RATIO = re.compile(r"RoPE scaling factor .* does not match the ratio", re.DOTALL)
+EXPERT = ".experts."  # in the names of their weights, stacked or one by one
 # Of an exception while the weights are loaded: the files are at fault, and not the library.
 OF_THE_FILES = re.compile(
     r"size mismatch|mismatched|shape|state_dict|no file named|does not appear to have|safetensors|"
@@ -99,7 +101,8 @@ def against_transformers(
     version = made.version
     unused = (judged.converted or judged.reference).unused
     loading = [*_loading(version, made.info, made.said, unused), *_deviations(subject, version)]
-    if (odd := _other_blocks(subject, version)) is not None:
+    loading += _plain_inputs(version, made.info)
+    if (odd := _other_blocks(subject, version) or _rounded(subject, version, made.info)) is not None:
         return [*loading, finding("logits", "undecided", odd)]
     try:
         return [*loading, *_logits(subject, made, judged, prompts, progress)]
@@ -156,6 +159,28 @@ def _other_blocks(subject: Subject, version: str) -> str | None:
     rows, columns = _divided(odd[0])
     text = f"transformers {version} reads {len(odd)} weights in other blocks than config.json says, the first"
     return f"{text} {odd[0].name} in {rows} x {columns}: it divides rows by rows of scales"
+
+
+def _rounded(subject: Subject, version: str, info: Mapping[str, Any]) -> str | None:
+    """That the library makes other numbers of codes than their products: those of experts, which it stacks,
+    it rounds to the dtype of their scales (5.23.0 with compressed-tensors 0.20.1), and holds them so."""
+    narrow = [n for n in info.get(library.NARROW) or () if EXPERT in n]
+    inventory = found_in(subject.hf) if narrow and subject.hf is not None else None
+    own = {} if inventory is None else inventory.weights
+    short = next((w for n, w in own.items() if EXPERT in n and w.scales.dtype in ("BF16", "F16")), None)
+    if short is None:
+        return None
+    dtype = DTYPES[short.scales.dtype].torch
+    text = f"transformers {version} rounds the numbers of experts to {dtype}, the dtype of their scales"
+    return f"{text}, and no reading of ours does: {narrow[0]}, and {len(narrow) - 1} more alike"
+
+
+def _plain_inputs(version: str, info: Mapping[str, Any]) -> list[Finding]:
+    """That it would have computed with rounded inputs, which says nothing of weights."""
+    if not (count := info.get(library.INPUTS)):
+        return []
+    text = f"as config.json says, transformers {version} rounds the inputs of {count} layers to codes"
+    return [finding("inputs", "note", f"{text}; here they were left as they are, so that weights are judged")]
 
 
 def _divided(weight: Quantised) -> tuple[int, int]:

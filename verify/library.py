@@ -32,6 +32,9 @@ from ckpt_tool.verify.report import shown
 from ckpt_tool.verify.sides import tensors
 from ckpt_tool.verify.subject import Subject
 
+# What `load` adds to what loading reports: parameters that were narrower than asked, and how many layers
+# would have rounded their inputs.
+NARROW, INPUTS = "narrow", "inputs"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 VARIABLE = "CKPT_TOOL_TRANSFORMERS"
 OPTION = "--transformers-python"
@@ -152,8 +155,8 @@ def here(
 
 
 def load(transformers: Any, subject: Subject, dtype: str, device: str, said: list[str]) -> tuple[Any, Any]:
-    """The model in eval mode and what loading reports; warnings that were logged or raised are added to
-    `said`."""
+    """The model in eval mode and what loading reports (with `NARROW` and `INPUTS` of codes); warnings that
+    were logged or raised are added to `said`."""
     assert subject.hf is not None
     chosen = getattr(transformers, architecture_of(subject))
     word = "dtype" if release(transformers.__version__) >= (4, 56) else "torch_dtype"
@@ -170,17 +173,30 @@ def load(transformers: Any, subject: Subject, dtype: str, device: str, said: lis
             **more,
         )
     if subject.config.get("quantization_config"):
-        _in_one_dtype(model, more[word])
+        info = {**info, INPUTS: _inputs_as_they_are(model), NARROW: _in_one_dtype(model, more[word])}
     return model.to(device).eval(), info
 
 
-def _in_one_dtype(model: Any, dtype: torch.dtype) -> None:
+def _in_one_dtype(model: Any, dtype: torch.dtype) -> list[str]:
     """A model whose codes became numbers of `dtype` while it was loaded: what lay beside them stays as it was
-    stored, and the two do not multiply."""
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    if all(p.dtype.itemsize > 1 for p in floating):
-        for p in floating:
-            p.data = p.data.to(dtype)
+    stored, and the two do not multiply. The names of what was narrower."""
+    floating = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    if any(p.dtype.itemsize == 1 for p in floating.values()):
+        return []
+    narrow = [n for n, p in floating.items() if p.dtype.itemsize < dtype.itemsize]
+    for p in floating.values():
+        p.data = p.data.to(dtype)
+    return narrow
+
+
+def _inputs_as_they_are(model: Any) -> int:
+    """How many layers of a model round what they are given, as compressed-tensors 0.20.1 does on any device
+    (lifecycle/forward.py); here they do not any more, since no reading of weights does."""
+    found = [m for m in model.modules() if getattr(m, "quantization_scheme", None) is not None]
+    rounding = [m for m in found if m.quantization_scheme.input_activations is not None]
+    for m in rounding:
+        m.quantization_enabled = False
+    return len(rounding)
 
 
 def arguments(model: Any, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -391,6 +391,10 @@ def _layers(result: Parity, dtype: str) -> Finding:
         text = (
             f"{phase_text(unsure[0].phase)} is over the cap {CAPS[dtype]:g} for {dtype}, {logits.CANNOT_TELL}"
         )
+        if math.isinf(unsure[0].bar.noise.max_delta):
+            text = (
+                f"{phase_text(unsure[0].phase)} of the original itself gives what is not finite: not compared"
+            )
         return finding("lockstep", "undecided", text, tables=(table,))
     return _agreed(result, dtype, table)
 

@@ -319,7 +319,7 @@ def original_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     staged = getattr(module, "STAGED", False) or any(map(is_of_megatron, checkpoint.files))
     ranks = ranks_of(checkpoint, stages=staged)
     shapes = {name: info.shape for name, info in ranks[0].items()}
-    told = dict(subject.settings)
+    told = _plain(dict(subject.settings), checkpoint, subject.settings)
     if pooled is not subject.original:
         told["num_key_value_heads"] = subject.config["num_key_value_heads"]
     if staged and subject.config.get("vocab_size"):
@@ -335,7 +335,7 @@ def _same_layout(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     """The Hugging Face layout's reading of a source that has it already, by its own config.json."""
     assert subject.original is not None and subject.family is not None
     source = canonical.as_class_writes(cast_forward(subject.original, subject.plan), subject.family)
-    config = overlaid(_plain(source.json("config.json"), source, subject.settings), subject.settings)
+    config = _plain(overlaid(source.json("config.json"), subject.settings), source, subject.settings)
     (architecture, *_) = config.get("architectures") or subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
     made = module.Config.from_hf(config)
