@@ -320,6 +320,76 @@ def test_a_graph_of_another_exporter_is_judged_by_the_original(
     assert found(report, "negative control")["data"]["rate"] == 1
 
 
+def _fixed(path: Path, batch: int, length: int) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+        if value.name in ("input_ids", "logits"):
+            value.type.tensor_type.shape.dim[1].dim_value = length
+    path.write_bytes(model.SerializeToString())
+
+
+def test_a_graph_of_fixed_sizes_is_asked_what_it_takes(
+    exported: tuple[Path, Any], original: Path, tmp_path: Path
+) -> None:
+    """Two rows, one token after the other: those before go in one at a time."""
+    path = copied(exported, tmp_path)
+    _fixed(path, 2, 1)
+    run = verified(path, original, "--json", "report.json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row[0] for row in found(report, "outputs")["tables"][0]["rows"]}
+    assert rows == {"fixed sizes", "fixed sizes, past"}
+    assert found(report, "negative control")["data"]["rate"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "past", "names"),
+    [
+        ((1, 129), False, {"fixed sizes", "fixed sizes, padded right", "fixed sizes, padded left"}),
+        ((5, 3), False, {"fixed sizes", "fixed sizes, padded right", "fixed sizes, padded left"}),
+        ((5, 1), False, set()),  # one token shows nothing of attention
+        ((2, 4096), False, set()),
+        ((2, 0), False, set()),
+        (("batch", 4), True, {"fixed sizes", "fixed sizes, past", "fixed sizes, padded right",
+                              "fixed sizes, padded left"}),
+    ],
+)  # fmt: skip
+def test_cases_of_fixed_sizes(
+    shape: Any, past: bool, names: set[str], exported: tuple[Path, Any], converted: Path
+) -> None:
+    path, _ = exported
+    with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
+        side, interface = source.converted(torch.float32), recognised(file)
+        ids = replace(interface.inputs["ids"], shape=shape)
+        fixed = replace(
+            interface,
+            inputs={**interface.inputs, "ids": ids},
+            past=interface.past if past else {},
+        )
+        if not names:
+            with pytest.raises(CkptToolError, match="2 to 4096 tokens"):
+                onnx_parity._cases(source, side, fixed, None, "causal-lm")
+            return
+        cases, left = onnx_parity._cases(source, side, fixed, None, "causal-lm")
+        assert {case.name for case in cases} == names and "long" in left
+
+
+def test_weights_that_are_written_meanwhile_have_no_verdict(
+    exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    path = copied(exported, tmp_path)
+
+    def touched(words: str) -> None:
+        if "planting" in words:
+            with open(path.parent / (path.name + DATA), "r+b") as data:
+                data.write(b"0000")
+
+    with source_of(converted, None, None) as source, pytest.raises(CkptToolError) as error:
+        onnx_parity.verify_file(path, source, tell=touched)
+    assert error.value.kind == "input-changed"
+
+
 def test_a_wrong_weight_is_found(exported: tuple[Path, Any], converted: Path, tmp_path: Path) -> None:
     path = copied(exported, tmp_path)
     _alter(path, "model.layers.0.self_attn.o_proj.weight")

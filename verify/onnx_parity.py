@@ -30,7 +30,15 @@ from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
 from ckpt_tool.verify.onnx_runs import Case, Interface, opened_graph, recognised
 from ckpt_tool.verify.onnx_weights import in_graph
-from ckpt_tool.verify.prompts import Prompts, padding_of, positions, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import (
+    Lengths,
+    Prompts,
+    padding_of,
+    positions,
+    prompts_for,
+    tokenizer_of,
+    with_inputs,
+)
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
 from ckpt_tool.verify.sides import Side
 
@@ -38,6 +46,7 @@ LEVEL = "onnx"
 LARGE = 50_000_000  # weights; larger models are compared on shorter prompts
 SHORTER = 48  # tokens of these
 ROWS, TOKENS = 3, 9  # of the batch: those that the documentation validates with
+FIXED = 4096  # tokens of one pass that a graph of fixed sizes may want
 PASTS = (1, 7)
 
 Tell = Callable[[str], None]
@@ -115,8 +124,11 @@ def verify_onnx(
 def verify_file(
     path: Path, source: Source, *, prompts: Prompts | None = None, tell: Tell = lambda text: None
 ) -> Report:
+    """Raises `input-changed` where the file is no longer the one that was opened, or one beside it."""
     with closing(open_onnx(path)) as file:
-        return verify_onnx(file, source, prompts=prompts, tell=tell)
+        report = verify_onnx(file, source, prompts=prompts, tell=tell)
+        file.check_unchanged()
+        return report
 
 
 def _computed() -> str:
@@ -186,13 +198,15 @@ def _cases(
         prompts = with_inputs(rows, inputs, config, lengths)
         made = [_case(name, p.ids, p.given) for name, p in prompts.items()]
         made += _further(rows, inputs, config, lengths.fits, bool(interface.past))
+        made += _of_sizes(rows, inputs, config, lengths, interface)
     made = [replace(case, counted="positions" in interface.inputs) for case in made]
     if task == "sequence-classification" and padding_of(source.config) is None:
         made = [case for case in made if bool(case.mask[..., -1].all())]
     fitting = [case for case in made if _fits(case, interface)]
     left = [case.name for case in made if not _fits(case, interface)]
     if not fitting:
-        text = f"expected free sizes, or those of a prompt here, found {interface.inputs['ids'].words}"
+        text = f"expected free sizes, or 2 to {FIXED} tokens, found {interface.inputs['ids'].words}"
+        text += " and a past of a fixed length" if _past_is_fixed(interface) else ""
         fail("unsupported", text, where="input_ids", hint="export it with dynamic axes")
     return fitting, left
 
@@ -218,6 +232,42 @@ def _of_choices(rows: Mapping[str, list[int]]) -> Case:
         [[long[(17 * r + 5 * c + t) % len(long)] for t in range(TOKENS)] for c in range(4)] for r in range(2)
     ]
     return _case("choices", tokens)  # type: ignore[arg-type]
+
+
+def _of_sizes(
+    rows: Mapping[str, list[int]],
+    inputs: set[str],
+    config: Mapping[str, Any],
+    lengths: Lengths,
+    interface: Interface,
+) -> list[Case]:
+    """Of a graph with a fixed batch or length: so many rows of it, whole, padded on either side, and after
+    earlier tokens, which go in as many at a time. One token alone shows nothing of attention."""
+    shape, past = interface.inputs["ids"].shape, bool(interface.past)
+    if shape is None or len(shape) != 2 or all(isinstance(n, str) for n in shape):
+        return []
+    batch, width = (n if isinstance(n, int) else usual for n, usual in zip(shape, (1, TOKENS), strict=True))
+    long, pad = max(rows.values(), key=len, default=[]), padding_of(config) or 0
+    whole = width * (1 + max(1, TOKENS // max(width, 1))) if past else width
+    if not long or whole < 2 or not 0 < whole * batch <= FIXED or lengths.fits(whole) != whole:
+        return []
+    ids = [[long[(7 * r + t) % len(long)] for t in range(whole)] for r in range(batch)]
+    after = [_case("fixed sizes, past", ids, past=whole - width)] if past else []
+    ids = [row[:width] for row in ids]
+    types = [[2 * t // width for t in range(width)]] * batch
+    given: dict[str, Any] = {"token_types": types} if "token_types" in inputs else {}
+    made = [_case("fixed sizes", ids, given), *after]
+    fewer = lengths.padded(max(1, width * 2 // 3), width)  # tokens that the first row has
+    if "mask" in inputs and 0 < fewer < width:
+        hidden = [0] * (width - fewer)
+        for name, mask in (("right", [1] * fewer + hidden), ("left", hidden + [1] * fewer)):
+            masks = [mask] + [[1] * width] * (batch - 1)
+            padded = [
+                [i if m else pad for i, m in zip(r, own, strict=True)]
+                for r, own in zip(ids, masks, strict=True)
+            ]
+            made.append(_case(f"fixed sizes, padded {name}", padded, {**given, "mask": masks}))
+    return made
 
 
 def _further(
@@ -251,14 +301,19 @@ def _further(
 
 
 def _fits(case: Case, interface: Interface) -> bool:
-    """Whether the graph's sizes take a case: those that are no numbers take any."""
+    """Whether the graph's sizes take a case, and what goes in before: those that are no numbers take any."""
     shape = interface.inputs["ids"].shape
-    if shape is not None and (len(shape) != case.ids.ndim or case.past and isinstance(shape[1], int)):
+    if _past_is_fixed(interface) or shape is not None and len(shape) != case.ids.ndim:
         return False
+    sizes = (*case.ids.shape[:-1], case.ids.shape[-1] - case.past)
+    if case.past and shape is not None and isinstance(shape[1], int) and case.past % shape[1]:
+        return False
+    return all(not isinstance(d, int) or d == n for d, n in zip(shape or (), sizes, strict=False))
+
+
+def _past_is_fixed(interface: Interface) -> bool:
     past = next(iter(interface.past.values()), None)
-    if past is not None and past.shape is not None and isinstance(past.shape[2], int):
-        return False
-    return all(not isinstance(d, int) or d == n for d, n in zip(shape or (), case.ids.shape, strict=False))
+    return past is not None and past.shape is not None and isinstance(past.shape[2], int)
 
 
 # --- what is right ----------------------------------------------------------------------------------------

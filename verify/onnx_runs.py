@@ -126,17 +126,15 @@ class Graph:
     more: dict[str, np.ndarray] = field(default_factory=dict)  # weights given in the place of its own
 
     def run(self, case: Case) -> dict[str, Tensor]:
-        """Results of the tokens after `case.past`, and `present.N.key`, of all tokens."""
-        past = self._nothing(case)
-        if case.past:
-            first = Case(
-                case.name, case.ids[:, : case.past], case.mask[:, : case.past], _cut(case, case.past)
-            )
-            made = self._pass(first, case.mask[:, : case.past], past, 0)
+        """Results of the tokens after `case.past`, and `present.N.key`, of all tokens. Those before go in at
+        once, or as many at a time as a graph of a fixed length takes."""
+        past, before = self._nothing(case), case.past
+        shape = self.interface.inputs["ids"].shape
+        step = shape[1] if before and shape is not None and isinstance(shape[1], int) else before
+        for start in range(0, before, max(step, 1)):
+            made = self._pass(_part(case, start, start + step), case.mask[:, : start + step], past, start)
             past = {key: made[f"present.{key[0]}.{key[1]}"] for key in self.interface.past}
-        types = None if case.token_types is None else case.token_types[..., case.past :]
-        rest = Case(case.name, case.ids[..., case.past :], case.mask[..., case.past :], types)
-        return self._pass(rest, case.mask, past, case.past)
+        return self._pass(_part(case, before, case.ids.shape[-1]), case.mask, past, before)
 
     def _nothing(self, case: Case) -> dict[tuple[int, str], Tensor]:
         if not self.interface.past:
@@ -172,8 +170,10 @@ class Graph:
         return {name: torch.from_numpy(np.array(y)) for name, y in zip(wanted.values(), found, strict=True)}
 
 
-def _cut(case: Case, tokens: int) -> Tensor | None:
-    return None if case.token_types is None else case.token_types[:, :tokens]
+def _part(case: Case, start: int, end: int) -> Case:
+    """The tokens from `start` to `end`, of which nothing goes before."""
+    types = None if case.token_types is None else case.token_types[..., start:end]
+    return Case(case.name, case.ids[..., start:end], case.mask[..., start:end], types)
 
 
 def opened_graph(file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None) -> Graph:
