@@ -273,7 +273,7 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
     `unsupported` where the exporter cannot write the pass, `usage` where it writes other versions of the
     operators than `opset`."""
     if not OLDEST <= opset <= NEWEST:
-        hint = f"--opset {OLDEST} is the oldest that it writes"
+        hint = f"--opset {OLDEST} is the oldest that it writes, {NEWEST} the newest"
         text = f"expected a version of the operators from {OLDEST} to {NEWEST}, found {opset}"
         fail("usage", text, where="--opset", hint=hint)
     import torch._dynamo

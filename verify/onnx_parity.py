@@ -110,7 +110,11 @@ def verify_onnx(
         judged = _judged(source, single, task, cases, bool(interface.past or interface.present))
         tell("onnx: computing with onnxruntime")
         found = _found(file, interface, sizes, task, judged.cases)
-        report.findings += [_interface(file, interface, left), *_weights(file, single)]
+        unjudged = [name for name in interface.results if name not in judged.wanted[0]]
+        if len(unjudged) == len(interface.results):
+            text = f"expected a result that the source has for the task {task}, found {', '.join(unjudged)}"
+            fail("unsupported", text, file=file.name, hint="--source names a model of that class")
+        report.findings += [_interface(file, interface, left, unjudged), *_weights(file, single)]
         compared = _compare(judged, found, tolerance(single.module, source.config)[0])
         report.findings.append(_outputs(compared, judged, source))
         if all(c.holds for c in compared):
@@ -160,19 +164,23 @@ def _facts(file: OnnxFile, source: Source, side: Side, interface: Interface, tas
 
 
 def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
-    """(heads, width) of keys and values; `unsupported` where the graph has other ones than the source."""
-    if not interface.past:
+    """(heads, width) of keys and values that go in; `config-mismatch` where the graph has other layers than
+    the source."""
+    if not interface.past and not interface.present:
         return None
     past: dict[str, Tensor] = {}
     names = kept_by(side)
+    layers = range(len(names) // 2)
+    for what, found in (("past_key_values", interface.past), ("present", interface.present)):
+        if found and found.keys() != {(i, part) for i in layers for part in ("key", "value")}:
+            numbers = ", ".join(map(str, sorted({i for i, _ in found})[:5]))
+            text = f"expected keys and values of {len(layers)} layers from 0 on, found {len(found)} tensors"
+            fail("config-mismatch", f"{text} of the layers {numbers}", where=what)
     with torch.inference_mode(), side.keep():
         import ckpt_tool.reference.phases as protocol
 
         protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
     _, heads, _, width = past[names[0]].shape
-    if len(interface.past) != len(names):
-        text = f"expected keys and values of {len(names) // 2} layers, found {len(interface.past) // 2}"
-        fail("config-mismatch", text, where="past_key_values")
     return heads, width
 
 
@@ -380,10 +388,10 @@ def _compare(judged: Judged, found: list[Results], atol: float) -> list[Compared
         for name, y in found[k].items():
             if name not in judged.wanted[k]:
                 continue
-            near = judged.single[k][name]
+            near, made32 = judged.single[k][name], y.float()
             same = y.shape == near.shape
-            delta = float((y - near).abs().max()) if same else math.inf
-            close = same and bool(torch.allclose(y, near, rtol=EXPORTER_RTOL, atol=atol))
+            delta = float((made32 - near).abs().max()) if same else math.inf
+            close = same and bool(torch.allclose(made32, near, rtol=EXPORTER_RTOL, atol=atol))
             made.append(Compared(case.name, name, judged.far(k, name, y), delta, judged.bars[k][name], close))
     return made
 
@@ -391,22 +399,21 @@ def _compare(judged: Judged, found: list[Results], atol: float) -> list[Compared
 # --- findings ---------------------------------------------------------------------------------------------
 
 
-def _interface(file: OnnxFile, interface: Interface, left: list[str]) -> Finding:
+def _interface(file: OnnxFile, interface: Interface, left: list[str], unjudged: list[str]) -> Finding:
+    others = [*interface.others, *unjudged]
     given = [f"{v.name} {v.words}" for v in interface.inputs.values()]
     given += [f"{len(interface.past)} past keys and values"] if interface.past else []
     gives = [f"{v.name} {v.words}" for v in interface.results.values()]
     gives += [f"{len(interface.present)} present ones"] if interface.present else []
     text = f"takes {', '.join(given)}; gives {', '.join(gives)}"
-    if interface.others:
-        text += f"; not compared: {', '.join(interface.others[:5])}"
+    if others:
+        text += f"; not compared: {', '.join(others[:5])}"
     narrow = {t.dtype for t in file.tensors.values()} & {"F16", "BF16"}
     if narrow:
         text += f"; weights in {' and '.join(sorted(narrow))} are held to the bars of float32"
     if left:
         text += f"; its fixed sizes do not take the prompts {', '.join(left)}"
-    return Finding(
-        LEVEL, "interface", "note", text, data={"not_compared": list(interface.others), "left": left}
-    )
+    return Finding(LEVEL, "interface", "note", text, data={"not_compared": others, "left": left})
 
 
 def _weights(file: OnnxFile, side: Side) -> list[Finding]:

@@ -28,6 +28,7 @@ NUMPY = {
     "BOOL": np.bool_,
 }
 HEADS = ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
+Kept = tuple[int, str]  # a layer, "key" or "value"
 WEIGHTS_BELONG = "session.model_external_initializers_file_folder_path"
 
 
@@ -38,9 +39,9 @@ class Interface:
     are outputs that nothing is known of."""
 
     inputs: Mapping[str, Value]
-    past: Mapping[tuple[int, str], Value]
+    past: Mapping[Kept, Value]
     results: Mapping[str, Value]
-    present: Mapping[tuple[int, str], Value]
+    present: Mapping[Kept, Value]
     others: tuple[str, ...] = ()
 
 
@@ -48,7 +49,7 @@ def recognised(file: OnnxFile) -> Interface:
     """By names, as exporters give them; `unsupported` for an input that is not known, as nothing could be
     given for it, and where no output is known."""
     inputs: dict[str, Value] = {}
-    past: dict[tuple[int, str], Value] = {}
+    past: dict[Kept, Value] = {}
     for value in file.inputs:
         if value.name in INPUTS:
             inputs[INPUTS[value.name]] = value
@@ -73,7 +74,23 @@ def recognised(file: OnnxFile) -> Interface:
         if value.dtype not in NUMPY:
             text = f"expected an input that numpy has a type for, found {value.dtype}"
             fail("unsupported", text, file=file.name, where=value.name)
+    for value in (*results.values(), *present.values()):
+        if value.dtype not in ("F16", "F32", "F64"):
+            text = f"expected results in F32, F64 or F16, found {value.dtype}"
+            fail("unsupported", text, file=file.name, where=value.name)
+    _check_kept(past, present, file.name)
     return Interface(inputs, past, results, present, tuple(others))
+
+
+def _check_kept(past: Mapping[Kept, Value], present: Mapping[Kept, Value], file: str) -> None:
+    """That keys and values which go in come out too, for the tokens after, and have the usual axes."""
+    for key, value in past.items():
+        if key not in present:
+            text = f"expected an output present.{key[0]}.{key[1]} for the tokens after, found none"
+            fail("unsupported", text, file=file, where=value.name)
+        if value.shape is not None and len(value.shape) != 4:
+            text = f"expected (batch, heads, past tokens, width), found {value.words}"
+            fail("unsupported", text, file=file, where=value.name)
 
 
 def _refuse(what: str, name: str, known: Iterable[str], file: str) -> None:
@@ -136,16 +153,14 @@ class Graph:
             past = {key: made[f"present.{key[0]}.{key[1]}"] for key in self.interface.past}
         return self._pass(_part(case, before, case.ids.shape[-1]), case.mask, past, before)
 
-    def _nothing(self, case: Case) -> dict[tuple[int, str], Tensor]:
+    def _nothing(self, case: Case) -> dict[Kept, Tensor]:
         if not self.interface.past:
             return {}
         assert self.sizes is not None
         heads, width = self.sizes
         return {key: torch.zeros(len(case.ids), heads, 0, width) for key in self.interface.past}
 
-    def _pass(
-        self, case: Case, mask: Tensor, past: Mapping[tuple[int, str], Tensor], start: int
-    ) -> dict[str, Tensor]:
+    def _pass(self, case: Case, mask: Tensor, past: Mapping[Kept, Tensor], start: int) -> dict[str, Tensor]:
         """`mask` is of all tokens, the `start` ones before as well."""
         if case.ids.ndim == 2:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
