@@ -124,6 +124,11 @@ def _takes_types(side: Side) -> bool:
 def kept_by(side: Side) -> tuple[str, ...]:
     """The names of keys and values that a pass keeps, layer by layer; `unsupported` where it keeps none, or
     other things."""
+    return tuple(kept_shapes(side))
+
+
+def kept_shapes(side: Side) -> dict[str, tuple[int, ...]]:
+    """By these names (batch, heads, tokens, width), of one token."""
     past: dict[str, Tensor] = {}
     if "past" in side.takes({"past": past}):
         with torch.inference_mode(), side.keep():
@@ -132,7 +137,7 @@ def kept_by(side: Side) -> tuple[str, ...]:
         (named, *_) = side.raw.get("architectures") or ["one that does not"]
         text = f"expected a decoder that keeps keys and values of earlier tokens, found {named}"
         fail("unsupported", text, where="--with-past", hint="leave --with-past out")
-    return tuple(past)
+    return {name: tuple(y.shape) for name, y in past.items()}
 
 
 def _runs(side: Side, head: str) -> bool:
@@ -280,7 +285,7 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = Reading(side, form, mode).eval()
-    shapes, sizes = _kept_shapes(side, form), _sizes(side)
+    shapes, sizes = kept_shapes(side) if form.kept else {}, _sizes(side)
     args = tuple(mode.from_tensor(_example(p, sizes, shapes), static_shapes=True) for p in form.inputs)
     axes = tuple(dict(p.axes) for p in form.inputs)
     with torch.inference_mode(False), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -303,14 +308,6 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
         if written.opset != opset:
             text = f"expected version {opset} of the operators, found {written.opset} in what was exported"
             fail("usage", text, where="--opset", hint=f"--opset {written.opset} asks for what it writes")
-
-
-def _kept_shapes(side: Side, form: Form) -> dict[str, tuple[int, ...]]:
-    past: dict[str, Tensor] = {}
-    if form.kept:
-        with torch.inference_mode(), side.keep():
-            protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
-    return {name: tuple(x.shape) for name, x in past.items()}
 
 
 def _reason(error: BaseException) -> str:
@@ -389,4 +386,5 @@ __all__ = [
     "form_of",
     "heads_left_out",
     "kept_by",
+    "kept_shapes",
 ]

@@ -24,7 +24,7 @@ from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.claims import Claim
 from ckpt_tool.verify.compute import as_read, lengths_of, threads_for
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
-from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_by
+from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_shapes
 from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
 from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
@@ -168,19 +168,14 @@ def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
     the source."""
     if not interface.past and not interface.present:
         return None
-    past: dict[str, Tensor] = {}
-    names = kept_by(side)
-    layers = range(len(names) // 2)
+    shapes = list(kept_shapes(side).values())
+    layers = range(len(shapes) // 2)
     for what, found in (("past_key_values", interface.past), ("present", interface.present)):
         if found and found.keys() != {(i, part) for i in layers for part in ("key", "value")}:
             numbers = ", ".join(map(str, sorted({i for i, _ in found})[:5]))
             text = f"expected keys and values of {len(layers)} layers from 0 on, found {len(found)} tensors"
             fail("config-mismatch", f"{text} of the layers {numbers}", where=what)
-    with torch.inference_mode(), side.keep():
-        import ckpt_tool.reference.phases as protocol
-
-        protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
-    _, heads, _, width = past[names[0]].shape
+    _, heads, _, width = shapes[0]
     return heads, width
 
 

@@ -53,7 +53,7 @@ Found = Mapping[str, np.ndarray]
 @dataclass(frozen=True)
 class Wanted:
     """The original's gradients as the Hugging Face layout has them, in float64. `noise` is how far those in
-    float32 are off, as a sum of squares for each tensor; `least` the smallest that counts."""
+    float32 are off, as a sum of squares for each tensor."""
 
     gradients: Found
     energies: Mapping[str, float]
