@@ -263,6 +263,26 @@ def test_no_padding_follows_where_no_id_stands_for_it(exported: tuple[Path, Any]
             assert ("padded" in names) is there and "padded left" in names
 
 
+@pytest.mark.parametrize(("cut", "kind"), [(None, "missing-tensor"), (40, "unsupported")])
+def test_a_tensor_that_is_not_there_is_named(
+    cut: int | None, kind: str, converted: Path, exported: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Or one of another size than config.json says."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(converted, tmp_path / "out")
+    place, name = tmp_path / "out" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(place)
+    x = tensors.pop(name)
+    save_file(tensors if cut is None else {**tensors, name: x[:cut]}, place, {"format": "pt"})
+    path = str(copied(exported, tmp_path))
+    for command in (("export", "onnx", "out", "--out", "a.onnx"), ("verify", path, "--source", "out")):
+        run = program(*command, cwd=tmp_path)
+        assert run.returncode == 2 and f"error[{kind}]" in run.stderr, run.stderr
+        assert cut is not None or name in run.stderr
+    assert not list(tmp_path.glob("a.onnx*"))
+
+
 def test_past_of_a_model_that_keeps_none_is_refused(conversions: Written, tmp_path: Path) -> None:
     for task in ((), ("--task", "default")):
         folder = str(conversions("bert-v1-bare"))

@@ -121,12 +121,27 @@ def _takes_types(side: Side) -> bool:
     return "token_types" in side.inputs and side.raw.get("type_vocab_size") not in (0, 1)
 
 
+@contextmanager
+def computed() -> Iterator[None]:
+    """Around passes of tensors that a user has: `missing-tensor` for one that is not there, `unsupported`
+    where they do not fit each other."""
+    try:
+        yield
+    except KeyError as error:
+        hint = "`ckpt-tool inspect` shows what is there; config.json may say another class, or no tie"
+        fail("missing-tensor", "expected this tensor, found none", where=str(error.args[0]), hint=hint)
+    except BROKEN as error:
+        text = "expected tensors that are computed as config.json says, found others"
+        fail("unsupported", f"{text} ({one_line(error)})", file="config.json")
+
+
 def kept_by(side: Side) -> tuple[str, ...]:
     """The names of keys and values that a pass keeps, layer by layer; `unsupported` where it keeps none, or
     other things."""
     return tuple(kept_shapes(side))
 
 
+@computed()
 def kept_shapes(side: Side) -> dict[str, tuple[int, ...]]:
     """By these names (batch, heads, tokens, width), of one token."""
     past: dict[str, Tensor] = {}
@@ -220,6 +235,7 @@ def shaped(y: Tensor, task: str, ids: Tensor, pad: int | None, rows: Any) -> Ten
     return y
 
 
+@computed()
 def needed(side: Side, form: Form) -> dict[str, Tensor]:
     """The tensors that a graph of that form is made of, as they are on the device "meta": those that a pass
     reads, and of experts all."""
@@ -381,6 +397,7 @@ __all__ = [
     "Form",
     "Port",
     "Reading",
+    "computed",
     "export",
     "for_task",
     "form_of",

@@ -21,7 +21,7 @@ from ckpt_tool.errors import CkptToolError, fail
 from ckpt_tool.reference.hf_heads import kind_of
 from ckpt_tool.verify.as_hf import Made, shown_as_hf
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.onnx_export import kept_by, shaped
+from ckpt_tool.verify.onnx_export import computed, kept_by, shaped
 from ckpt_tool.verify.onnx_names import TASKS, layer_names, of_rows
 from ckpt_tool.verify.onnx_runs import Case
 from ckpt_tool.verify.prompts import padding_of
@@ -146,6 +146,7 @@ class Job:
 Results = dict[str, Tensor]  # by output: (positions, C), those of no padding
 
 
+@computed()
 def results(
     side: Side, task: str, cases: Sequence[Case], *, with_past: bool, reversed_sums: bool = False
 ) -> list[Results]:

@@ -208,7 +208,8 @@ def _cases(
     fitting = [case for case in made if _fits(case, interface)]
     left = [case.name for case in made if not _fits(case, interface)]
     if not fitting:
-        text = f"expected free sizes, or 2 to {FIXED} tokens, found {interface.inputs['ids'].words}"
+        text = f"expected free sizes, or 2 to {FIXED} tokens that the model takes"
+        text += f", found {interface.inputs['ids'].words}"
         text += " and a past of a fixed length" if _past_is_fixed(interface) else ""
         fail("unsupported", text, where="input_ids", hint="export it with dynamic axes")
     return fitting, left
