@@ -99,7 +99,9 @@ def _mega(folder: Path, architecture: str, out: Path) -> None:
     width, kind = config["hidden_size"], kind_of({"architectures": [architecture]})
     one = "classifier.out_proj" if kind == "sequence_classification" else "classifier"
     one = "qa_outputs" if kind == "question_answering" else one
-    shapes = {one: {"question_answering": 2, "multiple_choice": 1}.get(kind, LABELS)}
+    one = "lm_head" if kind == "causal_lm" else one
+    sizes = {"question_answering": 2, "multiple_choice": 1, "causal_lm": config["vocab_size"]}
+    shapes = {one: sizes.get(kind, LABELS)}
     if kind == "sequence_classification":
         shapes["classifier.dense"] = width
     for name, rows in shapes.items():

@@ -263,6 +263,26 @@ def test_no_padding_follows_where_no_id_stands_for_it(exported: tuple[Path, Any]
             assert ("padded" in names) is there and "padded left" in names
 
 
+@pytest.mark.parametrize(("cut", "kind"), [(None, "missing-tensor"), (40, "unsupported")])
+def test_a_tensor_that_is_not_there_is_named(
+    cut: int | None, kind: str, converted: Path, exported: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Or one of another size than config.json says."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(converted, tmp_path / "out")
+    place, name = tmp_path / "out" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(place)
+    x = tensors.pop(name)
+    save_file(tensors if cut is None else {**tensors, name: x[:cut]}, place, {"format": "pt"})
+    path = str(copied(exported, tmp_path))
+    for command in (("export", "onnx", "out", "--out", "a.onnx"), ("verify", path, "--source", "out")):
+        run = program(*command, cwd=tmp_path)
+        assert run.returncode == 2 and f"error[{kind}]" in run.stderr, run.stderr
+        assert cut is not None or name in run.stderr
+    assert not list(tmp_path.glob("a.onnx*"))
+
+
 def test_past_of_a_model_that_keeps_none_is_refused(conversions: Written, tmp_path: Path) -> None:
     for task in ((), ("--task", "default")):
         folder = str(conversions("bert-v1-bare"))
@@ -318,6 +338,76 @@ def test_a_graph_of_another_exporter_is_judged_by_the_original(
     assert found(report, "weights")["data"]["tensors"] == 13
     assert "the original's own reading" in found(report, "outputs")["message"]
     assert found(report, "negative control")["data"]["rate"] == 1
+
+
+def _fixed(path: Path, batch: int, length: int) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+        if value.name in ("input_ids", "logits"):
+            value.type.tensor_type.shape.dim[1].dim_value = length
+    path.write_bytes(model.SerializeToString())
+
+
+def test_a_graph_of_fixed_sizes_is_asked_what_it_takes(
+    exported: tuple[Path, Any], original: Path, tmp_path: Path
+) -> None:
+    """Two rows, one token after the other: those before go in one at a time."""
+    path = copied(exported, tmp_path)
+    _fixed(path, 2, 1)
+    run = verified(path, original, "--json", "report.json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row[0] for row in found(report, "outputs")["tables"][0]["rows"]}
+    assert rows == {"fixed sizes", "fixed sizes, past"}
+    assert found(report, "negative control")["data"]["rate"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "past", "names"),
+    [
+        ((1, 129), False, {"fixed sizes", "fixed sizes, padded right", "fixed sizes, padded left"}),
+        ((5, 3), False, {"fixed sizes", "fixed sizes, padded right", "fixed sizes, padded left"}),
+        ((5, 1), False, set()),  # one token shows nothing of attention
+        ((2, 4096), False, set()),
+        ((2, 0), False, set()),
+        (("batch", 4), True, {"fixed sizes", "fixed sizes, past", "fixed sizes, padded right",
+                              "fixed sizes, padded left"}),
+    ],
+)  # fmt: skip
+def test_cases_of_fixed_sizes(
+    shape: Any, past: bool, names: set[str], exported: tuple[Path, Any], converted: Path
+) -> None:
+    path, _ = exported
+    with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
+        side, interface = source.converted(torch.float32), recognised(file)
+        ids = replace(interface.inputs["ids"], shape=shape)
+        fixed = replace(
+            interface,
+            inputs={**interface.inputs, "ids": ids},
+            past=interface.past if past else {},
+        )
+        if not names:
+            with pytest.raises(CkptToolError, match="2 to 4096 tokens"):
+                onnx_parity._cases(source, side, fixed, None, "causal-lm")
+            return
+        cases, left = onnx_parity._cases(source, side, fixed, None, "causal-lm")
+        assert {case.name for case in cases} == names and "long" in left
+
+
+def test_weights_that_are_written_meanwhile_have_no_verdict(
+    exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    path = copied(exported, tmp_path)
+
+    def touched(words: str) -> None:
+        if "planting" in words:
+            with open(path.parent / (path.name + DATA), "r+b") as data:
+                data.write(b"0000")
+
+    with source_of(converted, None, None) as source, pytest.raises(CkptToolError) as error:
+        onnx_parity.verify_file(path, source, tell=touched)
+    assert error.value.kind == "input-changed"
 
 
 def test_a_wrong_weight_is_found(exported: tuple[Path, Any], converted: Path, tmp_path: Path) -> None:
@@ -408,6 +498,8 @@ def test_positions_count_the_tokens_of_no_padding(tmp_path: Path) -> None:
     [
         ("attention_mask", "mask_of_mine", "expected inputs of these names"),
         ("logits", "1234", "expected outputs of these names"),
+        ("logits", "pooler_output", "expected a result that the source has for the task default"),
+        ("present.0.key", "present.7.key", "expected an output present.0.key for the tokens after"),
     ],
 )
 def test_names_that_are_not_known_are_refused(
@@ -418,7 +510,64 @@ def test_names_that_are_not_known_are_refused(
     _renamed(old, new)(model)
     path.write_bytes(model.SerializeToString())
     run = verified(path, converted)
-    assert run.returncode == 2 and message in run.stderr and new in run.stderr
+    assert run.returncode == 2 and message in run.stderr and (new in run.stderr or old in run.stderr)
+
+
+def _layer_seven(model: Any) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        _renamed(value.name, value.name.replace(".0.", ".7."))(model)
+
+
+def _flat_past(model: Any) -> None:
+    del model.graph.input[1].type.tensor_type.shape.dim[2:]
+
+
+def _made_of_logits(kind: str, dtype: int | None = None, **attributes: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        _renamed("logits", "made")(model)
+        (value,) = (v for v in model.graph.output if v.name == "made")
+        value.name = "logits"
+        value.type.tensor_type.ClearField("shape")
+        value.type.tensor_type.elem_type = dtype or value.type.tensor_type.elem_type
+        model.graph.node.append(onnx.helper.make_node(kind, ["made"], ["logits"], **attributes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (_layer_seven, 2, "keys and values of 1 layers from 0 on, found 2 tensors of the layers 7"),
+        (_flat_past, 2, "expected (batch, heads, past tokens, width), found F32 (batch, 2)"),
+        (_made_of_logits("Transpose", perm=[0, 2, 1]), 1, "logits"),
+        (_made_of_logits("ReduceSum", keepdims=0), 1, "logits"),
+        (_made_of_logits("Cast", 10, to=10), 1, "logits"),
+        (_made_of_logits("Cast", 11, to=11), 0, "pass"),
+        (_made_of_logits("Cast", 7, to=7), 2, "expected results in F32, F64 or F16, found I64"),
+    ],
+    ids=["layers", "past", "turned", "one number", "half", "double", "whole numbers"],
+)
+def test_results_of_another_kind_are_told(
+    change: Any, code: int, message: str, exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    path = copied(exported, tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    run = verified(path, converted)
+    assert run.returncode == code and message in " ".join((run.stdout + run.stderr).split()), run.stderr
+
+
+def test_a_result_that_the_source_has_not_is_not_said_to_be_compared(
+    exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    path = copied(exported, tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("Identity", ["logits"], ["pooler_output"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("pooler_output", 1, None))
+    path.write_bytes(model.SerializeToString())
+    run = verified(path, converted)
+    assert run.returncode == 0 and "not compared: pooler_output" in " ".join(run.stdout.split())
 
 
 def test_a_graph_wants_a_source_and_no_options_of_checkpoints(exported: tuple[Path, Any]) -> None:

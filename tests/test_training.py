@@ -4,7 +4,9 @@ training that equal logits do not show."""
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -373,11 +375,30 @@ def test_too_little_memory_is_said_before(
     conversions: Written, originals: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = conversions("llama-3.2-1b"), originals("llama-3.2-1b")
-    with pytest.raises(CkptToolError, match="expected at least .* for gradients, found 9 MB"):
+    with pytest.raises(CkptToolError, match="expected at least .* for gradients, found 9 MB") as error:
         verify(*folders, levels="training", memory=9_000_000)
+    (enough,) = re.findall(r"at least (\d+) MB", str(error.value))
+    with monkeypatch.context() as patch:  # what is told to be enough is
+        patch.setattr(training, "_compared", lambda *given: [])
+        verify(*folders, levels="training", memory=int(enough) * 10**6)
     monkeypatch.setattr(training, "free_memory", lambda: 300_000_000)
     with pytest.raises(CkptToolError, match="expected 4.. MB of free memory for gradients, found 300 MB"):
         verify(*folders, levels="training")
+
+
+def test_a_gradient_that_is_no_number_is_no_step(conversions: Written) -> None:
+    """It was passed over; a weight that is none starts from nowhere in both layouts."""
+    name = "model.norm.weight"
+    with opened(conversions("llama-3.2-1b"), None, {}) as subject:
+        side = converted_side(subject, torch.float32, "cpu")
+        right = np.ones(side.weights[0].tensors[name].shape)
+        wanted = training.Wanted({name: right}, {}, {}, 1.0, [], 0.0, 1.0)
+        for found, status in ((right, "pass"), (np.where(np.arange(right.size) == 1, np.nan, right), "fail")):
+            steps = training._Steps(side, wanted, optimizer.TORCH, None)
+            steps.take(name, found)
+            assert steps.findings()[0].status == status
+    apart, p = torch.tensor([math.nan, 0.25, math.nan]), torch.tensor([math.nan, 1.0, math.inf])
+    assert training._farther(0.5, apart, p) == 0.5 and training._farther(0.0, apart, p) == 0.25
 
 
 class Counted(Weights):

@@ -121,9 +121,29 @@ def _takes_types(side: Side) -> bool:
     return "token_types" in side.inputs and side.raw.get("type_vocab_size") not in (0, 1)
 
 
+@contextmanager
+def computed() -> Iterator[None]:
+    """Around passes of tensors that a user has: `missing-tensor` for one that is not there, `unsupported`
+    where they do not fit each other."""
+    try:
+        yield
+    except KeyError as error:
+        hint = "`ckpt-tool inspect` shows what is there; config.json may say another class, or no tie"
+        fail("missing-tensor", "expected this tensor, found none", where=str(error.args[0]), hint=hint)
+    except BROKEN as error:
+        text = "expected tensors that are computed as config.json says, found others"
+        fail("unsupported", f"{text} ({one_line(error)})", file="config.json")
+
+
 def kept_by(side: Side) -> tuple[str, ...]:
     """The names of keys and values that a pass keeps, layer by layer; `unsupported` where it keeps none, or
     other things."""
+    return tuple(kept_shapes(side))
+
+
+@computed()
+def kept_shapes(side: Side) -> dict[str, tuple[int, ...]]:
+    """By these names (batch, heads, tokens, width), of one token."""
     past: dict[str, Tensor] = {}
     if "past" in side.takes({"past": past}):
         with torch.inference_mode(), side.keep():
@@ -132,7 +152,7 @@ def kept_by(side: Side) -> tuple[str, ...]:
         (named, *_) = side.raw.get("architectures") or ["one that does not"]
         text = f"expected a decoder that keeps keys and values of earlier tokens, found {named}"
         fail("unsupported", text, where="--with-past", hint="leave --with-past out")
-    return tuple(past)
+    return {name: tuple(y.shape) for name, y in past.items()}
 
 
 def _runs(side: Side, head: str) -> bool:
@@ -215,6 +235,7 @@ def shaped(y: Tensor, task: str, ids: Tensor, pad: int | None, rows: Any) -> Ten
     return y
 
 
+@computed()
 def needed(side: Side, form: Form) -> dict[str, Tensor]:
     """The tensors that a graph of that form is made of, as they are on the device "meta": those that a pass
     reads, and of experts all."""
@@ -273,14 +294,14 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
     `unsupported` where the exporter cannot write the pass, `usage` where it writes other versions of the
     operators than `opset`."""
     if not OLDEST <= opset <= NEWEST:
-        hint = f"--opset {OLDEST} is the oldest that it writes"
+        hint = f"--opset {OLDEST} is the oldest that it writes, {NEWEST} the newest"
         text = f"expected a version of the operators from {OLDEST} to {NEWEST}, found {opset}"
         fail("usage", text, where="--opset", hint=hint)
     import torch._dynamo
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = Reading(side, form, mode).eval()
-    shapes, sizes = _kept_shapes(side, form), _sizes(side)
+    shapes, sizes = kept_shapes(side) if form.kept else {}, _sizes(side)
     args = tuple(mode.from_tensor(_example(p, sizes, shapes), static_shapes=True) for p in form.inputs)
     axes = tuple(dict(p.axes) for p in form.inputs)
     with torch.inference_mode(False), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -303,14 +324,6 @@ def export(side: Side, form: Form, opset: int, folder: Path, name: str) -> None:
         if written.opset != opset:
             text = f"expected version {opset} of the operators, found {written.opset} in what was exported"
             fail("usage", text, where="--opset", hint=f"--opset {written.opset} asks for what it writes")
-
-
-def _kept_shapes(side: Side, form: Form) -> dict[str, tuple[int, ...]]:
-    past: dict[str, Tensor] = {}
-    if form.kept:
-        with torch.inference_mode(), side.keep():
-            protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
-    return {name: tuple(x.shape) for name, x in past.items()}
 
 
 def _reason(error: BaseException) -> str:
@@ -384,9 +397,11 @@ __all__ = [
     "Form",
     "Port",
     "Reading",
+    "computed",
     "export",
     "for_task",
     "form_of",
     "heads_left_out",
     "kept_by",
+    "kept_shapes",
 ]

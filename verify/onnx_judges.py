@@ -21,7 +21,7 @@ from ckpt_tool.errors import CkptToolError, fail
 from ckpt_tool.reference.hf_heads import kind_of
 from ckpt_tool.verify.as_hf import Made, shown_as_hf
 from ckpt_tool.verify.noise import ReversedSums
-from ckpt_tool.verify.onnx_export import kept_by, shaped
+from ckpt_tool.verify.onnx_export import computed, kept_by, shaped
 from ckpt_tool.verify.onnx_names import TASKS, layer_names, of_rows
 from ckpt_tool.verify.onnx_runs import Case
 from ckpt_tool.verify.prompts import padding_of
@@ -146,6 +146,7 @@ class Job:
 Results = dict[str, Tensor]  # by output: (positions, C), those of no padding
 
 
+@computed()
 def results(
     side: Side, task: str, cases: Sequence[Case], *, with_past: bool, reversed_sums: bool = False
 ) -> list[Results]:
@@ -222,9 +223,14 @@ def _rows(y: Tensor) -> Tensor:
 
 
 def picked(task: str, case: Case, name: str, y: Tensor) -> Tensor:
-    """The same of what a graph gave, which has no results for the tokens before."""
-    if of_rows(task, name):
+    """The same of what a graph gave, which has no results for the tokens before; with a third axis, which is
+    none of the right ones, where it has other rows or tokens."""
+    kept = name.startswith("present.")
+    rows, places = of_rows(task, name), case.mask if kept else case.real
+    axes = (4,) if kept else (2,) if rows else (2, 3)
+    if y.ndim not in axes:
+        return y.reshape(1, 1, -1)
+    if rows and len(y) == len(case.ids):
         return y.reshape(-1, y.shape[-1])
-    if name.startswith("present."):
-        return _rows(y.transpose(1, 2)[case.mask.bool()])
-    return _rows(y[case.real])
+    y = y.transpose(1, 2) if kept else y
+    return y.reshape(1, 1, -1) if rows or y.shape[:2] != places.shape else _rows(y[places.bool()])

@@ -24,13 +24,21 @@ from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.claims import Claim
 from ckpt_tool.verify.compute import as_read, lengths_of, threads_for
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
-from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_by
+from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_shapes
 from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
 from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
 from ckpt_tool.verify.onnx_runs import Case, Interface, opened_graph, recognised
 from ckpt_tool.verify.onnx_weights import in_graph
-from ckpt_tool.verify.prompts import Prompts, padding_of, positions, prompts_for, tokenizer_of, with_inputs
+from ckpt_tool.verify.prompts import (
+    Lengths,
+    Prompts,
+    padding_of,
+    positions,
+    prompts_for,
+    tokenizer_of,
+    with_inputs,
+)
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
 from ckpt_tool.verify.sides import Side
 
@@ -38,6 +46,7 @@ LEVEL = "onnx"
 LARGE = 50_000_000  # weights; larger models are compared on shorter prompts
 SHORTER = 48  # tokens of these
 ROWS, TOKENS = 3, 9  # of the batch: those that the documentation validates with
+FIXED = 4096  # tokens of one pass that a graph of fixed sizes may want
 PASTS = (1, 7)
 
 Tell = Callable[[str], None]
@@ -101,7 +110,11 @@ def verify_onnx(
         judged = _judged(source, single, task, cases, bool(interface.past or interface.present))
         tell("onnx: computing with onnxruntime")
         found = _found(file, interface, sizes, task, judged.cases)
-        report.findings += [_interface(file, interface, left), *_weights(file, single)]
+        unjudged = [name for name in interface.results if name not in judged.wanted[0]]
+        if len(unjudged) == len(interface.results):
+            text = f"expected a result that the source has for the task {task}, found {', '.join(unjudged)}"
+            fail("unsupported", text, file=file.name, hint="--source names a model of that class")
+        report.findings += [_interface(file, interface, left, unjudged), *_weights(file, single)]
         compared = _compare(judged, found, tolerance(single.module, source.config)[0])
         report.findings.append(_outputs(compared, judged, source))
         if all(c.holds for c in compared):
@@ -115,8 +128,11 @@ def verify_onnx(
 def verify_file(
     path: Path, source: Source, *, prompts: Prompts | None = None, tell: Tell = lambda text: None
 ) -> Report:
+    """Raises `input-changed` where the file is no longer the one that was opened, or one beside it."""
     with closing(open_onnx(path)) as file:
-        return verify_onnx(file, source, prompts=prompts, tell=tell)
+        report = verify_onnx(file, source, prompts=prompts, tell=tell)
+        file.check_unchanged()
+        return report
 
 
 def _computed() -> str:
@@ -148,19 +164,18 @@ def _facts(file: OnnxFile, source: Source, side: Side, interface: Interface, tas
 
 
 def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
-    """(heads, width) of keys and values; `unsupported` where the graph has other ones than the source."""
-    if not interface.past:
+    """(heads, width) of keys and values that go in; `config-mismatch` where the graph has other layers than
+    the source."""
+    if not interface.past and not interface.present:
         return None
-    past: dict[str, Tensor] = {}
-    names = kept_by(side)
-    with torch.inference_mode(), side.keep():
-        import ckpt_tool.reference.phases as protocol
-
-        protocol.trunk(list(side.reading({"past": past}).values()), torch.zeros(1, 1, dtype=torch.long))
-    _, heads, _, width = past[names[0]].shape
-    if len(interface.past) != len(names):
-        text = f"expected keys and values of {len(names) // 2} layers, found {len(interface.past) // 2}"
-        fail("config-mismatch", text, where="past_key_values")
+    shapes = list(kept_shapes(side).values())
+    layers = range(len(shapes) // 2)
+    for what, found in (("past_key_values", interface.past), ("present", interface.present)):
+        if found and found.keys() != {(i, part) for i in layers for part in ("key", "value")}:
+            numbers = ", ".join(map(str, sorted({i for i, _ in found})[:5]))
+            text = f"expected keys and values of {len(layers)} layers from 0 on, found {len(found)} tensors"
+            fail("config-mismatch", f"{text} of the layers {numbers}", where=what)
+    _, heads, _, width = shapes[0]
     return heads, width
 
 
@@ -186,13 +201,16 @@ def _cases(
         prompts = with_inputs(rows, inputs, config, lengths)
         made = [_case(name, p.ids, p.given) for name, p in prompts.items()]
         made += _further(rows, inputs, config, lengths.fits, bool(interface.past))
+        made += _of_sizes(rows, inputs, config, lengths, interface)
     made = [replace(case, counted="positions" in interface.inputs) for case in made]
     if task == "sequence-classification" and padding_of(source.config) is None:
         made = [case for case in made if bool(case.mask[..., -1].all())]
     fitting = [case for case in made if _fits(case, interface)]
     left = [case.name for case in made if not _fits(case, interface)]
     if not fitting:
-        text = f"expected free sizes, or those of a prompt here, found {interface.inputs['ids'].words}"
+        text = f"expected free sizes, or 2 to {FIXED} tokens that the model takes"
+        text += f", found {interface.inputs['ids'].words}"
+        text += " and a past of a fixed length" if _past_is_fixed(interface) else ""
         fail("unsupported", text, where="input_ids", hint="export it with dynamic axes")
     return fitting, left
 
@@ -218,6 +236,42 @@ def _of_choices(rows: Mapping[str, list[int]]) -> Case:
         [[long[(17 * r + 5 * c + t) % len(long)] for t in range(TOKENS)] for c in range(4)] for r in range(2)
     ]
     return _case("choices", tokens)  # type: ignore[arg-type]
+
+
+def _of_sizes(
+    rows: Mapping[str, list[int]],
+    inputs: set[str],
+    config: Mapping[str, Any],
+    lengths: Lengths,
+    interface: Interface,
+) -> list[Case]:
+    """Of a graph with a fixed batch or length: so many rows of it, whole, padded on either side, and after
+    earlier tokens, which go in as many at a time. One token alone shows nothing of attention."""
+    shape, past = interface.inputs["ids"].shape, bool(interface.past)
+    if shape is None or len(shape) != 2 or all(isinstance(n, str) for n in shape):
+        return []
+    batch, width = (n if isinstance(n, int) else usual for n, usual in zip(shape, (1, TOKENS), strict=True))
+    long, pad = max(rows.values(), key=len, default=[]), padding_of(config) or 0
+    whole = width * (1 + max(1, TOKENS // max(width, 1))) if past else width
+    if not long or whole < 2 or not 0 < whole * batch <= FIXED or lengths.fits(whole) != whole:
+        return []
+    ids = [[long[(7 * r + t) % len(long)] for t in range(whole)] for r in range(batch)]
+    after = [_case("fixed sizes, past", ids, past=whole - width)] if past else []
+    ids = [row[:width] for row in ids]
+    types = [[2 * t // width for t in range(width)]] * batch
+    given: dict[str, Any] = {"token_types": types} if "token_types" in inputs else {}
+    made = [_case("fixed sizes", ids, given), *after]
+    fewer = lengths.padded(max(1, width * 2 // 3), width)  # tokens that the first row has
+    if "mask" in inputs and 0 < fewer < width:
+        hidden = [0] * (width - fewer)
+        for name, mask in (("right", [1] * fewer + hidden), ("left", hidden + [1] * fewer)):
+            masks = [mask] + [[1] * width] * (batch - 1)
+            padded = [
+                [i if m else pad for i, m in zip(r, own, strict=True)]
+                for r, own in zip(ids, masks, strict=True)
+            ]
+            made.append(_case(f"fixed sizes, padded {name}", padded, {**given, "mask": masks}))
+    return made
 
 
 def _further(
@@ -251,14 +305,19 @@ def _further(
 
 
 def _fits(case: Case, interface: Interface) -> bool:
-    """Whether the graph's sizes take a case: those that are no numbers take any."""
+    """Whether the graph's sizes take a case, and what goes in before: those that are no numbers take any."""
     shape = interface.inputs["ids"].shape
-    if shape is not None and (len(shape) != case.ids.ndim or case.past and isinstance(shape[1], int)):
+    if _past_is_fixed(interface) or shape is not None and len(shape) != case.ids.ndim:
         return False
+    sizes = (*case.ids.shape[:-1], case.ids.shape[-1] - case.past)
+    if case.past and shape is not None and isinstance(shape[1], int) and case.past % shape[1]:
+        return False
+    return all(not isinstance(d, int) or d == n for d, n in zip(shape or (), sizes, strict=False))
+
+
+def _past_is_fixed(interface: Interface) -> bool:
     past = next(iter(interface.past.values()), None)
-    if past is not None and past.shape is not None and isinstance(past.shape[2], int):
-        return False
-    return all(not isinstance(d, int) or d == n for d, n in zip(shape or (), case.ids.shape, strict=False))
+    return past is not None and past.shape is not None and isinstance(past.shape[2], int)
 
 
 # --- what is right ----------------------------------------------------------------------------------------
@@ -325,10 +384,10 @@ def _compare(judged: Judged, found: list[Results], atol: float) -> list[Compared
         for name, y in found[k].items():
             if name not in judged.wanted[k]:
                 continue
-            near = judged.single[k][name]
+            near, made32 = judged.single[k][name], y.float()
             same = y.shape == near.shape
-            delta = float((y - near).abs().max()) if same else math.inf
-            close = same and bool(torch.allclose(y, near, rtol=EXPORTER_RTOL, atol=atol))
+            delta = float((made32 - near).abs().max()) if same else math.inf
+            close = same and bool(torch.allclose(made32, near, rtol=EXPORTER_RTOL, atol=atol))
             made.append(Compared(case.name, name, judged.far(k, name, y), delta, judged.bars[k][name], close))
     return made
 
@@ -336,22 +395,21 @@ def _compare(judged: Judged, found: list[Results], atol: float) -> list[Compared
 # --- findings ---------------------------------------------------------------------------------------------
 
 
-def _interface(file: OnnxFile, interface: Interface, left: list[str]) -> Finding:
+def _interface(file: OnnxFile, interface: Interface, left: list[str], unjudged: list[str]) -> Finding:
+    others = [*interface.others, *unjudged]
     given = [f"{v.name} {v.words}" for v in interface.inputs.values()]
     given += [f"{len(interface.past)} past keys and values"] if interface.past else []
     gives = [f"{v.name} {v.words}" for v in interface.results.values()]
     gives += [f"{len(interface.present)} present ones"] if interface.present else []
     text = f"takes {', '.join(given)}; gives {', '.join(gives)}"
-    if interface.others:
-        text += f"; not compared: {', '.join(interface.others[:5])}"
+    if others:
+        text += f"; not compared: {', '.join(others[:5])}"
     narrow = {t.dtype for t in file.tensors.values()} & {"F16", "BF16"}
     if narrow:
         text += f"; weights in {' and '.join(sorted(narrow))} are held to the bars of float32"
     if left:
         text += f"; its fixed sizes do not take the prompts {', '.join(left)}"
-    return Finding(
-        LEVEL, "interface", "note", text, data={"not_compared": list(interface.others), "left": left}
-    )
+    return Finding(LEVEL, "interface", "note", text, data={"not_compared": others, "left": left})
 
 
 def _weights(file: OnnxFile, side: Side) -> list[Finding]:

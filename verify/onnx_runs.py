@@ -28,6 +28,7 @@ NUMPY = {
     "BOOL": np.bool_,
 }
 HEADS = ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
+Kept = tuple[int, str]  # a layer, "key" or "value"
 WEIGHTS_BELONG = "session.model_external_initializers_file_folder_path"
 
 
@@ -38,9 +39,9 @@ class Interface:
     are outputs that nothing is known of."""
 
     inputs: Mapping[str, Value]
-    past: Mapping[tuple[int, str], Value]
+    past: Mapping[Kept, Value]
     results: Mapping[str, Value]
-    present: Mapping[tuple[int, str], Value]
+    present: Mapping[Kept, Value]
     others: tuple[str, ...] = ()
 
 
@@ -48,7 +49,7 @@ def recognised(file: OnnxFile) -> Interface:
     """By names, as exporters give them; `unsupported` for an input that is not known, as nothing could be
     given for it, and where no output is known."""
     inputs: dict[str, Value] = {}
-    past: dict[tuple[int, str], Value] = {}
+    past: dict[Kept, Value] = {}
     for value in file.inputs:
         if value.name in INPUTS:
             inputs[INPUTS[value.name]] = value
@@ -73,7 +74,23 @@ def recognised(file: OnnxFile) -> Interface:
         if value.dtype not in NUMPY:
             text = f"expected an input that numpy has a type for, found {value.dtype}"
             fail("unsupported", text, file=file.name, where=value.name)
+    for value in (*results.values(), *present.values()):
+        if value.dtype not in ("F16", "F32", "F64"):
+            text = f"expected results in F32, F64 or F16, found {value.dtype}"
+            fail("unsupported", text, file=file.name, where=value.name)
+    _check_kept(past, present, file.name)
     return Interface(inputs, past, results, present, tuple(others))
+
+
+def _check_kept(past: Mapping[Kept, Value], present: Mapping[Kept, Value], file: str) -> None:
+    """That keys and values which go in come out too, for the tokens after, and have the usual axes."""
+    for key, value in past.items():
+        if key not in present:
+            text = f"expected an output present.{key[0]}.{key[1]} for the tokens after, found none"
+            fail("unsupported", text, file=file, where=value.name)
+        if value.shape is not None and len(value.shape) != 4:
+            text = f"expected (batch, heads, past tokens, width), found {value.words}"
+            fail("unsupported", text, file=file, where=value.name)
 
 
 def _refuse(what: str, name: str, known: Iterable[str], file: str) -> None:
@@ -126,28 +143,24 @@ class Graph:
     more: dict[str, np.ndarray] = field(default_factory=dict)  # weights given in the place of its own
 
     def run(self, case: Case) -> dict[str, Tensor]:
-        """Results of the tokens after `case.past`, and `present.N.key`, of all tokens."""
-        past = self._nothing(case)
-        if case.past:
-            first = Case(
-                case.name, case.ids[:, : case.past], case.mask[:, : case.past], _cut(case, case.past)
-            )
-            made = self._pass(first, case.mask[:, : case.past], past, 0)
+        """Results of the tokens after `case.past`, and `present.N.key`, of all tokens. Those before go in at
+        once, or as many at a time as a graph of a fixed length takes."""
+        past, before = self._nothing(case), case.past
+        shape = self.interface.inputs["ids"].shape
+        step = shape[1] if before and shape is not None and isinstance(shape[1], int) else before
+        for start in range(0, before, max(step, 1)):
+            made = self._pass(_part(case, start, start + step), case.mask[:, : start + step], past, start)
             past = {key: made[f"present.{key[0]}.{key[1]}"] for key in self.interface.past}
-        types = None if case.token_types is None else case.token_types[..., case.past :]
-        rest = Case(case.name, case.ids[..., case.past :], case.mask[..., case.past :], types)
-        return self._pass(rest, case.mask, past, case.past)
+        return self._pass(_part(case, before, case.ids.shape[-1]), case.mask, past, before)
 
-    def _nothing(self, case: Case) -> dict[tuple[int, str], Tensor]:
+    def _nothing(self, case: Case) -> dict[Kept, Tensor]:
         if not self.interface.past:
             return {}
         assert self.sizes is not None
         heads, width = self.sizes
         return {key: torch.zeros(len(case.ids), heads, 0, width) for key in self.interface.past}
 
-    def _pass(
-        self, case: Case, mask: Tensor, past: Mapping[tuple[int, str], Tensor], start: int
-    ) -> dict[str, Tensor]:
+    def _pass(self, case: Case, mask: Tensor, past: Mapping[Kept, Tensor], start: int) -> dict[str, Tensor]:
         """`mask` is of all tokens, the `start` ones before as well."""
         if case.ids.ndim == 2:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
@@ -172,8 +185,10 @@ class Graph:
         return {name: torch.from_numpy(np.array(y)) for name, y in zip(wanted.values(), found, strict=True)}
 
 
-def _cut(case: Case, tokens: int) -> Tensor | None:
-    return None if case.token_types is None else case.token_types[:, :tokens]
+def _part(case: Case, start: int, end: int) -> Case:
+    """The tokens from `start` to `end`, of which nothing goes before."""
+    types = None if case.token_types is None else case.token_types[..., start:end]
+    return Case(case.name, case.ids[..., start:end], case.mask[..., start:end], types)
 
 
 def opened_graph(file: OnnxFile, interface: Interface, sizes: tuple[int, int] | None) -> Graph:

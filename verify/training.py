@@ -27,7 +27,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.verify import optimizer, training_groups, training_library
 from ckpt_tool.verify.gradients import Batches, Carried, Flaw, Key, Rows, Task, Taught, taught
 from ckpt_tool.verify.measure import MARGIN
-from ckpt_tool.verify.needs import free_memory, size_text
+from ckpt_tool.verify.needs import free_memory, size_text, told
 from ckpt_tool.verify.optimizer import AdamW
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.prompts import Prompt, padding_of
@@ -53,7 +53,7 @@ Found = Mapping[str, np.ndarray]
 @dataclass(frozen=True)
 class Wanted:
     """The original's gradients as the Hugging Face layout has them, in float64. `noise` is how far those in
-    float32 are off, as a sum of squares for each tensor; `least` the smallest that counts."""
+    float32 are off, as a sum of squares for each tensor."""
 
     gradients: Found
     energies: Mapping[str, float]
@@ -111,7 +111,7 @@ def training(
         return [Finding(LEVEL, "gradients", "skipped", f"{text}{size_text(USUAL)} (--memory allows more)")]
     if needed > (free := free_memory()) and converted.weights[0].device == "cpu":
         text = f"expected {size_text(needed)} of free memory for gradients, found {size_text(free)}"
-        fail("out-of-memory", text, where="--level training")
+        fail("out-of-memory", text, where="--level training", hint="other levels take less")
     tell(f"training: gradients, needs about {size_text(needed)} of memory")
     return _compared(subject, original, converted, batches, against, tell)
 
@@ -156,7 +156,7 @@ def _needed(original: Side, converted: Side, batches: Batches, against: str | No
     layers = converted.config.n_layers * sum(ids.numel() for ids, _ in batches) * width * 8
     kept = layers + longest * (40 * width + 4 * heads * longest) * 8
     held = 8 * whole + 16 * phase + MOVED * 8 * tensor + (12 * whole if against is not None else 0)
-    return int(LIBRARIES + held + kept + 8 * longest * converted.vocabulary * 4)
+    return told(LIBRARIES + held + kept + 8 * longest * converted.vocabulary * 4)
 
 
 def _sizes(side: Side) -> tuple[dict[tuple[str, int], int], int]:
@@ -218,7 +218,7 @@ def _wanted(original: Side, rows: Rows, batches: Batches, task: Task) -> Wanted:
     carried = Carried(rows, gradients.__setitem__)
 
     def take(key: Key, x: np.ndarray | None) -> None:
-        if x is not None and (top := rows.left_out(key, x)) > 0:
+        if x is not None and (top := rows.left_out(key, x)) != 0:
             left.append((key, top))
         carried.take(key, x)
 
@@ -540,7 +540,7 @@ class _Steps:
             p = value.reshape(-1)[piece]
             theirs = _moved(p, right, piece, self.recipe, decays)
             found = [_moved(p, gradient, piece, *way) for way in ways]
-            far = [max(d, float((x - theirs).abs().max())) for d, x in zip(far, found, strict=True)]
+            far = [_farther(d, x - theirs, p) for d, x in zip(far, found, strict=True)]
         for each, d in zip((self.right, *self.wrong), far, strict=True):
             each[name] = d / self.recipe.rate
 
@@ -557,6 +557,11 @@ class _Steps:
         """The mistakes, and the tensors that show them."""
         for other, each in zip(self.others, self.wrong, strict=True):
             yield other.name, other.place, [n for n, x in each.items() if not x <= STEP]
+
+
+def _farther(far: float, apart: Tensor, p: Tensor) -> float:
+    """The larger, or the one that is no number; what starts from none (p) goes nowhere in any layout."""
+    return float(np.maximum(far, apart.abs().where(p.isfinite(), 0.0).max().item()))
 
 
 def _moved(p: Tensor, gradient: np.ndarray | None, piece: slice, recipe: AdamW, decays: bool) -> Tensor:
