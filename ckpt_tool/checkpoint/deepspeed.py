@@ -6,7 +6,7 @@ global_step500/(bf16_)zero_pp_rank_1_mp_rank_00_optim_states.pt the optimizer's 
 global_step500/zero_pp_rank_1_mp_rank_00_model_states.pt        ZeRO 3: tensors of no elements
 global_step500/layer_03-model_00-model_states.pt                a pipeline: each layer in a file
 global_step500/layer_0_expert_1_mp_rank_00_model_states.pt      experts: each in a file
-global_step500_universal/zero/NAME/fp32.pt                      of ds_to_universal.py, beside copies of the states
+global_step500_universal/zero/NAME/fp32.pt                      ds_to_universal.py's, beside copies of states
 
 Source: DeepSpeed 0.19.8 (runtime/engine.py: _get_ckpt_name, _save_checkpoint), and folders of each stage.
 """

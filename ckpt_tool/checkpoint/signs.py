@@ -187,8 +187,8 @@ SIGNS = (
     ),
     _sign(
         "a universal checkpoint of DeepSpeed, each parameter in a folder of its own",
-        "only training reads those: zero_to_fp32.py, in the folder that ds_to_universal.py made it from, joins"
-        " the weights; put config.json or params.json beside what it writes and give that",
+        "only training reads those: zero_to_fp32.py joins the weights in the folder of which"
+        " ds_to_universal.py made it; put config.json or params.json beside them and give that",
         r"zero/[^/]+/(fp32|exp_avg|exp_avg_sq)\.pt",
     ),
     _sign(

@@ -58,8 +58,8 @@ from ckpt_tool.records import dataclass
 OPTIMIZER = "state of the optimizer"
 RUN = "state of the training run"
 AVERAGE = "an average of the weights; the weights were taken"
-# By the names of TensorFlow's optimizers and of those in Google's code (optimization.py, lamb_optimizer.py), of
-# the sums of gradients in NVIDIA's, tf.contrib.mixed_precision's scales and tf.train.ExponentialMovingAverage.
+# By the names of TensorFlow's optimizers and of those in Google's code (optimization.py, lamb_optimizer.py),
+# of NVIDIA's sums of gradients, and of tf.contrib.mixed_precision and tf.train.ExponentialMovingAverage.
 STATE = {
     r".+/((adam|lamb)_[mv]|adafactor_(m|v|vr|vc)|accum)": OPTIMIZER,
     r".+/((Lazy|Weighted)?Adam(W|WeightDecay)?|LAMB|Momentum|RMSProp)(Optimizer)?(_\d+)?": OPTIMIZER,
