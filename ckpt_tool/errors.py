@@ -114,6 +114,10 @@ def _by_layers(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int]]:
         yield replace(first, where=named), len(group)
 
 
+# What leads out of a kind, whoever finds it; a hint of its own comes before.
+HINTS = {"truncated": "a download, a copy or a save stopped before its end: get the whole file"}
+
+
 def fail(
     kind: str, message: str, *, file: object = None, where: object = None, hint: str | None = None
 ) -> NoReturn:
@@ -124,7 +128,7 @@ def fail(
             message,
             None if file is None else str(file),
             None if where is None else str(where),
-            hint,
+            HINTS.get(kind) if hint is None else hint,
         )
     )
 
@@ -150,11 +154,24 @@ EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 PACKAGES = ("numpy", "click", "rich", "safetensors", "huggingface_hub", "tokenizers", "sentencepiece")
 
 
+# What glibc's loader says of a library that finds no place in memory.
+_NO_ROOM = ("failed to map segment", "cannot map zero-fill", "cannot allocate memory", "out of memory")
+
+
+def has_no_room(error: BaseException) -> bool:
+    """Whether the import of a library failed as the process may not have that much memory (`ulimit -v`)."""
+    if not isinstance(error, ImportError) or not any(said in str(error).lower() for said in _NO_ROOM):
+        return False
+    from resource import RLIM_INFINITY, RLIMIT_AS, getrlimit
+
+    return getrlimit(RLIMIT_AS)[0] != RLIM_INFINITY  # without a limit: a file system that is mounted noexec
+
+
 def missing_package(error: ImportError) -> Problem | None:
     """The problem of kind `missing-package` where an import failed of a package that an install may lack or
-    hold broken; None where it is another module that was not found."""
+    hold broken; None where it is another module that was not found, or a library that has no room."""
     name = (error.name or "").partition(".")[0]
-    if name not in EXTRAS and name not in PACKAGES:
+    if (name not in EXTRAS and name not in PACKAGES) or has_no_room(error):
         return None
     found = "none" if isinstance(error, ModuleNotFoundError) else f"that it cannot be loaded ({error})"
     wanted = f"'ckpt-tool[{EXTRAS[name]}]'" if name in EXTRAS else name

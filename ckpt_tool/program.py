@@ -240,7 +240,7 @@ def ended(error: BaseException, arguments: list[str]) -> int:
 
 def as_told(error: BaseException) -> CkptToolError:
     """Any other exception as one of ours."""
-    from ckpt_tool.errors import CkptToolError, Problem, missing_package
+    from ckpt_tool.errors import CkptToolError, Problem, has_no_room, missing_package
 
     click = sys.modules.get("click")  # it may be what is missing
     if _came or isinstance(error, KeyboardInterrupt | Interrupted):
@@ -251,7 +251,7 @@ def as_told(error: BaseException) -> CkptToolError:
         return CkptToolError(Problem("interrupted", "stopped by SIGINT"), exit_code=128 + signal.SIGINT)
     if click is not None and isinstance(error, click.ClickException):
         return CkptToolError(Problem("usage", error.format_message()))
-    if isinstance(error, MemoryError) or _is_torch_without_memory(error):
+    if isinstance(error, MemoryError) or has_no_room(error) or _is_torch_without_memory(error):
         text = "expected enough memory for the work, found the limit reached"
         return CkptToolError(Problem("out-of-memory", text))
     if isinstance(error, ImportError) and (missing := missing_package(error)) is not None:

@@ -63,6 +63,8 @@ def _fields(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nemo_1(said: Mapping[str, Any]) -> dict[str, Any]:
+    if "num_layers" not in said:  # a document of the whole run, or Lightning's
+        said = first(said.get("model"), said.get("cfg")) or said
     said = {**said, **(said.get("mcore_customization_config") or {})}
     made = {n: said[n] for n in SAME.split() if said.get(n) is not None and not _refers(said[n])}
     made["layernorm_epsilon"] = first(made.get("layernorm_epsilon"), 1e-5)

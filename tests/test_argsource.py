@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from ckpt_tool import api
 from ckpt_tool.checkpoint.run_documents import run_documents
 from ckpt_tool.checkpoint.safe_yaml import read_yaml
+from ckpt_tool.convert.dialects.megatron_settings import _resolved
+from ckpt_tool.reference.megatron_documents import _nemo_1
 from tests.conftest import Written
 from tests.test_dcp import Chunk, refused, save
 from tests.test_torch_dist import joined, loaded
@@ -296,6 +298,33 @@ def test_what_nemo_1_does_not_say_is_as_its_code_has_it(originals: Written, tmp_
     parts["model_config.yaml"] = yaml.safe_dump(config).encode()
     error = refused(lambda: api.plan(archived(parts, tmp_path / "b.nemo"), family="llama"))
     assert "bias (NeMo's default)" in error.text()
+
+
+@pytest.mark.parametrize("word", ["cfg", "model"])
+def test_the_model_s_part_of_a_whole_run_is_read(word: str, originals: Written, tmp_path: Path) -> None:
+    """Lightning's hparams.yaml has the model below `cfg` (NVIDIA-NeMo/Speech#4993), a run's below `model`."""
+    config = nemo_1(args_of(originals("qwen3-mcore")))
+    weights = dict(ranks_of_nemo(originals("qwen3-mcore"), "model."))
+    plans = []
+    for k, document in enumerate((config, {word: config, "trainer": {"devices": 8}})):
+        parts = {"model_config.yaml": yaml.safe_dump(document).encode(), **weights}
+        plans.append(api.plan(archived(parts, tmp_path / f"{k}.nemo"), family="qwen3"))
+        assert _nemo_1(document) == _nemo_1(config)  # of the original's own reading
+    assert plans[0].config == plans[1].config
+
+
+def test_references_and_products_in_nemo_s_yaml() -> None:
+    """NVIDIA's configurations have `ffn_hidden_size: ${multiply:4, ${.hidden_size}}`."""
+    said = {
+        "hidden_size": 56,
+        "a": "${.hidden_size}",
+        "b": "${multiply:4, ${.hidden_size}}",
+        "c": "${data.x}",
+    }
+    assert _resolved(said) == {"hidden_size": 56, "a": 56, "b": 224, "c": "${data.x}"}
+    for value in ("${.none}", "${.a}", "${multiply:4, ${.name}}", "${multiply:2, ${.x}}"):
+        wrong = {**said, "name": "t", "x": value}
+        assert "which stands for none" in refused(lambda wrong=wrong: _resolved(wrong)).text()  # type: ignore[misc]
 
 
 BAD_YAML = {

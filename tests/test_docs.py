@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from ckpt_tool.cli import cli
 from ckpt_tool.convert.families import FAMILIES
+from ckpt_tool.fixtures.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ckpt_tool", "convert", "verify", "fixtures")
@@ -50,6 +51,14 @@ def test_the_readme_names_every_family_and_only_commands_that_exist() -> None:
         assert f"`{name}`" in text
     named = set(re.findall(r"ckpt-tool ([a-z]+(?:-[a-z]+)*)", text))
     assert named <= set(cli.commands)
+
+
+def test_the_readme_counts_the_variants_of_each_family_and_of_the_table() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (\d+) variants \|$", text, re.MULTILINE))
+    held = [v.family for v in VARIANTS.values()]
+    assert {name: int(count) for name, count in told.items()} == {name: held.count(name) for name in held}
+    assert f"for all {len(VARIANTS)}." in text
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))

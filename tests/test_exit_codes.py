@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from typing import Any
 import pytest
 
 from ckpt_tool.fixtures.flaws import plant
-from ckpt_tool.program import wants_json
+from ckpt_tool.program import as_told, wants_json
+from ckpt_tool.verify.missing import not_run
 from tests.in_process import program
 
 Written = Callable[[str], Path]
@@ -448,3 +450,14 @@ def test_an_import_that_fails_inside_is_a_defect_and_no_missing_package(tiny: Pa
     assert done.returncode == 0
     done = without("zlib", "inspect", "in", cwd=tiny)
     assert done.returncode == 2 and "error[internal]" in done.stderr and "zlib" in done.stderr
+
+
+def test_a_library_that_finds_no_room_is_out_of_memory_and_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    named = ImportError(str(error), name="torch")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (400_000_000, resource.RLIM_INFINITY))
+    assert [as_told(e).kind for e in (error, named)] == ["out-of-memory"] * 2
+    with pytest.raises(ImportError):
+        not_run("parity", "lockstep", named)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    assert [as_told(e).kind for e in (error, named)] == ["internal", "missing-package"]

@@ -355,15 +355,20 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     bundle = student()
     model = shapes_of(bundle)
     slots = ("adam_m", "adam_v", "Adam", "Adam_1", "AdamWeightDecayOptimizer", "AdamWeightDecayOptimizer_1",
-             "LAMB", "Momentum")  # fmt: skip
+             "LAMB", "Momentum", "adafactor_vr", "adafactor_vc", "accum")  # fmt: skip
     state = {f"{name}/{slot}": shape for name, shape in model.items() for slot in slots}
     scalars: Shapes = dict.fromkeys(
-        ("global_step", "beta1_power", "beta2_power", "loss_scale", "good_steps"), ()
-    )
+        ("global_step", "beta1_power", "beta2_power", "loss_scale", "good_steps", "bad_steps", "local_step",
+         "batch_finite"), ()
+    )  # fmt: skip
+    average = {f"{name}/ExponentialMovingAverage": shape for name, shape in model.items()}
     teacher = {f"teacher/{name}": shape for name, shape in model.items()}
     lost: Shapes = {"hidden_distill_0/LayerNorm/beta": (60,), "hidden_distill_0/LayerNorm_1/gamma": (60,)}
-    made = plan(tmp_path, bundle, variables={**model, **state, **scalars, **teacher, **lost})
-    assert {d.tensor.name for d in made.dropped} == {*state, *scalars, *teacher, *lost}
+    more = {**state, **scalars, **average, **teacher, **lost}
+    made = plan(tmp_path, bundle, variables={**model, **more})
+    assert {d.tensor.name for d in made.dropped} == more.keys()
+    reason = "an average of the weights; the weights were taken"
+    assert f"{len(average)} variables left out: {reason}" in made.notes
     assert {d.reason for d in made.dropped if d.tensor.name in state} == {"state of the optimizer"}
     assert f"{len(state) + 2} variables left out: state of the optimizer" in made.notes
     assert values(made)["num_hidden_layers"] == 3

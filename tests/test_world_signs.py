@@ -122,6 +122,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "torch.distributed": (".metadata", "__0_0.distcp"),
     "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
     "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
+    "universal checkpoint of DeepSpeed": ("global_step5_universal/zero/model.norm.weight/fp32.pt",),
     "DeepSpeed pipeline": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),
     "GGUF": ("model.Q4_K_M.gguf", "config.json"),
     "GGML": ("ggml-model-q4_0.bin", "params.json"),

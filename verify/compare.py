@@ -33,6 +33,7 @@ from ckpt_tool.verify.comparing_codes import as_numbers
 from ckpt_tool.verify.comparing_tensors import Pair, compared
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.left_over import explained, several
+from ckpt_tool.verify.missing import not_run
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
 from ckpt_tool.verify.strips import strip
 
@@ -344,9 +345,8 @@ def _numbers(
 ) -> list[Finding]:
     try:
         from ckpt_tool.verify.comparing_logits import numbers
-    except ImportError:
-        text = "torch is not installed: pip install 'ckpt-tool[verify]'"
-        return [finding("numbers", "lockstep", "skipped", text, data={"open": True})]
+    except ImportError as error:
+        return [not_run("numbers", "lockstep", error)]
     try:
         return list(numbers(one, other, only_cast, dtype, device, tell))
     except CkptToolError as error:

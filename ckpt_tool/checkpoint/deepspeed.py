@@ -6,6 +6,7 @@ global_step500/(bf16_)zero_pp_rank_1_mp_rank_00_optim_states.pt the optimizer's 
 global_step500/zero_pp_rank_1_mp_rank_00_model_states.pt        ZeRO 3: tensors of no elements
 global_step500/layer_03-model_00-model_states.pt                a pipeline: each layer in a file
 global_step500/layer_0_expert_1_mp_rank_00_model_states.pt      experts: each in a file
+global_step500_universal/zero/NAME/fp32.pt                      ds_to_universal.py's, beside copies of states
 
 Source: DeepSpeed 0.19.8 (runtime/engine.py: _get_ckpt_name, _save_checkpoint), and folders of each stage.
 """
@@ -23,7 +24,7 @@ _STATES = re.compile(r"mp_rank_(?P<rank>\d{2,4})_model_states\.pt", re.ASCII)
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt", re.ASCII)
 _APART = re.compile(r"(zero_pp_rank|layer|expert)_.*model_states\.pt", re.ASCII)
 _SHARE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", re.ASCII)
-_STEP = re.compile(r"global_step\d+", re.ASCII)
+_STEP = re.compile(r"global_step\d+(_universal)?", re.ASCII)
 JOINED = (
     "the program that trained it knows how its ranks share tensors out (Megatron-DeepSpeed has "
     "tools/convert_checkpoint for its own): save the whole model with it"

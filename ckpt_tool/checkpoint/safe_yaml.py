@@ -56,7 +56,8 @@ class _Builder:
             mark = getattr(error, "problem_mark", None)
             place = "" if mark is None else f" in line {mark.line + 1}"
             said = getattr(error, "problem", None) or getattr(error, "reason", None) or "another"
-            fail("bad-config", f"expected YAML, found {printable(said, 80)}{place}", file=self.file)
+            told = printable(said, 80).removeprefix("found ")
+            fail("bad-config", f"expected YAML, found {told}{place}", file=self.file)
         if len(values) != 1:
             fail("bad-config", f"expected one YAML document, found {len(values)}", file=self.file)
         return values[0]

@@ -186,6 +186,12 @@ SIGNS = (
         r"(global_step\d+/)?(layer_\d+-model_\d+-|(layer_\d+_)?expert_\d+_mp_rank_\d+_)model_states\.pt",
     ),
     _sign(
+        "a universal checkpoint of DeepSpeed, each parameter in a folder of its own",
+        "only training reads those: zero_to_fp32.py joins the weights in the folder of which"
+        " ds_to_universal.py made it; put config.json or params.json beside them and give that",
+        r"zero/[^/]+/(fp32|exp_avg|exp_avg_sq)\.pt",
+    ),
+    _sign(
         "a DeepSpeed checkpoint (ZeRO) whose files hold parts of tensors",
         "`python {at}/zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins them; put"
         " config.json or params.json into OUT and give that",

@@ -301,7 +301,7 @@ _NEMO_SCALED = ("scale_positional_embedding", *_FACTORS)
 
 
 def _of_nemo_1(document: Mapping[str, Any], file: str) -> Beside:
-    own = _resolved(document)
+    own = _resolved(_of_the_model(document))
     custom = own.get("mcore_customization_config") or {}
     if not isinstance(custom, Mapping):
         place = "mcore_customization_config"
@@ -345,15 +345,33 @@ def _of_nemo_1(document: Mapping[str, Any], file: str) -> Beside:
     return Beside(file, _without_null(args), called)
 
 
+_REFERENCE = r"\$\{(?:model)?\.?(\w+)\}"
+_REFERS = re.compile(rf"{_REFERENCE}|\$\{{multiply: ?(\d{{1,9}}), ?{_REFERENCE}\}}", re.ASCII)
+
+
 def _resolved(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with what OmegaConf's `${.name}` stands for, another value of it; NeMo writes them out."""
+    """The document with what OmegaConf's `${.name}` stands for, another value of it, and the products of such
+    (`${multiply:4, ${.hidden_size}}`), as NeMo writes them out."""
     made = dict(document)
     for name, value in document.items():
-        found = re.fullmatch(r"\$\{(?:model)?\.?(\w+)\}", value) if isinstance(value, str) else None
+        found = _REFERS.fullmatch(value) if isinstance(value, str) else None
         if found is None:
             continue
-        if found[1] not in document or found[1] == name:
+        plain, factor, other = found.groups()
+        meant = document.get(plain or other, name)
+        if meant is name or (factor and type(meant) is not int) or _refers(meant):
             message = f"expected a value, found {printable(value, 60)}, which stands for none"
             fail("bad-config", message, file=MODEL_CONFIG, where=printable(name, 60))
-        made[name] = document[found[1]]
+        made[name] = int(factor) * meant if factor else meant
     return made
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str) and _REFERS.fullmatch(value) is not None
+
+
+def _of_the_model(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that is the model's, of a document of the whole run or of Lightning's hparams.yaml
+    (NVIDIA-NeMo/Speech#4993)."""
+    inner = [document.get(word) for word in ("cfg", "model") if "num_layers" not in document]
+    return next((part for part in inner if isinstance(part, Mapping) and "num_layers" in part), document)

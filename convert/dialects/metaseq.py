@@ -193,11 +193,13 @@ def _check_ranks(source: Source) -> None:
         return
     ranks = found.shape[0] // found.shape[1]
     if ranks != source.ranks:
+        missing = ranks > source.ranks
         fail(
-            "missing-shard" if ranks > source.ranks else "shard-conflict",
+            "missing-shard" if missing else "shard-conflict",
             f"expected {ranks} parts (each has 1/{ranks} of the heads), found {source.ranks}: "
             f"{', '.join(list(source.checkpoint.files)[:16])}",
             file=source.checkpoint.path.name,
+            hint="download what is missing too" if missing else None,
         )
 
 
