@@ -530,8 +530,7 @@ MUTANTS = {
     "molecules before characters": (
         ("canine.projection", "[characters, repeated(m, characters.shape[1], c.rate)]",
          "[repeated(m, characters.shape[1], c.rate), characters]"),
-        ("hf_canine.upsampled", "[characters, m.repeat_interleave(lengths, dim=1)]",
-         "[m.repeat_interleave(lengths, dim=1), characters]"),
+        ("hf_canine.upsampled", "[characters, repeated]", "[repeated, characters]"),
     ),
     "taps the other way": (
         ("canine.convolution", "enumerate(kernel)", "enumerate(kernel.flip(0))"),
