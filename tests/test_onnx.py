@@ -395,6 +395,19 @@ def test_cases_of_fixed_sizes(
         assert {case.name for case in cases} == names and "long" in left
 
 
+def test_prompts_of_the_user_stay_whole(
+    exported: tuple[Path, Any], converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model the fixed ones are cut; that its positions end there was said of the user's too."""
+    monkeypatch.setattr(onnx_parity, "LARGE", 1)
+    monkeypatch.setattr(onnx_parity, "SHORTER", 7)
+    with source_of(converted, None, None) as source, closing(open_onnx(exported[0])) as file:
+        side = source.converted(torch.float32)
+        cases, _ = onnx_parity._cases(source, side, recognised(file), {"mine": range(9)}, "causal-lm")
+        lengths = {case.name: case.ids.shape[1] for case in cases}
+    assert lengths["mine"] == 9 and lengths["long"] == 7
+
+
 def test_weights_that_are_written_meanwhile_have_no_verdict(
     exported: tuple[Path, Any], converted: Path, tmp_path: Path
 ) -> None:

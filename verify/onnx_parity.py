@@ -33,6 +33,7 @@ from ckpt_tool.verify.onnx_weights import in_graph
 from ckpt_tool.verify.prompts import (
     Lengths,
     Prompts,
+    named_prompts,
     padding_of,
     positions,
     prompts_for,
@@ -188,10 +189,12 @@ def _cases(
     """What goes through the graph, and the names of those that its fixed sizes do not take. Without an id for
     padding a sequence is labelled by its last token, so no padding may come after it."""
     config, lengths = as_read(source.config, [side]), lengths_of([side])
-    table = positions(source.config, source.checkpoint)
+    table, words = positions(source.config, source.checkpoint), tokenizer_of(source.checkpoint)
+    rows = prompts_for(config, more, words, table=table, lengths=lengths)
     if sum(t.numel for t in source.checkpoint) > LARGE:
-        table = min(table or SHORTER, SHORTER)
-    rows = prompts_for(config, more, tokenizer_of(source.checkpoint), table=table, lengths=lengths)
+        short = prompts_for(config, None, words, table=min(table or SHORTER, SHORTER), lengths=lengths)
+        own = named_prompts(more)  # which the user wants whole
+        rows = {name: short.get(name, row) if name not in own else row for name, row in rows.items()}
     known = {"mask": torch.ones(1, 1, dtype=torch.long)}
     takes = {"mask"} & side.takes(known) | {"token_types"} & set(side.inputs)
     inputs = takes & interface.inputs.keys()
