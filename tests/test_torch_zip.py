@@ -77,6 +77,7 @@ def test_views_of_all_kinds(tmp_path: Path) -> None:
         "long rows": torch.randn(700, 900).t(),
         "empty": torch.zeros(0, 5),
         "empty in a storage": base[5:5],
+        "empty behind its storage": torch.zeros(4, 0, 3)[1:, :, 1:],
         "scalar": torch.tensor(3.5),
         "one": torch.ones(1, 1).expand(1, 1),
         "parameter": torch.nn.Parameter(torch.randn(3, 4)),
