@@ -155,7 +155,8 @@ def around(label: str) -> Around:
         label,
         label,
         lambda sub: f"unpack the archive, then --in {sub}",
-        lambda sub: sub.removeprefix(label).lstrip("/") or label,
+        lambda sub: sub.removeprefix(label).lstrip("/") or "DIR",
+        first="unpack the archive into DIR; ",
     )
 
 

@@ -28,14 +28,15 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Around:
-    """How messages speak of a folder: its `label`, its `own` name, how to `give` a path below it, and what to
-    do where the folder `above` it holds weights (None: it does not)."""
+    """How messages speak of a folder: its `label`, its `own` name, how to `give` a path below it, what to
+    do where the folder `above` it holds weights (None: it does not), and what to do `first` with it."""
 
     label: str
     own: str
     give: Callable[[str], str]
     at: Callable[[str], str]
     above: str | None = None
+    first: str = ""
 
 
 def refuse(paths: Collection[str], around: Around) -> NoReturn:
@@ -124,7 +125,7 @@ def _refuse_sign(paths: Collection[str], around: Around, inner: list[str]) -> No
         return
     sign, path = found
     below = path.removeprefix(f"{around.own}/")
-    hint = sign.hint.format(at=around.at(sign.place(path)))
+    hint = around.first + sign.hint.format(at=around.at(sign.place(path)))
     if sign.inner and inner:
         hint = f"{hint}; give the one that is meant: {around.give(inner[0])}"
     fail("wrong-format", f"expected weight files, found {sign.what}: {below}", file=around.label, hint=hint)
