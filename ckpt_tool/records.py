@@ -2,8 +2,9 @@
 
 A command makes instances of a third of the classes that it imports, and the methods of one take half a
 millisecond to write: a third of the time to start. Until then a class has an `__init__` that finishes it, and
-what looks at it as a dataclass does so too (`fields`, a subclass, `inspect.signature`, a pattern). One with
-slots becomes another class, and is finished at once.
+what looks at it as a dataclass does so too (`fields`, a subclass, `inspect.signature`, a pattern), as does
+unpickling, which makes instances without `__init__`. One with slots becomes another class, and is finished
+at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 _lock = threading.RLock()
-_ASKED = ("__dataclass_params__", "__match_args__", "__signature__", "__dataclass_fields__")
+_ASKED = ("__dataclass_params__", "__match_args__", "__signature__", "__dataclass_fields__", "__setstate__")
 _WRITTEN = ("__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__")
 
 
@@ -43,14 +44,16 @@ def _later(cls: Any, options: Mapping[str, Any]) -> Any:
 
     cls.__init__ = init
     for name in _ASKED:
-        setattr(cls, name, _Pending(name, finish))
+        if name not in cls.__dict__:
+            setattr(cls, name, _Pending(name, finish))
     return cls
 
 
 def _finish(cls: Any, options: Mapping[str, Any]) -> None:
     """Take what dataclasses writes from a twin, `__init__` last: until then another thread that makes an
     instance waits in the one that is there."""
-    left_out = {"__init__", "__dict__", "__weakref__", *_ASKED}
+    asked = [name for name in _ASKED if isinstance(cls.__dict__.get(name), _Pending)]
+    left_out = {"__init__", "__dict__", "__weakref__", *asked}
     own = {name: value for name, value in cls.__dict__.items() if name not in left_out}
     own["__qualname__"] = cls.__qualname__
     own["__doc__"] = cls.__doc__ or " "  # a signature for it takes longer than all else
@@ -64,7 +67,7 @@ def _finish(cls: Any, options: Mapping[str, Any]) -> None:
             setattr(cls, name, made[name])
     if options.get("frozen"):
         cls.__setattr__, cls.__delattr__ = _refusals(cls, made["__dataclass_fields__"])
-    for name in _ASKED:
+    for name in asked:
         setattr(cls, name, made[name]) if name in made else delattr(cls, name)
     cls.__init__ = made["__init__"]
 

@@ -51,9 +51,12 @@ def _held(parent: str, make: Callable[[str], int]) -> Iterator[tuple[str, int]]:
     while True:
         path = os.path.join(parent, PREFIX + secrets.token_hex(8))
         descriptor = make(path)
-        if _locked(descriptor) is None or _is_at(path, descriptor):
+        locked = _locked(descriptor)
+        if locked is None or (locked and _is_at(path, descriptor)):
             break
-        os.close(descriptor)  # another process found it before it was locked, and took it away
+        os.close(descriptor)  # another process found it before it was locked: it took it away, or is about to
+        with suppress(OSError):
+            (os.rmdir if os.path.isdir(path) else os.unlink)(path)
     try:
         yield path, descriptor
     finally:

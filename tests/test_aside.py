@@ -65,6 +65,30 @@ def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_another_process_is_about_to_remove_is_made_anew(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for what killed ones left, and came between making and locking."""
+    sweeping: list[tuple[str, int]] = []
+    locked = aside._locked
+
+    def slow(descriptor: int) -> bool | None:
+        if not sweeping:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            sweeping.append((path, os.open(path, os.O_RDONLY)))
+            assert locked(sweeping[0][1])
+        return locked(descriptor)
+
+    monkeypatch.setattr(aside, "_locked", slow)
+    held = aside.file(str(tmp_path)) if kind == "file" else aside.folder(str(tmp_path))
+    with held as made:
+        path = Path(made[0] if isinstance(made, tuple) else made)
+        assert os.fspath(path) != sweeping[0][0] and [*tmp_path.iterdir()] == [path]
+    os.close(sweeping[0][1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_names_of_ours_are_removed_and_no_links_are_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

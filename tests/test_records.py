@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pickle
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -92,6 +93,13 @@ MADE: dict[str, Callable[[Any], list[Any]]] = {
 }
 
 
+def fresh(cls: type, **options: bool) -> Any:
+    """The class of that name and body, not yet finished."""
+    body = {k: v for k, v in cls.__dict__.items() if not k.startswith("__") or k == "__setstate__"}
+    body |= {"__annotations__": cls.__annotations__, "__module__": cls.__module__}
+    return records.dataclass(type(cls.__name__, (), body), **options)
+
+
 def tried(action: Callable[[], Any]) -> Any:
     try:
         return action()
@@ -138,6 +146,33 @@ def test_a_class_is_finished_when_it_is_looked_at(look: Callable[[Any], object])
     look(made)
     assert "__eq__" in made.__dict__ and made(1) == made(1)
     assert str(inspect.signature(made)).startswith("(a: 'int')")
+
+
+class Sent:
+    a: int
+    b: str = "b"
+
+
+class SentItself:
+    a: int
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.a = state["a"] + 1
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_another_process_sent_is_equal_hashed_and_told_as_here(
+    protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpickling calls no `__init__`."""
+    for cls in (Sent, SentItself):
+        monkeypatch.setattr(sys.modules[__name__], cls.__name__, fresh(cls, frozen=cls is Sent))
+    sent = pickle.dumps([Sent(1), {Sent(1): "x"}, SentItself(1)], protocol)
+    for cls in (Sent, SentItself):  # as in a process that has made none yet
+        monkeypatch.setattr(sys.modules[__name__], cls.__name__, fresh(cls, frozen=cls is Sent))
+    one, held, itself = pickle.loads(sent)
+    assert held[one] == "x" and repr(one) == "Sent(a=1, b='b')" and itself.a == 2
+    assert one == Sent(1) and hash(one) == hash(Sent(1)) and not hasattr(Sent, "__setstate__")
 
 
 def test_threads_that_make_the_first_instance_together_all_get_one() -> None:
