@@ -545,6 +545,18 @@ def test_a_source_with_another_link_or_mode_is_the_same(tmp_path: Path) -> None:
     c.check_unchanged()
 
 
+def test_a_source_whose_time_of_access_was_set_is_told_what_may_have_been(tmp_path: Path) -> None:
+    """A backup that sets it back cannot be told from a write whose time is set back."""
+    c = source_of(tmp_path / "in", a={"x": numbers(5, 5)})
+    path = tmp_path / "in" / A
+    os.utime(path, ns=(1, path.stat().st_mtime_ns))
+    with pytest.raises(CkptToolError) as caught:
+        c.check_unchanged()
+    (problem,) = caught.value.problems
+    assert problem.kind == "input-changed" and "the last write is as it was" in problem.message
+    assert "nor set its times or attributes" in (problem.hint or "")
+
+
 def test_resuming_reads_only_what_is_missing_and_remakes_what_is_damaged(
     originals: Written, tmp_path: Path
 ) -> None:

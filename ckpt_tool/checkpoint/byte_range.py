@@ -134,12 +134,16 @@ class ByteRange:
         if not self.fingerprint.still(now) or not same_place:
             before = self.fingerprint
             held = f"{now.size} bytes" if now.size != before.size else "as many that were touched since"
+            hint = "nothing else may write to the input while it is read"
+            if (now.size, now.mtime_ns) == (before.size, before.mtime_ns):
+                held += ", though the time of the last write is as it was"
+                hint += ", nor set its times or attributes, nor link it for a while, which look alike"
             fail(
                 "input-changed",
                 f"expected the file as it was opened ({before.size} bytes, inode {before.inode}), "
                 f"found {held if same_place else 'another file'}",
                 file=self.name,
-                hint="nothing else may write to the input while it is read",
+                hint=hint if same_place else "nothing else may replace the input while it is read",
             )
 
     def close(self) -> None:
