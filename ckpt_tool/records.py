@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 _lock = threading.RLock()
 _ASKED = ("__dataclass_params__", "__match_args__", "__signature__", "__dataclass_fields__", "__setstate__")
-_WRITTEN = ("__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__")
+_WRITTEN = ("__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__replace__")
 
 
 class _Pending:
