@@ -284,6 +284,10 @@ def main() -> int:
 def run(asked: argparse.Namespace, work: Path) -> int:
     table: dict[str, dict[str, str]] = {}
     why: dict[str, list[str]] = defaultdict(list)
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:  # also of what it takes itself
+        print(f"{LINEAR_ALONE} does not judge its formats: {error}", file=sys.stderr)
     print("| family | formats | each | otherwise |\n| --- | --- | --- | --- |")
     for family in asked.family:
         folder = written(family, work)

@@ -294,8 +294,8 @@ def _architecture(
     if said is not None and said != []:
         message = f"expected one class, found {json.dumps(said)[:100]}"
         fail_all([Problem("bad-config", message, "config.json", "architectures")])
-    headed = any(n.startswith(ANY_HEAD) for n in names) or bool(found)
-    return next(iter([*own, *chosen.architectures])) if headed else base
+    with_head = any(n.startswith(ANY_HEAD) for n in names) or bool(found)
+    return next(iter([*own, *chosen.architectures])) if with_head else base
 
 
 def as_class_writes(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:

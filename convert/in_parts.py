@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, Document, Given, Renamed, TensorFile
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.convert.facts_parts import Parts, in_one_row, taken_apart
+from ckpt_tool.convert.facts_parts import REPEATED, Parts, in_one_row, taken_apart
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.records import dataclass
 
@@ -34,7 +34,7 @@ def in_its_parts(
     """The file with what of its row was changed: of the whole in its place, and where it is a part's all as
     the class writes it."""
     keys = {*changed}
-    if keys - parts.top:
+    if keys - parts.top - REPEATED:
         return taken_apart(row, parts)
     stored = parse_object(document.stored.read(), file=CONFIG)
     kept = {k: v for k, v in stored.items() if k not in keys or k in row}

@@ -408,6 +408,12 @@ def test_a_folder_that_reads_images_is_carried(conversions: Written, tmp_path: P
     wide, before = Options(dtype="F32"), document(hf, "config.json")
     api.convert(hf, tmp_path / "wide", options=wide, check=False)
     assert document(tmp_path / "wide", "config.json") == {**before, "torch_dtype": "float32"}
+    newer = Path(shutil.copytree(hf, tmp_path / "newer"))  # as release 5 calls it
+    said = {k: v for k, v in before.items() if k != "torch_dtype"} | {"dtype": "bfloat16"}
+    (newer / "config.json").write_text(json.dumps(said))
+    (newer / "ckpt-tool.json").unlink()
+    api.convert(newer, tmp_path / "newer-wide", options=wide, check=False)
+    assert document(tmp_path / "newer-wide", "config.json") == {**said, "dtype": "float32"}
     asked = Options(settings={"rms_norm_eps": 1e-6})
     api.convert(hf, tmp_path / "other", options=asked, check=False)
     text = {**before["text_config"], "rms_norm_eps": 1e-6}

@@ -179,12 +179,14 @@ class Mistaken(Recomputed):
     def _grid(self, weight: Quantised) -> Array | None:
         """Raw bits of other scales, flat; None where they are the right ones. The last are kept: rows are
         read a few at a time."""
-        if self._other[0] != weight.name:
+        last = self._other  # of this call: other threads put theirs there
+        if last[0] != weight.name:
             right = self.read_scales(weight, 0, weight.scales.numel).reshape(weight.scales.shape)
             made = self.mistake.scales(right, weight)
             other = made is not None and made is not right and made.shape == right.shape
-            self._other = weight.name, np.ascontiguousarray(made).reshape(-1) if other else None
-        return self._other[1]
+            last = weight.name, np.ascontiguousarray(made).reshape(-1) if other else None
+            self._other = last
+        return last[1]
 
 
 def readings(
