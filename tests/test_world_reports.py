@@ -224,3 +224,21 @@ def test_numbers_with_gaps_or_two_that_vary_stay_apart() -> None:
     assert len(text("a.0.b.0", "a.1.b.1")) == 2
     assert text("a.1.b", "c", "a.0.b") == ["error[k]: f: a.{0..1}.b: m", "error[k]: f: c: m"]
     assert text("x1y.weight", "x2y.weight") == ["error[k]: f: x1y.weight: m", "error[k]: f: x2y.weight: m"]
+
+
+def test_what_a_download_lost_leads_out(originals: Written, tmp_path: Path) -> None:
+    """A web page in place of a tokenizer, a shard that stops early, a last part that is not there."""
+    page = Path(shutil.copytree(originals("llama-3-8b"), tmp_path / "page"))
+    (page / "tokenizer.model").write_bytes(b"<!DOCTYPE html><html>")
+    short = Path(shutil.copytree(originals("llama-3-8b"), tmp_path / "short"))
+    weights = (short / "consolidated.00.pth").read_bytes()
+    (short / "consolidated.00.pth").write_bytes(weights[:-2000])
+    parts = Path(shutil.copytree(originals("opt-13b"), tmp_path / "parts"))
+    (parts / "reshard-model_part-1.pt").unlink()
+    told = []
+    for folder, family in ((page, "llama"), (short, "llama"), (parts, "opt")):
+        (problem,) = refusal(folder, family, tmp_path).problems
+        told.append((problem.kind, problem.hint or ""))
+    assert [kind for kind, _ in told] == ["bad-tokenizer", "truncated", "missing-shard"]
+    assert "download the file again" in told[0][1] and "get the whole file" in told[1][1]
+    assert told[2][1] == "download what is missing too"

@@ -57,15 +57,13 @@ from ckpt_tool.records import dataclass
 
 OPTIMIZER = "state of the optimizer"
 RUN = "state of the training run"
-AVERAGE = "an average of the weights; the weights were taken"
 # By the names of TensorFlow's optimizers and of those in Google's code (optimization.py, lamb_optimizer.py),
-# of NVIDIA's sums of gradients, and of tf.contrib.mixed_precision and tf.train.ExponentialMovingAverage.
+# of NVIDIA's sums of gradients and of tf.contrib.mixed_precision. An average is a model of its own: `--drop`.
 STATE = {
     r".+/((adam|lamb)_[mv]|adafactor_(m|v|vr|vc)|accum)": OPTIMIZER,
     r".+/((Lazy|Weighted)?Adam(W|WeightDecay)?|LAMB|Momentum|RMSProp)(Optimizer)?(_\d+)?": OPTIMIZER,
     r"(.+/)?beta[12]_power(_\d+)?": OPTIMIZER,
     r"(.+/)?(global_step|local_step|batch_finite|(good|bad)_steps|(current_)?loss_scale)": RUN,
-    r".+/ExponentialMovingAverage(/(biased|local_step))?": AVERAGE,
 }
 
 
