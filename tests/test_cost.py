@@ -458,6 +458,7 @@ MEASURED = {  # MB of a run of one layer by default, benchmarks/README.md
     "mixtral-8x22b": 3936,
     "mixtral-8x7b": 3318,
     "llama-3-8b": 2920,
+    "opt-30b": 2317,
 }
 
 
