@@ -456,6 +456,9 @@ MEASURED = {  # MB of a run of one layer by default, benchmarks/README.md
     "mistral-7b-v0.1": 2011,
     "llama-3-70b": 3578,
     "mixtral-8x22b": 3936,
+    "mixtral-8x7b": 3318,
+    "llama-3-8b": 2920,
+    "opt-30b": 2317,
 }
 
 

@@ -210,6 +210,22 @@ def test_only_warnings_about_weights_fail(said: str, status: str) -> None:
     assert [f.status for f in made[1:]] == (["note"] if status == "pass" else [])
 
 
+def test_large_numbers_are_over_the_absolute_cap_by_their_own_rounding() -> None:
+    """Activations of four million in float64: what noise makes of them decides nothing, a mistake does."""
+    from ckpt_tool.verify.measure import Distance, bar_for, cap_of
+
+    noise = Distance(1.9e-9, 6e-29, 0, 4e6)
+    bar = bar_for([noise], torch.float64)
+    assert bar.max_delta == 1e-9 and cap_of("float64") == "the cap 1e-18 (or |delta| 1e-09) for float64"
+    for worst, differs in (
+        (Distance(4e-9, 3e-30, 8, 4e6), False),
+        (Distance(3e-8, 3e-30, 8, 4e6), True),
+        (Distance(4e-9, 1e-20, 8, 4e6), True),
+    ):
+        found = controls.Wider(0, "float64", ("one",), worst, bar)
+        assert not found.holds and found.differs is differs
+
+
 def test_a_wider_precision_is_never_a_narrower_one() -> None:
     from ckpt_tool.verify.measure import CAPS, wider
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.reference.phases import Tree, leaves
-from ckpt_tool.verify.measure import CAPS, Bar, Distance, LogitDistance, bar_for, distance, logit_distance
+from ckpt_tool.verify.measure import Bar, Distance, LogitDistance, bar_for, cap_of, distance, logit_distance
 from ckpt_tool.verify.positions import Positions, drawn, positions
 from ckpt_tool.verify.report import Finding, Status, Table, number
 from ckpt_tool.verify.sides import Sample
@@ -154,7 +154,7 @@ def finding(
     over = [x for x in results.values() if not x.holds]
     status: Status = "pass" if not over else "undecided" if all(x.cannot_tell for x in over) else "fail"
     if status == "undecided":
-        cap = f"over the cap {CAPS[str(dtype).removeprefix('torch.')]:g} for {dtype}, {CANNOT_TELL}"
+        cap = f"over {cap_of(str(dtype).removeprefix('torch.'))}, {CANNOT_TELL}"
         lone = f"single {values} are over the bar for {dtype}, their mean square is not: {NOT_DECIDED}"
         text = f"{text}; {lone if any(x.lone for x in over) else cap}"
     else:

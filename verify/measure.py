@@ -213,10 +213,21 @@ class Bar:
         return d.nmse <= self.nmse and d.max_delta <= self.max_delta
 
     def cannot_tell(self, d: Distance) -> bool:
-        """Over the cap, but no further from zero than noise alone: this precision cannot decide."""
-        return (
-            not self.holds(d) and d.nmse <= MARGIN**2 * self.noise.nmse and self.noise.nmse > self.nmse / 10
-        )
+        """Over a cap, but no further from zero than noise alone: this precision cannot decide. Large numbers
+        are over the absolute one by their own rounding."""
+        if self.holds(d):
+            return False
+        if d.nmse <= MARGIN**2 * self.noise.nmse and self.noise.nmse > self.nmse / 10:
+            return True
+        rounding = 8 * torch.finfo(torch.float64).eps * self.noise.magnitude
+        return d.nmse <= self.nmse and d.max_delta <= max(MARGIN * self.noise.max_delta, rounding)
+
+
+def cap_of(dtype: str) -> str:
+    """The caps of a precision, in words."""
+    absolute = ABSOLUTE_CAPS.get(dtype)
+    also = "" if absolute is None else f" (or |delta| {absolute:g})"
+    return f"the cap {CAPS[dtype]:g}{also} for {dtype}"
 
 
 def bar_for(noise: list[Distance], dtype: torch.dtype) -> Bar:

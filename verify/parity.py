@@ -25,7 +25,7 @@ from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.controls import Planted, Wider, control
 from ckpt_tool.verify.diagnose import Diagnosis, diagnose
 from ckpt_tool.verify.effort import THOROUGH, Effort, layers_text, sampled
-from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, wider
+from ckpt_tool.verify.measure import Bar, Distance, bar_for, cap_of, wider
 from ckpt_tool.verify.mistakes import to_plant
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.pace import Pace
@@ -388,9 +388,7 @@ def _layers(result: Parity, dtype: str) -> Finding:
                   "differing": [phase_text(s.phase) for s in failed]},
         )  # fmt: skip
     if unsure:
-        text = (
-            f"{phase_text(unsure[0].phase)} is over the cap {CAPS[dtype]:g} for {dtype}, {logits.CANNOT_TELL}"
-        )
+        text = f"{phase_text(unsure[0].phase)} is over {cap_of(dtype)}, {logits.CANNOT_TELL}"
         if math.isinf(unsure[0].bar.noise.max_delta):
             text = (
                 f"{phase_text(unsure[0].phase)} of the original itself gives what is not finite: not compared"
