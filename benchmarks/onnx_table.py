@@ -119,6 +119,7 @@ def _row(
         made = folder.parent / "model.onnx"
         report = export_onnx(folder, made, asked=asked, source=source, settings=settings)
         task, *cells = _cells(report)
+        task += "" if report.status == "pass" else f" ({report.status})"
         print(ROW.format(family, name, task, past, *cells, f"{time.process_time() - began:.0f}"))
     except CkptToolError as error:
         print(f"| {family} | {name} | {past} | {error.problems[0].message[:400]} |")
