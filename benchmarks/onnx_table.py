@@ -104,6 +104,8 @@ def _mega(folder: Path, architecture: str, out: Path) -> None:
     shapes = {one: sizes.get(kind, LABELS)}
     if kind == "sequence_classification":
         shapes["classifier.dense"] = width
+    if kind == "multiple_choice":
+        shapes["mega.pooler.dense"] = width
     for name, rows in shapes.items():
         tensors |= {f"{name}.weight": torch.randn(rows, width) * 0.2, f"{name}.bias": torch.randn(rows) * 0.2}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
