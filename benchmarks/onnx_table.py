@@ -104,6 +104,8 @@ def _mega(folder: Path, architecture: str, out: Path) -> None:
     shapes = {one: sizes.get(kind, LABELS)}
     if kind == "sequence_classification":
         shapes["classifier.dense"] = width
+    if kind == "multiple_choice":
+        shapes["mega.pooler.dense"] = width
     for name, rows in shapes.items():
         tensors |= {f"{name}.weight": torch.randn(rows, width) * 0.2, f"{name}.bias": torch.randn(rows) * 0.2}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -119,6 +121,7 @@ def _row(
         made = folder.parent / "model.onnx"
         report = export_onnx(folder, made, asked=asked, source=source, settings=settings)
         task, *cells = _cells(report)
+        task += "" if report.status == "pass" else f" ({report.status})"
         print(ROW.format(family, name, task, past, *cells, f"{time.process_time() - began:.0f}"))
     except CkptToolError as error:
         print(f"| {family} | {name} | {past} | {error.problems[0].message[:400]} |")

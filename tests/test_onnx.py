@@ -25,7 +25,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.qwen3 import qwen3
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.reference.phases import leaves
-from ckpt_tool.verify import onnx_made, onnx_parity
+from ckpt_tool.verify import onnx_export, onnx_made, onnx_mistakes, onnx_parity
 from ckpt_tool.verify.onnx_export import DATA, for_task, form_of, needed
 from ckpt_tool.verify.onnx_judges import source_of
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
@@ -283,6 +283,16 @@ def test_a_tensor_that_is_not_there_is_named(
     assert not list(tmp_path.glob("a.onnx*"))
 
 
+def test_a_tensor_before_the_head_is_not_a_missing_head(converted: Path) -> None:
+    with source_of(converted, None, None) as source:
+        side = source.converted(torch.float32)
+        names = [n for n in side.ranks[0] if not n.endswith("up_proj.weight")]
+        side = replace(side, ranks=({n: side.ranks[0][n] for n in names},))
+        with pytest.raises(CkptToolError) as error:
+            onnx_export._runs(side, "logits")
+    assert error.value.kind == "missing-tensor"
+
+
 def test_past_of_a_model_that_keeps_none_is_refused(conversions: Written, tmp_path: Path) -> None:
     for task in ((), ("--task", "default")):
         folder = str(conversions("bert-v1-bare"))
@@ -393,6 +403,13 @@ def test_cases_of_fixed_sizes(
             return
         cases, left = onnx_parity._cases(source, side, fixed, None, "causal-lm")
         assert {case.name for case in cases} == names and "long" in left
+
+
+def test_a_single_row_is_not_planted_transposed() -> None:
+    """It was counted as a mistake that float32 cannot see."""
+    one, two = (TensorInfo(f"a.{n}", "F32", (n, 9), "x.onnx") for n in (1, 2))
+    words = [name for name, _ in onnx_mistakes._weights(None, [one, two])]  # type: ignore[arg-type]
+    assert "a.2 transposed" in words and "a.1 left at zero" in words and "a.1 transposed" not in words
 
 
 def test_prompts_of_the_user_stay_whole(

@@ -160,10 +160,12 @@ def _runs(side: Side, head: str) -> bool:
     if head == "head":
         return True
     ids = _few(side)
+    with torch.inference_mode(), computed():
+        phases = side.reading()
+        x = protocol.trunk(list(phases.values()), ids)
     try:
         with torch.inference_mode():
-            phases = side.reading()
-            phases[head].run(protocol.trunk(list(phases.values()), ids))
+            phases[head].run(x)
     except KeyError:
         return False
     except BROKEN:

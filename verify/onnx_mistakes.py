@@ -112,7 +112,8 @@ def _weights(
         if len(t.shape) == 1:
             yield f"{short(t.name)}: one weight 1 % off", lambda t=t, read=read: {t.name: _off(read())}  # type: ignore[misc]
             continue
-        yield f"{short(t.name)} transposed", lambda t=t, read=read: {t.name: _turned(read())}  # type: ignore[misc]
+        if min(t.shape) > 1:  # a single row is what it was
+            yield f"{short(t.name)} transposed", lambda t=t, read=read: {t.name: _turned(read())}  # type: ignore[misc]
         yield f"{short(t.name)} left at zero", lambda t=t, read=read: {t.name: np.zeros_like(read())}  # type: ignore[misc]
     matrices = [t for t in chosen if len(t.shape) == 2]
     for a, b in _pairs(matrices):
