@@ -8,7 +8,7 @@ weights, and is removed afterwards. `verify --level parity` runs in a process of
 beside it transformers computes the same fixed prompts in float32 (`--forward`): seconds of CPU are those
 of the passes alone, without imports and loading, while those of `verify` are of the whole process. `start`
 is what it takes of these until torch is there. A whole 7B needs 30 GB of disk for both sides; its levels'
-own seconds stand below its row."""
+own seconds, and those that `cat` of both sides takes, stand below its row."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def _rows(name: str, home: Path, threads: int, asked: argparse.Namespace) -> lis
         run([sys.executable, __file__, "--child", str(home / "out")], home / "nothing", log)
         forward = float(log.read_text().split("forward:")[1])
     start = run([sys.executable, "-c", "import ckpt_tool.verify.compute"], home / "nothing", log).cpu
+    files = [str(f) for side in ("in", "out") for f in sorted((home / side).rglob("*")) if f.is_file()]
     made = []
     for mode in asked.modes:
         file = home / "report.json"
@@ -80,6 +81,9 @@ def _rows(name: str, home: Path, threads: int, asked: argparse.Namespace) -> lis
         command += ["--json", str(file), *([] if mode == "default" else [f"--{mode}"])]
         command += ["--level", "parity"] if asked.levels == "parity" else []
         command += ["--memory", asked.memory] if asked.memory else []
+        read = (
+            run(["cat", *files], home / "nothing", Path("/dev/null")).wall if asked.levels == "all" else None
+        )
         cost = run(command, home / "nothing", log, fine=(0, 1, 2))  # the row says what was found
         if not file.exists():
             raise SystemExit(log.read_text())
@@ -100,10 +104,12 @@ def _rows(name: str, home: Path, threads: int, asked: argparse.Namespace) -> lis
                 "ratio": None if forward is None else (cost.cpu - start) / forward,
                 "verdict": report["status"],
                 "needs": report["facts"].get("needs"),
+                "read": read,
             }
         )
         print(_line(made[-1]), flush=True)
-        print(f"{name} {mode}: {_times(report['seconds'])}", file=sys.stderr, flush=True)
+        took = report["seconds"] | ({} if read is None else {"`cat` of both sides": read})
+        print(f"{name} {mode}: {_times(took)}", file=sys.stderr, flush=True)
     return made
 
 

@@ -126,6 +126,8 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
         for finding in done.report.findings:
             if finding.check == "way back":
                 line("note", printable(finding.message, 500))
+            elif finding.check == "generation config" and finding.status == "note":
+                line("note", printable(f"{finding.where}: {finding.message}", 500))
         bad = [f for f in done.report.findings if f.status == "fail"]
         for finding in bad[:10]:
             line("coverage", printable(f"{finding.where or ''} {finding.message}", 500), "red")

@@ -231,6 +231,25 @@ def test_without_a_source_what_the_manifest_records_must_be_there(
     assert report.exit_code == 1 and name in report.headline
 
 
+def test_an_id_that_no_token_has_is_a_fault_of_the_original(
+    originals: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = copied(originals("qwen2-0.5b"), tmp_path / "in"), tmp_path / "out"
+    said = json.loads((source / "generation_config.json").read_text()) | {"eos_token_id": 151645999}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    monkeypatch.setattr(
+        sys, "argv", ["ckpt-tool", "convert", "qwen2", "--in", str(source), "--out", str(out)]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "found 151645999, as the conversion wrote it" in shown
+    said["eos_token_id"] += 1
+    (out / "generation_config.json").write_text(json.dumps(said))
+    report = verify(out, levels="coverage", no_source=True)
+    assert [f.where for f in about_documents(report, "fail")][-1] == "generation_config.json: eos_token_id"
+
+
 def test_without_a_source_files_that_contradict_each_other_fail(conversions: Written, tmp_path: Path) -> None:
     out = copied(conversions("gpt2-ngc-deflated"), tmp_path / "out")
     (out / "ckpt-tool.json").unlink()
