@@ -293,6 +293,16 @@ def test_a_tensor_before_the_head_is_not_a_missing_head(converted: Path) -> None
     assert error.value.kind == "missing-tensor"
 
 
+def test_one_number_for_a_token_is_too_few_to_be_measured_by_itself() -> None:
+    """Scores of a short prompt lay so close together that their rounding was over the bar."""
+    close, far = torch.tensor([[1.0], [1.0001]]), torch.tensor([[-1.0], [2.0]])
+    wanted = [{"start_logits": x.double(), "end_logits": -x.double()} for x in (close, far)]
+    found = onnx_parity._variances(wanted, "question-answering")
+    assert found == dict.fromkeys(wanted[0], pytest.approx(torch.cat([close, far]).var(correction=0).item()))
+    judged = onnx_parity.Judged([], wanted, [], [], found)
+    assert judged.far(0, "start_logits", close + 3e-7).nmse < 1e-12
+
+
 def test_past_of_a_model_that_keeps_none_is_refused(conversions: Written, tmp_path: Path) -> None:
     for task in ((), ("--task", "default")):
         folder = str(conversions("bert-v1-bare"))

@@ -365,10 +365,12 @@ def _of(case: Case, cases: list[Case], found: list[Results]) -> Results:
 
 
 def _variances(wanted: list[Results], task: str) -> dict[str, float | None]:
-    """Over all cases, of results with one row for a whole sequence, too few numbers to have their own."""
+    """Over all cases, of results with one row for a whole sequence or one number for each token, too few
+    to have their own."""
     made: dict[str, float | None] = {}
     for name in wanted[0]:
-        whole = torch.cat([x[name].flatten() for x in wanted]) if of_rows(task, name) else None
+        few = of_rows(task, name) or name in ("start_logits", "end_logits")
+        whole = torch.cat([x[name].flatten() for x in wanted]) if few else None
         made[name] = None if whole is None else float(whole.var(correction=0))
     return made
 
