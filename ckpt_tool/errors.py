@@ -1,6 +1,6 @@
 """What went wrong, as data: one `Problem` per fact, one `CkptToolError` per stage that found some.
 
-Every module of the project may import this one; it imports nothing of the project.
+Every module of the project may import this one; it imports nothing of the project but records.py.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ any other.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -43,8 +44,9 @@ class Quantising(View):
         """Whether it has its plain name here."""
         return True
 
+    @abstractmethod
     def dtype_of(self, weight: Quantised) -> str:
-        raise NotImplementedError
+        """What its plain name is said to hold."""
 
     def shape_of(self, weight: Quantised) -> tuple[int, ...]:
         return weight.shape

@@ -136,8 +136,8 @@ def storage_bytes(ref: StorageRef, dtypes: Mapping[str, int]) -> int | None:
 def _place(t: TensorRecord) -> _Place:
     if t.storage is None:
         raise ValueError("a tensor without a storage has no place")
-    offset = t.offset + (t.storage.view[1] if t.storage.view is not None else 0)
-    offset *= 0 not in t.shape  # nothing of it is read
+    begin = t.storage.view[1] if t.storage.view is not None else 0
+    offset = begin + t.offset if 0 not in t.shape else 0  # nothing is read of one without elements
     dims = _merged(t.shape, t.strides)
     dense = not prod(t.shape) or not dims or (len(dims) == 1 and dims[0][1] == 1)
     itemsize = DTYPES[dtype_of(t)].itemsize
