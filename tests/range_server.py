@@ -28,15 +28,15 @@ LARGE = (
 BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
-    """A request, and how many bytes of body its answer had."""
+    """A request, listed before anything is answered, and how many bytes of body went out so far."""
 
     method: str
     path: str
     range: str | None
     token: str | None
-    sent: int
+    sent: int = 0
 
 
 @dataclass
@@ -106,6 +106,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         return None
+
+    def parse_request(self) -> bool:
+        """Who has an answer finds its request in `state.seen`."""
+        if not super().parse_request():
+            return False
+        told = self.headers
+        self.asked = Seen(self.command, self.path, told.get("range"), told.get("authorization"))
+        with self.state.lock:
+            self.state.seen.append(self.asked)
+        return True
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -240,13 +250,13 @@ class Handler(BaseHTTPRequestHandler):
                 if self.state.speed:
                     time.sleep(max(0.0, sent / self.state.speed - (time.monotonic() - began)))
                 try:
-                    sent += os.sendfile(
-                        self.connection.fileno(), file.fileno(), start + sent, min(BLOCK, end - start - sent)
-                    )
+                    part = min(BLOCK, end - start - sent)
+                    self.asked.sent = sent + part  # before it may have arrived
+                    sent += os.sendfile(self.connection.fileno(), file.fileno(), start + sent, part)
                 except (BrokenPipeError, ConnectionResetError):
                     self.close_connection = True
                     break
-        self.note(sent)
+        self.asked.sent = sent
 
     # --- writing ---
 
@@ -319,20 +329,14 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.begin(status, len(body), headers or {})
         if self.command != "HEAD":
+            self.asked.sent = len(body)
             self.wfile.write(body)
-        self.note(len(body))
 
     def begin(self, status: int, size: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for key, value in {**headers, "content-length": str(size)}.items():
             self.send_header(key, value)
         self.end_headers()
-
-    def note(self, sent: int) -> None:
-        told = self.headers
-        seen = Seen(self.command, self.path, told.get("range"), told.get("authorization"), sent)
-        with self.state.lock:
-            self.state.seen.append(seen)
 
 
 class Server(ThreadingHTTPServer):
