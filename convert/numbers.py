@@ -10,7 +10,7 @@ user has to be asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
 from typing import Any, TypeAlias
@@ -189,6 +189,32 @@ def object_or_null(known: Known, found: Value) -> Value:
     if found.value is not None and not isinstance(found.value, dict):
         known.refuse("bad-config", f"expected an object or null, found {shown(found.value)}", "rope_scaling")
     return found
+
+
+def one_of(name: str, known_ones: Collection[str]) -> Check:
+    """A check of the field `name`, which is an activation or the like."""
+
+    def check(known: Known, found: Value) -> Value:
+        if found.value in tuple(known_ones):  # which compares: what is written there may have no hash
+            return found
+        message = f"expected one of {', '.join(known_ones)}, found {shown(found.value)}"
+        known.refuse("unsupported", message, known.names.get(name, name))
+        return UNKNOWN
+
+    return check
+
+
+def splits(width: str, name: str) -> Check:
+    """A check of the field `name`, the number of heads: they split a width evenly."""
+
+    def check(known: Known, heads: Value) -> Value:
+        if known[width] % heads.value:
+            asked = f"{heads.value} heads ({heads.source})"
+            message = f"expected {width} {known[width]} to divide by {asked}, found a rest"
+            known.refuse("config-mismatch", message, name)
+        return heads
+
+    return check
 
 
 def given(value: Any, why: str) -> Value:

@@ -13,8 +13,8 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
 from ckpt_tool.convert.dialects.megatron_names import is_core
 from ckpt_tool.convert.dialects.megatron_ranks import Run, args_of
-from ckpt_tool.convert.numbers import Field, Known, anything
-from ckpt_tool.convert.params import SET, UNKNOWN
+from ckpt_tool.convert.numbers import Field, Known, anything, one_of
+from ckpt_tool.convert.params import SET
 from ckpt_tool.convert.plan import Value
 
 Gelu = Literal["erf", "tanh"]
@@ -62,14 +62,7 @@ def activation(of_version_0: Gelu, why: str) -> Field:
         gelu = feed_forward_gelu(known.source, Value(of_version_0, why))
         return Value(ACTIVATION[gelu.value], gelu.source)
 
-    def known_gelu(known: Known, found: Value) -> Value:
-        if found.value in list(GELUS):
-            return found
-        own = known.names.get("hidden_act", "hidden_act")
-        known.refuse("unsupported", f"expected one of {', '.join(GELUS)}, found {found.value!r}", own)
-        return UNKNOWN
-
-    return anything("hidden_act", rule=rule, check=known_gelu)
+    return anything("hidden_act", rule=rule, check=one_of("hidden_act", GELUS))
 
 
 def gelus(known: Known) -> tuple[Value, Value]:

@@ -35,8 +35,10 @@ from ckpt_tool.convert.numbers import (
     given,
     measured,
     number,
+    one_of,
     only,
     shown,
+    splits,
     token_ids,
 )
 
@@ -91,20 +93,6 @@ WHITESPACE = (*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9,
 _NAME = re.compile(r"codegen-[\w.]+-(?P<data>nl|multi|mono)", re.ASCII | re.IGNORECASE)
 
 # --- numbers --------------------------------------------------------------------------------------------
-
-
-def heads_fit(known: Known, heads: Value) -> Value:
-    if known["n_embd"] % heads.value:
-        message = f"expected n_embd {known['n_embd']} to divide by {heads.value} heads, found a rest"
-        known.refuse("config-mismatch", message, "n_head")
-    return heads
-
-
-def is_gelu(known: Known, name: Value) -> Value:
-    if name.value not in GELUS:
-        message = f"expected one of {', '.join(GELUS)}, found {shown(name.value)}"
-        known.refuse("unsupported", message, "activation_function")
-    return name
 
 
 def turned(known: Known, channels: Value) -> Value:
@@ -175,11 +163,15 @@ END = given(END_OF_TEXT, "<|endoftext|> of GPT-2")
 FIELDS = by_name(
     count("n_embd", silent=measured("transformer.wte.weight", 1)),
     count("n_layer", silent=counted),
-    count("n_head", ask="the number of attention heads", check=heads_fit),
+    count("n_head", ask="the number of attention heads", check=splits("n_embd", "n_head")),
     count("vocab_size", silent=measured("transformer.wte.weight", 0)),
     count("n_positions", ask="the number of positions"),
     number("layer_norm_epsilon", ask="the epsilon of the norms"),
-    anything("activation_function", ask="the activation of the feed-forward", check=is_gelu),
+    anything(
+        "activation_function",
+        ask="the activation of the feed-forward",
+        check=one_of("activation_function", GELUS),
+    ),
     anything("rotary_dim", ask="how many channels of a head are turned", check=turned),
     only("tie_word_embeddings", False, "the output layer has weights of its own"),
     anything("n_inner", silent=given(None, "absent, so 4 x n_embd"), check=width_or_null),

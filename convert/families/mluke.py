@@ -30,8 +30,9 @@ from ckpt_tool.convert.numbers import (
     given,
     measured,
     number,
+    one_of,
     only,
-    shown,
+    splits,
     token_ids,
 )
 
@@ -114,21 +115,6 @@ def longer(name: str, table: str, by: int, what: str) -> Field:
     return count(name, name, rule=measured(table, 0), check=check)
 
 
-def heads_fit(known: Known, found: Value) -> Value:
-    width = known["hidden_size"]
-    if width % found.value:
-        message = f"expected hidden_size {width} to divide by {found.value} ({found.source}), found a rest"
-        known.refuse("config-mismatch", message, "num_attention_heads")
-    return found
-
-
-def known_activation(known: Known, found: Value) -> Value:
-    if found.value not in ACTIVATIONS:
-        message = f"expected one of {', '.join(ACTIVATIONS)}, found {shown(found.value)}"
-        known.refuse("unsupported", message, "hidden_act")
-    return found
-
-
 def aware(known: Known) -> Value:
     """Copies of the only queries give the same numbers, and are read where the config says so alone."""
     if known.source.first("encoder.layer.0.attention.self.w2e_query.weight") is not None:
@@ -202,7 +188,10 @@ FAMILY = studio_ousia.family(
             "intermediate_size", "intermediate_size", rule=measured(f"{LAYER}intermediate.dense.weight", 0)
         ),
         count(
-            "num_attention_heads", "num_attention_heads", ask="the number of attention heads", check=heads_fit
+            "num_attention_heads",
+            "num_attention_heads",
+            ask="the number of attention heads",
+            check=splits("hidden_size", "num_attention_heads"),
         ),
         count("entity_emb_size", "entity_emb_size", rule=measured(ENTITIES, 1)),
         longer("vocab_size", WORDS, 2, "<ent> and <ent2>"),
@@ -222,7 +211,7 @@ FAMILY = studio_ousia.family(
             "hidden_act",
             silent=DEFAULT,
             ask="the activation of the feed-forward",
-            check=known_activation,
+            check=one_of("hidden_act", ACTIVATIONS),
         ),
         number("layer_norm_eps", "layer_norm_eps", silent=DEFAULT, ask="the epsilon of the norms"),
         only("position_embedding_type", "absolute", "tables of positions", keys=("position_embedding_type",)),
