@@ -604,6 +604,14 @@ def test_codes_that_are_nan_are_told_and_stay_so(quantised: Made, tmp_path: Path
             convert(source, tmp_path / f"{name}-strict", options=options, strict=True)
     with open_checkpoint(tmp_path / "numbers") as checkpoint:
         assert np.isnan(np.asarray(checkpoint[CODES])[3, 5:7]).all()
+    (told,) = [
+        f
+        for f in verify(tmp_path / "numbers", source, levels="bits").findings
+        if f.check == "dequantised"
+    ]
+    kinds = told.data["weights"]  # two codes became one NaN, so not every code comes back
+    assert kinds.pop(CODES) == packed_bits.NAN_LOST and set(kinds.values()) == {packed_bits.INVERTIBLE}
+    assert f"{packed_bits.INVERTIBLE}, 1 {packed_bits.NAN_LOST}" in told.message
 
 
 def test_code_255_of_a_scale_is_refused_where_libraries_disagree(quantised: Made, tmp_path: Path) -> None:
