@@ -605,9 +605,7 @@ def test_codes_that_are_nan_are_told_and_stay_so(quantised: Made, tmp_path: Path
     with open_checkpoint(tmp_path / "numbers") as checkpoint:
         assert np.isnan(np.asarray(checkpoint[CODES])[3, 5:7]).all()
     (told,) = [
-        f
-        for f in verify(tmp_path / "numbers", source, levels="bits").findings
-        if f.check == "dequantised"
+        f for f in verify(tmp_path / "numbers", source, levels="bits").findings if f.check == "dequantised"
     ]
     kinds = told.data["weights"]  # two codes became one NaN, so not every code comes back
     assert kinds.pop(CODES) == packed_bits.NAN_LOST and set(kinds.values()) == {packed_bits.INVERTIBLE}
