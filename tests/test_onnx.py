@@ -435,6 +435,17 @@ def test_prompts_of_the_user_stay_whole(
     assert lengths["mine"] == 9 and lengths["long"] == 7
 
 
+def test_prompts_that_the_model_does_not_take_are_refused_before_the_export(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_made, "export", lambda *given: pytest.fail("exported"))
+    with pytest.raises(CkptToolError) as caught:
+        onnx_made.export_onnx(converted, tmp_path / "m.onnx", prompts={"mine": [1, 10**6]})
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("usage", "prompt mine")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_that_are_written_meanwhile_have_no_verdict(
     exported: tuple[Path, Any], converted: Path, tmp_path: Path
 ) -> None:

@@ -183,11 +183,8 @@ def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
 # --- cases ------------------------------------------------------------------------------------------------
 
 
-def _cases(
-    source: Source, side: Side, interface: Interface, more: Prompts | None, task: str
-) -> tuple[list[Case], list[str]]:
-    """What goes through the graph, and the names of those that its fixed sizes do not take. Without an id for
-    padding a sequence is labelled by its last token, so no padding may come after it."""
+def rows_of(source: Source, side: Side, more: Prompts | None) -> dict[str, list[int]]:
+    """The prompts by name, those of the user among them; `usage` for what the model does not take."""
     config, lengths = as_read(source.config, [side]), lengths_of([side])
     table, words = positions(source.config, source.checkpoint), tokenizer_of(source.checkpoint)
     rows = prompts_for(config, more, words, table=table, lengths=lengths)
@@ -195,6 +192,16 @@ def _cases(
         short = prompts_for(config, None, words, table=min(table or SHORTER, SHORTER), lengths=lengths)
         own = named_prompts(more)  # which the user wants whole
         rows = {name: short.get(name, row) if name not in own else row for name, row in rows.items()}
+    return rows
+
+
+def _cases(
+    source: Source, side: Side, interface: Interface, more: Prompts | None, task: str
+) -> tuple[list[Case], list[str]]:
+    """What goes through the graph, and the names of those that its fixed sizes do not take. Without an id for
+    padding a sequence is labelled by its last token, so no padding may come after it."""
+    config, lengths = as_read(source.config, [side]), lengths_of([side])
+    rows = rows_of(source, side, more)
     known = {"mask": torch.ones(1, 1, dtype=torch.long)}
     takes = {"mask"} & side.takes(known) | {"token_types"} & set(side.inputs)
     inputs = takes & interface.inputs.keys()
