@@ -958,6 +958,23 @@ def test_numbers_that_are_made_of_codes_come_out_of_the_memory(quantised: Made, 
             pace.limit(*sides, prompts, THOROUGH, least)
 
 
+def test_a_gate_foretells_what_numbers_take_while_they_are_made(quantised: Made, tmp_path: Path) -> None:
+    """As parity does of the same folders; a conversion to numbers has none to make there."""
+    from ckpt_tool.verify import needs
+    from ckpt_tool.verify.gate import Check
+
+    convert(quantised("fp8-blocks"), tmp_path / "out")
+    check = Check("a", str(tmp_path / "out"), str(quantised("fp8-blocks")), levels=("parity",), mode="quick")
+    report = verify(check.out, check.source, levels=("parity",), mode="quick")
+    assert report.facts["needs"] == f"about {needs.size_text(needs.of_check(check) or 0)} of memory"
+    with open_checkpoint(check.out) as checkpoint:
+        found = found_in(checkpoint)
+    assert found is not None
+    most = max(int(np.prod(w.shape)) for w in found.weights.values())
+    assert needs._of_codes(check, found, 4) == (4 * most * 8, 2 * most * 4)
+    assert needs._of_codes(replace(check, dequantize="BF16"), found, 4) == (0, 0)
+
+
 @pytest.mark.parametrize("form", ["mcore", "torch_dist"])
 def test_ranks_take_numbers_and_no_codes(form: str, quantised: Made) -> None:
     options = Options(family_options={"form": form})
