@@ -514,6 +514,25 @@ def test_weights_are_compared_under_their_names(
     assert finding.status == status and words in finding.message
 
 
+def test_weights_in_float16_under_their_names_are_told_as_such(
+    exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    """Rounded ones are no other bits; one of those that was not rounded from the source is."""
+    path = copied(exported, tmp_path)
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name in (FIRST, SECOND):
+            half = onnx.numpy_helper.to_array(tensor).astype("<f2")
+            half.view("<u2")[0, 0] ^= tensor.name == SECOND
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, tensor.name))
+    path = tmp_path / "half.onnx"
+    onnx.save(model, path)
+    with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
+        (finding,) = onnx_parity._weights(file, source.converted(torch.float32))
+    assert f"1 rounded to float16: {FIRST}; with other bits under its name: {SECOND}" in finding.message
+    assert (finding.data["float16"], finding.data["other_bits"]) == ([FIRST], [SECOND])
+
+
 def _renamed(old: str, new: str) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         for value in (*model.graph.input, *model.graph.output):

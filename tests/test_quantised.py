@@ -568,6 +568,23 @@ def test_a_block_that_no_config_says_may_be_given(quantised: Made, tmp_path: Pat
     assert held(tmp_path / "out") == held(tmp_path / "right")
 
 
+def test_a_scale_for_each_row_and_more_of_them_contradict_each_other(quantised: Made, tmp_path: Path) -> None:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = -1
+
+    source = changed(quantised("int4"), tmp_path / "in", change)
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    kinds = {(p.kind, (p.where or "").rsplit(".", 1)[1]) for p in caught.value.problems}
+    assert kinds == {("config-mismatch", "weight_scale")}
+    text = caught.value.problems[0].message
+    assert re.fullmatch(
+        r"expected one scale for each of (\d+) rows, as config.json says \(group_size -1\), "
+        r"found scales of shape \(\1, \d\)",
+        text,
+    ), text
+
+
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
 def test_numbers_are_not_made_of_scales_that_are_none(
     value: float, words: str, quantised: Made, tmp_path: Path
