@@ -111,11 +111,12 @@ class PackedWeights(Weights):
         return as_stored(self.checkpoint, info)
 
 
-def as_stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
-    """A tensor of the checkpoint in the dtype that it has there."""
+def as_stored(checkpoint: Checkpoint, info: TensorInfo, start: int = 0) -> Tensor:
+    """A tensor of the checkpoint in the dtype that it has there, or one of the shape of `info` from byte
+    `start` of it on."""
     out = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype].torch))
     if info.nbytes:
-        checkpoint.read_into(info, 0, out.view(-1).view(torch.uint8).numpy().data)
+        checkpoint.read_into(info, start, out.view(-1).view(torch.uint8).numpy().data)
     return out
 
 
