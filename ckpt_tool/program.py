@@ -11,6 +11,7 @@ import atexit
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -36,6 +37,8 @@ KEEPING = ("convert", "inspect", "families")
 SELDOM = (100_000, 20, 20)
 # numpy's library for matrices starts a thread for every core when it is loaded; these commands multiply none.
 ONE_THREAD = "OPENBLAS_NUM_THREADS"
+# Bytes of addresses that numpy 2.4 takes while it is loaded, with one such thread, and a little more.
+NUMPY = 84 << 20
 
 
 class Interrupted(BaseException):
@@ -51,8 +54,11 @@ def main(*, whole: bool = True) -> NoReturn:
     SystemExit."""
     listen()
     keeping = sys.argv[1:2] and sys.argv[1] in KEEPING
-    if keeping:
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if keeping or limited:
         os.environ.setdefault(ONE_THREAD, "1")
+    if limited:
+        sys.meta_path.insert(0, RoomForNumpy())
     try:
         code = flush(run(sys.argv[1:]))
         gc.freeze()  # or the interpreter's end would look for cycles among all there is
@@ -64,6 +70,21 @@ def main(*, whole: bool = True) -> NoReturn:
         for number in SIGNALS:  # the interpreter's own end has no handlers: the code would be lost
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
+
+
+class RoomForNumpy:
+    """Looks, where addresses are limited (`ulimit -v`), whether numpy will find the room that it needs. Its
+    library for matrices would end the process with exit code 1, which is that of a difference."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """MemoryError where there is too little; never finds anything."""
+        if name == "numpy":
+            import mmap
+
+            try:
+                mmap.mmap(-1, NUMPY, flags=mmap.MAP_PRIVATE).close()
+            except OSError:
+                raise MemoryError("no room to load numpy") from None
 
 
 def leave(code: int) -> NoReturn:

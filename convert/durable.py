@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.convert import disk, journal
+from ckpt_tool.convert.fingerprints import same
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.replaceable import Contents, Replace, contents, look, refuse_existing, remove
 from ckpt_tool.errors import CkptToolError, fail, printable
@@ -65,8 +66,8 @@ class Identity:
             if other[what] != mine
         ]
         before = other["source"]
-        if before != dict(self.source):
-            names = [n for n in sorted({*before, *self.source}) if before.get(n) != dict(self.source).get(n)]
+        names = [n for n in sorted({*before, *self.source}) if not same(before.get(n), self.source.get(n))]
+        if names:
             found.append(f"source ({', '.join(map(printable, names))})")
         return found
 

@@ -10,6 +10,8 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.remote_path import remote_of
 
+INODE = "inode"  # device, number, time of its last change; links, mode, owner and group
+
 
 def way_to(place: Path, source: Path) -> str | None:
     """The path from the output to the source; None for one that is no UTF-8."""
@@ -38,5 +40,19 @@ def fingerprints(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str
 def _stamp(path: Path) -> dict[str, Any]:
     if (remote := remote_of(path)) is not None:
         return dict(remote.stamp)
-    status = os.stat(path)
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    s = os.stat(path)
+    inode = [s.st_dev, s.st_ino, s.st_ctime_ns, s.st_nlink, s.st_mode, s.st_uid, s.st_gid]
+    return {"size": s.st_size, "mtime_ns": s.st_mtime_ns, INODE: inode}
+
+
+def same(before: object, now: object) -> bool:
+    """Whether two of the fingerprints tell no source from another: a file that was copied with its time is
+    the same one, one that was written in its place and its time set back is not (see `Fingerprint`)."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return before == now
+    then, found = before.get(INODE), now.get(INODE)
+    if {**before, INODE: None} != {**now, INODE: None}:
+        return False
+    if not isinstance(then, list) or not isinstance(found, list):
+        return then == found
+    return then[:2] != found[:2] or then[2:3] == found[2:3] or then[3:] != found[3:]

@@ -493,6 +493,11 @@ def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised 
     if said is None or said[0] != codes.shape[0] or -(-said[1] // CODE_COLUMNS["I32"]) != codes.shape[1]:
         message = f"expected rows and columns that {codes.shape} words of eight codes hold, found {said}"
         return Problem("shape-mismatch", message, shape.file, shape.name)
+    if scheme.of_rows and scales.shape != (said[0], 1):
+        message = f"expected one scale for each of {said[0]} rows, as {scheme.file} says (group_size -1)"
+        hint = "group_size in a copy of the file must be that of the tensors"
+        found = f"found scales of shape {scales.shape}"
+        return Problem("config-mismatch", f"{message}, {found}", scales.file, scales.name, hint)
     if scheme.group is None and scales.shape != (said[0], 1):
         message = "expected config.json to say how many neighbours share a scale, found nothing"
         return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")

@@ -91,6 +91,13 @@ class Scheme:
         stored = any(isinstance(i, Mapping) and i.get("dynamic") is False for i in inputs)
         return stored or raw.get("activation_scheme") == "static" or raw.get("qscheme_act") == "TENSOR"
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether it says that a whole row shares a scale."""
+        groups = (self.raw or {}).get("config_groups")
+        weights = [g.get("weights") for g in groups.values()] if isinstance(groups, Mapping) else []
+        return any(isinstance(w, Mapping) and w.get("group_size") == -1 for w in weights)
+
     def left(self, modules: Iterable[str]) -> list[str]:
         """Those of the modules that are named among what is left as it is: whole, or by their beginning or
         end. Names that are patterns are not looked at."""

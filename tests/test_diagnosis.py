@@ -485,6 +485,26 @@ def test_config_is_at_fault_only_where_every_tensor_was_compared(
     assert ("config.json" in found.message) == (explanation == Explanation(compared=4))
 
 
+def test_what_finds_no_room_is_counted_and_not_explained(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Rows of three matrices turned round: as many pairs as half of the room takes are looked into, and
+    nothing is said of the cause of all; a tensor above a quarter of it is not even compared."""
+    out = shutil.copytree(conversions("qwen3-float32"), tmp_path / "out")
+    w = load_file(out / "model.safetensors")
+    names = [f"model.layers.1.mlp.{n}.weight" for n in ("down_proj", "gate_proj", "up_proj")]
+    for name in names:
+        w[name] = w[name][::-1].copy()
+    save_file(w, out / "model.safetensors", metadata={"format": "pt"})
+    size = w[names[0]].nbytes
+    with opened(out, originals("qwen3-float32"), {}) as subject:
+        whole, some, none = (explain(Evidence(subject), names, r) for r in (None, 8 * size, 4 * size - 4))
+    assert whole.cause is not None and not whole.unlooked
+    assert some.unlooked == names[2:] and some.cause is None and len(some.differing) == 3
+    assert "1 of them not looked into for want of memory" in str(some.text)
+    assert (none.compared, none.left, none.text) == (0, 3, None)
+
+
 def test_a_tensor_that_is_not_there_holds_no_bits(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

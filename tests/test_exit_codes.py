@@ -461,3 +461,12 @@ def test_a_library_that_finds_no_room_is_out_of_memory_and_no_defect(monkeypatch
         not_run("parity", "lockstep", named)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     assert [as_told(e).kind for e in (error, named)] == ["internal", "missing-package"]
+
+
+@pytest.mark.parametrize("limit", [60_000, 95_000])
+def test_no_room_to_load_numpy_is_no_difference(limit: int, tmp_path: Path) -> None:
+    """OpenBLAS ends the process with exit code 1 there, which is that of a difference."""
+    script = f"ulimit -v {limit}; exec {sys.executable} -m ckpt_tool verify {tmp_path} --source {tmp_path}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error[out-of-memory]: expected enough memory for the work")

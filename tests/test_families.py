@@ -132,8 +132,9 @@ def way_back(variant: Any, plan: Plan, folder: Path, manifest: bool = True) -> P
     if variant.family == "mistral":
         options["container"] = "pth" if first.endswith(".pth") else "safetensors"
     ranks = variant.original.sizes.get("r", 1)
+    said = {n: v for n, v in variant.settings.items() if n == "rope_scaling" and not manifest}
     return family(variant.family).plan_original(
-        output(plan, folder, manifest), Options(shards=ranks, family_options=options)
+        output(plan, folder, manifest), Options(shards=ranks, family_options=options, settings=said)
     )
 
 

@@ -79,6 +79,38 @@ def test_a_sound_journal_is_believed(work: Path) -> None:
     assert len(files) == 3 and resumed(work) == files
 
 
+def stopped_again(work: Path) -> Path:
+    """The same, begun in this folder; the weights of the source."""
+
+    def stop(now: Progress) -> None:
+        if now.file.endswith(".safetensors") and now.file != first:
+            raise KeyboardInterrupt
+
+    first = min(p.name for p in (work / "right").glob("*.safetensors"))
+    with pytest.raises(CkptToolError):
+        convert(work / "in", work / "out", options=OPTIONS, check=False, progress=stop, jobs=1)
+    return work / "in" / "consolidated.safetensors"
+
+
+def test_a_source_that_was_written_and_its_time_set_back_is_another(work: Path) -> None:
+    source = stopped_again(work)
+    before = os.stat(source)
+    os.chmod(source, 0o640)  # is no write
+    with open(source, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+    assert resumed(work)
+    shutil.rmtree(work / "out")
+    stopped_again(work)
+    with open(source, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CkptToolError) as caught:
+        convert(work / "in", work / "out", options=OPTIONS, resume=True, check=False)
+    assert caught.value.kind == "resume-mismatch" and "consolidated.safetensors" in str(caught.value)
+
+
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], bytes]:
     """The line that `change` makes of a sound one, with the right checksum."""
 

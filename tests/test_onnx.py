@@ -435,6 +435,17 @@ def test_prompts_of_the_user_stay_whole(
     assert lengths["mine"] == 9 and lengths["long"] == 7
 
 
+def test_prompts_that_the_model_does_not_take_are_refused_before_the_export(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_made, "export", lambda *given: pytest.fail("exported"))
+    with pytest.raises(CkptToolError) as caught:
+        onnx_made.export_onnx(converted, tmp_path / "m.onnx", prompts={"mine": [1, 10**6]})
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("usage", "prompt mine")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_that_are_written_meanwhile_have_no_verdict(
     exported: tuple[Path, Any], converted: Path, tmp_path: Path
 ) -> None:
@@ -501,6 +512,25 @@ def test_weights_are_compared_under_their_names(
     with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
         (finding,) = onnx_parity._weights(file, source.converted(torch.float32))
     assert finding.status == status and words in finding.message
+
+
+def test_weights_in_float16_under_their_names_are_told_as_such(
+    exported: tuple[Path, Any], converted: Path, tmp_path: Path
+) -> None:
+    """Rounded ones are no other bits; one of those that was not rounded from the source is."""
+    path = copied(exported, tmp_path)
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name in (FIRST, SECOND):
+            half = onnx.numpy_helper.to_array(tensor).astype("<f2")
+            half.view("<u2")[0, 0] ^= tensor.name == SECOND
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, tensor.name))
+    path = tmp_path / "half.onnx"
+    onnx.save(model, path)
+    with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
+        (finding,) = onnx_parity._weights(file, source.converted(torch.float32))
+    assert f"1 rounded to float16: {FIRST}; with other bits under its name: {SECOND}" in finding.message
+    assert (finding.data["float16"], finding.data["other_bits"]) == ([FIRST], [SECOND])
 
 
 def _renamed(old: str, new: str) -> Callable[[Any], None]:

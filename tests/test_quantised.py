@@ -568,6 +568,23 @@ def test_a_block_that_no_config_says_may_be_given(quantised: Made, tmp_path: Pat
     assert held(tmp_path / "out") == held(tmp_path / "right")
 
 
+def test_a_scale_for_each_row_and_more_of_them_contradict_each_other(quantised: Made, tmp_path: Path) -> None:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = -1
+
+    source = changed(quantised("int4"), tmp_path / "in", change)
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    kinds = {(p.kind, (p.where or "").rsplit(".", 1)[1]) for p in caught.value.problems}
+    assert kinds == {("config-mismatch", "weight_scale")}
+    text = caught.value.problems[0].message
+    assert re.fullmatch(
+        r"expected one scale for each of (\d+) rows, as config.json says \(group_size -1\), "
+        r"found scales of shape \(\1, \d\)",
+        text,
+    ), text
+
+
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
 def test_numbers_are_not_made_of_scales_that_are_none(
     value: float, words: str, quantised: Made, tmp_path: Path
@@ -604,6 +621,12 @@ def test_codes_that_are_nan_are_told_and_stay_so(quantised: Made, tmp_path: Path
             convert(source, tmp_path / f"{name}-strict", options=options, strict=True)
     with open_checkpoint(tmp_path / "numbers") as checkpoint:
         assert np.isnan(np.asarray(checkpoint[CODES])[3, 5:7]).all()
+    (told,) = [
+        f for f in verify(tmp_path / "numbers", source, levels="bits").findings if f.check == "dequantised"
+    ]
+    kinds = told.data["weights"]  # two codes became one NaN, so not every code comes back
+    assert kinds.pop(CODES) == packed_bits.NAN_LOST and set(kinds.values()) == {packed_bits.INVERTIBLE}
+    assert f"{packed_bits.INVERTIBLE}, 1 {packed_bits.NAN_LOST}" in told.message
 
 
 def test_code_255_of_a_scale_is_refused_where_libraries_disagree(quantised: Made, tmp_path: Path) -> None:
@@ -950,6 +973,23 @@ def test_numbers_that_are_made_of_codes_come_out_of_the_memory(quantised: Made, 
         least = COMPUTING + activations + weights[1].making + weights[1].exchanged
         with pytest.raises(CkptToolError, match="memory: expected at least"):
             pace.limit(*sides, prompts, THOROUGH, least)
+
+
+def test_a_gate_foretells_what_numbers_take_while_they_are_made(quantised: Made, tmp_path: Path) -> None:
+    """As parity does of the same folders; a conversion to numbers has none to make there."""
+    from ckpt_tool.verify import needs
+    from ckpt_tool.verify.gate import Check
+
+    convert(quantised("fp8-blocks"), tmp_path / "out")
+    check = Check("a", str(tmp_path / "out"), str(quantised("fp8-blocks")), levels=("parity",), mode="quick")
+    report = verify(check.out, check.source, levels=("parity",), mode="quick")
+    assert report.facts["needs"] == f"about {needs.size_text(needs.of_check(check) or 0)} of memory"
+    with open_checkpoint(check.out) as checkpoint:
+        found = found_in(checkpoint)
+    assert found is not None
+    most = max(int(np.prod(w.shape)) for w in found.weights.values())
+    assert needs._of_codes(check, found, 4) == (4 * most * 8, 2 * most * 4)
+    assert needs._of_codes(replace(check, dequantize="BF16"), found, 4) == (0, 0)
 
 
 @pytest.mark.parametrize("form", ["mcore", "torch_dist"])

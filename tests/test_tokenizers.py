@@ -396,6 +396,15 @@ def test_llama_3_names_follow_the_release() -> None:
     assert lengths == [8192, 131072, 4096]
 
 
+def test_ranks_in_any_order_of_lines_are_the_same_tokenizer() -> None:
+    """tiktoken makes a dictionary of the lines; ranks decide, and the file goes back as it was."""
+    data = b"".join(sorted(RANKS.splitlines(keepends=True)))
+    assert data != RANKS
+    usual, sorted_ = llama_3_case(RANKS).converted().documents, llama_3_case(data).converted().documents
+    assert {n for n in usual if usual[n] != sorted_[n]} == {"original/tokenizer.model"}
+    assert original_tokenizer_documents(sorted_) == {"tokenizer.model": data}
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_way_back_is_exact(name: str) -> None:
     case = TINY[name]()
@@ -507,6 +516,7 @@ WRONG = {
     "spm-charsmap": ("tokenizer.model", SPM + b"\x1a\x03\x12\x01x", "found a table of replacements"),
     "spm-spaces": ("tokenizer.model", SPM + b"\x1a\x02\x20\x01", "expected spaces to be kept"),
     "ranks-gap": ("tokenizer.model", RANKS + b"enp6eg== 9999\n", "expected rank 344, found 9999"),
+    "rank-twice": ("tokenizer.model", RANKS + b"enp6eg== 343\n", "expected rank 344, found 343 again"),
     "ranks-twice": ("tokenizer.model", RANKS + b"QQ== 344\n", "expected each token once"),
     "ranks-base64": ("tokenizer.model", RANKS + b"@@@ 344\n", "expected a base64 token and a rank"),
     "ranks-few": ("tokenizer.model", b"QQ== 0\nQg== 1\n", "none for 254, first 0x00"),

@@ -88,14 +88,16 @@ def config_of(plan: Plan) -> dict[str, Any]:
     return {k: v.value for k, v in plan.config.items()}
 
 
-def way_back(plan: Plan, folder: Path, **config: Any) -> Plan:
+def way_back(plan: Plan, folder: Path, settings: Any = None, **config: Any) -> Plan:
     """From the planned output without its manifest, with other values of config.json; `...` removes one."""
     folder.mkdir()
     held = {f.name: Headers(f.name, [(t.name, t.dtype, t.shape) for t in f.tensors]) for f in plan.outputs}
     said = {d.name: d.content for d in plan.documents}
     told = {**json.loads(said["config.json"]), **config}
     said["config.json"] = text({k: v for k, v in told.items() if v is not ...})
-    return family(plan.family).plan_original(Checkpoint(folder, held, beside(folder, said)), Options())
+    return family(plan.family).plan_original(
+        Checkpoint(folder, held, beside(folder, said)), Options(settings=settings or {})
+    )
 
 
 def params_of(plan: Plan) -> dict[str, Any]:
@@ -250,7 +252,12 @@ def test_every_spelling_of_a_scaling_is_read_and_comes_back(field: str, part: st
     assert f"params.json: {field}" in plan.config["rope_scaling"].source
     scaling = read_by_the_reference("llama", download).rope_scaling
     assert getattr(scaling, PART.get(part, "original_context")) == 16
-    back = way_back(plan, tmp_path / "b")
+    error = refused(lambda: way_back(plan, tmp_path / "no"))  # Meta's code would compute other numbers
+    assert [(p.kind, p.where) for p in error.problems] == [("missing-fact", "rope_scaling")]
+    assert f"which Meta's code has whatever params.json says, found {part} 16" in error.problems[0].message
+    block = plan.config["rope_scaling"].value
+    assert f"--set 'rope_scaling={json.dumps(block)}'" in str(error.problems[0].hint)
+    back = way_back(plan, tmp_path / "b", {"rope_scaling": block})
     assert any("does not read" in n for n in back.notes)
     again = planned(replace(download, params=params_of(back)), tmp_path / "c", "llama")
     assert again.config["rope_scaling"].value == plan.config["rope_scaling"].value

@@ -150,7 +150,7 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
             report.findings += carried_bits(subject)
     if {"parity", "documented", "training", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report, tell, seen.walks)
-    report.findings += by_bits(subject, report.findings)
+    report.findings += by_bits(subject, report.findings, asked.memory)
 
 
 def verify_part(

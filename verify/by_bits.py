@@ -14,8 +14,9 @@ LEVEL = "diagnosis"
 DIAGNOSED = 3  # layers that are looked into
 
 
-def by_bits(subject: Subject, found: Sequence[Finding]) -> list[Finding]:
-    """One finding for each layer of which the round trip named a tensor and no diagnosis told yet."""
+def by_bits(subject: Subject, found: Sequence[Finding], memory: int | None = None) -> list[Finding]:
+    """One finding for each layer of which the round trip named a tensor and no diagnosis told yet; they are
+    looked for in `memory` bytes."""
     if subject.plan is None or subject.source is None:
         return []
     evidence = Evidence(subject)
@@ -29,7 +30,7 @@ def by_bits(subject: Subject, found: Sequence[Finding]) -> list[Finding]:
         own = [n for n in evidence.where if layer_of(n) == layer]
         if layer is None:
             own = [n for n in wrong if layer_of(n) is None]
-        explanation = explain(evidence, own)
+        explanation = explain(evidence, own, memory)
         if explanation.differing:
             where = f"layer {layer}" if layer is not None else "outside of the layers"
             made.append(finding(explanation, where))

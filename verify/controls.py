@@ -112,6 +112,8 @@ def _missed(
     if not missed:
         return []
     name = str(side.weights[0].dtype).removeprefix("torch.")
+    for w in side.weights:
+        w.let_go()  # or they were held in both precisions
     seen: dict[str, tuple[str, float]] = {}
     for dtype in wider(name):
         with ExitStack() as stack:

@@ -152,6 +152,10 @@ class Recomputed(Quantising):
     def _numbers(self, weight: Quantised, first: int, count: int) -> Array:
         return self.taken(weight, self.read_scales(weight, first, count))
 
+    def read_codes(self, weight: Quantised, first: int, count: int) -> Array:
+        """Raw elements of its codes."""
+        return self._read(weight.codes, first, count)
+
     def read_scales(self, weight: Quantised, first: int, count: int) -> Array:
         """Raw bits of its scales."""
         return self._read(weight.scales, first, count)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -121,17 +122,20 @@ def diagnose(
     evidence = Evidence(subject) if subject.plan is not None and subject.source is not None else None
     for held in (*original.weights, *converted.weights):
         held.let_go()  # tensors whose bits are looked into are there twice, and more
-    explanation = explain(evidence, _all_of(phase, shapes, evidence)) if evidence is not None else None
+    explanation = None
+    if evidence is not None:
+        explanation = explain(evidence, _all_of(phase, shapes, evidence), converted.weights[0].at_hand)
     side, bits = converted, None
     attempts: list[Attempt] = []
-    if evidence is not None and explanation is not None and explanation.differing and evidence.forward:
+    if explanation is not None and explanation.differing and _is_put_right(evidence, explanation, converted):
+        assert evidence is not None
         bits = explanation.cause or f"{_counted(explanation)} put right"
         side = converted.changed(Change(bits, _right(evidence, explanation, converted)))
         after = _measure(side, phase, probe)
         attempts.append(
             Attempt(bits, after, _exact(side, phase, probe, order, bar) and explanation.cause is not None)
         )
-    elif explanation is not None and explanation.cause is not None:
+    elif evidence is not None and not evidence.forward and explanation and explanation.cause is not None:
         bits = explanation.cause
         attempts.append(Attempt(bits, Distance(0.0, 0.0, 0, 0.0), True))
     if bits is None or not bar.holds(attempts[0].after):
@@ -168,6 +172,15 @@ def _all_of(phase: Phase, shapes: Mapping[str, tuple[int, ...]], evidence: Evide
 def _counted(explanation: Explanation) -> str:
     names = [short(n) for n in explanation.differing]
     return f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _is_put_right(evidence: Evidence | None, explanation: Explanation, side: Side) -> bool:
+    """Whether the tensors that differ can be made anew beside those that are held, in half of the room."""
+    if evidence is None or not evidence.forward:
+        return False
+    (weights,) = side.weights
+    item, room = weights.dtype.itemsize, weights.at_hand
+    return room is None or sum(prod(evidence.shape(n)) for n in explanation.differing) * item <= room // 2
 
 
 def _right(

@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
 from ckpt_tool.convert.casting import common, converted
 from ckpt_tool.convert.copies import joined
@@ -27,7 +28,8 @@ from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reor
 from ckpt_tool.verify.rowmaps import Rows, hashes, span
 from ckpt_tool.verify.subject import Subject
 
-LIMIT = 1 << 30  # bytes of a tensor that is explained; a larger one is only located
+LIMIT = 1 << 30  # bytes of a tensor that is explained, a quarter of the room; a larger one is only located
+ROOM = 4 * LIMIT  # bytes of memory, unless the user says otherwise
 HEADS = ("num_attention_heads", "n_head")
 READ = (".q_proj", ".k_proj", ".v_proj", ".query", "_query", ".key", ".value")  # heads along their rows
 MIXED = (".o_proj", ".out_proj", ".attention.output.dense")  # and along their columns
@@ -48,26 +50,29 @@ class Cause:
 class Explanation:
     """`causes` together account for all that differs where `open` is empty; `open` says of each tensor that
     no known mistake explains where it differs. `differing` counts the elements by tensor, of `compared`;
-    `left` were not compared, and `missing` are tensors of the whole model that the output lacks."""
+    `left` were not compared, `unlooked` differ and found no room to be looked into, and `missing` are tensors
+    of the whole model that the output lacks."""
 
     causes: list[Cause] = field(default_factory=list)
     open: dict[str, str] = field(default_factory=dict)
     differing: dict[str, int] = field(default_factory=dict)
     compared: int = 0
     left: int = 0
+    unlooked: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
     def cause(self) -> str | None:
         """All that was found, in one line; None where a part is unexplained."""
-        return None if self.open or not self.causes else "; ".join(c.words for c in self.causes)
+        open_ = self.open or self.unlooked or not self.causes
+        return None if open_ else "; ".join(c.words for c in self.causes)
 
     @property
     def text(self) -> str | None:
         """What the diagnosis says about the bits."""
         if not self.differing:
             return None
-        told = [c.words for c in self.causes] if self.open else []
+        told = [c.words for c in self.causes] if self.open or self.unlooked else []
         told += [f"no known mistake explains {where}" for where in self.open.values()]
         listed = [f"{short(n)} ({count:,} elements)" for n, count in self.differing.items()]
         more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
@@ -75,6 +80,8 @@ class Explanation:
             f"{len(listed)} of {self.compared} tensors differ from what the source gives: "
             f"{', '.join(listed[:4])}{more}"
         )
+        if self.unlooked:
+            told.append(f"{len(self.unlooked)} of them not looked into for want of memory: --memory gives it")
         return "; ".join(told)
 
 
@@ -104,6 +111,11 @@ class Evidence:
             return self.subject.target(part.file, name)
         assert self.subject.source is not None
         return self.subject.source.files[part.file].tensors.get(name)
+
+    def made_of(self, name: str) -> int:
+        """Bytes of what the step takes that makes a tensor; it gives as many."""
+        step, _ = self.where[name]
+        return sum(prod(p.shape(step.sizes)) * DTYPES[p.dtype].itemsize for p in step.sources)
 
     def expected(self, name: str) -> np.ndarray:
         return self._through_plan(name) if self.forward else self._read(name)
@@ -192,13 +204,17 @@ def _recast(x: np.ndarray, source: str, target: str) -> np.ndarray:
     return converted(x.reshape(-1), source, target).reshape(x.shape)
 
 
-def explain(evidence: Evidence, names: Sequence[str]) -> Explanation:
-    """The mistakes in some tensors of the Hugging Face side, as a rule those of one layer."""
+def explain(evidence: Evidence, names: Sequence[str], room: int | None = None) -> Explanation:
+    """The mistakes in some tensors of the Hugging Face side, as a rule those of one layer, in `room` bytes of
+    memory (None: what is usual): pairs of what was expected and found take half of it, and what is made of
+    them as much again."""
+    room = ROOM if room is None else room
+    held, limit = 0, min(LIMIT, room // 4)
     made = Explanation(missing=[n for n in evidence.where if evidence.info(n) is None])
     changed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in sorted(n for n in names if n in evidence.where):
         info = evidence.info(name)
-        if info is None or info.nbytes > LIMIT:
+        if info is None or info.nbytes > limit or evidence.made_of(name) > room // 2:
             made.left += 1  # neither compared nor explained here: the bits level does
             continue
         try:
@@ -214,8 +230,12 @@ def explain(evidence: Evidence, names: Sequence[str]) -> Explanation:
             else:
                 made.open[name] = f"{short(name)}: expected {expected.shape}, found {found.shape}"
         elif not np.array_equal(expected, found):
-            changed[name] = expected, found
             made.differing[name] = int((expected != found).sum())
+            if held + expected.nbytes + found.nbytes > room // 2:
+                made.unlooked.append(name)
+            else:
+                changed[name] = expected, found
+                held += expected.nbytes + found.nbytes
     rest = dict(changed)
     layer = layer_of(next(iter(rest))) if rest else None
     for cause in _together(evidence, rest, layer, names):

@@ -16,6 +16,8 @@ from ckpt_tool.checkpoint.tensor_names import layer_of, stack_of
 
 SMALL = 1 << 20  # elements of a matrix that is held whatever room there is, in memory of its own
 COPIES = 2  # of a matrix, which a planted mistake makes of it
+STEPS = 4  # matrices of numbers that are there while one is made of codes: codes, scales, their product
+WIDEST = 8  # bytes of a number: what float32 cannot see is judged in float64
 
 
 @dataclass
@@ -104,3 +106,14 @@ def held(sides: Sequence[Sequence[Sequence[TensorInfo]]], item: int, room: int) 
                     outside = max(outside, nbytes * len(ranks) * (1 + COPIES * whole))
         inside = max(inside, *layers.values(), 0)
     return min(inside, room), min(outside, room)
+
+
+def making(most: int) -> int:
+    """Bytes that are there while numbers are made of codes, of `most` in one weight: numbers are made whole,
+    and those of mistakes once more out of their codes and scales."""
+    return STEPS * most * WIDEST
+
+
+def exchanged(names: Iterable[str], most: int, item: int) -> int:
+    """Bytes of such weights that change places in a planted mistake: two matrices, or two experts' ones."""
+    return (6 if any(".experts." in n for n in names) else 2) * most * item

@@ -15,6 +15,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tensor_names import layer_of
+from ckpt_tool.convert.quantised import Inventory, found_in
 from ckpt_tool.errors import CkptToolError, fail
 from ckpt_tool.verify import holding
 from ckpt_tool.verify.effort import SHORT, WIDE, costly
@@ -85,12 +86,15 @@ def told(size: int) -> int:
 @dataclass(frozen=True)
 class Need:
     """Bytes of a lockstep run: `least` is what no run goes below, `room` what weights may take, of which
-    `spared` are left to what planted mistakes make of a matrix, `about` what the run takes in all."""
+    `spared` are left to what planted mistakes make of a matrix, `about` what the run takes in all, and `most`
+    where what it cannot see is judged in float64, for which `wider` bytes more are left of the room."""
 
     least: int
     room: int
     spared: int
     about: int
+    most: int
+    wider: int
 
 
 def of_parity(
@@ -114,7 +118,13 @@ def of_parity(
     layers, heads = holding.held((original, converted), item, room)
     layers += max(exchanged, holding.copies(own, item, room, likely=True))
     about = COMPUTING + making + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
-    return Need(least, room, spared, max(least, min(told(about), besides + room)))
+    about = max(least, min(told(about), besides + room))
+    wide = holding.WIDEST
+    more = passes.activations(wide) - passes.activations(item) + exchanged * (wide // item - 1)
+    layers, heads = holding.held((original, converted), wide, max(0, room - more))
+    layers += max(exchanged * wide // item, holding.copies(own, wide, room, likely=True))
+    most = COMPUTING + making + max(passes.of_layers(wide) + layers, passes.of_heads(wide) + heads)
+    return Need(least, room, spared, about, max(about, min(told(most), besides + room)), more)
 
 
 def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:
@@ -151,15 +161,35 @@ def of_check(check: Check) -> int | None:
             sides = [stack.enter_context(open_checkpoint(p)) for p in paths if p is not None]
             config = next((s.json("config.json") for s in sides if "config.json" in s.documents), {})
             passes = _passes(check, sides, config)
+            coded = [found_in(s, check.settings) for s in sides]
         except (CkptToolError, OSError):
             return None
         besides, weights = passes.activations(item), max(heaviest(s, item) for s in sides)
-        ranks = [[[*s]] for s in sides]
-        needs = [of_parity(passes, ranks[-1], ranks[0], item, None).about] * asked
+        ranks = [[_as_numbers(s, c)] for s, c in zip(sides, coded, strict=True)]
+        making, exchanged = _of_codes(check, coded[0], item)
+        needs = [of_parity(passes, ranks[-1], ranks[0], item, None, making, exchanged).most] * asked
         if check.against is not None:  # a library's model is in memory as a whole, its file is mapped
             whole = max(sum(t.numel * item + t.nbytes for t in s) for s in sides)
             needs.append(JUDGING + besides + weights + whole)
         return max(needs)
+
+
+def _as_numbers(side: Checkpoint, coded: Inventory | None) -> list[TensorInfo]:
+    """The tensors of a side as they are computed with: quantised weights have the shape of their numbers."""
+    weights = {} if coded is None else coded.weights
+    parts = {(t.file, t.name) for w in weights.values() for t in w.parts}
+    plain = [t for t in side if (t.file, t.name) not in parts]
+    return [*plain, *(TensorInfo(w.name, "BF16", w.shape, w.codes.file) for w in weights.values())]
+
+
+def _of_codes(check: Check, coded: Inventory | None, item: int) -> tuple[int, int]:
+    """Bytes that are there while numbers are made of the codes of an output, and where such weights change
+    places; none where it has numbers, or readings take the codes themselves."""
+    weights = {} if coded is None else coded.weights
+    if check.dequantize is not None or all(w.form.own_rows for w in weights.values()):
+        return 0, 0
+    most = max(prod(w.shape) for w in weights.values())
+    return holding.making(most), holding.exchanged(weights, most, item)
 
 
 def _passes(check: Check, sides: Sequence[Checkpoint], config: Mapping[str, Any]) -> Passes:

@@ -18,7 +18,7 @@ from ckpt_tool.verify.compute import threads_for
 from ckpt_tool.verify.onnx_export import DATA, export, for_task, form_of, heads_left_out
 from ckpt_tool.verify.onnx_judges import Source, source_of
 from ckpt_tool.verify.onnx_names import USUAL, chosen_task, documented_opset
-from ckpt_tool.verify.onnx_parity import verify_file
+from ckpt_tool.verify.onnx_parity import rows_of, verify_file
 from ckpt_tool.verify.prompts import Prompts
 from ckpt_tool.verify.report import Finding, Report
 
@@ -56,7 +56,7 @@ def export_onnx(
     with source_of(folder, source, settings) as found, _beside(place, os.fspath(out)) as hidden:
         task = chosen_task(asked.task, found.config, with_past=asked.with_past)
         tell("onnx: exporting")
-        notes = _export(found, task, asked, hidden, place.name)
+        notes = _export(found, task, asked, hidden, place.name, prompts)
         report = verify_file(hidden / place.name, found, prompts=prompts, tell=tell)
         report.title = "ckpt-tool export onnx"
         report.findings[:0] = notes
@@ -110,9 +110,12 @@ def _place(out: Path, overwrite: bool) -> Path:
     return place
 
 
-def _export(source: Source, task: str, asked: Asked, folder: Path, name: str) -> list[Finding]:
+def _export(
+    source: Source, task: str, asked: Asked, folder: Path, name: str, prompts: Prompts | None
+) -> list[Finding]:
     with threads_for(source.checkpoint):
         side = for_task(source.converted(torch.float32), task)
+        rows_of(source, side, prompts)  # that the model does not take them is said before any work
         form = form_of(side, task, with_past=asked.with_past)
         export(side, form, asked.opset, folder, name)
     notes = []

@@ -183,11 +183,8 @@ def _sizes(side: Side, interface: Interface) -> tuple[int, int] | None:
 # --- cases ------------------------------------------------------------------------------------------------
 
 
-def _cases(
-    source: Source, side: Side, interface: Interface, more: Prompts | None, task: str
-) -> tuple[list[Case], list[str]]:
-    """What goes through the graph, and the names of those that its fixed sizes do not take. Without an id for
-    padding a sequence is labelled by its last token, so no padding may come after it."""
+def rows_of(source: Source, side: Side, more: Prompts | None) -> dict[str, list[int]]:
+    """The prompts by name, those of the user among them; `usage` for what the model does not take."""
     config, lengths = as_read(source.config, [side]), lengths_of([side])
     table, words = positions(source.config, source.checkpoint), tokenizer_of(source.checkpoint)
     rows = prompts_for(config, more, words, table=table, lengths=lengths)
@@ -195,6 +192,16 @@ def _cases(
         short = prompts_for(config, None, words, table=min(table or SHORTER, SHORTER), lengths=lengths)
         own = named_prompts(more)  # which the user wants whole
         rows = {name: short.get(name, row) if name not in own else row for name, row in rows.items()}
+    return rows
+
+
+def _cases(
+    source: Source, side: Side, interface: Interface, more: Prompts | None, task: str
+) -> tuple[list[Case], list[str]]:
+    """What goes through the graph, and the names of those that its fixed sizes do not take. Without an id for
+    padding a sequence is labelled by its last token, so no padding may come after it."""
+    config, lengths = as_read(source.config, [side]), lengths_of([side])
+    rows = rows_of(source, side, more)
     known = {"mask": torch.ones(1, 1, dtype=torch.long)}
     takes = {"mask"} & side.takes(known) | {"token_types"} & set(side.inputs)
     inputs = takes & interface.inputs.keys()
@@ -421,7 +428,7 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
     """How many tensors of the source are in the graph bit for bit, as they are or transposed. What is there
     under its name and in its shape has to be so itself, the rest may have any name: exporters give others."""
     (tensors,) = side.ranks
-    names, missing, other, exchanged = list(tensors), [], [], []
+    names, missing, other, exchanged, rounded = list(tensors), [], [], [], []
     renamed = [name for name in names if not in_graph(file, tensors, name)]
     held = _held(file) if renamed else {}
     wanted: dict[str, bytes] = {}
@@ -431,34 +438,54 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
         there = name in file.tensors and file.tensors[name].shape in (x.shape, x.T.shape)
         if x.size and not right & ({held[name]} if there and name in held else set(held.values())):
             missing.append(name)
-            if there:
+            if there and held.get(name) in _halved(x):
+                rounded.append(name)
+            elif there:
                 other.append(name)
                 wanted[name] = held.get(name, b"")
     if other:
         theirs = {_digest(tensors[name].numpy()): name for name in names}
         exchanged = [(name, theirs[wanted[name]]) for name in other if wanted[name] in theirs]
     own = file.model.producer_name == PRODUCER and any(file.tensors[n].dtype == "F32" for n in other)
-    return [_in_it(len(names), missing, other, exchanged, own)]
+    return [_in_it(len(names), missing, other, exchanged, rounded, own)]
+
+
+def _halved(x: np.ndarray) -> set[bytes]:
+    """Of float32 numbers rounded to float16, as they are and transposed."""
+    if x.dtype != np.float32:
+        return set()
+    with np.errstate(over="ignore"):
+        half = x.astype("<f2")
+    return {_digest(half), _digest(half.T)}
 
 
 def _in_it(
-    count: int, missing: list[str], other: list[str], exchanged: list[tuple[str, str]], own: bool
+    count: int,
+    missing: list[str],
+    other: list[str],
+    exchanged: list[tuple[str, str]],
+    rounded: list[str],
+    own: bool,
 ) -> Finding:
-    """`own`: of an export of this program, which keeps every bit, where others may fold numbers in."""
+    """`rounded` are those that are there in float16. `own`: of an export of this program, which keeps every
+    bit, where others may fold numbers in."""
     found = count - len(missing)
     if not missing:
         text = f"all {found} tensors of the source are in it bit for bit, in float32"
         return Finding(LEVEL, "weights", "pass", text, data={"tensors": found})
-    absent = [name for name in missing if name not in other]
+    absent = [name for name in missing if name not in {*other, *rounded}]
     text = f"{found} of {count} tensors of the source are in it bit for bit"
     if exchanged:
         pairs = [f"{name} holds {whose}" for name, whose in exchanged]
         text += f"; exchanged: {_few_of(pairs)}"
+    if rounded:
+        text += f"; {len(rounded)} rounded to float16: {_few_of(rounded)}"
     if other:
         text += f"; with other bits under its name: {_few_of(other)}"
     if absent:
         text += f"; not {_few_of(absent)}: folded, or not used"
     data: dict[str, Any] = {"tensors": found, "missing": missing[:100], "other_bits": other[:100]}
+    data |= {"float16": rounded[:100]} if rounded else {}
     status: Status = "fail" if exchanged or (own and other) else "note"
     return Finding(LEVEL, "weights", status, text, data=data | {"exchanged": exchanged[:100]})
 

@@ -26,6 +26,8 @@ LIGHT = 768 << 20  # bytes of the heaviest layer and of activations, of a model 
 TOLD = 20.0  # seconds: shorter runs are not worth a word
 EXPERTS = (("num_local_experts", "num_experts"), ("num_experts_per_tok",))
 
+ALIKE = 1.05  # times as much memory, which is not told apart
+
 
 @dataclass
 class Pace:
@@ -119,7 +121,10 @@ def limit(
     for side, spared in ((original, 0), (converted, need.spared)):
         for w in side.weights:
             w.within(need.room // len(side.weights), shared, spared)
-    return f"about {size_text(need.about)} of memory"
+            w.wider = need.wider
+    if need.most <= need.about * ALIKE:
+        return f"about {size_text(need.most)} of memory"
+    return f"about {size_text(need.about)} of memory, {size_text(need.most)} where float64 has to judge"
 
 
 def _ranks(side: Side) -> list[list[TensorInfo]]:

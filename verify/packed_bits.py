@@ -31,6 +31,7 @@ PIECE = 1 << 16  # numbers, or scales, that are looked at together
 SHORT = 2  # bytes of a scale of which each kind is looked at once
 
 EXACT, INVERTIBLE, ROUNDED = "exact", "invertible with the scales", "rounded"
+NAN_LOST = f"{INVERTIBLE} but for codes that are NaN"  # of which there are two, and one NaN for both
 
 
 def explained(
@@ -127,9 +128,10 @@ def exactness(subject: Subject, wrong: Collection[str]) -> Iterator[Finding]:
     for name, weight in packed.inventory.weights.items():
         view = _recomputed_of(source, weight)
         if view is not None and name not in wrong:
-            told[name] = _exactness(view, weight)
+            kind = _exactness(view, weight)
+            told[name] = NAN_LOST if kind == INVERTIBLE and _has_nan(view, weight) else kind
     counts = Counter(told.values())
-    parts = [f"{counts[kind]} {kind}" for kind in (EXACT, INVERTIBLE, ROUNDED) if counts[kind]]
+    parts = [f"{counts[kind]} {kind}" for kind in (EXACT, INVERTIBLE, NAN_LOST, ROUNDED) if counts[kind]]
     if not parts:
         return
     dtype = DTYPES[packed.dtype].torch
@@ -163,6 +165,17 @@ def _exactness(view: Recomputed, weight: Quantised) -> str:
             return one  # no other number makes it worse
         found = found if one == EXACT else one
     return found
+
+
+def _has_nan(view: Recomputed, weight: Quantised) -> bool:
+    """Whether any of its codes stands for no number, as those of eight bits may."""
+    if not weight.kind.startswith(FP8_TENSOR[:3]):
+        return False
+    total = weight.codes.numel
+    return any(
+        bool(((view.read_codes(weight, at, min(PIECE, total - at)) & 0x7F) == 0x7F).any())
+        for at in range(0, total, PIECE)
+    )
 
 
 def _of_every_code(view: Recomputed, weight: Quantised) -> str:

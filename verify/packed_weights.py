@@ -15,11 +15,8 @@ from ckpt_tool.convert.quantised import Inventory, found_in
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
-from ckpt_tool.verify.holding import SMALL
+from ckpt_tool.verify.holding import SMALL, exchanged, making
 from ckpt_tool.verify.weights import Weights
-
-STEPS = 4  # matrices of numbers that are there while one is made of codes: codes, scales, their product
-WIDEST = 8  # bytes of a number: what float32 cannot see is judged in float64
 
 
 class Formula(Protocol):
@@ -75,13 +72,11 @@ class PackedWeights(Weights):
 
     @property
     def making(self) -> int:
-        """Numbers are made whole, and those of mistakes once more out of their codes and scales."""
-        return STEPS * self._most * WIDEST
+        return making(self._most)
 
     @property
     def exchanged(self) -> int:
-        """Two matrices, or those of two experts."""
-        return (6 if any(".experts." in n for n in self.formulas) else 2) * self._most * self.dtype.itemsize
+        return exchanged(self.formulas, self._most, self.dtype.itemsize)
 
     @cached_property
     def _most(self) -> int:
@@ -116,11 +111,12 @@ class PackedWeights(Weights):
         return as_stored(self.checkpoint, info)
 
 
-def as_stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
-    """A tensor of the checkpoint in the dtype that it has there."""
+def as_stored(checkpoint: Checkpoint, info: TensorInfo, start: int = 0) -> Tensor:
+    """A tensor of the checkpoint in the dtype that it has there, or one of the shape of `info` from byte
+    `start` of it on."""
     out = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype].torch))
     if info.nbytes:
-        checkpoint.read_into(info, 0, out.view(-1).view(torch.uint8).numpy().data)
+        checkpoint.read_into(info, start, out.view(-1).view(torch.uint8).numpy().data)
     return out
 
 

@@ -28,6 +28,7 @@ from ckpt_tool.convert.claims import at_work, claimed, remove_claims
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.durable import Identity
 from ckpt_tool.convert.fingerprints import fingerprints
+from ckpt_tool.convert.fingerprints import same as is_same
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.shares import Worker
@@ -295,7 +296,7 @@ def _identity(subject: Subject) -> Identity:
 def _others_seen(identity: Identity, first: Line) -> list[str]:
     """In words, what a worker has seen that is not there now."""
     before, now = first["source"], dict(identity.source)
-    names = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
+    names = [n for n in sorted({*before, *now}) if not is_same(before.get(n), now.get(n))]
     same = Identity(identity.version, identity.plan, before).differences(first)
     return [*same, *(printable(n) for n in names[:SHOWN])]
 

@@ -92,11 +92,6 @@ class StackedCodes(PackedWeights):
         with super().keep(), self.plain.keep():
             yield
 
-    @property
-    def making(self) -> int:
-        """A stack is read as a whole for each that comes out of it."""
-        return super().making + max(t.nbytes for t in self.held.values())
-
     def _load(self, info: TensorInfo) -> Tensor:
         if info.name in self.formulas:
             return super()._load(info)
@@ -104,17 +99,32 @@ class StackedCodes(PackedWeights):
 
     def _as_stored(self, info: TensorInfo) -> Tensor:
         end = SCALES if info.name.endswith(SCALES) else ""
-        return self.apart(_Behind(self, end), info.name.removesuffix(end))
+        made: Any = self.apart(_Behind(self, end), info.name.removesuffix(end))
+        return made.whole() if isinstance(made, _Stack) else made
 
 
-class _Behind(Mapping[str, Tensor]):
+class _Stack:
+    """A tensor as it is stored, of which only what is taken of its first dimension is read."""
+
+    def __init__(self, checkpoint: Checkpoint, info: TensorInfo) -> None:
+        self.checkpoint, self.info = checkpoint, info
+
+    def __getitem__(self, e: int) -> Tensor:
+        one = replace(self.info, shape=self.info.shape[1:])
+        return as_stored(self.checkpoint, one, e * one.nbytes)
+
+    def whole(self) -> Tensor:
+        return as_stored(self.checkpoint, self.info)
+
+
+class _Behind(Mapping[str, Any]):
     """Tensors as they are stored, each under what stands before `end` in its name."""
 
     def __init__(self, weights: StackedCodes, end: str) -> None:
         self.weights, self.end = weights, end
 
-    def __getitem__(self, name: str) -> Tensor:
-        return as_stored(self.weights.whole, self.weights.held[name + self.end])
+    def __getitem__(self, name: str) -> Any:
+        return _Stack(self.weights.whole, self.weights.held[name + self.end])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights.held)

@@ -35,6 +35,7 @@ class Weights(Mapping[str, Tensor]):
         self.used: set[str] = set()
         self.limit: int | None = None  # bytes of a layer that is held as computed; None: whatever it takes
         self.room = Room(0)  # for all that is held, where there is a limit
+        self.wider = 0  # bytes of it that are left free where it is computed in a wider dtype
         self.buffers: Buffers | None = None  # memory for large tensors; None: as torch comes by it
         self._kept: dict[str, Tensor] | None = None
 
@@ -69,7 +70,7 @@ class Weights(Mapping[str, Tensor]):
 
     def _sharing(self, made: W) -> W:
         if self.limit is not None:
-            made.within(max(0, self.limit - self.room.held), self.room)
+            made.within(max(0, self.limit - self.room.held), self.room, self.wider)
         return made
 
     @contextmanager
@@ -99,6 +100,11 @@ class Weights(Mapping[str, Tensor]):
         planted mistakes make them, and of others what finds room in that `shared` with others, of which
         `spared` are left free."""
         self.limit, self.room = nbytes, Room(max(0, shared.size - spared), within=shared)
+
+    @property
+    def at_hand(self) -> int | None:
+        """Bytes that all sides together may hold; None: whatever there is."""
+        return None if self.limit is None else (self.room.within or self.room).size
 
     @property
     def making(self) -> int:

@@ -271,7 +271,29 @@ def check_scaling(known: Known, found: Value) -> Value:
             other = ", ".join(differing) or "use_scaled_rope false"
             message = f"expected one scaling, found rope_scaling and another in {other}"
             known.refuse("bad-config", message, "rope_scaling", "--set rope_scaling=VALUE says which")
+    elif known.back and found.value is not None and (said := not_metas(known, block)) is not None:
+        return asked(known, *said)
     return found
+
+
+def not_metas(known: Known, block: Mapping[str, object]) -> tuple[str, str, str] | None:
+    """A scaling that Meta's code, which knows use_scaled_rope alone, would compute otherwise, for the user to
+    say: message, field and hint; None for that of an original which this model was converted from. Source:
+    meta-llama/llama-models @43e87a37, models/llama3/model.py."""
+    published: Mapping[str, object] = {**LLAMA3, "factor": 32} if surely_small(known) else LLAMA3
+    other = [key for key in PARTS.values() if block[key] not in (LLAMA3[key], published[key])]
+    was = known.once.get("numbers")
+    said = isinstance(was, dict) and was.get("rope_scaling") == block
+    if not other or said or "rope_scaling" in known.options.settings:
+        return None
+    found = ", ".join(f"{key} {block[key]}" for key in other)
+    usual = ", ".join(f"{key} {LLAMA3[key]}" for key in other)
+    message = f"expected {usual}, which Meta's code has whatever params.json says, found {found}"
+    hint = (
+        f"--set 'rope_scaling={json.dumps(dict(block))}' writes fields of that name, for programs that read "
+        "them; Meta's code computes other numbers with these weights"
+    )
+    return message, "rope_scaling", hint
 
 
 def asked_form(known: Known) -> object:

@@ -18,7 +18,7 @@ from ckpt_tool.convert.tokenizers.hf_files import (
     TokenizerResult,
     config_documents,
 )
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.errors import fail, fail_all
 
 MAX_BYTES = 32 << 20
 MAX_TOKENS = 1_000_000
@@ -47,11 +47,11 @@ def looks_like(data: bytes) -> bool:
 
 
 def read_ranks(data: bytes, file: str) -> dict[bytes, int]:
-    """Byte token to rank, ranks 0 to n-1; `bad-tokenizer` for anything else."""
+    """Byte token to rank, ranks 0 to n-1 in any order of lines, as tiktoken makes a dictionary of them;
+    `bad-tokenizer` for anything else."""
     if len(data) > MAX_BYTES:
         fail("bad-tokenizer", f"expected at most {MAX_BYTES} bytes, found {len(data)}", file=file)
-    problems: list[Problem] = []
-    tokens: list[bytes] = []
+    found: list[tuple[int, int, bytes]] = []  # rank, line, token
     for number, line in enumerate(data.splitlines(), 1):
         if not line:
             continue
@@ -59,16 +59,17 @@ def read_ranks(data: bytes, file: str) -> dict[bytes, int]:
         token = byte_level.decode_base64(fields[0]) if len(fields) == 2 else None
         if token is None or not fields[1].isdigit() or len(fields[1]) > 9:
             message = f"expected a base64 token and a rank, found {line[:40]!r}"
-            problems.append(Problem("bad-tokenizer", message, file, f"line {number}"))
-            break
-        if int(fields[1]) != len(tokens):
-            message = f"expected rank {len(tokens)}, found {int(fields[1])}"
-            problems.append(Problem("bad-tokenizer", message, file, f"line {number}"))
-            break
-        tokens.append(token)
-        if len(tokens) > MAX_TOKENS:
+            fail("bad-tokenizer", message, file=file, where=f"line {number}")
+        found.append((int(fields[1]), number, token))
+        if len(found) > MAX_TOKENS:
             fail("bad-tokenizer", f"expected at most {MAX_TOKENS} tokens, found more", file=file)
-    fail_all(problems or byte_level.token_problems(tokens, file))
+    found.sort()
+    for expected, (rank, number, _) in enumerate(found):
+        if rank != expected:
+            message = f"expected rank {expected}, found {rank}{' again' * (rank < expected)}"
+            fail("bad-tokenizer", message, file=file, where=f"line {number}")
+    tokens = [token for _, _, token in found]
+    fail_all(byte_level.token_problems(tokens, file))
     return {token: rank for rank, token in enumerate(tokens)}
 
 
