@@ -36,6 +36,7 @@ from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan, dropped_names
 from ckpt_tool.convert.quantised_view import as_asked, as_read
 from ckpt_tool.convert.recognising import (
+    check_layout,
     check_own,
     check_plain,
     check_whole,
@@ -206,6 +207,7 @@ def open_for(
     the settings of `options` are, where there is none. `late`: see `Limits`."""
     found = open_checkpoint(source, prefer="original" if to == "hf" else "hf", limits=Limits(late=late))
     try:
+        check_layout(found)
         found = codes_apart(found)
         return found if options is None else with_config(found, options.settings)
     except BaseException as error:
