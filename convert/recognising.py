@@ -30,6 +30,7 @@ ALONE = "save what is below {} alone, with torch.save, if those are the weights 
 COMPARED = 400  # names; those of the first layer tell as much as all
 
 _LATER = re.compile(r"(?:^|\.)(?!0(?:\.|$))\d+(?:\.|$)")  # a part that is a number, and not 0
+_OWN_WORD = re.compile(r"model\d*\.")  # where ranks of Megatron keep a model, which takes nobody's name away
 GENERIC = frozenset(("model", "decoder", "encoder", "layers", "h", "0", "weight", "bias"))
 
 Said = tuple[str, bool, str]  # name of the family, whether it is its own, why
@@ -81,7 +82,8 @@ def _wrapped(tensors: Iterable[str], names: Collection[str]) -> str | None:
     for tensor in tensors:
         if tensor in names:
             return None
-        if found := next((n for n in names if n.endswith(f".{tensor}")), None):
+        found = next((n for n in names if n.endswith(f".{tensor}")), None)
+        if found is not None and not _OWN_WORD.fullmatch(found.removesuffix(tensor)):
             return f"expected {tensor}, found it below `{found.removesuffix(tensor)}`"
     return None
 

@@ -3,6 +3,7 @@ after: read where it can be, else named in one sentence with what leads out of i
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import pickle
@@ -270,6 +271,7 @@ def test_what_modelscope_has_not_all_of(originals: Written, tmp_path: Path) -> N
         ("transformer.h.0.attn.attn.weight", "LitGPT", "convert_from_litgpt"),
         ("model.transformer.h.0.attn.qkv.weight", "LitGPT", "convert_from_litgpt"),
         ("layers.0.sa_norm.scale", "torchtune", "FullModelHFCheckpointer"),
+        ("language_model.encoder.layers.0.self_attention.key_value.weight", "DeepSpeed", "hf2megads"),
         ("model_state_dict.embedder.weight", "gemma_pytorch", "release for transformers"),
         ("model.layers.0.mlp.up_proj.weight._data", "quanto", "16 or 32 bits"),
         ("model.layers.0.mlp.up_proj.W_q", "HQQ", "16 or 32 bits"),
@@ -318,3 +320,93 @@ def test_weights_in_a_list_lead_out(kind: str, originals: Written, tmp_path: Pat
     torch.save([tensors] if kind == "list" else (tensors, {"epoch": 1}), file)
     problem = only(source, "llama", tmp_path)
     assert f"found a {kind}" in problem.message and "torch.save" in (problem.hint or "")
+
+
+# --- Megatron-LM before Core ----------------------------------------------------------------------------
+
+
+def as_before_core(folder: Path, norm: str, attention: str = "self_attention", **args: object) -> None:
+    """The ranks in `folder` with the names and dicts that Megatron-LM gave the tensors before Core."""
+    words = {
+        "decoder.": "",
+        "self_attention.linear_qkv": f"{attention}.query_key_value",
+        "self_attention.linear_proj": f"{attention}.dense",
+        "linear_fc1": "dense_h_to_4h",
+        "linear_fc2": "dense_4h_to_h",
+        "input_layernorm": f"input_{norm}",
+        "pre_mlp_layernorm": f"post_attention_{norm}",
+        "final_layernorm": f"final_{norm}",
+    }
+    for file in folder.rglob("*.pt"):
+        tree = torch.load(file, weights_only=False)
+        model: dict[str, dict[str, object]] = {"embedding": {}, "encoder": {}}
+        for name, tensor in tree["model"].items():
+            if name.startswith("embedding."):
+                model["embedding"]["word_embeddings"] = {"weight": tensor}
+            elif name == "output_layer.weight":
+                model["output_layer"] = {"weight": tensor}
+            else:
+                for core, before in words.items():
+                    name = name.replace(core, before)
+                model["encoder"][name] = tensor
+        version = args.pop("checkpoint_version", 3.0)
+        vars(tree["args"]).update(args)
+        torch.save({**tree, "model": {"language_model": model}, "checkpoint_version": version}, file)
+
+
+@pytest.mark.parametrize("norm", ["norm", "layernorm"])
+@pytest.mark.parametrize("variant", ["llama-mcore", "qwen2-mcore-tied"])
+def test_a_gated_decoder_of_megatron_before_core(
+    variant: str, norm: str, originals: Written, tmp_path: Path
+) -> None:
+    """huggingface/transformers#32486 (KeyError: 'input_norm'), NVIDIA/Megatron-LM#1553; rows are Core's."""
+    family = variant.partition("-")[0]
+    source = copied(originals(variant), tmp_path)
+    as_before_core(source, norm)
+    made = api.convert(source, tmp_path / "out", family=family)
+    assert any("before Core" in note for note in made.plan.notes)
+    plain = api.convert(originals(variant), tmp_path / "plain", family=family)
+    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
+    assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"apply_residual_connection_post_layernorm": True},
+        {"position_embedding_type": "learned_absolute"},
+        {"checkpoint_version": 1.0},
+    ],
+)
+def test_what_computes_otherwise_keeps_its_names(
+    args: dict[str, object], originals: Written, tmp_path: Path
+) -> None:
+    source = copied(originals("llama-mcore"), tmp_path)
+    as_before_core(source, "norm", **args)
+    found = refusal(source, "llama", tmp_path)
+    assert found.kind == "unknown-family" and "input_norm" in found.problems[0].message
+    assert not any("alone" in (p.hint or "") for p in found.problems)
+
+
+def test_ups_before_gates_are_refused(originals: Written, tmp_path: Path) -> None:
+    """epfLLM/Megatron-LLM has the halves of its feed-forward the other way round."""
+    source = copied(originals("llama-mcore"), tmp_path)
+    as_before_core(source, "layernorm", glu_activation="swiglu")
+    (problem,) = refusal(source, "llama", tmp_path).problems
+    assert (problem.kind, problem.where) == ("unsupported", "glu_activation")
+
+
+def test_a_tracker_of_another_iteration_leads_out(originals: Written, tmp_path: Path) -> None:
+    source = copied(originals("llama-mcore"), tmp_path)
+    (source / "latest_checkpointed_iteration.txt").write_text("9999")
+    problem = only(source, "llama", tmp_path)
+    assert problem.kind == "missing-shard" and "latest_checkpointed_iteration.txt" in (problem.hint or "")
+
+
+def test_arguments_of_mega_may_be_a_namespace(originals: Written, tmp_path: Path) -> None:
+    source = copied(originals("mega-wikitext"), tmp_path)
+    args = pickle.loads((source / "model_args.pkl").read_bytes())  # one of our own
+    (source / "model_args.pkl").write_bytes(pickle.dumps(argparse.Namespace(**args)))
+    made = api.convert(source, tmp_path / "out", family="mega")
+    plain = api.convert(originals("mega-wikitext"), tmp_path / "plain", family="mega")
+    assert made.plan.config == plain.plan.config

@@ -402,9 +402,15 @@ def _names(path: Path) -> list[str]:
 
 def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwrapped:
     """The files without what training programs put around a model, unless they are wanted as they stand."""
+    from ckpt_tool.checkpoint.megatron_legacy import named_as_core
     from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
 
-    return Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+    if limits.as_it_stands:
+        return Unwrapped(files)
+    own = unwrapped(files, label=path.name)
+    own.files, notes = named_as_core(own.files)
+    own.readings += notes
+    return own
 
 
 def _around(folder: Folder, path: Path) -> Around:

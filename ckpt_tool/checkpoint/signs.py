@@ -469,6 +469,11 @@ _LAYOUTS = (
         " Face's",
     ),
     (
+        r"(.+\.)?(encoder|transformer)\.layers\.\d+\.self_attention\.key_value\.weight",
+        "Megatron-DeepSpeed's own names, with queries apart from keys and values",
+        "its tools/hf2megads_weight_converter.py goes between those and Hugging Face's",
+    ),
+    (
         r"(.+\.)?embedder\.weight",
         "Gemma as Google's gemma_pytorch has it, with projections that are joined",
         "get the release for transformers (Kaggle has it as a variation of its own), and give that folder",
