@@ -410,3 +410,42 @@ def test_arguments_of_mega_may_be_a_namespace(originals: Written, tmp_path: Path
     made = api.convert(source, tmp_path / "out", family="mega")
     plain = api.convert(originals("mega-wikitext"), tmp_path / "plain", family="mega")
     assert made.plan.config == plain.plan.config
+
+
+# --- the way back from names of old releases ------------------------------------------------------------
+
+
+def bare(prefix: str) -> Callable[[world.Tensors], world.Tensors]:
+    return lambda tensors: {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def old_norms(tensors: world.Tensors) -> world.Tensors:
+    kinds = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def old(name: str) -> str:
+        return next((name.replace(new, was) for new, was in kinds.items() if name.endswith(new)), name)
+
+    return {old(k): v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("gpt2-v2-tp2", bare("transformer.")),  # as openai-community/gpt2 is published
+        ("llama-3.2-1b", bare("model.")),  # ggml-org/llama.cpp#9211
+        ("mistral-7b-v0.1", bare("model.")),
+        ("opt-13b", bare("model.")),
+        ("mobilebert-training", old_norms),  # ggml-org/llama.cpp#7924
+    ],
+)
+def test_the_way_back_reads_names_of_old_releases(
+    variant: str, change: Callable[[world.Tensors], world.Tensors], conversions: Written, tmp_path: Path
+) -> None:
+    source = copied(conversions(variant), tmp_path)
+    plain = api.convert(source, tmp_path / "plain", family="auto", to="original")
+    world.rewritten(change)(source)
+    made = api.convert(source, tmp_path / "out", family="auto", to="original")
+    assert any("names of an old release" in note for note in made.plan.notes)
+    files = {p.relative_to(plain.out) for p in plain.out.rglob("*") if p.is_file()}
+    weights = [p for p in files if p.suffix in (*world.WEIGHTS, ".index") or ".data-" in p.name]
+    assert weights and all((plain.out / p).read_bytes() == (made.out / p).read_bytes() for p in weights)

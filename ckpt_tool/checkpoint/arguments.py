@@ -18,9 +18,9 @@ MOST = 10_000  # values inside one, each as often as it is reached
 
 def read_arguments(document: Document) -> dict[str, object]:
     """The dict that the pickle holds, with each argparse.Namespace (itself too) as the dict of its arguments,
-    and numpy's scalars as numbers. A value that is no plain one becomes the words for what it is. Kinds: those of
-    `read_pickle`, `unsafe-pickle` for a call of what may not stand in data, `wrong-format` for what is no
-    dict, `trailing-data`, `bad-config` (too large)."""
+    and numpy's scalars as numbers. A value that is no plain one becomes the words for what it is. Kinds:
+    those of `read_pickle`, `unsafe-pickle` for a call of what may not stand in data, `wrong-format` for what
+    is no dict, `trailing-data`, `bad-config` (too large)."""
     from ckpt_tool.checkpoint.torch_state import surveyed, unsafe_problems
     from ckpt_tool.checkpoint.unpickle import Machine
 
