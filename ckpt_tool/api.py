@@ -36,6 +36,7 @@ from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan, dropped_names
 from ckpt_tool.convert.quantised_view import as_asked, as_read
 from ckpt_tool.convert.recognising import (
+    check_layout,
     check_own,
     check_plain,
     check_whole,
@@ -163,7 +164,7 @@ def plan(
     chosen = choose(source, family, to)
     fail_all(option_problems(chosen, options, to))
     make = _forth(chosen) if to == "hf" else chosen.plan_original
-    seen = as_family_knows(source, chosen)
+    seen = _as_read_by(source, chosen, to)
     options = replace(options, drop=dropped_names(options.drop, seen))
     try:
         made = make(seen, options)
@@ -184,9 +185,15 @@ def _with_optimizer(made: Plan, seen: Checkpoint, options: Options) -> Plan:
     return with_optimizer(made, seen if made.direction == "to-hf" else attached(seen), options)
 
 
+def _as_read_by(checkpoint: Checkpoint, chosen: Family, to: str) -> Checkpoint:
+    """`checkpoint` under the names that the plan of `chosen` in that direction asks for."""
+    seen = as_family_knows(checkpoint, chosen)
+    return seen if to == "hf" else canonical.of_rows(seen, chosen)
+
+
 def _as_planned(checkpoint: Checkpoint, chosen: Family, made: Plan) -> Checkpoint:
     """What carrying the plan out reads."""
-    seen = as_family_knows(checkpoint, chosen)
+    seen = _as_read_by(checkpoint, chosen, "hf" if made.direction == "to-hf" else "original")
     if made.direction == "to-hf" or not made.asked.get("with_optimizer"):
         return seen
     from ckpt_tool.convert.optimizer_state import attached
@@ -206,6 +213,7 @@ def open_for(
     the settings of `options` are, where there is none. `late`: see `Limits`."""
     found = open_checkpoint(source, prefer="original" if to == "hf" else "hf", limits=Limits(late=late))
     try:
+        check_layout(found)
         found = codes_apart(found)
         return found if options is None else with_config(found, options.settings)
     except BaseException as error:

@@ -24,7 +24,7 @@ from ckpt_tool.checkpoint.megatron import arguments
 from ckpt_tool.checkpoint.onnx_file import is_onnx, open_onnx
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.pickle_records import describe
-from ckpt_tool.checkpoint.signs import packed
+from ckpt_tool.checkpoint.signs import layout, packed
 from ckpt_tool.checkpoint.sniff import sniff
 from ckpt_tool.checkpoint.tensor_names import fold_key, numbers
 from ckpt_tool.checkpoint.torch_legacy import legacy_imports
@@ -308,6 +308,8 @@ def inspect(
 
 def _packed(checkpoint: Checkpoint) -> Iterator[str]:
     """What is quantised, and what is packed in a way that nobody here reads."""
+    if (other := layout(checkpoint.names())) is not None:
+        yield f"{other[1]}: {other[0]}, which no family reads; {other[2]}"
     held = packed(checkpoint.names())
     if held is None:
         return

@@ -309,6 +309,21 @@ def as_rows_say(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     return _renamed(checkpoint, _spelling(checkpoint, chosen).family)
 
 
+def of_rows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
+    """A folder of `chosen` whose tensors have names of old releases, or of a model without the head's, under
+    those of the family's rows, with a reading; any other checkpoint as it is."""
+    if kind_of(checkpoint) not in chosen.classes:
+        return checkpoint
+    spelling = _spelling(checkpoint, chosen)
+    other = [(own, name) for own, name in spelling.family.items() if own != name]
+    if not other:
+        return checkpoint
+    (own, name), count = other[0], len(other)
+    what = f"{count} names of an old release, or of a model without its head, were read as the newest are"
+    seen = _renamed(checkpoint, spelling.family)
+    return replace(seen, readings=(*seen.readings, f"{what}: {own} -> {name}"))
+
+
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The tensors under other names. Kind `duplicate-tensor` for two that have one."""
     files: dict[str, TensorFile] = {}

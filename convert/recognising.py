@@ -5,6 +5,7 @@ the near misses only, nearest first, and what the files hold.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -24,10 +25,12 @@ from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
 SHOWN = 3
+NAMES = 2000  # of a folder, which may be any
 ALONE = "save what is below {} alone, with torch.save, if those are the weights that are meant"
 COMPARED = 400  # names; those of the first layer tell as much as all
 
 _LATER = re.compile(r"(?:^|\.)(?!0(?:\.|$))\d+(?:\.|$)")  # a part that is a number, and not 0
+_OWN_WORD = re.compile(r"model\d*\.")  # where ranks of Megatron keep a model, which takes nobody's name away
 GENERIC = frozenset(("model", "decoder", "encoder", "layers", "h", "0", "weight", "bias"))
 
 Said = tuple[str, bool, str]  # name of the family, whether it is its own, why
@@ -79,7 +82,8 @@ def _wrapped(tensors: Iterable[str], names: Collection[str]) -> str | None:
     for tensor in tensors:
         if tensor in names:
             return None
-        if found := next((n for n in names if n.endswith(f".{tensor}")), None):
+        found = next((n for n in names if n.endswith(f".{tensor}")), None)
+        if found is not None and not _OWN_WORD.fullmatch(found.removesuffix(tensor)):
             return f"expected {tensor}, found it below `{found.removesuffix(tensor)}`"
     return None
 
@@ -123,6 +127,14 @@ def check_plain(checkpoint: Checkpoint) -> None:
     if (found := signs.packed(names)) is not None and not _reads_packed(checkpoint):
         what, name, hint = found
         message = f"expected plain weights, found {what}"
+        fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
+
+
+def check_layout(checkpoint: Checkpoint) -> None:
+    """Fail with `unsupported` where the names are another program's own, for which no family has rules."""
+    if (found := signs.layout(checkpoint.names())) is not None:
+        what, name, hint = found
+        message = f"expected names of a layout that is read here, found {what}"
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
 
 
@@ -310,6 +322,9 @@ def _of_another_folder(checkpoint: Checkpoint, chosen: Family, own: str, way: st
 
 def _no_document(checkpoint: Checkpoint, name: str) -> Problem:
     """What comes before questions that a file would answer."""
+    if (other := _under_another_name(checkpoint, name)) is not None:
+        message = f"expected {name} beside the weights, found {other[0]}"
+        return Problem("missing-file", message, checkpoint.path.name, hint=other[1])
     inside, way = _kept_by(checkpoint)
     message = f"expected {name} beside the weights{inside}, found none: shapes do not tell what follows"
     hint = (
@@ -317,6 +332,27 @@ def _no_document(checkpoint: Checkpoint, name: str) -> Problem:
         f"them by --config{way}"
     )
     return Problem("missing-file", message, checkpoint.path.name, hint=hint)
+
+
+def _under_another_name(checkpoint: Checkpoint, name: str) -> tuple[str, str] | None:
+    """What lies there in the place of the document `name`, and what to do with it: by its name, beside an
+    archive, or as config.json."""
+    path = checkpoint.path
+    try:
+        folder = path if path.is_dir() else path.parent
+        there = sorted(os.listdir(folder))[:NAMES]
+    except OSError:  # not on this machine
+        return None
+    stem, _, ending = name.partition(".")
+    if name in there and folder != path:
+        return f"one beside the archive {path.name}", "unpack the archive there, and give that folder"
+    for other in there:
+        if stem in other.lower() and ending in other.lower() and not other.startswith("._"):
+            return printable(other, 80), f"call it {name}, if it is the download's"
+    config = checkpoint.json("config.json") if "config.json" in checkpoint.documents else {}
+    if name == "params.json" and "dim" in config and "n_layers" in config:
+        return "what it says in config.json", f"call config.json {name}: that has what an original's says"
+    return None
 
 
 def _kept_by(checkpoint: Checkpoint) -> tuple[str, str]:

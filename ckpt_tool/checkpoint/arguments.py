@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.pickle_records import Inert, children, describe, plain
@@ -17,10 +17,10 @@ MOST = 10_000  # values inside one, each as often as it is reached
 
 
 def read_arguments(document: Document) -> dict[str, object]:
-    """The dict that the pickle holds, with each argparse.Namespace as the dict of its arguments, and numpy's
-    scalars as numbers. A value that is no plain one becomes the words for what it is. Kinds: those of
-    `read_pickle`, `unsafe-pickle` for a call of what may not stand in data, `wrong-format` for what is no
-    dict, `trailing-data`, `bad-config` (too large)."""
+    """The dict that the pickle holds, with each argparse.Namespace (itself too) as the dict of its arguments,
+    and numpy's scalars as numbers. A value that is no plain one becomes the words for what it is. Kinds:
+    those of `read_pickle`, `unsafe-pickle` for a call of what may not stand in data, `wrong-format` for what
+    is no dict, `trailing-data`, `bad-config` (too large)."""
     from ckpt_tool.checkpoint.torch_state import surveyed, unsafe_problems
     from ckpt_tool.checkpoint.unpickle import Machine
 
@@ -35,9 +35,16 @@ def read_arguments(document: Document) -> dict[str, object]:
         extra = len(data) - pickled.end
         message = f"expected the end of the pickle at byte {pickled.end}, found {extra} more bytes"
         fail("trailing-data", message, file=file)
-    if not isinstance(pickled.value, Mapping):
-        fail("wrong-format", f"expected a dict of arguments, found {describe(pickled.value)}", file=file)
-    return _told(pickled.value)
+    value = pickled.value
+    if _is_namespace(value):
+        return _told(value.fields)
+    if not isinstance(value, Mapping):
+        fail("wrong-format", f"expected a dict of arguments, found {describe(value)}", file=file)
+    return _told(value)
+
+
+def _is_namespace(value: object) -> TypeGuard[Inert]:
+    return isinstance(value, Inert) and str(value.type) == "argparse.Namespace"
 
 
 def _told(fields: Mapping[Any, object]) -> dict[str, object]:
@@ -45,7 +52,7 @@ def _told(fields: Mapping[Any, object]) -> dict[str, object]:
 
 
 def _value(value: object) -> object:
-    if isinstance(value, Inert) and str(value.type) == "argparse.Namespace":
+    if _is_namespace(value):
         return _told(value.fields)
     if isinstance(value, Inert) and (number := _number(value)) is not None:
         return number

@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ckpt_tool.checkpoint.signs import pointer
+from ckpt_tool.checkpoint.signs import stand_in
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
 from ckpt_tool.records import dataclass
 
@@ -246,9 +246,13 @@ class Document:
             fail("read-failed", f"cannot be read: {error.strerror}", file=self.name)
         if len(data) > limit:
             fail("bad-config", f"expected at most {limit} bytes, found more", file=self.name)
-        if (sign := pointer(data)) is not None:
-            fail("wrong-format", f"expected a document, found {sign.what}", file=self.name, hint=sign.hint)
+        self.refuse_stand_in(data)
         return data
+
+    def refuse_stand_in(self, data: bytes) -> None:
+        """Fail with `wrong-format` where `data`, which was read of it, is something else in its place."""
+        if (sign := stand_in(data, self.name)) is not None:
+            fail("wrong-format", f"expected a document, found {sign.what}", file=self.name, hint=sign.hint)
 
     def open(self) -> BinaryIO:
         """The document, for reading as much of it as is wanted at a time; may raise OSError."""

@@ -47,9 +47,11 @@ class ArchivedDocument(Document):
             fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
         data = ByteRange(self.path, self.name, self.window)
         try:
-            return data.read(0, self.size)
+            found = data.read(0, self.size)
         finally:
             data.close()
+        self.refuse_stand_in(found)
+        return found
 
     def open(self) -> BinaryIO:
         return io.BufferedReader(_Raw(ByteRange(self.path, self.name, self.window)), _BUFFER)

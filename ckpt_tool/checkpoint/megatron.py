@@ -143,6 +143,7 @@ def current(
                 "missing-shard",
                 f"expected {within} as {prefix}{TRACKER} says, found only {there}",
                 file=label,
+                hint=f"give the folder of the iteration that is meant, or correct {TRACKER}",
             )
         others = sorted(a for a in found if a != within)
         aside = f"{TRACKER} says {within.rstrip('/')}; {', '.join(others[:_SHOWN])} left aside"
@@ -193,6 +194,7 @@ def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
             "missing-shard",
             f"expected {said}, found {len(places)} of {prod(sizes)}: {_list(missing)} not there",
             file=label,
+            hint="each rank is saved on the machine that ran it: copy the others into the same folder",
         )
 
 

@@ -42,7 +42,7 @@ class Around:
 def refuse(paths: Collection[str], around: Around) -> NoReturn:
     """Say what a folder with the files `paths` (those of folders in it too) is. Kinds: `wrong-format`,
     `ambiguous-input` (weights in several folders), `truncated` (downloads that were not finished)."""
-    inner = weight_folders(paths)
+    inner = weight_folders([p for p in paths if signs.unfinished(p) is None])
     here = [p for p in paths if "/" not in p]
     _refuse_v1(here, around)
     _refuse_sign(here, around, inner)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import field, replace
 from pathlib import Path
 from shlex import quote
@@ -55,9 +55,12 @@ from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
+    FETCH_IT,
     ORIGINAL_FOLDER,
+    TORCH_INDEX,
     Prefer,
     WeightSet,
+    adapter_notes,
     belongs,
     bundle_set,
     check_complete,
@@ -89,6 +92,7 @@ AROUND = (
     "generation_config.json",
 )
 STATE_BYTES = 1 << 20
+INDEXES = (INDEX_NAME, TORCH_INDEX)
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,8 @@ def _open_named(
     numbered = set_of(name, beside)
     single = WeightSet(name, (name,), None, "original")
     check_finished(numbered or single, beside, file=folder.label)
+    if numbered is None and (listed := _indexed(folder, beside, name)) is not None:
+        numbered = listed[1]
     if numbered is not None:
         check_complete(numbered, file=folder.label, expected=_checklist(folder))
         checkpoint = _open_set(folder, numbered, path.parent, limits)
@@ -262,7 +268,7 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         ranks = None if prefer == "hf" else _rank_folders(folder, path)
         if ranks is not None:
             return _open_ranks(folder, ranks, path, limits)
-        found = locate(
+        found = _indexed(folder, names) or locate(
             names,
             file=folder.label,
             prefer=prefer,
@@ -271,9 +277,8 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         )
         if found is None and prefer == "hf" and (ranks := _rank_folders(folder, path)) is not None:
             return _open_ranks(folder, ranks, path, limits)  # a wish: nothing else is there
-        if found is None and INDEX_NAME in names:
-            listed = read_index(folder.document(INDEX_NAME).read(INDEX_BYTES), name=INDEX_NAME).files()
-            fail_all(Problem("bad-index", f"expected {f}, found no such file", INDEX_NAME) for f in listed)
+        if found is None:
+            fail_all(p for i in INDEXES for p in _lost(i, _listed(folder, names, i), names))
         if found is None and (states := _open_states(folder, path, limits)) is not None:
             return states
         if found is None:
@@ -285,6 +290,35 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
     except BaseException:
         folder.close()
         raise
+
+
+def _listed(folder: Folder, names: Collection[str], index: str) -> list[str]:
+    """The files that `index` lists; none where it is not there."""
+    if index not in names:
+        return []
+    return read_index(folder.document(index).read(INDEX_BYTES), name=index).files()
+
+
+def _lost(index: str, listed: Collection[str], names: Collection[str]) -> Iterator[Problem]:
+    """Those of the files that `index` lists that are not there."""
+    for name in listed:
+        if name not in names:
+            yield Problem("bad-index", f"expected {name}, found no such file", index, hint=FETCH_IT)
+
+
+def _indexed(folder: Folder, names: Collection[str], name: str | None = None) -> tuple[str, WeightSet] | None:
+    """The files that an index lists, `name` among them, where none is called as weights usually are."""
+    if name is None and any(is_weights(n.removeprefix(ORIGINAL_FOLDER)) for n in names):
+        return None
+    for index in INDEXES:
+        listed = _listed(folder, names, index)
+        if listed and {*listed} <= {*names} and (name is None or name in listed):
+            found = WeightSet(
+                f"the files of {index}", tuple(listed), index, "hf", tuple(adapter_notes(names))
+            )
+            check_finished(found, names, file=folder.label)
+            return "", found
+    return None
 
 
 def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
@@ -368,9 +402,15 @@ def _names(path: Path) -> list[str]:
 
 def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwrapped:
     """The files without what training programs put around a model, unless they are wanted as they stand."""
+    from ckpt_tool.checkpoint.megatron_legacy import named_as_core
     from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
 
-    return Unwrapped(files) if limits.as_it_stands else unwrapped(files, label=path.name)
+    if limits.as_it_stands:
+        return Unwrapped(files)
+    own = unwrapped(files, label=path.name)
+    own.files, notes = named_as_core(own.files)
+    own.readings += notes
+    return own
 
 
 def _around(folder: Folder, path: Path) -> Around:
@@ -474,7 +514,9 @@ def _open_set(
     if chosen.index is not None:
         index = read_index(documents[chosen.index].read(INDEX_BYTES), name=chosen.index)
         for missing in [name for name in index.files() if name not in chosen.files]:
-            problems.append(Problem("bad-index", f"expected {missing}, found no such file", chosen.index))
+            problems.append(
+                Problem("bad-index", f"expected {missing}, found no such file", chosen.index, hint=FETCH_IT)
+            )
         for stray in [name for name in chosen.files if name not in index.files()]:
             problems.append(
                 Problem("bad-index", f"expected only listed files, found {stray} too", chosen.index)

@@ -12,10 +12,12 @@ import re
 from collections.abc import Collection, Iterable
 from functools import cache
 
+from ckpt_tool.errors import printable
 from ckpt_tool.records import dataclass
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
 TAR_BLOCK = 512
+GZIP = b"\x1f\x8b"
 RELEASE = "get the release that it was made from, as safetensors or as torch files, and give that folder"
 
 
@@ -82,6 +84,17 @@ POINTERS = (
         (0, b"# xet version"),
     ),
 )
+# What servers send in place of a file, as the Hub, its mirrors and storages word it.
+_SERVER = re.compile(
+    rb"\s*(\d{3}:? )?((entry|repository|revision) not found|not found\s*$|invalid (rev|username|credentials)"
+    rb"|access (to model|denied)|cannot access gated|unauthorized|forbidden|too many requests"
+    rb"|you (must|need to) (be authenticated|log ?in))|\s*\{\s*\"(error|detail)\"\s*:\s*\"[^\"]*\"\s*\}\s*$",
+    re.IGNORECASE,
+)
+_PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error")
+SERVER_BYTES = 4096  # no message is longer
+PAGE = _sign("a web page", DOWNLOAD)
+SQUEEZED = _sign("a gzip file", "unpack it: gunzip makes the file of it")
 # A bundle with its index and data files is read; these are what is left where a part of it is not there.
 _BESIDE_IT = "download the files beside it too: PREFIX.index and PREFIX.data-00000-of-00001 belong together"
 TENSORFLOW = (
@@ -121,6 +134,18 @@ SIGNS = (
         r"adapter_config\.json|adapter_model\.(safetensors|bin)|adapter_\d+\.(pt|safetensors)",
     ),
     # --- training programs ---
+    _sign(
+        "shards of FSDP that verl wrote, one for each rank",
+        "verl joins them: `python -m verl.model_merger merge --backend fsdp --local_dir {at} --target_dir"
+        " OUT`; then give OUT",
+        r"model_world_size_\d+_rank_\d+\.pt",
+    ),
+    _sign(
+        "shards of NeuronX Distributed, one for each rank",
+        "convert_checkpoints.py of NeuronX Distributed's examples joins them (--convert_to_full_state); then"
+        " give the file that it writes",
+        r"(dp_rank_\d+_)?tp_rank_\d+_pp_rank_\d+(_dp_rank_\d+)?(\.pt)?",
+    ),
     _sign(
         "a NeMo checkpoint in zarr format",
         "NeMo's scripts/checkpoint_converters/convert_zarr_to_torch_dist.py writes it anew; then give that",
@@ -182,7 +207,8 @@ SIGNS = (
     ),
     _sign(
         "layers of a DeepSpeed pipeline, or experts, each in a file of its own",
-        "the program that trained it knows which is which: save the whole model with it",
+        "the program that trained it knows which is which: save the whole model with it (GPT-NeoX:"
+        " tools/ckpts/convert_neox_to_hf.py)",
         r"(global_step\d+/)?(layer_\d+-model_\d+-|(layer_\d+_)?expert_\d+_mp_rank_\d+_)model_states\.pt",
     ),
     _sign(
@@ -199,6 +225,41 @@ SIGNS = (
         r"|mp_rank_\d+_model_states\.pt)|zero_to_fp32\.py",
     ),
     # --- other libraries ---
+    _sign(
+        "a torch file that was unpacked, as some download programs do by themselves",
+        "pack its folder {at} again, without compressing it: `zip -0 -r OUT.zip` and the name of that folder,"
+        " called beside it; then give OUT.zip the name that the file had",
+        r"(?P<at>[^/]+)/data\.pkl",
+        beside=r"[^/]+/version",
+    ),
+    _sign(
+        "one part of a file that was split",
+        "join the parts in their order: `cat {at}[._-]* > WHOLE`; then give WHOLE the name that the file had",
+        r"(?P<at>[^/]+\.(safetensors|pth|pt|bin|ckpt|tar|tgz|gz|zip|nemo))"
+        r"(\.part[._-]?([a-z]{2}|\d{1,5})|[._-](a[a-z]|0\d{1,2}))",
+    ),
+    _sign(
+        "a gzip file of weights",
+        "unpack it: `gunzip {at}`",
+        r"(?P<at>[^/]+\.(safetensors|pth|pt|bin|ckpt)\.gz)",
+    ),
+    _sign(
+        "gpt-oss for Apple's Metal",
+        f"its weights are packed for that; {RELEASE} (original/ in OpenAI's repository)",
+        r"metal/model\.bin",
+        (0, b"GPT-OSS v1.0"),
+    ),
+    _sign(
+        "weights as EasyLM streams them (JAX)",
+        "EasyLM writes them for Hugging Face: `python -m EasyLM.models.llama.convert_easylm_to_hf`; then give"
+        " that",
+        r"streaming_(params|train_state)[\w.-]*",
+    ),
+    _sign(
+        "OPT as numpy arrays, one for each tensor (FlexGen, Alpa)",
+        f"no family is read from those; {RELEASE}",
+        r"decoder\.layers\.\d+\.[\w.]+\.(weight|bias)",
+    ),
     _sign(
         "a GGUF file (llama.cpp)",
         f"its weights are packed for llama.cpp; {RELEASE}",
@@ -304,9 +365,29 @@ def table_of(head: bytes) -> Sign:
 
 
 def pointer(data: bytes) -> Sign | None:
-    """What a document is that only stands for one, as a clone without its large files has them."""
+    """What a file that starts with `data` only stands for, as a clone without its large files has them."""
     found = by_start(data[:64])
     return found if found in POINTERS else None
+
+
+def stand_in(data: bytes, name: str) -> Sign | None:
+    """What a document called `name` is that only stands for one: a pointer, as a clone without its large
+    files has them, what a server sent in its place, or what it was packed into."""
+    if (found := pointer(data)) is not None:
+        return found
+    if data.startswith(GZIP):
+        return SQUEEZED
+    return of_server(data) if name.endswith(".json") else None  # other texts may begin with any word
+
+
+def of_server(data: bytes) -> Sign | None:
+    """What a server sent in place of a file: `data` is its begin, or all of it."""
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower().startswith(_PAGE):
+        return PAGE
+    if len(data) > SERVER_BYTES or not _SERVER.match(data):
+        return None
+    text = data.decode("utf-8", "replace").strip()
+    return _sign(f"a message of a server ({'JSON ' * text.startswith('{')}`{printable(text, 60)}`)", DOWNLOAD)
 
 
 def by_name(name: str) -> Sign | None:
@@ -324,8 +405,14 @@ def of_folder(paths: Collection[str]) -> tuple[Sign, str] | None:
     return None
 
 
+_TEMPORARY = "._____temp"  # where ModelScope keeps what it has not all of
+
+
 def unfinished(name: str) -> str | None:
     """The file whose download is not finished while there is one called `name`."""
+    *folders, last = name.split("/")
+    if _TEMPORARY in folders:
+        return last
     found = _UNFINISHED.fullmatch(name)
     return None if found is None else found["name"]
 
@@ -364,7 +451,44 @@ _PACKED = (
     (r"weight_scale(_inv|_2)?|(qscale|input_scale)\w*", "weights of 8 bits with scales (fp8)", UNPACKED),
     (r"\w+_blocks|\w+\.blocks", "MXFP4 weights of four bits", UNPACKED),
     (r"codebooks|qidxs\w*", "weights of few bits (AQLM, QuIP)", UNPACKED),
+    (r"weight\._(data|scale|shift)", "weights of few bits (quanto)", UNPACKED),
+    (r"w_q", "weights of few bits (HQQ)", UNPACKED),
 )
+# Names by which another program's layout is known, whose tensors no family reads: what it is, what to do.
+_LAYOUTS = (
+    (
+        r"(.+\.)?transformer\.h\.\d+\.(attn\.(attn|qkv)|norm_1)\.(weight|bias)",
+        "LitGPT's own names",
+        "`litgpt convert_from_litgpt FOLDER OUT` writes model.pth with those of Hugging Face; put config.json"
+        " beside it and give it",
+    ),
+    (
+        r"(.+\.)?layers\.\d+\.(sa_norm\.scale|mlp_norm\.scale|attn\.output_proj\.weight)",
+        "torchtune's own names",
+        "save it with FullModelMetaCheckpointer or FullModelHFCheckpointer, which write Meta's or Hugging"
+        " Face's",
+    ),
+    (
+        r"(.+\.)?(encoder|transformer)\.layers\.\d+\.self_attention\.key_value\.weight",
+        "Megatron-DeepSpeed's own names, with queries apart from keys and values",
+        "its tools/hf2megads_weight_converter.py goes between those and Hugging Face's",
+    ),
+    (
+        r"(.+\.)?embedder\.weight",
+        "Gemma as Google's gemma_pytorch has it, with projections that are joined",
+        "get the release for transformers (Kaggle has it as a variation of its own), and give that folder",
+    ),
+)
+
+
+def layout(names: Collection[str]) -> tuple[str, str, str] | None:
+    """(whose layout a checkpoint with tensors of these names has, one of them, what to do), where it is one
+    that nobody here reads."""
+    for pattern, what, hint in _LAYOUTS:
+        found = re.compile(pattern, re.ASCII).fullmatch
+        if name := next(filter(found, names), None):
+            return what, name, hint
+    return None
 
 
 _OF_A_CACHE = "fake_quantizer"  # in the names of scales of keys and values, which are no weights

@@ -7,15 +7,18 @@ here with what they look like, since every reader further down could only say th
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Collection
 from shlex import quote
 from typing import Literal, NoReturn
 
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.signs import (
-    DOWNLOAD,
+    GZIP,
+    PAGE,
     RELEASE,
     RENAMED_INDEX,
+    SQUEEZED,
     TABLE_END,
     TAR_BLOCK,
     Sign,
@@ -23,6 +26,7 @@ from ckpt_tool.checkpoint.signs import (
     by_start,
     is_legacy,
     is_tar_header,
+    of_server,
     table_of,
     unfinished,
 )
@@ -35,10 +39,8 @@ Format = Literal["zip", "torch-legacy", "safetensors", "tar", "tar.gz"]
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # protocol 2 and the magic number of torch before 1.6
-GZIP = b"\x1f\x8b"
 
 _HINTS = {
-    "a web page": DOWNLOAD,
     "an empty file": "the download failed; download the file again",
     "a TorchScript archive": "torch.save(torch.jit.load(FILE).state_dict(), OUT.pt) keeps its weights",
     "a pickle that is not a torch file": "save the tensors as a dict with torch.save or as safetensors",
@@ -51,7 +53,6 @@ _HINTS = {
 def sniff(data: ByteRange) -> Format:
     """The container format of `data`; fails with `wrong-format` (what it looks like) or `truncated`."""
     head = data.head(1024)
-    lowered = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
     if not head:
         _wrong("an empty file", data.name)
     if data.size <= 1024 and (link := re.fullmatch(rb"(\.\./)+[\w./-]+\s*", head)):
@@ -59,13 +60,15 @@ def sniff(data: ByteRange) -> Format:
         _wrong(looks_like, data.name, LINK)
     if (sign := by_start(head)) is not None:
         _wrong(sign.what, data.name, _filled(sign, data))
-    if lowered.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error")):
-        _wrong("a web page", data.name)
+    if (sign := of_server(head)) is not None and (sign is PAGE or data.size <= len(head)):
+        _wrong(sign.what, data.name, sign.hint)
     if head.startswith(ZIP):
         return "zip"
     if is_legacy(head[:32]):
         return "torch-legacy"
     if head.startswith(GZIP):
+        if not data.name.endswith((".tar.gz", ".tgz")) and not _holds_tar(head):
+            _wrong(SQUEEZED.what, data.name, SQUEEZED.hint)
         return "tar.gz"
     if is_tar_header(head[:TAR_BLOCK]) or head[257:262] == b"ustar":
         return "tar"
@@ -79,7 +82,7 @@ def sniff(data: ByteRange) -> Format:
         if sign is RENAMED_INDEX:
             sign = by_name(data.name) or sign  # which may be called as it should be
         _wrong(sign.what, data.name, sign.hint)
-    named = _by_name(data.name)
+    named = None if _is_text(head) else _by_name(data.name)
     if named is not None:
         return named  # the reader of that format says what is wrong with it
     if (sign := by_name(data.name)) is not None:
@@ -90,10 +93,24 @@ def sniff(data: ByteRange) -> Format:
     _wrong(found, data.name, _onward(found, data))
 
 
+def _holds_tar(head: bytes) -> bool:
+    """Whether a gzip file that starts with `head` may hold a tar: as far as this shows its first block."""
+    try:
+        block = zlib.decompressobj(wbits=31).decompress(head, TAR_BLOCK)
+    except zlib.error:
+        return True  # its reader says what is wrong
+    return len(block) < TAR_BLOCK or is_tar_header(block)
+
+
 def _by_name(name: str) -> Format | None:
     if name.endswith(".safetensors"):
         return "safetensors"
     return "tar" if name.endswith((".tar", ".nemo")) else None
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file that starts so is a text: what holds sizes or codes has other bytes by then."""
+    return len(head) >= 8 and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head[:64])
 
 
 def _looks_like(head: bytes) -> str:

@@ -89,6 +89,9 @@ class _Hooks:
         return found
 
 
+AS_UTF8 = "save it again as UTF-8 without a byte order mark, as editors call it"
+
+
 class _Reader:
     """One JSON text being parsed; knows how its errors are to be labelled.
 
@@ -114,9 +117,9 @@ class _Reader:
         if not data.strip(b" \t\r\n"):
             self.refuse("expected JSON, found nothing")
         if data.startswith(b"\xef\xbb\xbf"):
-            self.refuse("expected UTF-8 without a byte order mark, found one")
+            self.refuse("expected UTF-8 without a byte order mark, found one", hint=AS_UTF8)
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
-            self.refuse("expected UTF-8, found UTF-16 or UTF-32")
+            self.refuse("expected UTF-8, found UTF-16 or UTF-32", hint=AS_UTF8)
         try:
             self.text = data.decode()
         except UnicodeDecodeError as error:
@@ -127,8 +130,8 @@ class _Reader:
             self._check_memory(0, len(self.text))
         self.hooks = _Hooks(wide)
 
-    def refuse(self, message: str, where: str | None = None) -> NoReturn:
-        fail(self.kind, message, file=self.file, where=where)
+    def refuse(self, message: str, where: str | None = None, hint: str | None = None) -> NoReturn:
+        fail(self.kind, message, file=self.file, where=where, hint=hint)
 
     def refuse_at(self, position: int, expected: str, found: str | None = None) -> NoReturn:
         line = self.text.count("\n", 0, position) + 1

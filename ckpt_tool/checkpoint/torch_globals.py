@@ -73,6 +73,7 @@ def storage_dtype(kind: object) -> str | None:
 # Storages and tensors
 
 _STORAGE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_LAST_KEY = 2**63 - 1
 
 
 def storage(reader: Reader, pid: object) -> object:
@@ -87,6 +88,8 @@ def storage(reader: Reader, pid: object) -> object:
     dtype = storage_dtype(kind)
     if dtype == "":
         reader.fault("bad-pickle", f"expected a torch storage class, found {describe(kind)}")
+    if type(key) is int and 0 <= key <= _LAST_KEY:
+        key = str(key)  # LitGPT writes the number itself, and torch takes it for the name of its record
     if type(key) is not str or not _STORAGE_KEY.fullmatch(key):
         found = repr(key[:80]) if isinstance(key, str) else describe(key)
         reader.fault("bad-pickle", f"expected a storage key of letters, digits, `_` and `-`, found {found}")

@@ -63,6 +63,8 @@ def read_state(pickled: Pickled, *, file: str) -> State:
     fail_all(unsafe_problems(pickled, file, paths))
     if type(root) is not dict:
         kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
+        if type(root) in (list, tuple):
+            hint = "torch.save(torch.load(FILE)[0], OUT) keeps the first of it, where that is the dict"
         fail(kind, f"expected a dict of tensors, found {describe(root)}", file=file, hint=hint)
     state = State(imports=tuple(map(str, pickled.imports)), notes=tuple(_notes(pickled)))
     splitter = _Splitter(state, file)
@@ -73,6 +75,7 @@ def read_state(pickled: Pickled, *, file: str) -> State:
             for k, v in root.items()
             if type(v) is Inert and v.fields.keys() & {"_parameters", "_modules"}  # a whole torch module
         ]
+        splitter.problems += _arrays(root, file)
     fail_all([*splitter.problems, *name_problems(state.tensors, file=file)])
     turns = [n for n, t in state.tensors.items() if _COMPLEX_TURNS(n) and t.dtype.startswith("complex")]
     for name in turns if len(turns) < len(state.tensors) else ():
@@ -194,6 +197,22 @@ def surveyed(root: object, file: str) -> dict[Global, str]:
                 where=where,
             )
     return paths
+
+
+def _arrays(root: dict[object, object], file: str) -> Iterator[Problem]:
+    """That the weights are numpy's arrays, in the dict or in one in it."""
+    inner = [v for v in root.values() if type(v) is dict]
+    for key, value in ((k, v) for held in (root, *inner) for k, v in held.items()):
+        if (
+            type(value) is Inert
+            and value.type.module.startswith("numpy")
+            and value.type.name == "_reconstruct"
+        ):
+            hint = (
+                "torch.save({k: torch.from_numpy(v) for k, v in ARRAYS.items()}, OUT) writes them as tensors"
+            )
+            yield Problem("wrong-format", "expected tensors, found numpy arrays", file, str(key), hint)
+            return
 
 
 class _Splitter:

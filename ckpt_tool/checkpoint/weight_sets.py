@@ -22,6 +22,7 @@ Prefer = Literal["original", "hf"]
 ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the original download
 TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in new transformers
 
+TORCH_INDEX = "pytorch_model.bin.index.json"
 # Lists of sums, which name every file that there should be.
 CHECKLISTS = (
     *("checklist.chk", "tokenizer_checklist.chk", "MD5SUMS", "md5sum.txt"),
@@ -57,7 +58,7 @@ _DOCUMENTS = frozenset(
         "entity_vocab.tsv",
         "ckpt-tool.json",
         "consolidated.safetensors.index.json",
-        "pytorch_model.bin.index.json",
+        TORCH_INDEX,
         "latest_checkpointed_iteration.txt",
         "model_args.pkl",
         "run_config.yaml",
@@ -110,6 +111,7 @@ _PATTERNS = (
     _pattern(r"consolidated\.(?P<number>\d{1,4})\.pt", 0, "original"),
     _pattern(r"consolidated\.(pth|pt)", 0, "original"),
     _pattern(r"consolidated\.safetensors", 0, "original"),
+    _pattern(r"consolidated\.(?P<number>\d{1,4})\.safetensors", 0, "original"),
     _pattern(
         r"consolidated-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors",
         1,
@@ -134,8 +136,9 @@ _PATTERNS = (
         r"pytorch_model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.bin",
         1,
         "hf",
-        "pytorch_model.bin.index.json",
+        TORCH_INDEX,
     ),
+    _pattern(r"model-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.bin", 1, "hf", TORCH_INDEX),  # torchtune
 )
 
 
@@ -281,10 +284,15 @@ def choose(
     chosen_set = candidates[0]
     refuse_flat(chosen_set.files[0], names)
     check_finished(chosen_set, names, file=file)
-    if "adapter_config.json" in names:
-        notes.append("the adapter beside the weights (adapter_config.json) was left aside, not merged")
+    notes += adapter_notes(names)
     check_complete(chosen_set, file=file, expected=expected)
     return replace(chosen_set, notes=tuple(notes))
+
+
+def adapter_notes(names: Collection[str]) -> list[str]:
+    """What is said of an adapter beside a model."""
+    said = "the adapter beside the weights (adapter_config.json) was left aside, not merged"
+    return [said] if "adapter_config.json" in names else []
 
 
 def locate(
@@ -331,7 +339,7 @@ def locate(
             for one in known:
                 check_complete(one, file=label)
             check_finished(loose, inside, file=label)
-            return within, loose
+            return within, replace(loose, notes=tuple(adapter_notes(inside)))
     return None
 
 
@@ -395,6 +403,7 @@ def check_finished(found: WeightSet, names: Collection[str], *, file: str) -> No
             fail("truncated", message, file=file, hint=f"finish the download, or remove {name} if it is")
 
 
+FETCH_IT = "download what is missing too"
 _APART = "move those that are not meant to a folder of their own"
 
 
@@ -430,7 +439,7 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
             names = ", ".join(_renumber(sample, n) for n in missing[:8])
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             message = f"expected {count} shards, found {len(present & set(wanted))}: {names}{more} not there"
-            problems.append(Problem("missing-shard", message, file, hint="download what is missing too"))
+            problems.append(Problem("missing-shard", message, file, hint=FETCH_IT))
         if stray:
             message = f"expected shards up to {count}, found number {stray[-1]}"
             problems.append(Problem("ambiguous-input", message, file, hint=_APART))

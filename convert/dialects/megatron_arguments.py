@@ -230,6 +230,8 @@ GATED: Mapping[str, Only] = {
     **COMPUTED,
     "swiglu": Only("a gated feed-forward", (True, None)),
     "gated_linear_unit": Only("a gated feed-forward", (True, None)),
+    # of Megatron-LLM (epfLLM), whose feed-forward has ups before gates
+    "glu_activation": Only("gates before ups (swiglu)", (None,)),
     "activation_func": Only("SiLU in the gate", ("silu", None)),
     "normalization": Only("norms without means", ("RMSNorm", None)),
     "add_bias_linear": Only("no biases", (False, None)),

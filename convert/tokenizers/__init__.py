@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from ckpt_tool.checkpoint.signs import DOWNLOAD
+from ckpt_tool.checkpoint.signs import DOWNLOAD, SERVER_BYTES, of_server
 from ckpt_tool.convert.families import family as family_of
 from ckpt_tool.convert.tokenizers.hf_files import ADDED, MAP, More, TokenizerResult, read_more
 from ckpt_tool.convert.vocabularies import Vocabulary
@@ -179,7 +179,7 @@ def _convert(
         "bad-tokenizer",
         f"expected a sentencepiece model or a list of tiktoken ranks, found {data[:16]!r}",
         file=name,
-        hint=DOWNLOAD if not data or data.lstrip().startswith(b"<") else None,  # nothing, or a web page
+        hint=DOWNLOAD if not data or of_server(data[:SERVER_BYTES]) else None,
     )
 
 
