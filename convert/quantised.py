@@ -19,7 +19,8 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.convert.one_by_one import is_stacked, stacked_from
-from ckpt_tool.convert.quantised_config import KEY, OF_PARAMS, Scheme, scheme_of
+from ckpt_tool.convert.quantised_config import EIGHT, INTEGERS, KEY, MX, NV, OF_PARAMS, Scheme
+from ckpt_tool.convert.quantised_methods import scheme_of
 from ckpt_tool.errors import Problem, fail_all
 from ckpt_tool.records import dataclass
 
@@ -42,8 +43,7 @@ class QuantFormat:
     plain: str
     dtypes: tuple[str, ...]
     activation: str = ""
-    keys: str = ""  # the scale of the cache of keys, of the weight that makes them
-    cached: str = ""  # of that of values
+    caches: bool = True  # whether loaders know scales of what attention caches (`CACHES`) beside it
     shape: str = ""
     zeros: str = ""
     second: str = ""  # one more scale, of the whole tensor
@@ -55,19 +55,33 @@ class QuantFormat:
     @property
     def others(self) -> dict[str, str]:
         """What else belongs to a weight, by what it is."""
-        found = {n: getattr(self, n) for n in ("activation", "keys", "cached", "shape", "zeros", "second")}
-        return {n: end for n, end in found.items() if end}
+        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "second")}
+        caches = {what: end for what, (end, _) in CACHES.items()} if self.caches else {}
+        return {n: end for n, end in (found | caches).items() if end}
+
+    def end(self, what: str) -> str:
+        """How the name ends of "codes", "scales" or one of the others; empty where there is none."""
+        return str(getattr(self, what)) if what in ("codes", "scales") else self.others.get(what, "")
 
 
-QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act")
-CACHED = (".k_scale", ".v_scale")
+# What is rounded beside a projection, with scales for it: how their names end, and which projection it is
+# that one of the whole attention belongs to (llm-compressor; vLLM's kv_scale is of keys and values, and
+# AMD Quark's output_scale of what a projection gives).
+CACHES = {
+    "keys": (".k_scale", "k_proj"),
+    "cached": (".v_scale", "v_proj"),
+    "both": (".kv_scale", "k_proj"),
+    "queries": (".q_scale", "q_proj"),
+    "outputs": (".output_scale", ""),
+}
+QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act", caches=False)
 TRANSFORMERS = QuantFormat(
-    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale", *CACHED
+    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
 )
-VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", *CACHED)
+VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale")
 FORMATS = (
     TRANSFORMERS,
-    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,), "", *CACHED),
+    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
     VLLM,
     QuantFormat(
         "modelopt",
@@ -76,7 +90,6 @@ FORMATS = (
         ".weight",
         ("U8",),
         ".input_scale",
-        *CACHED,
         second=".weight_scale_2",
         multiplied=True,
         packed=True,
@@ -89,20 +102,20 @@ FORMATS = (
         ".weight",
         ("I32", "U8"),
         ".input_global_scale",
-        *CACHED,
         shape=".weight_shape",
         zeros=".weight_zero_point",
         second=".weight_global_scale",
         packed=True,
     ),
-    QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True),
-    QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True, turned=True),
+    QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True, caches=False),
+    QuantFormat(
+        "mxfp4", "_blocks", "_scales", "", ("U8",), caches=False, packed=True, own_rows=True, turned=True
+    ),
 )
 _USUAL = {
     "fp8": "transformers",
     "mxfp4": "transformers",
-    "modelopt": "vllm",
-    "compressed-tensors": "vllm",
+    **dict.fromkeys(("fbgemm_fp8", "modelopt", "quark", "compressed-tensors"), "vllm"),
     OF_PARAMS: "qscale",
 }
 _ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
@@ -116,18 +129,7 @@ FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
 )
 MXFP4, INT4, NVFP4 = "MXFP4", "int4 in groups", "NVFP4"
 _FP8 = (FP8_TENSOR, FP8_ROWS, FP8_BLOCKS)
-_KINDS = {
-    "fp8": _FP8,
-    OF_PARAMS: _FP8,
-    "mxfp4": (MXFP4,),
-    "float-quantized": _FP8,
-    "naive-quantized": _FP8,
-    "pack-quantized": (INT4,),
-    "nvfp4-pack-quantized": (NVFP4,),
-    "FP8": _FP8,
-    "NVFP4": (NVFP4,),
-    "mxfp4-pack-quantized": (MXFP4,),
-}  # by the format or the method of a scheme
+_KINDS = {EIGHT: _FP8, MX: (MXFP4,), INTEGERS: (INT4,), NV: (NVFP4,)}  # by what a scheme says codes are
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,13 +249,14 @@ def _are_codes(t: TensorInfo) -> bool:
     return t.dtype == "U8" and len(t.shape) > 2 and t.shape[-1] == MX_GROUP // 2
 
 
+WHOLE = "get the whole release: codes alone are no weight"
+
+
 def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
     form = next((f for f in FORMATS if f.own_rows and t.name.endswith(f.codes)), form)
     name = _stem(t, form) + form.scales
     message = f"expected the scales of {t.name}, whose {t.dtype} are codes, found none"
-    return Problem(
-        "missing-tensor", message, t.file, name, "get the whole release: codes alone are no weight"
-    )
+    return Problem("missing-tensor", message, t.file, name, WHOLE)
 
 
 # Of fp8 without any scales: it may be a plain cast, or what is left of a release.
@@ -310,10 +313,10 @@ def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> It
 
 def _not_as_said(weights: Mapping[str, Quantised], scheme: Scheme) -> Iterator[Problem]:
     """The first weight that is not made of what the documents say."""
-    said = scheme.format or scheme.method
-    odd = next((w for w in weights.values() if said and w.kind not in _KINDS[said]), None)
+    kinds = {k for content in scheme.contents for k in _KINDS[content]}
+    odd = next((w for w in weights.values() if scheme.said and w.kind not in kinds), None)
     if odd is not None:
-        message = f"expected codes of {said}, as {scheme.file} says, found {odd.kind}"
+        message = f"expected codes of {' or '.join(scheme.contents)}, as {scheme.file} says, found {odd.kind}"
         hint = f"--set {KEY}='{{...}}' says what the tensors are, if {scheme.file} is wrong"
         yield Problem("config-mismatch", message, odd.codes.file, odd.codes.name, hint)
 
@@ -344,7 +347,7 @@ def _quantised(
 def _of_attention(stem: str, what: str, end: str) -> list[str]:
     """The name that llm-compressor gives the scale of a cache: of the attention whose projection fills it."""
     outer, _, last = stem.rpartition(".")
-    return [outer + end] if (what, last) in (("keys", "k_proj"), ("cached", "v_proj")) else []
+    return [outer + end] if CACHES.get(what, ("", ""))[1] == last else []
 
 
 def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, ...] = ()) -> Quantised:
@@ -353,15 +356,15 @@ def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, 
     )
 
 
-OF_INPUTS = ("activation", "keys", "cached")  # scales that are not of the weight's own numbers
-
-
 def _odd_activation(unit: Quantised) -> Problem | None:
-    """The scale of the inputs, or of what is cached, is one number."""
-    for t in (unit.others[what] for what in OF_INPUTS if what in unit.others):
-        if t.numel != 1 or t.dtype not in NUMBERS:
+    """The scale of the inputs, or of what is cached, is one number; of caches there may be one for each
+    head."""
+    for what, t in unit.others.items():
+        heads = what in CACHES and t.numel == max(t.shape, default=1)
+        if what in ("activation", *CACHES) and (t.dtype not in NUMBERS or not (t.numel == 1 or heads)):
             message = f"expected one number, a scale of inputs or of the cache, found {t.dtype} {t.shape}"
-            return Problem("unsupported", message, t.file, t.name)
+            hint = f"if the numbers of weights have nothing to do with it, --drop {t.name}"
+            return Problem("unsupported", message, t.file, t.name, hint)
     return None
 
 
@@ -458,6 +461,11 @@ def _packed(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantise
         made = _made(unit, MXFP4, (1, MX_GROUP), (rows, columns))
     elif unit.scales.dtype == E4M3 and "second" in unit.others:
         made = _made(unit, NVFP4, (1, NV_GROUP), (rows, columns))
+    elif unit.scales.dtype == E4M3:
+        message = f"expected a scale of the whole beside those of groups ({NVFP4}), found none"
+        return Problem(
+            "missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.second, WHOLE
+        )
     else:
         message = f"expected scales in U8 (MXFP4), or F8_E4M3 with a global scale, found {unit.scales.dtype}"
         return Problem("unsupported-dtype", message, unit.scales.file, unit.scales.name, UNPACKED)

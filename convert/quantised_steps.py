@@ -9,7 +9,7 @@ tensors become one only if their scales are equal. Anything else is refused by n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -17,9 +17,11 @@ from math import prod
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.convert.layout import Dims, Part, Place, Ranges, Step, dims_text
 from ckpt_tool.convert.quantised import (
+    CACHES,
     CODE_COLUMNS,
     FP8_ROWS,
     FP8_TENSOR,
+    NUMBERS,
     QSCALE,
     TRANSFORMERS,
     VLLM,
@@ -85,7 +87,27 @@ def of_all_parts(
 
     dtypes = {w.codes.dtype for w in inventory.weights.values() if not w.form.own_rows}
     made = steps.changed(apart, where=lambda s: any(p.dtype in dtypes for p in here(s)))
-    return made, [_refused(*why, parts) for why, parts in torn.items()]
+    problems = [_refused(*why, parts) for why, parts in torn.items()]
+    return made, problems or list(_unlike(made, {*dtypes, *NUMBERS}))
+
+
+def _unlike(steps: Steps, dtypes: Collection[str]) -> Iterator[Problem]:
+    """Of tensors that are compared with others as they are tied, those that are codes where the others are
+    numbers, or the other way round."""
+    compared = list(steps.where(lambda s: s.compare == "tied"))
+    if not compared:
+        return
+    written = {(p.file, p.name): p.dtype for s in steps if not s.compare for p in s.targets}
+    for step in compared:
+        source, target = step.sources[0], step.targets[0]
+        found = written.get((target.file, target.name))
+        plain = found in NUMBERS and source.dtype in NUMBERS
+        if found != source.dtype and not plain and source.dtype in dtypes:
+            message = (
+                f"expected numbers or codes of both, as the config ties them, found {source.dtype} here and "
+                f"{found or 'none'} in {target.name}"
+            )
+            yield Problem("tied-mismatch", message, source.file, source.name, step.hint)
 
 
 def _known(unit: Quantised | None, part: Part) -> Quantised:
@@ -167,13 +189,13 @@ class _Named:
     def called(self, what: str) -> tuple[list[TensorInfo], list[str]]:
         """The tensors that are there, and the names of those to be written."""
         held = [getattr(u, what) if what in ("codes", "scales") else u.others[what] for u in self.units]
-        plain, end = self.form.plain, getattr(self.form, what)
+        plain, end = self.form.plain, self.form.end(what)
         if not end:
             found = f"found {held[0].name}"
             raise Torn(f"expected what the other layout has a name for, {found}; --drop {held[0].name}")
         unit, names = self.units[0], []
         stem = unit.codes.name[: len(unit.codes.name) - len(unit.form.codes)]
-        outer = what in ("keys", "cached") and not held[0].name.startswith(f"{stem}.")
+        outer = what in CACHES and not held[0].name.startswith(f"{stem}.")
         for part in self.others:
             if not part.name.endswith(plain):
                 raise Torn(f"expected a name that ends in {plain or 'a word'} for {what}, found {part.name}")

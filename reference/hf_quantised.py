@@ -53,6 +53,8 @@ def _inverse(
     codes = f"{plain}.weight"
     if f"{codes}_scale_2" in shapes and shapes.get(codes, ("", ()))[0] == "U8":
         return codes, _twice(codes, scales, f"{codes}_scale_2", shapes[codes][1])
+    if shapes.get(codes, ("", ()))[0] == "U8" and shapes[scales][0] in ("U8", "F8_E8M0"):
+        return codes, _by_exponents(codes, scales, shapes[codes][1])
     if shapes.get(codes, ("", ()))[0] != "F8_E4M3":
         return None
     shape = shapes[codes][1]
@@ -77,6 +79,15 @@ def _twice(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Pack
         return _lookup(held[codes], dtype) * each.repeat_interleave(16, -1)
 
     return Packed((codes, scales, second), (*shape[:-1], shape[-1] * 2), numbers)
+
+
+def _by_exponents(codes: str, scales: str, shape: tuple[int, ...]) -> Packed:
+    """Two codes in a byte, an exponent for 32 of them (MXFP4)."""
+
+    def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return _lookup(held[codes], dtype) * powers(held[scales], dtype).repeat_interleave(32, -1)
+
+    return Packed((codes, scales), (*shape[:-1], shape[-1] * 2), numbers)
 
 
 def powers(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ it. The Hugging Face side has its own reading, hf_quantised.py.
 Sources: deepseek-ai/DeepSeek-V3 0623163, inference/kernel.py (a scale for each block, the last ones short);
 Mistral originals of 2025 (qscale_weight multiplies); openai/gpt-oss 7b58334, gpt_oss/torch/weights.py (pairs
 of four bits, the low one first, exponents from 127); compressed-tensors 0.20.1
-(pack_quantized: codes from -8); modelopt 0.47 (NVFP4QTensor: the second scale is a factor).
+(pack_quantized: codes from -8); modelopt 0.47 (NVFP4QTensor: the second scale is a factor; MXFP4QTensor).
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def packed(shapes: Shapes, block: tuple[int, int] | None, group: int | None) -> 
                 found[name] = _of_eight_bits(name, beside, shape, shapes[beside][1], block)
         elif dtype == "U8" and last == "blocks" and f"{stem}.scales" in shapes:
             found[stem] = _of_pairs(name, f"{stem}.scales", (*shape[:-2], shape[-2] * shape[-1] * 2))
-        elif dtype == "U8" and last == "weight" and f"{stem}.weight_scale_2" in shapes:
+        elif dtype == "U8" and last == "weight" and f"{stem}.weight_scale" in shapes:
             beside, second = f"{stem}.weight_scale", f"{stem}.weight_scale_2"
-            if beside in shapes:
+            if shapes[beside][0] in ("U8", "F8_E8M0"):
+                found[name] = _of_pairs(name, beside, (shape[0], 2 * shape[1]))
+            elif second in shapes:
                 found[name] = _of_pairs_twice_scaled(name, beside, second, (shape[0], 2 * shape[1]), 1)
         elif last == "weight_packed":
             made = _of_words(stem, shapes, group)
