@@ -26,7 +26,7 @@ from ckpt_tool.records import dataclass
 
 E4M3, E8M0 = "F8_E4M3", ("U8", "F8_E8M0")
 NUMBERS = ("F32", "BF16", "F16", "F64")  # in which scales are stored that are no bare exponents
-CODE_COLUMNS = {"I32": 8, "U8": 2}  # codes of four bits in one element
+WORD, PAIR = "I32", "U8"  # elements of several codes: as many as their bits allow, and two of four bits
 MX_GROUP, NV_GROUP = 32, 16  # neighbours that share a scale, by the formats' definition
 
 
@@ -46,6 +46,7 @@ class QuantFormat:
     caches: bool = True  # whether loaders know scales of what attention caches (`CACHES`) beside it
     shape: str = ""
     zeros: str = ""
+    shift: str = ""  # the zero point of the inputs
     second: str = ""  # one more scale, of the whole tensor
     multiplied: bool = False  # that the second one is a factor, no divisor
     packed: bool = False
@@ -55,7 +56,7 @@ class QuantFormat:
     @property
     def others(self) -> dict[str, str]:
         """What else belongs to a weight, by what it is."""
-        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "second")}
+        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "shift", "second")}
         caches = {what: end for what, (end, _) in CACHES.items()} if self.caches else {}
         return {n: end for n, end in (found | caches).items() if end}
 
@@ -83,6 +84,16 @@ FORMATS = (
     TRANSFORMERS,
     QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
     VLLM,
+    QuantFormat(
+        "int8",
+        ".weight",
+        ".weight_scale",
+        ".weight",
+        ("I8",),
+        ".input_scale",
+        zeros=".weight_zero_point",
+        shift=".input_zero_point",
+    ),
     QuantFormat(
         "modelopt",
         ".weight",
@@ -127,9 +138,9 @@ FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
     "fp8, a scale for each row",
     "fp8 in blocks",
 )
-MXFP4, INT4, NVFP4 = "MXFP4", "int4 in groups", "NVFP4"
+MXFP4, INT4, INT8, NVFP4 = "MXFP4", "int4 in groups", "int8", "NVFP4"
 _FP8 = (FP8_TENSOR, FP8_ROWS, FP8_BLOCKS)
-_KINDS = {EIGHT: _FP8, MX: (MXFP4,), INTEGERS: (INT4,), NV: (NVFP4,)}  # by what a scheme says codes are
+_KINDS = {EIGHT: _FP8, MX: (MXFP4,), INTEGERS: (INT4, INT8), NV: (NVFP4,)}  # by what a scheme says codes are
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +162,24 @@ class Quantised:
         """The format with its block, as people say it."""
         if self.kind == FP8_BLOCKS:
             return f"fp8 in blocks of {self.block[0]} x {self.block[1]}"
-        if self.kind != INT4:
+        if self.kind not in (INT4, INT8):
             return self.kind
-        return f"int4 in groups of {self.block[1]}{' with zero points' * ('zeros' in self.others)}"
+        shifted = " with zero points" * ("zeros" in self.others)
+        if self.kind == INT4 or self.block[1] != self.shape[-1]:
+            return f"{self.kind[:4]} in groups of {self.block[1]}{shifted}"
+        return f"int8, a scale for each {'tensor' if self.of_all else 'row'}{shifted}"
+
+    @property
+    def of_all(self) -> bool:
+        """Whether its scale is one of the whole tensor."""
+        return self.kind == FP8_TENSOR or (self.kind == INT8 and self.block == self.shape[-2:])
+
+    @property
+    def together(self) -> int:
+        """How many codes are in one element."""
+        if self.codes.dtype == WORD:
+            return 32 // (8 if self.kind == INT8 else 4)
+        return 2 if self.codes.dtype == PAIR else 1
 
     @property
     def rounds_scales(self) -> bool:
@@ -338,7 +364,7 @@ def _quantised(
     if (odd := _odd_activation(unit)) is not None:
         return odd
     if not form.packed:
-        return _fp8(unit, scheme)
+        return _int8(unit, scheme) if codes.dtype == "I8" else _fp8(unit, scheme)
     if form.own_rows:
         return _mxfp4_blocks(unit)
     return _packed(unit, scheme, checkpoint)
@@ -450,9 +476,9 @@ def _packed(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantise
     if len(codes.shape) != 2:
         message = f"expected packed codes of a matrix, found shape {codes.shape}"
         return Problem("shape-mismatch", message, codes.file, codes.name)
-    if codes.dtype == "I32":
-        return _int4(unit, scheme, checkpoint)
-    rows, columns = codes.shape[0], codes.shape[1] * CODE_COLUMNS["U8"]
+    if codes.dtype == WORD:
+        return _words(unit, scheme, checkpoint)
+    rows, columns = codes.shape[0], codes.shape[1] * 2
     second = unit.others.get("second")
     if second is not None and (second.dtype, second.numel) != ("F32", 1):
         message = f"expected one number in F32, a scale of the whole, found {second.dtype} {second.shape}"
@@ -486,33 +512,55 @@ def _wrong_groups(unit: Quantised) -> Problem:
     return Problem("shape-mismatch", message, unit.scales.file, unit.scales.name)
 
 
-def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised | Problem:
-    """Eight codes in a word, the last word of a row padded: `weight_shape` says how many columns count."""
+# --- integers -------------------------------------------------------------------------------------------
+
+
+def _int8(unit: Quantised, scheme: Scheme) -> Quantised | Problem:
+    """A code in each element, with one scale, or one for each row or group of neighbours in it."""
     codes, scales = unit.codes, unit.scales
     if scales.dtype not in NUMBERS:
         return _odd_dtype(scales, NUMBERS)
-    if scheme.bits not in (None, 4):
-        message = f"expected words of eight codes for 4 bits, found {scheme.bits} bits in {scheme.file}"
-        return Problem("config-mismatch", message, codes.file, codes.name)
+    if len(codes.shape) != 2:
+        message = f"expected codes of a matrix, found shape {codes.shape}"
+        return Problem("unsupported", message, codes.file, codes.name)
+    rows, columns = codes.shape
+    if scheme.group is None and scales.numel == 1:
+        made = _made(unit, INT8, (rows, columns))
+    else:
+        group = scheme.group or columns
+        made = _made(unit, INT8, (1, group))
+        if scales.shape != (rows, -(-columns // group)):
+            return _wrong_groups(made)
+    return _odd_zeros(made, scheme) or made
+
+
+def _words(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised | Problem:
+    """Several codes in a word, the last word of a row padded: `weight_shape` says how many columns count."""
+    codes, scales = unit.codes, unit.scales
+    if scales.dtype not in NUMBERS:
+        return _odd_dtype(scales, NUMBERS)
+    kind = INT8 if scheme.bits == 8 else INT4
+    each = _made(unit, kind, (1, 1)).together
     if (shape := unit.others.get("shape")) is None:
         message = "expected this tensor, which says how many columns of the codes count, found none"
         return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
     said = _shape_said(shape, checkpoint)
-    if said is None or said[0] != codes.shape[0] or -(-said[1] // CODE_COLUMNS["I32"]) != codes.shape[1]:
-        message = f"expected rows and columns that {codes.shape} words of eight codes hold, found {said}"
+    if said is None or said[0] != codes.shape[0] or -(-said[1] // each) != codes.shape[1]:
+        held = f"{codes.shape} words of {each} codes ({kind[:4]})"
+        message = f"expected rows and columns that {held} hold, found {said}"
         return Problem("shape-mismatch", message, shape.file, shape.name)
     if scheme.group is None and scales.shape != (said[0], 1):
         message = "expected config.json to say how many neighbours share a scale, found nothing"
         return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
     group = scheme.group or said[1]
-    made = _made(unit, INT4, (1, group), said)
+    made = _made(unit, kind, (1, group), said)
     if scales.shape != (said[0], -(-said[1] // group)):
         return _wrong_groups(made)
     return _odd_zeros(made, scheme) or made
 
 
 def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:
-    """Zero points are codes as well, those of eight rows in a word, one for each scale."""
+    """Zero points are codes as well, one for each scale: in words those of several rows."""
     zeros, called = unit.others.get("zeros"), _stem(unit.codes, unit.form) + unit.form.zeros
     if zeros is None:
         if scheme.symmetric:
@@ -522,10 +570,12 @@ def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:
     if scheme.said and scheme.symmetric:
         message = f"expected symmetric codes, as {scheme.file} says, found zero points"
         return Problem("config-mismatch", message, zeros.file, zeros.name)
-    expected = -(-unit.shape[0] // CODE_COLUMNS["I32"]), unit.scales.shape[1]
-    if zeros.dtype == "I32" and zeros.shape == expected:
+    packed, dtype = unit.form.packed, unit.codes.dtype
+    expected = (-(-unit.shape[0] // unit.together), unit.scales.shape[1]) if packed else unit.scales.shape
+    if zeros.dtype == dtype and zeros.shape == expected:
         return None
-    message = f"expected zero points I32 {expected}, those of eight rows in a word, found {zeros.dtype}"
+    words = f", those of {unit.together} rows in a word" * packed
+    message = f"expected zero points {dtype} {expected}{words}, found {zeros.dtype}"
     return Problem("shape-mismatch", f"{message} {zeros.shape}", zeros.file, zeros.name)
 
 

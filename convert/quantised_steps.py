@@ -18,9 +18,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.convert.layout import Dims, Part, Place, Ranges, Step, dims_text
 from ckpt_tool.convert.quantised import (
     CACHES,
-    CODE_COLUMNS,
     FP8_ROWS,
-    FP8_TENSOR,
     NUMBERS,
     QSCALE,
     TRANSFORMERS,
@@ -142,15 +140,17 @@ def _apart(
         raise Torn(f"expected plain weights to take the mean of, found {first.words}")
     named = _Named(step, units, side, form or _hugging_face(first.form, side, by_rows))
     yield named.codes()
-    if first.kind == FP8_TENSOR:
+    if first.of_all:
         yield from named.numbers("scales")
     else:
         yield named.of_rows() if first.kind == FP8_ROWS else named.on_grid("scales", first.block)
     for what, tensor in first.others.items():
         if what == "shape" and (len(units) > 1 or len(named.others) > 1):
             raise Torn("expected codes in words of their own row to stay one tensor, found a cut or a join")
-        if what == "zeros":  # those of several rows in a word
-            yield named.on_grid("zeros", (CODE_COLUMNS[tensor.dtype], first.block[1]), packed=True)
+        if what == "zeros" and first.form.packed:  # those of several rows in a word
+            yield named.on_grid("zeros", (first.together, first.block[1]), packed=True)
+        elif what == "zeros" and not first.of_all:
+            yield named.on_grid("zeros", first.block)
         else:
             yield from named.numbers(what, tensor.shape)
 
@@ -206,7 +206,7 @@ class _Named:
     def codes(self) -> Step:
         unit = self.units[0]
         if unit.form.packed:
-            return self.on_grid("codes", (1, CODE_COLUMNS[unit.codes.dtype]), packed=True)
+            return self.on_grid("codes", (1, unit.together), packed=True)
         held, names = self.called("codes")
         mine, theirs = (
             ([p.dims for p in side], [p.ranges for p in side]) for side in (self.here, self.others)
