@@ -101,7 +101,7 @@ def scheme_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scheme:
     method = _SAME.get(said, said) if isinstance(said, str) else said
     if method not in _METHODS:
         _refuse(
-            "unsupported", f"expected {' or '.join(_METHODS)}", said, f"{KEY}.quant_method", file, UNPACKED
+            "unsupported", f"expected {' or '.join(METHODS)}", said, f"{KEY}.quant_method", file, UNPACKED
         )
     fail_all(_unknown(raw, method, file))
     return _METHODS[method](raw, file)
@@ -396,3 +396,4 @@ _METHODS = {
     "modelopt": _modelopt,
     "quark": _quark,
 }
+METHODS = tuple(_METHODS)
