@@ -12,7 +12,7 @@ originals of 2025 (qscale_weight, qscale_act).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,7 @@ class QuantFormat:
     packed: bool = False
     own_rows: bool = False
     turned: bool = False
+    spread: bool = False  # scales of blocks are (rows, 1, columns, 1)
 
     @property
     def others(self) -> dict[str, str]:
@@ -80,6 +81,9 @@ TRANSFORMERS = QuantFormat(
     "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
 )
 VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale")
+SPREAD = replace(  # told by the shape of its scales
+    VLLM, name="modelopt-blocks", spread=True
+)
 FORMATS = (
     TRANSFORMERS,
     QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
@@ -417,6 +421,9 @@ def _fp8(unit: Quantised, scheme: Scheme) -> Quantised | Problem:
     if scheme.block is None:
         return _no_block(unit, scheme)
     block = scheme.block
+    if unit.form is VLLM and len(scales.shape) == 4 and scales.shape[1::2] == (1, 1):  # modelopt's FP8_PB_WO
+        unit = replace(unit, form=SPREAD, scales=replace(scales, shape=scales.shape[::2]))
+        scales = unit.scales
     expected = (*codes.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
     if scales.shape != expected:
         return _wrong_grid(unit, scheme, expected)

@@ -81,6 +81,7 @@ _ALGORITHMS = {
     "FP8": EIGHT,
     "FP8_PER_CHANNEL_PER_TOKEN": EIGHT,
     "FP8_PB": EIGHT,
+    "FP8_PB_WO": EIGHT,
     "MXFP8": EIGHT,
     "NVFP4": NV,
     "W4A16_NVFP4": NV,
@@ -294,7 +295,7 @@ def _of_algorithm(said: Raw, raw: Raw, where: str, file: str) -> Scheme:
     content = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     if content is None:
         _refuse("unsupported", f"expected {' or '.join(_ALGORITHMS)}", algorithm, where, file, UNPACKED)
-    block = {"MXFP8": MX_BLOCK, "FP8_PB": (128, 128)}.get(str(algorithm))
+    block = {"MXFP8": MX_BLOCK, "FP8_PB": (128, 128), "FP8_PB_WO": (128, 128)}.get(str(algorithm))
     wanted = 32 if algorithm == "MXFP8" else _GROUPS.get(content)
     if wanted is not None and size not in (None, wanted):
         _refuse("unsupported", f"expected {wanted}", size, f"{KEY}.group_size", file, UNPACKED)

@@ -186,6 +186,11 @@ class _Named:
     def here(self) -> tuple[Part, ...]:
         return self.step.sources if self.side == "sources" else self.step.targets
 
+    @property
+    def renamed(self) -> bool:
+        """Whether the other side has names of its own."""
+        return self.form is not self.units[0].form
+
     def called(self, what: str) -> tuple[list[TensorInfo], list[str]]:
         """The tensors that are there, and the names of those to be written."""
         held = [getattr(u, what) if what in ("codes", "scales") else u.others[what] for u in self.units]
@@ -214,11 +219,11 @@ class _Named:
         return self._between(self.step.axes, *mine, *theirs, held, names)
 
     def of_rows(self) -> Step:
-        """The step of scales of whole rows: (rows,) in an original, (rows, 1) as compressed-tensors has them,
-        else either way as they are."""
+        """The step of scales of whole rows, as they are; where the other layout has names of its own, (rows,)
+        in an original are (rows, 1) as compressed-tensors has them."""
         held, names = self.called("scales")
         wide = len(held[0].shape) > 1
-        becomes = {QSCALE.name: False, VLLM.name: True}.get(self.form.name, wide)
+        becomes = {QSCALE.name: False, VLLM.name: True}.get(self.form.name, wide) if self.renamed else wide
         axes, left, right = self._of_blocks((1, 0), True, False)
         (mine, my_ranges), (theirs, their_ranges) = left, right
         column: Dims = ((),)
@@ -231,6 +236,8 @@ class _Named:
         not one number for them."""
         held, names = self.called(what)
         axes, left, right = self._of_blocks(block, False, packed)
+        if what == "scales" and self.units[0].form.spread:
+            left, right = (([(d[0], (), d[1], ()) for d in dims], ranges) for dims, ranges in (left, right))
         return self._between(axes, *left, *right, held, names)
 
     def _of_blocks(self, block: tuple[int, int], flat: bool, packed: bool) -> tuple[Axes, Side, Side]:
@@ -249,7 +256,8 @@ class _Named:
         axes = tuple((f"x{k}", n) for k, n in enumerate(shape))
         dims: Dims = tuple((a,) for a, _ in axes)
         becomes = dims
-        if self.units[0].kind == FP8_ROWS and what == "activation" and self.form.name in _ONE:
+        rows = self.units[0].kind == FP8_ROWS
+        if rows and what == "activation" and self.form.name in _ONE and self.renamed:
             axes, dims, becomes = (), ((),) * len(shape), ((),) * _ONE[self.form.name]
         for k, (tensor, name) in enumerate((t, n) for t in held for n in names):
             made = self._between(axes, [dims], [()], [becomes], [()], [tensor], [name])

@@ -74,6 +74,8 @@ def _inverse(plain: str, scales: str, shapes: Shapes, said: Said) -> tuple[str, 
 
     def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         s = powers(held[scales], dtype)
+        if s.dim() > 3:
+            s = s.squeeze(3).squeeze(1)
         if s.numel() > 1 and block is not None:
             s = s.repeat_interleave(block[0], -2)[..., : shape[-2], :]
             s = s.repeat_interleave(block[1], -1)[..., : shape[-1]]

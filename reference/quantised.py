@@ -77,6 +77,7 @@ def _of_eight_bits(
             return q * s.reshape(())
         if block is None:
             return q * s.reshape(-1, 1)
+        s = s[:, 0, :, 0] if s.dim() == 4 else s  # as modelopt keeps them
         high, wide = block
         for i in range(0, q.shape[-2], high):
             for j in range(0, q.shape[-1], wide):

@@ -48,10 +48,8 @@ def held(folder: Path) -> Tensors:
 
 
 def same(a: Path, b: Path) -> bool:
-    one, other = held(a), held(b)
-    return {n: (d, x.tobytes()) for n, (d, x) in one.items()} == {
-        n: (d, x.tobytes()) for n, (d, x) in other.items()
-    }
+    one, other = ({n: (d, x.shape, x.tobytes()) for n, (d, x) in held(f).items()} for f in (a, b))
+    return one == other
 
 
 def called(tensors: Tensors, old: str, new: str) -> None:
@@ -121,6 +119,14 @@ def by_channel(tensors: Tensors, config: dict[str, Any]) -> None:
     for name in [n for n in tensors if n.endswith(".weight_scale")]:
         tensors[name] = tensors[name][0], tensors[name][1].reshape(-1)
     config[KEY] = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+
+
+def spread_blocks(tensors: Tensors, config: dict[str, Any]) -> None:
+    called(tensors, ".weight_scale_inv", ".weight_scale")
+    for name in [n for n in tensors if n.endswith(".weight_scale")]:
+        dtype, grid = tensors[name]
+        tensors[name] = dtype, grid.reshape(grid.shape[0], 1, grid.shape[1], 1)
+    config[KEY] = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
 
 
 def with_heads(tensors: Tensors, config: dict[str, Any]) -> None:
@@ -195,6 +201,7 @@ TOOLS: dict[str, tuple[str | Format, Change, list[str]]] = {
     "Quark": ("fp8-tensor", quark, ["fp8, a scale for each tensor"]),
     "Quark MXFP4": ("mxfp4", quark_of_four, ["MXFP4"]),
     "modelopt by channel": ("fp8-rows", by_channel, ["fp8, a scale for each row"]),
+    "modelopt by block": (in_blocks((128, 128), "F32"), spread_blocks, ["fp8 in blocks of 128 x 128"]),
     "modelopt mixed": ("nvfp4", of_layers, ["fp8, a scale for each row", "NVFP4"]),
     "heads": ("fp8-rows", with_heads, ["fp8, a scale for each row"]),
     "MXFP8": (in_blocks((1, 32), "F8_E8M0"), bytes_for_exponents, ["fp8 in blocks of 1 x 32"]),
@@ -234,7 +241,7 @@ def test_what_a_tool_writes_is_carried_and_proved(
     assert not any("scale" in n or "zero" in n for n in held(tmp_path / "numbers"))
 
 
-@pytest.mark.parametrize("name", ["Quark MXFP4", "int8"])
+@pytest.mark.parametrize("name", ["Quark MXFP4", "modelopt by block", "int8"])
 def test_both_readings_take_them(
     name: str, made: Callable[..., Path], tmp_path: Path, one_thread: None
 ) -> None:
