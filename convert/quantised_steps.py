@@ -237,7 +237,7 @@ class _Named:
         held, names = self.called(what)
         axes, left, right = self._of_blocks(block, False, packed)
         if what == "scales" and self.units[0].form.spread:
-            left, right = (([(d[0], (), d[1], ()) for d in dims], ranges) for dims, ranges in (left, right))
+            left, right = (_spread(left), _spread(right))
         return self._between(axes, *left, *right, held, names)
 
     def _of_blocks(self, block: tuple[int, int], flat: bool, packed: bool) -> tuple[Axes, Side, Side]:
@@ -333,6 +333,12 @@ def _grid(
         made.pop(orders[frozenset(dims[-1])][0][-1])
     left, right = (_sides(side, k, orders, merged, flat, sizes) for k, side in ((0, here), (1, others)))
     return tuple(made.items()), left, right
+
+
+def _spread(side: Side) -> Side:
+    """Dims (rows, columns) as (rows, 1, columns, 1)."""
+    made: list[Dims] = [(d[0], (), d[1], ()) for d in side[0]]
+    return made, side[1]
 
 
 def _words(dims: Dims, other: Dims, block: tuple[int, int]) -> str:

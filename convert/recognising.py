@@ -130,7 +130,7 @@ def check_plain(checkpoint: Checkpoint) -> None:
 def _of_codes(checkpoint: Checkpoint, name: str) -> str:
     """The dtype of the weight whose scale is called so, where that tells more than its name."""
     weight = checkpoint.find(f"{name.rpartition('.')[0]}.weight")
-    return f" ({weight[0].dtype})" if weight and weight[0].dtype not in CASTABLE else ""
+    return f", here {weight[0].dtype}" if weight and weight[0].dtype not in CASTABLE else ""
 
 
 def check_whole(checkpoint: Checkpoint) -> None:

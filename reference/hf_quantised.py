@@ -100,7 +100,9 @@ def _integers(codes: str, scales: str, shapes: Shapes, group: int | None) -> Pac
                 return x.reshape(1, 1)
             return x.repeat_interleave(group or columns, 1)[:, :columns]
 
-        return (made - spread(held[zero]) if own else made) * spread(held[scales])
+        if own:
+            made = made - spread(held[zero])
+        return made * spread(held[scales])
 
     return Packed((codes, scales, *own), shape, numbers)
 
@@ -166,13 +168,13 @@ def _words(plain: str, codes: str, shapes: Shapes, of: Said) -> tuple[str, Packe
             return made * s.to(dtype).repeat_interleave(made.shape[1] // s.shape[1], 1)
         columns = int(held[said][1])
         shifts = torch.arange(0, 32, of.bits, dtype=torch.int32)
-        mask, group = 2**of.bits - 1, of.group or columns
+        mask, group = (1 << of.bits) - 1, of.group or columns
         made = ((held[codes].unsqueeze(-1) >> shifts) & mask).flatten(1)[:, :columns].to(dtype)
         if zero in held:
             middle = ((held[zero].unsqueeze(1) >> shifts[:, None]) & mask).flatten(0, 1)[:rows].to(dtype)
             made = made - middle.repeat_interleave(group, 1)[:, :columns]
         else:
-            made = made - 2 ** (of.bits - 1)
+            made = made - (1 << of.bits - 1)
         return made * s.to(dtype).repeat_interleave(group, 1)[:, :columns]
 
     further = tuple(n for n in (said, second, zero) if n in shapes)

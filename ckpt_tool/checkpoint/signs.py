@@ -368,7 +368,11 @@ _PACKED = (
     (r"weight\._(data|scale|shift)", "weights of few bits (quanto)", UNPACKED),
     (r"w_q|weight_scales|trellis|suh|centroids", "weights of few bits (HQQ, EETQ, EXL3, VPTQ)", UNPACKED),
     (r"weight_packed", "weights of few bits (compressed-tensors)", UNPACKED),
-    (r"weight_scale(_inv|_2)?|(qscale|input_scale)\w*", "weights of 8 bits or fewer with scales", UNPACKED),
+    (
+        r"weight_scale(_inv|_2)?|(qscale|input_scale)\w*",
+        "weights of 8 bits or fewer with scales (fp8 and others)",
+        UNPACKED,
+    ),
     (r"\w+_blocks|\w+\.blocks", "MXFP4 weights of four bits", UNPACKED),
     (r"codebooks|qidxs\w*", "weights of few bits (AQLM, QuIP)", UNPACKED),
 )
