@@ -26,9 +26,15 @@ OF_CODES = {"_scale_inv": ".weight_scale_inv", "_activation_scale": ".activation
 SAVED = "load the model with transformers 5 and save_pretrained() it: that writes them one by one"
 # What servers join of a decoder's own projections, as vLLM holds them.
 _JOINED = re.compile(
-    r"(?:\w+\.)?model\.layers\.\d+\.(?P<kind>self_attn\.qkv_proj|mlp\.gate_up_proj)\.(weight|bias)", re.ASCII
+    r"(?:\w+\.)?model\.layers\.\d+\.(?:(?P<kind>self_attn\.qkv_proj|mlp\.gate_up_proj)\.(weight|bias)"
+    r"|\w+\.(?P<experts>experts\.w13_weight))",
+    re.ASCII,
 )
-_PARTS = {"self_attn.qkv_proj": "q_proj, k_proj and v_proj", "mlp.gate_up_proj": "gate_proj and up_proj"}
+_PARTS = {
+    "self_attn.qkv_proj": "q_proj, k_proj and v_proj",
+    "mlp.gate_up_proj": "gate_proj and up_proj",
+    "experts.w13_weight": "gate and up of each expert",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +203,7 @@ def _joined_problems(names: list[str], checkpoint: Checkpoint) -> Iterator[Probl
     first: dict[str, str] = {}
     for name in names:
         if found := _JOINED.fullmatch(name):
-            first.setdefault(found["kind"], name)
+            first.setdefault(found["kind"] or found["experts"], name)
     for kind, name in first.items():
         yield Problem(
             "unsupported",

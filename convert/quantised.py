@@ -12,20 +12,21 @@ originals of 2025 (qscale_weight, qscale_act).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.convert.one_by_one import is_stacked, stacked_from
-from ckpt_tool.convert.quantised_config import KEY, OF_PARAMS, Scheme, scheme_of
+from ckpt_tool.convert.quantised_config import EIGHT, INTEGERS, KEY, MX, NV, OF_PARAMS, Scheme
+from ckpt_tool.convert.quantised_methods import scheme_of
 from ckpt_tool.errors import Problem, fail_all
 from ckpt_tool.records import dataclass
 
 E4M3, E8M0 = "F8_E4M3", ("U8", "F8_E8M0")
 NUMBERS = ("F32", "BF16", "F16", "F64")  # in which scales are stored that are no bare exponents
-CODE_COLUMNS = {"I32": 8, "U8": 2}  # codes of four bits in one element
+WORD, PAIR = "I32", "U8"  # elements of several codes: as many as their bits allow, and two of four bits
 MX_GROUP, NV_GROUP = 32, 16  # neighbours that share a scale, by the formats' definition
 
 
@@ -42,33 +43,61 @@ class QuantFormat:
     plain: str
     dtypes: tuple[str, ...]
     activation: str = ""
-    keys: str = ""  # the scale of the cache of keys, of the weight that makes them
-    cached: str = ""  # of that of values
+    caches: bool = True  # whether loaders know scales of what attention caches (`CACHES`) beside it
     shape: str = ""
     zeros: str = ""
+    shift: str = ""  # the zero point of the inputs
     second: str = ""  # one more scale, of the whole tensor
     multiplied: bool = False  # that the second one is a factor, no divisor
     packed: bool = False
     own_rows: bool = False
     turned: bool = False
+    spread: bool = False  # scales of blocks are (rows, 1, columns, 1)
 
     @property
     def others(self) -> dict[str, str]:
         """What else belongs to a weight, by what it is."""
-        found = {n: getattr(self, n) for n in ("activation", "keys", "cached", "shape", "zeros", "second")}
-        return {n: end for n, end in found.items() if end}
+        found = {n: getattr(self, n) for n in ("activation", "shape", "zeros", "shift", "second")}
+        caches = {what: end for what, (end, _) in CACHES.items()} if self.caches else {}
+        return {n: end for n, end in (found | caches).items() if end}
+
+    def end(self, what: str) -> str:
+        """How the name ends of "codes", "scales" or one of the others; empty where there is none."""
+        return str(getattr(self, what)) if what in ("codes", "scales") else self.others.get(what, "")
 
 
-QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act")
-CACHED = (".k_scale", ".v_scale")
+# What is rounded beside a projection, with scales for it: how their names end, and which projection it is
+# that one of the whole attention belongs to (llm-compressor; vLLM's kv_scale is of keys and values, and
+# AMD Quark's output_scale of what a projection gives).
+CACHES = {
+    "keys": (".k_scale", "k_proj"),
+    "cached": (".v_scale", "v_proj"),
+    "both": (".kv_scale", "k_proj"),
+    "queries": (".q_scale", "q_proj"),
+    "outputs": (".output_scale", ""),
+}
+QSCALE = QuantFormat("qscale", ".weight", ".qscale_weight", ".weight", (E4M3,), ".qscale_act", caches=False)
 TRANSFORMERS = QuantFormat(
-    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale", *CACHED
+    "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
 )
-VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale", *CACHED)
+VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale")
+SPREAD = replace(  # told by the shape of its scales
+    VLLM, name="modelopt-blocks", spread=True
+)
 FORMATS = (
     TRANSFORMERS,
-    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,), "", *CACHED),
+    QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),
     VLLM,
+    QuantFormat(
+        "int8",
+        ".weight",
+        ".weight_scale",
+        ".weight",
+        ("I8",),
+        ".input_scale",
+        zeros=".weight_zero_point",
+        shift=".input_zero_point",
+    ),
     QuantFormat(
         "modelopt",
         ".weight",
@@ -76,7 +105,6 @@ FORMATS = (
         ".weight",
         ("U8",),
         ".input_scale",
-        *CACHED,
         second=".weight_scale_2",
         multiplied=True,
         packed=True,
@@ -89,20 +117,20 @@ FORMATS = (
         ".weight",
         ("I32", "U8"),
         ".input_global_scale",
-        *CACHED,
         shape=".weight_shape",
         zeros=".weight_zero_point",
         second=".weight_global_scale",
         packed=True,
     ),
-    QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True),
-    QuantFormat("mxfp4", "_blocks", "_scales", "", ("U8",), packed=True, own_rows=True, turned=True),
+    QuantFormat("mxfp4-dotted", ".blocks", ".scales", "", ("U8",), packed=True, own_rows=True, caches=False),
+    QuantFormat(
+        "mxfp4", "_blocks", "_scales", "", ("U8",), caches=False, packed=True, own_rows=True, turned=True
+    ),
 )
 _USUAL = {
     "fp8": "transformers",
     "mxfp4": "transformers",
-    "modelopt": "vllm",
-    "compressed-tensors": "vllm",
+    **dict.fromkeys(("fbgemm_fp8", "modelopt", "quark", "compressed-tensors"), "vllm"),
     OF_PARAMS: "qscale",
 }
 _ENDS = tuple(dict.fromkeys(f.codes for f in FORMATS))
@@ -114,20 +142,9 @@ FP8_TENSOR, FP8_ROWS, FP8_BLOCKS = (
     "fp8, a scale for each row",
     "fp8 in blocks",
 )
-MXFP4, INT4, NVFP4 = "MXFP4", "int4 in groups", "NVFP4"
+MXFP4, INT4, INT8, NVFP4 = "MXFP4", "int4 in groups", "int8", "NVFP4"
 _FP8 = (FP8_TENSOR, FP8_ROWS, FP8_BLOCKS)
-_KINDS = {
-    "fp8": _FP8,
-    OF_PARAMS: _FP8,
-    "mxfp4": (MXFP4,),
-    "float-quantized": _FP8,
-    "naive-quantized": _FP8,
-    "pack-quantized": (INT4,),
-    "nvfp4-pack-quantized": (NVFP4,),
-    "FP8": _FP8,
-    "NVFP4": (NVFP4,),
-    "mxfp4-pack-quantized": (MXFP4,),
-}  # by the format or the method of a scheme
+_KINDS = {EIGHT: _FP8, MX: (MXFP4,), INTEGERS: (INT4, INT8), NV: (NVFP4,)}  # by what a scheme says codes are
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +166,24 @@ class Quantised:
         """The format with its block, as people say it."""
         if self.kind == FP8_BLOCKS:
             return f"fp8 in blocks of {self.block[0]} x {self.block[1]}"
-        if self.kind != INT4:
+        if self.kind not in (INT4, INT8):
             return self.kind
-        return f"int4 in groups of {self.block[1]}{' with zero points' * ('zeros' in self.others)}"
+        shifted = " with zero points" * ("zeros" in self.others)
+        if self.kind == INT4 or self.block[1] != self.shape[-1]:
+            return f"{self.kind[:4]} in groups of {self.block[1]}{shifted}"
+        return f"int8, a scale for each {'tensor' if self.of_all else 'row'}{shifted}"
+
+    @property
+    def of_all(self) -> bool:
+        """Whether its scale is one of the whole tensor."""
+        return self.kind == FP8_TENSOR or (self.kind == INT8 and self.block == self.shape[-2:])
+
+    @property
+    def together(self) -> int:
+        """How many codes are in one element."""
+        if self.codes.dtype == WORD:
+            return 32 // (8 if self.kind == INT8 else 4)
+        return 2 if self.codes.dtype == PAIR else 1
 
     @property
     def rounds_scales(self) -> bool:
@@ -247,13 +279,14 @@ def _are_codes(t: TensorInfo) -> bool:
     return t.dtype == "U8" and len(t.shape) > 2 and t.shape[-1] == MX_GROUP // 2
 
 
+WHOLE = "get the whole release: codes alone are no weight"
+
+
 def _no_scales(t: TensorInfo, form: QuantFormat) -> Problem:
     form = next((f for f in FORMATS if f.own_rows and t.name.endswith(f.codes)), form)
     name = _stem(t, form) + form.scales
     message = f"expected the scales of {t.name}, whose {t.dtype} are codes, found none"
-    return Problem(
-        "missing-tensor", message, t.file, name, "get the whole release: codes alone are no weight"
-    )
+    return Problem("missing-tensor", message, t.file, name, WHOLE)
 
 
 # Of fp8 without any scales: it may be a plain cast, or what is left of a release.
@@ -310,10 +343,10 @@ def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> It
 
 def _not_as_said(weights: Mapping[str, Quantised], scheme: Scheme) -> Iterator[Problem]:
     """The first weight that is not made of what the documents say."""
-    said = scheme.format or scheme.method
-    odd = next((w for w in weights.values() if said and w.kind not in _KINDS[said]), None)
+    kinds = {k for content in scheme.contents for k in _KINDS[content]}
+    odd = next((w for w in weights.values() if scheme.said and w.kind not in kinds), None)
     if odd is not None:
-        message = f"expected codes of {said}, as {scheme.file} says, found {odd.kind}"
+        message = f"expected codes of {' or '.join(scheme.contents)}, as {scheme.file} says, found {odd.kind}"
         hint = f"--set {KEY}='{{...}}' says what the tensors are, if {scheme.file} is wrong"
         yield Problem("config-mismatch", message, odd.codes.file, odd.codes.name, hint)
 
@@ -335,7 +368,7 @@ def _quantised(
     if (odd := _odd_activation(unit)) is not None:
         return odd
     if not form.packed:
-        return _fp8(unit, scheme)
+        return _int8(unit, scheme) if codes.dtype == "I8" else _fp8(unit, scheme)
     if form.own_rows:
         return _mxfp4_blocks(unit)
     return _packed(unit, scheme, checkpoint)
@@ -344,7 +377,7 @@ def _quantised(
 def _of_attention(stem: str, what: str, end: str) -> list[str]:
     """The name that llm-compressor gives the scale of a cache: of the attention whose projection fills it."""
     outer, _, last = stem.rpartition(".")
-    return [outer + end] if (what, last) in (("keys", "k_proj"), ("cached", "v_proj")) else []
+    return [outer + end] if CACHES.get(what, ("", ""))[1] == last else []
 
 
 def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, ...] = ()) -> Quantised:
@@ -353,15 +386,15 @@ def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, 
     )
 
 
-OF_INPUTS = ("activation", "keys", "cached")  # scales that are not of the weight's own numbers
-
-
 def _odd_activation(unit: Quantised) -> Problem | None:
-    """The scale of the inputs, or of what is cached, is one number."""
-    for t in (unit.others[what] for what in OF_INPUTS if what in unit.others):
-        if t.numel != 1 or t.dtype not in NUMBERS:
+    """The scale of the inputs, or of what is cached, is one number; of caches there may be one for each
+    head."""
+    for what, t in unit.others.items():
+        heads = what in CACHES and t.numel == max(t.shape, default=1)
+        if what in ("activation", *CACHES) and (t.dtype not in NUMBERS or not (t.numel == 1 or heads)):
             message = f"expected one number, a scale of inputs or of the cache, found {t.dtype} {t.shape}"
-            return Problem("unsupported", message, t.file, t.name)
+            hint = f"if the numbers of weights have nothing to do with it, --drop {t.name}"
+            return Problem("unsupported", message, t.file, t.name, hint)
     return None
 
 
@@ -388,6 +421,9 @@ def _fp8(unit: Quantised, scheme: Scheme) -> Quantised | Problem:
     if scheme.block is None:
         return _no_block(unit, scheme)
     block = scheme.block
+    if unit.form is VLLM and len(scales.shape) == 4 and scales.shape[1::2] == (1, 1):  # modelopt's FP8_PB_WO
+        unit = replace(unit, form=SPREAD, scales=replace(scales, shape=scales.shape[::2]))
+        scales = unit.scales
     expected = (*codes.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
     if scales.shape != expected:
         return _wrong_grid(unit, scheme, expected)
@@ -447,9 +483,9 @@ def _packed(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantise
     if len(codes.shape) != 2:
         message = f"expected packed codes of a matrix, found shape {codes.shape}"
         return Problem("shape-mismatch", message, codes.file, codes.name)
-    if codes.dtype == "I32":
-        return _int4(unit, scheme, checkpoint)
-    rows, columns = codes.shape[0], codes.shape[1] * CODE_COLUMNS["U8"]
+    if codes.dtype == WORD:
+        return _words(unit, scheme, checkpoint)
+    rows, columns = codes.shape[0], codes.shape[1] * 2
     second = unit.others.get("second")
     if second is not None and (second.dtype, second.numel) != ("F32", 1):
         message = f"expected one number in F32, a scale of the whole, found {second.dtype} {second.shape}"
@@ -458,6 +494,11 @@ def _packed(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantise
         made = _made(unit, MXFP4, (1, MX_GROUP), (rows, columns))
     elif unit.scales.dtype == E4M3 and "second" in unit.others:
         made = _made(unit, NVFP4, (1, NV_GROUP), (rows, columns))
+    elif unit.scales.dtype == E4M3:
+        message = f"expected a scale of the whole beside those of groups ({NVFP4}), found none"
+        return Problem(
+            "missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.second, WHOLE
+        )
     else:
         message = f"expected scales in U8 (MXFP4), or F8_E4M3 with a global scale, found {unit.scales.dtype}"
         return Problem("unsupported-dtype", message, unit.scales.file, unit.scales.name, UNPACKED)
@@ -478,20 +519,42 @@ def _wrong_groups(unit: Quantised) -> Problem:
     return Problem("shape-mismatch", message, unit.scales.file, unit.scales.name)
 
 
-def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised | Problem:
-    """Eight codes in a word, the last word of a row padded: `weight_shape` says how many columns count."""
+# --- integers -------------------------------------------------------------------------------------------
+
+
+def _int8(unit: Quantised, scheme: Scheme) -> Quantised | Problem:
+    """A code in each element, with one scale, or one for each row or group of neighbours in it."""
     codes, scales = unit.codes, unit.scales
     if scales.dtype not in NUMBERS:
         return _odd_dtype(scales, NUMBERS)
-    if scheme.bits not in (None, 4):
-        message = f"expected words of eight codes for 4 bits, found {scheme.bits} bits in {scheme.file}"
-        return Problem("config-mismatch", message, codes.file, codes.name)
+    if len(codes.shape) != 2:
+        message = f"expected codes of a matrix, found shape {codes.shape}"
+        return Problem("unsupported", message, codes.file, codes.name)
+    rows, columns = codes.shape
+    if scheme.group is None and scales.numel == 1:
+        made = _made(unit, INT8, (rows, columns))
+    else:
+        group = scheme.group or columns
+        made = _made(unit, INT8, (1, group))
+        if scales.shape != (rows, -(-columns // group)):
+            return _wrong_groups(made)
+    return _odd_zeros(made, scheme) or made
+
+
+def _words(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised | Problem:
+    """Several codes in a word, the last word of a row padded: `weight_shape` says how many columns count."""
+    codes, scales = unit.codes, unit.scales
+    if scales.dtype not in NUMBERS:
+        return _odd_dtype(scales, NUMBERS)
+    kind = INT8 if scheme.bits == 8 else INT4
+    each = _made(unit, kind, (1, 1)).together
     if (shape := unit.others.get("shape")) is None:
         message = "expected this tensor, which says how many columns of the codes count, found none"
         return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
     said = _shape_said(shape, checkpoint)
-    if said is None or said[0] != codes.shape[0] or -(-said[1] // CODE_COLUMNS["I32"]) != codes.shape[1]:
-        message = f"expected rows and columns that {codes.shape} words of eight codes hold, found {said}"
+    if said is None or said[0] != codes.shape[0] or -(-said[1] // each) != codes.shape[1]:
+        held = f"{codes.shape} words of {each} codes ({kind[:4]})"
+        message = f"expected rows and columns that {held} hold, found {said}"
         return Problem("shape-mismatch", message, shape.file, shape.name)
     if scheme.of_rows and scales.shape != (said[0], 1):
         message = f"expected one scale for each of {said[0]} rows, as {scheme.file} says (group_size -1)"
@@ -502,14 +565,14 @@ def _int4(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised 
         message = "expected config.json to say how many neighbours share a scale, found nothing"
         return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
     group = scheme.group or said[1]
-    made = _made(unit, INT4, (1, group), said)
+    made = _made(unit, kind, (1, group), said)
     if scales.shape != (said[0], -(-said[1] // group)):
         return _wrong_groups(made)
     return _odd_zeros(made, scheme) or made
 
 
 def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:
-    """Zero points are codes as well, those of eight rows in a word, one for each scale."""
+    """Zero points are codes as well, one for each scale: in words those of several rows."""
     zeros, called = unit.others.get("zeros"), _stem(unit.codes, unit.form) + unit.form.zeros
     if zeros is None:
         if scheme.symmetric:
@@ -519,10 +582,12 @@ def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:
     if scheme.said and scheme.symmetric:
         message = f"expected symmetric codes, as {scheme.file} says, found zero points"
         return Problem("config-mismatch", message, zeros.file, zeros.name)
-    expected = -(-unit.shape[0] // CODE_COLUMNS["I32"]), unit.scales.shape[1]
-    if zeros.dtype == "I32" and zeros.shape == expected:
+    packed, dtype = unit.form.packed, unit.codes.dtype
+    expected = (-(-unit.shape[0] // unit.together), unit.scales.shape[1]) if packed else unit.scales.shape
+    if zeros.dtype == dtype and zeros.shape == expected:
         return None
-    message = f"expected zero points I32 {expected}, those of eight rows in a word, found {zeros.dtype}"
+    words = f", those of {unit.together} rows in a word" * packed
+    message = f"expected zero points {dtype} {expected}{words}, found {zeros.dtype}"
     return Problem("shape-mismatch", f"{message} {zeros.shape}", zeros.file, zeros.name)
 
 

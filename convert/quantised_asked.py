@@ -46,6 +46,7 @@ def check_asked(checkpoint: Checkpoint, options: Options) -> None:
 
 def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     """What dequantising does, in words."""
+    from ckpt_tool.convert.quantised import CACHES
     from ckpt_tool.convert.quantised_view import quantised_of
 
     inventory = quantised_of(checkpoint)
@@ -54,7 +55,7 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     weights, formats = len(inventory.weights), ", ".join(inventory.words)
     dtype = DTYPES[options.dequantize].torch
     made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
-    for words, kinds in (("inputs", ("activation",)), ("cached keys and values", ("keys", "cached"))):
+    for words, kinds in (("inputs", ("activation",)), ("cached keys and values", tuple(CACHES))):
         if count := sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values()):
             made.append(f"--dequantize: scales of the {words} of {count} weights are left out")
     if options.recipe != RECIPES[0] and not any(w.rounds_scales for w in inventory.weights.values()):

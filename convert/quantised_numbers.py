@@ -15,6 +15,7 @@ from ckpt_tool.convert.quantised import (
     FP8_ROWS,
     FP8_TENSOR,
     INT4,
+    INT8,
     MX_GROUP,
     MXFP4,
     NVFP4,
@@ -24,7 +25,7 @@ from ckpt_tool.convert.quantised import (
 from ckpt_tool.convert.quantised_view import Quantising
 
 PIECE = 1 << 17  # numbers made at a time: they and what they are made of stay in the cache
-FOUR_BITS = (MXFP4, INT4, NVFP4)
+IN_GROUPS = (MXFP4, INT4, INT8, NVFP4)  # of a row, of which whole ones are made at a time
 STRIP = 4 << 20  # bytes of columns that are made rows at a time
 ABREAST = 64  # rows that become columns at a time: whole lines of the cache
 TOGETHER = 1 << 14  # numbers up to which rows of a block are multiplied as one: shorter ones cost the calls
@@ -78,7 +79,7 @@ class Dequantised(Quantising):
     def _fill(self, weight: Quantised, first: int, out: np.ndarray) -> None:
         """Fill flat `out` with the numbers from number `first` on: of whole rows a few at once, and of the
         rows that are not whole by itself what is wanted of them."""
-        if weight.kind not in FOUR_BITS:
+        if weight.kind not in IN_GROUPS:
             self._fp8(weight, first, out)
             return
         columns, at = weight.shape[-1], 0
@@ -213,18 +214,9 @@ class Dequantised(Quantising):
         width, group = weight.shape[-1], weight.block[1]
         grid = -(-width // group)
         lines = -(-columns // group)
-        scales = self._scales(weight, row * grid + begin // group, rows * lines).reshape(rows, lines)
-        if weight.kind == INT4:
-            words = -(-width // 8)
-            first, last = begin // 8, -(-(begin + columns) // 8)
-            codes = self._read(weight.codes, row * words + first, rows * (last - first))
-            data = codes.view(np.uint8).reshape(rows, -1)
-            symmetric = "zeros" not in weight.others
-            numbers = values.nibbles(data, "int4" if symmetric else "uint4")
-            numbers = numbers[:, begin - 8 * first :][:, :columns]
-            if not symmetric:
-                zeros = self._zeros(weight, row, rows, grid)[:, begin // group :][:, :lines]
-                numbers -= np.repeat(zeros, group, axis=1)[:, :columns]
+        scales = self._each(weight, row * grid + begin // group, (rows, lines))
+        if weight.kind in (INT4, INT8):
+            numbers = self._integers(weight, row, begin, out.shape)
         else:
             pairs = self._read(weight.codes, (row * width + begin) // 2, rows * columns // 2)
             numbers = values.nibbles(pairs.reshape(rows, -1), "e2m1")
@@ -233,12 +225,46 @@ class Dequantised(Quantising):
                 scales = scales * second if weight.form.multiplied else scales / second
         values.grouped(numbers, scales, group, out, self.dtype)
 
+    def _each(self, weight: Quantised, first: int, shape: tuple[int, int]) -> np.ndarray:
+        """Scales of some rows and groups, float32; one of the whole broadcasts to them."""
+        if weight.of_all:
+            return self._scales(weight, 0, 1).reshape(1, 1)
+        return self._scales(weight, first, shape[0] * shape[1]).reshape(shape)
+
+    def _integers(self, weight: Quantised, row: int, begin: int, shape: tuple[int, int]) -> np.ndarray:
+        """What codes of integers stand for without scales, float32 (rows, columns)."""
+        (rows, columns), (width, group) = shape, (weight.shape[-1], weight.block[1])
+        each = weight.together
+        words = -(-width // each)
+        first, last = begin // each, -(-(begin + columns) // each)
+        codes = self._read(weight.codes, row * words + first, rows * (last - first))
+        data = codes.view(np.uint8).reshape(rows, -1)
+        shifted = "zeros" in weight.others
+        if weight.kind == INT4:
+            numbers = values.nibbles(data, "uint4" if shifted else "int4")
+        else:
+            numbers = values.bytes_of(data, "int8" if not weight.form.packed else "uint8")
+        numbers = numbers[:, begin - each * first :][:, :columns]
+        if shifted:
+            grid, lines = -(-width // group), -(-columns // group)
+            zeros = self._zeros(weight, row, rows, grid)[:, begin // group :][:, :lines]
+            numbers -= zeros if lines == 1 else np.repeat(zeros, group, axis=1)[:, :columns]
+        elif weight.kind == INT8 and weight.form.packed:
+            numbers -= np.float32(128)
+        return numbers
+
     def _zeros(self, weight: Quantised, row: int, rows: int, grid: int) -> np.ndarray:
-        """The zero points of some rows, float32 (rows, grid): codes in words of eight rows each."""
-        each = np.arange(row, row + rows, dtype="<u4")
-        first, last = row // 8, (row + rows - 1) // 8 + 1
-        words = self._read(weight.others["zeros"], first * grid, (last - first) * grid).reshape(-1, grid)
-        codes = words[each // 8 - first] >> (4 * (each % 8))[:, None] & np.uint32(15)
+        """The zero points of some rows, float32 (rows, grid): in words, codes of several rows each."""
+        tensor, each = weight.others["zeros"], weight.together
+        if not weight.form.packed:
+            count = 1 if weight.of_all else rows * grid
+            found = self._read(tensor, 0 if weight.of_all else row * grid, count)
+            return np.asarray(found.view(np.int8).astype("<f4").reshape(-1, grid))
+        lines = np.arange(row, row + rows, dtype="<u4")
+        first, last = row // each, (row + rows - 1) // each + 1
+        words = self._read(tensor, first * grid, (last - first) * grid).reshape(-1, grid)
+        bits = 32 // each
+        codes = words[lines // each - first] >> (bits * (lines % each))[:, None] & np.uint32((1 << bits) - 1)
         return np.asarray(codes.astype("<f4"))
 
     def _scales(self, weight: Quantised, first: int, count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ tensors become one only if their scales are equal. Anything else is refused by n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -17,9 +17,9 @@ from math import prod
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.convert.layout import Dims, Part, Place, Ranges, Step, dims_text
 from ckpt_tool.convert.quantised import (
-    CODE_COLUMNS,
+    CACHES,
     FP8_ROWS,
-    FP8_TENSOR,
+    NUMBERS,
     QSCALE,
     TRANSFORMERS,
     VLLM,
@@ -85,7 +85,27 @@ def of_all_parts(
 
     dtypes = {w.codes.dtype for w in inventory.weights.values() if not w.form.own_rows}
     made = steps.changed(apart, where=lambda s: any(p.dtype in dtypes for p in here(s)))
-    return made, [_refused(*why, parts) for why, parts in torn.items()]
+    problems = [_refused(*why, parts) for why, parts in torn.items()]
+    return made, problems or list(_unlike(made, {*dtypes, *NUMBERS}))
+
+
+def _unlike(steps: Steps, dtypes: Collection[str]) -> Iterator[Problem]:
+    """Of tensors that are compared with others as they are tied, those that are codes where the others are
+    numbers, or the other way round."""
+    compared = list(steps.where(lambda s: s.compare == "tied"))
+    if not compared:
+        return
+    written = {(p.file, p.name): p.dtype for s in steps if not s.compare for p in s.targets}
+    for step in compared:
+        source, target = step.sources[0], step.targets[0]
+        found = written.get((target.file, target.name))
+        plain = found in NUMBERS and source.dtype in NUMBERS
+        if found != source.dtype and not plain and source.dtype in dtypes:
+            message = (
+                f"expected numbers or codes of both, as the config ties them, found {source.dtype} here and "
+                f"{found or 'none'} in {target.name}"
+            )
+            yield Problem("tied-mismatch", message, source.file, source.name, step.hint)
 
 
 def _known(unit: Quantised | None, part: Part) -> Quantised:
@@ -120,15 +140,17 @@ def _apart(
         raise Torn(f"expected plain weights to take the mean of, found {first.words}")
     named = _Named(step, units, side, form or _hugging_face(first.form, side, by_rows))
     yield named.codes()
-    if first.kind == FP8_TENSOR:
+    if first.of_all:
         yield from named.numbers("scales")
     else:
         yield named.of_rows() if first.kind == FP8_ROWS else named.on_grid("scales", first.block)
     for what, tensor in first.others.items():
         if what == "shape" and (len(units) > 1 or len(named.others) > 1):
             raise Torn("expected codes in words of their own row to stay one tensor, found a cut or a join")
-        if what == "zeros":  # those of several rows in a word
-            yield named.on_grid("zeros", (CODE_COLUMNS[tensor.dtype], first.block[1]), packed=True)
+        if what == "zeros" and first.form.packed:  # those of several rows in a word
+            yield named.on_grid("zeros", (first.together, first.block[1]), packed=True)
+        elif what == "zeros" and not first.of_all:
+            yield named.on_grid("zeros", first.block)
         else:
             yield from named.numbers(what, tensor.shape)
 
@@ -164,16 +186,21 @@ class _Named:
     def here(self) -> tuple[Part, ...]:
         return self.step.sources if self.side == "sources" else self.step.targets
 
+    @property
+    def renamed(self) -> bool:
+        """Whether the other side has names of its own."""
+        return self.form is not self.units[0].form
+
     def called(self, what: str) -> tuple[list[TensorInfo], list[str]]:
         """The tensors that are there, and the names of those to be written."""
         held = [getattr(u, what) if what in ("codes", "scales") else u.others[what] for u in self.units]
-        plain, end = self.form.plain, getattr(self.form, what)
+        plain, end = self.form.plain, self.form.end(what)
         if not end:
             found = f"found {held[0].name}"
             raise Torn(f"expected what the other layout has a name for, {found}; --drop {held[0].name}")
         unit, names = self.units[0], []
         stem = unit.codes.name[: len(unit.codes.name) - len(unit.form.codes)]
-        outer = what in ("keys", "cached") and not held[0].name.startswith(f"{stem}.")
+        outer = what in CACHES and not held[0].name.startswith(f"{stem}.")
         for part in self.others:
             if not part.name.endswith(plain):
                 raise Torn(f"expected a name that ends in {plain or 'a word'} for {what}, found {part.name}")
@@ -184,7 +211,7 @@ class _Named:
     def codes(self) -> Step:
         unit = self.units[0]
         if unit.form.packed:
-            return self.on_grid("codes", (1, CODE_COLUMNS[unit.codes.dtype]), packed=True)
+            return self.on_grid("codes", (1, unit.together), packed=True)
         held, names = self.called("codes")
         mine, theirs = (
             ([p.dims for p in side], [p.ranges for p in side]) for side in (self.here, self.others)
@@ -192,11 +219,11 @@ class _Named:
         return self._between(self.step.axes, *mine, *theirs, held, names)
 
     def of_rows(self) -> Step:
-        """The step of scales of whole rows: (rows,) in an original, (rows, 1) as compressed-tensors has them,
-        else either way as they are."""
+        """The step of scales of whole rows, as they are; where the other layout has names of its own, (rows,)
+        in an original are (rows, 1) as compressed-tensors has them."""
         held, names = self.called("scales")
         wide = len(held[0].shape) > 1
-        becomes = {QSCALE.name: False, VLLM.name: True}.get(self.form.name, wide)
+        becomes = {QSCALE.name: False, VLLM.name: True}.get(self.form.name, wide) if self.renamed else wide
         axes, left, right = self._of_blocks((1, 0), True, False)
         (mine, my_ranges), (theirs, their_ranges) = left, right
         column: Dims = ((),)
@@ -209,6 +236,8 @@ class _Named:
         not one number for them."""
         held, names = self.called(what)
         axes, left, right = self._of_blocks(block, False, packed)
+        if what == "scales" and self.units[0].form.spread:
+            left, right = (_spread(left), _spread(right))
         return self._between(axes, *left, *right, held, names)
 
     def _of_blocks(self, block: tuple[int, int], flat: bool, packed: bool) -> tuple[Axes, Side, Side]:
@@ -227,7 +256,8 @@ class _Named:
         axes = tuple((f"x{k}", n) for k, n in enumerate(shape))
         dims: Dims = tuple((a,) for a, _ in axes)
         becomes = dims
-        if self.units[0].kind == FP8_ROWS and what == "activation" and self.form.name in _ONE:
+        rows = self.units[0].kind == FP8_ROWS
+        if rows and what == "activation" and self.form.name in _ONE and self.renamed:
             axes, dims, becomes = (), ((),) * len(shape), ((),) * _ONE[self.form.name]
         for k, (tensor, name) in enumerate((t, n) for t in held for n in names):
             made = self._between(axes, [dims], [()], [becomes], [()], [tensor], [name])
@@ -303,6 +333,12 @@ def _grid(
         made.pop(orders[frozenset(dims[-1])][0][-1])
     left, right = (_sides(side, k, orders, merged, flat, sizes) for k, side in ((0, here), (1, others)))
     return tuple(made.items()), left, right
+
+
+def _spread(side: Side) -> Side:
+    """Dims (rows, columns) as (rows, 1, columns, 1)."""
+    made: list[Dims] = [(d[0], (), d[1], ()) for d in side[0]]
+    return made, side[1]
 
 
 def _words(dims: Dims, other: Dims, block: tuple[int, int]) -> str:

@@ -254,9 +254,17 @@ def nibbles(data: Array, kind: str) -> Array:
     return made
 
 
+def bytes_of(data: Array, kind: str) -> Array:
+    """float32 of bytes (rows, n) as numbers with a sign ("int8") or without ("uint8"). They are valid until
+    the next call in this thread."""
+    made = _room("product", data.shape)
+    made[...] = data.view(np.int8) if kind == "int8" else data
+    return made
+
+
 def grouped(values: Array, scales: Array, group: int, out: Array, dtype: str) -> None:
     """Fill `out` (rows, columns) with float32 `values` (rows, columns) times `scales` (rows, groups), each
     of which is that of `group` neighbours in a row; a last group may be short."""
     with np.errstate(all="ignore"):
-        values *= np.repeat(scales, group, axis=1)[:, : values.shape[1]]
+        values *= scales if scales.shape[1] == 1 else np.repeat(scales, group, axis=1)[:, : values.shape[1]]
     rounded(values, out, dtype, plain=bool(np.isfinite(scales).all()))

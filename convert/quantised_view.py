@@ -14,9 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Given, Record, Renamed, TensorFile, TensorInfo, View
+from ckpt_tool.checkpoint.signs import UNPACKED, packed
+from ckpt_tool.convert.params import shown
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import ALONE, E4M3, Inventory, Quantised, found_in
 from ckpt_tool.convert.quantised_config import CONFIG, IN_PARAMS, KEY, OF_MODELOPT, OTHER_KEYS, PARAMS
+from ckpt_tool.convert.quantised_methods import METHODS
 from ckpt_tool.errors import fail
 
 
@@ -94,12 +97,14 @@ class Whole(Quantising):
 
 def as_asked(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     """`checkpoint` as a plan with these options sees it: itself where nothing in it is quantised, or where it
-    is such a view. Kinds: those of `found_in`; `usage` for --dequantize of what is not quantised."""
+    is such a view. Kinds: those of `found_in`; for --dequantize of what is not quantised
+    `usage`, and `unsupported` for weights of few bits that nobody here reads."""
     if quantised_of(checkpoint) is not None:
         return checkpoint
     inventory = found_in(checkpoint, options.settings)
     if options.dequantize is not None:
         if inventory is None:
+            _other_packing(checkpoint)
             message = "expected quantised weights (codes with scales beside them), found none"
             alone = any(t.dtype == E4M3 for t in checkpoint)
             fail(
@@ -109,6 +114,20 @@ def as_asked(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     if inventory is None:
         return checkpoint
     return _viewed(checkpoint, {n: Whole(f, inventory) for n, f in checkpoint.files.items()})
+
+
+def _other_packing(checkpoint: Checkpoint) -> None:
+    """Fail with `unsupported` for weights of few bits that are not read here, by their names or by what
+    config.json says."""
+    expected = "expected codes and scales that are read here"
+    if (held := packed(checkpoint.names())) is not None:
+        what, name, hint = held
+        fail("unsupported", f"{expected}, found {what}", file=checkpoint.path.name, where=name, hint=hint)
+    said = checkpoint.json(CONFIG).get(KEY) if CONFIG in checkpoint.documents else None
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    if method is not None and method not in METHODS:
+        message = f"{expected}, found {shown(method)}"
+        fail("unsupported", message, file=CONFIG, where=f"{KEY}.quant_method", hint=UNPACKED)
 
 
 def as_read(checkpoint: Checkpoint, options: Options) -> Checkpoint:

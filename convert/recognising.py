@@ -21,6 +21,7 @@ from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
 from ckpt_tool.convert.params import NO_CONFIG
 from ckpt_tool.convert.quantised import OF_WEIGHTS
 from ckpt_tool.convert.quantised_view import quantised_of
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
@@ -126,7 +127,7 @@ def check_plain(checkpoint: Checkpoint) -> None:
         names = [n for n in names if not n.endswith(OF_WEIGHTS)]
     if (found := signs.packed(names)) is not None and not _reads_packed(checkpoint):
         what, name, hint = found
-        message = f"expected plain weights, found {what}"
+        message = f"expected plain weights, found {what}{_of_codes(checkpoint, name)}"
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
 
 
@@ -136,6 +137,12 @@ def check_layout(checkpoint: Checkpoint) -> None:
         what, name, hint = found
         message = f"expected names of a layout that is read here, found {what}"
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])
+
+
+def _of_codes(checkpoint: Checkpoint, name: str) -> str:
+    """The dtype of the weight whose scale is called so, where that tells more than its name."""
+    weight = checkpoint.find(f"{name.rpartition('.')[0]}.weight")
+    return f", here {weight[0].dtype}" if weight and weight[0].dtype not in CASTABLE else ""
 
 
 def check_whole(checkpoint: Checkpoint) -> None:

@@ -30,35 +30,52 @@ class Packed:
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def packed(shapes: Shapes, block: tuple[int, int] | None, group: int | None) -> dict[str, Packed]:
-    """The quantised weights among these tensors, by their plain names. MXFP4 of experts is transposed, as the
-    class has it in numbers."""
+@dataclass(frozen=True)
+class Said:
+    """What config.json says: rows and columns that share a scale, neighbours in a row that do, and the bits
+    of a code in a word."""
+
+    block: tuple[int, int] | None
+    group: int | None
+    bits: int
+
+
+def packed(
+    shapes: Shapes, block: tuple[int, int] | None, group: int | None, bits: int = 4
+) -> dict[str, Packed]:
+    """The quantised weights among these tensors, by their plain names; words hold integers of `bits`. MXFP4
+    of experts is transposed, as the class has it in numbers."""
+    said = Said(block, group, bits)
     found: dict[str, Packed] = {}
     for name in shapes:
         for end, of in _ENDS.items():
             if not name.endswith(end):
                 continue
             plain = name.removesuffix(end)
-            made = of(plain, name, shapes, block, group)
+            made = of(plain, name, shapes, said)
             if made is not None:
                 found[made[0]] = made[1]
             break
     return found
 
 
-def _inverse(
-    plain: str, scales: str, shapes: Shapes, block: tuple[int, int] | None, group: int | None
-) -> tuple[str, Packed] | None:
+def _inverse(plain: str, scales: str, shapes: Shapes, said: Said) -> tuple[str, Packed] | None:
     """`weight` and the scales beside it."""
-    codes = f"{plain}.weight"
+    codes, block = f"{plain}.weight", said.block
+    if shapes.get(codes, ("", ()))[0] == "I8":
+        return codes, _integers(codes, scales, shapes, said.group)
     if f"{codes}_scale_2" in shapes and shapes.get(codes, ("", ()))[0] == "U8":
         return codes, _twice(codes, scales, f"{codes}_scale_2", shapes[codes][1])
+    if shapes.get(codes, ("", ()))[0] == "U8" and shapes[scales][0] in ("U8", "F8_E8M0"):
+        return codes, _by_exponents(codes, scales, shapes[codes][1])
     if shapes.get(codes, ("", ()))[0] != "F8_E4M3":
         return None
     shape = shapes[codes][1]
 
     def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         s = powers(held[scales], dtype)
+        if s.dim() > 3:
+            s = s.squeeze(3).squeeze(1)
         if s.numel() > 1 and block is not None:
             s = s.repeat_interleave(block[0], -2)[..., : shape[-2], :]
             s = s.repeat_interleave(block[1], -1)[..., : shape[-1]]
@@ -69,6 +86,27 @@ def _inverse(
     return codes, Packed((codes, scales), shape, numbers)
 
 
+def _integers(codes: str, scales: str, shapes: Shapes, group: int | None) -> Packed:
+    """int8, from which zero points are taken, times scales of the whole or of groups of each row."""
+    shape, zero = shapes[codes][1], f"{codes}_zero_point"
+    own = (zero,) if zero in shapes else ()
+
+    def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        made, columns = held[codes].to(dtype), shape[-1]
+
+        def spread(x: Tensor) -> Tensor:
+            x = x.to(dtype)
+            if x.numel() == 1:
+                return x.reshape(1, 1)
+            return x.repeat_interleave(group or columns, 1)[:, :columns]
+
+        if own:
+            made = made - spread(held[zero])
+        return made * spread(held[scales])
+
+    return Packed((codes, scales, *own), shape, numbers)
+
+
 def _twice(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Packed:
     """Two codes in a byte, a scale for 16 of them, and one for all."""
 
@@ -77,6 +115,15 @@ def _twice(codes: str, scales: str, second: str, shape: tuple[int, ...]) -> Pack
         return _lookup(held[codes], dtype) * each.repeat_interleave(16, -1)
 
     return Packed((codes, scales, second), (*shape[:-1], shape[-1] * 2), numbers)
+
+
+def _by_exponents(codes: str, scales: str, shape: tuple[int, ...]) -> Packed:
+    """Two codes in a byte, an exponent for 32 of them (MXFP4)."""
+
+    def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return _lookup(held[codes], dtype) * powers(held[scales], dtype).repeat_interleave(32, -1)
+
+    return Packed((codes, scales), (*shape[:-1], shape[-1] * 2), numbers)
 
 
 def powers(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,9 +140,7 @@ def _lookup(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return pairs.flatten(-2)
 
 
-def _experts(
-    plain: str, blocks: str, shapes: Shapes, block: tuple[int, int] | None, group: int | None
-) -> tuple[str, Packed] | None:
+def _experts(plain: str, blocks: str, shapes: Shapes, said: Said) -> tuple[str, Packed] | None:
     scales = f"{plain}_scales"
     if scales not in shapes:
         return None
@@ -108,9 +153,7 @@ def _experts(
     return plain, Packed((blocks, scales), (*lead, count * half * 2, rows), numbers)
 
 
-def _words(
-    plain: str, codes: str, shapes: Shapes, block: tuple[int, int] | None, group: int | None
-) -> tuple[str, Packed] | None:
+def _words(plain: str, codes: str, shapes: Shapes, of: Said) -> tuple[str, Packed] | None:
     ends = ("scale", "shape", "global_scale", "zero_point")
     scales, said, second, zero = (f"{plain}.weight_{end}" for end in ends)
     if scales not in shapes:
@@ -124,17 +167,18 @@ def _words(
             made = _lookup(held[codes], dtype)
             return made * s.to(dtype).repeat_interleave(made.shape[1] // s.shape[1], 1)
         columns = int(held[said][1])
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        made = ((held[codes].unsqueeze(-1) >> shifts) & 0xF).flatten(1)[:, :columns].to(dtype)
+        shifts = torch.arange(0, 32, of.bits, dtype=torch.int32)
+        mask, group = (1 << of.bits) - 1, of.group or columns
+        made = ((held[codes].unsqueeze(-1) >> shifts) & mask).flatten(1)[:, :columns].to(dtype)
         if zero in held:
-            middle = ((held[zero].unsqueeze(1) >> shifts[:, None]) & 0xF).flatten(0, 1)[:rows].to(dtype)
-            made = made - middle.repeat_interleave(group or columns, 1)[:, :columns]
+            middle = ((held[zero].unsqueeze(1) >> shifts[:, None]) & mask).flatten(0, 1)[:rows].to(dtype)
+            made = made - middle.repeat_interleave(group, 1)[:, :columns]
         else:
-            made = made - 8
-        return made * s.to(dtype).repeat_interleave(group or columns, 1)[:, :columns]
+            made = made - (1 << of.bits - 1)
+        return made * s.to(dtype).repeat_interleave(group, 1)[:, :columns]
 
     further = tuple(n for n in (said, second, zero) if n in shapes)
-    shape = (rows, width * (2 if of_bytes else 8))
+    shape = (rows, width * (2 if of_bytes else 32 // of.bits))
     return f"{plain}.weight", Packed((codes, scales, *further), shape, numbers)
 
 

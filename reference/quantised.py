@@ -4,7 +4,7 @@ it. The Hugging Face side has its own reading, hf_quantised.py.
 Sources: deepseek-ai/DeepSeek-V3 0623163, inference/kernel.py (a scale for each block, the last ones short);
 Mistral originals of 2025 (qscale_weight multiplies); openai/gpt-oss 7b58334, gpt_oss/torch/weights.py (pairs
 of four bits, the low one first, exponents from 127); compressed-tensors 0.20.1
-(pack_quantized: codes from -8); modelopt 0.47 (NVFP4QTensor: the second scale is a factor).
+(pack_quantized: codes from -8); modelopt 0.47 (NVFP4QTensor: the second scale is a factor; MXFP4QTensor).
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class Packed:
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors calls it, shape
 
 
-def packed(shapes: Shapes, block: tuple[int, int] | None, group: int | None) -> dict[str, Packed]:
-    """The quantised weights among these tensors, by their plain names; `block` and `group` as the documents
-    beside them have them."""
+def packed(
+    shapes: Shapes, block: tuple[int, int] | None, group: int | None, bits: int = 4
+) -> dict[str, Packed]:
+    """The quantised weights among these tensors, by their plain names; `block`, `group` and `bits` of codes
+    in words as the documents beside them have them."""
     found: dict[str, Packed] = {}
     for name, (dtype, shape) in shapes.items():
         stem, _, last = name.rpartition(".")
@@ -51,12 +53,16 @@ def packed(shapes: Shapes, block: tuple[int, int] | None, group: int | None) -> 
                 found[name] = _of_eight_bits(name, beside, shape, shapes[beside][1], block)
         elif dtype == "U8" and last == "blocks" and f"{stem}.scales" in shapes:
             found[stem] = _of_pairs(name, f"{stem}.scales", (*shape[:-2], shape[-2] * shape[-1] * 2))
-        elif dtype == "U8" and last == "weight" and f"{stem}.weight_scale_2" in shapes:
+        elif dtype == "U8" and last == "weight" and f"{stem}.weight_scale" in shapes:
             beside, second = f"{stem}.weight_scale", f"{stem}.weight_scale_2"
-            if beside in shapes:
+            if shapes[beside][0] in ("U8", "F8_E8M0"):
+                found[name] = _of_pairs(name, beside, (shape[0], 2 * shape[1]))
+            elif second in shapes:
                 found[name] = _of_pairs_twice_scaled(name, beside, second, (shape[0], 2 * shape[1]), 1)
+        elif dtype == "I8" and last == "weight" and f"{stem}.weight_scale" in shapes:
+            found[name] = _of_bytes(stem, shapes, shape, group)
         elif last == "weight_packed":
-            made = _of_words(stem, shapes, group)
+            made = _of_words(stem, shapes, group, bits)
             if made is not None:
                 found[f"{stem}.weight"] = made
     return found
@@ -71,6 +77,7 @@ def _of_eight_bits(
             return q * s.reshape(())
         if block is None:
             return q * s.reshape(-1, 1)
+        s = s[:, 0, :, 0] if s.dim() == 4 else s  # as modelopt keeps them
         high, wide = block
         for i in range(0, q.shape[-2], high):
             for j in range(0, q.shape[-1], wide):
@@ -100,7 +107,28 @@ def _of_pairs(codes: str, scales: str, shape: tuple[int, ...]) -> Packed:
     return Packed(codes, scales, (), shape, numbers)
 
 
-def _of_words(stem: str, shapes: Shapes, group: int | None) -> Packed | None:
+def _of_bytes(stem: str, shapes: Shapes, shape: tuple[int, ...], group: int | None) -> Packed:
+    """Codes with a sign, each an element; a scale for all, or for each row or group of columns, and a zero
+    point likewise."""
+    codes, scales, zeros = f"{stem}.weight", f"{stem}.weight_scale", f"{stem}.weight_zero_point"
+    own = (zeros,) if zeros in shapes else ()
+
+    def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        out, s = held[codes].to(dtype), held[scales].to(dtype)
+        z = held[zeros].to(dtype) if own else torch.zeros_like(s)
+        if s.numel() == 1:
+            return (out - z.reshape(())) * s.reshape(())
+        each = group or shape[1]
+        for j in range(s.shape[1]):
+            some = out[:, j * each : (j + 1) * each]
+            some -= z[:, j : j + 1]
+            some *= s[:, j : j + 1]
+        return out
+
+    return Packed(codes, scales, own, shape, numbers)
+
+
+def _of_words(stem: str, shapes: Shapes, group: int | None, bits: int) -> Packed | None:
     codes, scales = f"{stem}.weight_packed", f"{stem}.weight_scale"
     if scales not in shapes:
         return None
@@ -115,13 +143,14 @@ def _of_words(stem: str, shapes: Shapes, group: int | None) -> Packed | None:
 
     def numbers(held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         columns = int(held[said][1])
-        out = torch.empty(rows, width * 8, dtype=dtype)
-        for k in range(8):
-            out[:, k::8] = (held[codes] >> 4 * k & 0xF).to(dtype)
-        zero = torch.full(grid, 8)  # of each row and group, those of eight rows in a word
+        have, low = 32 // bits, (1 << bits) - 1
+        out = torch.empty(rows, width * have, dtype=dtype)
+        for k in range(have):
+            out[:, k::have] = (held[codes] >> bits * k & low).to(dtype)
+        zero = torch.full(grid, 1 << bits - 1)  # of each row and group, those of several rows in a word
         if own:
             for row in range(rows):
-                zero[row] = held[zeros][row // 8] >> 4 * (row % 8) & 0xF
+                zero[row] = held[zeros][row // have] >> bits * (row % have) & low
         each = group or columns
         for j in range(grid[1]):
             some = out[:, j * each : (j + 1) * each]
@@ -129,7 +158,7 @@ def _of_words(stem: str, shapes: Shapes, group: int | None) -> Packed | None:
             some *= held[scales][:, j : j + 1].to(dtype)
         return out[:, :columns]
 
-    return Packed(codes, scales, (said, *own), (rows, width * 8), numbers)
+    return Packed(codes, scales, (said, *own), (rows, width * (32 // bits)), numbers)
 
 
 def _of_pairs_twice_scaled(

@@ -20,7 +20,7 @@ from ckpt_tool.convert import quantised_numbers
 from ckpt_tool.convert import quantised_values as values
 from ckpt_tool.convert.layout import Part, Step, apply, rule
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.convert.quantised import Quantised, found_in
+from ckpt_tool.convert.quantised import INT8, Quantised, found_in
 from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_steps import Torn, _grid
 from ckpt_tool.convert.quantised_view import as_asked
@@ -28,7 +28,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import flaws_packed
 from ckpt_tool.fixtures.flaws import Folder, NotHere
 from ckpt_tool.fixtures.flaws_kinds import Truth
-from ckpt_tool.fixtures.quantised import FORMATS, Format, Tensors, _fp8, quantise, write
+from ckpt_tool.fixtures.quantised import FORMATS, INTEGERS, Format, Tensors, _fp8, quantise, write
 from ckpt_tool.verify import dequantised, packed_bits
 from ckpt_tool.verify import mistakes_packed as planting
 from ckpt_tool.verify import packed_mistakes as known
@@ -37,7 +37,7 @@ from ckpt_tool.verify.compare import compare
 Written = Callable[[str], Path]
 Made = Callable[[str], Path]
 MODEL = "qwen3-float32"
-FITTING = [n for n in FORMATS if n != "mxfp4"]  # whose rows are of its length
+FITTING = [n for n in (*FORMATS, *INTEGERS) if n != "mxfp4"]  # whose rows are of its length
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 ALL = np.arange(256, dtype=np.uint8)
 
@@ -241,7 +241,8 @@ def test_numbers_are_proved_by_a_formula_of_their_own(
     assert len(told.data["weights"]) == count
     if dtype == "F32" and name in ("fp8-powers", "int4"):
         assert set(told.data["weights"].values()) == {"exact"}
-    assert "rounded" not in told.data["weights"].values()
+    wide = name == "int8-packed" and dtype == "BF16"  # up to 255 from a zero point, times a float32 scale
+    assert ("rounded" in told.data["weights"].values()) == wide
 
 
 def test_parity_reads_codes_on_both_sides_by_formulas_that_share_nothing(
@@ -293,7 +294,7 @@ def exactness_by_number(view: dequantised.Recomputed, weight: Quantised) -> str:
     with np.errstate(all="ignore"):
         if np.array_equal(numbers, codes * scales, equal_nan=True):
             return packed_bits.EXACT
-        each = np.unique(codes)
+        each = np.arange(-255.0, 256) if weight.kind == INT8 else np.unique(codes)  # few of 511 are there
         near = each[np.abs((numbers / scales)[..., None] - each).argmin(-1)]
         signs = np.signbit(numbers / scales) == np.signbit(codes)
     return packed_bits.INVERTIBLE if np.array_equal(near, codes) and signs.all() else packed_bits.ROUNDED
@@ -434,8 +435,9 @@ def test_planted_mistakes_start_from_the_right_numbers(name: str, quantised: Mad
         parts = coded.parts(None, torch.float32)
         assert np.array_equal(parts.right.numpy(), np.asarray(numbers[weight.name]))
     own = {
-        known.UNSHIFTED: name == "int4-shifted",
+        known.UNSHIFTED: name in ("int4-shifted", "int8-packed"),
         known.SIGNED: name == "int4",
+        known.UNSIGNED: name == "int8",
         known.MULTIPLIED: name == "nvfp4",
         known.DIVIDED_BY: name == "modelopt",
     }
@@ -900,7 +902,7 @@ ODD = {
     ],
     "nvfp4": [
         (lambda t: t.update({f"{INT4}_packed": ("U8", t[f"{INT4}_packed"][1][:, :-1])}), "shape-mismatch"),
-        (lambda t: t.pop(f"{INT4}_global_scale"), "unsupported-dtype"),
+        (lambda t: t.pop(f"{INT4}_global_scale"), "missing-tensor"),
     ],
 }
 

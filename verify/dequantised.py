@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
-from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised import INT4, INT8, MXFP4, NVFP4, Inventory, Quantised
 from ckpt_tool.convert.quantised_view import Quantising, dequantised
 
 Array = np.ndarray[Any, Any]
@@ -101,6 +101,8 @@ class Recomputed(Quantising):
             found = self._nibbles(weight, rows, columns).astype("<f8")
             found -= self._middle(weight, rows, columns)
             return found
+        if weight.kind == INT8:
+            return self._bytes(weight, rows, columns) - self._middle(weight, rows, columns)
         if weight.kind in (MXFP4, NVFP4):
             return e2m1(self._nibbles(weight, rows, columns))
         return e4m3(self._elements(weight.codes, weight.shape[-1], rows, columns))
@@ -116,6 +118,16 @@ class Recomputed(Quantising):
         np.right_shift(data, 4, out=made[:, 1::2])
         return made[:, : len(columns)]
 
+    def _bytes(self, weight: Quantised, rows: Array, columns: Array) -> Array:
+        """Codes of eight bits as float64 (rows, columns): with a sign where each is an element, and without
+        one where four are in a word."""
+        if not weight.form.packed:
+            signed = self._elements(weight.codes, weight.shape[-1], rows, columns)
+            return np.asarray(np.ascontiguousarray(signed).view("i1").astype("<f8"))
+        one, other = int(columns[0]) // 4, int(columns[-1]) // 4 + 1
+        words = self._elements(weight.codes, -(-weight.shape[-1] // 4), rows, np.arange(one, other))
+        return np.asarray(np.ascontiguousarray(words).view("u1")[:, : len(columns)].astype("<f8"))
+
     def _elements(self, tensor: TensorInfo, width: int, rows: Array, columns: Array) -> Array:
         """Raw elements of a stored matrix of rows of `width`."""
         first, begin, count = int(rows[0]), int(columns[0]), len(columns)
@@ -124,15 +136,22 @@ class Recomputed(Quantising):
         return self._read(tensor, first * width, len(rows) * width).reshape(-1, width)[:, begin:][:, :count]
 
     def _middle(self, weight: Quantised, rows: Array, columns: Array) -> Array:
-        """The code of four bits that stands for zero: 8, or that of each row and group."""
+        """The code that stands for zero: the middle one, or that of each row and group."""
         if "zeros" not in weight.others:
-            return np.full((1, 1), 8.0)
+            return np.full((1, 1), middle_code(weight))
+        if weight.scales.numel == 1:
+            return np.asarray(self._read(weight.others["zeros"], 0, 1).view("i1").astype("<f8").reshape(1, 1))
         grid, group = weight.scales.shape[-1], weight.block[1]
-        first, last = int(rows[0]) // WORDS_HAVE, int(rows[-1]) // WORDS_HAVE + 1
+        if not weight.form.packed:
+            some = self._read(weight.others["zeros"], int(rows[0]) * grid, len(rows) * grid).view("i1")
+            return np.asarray(some.astype("<f8").reshape(-1, grid).take(columns // group, axis=1))
+        bits = 4 if weight.kind == INT4 else 8
+        have = 32 // bits
+        first, last = int(rows[0]) // have, int(rows[-1]) // have + 1
         words = self._read(weight.others["zeros"], first * grid, (last - first) * grid).reshape(-1, grid)
-        shifts = 4 * np.arange(WORDS_HAVE, dtype="<u4")
-        each = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, grid)
-        unpacked = each[rows - first * WORDS_HAVE]
+        shifts = bits * np.arange(have, dtype="<u4")
+        each = (words[:, None, :] >> shifts[None, :, None] & ((1 << bits) - 1)).reshape(-1, grid)
+        unpacked = each[rows - first * have]
         return np.asarray(unpacked.astype("<f8").take(columns // group, axis=1))
 
     def scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
@@ -182,6 +201,12 @@ class Recomputed(Quantising):
         file = self.inventory.checkpoint.files[tensor.file]
         file.read_into(tensor.name, first * kind.itemsize, out.data.cast("B"))
         return out
+
+
+def middle_code(weight: Quantised) -> float:
+    """What stands for zero where nothing says so: the middle of the codes in words, and 0 of those that have
+    a sign of their own."""
+    return 0.0 if not weight.form.packed else 8.0 if weight.kind == INT4 else 128.0
 
 
 def _of_floats(bits: Array, kind: str) -> Array:

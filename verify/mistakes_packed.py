@@ -21,19 +21,22 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.tensor_names import short
 from ckpt_tool.convert.layout import Step, apply
 from ckpt_tool.convert.plan import Plan
-from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Quantised, found_in
+from ckpt_tool.convert.quantised import INT4, INT8, MXFP4, NVFP4, Quantised, found_in
 from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
 from ckpt_tool.verify import packed_mistakes as known
+from ckpt_tool.verify.dequantised import middle_code
 from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.sides import Change, Side, Tensors
 from ckpt_tool.verify.weights import Weights
 
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
-EIGHTS = 0x8888_8888 - (1 << 32)  # a word of zero points that are those of symmetric codes
+# What zero points of symmetric codes are as they are stored, by the code that stands for zero: in words, and
+# of codes with a sign of their own.
+SYMMETRIC = {8.0: 0x8888_8888 - (1 << 32), 128.0: 0x8080_8080 - (1 << 32), 0.0: 0}
 Block = tuple[int, int]
 
 
@@ -52,6 +55,7 @@ class Parts:
     second: Tensor | None = None
     factor: bool = False  # that it multiplied
     symmetric: Tensor | None = None
+    middle: float = 0.0  # the code in words that stands for zero, where nothing says so
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,9 +101,15 @@ def _exchanged(p: Parts) -> Tensor:
 
 
 def _signed(p: Parts) -> Tensor:
-    if p.kind != INT4 or p.symmetric is not None:
-        raise NoMistake("codes that do not count from -8")
-    return torch.where(p.codes >= 0, p.codes - 8, p.codes + 8) * p.each(p.grid)
+    if not p.middle or p.symmetric is not None:
+        raise NoMistake("codes that do not count from the middle one")
+    return torch.where(p.codes >= 0, p.codes - p.middle, p.codes + p.middle) * p.each(p.grid)
+
+
+def _unsigned(p: Parts) -> Tensor:
+    if p.kind != INT8 or p.middle or p.symmetric is not None:
+        raise NoMistake("codes without a sign of their own")
+    return torch.where(p.codes < 0, p.codes + 256, p.codes) * p.each(p.grid)
 
 
 def _inverse(factor: bool) -> Make:
@@ -147,6 +157,7 @@ WRONG: Mapping[str, Make] = {
     known.MULTIPLIED: _inverse(factor=False),
     known.DIVIDED_BY: _inverse(factor=True),
     known.UNSHIFTED: _unshifted,
+    known.UNSIGNED: _unsigned,
     known.DIVIDED: _divided,
     known.TURNED: _turned,
     known.HALVED: _halved,
@@ -185,7 +196,7 @@ class Coded:
         skipped = 0 if self.matrices is None else 1
         shapes = {t.name: (t.dtype, t.shape[skipped:]) for t in self._tensors}
         module: Any = quantised if self.original else hf_quantised
-        (made,) = module.packed(shapes, self.block, self.group).values()
+        (made,) = module.packed(shapes, self.block, self.group, 8 if self.weight.kind == INT8 else 4).values()
         return made
 
     @property
@@ -207,14 +218,15 @@ class Coded:
             grid = grid * one if self.weight.form.multiplied else grid / one
         ones = {**held, scales: torch.ones(held[scales].shape)}
         ones[self.weight.codes.name] = codes
-        plain, symmetric = self._plain(ones, wide), None
+        plain, symmetric, middle = self._plain(ones, wide), None, middle_code(self.weight)
+        middle = middle if self.weight.kind in (INT4, INT8) else 0.0
         if "zeros" in self.weight.others:
             name = self.weight.others["zeros"].name
-            symmetric = self._plain({**ones, name: torch.full_like(ones[name], EIGHTS)}, wide)
+            symmetric = self._plain({**ones, name: torch.full_like(ones[name], SYMMETRIC[middle])}, wide)
         first = self.recipe == "bf16-scale" and second is None
         taken = grid.bfloat16().to(wide) if first else grid
         kind, block, factor = self.weight.kind, self.weight.block, self.weight.form.multiplied
-        return Parts(kind, plain, taken, grid, stored, block, second, factor, symmetric)
+        return Parts(kind, plain, taken, grid, stored, block, second, factor, symmetric, middle)
 
     def _plain(self, held: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """By the formula, (rows, columns)."""

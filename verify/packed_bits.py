@@ -14,7 +14,7 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.convert.quantised import FP8_TENSOR, INT4, Quantised
+from ckpt_tool.convert.quantised import FP8_TENSOR, INT4, INT8, Quantised
 from ckpt_tool.convert.quantised_asked import lossy_words
 from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.verify.dequantised import Array, Recomputed, e2m1, e4m3, of_bfloat16, recomputed, to_dtype
@@ -232,6 +232,8 @@ def _known(weight: Quantised) -> Array:
     """The numbers from zero on that codes stand for."""
     if weight.kind == INT4:
         return np.arange(16.0)
+    if weight.kind == INT8:
+        return np.arange(256.0)
     if weight.kind.startswith(FP8_TENSOR[:3]):
         return e4m3(np.arange(127, dtype="u1"))
     return e2m1(np.arange(8, dtype="u1"))

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo, View
-from ckpt_tool.convert.quantised import INT4, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised import INT4, INT8, MXFP4, NVFP4, Inventory, Quantised
 from ckpt_tool.convert.quantised_config import RECIPES
-from ckpt_tool.verify.dequantised import Array, Recomputed, e4m3, of_bfloat16, to_dtype
+from ckpt_tool.verify.dequantised import Array, Recomputed, e4m3, middle_code, of_bfloat16, to_dtype
 
 DROPPED = "the codes were taken as numbers, without the scales"
 TWICE = "the scales were applied twice"
@@ -28,7 +28,8 @@ ROWS_OFF = "the scales were taken one block off along the rows"
 COLUMNS_OFF = "the scales were taken one block off along the columns"
 PLAIN = "the exponent bytes of the scales were taken as numbers"
 EXCHANGED = "the two codes of a byte were exchanged"
-SIGNED = "the codes were taken as numbers with a sign, and count from -8"
+SIGNED = "the codes were taken as numbers with a sign, and count from the middle one"
+UNSIGNED = "the codes were taken as numbers without a sign"
 MULTIPLIED = "the global scale was multiplied, and is a divisor"
 DIVIDED_BY = "the second scale was taken as a divisor, and is a factor"
 DIVIDED = "blocks of another size were taken, rows divided by rows of scales"
@@ -82,9 +83,16 @@ def _exchanged(codes: Array, weight: Quantised) -> Array:
 
 
 def _signed(codes: Array, weight: Quantised) -> Array:
-    if weight.kind != INT4 or "zeros" in weight.others:
+    middle = middle_code(weight)
+    if weight.kind not in (INT4, INT8) or not middle or "zeros" in weight.others:
         return codes
-    return np.where(codes >= 0, codes - 8, codes + 8)
+    return np.where(codes >= 0, codes - middle, codes + middle)
+
+
+def _unsigned(codes: Array, weight: Quantised) -> Array:
+    if weight.kind != INT8 or weight.form.packed or "zeros" in weight.others:
+        return codes
+    return np.where(codes < 0, codes + 256, codes)
 
 
 def _divided(weight: Quantised) -> tuple[int, int]:
@@ -128,6 +136,7 @@ MISTAKES = (
     Mistake(HALVED, block=_halved),
     Mistake(ROUNDED, rounded=True),
     Mistake(UNSHIFTED, symmetric=True),
+    Mistake(UNSIGNED, codes=_unsigned),
 )
 
 
@@ -140,7 +149,8 @@ class Mistaken(Recomputed):
         return self.mistake.codes(super().codes(weight, rows, columns), weight)
 
     def _middle(self, weight: Quantised, rows: Array, columns: Array) -> Array:
-        return np.full((1, 1), 8.0) if self.mistake.symmetric else super()._middle(weight, rows, columns)
+        left_out = self.mistake.symmetric
+        return np.full((1, 1), middle_code(weight)) if left_out else super()._middle(weight, rows, columns)
 
     def scale_of_each(self, weight: Quantised, rows: Array, columns: Array) -> Array:
         one = self.mistake
@@ -242,7 +252,7 @@ def other_bits(bits: Array, weight: Quantised, part: TensorInfo) -> Iterator[tup
     elif part.name == getattr(weight.others.get("second"), "name", None):
         ways = ((of_second(weight), _of_numbers(1 / _numbers(bits, part.dtype), part.dtype)),)
     elif part.name == getattr(weight.others.get("zeros"), "name", None):
-        ways = _of_zeros(bits)
+        ways = _of_zeros(bits, weight)
     for words, made in ways:
         if made is not None and made.size == bits.size and not np.array_equal(made.reshape(bits.shape), bits):
             yield words, made.reshape(bits.shape)
@@ -256,20 +266,24 @@ def of_second(weight: Quantised) -> str:
     return DIVIDED_BY if weight.form.multiplied else MULTIPLIED
 
 
-def _of_zeros(bits: Array) -> Ways:
-    """Words of eight rows each."""
+def _of_zeros(bits: Array, weight: Quantised) -> Ways:
+    """In words, those of several rows each."""
     data = np.ascontiguousarray(bits).view(np.uint8)
-    yield UNSHIFTED, np.full(bits.shape, 0x8888_8888, bits.dtype)
-    yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
-    yield COLUMNS_OFF, np.roll(bits, 1, -1)
+    middle = {8: 0x88, 128: 0x80}.get(int(middle_code(weight)), 0)  # in each byte
+    yield UNSHIFTED, np.full(data.shape, middle, np.uint8).view(bits.dtype)
+    if weight.kind == INT4:
+        yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
+    if bits.ndim:
+        yield COLUMNS_OFF, np.roll(bits, 1, -1)
 
 
 def _of_codes(bits: Array, weight: Quantised) -> Ways:
     if weight.kind in FOUR_BITS:
         data = np.ascontiguousarray(bits).view(np.uint8)
         yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
-    if weight.kind == INT4:
-        yield SIGNED, (np.ascontiguousarray(bits).view(np.uint8) ^ 0x88).view(bits.dtype)
+    if weight.kind in (INT4, INT8) and (middle := int(middle_code(weight))):
+        turned = np.uint8(0x88 if middle == 8 else 0x80)
+        yield SIGNED, (np.ascontiguousarray(bits).view(np.uint8) ^ turned).view(bits.dtype)
 
 
 def _of_scales(bits: Array, weight: Quantised, dtype: str) -> Ways:

@@ -42,8 +42,9 @@ class PackedWeights(Weights):
         original: bool,
     ) -> None:
         shapes = {n: (t.dtype, t.shape) for n, t in tensors.items()}
-        block, group = inventory.scheme.block, inventory.scheme.group
-        found: Mapping[str, Any] = (quantised if original else hf_quantised).packed(shapes, block, group)
+        said = inventory.scheme
+        given = shapes, said.block, said.group, said.bits or 4
+        found: Mapping[str, Any] = (quantised if original else hf_quantised).packed(*given)
         self.formulas: Mapping[str, Formula] = found
         self.stored = tensors
         self.inventory, self.original = inventory, original

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
+from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.checkpoint.strict_json import closes, members, parse_object
 from ckpt_tool.checkpoint.tensor_names import RESERVED, faultless, name_problems
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
@@ -233,7 +234,8 @@ def _entry(entry: Any, file: str, name: str) -> tuple[str, tuple[int, ...], int]
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         if isinstance(dtype, str) and dtype in _OTHER_DTYPES:
-            fail("unsupported-dtype", f"expected a dtype known here, found {dtype}", file=file, where=name)
+            message = f"expected a dtype known here, found {dtype}"
+            fail("unsupported-dtype", message, file=file, where=name, hint=UNPACKED)
         bad(f"expected a dtype of the format, found {printable(dtype, 40)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         bad(f"expected a shape of integers from 0, found {printable(shape, 80)}")

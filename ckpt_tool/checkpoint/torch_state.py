@@ -20,6 +20,7 @@ from ckpt_tool.checkpoint.pickle_records import (
     children,
     describe,
 )
+from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.checkpoint.tensor_names import name_problems
 from ckpt_tool.checkpoint.torch_globals import standing
 from ckpt_tool.checkpoint.unpickle import Machine
@@ -299,7 +300,8 @@ def _tensor_problem(name: str, t: TensorRecord, file: str) -> Problem | None:
     if t.dtype not in _DTYPE_NAMES:
         known = ", ".join(_DTYPE_NAMES)
         message = f"expected one of the dtypes {known}, found {printable(t.dtype, 40)}"
-        return Problem("unsupported-dtype", message, file, name)
+        hint = UNPACKED if "float" in t.dtype else None
+        return Problem("unsupported-dtype", message, file, name, hint)
     if t.storage.location == "meta":
         message = "expected a tensor with its data in the file, found one of the device meta"
         return Problem("unsupported-device", message, file, name)

@@ -8,6 +8,7 @@ Source: openai/gpt-oss @7b58334, gpt_oss/torch/weights.py, model.py.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -256,6 +257,14 @@ def said_twice(d: OpenAI, known: Known) -> Iterator[Problem]:
             )
 
 
+# Experts as linear layers of their own (Unsloth), and as kernels take them (vLLM).
+_ELSEWHERE = re.compile(r"\.experts\.((gate_up|down)_projs\.\d+\.|w(13|2)_(weight|bias))", re.ASCII)
+_APART = (
+    "give the folder that was loaded there; gate_up_proj and down_proj stack the transposes of gate_up_projs "
+    "and down_projs"
+)
+
+
 def packed_otherwise(known: Known, numbers: bool) -> Iterator[Problem]:
     """A config.json by which loaders would read the tensors as something else."""
     said = (known.facts.document or {}).get(PACKING)
@@ -264,6 +273,9 @@ def packed_otherwise(known: Known, numbers: bool) -> Iterator[Problem]:
     if said and method != METHOD:
         message = f"expected experts packed as {METHOD}, found {shown(method)}"
         yield Problem("unsupported", message, CONFIG, PACKING, "give the folder with the experts in MXFP4")
+    elif found := next((n for n in known.source.tensors if _ELSEWHERE.search(n)), None):
+        message = "expected the experts of a layer in one tensor, found them as Unsloth or vLLM holds them"
+        yield Problem("unsupported", message, known.source.tensors[found][0].file, found, _APART)
     elif not said and not numbers:
         message = f"expected {PACKING} beside experts in MXFP4, by which loaders unpack them, found none"
         hint = f'--set {PACKING}=\'{{"quant_method": "{METHOD}"}}\' says how they are packed'
