@@ -31,6 +31,7 @@ from ckpt_tool.checkpoint.pickle_records import (
     describe,
     is_flat,
 )
+from ckpt_tool.checkpoint.pickle_tensors import tensor_row
 from ckpt_tool.checkpoint.torch_globals import MEANINGS, enum_member, storage
 from ckpt_tool.errors import CkptToolError, fail
 
@@ -75,6 +76,7 @@ class Machine(PickleBytes):
         self.called: set[Global] = set()
         self.storages: dict[str, StorageRef] = {}
         self.tensors = 0
+        self.in_rows = 0  # opcodes that were done without a step
         self.memory = limits.memory - len(data)
 
     def run(self) -> Pickled:
@@ -83,7 +85,7 @@ class Machine(PickleBytes):
             for code in range(256)
         ]
         data, end = self.data, len(self.data)
-        left = self.limits.opcodes
+        left = most = self.limits.opcodes
         try:
             while True:
                 at = self.start = self.pos
@@ -91,10 +93,8 @@ class Machine(PickleBytes):
                     if at >= end:
                         raise Cut
                     left -= 1
-                    if left < 0:
-                        self.fault(
-                            "pickle-limit", f"expected at most {self.limits.opcodes} opcodes, found more"
-                        )
+                    if left < self.in_rows:
+                        self.fault("pickle-limit", f"expected at most {most} opcodes, found more")
                     self.pos = at + 1
                     if steps[data[at]]():
                         break
@@ -331,6 +331,8 @@ class Machine(PickleBytes):
         self.fault("bad-pickle", "expected an opcode that torch files use, found one that they do not")
 
     def op_mark(self) -> None:
+        if self.data.startswith(b"(", self.pos) and tensor_row(self):
+            return
         if len(self.marked) >= self.limits.nesting:
             self.fault("pickle-limit", f"expected at most {self.limits.nesting} open containers, found more")
         self.memory -= 72
