@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests import loaded
 
-settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
+# The same examples on every machine, however slow or busy it is.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
@@ -113,6 +116,14 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"other": rows["other"], "long": rows["long"][:FEW_TOKENS]}
 
     monkeypatch.setattr(prompts, "fixed", few)
+
+
+def touch(path: Path, accessed: int, written: int) -> None:
+    """Set these times, in nanoseconds, of a file; that they were set shows in the time of its inode, of which
+    the clock of many systems moves every few milliseconds only."""
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:
+        os.utime(path, ns=(accessed, written))
 
 
 def kind(folder: Path) -> str:

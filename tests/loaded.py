@@ -96,11 +96,15 @@ def load() -> None:
 
 def serve(at: str, owner: int) -> None:
     with socket.socket(socket.AF_UNIX) as server:
+        own = f"{at}.{os.getpid()}"
+        server.bind(own)
+        server.listen(64)  # before anybody finds it
         try:
-            server.bind(at)
-        except OSError:  # another worker was first
+            os.link(own, at)
+        except FileExistsError:  # another worker was first
             return
-        server.listen(64)
+        finally:
+            os.unlink(own)
         if os.fork():
             return
         os.setsid()

@@ -62,6 +62,7 @@ class State:
     delay: float = 0
     speed: float = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: threading.Event = field(default_factory=threading.Event)  # a stalled answer waits for that
 
     def fault(self, kind: str, path: str = "", times: int = 1) -> None:
         self.faults.append([kind, path, times])
@@ -240,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
             end = start + (stop - start) // 2
             self.close_connection = True
         if self.fault == "stall":
-            time.sleep(3)
+            self.state.ended.wait(600)
         self.body(path, start, end)
 
     def body(self, path: Path, start: int, end: int) -> None:
@@ -360,6 +361,7 @@ def serving(root: Path) -> Iterator[tuple[str, State]]:
     try:
         yield first, state
     finally:
+        state.ended.set()
         for server, thread in zip(servers, threads, strict=True):
             server.shutdown()
             thread.join()

@@ -404,7 +404,7 @@ names = st.text("abé/.", min_size=1, max_size=130).filter(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(
     st.dictionaries(names, st.binary(max_size=1200), max_size=5),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
@@ -420,7 +420,7 @@ def test_reads_what_the_standard_library_writes(
     assert found == members
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=150)
 @given(st.data())
 def test_no_damage_brings_another_error(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes changed anywhere: refused with our own error, or opened."""

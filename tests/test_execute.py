@@ -27,6 +27,7 @@ from ckpt_tool.convert.layout import Part, Step, parse_dims
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan, ToWrite, place
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.conftest import touch
 
 Written = Callable[[str], Path]
 Arrays = dict[str, np.ndarray]
@@ -529,7 +530,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
             with path.open("r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"x")
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            touch(path, times.st_atime_ns, times.st_mtime_ns)
 
     monkeypatch.setattr(Run, "_carry", carry_and_change)
     assert refused(copy_plan(x), c, tmp_path / "out").kind == "input-changed"
@@ -549,7 +550,7 @@ def test_a_source_whose_time_of_access_was_set_is_told_what_may_have_been(tmp_pa
     """A backup that sets it back cannot be told from a write whose time is set back."""
     c = source_of(tmp_path / "in", a={"x": numbers(5, 5)})
     path = tmp_path / "in" / A
-    os.utime(path, ns=(1, path.stat().st_mtime_ns))
+    touch(path, 1, path.stat().st_mtime_ns)
     with pytest.raises(CkptToolError) as caught:
         c.check_unchanged()
     (problem,) = caught.value.problems
@@ -646,10 +647,10 @@ def load_bits(path: Path) -> dict[str, torch.Tensor]:
 
 def test_a_signal_to_the_program_cleans_up(originals: Written, tmp_path: Path) -> None:
     script = (
-        "import sys, time\n"
         "from ckpt_tool.convert.execute import Run\n"
         "real = Run._carry\n"
-        "def slow(*a):\n    print('working', flush=True)\n    time.sleep(0.2)\n    real(*a)\n"
+        "def slow(run, *a):\n"
+        "    print('working', flush=True)\n    run.stopping.wait(60)\n    real(run, *a)\n"
         "Run._carry = slow\n"
         "from ckpt_tool.cli import main\nmain()\n"
     )

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ def run(*arguments: str, script: str | None = None, cwd: Path | None = None, **m
     done = subprocess.run([*command, *arguments], text=True, cwd=cwd, timeout=120, check=False, **more)
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
+
+
+@pytest.fixture(autouse=True)
+def signals_as_usual() -> Iterator[None]:
+    """Also where these tests run in the background, or under nohup, and a program would inherit that some are
+    ignored."""
+    ignored = [number for number, _ in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- what each command ends with ------------------------------------------------------------------------
@@ -243,21 +255,27 @@ def test_streams_that_are_closed_at_the_start(closed: str, command: str, code: i
 
 # --- signals --------------------------------------------------------------------------------------------
 
+# With two finished shards it waits, until it is stopped or the file is there that its environment names.
 SLOW = """
-import time
+import os
 from ckpt_tool.convert.execute import Run
 real = Run._carry
-def slow(*a):
-    time.sleep(0.05)
-    real(*a)
+def slow(run, *a):
+    while len(run.targets) >= 2 and not os.path.exists(os.environ["GO_ON"]) and not run.stopping.wait(0.01):
+        pass
+    real(run, *a)
 Run._carry = slow
 """
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 SHARDED = ["--max-shard-size", "60KB", "--jobs", "1", "--no-verify"]
 
 
+def go_on(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-goes-on")
+
+
 def started(source: Path, folder: Path, *more: str, ignored: int | None = None) -> subprocess.Popen[str]:
-    """A slow conversion with two finished shards."""
+    """A conversion with two finished shards, which waits for `go_on(folder)`."""
 
     def ignore() -> None:
         if ignored is not None:
@@ -267,6 +285,7 @@ def started(source: Path, folder: Path, *more: str, ignored: int | None = None) 
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW + MAIN, *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=ignore,
+        env={**os.environ, "GO_ON": str(go_on(folder))},
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:
@@ -312,6 +331,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
 ) -> None:
     child = started(originals("mistral-7b-v0.3"), tmp_path, ignored=number)
     child.send_signal(number)
+    go_on(tmp_path).touch()
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 0 and errors == "" and (tmp_path / "out" / "config.json").exists()
 

@@ -94,12 +94,16 @@ def test_checks_at_once_have_the_order_of_the_file_and_wait_for_what_they_read(p
     )
 
 
-# A check's process that says when it began and ended, and that nothing could be shown.
+# A check's process that says when it began and ended, and that nothing could be shown. It waits for as many
+# as are to run at once, and then gives one more the time to begin.
 STAND_IN = """
 import json, sys, time
 name = json.loads(sys.stdin.readline())["name"]
 log = open({log!r}, "a", buffering=1)
 log.write("+" + name + "\\n")
+latest = time.monotonic() + 60
+while open({log!r}).read().count("+") < {at_once} and time.monotonic() < latest:
+    time.sleep(0.01)
 time.sleep(0.15)
 log.write("-" + name + "\\n")
 claim = {{"against": "source", "asked": [], "no_source": False}}
@@ -108,10 +112,15 @@ print("report", json.dumps({{"title": name, "claim": claim, "findings": [], "cou
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+def at_once() -> int:
+    return 1
+
+
+@pytest.fixture
+def stand_in(at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """What the processes log, with those of the gate replaced."""
     log = tmp_path / "log"
-    code = STAND_IN.format(log=str(log))
+    code = STAND_IN.format(log=str(log), at_once=at_once)
     monkeypatch.setattr(gate_processes, "_command", lambda: [sys.executable, "-S", "-c", code])
     return lambda: log.read_text().split()
 

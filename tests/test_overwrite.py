@@ -19,6 +19,7 @@ from ckpt_tool.convert.durable import Identity, Staging
 from ckpt_tool.convert.replaceable import look
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.conftest import touch
 from tests.in_process import program
 
 Written = Callable[[str], Path]
@@ -163,7 +164,7 @@ def change(name: str, at: int) -> Place:
         data = bytearray(path.read_bytes())
         data[at] ^= 1
         path.write_bytes(data)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        touch(path, before.st_atime_ns, before.st_mtime_ns)
 
     return place
 

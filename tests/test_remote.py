@@ -246,14 +246,17 @@ def test_a_document_that_is_not_the_listed_one_is_refused(server: State) -> None
 
 
 def test_a_stalled_answer_is_given_up(server: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_ranges, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(http_ranges, "READ_SECONDS", 1)
     server.fault("stall", "/cdn/")
     with open_checkpoint(HUB) as checkpoint:
         assert len(checkpoint.names()) > 10
 
 
-def test_nobody_waits_for_a_server_that_does_not_answer(server: State) -> None:
+def test_nobody_waits_for_a_server_that_does_not_answer(
+    server: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C ends the work now, not when the time for an answer is over."""
+    monkeypatch.setattr(http_ranges, "READ_SECONDS", 600)
     with open_checkpoint(HUB) as checkpoint:
         server.fault("stall", "/cdn/", times=100)
         problems: list[Problem] = []
@@ -261,13 +264,13 @@ def test_nobody_waits_for_a_server_that_does_not_answer(server: State) -> None:
             target=lambda: problems.append(refused(lambda: [checkpoint.read(t) for t in checkpoint]))
         )
         reading.start()
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 60
         while server.faults[0][2] == 100 and time.monotonic() < deadline:
             time.sleep(0.01)
         remote = remote_of(next(iter(checkpoint.files.values())).paths[0])
         assert isinstance(remote, remote_file.RemoteFile)
         remote.fetcher.stop()
-        reading.join(timeout=1)
+        reading.join(timeout=60)
         assert [p.kind for p in problems] == ["interrupted"]
 
 

@@ -51,7 +51,7 @@ def write_file(path: Path, layout: SafetensorsLayout, arrays: dict[str, np.ndarr
     path.write_bytes(data)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(tensor_lists)
 def test_the_library_reads_what_the_layout_lays_out(
     tmp_path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]
@@ -72,7 +72,7 @@ def test_the_library_reads_what_the_layout_lays_out(
         np.testing.assert_array_equal(read[name], array)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(tensor_lists, st.data())
 def test_reads_what_the_library_writes(
     tmp_path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], data: st.DataObject
@@ -194,7 +194,7 @@ def test_whatever_we_accept_the_library_accepts(tmp_path: Path) -> None:
             ours.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=400)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=400)
 @given(st.data())
 def test_damaged_files_are_refused_or_read_like_the_library_does(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "x.safetensors"

@@ -22,7 +22,6 @@ from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, open_torch_zip, zip_imports
 from ckpt_tool.errors import CkptToolError
 
-torch.set_num_threads(2)
 REAL = Path(__file__).parents[1].parent / "shared" / "real" / "aidreams260K" / "consolidated.00.pth"
 
 
@@ -87,7 +86,7 @@ def test_views_of_all_kinds(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_piece_of_any_view(data: st.DataObject, tmp_path: Path) -> None:
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
@@ -605,7 +604,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_damaged_files_give_tensors_or_our_error(data: st.DataObject, corpus: bytes, tmp_path: Path) -> None:
     changed = bytearray(corpus)
     # Half of the changes go into the pickle, whose checksum is then made right so that they are reached.

@@ -21,7 +21,6 @@ from ckpt_tool.checkpoint.torch_zip_writer import TorchZipLayout
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import CkptToolError
 
-torch.set_num_threads(2)
 Tensors = list[tuple[str, str, tuple[int, ...]]]
 
 
@@ -90,7 +89,7 @@ def test_every_dtype_and_odd_shapes(tmp_path: Path) -> None:
     ),
     stem=st.text("abc.é字", min_size=1, max_size=150),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_list_of_tensors(shapes: list[tuple[str, tuple[int, ...]]], stem: str, tmp_path: Path) -> None:
     tensors = [(f"{stem}{i}", dtype, shape) for i, (dtype, shape) in enumerate(shapes)]
     data = contents(tensors)

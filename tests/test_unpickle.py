@@ -58,7 +58,7 @@ class Thing:
 
 @pytest.mark.parametrize("protocol", range(6))
 @given(value=PLAIN)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_plain_values_equal_what_python_reads(protocol: int, value: object) -> None:
     assert read(pickle.dumps(value, protocol)) == value
 
@@ -240,12 +240,12 @@ HOSTILE = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_pickles_are_refused_in_words(what: str) -> None:
     data, kind, words = HOSTILE[what]
-    started = time.monotonic()
+    began = time.process_time()
     error = refusal(data)
     assert error.kind == kind
     assert words in error.text()
     assert "of the pickle" in error.text() or kind == "duplicate-tensor"
-    assert time.monotonic() - started < 10
+    assert time.process_time() - began < 10
 
 
 def test_limits_can_be_set() -> None:
@@ -260,9 +260,9 @@ def test_limits_can_be_set() -> None:
 def test_reading_the_same_big_tuple_again_and_again_costs_its_length() -> None:
     """Calls that name one long tuple from the memo may not multiply the work."""
     many = b"\x80\x02(" + b"K\x01" * 100_000 + b"tq\0(" + b"cx\ny\nh\0R" * 20_000 + b"t."
-    started = time.monotonic()
+    began = time.process_time()
     assert refusal(many).kind == "pickle-limit"
-    assert time.monotonic() - started < 5
+    assert time.process_time() - began < 5
 
 
 def test_more_data_can_be_asked_for() -> None:
@@ -350,7 +350,7 @@ CORPUS = [
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=1000)
+@settings(max_examples=400)
 def test_damaged_pickles_give_a_value_or_our_error(data: st.DataObject) -> None:
     raw = bytearray(data.draw(st.sampled_from(CORPUS)))
     for _ in range(data.draw(st.integers(1, 4))):

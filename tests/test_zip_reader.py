@@ -328,7 +328,7 @@ WHOLE = build(Made(flags=0x800), Made(b"d/b", b"some words " * 9, method=8), Mad
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_damaged_archives_give_the_contents_or_our_error(data: st.DataObject, tmp_path: Path) -> None:
     raw = bytearray(WHOLE)
     for _ in range(data.draw(st.integers(1, 3))):
