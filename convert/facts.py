@@ -274,6 +274,9 @@ class _Reader:
             follows["head_dim"] = width // heads, "hidden_size / num_attention_heads"
         follows["num_key_value_heads"] = heads, "num_attention_heads"
         follows["word_embed_proj_dim"] = width, "hidden_size"
+        narrow = "use_bottleneck" in self.values and self.values["use_bottleneck"].value is True
+        inside = "intra_bottleneck_size" if narrow else "hidden_size"
+        follows["true_hidden_size"] = self.number(inside), inside
         if (inner := self.number("n_embd")) is not None:
             follows["n_inner"] = 4 * inner, "4 x n_embd"
         for name, (value, _) in follows.items():

@@ -177,6 +177,9 @@ def test_a_wider_dtype_loses_nothing_and_is_a_note(
     assert wrong(report) == [] and report.exactness == "identical after cast"
     (note,) = (f for f in of(report, "coverage", "dtype") if "cast" in f.data)
     assert note.status == "note" and "holds every value" in note.message
+    told = "the bits and the numbers are those of its source once they are cast (all"
+    assert report.headline.startswith(told)
+    assert "floating tensors to float32), which keeps every value" in report.headline
 
 
 @pytest.mark.usefixtures("few_prompts")

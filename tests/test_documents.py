@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ckpt_tool.api import Options, convert
+from ckpt_tool.checkpoint.safetensors import INDEX_NAME, index_document
 from ckpt_tool.cli import main
 from ckpt_tool.fixtures.flaws_documents import HARMLESS, MISTAKES
 from ckpt_tool.fixtures.tokenizers import sentencepiece_model
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.report import Finding, Report
+from ckpt_tool.verify.tokenizer_config import differences
 from tests import loaded
 
 Written = Callable[[str], Path]
-CHECKS = ("tokenizer", "generation config", "chat template", "documents", "strangers")
+CHECKS = ("tokenizer", "generation config", "chat template", "documents", "shards", "strangers")
 # One of each family, and of each format of tokenizer: of few tensors, which are read again for each mistake.
 WITH_TOKENIZER = (
     "mistral-7b-v0.3",
@@ -146,15 +149,19 @@ for folder, to in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+# Also one whose class puts roles in that the source's files do not have.
+SAVED_AGAIN = (*WITH_TOKENIZER, "pythia-410m")
+
+
 @pytest.mark.parametrize("release", ["tf4.37", "tf4.57", "tf5"])
 def test_tokenizers_saved_again_by_transformers_pass(
     release: str, originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
-    pairs = [str(p) for v in WITH_TOKENIZER for p in (conversions(v), tmp_path / v)]
+    pairs = [str(p) for v in SAVED_AGAIN for p in (conversions(v), tmp_path / v)]
     command = [loaded.python(release), "-W", "ignore", "-c", SAVE, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for variant in WITH_TOKENIZER:
+    for variant in SAVED_AGAIN:
         out = tmp_path / variant
         assert (out / "tokenizer.json").is_file()
         for name in ("config.json", "model.safetensors"):
@@ -164,6 +171,77 @@ def test_tokenizers_saved_again_by_transformers_pass(
         )
         assert report.exit_code == 0, (variant, about_documents(report, "fail"))
         assert any(f.check == "tokenizer" and f.status == "pass" for f in report.findings)
+
+
+LLAMA, OTHER = {"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "told"),
+    [
+        # as the scripts of transformers 4.37 write a Mistral's: its class pads on the left unasked
+        ({**OTHER, "padding_side": "left"}, LLAMA, []),
+        (LLAMA, {**OTHER, "padding_side": "left"}, []),
+        (LLAMA, {**LLAMA, "padding_side": "right"}, ['expected "left", found "right"']),
+        (LLAMA, OTHER, ['expected "left", found "right"']),
+        (OTHER, {**OTHER, "padding_side": "left"}, ['expected "right", found "left"']),
+    ],
+)
+def test_a_class_pads_on_its_own_side_where_the_file_says_none(
+    expected: dict[str, Any], found: dict[str, Any], told: list[str]
+) -> None:
+    made = differences(expected, found, alike=("LlamaTokenizer",), begins=False, ends=False)
+    assert [d.message for d in made if d.where == "padding_side"] == told
+
+
+@pytest.mark.parametrize(
+    ("variant", "status"),
+    [("mistral-7b-v0.1", "note"), ("pythia-410m", "pass")],  # of an original that says nothing of it
+)
+def test_a_side_of_padding_that_nobody_says_is_no_difference(
+    variant: str, status: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions(variant), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    config.pop("padding_side", None)
+    (out / "tokenizer_config.json").write_text(json.dumps(config))
+    found = about_documents(verify(out, originals(variant), levels="coverage"), "fail", "note")
+    text = "not said, nor by the original, so the library's class decides"
+    assert [f.status for f in found if text in f.message] == [status] * (status == "note")
+    assert not [f for f in found if f.status == "fail"]
+
+
+def test_shards_in_other_files_than_the_index_says_are_a_note(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    variant = "mixtral-c"
+    out = copied(conversions(variant), tmp_path / "out")
+    MISTAKES["shards: no index"](out)
+    files = sorted(f.name for f in out.glob("*.safetensors"))
+    home = {name: file for file in files for name in load_file(out / file)}
+    moved = min(home)
+    home[moved] = next(f for f in files if f != home[moved])
+    (out / INDEX_NAME).write_bytes(index_document(home, 0))
+    (out / "ckpt-tool.json").unlink()
+    report = verify(out, originals(variant), levels=("coverage", "bits"))
+    assert report.exit_code == 0
+    (note,) = [f for f in report.findings if f"lists {moved} in another file" in f.message]
+    assert note.status == "note"
+
+
+@pytest.mark.parametrize("said", [None, {"format": "np"}])
+def test_safetensors_that_old_releases_do_not_load_are_told(
+    said: dict[str, str] | None, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions("mixtral-c"), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata=said)
+    report = verify(out, originals("mixtral-c"), levels=("coverage", "bits"))
+    assert report.exit_code == 0
+    (note,) = about_documents(report, "note")
+    found = "format np" if said else "no format"
+    assert note.message == f"its metadata has {found}, where transformers 4.37 loads nothing but pt"
 
 
 def test_a_split_that_transformers_5_builds_for_the_class_is_told_with_the_text(

@@ -223,6 +223,18 @@ def test_a_class_that_config_does_not_name_can_be_given(family: str, tmp_path: P
     assert report.status == "pass", report.headline
 
 
+def test_an_id_for_padding_says_which_token_a_classifier_takes(tmp_path: Path) -> None:
+    asked = {"architectures": ["MistralForSequenceClassification"]}
+    source, out = _headless(tmp_path / "in", "Mistral", num_key_value_heads=2), tmp_path / "out"
+    said = {**json.loads((source / "config.json").read_text()), **asked, "pad_token_id": None}
+    (source / "config.json").write_text(json.dumps(said))
+    shutil.copytree(source, out)
+    (out / "config.json").write_text(json.dumps({**said, "pad_token_id": 7}))
+    report = verify(out, source, levels=("coverage",))
+    (found,) = [f for f in report.findings if f.where == "config.json: pad_token_id"]
+    assert found.status == "fail" and "expected null" in found.message and "found 7" in found.message
+
+
 def test_a_model_without_its_pooler_is_computed(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     made = transformers.MegatronBertConfig(

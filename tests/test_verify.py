@@ -284,6 +284,51 @@ def test_wrong_config_values_are_caught(
     assert "hold the bits that the source gives" in diagnosis.message
 
 
+@pytest.mark.parametrize(
+    ("values", "name", "most"),
+    [
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers", "10,000"),  # a window for each, say
+        ({"intermediate_size": 1e308}, "intermediate_size", "2,147,483,648"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1e308}},
+            "original_max_position_embeddings",
+            "2,147,483,648",
+        ),
+    ],
+)
+def test_numbers_beyond_any_model_are_told_and_not_computed_with(
+    values: dict[str, Any], name: str, most: str, originals: Written, broken: Written
+) -> None:
+    folder = broken(DENSE)
+    tampered = Folder(folder)
+    tampered.write_config(**values)
+    tampered.checkpoint.close()
+    report = verify(folder, originals(DENSE), levels=("coverage", "parity"))
+    (key,) = values
+    assert report.exit_code == 1
+    assert f"config.json: {key}" in [f.where for f in failed(report, "coverage")]
+    (found,) = failed(report, "parity")
+    assert found.message.startswith(
+        f"the converted model cannot be read: expected {name} of at most {most}, found "
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [({"pad_token_id": 3}, "note"), ({"pad_token_id": True}, "fail"), ({"pad_token_id": 10**6}, "fail")],
+)
+def test_an_id_for_padding_that_the_original_has_not_is_a_note_where_it_is_one(
+    values: dict[str, Any], status: str, originals: Written, broken: Written
+) -> None:
+    folder = broken(DENSE)
+    tampered = Folder(folder)
+    tampered.write_config(**values)
+    tampered.checkpoint.close()
+    report = verify(folder, originals(DENSE), levels="coverage")
+    (found,) = [f for f in report.findings if f.where == "config.json: pad_token_id"]
+    assert found.status == status
+
+
 def test_one_ulp_is_found_to_the_element(originals: Written, broken: Written) -> None:
     folder = broken(DENSE)
     plant(folder, "norm-one-ulp")

@@ -49,6 +49,7 @@ def undeclared_cast(subject: Subject) -> Iterator[Finding]:
     name, data = cast_name(to), {"cast": DTYPES[to].torch}
     text = f"{which} floating tensors are cast to {DTYPES[to].torch}, which nothing records as asked for"
     if not loses(plan):
+        data |= {"wider": f"{which} floating tensors to {DTYPES[to].torch}"}
         yield Finding("coverage", "dtype", "note", f"{text}: it holds every value of the source", data=data)
     elif name in subject.accepted:
         yield Finding("coverage", "dtype", "note", f"{text}; accepted as {name}", data=data)

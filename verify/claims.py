@@ -165,6 +165,8 @@ def _proved(findings: Sequence[Finding]) -> str:
     recipe = next((f.data["recipe"] for f in findings if f.check == "dequantised"), None)
     if recipe is not None:
         text += f" once it is dequantised by the recipe {recipe}"
+    elif (wider := next((f.data["wider"] for f in findings if "wider" in f.data), None)) is not None:
+        text += f" once they are cast ({wider}), which keeps every value"
     elif exactness(findings) == "identical after cast":
         text += " once it is cast or pooled as recorded or accepted"
     if exactness(findings) == WITHOUT_COPIES:

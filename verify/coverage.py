@@ -21,6 +21,7 @@ from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.verify.accepting import undeclared_cast
 from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.left_over import explained, is_table, left_over
+from ckpt_tool.verify.listed import leaves_out, listed
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
 from ckpt_tool.verify.packed_bits import undeclared
 from ckpt_tool.verify.prefixed import NOTE
@@ -73,9 +74,10 @@ def scan_one(
 def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
     """The findings of this level; `scans` are those of the whole output."""
     findings = [*_planned(subject), *_way_back(subject)] if subject.source else [*_replanned(subject)]
-    findings += [finding("target tensors", "note", text) for text in subject.output.readings]
+    told = (text for text in subject.output.readings if not leaves_out(subject, text))
+    findings += [finding("target tensors", "note", text) for text in told]
     findings += _wrapped(subject.output)
-    return [*findings, *_values(subject, scans), *config(subject)]
+    return [*findings, *listed(subject), *_values(subject, scans), *config(subject)]
 
 
 def _wrapped(output: Checkpoint) -> Iterator[Finding]:

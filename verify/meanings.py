@@ -128,8 +128,10 @@ def _only_padding(key: str, want: Meaning | None, found: Reading) -> bool:
     another meaning. Llama's early configs had 0 or -1."""
     if key != "pad_token_id" or want is None or want.value is not None:
         return False
+    if "ForSequenceClassification" in str(found.identity["architectures"].value):
+        return False  # which takes the last token that is none of it
     pad, words = found.identity[key].value, found.numbers["vocab_size"].value
-    return isinstance(pad, int) and isinstance(words, int) and -1 <= pad < words
+    return type(pad) is int and isinstance(words, int) and -1 <= pad < words
 
 
 def _source(key: str, want: Meaning | None, known: Known, name: str) -> str:

@@ -29,6 +29,8 @@ from ckpt_tool.checkpoint.safe_yaml import read_yaml
 from ckpt_tool.checkpoint.weight_sets import is_settings
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.copies import copied_rows
+from ckpt_tool.convert.facts import class_of, shown
+from ckpt_tool.convert.facts import read as read_facts
 from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.layer_axis import of_megatron
@@ -46,6 +48,9 @@ Phase = int | str  # a layer, or "embed", "head" or the name of a further head
 Tree = protocol.Tree
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
+MOST, LARGEST = 10_000, 1 << 31  # in a config.json that anything is computed by
+# Keys of which the first bounds the value, as how their names begin; labels may be more.
+COUNTS = ("num_hidden", "num_attention", "num_key", "num_local", "num_experts", "num_feedforward", "n_layer")
 # What a pass over tensors, or with numbers, that do not fit raises.
 BROKEN = (KeyError, IndexError, RuntimeError, ValueError, ArithmeticError)
 
@@ -338,6 +343,7 @@ def _same_layout(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     config = _plain(overlaid(source.json("config.json"), subject.settings), source, subject.settings)
     (architecture, *_) = config.get("architectures") or subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
+    _within_reason(config)
     made = module.Config.from_hf(config)
     return side_of(module, made, source, ranks_of(source), dtype, device, config, settings=subject.settings)
 
@@ -347,12 +353,24 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
     assert subject.hf is not None
     (architecture, *_) = subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
+    _within_reason(subject.config)
     read = _plain(subject.config, subject.hf, subject.settings)
     config = module.Config.from_hf(read)
     checkpoint = subject.hf if subject.direction == "to-hf" else cast_forward(subject.hf, subject.plan)
     return side_of(
         module, config, checkpoint, ranks_of(checkpoint), dtype, device, read, settings=subject.settings
     )
+
+
+def _within_reason(config: Mapping[str, Any]) -> None:
+    """ValueError for a number beyond those of any model, which would be taken for so much memory."""
+    kind = class_of(config)
+    for name, m in read_facts(config, kind).numbers.items() if kind is not None else ():
+        inner = m.value if isinstance(m.value, Mapping) else {name: m.value}
+        most = MOST if name.startswith(COUNTS) else LARGEST
+        for key, x in inner.items():
+            if isinstance(x, int | float) and not abs(x) <= most:
+                raise ValueError(f"expected {key} of at most {most:,}, found {shown(x)}")
 
 
 def side_of(

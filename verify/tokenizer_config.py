@@ -20,8 +20,12 @@ FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Qwen2Tokenizer": {"unk_token": ("<|endoftext|>",), "pad_token": ("<|endoftext|>",)},
     "GPT2Tokenizer": {role: ("<|endoftext|>",) for role in ("bos_token", "eos_token", "unk_token")},
     "CodeGenTokenizer": {role: ("<|endoftext|>",) for role in ("bos_token", "eos_token", "unk_token")},
+    "GPTNeoXTokenizer": {role: ("<|endoftext|>",) for role in ("bos_token", "eos_token", "unk_token")},
     "LlamaTokenizer": {"bos_token": ("<s>",), "eos_token": ("</s>",), "unk_token": ("<unk>",)},
+    "GemmaTokenizer": {"mask_token": ("<mask>",)},
 }
+# Classes that pad before a text where the file does not say on which side (`padding_side` of the class).
+PADS_LEFT = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"))
 # What an absent key stands for, for keys that act.
 DEFAULTS: Mapping[str, Any] = {
     "padding_side": "right",
@@ -73,11 +77,19 @@ def differences(
     key = "clean_up_tokenization_spaces"  # absent: yes in transformers 4, no in 5
     if None not in (expected.get(key), found.get(key)) and bool(expected[key]) != bool(found[key]):
         yield Difference(key, f"expected {shown(expected[key])}, found {shown(found[key])}")
-    for key, default in DEFAULTS.items():
-        x, y = (default if side.get(key) is None else _plain(side[key]) for side in (expected, found))
+    for key in DEFAULTS:
+        x, y = (_acts(side, key) for side in (expected, found))
         if x != y:
             yield Difference(key, f"expected {shown(x)}, found {shown(y)}")
     yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), alike)
+
+
+def _acts(document: Mapping[str, Any], key: str) -> Any:
+    """What the file says under one of the keys of `DEFAULTS`, or its class where it says nothing."""
+    if document.get(key) is not None:
+        return _plain(document[key])
+    pads_left = key == "padding_side" and plain_class(document.get("tokenizer_class")) in PADS_LEFT
+    return "left" if pads_left else DEFAULTS[key]
 
 
 def _plain(value: Any) -> Any:

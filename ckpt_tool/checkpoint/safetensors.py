@@ -343,6 +343,7 @@ def index_pieces(weight_map: Mapping[str, str], total_size: int) -> Iterator[byt
     yield b"\n  }\n}\n" if names else b"}\n}\n"
 
 
+UNLISTED = "does not list"  # in a note of an index, of tensors that it leaves out
 _ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"
 
 
@@ -385,7 +386,7 @@ class WeightIndex:
         unlisted = [] if homes.keys() <= said.keys() else [t for t in homes if t not in said]
         moved = [] if homes == said else [t for t, f in homes.items() if said.get(t, f) != f]
         for tensors, what in (
-            (unlisted, "does not list {} that the files hold"),
+            (unlisted, UNLISTED + " {} that the files hold"),
             (moved, "lists {} in another file than holds it"),
         ):
             if tensors:

@@ -247,6 +247,10 @@ def checks(known: Known) -> None:
 
 def ends_of_the_blend(known: Known) -> None:
     pairs, theta, context = known["head_dim"] / 2, known["rope_theta"], known["initial_context_length"]
+    if theta <= 1:
+        message = f"expected a base above 1 to blend frequencies of, found {theta:g}"
+        known.refuse("unsupported", message, "rope_theta")
+        return
     low, high = (
         pairs * math.log(context / (known[name] * 2 * math.pi)) / math.log(theta)
         for name in ("rope_ntk_beta", "rope_ntk_alpha")

@@ -454,6 +454,7 @@ CLASS = Class(
         "trigram_input": True,
         "use_bottleneck": True,
         "intra_bottleneck_size": 128,
+        "true_hidden_size": None,  # what the layers are wide between the bottlenecks; transformers 5 reads it
         "use_bottleneck_attention": False,
         "key_query_shared_bottleneck": True,
         "num_feedforward_networks": 4,
@@ -462,7 +463,6 @@ CLASS = Class(
         "tie_word_embeddings": True,
     },
     {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 512},
-    idle={"true_hidden_size": "follows from use_bottleneck"},
     idle_numbers={
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.1,
