@@ -170,7 +170,9 @@ def plan(
     except CkptToolError as error:  # without the frames, which hold what was read of large documents
         raise explained(error.with_traceback(None), source, chosen, to) from None
     if options.with_optimizer:
-        made = _with_optimizer(made, seen, options)
+        from ckpt_tool.convert.optimizer_state import with_optimizer
+
+        made = with_optimizer(made, seen, options)
     if to == "hf":
         check_own(source, chosen)
     sums = checklist.notes(source, weights=checksums, progress=progress)
@@ -178,20 +180,14 @@ def plan(
     return replace(made, notes=(*sums, *made.notes))
 
 
-def _with_optimizer(made: Plan, seen: Checkpoint, options: Options) -> Plan:
-    from ckpt_tool.convert.optimizer_state import attached, with_optimizer
-
-    return with_optimizer(made, seen if made.direction == "to-hf" else attached(seen), options)
-
-
 def _as_planned(checkpoint: Checkpoint, chosen: Family, made: Plan) -> Checkpoint:
     """What carrying the plan out reads."""
     seen = as_family_knows(checkpoint, chosen)
-    if made.direction == "to-hf" or not made.asked.get("with_optimizer"):
+    if not made.asked.get("with_optimizer"):
         return seen
-    from ckpt_tool.convert.optimizer_state import attached
+    from ckpt_tool.convert.optimizer_state import read_by
 
-    return attached(seen)
+    return read_by(made, seen)
 
 
 def _forth(chosen: Family) -> Callable[[Checkpoint, Options], Plan]:
