@@ -171,18 +171,14 @@ def plan(
     except CkptToolError as error:  # without the frames, which hold what was read of large documents
         raise explained(error.with_traceback(None), source, chosen, to) from None
     if options.with_optimizer:
-        made = _with_optimizer(made, seen, options)
+        from ckpt_tool.convert.optimizer_state import with_optimizer
+
+        made = with_optimizer(made, seen, options)
     if to == "hf":
         check_own(source, chosen)
     sums = checklist.notes(source, weights=checksums, progress=progress)
     sums += integrity.notes(source, weights=checksums, progress=progress)
     return replace(made, notes=(*sums, *made.notes))
-
-
-def _with_optimizer(made: Plan, seen: Checkpoint, options: Options) -> Plan:
-    from ckpt_tool.convert.optimizer_state import attached, with_optimizer
-
-    return with_optimizer(made, seen if made.direction == "to-hf" else attached(seen), options)
 
 
 def _as_read_by(checkpoint: Checkpoint, chosen: Family, to: str) -> Checkpoint:
@@ -194,11 +190,11 @@ def _as_read_by(checkpoint: Checkpoint, chosen: Family, to: str) -> Checkpoint:
 def _as_planned(checkpoint: Checkpoint, chosen: Family, made: Plan) -> Checkpoint:
     """What carrying the plan out reads."""
     seen = _as_read_by(checkpoint, chosen, "hf" if made.direction == "to-hf" else "original")
-    if made.direction == "to-hf" or not made.asked.get("with_optimizer"):
+    if not made.asked.get("with_optimizer"):
         return seen
-    from ckpt_tool.convert.optimizer_state import attached
+    from ckpt_tool.convert.optimizer_state import read_by
 
-    return attached(seen)
+    return read_by(made, seen)
 
 
 def _forth(chosen: Family) -> Callable[[Checkpoint, Options], Plan]:

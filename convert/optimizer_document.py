@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.strict_json import MAX_BYTES, integer, parse_object
-from ckpt_tool.convert.optimizer_ranks import ALL, DECAY, LISTS, OTHERS, SCHEDULERS, Order, Ranks, crc32_of
+from ckpt_tool.convert.optimizer_ranks import (
+    ALL,
+    DECAY,
+    LISTS,
+    OTHERS,
+    SCHEDULERS,
+    Order,
+    Ranks,
+    crc32_of,
+    sound,
+)
 from ckpt_tool.errors import fail
 
 FOLDER = "optimizer"
@@ -43,7 +53,10 @@ def _ranks(said: Mapping[str, Any], ranks: Mapping[str, Any]) -> Ranks:
     groups, words, order = said.get("groups"), ranks.get("groups"), ranks.get("order")
     if not isinstance(groups, list) or not groups or not all(isinstance(g, dict) for g in groups):
         _refuse("groups", "a list of objects")
-    if not isinstance(words, list) or len(words) != len(groups) or not _sound(words):
+    counts = ranks.get("optimizers", [])
+    if not isinstance(counts, list) or any(type(n) is not int or n < 0 for n in counts):
+        _refuse("ranks.optimizers", "how many groups each of two optimizers has")
+    if not isinstance(words, list) or len(words) != len(groups) or not sound(words, counts):
         _refuse("ranks.groups", f"`{DECAY}`, `{OTHERS}` or `{ALL}` for each of {len(groups)} groups")
     if not isinstance(order, list) or not order or not all(isinstance(n, str) for n in order):
         _refuse("ranks.order", "a list of names")
@@ -70,12 +83,8 @@ def _ranks(said: Mapping[str, Any], ranks: Mapping[str, Any]) -> Ranks:
         ranks.get("master"),
         tuple(groups),
         steps,
+        tuple(counts),
     )
-
-
-def _sound(words: Sequence[object]) -> bool:
-    """Whether each parameter is in one group."""
-    return sorted(map(str, words)) in ([DECAY, OTHERS], [ALL])
 
 
 def _schedule(said: Mapping[str, Any]) -> dict[str, Any]:

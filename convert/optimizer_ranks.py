@@ -4,6 +4,10 @@
     optimizer.{fp32_from_fp16_params,fp32_from_fp16}.{g}.{k}    the weights in float32 that the step is made
                                                                 on: of the k-th in group g that has 16 bits
 
+A run that steps its experts apart has a list of two optimizers, so a number stands behind `optimizer`, and
+each counts its own parameters. A distributed optimizer has its states elsewhere (optimizer_buffers.py), and
+here groups without numbers.
+
 Numbers run through the groups, and in each group in the order of the modules, which is that of the file. No
 file says that order for a run that shares its layers out otherwise, so `optimizer.json` keeps it: the names
 with `{}` for the numbers in them, each where it first stands, and a checksum: of two norms that have changed
@@ -20,23 +24,26 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
 
 from ckpt_tool.checkpoint.base import TensorFile, TensorInfo
 from ckpt_tool.checkpoint.torch_zip_writer import Held
+from ckpt_tool.convert.optimizer_buffers import EXPERT
 from ckpt_tool.errors import fail
 
+T = TypeVar("T")
 MASTER = "fp32_param"  # what the state of the lists is called elsewhere
 NARROW = ("F16", "BF16")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LISTS = ("fp32_from_fp16_params", "fp32_from_fp16")
 SCHEDULERS = ("opt_param_scheduler", "lr_scheduler")
+_HEAD = r"optimizer(\.(?P<chain>\d{1,3}))?"
 NUMBERED = re.compile(
-    rf"(?P<inside>optimizer(\.optimizer)?)\.state\.(?P<n>\d{{1,9}})\.(?P<state>{'|'.join(MOMENTS)})", re.ASCII
+    rf"(?P<inside>{_HEAD}(\.optimizer)?)\.state\.(?P<n>\d{{1,9}})\.(?P<state>{'|'.join(MOMENTS)})", re.ASCII
 )
-LISTED = re.compile(rf"optimizer\.(?P<list>{'|'.join(LISTS)})\.(?P<g>\d{{1,9}})\.(?P<k>\d{{1,9}})", re.ASCII)
-STEP = re.compile(r"optimizer\.(optimizer\.)?state\.\d+\.step", re.ASCII)
+LISTED = re.compile(rf"{_HEAD}\.(?P<list>{'|'.join(LISTS)})\.(?P<g>\d{{1,9}})\.(?P<k>\d{{1,9}})", re.ASCII)
+STEP = re.compile(rf"{_HEAD}\.(optimizer\.)?state\.\d+\.step", re.ASCII)
 _NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)|(?<=\.weight)\d{1,6}$|(?<=\.bias)\d{1,6}$", re.ASCII)
 _CHUNK = re.compile(r"model(?P<chunk>\d{0,4})\.", re.ASCII)
 # What a group holds: matrices, which decay, or the others, or both.
@@ -52,14 +59,41 @@ def is_in(t: TensorInfo, group: str) -> bool:
     return group == ALL or decays(t) == (group == DECAY)
 
 
-def state_of_file(file: TensorFile) -> tuple[Mapping[Any, Any], list[Mapping[Any, Any]]]:
-    """What an optimizer has beside its tensors, and its groups of parameters."""
+@dataclass(frozen=True)
+class Told:
+    """What the file of a rank has of one optimizer beside its tensors. `chain` is its place in a list of
+    them, None for the only one."""
+
+    chain: int | None
+    inner: Mapping[Any, Any]
+    groups: tuple[Mapping[Any, Any], ...]
+
+    def parameters(self, model: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """Those of `model` that it steps: experts have the second optimizer of a list."""
+        return [t for t in model if self.chain is None or (EXPERT in t.name) == (self.chain > 0)]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether its states lie in a file of their own."""
+        return bool(self.groups) and "state" not in self.inner and not any("params" in g for g in self.groups)
+
+
+def optimizers_of(file: TensorFile) -> list[Told]:
+    """The optimizers of a file, each with its groups of parameters."""
     held = file.metadata.get("optimizer")
+    if isinstance(held, Mapping) and held and all(str(k).isdecimal() for k in held):
+        return [_told(int(k), x) for k, x in sorted(held.items(), key=lambda item: int(item[0]))]
+    if isinstance(held, list):
+        return [_told(k, x) for k, x in enumerate(held)]
+    return [_told(None, held)]
+
+
+def _told(chain: int | None, held: object) -> Told:
     inner = held.get("optimizer", held) if isinstance(held, Mapping) else {}
     inner = inner if isinstance(inner, Mapping) else {}
     found = inner.get("param_groups")
-    groups = [g for g in found if isinstance(g, Mapping)] if isinstance(found, list) else []
-    return inner, groups
+    groups = tuple(g for g in found if isinstance(g, Mapping)) if isinstance(found, list) else ()
+    return Told(chain, inner, groups)
 
 
 # --- the order of parameters --------------------------------------------------------------------------------
@@ -109,39 +143,91 @@ class Order:
 
 @dataclass(frozen=True)
 class Numbered:
-    """The parameters of one file by name in the order of modules, what each group of them holds, and their
-    states by state and name."""
+    """The parameters of one file by name in the order of modules, what each group of them holds, the states
+    by state and name, where the file has what is no tensor (see `told_of`), and how many groups each
+    optimizer of a list has."""
 
     order: tuple[str, ...]
     words: tuple[str, ...]
     states: Mapping[tuple[str, str], TensorInfo]
+    forms: Mapping[str, str]
+    chained: tuple[int, ...] = ()
 
 
 def numbered(label: str, file: TensorFile, model: Sequence[TensorInfo], hint: str) -> Numbered:
     """See the module docstring; `model` are the tensors of the model in the order of the file. Kinds:
     `unsupported` where groups do not fit, `shape-mismatch`."""
-    _, groups = state_of_file(file)
-    numbers = [g["params"] if isinstance(g.get("params"), list) else [] for g in groups]
+    words: list[str] = []
+    states: dict[tuple[str, str], TensorInfo] = {}
+    known = optimizers_of(file)
+    if len(known) > 2:
+        _refuse(label, f"expected an optimizer, and one of experts, found {len(known)}", hint)
+    forms: dict[str, str] = {}
+    for told in known:
+        ours = [t for t in file.tensors.values() if _chain(t.name) == told.chain]
+        own_words, own = _of_one(label, told, ours, told.parameters(model), hint)
+        words += own_words
+        states |= own
+        forms |= dict(_forms(told, ours))
+    chained = tuple(len(t.groups) for t in known) if known[0].chain is not None else ()
+    return Numbered(tuple(t.name for t in model), tuple(words), states, forms, chained)
+
+
+def _chain(name: str) -> int | None:
+    """The place of the optimizer that a state belongs to; -1 for a tensor that is none."""
+    m = NUMBERED.fullmatch(name) or LISTED.fullmatch(name) or STEP.fullmatch(name)
+    return -1 if m is None else None if m["chain"] is None else int(m["chain"])
+
+
+def _refuse(label: str, text: str, hint: str, where: str = "optimizer.param_groups") -> NoReturn:
+    fail("unsupported", text, file=label, where=where, hint=hint)
+
+
+def _of_one(
+    label: str, told: Told, ours: Sequence[TensorInfo], model: Sequence[TensorInfo], hint: str
+) -> tuple[tuple[str, ...], dict[tuple[str, str], TensorInfo]]:
+    """What each group of an optimizer holds, and the states of its parameters, of which it has `model`."""
+    numbers = [g["params"] if isinstance(g.get("params"), list) else [] for g in told.groups]
     if any(type(n) is not int for own in numbers for n in own):
-        fail("unsupported", "expected numbers of parameters, found others", file=label,
-             where="optimizer.param_groups", hint=hint)  # fmt: skip
-    words = _words(file, numbers)
+        _refuse(label, "expected numbers of parameters, found others", hint)
+    words = _words(ours, numbers)
     own = [[t for t in model if is_in(t, w)] if n else [] for w, n in zip(words, numbers, strict=True)]
     if [len(o) for o in own] != [len(n) for n in numbers] or sum(map(len, own)) != len(model):
         counts = " and ".join(str(len(n)) for n in numbers) or "none"
         two = [t for t in model if decays(t)], [t for t in model if not decays(t)]
-        wanted = " and ".join(str(len(o)) for o in two if o)
-        text = f"expected groups of {wanted} parameters (those that decay, and the others), found {counts}"
-        fail("unsupported", text, file=label, where="optimizer.param_groups", hint=hint)
+        wanted = " and ".join(str(len(o)) for o in two if o) or "0"
+        of = " of experts" if told.chain else ""
+        text = (
+            f"expected groups of {wanted} parameters{of} (those that decay, and the others), found {counts}"
+        )
+        _refuse(label, text, hint)
     pairs = [(n, t) for ns, o in zip(numbers, own, strict=True) for n, t in zip(ns, o, strict=True)]
-    states = dict((*_moments(label, file, dict(pairs)), *_masters(label, file, own)))
-    return Numbered(tuple(t.name for t in model), words, states)
+    return words, dict((*_moments(label, ours, dict(pairs)), *_masters(label, ours, own)))
 
 
-def _words(file: TensorFile, numbers: Sequence[Sequence[int]]) -> tuple[str, ...]:
+def distributed(
+    file: TensorFile, model: Sequence[TensorInfo], states: Mapping[tuple[str, str], TensorInfo]
+) -> Numbered:
+    """The same of a file beside which the states of a distributed optimizer lie, as they were found there:
+    its groups have no numbers, but say whether they decay."""
+    words: list[str] = []
+    known = optimizers_of(file)
+    forms: dict[str, str] = {}
+    for told in known:
+        own = ["decay" if g.get("wd_mult", g.get("weight_decay")) else "others" for g in told.groups]
+        words += own if len(own) > 1 else [ALL for _ in own]
+        if any("step" in g for g in told.groups):
+            forms["step"] = "group"
+    wide = any(state == MASTER for state, _ in states)
+    forms |= {"inside": "optimizer.optimizer", "master": LISTS[0]} if wide else {"inside": "optimizer"}
+    chained = tuple(len(t.groups) for t in known) if known[0].chain is not None else ()
+    return Numbered(tuple(t.name for t in model), tuple(words), states, forms, chained)
+
+
+def _words(ours: Sequence[TensorInfo], numbers: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """What each group holds, by the shape of the first moment in it."""
     shapes: dict[int, int] = {}
-    for t in file.tensors.values():
+    for t in ours:
         if (known := NUMBERED.fullmatch(t.name)) is not None:
             shapes.setdefault(int(known["n"]), len(t.shape))
     if sum(map(bool, numbers)) < 2:
@@ -150,9 +236,9 @@ def _words(file: TensorFile, numbers: Sequence[Sequence[int]]) -> tuple[str, ...
 
 
 def _moments(
-    label: str, file: TensorFile, names: Mapping[int, TensorInfo]
+    label: str, ours: Sequence[TensorInfo], names: Mapping[int, TensorInfo]
 ) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
-    for state in file.tensors.values():
+    for state in ours:
         if (known := NUMBERED.fullmatch(state.name)) is None:
             continue
         of = names.get(int(known["n"]))
@@ -164,10 +250,10 @@ def _moments(
 
 
 def _masters(
-    label: str, file: TensorFile, groups: Sequence[Sequence[TensorInfo]]
+    label: str, ours: Sequence[TensorInfo], groups: Sequence[Sequence[TensorInfo]]
 ) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
     found: dict[int, dict[int, TensorInfo]] = {}
-    for t in file.tensors.values():
+    for t in ours:
         if (known := LISTED.fullmatch(t.name)) is not None:
             found.setdefault(int(known["g"]), {})[int(known["k"])] = t
     for g, group in enumerate(groups if found else ()):
@@ -185,17 +271,39 @@ def _masters(
         fail("unsupported", text, file=label, where="optimizer")
 
 
-def told_of(files: Sequence[tuple[TensorFile, Numbered]]) -> dict[str, Any]:
-    """What the way back to ranks needs, for `optimizer.json`: empty where the order of the parameters, or
-    what holds the steps, is none that can be said again."""
-    order = Order.of(n.order for _, n in files)
-    words = {n.words for _, n in files}
-    words = {w for w in words if ALL not in w} or words  # a stage may have matrices alone
-    places = {tuple(_forms(f)) for f, _ in files}
-    if order is None or len(words) != 1 or len(places) != 1:
+def told_of(files: Sequence[Numbered]) -> dict[str, Any]:
+    """What the way back to ranks needs, for `optimizer.json`: empty where the order of the parameters, what
+    the groups hold, or what holds the steps, is none that can be said again."""
+    order = Order.of(n.order for n in files)
+    words = {n.words for n in files}
+    whole = {w for w in words if ALL not in w[:2]}  # a stage may have matrices alone
+    words = whole or words
+    places = {tuple(n.forms.items()) for n in files}
+    chained = {n.chained for n in files}
+    if order is None or len(words) != 1 or len(places) != 1 or len(chained) != 1:
         return {}
-    told = {"groups": list(words.pop()), "order": list(order.names), **dict(places.pop())}
+    groups, counts = words.pop(), chained.pop()
+    if not sound(groups, counts):
+        return {}
+    told: dict[str, Any] = {"groups": list(groups), "order": list(order.names), **dict(places.pop())}
+    if counts:
+        told["optimizers"] = list(counts)
     return told | {"crc32": crc32_of(told)}
+
+
+def sound(words: Sequence[object], counts: Sequence[int] = ()) -> bool:
+    """Whether each parameter is in one group of those that hold this; of a list of optimizers, `counts` are
+    the groups of each."""
+    if counts and (len(counts) != 2 or sum(counts) != len(words)):
+        return False
+    return all(sorted(map(str, own)) in ([DECAY, OTHERS], [ALL]) for own in parted(words, counts))
+
+
+def parted(groups: Sequence[T], counts: Sequence[int]) -> list[Sequence[T]]:
+    """What stands for each group, by optimizers."""
+    if not counts:
+        return [groups]
+    return [groups[: counts[0]], groups[counts[0] :]]
 
 
 def crc32_of(told: Mapping[str, Any]) -> int:
@@ -204,20 +312,21 @@ def crc32_of(told: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
-def _forms(file: TensorFile) -> Iterator[tuple[str, str]]:
+def _forms(told: Told, ours: Sequence[TensorInfo]) -> Iterator[tuple[str, str]]:
     """Where the states, the number of steps and the weights in float32 stand."""
-    inner, groups = state_of_file(file)
-    moments = filter(None, map(NUMBERED.fullmatch, file.tensors))
-    yield "inside", next(moments)["inside"]
-    states = inner.get("state")
+    names = [t.name for t in ours]
+    moments = filter(None, map(NUMBERED.fullmatch, names))
+    if (first := next(moments, None)) is not None:
+        yield "inside", first["inside"].replace(f".{first['chain']}", "", 1)
+    states = told.inner.get("state")
     kept = states.values() if isinstance(states, Mapping) else ()
-    if any(STEP.fullmatch(t.name) and t.dtype == "F32" and not t.shape for t in file.tensors.values()):
+    if any(STEP.fullmatch(t.name) and t.dtype == "F32" and not t.shape for t in ours):
         yield "step", "tensor"
     elif any(isinstance(s, Mapping) and "step" in s for s in kept):
         yield "step", "number"
-    elif any("step" in g for g in groups):
+    elif any("step" in g for g in told.groups):
         yield "step", "group"
-    if listed := next(filter(None, map(LISTED.fullmatch, file.tensors)), None):
+    if listed := next(filter(None, map(LISTED.fullmatch, names)), None):
         yield "master", listed["list"]
 
 
@@ -227,7 +336,7 @@ def _forms(file: TensorFile) -> Iterator[tuple[str, str]]:
 @dataclass(frozen=True)
 class Ranks:
     """What `optimizer.json` says of ranks: see `told_of`. `numbers` are those of each group, `steps` how many
-    were made."""
+    were made, `counts` the groups of each optimizer of a list."""
 
     words: tuple[str, ...]
     order: Order
@@ -236,6 +345,32 @@ class Ranks:
     master: str | None
     numbers: tuple[Mapping[str, Any], ...]
     steps: int | None
+    counts: tuple[int, ...] = ()
+
+    def apart(self) -> list[Ranks]:
+        """Each optimizer of a list, with the numbers before its states."""
+        words, numbers = parted(self.words, self.counts), parted(self.numbers, self.counts)
+        inside = self.inside.removeprefix("optimizer")
+        return [
+            replace(
+                self,
+                words=tuple(w),
+                numbers=tuple(n),
+                inside=f"optimizer.{c}{inside}",
+            )
+            for c, (w, n) in enumerate(zip(words, numbers, strict=True))
+        ]
+
+    def together(self) -> Ranks | None:
+        """One optimizer of all parameters, as a run has that shares no experts out; None where those of
+        experts have other numbers."""
+        one, two = parted(self.numbers, self.counts)
+        plain = [{k: v for k, v in g.items() if k != "is_expert_parallel"} for g in (*one, *two)]
+        kinds = dict(zip(self.words[: len(one)], plain, strict=False))
+        others = zip(self.words[len(one) :], plain[len(one) :], strict=True)
+        if any(kinds.get(word, kinds.get(DECAY)) != numbers for word, numbers in others):
+            return None
+        return replace(self, words=self.words[: len(one)], numbers=tuple(one), counts=())
 
 
 @dataclass(frozen=True)
@@ -244,12 +379,24 @@ class Laid:
     tensors that are numbers of steps."""
 
     names: Mapping[tuple[str, str], str]
-    tree: Mapping[str, object]
+    tree: object
     constants: tuple[tuple[str, str, tuple[int, ...], bytes], ...]
 
 
 def laid(ranks: Ranks, model: Sequence[TensorInfo], states: Mapping[str, Iterable[str]]) -> Laid:
     """`model` are the parameters of a file in their order, `states` by state those that have it."""
+    if not ranks.counts:
+        return _laid(ranks, "optimizer", model, states)
+    made = [
+        _laid(own, f"optimizer.{c}", [t for t in model if (EXPERT in t.name) == bool(c)], states)
+        for c, own in enumerate(ranks.apart())
+    ]
+    names = {key: name for one in made for key, name in one.names.items()}
+    return Laid(names, [one.tree for one in made], tuple(c for one in made for c in one.constants))
+
+
+def _laid(ranks: Ranks, head: str, model: Sequence[TensorInfo], states: Mapping[str, Iterable[str]]) -> Laid:
+    """The same of one optimizer, whose names begin with `head`."""
     groups = [[t for t in model if is_in(t, w)] for w in ranks.words]
     has = {state: set(names) for state, names in states.items()}
     names: dict[tuple[str, str], str] = {}
@@ -273,12 +420,12 @@ def laid(ranks: Ranks, model: Sequence[TensorInfo], states: Mapping[str, Iterabl
         params.append({**numbers, "params": [*range(n, n + len(group))]})
         n += len(group)
     inner: dict[str, object] = {"state": state, "param_groups": params}
-    tree = inner if ranks.inside == "optimizer" else {"optimizer": inner}
+    tree = inner if ranks.inside == head else {"optimizer": inner}
     if ranks.master is not None:
         lists: list[list[Held]] = []
         for g, group in enumerate(groups):
             with_one = [t.name for t in group if t.name in has.get(MASTER, ())]
-            own_names = {name: f"optimizer.{ranks.master}.{g}.{k}" for k, name in enumerate(with_one)}
+            own_names = {name: f"{head}.{ranks.master}.{g}.{k}" for k, name in enumerate(with_one)}
             names |= {(MASTER, name): called for name, called in own_names.items()}
             lists.append([Held(called) for called in own_names.values()])
         tree = {**tree, ranks.master: lists}

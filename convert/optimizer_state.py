@@ -2,14 +2,11 @@
 
 A moment has the layout of its parameter, so each step of a plan is done once more for each state:
 
-    torch_dist    optimizer.state.{state}.{name}         exp_avg, exp_avg_sq, fp32_param of every tensor
-    mp_rank_*     by number, see optimizer_ranks.py
+    torch_dist    optimizer.state.{state}.{name}         exp_avg, exp_avg_sq, fp32_param of every tensor; the
+                  last is `param` where a distributed optimizer has put its buffers apart (fully_reshardable)
+    mp_rank_*     by number, see optimizer_ranks.py, or of a distributed optimizer, see optimizer_buffers.py
     Hugging Face  optimizer/{state}-00001-of-0000N.safetensors holds {state}.{name}, optimizer/optimizer.json
                   the number of steps, the groups, the schedule and how ranks had them
-
-Flat buffers of a distributed optimizer are refused: where a parameter begins in one is computed by the run,
-from the number of its data-parallel ranks, the size of its buckets and how the release aligns them, and no
-file has it.
 
 Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.19.2 (core/optimizer/__init__.py, optimizer.py:
 sharded_state_dict; distributed_data_parallel/param_and_grad_buffer.py).
@@ -23,16 +20,22 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.megatron import FILE as RANK_FILE
+from ckpt_tool.checkpoint.megatron import arguments, may_hold_ranks
+from ckpt_tool.checkpoint.opening import OpenedCheckpoint
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.safetensors import open_safetensors
+from ckpt_tool.checkpoint.sliced import Sliced
 from ckpt_tool.convert import optimizer_document
 from ckpt_tool.convert.dialects import megatron_dist
 from ckpt_tool.convert.layout import Part, Step
+from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, HINT, agree, open_buffers, states_of
 from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
 from ckpt_tool.convert.optimizer_ranks import (
     LISTED,
@@ -42,9 +45,11 @@ from ckpt_tool.convert.optimizer_ranks import (
     SCHEDULERS,
     STEP,
     Numbered,
+    Ranks,
+    distributed,
     laid,
     numbered,
-    state_of_file,
+    optimizers_of,
     told_of,
 )
 from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, Plan, natural
@@ -53,14 +58,17 @@ from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all
 
 FLAG = "--with-optimizer"
-DISTRIBUTED = "distrib_optim.pt"  # of a distributed optimizer
 STATES = ("exp_avg", "exp_avg_sq", "fp32_param")  # the moments, and the weights that the step is made on
 _ALL = "|".join(STATES)
-_NAMED = re.compile(rf"optimizer\.state\.(?P<state>{_ALL})\.(?P<name>.+)", re.ASCII)
+_NAMED = re.compile(rf"optimizer\.state\.(?P<state>{_ALL}|param)\.(?P<name>.+)", re.ASCII)
 _FILE = re.compile(rf"(?P<state>{_ALL})(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
 _WITHOUT = f"without {FLAG} the state is left out"
 # Of a group of parameters: what a number of `optimizer.json` may be.
 _PLAIN = (int, float, bool, str)
+
+PROVED = (
+    f"where a parameter lies in {DISTRIBUTED} was proved: the float32 weights there, rounded, are the model's"
+)
 
 Key = tuple[str, str]  # file and name
 
@@ -80,21 +88,21 @@ class _Told:
     """What the files say beside the states, as they are read; `ranks` are those that number parameters."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
-    ranks: list[tuple[TensorFile, Numbered]] = field(default_factory=list)
+    ranks: list[Numbered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def with_optimizer(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
-    """`plan` with the states of the optimizer carried along. `checkpoint` is its source, from a folder in the
-    Hugging Face layout `attached`. Kinds: `missing-tensor` where there is none, or not of every tensor,
-    `unsupported` for what is not mapped."""
+    """`plan` with the states of the optimizer carried along. `checkpoint` is its source. Kinds:
+    `missing-tensor` where there is none, or not of every tensor, `unsupported` for what is not mapped, and
+    those of `states_of`."""
     if any(step.mean for step in plan.steps):
         fail(
             "unsupported", "expected heads as they are, found some to pool, which have no moments", where=FLAG
         )
     if plan.direction == "to-hf":
         return _forth(plan, checkpoint, options)
-    return _back(plan, checkpoint)
+    return _back(plan, attached(checkpoint))
 
 
 def of_states(plan: Plan) -> Plan:
@@ -102,6 +110,20 @@ def of_states(plan: Plan) -> Plan:
     ours = [replace(f, tensors=tuple(t for t in f.tensors if is_state(t.name))) for f in plan.outputs]
     steps = Steps([s for s in plan.steps if is_state(s.targets[0].name)])
     return replace(plan, outputs=tuple(f for f in ours if f.tensors), steps=steps, dropped=())
+
+
+def read_by(plan: Plan, checkpoint: Checkpoint) -> Checkpoint:
+    """The source of `plan` with the files among its files that states are read from beside the model's."""
+    if plan.direction != "to-hf":
+        return attached(checkpoint)
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for step in plan.steps:
+        for p in (p for p in step.sources if p.file not in checkpoint.files):
+            parts.setdefault(p.file, {})[p.name] = p.shape(step.sizes)
+    files: dict[str, TensorFile] = dict(checkpoint.files)
+    for label, own in parts.items():
+        files[label] = Sliced(open_buffers(_place(checkpoint, label), label), own.items())
+    return replace(checkpoint, files=files)
 
 
 def attached(checkpoint: Checkpoint) -> Checkpoint:
@@ -129,15 +151,24 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
     used: dict[str, set[str]] = {}
     for p in (p for s in plan.steps for p in s.sources):
         used.setdefault(p.file, set()).add(p.name)
+    apart = _apart(checkpoint)
     for label, file in checkpoint.files.items():
         ours = [t for t in file.tensors.values() if t.name.startswith("optimizer.")]
+        model = [t for t in file.tensors.values() if t.name in used.get(label, ())]
         for t in ours:
             if (found := _NAMED.fullmatch(t.name)) is not None:
-                named.setdefault(found["state"], {})[label, found["name"]] = t
+                state = MASTER if found["state"] == "param" else found["state"]
+                named.setdefault(state, {})[label, found["name"]] = t
+        _refuse_moved(checkpoint, label, model)
+        ranks: Numbered | None = None
         if any(NUMBERED.fullmatch(t.name) for t in ours):
-            model = [t for t in file.tensors.values() if t.name in used.get(label, ())]
-            told.ranks.append((file, numbered(label, file, model, _WITHOUT)))
-            for (state, name), t in told.ranks[-1][1].states.items():
+            ranks = numbered(label, file, model, _WITHOUT)
+        elif label in apart:
+            ranks = distributed(file, model, dict(_buffered(checkpoint, label, file, model)))
+        if ranks is not None:
+            told.ranks.append(ranks)
+            told.notes += [PROVED] if label in apart else []
+            for (state, name), t in ranks.states.items():
                 named.setdefault(state, {})[label, name] = t
         fail_all(_unmapped(label, file, [t for t in ours if not _is_mapped(t)]))
         told.runs += filter(None, [_told(file, told.notes)])
@@ -146,6 +177,76 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
     return State(
         {s: named[s] for s in STATES if s in named}, _content(told), tuple(dict.fromkeys(told.notes))
     )
+
+
+def _refuse_moved(checkpoint: Checkpoint, label: str, model: Sequence[TensorInfo]) -> None:
+    """Fail where the weights in float32 that came out of buffers are not those of the model: core_v0.15.0 to
+    core_v0.19.0 count the ends of buckets twice, so that behind the first one every state is another's."""
+    file = checkpoint.files[label]
+    for t in model:
+        wide = file.tensors.get(f"optimizer.state.param.{t.name}")
+        if wide is None or wide.shape != t.shape or wide.dtype != "F32":
+            continue
+        if not agree(checkpoint, t, [(file, wide.name, 0, wide.nbytes)]):
+            text = f"expected weights in float32 that rounded to {t.dtype} are {t.name}, found others"
+            hint = "Megatron-Core 0.15 to 0.19 may save states of fully_reshardable beside their places"
+            fail("unproved", text, file=label, where=wide.name, hint=f"{hint}; {HINT}")
+
+
+def _is_distributed(file: TensorFile) -> bool:
+    """Whether its states are in a file of their own, as its groups say."""
+    return any(told.distributed for told in optimizers_of(file))
+
+
+def _beside(label: str) -> str:
+    """What the file is called that has the states of a distributed optimizer of the model in `label`."""
+    folder, slash, _ = label.rpartition("/")
+    return f"{folder}{slash}{DISTRIBUTED}"
+
+
+def _inside(checkpoint: Checkpoint) -> set[str]:
+    """The files in the folders of ranks."""
+    folder = checkpoint.folder if isinstance(checkpoint, OpenedCheckpoint) else None
+    return set() if folder is None else {*folder.names(), *folder.below(may_hold_ranks)}
+
+
+def _apart(checkpoint: Checkpoint) -> set[str]:
+    """The files beside which others have their states. Fails where one of these is not there."""
+    there = _inside(checkpoint)
+    states = [
+        label
+        for label, file in checkpoint.files.items()
+        if not any(map(NUMBERED.fullmatch, file.tensors)) and file.format.startswith("torch")
+    ]
+    wanted = [label for label in states if _is_distributed(checkpoint.files[label])]
+    if not wanted and any(_beside(label) in there for label in states):
+        wanted = states
+    text = "expected the state of a distributed optimizer beside the model, found no such file"
+    fail_all(
+        Problem("missing-shard", text, _beside(label), hint=f"without {FLAG} the model alone is converted")
+        for label in wanted
+        if _beside(label) not in there
+    )
+    return set(wanted)
+
+
+def _place(checkpoint: Checkpoint, label: str) -> Place:
+    assert isinstance(checkpoint, OpenedCheckpoint) and checkpoint.folder is not None
+    return checkpoint.folder.place(label)
+
+
+def _buffered(
+    checkpoint: Checkpoint, label: str, file: TensorFile, model: Sequence[TensorInfo]
+) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
+    """The states that lie in flat buffers beside the file of a rank."""
+    args = arguments(file) or {}
+    shares = [args.get(k) for k in ("data_parallel_size", "context_parallel_size")]
+    spare = prod(n for n in shares if type(n) is int and 0 < n < 1 << 20)
+    buffers = open_buffers(_place(checkpoint, _beside(label)), _beside(label))
+    try:
+        yield from states_of(buffers, checkpoint, model, spare)
+    finally:
+        buffers.close()
 
 
 def _content(told: _Told) -> dict[str, Any]:
@@ -168,24 +269,13 @@ def _none(checkpoint: Checkpoint) -> NoReturn:
     hint = f"without {FLAG} the model alone is converted"
     text = "expected the state of an optimizer, a tensor for each of the model, found"
     for label, file in checkpoint.files.items():
-        if isinstance(held := file.metadata.get("optimizer"), list) and held:
-            what = f"it in a list of {len(held)}, as runs have it that step experts apart"
-            fail("unsupported", f"{text} {what}", file=label, where="optimizer", hint=hint)
+        held = file.metadata.get("optimizer")
         if isinstance(held, Inert) or _objects(held):
             fail(
                 "unsupported",
                 f"{text} it in an object of the run's own code",
                 file=label,
                 where="optimizer",
-                hint=hint,
-            )
-        if found := next((p for p in file.paths if p.with_name(DISTRIBUTED).is_file()), None):
-            where = f"{found.parent.name}/{DISTRIBUTED}"
-            fail(
-                "unsupported",
-                f"{text} it in flat buffers of many parameters",
-                file=where,
-                where=FLAG,
                 hint=hint,
             )
     fail("missing-tensor", f"{text} none", file=checkpoint.path.name, where=FLAG, hint=hint)
@@ -212,15 +302,18 @@ def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Ite
 
 def _told(file: TensorFile, notes: list[str]) -> dict[str, Any]:
     """How many steps were made, the numbers of the groups, and of the schedule."""
-    inner, groups = state_of_file(file)
-    if not groups:
+    known = [told for told in optimizers_of(file) if told.groups]
+    if not known:
         return {}
-    states = inner.get("state")
-    kept = (
-        [s.get("step") for s in states.values() if isinstance(s, Mapping)]
-        if isinstance(states, Mapping)
-        else []
-    )
+    groups = [g for told in known for g in told.groups]
+    states = [told.inner.get("state") for told in known]
+    kept = [
+        s.get("step")
+        for own in states
+        if isinstance(own, Mapping)
+        for s in own.values()
+        if isinstance(s, Mapping)
+    ]
     kept += [g.get("step") for g in groups]
     counted = {
         int(x) for x in (*kept, *_counts(file)) if isinstance(x, int | float) and _plain(x) is not None
@@ -401,6 +494,7 @@ def _to_folder(plan: Plan, made: Mapping[str, Sequence[Step]]) -> Plan:
 def _to_ranks(plan: Plan, checkpoint: Checkpoint, made: Mapping[str, Sequence[Step]]) -> Plan:
     """Each file with the states of its own tensors, numbered as the original's were."""
     ranks, schedule = optimizer_document.read(checkpoint)
+    ranks = _as_many(ranks, plan)
     if unknown := [t for f in plan.outputs for t in f.tensors if not ranks.order.knows(t.name)]:
         text = f"expected the parameters of the ranks that {DOCUMENT} has in their order, found another"
         hint = f"another --form, or none, writes those that the original had; without {FLAG} the model alone"
@@ -438,6 +532,18 @@ def _to_ranks(plan: Plan, checkpoint: Checkpoint, made: Mapping[str, Sequence[St
         outputs=tuple(files),
         notes=(*plan.notes, *notes),
     )
+
+
+def _as_many(ranks: Ranks, plan: Plan) -> Ranks:
+    """A list of optimizers, one of experts, is what a run has that shares experts out, and no other."""
+    told = plan.config.get("expert_model_parallel_size")
+    if not ranks.counts or (told is not None and told.value not in (None, 1)):
+        return ranks
+    if (one := ranks.together()) is None:
+        text = "expected the same numbers for experts as for other parameters, which one rank steps together"
+        hint = "--expert-parallel, as the original was, keeps them apart"
+        fail("unsupported", text, file=DOCUMENT, where="groups", hint=hint)
+    return one
 
 
 def _refuse_wide(file: OutputFile, masters: Sequence[str]) -> None:

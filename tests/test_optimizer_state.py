@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -376,13 +377,24 @@ def lacking(inner: dict[str, Any]) -> None:
     del inner["state"][2]["exp_avg_sq"]
 
 
-def test_a_list_of_optimizers_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (3, "expected an optimizer, and one of experts, found 3"),
+        (2, "expected groups of 0 parameters of experts (those that decay, and the others), found 50 and 37"),
+    ],
+)
+def test_a_list_of_optimizers_is_one_of_all_and_one_of_experts(
+    count: int, words: str, run: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(run / "in", tmp_path / "in")
     for path in source.rglob("*.pt"):
         file = torch.load(path, weights_only=False)
-        torch.save(file | {"optimizer": [file["optimizer"]] * 2}, path)
+        file["optimizer"] = [deepcopy(file["optimizer"]) for _ in range(count)]
+        torch.save(file, path)
+        assert api.plan(source, family="qwen2").dropped
     error = refused(lambda: api.plan(source, family="qwen2", options=WITH))
-    assert error.problems[0].kind == "unsupported" and "found it in a list of 2" in str(error)
+    assert error.problems[0].kind == "unsupported" and words in str(error)
 
 
 def in_words(inner: dict[str, Any]) -> None:
@@ -553,9 +565,10 @@ def test_flat_buffers_are_refused_by_name(originals: Written, tmp_path: Path) ->
     assert error.problems[0].kind == "unsupported" and "buffers of many parameters" in str(error)
     api.plan(source, family="llama")
     ranks = shutil.copytree(originals("qwen2-mcore"), tmp_path / "distributed")
-    next(ranks.rglob("model_optim_rng.pt")).with_name("distrib_optim.pt").write_bytes(b"")
+    for path in ranks.rglob("model_optim_rng.pt"):
+        path.with_name("distrib_optim.pt").write_bytes(b"")
     error = refused(lambda: api.plan(ranks, family="qwen2", options=WITH))
-    assert error.problems[0].kind == "unsupported" and "distrib_optim.pt" in str(error)
+    assert "mp_rank_00/distrib_optim.pt: expected a zip" in str(error), error
 
 
 def test_where_there_is_none_that_is_said(conversions: Written, originals: Written) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed
-from ckpt_tool.convert.optimizer_state import attached, is_state, of_states, with_optimizer
+from ckpt_tool.convert.optimizer_state import attached, is_state, of_states, read_by, with_optimizer
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError
 
@@ -56,16 +56,13 @@ def _of(checkpoint: Checkpoint, file: str, *, states: bool) -> Renamed:
 
 def planned(carried: Carried, plan: Plan, source: Checkpoint) -> Plan:
     """`plan` as it was made with the states; what is about these alone goes into `carried`."""
-    own = source if plan.direction == "to-hf" else attached(source)
-    if own is not source:
-        carried.opened.append(
-            replace(own, files={n: f for n, f in own.files.items() if n not in source.files})
-        )
-    carried.source = own
     try:
-        whole = with_optimizer(plan, own, Options())
+        whole = with_optimizer(plan, source, Options())
     except CkptToolError as error:
         carried.problem = error.problems[0].message
+        carried.source = source
         return plan
-    carried.plan = of_states(whole)
+    own = read_by(whole, source)
+    carried.opened.append(replace(own, files={n: f for n, f in own.files.items() if n not in source.files}))
+    carried.source, carried.plan = own, of_states(whole)
     return replace(plan, dropped=whole.dropped, asked=whole.asked)

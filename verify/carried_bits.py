@@ -106,6 +106,8 @@ def _unlike(planned: object, found: object, where: str) -> str | None:
         return None
     if isinstance(planned, list | tuple):
         listed = found if isinstance(found, list | tuple) else ()
+        if isinstance(found, Mapping):  # a reader parts a list with tensors in it by places
+            listed = [found.get(str(k)) for k in range(len(found))]
         for k, (one, other) in enumerate(zip_longest(planned, listed)):
             if (odd := _unlike(one, other, f"{where}.{k}")) is not None:
                 return odd

@@ -29,8 +29,10 @@ from ckpt_tool.errors import Problem, fail, fail_all, printable
 from ckpt_tool.records import dataclass
 
 # A mixed-precision optimizer's copies of the weights, by groups of parameters. Source: NVIDIA/Megatron-LM,
-# fp16/fp16.py (v1.0) and core/optimizer/optimizer.py (core_v0.16.1).
-_IN_GROUPS = ("optimizer.fp32_from_fp16_params", "optimizer.fp32_from_fp16")
+# fp16/fp16.py (v1.0) and core/optimizer/optimizer.py (core_v0.16.1). A run that steps its experts apart has
+# a list of optimizers.
+_LISTED = "optimizer"
+_IN_GROUPS = re.compile(rf"{_LISTED}(\.\d+)?\.fp32_from_fp16(_params)?", re.ASCII).fullmatch
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
 _ELEMENT_LIMIT = 1 << 62
 _SHARES = ("DTensor", "ShardedTensor")
@@ -49,11 +51,12 @@ class State:
     notes: tuple[str, ...] = ()
 
 
-def read_state(pickled: Pickled, *, file: str) -> State:
+def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
     """The tensors of the dict that `pickled` holds; nested dicts that hold tensors join their keys with ".".
 
     Lists and objects are metadata even where they hold tensors, but for the weights of a mixed-precision
-    optimizer, whose numbers of group and place join the name. Fails with every problem found:
+    optimizer, whose numbers of group and place join the name, and lists of optimizers. With `lists` every
+    list is parted like a dict whose keys are the places in it. Fails with every problem found:
     `unsafe-pickle`, `bad-pickle` (a container inside itself), `pickle-limit` (nesting, a dict of tensors
     reached twice), `wrong-format` (no dict), `bad-name`, `duplicate-tensor`, `unsupported-dtype`,
     `unsupported-device`, `bad-view`.
@@ -62,13 +65,15 @@ def read_state(pickled: Pickled, *, file: str) -> State:
     paths = surveyed(root, file)
     _refuse_shares(pickled, file)
     fail_all(unsafe_problems(pickled, file, paths))
+    if lists and type(root) is list:
+        root = dict(enumerate(root))
     if type(root) is not dict:
         kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
         if type(root) in (list, tuple):
             hint = "torch.save(torch.load(FILE)[0], OUT) keeps the first of it, where that is the dict"
         fail(kind, f"expected a dict of tensors, found {describe(root)}", file=file, hint=hint)
     state = State(imports=tuple(map(str, pickled.imports)), notes=tuple(_notes(pickled)))
-    splitter = _Splitter(state, file)
+    splitter = _Splitter(state, file, lists)
     splitter.split(root, "", state.metadata)
     if not state.tensors:
         splitter.problems += [
@@ -219,21 +224,36 @@ def _arrays(root: dict[object, object], file: str) -> Iterator[Problem]:
 class _Splitter:
     """Parts a tree of dicts into tensors by name and metadata."""
 
-    def __init__(self, state: State, file: str) -> None:
+    def __init__(self, state: State, file: str, lists: bool = False) -> None:
         self.state = state
         self.file = file
+        self.lists = lists
         self.problems: list[Problem] = []
         self.holders: dict[int, bool] = {}  # dict -> whether dicts from it on lead to a tensor
         self.placed: dict[int, str] = {}  # dict with tensors -> where it stands
 
-    def holds_tensors(self, value: dict[object, object]) -> bool:
+    def holds_tensors(self, value: object) -> bool:
+        kind = type(value)
+        if kind is TensorRecord:
+            return True
+        if kind is not dict and not (kind is list and self.lists):
+            return False
         known = self.holders.get(id(value))
         if known is None:
-            known = any(
-                type(v) is TensorRecord or (type(v) is dict and self.holds_tensors(v)) for v in value.values()
-            )
-            self.holders[id(value)] = known
+            inner = value.values() if isinstance(value, dict) else value
+            known = self.holders[id(value)] = any(map(self.holds_tensors, inner))  # type: ignore[call-overload]
         return known
+
+    def parted(self, name: str, value: object) -> dict[object, object] | None:
+        """`value` where its tensors have names of their own: a dict, or a list that is parted like one."""
+        if type(value) is dict:
+            return value if self.holds_tensors(value) else None
+        if type(value) is not list or not (self.lists or name == _LISTED):
+            return None
+        apart = {id(v) for v in value if type(v) is dict}
+        if len(apart) == sum(type(v) is dict for v in value) and any(map(self.holds_tensors, value)):
+            return dict(enumerate(value))
+        return None
 
     def split(self, value: dict[object, object], prefix: str, metadata: dict[str, object]) -> None:
         first = self.placed.setdefault(id(value), prefix)
@@ -245,12 +265,12 @@ class _Splitter:
             name = prefix + self.text(key, prefix)
             if type(item) is TensorRecord:
                 self.add(name, item)
-            elif type(item) is dict and self.holds_tensors(item):
+            elif (inner := self.parted(name, item)) is not None:
                 rest: dict[str, object] = {}
-                self.split(item, name + ".", rest)
+                self.split(inner, name + ".", rest)
                 if rest:
                     metadata[self.text(key, prefix)] = rest
-            elif name in _IN_GROUPS and _is_groups(item):
+            elif _IN_GROUPS(name) and _is_groups(item):
                 for g, group in enumerate(item):
                     for k, tensor in enumerate(group):
                         self.add(f"{name}.{g}.{k}", tensor)
@@ -274,6 +294,11 @@ class _Splitter:
                 fail(
                     "bad-name", f"expected a name in UTF-8, found {key[:80]!r}", file=self.file, where=prefix
                 )
+        if type(key) is Inert and len(key.args) == 1:  # dtypes, by which buffers are told apart
+            (own,) = key.args
+            if type(own) is tuple and own and all(type(k) is Global for k in own):
+                return f"({', '.join(map(str, own))})"
+            return str(own) if type(own) is Global else str(key)
         return str(key)
 
 

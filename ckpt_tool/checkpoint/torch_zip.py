@@ -70,19 +70,21 @@ class TorchZipFile(TorchFile):
         super().close()
 
 
-def open_torch_zip(path: Path, name: str, *, window: Window | None = None) -> TorchZipFile:
-    """Open `path`, or the part `window` of it, reading its structure only; `name` is how it is called. Kinds:
-    those of ZipArchive and of `torch_zip`."""
+def open_torch_zip(
+    path: Path, name: str, *, window: Window | None = None, lists: bool = False
+) -> TorchZipFile:
+    """Open `path`, or the part `window` of it, reading its structure only; `name` is how it is called, for
+    `lists` see `read_state`. Kinds: those of ZipArchive and of `torch_zip`."""
     data = ByteRange(path, name, window)
     try:
         archive = ZipArchive(data)
     except BaseException:
         data.close()
         raise
-    return torch_zip(archive)
+    return torch_zip(archive, lists=lists)
 
 
-def torch_zip(archive: ZipArchive, bare: str | None = None) -> TorchZipFile:
+def torch_zip(archive: ZipArchive, bare: str | None = None, *, lists: bool = False) -> TorchZipFile:
     """The torch file that the archive is, which closes it in the end, or now where it is none. With `bare`
     its pickle is a tensor and no dict, and the tensor is called that.
 
@@ -95,7 +97,7 @@ def torch_zip(archive: ZipArchive, bare: str | None = None) -> TorchZipFile:
         pickled = _unpickle(archive, root)
         if bare is not None and type(pickled.value) is TensorRecord:
             pickled = replace(pickled, value={bare: pickled.value})
-        state = read_state(pickled, file=archive.name)
+        state = read_state(pickled, file=archive.name, lists=lists)
         members = _match_storages(archive, root, state, pickled.storages)
         return TorchZipFile(archive, root, state, members)
     except BaseException:
