@@ -209,6 +209,12 @@ def unknown(
     if canonical.named_so(layers_apart(checkpoint)) and "config.json" not in checkpoint.documents:
         message = f"expected config.json beside weights with Hugging Face names, found none; it holds {held}"
         return [Problem("missing-file", message, checkpoint.path.name, hint=NO_CONFIG)]
+    if (whole := _with_head(checkpoint)) is not None:
+        message = (
+            f"expected {whole}, found the model alone that it is made of, without its head; it holds {held}"
+        )
+        hint = f"load it as {whole}, with the head that it had, and save_pretrained() that"
+        return [Problem("unknown-family", message, checkpoint.path.name, hint=hint)]
     first = Problem(
         "unknown-family",
         f"expected {wanted}; it holds {held}",
@@ -245,6 +251,16 @@ def _architecture(checkpoint: Checkpoint) -> str | None:
     found = config.get("architectures")
     first = found[0] if isinstance(found, list) and found else config.get("model_type")
     return first if isinstance(first, str) else None
+
+
+def _with_head(checkpoint: Checkpoint) -> str | None:
+    """The class that a family writes and of which config.json names the model without a head."""
+    said = _architecture(checkpoint) or ""
+    if not said.endswith("Model"):
+        return None
+    begins = f"{said.removesuffix('Model')}For"
+    classes = dict.fromkeys(a for n in FAMILIES for a in family(n).architectures if a.startswith(begins))
+    return next(iter(classes), None)
 
 
 def _converted(checkpoint: Checkpoint) -> str | None:

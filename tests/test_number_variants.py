@@ -111,6 +111,24 @@ def test_a_model_without_its_head_and_prefix_keeps_its_codes(conversions: Writte
     assert verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
 
 
+def test_a_model_that_reads_images_without_its_head_is_named(conversions: Written, tmp_path: Path) -> None:
+    """The nearest of other families were named, which have nothing to do with it."""
+    import shutil
+
+    def bare(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+        config["architectures"] = ["Mistral3Model"]
+        text = ("language_model.model.", "language_model.")
+        return {n.replace(*text): t for n, t in tensors.items() if not n.endswith("lm_head.weight")}
+
+    source = changed(Path(shutil.copytree(conversions("mistral3-images"), tmp_path / "in")), bare)
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    (problem,) = caught.value.problems
+    assert problem.kind == "unknown-family"
+    assert problem.message.startswith("expected Mistral3ForConditionalGeneration, found the model alone")
+    assert "load it as Mistral3ForConditionalGeneration" in (problem.hint or "")
+
+
 def test_what_makes_patches_of_images_is_carried_from_beside_an_original(
     originals: Written, tmp_path: Path
 ) -> None:

@@ -992,6 +992,12 @@ def test_a_gate_foretells_what_numbers_take_while_they_are_made(quantised: Made,
     most = max(int(np.prod(w.shape)) for w in found.weights.values())
     assert needs._of_codes(check, found, 4) == (4 * most * 8, 2 * most * 4)
     assert needs._of_codes(replace(check, dequantize="BF16"), found, 4) == (0, 0)
+    own = {n: replace(w, form=replace(w.form, own_rows=True)) for n, w in found.weights.items()}
+    with open_checkpoint(check.out) as checkpoint:
+        assert needs._as_numbers(checkpoint, replace(found, weights=own)) == [*checkpoint]
+        assert {t.name for t in needs._as_numbers(checkpoint, found)} == {
+            t.name for t in checkpoint if not t.name.endswith("_scale_inv") and not t.name.endswith("_scale")
+        }
 
 
 @pytest.mark.parametrize("form", ["mcore", "torch_dist"])

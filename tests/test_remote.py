@@ -497,6 +497,20 @@ def test_http_archive(server: State, conversions: Written, tmp_path: Path) -> No
     assert max(ranges) < size and sum(ranges) < 2 * size  # heads come with what stands behind them, never all
 
 
+def test_small_tensors_of_a_torch_file_come_with_one_request(server: State, tmp_path: Path) -> None:
+    """As those of safetensors do; each was asked for by itself."""
+    shutil.make_archive(str(tmp_path / "model"), "tar", server.root / "org" / "model")
+    (server.root / "org" / "model" / "model.tar").write_bytes((tmp_path / "model.tar").read_bytes())
+    with open_checkpoint(f"{server.address}/files/model.tar") as checkpoint:
+        (file,) = checkpoint.files.values()
+        before = len(server.seen)
+        file.expect((name, 0, t.nbytes) for name, t in file.tensors.items())
+        assert len(file.tensors) > 90
+        for t in file.tensors.values():
+            checkpoint.read(t)
+        assert len(server.seen) - before <= 3
+
+
 def test_fsspec(conversions: Written, originals: Written, tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     store = fsspec.filesystem("memory")

@@ -175,8 +175,9 @@ def of_check(check: Check) -> int | None:
 
 
 def _as_numbers(side: Checkpoint, coded: Inventory | None) -> list[TensorInfo]:
-    """The tensors of a side as they are computed with: quantised weights have the shape of their numbers."""
-    weights = {} if coded is None else coded.weights
+    """The tensors of a side as they are computed with: quantised weights have the shape of their numbers, but
+    for those whose codes a reading takes itself."""
+    weights = {} if coded is None else {n: w for n, w in coded.weights.items() if not w.form.own_rows}
     parts = {(t.file, t.name) for w in weights.values() for t in w.parts}
     plain = [t for t in side if (t.file, t.name) not in parts]
     return [*plain, *(TensorInfo(w.name, "BF16", w.shape, w.codes.file) for w in weights.values())]

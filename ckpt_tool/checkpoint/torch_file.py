@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.byte_range import ByteRange, Wanted
+from ckpt_tool.checkpoint.byte_range import ByteRange, Wanted, Window
 from ckpt_tool.checkpoint.pickle_records import StorageRef, TensorRecord
 from ckpt_tool.checkpoint.torch_state import State, dtype_of
 from ckpt_tool.records import dataclass
@@ -83,12 +83,16 @@ class TorchFile(TensorFile):
             source.read_each(pieces)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        """Of tensors that lie in one run; those of other strides are read by blocks of their own."""
+        """Of tensors that lie in one run; those of other strides are read by blocks of their own. All of a
+        source are told at once, so that small neighbours come with one request."""
+        told: dict[int, tuple[ByteRange, list[Window]]] = {}
         for name, offset, size in ranges:
             place = self._places[name]
             if not place.dims:
                 source, start = self._storage(place.key)
-                source.expect([(start + place.start + offset, size)])
+                told.setdefault(id(source), (source, []))[1].append((start + place.start + offset, size))
+        for source, windows in told.values():
+            source.expect(windows)
 
     def _gathered(self, name: str, block: int) -> memoryview:
         """Dense block number `block` of a strided tensor. Each thread keeps its last one, as callers ask for
