@@ -322,6 +322,18 @@ def test_weights_in_a_list_lead_out(kind: str, originals: Written, tmp_path: Pat
     assert f"found a {kind}" in problem.message and "torch.save" in (problem.hint or "")
 
 
+def test_a_folder_called_like_a_file_of_weights(originals: Written, tmp_path: Path) -> None:
+    """`zero_to_fp32.py . pytorch_model.bin` makes a folder of that name (JIA-Lab-research/LISA#155)."""
+    source = copied(originals(Q), tmp_path)
+    (source / "pytorch_model.bin").mkdir()
+    (source / "model.safetensors").rename(source / "pytorch_model.bin" / "model.safetensors")
+    problem = only(source, "qwen2", tmp_path)
+    assert problem.message == "expected a file, found a folder of weights"
+    assert str(source / "pytorch_model.bin") in (problem.hint or "")
+    shutil.copy(source / "config.json", source / "pytorch_model.bin")
+    assert api.convert(source / "pytorch_model.bin", tmp_path / "out", family="qwen2").plan.outputs
+
+
 # --- Megatron-LM before Core ----------------------------------------------------------------------------
 
 

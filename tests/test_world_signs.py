@@ -121,6 +121,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "optimizer alone": ("optimizer_0/.metadata", "optimizer_0/__0_0.distcp"),
     "torch.distributed": (".metadata", "__0_0.distcp"),
     "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
+    "without its data": (".metadata", "config.json"),
     "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
     "universal checkpoint of DeepSpeed": ("global_step5_universal/zero/model.norm.weight/fp32.pt",),
     "DeepSpeed pipeline": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),

@@ -158,6 +158,12 @@ SIGNS = (
         without=r"\.metadata",
     ),
     _sign(
+        "the list of a torch.distributed checkpoint (.metadata) without its data (.distcp)",
+        "copy the files of all ranks, *.distcp, into {at}, and give this again",
+        r"\.metadata",
+        without=r"[^/]*\.distcp",
+    ),
+    _sign(
         "a NeMo 2 checkpoint whose weights are in no format that is read",
         "NeMo writes it for Hugging Face: llm.export_ckpt(path={at}, target='hf', output_path=OUT)",
         r"context/(io\.json|model\.yaml)",
