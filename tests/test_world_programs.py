@@ -135,6 +135,21 @@ def test_ranks_as_safetensors_are_ranks(originals: Written, tmp_path: Path) -> N
     assert only(source, "llama", tmp_path).kind == "missing-shard"
 
 
+def test_ranks_of_llama2_accessory(originals: Written, tmp_path: Path) -> None:
+    """Alpha-VLLM/LLaMA2-Accessory#87: consolidated.KK-of-NN.model.pth, and `llma.` before every name."""
+    source = copied(originals("llama-1-13b").parent, tmp_path) / originals("llama-1-13b").name
+    for k, file in enumerate(sorted(source.glob("*.pth"))):
+        weights = {f"llma.{name}": t for name, t in torch.load(file).items()}
+        torch.save({"model": weights}, source / f"consolidated.{k:02}-of-02.model.pth")
+        file.unlink()
+    made = api.convert(source, tmp_path / "out", family="llama")
+    plain = api.convert(originals("llama-1-13b"), tmp_path / "plain", family="llama")
+    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
+    (source / "consolidated.01-of-02.model.pth").unlink()
+    shutil.rmtree(made.out)
+    assert only(source, "llama", tmp_path).kind == "missing-shard"
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_an_adapter_beside_its_merged_model_is_noted(index: bool, originals: Written, tmp_path: Path) -> None:
     """torchtune's LoRA recipes write both into one folder."""
@@ -380,6 +395,12 @@ def test_a_gated_decoder_of_megatron_before_core(
     plain = api.convert(originals(variant), tmp_path / "plain", family=family)
     assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
     assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"
+
+
+def test_other_models_with_joined_queries_keep_their_names(conversions: Written) -> None:
+    """GPT-NeoX and BERT call a tensor so, too."""
+    with api.open_checkpoint(conversions("pythia-410m")) as opened:
+        assert not opened.readings
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,8 @@ UNQUANTISED = "`mlx_lm.convert --hf-path IN --mlx-path OUT --dequantize` writes 
 # The last parts of a tensor's name -> what packs tensors like that, what to do.
 _PACKED = (
     (
-        r"lora_(a|b|e|ranknum|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?",
+        r"lora_(a|b|e|ranknum|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?"
+        r"|adaptor\.[ab]\.weight",  # of Meta's own Llama 3.2
         "LoRA factors",
         MERGE,
     ),
