@@ -327,6 +327,27 @@ def test_numpy_arrays_are_named(originals: Written, tmp_path: Path) -> None:
     assert "save the tensors" in (only(source, "llama", tmp_path).hint or "")
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "way"),
+    [
+        (lambda t: t.to("meta"), "unsupported-device", "load all of it"),
+        (lambda t: t.float().to_sparse(), "unsupported-dtype", ".to_dense()"),
+        (lambda t: t[:1].expand(t.shape), "bad-view", ".contiguous()"),
+    ],
+)
+def test_tensors_without_numbers_of_their_own_lead_out(
+    change: Callable[[torch.Tensor], torch.Tensor], kind: str, way: str, originals: Written, tmp_path: Path
+) -> None:
+    """Weights that accelerate had offloaded, pruned ones, constants."""
+    source = copied(originals(L), tmp_path)
+    file = source / "consolidated.00.pth"
+    torch.save(
+        {k: change(v) if k == "tok_embeddings.weight" else v for k, v in torch.load(file).items()}, file
+    )
+    problem = only(source, "llama", tmp_path)
+    assert problem.kind == kind and way in (problem.hint or "")
+
+
 @pytest.mark.parametrize("kind", ["list", "tuple"])
 def test_weights_in_a_list_lead_out(kind: str, originals: Written, tmp_path: Path) -> None:
     source = copied(originals(L), tmp_path)
