@@ -310,12 +310,12 @@ def as_rows_say(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
 
 
 def of_rows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
-    """A folder of `chosen` whose tensors have names of old releases, or of a model without the head's, under
-    those of the family's rows, with a reading; any other checkpoint as it is."""
+    """A folder of `chosen` whose tensors have other names than its class writes (those of old releases, or of
+    a model without the head's), under those of the family's rows, with a reading; any other as it is."""
     if kind_of(checkpoint) not in chosen.classes:
         return checkpoint
     spelling = _spelling(checkpoint, chosen)
-    other = [(own, name) for own, name in spelling.family.items() if own != name]
+    other = [(own, name) for own, name in spelling.family.items() if spelling.written(name) != own]
     if not other:
         return checkpoint
     (own, name), count = other[0], len(other)

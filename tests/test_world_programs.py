@@ -135,6 +135,21 @@ def test_ranks_as_safetensors_are_ranks(originals: Written, tmp_path: Path) -> N
     assert only(source, "llama", tmp_path).kind == "missing-shard"
 
 
+def test_ranks_of_llama2_accessory(originals: Written, tmp_path: Path) -> None:
+    """Alpha-VLLM/LLaMA2-Accessory#87: consolidated.KK-of-NN.model.pth, and `llma.` before every name."""
+    source = copied(originals("llama-1-13b").parent, tmp_path) / originals("llama-1-13b").name
+    for k, file in enumerate(sorted(source.glob("*.pth"))):
+        weights = {f"llma.{name}": t for name, t in torch.load(file).items()}
+        torch.save({"model": weights}, source / f"consolidated.{k:02}-of-02.model.pth")
+        file.unlink()
+    made = api.convert(source, tmp_path / "out", family="llama")
+    plain = api.convert(originals("llama-1-13b"), tmp_path / "plain", family="llama")
+    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
+    (source / "consolidated.01-of-02.model.pth").unlink()
+    shutil.rmtree(made.out)
+    assert only(source, "llama", tmp_path).kind == "missing-shard"
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_an_adapter_beside_its_merged_model_is_noted(index: bool, originals: Written, tmp_path: Path) -> None:
     """torchtune's LoRA recipes write both into one folder."""
@@ -312,6 +327,27 @@ def test_numpy_arrays_are_named(originals: Written, tmp_path: Path) -> None:
     assert "save the tensors" in (only(source, "llama", tmp_path).hint or "")
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "way"),
+    [
+        (lambda t: t.to("meta"), "unsupported-device", "load all of it"),
+        (lambda t: t.float().to_sparse(), "unsupported-dtype", ".to_dense()"),
+        (lambda t: t[:1].expand(t.shape), "bad-view", ".contiguous()"),
+    ],
+)
+def test_tensors_without_numbers_of_their_own_lead_out(
+    change: Callable[[torch.Tensor], torch.Tensor], kind: str, way: str, originals: Written, tmp_path: Path
+) -> None:
+    """Weights that accelerate had offloaded, pruned ones, constants."""
+    source = copied(originals(L), tmp_path)
+    file = source / "consolidated.00.pth"
+    torch.save(
+        {k: change(v) if k == "tok_embeddings.weight" else v for k, v in torch.load(file).items()}, file
+    )
+    problem = only(source, "llama", tmp_path)
+    assert problem.kind == kind and way in (problem.hint or "")
+
+
 @pytest.mark.parametrize("kind", ["list", "tuple"])
 def test_weights_in_a_list_lead_out(kind: str, originals: Written, tmp_path: Path) -> None:
     source = copied(originals(L), tmp_path)
@@ -320,6 +356,18 @@ def test_weights_in_a_list_lead_out(kind: str, originals: Written, tmp_path: Pat
     torch.save([tensors] if kind == "list" else (tensors, {"epoch": 1}), file)
     problem = only(source, "llama", tmp_path)
     assert f"found a {kind}" in problem.message and "torch.save" in (problem.hint or "")
+
+
+def test_a_folder_called_like_a_file_of_weights(originals: Written, tmp_path: Path) -> None:
+    """`zero_to_fp32.py . pytorch_model.bin` makes a folder of that name (JIA-Lab-research/LISA#155)."""
+    source = copied(originals(Q), tmp_path)
+    (source / "pytorch_model.bin").mkdir()
+    (source / "model.safetensors").rename(source / "pytorch_model.bin" / "model.safetensors")
+    problem = only(source, "qwen2", tmp_path)
+    assert problem.message == "expected a file, found a folder of weights"
+    assert str(source / "pytorch_model.bin") in (problem.hint or "")
+    shutil.copy(source / "config.json", source / "pytorch_model.bin")
+    assert api.convert(source / "pytorch_model.bin", tmp_path / "out", family="qwen2").plan.outputs
 
 
 # --- Megatron-LM before Core ----------------------------------------------------------------------------
@@ -368,6 +416,12 @@ def test_a_gated_decoder_of_megatron_before_core(
     plain = api.convert(originals(variant), tmp_path / "plain", family=family)
     assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
     assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"
+
+
+def test_other_models_with_joined_queries_keep_their_names(conversions: Written) -> None:
+    """GPT-NeoX and BERT call a tensor so, too."""
+    with api.open_checkpoint(conversions("pythia-410m")) as opened:
+        assert not opened.readings
 
 
 @pytest.mark.parametrize(

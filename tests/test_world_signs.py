@@ -121,6 +121,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "optimizer alone": ("optimizer_0/.metadata", "optimizer_0/__0_0.distcp"),
     "torch.distributed": (".metadata", "__0_0.distcp"),
     "without its .metadata": ("__0_0.distcp", "__1_0.distcp"),
+    "without its data": (".metadata", "config.json"),
     "DeepSpeed": ("latest", "global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
     "universal checkpoint of DeepSpeed": ("global_step5_universal/zero/model.norm.weight/fp32.pt",),
     "DeepSpeed pipeline": ("layer_00-model_00-model_states.pt", "layer_01-model_00-model_states.pt"),
@@ -174,7 +175,8 @@ def test_a_folder_of_another_program_is_named(word: str, above: int, tmp_path: P
     if above and word in ("diffusers", "sentence-transformers"):  # the weights in it are found first
         assert word == "diffusers" or shown_path(hint_of(error)).name == "0_Transformer"
         return
-    if above and any(".metadata" in f and not f.startswith("opt") for f in FOLDERS[word]):
+    listed = any(f.endswith(".distcp") for f in FOLDERS[word])  # then the folder itself is given first
+    if above and listed and any(".metadata" in f and not f.startswith("opt") for f in FOLDERS[word]):
         (problem,) = refused(lambda: api.open_checkpoint(shown_path(problem.hint or ""))).problems
     assert problem.kind == "wrong-format" and word in problem.message
     assert hint_of(error) and "{" not in hint_of(error)

@@ -39,7 +39,7 @@ from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.checkpoint.zlibs import crc32
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
+from ckpt_tool.errors import HINTS, CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 COMMON_STATE = re.compile(r"common_state/shard_0_1")
@@ -312,4 +312,5 @@ def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Pla
                 message = f"expected data of tensors, found {sign.what}"
                 yield Problem("wrong-format", message, path, hint=sign.hint)
                 continue
-            yield Problem("truncated", f"expected at least {end} bytes, found {there.size}", path)
+            message = f"expected at least {end} bytes, found {there.size}"
+            yield Problem("truncated", message, path, hint=HINTS["truncated"])

@@ -9,12 +9,13 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ckpt_tool.checkpoint.base import Check, Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.hub_cache import blob_of, repository_of
-from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER
+from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER, is_weights
 from ckpt_tool.errors import fail
 from ckpt_tool.records import dataclass
 
@@ -180,7 +181,11 @@ class Directory(Folder):
         path = self.path / name
         status = status_of(path, name)
         if not stat.S_ISREG(status.st_mode):
-            fail("wrong-format", f"expected a file, found {kind_of(status)}", file=name)
+            # zero_to_fp32.py takes the name of a file for that of a folder since DeepSpeed 0.15.3
+            inner = stat.S_ISDIR(status.st_mode) and any(map(is_weights, os.listdir(path)))
+            hint = f"put what belongs to the model beside the weights in it, and give --in {quote(str(path))}"
+            message = f"expected a file, found {kind_of(status)}{' of weights' * inner}"
+            fail("wrong-format", message, file=name, hint=hint if inner else None)
         blob = blob_of(path, status.st_size)
         return Place(path, status.st_size) if blob is None else Place(blob, blob.stat().st_size)
 

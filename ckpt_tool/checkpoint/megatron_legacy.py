@@ -48,7 +48,9 @@ _IN_LAYER = {
     "mlp.dense_h_to_4h.weight": "mlp.linear_fc1.weight",
     "mlp.dense_4h_to_h.weight": "mlp.linear_fc2.weight",
 }
-_TELLS = re.compile(r".*\.layers\.\d+\.(self_)?attention\.query_key_value\.weight", re.ASCII).fullmatch
+_TELLS = re.compile(
+    r"(model\d{0,4}\.)?language_model\.\w+\.layers\.\d+\.(self_)?attention\.query_key_value\.weight", re.ASCII
+).fullmatch
 ORDERED = 2.0  # since this version of the format a head's query, key and value follow one another
 
 

@@ -158,6 +158,12 @@ SIGNS = (
         without=r"\.metadata",
     ),
     _sign(
+        "the list of a torch.distributed checkpoint (.metadata) without its data (.distcp)",
+        "copy the files of all ranks, *.distcp, into {at}, and give this again",
+        r"\.metadata",
+        without=r"[^/]*\.distcp",
+    ),
+    _sign(
         "a NeMo 2 checkpoint whose weights are in no format that is read",
         "NeMo writes it for Hugging Face: llm.export_ckpt(path={at}, target='hf', output_path=OUT)",
         r"context/(io\.json|model\.yaml)",
@@ -425,7 +431,8 @@ UNQUANTISED = "`mlx_lm.convert --hf-path IN --mlx-path OUT --dequantize` writes 
 # The last parts of a tensor's name -> what packs tensors like that, what to do.
 _PACKED = (
     (
-        r"lora_(a|b|e|ranknum|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?",
+        r"lora_(a|b|e|ranknum|embedding_a|embedding_b|magnitude_vector)(\.[\w-]+)?(\.weight)?"
+        r"|adaptor\.[ab]\.weight",  # of Meta's own Llama 3.2
         "LoRA factors",
         MERGE,
     ),

@@ -41,6 +41,15 @@ _COMPLEX_TURNS = re.compile(r"(.*\.)?freqs_cis", re.ASCII).fullmatch
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
 
 
+# What makes a tensor of torch one with numbers of its own.
+_ELSEWHERE = "the model was saved while its weights were elsewhere (offloaded): load all of it, then save it"
+_DENSE = {
+    "quantized": "in torch, `.dequantize()` makes numbers of it; better get what it was made from",
+    "sparse": "in torch, `.to_dense()` makes one of it; save that",
+}
+_LAID_OUT = "in torch, `.contiguous()` lays its elements out; save that"
+
+
 @dataclass
 class State:
     """A checkpoint's tensors by name, and everything else as it stands."""
@@ -320,8 +329,9 @@ def _tensor_problem(name: str, t: TensorRecord, file: str) -> Problem | None:
     if t.odd is not None or t.storage is None:
         if t.odd == "meta" or (t.odd or "").startswith("of a device"):
             message = f"expected a tensor with its data in the file, found one that is {t.odd}"
-            return Problem("unsupported-device", message, file, name)
-        return Problem("unsupported-dtype", f"expected a dense tensor, found one that is {t.odd}", file, name)
+            return Problem("unsupported-device", message, file, name, _ELSEWHERE)
+        message, way = f"expected a dense tensor, found one that is {t.odd}", _DENSE.get(t.odd or "")
+        return Problem("unsupported-dtype", message, file, name, way)
     if t.dtype not in _DTYPE_NAMES:
         known = ", ".join(_DTYPE_NAMES)
         message = f"expected one of the dtypes {known}, found {printable(t.dtype, 40)}"
@@ -329,9 +339,9 @@ def _tensor_problem(name: str, t: TensorRecord, file: str) -> Problem | None:
         return Problem("unsupported-dtype", message, file, name, hint)
     if t.storage.location == "meta":
         message = "expected a tensor with its data in the file, found one of the device meta"
-        return Problem("unsupported-device", message, file, name)
+        return Problem("unsupported-device", message, file, name, _ELSEWHERE)
     fault = view_fault(t)
-    return None if fault is None else Problem("bad-view", fault, file, name)
+    return None if fault is None else Problem("bad-view", fault, file, name, _LAID_OUT)
 
 
 def view_fault(t: TensorRecord) -> str | None:

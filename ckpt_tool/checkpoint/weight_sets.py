@@ -110,6 +110,12 @@ _PATTERNS = (
     _pattern(r"consolidated\.(?P<number>\d{1,4})\.pth", 0, "original"),
     _pattern(r"consolidated\.(?P<number>\d{1,4})\.pt", 0, "original"),
     _pattern(r"consolidated\.(pth|pt)", 0, "original"),
+    _pattern(  # LLaMA2-Accessory: as many ranks, which repeat names
+        r"consolidated\.(?P<number>\d{2,4})-of-(?P<count>\d{2,4})\.model\.pth",
+        0,
+        "original",
+        label="consolidated.*.model.pth",
+    ),
     _pattern(r"consolidated\.safetensors", 0, "original"),
     _pattern(r"consolidated\.(?P<number>\d{1,4})\.safetensors", 0, "original"),
     _pattern(
