@@ -419,6 +419,30 @@ def test_what_is_not_read_is_one_sentence_with_a_way_out(name: str, made: Callab
     assert problem.hint is not None and problem.hint.startswith(BEFORE)
 
 
+@pytest.mark.parametrize(
+    ("form", "end", "bits"),
+    [
+        ("int4", "weight_g_idx", np.zeros(56, "<u4")),
+        ("modelopt", "pre_quant_scale", np.zeros(56, "<u4")),
+    ],
+)
+@pytest.mark.parametrize("drop", [(), ("*.weight_g_idx", "*.pre_quant_scale")])
+def test_what_changes_numbers_besides_is_no_tensor_to_drop(
+    form: str, end: str, bits: np.ndarray, drop: tuple[str, ...], made: Callable[..., Path]
+) -> None:
+    """The hint was to leave it out, and then other numbers were proved."""
+    name = f"{ATTENTION}q_proj.{end}"
+    source = made(
+        form,
+        lambda t, c: t.update({name: ("I32", bits)}),
+        model="mistral-small" if form == "modelopt" else MODEL,
+    )
+    with pytest.raises(CkptToolError) as caught:
+        plan(source, options=Options(drop=drop, dequantize="BF16"))
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("unsupported", name) and BEFORE in str(problem.hint)
+
+
 def few(end: str, dtype: str, *, keep: bool = False) -> Change:
     """Matrices of layers under another name, as tools pack them."""
 
