@@ -567,17 +567,23 @@ def _words(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised
         return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
     said = _shape_said(shape, checkpoint)
     if said is None or said[0] != codes.shape[0] or -(-said[1] // each) != codes.shape[1]:
+        if scheme.bits is None:
+            return _unsaid("expected config.json to say how many bits a code has, found nothing")
         held = f"{codes.shape} words of {each} codes ({kind[:4]})"
         message = f"expected rows and columns that {held} hold, found {said}"
         return Problem("shape-mismatch", message, shape.file, shape.name)
     if scheme.group is None and scales.shape != (said[0], 1):
-        message = "expected config.json to say how many neighbours share a scale, found nothing"
-        return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
+        return _unsaid("expected config.json to say how many neighbours share a scale, found nothing")
     group = scheme.group or said[1]
     made = _made(unit, kind, (1, group), said)
     if scales.shape != (said[0], -(-said[1] // group)):
         return _wrong_groups(made)
     return _odd_zeros(made, scheme) or made
+
+
+def _unsaid(message: str) -> Problem:
+    hint = f"--set {KEY}='{{...}}', as the release says it"
+    return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups", hint)
 
 
 def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:

@@ -100,7 +100,7 @@ def scheme_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scheme:
         _refuse("bad-config", "expected an object", raw, KEY, file)
     said = raw.get("quant_method")
     method = _SAME.get(said, said) if isinstance(said, str) else said
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         _refuse(
             "unsupported", f"expected {' or '.join(METHODS)}", said, f"{KEY}.quant_method", file, UNPACKED
         )
@@ -246,7 +246,8 @@ def _of_group(raw: Raw, group: Raw, where: str, file: str) -> Scheme:
         expected = "expected the scales of columns in their order, which needs no g_idx"
         _refuse("unsupported", expected, weights["actorder"], f"{where}.actorder", file, UNPACKED)
     bits, kind, size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
-    content = _FORMATS[form].get((bits, kind))
+    known = isinstance(bits, int) and isinstance(kind, str)
+    content = _FORMATS[form].get((bits, kind)) if known else None
     if content is None:
         expected = " or ".join(f"{b} bits of {k}" for b, k in _FORMATS[form])
         _refuse("unsupported", f"expected {expected} ({form})", f"{bits} bits, {kind}", where, file, UNPACKED)
@@ -284,7 +285,11 @@ def _modelopt(raw: Raw, file: str) -> Scheme:
     each = [*layers.values()] if isinstance(layers, Mapping) else []
     if not each or not all(isinstance(e, Mapping) for e in each):
         _refuse("bad-config", "expected an object of layers", layers, f"{KEY}.quantized_layers", file)
-    known = dict.fromkeys((e.get("quant_algo"), e.get("group_size")) for e in each)
+    known: list[tuple[Any, Any]] = []
+    for e in each:
+        pair = e.get("quant_algo"), e.get("group_size")
+        if pair not in known:
+            known.append(pair)
     where = f"{KEY}.quantized_layers"
     said = [_of_algorithm({"quant_algo": a, "group_size": n}, raw, where, file) for a, n in known]
     return _together(said, where)

@@ -419,6 +419,41 @@ def test_what_is_not_read_is_one_sentence_with_a_way_out(name: str, made: Callab
     assert problem.hint is not None and problem.hint.startswith(BEFORE)
 
 
+ODD: list[dict[str, Any]] = [
+    {"quant_method": ["fp8"]},
+    {"quant_method": "modelopt", "quant_algo": ["FP8"]},
+    {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": 3}},
+    {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"a": {"quant_algo": [1]}},
+    },
+    {"quant_method": "quark", "global_quant_config": {"weight": [[], {}]}},
+    {"quant_method": "quark", "layer_quant_config": {"a": 5}, "algo_config": 7},
+    groups("float-quantized"),
+    groups("float-quantized", {**FLOAT, "num_bits": [8], "type": {}}),
+    groups("float-quantized", {**FLOAT, "format": ["x"]}),
+    {**groups("float-quantized", FLOAT), "config_groups": [FLOAT]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=[str(k) for k in range(len(ODD))])
+def test_values_of_another_type_are_no_crash(odd: dict[str, Any], made: Callable[..., Path]) -> None:
+    source = made("fp8-rows", said(**odd))
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    assert caught.value.problems[0].kind in ("bad-config", "unsupported")
+    assert str(caught.value.problems[0].where).startswith(KEY)
+
+
+def test_the_width_of_codes_in_words_is_asked(made: Callable[..., Path]) -> None:
+    source = made("int8-packed", lambda t, c: c.pop(KEY))
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    problem = caught.value.problems[0]
+    assert problem.kind == "missing-fact" and "how many bits a code has" in problem.message
+
+
 @pytest.mark.parametrize(
     ("form", "end", "bits"),
     [
