@@ -75,6 +75,15 @@ class PackedWeights(Weights):
         return self._sharing(PackedWeights(*own))
 
     @property
+    def several(self) -> frozenset[str]:
+        return self._several
+
+    @cached_property
+    def _several(self) -> frozenset[str]:
+        held = self.inventory.weights
+        return frozenset(n for n in self.formulas if n in held and held[n].form.packed)
+
+    @property
     def making(self) -> int:
         """Numbers are made whole, and those of mistakes once more out of their codes and scales."""
         return STEPS * self._most * WIDEST
