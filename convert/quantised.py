@@ -256,7 +256,13 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
 
 # How names end of what belongs to a weight and is none, as a plain model has it.
 OF_WEIGHTS = tuple({e for f in FORMATS for e in (f.codes, f.scales, *f.others.values())} - {".weight"})
-_KNOWN_ENDS = tuple({*_ENDS, *OF_WEIGHTS})
+# What changes the numbers besides, and nobody here applies: left out, they would be others.
+_APPLIED = {
+    ".weight_g_idx": "another order of its columns",
+    ".pre_quant_scale": "scales of what it is given",
+    ".svdquant_lora_a": "a part of it beside the codes",
+}
+_KNOWN_ENDS = tuple({*_ENDS, *OF_WEIGHTS, *_APPLIED})
 
 
 def _formats_of(t: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Iterator[QuantFormat]:
@@ -365,13 +371,21 @@ def _quantised(
     named = {what: [stem + end, *_of_attention(stem, what, end)] for what, end in form.others.items()}
     others = {what: tensors[n] for what, names in named.items() for n in names[::-1] if n in tensors}
     unit = Quantised(stem + form.plain, form, "", codes.shape, (1, 1), codes, scales, others)
-    if (odd := _odd_activation(unit)) is not None:
+    if (odd := _odd_activation(unit) or _applied(stem, tensors)) is not None:
         return odd
     if not form.packed:
         return _int8(unit, scheme) if codes.dtype == "I8" else _fp8(unit, scheme)
     if form.own_rows:
         return _mxfp4_blocks(unit)
     return _packed(unit, scheme, checkpoint)
+
+
+def _applied(stem: str, tensors: Mapping[str, TensorInfo]) -> Problem | None:
+    for end, words in _APPLIED.items():
+        if (t := tensors.get(stem + end)) is not None:
+            message = f"expected codes and scales to make the numbers of {stem}, found {words}"
+            return Problem("unsupported", message, t.file, t.name, UNPACKED)
+    return None
 
 
 def _of_attention(stem: str, what: str, end: str) -> list[str]:
@@ -553,6 +567,8 @@ def _words(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised
         return Problem("missing-tensor", message, codes.file, _stem(codes, unit.form) + unit.form.shape)
     said = _shape_said(shape, checkpoint)
     if said is None or said[0] != codes.shape[0] or -(-said[1] // each) != codes.shape[1]:
+        if scheme.bits is None:
+            return _unsaid("expected config.json to say how many bits a code has, found nothing")
         held = f"{codes.shape} words of {each} codes ({kind[:4]})"
         message = f"expected rows and columns that {held} hold, found {said}"
         return Problem("shape-mismatch", message, shape.file, shape.name)
@@ -562,13 +578,17 @@ def _words(unit: Quantised, scheme: Scheme, checkpoint: Checkpoint) -> Quantised
         found = f"found scales of shape {scales.shape}"
         return Problem("config-mismatch", f"{message}, {found}", scales.file, scales.name, hint)
     if scheme.group is None and scales.shape != (said[0], 1):
-        message = "expected config.json to say how many neighbours share a scale, found nothing"
-        return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups")
+        return _unsaid("expected config.json to say how many neighbours share a scale, found nothing")
     group = scheme.group or said[1]
     made = _made(unit, kind, (1, group), said)
     if scales.shape != (said[0], -(-said[1] // group)):
         return _wrong_groups(made)
     return _odd_zeros(made, scheme) or made
+
+
+def _unsaid(message: str) -> Problem:
+    hint = f"--set {KEY}='{{...}}', as the release says it"
+    return Problem("missing-fact", message, "config.json", f"{KEY}.config_groups", hint)
 
 
 def _odd_zeros(unit: Quantised, scheme: Scheme) -> Problem | None:

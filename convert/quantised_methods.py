@@ -100,10 +100,8 @@ def scheme_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scheme:
         _refuse("bad-config", "expected an object", raw, KEY, file)
     said = raw.get("quant_method")
     method = _SAME.get(said, said) if isinstance(said, str) else said
-    if method not in _METHODS:
-        _refuse(
-            "unsupported", f"expected {' or '.join(METHODS)}", said, f"{KEY}.quant_method", file, UNPACKED
-        )
+    if not isinstance(method, str) or method not in _METHODS:
+        _refuse("unsupported", f"expected {' or '.join(METHODS)}", said, f"{KEY}.quant_method", file)
     fail_all(_unknown(raw, method, file))
     return _METHODS[method](raw, file)
 
@@ -131,7 +129,8 @@ def _modelopt_beside(said: Any) -> Any:
     return {"quant_method": "modelopt", **{names.get(k, k): v for k, v in said.items()}}
 
 
-def _refuse(kind: str, expected: str, found: Any, where: str, file: str, hint: str | None = None) -> NoReturn:
+def _refuse(kind: str, expected: str, found: Any, where: str, file: str) -> NoReturn:
+    hint = UNPACKED if kind == "unsupported" else f"--set {KEY}='{{...}}' says it, if {file} is wrong"
     fail_all([Problem(kind, f"{expected}, found {shown(found)}", file, where, hint)])
     raise AssertionError
 
@@ -159,7 +158,7 @@ def _two(block: Any, where: str, file: str) -> tuple[int, int] | None:
 
 def _fp8(raw: Raw, file: str) -> Scheme:
     if raw.get("fmt") not in (None, "e4m3", "float8_e4m3fn"):
-        _refuse("unsupported", "expected e4m3", raw["fmt"], f"{KEY}.fmt", file, UNPACKED)
+        _refuse("unsupported", "expected e4m3", raw["fmt"], f"{KEY}.fmt", file)
     if raw.get("scale_fmt") not in (None, "float", "ue8m0"):
         _refuse("unsupported", "expected float or ue8m0", raw["scale_fmt"], f"{KEY}.scale_fmt", file)
     if raw.get("expert_dtype") not in (None, "fp8"):  # transformers 5.23.0 writes it beside any fp8
@@ -194,7 +193,7 @@ def _together(schemes: Sequence[Scheme], where: str) -> Scheme:
     ):
         if len(found) > 1:
             said = [[*s] if isinstance(s, tuple) else s for s in sorted(found, key=str)]
-            _refuse("unsupported", f"expected {words}", said, where, first.file, UNPACKED)
+            _refuse("unsupported", f"expected {words}", said, where, first.file)
     group, bits, symmetric = next(iter(integers), (first.group, first.bits, True))
     contents = tuple(dict.fromkeys(c for s in schemes for c in s.contents))
     block = next(iter(eight), None)
@@ -238,33 +237,30 @@ def _beside(raw: Raw, file: str) -> Iterator[Problem]:
 def _of_group(raw: Raw, group: Raw, where: str, file: str) -> Scheme:
     weights, form = group["weights"], group.get("format") or raw.get("format")
     if not isinstance(form, str) or form not in _FORMATS:
-        _refuse("unsupported", f"expected {' or '.join(_FORMATS)}", form, f"{KEY}.format", file, UNPACKED)
+        _refuse("unsupported", f"expected {' or '.join(_FORMATS)}", form, f"{KEY}.format", file)
     if raw.get("format") not in (form, _MIXED):
         found = [raw.get("format"), form]
         _refuse("unsupported", f"expected one format, or {_MIXED}", found, f"{KEY}.format", file)
     if weights.get("actorder") not in (None, False, *_IN_ORDER):
         expected = "expected the scales of columns in their order, which needs no g_idx"
-        _refuse("unsupported", expected, weights["actorder"], f"{where}.actorder", file, UNPACKED)
+        _refuse("unsupported", expected, weights["actorder"], f"{where}.actorder", file)
     bits, kind, size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
-    content = _FORMATS[form].get((bits, kind))
+    known = isinstance(bits, int) and isinstance(kind, str)
+    content = _FORMATS[form].get((bits, kind)) if known else None
     if content is None:
         expected = " or ".join(f"{b} bits of {k}" for b, k in _FORMATS[form])
-        _refuse("unsupported", f"expected {expected} ({form})", f"{bits} bits, {kind}", where, file, UNPACKED)
+        _refuse("unsupported", f"expected {expected} ({form})", f"{bits} bits, {kind}", where, file)
     if size is not None and (type(size) is not int or not (size == -1 or 0 < size < 1 << 31)):
         _refuse("bad-config", "expected a whole number from 1, or -1", size, f"{where}.group_size", file)
     symmetric = weights.get("symmetric", True) is True
     if not symmetric and content != INTEGERS:
-        _refuse(
-            "unsupported", "expected floating codes around zero", False, f"{where}.symmetric", file, UNPACKED
-        )
+        _refuse("unsupported", "expected floating codes around zero", False, f"{where}.symmetric", file)
     block = weights.get("block_structure")
     if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):  # its older form
         block = [int(n) for n in block.split("x")]
     made = _two(block, f"{where}.block_structure", file)
     if made is not None and content != EIGHT:
-        _refuse(
-            "unsupported", "expected blocks of fp8 alone", block, f"{where}.block_structure", file, UNPACKED
-        )
+        _refuse("unsupported", "expected blocks of fp8 alone", block, f"{where}.block_structure", file)
     if form == "mxfp8-quantized":
         made = MX_BLOCK
     return Scheme(
@@ -284,7 +280,11 @@ def _modelopt(raw: Raw, file: str) -> Scheme:
     each = [*layers.values()] if isinstance(layers, Mapping) else []
     if not each or not all(isinstance(e, Mapping) for e in each):
         _refuse("bad-config", "expected an object of layers", layers, f"{KEY}.quantized_layers", file)
-    known = dict.fromkeys((e.get("quant_algo"), e.get("group_size")) for e in each)
+    known: list[tuple[Any, Any]] = []
+    for e in each:
+        pair = e.get("quant_algo"), e.get("group_size")
+        if pair not in known:
+            known.append(pair)
     where = f"{KEY}.quantized_layers"
     said = [_of_algorithm({"quant_algo": a, "group_size": n}, raw, where, file) for a, n in known]
     return _together(said, where)
@@ -294,11 +294,11 @@ def _of_algorithm(said: Raw, raw: Raw, where: str, file: str) -> Scheme:
     algorithm, size = said.get("quant_algo"), said.get("group_size")
     content = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     if content is None:
-        _refuse("unsupported", f"expected {' or '.join(_ALGORITHMS)}", algorithm, where, file, UNPACKED)
+        _refuse("unsupported", f"expected {' or '.join(_ALGORITHMS)}", algorithm, where, file)
     block = {"MXFP8": MX_BLOCK, "FP8_PB": (128, 128), "FP8_PB_WO": (128, 128)}.get(str(algorithm))
     wanted = 32 if algorithm == "MXFP8" else _GROUPS.get(content)
     if wanted is not None and size not in (None, wanted):
-        _refuse("unsupported", f"expected {wanted}", size, f"{KEY}.group_size", file, UNPACKED)
+        _refuse("unsupported", f"expected {wanted}", size, f"{KEY}.group_size", file)
     return Scheme("modelopt", block, contents=(content,), file=file, raw=raw)
 
 
@@ -309,10 +309,10 @@ def _quark(raw: Raw, file: str) -> Scheme:
     """An object for all layers, and others for some of them, by name and by type."""
     export, where = raw.get("export"), f"{KEY}.export.weight_format"
     if isinstance(export, Mapping) and export.get("weight_format", "real_quantized") != "real_quantized":
-        _refuse("unsupported", "expected real_quantized", export["weight_format"], where, file, UNPACKED)
+        _refuse("unsupported", "expected real_quantized", export["weight_format"], where, file)
     if turned := [a for a in _algorithms(raw.get("algo_config")) if any(r in a for r in _ROTATING)]:
         expected = "expected inputs as the model gives them"
-        _refuse("unsupported", expected, turned[0], f"{KEY}.algo_config", file, UNPACKED)
+        _refuse("unsupported", expected, turned[0], f"{KEY}.algo_config", file)
     made = [
         _of_spec(spec, raw, where, file)
         for where, group in _quark_groups(raw)
@@ -348,7 +348,7 @@ def _of_spec(spec: Any, raw: Raw, where: str, file: str) -> Scheme:
     if isinstance(spec, list) and len(spec) == 1:  # its newer form
         spec = spec[0]
     if not isinstance(spec, Mapping):
-        _refuse("unsupported", "expected one way of quantising a weight", spec, where, file, UNPACKED)
+        _refuse("unsupported", "expected one way of quantising a weight", spec, where, file)
     kind, how = spec.get("dtype"), spec.get("qscheme")
     if kind == "fp8_e4m3" and (
         how == "per_tensor" or (how == "per_channel" and spec.get("ch_axis") in (None, 0))
@@ -361,7 +361,7 @@ def _of_spec(spec: Any, raw: Raw, where: str, file: str) -> Scheme:
         f"{k} {spec.get(k)}" for k in ("dtype", "qscheme", "group_size") if spec.get(k) is not None
     )
     expected = "expected fp8_e4m3 per tensor or per channel, or fp4 in groups of 32 with e8m0 scales"
-    _refuse("unsupported", expected, found, where, file, UNPACKED)
+    _refuse("unsupported", expected, found, where, file)
 
 
 # --- params.json ----------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def _of_params(checkpoint: Checkpoint) -> Scheme:
     if not isinstance(raw, Mapping) or raw.get("qformat_weight") != "fp8_e4m3":
         found = raw.get("qformat_weight") if isinstance(raw, Mapping) else raw
         where = f"{IN_PARAMS}.qformat_weight"
-        _refuse("unsupported", "expected fp8_e4m3", found, where, PARAMS, UNPACKED)
+        _refuse("unsupported", "expected fp8_e4m3", found, where, PARAMS)
     if raw.get("qscheme_act", "TENSOR") not in ("TENSOR", "NO_SCALES"):
         found = raw["qscheme_act"]
         _refuse("unsupported", "expected TENSOR or NO_SCALES", found, f"{IN_PARAMS}.qscheme_act", PARAMS)

@@ -4,6 +4,7 @@ it keeps besides; and what is not read of them, said in one sentence with a way 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -419,6 +420,65 @@ def test_what_is_not_read_is_one_sentence_with_a_way_out(name: str, made: Callab
     assert problem.hint is not None and problem.hint.startswith(BEFORE)
 
 
+ODD: list[dict[str, Any]] = [
+    {"quant_method": ["fp8"]},
+    {"quant_method": "modelopt", "quant_algo": ["FP8"]},
+    {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": 3}},
+    {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"a": {"quant_algo": [1]}},
+    },
+    {"quant_method": "quark", "global_quant_config": {"weight": [[], {}]}},
+    {"quant_method": "quark", "layer_quant_config": {"a": 5}, "algo_config": 7},
+    groups("float-quantized"),
+    groups("float-quantized", {**FLOAT, "num_bits": [8], "type": {}}),
+    groups("float-quantized", {**FLOAT, "format": ["x"]}),
+    {**groups("float-quantized", FLOAT), "config_groups": [FLOAT]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=[str(k) for k in range(len(ODD))])
+def test_values_of_another_type_are_no_crash(odd: dict[str, Any], made: Callable[..., Path]) -> None:
+    source = made("fp8-rows", said(**odd))
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    assert caught.value.problems[0].kind in ("bad-config", "unsupported")
+    assert str(caught.value.problems[0].where).startswith(KEY)
+
+
+def test_the_width_of_codes_in_words_is_asked(made: Callable[..., Path]) -> None:
+    source = made("int8-packed", lambda t, c: c.pop(KEY))
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    problem = caught.value.problems[0]
+    assert problem.kind == "missing-fact" and "how many bits a code has" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("form", "end", "bits"),
+    [
+        ("int4", "weight_g_idx", np.zeros(56, "<u4")),
+        ("modelopt", "pre_quant_scale", np.zeros(56, "<u4")),
+    ],
+)
+@pytest.mark.parametrize("drop", [(), ("*.weight_g_idx", "*.pre_quant_scale")])
+def test_what_changes_numbers_besides_is_no_tensor_to_drop(
+    form: str, end: str, bits: np.ndarray, drop: tuple[str, ...], made: Callable[..., Path]
+) -> None:
+    """The hint was to leave it out, and then other numbers were proved."""
+    name = f"{ATTENTION}q_proj.{end}"
+    source = made(
+        form,
+        lambda t, c: t.update({name: ("I32", bits)}),
+        model="mistral-small" if form == "modelopt" else MODEL,
+    )
+    with pytest.raises(CkptToolError) as caught:
+        plan(source, options=Options(drop=drop, dequantize="BF16"))
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("unsupported", name) and BEFORE in str(problem.hint)
+
+
 def few(end: str, dtype: str, *, keep: bool = False) -> Change:
     """Matrices of layers under another name, as tools pack them."""
 
@@ -525,3 +585,20 @@ def test_experts_as_others_hold_them_are_named(
     with pytest.raises(CkptToolError) as caught:
         plan(folder)
     assert words in caught.value.problems[0].message
+
+
+def test_what_joins_images_to_a_text_is_left_out_by_its_name_in_memory(
+    conversions: Written, tmp_path: Path
+) -> None:
+    """compressed-tensors compares names of modules in memory, which are longer than those on the disk."""
+    source = quantise(conversions("mistral3-images"), tmp_path / "in", "fp8-rows")
+    ignored = json.loads((source / "config.json").read_text())[KEY]["ignore"]
+    patterns = [n.removeprefix("re:") for n in ignored if n.startswith("re:")]
+    plain = [
+        n
+        for n, (d, b) in held(source).items()
+        if n.startswith("multi_modal_projector.linear") and b.ndim == 2
+    ]
+    assert len(plain) == 2
+    for name in plain:
+        assert any(re.match(p, f"model.{name.removesuffix('.weight')}") for p in patterns), name

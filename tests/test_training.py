@@ -30,6 +30,7 @@ from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.facts_parts import in_one_row
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.quantised import quantise
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import gradients, library, optimizer, schedules, training, training_groups, verify
 from ckpt_tool.verify.optimizer import AdamW
@@ -295,10 +296,27 @@ def test_a_gradient_that_float32_does_not_have_is_not_judged() -> None:
 def test_what_is_packed_is_told_from_what_learns() -> None:
     """Codes that a pass sees as numbers, and codes that it sees as they are."""
     weights = PackedWeights.__new__(PackedWeights)
-    weights.formulas = {"one": Mock(), "two": Mock()}
+    weights.formulas = {"one": Mock(), "two": Mock(), "words": Mock()}
+    weights.inventory = Mock(weights={"one": Mock(), "words": Mock()})
+    for name, several in (("one", False), ("words", True)):
+        weights.inventory.weights[name].form.packed = several
     weights.tensors = {n: TensorInfo(n, d, (4,), "") for n, d in (("one", "BF16"), ("blocks", "U8"))}
     said = training._packed(Mock(weights=[weights]))
-    assert "1 hold packed weights" in said and "2 are codes, taught here as the numbers" in said
+    assert "2 hold packed weights" in said and "2 are codes, taught here as the numbers" in said
+
+
+@pytest.mark.parametrize("name", ["int4", "modelopt"])
+def test_codes_of_several_in_an_element_do_not_learn(name: str, conversions: Written, tmp_path: Path) -> None:
+    """Right conversions failed, or were no judge's: gradients of numbers went through the steps of words."""
+    source = quantise(
+        conversions("mistral-small" if name == "modelopt" else "qwen3-float32"), tmp_path / "in", name
+    )
+    api.convert(source, tmp_path / "out", check=False)
+    report = api.verify(tmp_path / "out", source, levels="training")
+    assert report.status == "pass", report.headline
+    (found,) = (f for f in report.findings if f.check == "gradients")
+    assert "hold packed weights, which no step changes" in found.message
+    assert "are codes, taught here" not in found.message
 
 
 def test_an_original_without_a_loss_is_undecided(originals: Written, tmp_path: Path) -> None:

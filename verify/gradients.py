@@ -52,7 +52,7 @@ class Leaves(Mapping[str, Tensor]):
         self.asked.add(key)
         if key not in self.made:
             x = self.weights[name].detach()
-            if self.weights.tensors[name].dtype in CASTABLE:  # and not a code, packed with others or scaled
+            if self.weights.tensors[name].dtype in CASTABLE and name not in self.weights.several:
                 x.requires_grad_()
                 x.grad = self.begun.get(key)
             self.made[key] = x

@@ -72,6 +72,15 @@ class PackedWeights(Weights):
         return self._sharing(PackedWeights(*own))
 
     @property
+    def several(self) -> frozenset[str]:
+        return self._several
+
+    @cached_property
+    def _several(self) -> frozenset[str]:
+        held = self.inventory.weights
+        return frozenset(n for n in self.formulas if n in held and held[n].form.packed)
+
+    @property
     def making(self) -> int:
         return making(self._most)
 

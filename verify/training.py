@@ -466,7 +466,8 @@ def _packed(converted: Side) -> str:
     """What of its weights are codes."""
     (weights,) = converted.weights
     still = sum(t.dtype not in CASTABLE for t in weights.tensors.values())
-    coded = len(weights.formulas) if isinstance(weights, PackedWeights) else 0
+    coded = len(weights.formulas) - len(weights.several) if isinstance(weights, PackedWeights) else 0
+    still += len(weights.several)
     text = f"; {still} hold packed weights, which no step changes" if still else ""
     return text + (f"; {coded} are codes, taught here as the numbers that they stand for" if coded else "")
 

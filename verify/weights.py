@@ -39,6 +39,12 @@ class Weights(Mapping[str, Tensor]):
         self.buffers: Buffers | None = None  # memory for large tensors; None: as torch comes by it
         self._kept: dict[str, Tensor] | None = None
 
+    @property
+    def several(self) -> frozenset[str]:
+        """Names of those made of codes of which several lie in an element: no step of a plan moves numbers
+        of that shape."""
+        return frozenset()
+
     def __getitem__(self, name: str) -> Tensor:
         info = self.tensors[name]
         self.used.add(name)
