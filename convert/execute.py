@@ -554,8 +554,8 @@ class Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        read = {key for keys in self.steps.sources() for key in keys}
-        self.sources |= self._read_whole(k for k in sorted(read) if k not in self.sources)
+        unread = {k for keys in self.steps.sources() for k in keys if k not in self.sources}
+        self.sources |= self._read_whole(sorted(unread))
         known_c = {
             key: crc
             for key, collected in self.crcs_c.items()

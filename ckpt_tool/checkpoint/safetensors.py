@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from itertools import chain, repeat
+from json.encoder import encode_basestring
 from math import prod
 from operator import sub
 from pathlib import Path
@@ -317,17 +318,22 @@ class SafetensorsLayout:
     def __post_init__(self) -> None:
         fail_all(name_problems((name for name, _, _ in self.tensors), file="the output"))
         ordered = sorted(self.tensors, key=lambda t: -DTYPES[t[1]].itemsize)
-        entries: dict[str, Any] = {RESERVED: dict(self.metadata)} if self.metadata else {}
+        compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+        entries = [f'"{RESERVED}":{compact(dict(self.metadata))}'] if self.metadata else []
         begins: dict[str, int] = {}
+        kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # layers are alike
         at = 0
         for name, dtype, shape in ordered:
             if name in begins:
                 raise ValueError(f"tensor {name} is laid out twice")
-            end = at + prod(shape) * DTYPES[dtype].itemsize
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            if (kind := kinds.get((dtype, shape))) is None:
+                told = compact({"dtype": dtype, "shape": list(shape), "data_offsets": []})
+                kind = kinds[dtype, shape] = told.removesuffix("]}"), prod(shape) * DTYPES[dtype].itemsize
+            end = at + kind[1]
+            entries.append(f"{encode_basestring(name)}:{kind[0]}{at},{end}]}}")
             begins[name] = at
             at = end
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        text = f"{{{','.join(entries)}}}".encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         object.__setattr__(self, "header", len(text).to_bytes(8, "little") + text)
