@@ -665,7 +665,7 @@ class Run:
                 with guard:
                     item = next(items, None)
                 if item is None:
-                    return
+                    return lane.outbox.flush()
                 try:
                     work(item, lane)
                 except BaseException:

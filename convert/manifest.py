@@ -220,11 +220,12 @@ def _are_tensors(value: Sequence[Any]) -> bool:
     return type(value[0]) is dict and all(type(v) is dict and list(v) == _OF_TENSOR for v in value)
 
 
-def _tensors(entries: Iterable[Mapping[str, Any]], line: str) -> Iterator[str]:
+def _tensors(entries: Iterable[dict[str, Any]], line: str) -> Iterator[str]:
     """The text of each: but for the name and the checksum they are alike."""
     alike: dict[tuple[str, str, tuple[int, ...]], str] = {}
     text, inner = encode_basestring_ascii, line + " "
-    for name, file, dtype, shape, crc in map(dict.values, entries):
+    for entry in entries:
+        name, file, dtype, shape, crc = entry.values()
         key = file, dtype, tuple(shape)
         if (middle := alike.get(key)) is None:
             told = _indented({"file": file, "dtype": dtype, "shape": shape}, line)
