@@ -34,7 +34,7 @@ REPORTING = ("verify", "diagnose", "gate")
 # Commands whose objects nearly all live until the end: to look for cycles among them after every 700 new ones
 # takes a fifth of the time of a model of thousands of tensors. Not those that compute with a model.
 KEEPING = ("convert", "inspect", "families")
-SELDOM = (100_000, 20, 20)
+SELDOM = (500_000, 20, 20)
 # numpy's library for matrices starts a thread for every core when it is loaded; these commands multiply none.
 ONE_THREAD = "OPENBLAS_NUM_THREADS"
 # Bytes of addresses that numpy 2.4 takes while it is loaded, with one such thread, and a little more.

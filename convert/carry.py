@@ -225,6 +225,16 @@ class Carrier:
             target.write(data, (offset + start) * target.itemsize, lane.outbox)
         return offset * target.itemsize, bits.nbytes, crc
 
+    def crc_of(self, key: tuple[str, str], start: int, size: int, lane: Lane) -> int:
+        """The CRC32 of bytes of a source tensor, given by file and name, that are read for it alone."""
+        info, crc = self.checkpoint.files[key[0]].tensors[key[1]], 0
+        for at in range(start, start + size, CHUNK):
+            room = lane.room("in", min(CHUNK, start + size - at), np.dtype("u1")).data
+            self.checkpoint.read_into(info, at, room)
+            crc = crc32(room, crc)
+            lane.read_bytes += len(room)
+        return crc
+
     def same(self, bound: Bound, block: Block, lane: Lane) -> bool:
         """Whether the targets, already written, hold what the block would write."""
         return all(np.array_equal(made, there) for made, there, _ in self.compared(bound, block, lane))

@@ -64,10 +64,11 @@ def _disagreements(
     first: dict[tuple[str, ...], Disagreement] = {}
     seen: list[set[tuple[int, tuple[int, ...]]]] = [set() for _ in steps.templates]  # layers are alike
     held = [_held(s.sources if side == "sources" else s.targets, checkpoint) for s in steps.templates]
+    alike = [_numbered(parts) for parts in held]
     before = [0 if side == "sources" else len(step.sources) for step in steps.templates]
     measured_by: dict[Dims, list[tuple[str, ...]]] = {}
     for number, columns in runs:
-        for j, tensor in _of_new_shapes(held[number], columns[before[number] :], seen[number]):
+        for j, tensor in _of_new_shapes(held[number], alike[number], columns[before[number] :], seen[number]):
             part, step = held[number][j][0], steps.templates[number]
             if len(tensor.shape) != len(part.dims):
                 continue
@@ -90,11 +91,20 @@ def _disagreements(
 _Held = list[tuple[Part, Mapping[str, TensorInfo]]]
 
 
+def _numbered(held: _Held) -> list[int]:
+    """For each part the first that is of its shape, whatever that is."""
+    first: dict[object, int] = {}
+    return [first.setdefault(part.sized, j) for j, (part, _) in enumerate(held)]
+
+
 def _of_new_shapes(
-    held: _Held, columns: Sequence[Sequence[str]], seen: set[tuple[int, tuple[int, ...]]]
+    held: _Held,
+    alike: Sequence[int],
+    columns: Sequence[Sequence[str]],
+    seen: set[tuple[int, tuple[int, ...]]],
 ) -> Iterator[tuple[int, TensorInfo]]:
-    """The tensors of these names, a column for each part, whose shapes were not `seen` of the part, with its
-    number."""
+    """The tensors of these names, a column for each part, whose shapes were not `seen` of a part `alike`,
+    with the number of the part."""
     gets = [tensors.get for _, tensors in held]
     if len(gets) == 1:  # as of nearly all
         names, get, latest = columns[0], gets[0], None
@@ -106,10 +116,10 @@ def _of_new_shapes(
                     yield 0, tensor
         return
     for step in zip(*columns, strict=True):
-        for j, (get, name) in enumerate(zip(gets, step, strict=False)):
+        for j, (get, name, first) in enumerate(zip(gets, step, alike, strict=False)):
             tensor = get(name)
-            if tensor is not None and (j, tensor.shape) not in seen:
-                seen.add((j, tensor.shape))
+            if tensor is not None and (first, tensor.shape) not in seen:
+                seen.add((first, tensor.shape))
                 yield j, tensor
 
 

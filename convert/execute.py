@@ -48,7 +48,7 @@ from ckpt_tool.convert.read_ahead import ReadAhead, Work
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import first_readers, groups
 from ckpt_tool.convert.small import Smalls, Together
-from ckpt_tool.convert.source_checks import Key, check_records, repeated_shares
+from ckpt_tool.convert.source_checks import Hole, Key, check_records, holes, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
@@ -329,7 +329,13 @@ class Run:
         return bound
 
     def _known_sources(self, crcs: Mapping[Key, IntervalCrc | None], small: Smalls) -> dict[Key, int]:
-        """The CRC32s of those that were read whole."""
+        """The CRC32s of those that were read whole, or nearly: what no step read of them (rows of padding) is
+        read here."""
+
+        def read(hole: Hole, lane: Lane) -> None:
+            hole[1].add(*hole[2:], self.carrier.crc_of(hole[0], *hole[2:], lane))
+
+        self._each(iter(holes(self.checkpoint, crcs)), read, "check", "")
         known = {}
         for key, crc in crcs.items():
             if crc is None:
@@ -548,8 +554,8 @@ class Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        read = {key for keys in self.steps.sources() for key in keys}
-        self.sources |= self._read_whole(k for k in sorted(read) if k not in self.sources)
+        unread = {k for keys in self.steps.sources() for k in keys if k not in self.sources}
+        self.sources |= self._read_whole(sorted(unread))
         known_c = {
             key: crc
             for key, collected in self.crcs_c.items()
@@ -579,13 +585,9 @@ class Run:
         found: dict[Key, int] = {}
 
         def read(key: Key, lane: Lane) -> None:
-            info, crc = self.checkpoint.files[key[0]].tensors[key[1]], 0
-            for start in range(0, info.nbytes, CHUNK):
-                room = lane.room("in", min(CHUNK, info.nbytes - start), np.dtype("u1")).data
-                self.checkpoint.read_into(info, start, room)
-                crc = crc32(room, crc)
-                lane.read_bytes += len(room)
-            found[key] = crc
+            found[key] = self.carrier.crc_of(
+                key, 0, self.checkpoint.files[key[0]].tensors[key[1]].nbytes, lane
+            )
 
         self._each(iter(keys), read, "check", "")
         return found
@@ -663,7 +665,7 @@ class Run:
                 with guard:
                     item = next(items, None)
                 if item is None:
-                    return
+                    return lane.outbox.flush()
                 try:
                     work(item, lane)
                 except BaseException:

@@ -129,11 +129,9 @@ def _names(
     if row.cut is None:
         return [(n.format_map(v), ()) for n in side]
     if any(f"{{{row.cut}}}" in n for n in side):
-        return [
-            (n.format(**v, **{row.cut: e}), _range(row.cut, e, e + 1))
-            for n in side
-            for e in range(axes[row.cut])
-        ]
+        ways = [n.format_map({**v, row.cut: "\0"}).split("\0") for n in side]
+        each = [(str(e), _range(row.cut, e, e + 1)) for e in range(axes[row.cut])]
+        return [(digits.join(way), share) for way in ways for digits, share in each]
     if len(side) > 1:
         sizes = [axes[s] if isinstance(s, str) else s for s in row.cut_sizes]
         edges = [*accumulate(sizes, initial=0)]

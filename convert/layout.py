@@ -65,6 +65,11 @@ def dims_text(dims: Dims) -> str:
     return " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in dims)
 
 
+@lru_cache(maxsize=4096)  # the experts of every layer
+def _lengths(ranges: Ranges) -> Ranges:
+    return tuple([(a, 0, hi - lo) for a, lo, hi in ranges])
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A tensor's place in a step: its axis order grouped into dimensions, and the ranges of those axes
@@ -100,6 +105,11 @@ class Part:
     def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
         own = {**axes, **{a: hi - lo for a, lo, hi in self.ranges}}
         return tuple([prod([own[a] for a in g]) for g in self.dims])
+
+    @property
+    def sized(self) -> tuple[Dims, Ranges]:
+        """What its shape depends on, beside the sizes of axes: the experts of a layer differ in no more."""
+        return self.dims, _lengths(self.ranges)
 
     def stride(self, axis: str, axes: Mapping[str, int]) -> int:
         """Elements from one to the next along `axis`, 0 where it does not have that."""
@@ -217,6 +227,14 @@ class Step:
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.axes)
+
+    def source_shapes(self) -> list[tuple[int, ...]]:
+        """Those of the sources."""
+        sizes, of_each = self.sizes, [part.sized for part in self.sources]
+        known = {
+            sized: part.shape(sizes) for sized, part in dict(zip(of_each, self.sources, strict=True)).items()
+        }
+        return list(map(known.__getitem__, of_each))
 
     def between(self, sources: tuple[Part, ...], targets: tuple[Part, ...]) -> Step:
         """The same with others; quicker than `replace`, which counts where there are thousands."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -203,11 +203,34 @@ def _indented(value: Any, line: str) -> str:
         ]
         return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
     if isinstance(value, list | tuple) and value:
+        if _are_tensors(value):
+            return f"[{inner}{f',{inner}'.join(_tensors(value, inner))}{line}]"
         several = [repr(v) if type(v) is int else _indented(v, inner) for v in value]
         return f"[{inner}{f',{inner}'.join(several)}{line}]"
     if type(value) is str:
         return encode_basestring_ascii(value)
     return repr(value) if type(value) is int else _plain(value)
+
+
+_OF_TENSOR = ["name", "file", "dtype", "shape", "crc32"]
+
+
+def _are_tensors(value: Sequence[Any]) -> bool:
+    """Whether these are entries of `_tensor_entries`, of which a manifest has thousands."""
+    return type(value[0]) is dict and all(type(v) is dict and list(v) == _OF_TENSOR for v in value)
+
+
+def _tensors(entries: Iterable[dict[str, Any]], line: str) -> Iterator[str]:
+    """The text of each: but for the name and the checksum they are alike."""
+    alike: dict[tuple[str, str, tuple[int, ...]], str] = {}
+    text, inner = encode_basestring_ascii, line + " "
+    for entry in entries:
+        name, file, dtype, shape, crc = entry.values()
+        key = file, dtype, tuple(shape)
+        if (middle := alike.get(key)) is None:
+            told = _indented({"file": file, "dtype": dtype, "shape": shape}, line)
+            middle = alike[key] = told[1 : -len(line) - 1]
+        yield f'{{{inner}"name": {text(name)},{middle},{inner}"crc32": {text(crc)}{line}}}'
 
 
 def _key(name: Any) -> str:

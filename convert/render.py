@@ -148,7 +148,10 @@ def _folded(steps: Steps) -> list[_Found]:
 def _alike(names: Iterable[str]) -> list[list[str]]:
     """The names of one side by what they are but for numbers: experts of a layer are one entry."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys(names):
+    once = list(dict.fromkeys(names))
+    if len(once) > 1 and Folded(once[0]).read(once) is not None:  # nearly always
+        return [once]
+    for name in once:
         found.setdefault(fold_key(name), []).append(name)
     return list(found.values())
 

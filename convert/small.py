@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -39,7 +41,7 @@ class Kind:
     numel: int
     block: Block | None
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self.numel * DTYPES[self.dtype].itemsize
 
@@ -129,8 +131,7 @@ class Smalls:
         """Move the tensors of `run`."""
         bits = np.dtype(DTYPES[run.kinds[0].dtype].bits)
         room = lane.room("together", run.size // bits.itemsize, bits)
-        data, ends = room.data.cast("B"), np.cumsum([k.numel for k in run.kinds])
-        begins = [0, *ends[:-1].tolist()]
+        data, (*begins, _) = room.data.cast("B"), accumulate((k.numel for k in run.kinds), initial=0)
         views = [
             data[at * bits.itemsize : at * bits.itemsize + k.size]
             for at, k in zip(begins, run.kinds, strict=True)
@@ -188,7 +189,7 @@ class Smalls:
             self._put(held, data, lane)
             held = (kind.target, offset, start, stop)
         self._put(held, data, lane)
-        lane.outbox.flush()
+        lane.outbox.write_held()  # the disk is asked for more at once
 
     def _put(self, held: tuple[str, int, int, int], data: memoryview, lane: Lane) -> None:
         file, at, first, last = held

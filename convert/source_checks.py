@@ -8,7 +8,7 @@ from dataclasses import field
 from functools import lru_cache
 
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
-from ckpt_tool.checkpoint.crc32 import Combine, combine
+from ckpt_tool.checkpoint.crc32 import Combine, IntervalCrc, combine
 from ckpt_tool.checkpoint.crc32c import combine_c
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.layout import Step
@@ -16,6 +16,19 @@ from ckpt_tool.errors import Problem
 from ckpt_tool.records import dataclass
 
 Key = tuple[str, str]  # (file, tensor name)
+Hole = tuple[Key, IntervalCrc, int, int]  # the tensor, its checksum so far, first byte, bytes
+HOLES = 64  # of a tensor that are read one by one; one with more is read again from its first byte
+
+
+def holes(checkpoint: Checkpoint, crcs: Mapping[Key, IntervalCrc | None]) -> list[Hole]:
+    """What no step read of tensors of which one read a part: rows of padding, say."""
+    found: list[Hole] = []
+    for key, crc in crcs.items():
+        size = checkpoint.files[key[0]].tensors[key[1]].nbytes
+        left = None if crc is None else crc.holes(size)
+        if crc is not None and left and len(left) <= HOLES and left != [(0, size)]:
+            found += [(key, crc, *hole) for hole in left]
+    return found
 
 
 @dataclass
@@ -81,6 +94,8 @@ def _joined(
     combine: Combine,
 ) -> int | None:
     """The record's checksum if some of its tensors follow one another from its first byte to its last."""
+    if len(names) == 1 and names[0][0] == 0 and file.tensors[names[0][1]].nbytes == record.size:
+        return crcs.get((file.name, names[0][1]))  # nearly always
     at = crc = 0
     for start, name in sorted(names):
         known = crcs.get((file.name, name))

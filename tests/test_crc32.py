@@ -74,3 +74,18 @@ def test_threads_may_add_at_once() -> None:
     for t in threads:
         t.join()
     assert collector.value(len(content)) == zlib.crc32(content)
+
+
+def test_holes_are_what_did_not_come() -> None:
+    collector = IntervalCrc()
+    assert collector.holes(10) == [(0, 10)]
+    for at, count in ((4, 2), (6, 1), (8, 1)):
+        collector.add(at, count, zlib.crc32(bytes(count)))
+    assert collector.holes(10) == [(0, 4), (7, 1), (9, 1)]
+    assert collector.holes(8) is None  # more came than there are
+    for at, count in ((0, 4), (7, 1), (9, 1)):
+        collector.add(at, count, zlib.crc32(bytes(count)))
+    assert collector.holes(10) == []
+    assert collector.value(10) == zlib.crc32(bytes(10))
+    collector.add(0, 4, 0)
+    assert collector.holes(10) is None

@@ -7,6 +7,7 @@ import argparse
 import json
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -267,6 +268,30 @@ def test_padding_is_kept_when_asked_for_or_when_nothing_tells() -> None:
     assert any("nothing tells how many are words" in note for note in unknown.notes)
     cut = family("megatron-gpt2").plan(checkpoint, WITH_WORDS)
     assert any(f"{V - WORDS} rows of padding" in note for note in cut.notes)
+
+
+def test_padding_is_read_once_for_the_checksum_and_damage_in_it_is_found(tmp_path: Path) -> None:
+    variant = VARIANTS["gpt2-v3-tp2-pp2"]
+    source = variant.write(tmp_path / "in")
+    options = Options(settings=variant.settings)
+    done = api.convert(source, tmp_path / "out", options=options, check=False)
+    with closing(open_checkpoint(source)) as checkpoint:
+        sizes = {(t.file, t.name): t.nbytes for t in checkpoint}
+        read = done.outcome.sources
+        padded = [key for key in read if "word_embeddings" in key[1]]
+        assert padded and any("rows of padding" in note for note in done.plan.notes)
+        assert done.outcome.bytes_read == sum(sizes[key] for key in read)
+        file = checkpoint.files[padded[-1][0]]
+        place = file.extent(padded[-1][1])
+    assert place is not None
+    with open(file.path, "r+b") as held:  # the last row, which no step reads
+        held.seek(place[1] + sizes[padded[-1]] - 1)
+        byte = held.read(1)
+        held.seek(-1, 1)
+        held.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CkptToolError) as caught:
+        api.convert(source, tmp_path / "again", options=options)
+    assert [p.kind for p in caught.value.problems] == ["checksum"]
 
 
 @pytest.mark.parametrize("id", ["bert-ngc-cased", "gpt2-v3-tp2-pp2"])

@@ -62,6 +62,9 @@ def test_the_library_reads_what_the_layout_lays_out(
     write_file(path, layout, arrays)
     assert path.stat().st_size == layout.size
     assert len(layout.header) % 8 == 0
+    told = json.loads(layout.header[8:])
+    text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    assert layout.header[8:] == text + b" " * (-len(text) % 8)  # no other than json's
     assert all(layout.offsets[n] % DTYPES[d].itemsize == 0 for n, d, _ in tensors)
     with safetensors.safe_open(path, "numpy") as file:
         assert file.metadata() == {"format": "pt"}

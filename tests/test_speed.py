@@ -126,6 +126,18 @@ def test_the_manifest_is_the_text_that_json_makes_of_it() -> None:
     assert as_document(content) == (json.dumps(content, indent=1) + "\n").encode()
 
 
+@pytest.mark.parametrize("other", [{}, {"sha256": "0" * 64}], ids=["alike", "one with more"])
+def test_entries_of_tensors_are_the_text_that_json_makes_of_them(other: dict[str, str]) -> None:
+    shapes = ([3, 2], [], [3, 2], [1 << 40])
+    names = ("a", 'ä"\\\U0001f600', "b", "c")
+    entries = [
+        {"name": n, "file": "f\n", "dtype": "F32", "shape": s, "crc32": f"{k:08x}"}
+        for k, (n, s) in enumerate(zip(names, shapes, strict=True))
+    ]
+    content = {"tensors": [*entries, entries[0] | other], "x": {"deeper": entries}}
+    assert as_document(content) == (json.dumps(content, indent=1) + "\n").encode()
+
+
 def test_a_library_that_takes_no_array_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Library:
         implementation = "c"

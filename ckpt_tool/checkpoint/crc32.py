@@ -117,6 +117,21 @@ class IntervalCrc:
             self._from[start] = (stop, crc)
             self._until[stop] = start
 
+    def holes(self, total: int) -> list[tuple[int, int]] | None:
+        """What of bytes 0 to `total` did not come, as (first byte, bytes); None where some came twice, which
+        cannot be mended."""
+        with self._lock:
+            if self._overlap:
+                return None
+            found, at = [], 0
+            for start, (stop, _) in sorted(self._from.items()):
+                if start < at:
+                    return None
+                if start > at:
+                    found.append((at, start - at))
+                at = stop
+        return found if at == total else [*found, (at, total - at)] if at < total else None
+
     def value(self, total: int) -> int | None:
         """The checksum of bytes 0 to `total`, or None unless every byte of them came exactly once."""
         with self._lock:

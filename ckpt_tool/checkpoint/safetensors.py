@@ -11,8 +11,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
-from itertools import repeat
+from itertools import chain, repeat
+from json.encoder import encode_basestring
 from math import prod
+from operator import sub
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -140,6 +142,8 @@ _ENTRY = re.compile(
 )
 _FIRST = re.compile(rb'\{"__metadata__":\{[^{}\\]{0,65536}\}(?=,")')
 _END = re.compile(rb"\} *")
+_BESIDE = len(b',"":{,"data_offsets":[,]}')  # bytes of an entry beside those groups
+BATCH = 256 << 10  # bytes of entries that are taken at once
 
 
 def _plain_header(header: bytes, limit: int, file: str) -> _Header | None:
@@ -156,24 +160,45 @@ def _plain_header(header: bytes, limit: int, file: str) -> _Header | None:
     kinds: dict[bytes, tuple[str, tuple[int, ...], int]] = {}
     begins: dict[str, int] = {}
     found: list[tuple[str, tuple[int, ...], int]] = []
-    for entry in iter(_ENTRY.scanner(header, at).match, None):  # type: ignore[attr-defined]
-        at = entry.end()
-        called, told, begin, end = entry.groups()
-        if (kind := kinds.get(told)) is None:
-            about = json.loads(b"{" + told + b"}")
-            size = prod(about["shape"]) * DTYPES[about["dtype"]].itemsize if about["dtype"] in DTYPES else -1
-            if prod(max(n, 1) for n in about["shape"]) > ELEMENT_LIMIT or size < 0:
-                return None
-            kind = kinds[told] = about["dtype"], tuple(about["shape"]), size
-        begins[called.decode("ascii")] = int(begin)
-        if int(end) - int(begin) != kind[2]:
+    last = header.rfind(b"}")
+    if last < 0 or not _END.fullmatch(header, last):
+        return None
+    while at < last:
+        next_ = header.find(b'},"', at + BATCH, last)
+        end = last if next_ < 0 else next_ + 1
+        entries = _ENTRY.findall(header, at, end)
+        if not entries or _length(entries) != end - at:  # something between them
             return None
-        found.append(kind)
-    if not found or len(begins) < len(found) or RESERVED in begins or not _END.fullmatch(header, at):
+        names, told, starts, ends = zip(*entries, strict=True)
+        for text in set(told) - kinds.keys():
+            if (kind := _kind(text)) is None:
+                return None
+            kinds[text] = kind
+        own, firsts = [kinds[text] for text in told], list(map(int, starts))
+        if list(map(sub, map(int, ends), firsts)) != [size for *_, size in own]:
+            return None
+        begins.update(zip(b"\n".join(names).decode("ascii").split("\n"), firsts, strict=True))
+        found += own
+        at = end
+    if not found or len(begins) < len(found) or RESERVED in begins:
         return None
     dtypes, shapes, _ = zip(*found, strict=True)
     made = tensor_infos(begins, dtypes, shapes, repeat(file))
     return dict(zip(begins, made, strict=True)), begins, metadata
+
+
+def _length(entries: Sequence[tuple[bytes, ...]]) -> int:
+    """The bytes of entries that were matched, each with what stands before it."""
+    return sum(map(len, chain.from_iterable(entries))) + len(entries) * _BESIDE
+
+
+def _kind(told: bytes) -> tuple[str, tuple[int, ...], int] | None:
+    """The dtype and shape that an entry tells, and the bytes of such a tensor; None where they are for the
+    strict reader."""
+    about = json.loads(b"{" + told + b"}")
+    if about["dtype"] not in DTYPES or prod(max(n, 1) for n in about["shape"]) > ELEMENT_LIMIT:
+        return None
+    return about["dtype"], tuple(about["shape"]), prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
 
 
 def _strict_header(held: list[bytes], limit: int, file: str) -> _Header:
@@ -295,17 +320,22 @@ class SafetensorsLayout:
     def __post_init__(self) -> None:
         fail_all(name_problems((name for name, _, _ in self.tensors), file="the output"))
         ordered = sorted(self.tensors, key=lambda t: -DTYPES[t[1]].itemsize)
-        entries: dict[str, Any] = {RESERVED: dict(self.metadata)} if self.metadata else {}
+        compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+        entries = [f'"{RESERVED}":{compact(dict(self.metadata))}'] if self.metadata else []
         begins: dict[str, int] = {}
+        kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # layers are alike
         at = 0
         for name, dtype, shape in ordered:
             if name in begins:
                 raise ValueError(f"tensor {name} is laid out twice")
-            end = at + prod(shape) * DTYPES[dtype].itemsize
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            if (kind := kinds.get((dtype, shape))) is None:
+                told = compact({"dtype": dtype, "shape": list(shape), "data_offsets": []})
+                kind = kinds[dtype, shape] = told.removesuffix("]}"), prod(shape) * DTYPES[dtype].itemsize
+            end = at + kind[1]
+            entries.append(f"{encode_basestring(name)}:{kind[0]}{at},{end}]}}")
             begins[name] = at
             at = end
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        text = f"{{{','.join(entries)}}}".encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         object.__setattr__(self, "header", len(text).to_bytes(8, "little") + text)
