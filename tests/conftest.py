@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -37,6 +40,22 @@ def _keep_freed_memory() -> None:
 
 
 _keep_freed_memory()
+
+SYNCS = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
+
+
+def _leave_writing_to_the_system() -> None:
+    """No test loses power: what is written need not be on the disk before the next line. Of this process
+    alone, and not of test_durable.py: programs that tests start sync as for everybody."""
+
+    def sync(file: Any) -> None:
+        os.fstat(file if isinstance(file, int) else file.fileno())  # it fails where the file is not open
+
+    for name in SYNCS:
+        setattr(os, name, sync)
+
+
+_leave_writing_to_the_system()
 gc.disable()  # until all tests are collected: of their ten thousand none is garbage
 
 # The files that take longest, each more than 10 seconds: dealt out first, so that no worker is left alone
@@ -140,39 +159,98 @@ def kind(folder: Path) -> str:
     return json.dumps(without_numbers(json.loads((folder / "config.json").read_text())), sort_keys=True)
 
 
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's, which looks through thousands of others for the next free number."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{name}-{next(_numbers)}"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run, one for all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+class Shared:
+    """Folders that are made once, by whichever worker asks first, and that nobody changes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.seen: dict[Path, list[tuple[str, int, int]]] = {}
+        root.mkdir(exist_ok=True)
+
+    def get(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder of this name; `make` lets it appear whole."""
+        folder = self.root / name
+        if folder not in self.seen:
+            with open(self.root / f".{name}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not folder.exists():
+                    make(folder)
+            self.seen[folder] = self.stamps(folder)
+        return folder
+
+    @staticmethod
+    def stamps(folder: Path) -> list[tuple[str, int, int]]:
+        """Name, size and time of every file."""
+        files = ((str(p), p.stat()) for p in folder.rglob("*") if not p.is_dir())
+        return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+
+    def check(self) -> None:
+        changed = [folder for folder, stamps in self.seen.items() if self.stamps(folder) != stamps]
+        assert not changed, f"a test changed what all share: {changed}"
+
+
+@pytest.fixture(scope="session")
+def originals(shared_folder: Path) -> Iterator[Written]:
     """`originals(variant)`: the folder of that tiny original. Copy it before changing it."""
     from ckpt_tool.fixtures.variants import VARIANTS
 
-    root = tmp_path_factory.mktemp("originals")
+    shared = Shared(shared_folder / "originals")
     known: dict[str, Path] = {}
 
     def written(variant: str) -> Path:
         if variant not in known:
-            known[variant] = VARIANTS[variant].write(root / variant)
+            told = shared.root / f".{variant}.path"  # of what is to be converted, in the folder
+
+            def make(folder: Path) -> None:
+                begun = shared.root / ".begun" / variant
+                path = VARIANTS[variant].write(begun)
+                told.write_text(str(path.relative_to(begun)))
+                begun.rename(folder)
+
+            known[variant] = shared.get(variant, make) / told.read_text()
         return known[variant]
 
-    return written
+    yield written
+    shared.check()
 
 
 @pytest.fixture(scope="session")
-def conversions(originals: Written, tmp_path_factory: pytest.TempPathFactory) -> Written:
+def conversions(originals: Written, shared_folder: Path) -> Iterator[Written]:
     """`conversions(variant)`: its conversion to the Hugging Face layout. Copy it before changing it."""
     from ckpt_tool.api import Options, convert
     from ckpt_tool.fixtures.variants import VARIANTS
 
-    root = tmp_path_factory.mktemp("conversions")
+    shared = Shared(shared_folder / "conversions")
 
     def converted(variant: str) -> Path:
-        folder = root / variant
-        if not folder.exists():
+        def make(folder: Path) -> None:
             chosen = VARIANTS[variant]
             options = Options(settings=chosen.settings)
             convert(originals(variant), folder, family=chosen.family, options=options)
-        return folder
 
-    return converted
+        return shared.get(variant, make)
+
+    yield converted
+    shared.check()
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,9 @@ def answer(connection: socket.socket) -> None:
         for stream, to in zip(streams, (0, 1, 2), strict=True):
             os.dup2(stream, to)
             os.close(stream)
+        sys.stdin = os.fdopen(0, closefd=False)  # those that were there know of other files, which could seek
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)

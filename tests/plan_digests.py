@@ -85,16 +85,20 @@ def digest(source: Path | Checkpoint, family: str, way: Way, settings: Mapping[s
         return ", ".join(sorted({f"{p.kind} {p.where}" for p in error.problems}))
 
 
-def of_variant(name: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """(way, digest) of a variant, which is written and converted inside `folder`."""
+def of_variant(name: str, source: Path, out: Path) -> Iterator[tuple[str, str]]:
+    """(way, digest) of a variant, which lies at `source`, and converted at `out`."""
     variant = VARIANTS[name]
-    source = variant.write(folder / name)
     yield from _all(source, variant.family, FORTH, variant.settings)
-    out = folder / f"{name}-converted"
-    api.convert(
-        source, out, family=variant.family, options=Options(settings=variant.settings), jobs=1, check=False
-    )
     yield from _all(out, variant.family, BACK, {})
+
+
+def made(name: str, folder: Path) -> tuple[Path, Path]:
+    """A variant and its conversion inside `folder`."""
+    variant = VARIANTS[name]
+    source, out = variant.write(folder / name), folder / f"{name}-converted"
+    options = Options(settings=variant.settings)
+    api.convert(source, out, family=variant.family, options=options, jobs=1, check=False)
+    return source, out
 
 
 def _all(
@@ -118,8 +122,8 @@ def of_published(name: str, folder: Path) -> str:
 
 
 def record(folder: Path) -> dict[str, dict[str, str]]:
-    made = {name: dict(of_variant(name, folder)) for name in VARIANTS}
-    return made | {f"published {name}": {"hf": of_published(name, folder)} for name in REAL}
+    tiny = {name: dict(of_variant(name, *made(name, folder))) for name in VARIANTS}
+    return tiny | {f"published {name}": {"hf": of_published(name, folder)} for name in REAL}
 
 
 def main() -> int:

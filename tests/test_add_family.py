@@ -9,11 +9,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("convert", "fixtures", "reference", "verify")
@@ -47,7 +46,8 @@ def row(folder: Path, files: dict[str, str]) -> tuple[int, dict[str, Any]]:
     for path, text in files.items():
         assert not (tree / path).exists()
         (tree / path).write_text(text, encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "-m", "ckpt_tool", "table", "--only", "seed-oss", "--json"]
+    python = loaded.python(loaded.CURRENT)
+    command = [python, "-W", "ignore", "-m", "ckpt_tool", "table", "--only", "seed-oss", "--json"]
     env = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=folder)
     assert run.returncode in (0, 1), run.stderr[-2000:]
@@ -67,7 +67,6 @@ def test_the_example_is_four_files_of_about_forty_lines() -> None:
 
 
 def test_the_example_gets_its_green_row(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     code, found = row(tmp_path, example())
     assert (code, found["bits"], found["round_trip"], found["verdict"]) == (0, "pass", "equal", "pass")
     assert found["parity_nmse"] < 1e-10 > found["judge_nmse"]

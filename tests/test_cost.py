@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ckpt_tool.api import Options, convert
+from ckpt_tool.api import convert
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.cli import cli
 from ckpt_tool.command_parts import mode_of
@@ -55,6 +55,7 @@ from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.sides import Side, converted_side, original_side
 from ckpt_tool.verify.streamed import Rows, Streamed, turned_by_blocks
 from ckpt_tool.verify.subject import opened
+from tests.conftest import Written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,20 +63,10 @@ Made = tuple[Path, Path]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+@pytest.fixture
+def written(originals: Written, conversions: Written) -> Callable[[str], Made]:
     """The original of a variant and its conversion."""
-    known: dict[str, Made] = {}
-
-    def write(variant: str) -> Made:
-        if variant not in known:
-            chosen, home = VARIANTS[variant], tmp_path_factory.mktemp(variant)
-            source = chosen.write(home / "in")
-            convert(source, home / "out", family=chosen.family, options=Options(settings=chosen.settings))
-            known[variant] = source, home / "out"
-        return known[variant]
-
-    return write
+    return lambda variant: (originals(variant), conversions(variant))
 
 
 def one(report: Report, check: str) -> Finding:

@@ -22,6 +22,7 @@ from ckpt_tool.convert.durable import Identity, Staging, locked
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.errors import CkptToolError
+from tests.conftest import SYNCS
 
 CHILD = Path(__file__).with_name("crash_child.py")
 KILLS = int(os.environ.get("CKPT_TOOL_KILLS", "12"))  # the release run sets 60
@@ -29,6 +30,14 @@ SHARDS = Options(max_shard_bytes=60_000)
 ID = Identity("1", "a" * 64, {"x": {"size": 1}})
 DONE = Entry({"done": {}})
 Written = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here what is written goes to the disk."""
+    for name, call in SYNCS.items():
+        monkeypatch.setattr(os, name, call)
+        monkeypatch.setattr(disk, name, call)
 
 
 @pytest.fixture

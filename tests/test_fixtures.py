@@ -20,6 +20,7 @@ from ckpt_tool.fixtures import headers, prompts
 from ckpt_tool.fixtures.consolidated import Original
 from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.conftest import Written
 
 Tensors = dict[str, torch.Tensor]
 CONSOLIDATED: dict[str, Any] = {k: v for k, v in VARIANTS.items() if isinstance(v.original, Original)}
@@ -29,10 +30,9 @@ LLAMA = [v for v in CONSOLIDATED.values() if v.family == "llama"]
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def written(originals: Written) -> dict[str, Path]:
     """Every variant, written once; by id the path to convert."""
-    root = tmp_path_factory.mktemp("originals")
-    return {v.id: v.write(root / v.id) for v in CONSOLIDATED.values()}
+    return {v.id: originals(v.id) for v in CONSOLIDATED.values()}
 
 
 @cache

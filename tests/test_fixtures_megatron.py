@@ -30,6 +30,7 @@ from ckpt_tool.fixtures.megatron import TRACKER, Megatron, write_noise_archive
 from ckpt_tool.fixtures.numbers import drawn
 from ckpt_tool.fixtures.pickles import Tensor, legacy_stream, write_torch_zip
 from ckpt_tool.reference.megatron import join_stages
+from tests.conftest import Written
 
 State = dict[str, torch.Tensor]
 VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
@@ -63,9 +64,8 @@ PICKLE.load = pickle.load  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("megatron")
-    return {v.id: v.write(root / v.id) for v in VARIANTS.values()}
+def written(originals: Written) -> dict[str, Path]:
+    return {id: originals(id) for id in VARIANTS}
 
 
 def contents(path: Path) -> dict[str, bytes]:

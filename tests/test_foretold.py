@@ -132,6 +132,7 @@ def test_the_other_gelu_in_config_json_is_not_it(pair: tuple[Path, Path], tmp_pa
     assert report.exit_code == 1 and of(report, "lockstep").data["first"] == "layer 0"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_the_way_back_foretells_it_too(pair: tuple[Path, Path], tmp_path: Path) -> None:
     _, out = pair
     made = api.convert(out, tmp_path / "back", to="original", check=False)

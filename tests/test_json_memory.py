@@ -4,13 +4,10 @@ memory; documents of the size that is published are not."""
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import struct
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +15,8 @@ import pytest
 
 from ckpt_tool.checkpoint import strict_json
 from ckpt_tool.errors import CkptToolError
+from tests.forked import Forker
+from tests.test_threats import Run as Measured
 
 MEMORY = 250 << 20
 BYTES = (16 << 20) - 64
@@ -31,35 +30,20 @@ LISTS = {
 }
 
 
-class Run:
-    """One finished command: exit code, what it printed, the most resident bytes it had."""
+@pytest.fixture(scope="module", autouse=True)
+def forker() -> Iterator[None]:
+    Run.forker = Forker()
+    yield
+    Run.forker.close()
 
-    def __init__(self, arguments: list[str], cwd: Path) -> None:
-        command = [sys.executable, "-m", "ckpt_tool", *arguments]
-        self.peak = 0
-        with open(cwd / "stdout", "w+b") as out, open(cwd / "stderr", "w+b") as err:
-            child = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err)
-            while child.poll() is None:
-                self.peak = max(self.peak, high_water(child.pid))
-                time.sleep(0.004)
-        self.code = child.returncode
-        self.out, self.err = ((cwd / n).read_text(errors="replace") for n in ("stdout", "stderr"))
+
+class Run(Measured):
+    """One finished command: exit code, what it printed, the most resident bytes it had."""
 
     @property
     def kinds(self) -> set[str]:
         found = json.loads(self.out)
         return {p["kind"] for p in found.get("problems", found.get("refused", []))}
-
-
-def high_water(pid: int) -> int:
-    """The program's own high-water mark: ru_maxrss would count what this process held when it forked."""
-    try:
-        if b"ckpt_tool" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return 0
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
 
 
 @cache

@@ -17,7 +17,8 @@ RELEASE = "tf4.37"
 SAYS = """
 import json, os, sys, transformers
 where = [transformers.__version__, transformers.__file__, sys.argv, os.getcwd()]
-print(json.dumps([*where, os.environ.get("TOLD"), __name__, sys.stdin.read()]))
+seeks = [s.seekable() for s in (sys.stdin, sys.stdout, sys.stderr)]
+print(json.dumps([*where, os.environ.get("TOLD"), __name__, sys.stdin.read(), seeks]))
 print("aside", file=sys.stderr)
 """
 ENDS = {"falls off": "", "a code": "sys.exit(3)", "words": "sys.exit('no')", "nothing": "sys.exit()",
@@ -43,9 +44,10 @@ def test_it_has_arguments_streams_folder_and_environment_of_its_own(tmp_path: Pa
     (tmp_path / "script.py").write_text("import beside\n" + SAYS)
     one, other = both(["-W", "ignore", str(tmp_path / "script.py"), "a b", "-c"], Path("/"), "given")
     assert one == other
-    version, _, arguments, folder, told, name, given = json.loads(one[1])
+    version, _, arguments, folder, told, name, given, seeks = json.loads(one[1])
     assert version.startswith("4.37.") and arguments[1:] == ["a b", "-c"] and folder == "/"
     assert (told, name, given, one[2]) == ("x y", "__main__", "given", ["aside"])
+    assert seeks == [False] * 3  # pipes, whatever the process had that has loaded it
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -23,21 +23,17 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures import variants
 from ckpt_tool.fixtures.megatron import Megatron
 from ckpt_tool.inspect import inspect
+from tests.conftest import Written
 
 VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
 FILE = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+@pytest.fixture
+def written(originals: Written) -> Callable[[str], Path]:
     """`written(id)`: the path of that variant. Copy it before changing it."""
-    root = tmp_path_factory.mktemp("megatron")
-
-    def path(id: str) -> Path:
-        return VARIANTS[id].write(root / id)
-
-    return path
+    return originals
 
 
 def opened(path: Path) -> Checkpoint:

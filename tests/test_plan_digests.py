@@ -12,6 +12,7 @@ import pytest
 
 from ckpt_tool.fixtures.headers import REAL
 from ckpt_tool.fixtures.variants import VARIANTS
+from tests.conftest import Written
 
 
 def _script() -> ModuleType:
@@ -33,8 +34,8 @@ def test_every_original_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_plans_are_as_recorded(name: str, tmp_path: Path) -> None:
-    assert dict(SCRIPT.of_variant(name, tmp_path)) == RECORD[name]
+def test_plans_are_as_recorded(name: str, originals: Written, conversions: Written) -> None:
+    assert dict(SCRIPT.of_variant(name, originals(name), conversions(name))) == RECORD[name]
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -4,10 +4,8 @@ tiktoken. Real vocabularies are judged by documented ids where they lie beside t
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 import unicodedata
 from collections.abc import Mapping
 from functools import cache
@@ -25,10 +23,11 @@ from ckpt_tool.convert.tokenizers import (
 )
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.vocabularies import byte_characters, gpt2_vocabulary, wordpiece_vocabulary
+from tests import loaded
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "real" / "vocabularies"
-RELEASES = ("tf4.37", "tf4.57", "now")
+RELEASES = ("tf4.37", "tf4.57", "tf5")
 
 DOCUMENTS: dict[str, dict[str, bytes]] = {
     "uncased": {"bert-large-uncased-vocab.txt": wordpiece_vocabulary()},
@@ -121,7 +120,7 @@ print(json.dumps([transformers.__version__, found]))
 
 @pytest.fixture(scope="session")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """What each release of transformers says of the converted folders, in processes of their own."""
+    """What each release of transformers that is there says of the converted folders."""
     root = tmp_path_factory.mktemp("tokenizers")
     for kind in DOCUMENTS:
         folder = root / kind
@@ -132,21 +131,17 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         (folder / "config.json").write_text(json.dumps({"model_type": model}))
     found = {}
     for release in RELEASES:
-        path = ROOT / ".judges" / release
-        if release != "now" and not path.is_dir():
+        if release != loaded.CURRENT and not (ROOT / ".judges" / release).is_dir():
             continue
-        # transformers without torch is quick to start
-        more = {"PYTHONPATH": str(path)} if release != "now" else {}
         run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _JUDGE],
+            [loaded.python(release), "-W", "ignore", "-c", _JUDGE],
             input=json.dumps([str(root), TEXTS]),
-            env={**os.environ, "USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error", **more},
             capture_output=True,
             text=True,
         )
         assert run.returncode == 0, run.stderr[-2000:]
         version, found[release] = json.loads(run.stdout)
-        assert version.startswith({"tf4.37": "4.37.", "tf4.57": "4.57.", "now": "5."}[release])
+        assert version.startswith({"tf4.37": "4.37.", "tf4.57": "4.57.", "tf5": "5."}[release])
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -44,6 +43,8 @@ transformers = pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent))
 from optimizer_script import factors  # noqa: E402
+
+from tests import loaded  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OLD = ROOT / ".judges" / "tf4.37"
@@ -124,8 +125,7 @@ def asked(own: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensor], list[list[float]]]:
     """Steps and schedules of 4.37.2."""
-    if not OLD.is_dir():
-        pytest.skip("tf4.37 is not set up; `make test` does it")
+    python = loaded.python("tf4.37")
     folder = tmp_path_factory.mktemp("old")
     options = [
         {"lr": n["rate"], "betas": n["betas"], "eps": n["eps"], "weight_decay": n["decay"],
@@ -135,8 +135,8 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensor], list[li
     steps = [(o, START, PUSHES) for o in options]
     torch.save((steps, [(f, asked(own, more), 1e-3, STEPS) for _, own, f, more in JUDGED]), folder / "in.pt")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "optimizer_script.py", folder / "in.pt", folder / "out.pt"],
-        env={**os.environ, "PYTHONPATH": str(OLD)}, check=True, timeout=120,
+        [python, ROOT / "tests" / "optimizer_script.py", folder / "in.pt", folder / "out.pt"],
+        check=True, timeout=120,
     )  # fmt: skip
     made: tuple[list[Tensor], list[list[float]]] = torch.load(folder / "out.pt")
     return made

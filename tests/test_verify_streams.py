@@ -31,6 +31,7 @@ from ckpt_tool.verify.prompts import Lengths, Prompt, cut, positions, prompts_fo
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.sides import Sample, Side, mask_of
 from ckpt_tool.verify.weights import Weights
+from tests import loaded
 
 Written = Callable[[str], Path]
 WIDTH, WORDS, NAMED = 6, 40, 12
@@ -407,12 +408,9 @@ def told(report: Report, check: str) -> Finding:
 
 @pytest.mark.skipif(not OLDER.is_dir(), reason="transformers 4.37.2 is not set up; `make test` does it")
 def test_a_release_elsewhere_judges_what_the_installed_one_lacks(
-    originals: Written, conversions: Written, tmp_path: Path, without_the_class: None
+    originals: Written, conversions: Written, without_the_class: None
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={OLDER} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    report = against(conversions(JUDGED), originals(JUDGED), python)
+    report = against(conversions(JUDGED), originals(JUDGED), Path(loaded.python("tf4.37")))
     assert (report.exit_code, told(report, "load").status) == (0, "pass")
     found = told(report, "logits")
     assert found.message.startswith("transformers 4.37.2, eager, against the original layout's reading")
