@@ -20,20 +20,20 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.megatron import FILE as RANK_FILE
-from ckpt_tool.checkpoint.megatron import arguments, may_hold_ranks
+from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.opening import OpenedCheckpoint
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.safetensors import open_safetensors
 from ckpt_tool.checkpoint.sliced import Sliced
 from ckpt_tool.convert import optimizer_document
 from ckpt_tool.convert.dialects import megatron_dist
+from ckpt_tool.convert.dialects.megatron_ranks import data_ranks
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, HINT, agree, open_buffers, states_of
 from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
@@ -239,12 +239,9 @@ def _buffered(
     checkpoint: Checkpoint, label: str, file: TensorFile, model: Sequence[TensorInfo]
 ) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
     """The states that lie in flat buffers beside the file of a rank."""
-    args = arguments(file) or {}
-    shares = [args.get(k) for k in ("data_parallel_size", "context_parallel_size")]
-    spare = prod(n for n in shares if type(n) is int and 0 < n < 1 << 20)
     buffers = open_buffers(_place(checkpoint, _beside(label)), _beside(label))
     try:
-        yield from states_of(buffers, checkpoint, model, spare)
+        yield from states_of(buffers, checkpoint, model, data_ranks(file))
     finally:
         buffers.close()
 
