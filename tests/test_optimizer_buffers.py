@@ -401,6 +401,30 @@ def test_weights_that_came_out_of_buffers_are_compared(originals: Written, tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("dp_reshardable", "found it in buckets of each model-parallel rank (dp_reshardable)"),
+        (
+            "dp_zero_gather_scatter",
+            "found it in an object of each model-parallel rank (dp_zero_gather_scatter)",
+        ),
+    ],
+)
+def test_forms_of_torch_dist_by_ranks_are_named(
+    form: str, words: str, originals: Written, tmp_path: Path
+) -> None:
+    source = joined(originals("llama-mcore"), tmp_path / "in")
+    (path,) = source.rglob("common.pt")
+    said: dict[Any, Any] = {"param_state_sharding_type": form}
+    for held in (said, {0: said, 1: said | {"x": 1}}):
+        torch.save(torch.load(path, weights_only=False) | {"optimizer": held}, path)
+        error = refused(lambda: api.plan(source, family="llama", options=WITH))
+        (problem,) = error.problems
+        assert problem.kind == "unsupported" and words in problem.message, error
+        assert "--dist-ckpt-optim-fully-reshardable" in str(problem.hint)
+
+
 # --- megatron-core ------------------------------------------------------------------------------------------
 
 
