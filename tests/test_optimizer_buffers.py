@@ -344,6 +344,18 @@ def test_a_rank_without_its_buffers_is_named(originals: Written, tmp_path: Path)
     assert "expected the state of a distributed optimizer beside the model" in problem.message
 
 
+def test_buffers_are_read_in_a_zip_and_not_in_a_gzipped_tar(originals: Written, tmp_path: Path) -> None:
+    source = distributed(originals("llama-mcore"), tmp_path / "in", RELEASES["core_v0.9"])
+    archive = shutil.make_archive(str(tmp_path / "run"), "zip", source)
+    api.convert(archive, tmp_path / "out", family="llama", options=WITH)
+    checked(tmp_path / "out")
+    archive = shutil.make_archive(str(tmp_path / "run"), "gztar", source)
+    error = refused(lambda: api.plan(archive, family="llama", options=WITH))
+    (problem,) = error.problems
+    assert problem.kind == "unsupported" and "was not inflated with the others" in problem.message
+    assert str(problem.file).endswith("distrib_optim.pt")
+
+
 def in_thirds(path: Path) -> None:
     file = torch.load(path, weights_only=False)
     torch.save([*file, deepcopy(file[1])], path)
