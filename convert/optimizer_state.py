@@ -20,20 +20,20 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.megatron import FILE as RANK_FILE
-from ckpt_tool.checkpoint.megatron import arguments, may_hold_ranks
+from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.opening import OpenedCheckpoint
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.safetensors import open_safetensors
 from ckpt_tool.checkpoint.sliced import Sliced
 from ckpt_tool.convert import optimizer_document
 from ckpt_tool.convert.dialects import megatron_dist
+from ckpt_tool.convert.dialects.megatron_ranks import data_ranks
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, HINT, agree, open_buffers, states_of
 from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
@@ -66,6 +66,11 @@ _WITHOUT = f"without {FLAG} the state is left out"
 # Of a group of parameters: what a number of `optimizer.json` may be.
 _PLAIN = (int, float, bool, str)
 
+BY_RANKS: Mapping[str, str] = {  # of torch_dist
+    "dp_reshardable": "in buckets of each model-parallel rank",
+    "fully_sharded_bucket_space": "in buckets of each model-parallel rank",
+    "dp_zero_gather_scatter": "in an object of each model-parallel rank",
+}
 PROVED = (
     f"where a parameter lies in {DISTRIBUTED} was proved: the float32 weights there, rounded, are the model's"
 )
@@ -160,6 +165,7 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
                 state = MASTER if found["state"] == "param" else found["state"]
                 named.setdefault(state, {})[label, found["name"]] = t
         _refuse_moved(checkpoint, label, model)
+        _refuse_form(label, file)
         ranks: Numbered | None = None
         if any(NUMBERED.fullmatch(t.name) for t in ours):
             ranks = numbered(label, file, model, _WITHOUT)
@@ -239,12 +245,9 @@ def _buffered(
     checkpoint: Checkpoint, label: str, file: TensorFile, model: Sequence[TensorInfo]
 ) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
     """The states that lie in flat buffers beside the file of a rank."""
-    args = arguments(file) or {}
-    shares = [args.get(k) for k in ("data_parallel_size", "context_parallel_size")]
-    spare = prod(n for n in shares if type(n) is int and 0 < n < 1 << 20)
     buffers = open_buffers(_place(checkpoint, _beside(label)), _beside(label))
     try:
-        yield from states_of(buffers, checkpoint, model, spare)
+        yield from states_of(buffers, checkpoint, model, data_ranks(file))
     finally:
         buffers.close()
 
@@ -289,6 +292,18 @@ def _objects(held: object) -> bool:
 def _is_mapped(t: TensorInfo) -> bool:
     """Whether it is a state of one tensor, or a number of the run, such as the scale of its gradients."""
     return any(p.fullmatch(t.name) for p in (_NAMED, NUMBERED, LISTED)) or t.numel == 1
+
+
+def _refuse_form(label: str, file: TensorFile) -> None:
+    """Fail where a torch_dist folder says that its states lie in no tensors of the model's shapes."""
+    held = file.metadata.get("optimizer")
+    elements = [held, *held.values()] if isinstance(held, Mapping) else []
+    forms = {x.get("param_state_sharding_type") for x in elements if isinstance(x, Mapping)}
+    if found := sorted(f for f in forms if isinstance(f, str) and f in BY_RANKS):
+        text = f"expected the state of an optimizer by parameters, found it {BY_RANKS[found[0]]} ({found[0]})"
+        way = "--dist-ckpt-optim-fully-reshardable, from one bucket, or --ckpt-format torch"
+        hint = f"Megatron loads it on as many model-parallel ranks and saves it with {way}; {HINT}"
+        fail("unsupported", text, file=label, where="param_state_sharding_type", hint=hint)
 
 
 def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Iterator[Problem]:

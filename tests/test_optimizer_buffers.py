@@ -344,6 +344,18 @@ def test_a_rank_without_its_buffers_is_named(originals: Written, tmp_path: Path)
     assert "expected the state of a distributed optimizer beside the model" in problem.message
 
 
+def test_buffers_are_read_in_a_zip_and_not_in_a_gzipped_tar(originals: Written, tmp_path: Path) -> None:
+    source = distributed(originals("llama-mcore"), tmp_path / "in", RELEASES["core_v0.9"])
+    archive = shutil.make_archive(str(tmp_path / "run"), "zip", source)
+    api.convert(archive, tmp_path / "out", family="llama", options=WITH)
+    checked(tmp_path / "out")
+    archive = shutil.make_archive(str(tmp_path / "run"), "gztar", source)
+    error = refused(lambda: api.plan(archive, family="llama", options=WITH))
+    (problem,) = error.problems
+    assert problem.kind == "unsupported" and "was not inflated with the others" in problem.message
+    assert str(problem.file).endswith("distrib_optim.pt")
+
+
 def in_thirds(path: Path) -> None:
     file = torch.load(path, weights_only=False)
     torch.save([*file, deepcopy(file[1])], path)
@@ -399,6 +411,30 @@ def test_weights_that_came_out_of_buffers_are_compared(originals: Written, tmp_p
     assert (
         problem.kind == "unproved" and problem.where == "optimizer.state.param.decoder.final_layernorm.weight"
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("dp_reshardable", "found it in buckets of each model-parallel rank (dp_reshardable)"),
+        (
+            "dp_zero_gather_scatter",
+            "found it in an object of each model-parallel rank (dp_zero_gather_scatter)",
+        ),
+    ],
+)
+def test_forms_of_torch_dist_by_ranks_are_named(
+    form: str, words: str, originals: Written, tmp_path: Path
+) -> None:
+    source = joined(originals("llama-mcore"), tmp_path / "in")
+    (path,) = source.rglob("common.pt")
+    said: dict[Any, Any] = {"param_state_sharding_type": form}
+    for held in (said, {0: said, 1: said | {"x": 1}}):
+        torch.save(torch.load(path, weights_only=False) | {"optimizer": held}, path)
+        error = refused(lambda: api.plan(source, family="llama", options=WITH))
+        (problem,) = error.problems
+        assert problem.kind == "unsupported" and words in problem.message, error
+        assert "--dist-ckpt-optim-fully-reshardable" in str(problem.hint)
 
 
 # --- megatron-core ------------------------------------------------------------------------------------------

@@ -196,7 +196,14 @@ def _open_tar_gz(data: ByteRange, spool_dir: Path | None) -> Members:
     with closing(data), _closed_on_error(spool):
         found, names = read_tar_gz(data, needed, spool)
     places = {m.name: Place(m.path, m.size, (m.offset, m.size)) for m in found}
-    members = Members(data.name, names, places.__getitem__)
+
+    def locate(name: str) -> Place:
+        if name not in places:
+            text = "expected a part of the model, found a file that was not inflated with the others"
+            fail("unsupported", text, file=name, hint="unpack the archive, and give the folder")
+        return places[name]
+
+    members = Members(data.name, names, locate)
     members.held.append(spool)
     return members
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, replace
+from math import prod
 from typing import Any, NamedTuple
 
-from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.megatron import (
     FILE,
     TRACKER,
@@ -192,6 +193,12 @@ def _joined(
 
 
 # --- numbers that every age has -------------------------------------------------------------------------
+
+
+def data_ranks(file: TensorFile) -> int:
+    """How many ranks share the parameters of one out, by its args; 1 where they do not say it."""
+    args = arguments(file) or {}
+    return prod(whole_number(args.get(k)) for k in ("data_parallel_size", "context_parallel_size"))
 
 
 def args_of(known: Known) -> Mapping[str, Any]:
