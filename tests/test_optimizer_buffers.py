@@ -222,7 +222,7 @@ def test_experts_have_an_optimizer_of_their_own(kind: str, originals: Written, t
     checked(out)
     told = json.loads((out / "optimizer" / "optimizer.json").read_text())
     assert told["ranks"]["optimizers"] == [2, 1] and told["ranks"]["groups"] == ["decay", "others", "all"]
-    for experts in (2, 1):
+    for experts in (2, 1) if kind == "list" else (2,):
         back = tmp_path / f"back{experts}"
         asked = {"expert_parallel": experts}
         api.convert(out, back, to="original", options=api.Options(family_options=asked, with_optimizer=True))
