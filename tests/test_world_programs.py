@@ -361,6 +361,21 @@ def test_tensors_without_numbers_of_their_own_lead_out(
     assert problem.kind == kind and way in (problem.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(lambda data: data + data, "bad-zip"), (lambda data: data + bytes(9), "trailing-data")],
+)
+def test_a_file_with_something_after_it_leads_out(
+    change: Callable[[bytes], bytes], kind: str, originals: Written, tmp_path: Path
+) -> None:
+    """A download that was begun again and appended, or written into a longer file."""
+    source = copied(originals(L), tmp_path)
+    file = source / "consolidated.00.pth"
+    file.write_bytes(change(file.read_bytes()))
+    problem = only(source, "llama", tmp_path)
+    assert problem.kind == kind and "get the file again" in (problem.hint or "")
+
+
 @pytest.mark.parametrize("kind", ["list", "tuple"])
 def test_weights_in_a_list_lead_out(kind: str, originals: Written, tmp_path: Path) -> None:
     source = copied(originals(L), tmp_path)

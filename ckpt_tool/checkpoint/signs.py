@@ -273,6 +273,11 @@ SIGNS = (
         (0, b"GGUF"),
     ),
     _sign(
+        "the store of Ollama, which keeps GGUF files",
+        f"its weights are packed for llama.cpp; {RELEASE}",
+        r"blobs/sha256[-:][0-9a-f]{4,64}",
+    ),
+    _sign(
         "a llamafile (llama.cpp and its weights in one program)",
         f"its weights are packed for llama.cpp; {RELEASE}",
         r"[^/]*\.llamafile",
