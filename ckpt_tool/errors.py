@@ -115,7 +115,11 @@ def _by_layers(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int]]:
 
 
 # What leads out of a kind, whoever finds it; a hint of its own comes before.
-HINTS = {"truncated": "a download, a copy or a save stopped before its end: get the whole file"}
+HINTS = {
+    "truncated": "a download, a copy or a save stopped before its end: get the whole file",
+    "trailing-data": "a download, a copy or a save went wrong: get the file again",
+    "bad-zip": "a download, a copy or a save went wrong: get the file again",
+}
 
 
 def fail(

@@ -290,6 +290,11 @@ def test_what_modelscope_has_not_all_of(originals: Written, tmp_path: Path) -> N
         ("model_state_dict.embedder.weight", "gemma_pytorch", "release for transformers"),
         ("model.layers.0.mlp.up_proj.weight._data", "quanto", "16 or 32 bits"),
         ("model.layers.0.mlp.up_proj.W_q", "HQQ", "16 or 32 bits"),
+        ("model.layers.0.mlp.up_proj.q_weight", "ExLlama 2", "16 or 32 bits"),
+        ("model.layers.0.mlp.up_proj.trellis", "ExLlama 3", "16 or 32 bits"),
+        ("model.layers.0.mlp.up_proj.centroids.weight", "VPTQ", "16 or 32 bits"),
+        ("model.layers.0.mlp.up_proj.B", "Marlin", "16 or 32 bits"),
+        ("layers.0.attention.wq.adaptor.A.weight", "LoRA", "merge"),
     ],
 )
 @pytest.mark.parametrize("family", ["auto", "llama", "gemma2"])
@@ -301,9 +306,17 @@ def test_names_of_other_programs(name: str, word: str, way: str, family: str, tm
     assert problem.kind == "unsupported" and word in problem.message and way in (problem.hint or "")
 
 
-@pytest.mark.parametrize("start", [b"GPT-OSS v1.0\0"])
-def test_a_file_for_metal_is_told_by_its_bytes(start: bytes, tmp_path: Path) -> None:
-    (tmp_path / "model.bin").write_bytes(start + bytes(64))
+def test_a_state_file_of_windows_says_which_is_the_newest(originals: Written, tmp_path: Path) -> None:
+    source = copied(originals("mobilebert-training"), tmp_path)
+    for file in list(source.glob("model.ckpt-240000.*")):
+        shutil.copy(file, source / file.name.replace("240000", "100"))
+    (source / "checkpoint").write_text('model_checkpoint_path: "C:\\\\out\\\\model.ckpt-240000"\r\n')
+    with api.open_checkpoint(source) as opened:
+        assert any("model.ckpt-240000 was taken" in note for note in opened.notes)
+
+
+def test_a_file_for_metal_is_told_by_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"GPT-OSS v1.0\0" + bytes(64))
     with pytest.raises(api.CkptToolError) as caught:
         api.open_checkpoint(tmp_path / "model.bin")
     assert "Metal" in str(caught.value) and "original/" in str(caught.value)
@@ -346,6 +359,21 @@ def test_tensors_without_numbers_of_their_own_lead_out(
     )
     problem = only(source, "llama", tmp_path)
     assert problem.kind == kind and way in (problem.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(lambda data: data + data, "bad-zip"), (lambda data: data + bytes(9), "trailing-data")],
+)
+def test_a_file_with_something_after_it_leads_out(
+    change: Callable[[bytes], bytes], kind: str, originals: Written, tmp_path: Path
+) -> None:
+    """A download that was begun again and appended, or written into a longer file."""
+    source = copied(originals(L), tmp_path)
+    file = source / "consolidated.00.pth"
+    file.write_bytes(change(file.read_bytes()))
+    problem = only(source, "llama", tmp_path)
+    assert problem.kind == kind and "get the file again" in (problem.hint or "")
 
 
 @pytest.mark.parametrize("kind", ["list", "tuple"])

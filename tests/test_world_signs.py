@@ -134,6 +134,8 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "EasyLM": ("streaming_params", "tokenizer.model"),
     "FlexGen": ("decoder.embed_tokens.weight", "decoder.layers.0.fc1.weight"),
     "GGUF": ("model.Q4_K_M.gguf", "config.json"),
+    "Ollama": ("blobs/sha256-0af4", "manifests/registry.ollama.ai/library/mistral/latest"),
+    "llamafile": ("mistral.llamafile", "README.md"),
     "GGML": ("ggml-model-q4_0.bin", "params.json"),
     "Keras format": ("tf_model.h5", "config.json"),
     "HDF5": ("weights.h5",),

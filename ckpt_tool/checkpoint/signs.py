@@ -273,6 +273,17 @@ SIGNS = (
         (0, b"GGUF"),
     ),
     _sign(
+        "the store of Ollama, which keeps GGUF files",
+        f"its weights are packed for llama.cpp; {RELEASE}",
+        r"blobs/sha256[-:][0-9a-f]{4,64}",
+    ),
+    _sign(
+        "a llamafile (llama.cpp and its weights in one program)",
+        f"its weights are packed for llama.cpp; {RELEASE}",
+        r"[^/]*\.llamafile",
+        (0, b"MZqFpD"),
+    ),
+    _sign(
         "a GGML file (llama.cpp)",
         f"its weights are packed for llama.cpp; {RELEASE}",
         r"ggml-model[^/]*\.bin",
@@ -471,6 +482,10 @@ _PACKED = (
     (r"codebooks|qidxs\w*", "weights of few bits (AQLM, QuIP)", UNPACKED),
     (r"weight\._(data|scale|shift)", "weights of few bits (quanto)", UNPACKED),
     (r"w_q", "weights of few bits (HQQ)", UNPACKED),
+    (r"q_weight|q_scale_max|q_invperm", "weights of few bits (ExLlama 2)", UNPACKED),
+    (r"trellis|s[uv]h", "weights of few bits (ExLlama 3)", UNPACKED),
+    (r"(res_|outlier_)?centroids(\.weight)?", "weights of few bits (VPTQ)", UNPACKED),
+    (r"\w+_proj\.b", "weights of four bits (Marlin)", UNPACKED),
 )
 # Names by which another program's layout is known, whose tensors no family reads: what it is, what to do.
 _LAYOUTS = (

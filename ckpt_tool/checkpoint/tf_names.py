@@ -11,7 +11,8 @@ _PART = re.compile(r"(?P<prefix>.+)\.(?:index|meta|data-\d{5}-of-\d{5})", re.ASC
 STATE = (
     "checkpoint"  # which prefix is the newest, in text; paths in it are those of the machine that wrote it
 )
-_NEWEST = re.compile(r'^model_checkpoint_path: *"(?:[^"]*/)?([^"/]+)" *$', re.ASCII | re.MULTILINE)
+# Of Windows too, which has other separators and ends of lines.
+_NEWEST = re.compile(r'^model_checkpoint_path: *"(?:[^"]*[/\\])?([^"/\\]+)" *\r?$', re.ASCII | re.MULTILINE)
 
 
 def data_name(prefix: str, shard: int, shards: int) -> str:
