@@ -362,6 +362,11 @@ def _no_document(checkpoint: Checkpoint, name: str) -> Problem:
 def _under_another_name(checkpoint: Checkpoint, name: str) -> tuple[str, str] | None:
     """What lies there in the place of the document `name`, and what to do with it: by its name, beside an
     archive, or as config.json."""
+    for file in checkpoint.files.values():
+        said = file.metadata.get("model_args")
+        if name == "params.json" and isinstance(said, Mapping) and "dim" in said:
+            way = f"json.dump(torch.load({file.name!r})['model_args'], open('params.json', 'w')) writes it"
+            return f"model_args in {file.name}, as llama2.c keeps them", f"{way}; add norm_eps and rope_theta"
     path = checkpoint.path
     try:
         folder = path if path.is_dir() else path.parent

@@ -263,6 +263,27 @@ def test_params_under_another_name(name: str, originals: Written, tmp_path: Path
     assert api.convert(source, tmp_path / "out", family="llama").plan.outputs
 
 
+def test_params_in_a_checkpoint_of_llama2_c(originals: Written, tmp_path: Path) -> None:
+    """karpathy/llama2.c#314: its train.py keeps `model_args` beside the weights."""
+    source = copied(originals(L), tmp_path)
+    said = json.loads((source / "params.json").read_text())
+    args = {k: v for k, v in said.items() if k not in ("norm_eps", "rope_theta")}
+    tensors = {f"_orig_mod.{k}": v for k, v in torch.load(source / "consolidated.00.pth").items()}
+    (source / "consolidated.00.pth").unlink()
+    (source / "params.json").unlink()
+    torch.save({"model": tensors, "model_args": {**args, "dropout": 0.0}, "iter_num": 5}, source / "ckpt.pt")
+    first = refusal(source / "ckpt.pt", "llama", tmp_path).problems[0]
+    assert first.kind == "missing-file" and "model_args in ckpt.pt" in first.message
+    assert "torch.load('ckpt.pt')['model_args']" in (first.hint or "")
+    args = {
+        **torch.load(source / "ckpt.pt")["model_args"],
+        "norm_eps": 1e-5,
+        "rope_theta": said["rope_theta"],
+    }
+    (source / "params.json").write_text(json.dumps(args))
+    assert api.convert(source / "ckpt.pt", tmp_path / "out", family="llama").plan.outputs
+
+
 def test_params_beside_an_archive_of_weights(originals: Written, tmp_path: Path) -> None:
     source = copied(originals(L), tmp_path)
     with zipfile.ZipFile(source / "weights.zip", "w") as archive:

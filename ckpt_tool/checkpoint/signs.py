@@ -399,7 +399,7 @@ def stand_in(data: bytes, name: str) -> Sign | None:
 
 def of_server(data: bytes) -> Sign | None:
     """What a server sent in place of a file: `data` is its begin, or all of it."""
-    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower().startswith(_PAGE):
+    if data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower().startswith(_PAGE):
         return PAGE
     if len(data) > SERVER_BYTES or not _SERVER.match(data):
         return None
