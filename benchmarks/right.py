@@ -37,7 +37,12 @@ def _converted(variant: str, source: Path, out: Path, **more: object) -> bool:
 
 
 def _cast(dtype: str, variant: str, source: Path, out: Path) -> bool:
-    return _converted(variant, source, out, dtype=dtype)
+    try:
+        return _converted(variant, source, out, dtype=dtype)
+    except CkptToolError as error:
+        if error.kind == "usage":
+            return False  # codes and scales, which no cast is of
+        raise
 
 
 def _shards(variant: str, source: Path, out: Path) -> bool:
