@@ -3,7 +3,7 @@ and how many right conversions fail.
 
     python benchmarks/detection.py [--family F] [--kind TEXT] [--sample N [--offset K]] [--json FILE]
     python benchmarks/detection.py --mode quick --level parity   # or --costly, as large models are verified
-    python benchmarks/detection.py --right [--jobs 2]
+    python benchmarks/detection.py --right [--jobs 2] [--mode quick]
     python benchmarks/detection.py --show FILE...     the tables of earlier runs together
 
 Every kind of mistake is planted into the conversion of a tiny original of every family, one at a time, and
@@ -529,7 +529,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.right:
             import right
 
-            return int(right.main(root, families, part.sample, part.offset, asked.jobs, asked.json))
+            return int(
+                right.main(root, families, part.sample, part.offset, asked.jobs, asked.json, asked.mode)
+            )
         for variant in (v for family in families for v in EVERY[family]):
             made(root, variant)
         listed = every_task(root, families, asked.kind, part, how)

@@ -285,19 +285,20 @@ def test_wrong_config_values_are_caught(
 
 
 @pytest.mark.parametrize(
-    ("values", "name", "most"),
+    ("values", "name", "bound"),
     [
-        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers", "10,000"),  # a window for each, say
-        ({"intermediate_size": 1e308}, "intermediate_size", "2,147,483,648"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers", "at most 10,000"),  # a window for each, say
+        ({"num_attention_heads": 0}, "num_attention_heads", "at least 1"),
+        ({"intermediate_size": 1e308}, "intermediate_size", "at most 2,147,483,648"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1e308}},
             "original_max_position_embeddings",
-            "2,147,483,648",
+            "at most 2,147,483,648",
         ),
     ],
 )
 def test_numbers_beyond_any_model_are_told_and_not_computed_with(
-    values: dict[str, Any], name: str, most: str, originals: Written, broken: Written
+    values: dict[str, Any], name: str, bound: str, originals: Written, broken: Written
 ) -> None:
     folder = broken(DENSE)
     tampered = Folder(folder)
@@ -308,9 +309,7 @@ def test_numbers_beyond_any_model_are_told_and_not_computed_with(
     assert report.exit_code == 1
     assert f"config.json: {key}" in [f.where for f in failed(report, "coverage")]
     (found,) = failed(report, "parity")
-    assert found.message.startswith(
-        f"the converted model cannot be read: expected {name} of at most {most}, found "
-    )
+    assert found.message.startswith(f"the converted model cannot be read: expected {name} of {bound}, found ")
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,17 @@ Tree = protocol.Tree
 Tensors = Mapping[str, Tensor]
 NOTHING: Tensors = {}
 MOST, LARGEST = 10_000, 1 << 31  # in a config.json that anything is computed by
-# Keys of which the first bounds the value, as how their names begin; labels may be more.
-COUNTS = ("num_hidden", "num_attention", "num_key", "num_local", "num_experts", "num_feedforward", "n_layer")
+# How keys begin that count what a model has, up to the first of these; labels may be more.
+COUNTS = (
+    "num_hidden",
+    "num_attention",
+    "num_key",
+    "num_local",
+    "num_experts",
+    "num_feedforward",
+    "n_layer",
+    "n_head",
+)
 # What a pass over tensors, or with numbers, that do not fit raises.
 BROKEN = (KeyError, IndexError, RuntimeError, ValueError, ArithmeticError)
 
@@ -363,14 +372,16 @@ def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
 
 
 def _within_reason(config: Mapping[str, Any]) -> None:
-    """ValueError for a number beyond those of any model, which would be taken for so much memory."""
+    """ValueError for a number beyond those of any model, which would be taken for so much memory, or for none
+    of what every model has."""
     kind = class_of(config)
     for name, m in read_facts(config, kind).numbers.items() if kind is not None else ():
-        inner = m.value if isinstance(m.value, Mapping) else {name: m.value}
-        most = MOST if name.startswith(COUNTS) else LARGEST
-        for key, x in inner.items():
-            if isinstance(x, int | float) and not abs(x) <= most:
-                raise ValueError(f"expected {key} of at most {most:,}, found {shown(x)}")
+        counted = name.startswith(COUNTS)
+        least, most = (1, MOST) if counted else (-LARGEST, LARGEST)
+        for key, x in (m.value if isinstance(m.value, Mapping) else {name: m.value}).items():
+            if isinstance(x, int | float) and not least <= x <= most:
+                bound = f"at least {least:,}" if x < least else f"at most {most:,}"
+                raise ValueError(f"expected {key} of {bound}, found {shown(x)}")
 
 
 def side_of(

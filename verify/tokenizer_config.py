@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, flags, shown
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MORE_ROLES = ("additional_special_tokens", "extra_special_tokens")
+MORE_ROLES = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 NO_LIMIT = 1e29  # transformers writes int(1e30) for a tokenizer that knows none
 CODE = ("auto_map", "custom_pipelines")
 # The class that reads the file as it stands, under its names of transformers 4 and 5.
@@ -26,6 +26,13 @@ FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # Classes that pad before a text where the file does not say on which side (`padding_side` of the class).
 PADS_LEFT = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"))
+# Keys that no release loads a tokenizer with, unless they are empty, or those of which it takes no null.
+NEVER = ("add_special_tokens", "init_inputs", "tokenizer_file", "tokenizer_object")
+ENTITY_TOKENS = ("token_1", "token_2", "unk_token", "pad_token", "mask_token", "mask2_token")
+NOT_NULL = (
+    *("padding_side", "truncation_side", "model_input_names", "added_tokens_decoder"),
+    *(f"entity_{name}" for name in ENTITY_TOKENS),
+)
 # What an absent key stands for, for keys that act.
 DEFAULTS: Mapping[str, Any] = {
     "padding_side": "right",
@@ -39,6 +46,7 @@ DEFAULTS: Mapping[str, Any] = {
     "tokenize_chinese_chars": True,
     "do_lower_case": None,
     "pad_token_type_id": 0,
+    "sp_model_kwargs": {},
     "return_token_type_ids": None,
     # of the tokenizers of LUKE
     "task": None,
@@ -62,6 +70,7 @@ def differences(
     for key in CODE:
         if found.get(key) and not expected.get(key):
             yield Difference(key, f"expected no field that asks for code, found {shown(found[key])}")
+    yield from _loads(found, expected)
     for key, wanted in (("add_bos_token", begins), ("add_eos_token", ends)):
         wanted = bool(expected[key]) if expected.get(key) is not None else wanted
         if found.get(key) is not None and bool(found[key]) != wanted:
@@ -71,17 +80,50 @@ def differences(
     if a != b:
         words = ["no limit" if x is None else str(x) for x in (a, b)]
         yield Difference("model_max_length", f"expected {words[0]}, found {words[1]}")
-    key, mask = "model_input_names", "attention_mask"  # without one a padded batch computes something else
-    if mask in expected.get(key, [mask]) and mask not in (found.get(key) or [mask]):
-        yield Difference(key, f"expected {mask} among them, found {shown(found[key])}")
-    key = "clean_up_tokenization_spaces"  # absent: yes in transformers 4, no in 5
-    if None not in (expected.get(key), found.get(key)) and bool(expected[key]) != bool(found[key]):
-        yield Difference(key, f"expected {shown(expected[key])}, found {shown(found[key])}")
+    yield from _inputs(expected, found)
+    key = "clean_up_tokenization_spaces"  # absent: yes in the first releases of transformers 4, no since
+    wanted, held = expected.get(key), found.get(key)
+    if wanted is not None and (bool(wanted) != bool(held)):
+        if held is not None:
+            yield Difference(key, f"expected {shown(wanted)}, found {shown(held)}")
+        elif wanted:
+            yield Difference(key, "expected true, found nothing, which transformers 5 takes for false")
     for key in DEFAULTS:
         x, y = (_acts(side, key) for side in (expected, found))
         if x != y:
             yield Difference(key, f"expected {shown(x)}, found {shown(y)}")
     yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), alike)
+
+
+def _inputs(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
+    """What a tokenizer gives beside ids: without a mask a padded batch computes something else, and the class
+    that reads the file as it stands gives token types in transformers 4, which not every model takes."""
+    key, mask, types = "model_input_names", "attention_mask", "token_type_ids"
+    wanted, held = expected.get(key), found.get(key)
+    if mask in (wanted or [mask]) and mask not in (held or [mask]):
+        yield Difference(key, f"expected {mask} among them, found {shown(held)}")
+    alone = plain_class(found.get("tokenizer_class")) == "PreTrainedTokenizer"  # not as release 5 calls it
+    if wanted is not None and types not in wanted and (types in (held or ()) or (key not in found and alone)):
+        was = shown(held) if held is not None else f"nothing, which transformers 4 takes for {types} too"
+        yield Difference(key, f"expected {shown(wanted)}, found {was}")
+
+
+def _loads(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Difference]:
+    """Keys of which a value keeps every release from loading the tokenizer."""
+    for key in NEVER:
+        if found.get(key) and not (key in expected and expected[key] == found[key]):
+            yield Difference(
+                key, f"expected no such key, found {shown(found[key])}, with which none loads it"
+            )
+    if (
+        "add_special_tokens" in found
+        and not found["add_special_tokens"]
+        and "add_special_tokens" not in expected
+    ):
+        yield Difference("add_special_tokens", "expected no such key, with which no release loads it")
+    for key in NOT_NULL:
+        if key in found and found[key] is None and expected.get(key, key) is not None:
+            yield Difference(key, "expected a value or no such key, found null, which no release takes")
 
 
 def _acts(document: Mapping[str, Any], key: str) -> Any:

@@ -421,7 +421,7 @@ def _left_open(d: Difference, subject: Subject, found: Mapping[str, Any], result
     """Whether the difference is the side of padding, which neither the output's file says nor any of the
     original's: then each release of the library has its own, which a note tells."""
     documents = {} if subject.source is None else subject.source.documents
-    if d.where != "padding_side" or found.get(d.where) is not None or CONFIG in documents:
+    if d.where != "padding_side" or d.where in found or CONFIG in documents:
         return False
     text = f"not said, nor by the original, so the library's class decides ({d.message})"
     result.notes.append(finding("note", text, f"{CONFIG}: {d.where}"))
