@@ -342,7 +342,9 @@ class _Reader:
         if "rope_parameters" in spoken and self.config.get("rope_scaling", ABSENT) is None:
             spoken.insert(0, "rope_scaling")  # an outspoken null
         if len(spoken) == 2 and not same(scalings["rope_scaling"], scalings["rope_parameters"]):
-            by = "read by transformers 4", "read by transformers 5"
+            alone = not objects["rope_scaling"]
+            by = "read by transformers 4 and 5", "read by transformers 5 where it is alone"
+            by = ("read by transformers 4", "read by transformers 5") if alone else by
             self.contradict("rope_scaling", ("rope_scaling", by[0]), ("rope_parameters", by[1]))
         said = next((k for k in OBJECTS if scalings[k] is not None), None)
         if said is not None:
@@ -369,6 +371,10 @@ class _Reader:
         for key in own:
             if self.config.get(key) is not None or (not said and key in self.config):
                 said.append((key, self.config[key]))
+        lost = [pair for pair in said if pair[0].startswith("rope_parameters.") and objects["rope_scaling"]]
+        if lost and said[0] == lost[0]:  # 5 passes over the whole object beside the other
+            said = [pair for pair in said if pair not in lost] or [(f"{own[0]} (absent)", default)]
+            said += lost
         if name not in own and not said and self.config.get(name) is not None:  # which the class ignores
             said = [(f"{own[0]} (absent)", default), (name, self.config[name])]
         self.values[name] = self._one(name, said, default)
@@ -409,7 +415,7 @@ class _Reader:
         """What is done to the frequencies, with every value that it depends on; None for nothing."""
         kind, older = kind_of(found), found.get("type")
         if older is not None and kind_of({"type": older}) != kind:
-            by = "read by transformers 4.43 and later", "read by those before"
+            by = "read by transformers 5", "read by transformers 4, in most classes"
             self.contradict("rope_scaling", (f"{key}.rope_type", by[0]), (f"{key}.type", by[1]))
         left = {"rope_type", "type", *ROTARY}
         given = {k: v for k, v in found.items() if k not in left and v is not None}

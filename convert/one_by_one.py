@@ -23,6 +23,8 @@ InMemory = Mapping[str, tuple[str, ...]]
 READING = "experts are stacked as transformers 5 holds them in memory: read one by one"
 # How what belongs to stacked codes is called behind their name, and behind that of one expert's.
 OF_CODES = {"_scale_inv": ".weight_scale_inv", "_activation_scale": ".activation_scale"}
+CODES, SCALES = "_blocks", "_scales"  # of MXFP4, behind the name of the numbers
+WIDE = ("F64", "F32", "F16", "BF16")
 SAVED = "load the model with transformers 5 and save_pretrained() it: that writes them one by one"
 # What servers join of a decoder's own projections, as vLLM holds them.
 _JOINED = re.compile(
@@ -139,6 +141,32 @@ def as_on_disk(checkpoint: Checkpoint, held_as: Mapping[str, str], told_by: Coll
     readings = [f"{old} was read as {new}, its name on disk; transformers 5 has the other in memory, and 4"
                 " does not load it" for old, new in moved.items()]  # fmt: skip
     return replace(checkpoint, files=files, readings=(*checkpoint.readings, *readings))
+
+
+def as_numbers(checkpoint: Checkpoint, matrices: Collection[str]) -> Checkpoint:
+    """`checkpoint`, or a view of it in which numbers that are called as codes have the names of numbers:
+    `matrices`, of any layer {i}, with or without the first word, which a model without its head leaves out.
+    transformers 5.23.0 saves what it made of MXFP4 under the names of the codes it had read."""
+    patterns = [_pattern(name) for one in matrices for name in (one, one.partition(".")[2])]
+    moved = {}
+    for name in checkpoint.names() if matrices else ():
+        stem = name.removesuffix(CODES)
+        if stem == name or stem in checkpoint or stem + SCALES in checkpoint:
+            continue
+        if checkpoint.find(name)[0].dtype in WIDE and any(p.fullmatch(stem) for p in patterns):
+            moved[name] = stem
+    if not moved:
+        return checkpoint
+    files: dict[str, TensorFile] = {}
+    for label, file in checkpoint.files.items():
+        own = {moved.get(n, n): n for n in file.tensors}
+        files[label] = Renamed(file, own) if moved.keys() & file.tensors.keys() else file
+    first, more = next(iter(moved)), f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+    reading = (
+        f"{first}{more}: numbers under the name of codes, as transformers 5 saves them and no release loads "
+        f"them; read without `{CODES}`"
+    )
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, reading))
 
 
 def is_stacked(checkpoint: Checkpoint) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api, reference
 from ckpt_tool.errors import CkptToolError, Problem
@@ -430,6 +430,37 @@ def test_numbers_are_made_of_either_layout(
     levels = ("coverage", "bits", "parity") if dtype == "BF16" else ("coverage", "bits")
     report = api.verify(tmp_path / "of-codes", levels=levels, mode="quick")
     assert report.status == "pass", report.headline
+
+
+@pytest.mark.parametrize("before", ["", "model."])
+def test_numbers_called_as_codes_are_read_and_no_loader_is_said_to_know_them(
+    before: str, originals: Written, tmp_path: Path
+) -> None:
+    """What transformers 5.23.0 saves of a model that it made numbers of; a model without its head leaves the
+    first word of all names out."""
+    numbers = api.Options(dequantize="BF16")
+    right = tmp_path / "right"
+    api.convert(originals(SQUARE), right, options=numbers)
+    tensors = load_file(right / "model.safetensors")
+    if before:
+        right = changed(right, tmp_path / "alone", architectures=["GptOssModel"])
+        tensors = {n.removeprefix(before): x for n, x in tensors.items() if n != "lm_head.weight"}
+        save_file(tensors, right / "model.safetensors", metadata={"format": "pt"})
+    stems = [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    folder = shutil.copytree(right, tmp_path / "saved", ignore=shutil.ignore_patterns("ckpt-tool.json"))
+    called = {n + "_blocks" if n in stems else n: x for n, x in tensors.items()}
+    save_file(called, folder / "model.safetensors", metadata={"format": "pt"})
+    made = api.convert(folder, tmp_path / "out")
+    said = [n for n in made.plan.notes if "numbers under the name of codes" in n]
+    assert len(said) == 1 and f"and {len(stems) - 1} more" in said[0] and "no release loads them" in said[0]
+    assert world.equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
+    assert api.verify(tmp_path / "out", folder, levels=("coverage", "bits")).exit_code == 0
+    report = api.verify(folder, right, levels=("coverage", "bits"))  # which is what loaders would find
+    assert report.exit_code == 1 and f"{stems[0]}: expected this tensor, found none" in report.headline
+    halved = {n: x.to(torch.uint8) if n.endswith("_blocks") else x for n, x in called.items()}
+    save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})  # codes that lost their scales
+    kinds = {p.kind for p in problems(lambda: api.plan(folder))}
+    assert kinds == {"config-mismatch"}
 
 
 def test_turned_numbers_are_proved_by_another_formula_than_they_are_made_by(

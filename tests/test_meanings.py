@@ -263,7 +263,29 @@ TWICE: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaling": (
         "llama",
         {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
-        "found rope_scaling type linear, factor 2 (read by transformers 4) and rope_parameters rope_type def",
+        "found rope_scaling type linear, factor 2 (read by transformers 4 and 5) and rope_parameters rope_t",
+    ),
+    "theta-passed-over": (
+        "llama",
+        {
+            "rope_scaling": {"type": "linear", "factor": 2},
+            "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e6},
+        },
+        "rope_theta (absent) 10000 (read by transformers 5) and rope_parameters.rope_theta 1000000",
+    ),
+    "theta-beside-both": (
+        "llama",
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {"type": "linear", "factor": 2},
+            "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e6},
+        },
+        "rope_theta 500000 (read by transformers 5) and rope_parameters.rope_theta 1000000 (the",
+    ),
+    "kind": (
+        "llama",
+        {"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2}},
+        "default (read by transformers 5) and rope_scaling.type linear (read by transformers 4, in most",
     ),
     "scaling-null": (
         "llama",

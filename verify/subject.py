@@ -141,7 +141,8 @@ def _open(
             raise
         found = open_checkpoint(path, limits=limits, hub="download")
     try:
-        return as_families_know(seen(codes_apart(found)))
+        as_it_stands = limits is not None and limits.as_it_stands
+        return as_families_know(seen(codes_apart(found)), as_loaders_do=as_it_stands)
     except BaseException:
         found.close()
         raise

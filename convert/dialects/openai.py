@@ -113,6 +113,7 @@ def family(
         held=partial(held, d),
         vocabulary=vocabulary,
         classes={model_type: d.config},
+        numbers=tuple(name for row in d.numbers_rows for name in row.target),
         tensors=(d.told_by[0],),
         document=CONFIG,
         packed=True,

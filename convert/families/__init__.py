@@ -14,7 +14,7 @@ from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.in_parts import in_one
 from ckpt_tool.convert.layer_axis import layers_apart
-from ckpt_tool.convert.one_by_one import InMemory, as_on_disk, one_by_one, with_scales
+from ckpt_tool.convert.one_by_one import InMemory, as_numbers, as_on_disk, one_by_one, with_scales
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.vocabularies import Vocabulary
@@ -61,6 +61,7 @@ class Family:
     classes: Mapping[str, Class] = field(default_factory=dict)
     in_memory: InMemory = field(default_factory=dict)  # what its Hugging Face layout may have stacked
     held_as: Mapping[str, str] = field(default_factory=dict)  # or called otherwise: to the name on disk
+    numbers: tuple[str, ...] = ()  # of codes: what may be called as these; see `as_numbers`
     tensors: tuple[str, ...] = ()
     document: str | None = None
     published: bool = False
@@ -77,13 +78,16 @@ def family(name: str) -> Family:
 def as_family_knows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     """`checkpoint` with the names that `chosen` has on disk, and what it may find stacked one by one."""
     checkpoint = as_on_disk(layers_apart(checkpoint), chosen.held_as, chosen.tensors)
+    checkpoint = as_numbers(checkpoint, chosen.numbers)
     return one_by_one(in_one(checkpoint, chosen.classes), chosen.in_memory)
 
 
-def as_families_know(checkpoint: Checkpoint) -> Checkpoint:
-    """The same for any family; see `one_by_one` and `layers_apart`."""
+def as_families_know(checkpoint: Checkpoint, *, as_loaders_do: bool = False) -> Checkpoint:
+    """The same for any family; see `one_by_one` and `layers_apart`. `as_loaders_do` leaves names as they are
+    that no loader knows."""
     checkpoint = layers_apart(checkpoint)
     for chosen in map(family, FAMILIES):
+        checkpoint = checkpoint if as_loaders_do else as_numbers(checkpoint, chosen.numbers)
         checkpoint = in_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.classes)
     meant = _meant(checkpoint) or [family(f) for f in FAMILIES]
     return one_by_one(checkpoint, {n: parts for f in meant for n, parts in f.in_memory.items()})
