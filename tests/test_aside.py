@@ -110,7 +110,9 @@ def test_a_graph_is_never_published_by_halves(
         pytest.importorskip(package)
     from ckpt_tool.verify import onnx_made
 
-    def export(found: object, task: object, asked: object, folder: Path, name: str) -> list[object]:
+    def export(
+        found: object, task: object, asked: object, folder: Path, name: str, prompts: object
+    ) -> list[object]:
         (folder / name).write_bytes(b"graph")
         (folder / f"{name}{onnx_made.DATA}").write_bytes(b"weights")
         return []
