@@ -81,18 +81,22 @@ def differences(
         words = ["no limit" if x is None else str(x) for x in (a, b)]
         yield Difference("model_max_length", f"expected {words[0]}, found {words[1]}")
     yield from _inputs(expected, found)
-    key = "clean_up_tokenization_spaces"  # absent: yes in the first releases of transformers 4, no since
-    wanted, held = expected.get(key), found.get(key)
-    if wanted is not None and (bool(wanted) != bool(held)):
-        if held is not None:
-            yield Difference(key, f"expected {shown(wanted)}, found {shown(held)}")
-        elif wanted:
-            yield Difference(key, "expected true, found nothing, which transformers 5 takes for false")
+    yield from _clean_up(expected, found)
     for key in DEFAULTS:
         x, y = (_acts(side, key) for side in (expected, found))
         if x != y:
             yield Difference(key, f"expected {shown(x)}, found {shown(y)}")
     yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), alike)
+
+
+def _clean_up(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
+    """Whether decoding takes spaces away. Absent: yes in the first releases of transformers 4, no since."""
+    key = "clean_up_tokenization_spaces"
+    wanted, held = expected.get(key), found.get(key)
+    if wanted is None or bool(wanted) == bool(held):
+        return
+    seen = shown(held) if held is not None else "nothing, which transformers 5 takes for false"
+    yield Difference(key, f"expected {shown(wanted)}, found {seen}")
 
 
 def _inputs(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
