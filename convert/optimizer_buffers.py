@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ckpt_tool.checkpoint import folders
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.folders import Place as Where
 from ckpt_tool.checkpoint.sliced import part_of
 from ckpt_tool.checkpoint.torch_zip import open_torch_zip
 from ckpt_tool.convert.casting import converted
@@ -51,7 +51,8 @@ _BUFFER = re.compile(
 _PAIR = re.compile(r"\(torch\.(?P<own>\w+), torch\.\w+\)", re.ASCII)  # of parameters and of gradients
 _CHUNK = re.compile(r"model(\d*)\.", re.ASCII)
 EXPERT = ".mlp.experts."  # whose parameters another optimizer has where they are shared out
-HINT = "without --with-optimizer the model alone is converted"
+FLAG = "--with-optimizer"
+HINT = f"without {FLAG} the model alone is converted"
 
 State = tuple[tuple[str, str], TensorInfo]  # (state, parameter), and where it is
 
@@ -77,10 +78,7 @@ def states_of(
     if odd := [t for t in model if t.dtype not in ("F32", "F16", "BF16")]:
         _refuse(odd[0].file, odd[0].name, "parameters in 16 or 32 bits", odd[0].dtype)
     for chain, buffers in found.items():
-        own = list(model)
-        if chain is not None:
-            own = [t for t in model if (EXPERT in t.name) == (chain > 0)]
-        groups = _groups(file.name, own, buffers)
+        groups = _groups(file.name, stepped(model, chain), buffers)
         for buffer, group in zip(buffers, groups, strict=True):
             for t, (bucket, start) in placed(buffer, file, checkpoint, group[::-1], spare):
                 names, _ = buffer.buckets[bucket]
@@ -91,7 +89,12 @@ def states_of(
                     yield (state, t.name), TensorInfo(name, "F32", t.shape, file.name)
 
 
-def open_buffers(place: Where, name: str) -> TensorFile:
+def stepped(model: Sequence[TensorInfo], chain: int | None) -> list[TensorInfo]:
+    """Those of `model` that an optimizer steps: the only one (None) all, of two the second the experts."""
+    return [t for t in model if chain is None or (EXPERT in t.name) == (chain > 0)]
+
+
+def open_buffers(place: folders.Place, name: str) -> TensorFile:
     """The file of buffers at `place`. Kinds: those of reading a torch file."""
     return open_torch_zip(place.path, name, window=place.window, lists=True)
 

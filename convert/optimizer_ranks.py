@@ -29,7 +29,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ckpt_tool.checkpoint.base import TensorFile, TensorInfo
 from ckpt_tool.checkpoint.torch_zip_writer import Held
-from ckpt_tool.convert.optimizer_buffers import EXPERT
+from ckpt_tool.convert.optimizer_buffers import stepped
 from ckpt_tool.errors import fail
 
 T = TypeVar("T")
@@ -69,8 +69,8 @@ class Told:
     groups: tuple[Mapping[Any, Any], ...]
 
     def parameters(self, model: Sequence[TensorInfo]) -> list[TensorInfo]:
-        """Those of `model` that it steps: experts have the second optimizer of a list."""
-        return [t for t in model if self.chain is None or (EXPERT in t.name) == (self.chain > 0)]
+        """Those of `model` that it steps."""
+        return stepped(model, self.chain)
 
     @property
     def distributed(self) -> bool:
@@ -86,6 +86,11 @@ def optimizers_of(file: TensorFile) -> list[Told]:
     if isinstance(held, list):
         return [_told(k, x) for k, x in enumerate(held)]
     return [_told(None, held)]
+
+
+def _chained(known: Sequence[Told]) -> tuple[int, ...]:
+    """How many groups each optimizer of a list has; none where there is no list."""
+    return tuple(len(told.groups) for told in known if told.chain is not None)
 
 
 def _told(chain: int | None, held: object) -> Told:
@@ -169,8 +174,7 @@ def numbered(label: str, file: TensorFile, model: Sequence[TensorInfo], hint: st
         words += own_words
         states |= own
         forms |= dict(_forms(told, ours))
-    chained = tuple(len(t.groups) for t in known) if known[0].chain is not None else ()
-    return Numbered(tuple(t.name for t in model), tuple(words), states, forms, chained)
+    return Numbered(tuple(t.name for t in model), tuple(words), states, forms, _chained(known))
 
 
 def _chain(name: str) -> int | None:
@@ -214,14 +218,13 @@ def distributed(
     known = optimizers_of(file)
     forms: dict[str, str] = {}
     for told in known:
-        own = ["decay" if g.get("wd_mult", g.get("weight_decay")) else "others" for g in told.groups]
+        own = [DECAY if g.get("wd_mult", g.get("weight_decay")) else OTHERS for g in told.groups]
         words += own if len(own) > 1 else [ALL for _ in own]
         if any("step" in g for g in told.groups):
             forms["step"] = "group"
     wide = any(state == MASTER for state, _ in states)
     forms |= {"inside": "optimizer.optimizer", "master": LISTS[0]} if wide else {"inside": "optimizer"}
-    chained = tuple(len(t.groups) for t in known) if known[0].chain is not None else ()
-    return Numbered(tuple(t.name for t in model), tuple(words), states, forms, chained)
+    return Numbered(tuple(t.name for t in model), tuple(words), states, forms, _chained(known))
 
 
 def _words(ours: Sequence[TensorInfo], numbers: Sequence[Sequence[int]]) -> tuple[str, ...]:
@@ -352,12 +355,7 @@ class Ranks:
         words, numbers = parted(self.words, self.counts), parted(self.numbers, self.counts)
         inside = self.inside.removeprefix("optimizer")
         return [
-            replace(
-                self,
-                words=tuple(w),
-                numbers=tuple(n),
-                inside=f"optimizer.{c}{inside}",
-            )
+            replace(self, words=tuple(w), numbers=tuple(n), inside=f"optimizer.{c}{inside}")
             for c, (w, n) in enumerate(zip(words, numbers, strict=True))
         ]
 
@@ -387,10 +385,7 @@ def laid(ranks: Ranks, model: Sequence[TensorInfo], states: Mapping[str, Iterabl
     """`model` are the parameters of a file in their order, `states` by state those that have it."""
     if not ranks.counts:
         return _laid(ranks, "optimizer", model, states)
-    made = [
-        _laid(own, f"optimizer.{c}", [t for t in model if (EXPERT in t.name) == bool(c)], states)
-        for c, own in enumerate(ranks.apart())
-    ]
+    made = [_laid(own, f"optimizer.{c}", stepped(model, c), states) for c, own in enumerate(ranks.apart())]
     names = {key: name for one in made for key, name in one.names.items()}
     return Laid(names, [one.tree for one in made], tuple(c for one in made for c in one.constants))
 

@@ -35,7 +35,7 @@ from ckpt_tool.convert import optimizer_document
 from ckpt_tool.convert.dialects import megatron_dist
 from ckpt_tool.convert.dialects.megatron_ranks import data_ranks
 from ckpt_tool.convert.layout import Part, Step
-from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, HINT, agree, open_buffers, states_of
+from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, FLAG, HINT, agree, open_buffers, states_of
 from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
 from ckpt_tool.convert.optimizer_ranks import (
     LISTED,
@@ -57,7 +57,6 @@ from ckpt_tool.convert.source import each_once
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all
 
-FLAG = "--with-optimizer"
 STATES = ("exp_avg", "exp_avg_sq", "fp32_param")  # the moments, and the weights that the step is made on
 _ALL = "|".join(STATES)
 _NAMED = re.compile(rf"optimizer\.state\.(?P<state>{_ALL}|param)\.(?P<name>.+)", re.ASCII)
@@ -229,7 +228,7 @@ def _apart(checkpoint: Checkpoint) -> set[str]:
         wanted = states
     text = "expected the state of a distributed optimizer beside the model, found no such file"
     fail_all(
-        Problem("missing-shard", text, _beside(label), hint=f"without {FLAG} the model alone is converted")
+        Problem("missing-shard", text, _beside(label), hint=HINT)
         for label in wanted
         if _beside(label) not in there
     )
@@ -269,7 +268,6 @@ def _content(told: _Told) -> dict[str, Any]:
 
 def _none(checkpoint: Checkpoint) -> NoReturn:
     """Fail with where the state is instead, if it is anywhere."""
-    hint = f"without {FLAG} the model alone is converted"
     text = "expected the state of an optimizer, a tensor for each of the model, found"
     for label, file in checkpoint.files.items():
         held = file.metadata.get("optimizer")
@@ -279,9 +277,9 @@ def _none(checkpoint: Checkpoint) -> NoReturn:
                 f"{text} it in an object of the run's own code",
                 file=label,
                 where="optimizer",
-                hint=hint,
+                hint=HINT,
             )
-    fail("missing-tensor", f"{text} none", file=checkpoint.path.name, where=FLAG, hint=hint)
+    fail("missing-tensor", f"{text} none", file=checkpoint.path.name, where=FLAG, hint=HINT)
 
 
 def _objects(held: object) -> bool:

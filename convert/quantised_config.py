@@ -60,12 +60,7 @@ class Scheme:
     def static(self) -> bool:
         """Whether it says that inputs have scales of their own, which are stored."""
         raw = self.raw or {}
-        groups = raw.get("config_groups")
-        inputs = (
-            [g.get("input_activations") for g in groups.values() if isinstance(g, Mapping)]
-            if isinstance(groups, Mapping)
-            else []
-        )
+        inputs = [group.get("input_activations") for group in self._groups]
         whole = raw.get("global_quant_config")  # of Quark
         inputs.append(whole.get("input_tensors") if isinstance(whole, Mapping) else None)
         keys = ("dynamic", "is_dynamic")
@@ -75,9 +70,15 @@ class Scheme:
     @property
     def of_rows(self) -> bool:
         """Whether it says that a whole row shares a scale."""
-        groups = (self.raw or {}).get("config_groups")
-        weights = [g.get("weights") for g in groups.values()] if isinstance(groups, Mapping) else []
+        weights = [group.get("weights") for group in self._groups]
         return any(isinstance(w, Mapping) and w.get("group_size") == -1 for w in weights)
+
+    @property
+    def _groups(self) -> list[Mapping[str, Any]]:
+        """Those of compressed-tensors, which other methods may carry unread."""
+        groups = (self.raw or {}).get("config_groups")
+        found = groups.values() if isinstance(groups, Mapping) else ()
+        return [group for group in found if isinstance(group, Mapping)]
 
     def left(self, modules: Iterable[str]) -> list[str]:
         """Those of the modules that are named among what is left as it is: whole, or by their beginning or

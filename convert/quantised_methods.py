@@ -32,7 +32,7 @@ from ckpt_tool.convert.quantised_config import (
     PLACES,
     Scheme,
 )
-from ckpt_tool.errors import CkptToolError, Problem, fail_all
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 Raw = Mapping[str, Any]
 MX_BLOCK = (1, 32)  # of MXFP8: the neighbours of a row that share a scale, by the format's definition
@@ -131,8 +131,7 @@ def _modelopt_beside(said: Any) -> Any:
 
 def _refuse(kind: str, expected: str, found: Any, where: str, file: str) -> NoReturn:
     hint = UNPACKED if kind == "unsupported" else f"--set {KEY}='{{...}}' says it, if {file} is wrong"
-    fail_all([Problem(kind, f"{expected}, found {shown(found)}", file, where, hint)])
-    raise AssertionError
+    fail(kind, f"{expected}, found {shown(found)}", file=file, where=where, hint=hint)
 
 
 def _unknown(raw: Raw, method: str, file: str) -> Iterator[Problem]:

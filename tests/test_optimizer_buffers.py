@@ -344,6 +344,16 @@ def test_a_rank_without_its_buffers_is_named(originals: Written, tmp_path: Path)
     assert "expected the state of a distributed optimizer beside the model" in problem.message
 
 
+def test_buffers_beside_an_empty_list_of_optimizers(originals: Written, tmp_path: Path) -> None:
+    source = distributed(originals("llama-mcore"), tmp_path / "in", RELEASES["core_v0.9"])
+    for path in source.rglob("model_optim_rng.pt"):
+        torch.save(torch.load(path, weights_only=False) | {"optimizer": []}, path)
+    api.convert(source, tmp_path / "out", family="llama", options=WITH)
+    checked(tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "optimizer" / "optimizer.json").read_text())
+    assert told["ranks"] == {}  # which no ranks can be written of
+
+
 def test_buffers_are_read_in_a_zip_and_not_in_a_gzipped_tar(originals: Written, tmp_path: Path) -> None:
     source = distributed(originals("llama-mcore"), tmp_path / "in", RELEASES["core_v0.9"])
     archive = shutil.make_archive(str(tmp_path / "run"), "zip", source)

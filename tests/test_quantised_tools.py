@@ -447,6 +447,15 @@ def test_values_of_another_type_are_no_crash(odd: dict[str, Any], made: Callable
     assert str(caught.value.problems[0].where).startswith(KEY)
 
 
+def test_groups_that_another_method_carries_are_not_read(made: Callable[..., Path]) -> None:
+    """Those of compressed-tensors say how many share a scale; what is no group of it was a crash."""
+    source = made("int4", said(quant_method="modelopt", quant_algo="NVFP4", config_groups={"a": 1}))
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    assert {p.kind for p in caught.value.problems} == {"missing-fact"}
+    assert "how many neighbours share a scale" in caught.value.problems[0].message
+
+
 def test_the_width_of_codes_in_words_is_asked(made: Callable[..., Path]) -> None:
     source = made("int8-packed", lambda t, c: c.pop(KEY))
     with pytest.raises(CkptToolError) as caught:
