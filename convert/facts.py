@@ -342,9 +342,10 @@ class _Reader:
         if "rope_parameters" in spoken and self.config.get("rope_scaling", ABSENT) is None:
             spoken.insert(0, "rope_scaling")  # an outspoken null
         if len(spoken) == 2 and not same(scalings["rope_scaling"], scalings["rope_parameters"]):
-            alone = not objects["rope_scaling"]
-            by = "read by transformers 4 and 5", "read by transformers 5 where it is alone"
-            by = ("read by transformers 4", "read by transformers 5") if alone else by
+            if objects["rope_scaling"]:
+                by = "read by transformers 4 and 5", "read by transformers 5 where it is alone"
+            else:
+                by = "read by transformers 4", "read by transformers 5"
             self.contradict("rope_scaling", ("rope_scaling", by[0]), ("rope_parameters", by[1]))
         said = next((k for k in OBJECTS if scalings[k] is not None), None)
         if said is not None:

@@ -229,12 +229,14 @@ class Step:
         return dict(self.axes)
 
     def source_shapes(self) -> list[tuple[int, ...]]:
-        """Those of the sources."""
-        sizes, of_each = self.sizes, [part.sized for part in self.sources]
-        known = {
-            sized: part.shape(sizes) for sized, part in dict(zip(of_each, self.sources, strict=True)).items()
-        }
-        return list(map(known.__getitem__, of_each))
+        """That of each source; experts, which are sized alike, are measured once."""
+        sizes, known = self.sizes, dict[tuple[Dims, Ranges], tuple[int, ...]]()
+        shapes = []
+        for part in self.sources:
+            if (shape := known.get(part.sized)) is None:
+                shape = known[part.sized] = part.shape(sizes)
+            shapes.append(shape)
+        return shapes
 
     def between(self, sources: tuple[Part, ...], targets: tuple[Part, ...]) -> Step:
         """The same with others; quicker than `replace`, which counts where there are thousands."""

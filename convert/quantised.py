@@ -81,9 +81,7 @@ TRANSFORMERS = QuantFormat(
     "transformers", ".weight", ".weight_scale_inv", ".weight", (E4M3,), ".activation_scale"
 )
 VLLM = QuantFormat("vllm", ".weight", ".weight_scale", ".weight", (E4M3,), ".input_scale")
-SPREAD = replace(  # told by the shape of its scales
-    VLLM, name="modelopt-blocks", spread=True
-)
+SPREAD = replace(VLLM, name="modelopt-blocks", spread=True)  # told by the shape of its scales
 FORMATS = (
     TRANSFORMERS,
     QuantFormat("deepseek", ".weight", ".scale", ".weight", (E4M3,)),

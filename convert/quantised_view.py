@@ -97,8 +97,8 @@ class Whole(Quantising):
 
 def as_asked(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     """`checkpoint` as a plan with these options sees it: itself where nothing in it is quantised, or where it
-    is such a view. Kinds: those of `found_in`; for --dequantize of what is not quantised
-    `usage`, and `unsupported` for weights of few bits that nobody here reads."""
+    is such a view. Kinds: those of `found_in`; for --dequantize `unsupported` of weights of few bits that
+    nobody here reads, `usage` of any others."""
     if quantised_of(checkpoint) is not None:
         return checkpoint
     inventory = found_in(checkpoint, options.settings)

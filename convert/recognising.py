@@ -26,7 +26,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail_all, near, printable
 
 NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
 SHOWN = 3
-NAMES = 2000  # of a folder, which may be any
+NAMES = 2000  # of a folder that are looked at: it may be any
 ALONE = "save what is below {} alone, with torch.save, if those are the weights that are meant"
 COMPARED = 400  # names; those of the first layer tell as much as all
 

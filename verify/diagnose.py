@@ -127,15 +127,15 @@ def diagnose(
         explanation = explain(evidence, _all_of(phase, shapes, evidence), converted.weights[0].at_hand)
     side, bits = converted, None
     attempts: list[Attempt] = []
-    if explanation is not None and explanation.differing and _is_put_right(evidence, explanation, converted):
-        assert evidence is not None
+    forward = evidence is not None and evidence.forward
+    if evidence is not None and explanation is not None and _is_put_right(evidence, explanation, converted):
         bits = explanation.cause or f"{_counted(explanation)} put right"
         side = converted.changed(Change(bits, _right(evidence, explanation, converted)))
         after = _measure(side, phase, probe)
         attempts.append(
             Attempt(bits, after, _exact(side, phase, probe, order, bar) and explanation.cause is not None)
         )
-    elif evidence is not None and not evidence.forward and explanation and explanation.cause is not None:
+    elif explanation is not None and explanation.cause is not None and not forward:
         bits = explanation.cause
         attempts.append(Attempt(bits, Distance(0.0, 0.0, 0, 0.0), True))
     if bits is None or not bar.holds(attempts[0].after):
@@ -174,9 +174,9 @@ def _counted(explanation: Explanation) -> str:
     return f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _is_put_right(evidence: Evidence | None, explanation: Explanation, side: Side) -> bool:
-    """Whether the tensors that differ can be made anew beside those that are held, in half of the room."""
-    if evidence is None or not evidence.forward:
+def _is_put_right(evidence: Evidence, explanation: Explanation, side: Side) -> bool:
+    """Whether tensors differ that can be made anew beside those that are held, in half of the room."""
+    if not explanation.differing or not evidence.forward:
         return False
     (weights,) = side.weights
     item, room = weights.dtype.itemsize, weights.at_hand

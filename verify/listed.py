@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 
 from ckpt_tool.checkpoint.base import TensorFile
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, UNLISTED
+from ckpt_tool.checkpoint.weight_sets import TORCH_INDEX
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
 
 LEVEL, CHECK = "coverage", "shards"
-BINS_INDEX = "pytorch_model.bin.index.json"
-ALONE = {"model.safetensors": INDEX_NAME, "pytorch_model.bin": BINS_INDEX}
+ALONE = {"model.safetensors": INDEX_NAME, "pytorch_model.bin": TORCH_INDEX}
 OTHER_LIBRARIES = ("tf", "flax")
 
 
@@ -40,8 +40,8 @@ def leaves_out(subject: Subject, text: str) -> bool:
 def _left_out(text: str) -> Finding:
     index, _, rest = text.partition(f" {UNLISTED} ")
     tensors = rest.partition(" that the files hold")[0]
-    text = f"expected an entry for each tensor of the files, found none for {tensors}: transformers 4 draws "
-    return _finding("fail", f"{text}what the index leaves out at random", index)
+    found = f"expected an entry for each tensor of the files, found none for {tensors}"
+    return _finding("fail", f"{found}: transformers 4.57 draws what the index leaves out at random", index)
 
 
 def _unlisted(subject: Subject) -> Iterator[Finding]:

@@ -34,9 +34,9 @@ from ckpt_tool.verify.sides import Change, Side, Tensors
 from ckpt_tool.verify.weights import Weights
 
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
-# What zero points of symmetric codes are as they are stored, by the code that stands for zero: in words, and
-# of codes with a sign of their own.
-SYMMETRIC = {8.0: 0x8888_8888 - (1 << 32), 128.0: 0x8080_8080 - (1 << 32), 0.0: 0}
+# What zero points of symmetric codes are as they are stored, by the code that stands for zero: words full of
+# it, and 0 of codes with a sign of their own.
+SYMMETRIC = {m: int.from_bytes(bytes([code] * 4), "little", signed=True) for m, code in known.MIDDLES.items()}
 Block = tuple[int, int]
 
 

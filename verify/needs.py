@@ -115,16 +115,18 @@ def of_parity(
     least = told(besides + copied + min(heaviest(flat, item), SPARE))
     room = max(memory or USUAL, least) - besides
     spared = max(exchanged, holding.copies(own, item, room))
-    layers, heads = holding.held((original, converted), item, room)
-    layers += max(exchanged, holding.copies(own, item, room, likely=True))
-    about = COMPUTING + making + max(passes.of_layers(item) + layers, passes.of_heads(item) + heads)
-    about = max(least, min(told(about), besides + room))
     wide = holding.WIDEST
     more = passes.activations(wide) - passes.activations(item) + exchanged * (wide // item - 1)
-    layers, heads = holding.held((original, converted), wide, max(0, room - more))
-    layers += max(exchanged * wide // item, holding.copies(own, wide, room, likely=True))
-    most = COMPUTING + making + max(passes.of_layers(wide) + layers, passes.of_heads(wide) + heads)
-    return Need(least, room, spared, about, max(about, min(told(most), besides + room)), more)
+
+    def taken(width: int, left: int) -> int:
+        """By a run in numbers of `width` bytes, whose weights have `left` bytes of the room."""
+        layers, heads = holding.held((original, converted), width, left)
+        layers += max(exchanged * width // item, holding.copies(own, width, room, likely=True))
+        inside = max(passes.of_layers(width) + layers, passes.of_heads(width) + heads)
+        return min(told(COMPUTING + making + inside), besides + room)
+
+    about = max(least, taken(item, room))
+    return Need(least, room, spared, about, max(about, taken(wide, max(0, room - more))), more)
 
 
 def width(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> int:

@@ -266,11 +266,14 @@ def of_second(weight: Quantised) -> str:
     return DIVIDED_BY if weight.form.multiplied else MULTIPLIED
 
 
+# Codes that stand for zero, as bytes are full of them: two of four bits, one of eight without or with a sign.
+MIDDLES = {8.0: 0x88, 128.0: 0x80, 0.0: 0}
+
+
 def _of_zeros(bits: Array, weight: Quantised) -> Ways:
     """In words, those of several rows each."""
     data = np.ascontiguousarray(bits).view(np.uint8)
-    middle = {8: 0x88, 128: 0x80}.get(int(middle_code(weight)), 0)  # in each byte
-    yield UNSHIFTED, np.full(data.shape, middle, np.uint8).view(bits.dtype)
+    yield UNSHIFTED, np.full(data.shape, MIDDLES[middle_code(weight)], np.uint8).view(bits.dtype)
     if weight.kind == INT4:
         yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
     if bits.ndim:
@@ -281,9 +284,8 @@ def _of_codes(bits: Array, weight: Quantised) -> Ways:
     if weight.kind in FOUR_BITS:
         data = np.ascontiguousarray(bits).view(np.uint8)
         yield EXCHANGED, (data << 4 | data >> 4).view(bits.dtype)
-    if weight.kind in (INT4, INT8) and (middle := int(middle_code(weight))):
-        turned = np.uint8(0x88 if middle == 8 else 0x80)
-        yield SIGNED, (np.ascontiguousarray(bits).view(np.uint8) ^ turned).view(bits.dtype)
+    if weight.kind in (INT4, INT8) and (middle := MIDDLES[middle_code(weight)]):
+        yield SIGNED, (np.ascontiguousarray(bits).view(np.uint8) ^ np.uint8(middle)).view(bits.dtype)
 
 
 def _of_scales(bits: Array, weight: Quantised, dtype: str) -> Ways:

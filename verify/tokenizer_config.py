@@ -26,8 +26,10 @@ FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # Classes that pad before a text where the file does not say on which side (`padding_side` of the class).
 PADS_LEFT = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"))
-# Keys that no release loads a tokenizer with, unless they are empty, or those of which it takes no null.
-NEVER = ("add_special_tokens", "init_inputs", "tokenizer_file", "tokenizer_object")
+# Keys with which no release loads a tokenizer: with a value, or at all, as that is a method's name.
+NEVER = ("init_inputs", "tokenizer_file", "tokenizer_object")
+METHOD = "add_special_tokens"
+# And those of which none takes a null.
 ENTITY_TOKENS = ("token_1", "token_2", "unk_token", "pad_token", "mask_token", "mask2_token")
 NOT_NULL = (
     *("padding_side", "truncation_side", "model_input_names", "added_tokens_decoder"),
@@ -113,18 +115,12 @@ def _inputs(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[D
 
 
 def _loads(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Difference]:
-    """Keys of which a value keeps every release from loading the tokenizer."""
-    for key in NEVER:
-        if found.get(key) and not (key in expected and expected[key] == found[key]):
-            yield Difference(
-                key, f"expected no such key, found {shown(found[key])}, with which none loads it"
-            )
-    if (
-        "add_special_tokens" in found
-        and not found["add_special_tokens"]
-        and "add_special_tokens" not in expected
-    ):
-        yield Difference("add_special_tokens", "expected no such key, with which no release loads it")
+    """Keys that keep every release from loading the tokenizer, where the source has them otherwise."""
+    for key in (METHOD, *NEVER):
+        acts = key in found if key == METHOD else found.get(key)
+        if acts and not (key in expected and expected[key] == found[key]):
+            text = f"expected no such key, found {shown(found[key])}, with which none loads it"
+            yield Difference(key, text)
     for key in NOT_NULL:
         if key in found and found[key] is None and expected.get(key, key) is not None:
             yield Difference(key, "expected a value or no such key, found null, which no release takes")

@@ -80,8 +80,9 @@ def _computes_as_core(file: TensorFile) -> bool:
     version = file.metadata.get("checkpoint_version", ORDERED)
     said = file.metadata.get("args")
     args = said.fields if isinstance(said, Inert) else said if isinstance(said, Mapping) else {}
-    rotary = args.get("position_embedding_type", "rope") == "rope"
-    if "position_embedding_type" not in args:
+    if "position_embedding_type" in args:
+        rotary = args["position_embedding_type"] == "rope"
+    else:  # as runs of 2023 said it
         rotary = bool(args.get("use_rotary_position_embeddings", True))
     ordered = isinstance(version, int | float) and version >= ORDERED
     return ordered and rotary and not args.get("apply_residual_connection_post_layernorm")

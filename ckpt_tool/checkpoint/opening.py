@@ -307,7 +307,8 @@ def _lost(index: str, listed: Collection[str], names: Collection[str]) -> Iterat
 
 
 def _indexed(folder: Folder, names: Collection[str], name: str | None = None) -> tuple[str, WeightSet] | None:
-    """The files that an index lists, `name` among them, where none is called as weights usually are."""
+    """As `locate`: the files that an index lists, `name` among them, where none is called as weights usually
+    are."""
     if name is None and any(is_weights(n.removeprefix(ORIGINAL_FOLDER)) for n in names):
         return None
     for index in INDEXES:

@@ -42,7 +42,8 @@ _ROW = re.compile(
 ).match
 _ENTRY = 128  # what a memo entry is counted with
 _MOST = 16  # more memo entries than a row makes
-# What a row is counted with beside numbers, sizes and what is new in it, and its opcodes likewise.
+# What the steps of a row count beside numbers, sizes and what is new in it, one by one (tests hold the sum to
+# theirs), and its opcodes likewise.
 _COST = 3 * 16 + 80 + 104 + 160 + 3 * 16 + 64 + 16 + 112 + 112 + 640 + 16
 _OPCODES = 15
 
@@ -75,8 +76,8 @@ def tensor_row(machine: Machine) -> bool:
     strides, strides_cost, strides_opcodes = _sizes(steps)
     cost = _COST + shape_cost + strides_cost + len(key) + 16 * len(shape) + 24 * len(none)
     cost += _number_cost(count) + _number_cost(start) + (0 if word else 71) + (0 if place else 67)
-    wrong = not dtype or numel < 0 or key_size[0] != len(key) or (held is not ref and held != ref)
-    if wrong or not dtype or not _has_room(machine, cost):
+    wrong = numel < 0 or key_size[0] != len(key) or (held is not ref and held != ref)
+    if not dtype or wrong or not _has_room(machine, cost):
         return False
     offset, entries = number(start), 0
     puts = (

@@ -471,7 +471,7 @@ _PACKED = (
         UNPACKED,
     ),
     (r"weight\._(data|scale|shift)", "weights of few bits (quanto)", UNPACKED),
-    (r"w_q|weight_scales|trellis|suh|centroids", "weights of few bits (HQQ, EETQ, EXL3, VPTQ)", UNPACKED),
+    (r"weight_scales", "weights of few bits (EETQ)", UNPACKED),
     (r"weight_packed", "weights of few bits (compressed-tensors)", UNPACKED),
     (
         r"weight_scale(_inv|_2)?|(qscale|input_scale)\w*",
@@ -480,7 +480,6 @@ _PACKED = (
     ),
     (r"\w+_blocks|\w+\.blocks", "MXFP4 weights of four bits", UNPACKED),
     (r"codebooks|qidxs\w*", "weights of few bits (AQLM, QuIP)", UNPACKED),
-    (r"weight\._(data|scale|shift)", "weights of few bits (quanto)", UNPACKED),
     (r"w_q", "weights of few bits (HQQ)", UNPACKED),
     (r"q_weight|q_scale_max|q_invperm", "weights of few bits (ExLlama 2)", UNPACKED),
     (r"trellis|s[uv]h", "weights of few bits (ExLlama 3)", UNPACKED),
