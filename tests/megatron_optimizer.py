@@ -45,7 +45,8 @@ def trained(model: Any, bucket: int) -> tuple[Any, Any]:
     optimizer = get_megatron_optimizer(config, [ddp])
     for step in range(2):
         for number, (_, p) in enumerate(model.named_parameters()):
-            torch.manual_seed(1000 * step + number)
+            tied = getattr(p, "shared_embedding", False)  # on the first stage and on the last
+            torch.manual_seed(1000 * step + (999 if tied else number))
             p.main_grad.copy_(torch.randn(p.shape))
         for one in getattr(optimizer, "chained_optimizers", [optimizer]):
             one.step_with_ready_grads() if not one.prepare_grads() else None
