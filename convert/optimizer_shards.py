@@ -154,7 +154,7 @@ def said(file: TensorFile) -> object:
     folder = stored(file)
     assert isinstance(folder, DcpFile)
     chains = sorted({m["chain"] or "" for m in map(_BUCKET.fullmatch, file.tensors) if m})
-    held = [folder.object(_SAID.format(chain=chain)) for chain in chains]
+    held = [folder.entry(_SAID.format(chain=chain)) for chain in chains]
     inner = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in held]
     return inner[0] if chains == [""] else inner
 
@@ -248,7 +248,7 @@ class Parameters:
         index: tuple[int, ...] = ()
         while not isinstance(file, DcpFile):
             if isinstance(file, Renamed):
-                file, name = file.stored, file.own[name]
+                name, file = file.own[name], file.stored
             elif isinstance(file, Shares) and not index:
                 share = file.shares[name]
                 file, name = file.stored, share.stored

@@ -68,6 +68,8 @@ _WITHOUT = f"without {FLAG} the state is left out"
 _PLAIN = (int, float, bool, str)
 
 GATHERED = "dp_zero_gather_scatter"  # of torch_dist
+FLAT = "fully_sharded_model_space"
+IN_BUCKETS = {"dp_reshardable", "fully_sharded_bucket_space"}
 PROVED = "where a parameter lies in {} was proved: the float32 weights there, rounded, are the model's"
 
 Key = tuple[str, str]  # file and name
@@ -171,7 +173,7 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
                 state = MASTER if found["state"] == "param" else found["state"]
                 named.setdefault(state, {})[label, found["name"]] = t
         _refuse_moved(checkpoint, label, model, told.alike)
-        _refuse_gathered(label, file)
+        _refuse_form(label, file, ours)
         if any(is_bucket(t.name) for t in ours):
             for (state, name), t in states_in_buckets(file, checkpoint, model, told.alike):
                 named.setdefault(state, {})[label, name] = t
@@ -308,16 +310,29 @@ def _is_mapped(t: TensorInfo) -> bool:
     return any(p.fullmatch(t.name) for p in (_NAMED, NUMBERED, LISTED)) or is_bucket(t.name) or t.numel == 1
 
 
-def _refuse_gathered(label: str, file: TensorFile) -> None:
-    """Fail where a torch_dist folder says that its states lie in no tensors of its own."""
+def _refuse_form(label: str, file: TensorFile, ours: Sequence[TensorInfo]) -> None:
+    """Fail where a torch_dist folder says that its states lie in no tensors of its own, in buckets that it
+    does not have, or where they are flattened."""
     held = file.metadata.get("optimizer")
     elements = [held, *held.values()] if isinstance(held, Mapping) else []
-    if any(x.get("param_state_sharding_type") == GATHERED for x in elements if isinstance(x, Mapping)):
-        where = "in an object of each model-parallel rank"
-        text = f"expected the state of an optimizer in tensors, found it {where} ({GATHERED})"
+    where = "param_state_sharding_type"
+    said_of_each = [x.get(where) for x in elements if isinstance(x, Mapping)]
+    forms = {form for form in said_of_each if isinstance(form, str)}
+    if GATHERED in forms:
+        text = f"expected the state of an optimizer in tensors, found an object of each rank ({GATHERED})"
         way = "--dist-ckpt-optim-fully-reshardable, from one bucket, or --ckpt-format torch"
         hint = f"Megatron loads it on as many model-parallel ranks and saves it with {way}; {HINT}"
-        fail("unsupported", text, file=label, where="param_state_sharding_type", hint=hint)
+        fail("unsupported", text, file=label, where=where, hint=hint)
+    if (found := forms & IN_BUCKETS) and not any(is_bucket(t.name) for t in ours):
+        text = f"expected the state of an optimizer in buckets, as {min(found)} has it, found no whole ones"
+        fail("missing-tensor", text, file=label, where=where, hint=HINT)
+    for t in ours if FLAT in forms else ():
+        m = _NAMED.fullmatch(t.name)
+        of = None if m is None else file.tensors.get(m["name"])
+        if of is not None and of.shape != t.shape:
+            text = f"expected states in the shapes of the model, found {list(t.shape)}, flattened ({FLAT})"
+            hint = f"a release of Megatron that reads it saves it with dp_reshardable; {HINT}"
+            fail("unsupported", text, file=label, where=t.name, hint=hint)
 
 
 def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Iterator[Problem]:

@@ -253,7 +253,7 @@ class DcpFile(TensorFile):
         """The pieces of a tensor, which make it up."""
         return self._told.told(name).pieces
 
-    def object(self, name: str) -> object:
+    def entry(self, name: str) -> object:
         """An entry that is no tensor, as data; None where there is none of that name. Kinds: those of reading
         a torch file."""
         item = self._told.objects.get(name)
