@@ -71,6 +71,10 @@ class Buffer:
     dtype: str | None
     exact: bool
 
+    @property
+    def length(self) -> int:
+        return sum(n for _, n in self.buckets)
+
 
 @dataclass
 class Alike:

@@ -348,25 +348,37 @@ def _placed(ranks: Ranks, parameters: Parameters, way: Way) -> Iterator[Places]:
     slots = [(v, p) for v in range(virtual) for p in range(stages)]
     ends: dict[int, list[tuple[Path, list[Places]]]] = {0: [((), [])]}
     layers = 1 + max(parameters.layers, default=-1)
+    sums = [(0, 0)]
+    for i in range(layers):
+        own = _Stage(parameters, way, range(i, i + 1), first=False, last=False).lengths(ranks)
+        sums.append((sums[-1][0] + own[0], sums[-1][1] + own[1]))
     for number, (v, p) in enumerate(slots):
         reached: dict[int, list[tuple[Path, list[Places]]]] = {}
         last = number + 1 == len(slots)
+        there = ranks.dense[p * width][v].length
+        rest, count = _Stage(parameters, way, range(0), first=not number, last=last).lengths(ranks)
         for begin, known in ends.items():
             for end in range(layers if last else begin, layers + 1):
-                stage = _Stage(parameters, way, range(begin, end), first=not number, last=last)
-                if (own := stage.placed(ranks, v, p, stages)) is None:
+                least = rest + sums[end][0] - sums[begin][0]
+                most = least + (ALIGNED - 1) * (count + sums[end][1] - sums[begin][1])
+                if not least <= there <= most:
+                    if least > there:
+                        break
                     continue
-                there = reached.setdefault(end, [])
-                there += [((*path, end), [*before, own]) for path, before in known]
-                if len(there) > WAYS:
+                stage = _Stage(parameters, way, range(begin, end), first=not number, last=last)
+                if (made := stage.placed(ranks, v, p, stages)) is None:
+                    continue
+                paths = reached.setdefault(end, [])
+                paths += [((*path, end), [*before, made]) for path, before in known]
+                if len(paths) > WAYS:
                     _refuse(parameters.file, None, "layers that are dealt out in one way", "many")
         ends = reached
     for _, parts in ends.get(layers, ()):
-        made: Places = {}
+        whole: Places = {}
         for part in parts:
             for cut, places in part.items():
-                made.setdefault(cut, []).extend(places)
-        yield made
+                whole.setdefault(cut, []).extend(places)
+        yield whole
 
 
 @dataclass(frozen=True)
@@ -395,6 +407,12 @@ class _Stage:
             if OUTPUT not in outside and not self.first:
                 yield outside[WORDS]
 
+    def lengths(self, ranks: Ranks) -> tuple[int, int]:
+        """How many elements, and parameters, the first of its ranks has."""
+        own = self.parameters
+        shares = [own.share(n, 0, own.width) for n in self.dense(experts=not ranks.experts)]
+        return sum(own.numel(cut) for share in shares for cut in share), len(shares)
+
     def placed(self, ranks: Ranks, v: int, p: int, stages: int) -> Places | None:
         """The places of what each of its ranks holds; None where their buckets have other lengths."""
         own = self.parameters
@@ -422,8 +440,7 @@ class _Stage:
         """Whether what a rank has of these parameters fills its buffer, and where each cut is then."""
         shares = [self.parameters.share(n, rank, width) for n in reversed(names)]
         sizes = [sum(map(self.parameters.numel, share)) for share in shares]
-        there = sum(n for _, n in buffer.buckets)
-        if not sum(sizes) <= there <= sum(sizes) + (ALIGNED - 1) * len(sizes):
+        if not sum(sizes) <= buffer.length <= sum(sizes) + (ALIGNED - 1) * len(sizes):
             return False
         starts = _starts([n for _, n in buffer.buckets], sizes, ALIGNED if self.way.aligned else 1)
         if starts is None:

@@ -68,6 +68,7 @@ _WITHOUT = f"without {FLAG} the state is left out"
 _PLAIN = (int, float, bool, str)
 
 GATHERED = "dp_zero_gather_scatter"  # of torch_dist
+DEEPSPEED = "_optim_states.pt"
 FLAT = "fully_sharded_model_space"
 IN_BUCKETS = {"dp_reshardable", "fully_sharded_bucket_space"}
 PROVED = "where a parameter lies in {} was proved: the float32 weights there, rounded, are the model's"
@@ -297,6 +298,8 @@ def _none(checkpoint: Checkpoint) -> NoReturn:
                 where="optimizer",
                 hint=hint,
             )
+    for name in sorted(n for n in _inside(checkpoint) if n.endswith(DEEPSPEED)):
+        fail("unsupported", f"{text} flat partitions of DeepSpeed's ranks", file=name, where=FLAG, hint=hint)
     fail("missing-tensor", f"{text} none", file=checkpoint.path.name, where=FLAG, hint=hint)
 
 

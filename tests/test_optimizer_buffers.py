@@ -451,6 +451,19 @@ def test_flattened_states_are_named(originals: Written, tmp_path: Path) -> None:
     assert "found [9240], flattened (fully_sharded_model_space)" in problem.message
 
 
+def test_partitions_of_deepspeed_are_named(conversions: Written, tmp_path: Path) -> None:
+    made = conversions("llama-3-8b")
+    shutil.copy(made / "config.json", tmp_path)
+    torch.save({"module": load_file(made / "model.safetensors")}, tmp_path / "mp_rank_00_model_states.pt")
+    name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    held = {"single_partition_of_fp32_groups": [torch.zeros(10)]}
+    torch.save({"optimizer_state_dict": held}, tmp_path / name)
+    (problem,) = refused(lambda: api.plan(tmp_path, options=WITH)).problems
+    assert (problem.kind, problem.file) == ("unsupported", name)
+    assert problem.message.endswith("found flat partitions of DeepSpeed's ranks")
+    api.plan(tmp_path)
+
+
 # --- megatron-core ------------------------------------------------------------------------------------------
 
 
