@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ class Laid:
     fused: bool = False
     unit: int = 64
     bucket: int = 5000
+    stages: tuple[range, ...] = (range(3),)  # the layers of each
     change: Change = lambda rank, state, buckets: None
     model: Callable[[Model], None] = lambda model: None
     made: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=lambda: dict(MADE))
@@ -79,6 +81,13 @@ def buckets(model: Model, laid: Laid, state: str) -> list[Tensor]:
     return [torch.cat(own) for own in made]
 
 
+def is_in(name: str, stage: range) -> bool:
+    """Of three layers; the first stage has the embedding, and the last what stands behind them."""
+    if ".layers." in name:
+        return int(name.split(".")[2]) in stage
+    return (0 if "embedding" in name else 2) in stage
+
+
 def folder(source: Path, where: Path, laid: Laid) -> Path:
     """A torch_dist folder of the run with its states."""
     shutil.copytree(source, where / "ranks")
@@ -90,13 +99,13 @@ def folder(source: Path, where: Path, laid: Laid) -> Path:
         if laid.fused:
             model = {n.replace(NORM, FUSED): w for n, w in model.items()}
         torch.save(file | {"model": model}, path)
-        for state in MADE:
-            own = buckets(model, laid, state)
+        for (p, stage), state in product(enumerate(laid.stages), MADE):
+            own = buckets({n: w for n, w in model.items() if is_in(n, stage)}, laid, state)
             laid.change(rank, state, own)
             for k, whole in enumerate(own):
                 middle = len(whole) // 2  # of two data-parallel ranks
                 halves = Chunk((0,), whole[:middle].clone()), Chunk((middle,), whole[middle:].clone())
-                beside[HEAD.format(rank, k, state)] = list(halves)
+                beside[HEAD.format(2 * p + rank, k, state)] = list(halves)
     made = joined(where / "ranks", where / "in", beside)
     (common,) = made.rglob("common.pt")
     held = torch.load(common, weights_only=False)
@@ -107,6 +116,7 @@ def folder(source: Path, where: Path, laid: Laid) -> Path:
 LAID = {
     "local, aligned": Laid(),
     "local, one bucket": Laid(bucket=1 << 30),
+    "two stages": Laid(stages=(range(1), range(1, 3))),
     "engine, aligned": Laid(order=ENGINE, fused=True),
     "engine, not aligned": Laid(order=ENGINE, fused=True, unit=1),
     "local norms under fused names": Laid(order=(*PLAIN[:1], "layer_norm_weight", *PLAIN[2:]), fused=True),
