@@ -15,7 +15,9 @@ modules, in one of these ways:
 
 No file says where a bucket ends, nor which of the ways it is. So all of them are tried, parameter by
 parameter, and a place counts where the float32 weights at it, rounded to the dtype of the model, are the
-model's own bit for bit. Where nothing fits, or more than one thing does, the state is refused.
+model's own bit for bit. Where nothing fits, or more than one thing does, the state is refused. The order of
+the modules itself is taken from the file of the model, and where two parameters have the same weights, as
+norms do before they are trained, nothing but it says which of two places is whose: `Alike` finds these.
 
 Source: NVIDIA/Megatron-LM (optimizer/distrib_optimizer.py at core_v0.2.0 to core_v0.5.0; at core_v0.6.0 to
 core_v0.19.0 core/optimizer/distrib_optimizer.py, core/distributed/param_and_grad_buffer.py).
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -33,6 +36,7 @@ from ckpt_tool.checkpoint import folders
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.sliced import part_of
 from ckpt_tool.checkpoint.torch_zip import open_torch_zip
+from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.casting import converted
 from ckpt_tool.errors import fail
 from ckpt_tool.records import dataclass
@@ -52,6 +56,7 @@ _PAIR = re.compile(r"\(torch\.(?P<own>\w+), torch\.\w+\)", re.ASCII)  # of param
 _CHUNK = re.compile(r"model(\d*)\.", re.ASCII)
 EXPERT = ".mlp.experts."  # whose parameters another optimizer has where they are shared out
 FLAG = "--with-optimizer"
+TRUSTED = "by the order of the modules alone it was told which state is whose of"
 HINT = f"without {FLAG} the model alone is converted"
 
 State = tuple[tuple[str, str], TensorInfo]  # (state, parameter), and where it is
@@ -67,20 +72,42 @@ class Buffer:
     dtype: str | None
     exact: bool
 
+    @property
+    def length(self) -> int:
+        return sum(n for _, n in self.buckets)
+
+
+@dataclass
+class Alike:
+    """Which parameters have weights that would be found at each other's places: all of one value, or the same
+    numbers. `marks` are by file and name."""
+
+    marks: dict[tuple[str, str], tuple[object, ...]] = field(default_factory=dict)
+
+    def note(self) -> str | None:
+        """What was not proved of their places."""
+        groups: dict[tuple[object, ...], list[str]] = {}
+        for (_, name), mark in self.marks.items():
+            groups.setdefault(mark, []).append(name)
+        names = [n for own in groups.values() if len(own) > 1 for n in own]
+        if not names:
+            return None
+        return f"{TRUSTED} {len(names)} parameters with weights that others have: {', '.join(names[:2])}, ..."
+
 
 def states_of(
-    file: TensorFile, checkpoint: Checkpoint, model: Sequence[TensorInfo], spare: int
+    file: TensorFile, checkpoint: Checkpoint, model: Sequence[TensorInfo], spare: int, seen: Alike
 ) -> Iterator[State]:
     """The states in `file`, which lies beside the file that has the parameters `model` in the order of their
-    modules. Buckets may be filled up with fewer than `spare` elements. Kinds: `unsupported`,
-    `size-mismatch`, `unproved`."""
+    modules. Buckets may be filled up with fewer than `spare` elements; `seen` gets the weights. Kinds:
+    `unsupported`, `size-mismatch`, `unproved`."""
     found = buffers_of(file)
     if odd := [t for t in model if t.dtype not in ("F32", "F16", "BF16")]:
         _refuse(odd[0].file, odd[0].name, "parameters in 16 or 32 bits", odd[0].dtype)
     for chain, buffers in found.items():
         groups = _groups(file.name, stepped(model, chain), buffers)
         for buffer, group in zip(buffers, groups, strict=True):
-            for t, (bucket, start) in placed(buffer, file, checkpoint, group[::-1], spare):
+            for t, (bucket, start) in placed(buffer, file, checkpoint, group[::-1], spare, seen):
                 names, _ = buffer.buckets[bucket]
                 for state, stored in STATES.items():
                     if state == "fp32_param" and t.dtype == "F32":
@@ -118,7 +145,7 @@ def buffers_of(file: TensorFile) -> dict[int | None, list[Buffer]]:
             _refuse(file.name, f"{number}", f"one buffer with the number {len(own)}", f"number {number}")
         inside: Any = file.metadata if chain < 0 else _inside(file.metadata, str(chain))
         told = _inside(_inside(inside, str(number)), dtype)
-        own.append(_buffer(file, f"buffer {number}, {dtype}", dtype, buckets, inside, told))
+        own.append(buffer_of(file, f"buffer {number}, {dtype}", dtype, buckets, inside, told))
     if len(made) > 2:
         _refuse(file.name, None, "an optimizer, and one of experts", f"{len(made)}")
     return made
@@ -128,7 +155,7 @@ def _inside(found: Any, key: str) -> Any:
     return found.get(key, {}) if isinstance(found, Mapping) else {}
 
 
-def _buffer(
+def buffer_of(
     file: TensorFile,
     label: str,
     dtype: str,
@@ -136,7 +163,8 @@ def _buffer(
     beside: Any,
     told: Any,
 ) -> Buffer:
-    """`beside` is what the file says of all its buffers, `told` what of this one."""
+    """`buckets` are the names of tensors by number and state, `beside` what the file says of all its buffers,
+    `told` what of this one. Kinds: `unsupported`, `size-mismatch`."""
     held = []
     for number in range(len(buckets)):
         names = buckets.get(number, {})
@@ -190,7 +218,12 @@ Node = tuple[int, int, int]  # bucket, end of the last parameter, where counting
 
 
 def placed(
-    buffer: Buffer, file: TensorFile, checkpoint: Checkpoint, params: Sequence[TensorInfo], spare: int
+    buffer: Buffer,
+    file: TensorFile,
+    checkpoint: Checkpoint,
+    params: Sequence[TensorInfo],
+    spare: int,
+    seen: Alike,
 ) -> Iterator[tuple[TensorInfo, Place]]:
     """The place of each parameter, of `params` in the order of the buffer. See the module docstring."""
     elements, size = sum(t.numel for t in params), sum(n for _, n in buffer.buckets)
@@ -205,7 +238,7 @@ def placed(
         reached: dict[Node, tuple[Node, Place]] = {}
         for node in nodes:
             for place, base in _starts(buffer, node, t.numel, spare):
-                if not _holds(buffer, file, checkpoint, t, place):
+                if not _holds(buffer, file, checkpoint, t, place, seen):
                     continue
                 end = (place[0], place[1] + t.numel, base % ALIGNED)
                 if end in reached or len(reached) == WAYS:
@@ -251,17 +284,22 @@ def _unproved(file: TensorFile, buffer: Buffer, t: TensorInfo, found: str) -> No
     fail("unproved", text, file=file.name, where=buffer.label, hint=hint)
 
 
-def _holds(buffer: Buffer, file: TensorFile, checkpoint: Checkpoint, t: TensorInfo, place: Place) -> bool:
+def _holds(
+    buffer: Buffer, file: TensorFile, checkpoint: Checkpoint, t: TensorInfo, place: Place, seen: Alike
+) -> bool:
     """Whether the weights in float32 at `place` are those of `t`."""
     bucket, start = place
     name = buffer.buckets[bucket][0][MASTER]
-    return agree(checkpoint, t, ((file, name, start * 4, t.numel * 4),))
+    return agree(checkpoint, t, ((file, name, start * 4, t.numel * 4),), seen)
 
 
-def agree(checkpoint: Checkpoint, t: TensorInfo, runs: Iterable[tuple[TensorFile, str, int, int]]) -> bool:
+def agree(
+    checkpoint: Checkpoint, t: TensorInfo, runs: Iterable[tuple[TensorFile, str, int, int]], seen: Alike
+) -> bool:
     """Whether the float32 numbers in `runs` (file, tensor, first byte, bytes), rounded to the dtype of `t`,
-    are the numbers of it bit for bit; a NaN is like any other."""
+    are the numbers of it bit for bit; a NaN is like any other. Where they are, `seen` gets them."""
     width, done = DTYPES[t.dtype].itemsize, 0
+    crc, first, plain = 0, None, True
     for file, name, first, size in runs:
         for at in range(0, size, 4 * BLOCK):
             wide = np.empty(min(4 * BLOCK, size - at) // 4, "<u4")
@@ -270,8 +308,14 @@ def agree(checkpoint: Checkpoint, t: TensorInfo, runs: Iterable[tuple[TensorFile
             checkpoint.read_into(t, done * width, own.data.cast("B"))
             if not _alike(wide, own, t.dtype):
                 return False
+            crc, first = crc32(own.data.cast("B"), crc), own[0] if first is None else first
+            plain = plain and bool((own == first).all())
             done += len(wide)
-    return done == t.numel
+    if done != t.numel:
+        return False
+    mark = (int(first),) if plain and first is not None else (t.numel, crc)
+    seen.marks[t.file, t.name] = (t.dtype, *mark)
+    return True
 
 
 def _alike(wide: np.ndarray, own: np.ndarray, dtype: str) -> bool:

@@ -23,19 +23,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.megatron import FILE as RANK_FILE
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.opening import OpenedCheckpoint
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.safetensors import open_safetensors
-from ckpt_tool.checkpoint.sliced import Sliced
+from ckpt_tool.checkpoint.sliced import Pieced, Sliced, buffers_of
 from ckpt_tool.convert import optimizer_document
 from ckpt_tool.convert.dialects import megatron_dist
 from ckpt_tool.convert.dialects.megatron_ranks import data_ranks
 from ckpt_tool.convert.layout import Part, Step
-from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, FLAG, HINT, agree, open_buffers, states_of
+from ckpt_tool.convert.optimizer_buffers import DISTRIBUTED, FLAG, HINT, Alike, agree, open_buffers, states_of
 from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
 from ckpt_tool.convert.optimizer_ranks import (
     LISTED,
@@ -52,6 +52,7 @@ from ckpt_tool.convert.optimizer_ranks import (
     optimizers_of,
     told_of,
 )
+from ckpt_tool.convert.optimizer_shards import folder_of, is_bucket, said, states_in_buckets
 from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import each_once
 from ckpt_tool.convert.steps import Steps
@@ -65,14 +66,11 @@ _WITHOUT = f"without {FLAG} the state is left out"
 # Of a group of parameters: what a number of `optimizer.json` may be.
 _PLAIN = (int, float, bool, str)
 
-BY_RANKS: Mapping[str, str] = {  # of torch_dist
-    "dp_reshardable": "in buckets of each model-parallel rank",
-    "fully_sharded_bucket_space": "in buckets of each model-parallel rank",
-    "dp_zero_gather_scatter": "in an object of each model-parallel rank",
-}
-PROVED = (
-    f"where a parameter lies in {DISTRIBUTED} was proved: the float32 weights there, rounded, are the model's"
-)
+GATHERED = "dp_zero_gather_scatter"  # of torch_dist
+DEEPSPEED = "_optim_states.pt"
+FLAT = "fully_sharded_model_space"
+IN_BUCKETS = {"dp_reshardable", "fully_sharded_bucket_space"}
+PROVED = "where a parameter lies in {} was proved: the float32 weights there, rounded, are the model's"
 
 Key = tuple[str, str]  # file and name
 
@@ -94,6 +92,7 @@ class _Told:
     runs: list[dict[str, Any]] = field(default_factory=list)
     ranks: list[Numbered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    alike: Alike = field(default_factory=Alike)
 
 
 def with_optimizer(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
@@ -126,8 +125,18 @@ def read_by(plan: Plan, checkpoint: Checkpoint) -> Checkpoint:
             parts.setdefault(p.file, {})[p.name] = p.shape(step.sizes)
     files: dict[str, TensorFile] = dict(checkpoint.files)
     for label, own in parts.items():
-        files[label] = Sliced(open_buffers(_place(checkpoint, label), label), own.items())
+        folder = folder_of(label)
+        if folder is None:
+            files[label] = Sliced(open_buffers(_place(checkpoint, label), label), own.items())
+        else:
+            files[label] = Pieced(checkpoint.files[folder], own.items(), label)
     return replace(checkpoint, files=files)
+
+
+def buckets_of(plan: Plan) -> set[Key]:
+    """The tensors of a torch_dist folder in which the states lie that `plan` reads."""
+    parts = ((folder_of(p.file), p.name) for s in plan.steps for p in s.sources)
+    return {(folder, name) for folder, part in parts if folder is not None for name in buffers_of(part)}
 
 
 def attached(checkpoint: Checkpoint) -> Checkpoint:
@@ -157,34 +166,42 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
         used.setdefault(p.file, set()).add(p.name)
     apart = _apart(checkpoint)
     for label, file in checkpoint.files.items():
-        ours = [t for t in file.tensors.values() if t.name.startswith("optimizer.")]
+        ours = [t for t in file.tensors.values() if t.name.startswith(("optimizer.", "chained_"))]
         model = [t for t in file.tensors.values() if t.name in used.get(label, ())]
         for t in ours:
             if (found := _NAMED.fullmatch(t.name)) is not None:
                 state = MASTER if found["state"] == "param" else found["state"]
                 named.setdefault(state, {})[label, found["name"]] = t
-        _refuse_moved(checkpoint, label, model)
-        _refuse_form(label, file)
+        _refuse_moved(checkpoint, label, model, told.alike)
+        _refuse_form(label, file, ours)
+        if any(is_bucket(t.name) for t in ours):
+            for (state, name), t in states_in_buckets(file, checkpoint, model, told.alike):
+                named.setdefault(state, {})[label, name] = t
+            told.notes.append(PROVED.format("buckets"))
+            beside = {**file.metadata, "optimizer": said(file)}
+            file = Renamed(file, {})
+            file.metadata = beside
         ranks: Numbered | None = None
         if any(NUMBERED.fullmatch(t.name) for t in ours):
             ranks = numbered(label, file, model, _WITHOUT)
         elif label in apart:
-            ranks = distributed(file, model, dict(_buffered(checkpoint, label, file, model)))
+            ranks = distributed(file, model, dict(_buffered(checkpoint, label, file, model, told.alike)))
         if ranks is not None:
             told.ranks.append(ranks)
-            told.notes += [PROVED] if label in apart else []
+            told.notes += [PROVED.format(DISTRIBUTED)] if label in apart else []
             for (state, name), t in ranks.states.items():
                 named.setdefault(state, {})[label, name] = t
         fail_all(_unmapped(label, file, [t for t in ours if not _is_mapped(t)]))
         told.runs += filter(None, [_told(file, told.notes)])
     if not named:
         _none(checkpoint)
+    told.notes += filter(None, [told.alike.note()])
     return State(
         {s: named[s] for s in STATES if s in named}, _content(told), tuple(dict.fromkeys(told.notes))
     )
 
 
-def _refuse_moved(checkpoint: Checkpoint, label: str, model: Sequence[TensorInfo]) -> None:
+def _refuse_moved(checkpoint: Checkpoint, label: str, model: Sequence[TensorInfo], seen: Alike) -> None:
     """Fail where the weights in float32 that came out of buffers are not those of the model: core_v0.15.0 to
     core_v0.19.0 count the ends of buckets twice, so that behind the first one every state is another's."""
     file = checkpoint.files[label]
@@ -192,7 +209,7 @@ def _refuse_moved(checkpoint: Checkpoint, label: str, model: Sequence[TensorInfo
         wide = file.tensors.get(f"optimizer.state.param.{t.name}")
         if wide is None or wide.shape != t.shape or wide.dtype != "F32":
             continue
-        if not agree(checkpoint, t, [(file, wide.name, 0, wide.nbytes)]):
+        if not agree(checkpoint, t, [(file, wide.name, 0, wide.nbytes)], seen):
             text = f"expected weights in float32 that rounded to {t.dtype} are {t.name}, found others"
             hint = "Megatron-Core 0.15 to 0.19 may save states of fully_reshardable beside their places"
             fail("unproved", text, file=label, where=wide.name, hint=f"{hint}; {HINT}")
@@ -241,12 +258,12 @@ def _place(checkpoint: Checkpoint, label: str) -> Place:
 
 
 def _buffered(
-    checkpoint: Checkpoint, label: str, file: TensorFile, model: Sequence[TensorInfo]
+    checkpoint: Checkpoint, label: str, file: TensorFile, model: Sequence[TensorInfo], seen: Alike
 ) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
     """The states that lie in flat buffers beside the file of a rank."""
     buffers = open_buffers(_place(checkpoint, _beside(label)), _beside(label))
     try:
-        yield from states_of(buffers, checkpoint, model, data_ranks(file))
+        yield from states_of(buffers, checkpoint, model, data_ranks(file), seen)
     finally:
         buffers.close()
 
@@ -279,6 +296,8 @@ def _none(checkpoint: Checkpoint) -> NoReturn:
                 where="optimizer",
                 hint=HINT,
             )
+    for name in sorted(n for n in _inside(checkpoint) if n.endswith(DEEPSPEED)):
+        fail("unsupported", f"{text} flat partitions of DeepSpeed's ranks", file=name, where=FLAG, hint=HINT)
     fail("missing-tensor", f"{text} none", file=checkpoint.path.name, where=FLAG, hint=HINT)
 
 
@@ -289,19 +308,32 @@ def _objects(held: object) -> bool:
 
 def _is_mapped(t: TensorInfo) -> bool:
     """Whether it is a state of one tensor, or a number of the run, such as the scale of its gradients."""
-    return any(p.fullmatch(t.name) for p in (_NAMED, NUMBERED, LISTED)) or t.numel == 1
+    return any(p.fullmatch(t.name) for p in (_NAMED, NUMBERED, LISTED)) or is_bucket(t.name) or t.numel == 1
 
 
-def _refuse_form(label: str, file: TensorFile) -> None:
-    """Fail where a torch_dist folder says that its states lie in no tensors of the model's shapes."""
+def _refuse_form(label: str, file: TensorFile, ours: Sequence[TensorInfo]) -> None:
+    """Fail where a torch_dist folder says that its states lie in no tensors of its own, in buckets that it
+    does not have, or where they are flattened."""
     held = file.metadata.get("optimizer")
     elements = [held, *held.values()] if isinstance(held, Mapping) else []
-    forms = {x.get("param_state_sharding_type") for x in elements if isinstance(x, Mapping)}
-    if found := sorted(f for f in forms if isinstance(f, str) and f in BY_RANKS):
-        text = f"expected the state of an optimizer by parameters, found it {BY_RANKS[found[0]]} ({found[0]})"
+    where = "param_state_sharding_type"
+    said_of_each = [x.get(where) for x in elements if isinstance(x, Mapping)]
+    forms = {form for form in said_of_each if isinstance(form, str)}
+    if GATHERED in forms:
+        text = f"expected the state of an optimizer in tensors, found an object of each rank ({GATHERED})"
         way = "--dist-ckpt-optim-fully-reshardable, from one bucket, or --ckpt-format torch"
         hint = f"Megatron loads it on as many model-parallel ranks and saves it with {way}; {HINT}"
-        fail("unsupported", text, file=label, where="param_state_sharding_type", hint=hint)
+        fail("unsupported", text, file=label, where=where, hint=hint)
+    if (found := forms & IN_BUCKETS) and not any(is_bucket(t.name) for t in ours):
+        text = f"expected the state of an optimizer in buckets, as {min(found)} has it, found no whole ones"
+        fail("missing-tensor", text, file=label, where=where, hint=HINT)
+    for t in ours if FLAT in forms else ():
+        m = _NAMED.fullmatch(t.name)
+        of = None if m is None else file.tensors.get(m["name"])
+        if of is not None and of.shape != t.shape:
+            text = f"expected states in the shapes of the model, found {list(t.shape)}, flattened ({FLAT})"
+            hint = f"a release of Megatron that reads it saves it with dp_reshardable; {HINT}"
+            fail("unsupported", text, file=label, where=t.name, hint=hint)
 
 
 def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Iterator[Problem]:
@@ -381,10 +413,12 @@ def _forth(plan: Plan, checkpoint: Checkpoint, options: Options) -> Plan:
     content = {"states": list(found.of), **found.told}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     document = OutputDocument(DOCUMENT, text.encode(), "the optimizer of the original")
+    all_steps = Steps([*plan.steps, *steps])
     carried = {(p.file, p.name) for s in steps for p in s.sources}
+    carried |= buckets_of(replace(plan, steps=all_steps))
     return replace(
         plan,
-        steps=Steps([*plan.steps, *steps]),
+        steps=all_steps,
         outputs=(*plan.outputs, *files),
         documents=(*plan.documents, document),
         dropped=tuple(d for d in plan.dropped if (d.tensor.file, d.tensor.name) not in carried),

@@ -3,9 +3,9 @@ optimizer, and saves both as Megatron does.
 
     PYTHONPATH=JUDGE python megatron_optimizer.py TPxPPxEPxDP SHARED IN OUT FORM BUCKET
 
-FORM is `ranks` (model_optim_rng.pt and distrib_optim.pt) or a sharding type of torch_dist. BUCKET is the
-size of a bucket, 0 for one of all. Moments are made of random gradients. Not a test module;
-tests/test_optimizer_buffers.py starts it.
+FORM is `ranks` (model_optim_rng.pt and distrib_optim.pt), or sharding types of torch_dist, or several with
+commas, of which each after the first goes into OUT.FORM. BUCKET is the size of a bucket, 0 for one of all.
+Moments are made of random gradients. Not a test module; tests/test_optimizer_buffers.py starts it.
 """
 
 import sys
@@ -45,7 +45,8 @@ def trained(model: Any, bucket: int) -> tuple[Any, Any]:
     optimizer = get_megatron_optimizer(config, [ddp])
     for step in range(2):
         for number, (_, p) in enumerate(model.named_parameters()):
-            torch.manual_seed(1000 * step + number)
+            tied = getattr(p, "shared_embedding", False)  # on the first stage and on the last
+            torch.manual_seed(1000 * step + (999 if tied else number))
             p.main_grad.copy_(torch.randn(p.shape))
         for one in getattr(optimizer, "chained_optimizers", [optimizer]):
             one.step_with_ready_grads() if not one.prepare_grads() else None
@@ -152,15 +153,17 @@ def run(rank: int, grid: tuple[int, ...], shared: str, source: str, out: str, fo
     ddp, optimizer = trained(model, bucket)
     if data == 2 and ranks == 2:
         save_truth(ddp, optimizer, Path(out))
-    if form == "ranks":
-        data_rank = (
-            parallel_state.get_expert_data_parallel_rank()
-            if experts > 1
-            else parallel_state.get_data_parallel_rank()
-        )
-        save_ranks(ddp, optimizer, args, Path(out), data_rank)
-    else:
-        save_folder(ddp, optimizer, args, Path(out), form)
+    for number, one in enumerate(form.split(",")):
+        where = Path(f"{out}.{one}" if number else out)
+        if one == "ranks":
+            data_rank = (
+                parallel_state.get_expert_data_parallel_rank()
+                if experts > 1
+                else parallel_state.get_data_parallel_rank()
+            )
+            save_ranks(ddp, optimizer, args, where, data_rank)
+        else:
+            save_folder(ddp, optimizer, args, where, one)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.cli import cli
 from ckpt_tool.convert.optimizer_state import STATES
 from ckpt_tool.fixtures.variants import VARIANTS
-from tests import megatron_optimizer
+from tests import megatron_judge, megatron_optimizer
 from tests.conftest import Written
 from tests.test_dist_write import JUDGE, needs_judge
 from tests.test_optimizer_state import decays, parameters, refused, same, states, with_state
@@ -424,40 +425,96 @@ def test_weights_that_came_out_of_buffers_are_compared(originals: Written, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("form", "words"),
+    ("form", "kind", "words"),
     [
-        ("dp_reshardable", "found it in buckets of each model-parallel rank (dp_reshardable)"),
-        (
-            "dp_zero_gather_scatter",
-            "found it in an object of each model-parallel rank (dp_zero_gather_scatter)",
-        ),
+        ("dp_reshardable", "missing-tensor", "in buckets, as dp_reshardable has it, found no whole ones"),
+        ("dp_zero_gather_scatter", "unsupported", "found an object of each rank (dp_zero_gather_scatter)"),
     ],
 )
-def test_forms_of_torch_dist_by_ranks_are_named(
-    form: str, words: str, originals: Written, tmp_path: Path
+def test_forms_of_torch_dist_that_are_not_there_are_named(
+    form: str, kind: str, words: str, originals: Written, tmp_path: Path
 ) -> None:
     source = joined(originals("llama-mcore"), tmp_path / "in")
     (path,) = source.rglob("common.pt")
     said: dict[Any, Any] = {"param_state_sharding_type": form}
-    for held in (said, {0: said, 1: said | {"x": 1}}):
+    for held in (said, {0: said, 1: {"param_state_sharding_type": []}}):
         torch.save(torch.load(path, weights_only=False) | {"optimizer": held}, path)
         error = refused(lambda: api.plan(source, family="llama", options=WITH))
         (problem,) = error.problems
-        assert problem.kind == "unsupported" and words in problem.message, error
-        assert "--dist-ckpt-optim-fully-reshardable" in str(problem.hint)
+        assert problem.kind == kind and words in problem.message, error
+        assert "without --with-optimizer" in str(problem.hint)
+
+
+def test_flattened_states_are_named(originals: Written, tmp_path: Path) -> None:
+    """Which Megatron-Core wrote until 0.13."""
+
+    def flat(model: dict[str, Tensor]) -> None:
+        name = "optimizer.state.exp_avg.output_layer.weight"
+        model[name] = model[name].flatten()
+
+    source = joined(with_state(originals("llama-mcore"), tmp_path / "ranks", flat), tmp_path / "in")
+    (path,) = source.rglob("common.pt")
+    said = {"param_state_sharding_type": "fully_sharded_model_space"}
+    torch.save(torch.load(path, weights_only=False) | {"optimizer": said}, path)
+    (problem,) = refused(lambda: api.plan(source, family="llama", options=WITH)).problems
+    assert problem.kind == "unsupported" and problem.where == "optimizer.state.exp_avg.output_layer.weight"
+    assert "found [9240], flattened (fully_sharded_model_space)" in problem.message
+
+
+def test_partitions_of_deepspeed_are_named(conversions: Written, tmp_path: Path) -> None:
+    made = conversions("llama-3-8b")
+    shutil.copy(made / "config.json", tmp_path)
+    torch.save({"module": load_file(made / "model.safetensors")}, tmp_path / "mp_rank_00_model_states.pt")
+    name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    held = {"single_partition_of_fp32_groups": [torch.zeros(10)]}
+    torch.save({"optimizer_state_dict": held}, tmp_path / name)
+    (problem,) = refused(lambda: api.plan(tmp_path, options=WITH)).problems
+    assert (problem.kind, problem.file) == ("unsupported", name)
+    assert problem.message.endswith("found flat partitions of DeepSpeed's ranks")
+    api.plan(tmp_path)
 
 
 # --- megatron-core ------------------------------------------------------------------------------------------
 
 
+FORMS = "ranks,dp_reshardable"
+
+
+def check_folder(tmp_path: Path, truth: dict[str, Any]) -> None:
+    """The states in the buckets of a folder, by name."""
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "run" / "iter_0000002.dp_reshardable").rename(tmp_path / "dist" / "iter_0000002")
+    hf, back = tmp_path / "hf-dist", tmp_path / "back-dist"
+    settings = VARIANTS["qwen2-mcore-tied"].settings
+    options = api.Options(settings=settings, with_optimizer=True)
+    api.convert(tmp_path / "dist", hf, family="qwen2", options=options)
+    told = json.loads((hf / "optimizer" / "optimizer.json").read_text())
+    assert told["step"] == 2 and [g["wd_mult"] for g in told["groups"]] == [1.0, 0.0]
+    form = {"form": "torch_dist", "layers": "non_homogeneous"}
+    api.convert(hf, back, to="original", options=api.Options(family_options=form, with_optimizer=True))
+    with open_checkpoint(back) as checkpoint:
+        held = {t.name: checkpoint.read(t) for t in checkpoint if t.name.startswith("optimizer.state.")}
+    fused = {plain: name for name, plain in megatron_judge.NORMS.items()}
+    for name, own in truth.items():
+        plain = next((n for n in fused if name.endswith(n)), None)
+        called = name if plain is None else name.removesuffix(plain) + fused[plain]
+        for state, whole in own.items():
+            kind = "fp32_param" if state == "param" else state
+            x = torch.from_numpy(held.pop(f"optimizer.state.{kind}.{called}").view("<f4"))
+            wanted = whole[: len(x)]  # padding is made up
+            assert torch.equal(x[: len(whole)].reshape(wanted.shape), wanted), (name, state)
+    assert truth and not held
+
+
 @needs_judge
 def test_megatron_cores_own_buffers_are_read(originals: Written, tmp_path: Path) -> None:
-    """What it saves of two data-parallel ranks in several buckets, beside what they know of parameters."""
+    """What it saves of two data-parallel ranks in several buckets, beside what they know of parameters: in
+    the files of ranks, and in the buckets of a torch_dist folder."""
     source = next(originals("qwen2-mcore-tied").glob("iter_*"))
     script = [sys.executable, "-W", "ignore", str(Path(megatron_optimizer.__file__))]
     out = tmp_path / "run" / "iter_0000002"
     run = subprocess.run(
-        [*script, "1x1x1x2", str(tmp_path / "meeting"), str(source), str(out), "ranks", "3000"],
+        [*script, "1x1x1x2", str(tmp_path / "meeting"), str(source), str(out), FORMS, "3000"],
         env={**os.environ, "PYTHONPATH": str(JUDGE), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -467,6 +524,7 @@ def test_megatron_cores_own_buffers_are_read(originals: Written, tmp_path: Path)
     )
     assert run.returncode == 0, run.stderr[-4000:]
     truth = torch.load(out / "truth.pt")
+    check_folder(tmp_path, truth)
     settings = VARIANTS["qwen2-mcore-tied"].settings
     options = api.Options(settings=settings, with_optimizer=True)
     api.convert(tmp_path / "run", tmp_path / "hf", family="qwen2", options=options)

@@ -44,11 +44,11 @@ def pieces(name: str, ranks: list[Rank]) -> Iterator[tuple[tuple[int, ...], torc
             yield tuple(start), part
 
 
-def joined(source: Path, folder: Path) -> Path:
-    """The folder that `dist_checkpointing.save` makes of the ranks in `source`."""
+def joined(source: Path, folder: Path, beside: Mapping[str, list[Chunk]] | None = None) -> Path:
+    """The folder that `dist_checkpointing.save` makes of ranks, and of tensors beside them."""
     files = loaded(source)
     ranks: list[Rank] = [f["model"] for f in files]
-    tensors: dict[str, list[Chunk]] = {}
+    tensors: dict[str, list[Chunk]] = {n: list(chunks) for n, chunks in (beside or {}).items()}
     for name in ranks[0]:
         head, _, rest = name.partition("decoder.layers.")
         layer, _, inside = rest.partition(".")

@@ -20,6 +20,7 @@ from ckpt_tool.convert.casting import CASTABLE, common, converted, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.copies import DROPPED
 from ckpt_tool.convert.layout import COPIED, Access, Block, Runs, Step
+from ckpt_tool.convert.optimizer_state import buckets_of
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.errors import printable
 from ckpt_tool.verify.claims import WITHOUT_COPIES
@@ -397,6 +398,7 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     steps = [*subject.plan.steps, *(own.steps if own is not None else ())]
     copies = {(p.file, p.name) for s in steps if s.compare for p in s.sources}
     moved = {(p.file, p.name) for s in steps if not s.compare for p in s.sources}
+    moved |= buckets_of(own) if own is not None else set()
     size = Counter[str]()
     weights = subject.packed.by_name if subject.packed is not None else {}
     for t in (*subject.source, *(left.tensor for left in subject.source.left_out)):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import zip_longest
 
 from ckpt_tool.checkpoint.torch_zip_writer import Held
+from ckpt_tool.convert.optimizer_buffers import TRUSTED
 from ckpt_tool.convert.optimizer_ranks import LISTS, MASTER, SCHEDULERS
 from ckpt_tool.convert.optimizer_state import STATES, is_state
 from ckpt_tool.verify.bits import compare
@@ -33,6 +34,8 @@ def carried_bits(subject: Subject) -> list[Finding]:
     text = f"{_kinds(carried)} of the optimizer, {len(carried.crcs)} tensors, are those of the manifest"
     if carried.source is not None:
         text += " and of the source, byte for byte"
+    notes = carried.plan.notes if carried.plan is not None else ()
+    text = "; ".join([text, *(n for n in notes if n.startswith(TRUSTED))])
     return [Finding("bits", "optimizer", "pass", text)]
 
 

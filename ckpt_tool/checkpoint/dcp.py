@@ -249,6 +249,16 @@ class DcpFile(TensorFile):
         found = inner.fields if type(inner) is Inert else inner
         return {k: v for k, v in found.items() if type(k) is str} if isinstance(found, Mapping) else {}
 
+    def boxes(self, name: str) -> Boxes:
+        """The pieces of a tensor, which make it up."""
+        return self._told.told(name).pieces
+
+    def entry(self, name: str) -> object:
+        """An entry that is no tensor, as data; None where there is none of that name. Kinds: those of reading
+        a torch file."""
+        item = self._told.objects.get(name)
+        return None if item is None else self._value(item)
+
     def _value(self, item: Item) -> object:
         with self._files.use(item.path) as data:
             return zip_value(ZipArchive(Part(data, item.offset, item.length)))

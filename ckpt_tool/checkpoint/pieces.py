@@ -23,6 +23,7 @@ P = TypeVar("P")  # where a piece lies
 
 CELLS = 1 << 22  # of the grid that the borders of all pieces of one tensor make
 BLOCK = 4 << 20  # dense bytes that are put together at once
+LONG = 64 << 10  # bytes that, of a tensor with one axis, are read as they are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +177,17 @@ class Joined(Generic[P]):
         type of an element's bits, `pieces` make the tensor up and are in the order of their first
         elements."""
         itemsize = np.dtype(bits).itemsize
+        if len(shape) == 1 and len(buffer) >= LONG and not (offset % itemsize or len(buffer) % itemsize):
+            dense: Bits = np.frombuffer(buffer, np.dtype(bits))
+            self._fill(dense, shape, pieces, offset // itemsize)
+            return
         per_block = BLOCK // itemsize
         done = 0
         while done < len(buffer):
             number, skip = divmod(offset + done, per_block * itemsize)
             if getattr(self._local, "held", None) != (name, number):
                 first = number * per_block
-                dense: Bits = np.empty(min(per_block, prod(shape) - first), np.dtype(bits))
+                dense = np.empty(min(per_block, prod(shape) - first), np.dtype(bits))
                 self._fill(dense, shape, pieces, first)
                 self._local.dense, self._local.held = dense.data.cast("B"), (name, number)
             part = self._local.dense[skip : skip + len(buffer) - done]

@@ -69,7 +69,8 @@ NORMS = {  # name of the norm of attention and of the feed-forward, by whether T
     False: ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
 }
 IGNORED = {
-    r"(optimizer|(lr|opt_param)_scheduler|rng_state|rerun_state_machine|ft_state|content_metadata)(\..*)?": (
+    r"(chained_\d{1,3}\.)?optimizer(\..*)?": "state of the training run",
+    r"((lr|opt_param)_scheduler|rng_state|rerun_state_machine|ft_state|content_metadata)(\..*)?": (
         "state of the training run"
     ),
     r".*\._extra_state(\..*)?": "scales for 8-bit training",

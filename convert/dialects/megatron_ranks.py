@@ -51,7 +51,7 @@ EXPERT = re.compile(
     r"(?P<before>.*\.mlp\.experts\.(local_experts\.|linear_fc[12]\.weight))(?P<e>\d{1,6})(?P<after>(\..+)?)"
 )
 IGNORED = {
-    r"optimizer\..*": "state of the optimizer: only training needs it",
+    r"(chained_\d{1,3}\.)?optimizer\..*": "state of the optimizer: only training needs it",
     r"(lr|opt_param)_scheduler\..*": "state of the schedule: only training needs it",
     r"(random_|np_|torch_|cuda_)?rng_state(\..*)?": "random numbers of the training run",
     r"rng_tracker_states\..*": "random numbers of the training run",

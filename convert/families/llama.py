@@ -279,8 +279,8 @@ def check_scaling(known: Known, found: Value) -> Value:
 def not_metas(known: Known, block: Mapping[str, object]) -> tuple[str, str, str] | None:
     """A scaling that no Llama was published with, which Meta's code, that knows use_scaled_rope alone, would
     compute otherwise, for the user to say: message, field and hint. None for that of 3.1 or 3.2 (Meta's own
-    originals of 3.2 have use_scaled_rope alone too, and a factor of 32) and of an original which this model was
-    converted from. Source: meta-llama/llama-models @43e87a37, models/llama3/model.py; issues 166 and 241."""
+    originals of 3.2 have use_scaled_rope alone too, and a factor of 32) and of an original which this model
+    was converted from. Source: meta-llama/llama-models @43e87a37, models/llama3/model.py; issues 166, 241."""
     small_ones: Mapping[str, object] = {**LLAMA3, "factor": 32}
     other = [key for key in PARTS.values() if block[key] not in (LLAMA3[key], small_ones[key])]
     was = known.once.get("numbers")
