@@ -279,11 +279,8 @@ def _modelopt(raw: Raw, file: str) -> Scheme:
     each = [*layers.values()] if isinstance(layers, Mapping) else []
     if not each or not all(isinstance(e, Mapping) for e in each):
         _refuse("bad-config", "expected an object of layers", layers, f"{KEY}.quantized_layers", file)
-    known: list[tuple[Any, Any]] = []
-    for e in each:
-        pair = e.get("quant_algo"), e.get("group_size")
-        if pair not in known:
-            known.append(pair)
+    pairs = [(e.get("quant_algo"), e.get("group_size")) for e in each]
+    known = {repr(pair): pair for pair in pairs}.values()
     where = f"{KEY}.quantized_layers"
     said = [_of_algorithm({"quant_algo": a, "group_size": n}, raw, where, file) for a, n in known]
     return _together(said, where)

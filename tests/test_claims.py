@@ -242,6 +242,17 @@ def test_other_names_in_a_tokenizers_config_count(more: dict[str, Any], pair: Pa
     assert verify(out, source, levels=CHEAP).exit_code == 1
 
 
+@pytest.mark.parametrize("names", [5, 0, "input_ids"])
+def test_what_a_tokenizer_gives_is_a_list_of_names(names: object, pair: Pair) -> None:
+    source, out = pair(PLAIN)
+    (out / "ckpt-tool.json").unlink()
+    path = out / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    failed = [f for f in verify(out, source, levels=CHEAP).findings if f.status == "fail"]
+    assert [f.where for f in failed] == ["tokenizer_config.json: model_input_names"]
+    assert failed[0].message == f"expected a list of names, found {json.dumps(names)}"
+
+
 def test_no_command_shows_the_help_as_it_is_laid_out(tmp_path: Path) -> None:
     found = program(cwd=tmp_path)
     assert found.returncode == 2

@@ -220,6 +220,22 @@ def test_a_storage_of_two_tensors_is_one(both: Both) -> None:
     assert found[2] == {Global("torch._utils", "_rebuild_tensor_v2"), Global("collections", "OrderedDict")}
 
 
+def test_what_a_tensor_remembers_anew_is_what_it_recalls(both: Both) -> None:
+    """A memo entry that is written over and read again within one tensor."""
+    first, again = Pickler(True), Pickler(True)
+    known = (
+        b"\x80\x02}(" + text("a") + first.tensor("0", (2,)) + text("b") + first.tensor("1", (2,)) + text("c")
+    )
+    again.known, again.entries = first.known, first.entries
+    own = again.tensor("2", (3,))
+    kind, key = first.known[b"ctorch\nFloatStorage\n"], text("2") + b"q"
+    at = own.index(key) + len(key)
+    for index in (kind, first.known[text("cpu")]):  # the key in place of another value
+        _, found, expected = both(known + own[:at] + bytes([index]) + own[at + 1 :] + b"u.")
+        assert found == expected
+    assert isinstance(found, tuple) and found[3]["2"].location == "2"
+
+
 SOUND = [pickled(False, times=1), pickled(True, times=2), pickled(True, legacy=True, times=1)]
 
 

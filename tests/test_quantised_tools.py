@@ -16,6 +16,7 @@ from ckpt_tool.api import convert, plan, verify
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import found_in
+from ckpt_tool.convert.quantised_methods import scheme_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.numbers import to_bits
 from ckpt_tool.fixtures.quantised import FORMATS, LINEAR, Format, Tensors, in_blocks, quantise, rows, write
@@ -454,6 +455,15 @@ def test_groups_that_another_method_carries_are_not_read(made: Callable[..., Pat
         plan(source)
     assert {p.kind for p in caught.value.problems} == {"missing-fact"}
     assert "how many neighbours share a scale" in caught.value.problems[0].message
+
+
+def test_layers_that_each_say_another_size_are_read_once(made: Callable[..., Path]) -> None:
+    """Each compared with all before it would be 2 * 10^8 times."""
+    each = {f"layers.{k}": {"quant_algo": "FP8", "group_size": k} for k in range(20_000)}
+    raw = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": each}
+    with open_checkpoint(made("fp8-rows", said())) as checkpoint:
+        scheme = scheme_of(checkpoint, {KEY: raw})
+    assert (scheme.method, scheme.block, scheme.group) == ("modelopt", None, None)
 
 
 def test_the_width_of_codes_in_words_is_asked(made: Callable[..., Path]) -> None:

@@ -514,6 +514,37 @@ def test_shared_values_that_are_no_tensors_are_counted_once(tmp_path: Path) -> N
     file.close()
 
 
+def test_one_dict_of_many_names_without_a_tensor_is_looked_through_once(tmp_path: Path) -> None:
+    """Once for each name would be 10^9 looks."""
+    inner = b"}q\0(" + b"".join(b"J" + k.to_bytes(4, "little") + b"N" for k in range(30_000)) + b"u"
+    names = b"".join(b"J" + k.to_bytes(4, "little") + b"h\0" for k in range(1, 30_000))
+    pickled = b"\x80\x02}(K\0" + inner + names + b"u."
+    file = open_torch_zip(torch_zip(tmp_path / "x.pth", pickled), "x.pth")
+    assert not file.tensors and len(file.metadata) == 30_000
+    file.close()
+
+
+def test_every_list_has_a_place_of_its_own(tmp_path: Path) -> None:
+    """Lists of lists, as a distributed optimizer saves its buffers: none is taken for another."""
+    tree = {a: [[[torch.zeros(1)] for _ in range(c)] for c in range(1, 6)] for a in "abcd"}
+    file = open_torch_zip(saved(tmp_path / "x.pt", tree), "x.pt", lists=True)
+    assert list(file.tensors) == [
+        f"{a}.{b}.{c}.0" for a in "abcd" for b in range(5) for c in range(b + 1)
+    ]  # fmt: skip
+    file.close()
+
+
+def test_lists_of_one_list_are_not_expanded(tmp_path: Path) -> None:
+    """2^60 tensors by reference."""
+    bomb = b"](" + tensor() + b"eq\0" + b"0](h\0h\0eq\0" * 60
+    path = torch_zip(tmp_path / "x.pth", dictionary(("z", bomb)))
+    with pytest.raises(CkptToolError) as caught:
+        open_torch_zip(path, "x.pth", lists=True)
+    (problem,) = caught.value.problems
+    assert problem.kind == "pickle-limit"
+    assert problem.message.startswith("expected a list of tensors at one place, found it at `z.0.")
+
+
 @pytest.mark.parametrize(
     ("members", "kind", "words"),
     [

@@ -491,6 +491,33 @@ def test_what_computes_otherwise_keeps_its_names(
     assert not any("alone" in (p.hint or "") for p in found.problems)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("language_model.output_layer", "word_embeddings_for_head"),
+        ("language_model.encoder.layers.0.input_norm", "language_model.encoder.layers.0.input_layernorm"),
+    ],
+)
+def test_two_tensors_that_core_calls_the_same_are_refused(
+    first: str, second: str, originals: Written, tmp_path: Path
+) -> None:
+    source = copied(originals("llama-mcore"), tmp_path)
+    as_before_core(source, "norm")
+    for file in source.rglob("*.pt"):
+        tree = torch.load(file, weights_only=False)
+        model = tree["model"]
+        held = model["language_model"]
+        wanted = held["encoder"].get("layers.0.input_norm.weight")
+        if first.endswith("output_layer"):
+            wanted = held.get("output_layer", {}).get("weight")
+        if wanted is not None:
+            model[f"{second}.weight"] = wanted + 1
+        torch.save(tree, file)
+    found = refusal(source, "llama", tmp_path).problems[0]
+    assert (found.kind, found.where) == ("duplicate-tensor", f"model.{second}.weight")
+    assert found.message.endswith(f"found model.{first}.weight too")
+
+
 def test_ups_before_gates_are_refused(originals: Written, tmp_path: Path) -> None:
     """epfLLM/Megatron-LLM has the halves of its feed-forward the other way round."""
     source = copied(originals("llama-mcore"), tmp_path)

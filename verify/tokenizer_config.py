@@ -105,7 +105,10 @@ def _inputs(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[D
     """What a tokenizer gives beside ids: without a mask a padded batch computes something else, and the class
     that reads the file as it stands gives token types in transformers 4, which not every model takes."""
     key, mask, types = "model_input_names", "attention_mask", "token_type_ids"
-    wanted, held = expected.get(key), found.get(key)
+    wanted, held = (v if isinstance(v := side.get(key), list) else None for side in (expected, found))
+    if found.get(key) != held and found[key] != expected.get(key):
+        yield Difference(key, f"expected a list of names, found {shown(found[key])}")
+        return
     if mask in (wanted or [mask]) and mask not in (held or [mask]):
         yield Difference(key, f"expected {mask} among them, found {shown(held)}")
     alone = plain_class(found.get("tokenizer_class")) == "PreTrainedTokenizer"  # not as release 5 calls it

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from ckpt_tool.checkpoint.base import Renamed, TensorFile
 from ckpt_tool.checkpoint.pickle_records import Inert
-from ckpt_tool.errors import printable
+from ckpt_tool.errors import fail, printable
 
 _HOME = re.compile(r"(?P<model>(?:model\d{0,4}\.)?)language_model\.(?P<rest>.+)", re.ASCII)
 _COPY = re.compile(r"(?P<model>(?:model\d{0,4}\.)?)word_embeddings_for_head\.weight", re.ASCII)
@@ -55,7 +55,8 @@ ORDERED = 2.0  # since this version of the format a head's query, key and value 
 
 
 def named_as_core(files: Mapping[str, TensorFile]) -> tuple[dict[str, TensorFile], list[str]]:
-    """`files` under Core's names, with a note; as they are where they hold something else."""
+    """`files` under Core's names, with a note; as they are where they hold something else. `duplicate-tensor`
+    where a file has two tensors that Core calls the same."""
     names = dict.fromkeys(n for f in files.values() for n in f.tensors)
     example = next(filter(_TELLS, names), None)
     if example is None or not all(map(_computes_as_core, files.values())):
@@ -65,7 +66,14 @@ def named_as_core(files: Mapping[str, TensorFile]) -> tuple[dict[str, TensorFile
         return dict(files), []
     made: dict[str, TensorFile] = {}
     for name, file in files.items():
-        made[name] = Renamed(file, {called[n] or n: n for n in file.tensors})
+        own: dict[str, str] = {}
+        for old in file.tensors:
+            new = called[old] or old
+            if new in own:
+                found = f"found {printable(own[new], 80)} too"
+                fail("duplicate-tensor", f"expected {printable(new, 80)} once, {found}", file=name, where=old)
+            own[new] = old
+        made[name] = Renamed(file, own)
         made[name].metadata = file.metadata
     note = (
         f"names of Megatron-LM before Core ({printable(example, 80)}) were read as Core's "

@@ -69,7 +69,7 @@ def tensor_row(machine: Machine) -> bool:
     location = recall(recalled(place)) if place else "cpu"
     if text != "storage" or type(kind) is not Global or type(location) is not str or not _is_hooks(hooks):
         return False
-    key, numel, dtype = key_text.decode("ascii"), number(count), _dtype(kind)
+    key, numel, dtype = key_text.decode("ascii"), number(count), storage_dtype(kind)
     ref = StorageRef(key, dtype, location, numel)
     held = machine.storages.get(key, ref)
     shape, shape_cost, shape_opcodes = _sizes(sizes)
@@ -79,10 +79,12 @@ def tensor_row(machine: Machine) -> bool:
     wrong = numel < 0 or key_size[0] != len(key) or (held is not ref and held != ref)
     if not dtype or wrong or not _has_room(machine, cost):
         return False
-    offset, entries = number(start), 0
     puts = (
         word_put, kind_put, key_put, cpu_put, pid_put, sizes_put, steps_put, hooks_put, made_put, args_put,
     )  # fmt: skip
+    if any(put and recalled(put) in machine.memo for put in puts):  # what is recalled may have changed since
+        return False
+    offset, entries = number(start), 0
     if any(puts):
         pid = ("storage", kind, key, location, numel, *[None] * len(none))
         args: Args = (held, offset, shape, strides, grad == b"\x88", {})
@@ -116,11 +118,6 @@ def _has_room(machine: Machine, cost: int) -> bool:
         and len(machine.memo) + _MOST <= limits.memo
         and len(machine.marked) + 3 <= limits.nesting
     )
-
-
-@lru_cache(256)
-def _dtype(kind: Global) -> str | None:
-    return storage_dtype(kind)
 
 
 @lru_cache(4096)  # layers are alike

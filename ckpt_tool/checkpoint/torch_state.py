@@ -83,7 +83,7 @@ def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
         fail(kind, f"expected a dict of tensors, found {describe(root)}", file=file, hint=hint)
     state = State(imports=tuple(map(str, pickled.imports)), notes=tuple(_notes(pickled)))
     splitter = _Splitter(state, file, lists)
-    splitter.split(root, "", state.metadata)
+    splitter.split(root, "", state.metadata, root)
     if not state.tensors:
         splitter.problems += [
             Problem("unsafe-pickle", f"expected a dict of tensors, found {describe(v)}", file, str(k), _HINT)
@@ -216,8 +216,8 @@ def surveyed(root: object, file: str) -> dict[Global, str]:
 
 def _arrays(root: dict[object, object], file: str) -> Iterator[Problem]:
     """That the weights are numpy's arrays, in the dict or in one in it."""
-    inner = [v for v in root.values() if type(v) is dict]
-    for key, value in ((k, v) for held in (root, *inner) for k, v in held.items()):
+    inner = {id(v): v for v in root.values() if type(v) is dict}  # each once, however often it is named
+    for key, value in ((k, v) for held in (root, *inner.values()) for k, v in held.items()):
         if (
             type(value) is Inert
             and value.type.module.startswith("numpy")
@@ -239,7 +239,7 @@ class _Splitter:
         self.lists = lists
         self.problems: list[Problem] = []
         self.holders: dict[int, bool] = {}  # dict -> whether dicts from it on lead to a tensor
-        self.placed: dict[int, str] = {}  # dict with tensors -> where it stands
+        self.placed: dict[int, str] = {}  # dict or list with tensors -> where it stands
 
     def holds_tensors(self, value: object) -> bool:
         kind = type(value)
@@ -264,10 +264,14 @@ class _Splitter:
             return dict(enumerate(value))
         return None
 
-    def split(self, value: dict[object, object], prefix: str, metadata: dict[str, object]) -> None:
-        first = self.placed.setdefault(id(value), prefix)
+    def split(
+        self, value: dict[object, object], prefix: str, metadata: dict[str, object], held: object
+    ) -> None:
+        """`held` is what the file has for `value`, which is made anew of a list."""
+        first = self.placed.setdefault(id(held), prefix)
         if first != prefix:
-            message = f"expected a dict of tensors at one place, found it at `{first}` and `{prefix}`"
+            kind = type(held).__name__
+            message = f"expected a {kind} of tensors at one place, found it at `{first}` and `{prefix}`"
             fail("pickle-limit", message, file=self.file, where=prefix)
         direct = any(type(v) is TensorRecord for v in value.values())
         for key, item in value.items():
@@ -276,7 +280,7 @@ class _Splitter:
                 self.add(name, item)
             elif (inner := self.parted(name, item)) is not None:
                 rest: dict[str, object] = {}
-                self.split(inner, name + ".", rest)
+                self.split(inner, name + ".", rest, item)
                 if rest:
                     metadata[self.text(key, prefix)] = rest
             elif _IN_GROUPS(name) and _is_groups(item):
