@@ -122,17 +122,22 @@ def test_an_original_under_names_of_other_formats(name: str, originals: Written,
     assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
 
 
+def assert_converts_whole_only(source: Path, original: Path, rank: str, tmp_path: Path) -> None:
+    """`source` becomes what `original` does, and without that rank nothing."""
+    made = api.convert(source, tmp_path / "out", family="llama")
+    plain = api.convert(original, tmp_path / "plain", family="llama")
+    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
+    (source / rank).unlink()
+    shutil.rmtree(made.out)
+    assert only(source, "llama", tmp_path).kind == "missing-shard"
+
+
 def test_ranks_as_safetensors_are_ranks(originals: Written, tmp_path: Path) -> None:
     source = copied(originals("llama-1-13b").parent, tmp_path) / originals("llama-1-13b").name
     for file in source.glob("*.pth"):
         world.save(torch.load(file), file.with_suffix(".safetensors"))
         file.unlink()
-    made = api.convert(source, tmp_path / "out", family="llama")
-    plain = api.convert(originals("llama-1-13b"), tmp_path / "plain", family="llama")
-    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
-    (source / "consolidated.00.safetensors").unlink()
-    shutil.rmtree(made.out)
-    assert only(source, "llama", tmp_path).kind == "missing-shard"
+    assert_converts_whole_only(source, originals("llama-1-13b"), "consolidated.00.safetensors", tmp_path)
 
 
 def test_ranks_of_llama2_accessory(originals: Written, tmp_path: Path) -> None:
@@ -142,12 +147,7 @@ def test_ranks_of_llama2_accessory(originals: Written, tmp_path: Path) -> None:
         weights = {f"llma.{name}": t for name, t in torch.load(file).items()}
         torch.save({"model": weights}, source / f"consolidated.{k:02}-of-02.model.pth")
         file.unlink()
-    made = api.convert(source, tmp_path / "out", family="llama")
-    plain = api.convert(originals("llama-1-13b"), tmp_path / "plain", family="llama")
-    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
-    (source / "consolidated.01-of-02.model.pth").unlink()
-    shutil.rmtree(made.out)
-    assert only(source, "llama", tmp_path).kind == "missing-shard"
+    assert_converts_whole_only(source, originals("llama-1-13b"), "consolidated.01-of-02.model.pth", tmp_path)
 
 
 @pytest.mark.parametrize("index", [False, True])
