@@ -25,6 +25,7 @@ from ckpt_tool.convert.layout import Access, Block, Runs, Step
 from ckpt_tool.convert.outbox import Outbox
 from ckpt_tool.convert.plan import OutputFile
 from ckpt_tool.convert.pooling import mean
+from ckpt_tool.convert.strips import assign, slabs
 from ckpt_tool.convert.values import Values
 from ckpt_tool.records import dataclass
 
@@ -190,7 +191,26 @@ class Carrier:
         lane.read_bytes += size_in
         lane.written_bytes += size_out
 
+    def _exchange(self, bound: Bound, block: Block, lane: Lane) -> None:
+        """A block that is one run on either side and keeps its dtype: what is written is made slab by slab,
+        so that the second-level cache still has it when it is looked at, summed and written."""
+        (read,), (write,) = block.reads, block.writes
+        target = bound.targets[write.part]
+        stored = lane.room("in", read.numel, target.bits)
+        self._read(bound.sources[read.part], read, stored, bound.moved, lane)
+        turned = stored.reshape(read.shape).transpose(block.moves[0][4])
+        values, crc = Values(target.info.dtype), 0
+        for start, piece in slabs(turned, BLOCK // target.itemsize):
+            bits = lane.room("out", piece.size, target.bits)
+            assign(bits.reshape(piece.shape), piece)
+            crc = self._write_run(target, bits, write.runs.base + start, values, lane, crc)[2]
+        self._learn_target(target, [(write.runs.base * target.itemsize, stored.nbytes, crc)], values)
+        lane.written_bytes += stored.nbytes
+
     def _reorder(self, bound: Bound, block: Block, lane: Lane) -> None:
+        if block.is_exchange and bound.moved == bound.made == bound.targets[block.writes[0].part].info.dtype:
+            self._exchange(bound, block, lane)
+            return
         for access, bits in self._gathered(bound, block, lane):
             target = bound.targets[access.part]
             values, step = Values(target.info.dtype), CHUNK // target.itemsize
@@ -210,11 +230,11 @@ class Carrier:
             lane.written_bytes += bits.nbytes
 
     def _write_run(
-        self, target: Target, bits: np.ndarray, offset: int, values: Values | None, lane: Lane
+        self, target: Target, bits: np.ndarray, offset: int, values: Values | None, lane: Lane, crc: int = 0
     ) -> Run:
-        """One run of elements: each chunk is looked at (for `values`), summed and written while the cache
-        has it."""
-        step, crc = CHUNK // target.itemsize, 0
+        """One run of elements: each chunk is looked at (for `values`), summed (after what has `crc`) and
+        written while the cache has it."""
+        step = CHUNK // target.itemsize
         for start in range(0, bits.size, step):
             chunk = bits[start : start + step]
             place = None if values is None else values.look(chunk)

@@ -196,6 +196,17 @@ class Block:
         kept = [p for p in self.moves[0][4] if read.shape[p] > 1]
         return read.runs.count == 1 and write.runs.count == 1 and kept == sorted(kept)
 
+    @cached_property
+    def is_exchange(self) -> bool:
+        """All of one run becomes all of one other with its elements in another order."""
+        if len(self.reads) != 1 or len(self.writes) != 1 or len(self.moves) != 1 or self.mean:
+            return False
+        (_, _, *cuts, _), ends = self.moves[0], (self.reads[0], self.writes[0])
+        return all(
+            end.runs.count == 1 and [(c.start, c.stop) for c in cut] == [(0, n) for n in end.shape]
+            for cut, end in zip(cuts, ends, strict=True)
+        )
+
     def shuffle(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Fill the flat `outputs` (one array per write) from the flat `inputs` (one per read)."""
         from ckpt_tool.convert.strips import assign

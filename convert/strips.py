@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from math import gcd
+from collections.abc import Iterator
+from math import gcd, prod
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -43,6 +44,20 @@ def assign(target: np.ndarray, source: np.ndarray) -> None:
     rows = side_by_side(source.strides[0])
     for start in range(0, len(target), rows):
         target[start : start + rows] = source[start : start + rows]
+
+
+def slabs(source: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
+    """`source` cut along its outer axes into pieces of at most `most` elements, or of one row of the
+    innermost axis: the place of the first element of each in the dense order, and the piece."""
+    row = prod(source.shape[1:])
+    if row > most:
+        for k, part in enumerate(source):
+            for at, piece in slabs(part, most):
+                yield k * row + at, piece
+        return
+    rows = max(1, most // row)
+    for k in range(0, len(source), rows):
+        yield k * row, source[k : k + rows]
 
 
 def side_by_side(stride: int) -> int:

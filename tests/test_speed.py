@@ -25,16 +25,18 @@ from ckpt_tool import program
 from ckpt_tool.checkpoint import crc32c as castagnoli
 from ckpt_tool.checkpoint import zip_reader
 from ckpt_tool.checkpoint.ahead import AHEAD, ahead
+from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar_gz
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
-from ckpt_tool.convert import disk
-from ckpt_tool.convert.carry import pieces
+from ckpt_tool.checkpoint.zlibs import crc32
+from ckpt_tool.convert import carry, disk
+from ckpt_tool.convert.carry import Bound, Carrier, Lane, Source, Target, pieces
 from ckpt_tool.convert.layout import Part, Step, apply, parse_dims
 from ckpt_tool.convert.manifest import as_document
 from ckpt_tool.convert.outbox import WINDOW, Outbox
-from ckpt_tool.convert.strips import LARGE, TILE, assign, side_by_side
+from ckpt_tool.convert.strips import LARGE, TILE, assign, side_by_side, slabs
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 
@@ -235,6 +237,51 @@ def test_blocks_that_follow_from_the_first_move_what_the_whole_step_moves(
                     made[access.part][o : o + n] = values[k * n : (k + 1) * n]
         for found, whole in zip(made, apply(step, arrays), strict=True):
             assert np.array_equal(found, whole.ravel())
+
+
+@pytest.mark.parametrize(("shape", "most", "count"), [((6, 4, 5), 45, 3), ((6, 4, 5), 11, 12), ((7,), 3, 3)])
+def test_slabs_are_the_whole_in_order(shape: tuple[int, ...], most: int, count: int) -> None:
+    whole = np.arange(math.prod(shape)).reshape(shape)
+    found = list(slabs(whole, most))
+    assert [start for start, _ in found] == [int(piece.flat[0]) for _, piece in found]
+    assert np.array_equal(np.concatenate([piece.ravel() for _, piece in found]), whole.ravel())
+    assert len(found) == count
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alone"),
+    [("a b -> b a", True), ("a b c -> c a b", True), ("(a c) b -> (c a) b", True), ("a b -> a b", False)],
+)
+def test_an_exchange_in_slabs_writes_sums_and_sees_the_whole(
+    pattern: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(pattern, {"a": 6, "b": 10, "c": 14})
+    shapes = [p.shape(step.sizes) for side in (step.sources, step.targets) for p in side]
+    given = np.arange(math.prod(shapes[0]), dtype="<f4").reshape(shapes[0])
+    given.flat[-2] = np.inf
+    (made,) = apply(step, [given])
+
+    class Given(Checkpoint):
+        def __init__(self) -> None:
+            pass
+
+        def read_into(self, tensor: TensorInfo, offset: int, buffer: memoryview) -> None:
+            buffer[:] = given.tobytes()[offset : offset + len(buffer)]
+
+    monkeypatch.setattr(carry, "BLOCK", 96)
+    (block,) = step.blocks()
+    assert (block.is_exchange and not block.is_copy) == alone
+    with open(tmp_path / "out", "w+b", buffering=0) as file:
+        infos = [TensorInfo("t", "F32", s, f) for f, s in zip("ab", shapes, strict=True)]
+        source, target = Source(infos[0], carry.IntervalCrc()), Target(infos[1], file.fileno(), 24)
+        lane = Lane()
+        Carrier(Given()).carry_all([(Bound(step, [source], [target]), block)], lane)
+        assert file.read() == bytes(24) + made.tobytes()
+    assert source.crc is not None and source.crc.value(given.nbytes) == crc32(given.tobytes())
+    assert target.crc.value(made.nbytes) == crc32(made.tobytes())
+    assert (target.values.seen, target.values.non_finite) == (made.size, 1)
+    assert target.values.first == np.flatnonzero(np.isinf(made.ravel()))[0]
+    assert (lane.read_bytes, lane.written_bytes) == (given.nbytes, made.nbytes)
 
 
 # --- ahead ----------------------------------------------------------------------------------------------
