@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import compress, groupby, repeat
+from operator import ne
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
@@ -315,7 +316,9 @@ def of_rows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     if kind_of(checkpoint) not in chosen.classes:
         return checkpoint
     spelling = _spelling(checkpoint, chosen)
-    other = [(own, name) for own, name in spelling.family.items() if spelling.written(name) != own]
+    names: Iterable[str] = spelling.family.values()
+    written = names if spelling.own == spelling.prefix else map(spelling.written, names)
+    other = [*compress(spelling.family.items(), map(ne, written, spelling.family))]
     if not other:
         return checkpoint
     (own, name), count = other[0], len(other)

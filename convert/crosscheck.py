@@ -116,8 +116,10 @@ def _of_new_shapes(
                     yield 0, tensor
         return
     for step in zip(*columns, strict=True):
-        for j, (get, name, first) in enumerate(zip(gets, step, alike, strict=False)):
-            tensor = get(name)
+        tensors = [get(name) for get, name in zip(gets, step, strict=False)]
+        if {(k, t.shape) for k, t in zip(alike, tensors, strict=True) if t is not None} <= seen:
+            continue
+        for j, (tensor, first) in enumerate(zip(tensors, alike, strict=True)):
             if tensor is not None and (first, tensor.shape) not in seen:
                 seen.add((first, tensor.shape))
                 yield j, tensor

@@ -21,6 +21,7 @@ Held = tuple[str, str, Ranges]
 # Of many tensors at once: the file and the dtype of each, and what it is called there.
 Column = tuple[Sequence[tuple[str, str]], Sequence[str]]
 Columns = Callable[[Sequence[str]], Column | None]  # None: they are to be looked for one by one
+MANY = 8  # names of one side of a step, from which on they are looked for together
 
 
 def template_indices(names: Iterable[str]) -> list[str]:
@@ -77,7 +78,7 @@ def expand(
                     if last and _expand_together(filling, v, last, indices[last], originals, converteds, out):
                         continue
                     for w in [{**v, last: n} for n in range(indices[last])] if last else [v]:
-                        _expand_row(filling, w, axes, original, converted, out)
+                        _expand_row(filling, w, axes, original, converted, converteds, out)
     return out
 
 
@@ -148,6 +149,7 @@ def _expand_row(
     axes: Mapping[str, int],
     original: Callable[[str], Sequence[Home]],
     converted: Callable[[str], Home | None],
+    converteds: Columns | None,
     out: Expansion,
 ) -> None:
     row = filling.row
@@ -157,9 +159,14 @@ def _expand_row(
         if len(places) == 1 and home is not None:
             _add_plain(filling, name, places[0], target, home, out)
             return
+    wanted = _names(row, row.target, v, axes)
     targets: list[Held] = []
     made: list[str] = []
-    for name, ranges in _names(row, row.target, v, axes):
+    column = converteds([n for n, _ in wanted]) if converteds and len(wanted) >= MANY else None
+    if column is not None:
+        targets = [(*place, ranges) for place, (_, ranges) in zip(column[0], wanted, strict=True)]
+        wanted, made = [], [*column[1]]
+    for name, ranges in wanted:
         found = converted(name)
         if found is None:
             out.problems.append(Problem("missing-tensor", "expected this tensor, found none", where=name))

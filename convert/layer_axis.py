@@ -20,9 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import repeat
 from math import prod
-from operator import contains
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.megatron import expert_grids
@@ -71,7 +69,8 @@ def layers_apart(checkpoint: Checkpoint) -> Checkpoint:
     readings: dict[str, None] = {}
     for name, file in checkpoint.files.items():
         files[name] = file
-        if not any(any(map(contains, file.tensors, repeat(word))) for word in _WORDS):
+        names = "\n".join(file.tensors)
+        if not any(word in names for word in _WORDS):
             continue
         if file.format != FORMAT:
             if any(map(_JOINED.fullmatch, file.tensors)):

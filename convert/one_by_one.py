@@ -229,7 +229,8 @@ def _no_shares(tensor: TensorInfo) -> Problem:
 def _joined_problems(names: list[str], checkpoint: Checkpoint) -> Iterator[Problem]:
     """One for each kind of projections that some server joined."""
     first: dict[str, str] = {}
-    for name in names:
+    text = "\n".join(names)
+    for name in names if any(kind in text for kind in _PARTS) else ():
         if found := _JOINED.fullmatch(name):
             first.setdefault(found["kind"] or found["experts"], name)
     for kind, name in first.items():

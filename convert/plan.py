@@ -25,6 +25,7 @@ from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
+from ckpt_tool.convert.fitting import expected_alike, fit
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all, printable
@@ -633,10 +634,10 @@ def _step_problems(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
         [(p, shape, _tensors(p, checkpoint)) for p, shape in zip(s.sources, s.source_shapes(), strict=True)]
         for s in steps.templates
     ]
+    together = [expected_alike((shape, tensors) for _, shape, tensors in parts) for parts in expected]
 
     def fine(kind: int, columns: Sequence[Sequence[str]]) -> bool:
-        parts = zip(expected[kind], columns, strict=False)
-        return not defects[kind] and all(_fit(*part[1:], names) for part, names in parts)
+        return not defects[kind] and fit(together[kind], columns)
 
     if all(fine(kind, columns) for kind, columns in steps.by_kind()):
         return
@@ -651,13 +652,6 @@ def _step_problems(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
                 if (found := tensors.get(name)) is not None and found.shape != shape:
                     message = f"expected shape {shape} ({dims_text(part.dims)}), found {found.shape}"
                     yield Problem("shape-mismatch", message, file=part.file, where=name)
-
-
-def _fit(shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], names: Sequence[str]) -> bool:
-    """Whether those of them that are there have this shape."""
-    if len(names) == 1:  # of a step like no other, which may have a thousand parts
-        return (only := tensors.get(names[0])) is None or only.shape == shape
-    return {t.shape for t in map(tensors.get, names) if t is not None} <= {shape}
 
 
 def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:

@@ -113,10 +113,10 @@ def _rows(steps: Sequence[Step]) -> list[_Row]:
     packed = steps if isinstance(steps, Steps) else Steps(steps)
     rows: dict[tuple[object, ...], _Row] = {}
     for first, count, sources, targets in sorted(_folded(packed), key=lambda part: part[0]):
-        step = packed[first]
-        key = (step.compare, step.note, *[f.key for f in (*sources, *targets)])
+        template = packed.templates[packed.kinds[first]]
+        key = (template.compare, template.note, *[f.key for f in (*sources, *targets)])
         if (row := rows.get(key)) is None:
-            rows[key] = _Row(step, sources, targets, count)
+            rows[key] = _Row(packed[first], sources, targets, count)
             continue
         for held, new in zip((*row.sources, *row.targets), (*sources, *targets), strict=True):
             held.join(new)
@@ -140,7 +140,9 @@ def _folded(steps: Steps) -> list[_Found]:
         else:
             for k, names in enumerate(zip(*columns, strict=True), at):
                 # A side of one name in many files (ranks) is one entry; so are copies on other ranks.
-                _taken(groups, kind, k, *map(_alike, (names[:before], names[before:])), count=1)
+                sides = [list(dict.fromkeys(side)) for side in (names[:before], names[before:])]
+                if not _taken(groups, kind, k, *([side] for side in sides), count=1):
+                    _taken(groups, kind, k, *map(_alike, sides), count=1)
         at += len(columns[0])
     return list(groups.values())
 
@@ -148,10 +150,7 @@ def _folded(steps: Steps) -> list[_Found]:
 def _alike(names: Iterable[str]) -> list[list[str]]:
     """The names of one side by what they are but for numbers: experts of a layer are one entry."""
     found: dict[tuple[str, ...], list[str]] = {}
-    once = list(dict.fromkeys(names))
-    if len(once) > 1 and Folded(once[0]).read(once) is not None:  # nearly always
-        return [once]
-    for name in once:
+    for name in names:
         found.setdefault(fold_key(name), []).append(name)
     return list(found.values())
 

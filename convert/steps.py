@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise, repeat
+from operator import is_
 from typing import overload
 
 from ckpt_tool.convert.layout import Part, Step
@@ -107,7 +108,7 @@ class Steps(Sequence[Step]):
         edges = [k for k, (a, b) in enumerate(pairwise(self.kinds), 1) if a != b]
         for first, end in pairwise([0, *edges, len(self.kinds)]):
             kind, at, stop = self.kinds[first], self.starts[first], self.starts[end]
-            yield kind, [self.names[j : stop : widths[kind]] for j in range(at, at + widths[kind])]
+            yield kind, self._columns(range(at, stop, widths[kind]), widths[kind])
 
     def by_kind(self) -> Iterator[tuple[int, list[list[str]]]]:
         """As `runs`, but once for each template where runs are short: for what asks for no order."""
@@ -121,7 +122,16 @@ class Steps(Sequence[Step]):
             step = self.templates[kind]
             width = len(step.sources) + len(step.targets)
             if own:
-                yield kind, [[self.names[at + j] for at in own] for j in range(width)]
+                yield kind, self._columns(own, width)
+
+    def _columns(self, starts: Sequence[int], width: int) -> list[list[str]]:
+        """The names of steps of `width` parts that begin at `starts`, a column for each part."""
+        if len(starts) < width:  # a thousand experts in one step
+            return list(map(list, zip(*[self.names[at : at + width] for at in starts], strict=True)))
+        if isinstance(starts, range):
+            first, end = starts[0], starts[-1] + width
+            return [self.names[j:end:width] for j in range(first, first + width)]
+        return [[self.names[at + j] for at in starts] for j in range(width)]
 
     def sources(self) -> Iterator[list[tuple[str, str]]]:
         """(file, name) of the sources of each step, which is not made for it."""
@@ -142,8 +152,10 @@ class Steps(Sequence[Step]):
 
     def alike(self, change: Callable[[Step], Step]) -> Steps:
         """The steps that `change` makes of them, which looks at no names and leaves as many parts."""
-        made = Steps()
-        kinds = [made.kind(change(t)) for t in self.templates]
+        made, templates = Steps(), [change(t) for t in self.templates]
+        if all(map(is_, templates, self.templates)):
+            return self
+        kinds = [made.kind(t) for t in templates]
         made.kinds, made.names, made.starts = self.kinds, self.names, self.starts
         if kinds != list(range(len(kinds))):
             made.kinds = array("i", [kinds[k] for k in self.kinds])

@@ -365,6 +365,10 @@ def test_the_index_is_compared_with_the_files(
     found = list(index.problems(shards))
     assert [p.where for p in found] == where
     assert all(p.kind == "bad-index" for p in found)
+    agreed = index.agrees(shards)
+    assert agreed == (weight_map == {"a": ONE, "b": ONE, "c": TWO})
+    if agreed:
+        assert list(index.notes(shards, agreed=True)) == list(index.notes(shards))
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/x", "a/b", "a\\b", "..", "", "a\0", 7])

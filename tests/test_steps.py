@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch.distributed.checkpoint import metadata as classes
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ckpt_tool.checkpoint import dcp_listing
+from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.dcp_metadata import Metadata
 from ckpt_tool.checkpoint.safetensors import index_document
 from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.checkpoint.tensor_names import Folded, fold_key, folded_name
-from ckpt_tool.convert.expanding import expand
+from ckpt_tool.convert.expanding import Column, Columns, Expansion, expand
+from ckpt_tool.convert.fitting import expected_alike, fit
 from ckpt_tool.convert.layout import Part, Step, rule
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError
@@ -85,6 +88,72 @@ def test_a_table_of_many_layers_has_a_template_for_each_row() -> None:
     assert len(filled.steps) == 40 * 51 - 1 and len(filled.steps.templates) == 2
     last = filled.steps[-2]
     assert (last.sources[0].name, last.targets[0].name) == ("l.39.a.49.w", "x.m.39.a.49.w")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_columns_of_steps_with_many_parts_are_those_of_few(count: int) -> None:
+    def wide(k: int) -> Step:
+        experts = tuple(Part("a", f"l.{k}.{e}", "F32", DIMS, (("v", e, e + 1),)) for e in range(3))
+        return replace(step(k), sources=experts)
+
+    packed = Steps(
+        [wide(k) if k % 2 else step(k) for k in range(2 * count)] + [wide(90 + k) for k in range(count)]
+    )
+    expected: dict[int, list[tuple[str, ...]]] = {0: [], 1: []}
+    for s in packed:
+        expected[len(s.sources) > 1].append(tuple(p.name for p in (*s.sources, *s.targets)))
+    for runs in (packed.runs, packed.by_kind):
+        found: dict[int, list[tuple[str, ...]]] = {0: [], 1: []}
+        for kind, columns in runs():
+            assert all(isinstance(column, list) for column in columns)
+            found[kind] += zip(*columns, strict=True)
+        assert found == expected
+
+
+def test_steps_that_no_change_reaches_are_the_same() -> None:
+    packed = Steps(MIXED)
+    assert packed.alike(lambda s: s) is packed
+
+
+@pytest.mark.parametrize("lacking", ["", "m.1.e.5"])
+def test_many_names_of_a_row_are_looked_for_together_or_one_by_one(lacking: str) -> None:
+    held = {f"m.{i}.e.{e}": (f"f{e // 7}", "F32", f"own.{i}.{e}") for i in (0, 1) for e in range(10)}
+    held.pop(lacking, None)
+    asked: list[int] = []
+
+    def together(names: Sequence[str]) -> Column | None:
+        asked.append(len(names))
+        found = [held[n] for n in names if n in held]
+        return ([h[:2] for h in found], [h[2] for h in found]) if len(found) == len(names) else None
+
+    def filled(converteds: Columns | None) -> Expansion:
+        return expand(
+            [rule("l.{i}", "m.{i}.e.{e}", "(e f) d -> e f d", cut="e")],
+            axes={"e": 10, "f": 2, "d": 3},
+            indices={"i": 2, "e": 10},
+            original=lambda name: [("a", "F32")],
+            converted=held.get,
+            converteds=converteds,
+        )
+
+    many, one_by_one = filled(together), filled(None)
+    assert asked == [10, 10]
+    assert list(many.steps) == list(one_by_one.steps) and len(many.steps) == (1 if lacking else 2)
+    assert many.problems == one_by_one.problems
+    assert [p.where for p in many.problems] == [lacking] * bool(lacking)
+
+
+def test_shapes_of_neighbouring_parts_are_compared_together() -> None:
+    held = {n: TensorInfo(n, "F32", (2, k), "f") for k, names in ((3, "abc"), (4, "de")) for n in names}
+    other = {"a": TensorInfo("a", "F32", (9,), "g")}
+    parts = [((2, 3), held), ((2, 3), held), ((2, 4), held), ((9,), other)]
+    expected = expected_alike(parts)
+    assert [(first, stop) for _, first, stop in expected] == [(0, 2), (2, 3), (3, 4)]
+    assert fit(expected, [["a", "b"], ["c", "none"], ["d", "e"], ["a", "a"]])
+    for k, wrong in enumerate("ddaz"):
+        columns = [["a"], ["c"], ["d"], ["a"]]
+        columns[k].append(wrong)
+        assert fit(expected, columns) == (wrong == "z")  # which is not there
 
 
 # --- names and documents ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 from ckpt_tool.checkpoint.base import Renamed, TensorFile
 from ckpt_tool.checkpoint.pickle_records import Inert
@@ -57,7 +58,9 @@ ORDERED = 2.0  # since this version of the format a head's query, key and value 
 def named_as_core(files: Mapping[str, TensorFile]) -> tuple[dict[str, TensorFile], list[str]]:
     """`files` under Core's names, with a note; as they are where they hold something else. `duplicate-tensor`
     where a file has two tensors that Core calls the same."""
-    names = dict.fromkeys(n for f in files.values() for n in f.tensors)
+    if not any("language_model." in "\n".join(f.tensors) for f in files.values()):
+        return dict(files), []
+    names = dict.fromkeys(chain.from_iterable(f.tensors for f in files.values()))
     example = next(filter(_TELLS, names), None)
     if example is None or not all(map(_computes_as_core, files.values())):
         return dict(files), []

@@ -514,11 +514,12 @@ def _open_set(
     problems: list[Problem] = []
     if chosen.index is not None:
         index = read_index(documents[chosen.index].read(INDEX_BYTES), name=chosen.index)
-        for missing in [name for name in index.files() if name not in chosen.files]:
+        listed_files = index.files()
+        for missing in [name for name in listed_files if name not in chosen.files]:
             problems.append(
                 Problem("bad-index", f"expected {missing}, found no such file", chosen.index, hint=FETCH_IT)
             )
-        for stray in [name for name in chosen.files if name not in index.files()]:
+        for stray in [name for name in chosen.files if name not in listed_files]:
             problems.append(
                 Problem("bad-index", f"expected only listed files, found {stray} too", chosen.index)
             )
@@ -530,9 +531,10 @@ def _open_set(
             except CkptToolError as error:
                 problems.extend(error.problems)
         if not problems:
-            problems.extend(_across(files, chosen, index))
+            agreed = index is not None and index.agrees(files)
+            problems.extend(_across(files, chosen, index, agreed))
         fail_all(problems)
-        readings = [] if index is None else list(index.notes(files))
+        readings = [] if index is None else list(index.notes(files, agreed=agreed))
         own = _unwrapped(files, path, limits)
         if MODEL_CONFIG in documents:
             _add_run_documents(documents, folder, within)
@@ -626,15 +628,17 @@ def _open_plain(place: Place, name: str, limits: Limits, format: str) -> TensorF
             fail("wrong-format", f"expected a torch or safetensors file, found {found}", file=name)
 
 
-def _across(files: dict[str, TensorFile], chosen: WeightSet, index: WeightIndex | None) -> Iterable[Problem]:
-    """What the opened files say against each other, and against being whole."""
+def _across(
+    files: dict[str, TensorFile], chosen: WeightSet, index: WeightIndex | None, agreed: bool
+) -> Iterable[Problem]:
+    """What the opened files say against each other, and against being whole; `agreed`: the index agrees."""
     for name, file in files.items():
         if (cut := is_slice(file)) is not None:
             message = "expected whole tensors, found a slice that torch.distributed wrote"
             hint = "give the folder with the slices of all ranks, under the names that they were written with"
             yield Problem("wrong-format", message, name, cut, hint)
     if index is not None:
-        yield from index.problems(files)
+        yield from () if agreed else index.problems(files)
     elif "-of-" in chosen.label:  # whole tensors, spread over files; model-parallel shards repeat names
         owner: dict[str, str] = {}
         for name, file in files.items():

@@ -123,12 +123,13 @@ def header_of(data: ByteRange, limit: int) -> SafetensorsFile:
     if header.count(b'"data_offsets"') > TENSOR_LIMIT:
         fail("header-limit", f"expected at most {TENSOR_LIMIT} tensors, found more", file=file)
 
-    plain, held = _plain_header(header, limit, file), [header]
+    plain, held = _plain_header(header, limit, available - size, file), [header]
     del header
     tensors, begins, metadata = plain or _strict_header(held, limit, file)
     if not faultless(list(tensors)):
         fail_all(name_problems(tensors, file=file))
-    _check_coverage(tensors, begins, available - size, file)
+    if plain is None:
+        _check_coverage(tensors, begins, available - size, file)
     return SafetensorsFile(data, 8 + size, tensors, begins, metadata)
 
 
@@ -146,9 +147,9 @@ _BESIDE = len(b',"":{,"data_offsets":[,]}')  # bytes of an entry beside those gr
 BATCH = 256 << 10  # bytes of entries that are taken at once
 
 
-def _plain_header(header: bytes, limit: int, file: str) -> _Header | None:
+def _plain_header(header: bytes, limit: int, size: int, file: str) -> _Header | None:
     """What the strict reader makes of a header in which all is as writers have it, in a tenth of the time;
-    None for another, in which something may be wrong."""
+    None for another, in which something may be wrong. The tensors fill the `size` bytes behind it."""
     metadata: dict[str, str] = {}
     at = 0
     if (first := _FIRST.match(header)) is not None:
@@ -160,6 +161,7 @@ def _plain_header(header: bytes, limit: int, file: str) -> _Header | None:
     kinds: dict[bytes, tuple[str, tuple[int, ...], int]] = {}
     begins: dict[str, int] = {}
     found: list[tuple[str, tuple[int, ...], int]] = []
+    spans: list[tuple[int, int]] = []
     last = header.rfind(b"}")
     if last < 0 or not _END.fullmatch(header, last):
         return None
@@ -174,17 +176,24 @@ def _plain_header(header: bytes, limit: int, file: str) -> _Header | None:
             if (kind := _kind(text)) is None:
                 return None
             kinds[text] = kind
-        own, firsts = [kinds[text] for text in told], list(map(int, starts))
-        if list(map(sub, map(int, ends), firsts)) != [size for *_, size in own]:
+        own, firsts, lasts = [kinds[text] for text in told], list(map(int, starts)), list(map(int, ends))
+        if list(map(sub, lasts, firsts)) != [nbytes for *_, nbytes in own]:
             return None
+        spans += zip(firsts, lasts, strict=True)
         begins.update(zip(b"\n".join(names).decode("ascii").split("\n"), firsts, strict=True))
         found += own
         at = end
-    if not found or len(begins) < len(found) or RESERVED in begins:
+    if not found or len(begins) < len(found) or RESERVED in begins or not _fill(spans, size):
         return None
     dtypes, shapes, _ = zip(*found, strict=True)
     made = tensor_infos(begins, dtypes, shapes, repeat(file))
     return dict(zip(begins, made, strict=True)), begins, metadata
+
+
+def _fill(spans: list[tuple[int, int]], size: int) -> bool:
+    """Whether these (first byte, byte after the last) are bytes 0 to `size`, each once."""
+    firsts, lasts = zip(*sorted(spans), strict=True)
+    return firsts == (0, *lasts[:-1]) and lasts[-1] == size
 
 
 def _length(entries: Sequence[tuple[bytes, ...]]) -> int:
@@ -393,6 +402,15 @@ class WeightIndex:
         """The files named, each once, in order of first mention."""
         return list(dict.fromkeys(self.weight_map.values()))
 
+    def agrees(self, files: Mapping[str, TensorFile]) -> bool:
+        """Whether each of the opened `files` holds what it is said to hold, and all that is listed is there:
+        so that it has no problems, and no notes of tensors."""
+        place = self.weight_map.get
+        held = sum(len(opened.tensors) for opened in files.values())
+        return held == len(self.weight_map) and all(
+            {*map(place, opened.tensors)} <= {file} for file, opened in files.items()
+        )
+
     def problems(self, files: Mapping[str, TensorFile]) -> Iterator[Problem]:
         """Tensors that are not in exactly one of the opened `files`."""
 
@@ -408,13 +426,13 @@ class WeightIndex:
             there = " and ".join(printable(f, 80) for f in found[:4])
             yield bad(f"expected the tensor in one file, found it in {there}", tensor)
 
-    def notes(self, files: Mapping[str, TensorFile]) -> Iterator[str]:
+    def notes(self, files: Mapping[str, TensorFile], *, agreed: bool = False) -> Iterator[str]:
         """What the index says otherwise than the opened `files`, in words: nothing that is read depends on
-        it."""
-        homes, _ = _homes(files)
+        it. `agreed`: see `agrees`."""
         said = self.weight_map
-        unlisted = [] if homes.keys() <= said.keys() else [t for t in homes if t not in said]
-        moved = [] if homes == said else [t for t, f in homes.items() if said.get(t, f) != f]
+        homes = said if agreed else _homes(files)[0]
+        unlisted = [] if agreed or homes.keys() <= said.keys() else [t for t in homes if t not in said]
+        moved = [] if agreed or homes == said else [t for t, f in homes.items() if said.get(t, f) != f]
         for tensors, what in (
             (unlisted, UNLISTED + " {} that the files hold"),
             (moved, "lists {} in another file than holds it"),
@@ -466,5 +484,5 @@ def read_index(data: bytes, *, name: str) -> WeightIndex:
     fail_all(problems)
     details = index.get("metadata")
     once = {file: file for file in weight_map.values()}
-    weight_map = {tensor: once[file] for tensor, file in weight_map.items()}
+    weight_map = dict(zip(weight_map, map(once.__getitem__, weight_map.values()), strict=True))
     return WeightIndex(name, weight_map, details.get("total_size") if isinstance(details, dict) else None)

@@ -126,6 +126,8 @@ class _Reader:
             self.refuse(f"expected UTF-8, found byte 0x{data[error.start]:02x} at {error.start}")
         self.look_for_surrogates = not surrogates and _SURROGATE_ESCAPE.search(self.text) is not None
         self.max_depth = max_depth
+        # with so few brackets nothing nests too deep
+        self.flat = held and self.text.count("{") + self.text.count("[") <= max_depth
         if held:
             self._check_memory(0, len(self.text))
         self.hooks = _Hooks(wide)
@@ -157,6 +159,8 @@ class _Reader:
     def _check_value(self, position: int) -> None:
         """Refuse a value that nests too deep before the recursive decoder meets it, and one that takes too
         much memory where values are looked at one by one."""
+        if self.flat:
+            return
         end = self._end_of(position)
         if not self.held and end - position > _LONG:
             self._check_memory(position, end)

@@ -16,7 +16,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache
+from itertools import chain, repeat
 from math import prod
+from operator import contains
 
 from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
 from ckpt_tool.errors import Problem, fail, fail_all, printable
@@ -87,10 +89,14 @@ def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
     """`files` as they are where nobody wrapped them; `label` is how the checkpoint is called. Kinds:
     `bad-name` (a word before some names only), `ambiguous-input` (two sets of weights), `duplicate-tensor`
     and `shard-conflict` (names that become equal)."""
-    held = {n: t for f in files.values() for n, t in f.tensors.items()}
-    single = {shape for shape in {t.shape for t in held.values()} if prod(shape) == 1}
-    one = {n for n, t in held.items() if t.shape in single} if single else set()
-    found = _Names(label, dict(zip(held, held, strict=True)), one)
+    tensors = [f.tensors for f in files.values()]
+    own = dict(zip(chain.from_iterable(tensors), chain.from_iterable(tensors), strict=True))
+    single = {s for s in {t.shape for held in tensors for t in held.values()} if prod(s) == 1}
+    one: set[str] = set()
+    if single:
+        last = dict(chain.from_iterable(held.items() for held in tensors))
+        one = {n for n, t in last.items() if t.shape in single}
+    found = _Names(label, own, one)
     found.take_off()
     if not (found.before or found.inside or found.beside):
         return Unwrapped(files)
@@ -130,6 +136,8 @@ class _Names:
     def _take_inside(self) -> bool:
         """Words inside names; one that begins a name is left to `_take_before`."""
         changed = False
+        if "._" not in "\n".join(self.own.values()):
+            return False
         for name, own in self.own.items():
             if "._" not in own or not _ANY_INSIDE(own):
                 continue
@@ -145,14 +153,15 @@ class _Names:
         """One word that stands before every name; what is known to stand beside the weights is set aside,
         unless it is the only model there."""
         words = {own.partition(".")[0] for own in self.own.values()}
-        if any(map(beside_weights, words)) or not all("." in own for own in self.own.values()):
+        rest: set[str] = set()  # the first words of the weights
+        if any(map(beside_weights, words)) or not all(map(contains, self.own.values(), repeat("."))):
             weights = [own for n, own in self.own.items() if self._beside(n) is None]
         else:
-            weights = list(self.own.values())
+            weights, rest = list(self.own.values()), words
         if not weights:
             words = {n.partition(".")[0] for n in self.own.values() if _WHOLE.match(n)}
             weights = [n for n in self.own.values() if n.partition(".")[0] in words]
-        rest = {n.partition(".")[0] for n in weights}
+        rest = rest or {n.partition(".")[0] for n in weights}
         for word in (*_INSIDE, *_BEFORE):
             if word.partition(".")[0] not in rest:
                 continue
@@ -183,7 +192,7 @@ class _Names:
 
     def _set_aside(self, *, counts: bool) -> None:
         words = {own.partition(".")[0] for own in self.own.values()}
-        if not any(map(beside_weights, words)) and all("." in own for own in self.own.values()):
+        if not any(map(beside_weights, words)) and all(map(contains, self.own.values(), repeat("."))):
             return
         reasons = {n: self._beside(n, counts=counts) for n in self.own}
         if all(reasons.values()):
