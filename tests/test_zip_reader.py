@@ -89,23 +89,6 @@ class Pipe(io.BytesIO):
         raise OSError
 
 
-def test_what_ends_a_member_comes_in_one_read_with_the_next_header(
-    archive: Callable[[bytes], ZipArchive], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = Pipe()
-    with zipfile.ZipFile(target, "w") as z:
-        for k in range(5):
-            z.writestr(f"m{k}", bytes(100 + k))
-    read, reads = ByteRange.read, []
-    monkeypatch.setattr(ByteRange, "read", lambda *given: reads.append(given[1:]) or read(*given))
-    members = list(archive(target.getvalue()).members.values())
-    ends = [m.data + m.packed for m in members]
-    reads = [r for r in reads if r[0] in (0, *ends, *(m.header for m in members))]
-    head = members[0].data  # whose name is as long as any
-    assert [m.size for m in members] == [100, 101, 102, 103, 104]
-    assert reads[-6:] == [(0, head + 64), *((end, 16 + head + 64) for end in ends[:-1]), (ends[-1], 16)]
-
-
 @pytest.mark.parametrize("kind", [io.BytesIO, Pipe])
 def test_what_zipfile_writes_is_read(kind: type[io.BytesIO], archive: Callable[[bytes], ZipArchive]) -> None:
     noise = random.Random(3).randbytes(700_000)

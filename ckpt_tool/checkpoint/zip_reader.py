@@ -17,6 +17,7 @@ import struct
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import zip_longest
 from threading import Event
 from typing import NoReturn
 from zlib import MAX_WBITS
@@ -44,8 +45,6 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_SHORT, _WIDE = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")  # data descriptors with their signature
-_LONGEST = _WIDE.size  # bytes that one has at most
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 _ALLOWED_FLAGS = 0x0006 | _DESCRIPTOR | _UTF8  # and the deflate level
@@ -92,11 +91,6 @@ class _Entry:
     packed: int
     size: int
     header: int
-
-
-def _head_size(entry: _Entry, limit: int) -> int:
-    """Bytes of a local header with its name and a usual extra field, as far as they lie before `limit`."""
-    return min(_LOCAL.size + len(entry.raw_name) + 64, limit - entry.header)
 
 
 class ZipArchive:
@@ -322,36 +316,20 @@ class ZipArchive:
             )
             for e in ordered
         )
-        limits = [*(e.header for e in ordered[1:]), directory]
-        head: bytes | None = None  # of the next member, read with what ends the one before it
-        followers = [*zip(ordered[1:], limits[1:], strict=True), (None, directory)]
-        for entry, limit, (follower, further) in zip(ordered, limits, followers, strict=False):
-            member = self._member(entry, limit, head)
+        for entry, follower in zip_longest(ordered, ordered[1:]):
+            limit = directory if follower is None else follower.header
+            member = self._member(entry, limit)
             end = member.data + member.packed
-            after, head = self._behind(end, limit, follower, further)
             if entry.flags & _DESCRIPTOR:
-                size = self._descriptor(entry, end, after[:_LONGEST], limit)
-                end, after = end + size, after[size:]
-            if end != limit and (limit - end > PADDING_LIMIT or after.strip(b"\0")):
-                what = "the directory" if follower is None else printable(follower.name)
-                self._bad(f"expected {what} at byte {end}, found other bytes up to {limit}", entry.name)
+                end += self._descriptor(entry, end, limit)
+            if end != limit:
+                gap = self.source.read(end, min(limit - end, PADDING_LIMIT + 1))
+                if len(gap) > PADDING_LIMIT or gap.strip(b"\0"):
+                    after = "the directory" if follower is None else printable(follower.name)
+                    self._bad(f"expected {after} at byte {end}, found other bytes up to {limit}", entry.name)
             yield member
 
-    def _behind(
-        self, end: int, limit: int, follower: _Entry | None, further: int
-    ) -> tuple[bytes, bytes | None]:
-        """What stands between the data of a member and the next header, as far as it is looked at; where that
-        is anything, in the same read the head of the next member, whose own limit is `further`."""
-        between = limit - end
-        if not between:
-            return b"", None
-        if follower is None or between > _LONGEST + PADDING_LIMIT:
-            return self.source.read(end, min(between, _LONGEST + PADDING_LIMIT)), None
-        read = self.source.read(end, between + _head_size(follower, further))
-        return read[:between], read[between:]
-
-    def _member(self, entry: _Entry, limit: int, head: bytes | None = None) -> Member:
-        """`head`: its first bytes, where they were read already."""
+    def _member(self, entry: _Entry, limit: int) -> Member:
         name = entry.name
         start = entry.header + _LOCAL.size + len(entry.raw_name)
         if start > limit:
@@ -359,8 +337,7 @@ class ZipArchive:
                 f"expected {start - entry.header} bytes of header, found an overlap at byte {limit}", name
             )
         # The name and a usual extra field come with the same read.
-        if head is None:
-            head = self.source.read(entry.header, _head_size(entry, limit))
+        head = self.source.read(entry.header, min(start + 64, limit) - entry.header)
         magic, _, flags, method, _, _, crc, packed, size, n_name, n_extra = _LOCAL.unpack_from(head)
         if magic != b"PK\x03\x04":
             self._bad(f"expected a local header at byte {entry.header}, found {magic!r}", name)
@@ -395,13 +372,9 @@ class ZipArchive:
             name, entry.method, entry.flags, entry.crc32, entry.packed, entry.size, entry.header, data
         )
 
-    def _descriptor(self, entry: _Entry, at: int, raw: bytes, limit: int) -> int:
-        """The length of the data descriptor at `at`, which begins `raw`: with or without signature, 32 or 64
-        bits wide."""
-        usual = {_WIDE.size: _WIDE, _SHORT.size: _SHORT}.get(limit - at)
-        said = entry.crc32, entry.packed, entry.size
-        if usual is not None and max(said) <= _FULL32 and raw == usual.pack(b"PK\x07\x08", *said):
-            return usual.size
+    def _descriptor(self, entry: _Entry, at: int, limit: int) -> int:
+        """The length of the data descriptor at `at`: with or without signature, 32 or 64 bits wide."""
+        raw = self.source.read(at, min(24, limit - at))
         matching = [
             len(form)
             for magic in (b"PK\x07\x08", b"")
