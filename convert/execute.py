@@ -35,11 +35,10 @@ from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, Targets, batches
 from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.containers import layout_of
-from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, is_thread_limit, locked, resumable
 from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
-from ckpt_tool.convert.layout import COPIED, Block
+from ckpt_tool.convert.layout import Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
@@ -51,12 +50,12 @@ from ckpt_tool.convert.small import Smalls, Together
 from ckpt_tool.convert.source_checks import Hole, Key, check_records, holes, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.convert.steps import as_steps
+from ckpt_tool.convert.verdicts import of_copies, of_values, refused
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 T = TypeVar("T")
 REFRESH = 0.1  # seconds between two calls of `progress`
-REFUSED = ("non-finite", "shard-conflict")  # kinds of what --strict and --strict-replicas refuse
 
 
 @dataclass(frozen=True)
@@ -386,29 +385,14 @@ class Run:
             if self.plan.unread and re.fullmatch(self.plan.unread, name):
                 continue
             values = small.odd.get(key) or targets[key].values
-            if values.non_finite:
-                shape = targets[key].info.shape or (1,)
-                first = [int(k) for k in np.unravel_index(values.first or 0, shape)]
-                text = f"expected finite values, found {values.non_finite} that are not, the first at {first}"
-                details = {"count": values.non_finite, "first": first}
-                found.append(Finding("non-finite", text, file, name, details))
-            elif values.all_zero:
-                found.append(Finding("all-zero", "expected values, found only zeros", file, name))
-            elif values.denormal_only:
-                text = "expected values, found only denormal ones"
-                found.append(Finding("denormal-only", text, file, name))
+            if (said := of_values(values, targets[key].info.shape, file, name)) is not None:
+                found.append(said)
         fail_all(self.refused(found))
         return found
 
     def refused(self, findings: Iterable[Finding]) -> Iterator[Problem]:
-        """Those of the findings that `strict`, or the plan where it is strict about replicas, refuses."""
-        for f in findings:
-            if f.kind == "non-finite" and self.strict:
-                hint = "without --strict it is only recorded"
-                yield Problem("non-finite", f.message, f.file, f.tensor, hint)
-            elif f.kind == "replica-difference" and self.plan.strict_replicas:
-                hint = "without --strict-replicas it is only recorded"
-                yield Problem("shard-conflict", f.message, f.file, f.tensor, hint)
+        """Those of the findings that this run refuses."""
+        return refused(findings, strict=self.strict, strict_replicas=self.plan.strict_replicas)
 
     def _compare(self, bound: list[Bound]) -> list[Finding]:
         """Compare what must be equal with what was written; small differences of copies are findings."""
@@ -421,44 +405,10 @@ class Run:
                     different.add(place[id(b)])
 
         self._each(self.ahead.of(batches(bound, copy_bytes=CHUNK)), compare, "check", "")
-        verdicts = [self._judge(bound[k]) for k in sorted(different)]
+        apart = (bound[k] for k in sorted(different))
+        verdicts = [of_copies(self.plan, b.step, measure(self.carrier, b, self.lanes[0])) for b in apart]
         fail_all(v for v in verdicts if isinstance(v, Problem))
         return [v for v in verdicts if isinstance(v, Finding)]
-
-    def _judge(self, bound: Bound) -> Problem | Finding:
-        step = bound.step
-        part, target = step.sources[0], step.targets[0]
-        held = (target.file, target.name)
-        writers = (
-            s.sources[0]
-            for s in self.plan.steps
-            if not s.compare and any((t.file, t.name) == held for t in s.targets)
-        )
-        kept = next(writers, target)
-        found = measure(self.carrier, bound, self.lanes[0])
-        text = (
-            f"{found.count} of {found.elements} values differ, max |delta| {found.max_delta:.3g}, "
-            f"relative {found.relative_rms:.3g}"
-        )
-        if step.compare == "tied":
-            rows = f"; {int(found.rows.sum())} of {found.rows.size} rows" if len(part.dims) > 1 else ""
-            message = f"expected the values of {kept.name} as the config ties them, found {text}{rows}"
-            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
-        if step.compare == COPIED:
-            message = f"expected what {target.name} is made from, {in_words(step)}, found {text}"
-            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
-        message = f"expected the copy in {kept.file}, found {text}"
-        if self.plan.strict_replicas or found.is_large:
-            hint = None if found.is_large else "without --strict-replicas it is only recorded"
-            return Problem("shard-conflict", message, part.file, part.name, hint)
-        details = {
-            "kept": kept.file,
-            "count": found.count,
-            "elements": found.elements,
-            "max_delta": found.max_delta,
-            "relative_rms": found.relative_rms,
-        }
-        return Finding("replica-difference", message, part.file, part.name, details)
 
     def _hash(self, targets: Targets) -> None:
         def work(key: Key, lane: Lane) -> None:

@@ -42,7 +42,8 @@ from ckpt_tool.checkpoint.tf_entries import NUMBER_OF
 from ckpt_tool.checkpoint.tf_table import entries, table
 from ckpt_tool.convert.execute import Outcome, execute
 from ckpt_tool.convert.layout import Part, Step, parse_dims
-from ckpt_tool.convert.plan import OutputFile, Plan, _step_problems, _told_apart
+from ckpt_tool.convert.plan import OutputFile, Plan
+from ckpt_tool.convert.plan_checks import step_problems, told_apart
 from ckpt_tool.convert.recognising import only_family
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError, Problem
@@ -457,7 +458,7 @@ def test_planning_names_the_data_file_that_a_tensor_needs(tmp_path: Path) -> Non
     with open_checkpoint(tmp_path) as checkpoint:
         steps = {t.name: one(t.name, t.file, "", "r", "r", r=2) for t in checkpoint}
         for name, kinds in (("a", []), ("b", ["missing-shard"])):
-            found = list(_step_problems(Steps([steps[name]]), checkpoint))
+            found = list(step_problems(Steps([steps[name]]), checkpoint))
             assert [p.kind for p in found] == kinds
             assert all(p.file == "p.data-00001-of-00002" and "which holds b," in p.message for p in found)
 
@@ -478,7 +479,7 @@ def test_what_is_no_number_is_shown_by_name_and_refused_where_it_is_claimed(
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.names() == ["w"]
         missing = [Problem("missing-tensor", "expected this tensor, found none", where=n) for n in "cx"]
-        found = list(_told_apart(missing, checkpoint))
+        found = list(told_apart(missing, checkpoint))
     assert [(p.kind, p.where) for p in found] == [("unsupported-dtype", "c"), ("missing-tensor", "x")]
     assert found[0].message == "expected a dtype known here, found complex64" and found[0].file == DATA_FILE
 
