@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ckpt_tool.checkpoint.tf_coding import (
     slice_key,
     to_varint,
 )
-from ckpt_tool.checkpoint.tf_entries import NUMBER_OF
+from ckpt_tool.checkpoint.tf_entries import NUMBER_OF, Entry, _any, _entry, _usual
 from ckpt_tool.checkpoint.tf_table import entries, table
 from ckpt_tool.convert.execute import Outcome, execute
 from ckpt_tool.convert.layout import Part, Step, parse_dims
@@ -84,6 +85,25 @@ def test_crc32c_of_any_length_and_in_any_pieces(start: bytes, times: int, cut: i
     at = len(data) * cut // 61
     assert crc32c(data[at:], crc32c(data[:at])) == want
     assert combine_c(crc32c(data[:at]), crc32c(data[at:]), len(data) - at) == want
+
+
+@given(
+    st.lists(st.integers(0, 2**17), max_size=4),
+    st.integers(0, 99_998),
+    st.integers(0, 2**48),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_entries_are_read_alike_at_once_and_field_by_field(
+    shape: list[int], shard: int, offset: int, crc: int
+) -> None:
+    entry = Entry(NUMBER_OF["F16"], tuple(shape), shard, offset, 2 * prod(shape), crc)
+    message = entry.message()
+    assert _usual(message) == _any(message) == _entry(message) == entry
+    head, rest = message[:2], message[2:]
+    for other in (rest + head, message + b"\x40\1", message + head, head + message):
+        assert _usual(other) is None and _entry(other) == entry  # in another order, with more, a field twice
+    assert _usual(b"\x08\x7d" + rest) is None  # a type that there is not
 
 
 @given(st.data(), st.binary(min_size=9, max_size=400))
