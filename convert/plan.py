@@ -395,9 +395,12 @@ class ToWrite:
     names: dict[str, dict[str, int]] = field(default_factory=dict)
     kinds: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
 
+    def kind(self, dtype: str, shape: tuple[int, ...]) -> int:
+        return self.kinds.setdefault((dtype, shape), len(self.kinds))
+
     def add(self, file: str, dtype: str, shape: tuple[int, ...], names: Sequence[str]) -> None:
         """Those of `names` that are not there yet."""
-        number = self.kinds.setdefault((dtype, shape), len(self.kinds))
+        number = self.kind(dtype, shape)
         held = self.names.setdefault(file, {})
         if not held.keys().isdisjoint(names):
             names = [name for name in names if name not in held]
@@ -434,6 +437,13 @@ def _written(steps: Steps, *, in_files: bool) -> ToWrite:
         ]
         for step in steps.templates
     ]
+    if {len(own) for own in writes} == {1} and len({own[0][1] for own in writes}) == 1:  # nearly always
+        written = steps.named([own[0][0] for own in writes])
+        kinds = {kind: made.kind(*writes[kind][0][2:]) for kind in dict.fromkeys(steps.kinds)}
+        held = dict(zip(written, map(kinds.__getitem__, steps.kinds), strict=True))
+        if len(held) == len(written):
+            made.names[writes[0][0][1]] = held
+            return made
     for kind, columns in steps.runs():
         if len(writes[kind]) == 1:
             ((j, file, dtype, shape),) = writes[kind]
@@ -449,13 +459,8 @@ def _unclaimed(
     steps: Steps, checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
     """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
-    claimed: dict[str, set[str]] = {}  # names by file
-    reads = [[claimed.setdefault(p.file, set()).update for p in step.sources] for step in steps.templates]
-    for kind, columns in steps.by_kind():
-        for claim, names in zip(reads[kind], columns, strict=False):
-            claim(names)
     dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
-    for tensor in _others(checkpoint, claimed):
+    for tensor in _others(checkpoint, steps.read()):
         reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
         if reason is None and tensor.name in options.drop:
             reason = "asked for with --drop"
