@@ -188,6 +188,7 @@ class Run:
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[Key, int] = field(default_factory=dict)
     crcs_c: dict[Key, IntervalCrc] = field(default_factory=dict)  # of sources that carry a CRC-32C
+    known_c: dict[Key, int] = field(default_factory=dict)  # of those that were moved whole
     hashes: dict[Key, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
@@ -267,7 +268,7 @@ class Run:
                 self.steps,
                 opened,
                 {f.name: self.layouts[f.name].offsets for f in files},
-                self._crc_c,
+                self._has_c if self._records_c else None,
             )
             targets = Targets(files, opened, small.begins)
             crcs: dict[Key, IntervalCrc | None] = {}
@@ -293,6 +294,7 @@ class Run:
             for file in files:
                 self.staging.seal(opened[file.name], file.name)
         known = self._known_sources(crcs, small)
+        self.known_c |= small.sources_c
         wanted = (k for f in files for k in self.whole.get(f.name, ()))
         known |= self._read_whole([k for k in wanted if k not in known and k not in self.sources])
         self.sources.update(known)
@@ -356,12 +358,16 @@ class Run:
 
     def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
         """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
-        if file not in self._records_c:
-            return None
-        record = self.checkpoint.files[file].record_of(name)
-        if record is None or self._records_c[file][record[0]].crc32c is None:
+        if not self._has_c(file, name):
             return None
         return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
+
+    def _has_c(self, file: str, name: str) -> bool:
+        """Whether the file of a source tensor has a CRC-32C of it."""
+        if file not in self._records_c:
+            return False
+        record = self.checkpoint.files[file].record_of(name)
+        return record is not None and self._records_c[file][record[0]].crc32c is not None
 
     @cached_property
     def _records_c(self) -> dict[str, Mapping[str, Record]]:
@@ -504,9 +510,9 @@ class Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        unread = {k for keys in self.steps.sources() for k in keys if k not in self.sources}
+        unread = [(f, n) for f, own in self.steps.read().items() for n in own if (f, n) not in self.sources]
         self.sources |= self._read_whole(sorted(unread))
-        known_c = {
+        known_c = self.known_c | {
             key: crc
             for key, collected in self.crcs_c.items()
             if (crc := collected.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)) is not None
