@@ -35,11 +35,10 @@ from ckpt_tool.convert import disk
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, Targets, batches
 from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.containers import layout_of
-from ckpt_tool.convert.copies import in_words
 from ckpt_tool.convert.durable import Identity, Staging, is_thread_limit, locked, resumable
 from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
-from ckpt_tool.convert.layout import COPIED, Block
+from ckpt_tool.convert.layout import Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
@@ -51,12 +50,12 @@ from ckpt_tool.convert.small import Smalls, Together
 from ckpt_tool.convert.source_checks import Hole, Key, check_records, holes, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.convert.steps import as_steps
+from ckpt_tool.convert.verdicts import of_copies, of_values, refused
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 T = TypeVar("T")
 REFRESH = 0.1  # seconds between two calls of `progress`
-REFUSED = ("non-finite", "shard-conflict")  # kinds of what --strict and --strict-replicas refuse
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,7 @@ class Run:
     targets: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[Key, int] = field(default_factory=dict)
     crcs_c: dict[Key, IntervalCrc] = field(default_factory=dict)  # of sources that carry a CRC-32C
+    known_c: dict[Key, int] = field(default_factory=dict)  # of those that were moved whole
     hashes: dict[Key, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
@@ -268,7 +268,7 @@ class Run:
                 self.steps,
                 opened,
                 {f.name: self.layouts[f.name].offsets for f in files},
-                self._crc_c,
+                self._has_c if self._records_c else None,
             )
             targets = Targets(files, opened, small.begins)
             crcs: dict[Key, IntervalCrc | None] = {}
@@ -294,6 +294,7 @@ class Run:
             for file in files:
                 self.staging.seal(opened[file.name], file.name)
         known = self._known_sources(crcs, small)
+        self.known_c |= small.sources_c
         wanted = (k for f in files for k in self.whole.get(f.name, ()))
         known |= self._read_whole([k for k in wanted if k not in known and k not in self.sources])
         self.sources.update(known)
@@ -357,12 +358,16 @@ class Run:
 
     def _crc_c(self, file: str, name: str) -> IntervalCrc | None:
         """Where the CRC-32C of a source tensor is collected, if its file has one of it to compare with."""
-        if file not in self._records_c:
-            return None
-        record = self.checkpoint.files[file].record_of(name)
-        if record is None or self._records_c[file][record[0]].crc32c is None:
+        if not self._has_c(file, name):
             return None
         return self.crcs_c.setdefault((file, name), IntervalCrc(combine_c))
+
+    def _has_c(self, file: str, name: str) -> bool:
+        """Whether the file of a source tensor has a CRC-32C of it."""
+        if file not in self._records_c:
+            return False
+        record = self.checkpoint.files[file].record_of(name)
+        return record is not None and self._records_c[file][record[0]].crc32c is not None
 
     @cached_property
     def _records_c(self) -> dict[str, Mapping[str, Record]]:
@@ -386,29 +391,14 @@ class Run:
             if self.plan.unread and re.fullmatch(self.plan.unread, name):
                 continue
             values = small.odd.get(key) or targets[key].values
-            if values.non_finite:
-                shape = targets[key].info.shape or (1,)
-                first = [int(k) for k in np.unravel_index(values.first or 0, shape)]
-                text = f"expected finite values, found {values.non_finite} that are not, the first at {first}"
-                details = {"count": values.non_finite, "first": first}
-                found.append(Finding("non-finite", text, file, name, details))
-            elif values.all_zero:
-                found.append(Finding("all-zero", "expected values, found only zeros", file, name))
-            elif values.denormal_only:
-                text = "expected values, found only denormal ones"
-                found.append(Finding("denormal-only", text, file, name))
+            if (said := of_values(values, targets[key].info.shape, file, name)) is not None:
+                found.append(said)
         fail_all(self.refused(found))
         return found
 
     def refused(self, findings: Iterable[Finding]) -> Iterator[Problem]:
-        """Those of the findings that `strict`, or the plan where it is strict about replicas, refuses."""
-        for f in findings:
-            if f.kind == "non-finite" and self.strict:
-                hint = "without --strict it is only recorded"
-                yield Problem("non-finite", f.message, f.file, f.tensor, hint)
-            elif f.kind == "replica-difference" and self.plan.strict_replicas:
-                hint = "without --strict-replicas it is only recorded"
-                yield Problem("shard-conflict", f.message, f.file, f.tensor, hint)
+        """Those of the findings that this run refuses."""
+        return refused(findings, strict=self.strict, strict_replicas=self.plan.strict_replicas)
 
     def _compare(self, bound: list[Bound]) -> list[Finding]:
         """Compare what must be equal with what was written; small differences of copies are findings."""
@@ -421,44 +411,10 @@ class Run:
                     different.add(place[id(b)])
 
         self._each(self.ahead.of(batches(bound, copy_bytes=CHUNK)), compare, "check", "")
-        verdicts = [self._judge(bound[k]) for k in sorted(different)]
+        apart = (bound[k] for k in sorted(different))
+        verdicts = [of_copies(self.plan, b.step, measure(self.carrier, b, self.lanes[0])) for b in apart]
         fail_all(v for v in verdicts if isinstance(v, Problem))
         return [v for v in verdicts if isinstance(v, Finding)]
-
-    def _judge(self, bound: Bound) -> Problem | Finding:
-        step = bound.step
-        part, target = step.sources[0], step.targets[0]
-        held = (target.file, target.name)
-        writers = (
-            s.sources[0]
-            for s in self.plan.steps
-            if not s.compare and any((t.file, t.name) == held for t in s.targets)
-        )
-        kept = next(writers, target)
-        found = measure(self.carrier, bound, self.lanes[0])
-        text = (
-            f"{found.count} of {found.elements} values differ, max |delta| {found.max_delta:.3g}, "
-            f"relative {found.relative_rms:.3g}"
-        )
-        if step.compare == "tied":
-            rows = f"; {int(found.rows.sum())} of {found.rows.size} rows" if len(part.dims) > 1 else ""
-            message = f"expected the values of {kept.name} as the config ties them, found {text}{rows}"
-            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
-        if step.compare == COPIED:
-            message = f"expected what {target.name} is made from, {in_words(step)}, found {text}"
-            return Problem("tied-mismatch", message, part.file, part.name, step.hint or None)
-        message = f"expected the copy in {kept.file}, found {text}"
-        if self.plan.strict_replicas or found.is_large:
-            hint = None if found.is_large else "without --strict-replicas it is only recorded"
-            return Problem("shard-conflict", message, part.file, part.name, hint)
-        details = {
-            "kept": kept.file,
-            "count": found.count,
-            "elements": found.elements,
-            "max_delta": found.max_delta,
-            "relative_rms": found.relative_rms,
-        }
-        return Finding("replica-difference", message, part.file, part.name, details)
 
     def _hash(self, targets: Targets) -> None:
         def work(key: Key, lane: Lane) -> None:
@@ -554,9 +510,9 @@ class Run:
 
     def _check_sources(self) -> None:
         """Checksums of source tensors that no step read whole and in full, and of the files' records."""
-        unread = {k for keys in self.steps.sources() for k in keys if k not in self.sources}
+        unread = [(f, n) for f, own in self.steps.read().items() for n in own if (f, n) not in self.sources]
         self.sources |= self._read_whole(sorted(unread))
-        known_c = {
+        known_c = self.known_c | {
             key: crc
             for key, collected in self.crcs_c.items()
             if (crc := collected.value(self.checkpoint.files[key[0]].tensors[key[1]].nbytes)) is not None

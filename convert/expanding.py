@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 
 from ckpt_tool.convert.layout import Home, Part, Ranges, Rule, Step, dims_text
 from ckpt_tool.convert.steps import Steps
@@ -68,6 +68,8 @@ def expand(
     shared = [Filling(row, template_indices((*row.source, *row.target)), _axes(row, axes)) for row in table]
     for layered, rows in groupby(shared, key=lambda f: "i" in f.indices):
         together = list(rows)
+        if layered and _expand_layers(together, indices["i"], originals, converteds, out):
+            continue
         for outer in [{"i": n} for n in range(indices["i"])] if layered else [{}]:
             for filling in together:
                 values, own = [outer], [k for k in filling.indices if k not in ("i", filling.row.cut)]
@@ -82,6 +84,37 @@ def expand(
     return out
 
 
+def _expand_layers(
+    together: Sequence[Filling],
+    count: int,
+    originals: Columns | None,
+    converteds: Columns | None,
+    out: Expansion,
+) -> bool:
+    """The steps of neighbouring rows of `count` layers, all at once; False, and nothing done, where not every
+    one is between one whole tensor and another."""
+    homes: list[Sequence[tuple[str, str]]] = []
+    names: list[Sequence[str]] = []
+    for filling in together:
+        found = _columns(filling, {}, "i", count, originals, converteds) if filling.indices == ["i"] else None
+        if found is None:
+            return False
+        homes += [found[0][0], found[1][0]]
+        names += [found[0][1], found[1][1]]
+    if all(own.count(own[0]) == count for own in homes):
+        pairs = zip(together, homes[::2], homes[1::2], strict=True)
+        kinds = [_plain_kind(f, place[0], home[0], out) for f, place, home in pairs] * count
+    else:
+        layers = zip(*homes, strict=True)
+        kinds = [
+            _plain_kind(f, place, home, out)
+            for layer in layers
+            for f, place, home in zip(together, layer[::2], layer[1::2], strict=True)
+        ]
+    out.steps.add_pairs(kinds, list(chain.from_iterable(zip(*names, strict=True))))
+    return True
+
+
 def _expand_together(
     filling: Filling,
     v: dict[str, int],
@@ -93,16 +126,10 @@ def _expand_together(
 ) -> bool:
     """The steps of a row for each value of its last index, all at once; False, and nothing done, where not
     every one is between one whole tensor and another."""
-    row = filling.row
-    if row.cut is not None or not len(row.source) == len(row.target) == 1 or not originals or not converteds:
+    found = _columns(filling, v, index, count, originals, converteds)
+    if found is None:
         return False
-    digits = [*map(str, range(count))]
-    left, right = (side[0].format_map({**v, index: "\0"}).split("\0") for side in (row.source, row.target))
-    sources = originals([n.join(left) for n in digits])
-    targets = None if sources is None else converteds([n.join(right) for n in digits])
-    if sources is None or targets is None or not count:
-        return False
-    (places, names), (homes, made) = sources, targets
+    (places, names), (homes, made) = found
     alike = places.count(places[0]) == homes.count(homes[0]) == count
     for place, home, own, new in (
         [(places[0], homes[0], names, made)]
@@ -111,6 +138,27 @@ def _expand_together(
     ):
         out.steps.add_alike(_plain_kind(filling, place, home, out), own, new)
     return True
+
+
+def _columns(
+    filling: Filling,
+    v: Mapping[str, int],
+    index: str,
+    count: int,
+    originals: Columns | None,
+    converteds: Columns | None,
+) -> tuple[Column, Column] | None:
+    """Both sides of a row for each value of one index, where every one is between one whole tensor and
+    another."""
+    row = filling.row
+    plain = row.cut is None and len(row.source) == len(row.target) == 1
+    if not plain or not originals or not converteds or not count:
+        return None
+    digits = [*map(str, range(count))]
+    left, right = (side[0].format_map({**v, index: "\0"}).split("\0") for side in (row.source, row.target))
+    sources = originals([n.join(left) for n in digits])
+    targets = None if sources is None else converteds([n.join(right) for n in digits])
+    return None if sources is None or targets is None else (sources, targets)
 
 
 def _axes(row: Rule, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

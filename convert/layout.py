@@ -217,6 +217,16 @@ class Block:
         for i, j, source_slices, target_slices, permutation in self.moves:
             assign(targets[j][target_slices], sources[i][source_slices].transpose(permutation))
 
+    def shuffle_each(self, inputs: np.ndarray, outputs: np.ndarray) -> None:
+        """The same of several at once, rows of both matrices, for a block with one read and one write."""
+        from ckpt_tool.convert.strips import assign
+
+        sources = inputs.reshape(-1, *self.reads[0].shape)
+        targets = outputs.reshape(-1, *self.writes[0].shape)
+        for _, _, source_slices, target_slices, permutation in self.moves:
+            order = (0, *(p + 1 for p in permutation))
+            assign(targets[:, *target_slices], sources[:, *source_slices].transpose(order))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -63,7 +63,7 @@ class Shares(View):
             first.setdefault(share.stored, name)
         wanted = None if of is None else {s.stored for name, s in self.shares.items() if name in of}
         return {
-            key: r if r.of is None else replace(r, of=first.get(r.of, r.of))
+            key: r if r.of is None else r._replace(of=first.get(r.of, r.of))
             for key, r in self.stored.records(wanted).items()
         }
 

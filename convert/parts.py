@@ -24,7 +24,6 @@ from ckpt_tool.convert import claims, disk, journal
 from ckpt_tool.convert.claims import Claim, claimed
 from ckpt_tool.convert.durable import Identity, Staging, open_folder, partial_prefix, resumable
 from ckpt_tool.convert.execute import (
-    REFUSED,
     Outcome,
     Progress,
     Run,
@@ -39,6 +38,7 @@ from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import Worker, groups, restricted, shares, whole_reads
 from ckpt_tool.convert.source_checks import Key
+from ckpt_tool.convert.verdicts import REFUSED
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 
 ENDING = 5.0  # seconds that a worker may take to end once its journal is complete

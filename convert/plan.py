@@ -21,14 +21,19 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo, tensor_inf
 from ckpt_tool.checkpoint.dcp_names import DATA
 from ckpt_tool.checkpoint.safetensors import INDEX_NAME, TENSOR_LIMIT, index_document, index_pieces
 from ckpt_tool.checkpoint.spool import Spool
-from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.tf_names import is_data
 from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
-from ckpt_tool.convert.fitting import expected_alike, fit
 from ckpt_tool.convert.layout import Part, Step, dims_text
+from ckpt_tool.convert.plan_checks import (
+    kept_problems,
+    step_problems,
+    told_apart,
+    too_many,
+    uncovered_problems,
+)
 from ckpt_tool.convert.steps import Steps
-from ckpt_tool.errors import Problem, fail, fail_all, printable
+from ckpt_tool.errors import Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
@@ -352,9 +357,9 @@ def assemble(
     steps = dtypes.typed(steps, options.dtype)
     dropped, uncovered = _unclaimed(steps, checkpoint, ignored, options)
     kept = set(options.drop) - {d.tensor.name for d in dropped}
-    missing = _told_apart(expansion.problems, checkpoint)
-    problems = [*_kept_problems(kept, checkpoint), *missing, *_step_problems(steps, checkpoint)]
-    fail_all([*problems, *_uncovered(uncovered, family), *dtypes.mixed(steps, options.dtype)])
+    missing = told_apart(expansion.problems, checkpoint)
+    problems = [*kept_problems(kept, checkpoint), *missing, *step_problems(steps, checkpoint)]
+    fail_all([*problems, *uncovered_problems(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps, in_files=direction != "to-hf")
     counts = wanted.counts()
     if direction == "to-hf":
@@ -362,7 +367,7 @@ def assemble(
         steps, documents = _set_down(steps, home), [*documents, *index]
     else:
         files = [wanted.whole(name) for name in outputs or ()]
-        fail_all(_too_many(files))
+        fail_all(too_many(files))
     return Plan(
         family=family,
         direction=direction,
@@ -390,9 +395,12 @@ class ToWrite:
     names: dict[str, dict[str, int]] = field(default_factory=dict)
     kinds: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
 
+    def kind(self, dtype: str, shape: tuple[int, ...]) -> int:
+        return self.kinds.setdefault((dtype, shape), len(self.kinds))
+
     def add(self, file: str, dtype: str, shape: tuple[int, ...], names: Sequence[str]) -> None:
         """Those of `names` that are not there yet."""
-        number = self.kinds.setdefault((dtype, shape), len(self.kinds))
+        number = self.kind(dtype, shape)
         held = self.names.setdefault(file, {})
         if not held.keys().isdisjoint(names):
             names = [name for name in names if name not in held]
@@ -429,6 +437,13 @@ def _written(steps: Steps, *, in_files: bool) -> ToWrite:
         ]
         for step in steps.templates
     ]
+    if {len(own) for own in writes} == {1} and len({own[0][1] for own in writes}) == 1:  # nearly always
+        written = steps.named([own[0][0] for own in writes])
+        kinds = {kind: made.kind(*writes[kind][0][2:]) for kind in dict.fromkeys(steps.kinds)}
+        held = dict(zip(written, map(kinds.__getitem__, steps.kinds), strict=True))
+        if len(held) == len(written):
+            made.names[writes[0][0][1]] = held
+            return made
     for kind, columns in steps.runs():
         if len(writes[kind]) == 1:
             ((j, file, dtype, shape),) = writes[kind]
@@ -444,13 +459,8 @@ def _unclaimed(
     steps: Steps, checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
     """The tensors that no step reads: those left out for a reason, and the others that are the model's."""
-    claimed: dict[str, set[str]] = {}  # names by file
-    reads = [[claimed.setdefault(p.file, set()).update for p in step.sources] for step in steps.templates]
-    for kind, columns in steps.by_kind():
-        for claim, names in zip(reads[kind], columns, strict=False):
-            claim(names)
     dropped, uncovered = [Dropped(t.tensor, t.reason) for t in checkpoint.left_out], []
-    for tensor in _others(checkpoint, claimed):
+    for tensor in _others(checkpoint, steps.read()):
         reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
         if reason is None and tensor.name in options.drop:
             reason = "asked for with --drop"
@@ -467,17 +477,6 @@ def _others(checkpoint: Checkpoint, claimed: Mapping[str, set[str]]) -> Iterator
         own: set[str] = claimed.get(name, set())
         if not file.tensors.keys() <= own:
             yield from (tensor for called, tensor in file.tensors.items() if called not in own)
-
-
-def _told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:
-    """`problems`, where a tensor is not missing but left out for its type."""
-    others = {t.tensor.name: t.tensor for t in checkpoint.left_out if t.tensor.dtype not in DTYPES}
-    for problem in problems:
-        tensor = others.get(problem.where or "")
-        if problem.kind == "missing-tensor" and tensor is not None:
-            message = f"expected a dtype known here, found {tensor.dtype}"
-            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name)
-        yield problem
 
 
 def dropped_names(asked: Iterable[str], checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -502,21 +501,6 @@ def dropped_names(asked: Iterable[str], checkpoint: Checkpoint) -> tuple[str, ..
         found |= dict.fromkeys(matched)
     fail_all(problems)
     return tuple(found)
-
-
-def _kept_problems(names: Iterable[str], checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What was asked for with --drop and is not left out, of layers together."""
-    needed: dict[tuple[str, ...], list[str]] = {}
-    for name in sorted(names):
-        if checkpoint.find(name):
-            needed.setdefault(fold_key(name), []).append(name)
-            continue
-        message = "expected a tensor that the model does not need, found none of that name"
-        yield Problem("usage", message, file="--drop", where=name)
-    for alike in needed.values():
-        what = "one that it needs" if len(alike) == 1 else f"{len(alike)} that it needs"
-        message = f"expected a tensor that the model does not need, found {what}"
-        yield Problem("usage", message, file="--drop", where=folded_name(alike))
 
 
 def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
@@ -578,18 +562,6 @@ def place(wanted: ToWrite, limit: int) -> tuple[list[OutputFile], list[OutputDoc
     return files, [OutputDocument(INDEX_NAME, content, "the list of output shards")], home
 
 
-def _too_many(files: Iterable[OutputFile]) -> Iterator[Problem]:
-    """Files that would hold more tensors than the readers take from one."""
-    for file in files:
-        limit = {"safetensors": TENSOR_LIMIT, "tf-bundle": TENSOR_LIMIT}.get(file.format)
-        if file.format == "torch-zip":
-            from ckpt_tool.checkpoint.torch_zip_writer import TENSOR_LIMIT as limit
-        if limit is not None and len(file.tensors) > limit:
-            message = f"expected at most {limit:,} tensors in one file, found {len(file.tensors):,}"
-            hint = "--form or --container, where the family has them, write other files"
-            yield Problem("unsupported", message, file.name, hint=hint)
-
-
 def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
     """The steps with the file of each target."""
     if len(of := set(home.values())) == 1:
@@ -609,72 +581,6 @@ def _set_down(steps: Steps, home: Mapping[str, str]) -> Steps:
             made.kinds.extend(repeat(new, len(files[0]) if together else 1))
     made.names, made.starts = steps.names, steps.starts
     return made
-
-
-def _absent(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
-    """One problem for each file that is not there and holds what a step reads."""
-    held: dict[str, dict[str, None]] = {}
-    files = [[checkpoint.files.get(p.file) for p in step.sources] for step in steps.templates]
-    lacking = [[f.absent if f is not None and f.may_lack else None for f in own] for own in files]
-    for kind, columns in steps.runs() if any(map(any, lacking)) else ():
-        for absent, names in zip(lacking[kind], columns, strict=False):
-            for name in names if absent is not None else ():
-                if absent is not None and (missing := absent(name)) is not None:
-                    held.setdefault(missing, {})[name] = None
-    for missing, (first, *others) in held.items():
-        more = f" and {len(others)} more tensors of the model" if others else ""
-        message = f"expected this file, which holds {printable(first)}{more}, found no such file"
-        yield Problem("missing-shard", message, missing, hint="download what is missing too")
-
-
-def _step_problems(steps: Steps, checkpoint: Checkpoint) -> Iterator[Problem]:
-    yield from _absent(steps, checkpoint)
-    defects = [step.defects() for step in steps.templates]
-    expected = [
-        [(p, shape, _tensors(p, checkpoint)) for p, shape in zip(s.sources, s.source_shapes(), strict=True)]
-        for s in steps.templates
-    ]
-    together = [expected_alike((shape, tensors) for _, shape, tensors in parts) for parts in expected]
-
-    def fine(kind: int, columns: Sequence[Sequence[str]]) -> bool:
-        return not defects[kind] and fit(together[kind], columns)
-
-    if all(fine(kind, columns) for kind, columns in steps.by_kind()):
-        return
-    for kind, columns in steps.runs():
-        parts = expected[kind]
-        if fine(kind, columns):
-            continue
-        for names in zip(*columns, strict=True):
-            for defect in defects[kind]:
-                yield Problem("shape-mismatch", defect, where=names[0])
-            for (part, shape, tensors), name in zip(parts, names, strict=False):
-                if (found := tensors.get(name)) is not None and found.shape != shape:
-                    message = f"expected shape {shape} ({dims_text(part.dims)}), found {found.shape}"
-                    yield Problem("shape-mismatch", message, file=part.file, where=name)
-
-
-def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
-    """Those of its file."""
-    return checkpoint.files[part.file].tensors if part.file in checkpoint.files else {}
-
-
-def _uncovered(tensors: list[TensorInfo], family: str) -> list[Problem]:
-    """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
-    folded: dict[tuple[tuple[str, ...], tuple[int, ...], str], list[TensorInfo]] = {}
-    for t in tensors:
-        folded.setdefault((fold_key(t.name), t.shape, t.dtype), []).append(t)
-    return [
-        Problem(
-            "uncovered-tensors",
-            f"expected a rule of family {family} for each tensor, found none for "
-            f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
-            file=group[0].file,
-            where=folded_name([t.name for t in group]),
-            hint="--drop NAME leaves a tensor out (a pattern: several), and records it",
-        )
-        for (_, shape, dtype), group in folded.items()
-    ]
 
 
 def config_document(config: Mapping[str, Value], name: str = "config.json") -> OutputDocument:

@@ -52,6 +52,10 @@ def step_texts(plan: Plan) -> Iterator[str]:
     steps = plan.steps if isinstance(plan.steps, Steps) else Steps(plan.steps)
     around = [_text(step_json(template)).split(NAME) for template in steps.templates]
     for kind, names in steps.packed():
+        if len(names) == 2:  # nearly always, and as below
+            before, between, after = around[kind]
+            yield f'{before}"name":{quoted(names[0])}{between}"name":{quoted(names[1])}{after}'
+            continue
         first, *rest = around[kind]
         named = (f'"name":{quoted(name)}{after}' for name, after in zip(names, rest, strict=True))
         yield "".join(chain((first,), named))

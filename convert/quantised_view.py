@@ -72,7 +72,7 @@ class Quantising(View):
         """A record of codes is that of its weight; those of scales are looked at by themselves."""
         wanted = None if of is None else {w.codes.name for n, w in self.by_name.items() if n in of}
         wanted = None if wanted is None else wanted | {n for n in self.stored.tensors if n in (of or ())}
-        return {k: replace(r, of=None) for k, r in self.stored.records(wanted).items()}
+        return {k: r._replace(of=None) for k, r in self.stored.records(wanted).items()}
 
     def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         self.stored.expect(r for r in ranges if r[0] not in self.by_name)

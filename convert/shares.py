@@ -6,7 +6,7 @@ other agree on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ckpt_tool.convert.layout import Step
@@ -64,11 +64,22 @@ def _leaders(outputs: Iterable[OutputFile], steps: Iterable[Step]) -> dict[str, 
     return {name: find(name) for name in leader}
 
 
-def first_readers(steps: Sequence[Step]) -> set[tuple[int, int]]:
+class _Every(Container[tuple[int, int]]):
+    """What holds everything."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def first_readers(steps: Sequence[Step]) -> Container[tuple[int, int]]:
     """(step, index of its source) of the first step that reads each tensor: only what it reads counts towards
     the tensor's checksum, so that no byte counts twice."""
+    packed = as_steps(steps)
+    widths = [len(t.sources) for t in packed.templates]
+    if sum(map(widths.__getitem__, packed.kinds)) == sum(map(len, packed.read().values())):
+        return _Every()  # nearly always each tensor is read once
     first: dict[Key, tuple[int, int]] = {}
-    for k, keys in enumerate(as_steps(steps).sources()):
+    for k, keys in enumerate(packed.sources()):
         for i, key in enumerate(keys):
             first.setdefault(key, (k, i))
     return set(first.values())

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, compress, pairwise
 from math import prod
 
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint
-from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import crc32c
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.carry import Lane, pieces
@@ -82,15 +81,16 @@ class Together:
 class Smalls:
     """The small tensors of one group of files: how they are moved, and what was learnt of them.
 
-    `begins` has the first byte of each tensor of the open files `opened`; `crc_c` says where the CRC-32C of
-    a source tensor is collected, if at all."""
+    `begins` has the first byte of each tensor of the open files `opened`; `has_c` says of which source
+    tensors, by file and name, the CRC-32C is taken too, None where it is of none."""
 
     checkpoint: Checkpoint
     steps: Steps
     opened: Mapping[str, int]
     begins: Mapping[str, Mapping[str, int]]
-    crc_c: Callable[[str, str], IntervalCrc | None]
+    has_c: Callable[[str, str], bool] | None
     sources: dict[Key, int] = field(default_factory=dict)  # CRC32s
+    sources_c: dict[Key, int] = field(default_factory=dict)  # CRC-32Cs
     targets: dict[Key, int] = field(default_factory=dict)
     odd: dict[Key, Values] = field(default_factory=dict)  # what is not as in nearly every tensor
 
@@ -131,11 +131,9 @@ class Smalls:
         """Move the tensors of `run`."""
         bits = np.dtype(DTYPES[run.kinds[0].dtype].bits)
         room = lane.room("together", run.size // bits.itemsize, bits)
-        data, (*begins, _) = room.data.cast("B"), accumulate((k.numel for k in run.kinds), initial=0)
-        views = [
-            data[at * bits.itemsize : at * bits.itemsize + k.size]
-            for at, k in zip(begins, run.kinds, strict=True)
-        ]
+        data, edges = room.data.cast("B"), [*accumulate([k.size for k in run.kinds], initial=0)]
+        views = [data[start:stop] for start, stop in pairwise(edges)]
+        begins = [start // bits.itemsize for start in edges[:-1]]
         self._read(run, views, lane)
         crcs = [*map(crc32, views)]
         self._learn_sources(run, views, crcs)
@@ -145,7 +143,10 @@ class Smalls:
             made = _made(kind, room[begins[k] : begins[k] + kind.numel], lane)
             if (place := values.look(made)) is not None:
                 values.found_at(place)
-        self._write(run, room, begins, crcs, lane)
+        self._write(run, data, edges, self._reorder(run, room, begins, crcs, lane), lane)
+        self.targets.update(
+            zip(zip([k.target for k in run.kinds], run.targets, strict=True), crcs, strict=True)
+        )
         lane.written_bytes += run.size
 
     def _read(self, run: Together, views: Sequence[memoryview], lane: Lane) -> None:
@@ -157,33 +158,52 @@ class Smalls:
         lane.read_bytes += run.size
 
     def _learn_sources(self, run: Together, views: Sequence[memoryview], crcs: Sequence[int]) -> None:
-        for k, (kind, name) in enumerate(zip(run.kinds, run.sources, strict=True)):
-            if run.summed[k]:
-                self.sources[kind.source, name] = crcs[k]
-                if (collected := self.crc_c(kind.source, name)) is not None:
-                    collected.add(0, kind.size, crc32c(views[k]))
+        keys = [(kind.source, name) for kind, name in zip(run.kinds, run.sources, strict=True)]
+        self.sources.update(compress(zip(keys, crcs, strict=True), run.summed))
+        for key, view, summed in zip(keys, views, run.summed, strict=True) if self.has_c is not None else ():
+            if summed and self.has_c is not None and self.has_c(*key):
+                self.sources_c[key] = crc32c(view)
+
+    def _reorder(
+        self, run: Together, room: np.ndarray, begins: Sequence[int], crcs: list[int], lane: Lane
+    ) -> set[int]:
+        """Put the elements of tensors in their new order where they are, those of one kind at once, and their
+        new checksums into `crcs`. Larger tensors are written; the numbers of these."""
+        alike: dict[int, list[int]] = {}
+        for k, kind in enumerate(run.kinds):
+            if kind.block is not None:
+                alike.setdefault(id(kind), []).append(k)
+        written: set[int] = set()
+        for own in alike.values():
+            kind = run.kinds[own[0]]
+            assert kind.block is not None
+            if kind.size <= SMALL:
+                for some in _evenly([begins[k] for k in own]):
+                    rows = _rows(room, some, kind.numel)
+                    made = lane.room("out", rows.size, room.dtype).reshape(rows.shape)
+                    kind.block.shuffle_each(rows, made)
+                    rows[...] = made
+                for k in own:
+                    crcs[k] = crc32(room[begins[k] : begins[k] + kind.numel].data.cast("B"))
+                continue
+            for k in own:
+                data = _made(kind, room[begins[k] : begins[k] + kind.numel], lane).data.cast("B")
+                crcs[k], at = crc32(data), self.begins[kind.target][run.targets[k]]
+                lane.outbox.put(kind.target, self.opened[kind.target], at, data)
+                written.add(k)
+        return written
 
     def _write(
-        self, run: Together, room: np.ndarray, begins: Sequence[int], crcs: Sequence[int], lane: Lane
+        self, run: Together, data: memoryview, edges: Sequence[int], written: Container[int], lane: Lane
     ) -> None:
         """What follows one another here and in the file goes there at once."""
-        data, itemsize = room.data.cast("B"), room.itemsize
         held = ("", 0, 0, 0)  # file, its byte, first byte here, byte after the last
-        for kind, name, begin, crc in zip(run.kinds, run.targets, begins, crcs, strict=True):
-            offset, start = self.begins[kind.target][name], begin * itemsize
-            stop = start + kind.size
-            if kind.block is not None:
-                part = room[begin : begin + kind.numel]
-                made = _made(kind, part, lane)
-                crc = crc32(made.data.cast("B"))
-                if kind.size <= SMALL:
-                    part[:] = made
-                else:
-                    lane.outbox.put(kind.target, self.opened[kind.target], offset, made.data.cast("B"))
-                    stop = start
-            self.targets[kind.target, name] = crc
+        for k, (kind, name) in enumerate(zip(run.kinds, run.targets, strict=True)):
+            if k in written:
+                continue
+            offset, start, stop = self.begins[kind.target][name], edges[k], edges[k + 1]
             file, at, first, last = held
-            if file == kind.target and last == start and at + last - first == offset:
+            if last == start and at + last - first == offset and file == kind.target:
                 held = (file, at, first, stop)
                 continue
             self._put(held, data, lane)
@@ -195,6 +215,26 @@ class Smalls:
         file, at, first, last = held
         if last > first:
             lane.outbox.put(file, self.opened[file], at, data[first:last])
+
+
+def _evenly(places: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The places, which rise, in runs that are equally far apart."""
+    start = 0
+    for k in range(2, len(places) + 1):
+        if k == len(places) or (
+            k - start > 1 and places[k] - places[k - 1] != places[start + 1] - places[start]
+        ):
+            yield places[start:k]
+            start = k
+    if start < len(places):
+        yield places[start:]
+
+
+def _rows(room: np.ndarray, begins: Sequence[int], numel: int) -> np.ndarray:
+    """The runs of `numel` elements of flat `room` that begin there, equally far apart, as a matrix."""
+    step = begins[1] - begins[0] if len(begins) > 1 else numel
+    first, itemsize = begins[0] * room.itemsize, room.itemsize
+    return np.ndarray((len(begins), numel), room.dtype, room.data, first, (step * itemsize, itemsize))
 
 
 def _made(kind: Kind, bits: np.ndarray, lane: Lane) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import field
 from functools import lru_cache
 
-from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorFile
+from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.crc32 import Combine, IntervalCrc, combine
 from ckpt_tool.checkpoint.crc32c import combine_c
 from ckpt_tool.checkpoint.zlibs import crc32
@@ -47,29 +47,40 @@ def check_records(
     """Put together the checksum of each record from those of the tensors in it (whole tensors; `crcs` are
     CRC-32s, `crcs_c` CRC-32Cs)."""
     found = RecordCheck()
+    read, read_c = _by_file(crcs), _by_file(crcs_c or {})
     for file in checkpoint.files.values():
-        read = {name for of, name in crcs if of == file.name}
-        tensors = _tensors_by_record(file, read)
-        for key, record in file.records(read).items():
-            unwanted = record.of is not None and (file.name, record.of) not in crcs
-            if record.size == 0 or unwanted:
+        known, known_c = read.get(file.name, {}), read_c.get(file.name, {})
+        tensors = _tensors_by_record(file, known)
+        for key, record in file.records(known).items():
+            _, offset, size, wanted, wanted_c, of = record
+            if size == 0 or (of is not None and of not in known):
                 continue
-            other = record.crc32c is not None
-            wanted = record.crc32c if other else record.crc32
+            other = wanted_c is not None
+            wanted = wanted_c if other else wanted
             if wanted is None:
                 found.unchecked[file.name] = found.unchecked.get(file.name, 0) + 1
                 continue
-            names = tensors.get(key, [])
-            crc = _joined(record, file, names, (crcs_c or {}) if other else crcs, _WAYS[other])
+            own, names = known_c if other else known, tensors.get(key, [])
+            if len(names) == 1 and names[0][0] == 0 and file.tensors[names[0][1]].nbytes == size:
+                crc = own.get(names[0][1])  # nearly always
+            else:
+                crc = _joined(size, file, names, own, _WAYS[other])
             if crc is None:
                 found.unread.append((file.name, key))
             elif crc != wanted:
                 what = "CRC-32C" if other else "CRC32"
                 message = f"expected {what} {wanted:08x} as the file says, found {crc:08x}"
                 if other:
-                    message += f" in the {record.size} bytes from byte {record.offset} on"
+                    message += f" in the {size} bytes from byte {offset} on"
                 hint = "the file is damaged: download it again"
                 found.wrong.append(Problem("checksum", message, file.name, names[0][1], hint))
+    return found
+
+
+def _by_file(crcs: Mapping[Key, int]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for (file, name), crc in crcs.items():
+        found.setdefault(file, {})[name] = crc
     return found
 
 
@@ -80,29 +91,27 @@ def _tensors_by_record(file: TensorFile, read: Collection[str]) -> dict[str, lis
     """For each record the tensors, of those `read`, that are runs of it, as (first byte, name)."""
     found: dict[str, list[tuple[int, str]]] = {}
     for name in file.tensors:
-        place = file.record_of(name) if name in read else None
-        if place is not None:
+        if name in read and (place := file.record_of(name)) is not None:
             found.setdefault(place[0], []).append((place[1], name))
     return found
 
 
 def _joined(
-    record: Record,
+    size: int,
     file: TensorFile,
     names: list[tuple[int, str]],
-    crcs: Mapping[Key, int],
+    crcs: Mapping[str, int],
     combine: Combine,
 ) -> int | None:
-    """The record's checksum if some of its tensors follow one another from its first byte to its last."""
-    if len(names) == 1 and names[0][0] == 0 and file.tensors[names[0][1]].nbytes == record.size:
-        return crcs.get((file.name, names[0][1]))  # nearly always
+    """The checksum of a record of `size` bytes if some of its tensors follow one another from its first byte
+    to its last."""
     at = crc = 0
     for start, name in sorted(names):
-        known = crcs.get((file.name, name))
+        known = crcs.get(name)
         if start == at and known is not None and file.tensors[name].nbytes:
             crc = combine(crc, known, file.tensors[name].nbytes)
             at += file.tensors[name].nbytes
-    return crc if at == record.size else None
+    return crc if at == size else None
 
 
 def repeated_shares(steps: Iterable[Step], checkpoint: Checkpoint, crcs: Mapping[Key, int]) -> list[Problem]:

@@ -57,6 +57,13 @@ class Steps(Sequence[Step]):
         self.names.extend(columns[0] if width == 1 else chain.from_iterable(zip(*columns, strict=True)))
         self.starts.extend(range(end + width, end + width * count + 1, width))
 
+    def add_pairs(self, kinds: Sequence[int], names: Sequence[str]) -> None:
+        """Steps of these templates, each of one source and one target, whose `names` follow one another."""
+        end = len(self.names)
+        self.kinds.extend(kinds)
+        self.names.extend(names)
+        self.starts.extend(range(end + 2, end + len(names) + 1, 2))
+
     def extend(self, steps: Iterable[Step]) -> None:
         if isinstance(steps, Steps):
             kinds = [self.kind(t) for t in steps.templates]
@@ -121,7 +128,12 @@ class Steps(Sequence[Step]):
         for kind, own in enumerate(starts):
             step = self.templates[kind]
             width = len(step.sources) + len(step.targets)
-            if own:
+            if not own:
+                continue
+            at, end, stride = own[0], own[-1], own[1] - own[0] if len(own) > 1 else 1
+            if stride > 0 and own == list(range(at, end + 1, stride)):  # those of the layers
+                yield kind, self._columns(range(at, end + 1, stride), width)
+            else:
                 yield kind, self._columns(own, width)
 
     def _columns(self, starts: Sequence[int], width: int) -> list[list[str]]:
@@ -129,9 +141,23 @@ class Steps(Sequence[Step]):
         if len(starts) < width:  # a thousand experts in one step
             return list(map(list, zip(*[self.names[at : at + width] for at in starts], strict=True)))
         if isinstance(starts, range):
-            first, end = starts[0], starts[-1] + width
-            return [self.names[j:end:width] for j in range(first, first + width)]
+            first, end = starts[0], starts[-1]
+            return [self.names[first + j : end + j + 1 : starts.step] for j in range(width)]
         return [[self.names[at + j] for at in starts] for j in range(width)]
+
+    def named(self, places: Sequence[int]) -> list[str]:
+        """Of each step one name: `places` says for its template which."""
+        names = self.names
+        return [names[at + places[kind]] for kind, at in zip(self.kinds, self.starts, strict=False)]
+
+    def read(self) -> dict[str, set[str]]:
+        """The names of all sources by file."""
+        found: dict[str, set[str]] = {}
+        reads = [[found.setdefault(p.file, set()).update for p in step.sources] for step in self.templates]
+        for kind, columns in self.by_kind():
+            for take, names in zip(reads[kind], columns, strict=False):
+                take(names)
+        return found
 
     def sources(self) -> Iterator[list[tuple[str, str]]]:
         """(file, name) of the sources of each step, which is not made for it."""

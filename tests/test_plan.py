@@ -19,7 +19,7 @@ from ckpt_tool.checkpoint import torch_zip_writer
 from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
 from ckpt_tool.checkpoint.tensor_names import fold_key, folded_name
 from ckpt_tool.checkpoint.zip_reader import MEMBER_LIMIT
-from ckpt_tool.convert import plan as plan_module
+from ckpt_tool.convert import plan_checks
 from ckpt_tool.convert.expanding import expand
 from ckpt_tool.convert.families import family
 from ckpt_tool.convert.layout import Step, rule
@@ -103,13 +103,13 @@ def test_no_file_is_planned_that_could_not_be_read(
     conversions: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert torch_zip_writer.TENSOR_LIMIT < MEMBER_LIMIT - 100  # the other members of a torch file
-    for name, module in (("a.safetensors", plan_module), ("a.pth", torch_zip_writer)):
+    for name, module in (("a.safetensors", plan_checks), ("a.pth", torch_zip_writer)):
         monkeypatch.setattr(module, "TENSOR_LIMIT", 3)
         made: list[str] = []
         for count in (3, 4):
             wanted = to_write(*[1] * count)
             wanted.names[name] = wanted.names.pop("")
-            made += [p.message for p in plan_module._too_many([wanted.whole(name)])]
+            made += [p.message for p in plan_checks.too_many([wanted.whole(name)])]
         assert made == ["expected at most 3 tensors in one file, found 4"]
     back = ("convert", "mistral", "--to", "original", "--in", str(conversions("mistral-float32")))
     done = program(*back, "--out", "out", cwd=tmp_path)

@@ -56,6 +56,31 @@ def descriptor(tmp_path: Path) -> Iterator[int]:
     os.close(opened)
 
 
+# --- reordering together ---
+
+
+@pytest.mark.parametrize("begins", [[8], [0, 24, 48, 72], [0, 24, 60, 84, 108, 140]], ids=str)
+def test_alike_tensors_are_reordered_at_once_wherever_they_are(begins: list[int]) -> None:
+    step = Step(
+        (("n", 3), ("h", 2), ("d", 4)),
+        (Part("a", "", "F16", parse_dims("(n h) d")),),
+        (Part("b", "", "F16", parse_dims("d (h n)")),),
+    )
+    (block,) = step.blocks(SMALL_STEP, SMALL_STEP)
+    room = np.arange(200, dtype="<u2")
+    wanted = room.copy()
+    for begin in begins:
+        block.shuffle([room[begin : begin + 24]], [wanted[begin : begin + 24]])
+    runs = [*small._evenly(begins)]
+    assert [b for run in runs for b in run] == begins and len(runs) == (3 if 60 in begins else 1)
+    for run in runs:
+        rows = small._rows(room, run, 24)
+        made = np.empty(rows.shape, rows.dtype)
+        block.shuffle_each(rows, made)
+        rows[...] = made
+    assert np.array_equal(room, wanted) and not np.array_equal(room, np.arange(200))
+
+
 # --- writing together -----------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from ckpt_tool.checkpoint.tensor_names import Folded, fold_key, folded_name
 from ckpt_tool.convert.expanding import Column, Columns, Expansion, expand
 from ckpt_tool.convert.fitting import expected_alike, fit
 from ckpt_tool.convert.layout import Part, Step, rule
+from ckpt_tool.convert.shares import first_readers
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError
 from tests.test_scale import read
@@ -154,6 +155,53 @@ def test_shapes_of_neighbouring_parts_are_compared_together() -> None:
         columns = [["a"], ["c"], ["d"], ["a"]]
         columns[k].append(wrong)
         assert fit(expected, columns) == (wrong == "z")  # which is not there
+
+
+PLACES = {
+    "one file": lambda n: ("a", "F32"),
+    "two files": lambda n: (n[-3] + ".st", "F32" if "7" in n else "F16"),
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_layers_at_once_are_those_that_come_one_by_one(where: str) -> None:
+    table = [rule("l.{i}.w", "m.{i}.w", "f d -> d f"), rule("l.{i}.n", "m.{i}.n", "d"), rule("e", "f", "d")]
+    place = PLACES[where]
+    asked = {
+        "axes": {"f": 2, "d": 3},
+        "indices": {"i": 40},
+        "original": lambda name: [place(name.rjust(3))],
+        "converted": lambda name: ("b", "F32", f"x.{name}"),
+    }
+    columns = {
+        "originals": lambda names: ([place(n) for n in names], names),
+        "converteds": lambda names: ([("b", "F32")] * len(names), [f"x.{n}" for n in names]),
+    }
+    one_by_one, at_once = expand(table, **asked), expand(table, **asked, **columns)
+    assert list(at_once.steps) == list(one_by_one.steps) and len(at_once.steps) == 81
+    assert at_once.steps.templates == one_by_one.steps.templates and at_once.problems == []
+    lacking = columns | {"converteds": lambda _: None}
+    assert list(expand(table, **asked, **lacking).steps) == list(one_by_one.steps)
+
+
+def test_the_names_of_steps_by_template_and_by_file() -> None:
+    layers = Steps([s for k in range(9) for s in (step(2 * k), replace(step(2 * k + 1), note="other"))])
+    for steps in (layers, Steps(MIXED)):
+        found = {kind: list(zip(*columns, strict=True)) for kind, columns in steps.by_kind()}
+        wanted: dict[int, list[tuple[str, ...]]] = {}
+        for kind, names in steps.packed():
+            wanted.setdefault(kind, []).append(tuple(names))
+        assert found == wanted
+        assert steps.read() == {"a": {p.name for s in steps for p in s.sources}}
+    assert layers.named([0, 1])[:3] == ["l.0.w", "m.1.w", "l.2.w"]
+
+
+def test_of_tensors_that_are_read_twice_the_first_reading_counts() -> None:
+    assert all((k, 0) in first_readers(Steps([step(0), step(1)])) for k in (0, 1))
+    again = first_readers([step(0), joined(1), step(0), replace(step(2), compare="tied")])
+    assert [(k, i) for k in range(4) for i in range(3) if (k, i) in again] == [
+        *[(0, 0), (1, 0), (1, 1), (1, 2), (3, 0)]
+    ]
 
 
 # --- names and documents ------------------------------------------------------------------------------------

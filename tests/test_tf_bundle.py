@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ from ckpt_tool.checkpoint.tf_coding import (
     slice_key,
     to_varint,
 )
-from ckpt_tool.checkpoint.tf_entries import NUMBER_OF
+from ckpt_tool.checkpoint.tf_entries import NUMBER_OF, Entry, _any, _entry, _usual
 from ckpt_tool.checkpoint.tf_table import entries, table
 from ckpt_tool.convert.execute import Outcome, execute
 from ckpt_tool.convert.layout import Part, Step, parse_dims
-from ckpt_tool.convert.plan import OutputFile, Plan, _step_problems, _told_apart
+from ckpt_tool.convert.plan import OutputFile, Plan
+from ckpt_tool.convert.plan_checks import step_problems, told_apart
 from ckpt_tool.convert.recognising import only_family
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import CkptToolError, Problem
@@ -83,6 +85,25 @@ def test_crc32c_of_any_length_and_in_any_pieces(start: bytes, times: int, cut: i
     at = len(data) * cut // 61
     assert crc32c(data[at:], crc32c(data[:at])) == want
     assert combine_c(crc32c(data[:at]), crc32c(data[at:]), len(data) - at) == want
+
+
+@given(
+    st.lists(st.integers(0, 2**17), max_size=4),
+    st.integers(0, 99_998),
+    st.integers(0, 2**48),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_entries_are_read_alike_at_once_and_field_by_field(
+    shape: list[int], shard: int, offset: int, crc: int
+) -> None:
+    entry = Entry(NUMBER_OF["F16"], tuple(shape), shard, offset, 2 * prod(shape), crc)
+    message = entry.message()
+    assert _usual(message) == _any(message) == _entry(message) == entry
+    head, rest = message[:2], message[2:]
+    for other in (rest + head, message + b"\x40\1", message + head, head + message):
+        assert _usual(other) is None and _entry(other) == entry  # in another order, with more, a field twice
+    assert _usual(b"\x08\x7d" + rest) is None  # a type that there is not
 
 
 @given(st.data(), st.binary(min_size=9, max_size=400))
@@ -457,7 +478,7 @@ def test_planning_names_the_data_file_that_a_tensor_needs(tmp_path: Path) -> Non
     with open_checkpoint(tmp_path) as checkpoint:
         steps = {t.name: one(t.name, t.file, "", "r", "r", r=2) for t in checkpoint}
         for name, kinds in (("a", []), ("b", ["missing-shard"])):
-            found = list(_step_problems(Steps([steps[name]]), checkpoint))
+            found = list(step_problems(Steps([steps[name]]), checkpoint))
             assert [p.kind for p in found] == kinds
             assert all(p.file == "p.data-00001-of-00002" and "which holds b," in p.message for p in found)
 
@@ -478,7 +499,7 @@ def test_what_is_no_number_is_shown_by_name_and_refused_where_it_is_claimed(
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.names() == ["w"]
         missing = [Problem("missing-tensor", "expected this tensor, found none", where=n) for n in "cx"]
-        found = list(_told_apart(missing, checkpoint))
+        found = list(told_apart(missing, checkpoint))
     assert [(p.kind, p.where) for p in found] == [("unsupported-dtype", "c"), ("missing-tensor", "x")]
     assert found[0].message == "expected a dtype known here, found complex64" and found[0].file == DATA_FILE
 

@@ -109,6 +109,27 @@ def test_what_zipfile_writes_is_read(kind: type[io.BytesIO], archive: Callable[[
     }
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_what_ends_a_member_comes_with_the_header_of_the_next(
+    wide: bool, archive: Callable[[bytes], ZipArchive], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, reads = Pipe(), [0]
+    with zipfile.ZipFile(target, "w") as z:
+        for k in range(50):
+            with z.open(f"data/{k}", "w", force_zip64=wide) as f:
+                f.write(bytes([k]) * k)
+    read = ByteRange.read
+
+    def counted(self: ByteRange, offset: int, size: int) -> bytes:
+        reads[0] += 1
+        return read(self, offset, size)
+
+    monkeypatch.setattr(ByteRange, "read", counted)
+    opened = archive(target.getvalue())
+    assert reads[0] == 50 + 5  # one for each member; the first header, the end records and the directory
+    assert contents(opened) == {f"data/{k}": bytes([k]) * k for k in range(50)}
+
+
 def test_folders_have_members_of_their_own(archive: Callable[[bytes], ZipArchive]) -> None:
     data = build(Made(b"a/", b"", attributes=0x10), Made(b"a/b"), Made(b"c/", b""))
     assert contents(archive(data)) == {"a/": b"", "a/b": b"hello", "c/": b""}

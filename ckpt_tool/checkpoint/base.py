@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import chain, repeat
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ckpt_tool.checkpoint.signs import stand_in
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near, printable
@@ -129,8 +129,7 @@ class Fingerprint:
         return mine == (now.device, now.inode, now.size, now.mtime_ns) and not written
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A run of file bytes that carries a checksum of its own (a member of a torch zip, say).
 
     `crc32` is None where the file does not say; such bytes are reported as unchecked, unless it carries a
@@ -342,7 +341,7 @@ class Renamed(View):
         new = {old: new for new, old in self.own.items()}
         wanted = None if of is None else {old for name, old in self.own.items() if name in of}
         return {
-            key: r if r.of is None else replace(r, of=new.get(r.of, r.of))
+            key: r if r.of is None else r._replace(of=new.get(r.of, r.of))
             for key, r in self.stored.records(wanted).items()
         }
 

@@ -10,7 +10,6 @@ import errno
 import os
 import stat
 import zlib
-from collections import deque
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -81,18 +80,30 @@ class ByteRange:
 
     def read_each(self, pieces: Iterable[Wanted]) -> None:
         """Fill each buffer from its offset on, neighbours in the file with one call."""
-        left = deque(sorted(pieces, key=itemgetter(0)))
-        while left:
-            start = end = left[0][0]
-            near: list[Wanted] = []
-            rooms: list[memoryview] = []
-            while left and len(near) < NEIGHBOURS and 0 <= left[0][0] - end <= len(_GAP):
-                near.append(piece := left.popleft())
-                rooms += [piece[1]] if piece[0] == end else [_GAP[: piece[0] - end], piece[1]]
-                end = piece[0] + len(piece[1])
-            if start < 0 or end > self.size or self._preadv(rooms, start) != end - start:
-                for piece in near:  # which says what is wrong, and where
-                    self.read_into(*piece)
+        near: list[Wanted] = []
+        rooms: list[memoryview] = []
+        start = end = 0
+        for piece in sorted(pieces, key=itemgetter(0)):
+            at, room, _ = piece
+            gap = at - end
+            if near and not (0 <= gap <= len(_GAP) and len(near) < NEIGHBOURS):
+                self._read_near(near, rooms, start, end)
+                near, rooms = [], []
+            if not near:
+                start = at
+            elif gap:
+                rooms.append(_GAP[:gap])
+            near.append(piece)
+            rooms.append(room)
+            end = at + len(room)
+        if near:
+            self._read_near(near, rooms, start, end)
+
+    def _read_near(self, near: Iterable[Wanted], rooms: Sequence[memoryview], start: int, end: int) -> None:
+        """Fill neighbours, which are all in `rooms` with what lies between them."""
+        if start < 0 or end > self.size or self._preadv(rooms, start) != end - start:
+            for piece in near:  # which says what is wrong, and where
+                self.read_into(*piece)
 
     def _preadv(self, rooms: Sequence[memoryview], offset: int) -> int:
         """The bytes that were read into `rooms`; none where that fails."""
@@ -103,18 +114,17 @@ class ByteRange:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes; the caller bounds `size`."""
-        if offset + size <= self.size and len(data := self._pread(offset, size)) == size:
-            return data  # the usual case, without a second copy
+        if offset + size <= self.size:
+            try:
+                data = os.pread(self.descriptor, size, self.base + offset)
+            except OSError as error:
+                at = self.base + offset
+                fail("read-failed", f"cannot be read at byte {at}: {error.strerror}", file=self.name)
+            if len(data) == size:
+                return data  # the usual case, without a second copy
         buffer = bytearray(size)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
-
-    def _pread(self, offset: int, size: int) -> bytes:
-        try:
-            return os.pread(self.descriptor, size, self.base + offset)
-        except OSError as error:
-            at = self.base + offset
-            fail("read-failed", f"cannot be read at byte {at}: {error.strerror}", file=self.name)
 
     def expect(self, ranges: Iterable[Window]) -> None:
         """These windows will be read soon. What is on this machine needs no preparation."""

@@ -199,7 +199,7 @@ class DcpFile(TensorFile):
     def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         """By the number of the piece, which is parsed for it, once."""
         return {
-            str(number): replace(record, key=str(number), of=name)
+            str(number): record._replace(key=str(number), of=name)
             for name in self.tensors
             if of is None or name in of
             for number in _numbers(self._told.told(name).pieces)

@@ -63,42 +63,41 @@ def tensor_row(machine: Machine) -> bool:
         grad, hooks_line, hooks_put, hooks_get, made_put, args_put,
     ) = row.groups()  # fmt: skip
     recall, known_line = machine.memo.get, machine.lines_known.get
-    text = recall(recalled(word)) if word else "storage"
-    kind = recall(recalled(kind_get)) if kind_get else known_line(kind_line)
-    hooks = recall(recalled(hooks_get)) if hooks_get else known_line(hooks_line)
-    location = recall(recalled(place)) if place else "cpu"
+    text = recall(_recalled(word)) if word else "storage"
+    kind = recall(_recalled(kind_get)) if kind_get else known_line(kind_line)
+    hooks = recall(_recalled(hooks_get)) if hooks_get else known_line(hooks_line)
+    location = recall(_recalled(place)) if place else "cpu"
     if text != "storage" or type(kind) is not Global or type(location) is not str or not _is_hooks(hooks):
         return False
-    key, numel, dtype = key_text.decode("ascii"), number(count), storage_dtype(kind)
+    key, dtype = key_text.decode("ascii"), storage_dtype(kind)
+    (numel, numel_cost), (offset, offset_cost) = _number(count), _number(start)
     ref = StorageRef(key, dtype, location, numel)
     held = machine.storages.get(key, ref)
     shape, shape_cost, shape_opcodes = _sizes(sizes)
     strides, strides_cost, strides_opcodes = _sizes(steps)
     cost = _COST + shape_cost + strides_cost + len(key) + 16 * len(shape) + 24 * len(none)
-    cost += _number_cost(count) + _number_cost(start) + (0 if word else 71) + (0 if place else 67)
+    cost += numel_cost + offset_cost + (0 if word else 71) + (0 if place else 67)
     wrong = numel < 0 or key_size[0] != len(key) or (held is not ref and held != ref)
     if not dtype or wrong or not _has_room(machine, cost):
         return False
     puts = (
         word_put, kind_put, key_put, cpu_put, pid_put, sizes_put, steps_put, hooks_put, made_put, args_put,
     )  # fmt: skip
-    if any(put and recalled(put) in machine.memo for put in puts):  # what is recalled may have changed since
+    entries = [recalled(put) for put in puts if put is not None]
+    if not machine.memo.keys().isdisjoint(entries):  # what is recalled may have changed since
         return False
-    offset, entries = number(start), 0
-    if any(puts):
+    if entries:
         pid = ("storage", kind, key, location, numel, *[None] * len(none))
         args: Args = (held, offset, shape, strides, grad == b"\x88", {})
         values = (text, kind, key, location, pid, shape, strides, hooks, args[-1], args)
-        for put, value in zip(puts, values, strict=True):
-            if put is not None:
-                machine.memo[recalled(put)] = value
-                entries += 1
+        new = [value for put, value in zip(puts, values, strict=True) if put is not None]
+        machine.memo.update(zip(entries, new, strict=True))
     if not machine.in_rows:
         machine.called |= {function, hooks}
     machine.storages[key] = held
     machine.tensors += 1
-    machine.memory -= cost + _ENTRY * entries
-    machine.in_rows += _OPCODES + shape_opcodes + strides_opcodes + len(none) + entries
+    machine.memory -= cost + _ENTRY * len(entries)
+    machine.in_rows += _OPCODES + shape_opcodes + strides_opcodes + len(none) + len(entries)
     machine.pos = row.end()
     machine.stack[-1] = TensorRecord(held, dtype, offset, shape, strides, machine.base + machine.pos - 1)
     return True
@@ -132,6 +131,15 @@ def _sizes(data: bytes) -> tuple[tuple[int, ...], int, int]:
 
 
 _EACH = re.compile(_NUMBER, re.S)
+
+
+_recalled = lru_cache(4096)(recalled)  # neighbours recall the same
+
+
+@lru_cache(4096)
+def _number(data: bytes) -> tuple[int, int]:
+    """The number that the opcode in `data` pushes, and what it is counted with."""
+    return number(data), _number_cost(data)
 
 
 def _number_cost(data: bytes) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import prod
 
 from ckpt_tool.checkpoint.base import DTYPES, Record, TensorFile, TensorInfo, View
@@ -100,7 +99,7 @@ class Pieced(View):
             for p in pieces if of is None or name in of else ():
                 first.setdefault(p.place[0], name)
         found = self.stored.records(first)
-        return {key: r if r.of is None else replace(r, of=first[r.of]) for key, r in found.items()}
+        return {key: r if r.of is None else r._replace(of=first[r.of]) for key, r in found.items()}
 
     def extent(self, name: str) -> None:
         """None: it may be parts of many."""

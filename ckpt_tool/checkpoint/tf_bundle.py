@@ -82,7 +82,6 @@ class BundleFile(TensorFile):
     moved; their stored bytes can be read, `index` is shared with the other data files."""
 
     format = "tf-bundle"
-    may_lack = True
 
     def __init__(
         self,
@@ -101,14 +100,20 @@ class BundleFile(TensorFile):
         self.path = places.there[shard].path if shard in places.there else index.path
         self.tensors, self.others, self.metadata = {}, {}, {}
         for name, entry in entries.items():
-            if entry.dtype is not None:
-                self.tensors[name] = TensorInfo(name, entry.dtype, entry.shape, self.name)
+            if (dtype := entry.dtype) is not None:
+                self.tensors[name] = TensorInfo(name, dtype, entry.shape, self.name)
             else:
                 kind = TYPES[entry.type][0]
                 self.others[name] = OtherTensor(
                     name, kind, entry.shape, self.name, sum(e.size for e in self._runs(name))
                 )
-        self._missing = {n for n in entries if any(e.shard not in places.there for e in self._runs(n))}
+        shards = {e.shard for e in entries.values()} | {p.place.shard for own in pieces.values() for p in own}
+        self.may_lack = not shards <= places.there.keys()
+        self._missing = (
+            {n for n in entries if any(e.shard not in places.there for e in self._runs(n))}
+            if self.may_lack
+            else set[str]()
+        )
 
     tensors: dict[str, TensorInfo]
     others: dict[str, OtherTensor]
@@ -168,8 +173,12 @@ class BundleFile(TensorFile):
         for name in self.tensors:
             if name in self._missing:
                 continue
+            if name not in self._pieces:
+                _, _, _, offset, size, crc, _ = self._entries[name]
+                found[name] = Record(name, offset, size, None, crc, name)
+                continue
             for k, entry in enumerate(self._runs(name)):
-                key = f"{name} {k}" if name in self._pieces else name
+                key = f"{name} {k}"
                 found[key] = Record(key, entry.offset, entry.size, None, crc32c=entry.crc32c, of=name)
         return found
 

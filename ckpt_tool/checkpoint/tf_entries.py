@@ -7,10 +7,12 @@ core/framework/{types,tensor_shape,tensor_slice}.proto and core/util/tensor_bund
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.byte_range import ByteRange
@@ -28,6 +30,7 @@ from ckpt_tool.checkpoint.tf_coding import (
     signed,
     single,
     slice_name,
+    varint,
 )
 from ckpt_tool.checkpoint.tf_table import entries
 from ckpt_tool.errors import fail
@@ -78,8 +81,7 @@ NUMBER_OF = {dtype: number for number, (_, dtype, _) in TYPES.items() if dtype i
 assert all(size == DTYPES[dtype].itemsize for _, dtype, size in TYPES.values() if dtype is not None)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor, or a slice of one: `size` bytes at `offset` of data file `shard`. `crc32c` is of the stored
     bytes. One that is kept in `slices` has no bytes of its own."""
 
@@ -182,23 +184,8 @@ def _shards(key: bytes, value: bytes, file: str) -> int:
 
 
 def _entry(value: bytes) -> Entry:
-    numbers = {1: VARINT, 2: BYTES, 3: VARINT, 4: VARINT, 5: VARINT, 6: FIXED32, 7: BYTES}
-    found = single(value, numbers)
-    kind = _last(found[1])
-    if kind not in TYPES:
-        raise ValueError(f"the type {kind}, which TensorFlow 2.21 does not have")
-    slices = tuple(_box(m) for m in found[7] if isinstance(m, bytes))
-    if len(slices) > SLICE_LIMIT:
-        raise ValueError(f"{len(slices)} slices, more than {SLICE_LIMIT}")
-    entry = Entry(
-        kind,
-        _shape(_message(found[2])),
-        _last(found[3]),
-        _last(found[4]),
-        _last(found[5]),
-        unmasked(_last(found[6])),
-        slices,
-    )
+    entry = _usual(value) or _any(value)
+    kind, slices = entry.type, entry.slices
     itemsize = TYPES[kind][2]
     wanted = prod(entry.shape) * itemsize
     if slices:
@@ -210,6 +197,54 @@ def _entry(value: bytes) -> Entry:
         text = f"{entry.size} bytes for {TYPES[kind][0]} of shape {entry.shape}, which takes {wanted}"
         raise ValueError(text)
     return entry
+
+
+# The fields of a whole tensor in the order of their numbers, as nearly all writers have them: the type, the
+# length of the shape that follows, and what comes after it.
+_TYPE = re.compile(rb"\x08([\0-\x7f])\x12([\0-\x40])", re.S)
+_PLACE = re.compile(
+    rb"(?:\x18%b)?(?:\x20%b)?(?:\x28%b)?\x35(.{4})" % ((rb"([\x80-\xff]{0,7}[\0-\x7f])",) * 3), re.S
+)
+
+
+def _usual(value: bytes) -> Entry | None:
+    """One whose fields come in that order, none of them twice; None for others, right or wrong."""
+    head = _TYPE.match(value)
+    if head is None or head[1][0] not in TYPES:
+        return None
+    shape = head.end() + head[2][0]
+    place = _PLACE.fullmatch(value, shape)
+    if place is None:
+        return None
+    shard, offset, size, crc = place.groups()
+    return Entry(
+        head[1][0],
+        _shape(value[head.end() : shape]),
+        0 if shard is None else varint(shard, 0)[0],
+        0 if offset is None else varint(offset, 0)[0],
+        0 if size is None else varint(size, 0)[0],
+        unmasked(int.from_bytes(crc, "little")),
+    )
+
+
+def _any(value: bytes) -> Entry:
+    numbers = {1: VARINT, 2: BYTES, 3: VARINT, 4: VARINT, 5: VARINT, 6: FIXED32, 7: BYTES}
+    found = single(value, numbers)
+    kind = _last(found[1])
+    if kind not in TYPES:
+        raise ValueError(f"the type {kind}, which TensorFlow 2.21 does not have")
+    slices = tuple(_box(m) for m in found[7] if isinstance(m, bytes))
+    if len(slices) > SLICE_LIMIT:
+        raise ValueError(f"{len(slices)} slices, more than {SLICE_LIMIT}")
+    return Entry(
+        kind,
+        _shape(_message(found[2])),
+        _last(found[3]),
+        _last(found[4]),
+        _last(found[5]),
+        unmasked(_last(found[6])),
+        slices,
+    )
 
 
 def _shape(message: bytes) -> tuple[int, ...]:

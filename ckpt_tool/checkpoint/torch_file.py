@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.byte_range import ByteRange, Wanted, Window
 from ckpt_tool.checkpoint.pickle_records import StorageRef, TensorRecord
 from ckpt_tool.checkpoint.torch_state import State, dtype_of
-from ckpt_tool.records import dataclass
 
 _BLOCK = 4 << 20  # dense bytes of a strided tensor that are gathered at once
 _SPAN = 1 << 20  # storage bytes read at once while gathering
@@ -24,12 +25,13 @@ Bits = npt.NDArray[np.unsignedinteger]
 Dims = tuple[tuple[int, int], ...]  # (size, stride in elements), outermost first
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A tensor in its storage: first element as a byte offset, and its axes; () where it is one dense run."""
+class _Place(NamedTuple):
+    """A tensor in its storage: first element as a byte offset, its dense bytes, and its axes; () where it is
+    one dense run."""
 
     key: str
     start: int
+    size: int
     dims: Dims
 
 
@@ -43,9 +45,11 @@ class TorchFile(TensorFile):
         self.metadata = state.metadata
         self.imports = state.imports
         self.notes = state.notes
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, dtype_of(t), t.shape, data.name) for name, t in state.tensors.items()
-        }
+        held = state.tensors.values()
+        fields = map(dtype_of, held), (t.shape for t in held), repeat(data.name)
+        self.tensors: Mapping[str, TensorInfo] = dict(
+            zip(state.tensors, tensor_infos(state.tensors, *fields), strict=True)
+        )
         self._places = {name: _place(t) for name, t in state.tensors.items()}
         self._local = threading.local()
 
@@ -73,12 +77,12 @@ class TorchFile(TensorFile):
     def read_whole(self, tensors: Sequence[tuple[str, memoryview]]) -> None:
         plain: dict[int, tuple[ByteRange, list[Wanted]]] = {}
         for name, buffer in tensors:
-            place = self._places[name]
-            if place.dims or len(buffer) != self.tensors[name].nbytes:
+            key, first, size, dims = self._places[name]
+            if dims or len(buffer) != size:
                 self.read_into(name, 0, buffer)
                 continue
-            source, start = self._storage(place.key)
-            plain.setdefault(id(source), (source, []))[1].append((start + place.start, buffer, name))
+            source, start = self._storage(key)
+            plain.setdefault(id(source), (source, []))[1].append((start + first, buffer, name))
         for source, pieces in plain.values():
             source.read_each(pieces)
 
@@ -142,13 +146,18 @@ def _place(t: TensorRecord) -> _Place:
         raise ValueError("a tensor without a storage has no place")
     begin = t.storage.view[1] if t.storage.view is not None else 0
     offset = begin + t.offset if 0 not in t.shape else 0  # nothing is read of one without elements
-    dims = _merged(t.shape, t.strides)
-    dense = not prod(t.shape) or not dims or (len(dims) == 1 and dims[0][1] == 1)
-    itemsize = DTYPES[dtype_of(t)].itemsize
-    return _Place(t.storage.key, offset * itemsize, () if dense else dims)
+    itemsize, size, dims = _laid_out(dtype_of(t), t.shape, t.strides)
+    return _Place(t.storage.key, offset * itemsize, size, dims)
 
 
 @lru_cache(maxsize=1024)  # layers are alike
+def _laid_out(dtype: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, Dims]:
+    """Bytes of an element and of all, and the axes as `_Place` has them."""
+    itemsize, numel, dims = DTYPES[dtype].itemsize, prod(shape), _merged(shape, strides)
+    dense = not numel or not dims or (len(dims) == 1 and dims[0][1] == 1)
+    return itemsize, numel * itemsize, () if dense else dims
+
+
 def _merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> Dims:
     """The axes without those of size 1, neighbours joined where the outer steps over the inner exactly."""
     dims: list[tuple[int, int]] = []

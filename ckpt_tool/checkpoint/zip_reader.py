@@ -19,7 +19,7 @@ from contextlib import closing
 from functools import partial
 from itertools import zip_longest
 from threading import Event
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 from zlib import MAX_WBITS
 
 from ckpt_tool.checkpoint.ahead import ahead
@@ -29,7 +29,6 @@ from ckpt_tool.checkpoint.remote_path import RemotePath
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.zlibs import InflateError, crc32, decompressobj
 from ckpt_tool.errors import fail, printable
-from ckpt_tool.records import dataclass
 
 STORED, DEFLATED = 0, 8
 MEMBER_LIMIT = 100_000
@@ -45,6 +44,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_WIDE, _NARROW = struct.Struct("<4sL2Q"), struct.Struct("<4s3L")  # data descriptors with a signature
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 _ALLOWED_FLAGS = 0x0006 | _DESCRIPTOR | _UTF8  # and the deflate level
@@ -55,8 +55,7 @@ _FOLDER = 0x10  # in the external attributes; torch reads such a member as if it
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One member. Offsets count from the start of the archive; `crc32` is of the inflated bytes, 0 may mean
     that the writer did not compute it."""
 
@@ -79,8 +78,7 @@ class Member:
         return None if self.crc32 == 0 and self.size else self.crc32
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A central directory entry."""
 
     name: str
@@ -91,6 +89,11 @@ class _Entry:
     packed: int
     size: int
     header: int
+
+
+def _usual_head(entry: _Entry) -> int:
+    """The bytes of a local header with its name and a usual extra field, which come with one read."""
+    return _LOCAL.size + len(entry.raw_name) + 64
 
 
 class ZipArchive:
@@ -316,12 +319,17 @@ class ZipArchive:
             )
             for e in ordered
         )
+        head = b""  # of the member, where it was read with what stands before it
         for entry, follower in zip_longest(ordered, ordered[1:]):
             limit = directory if follower is None else follower.header
-            member = self._member(entry, limit)
-            end = member.data + member.packed
+            member = self._member(entry, limit, head)
+            end, head = member.data + member.packed, b""
             if entry.flags & _DESCRIPTOR:
-                end += self._descriptor(entry, end, limit)
+                wanted = _WIDE.size
+                if follower is not None and limit - end <= _BEFORE:
+                    wanted = limit - end + _usual_head(follower)
+                tail = self.source.read(end, min(wanted, directory - end))
+                end, head = end + self._descriptor(entry, end, limit, tail[: _WIDE.size]), tail[limit - end :]
             if end != limit:
                 gap = self.source.read(end, min(limit - end, PADDING_LIMIT + 1))
                 if len(gap) > PADDING_LIMIT or gap.strip(b"\0"):
@@ -329,15 +337,14 @@ class ZipArchive:
                     self._bad(f"expected {after} at byte {end}, found other bytes up to {limit}", entry.name)
             yield member
 
-    def _member(self, entry: _Entry, limit: int) -> Member:
+    def _member(self, entry: _Entry, limit: int, head: bytes) -> Member:
         name = entry.name
         start = entry.header + _LOCAL.size + len(entry.raw_name)
         if start > limit:
             self._bad(
                 f"expected {start - entry.header} bytes of header, found an overlap at byte {limit}", name
             )
-        # The name and a usual extra field come with the same read.
-        head = self.source.read(entry.header, min(start + 64, limit) - entry.header)
+        head = head or self.source.read(entry.header, min(_usual_head(entry), limit - entry.header))
         magic, _, flags, method, _, _, crc, packed, size, n_name, n_extra = _LOCAL.unpack_from(head)
         if magic != b"PK\x03\x04":
             self._bad(f"expected a local header at byte {entry.header}, found {magic!r}", name)
@@ -372,9 +379,14 @@ class ZipArchive:
             name, entry.method, entry.flags, entry.crc32, entry.packed, entry.size, entry.header, data
         )
 
-    def _descriptor(self, entry: _Entry, at: int, limit: int) -> int:
-        """The length of the data descriptor at `at`: with or without signature, 32 or 64 bits wide."""
-        raw = self.source.read(at, min(24, limit - at))
+    def _descriptor(self, entry: _Entry, at: int, limit: int, raw: bytes) -> int:
+        """The length of the data descriptor at `at`: with or without signature, 32 or 64 bits wide. `raw` are
+        at most 24 bytes from there on."""
+        usual = {_WIDE.size: _WIDE, _NARROW.size: _NARROW}.get(limit - at)
+        told = (entry.crc32, entry.packed, entry.size)
+        if usual and max(told) <= _FULL32 and raw.startswith(usual.pack(b"PK\x07\x08", *told)):
+            return usual.size  # as torch writes it
+        raw = raw[: max(0, limit - at)]
         matching = [
             len(form)
             for magic in (b"PK\x07\x08", b"")
