@@ -9,8 +9,9 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What has been collected stays, and nobody looks through it again for cycles; nor at every 700 objects
-    for new ones, where a library's module makes a hundred thousand."""
+    for new ones, where a library's module makes a hundred thousand. Parity gives no memory back at its end:
+    the next one takes as much."""
+    if (compute := sys.modules.get("ckpt_tool.verify.compute")) is not None:
+        compute.memory_at_hand = nullcontext  # type: ignore[attr-defined]
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
