@@ -53,8 +53,8 @@ OF_THE_FILES = re.compile(
 class Judged:
     """`reference` is what the library is held against: the original's reading, or the converted one without a
     source. `converted` is that of config.json, where it can be read and is not the reference. `accepted` are
-    names of foretold differences, `elsewhere` where the user has another release (verify.library). `whole` are
-    passes of the original that parity made; the others are made here."""
+    names of foretold differences, `elsewhere` where the user has another release (verify.library). `whole`
+    are passes of the original that parity made; the others are made here."""
 
     reference: Side
     converted: Side | None
