@@ -9,8 +9,10 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,13 +61,14 @@ _leave_writing_to_the_system()
 gc.disable()  # until all tests are collected: of their ten thousand none is garbage
 
 # The files that take longest, each more than 10 seconds: dealt out first, so that no worker is left alone
-# with one at the end. By itself xdist begins with those of the most tests.
+# with one at the end; the others by what is written in them, the shortest last. By itself xdist begins with
+# those of the most tests.
 LONGEST = (
     "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_exit_codes.py",
     "test_json_memory.py", "test_plan_digests.py", "test_families_opt_codegen_qwen2.py", "test_flaws.py",
     "test_diagnosis.py", "test_casts_verified.py", "test_precisions.py", "test_claims.py",
     "test_house_reference.py", "test_threats.py", "test_verify.py", "test_megatron_families.py",
-    "test_judges.py",
+    "test_judges.py", "test_quantised.py", "test_training.py", "test_optimizer_buffers.py",
 )  # fmt: skip
 
 
@@ -94,12 +97,20 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+    @cache
+    def place(path: Path) -> tuple[int, int, str]:
+        return places.get(path.name, len(LONGEST)), -path.stat().st_size, path.name
+
+    items.sort(key=lambda item: place(item.path))
 
 
 def pytest_collection_finish() -> None:
     """What has been collected stays, and nobody looks through it again for cycles; nor at every 700 objects
-    for new ones, where a library's module makes a hundred thousand."""
+    for new ones, where a library's module makes a hundred thousand. Parity gives no memory back at its end:
+    the next one takes as much."""
+    if (compute := sys.modules.get("ckpt_tool.verify.compute")) is not None:
+        compute.memory_at_hand = nullcontext  # type: ignore[attr-defined]
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()

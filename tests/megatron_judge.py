@@ -13,6 +13,7 @@ import sys
 import warnings
 from argparse import Namespace
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +189,20 @@ def passed_on(model: Any, ids: torch.Tensor, width: int) -> torch.Tensor | None:
     return None
 
 
+def fork_writers() -> None:
+    """Have what is between a writer and its process in a fork; the library starts a Python for it, which
+    loads torch."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = get_context("fork").Manager().Queue()
+
+
 def save(model: Any, args: Namespace, content: dict[str, Any], folder: Path) -> None:
     """By as many processes as have a part of it, one file each."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+    fork_writers()
     folder.mkdir(exist_ok=True)
     held = {"model": model.sharded_state_dict(metadata=content), "args": args}
     way = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)

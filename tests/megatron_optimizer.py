@@ -97,7 +97,9 @@ def save_truth(model: Any, optimizer: Any, out: Path) -> None:
 def save_folder(model: Any, optimizer: Any, args: Namespace, out: Path, form: str) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron_judge import fork_writers  # which lies beside this file
 
+    fork_writers()
     content = {
         "singleton_local_shards": False,
         "distrib_optim_sharding_type": form,

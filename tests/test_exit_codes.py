@@ -427,7 +427,7 @@ def test_without_torch_the_bits_are_still_compared(tiny: Path) -> None:
         ("torch", "--level parity", "verify"),
         ("torch", "--level documented --checkpoint-id x/y", "verify"),
         ("torch", "--against transformers", "verify"),
-        ("transformers", "--against transformers", "hf"),
+        ("transformers", "--level coverage --against transformers", "hf"),
     ],
 )
 def test_what_was_asked_for_by_name_and_needs_a_missing_package(

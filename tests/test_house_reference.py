@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def foreign_imports(stem: str, tree: ast.Module) -> Iterator[str]:
             yield f"{stem} imports {name}"
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@cache
 def bodies(tree: ast.Module) -> dict[str, str]:
     """The text of each function of more than two statements without names, docstring and annotations: dumped
     statements by the function's name."""
@@ -106,7 +113,7 @@ def long_functions(stem: str, tree: ast.Module, most: int = 60) -> Iterator[str]
 
 
 def broken_rules(room: Path) -> list[str]:
-    trees = {f.stem: ast.parse(f.read_text(encoding="utf-8")) for f in sorted(room.glob("*.py"))}
+    trees = {f.stem: parsed(f.read_text(encoding="utf-8")) for f in sorted(room.glob("*.py"))}
     assert len(trees) > 20
     each = (rule(stem, tree) for stem, tree in trees.items() for rule in (foreign_imports, long_functions))
     return [*(text for texts in each for text in texts), *shared_across(trees)]

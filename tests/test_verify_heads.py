@@ -17,6 +17,7 @@ from ckpt_tool.verify import documented, verify
 from ckpt_tool.verify.expectations import Expectation, archived, parse
 from ckpt_tool.verify.prompts import with_inputs
 from ckpt_tool.verify.report import Finding, Report
+from ckpt_tool.verify.sides import Side
 
 Written = Callable[[str], Path]
 BERT, GPT2 = "bert-v2-tp2", "gpt2-v2-tp2"
@@ -58,6 +59,27 @@ def test_every_head_is_compared_with_segments_and_padding(originals: Written, co
         "bert.pooler.dense transposed", "vocabulary shifted",
     ):  # fmt: skip
         assert words in planted
+
+
+@pytest.mark.usefixtures("few_prompts")
+def test_the_judge_takes_over_the_passes_that_parity_made(
+    originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where parity ran a prompt through every layer, and only there; it finds what it finds alone."""
+    pytest.importorskip("transformers")
+    passes, outputs = [], Side.outputs
+    monkeypatch.setattr(Side, "outputs", lambda *a: (passes.append(1), outputs(*a))[1])
+
+    def judged(**asked: Any) -> tuple[int, list[tuple[str, str, str | None, float | None]]]:
+        passes.clear()
+        report = verify(conversions(BERT), originals(BERT), against="transformers", **asked)
+        found = report.level("transformers")
+        return len(passes), [(f.check, f.status, f.where, f.measured) for f in found]
+
+    computed, alone = judged(levels=())
+    assert computed == 10 and [f[0] for f in alone] == ["load", "logits", "logits"]
+    assert judged(levels="parity") == (0, alone)
+    assert judged(levels="parity", mode="quick") == (computed, alone)
 
 
 @pytest.mark.usefixtures("few_prompts")

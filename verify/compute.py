@@ -25,7 +25,7 @@ from ckpt_tool.verify.effort import Effort, effort_for
 from ckpt_tool.verify.expectations import archived
 from ckpt_tool.verify.generated import generated
 from ckpt_tool.verify.pace import TOLD, duration, is_light, limit, pace
-from ckpt_tool.verify.parity import NoPass, findings, lockstep
+from ckpt_tool.verify.parity import NoPass, WholePasses, findings, lockstep
 from ckpt_tool.verify.positions import spelled
 from ckpt_tool.verify.prompts import (
     WINDOW_LIMIT,
@@ -108,10 +108,14 @@ def compute(
         facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
         made = _prepared(subject, asked)
         found: list[Finding] = []
+        whole: WholePasses = {}
         if "parity" in asked.levels:
             found += cut(made.rows, made.config, made.table)
             with timed(seconds, "parity"):
-                found += _parity(subject, made, facts, tell, asked, walks)
+                own, whole = _parity(subject, made, facts, tell, asked, walks)
+            found += own
+            if asked.against is None:
+                whole = {}  # results of large vocabularies, which nobody else asks for
         if "training" in asked.levels:
             with timed(seconds, "training"):
                 found += _training(subject, made, asked, tell)
@@ -133,7 +137,7 @@ def compute(
                 )
         if asked.against is not None:
             with timed(seconds, asked.against):
-                found += _judged(subject, asked, made.readings, made.prompts, tell)
+                found += _judged(subject, asked, made, whole, tell)
         return found
 
 
@@ -295,11 +299,12 @@ def _parity(
     tell: Tell,
     asked: Asked,
     walks: Sequence[tuple[Mapping[str, Any], Path]],
-) -> list[Finding]:
+) -> tuple[list[Finding], WholePasses]:
+    """The level's findings, and the original's passes that it made."""
     original, converted, prompts = made.readings.original, made.readings.converted, made.prompts
     if made.readings.reason is not None or original is None or converted is None:
         status, text = made.readings.reason or ("skipped", "a side cannot be read")
-        return [Finding("parity", "lockstep", status, text)]
+        return [Finding("parity", "lockstep", status, text)], {}
     effort = _effort(asked, original, converted, prompts)
     needs = limit(original, converted, prompts, effort, asked.memory)
     foretold = pace(original, converted, prompts, effort)
@@ -315,11 +320,13 @@ def _parity(
                 tell(f"parity: needs {needs}")
                 result = lockstep(subject, original, converted, prompts, tell, effort, foretold)
     except NoPass as error:
-        return [Finding("parity", "lockstep", "undecided", str(error))]
+        return [Finding("parity", "lockstep", "undecided", str(error))], {}
     tokenizer = tokenizer_of(subject.hf)
     found = findings(result, original, converted, prompts, asked.accept)
     found = [replace(f, drawn=spelled(f.drawn, tokenizer)) if "top5" in f.drawn else f for f in found]
-    return [*found, *([Finding("parity", "reading", "note", ONE_READING)] if subject.keeps_layout else [])]
+    if subject.keeps_layout:
+        found.append(Finding("parity", "reading", "note", ONE_READING))
+    return found, result.whole
 
 
 def _walks(said: Sequence[tuple[Mapping[str, Any], Path]], key: str) -> list[Walked]:
@@ -360,9 +367,8 @@ def _generation(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> l
     )  # fmt: skip
 
 
-def _judged(
-    subject: Subject, asked: Asked, readings: Readings, prompts: Mapping[str, Prompt], tell: Tell
-) -> list[Finding]:
+def _judged(subject: Subject, asked: Asked, made: Prepared, whole: WholePasses, tell: Tell) -> list[Finding]:
+    readings, prompts = made.readings, made.prompts
     judge = readings.original or readings.converted
     if judge is None or subject.family is None or not prompts:
         text = "neither side can be read, so there is nothing to hold transformers against"
@@ -371,7 +377,7 @@ def _judged(
         return [Finding("transformers", "logits", *readings.reason)]
     converted = None if judge is readings.converted else readings.converted
     padding = padding_of(subject.config)
-    judged = Judged(judge, converted, asked.accept, asked.elsewhere, padding)
+    judged = Judged(judge, converted, asked.accept, asked.elsewhere, padding, whole)
     wanted = (converted or judge).needed
     prompts = {name: p for name, p in prompts.items() if wanted <= p.given.keys()}
     return against_transformers(

@@ -49,6 +49,11 @@ LEVEL = "parity"
 DIAGNOSED = 3  # differing phases that are looked into
 
 
+# By prompt, of those that went through every layer: what each head of the original gives, and the same with
+# reversed sums.
+WholePasses = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
+
+
 class NoPass(Exception):
     """The original's own pass cannot run; the message says so as a user is told it."""
 
@@ -83,6 +88,7 @@ class Parity:
     layers: int = 0  # that the original has
     prompts: int = 0  # that ran
     heads: tuple[str, ...] = ()  # that a prompt reached
+    whole: WholePasses = field(default_factory=dict)
 
 
 def lockstep(
@@ -155,6 +161,12 @@ def runs_of(original: Side, prompts: Mapping[str, Prompt], effort: Effort) -> li
 
 def whole(result: Parity, runs: list[Run], converted: Side, dtype: torch.dtype) -> None:
     """The results of every head at the end of the free runs."""
+    if result.effort.layers is None:
+        result.whole = {
+            r.name: {head: (wanted, noisy) for head, (wanted, _, noisy) in r.made.items()}
+            for r in runs
+            if r.made and r.name not in result.effort.reach
+        }
     for head in result.heads:
         passes = []
         for r in runs:
