@@ -328,6 +328,24 @@ def test_an_id_for_padding_that_the_original_has_not_is_a_note_where_it_is_one(
     assert found.status == status
 
 
+@pytest.mark.parametrize(("length", "status"), [(2048, "note"), (1024, "fail"), (16384, "fail")])
+def test_a_length_that_no_file_of_a_llama_says_may_be_that_of_its_class(
+    length: int, status: str, originals: Written, broken: Written
+) -> None:
+    """As transformers 4.37.2's script writes it of Llama 2."""
+    folder = broken("llama-2-7b")
+    tampered = Folder(folder)
+    tampered.write_config(max_position_embeddings=length)
+    tampered.checkpoint.close()
+    report = verify(folder, originals("llama-2-7b"), levels="coverage")
+    (found,) = [f for f in report.findings if f.where == "config.json: max_position_embeddings"]
+    assert found.status == status
+    assert found.message.startswith(
+        f"expected 4096 (rule: Llama 2 (one table of frequencies)), found {length}"
+    )
+    assert found.message.endswith("stop there") == (status == "note")
+
+
 def test_one_ulp_is_found_to_the_element(originals: Written, broken: Written) -> None:
     folder = broken(DENSE)
     plant(folder, "norm-one-ulp")

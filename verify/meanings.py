@@ -18,6 +18,11 @@ from ckpt_tool.verify.subject import Subject, values_with_sources
 LEVEL = "coverage"
 CHECK = "config"
 Known = Mapping[str, tuple[Any, str]]
+LENGTH = "max_position_embeddings"
+NO_NUMBER = (
+    "it changes no number, no file of the original says it, and programs that take the longest text from "
+    "here stop there"
+)
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
@@ -109,6 +114,8 @@ def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Ite
             "name": key,
         }
         status: Status = "note" if _only_padding(key, want, found) else "fail"
+        if source.startswith(" (rule") and _usual_length(key, want, have, found):
+            status, text = "note", f"{text}: {NO_NUMBER}"
         yield finding(status, text, where, data=data)
 
 
@@ -132,6 +139,15 @@ def _only_padding(key: str, want: Meaning | None, found: Reading) -> bool:
         return False  # which takes the last token that is none of it
     pad, words = found.identity[key].value, found.numbers["vocab_size"].value
     return type(pad) is int and isinstance(words, int) and -1 <= pad < words
+
+
+def _usual_length(key: str, want: Meaning | None, have: Meaning | None, found: Reading) -> bool:
+    """Whether a context is shorter than the one foretold, and the default of the class: the scripts of
+    transformers write it of whatever original (Llama 2 gets 2,048 unless `--llama_version 2` is given)."""
+    if key != LENGTH or want is None or have is None:
+        return False
+    usual: int = classes()[found.model_type].identity[LENGTH]
+    return type(have.value) is int and have.value == usual < int(want.value)
 
 
 def _source(key: str, want: Meaning | None, known: Known, name: str) -> str:
