@@ -48,6 +48,7 @@ def config(subject: Subject) -> list[Finding]:
         return [*made, finding("skipped", reason, data={"open": True})]
     expected = read(planned, model_type)
     made += _compared(expected, found, known, classes()[model_type].name)
+    made += _without_head(subject)
     made += [*_unknown(found, planned), *_packing(subject, planned)]
     if not any(f.status == "fail" for f in made):
         made.append(_passed(found, known))
@@ -117,6 +118,19 @@ def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Ite
         if source.startswith(" (rule") and _usual_length(key, want, have, found):
             status, text = "note", f"{text}: {NO_NUMBER}"
         yield finding(status, text, where, data=data)
+
+
+def _without_head(subject: Subject) -> Iterator[Finding]:
+    """The class of an output that was read as the class of the plan reads it."""
+    if subject.without_head is None:
+        return
+    want = subject.config["architectures"]
+    text = (
+        f"expected {shown(want)}, found {shown(subject.without_head)}, the model without its head: "
+        f"{want[0]} reads its tensors, and a program that goes by the name makes no head"
+    )
+    data = {"expected": want, "found": subject.without_head, "name": "architectures"}
+    yield finding("fail", text, "config.json: architectures", data=data)
 
 
 def _pair(want: Meaning | None, have: Meaning | None) -> tuple[str, str]:
