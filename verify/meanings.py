@@ -23,6 +23,10 @@ NO_NUMBER = (
     "it changes no number, no file of the original says it, and programs that take the longest text from "
     "here stop there"
 )
+# Of every class: keys that take no null (4.37.2, 4.57.6 and 5.23.0 tried), and flags with which results are
+# tuples when they are otherwise.
+NEVER_NULL = ("num_labels", "pruned_heads", "chunk_size_feed_forward")
+NAMED = {"return_dict": True, "torchscript": False}
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
@@ -50,6 +54,7 @@ def config(subject: Subject) -> list[Finding]:
     made += _compared(expected, found, known, classes()[model_type].name)
     made += _without_head(subject)
     made += [*_unknown(found, planned), *_packing(subject, planned)]
+    made += _raising(subject.config, found, planned)
     if not any(f.status == "fail" for f in made):
         made.append(_passed(found, known))
     return made
@@ -187,6 +192,24 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
         if key not in found.unknown and key in read(planned, found.model_type).unknown:
             text = f"expected {shown(planned[key])} (carried over from the source), found nothing"
             yield finding("fail", text, f"config.json: {key}", data={"expected": planned[key]})
+
+
+def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
+    """Keys that change no number, with which a release does not load the model, or what it computes comes
+    without names: nulls for numbers and flags of its class or of every class, tuples for results."""
+    for key in (k for k in config if k in found.idle or k in NEVER_NULL):
+        value, want = config[key], planned.get(key)
+        if key in planned and same(value, want):
+            continue  # the source has it so
+        if value is None and (key in NEVER_NULL or isinstance(want, int | float)):
+            asked = "a value or no such key" if want is None else shown(want)
+            text = f"expected {asked}, found null, with which releases of transformers do not load or run it"
+        elif key in NAMED and bool(value) is not NAMED[key]:
+            said = f"{shown(NAMED[key])} or no such key, found {shown(value)}"
+            text = f"expected {said}, with which results are tuples, or releases of transformers raise"
+        else:
+            continue
+        yield finding("fail", text, f"config.json: {key}", data={"expected": want, "found": value})
 
 
 def _packing(subject: Subject, planned: Mapping[str, Any]) -> Iterator[Finding]:
