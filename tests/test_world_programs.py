@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint import signs
-from ckpt_tool.errors import Problem
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.errors import CkptToolError, Problem
 from tests import world
 from tests.test_world_reports import Written, refusal
 
@@ -108,6 +109,25 @@ def test_what_an_index_lists_and_is_not_there(originals: Written, tmp_path: Path
     problem = only(source, "qwen2", tmp_path)
     assert (problem.kind, problem.message) == ("bad-index", "expected b.pt, found no such file")
     assert problem.hint == "download what is missing too"
+
+
+def test_many_files_of_an_index_that_are_not_there_are_counted(tmp_path: Path) -> None:
+    names = [f"{i}.pt" for i in range(100_000)]
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CkptToolError) as caught:
+        open_checkpoint(tmp_path)
+    told = [p.message for p in caught.value.problems]
+    assert told[:10] == [f"expected {name}, found no such file" for name in names[:10]]
+    assert told[10:] == ["expected 99990 more files, found none of them"]
+
+
+def test_the_text_of_an_error_is_bounded_by_the_number_of_its_problems() -> None:
+    error = CkptToolError(*[Problem("bad-index", f"expected {i}, found none") for i in range(5000)])
+    assert str(error).splitlines()[-2:] == [
+        "error[bad-index]: expected 999, found none",
+        "(+4000 more problems)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.safetensors", "model-00001-of-00001.bin"])
