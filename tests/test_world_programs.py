@@ -111,6 +111,19 @@ def test_what_an_index_lists_and_is_not_there(originals: Written, tmp_path: Path
     assert problem.hint == "download what is missing too"
 
 
+@pytest.mark.parametrize("said", ["../x.pt", 'a.pt", oops', "a.pt/"])
+def test_a_broken_index_keeps_nobody_from_a_file_that_it_does_not_name(
+    said: str, originals: Written, tmp_path: Path
+) -> None:
+    source = copied(originals(Q), tmp_path)
+    (source / "model.safetensors").rename(source / "own.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(f'{{"weight_map": {{"a": "{said}"}}}}')
+    assert len(api.plan(source / "own.safetensors").steps) > 10
+    index.write_text(f'{{"weight_map": {{"b": "own.safetensors", "a": "{said}"}}}}')
+    assert refusal(source / "own.safetensors", "qwen2", tmp_path).kind == "bad-index"
+
+
 def test_many_files_of_an_index_that_are_not_there_are_counted(tmp_path: Path) -> None:
     names = [f"{i}.pt" for i in range(100_000)]
     index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}

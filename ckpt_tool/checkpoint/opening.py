@@ -315,7 +315,12 @@ def _indexed(folder: Folder, names: Collection[str], name: str | None = None) ->
     if name is None and any(is_weights(n.removeprefix(ORIGINAL_FOLDER)) for n in names):
         return None
     for index in INDEXES:
-        listed = _listed(folder, names, index)
+        try:
+            listed = _listed(folder, names, index)
+        except CkptToolError as error:
+            if name is None or error.kind != "bad-index" or _mentions(folder, index, name):
+                raise
+            continue  # of another model, whatever it should say
         if listed and {*listed} <= {*names} and (name is None or name in listed):
             found = WeightSet(
                 f"the files of {index}", tuple(listed), index, "hf", tuple(adapter_notes(names))
@@ -323,6 +328,11 @@ def _indexed(folder: Folder, names: Collection[str], name: str | None = None) ->
             check_finished(found, names, file=folder.label)
             return "", found
     return None
+
+
+def _mentions(folder: Folder, index: str, name: str) -> bool:
+    """Whether an index that cannot be read has the name of a file in it."""
+    return name.encode() in folder.document(index).read(INDEX_BYTES)
 
 
 def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
