@@ -500,6 +500,45 @@ def test_a_gated_decoder_of_megatron_before_core(
     assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"
 
 
+@pytest.mark.parametrize("norm", ["norm", "layernorm"])
+@pytest.mark.parametrize("variant", ["qwen2-mcore", "llama-mcore"])
+def test_a_gated_decoder_of_transformer_engine_before_core(
+    variant: str, norm: str, originals: Written, tmp_path: Path
+) -> None:
+    """`--transformer-impl transformer_engine`: norms are held by what follows them."""
+    family, source = variant.partition("-")[0], copied(originals(variant), tmp_path)
+    as_before_core(source, norm)
+    layers = {
+        f"input_{norm}.": "self_attention.layernorm_qkv.layer_norm_",
+        "self_attention.query_key_value.layer_norm_": "self_attention.layernorm_qkv.layer_norm_",
+        "self_attention.query_key_value.": "self_attention.layernorm_qkv.",
+        "self_attention.dense.": "self_attention.proj.",
+        f"post_attention_{norm}.": "layernorm_mlp.layer_norm_",
+        "mlp.dense_h_to_4h.layer_norm_": "layernorm_mlp.layer_norm_",
+        "mlp.dense_h_to_4h._extra_state": "layernorm_mlp._extra_state",
+        "mlp.dense_h_to_4h.": "layernorm_mlp.fc1_",
+        "mlp.dense_4h_to_h._extra_state": "layernorm_mlp.own._extra_state",
+        "mlp.dense_4h_to_h.": "layernorm_mlp.fc2_",
+    }
+    for file in source.rglob("*.pt"):
+        tree = torch.load(file, weights_only=False)
+        block = tree["model"]["language_model"]["encoder"]
+        for name in [*block]:
+            new = name
+            for old, own in layers.items():
+                new = new.replace(old, own)
+            if not new.endswith("own._extra_state"):
+                block[new] = block[name]
+            if new != name:
+                del block[name]
+        torch.save(tree, file)
+    made = api.convert(source, tmp_path / "out", family=family)
+    assert any("before Core" in note and "layernorm_qkv" in note for note in made.plan.notes)
+    plain = api.convert(originals(variant), tmp_path / "plain", family=family)
+    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
+    assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"
+
+
 def test_other_models_with_joined_queries_keep_their_names(conversions: Written) -> None:
     """GPT-NeoX and BERT call a tensor so, too."""
     with api.open_checkpoint(conversions("pythia-410m")) as opened:
