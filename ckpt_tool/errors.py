@@ -15,6 +15,7 @@ from ckpt_tool.records import dataclass
 
 NAME_LIMIT = 200  # a hostile file can hold names of any length; nobody reads more than this
 SHOWN_PROBLEMS = 20
+KEPT_PROBLEMS = 1000  # in the text of the exception, which nobody reads when there are more
 
 
 def printable(text: object, limit: int = NAME_LIMIT) -> str:
@@ -70,7 +71,10 @@ class CkptToolError(Exception):
     def __init__(self, *problems: Problem, exit_code: int = 2) -> None:
         if not problems:
             raise ValueError("an error needs at least one problem")
-        super().__init__("\n".join(p.line() for p in problems))
+        lines = [p.line() for p in problems[:KEPT_PROBLEMS]]
+        if left := len(problems) - len(lines):
+            lines.append(f"(+{left} more problems)")
+        super().__init__("\n".join(lines))
         self.problems = problems
         self.exit_code = exit_code
 

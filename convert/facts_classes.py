@@ -46,6 +46,9 @@ class Class:
     # Rates of dropout in training, with what an absent key stands for.
     dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
     parts: Parts | None = None  # of a model that has others beside that of text
+    # The tokenizer's class that loaders take by the type of the model where no file names one, if it makes
+    # other tokens of some files than the class that they were written for.
+    tokenizer: str | None = None
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
     def in_memory(self, name: str) -> str:

@@ -347,10 +347,14 @@ def _plain_twins(weights: Mapping[str, Quantised], checkpoint: Checkpoint) -> It
 
 def _not_as_said(weights: Mapping[str, Quantised], scheme: Scheme) -> Iterator[Problem]:
     """The first weight that is not made of what the documents say."""
-    kinds = {k for content in scheme.contents for k in _KINDS[content]}
-    odd = next((w for w in weights.values() if scheme.said and w.kind not in kinds), None)
+
+    def fits(w: Quantised) -> bool:
+        return any(w.kind in _KINDS[c] for c in (scheme.of(w.name) or scheme).contents)
+
+    odd = next((w for w in weights.values() if scheme.said and not fits(w)), None)
     if odd is not None:
-        message = f"expected codes of {' or '.join(scheme.contents)}, as {scheme.file} says, found {odd.kind}"
+        contents = " or ".join((scheme.of(odd.name) or scheme).contents)
+        message = f"expected codes of {contents}, as {scheme.file} says, found {odd.kind}"
         hint = f"--set {KEY}='{{...}}' says what the tensors are, if {scheme.file} is wrong"
         yield Problem("config-mismatch", message, odd.codes.file, odd.codes.name, hint)
 
@@ -363,6 +367,9 @@ def _quantised(
     checkpoint: Checkpoint,
 ) -> Quantised | Problem:
     stem = _stem(codes, form)
+    said, scheme = scheme, scheme.of(stem + form.plain) or scheme
+    if said.groups and scheme is said:
+        return _of_no_group(codes, scheme)
     scales = tensors.get(stem + form.scales)
     if scales is None:
         return _no_scales(codes, form)
@@ -376,6 +383,14 @@ def _quantised(
     if form.own_rows:
         return _mxfp4_blocks(unit)
     return _packed(unit, scheme, checkpoint)
+
+
+def _of_no_group(codes: TensorInfo, scheme: Scheme) -> Problem:
+    message = (
+        "expected a group of config_groups that is of this weight, to say what its codes are, found none"
+    )
+    hint = f"--set {KEY}='{{...}}' says it, with a target for it"
+    return Problem("missing-fact", message, codes.file, codes.name, hint)
 
 
 def _applied(stem: str, tensors: Mapping[str, TensorInfo]) -> Problem | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ckpt_tool.convert.name_patterns import matches, parsed
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.records import dataclass
 
@@ -22,6 +23,7 @@ OTHER_KEYS = ("compression_config",)  # its older name in compressed-tensors
 IN_PARAMS, OF_PARAMS = "quantization", "params"
 RECIPES = ("fp32-product", "bf16-scale")  # in which order is rounded, see quantised_values.py
 TARGETS = ("BF16", "F32", "F16")  # dtypes that numbers are made in
+PATTERN, LINEAR = "re:", "Linear"  # how a target begins that is a pattern, and the class of all that is meant
 NO_NUMBER = 255  # the E8M0 code that is NaN
 _LEFT = (
     "modules_to_not_convert",
@@ -51,6 +53,19 @@ class Scheme:
     file: str = CONFIG
     place: str = KEY
     raw: Mapping[str, Any] | None = None
+    # Where weights are quantised in ways of which one block or group does not tell: what each is of, and how.
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...] = ()
+
+    def of(self, weight: str) -> Scheme | None:
+        """How the weight of that name is quantised; None where no group is of it. As compressed-tensors looks
+        for its group (0.20.1, utils/match.py): by name, pattern and class, each in the order of the texts."""
+        if not self.groups:
+            return self
+        module = weight.removesuffix(".weight")
+        known = {target: scheme for targets, scheme in self.groups for target in targets}
+        listed = sorted(known, key=lambda t: (t.startswith(PATTERN), t))
+        found = next((t for t in listed if _is_of(module, t)), LINEAR)
+        return known.get(found)
 
     @property
     def said(self) -> bool:
@@ -86,6 +101,13 @@ class Scheme:
         listed = [(self.raw or {}).get(place) for place in _LEFT]
         names = {n for each in listed if isinstance(each, list) for n in each if isinstance(n, str)}
         return [m for m in modules if not names.isdisjoint(_ends(m))] if names else []
+
+
+def _is_of(module: str, target: str) -> bool:
+    if not target.startswith(PATTERN):
+        return target == module
+    pattern = parsed(target.removeprefix(PATTERN))
+    return pattern is not None and matches(pattern, module)
 
 
 def _ends(module: str) -> Iterator[str]:

@@ -10,12 +10,13 @@ Mxfp4Config), compressed-tensors 0.20.1 (QuantizationConfig, CompressionFormat),
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.signs import UNPACKED
+from ckpt_tool.convert.name_patterns import parsed
 from ckpt_tool.convert.params import shown
 from ckpt_tool.convert.quantised_config import (
     CONFIG,
@@ -29,6 +30,7 @@ from ckpt_tool.convert.quantised_config import (
     OF_PARAMS,
     OTHER_KEYS,
     PARAMS,
+    PATTERN,
     PLACES,
     Scheme,
 )
@@ -180,21 +182,27 @@ def _mxfp4(raw: Raw, file: str) -> Scheme:
 # --- several ways in one model --------------------------------------------------------------------------
 
 
-def _together(schemes: Sequence[Scheme], where: str) -> Scheme:
-    """One scheme of several groups of weights: what the codes of a weight are, its tensors show, and each
-    kind of codes may have one block or one group."""
+def _together(
+    schemes: Sequence[Scheme], where: str, targets: Callable[[], Sequence[tuple[str, ...]]] | None = None
+) -> Scheme:
+    """One scheme of several groups of weights: what the codes of a weight are, its tensors show. Where a kind
+    of codes has more than one block or group, `targets` tell which weights each is of."""
     first = schemes[0]
+    contents = tuple(dict.fromkeys(c for s in schemes for c in s.contents))
     eight = {s.block for s in schemes if EIGHT in s.contents}
     integers = {(s.group, s.bits, s.symmetric) for s in schemes if INTEGERS in s.contents}
     for found, words in (
         (eight, "one block for all codes of fp8"),
         (integers, "one group, width and symmetry"),
     ):
+        told = targets() if len(found) > 1 and targets is not None else []
+        if told and len({t for each in told for t in each}) == sum(map(len, told)):
+            apart = tuple(zip(told, schemes, strict=True))
+            return Scheme(first.method, contents=contents, file=first.file, raw=first.raw, groups=apart)
         if len(found) > 1:
             said = [[*s] if isinstance(s, tuple) else s for s in sorted(found, key=str)]
             _refuse("unsupported", f"expected {words}", said, where, first.file)
     group, bits, symmetric = next(iter(integers), (first.group, first.bits, True))
-    contents = tuple(dict.fromkeys(c for s in schemes for c in s.contents))
     block = next(iter(eight), None)
     return replace(first, block=block, group=group, bits=bits, symmetric=symmetric, contents=contents)
 
@@ -217,7 +225,20 @@ def _compressed(raw: Raw, file: str) -> Scheme:
         if not isinstance(group["weights"], Mapping):
             _refuse("bad-config", "expected an object", group["weights"], f"{where}.weights", file)
         made.append(_of_group(raw, group, f"{where}.weights", file))
-    return _together(made, where)
+    return replace(_together(made, where, lambda: [_targets(g, where, file) for g in said]), raw=raw)
+
+
+def _targets(group: Raw, where: str, file: str) -> tuple[str, ...]:
+    """Which modules a group is of, where several must be told apart: by names, patterns or the class."""
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        expected = "expected a list of names, patterns or classes"
+        _refuse("bad-config", expected, targets, f"{where}.targets", file)
+    for target in targets:
+        if target.startswith(PATTERN) and parsed(target.removeprefix(PATTERN)) is None:
+            expected = "expected a pattern of letters, points, digits and `.*`, which tells groups apart"
+            _refuse("unsupported", expected, target, f"{where}.targets", file)
+    return tuple(targets)
 
 
 def _beside(raw: Raw, file: str) -> Iterator[Problem]:
@@ -262,8 +283,9 @@ def _of_group(raw: Raw, group: Raw, where: str, file: str) -> Scheme:
         _refuse("unsupported", "expected blocks of fp8 alone", block, f"{where}.block_structure", file)
     if form == "mxfp8-quantized":
         made = MX_BLOCK
+    alone = {**raw, "config_groups": {"group": group}}
     return Scheme(
-        "compressed-tensors", made, size if size != -1 else None, bits, symmetric, (content,), file, raw=raw
+        "compressed-tensors", made, size if size != -1 else None, bits, symmetric, (content,), file, raw=alone
     )
 
 

@@ -6,7 +6,8 @@ arguments.py, checkpointing.py). Numbers and names of BERT and GPT-2 are here; t
 
 **Names.** Nested dicts are joined with ".", as in `model.language_model.encoder.layers.0.`. Four ages are
 read: block `transformer` with `attention`; `encoder` with `self_attention`; `norm` for `layernorm` (2023);
-Megatron-Core (`linear_qkv`, `linear_fc1`, norms fused into them or apart).
+Megatron-Core (`linear_qkv`, `linear_fc1`, norms fused into them or apart); Transformer Engine's layers before
+Core (`layernorm_qkv`, `layernorm_mlp`), with the order of version 2 and the tanh gelu.
 
 **Ranks and stages.** A pass takes one mapping for each tensor-parallel rank, its pipeline stages joined: TP x
 PP is `[join_stages([file[t][p] for p in range(PP)]) for t in range(TP)]`.
@@ -33,17 +34,33 @@ MASKED = -10000.0  # Megatron's score of a key that is not to be seen; its fused
 # Stems: names without their last word, `weight` or `bias`. The first that is there is the one; where none is,
 # the first of all is what a pass asks for in vain.
 LAYER_STEMS = {
-    "norm_1": ("input_layernorm.", "input_norm.", "self_attention.linear_qkv.layer_norm_"),
-    "qkv": ("attention.query_key_value.", "self_attention.query_key_value.", "self_attention.linear_qkv."),
-    "dense": ("attention.dense.", "self_attention.dense.", "self_attention.linear_proj."),
+    "norm_1": (
+        "input_layernorm.",
+        "input_norm.",
+        "self_attention.linear_qkv.layer_norm_",
+        "self_attention.layernorm_qkv.layer_norm_",
+    ),
+    "qkv": (
+        "attention.query_key_value.",
+        "self_attention.query_key_value.",
+        "self_attention.linear_qkv.",
+        "self_attention.layernorm_qkv.",
+    ),
+    "dense": (
+        "attention.dense.",
+        "self_attention.dense.",
+        "self_attention.linear_proj.",
+        "self_attention.proj.",
+    ),
     "norm_2": (
         "post_attention_layernorm.",
         "post_attention_norm.",
         "pre_mlp_layernorm.",
         "mlp.linear_fc1.layer_norm_",
+        "layernorm_mlp.layer_norm_",
     ),
-    "fc1": ("mlp.dense_h_to_4h.", "mlp.linear_fc1."),
-    "fc2": ("mlp.dense_4h_to_h.", "mlp.linear_fc2."),
+    "fc1": ("mlp.dense_h_to_4h.", "mlp.linear_fc1.", "layernorm_mlp.fc1_"),
+    "fc2": ("mlp.dense_4h_to_h.", "mlp.linear_fc2.", "layernorm_mlp.fc2_"),
 }
 MODEL_STEMS = {
     "word": ("word_embeddings.weight",),
@@ -106,6 +123,7 @@ class Config(transformer.Config):
         compute."""
         names, n_layers = read_names(shapes)
         version, core = _version(params), "linear_qkv" in names["qkv"]
+        engine = "layernorm_qkv" in names["qkv"]
         (rows, D), (P, _) = (shapes[names[role] + "weight"] for role in ("word", "position"))
         units = shapes[f"{names['block']}0.{names['fc1']}weight"][0]
         known = PUBLISHED.get((n_layers, D, units * ranks, P, rows * ranks), 0)
@@ -122,9 +140,9 @@ class Config(transformer.Config):
             n_heads=n_heads,
             n_groups=int(grouped or n_heads),
             norm_eps=float(first(told("layer_norm_eps", "layer_norm_epsilon", args=eps), 1e-5)),
-            activation=gelu_named(gelu) if gelu else mlp_gelu(params, core, cls.gelu_of_version_0),
+            activation=gelu_named(gelu) if gelu else mlp_gelu(params, core, cls.gelu_of_version_0, engine),
             names=names,
-            order=VERSION_2 if core or version >= 2 else VERSION_1 if version == 1 else VERSION_0,
+            order=VERSION_2 if core or engine or version >= 2 else VERSION_1 if version == 1 else VERSION_0,
             masked=MASKED,
             # Megatron-Core has the flag and does not use it.
             residual_of_norm=bool(params.get("apply_residual_connection_post_layernorm")) and not core,
@@ -157,9 +175,10 @@ def _problems(c: Config, params: Mapping[str, Any], ranks: int, rows: int) -> It
         yield f"expected at least {c.n_words} words, as told, found {rows * ranks} in the tensors"
 
 
-def mlp_gelu(params: Mapping[str, Any], core: bool, gelu_of_version_0: str) -> str:
+def mlp_gelu(params: Mapping[str, Any], core: bool, gelu_of_version_0: str, engine: bool = False) -> str:
     """The feed-forward gelu, by the code that args or, without them, the version belong to:
 
+    - Transformer Engine's layers before Core: tanh, whatever the flags say.
     - Megatron-Core: tanh if `bias_gelu_fusion`, which is on by default; `openai_gelu` is not used.
     - args of version 0 without the flag `openai_gelu`, so before 2020-04-14: tanh.
     - otherwise tanh if `openai_gelu` or `bias_gelu_fusion`, else erf; once there is a flag `swiglu` (2023),
@@ -171,6 +190,8 @@ def mlp_gelu(params: Mapping[str, Any], core: bool, gelu_of_version_0: str) -> s
     """
     fused, openai = params.get("bias_gelu_fusion"), params.get("openai_gelu")
     version = _version(params)
+    if engine:
+        return "tanh"
     if core:
         return "erf" if fused is not None and not fused else "tanh"
     if fused is None and openai is None:

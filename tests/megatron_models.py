@@ -39,11 +39,21 @@ CORE = {
     "final": "final_layernorm.",
     "lm_norm": "lm_head.layer_norm.",
 }
+ENGINE = {  # Transformer Engine's layers before Core
+    "block": "encoder.",
+    "inside": "self_attention.",
+    "norm_1": "self_attention.layernorm_qkv.layer_norm_",
+    "norm_2": "layernorm_mlp.layer_norm_",
+    "attention": ("layernorm_qkv.", "proj."),
+    "mlp": ("layernorm_mlp.fc1_", "layernorm_mlp.fc2_"),
+}
 AGES: dict[str, dict[str, Any]] = {
     "transformer": LEGACY | {"block": "transformer.", "inside": "attention.", "norm": "layernorm"},
     "encoder": LEGACY | {"block": "encoder.", "inside": "self_attention.", "norm": "layernorm"},
     "norm": LEGACY | {"block": "encoder.", "inside": "self_attention.", "norm": "norm"},
     "flat": LEGACY | {"block": "transformer.", "inside": "attention.", "norm": "layernorm", "embedding": ""},
+    "engine": LEGACY | ENGINE | {"norm": "layernorm"},
+    "engine-norm": LEGACY | ENGINE | {"norm": "norm"},
     "core": CORE,
     "core-fused": CORE
     | {"norm_1": "self_attention.linear_qkv.layer_norm_", "norm_2": "mlp.linear_fc1.layer_norm_"},
@@ -142,12 +152,12 @@ def megatron_files(
     for place, count in enumerate(counts):
         for local in range(count):
             p, own = f"{block}layers.{local}.", f"{i}."
-            qkv, dense = names["attention"] if core else ("query_key_value.", "dense.")
-            fc1, fc2 = names["mlp"] if core else ("mlp.dense_h_to_4h.", "mlp.dense_4h_to_h.")
+            qkv, dense = names.get("attention", ("query_key_value.", "dense."))
+            fc1, fc2 = names.get("mlp", ("mlp.dense_h_to_4h.", "mlp.dense_4h_to_h."))
             pair(place, p + names.get("norm_1", f"input_{norm or 'layernorm'}."), own + "norm_1")
             pair(place, p + names.get("norm_2", f"post_attention_{norm}."), own + "norm_2")
             for kind in ("weight", "bias"):
-                stored = fused(full, i, kind, 3.0 if core else version, ranks)
+                stored = fused(full, i, kind, 3.0 if core or age.startswith("engine") else version, ranks)
                 put(place, p + inside + qkv + kind, stored)
                 put(place, p + fc1 + kind, list(full[f"{own}fc1.{kind}"].chunk(ranks)))
             for name, mine in ((p + inside + dense, "dense"), (p + fc2, "fc2")):

@@ -402,6 +402,20 @@ def test_the_module_of_deepspeed_is_the_model(
     assert refused(lambda: api.plan(source, family="qwen2")).kind == "ambiguous-input"
 
 
+@pytest.mark.parametrize(("kind", "inside"), [("zip", "run"), ("zip", "."), ("tar", "run"), ("gztar", "run")])
+def test_the_folder_of_deepspeed_may_be_in_an_archive(
+    kind: str, inside: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    source = deepspeed(originals("qwen2-0.5b"), tmp_path / "a" / "run")
+    root = tmp_path / "a" if inside == "run" else source
+    archive = shutil.make_archive(str(tmp_path / "packed"), kind, root, inside)
+    api.convert(archive, tmp_path / "out", family="qwen2")
+    same(tmp_path / "out", conversions("qwen2-0.5b"))
+    (source / "global_step7" / "layer_0_expert_1_mp_rank_00_model_states.pt").write_bytes(b"x")
+    archive = shutil.make_archive(str(tmp_path / "parts"), kind, root, inside)
+    assert refused(lambda: api.plan(archive, family="qwen2")).kind == "wrong-format"
+
+
 def test_parts_of_a_model_of_deepspeed_are_refused_by_name(originals: Written, tmp_path: Path) -> None:
     source = deepspeed(originals("qwen2-0.5b"), tmp_path / "in")
     step = source / "global_step7"

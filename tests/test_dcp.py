@@ -431,6 +431,26 @@ def test_an_item_must_be_what_the_metadata_says(tmp_path: Path) -> None:
     assert error.kind == "checksum" and "w" in str(error)
 
 
+def test_a_tensor_of_complex_numbers_is_named_where_the_model_wants_it(
+    conversions: Written, tmp_path: Path
+) -> None:
+    """And left aside where it does not."""
+    there, name = conversions("qwen2-0.5b"), "model.norm.weight"
+    held = load_file(there / "model.safetensors")
+    for folder, odd in (("in", name), ("beside", "freqs")):
+        wide = torch.complex(held[name].float(), held[name].float())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is distributed
+            dcp.save(held | {odd: wide}, checkpoint_id=tmp_path / folder, no_dist=True)
+        shutil.copy(there / "config.json", tmp_path / folder)
+    error = refused(lambda: api.plan(tmp_path / "in"))
+    (problem,) = error.problems
+    assert (problem.kind, problem.where) == ("unsupported-dtype", name)
+    assert problem.message == "expected a dtype known here, found complex64"
+    made = api.plan(tmp_path / "beside")
+    assert [(d.tensor.name, d.reason) for d in made.dropped] == [("freqs", "of a dtype that no weights have")]
+
+
 def test_an_optimizer_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
     """Megatron flattens its states into buckets with gaps."""
     name = "optimizer.state.exp_avg"

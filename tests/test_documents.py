@@ -21,7 +21,8 @@ from ckpt_tool.fixtures.tokenizers import sentencepiece_model
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
 from ckpt_tool.verify.report import Finding, Report
-from ckpt_tool.verify.tokenizer_config import differences
+from ckpt_tool.verify.tokenizer_config import differences, wrong_flags
+from ckpt_tool.verify.tokenizer_ids import Ids, compare
 from tests import loaded
 
 Written = Callable[[str], Path]
@@ -171,6 +172,60 @@ def test_tokenizers_saved_again_by_transformers_pass(
         )
         assert report.exit_code == 0, (variant, about_documents(report, "fail"))
         assert any(f.check == "tokenizer" and f.status == "pass" for f in report.findings)
+
+
+NORMALIZED = 'added_tokens: 0 "<a>"'
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "flags", "told"),
+    [
+        (None, (True,), []),  # of a GPT-2, as transformers has it
+        (None, (True, True), []),
+        (None, (True, False), [NORMALIZED]),  # the one is looked for before the other
+        ({"type": "NFC"}, (True,), [NORMALIZED]),
+    ],
+)
+def test_whether_a_token_is_looked_for_in_normalized_text_acts_where_text_is_normalized(
+    normalizer: Any, flags: tuple[bool, ...], told: list[str]
+) -> None:
+    def ids(flags: tuple[bool, ...]) -> Ids:
+        off = {"special": True, "lstrip": False, "rstrip": False, "single_word": False}
+        added = [{"id": i, "content": f"<{'ab'[i]}>", "normalized": f, **off} for i, f in enumerate(flags)]
+        model = {"type": "BPE", "vocab": {"<a>": 0, "<b>": 1, "a": 2}, "merges": []}
+        parts = {"added_tokens": added, "normalizer": normalizer, "model": model}
+        return Ids(json.dumps({"version": "1.0", **parts}).encode())
+
+    right, other = ids((False,) * len(flags)), ids(flags)
+    found = compare(right, other)
+    assert [d.where for d in found.differences] == told
+    assert found.spelled == (() if told else ("added_tokens: normalized",))
+    table = {"added_tokens_decoder": {str(i): token for i, token in other.added.items()}}
+    assert len([*wrong_flags(right.added, table, "here", right)]) == len(told)
+
+
+@pytest.mark.parametrize(
+    ("variant", "status", "told"),
+    [
+        ("mistral-nemo", "note", "LlamaTokenizer"),
+        ("qwen2-0.5b", "note", "the class of the model's type"),
+        # which transformers 4.37.2 and 4.57.6 put behind the last row of the embedding
+        ("llama-3-8b", "fail", "LlamaTokenizer, of which <unk> gets an id of its own in transformers 4"),
+        ("mluke-base", "fail", "LukeTokenizer, which makes other ids of the same files"),
+    ],
+)
+def test_the_class_that_loaders_take_where_the_file_names_none_is_told(
+    variant: str, status: str, told: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions(variant), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    named = config.pop("tokenizer_class")
+    (out / "tokenizer_config.json").write_text(json.dumps(config))
+    report = verify(out, originals(variant), levels="coverage", settings=VARIANTS[variant].settings)
+    (found,) = [f for f in report.findings if f.where == "tokenizer_config.json: tokenizer_class"]
+    text = f'expected "{named}", found none, and loaders take {told}'
+    assert (found.status, found.message) == (status, text)
 
 
 LLAMA, OTHER = {"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "PreTrainedTokenizerFast"}

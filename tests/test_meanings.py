@@ -412,3 +412,34 @@ def test_values_of_json_are_one_by_meaning(a: Any, b: Any, equal: bool) -> None:
 def test_classes_have_one_number(numbers: dict[str, int], message: str | None) -> None:
     config = {"id2label": {"0": "no", 1: "yes"}, "label2id": numbers}
     assert [f.message for f in meanings._labels(config)] == ([message] if message else [])
+
+
+NULL = "found null, with which releases of transformers do not load or run it"
+TUPLES = "with which results are tuples, or releases of transformers raise"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "planned", "message"),
+    [
+        # seen of 4.37.2, 4.57.6 and 5.23.0 with a Mistral, a GPT-2 and a Megatron BERT
+        ("use_cache", None, {"use_cache": True}, f"expected true, {NULL}"),
+        ("attention_dropout", None, {"attention_dropout": 0.0}, f"expected 0, {NULL}"),
+        ("num_labels", None, {}, f"expected a value or no such key, {NULL}"),
+        ("pruned_heads", None, {}, f"expected a value or no such key, {NULL}"),
+        ("return_dict", False, {}, f"expected true or no such key, found false, {TUPLES}"),
+        ("return_dict", None, {}, f"expected true or no such key, found null, {TUPLES}"),
+        ("torchscript", True, {}, f"expected false or no such key, found true, {TUPLES}"),
+        ("return_dict", False, {"return_dict": False}, None),  # as the source has it
+        ("return_dict", True, {}, None),
+        ("torchscript", False, {}, None),
+        ("attn_pdrop", None, {}, None),  # of another class
+        ("prefix", None, {"prefix": "</s>"}, None),
+        ("classifier_dropout", None, {"classifier_dropout": None}, None),
+    ],
+)
+def test_keys_without_effect_on_numbers_fail_with_values_that_releases_raise_at(
+    key: str, value: Any, planned: dict[str, Any], message: str | None
+) -> None:
+    config = {**SIZES, key: value}
+    found = [*meanings._raising(config, read(config, "llama"), {**SIZES, **planned})]
+    assert [(f.where, f.message) for f in found] == ([(f"config.json: {key}", message)] if message else [])

@@ -168,6 +168,19 @@ def test_every_age_version_and_sharing_is_the_same_model_and_goes_back(
         assert values_of(once_more) == values_of(plan)
 
 
+def test_layers_of_transformer_engine_have_its_gelu_both_ways(tmp_path: Path) -> None:
+    """Whatever the flags say; a model of another gelu goes back to the layers that have it."""
+    checkpoint, bits = original("megatron-gpt2", 3.0, "engine-norm")
+    plan = family("megatron-gpt2").plan(checkpoint, WITH_WORDS)
+    said = plan.config["activation_function"]
+    assert (said.value, said.source) == ("gelu_new", "rule: Transformer Engine's gelu is the tanh form")
+    made = converted(plan, carried_out(plan, bits), tmp_path)
+    for gelu, names in (("gelu_new", "layernorm_mlp.fc1_weight"), ("gelu", "mlp.dense_h_to_4h.weight")):
+        asked = Options(settings={"activation_function": gelu})
+        back = family("megatron-gpt2").plan_original(made, asked)
+        assert any(t.name.endswith(names) for f in back.outputs for t in f.tensors), gelu
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_sharing_and_version_can_be_written(name: str, tmp_path: Path) -> None:
     checkpoint, bits = original(name, 2.0, "transformer")

@@ -19,7 +19,17 @@ from ckpt_tool.convert.quantised import found_in
 from ckpt_tool.convert.quantised_methods import scheme_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.numbers import to_bits
-from ckpt_tool.fixtures.quantised import FORMATS, LINEAR, Format, Tensors, in_blocks, quantise, rows, write
+from ckpt_tool.fixtures.quantised import (
+    FORMATS,
+    LINEAR,
+    Format,
+    Tensors,
+    in_blocks,
+    int8,
+    quantise,
+    rows,
+    write,
+)
 from ckpt_tool.verify import packed_mistakes as known
 
 Written = Callable[[str], Path]
@@ -81,6 +91,9 @@ def groups(form: str, *weights: dict[str, Any], **more: object) -> dict[str, Any
 
 FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+FLOATS = {**FLOAT, "format": "float-quantized"}
+PACKED = {**INT4, "format": "pack-quantized"}
 NV = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 EIGHT = {"dtype": "fp8_e4m3", "is_dynamic": False, "qscheme": "per_tensor"}
 
@@ -165,6 +178,19 @@ def mixed(other: Callable[[str, np.ndarray], Tensors]) -> Change:
     return change
 
 
+def of_modules(other: Callable[[str, np.ndarray], Tensors], *told: tuple[str, dict[str, Any]]) -> Change:
+    """The attention in the format `other`, and each group with its target."""
+
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        called(tensors, ".weight_scale_inv", ".weight_scale")
+        mixed(other)(tensors, config)
+        config[KEY] = groups("mixed-precision", *(weights for _, weights in told))
+        for group, (target, _) in zip(config[KEY]["config_groups"].values(), told, strict=True):
+            group["targets"] = [target]
+
+    return change
+
+
 def of_layers(tensors: Tensors, config: dict[str, Any]) -> None:
     mixed(rows)(tensors, config)
     layers = {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
@@ -213,6 +239,20 @@ TOOLS: dict[str, tuple[str | Format, Change, list[str]]] = {
         ["fp8 in blocks of 1 x 32"],
     ),
     "mixed precision": ("nvfp4", mixed(rows), ["fp8, a scale for each row", "NVFP4"]),
+    "blocks beside rows": (
+        "fp8-blocks",
+        of_modules(rows, ("re:.*self_attn.*", FLOATS), ("Linear", {**FLOATS, "block_structure": [16, 24]})),
+        ["fp8 in blocks of 16 x 24", "fp8, a scale for each row"],
+    ),
+    "integers of two widths": (
+        "int4",
+        of_modules(
+            int8,
+            (r"re:^model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj$", {**INT8, "format": "int-quantized"}),
+            ("re:.*mlp.*_proj", PACKED),
+        ),
+        ["int4 in groups of 32", "int8, a scale for each row"],
+    ),
     "not sparse": (
         "fp8-rows",
         said(**groups("float-quantized", FLOAT, sparsity_config={"format": "dense"}, transform_config={})),
@@ -243,7 +283,7 @@ def test_what_a_tool_writes_is_carried_and_proved(
     assert not any("scale" in n or "zero" in n for n in held(tmp_path / "numbers"))
 
 
-@pytest.mark.parametrize("name", ["Quark MXFP4", "modelopt by block", "int8"])
+@pytest.mark.parametrize("name", ["Quark MXFP4", "modelopt by block", "int8", "blocks beside rows"])
 def test_both_readings_take_them(
     name: str, made: Callable[..., Path], tmp_path: Path, one_thread: None
 ) -> None:
@@ -328,8 +368,6 @@ def two(first: dict[str, Any], second: dict[str, Any]) -> Change:
     return said(**groups("mixed-precision", first, second))
 
 
-FLOATS = {**FLOAT, "format": "float-quantized"}
-PACKED = {**INT4, "format": "pack-quantized"}
 SPEC = {"weight": {"dtype": "int4", "qscheme": "per_group", "group_size": 128}}
 SAYINGS: dict[str, tuple[str, Change, str, str]] = {  # field, what is said of it
     "another method": ("fp8-rows", said(quant_method="bitnet"), "quant_method", 'found "bitnet"'),
@@ -363,6 +401,12 @@ SAYINGS: dict[str, tuple[str, Change, str, str]] = {  # field, what is said of i
         two({**FLOATS, "block_structure": [16, 24]}, FLOATS),
         "config_groups",
         "one block for all codes of fp8",
+    ),
+    "a pattern that may never end": (
+        "fp8-blocks",
+        of_modules(rows, ("re:(a+)+$", FLOATS), ("Linear", {**FLOATS, "block_structure": [16, 24]})),
+        "config_groups.targets",
+        "a pattern of letters",
     ),
     "two groups": ("int4", two(PACKED, {**PACKED, "group_size": 64}), "config_groups", "one group, width"),
     "floats around another number": (

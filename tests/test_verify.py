@@ -328,6 +328,48 @@ def test_an_id_for_padding_that_the_original_has_not_is_a_note_where_it_is_one(
     assert found.status == status
 
 
+@pytest.mark.parametrize(("length", "status"), [(2048, "note"), (1024, "fail"), (16384, "fail")])
+def test_a_length_that_no_file_of_a_llama_says_may_be_that_of_its_class(
+    length: int, status: str, originals: Written, broken: Written
+) -> None:
+    """As transformers 4.37.2's script writes it of Llama 2."""
+    folder = broken("llama-2-7b")
+    tampered = Folder(folder)
+    tampered.write_config(max_position_embeddings=length)
+    tampered.checkpoint.close()
+    report = verify(folder, originals("llama-2-7b"), levels="coverage")
+    (found,) = [f for f in report.findings if f.where == "config.json: max_position_embeddings"]
+    assert found.status == status
+    assert found.message.startswith(
+        f"expected 4096 (rule: Llama 2 (one table of frequencies)), found {length}"
+    )
+    assert found.message.endswith("stop there") == (status == "note")
+
+
+def test_a_model_saved_without_its_head_is_one_difference_and_not_one_a_tensor(
+    originals: Written, broken: Written
+) -> None:
+    """As transformers 4.37.2's script writes it of an OPT, whose head is its embedding: every release loads
+    it with the head."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = broken("opt-restored")
+    (folder / "ckpt-tool.json").unlink()
+    file = folder / "model.safetensors"
+    save_file({n.removeprefix("model."): t for n, t in load_file(file).items()}, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["OPTModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = verify(folder, originals("opt-restored"), levels=("coverage", "bits"))
+    (found,) = failed(report, "coverage")
+    assert (found.where, found.message) == (
+        "config.json: architectures",
+        'expected ["OPTForCausalLM"], found ["OPTModel"], the model without its head: OPTForCausalLM reads '
+        "its tensors, and a program that goes by the name makes no head",
+    )
+    assert failed(report, "bits") == []
+    assert [f.status for f in report.findings if f.check == "round trip"] == ["pass"]
+
+
 def test_one_ulp_is_found_to_the_element(originals: Written, broken: Written) -> None:
     folder = broken(DENSE)
     plant(folder, "norm-one-ulp")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tool import api
 from ckpt_tool.checkpoint import signs
-from ckpt_tool.errors import Problem
+from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.errors import CkptToolError, Problem
 from tests import world
 from tests.test_world_reports import Written, refusal
 
@@ -108,6 +109,38 @@ def test_what_an_index_lists_and_is_not_there(originals: Written, tmp_path: Path
     problem = only(source, "qwen2", tmp_path)
     assert (problem.kind, problem.message) == ("bad-index", "expected b.pt, found no such file")
     assert problem.hint == "download what is missing too"
+
+
+@pytest.mark.parametrize("said", ["../x.pt", 'a.pt", oops', "a.pt/"])
+def test_a_broken_index_keeps_nobody_from_a_file_that_it_does_not_name(
+    said: str, originals: Written, tmp_path: Path
+) -> None:
+    source = copied(originals(Q), tmp_path)
+    (source / "model.safetensors").rename(source / "own.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(f'{{"weight_map": {{"a": "{said}"}}}}')
+    assert len(api.plan(source / "own.safetensors").steps) > 10
+    index.write_text(f'{{"weight_map": {{"b": "own.safetensors", "a": "{said}"}}}}')
+    assert refusal(source / "own.safetensors", "qwen2", tmp_path).kind == "bad-index"
+
+
+def test_many_files_of_an_index_that_are_not_there_are_counted(tmp_path: Path) -> None:
+    names = [f"{i}.pt" for i in range(100_000)]
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CkptToolError) as caught:
+        open_checkpoint(tmp_path)
+    told = [p.message for p in caught.value.problems]
+    assert told[:10] == [f"expected {name}, found no such file" for name in names[:10]]
+    assert told[10:] == ["expected 99990 more files, found none of them"]
+
+
+def test_the_text_of_an_error_is_bounded_by_the_number_of_its_problems() -> None:
+    error = CkptToolError(*[Problem("bad-index", f"expected {i}, found none") for i in range(5000)])
+    assert str(error).splitlines()[-2:] == [
+        "error[bad-index]: expected 999, found none",
+        "(+4000 more problems)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.safetensors", "model-00001-of-00001.bin"])
@@ -462,6 +495,45 @@ def test_a_gated_decoder_of_megatron_before_core(
     as_before_core(source, norm)
     made = api.convert(source, tmp_path / "out", family=family)
     assert any("before Core" in note for note in made.plan.notes)
+    plain = api.convert(originals(variant), tmp_path / "plain", family=family)
+    assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
+    assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"
+
+
+@pytest.mark.parametrize("norm", ["norm", "layernorm"])
+@pytest.mark.parametrize("variant", ["qwen2-mcore", "llama-mcore"])
+def test_a_gated_decoder_of_transformer_engine_before_core(
+    variant: str, norm: str, originals: Written, tmp_path: Path
+) -> None:
+    """`--transformer-impl transformer_engine`: norms are held by what follows them."""
+    family, source = variant.partition("-")[0], copied(originals(variant), tmp_path)
+    as_before_core(source, norm)
+    layers = {
+        f"input_{norm}.": "self_attention.layernorm_qkv.layer_norm_",
+        "self_attention.query_key_value.layer_norm_": "self_attention.layernorm_qkv.layer_norm_",
+        "self_attention.query_key_value.": "self_attention.layernorm_qkv.",
+        "self_attention.dense.": "self_attention.proj.",
+        f"post_attention_{norm}.": "layernorm_mlp.layer_norm_",
+        "mlp.dense_h_to_4h.layer_norm_": "layernorm_mlp.layer_norm_",
+        "mlp.dense_h_to_4h._extra_state": "layernorm_mlp._extra_state",
+        "mlp.dense_h_to_4h.": "layernorm_mlp.fc1_",
+        "mlp.dense_4h_to_h._extra_state": "layernorm_mlp.own._extra_state",
+        "mlp.dense_4h_to_h.": "layernorm_mlp.fc2_",
+    }
+    for file in source.rglob("*.pt"):
+        tree = torch.load(file, weights_only=False)
+        block = tree["model"]["language_model"]["encoder"]
+        for name in [*block]:
+            new = name
+            for old, own in layers.items():
+                new = new.replace(old, own)
+            if not new.endswith("own._extra_state"):
+                block[new] = block[name]
+            if new != name:
+                del block[name]
+        torch.save(tree, file)
+    made = api.convert(source, tmp_path / "out", family=family)
+    assert any("before Core" in note and "layernorm_qkv" in note for note in made.plan.notes)
     plain = api.convert(originals(variant), tmp_path / "plain", family=family)
     assert world.equal(world.tensors_of(made.out), world.tensors_of(plain.out))
     assert api.verify(made.out, source, levels=("coverage", "bits")).status == "pass"

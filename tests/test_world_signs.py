@@ -578,6 +578,7 @@ def test_auto_says_what_the_files_hold_where_nothing_is_near(tmp_path: Path) -> 
 
 PACKED = {
     "model.layers.0.self_attn.q_proj.qweight": "GPTQ or AWQ",
+    "model.layers.0.mlp.up_proj.forward_hadamard_matrix": "FP-Quant",
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": "LoRA",
     "layers.0.attention.wq.lora_b.weight": "LoRA",
     "base_model.model.model.layers.0.mlp.down_proj.ia3_l": "IA3",

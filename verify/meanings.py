@@ -18,6 +18,15 @@ from ckpt_tool.verify.subject import Subject, values_with_sources
 LEVEL = "coverage"
 CHECK = "config"
 Known = Mapping[str, tuple[Any, str]]
+LENGTH = "max_position_embeddings"
+NO_NUMBER = (
+    "it changes no number, no file of the original says it, and programs that take the longest text from "
+    "here stop there"
+)
+# Of every class: keys that take no null (4.37.2, 4.57.6 and 5.23.0 tried), and flags with which results are
+# tuples when they are otherwise.
+NEVER_NULL = ("num_labels", "pruned_heads", "chunk_size_feed_forward")
+NAMED = {"return_dict": True, "torchscript": False}
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
@@ -43,7 +52,9 @@ def config(subject: Subject) -> list[Finding]:
         return [*made, finding("skipped", reason, data={"open": True})]
     expected = read(planned, model_type)
     made += _compared(expected, found, known, classes()[model_type].name)
+    made += _without_head(subject)
     made += [*_unknown(found, planned), *_packing(subject, planned)]
+    made += _raising(subject.config, found, planned)
     if not any(f.status == "fail" for f in made):
         made.append(_passed(found, known))
     return made
@@ -109,7 +120,22 @@ def _compared(expected: Reading, found: Reading, known: Known, name: str) -> Ite
             "name": key,
         }
         status: Status = "note" if _only_padding(key, want, found) else "fail"
+        if source.startswith(" (rule") and _usual_length(key, want, have, found):
+            status, text = "note", f"{text}: {NO_NUMBER}"
         yield finding(status, text, where, data=data)
+
+
+def _without_head(subject: Subject) -> Iterator[Finding]:
+    """The class of an output that was read as the class of the plan reads it."""
+    if subject.without_head is None:
+        return
+    want = subject.config["architectures"]
+    text = (
+        f"expected {shown(want)}, found {shown(subject.without_head)}, the model without its head: "
+        f"{want[0]} reads its tensors, and a program that goes by the name makes no head"
+    )
+    data = {"expected": want, "found": subject.without_head, "name": "architectures"}
+    yield finding("fail", text, "config.json: architectures", data=data)
 
 
 def _pair(want: Meaning | None, have: Meaning | None) -> tuple[str, str]:
@@ -132,6 +158,15 @@ def _only_padding(key: str, want: Meaning | None, found: Reading) -> bool:
         return False  # which takes the last token that is none of it
     pad, words = found.identity[key].value, found.numbers["vocab_size"].value
     return type(pad) is int and isinstance(words, int) and -1 <= pad < words
+
+
+def _usual_length(key: str, want: Meaning | None, have: Meaning | None, found: Reading) -> bool:
+    """Whether a context is shorter than the one foretold, and the default of the class: the scripts of
+    transformers write it of whatever original (Llama 2 gets 2,048 unless `--llama_version 2` is given)."""
+    if key != LENGTH or want is None or have is None:
+        return False
+    usual: int = classes()[found.model_type].identity[LENGTH]
+    return type(have.value) is int and have.value == usual < int(want.value)
 
 
 def _source(key: str, want: Meaning | None, known: Known, name: str) -> str:
@@ -157,6 +192,24 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
         if key not in found.unknown and key in read(planned, found.model_type).unknown:
             text = f"expected {shown(planned[key])} (carried over from the source), found nothing"
             yield finding("fail", text, f"config.json: {key}", data={"expected": planned[key]})
+
+
+def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
+    """Keys that change no number, with which a release does not load the model, or what it computes comes
+    without names: nulls for numbers and flags of its class or of every class, tuples for results."""
+    for key in (k for k in config if k in found.idle or k in NEVER_NULL):
+        value, want = config[key], planned.get(key)
+        if key in planned and same(value, want):
+            continue  # the source has it so
+        if value is None and (key in NEVER_NULL or isinstance(want, int | float)):
+            asked = "a value or no such key" if want is None else shown(want)
+            text = f"expected {asked}, found null, with which releases of transformers do not load or run it"
+        elif key in NAMED and bool(value) is not NAMED[key]:
+            said = f"{shown(NAMED[key])} or no such key, found {shown(value)}"
+            text = f"expected {said}, with which results are tuples, or releases of transformers raise"
+        else:
+            continue
+        yield finding("fail", text, f"config.json: {key}", data={"expected": want, "found": value})
 
 
 def _packing(subject: Subject, planned: Mapping[str, Any]) -> Iterator[Finding]:

@@ -343,7 +343,8 @@ def _candidates(
     scheme = inventory.scheme
     used = [w for w in inventory.weights.values() if w.name in shapes or w.codes.name in shapes]
     for w in sorted(used, key=lambda w: _order(w, w.name, shapes)):
-        yield Coded(own.checkpoint, w, scheme.block, scheme.group), w.name, None
+        said = scheme.of(w.name) or scheme
+        yield Coded(own.checkpoint, w, said.block, said.group), w.name, None
 
 
 def _of_the_source(
@@ -361,7 +362,8 @@ def _of_the_source(
     ):
         original = w.form.name in ("qscale", "mxfp4-dotted")
         step, rounded = steps[w.name], getattr(torch, DTYPES[packed.dtype].torch)
-        coded = Coded(packed.stored, w, scheme.block, scheme.group, original, packed.recipe, rounded)
+        said = scheme.of(w.name) or scheme
+        coded = Coded(packed.stored, w, said.block, said.group, original, packed.recipe, rounded)
         yield coded, step.targets[0].name, step
 
 

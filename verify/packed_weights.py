@@ -3,7 +3,7 @@ layout's own reading."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.quantised import Inventory, found_in
+from ckpt_tool.convert.quantised_config import Scheme
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
@@ -41,11 +42,12 @@ class PackedWeights(Weights):
         inventory: Inventory,
         original: bool,
     ) -> None:
-        shapes = {n: (t.dtype, t.shape) for n, t in tensors.items()}
-        said = inventory.scheme
-        given = shapes, said.block, said.group, said.bits or 4
-        found: Mapping[str, Any] = (quantised if original else hf_quantised).packed(*given)
-        self.formulas: Mapping[str, Formula] = found
+        formulas: dict[str, Formula] = {}
+        for said, shapes in _by_scheme(inventory, tensors):
+            given = shapes, said.block, said.group, said.bits or 4
+            found: Mapping[str, Any] = (quantised if original else hf_quantised).packed(*given)
+            formulas |= found
+        self.formulas: Mapping[str, Formula] = formulas
         self.stored = tensors
         self.inventory, self.original = inventory, original
         super().__init__(checkpoint, dict(self._shown()), dtype, device)
@@ -119,6 +121,19 @@ class PackedWeights(Weights):
 
     def _as_stored(self, info: TensorInfo) -> Tensor:
         return as_stored(self.checkpoint, info)
+
+
+def _by_scheme(
+    inventory: Inventory, tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[Scheme, dict[str, tuple[str, tuple[int, ...]]]]]:
+    """Dtypes and shapes of the tensors that are quantised in one way, and the way."""
+    whole = inventory.scheme
+    owner = {t.name: w.name for w in inventory.weights.values() for t in w.parts} if whole.groups else {}
+    apart: dict[int, tuple[Scheme, dict[str, tuple[str, tuple[int, ...]]]]] = {}
+    for name, info in tensors.items():
+        said = (whole.of(owner[name]) if name in owner else None) or whole
+        apart.setdefault(id(said), (said, {}))[1][name] = (info.dtype, info.shape)
+    yield from apart.values()
 
 
 def as_stored(checkpoint: Checkpoint, info: TensorInfo, start: int = 0) -> Tensor:

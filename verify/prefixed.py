@@ -4,7 +4,7 @@ the first GPT-2 files have no other names. They are read under the names that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile
@@ -43,6 +43,21 @@ def with_prefix(checkpoint: Checkpoint) -> Checkpoint:
     names = checkpoint.names()
     if without_head(config) or words not in names or any(n.startswith(prefix) for n in names):
         return checkpoint
+    return _renamed(checkpoint, prefix)
+
+
+def whole(checkpoint: Checkpoint, targets: Collection[str]) -> Checkpoint:
+    """`checkpoint`, or, where it is a model without the head of the plan that writes `targets`, a view of it
+    with the names that a class with the head reads: transformers adds the prefix then too."""
+    if not is_bare(checkpoint):
+        return checkpoint
+    kind = class_of(checkpoint.json("config.json"))
+    assert kind is not None
+    prefix, words = classes()[kind].prefix, classes()[kind].words
+    return _renamed(checkpoint, prefix) if prefix + words in targets else checkpoint
+
+
+def _renamed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     files: dict[str, TensorFile] = {
         name: Renamed(file, {n if n.startswith(HEADS) else prefix + n: n for n in file.tensors})
         for name, file in checkpoint.files.items()

@@ -26,8 +26,10 @@ from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.verify.carried import Carried, apart, planned
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.packed import Packed
-from ckpt_tool.verify.prefixed import is_bare, with_prefix
+from ckpt_tool.verify.prefixed import is_bare, whole, with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
+
+ARCHITECTURES = "architectures"
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Subject:
     packed: Packed | None = None  # what became of quantised weights
     accepted: tuple[str, ...] = ()  # names of differences that do not fail
     notes: list[str] = field(default_factory=list)
+    without_head: list[str] | None = None  # the class that config.json names, where the plan's has a head
     carried: Carried | None = None  # the states of the optimizer, where they were carried along
 
     @property
@@ -270,6 +273,8 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
     try:
         subject.recorded, options = settled(plan, options, given)
         subject.plan = plan(options)
+        if forth:
+            _as_planned(subject)
         if subject.carried is not None:
             subject.plan = planned(subject.carried, subject.plan, source)
         cast = cast_seen(subject.plan, subject.target)
@@ -280,6 +285,17 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
         if given and any(p.kind == "usage" for p in error.problems):
             raise  # a slip in what the user gives now
         subject.problems = error.problems
+
+
+def _as_planned(subject: Subject) -> None:
+    """Take an output that is the model without the head of the plan for what a class with the head reads."""
+    assert subject.plan is not None
+    seen = whole(subject.output, {t.name for f in subject.plan.outputs for t in f.held})
+    named = subject.plan.config.get(ARCHITECTURES)
+    if seen is not subject.output and named is not None:
+        subject.without_head = subject.config[ARCHITECTURES]
+        subject.hf = subject.output = seen
+        subject.config = {**subject.config, ARCHITECTURES: named.value}
 
 
 def _options(subject: Subject) -> Options:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, flags, shown
+from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, Ids, flags, shown
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_ROLES = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
@@ -98,6 +98,8 @@ def _clean_up(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator
     if wanted is None or bool(wanted) == bool(held):
         return
     seen = shown(held) if held is not None else "nothing, which transformers 5 takes for false"
+    if held:
+        seen += ", with which decoding takes spaces before punctuation away"
     yield Difference(key, f"expected {shown(wanted)}, found {seen}")
 
 
@@ -207,9 +209,10 @@ def listed(*documents: Mapping[str, Any]) -> set[str]:
 
 
 def wrong_flags(
-    known: Mapping[int, Mapping[str, Any]], document: Mapping[str, Any], where: str
+    known: Mapping[int, Mapping[str, Any]], document: Mapping[str, Any], where: str, ids: Ids | None = None
 ) -> Iterator[Difference]:
-    """Entries of `added_tokens_decoder` that are not those of `known`, the source's table by id."""
+    """Entries of `added_tokens_decoder` that are not those of `known`, the source's table by id; `ids` is the
+    source's tokenizer.json."""
     table = document.get("added_tokens_decoder")
     if not isinstance(table, Mapping):
         return
@@ -221,7 +224,8 @@ def wrong_flags(
             )
             continue
         held[int(key)] = {"content": entry.get("content"), **{f: _flag(entry, f) for f in FLAGS}}
-    yield from flags({i: known[i] for i in held if i in known}, held, where)
+    normal = ids is None or ids.normalizes(held)
+    yield from flags({i: known[i] for i in held if i in known}, held, where, normal=normal)
 
 
 def _flag(entry: Mapping[str, Any], name: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
+from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, sentencepiece, tokenizer_documents
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.beside import Beside, Damaged
@@ -14,6 +15,7 @@ from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.tokenizer_config import (
+    FILLED,
     GENERIC,
     differences,
     listed,
@@ -25,6 +27,7 @@ from ckpt_tool.verify.tokenizer_config import (
 from ckpt_tool.verify.tokenizer_ids import Difference, Ids, Unreadable, compare, shown
 
 LEVEL, CHECK = "coverage", "tokenizer"
+CLASS = "tokenizer_class"
 ENTITIES = "entity_vocab.json"
 PIECES = "sentencepiece.bpe.model"  # whose ids fairseq moved
 JSON, CONFIG, MAP, ADDED = (
@@ -301,7 +304,8 @@ def _can_load(missing: list[str], held: set[str], beside: Beside, result: _Resul
         result.fail(JSON, text)
         missing = [n for n in missing if n != JSON]
     if ENTITIES in missing:
-        result.fail(ENTITIES, "expected this file, found none: no other has the ids of entities")
+        text = "expected this file, found none: transformers 4 reads the ids of entities from no other"
+        result.fail(ENTITIES, text)
         missing = [n for n in missing if n != ENTITIES]
     if JSON in missing and not slow:
         result.fail(JSON, "expected this file, found none, nor another that a tokenizer can be made of")
@@ -404,10 +408,11 @@ def _configs(
     if CONFIG in found:
         begins, ends = _around(ids)
         alike = () if subject.family is None else subject.family.vocabulary.classes
-        other = differences(expected.get(CONFIG, {}), found[CONFIG], alike=alike, begins=begins, ends=ends)
+        whole = _with_class(subject, expected.get(CONFIG, {}), found[CONFIG], ids, result)
+        other = differences(expected.get(CONFIG, {}), whole, alike=alike, begins=begins, ends=ends)
         result.take(CONFIG, iter([d for d in other if not _left_open(d, subject, found[CONFIG], result)]))
         if known:
-            result.take(CONFIG, wrong_flags(known, found[CONFIG], CONFIG))
+            result.take(CONFIG, wrong_flags(known, found[CONFIG], CONFIG, ids))
     _listed(expected, found, known, result)
     vocabulary = {} if ids is None else ids.vocabulary
     for text, i in found.get(ADDED, {}).items():
@@ -415,6 +420,39 @@ def _configs(
         if have != i:
             words = f"expected {'no such token' if have is None else have}, found {i}"
             result.fail(f"{ADDED}: {shown(text)}", words)
+
+
+def _with_class(
+    subject: Subject,
+    expected: Mapping[str, Any],
+    found: Mapping[str, Any],
+    ids: Ids | None,
+    result: _Result,
+) -> Mapping[str, Any]:
+    """`found` with the class that loaders take where it names none and the source does: that of config.json,
+    else the one of the model's type, as far as it is known here. A token that the class alone brings along
+    gets a new id in transformers 4."""
+    named = expected.get(CLASS)
+    if named is None or found.get(CLASS) is not None:
+        return found
+    where, kind = f"{CONFIG}: {CLASS}", class_of(subject.config)
+    usual = subject.config.get(CLASS) or (None if kind is None else classes()[kind].tokenizer)
+    said = f"expected {shown(named)}, found none, and loaders take "
+    if not isinstance(usual, str):
+        result.notes.append(finding("note", f"{said}the class of the model's type", where))
+        return found
+    filled = FILLED.get(plain_class(usual), {})
+    new = [t for r, (t, *_) in filled.items() if r not in found and ids and t not in ids.vocabulary]
+    if new:
+        result.fail(where, f"{said}{usual}, of which {new[0]} gets an id of its own in transformers 4")
+    elif plain_class(usual) != plain_class(named) and GENERIC.isdisjoint(
+        (plain_class(usual), plain_class(named))
+    ):
+        result.fail(where, f"{said}{usual}, which makes other ids of the same files")
+        return found
+    else:
+        result.notes.append(finding("note", f"{said}{usual}", where))
+    return {**found, CLASS: usual}
 
 
 def _left_open(d: Difference, subject: Subject, found: Mapping[str, Any], result: _Result) -> bool:

@@ -14,6 +14,7 @@ from ckpt_tool.checkpoint.base import Known
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_folders import is_part as is_dcp_part
 from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
+from ckpt_tool.checkpoint.deepspeed import LATEST, is_model_states, root_of
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse
@@ -89,7 +90,8 @@ def needed(name: str) -> bool:
         or is_run_document(name)
         or is_weights(path.name)
         or is_part(path.name)
-        or path.name in (STATE, METADATA, COMMON)
+        or path.name in (STATE, METADATA, COMMON, LATEST)
+        or is_model_states(path.name)
         or path.suffix == DATA
     )
 
@@ -127,6 +129,8 @@ def _root(members: Members) -> str:
     roots = sorted(
         p for p in prefixes if not (p.endswith("original/") and p[: -len("original/")] in prefixes)
     )
+    if not roots and (root := root_of(members.names)) is not None:
+        return root
     if not roots:
         if {"pickle", "storages", "tensors"} <= set(members.names):
             found = "a torch file of a version before 0.1.10"

@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_tool.checkpoint.base import DTYPES, Record, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, LeftOut, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange, Part
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.dcp_metadata import (
@@ -87,6 +87,12 @@ class DcpFile(TensorFile):
     def paths(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((self.path, *(p.path for p in self._files.places.values()))))
 
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Tensors of a dtype that is not read."""
+        reason = "of a dtype that no weights have"
+        return tuple(LeftOut(tensor, reason) for tensor in self._told.odd.values())
+
     def _counts(self) -> list[str]:
         """What the folder holds besides tensors that are read."""
         states = sum(EXTRA_STATE.fullmatch(n) is not None for n in self._told.objects)
@@ -102,8 +108,8 @@ class DcpFile(TensorFile):
             made.append(f"{len(others)} {are} left out: {shown}")
         if unfit := len(self._told.unfit):
             made.append(f"{unfit} tensors of the optimizer were left out: not every element of them is there")
-        for name, dtype in sorted(self._told.odd.items()):
-            made.append(f"{name} is of dtype {dtype}, which no weights have: left out")
+        for name, tensor in sorted(self._told.odd.items()):
+            made.append(f"{name} is of dtype {tensor.dtype}, which no weights have: left out")
         return made
 
     # --- items ---

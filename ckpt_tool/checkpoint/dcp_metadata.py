@@ -74,7 +74,7 @@ class Metadata:
     kinds: list[tuple[Ints, Ints]] = field(default_factory=list)
     firsts: array[int] = field(default_factory=lambda: array("q"))
     objects: dict[str, Item] = field(default_factory=dict)
-    odd: dict[str, str] = field(default_factory=dict)
+    odd: dict[str, TensorInfo] = field(default_factory=dict)
     unfit: list[str] = field(default_factory=list)
     ends: dict[str, int] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
@@ -223,7 +223,7 @@ class _Reader:
             return
         starts, sizes, numbers = self.matched(name, chunks)
         if dtype not in _DTYPES:
-            found.odd[name] = dtype
+            found.odd[name] = TensorInfo(name, dtype, shape, self.file)
             return
         if numbers is None:
             return  # said by `matched`

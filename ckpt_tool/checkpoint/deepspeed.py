@@ -40,6 +40,19 @@ def is_share(name: str) -> bool:
     return _SHARE.fullmatch(name) is not None
 
 
+def root_of(names: Collection[str]) -> str | None:
+    """The folder, empty or with `/` at its end, of a checkpoint among `names` that may hold a whole model:
+    the one with the file `latest`, or that of the states where there is none."""
+    parted = [name.rpartition("/") for name in names]
+    homes = {above for above, _, last in parted if is_model_states(last)}
+    if not homes or any(_APART.fullmatch(last) for _, _, last in parted):
+        return None
+    outer = {home: home.rpartition("/")[0] for home in homes}
+    led = {home: f"{outer[home]}/".lstrip("/") for home in homes if home}
+    roots = {led[h] if h and f"{led[h]}{LATEST}" in names else f"{h}/".lstrip("/") for h in homes}
+    return roots.pop() if len(roots) == 1 else None
+
+
 def may_be_step(folder: str) -> bool:
     """Whether to look into a folder of this name, which `latest` does not name."""
     return _STEP.fullmatch(folder) is not None

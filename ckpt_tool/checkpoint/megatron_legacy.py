@@ -5,7 +5,11 @@ biases but those of queries, keys and values, and the order of rows is Core's: w
 key and their value; gates before ups. So other names are all that sets them apart. GPT-2 and BERT, whose
 norms have biases, keep theirs; so does a file whose version says that its rows have another order.
 
-Source: NVIDIA/Megatron-LM 23.06 and core_v0.9.0 (legacy/model/language_model.py, transformer.py:
+With `--transformer-impl transformer_engine` layers are that library's TransformerLayer, with names of its own
+for the same parts: query, key and value of a group together, gates before ups.
+
+Source: NVIDIA/TransformerEngine (pytorch/transformer.py), NVIDIA/Megatron-LM 23.06 and core_v0.9.0
+(legacy/model/language_model.py, transformer.py:
 ParallelAttention, ParallelMLP).
 """
 
@@ -46,11 +50,29 @@ _IN_LAYER = {
             ("dense.weight", "linear_proj.weight"),
         )
     },
+    # layers that are Transformer Engine's
+    "self_attention.layernorm_qkv.layer_norm_weight": "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.layernorm_qkv.weight": "self_attention.linear_qkv.weight",
+    "self_attention.layernorm_qkv.bias": "self_attention.linear_qkv.bias",
+    "self_attention.proj.weight": "self_attention.linear_proj.weight",
+    "layernorm_mlp.layer_norm_weight": "mlp.linear_fc1.layer_norm_weight",
+    "layernorm_mlp.fc1_weight": "mlp.linear_fc1.weight",
+    "layernorm_mlp.fc2_weight": "mlp.linear_fc2.weight",
+    **{
+        f"{own}._extra_state": f"{module}._extra_state"
+        for own, module in (
+            ("self_attention.layernorm_qkv", "self_attention.linear_qkv"),
+            ("self_attention.proj", "self_attention.linear_proj"),
+            ("self_attention.core_attention", "self_attention.core_attention"),
+            ("layernorm_mlp", "mlp.linear_fc1"),
+        )
+    },
     "mlp.dense_h_to_4h.weight": "mlp.linear_fc1.weight",
     "mlp.dense_4h_to_h.weight": "mlp.linear_fc2.weight",
 }
 _TELLS = re.compile(
-    r"(model\d{0,4}\.)?language_model\.\w+\.layers\.\d+\.(self_)?attention\.query_key_value\.weight", re.ASCII
+    r"(model\d{0,4}\.)?language_model\.\w+\.layers\.\d+\.(self_)?attention\.(query_key_value|layernorm_qkv)\.weight",
+    re.ASCII,
 ).fullmatch
 ORDERED = 2.0  # since this version of the format a head's query, key and value follow one another
 

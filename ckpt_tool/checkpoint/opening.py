@@ -84,6 +84,7 @@ if TYPE_CHECKING:
 
 HUB = "hf://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+SHOWN_LOST = 10  # files of an index that are not there, before the rest is counted
 NEAR = 2000  # names that are compared with one that is not there
 TOKENIZER, READY = "tokenizer.model", "tokenizer.json"
 # What a repository has around its folder `original`, where that has no tokenizer of its own.
@@ -300,10 +301,12 @@ def _listed(folder: Folder, names: Collection[str], index: str) -> list[str]:
 
 
 def _lost(index: str, listed: Collection[str], names: Collection[str]) -> Iterator[Problem]:
-    """Those of the files that `index` lists that are not there."""
-    for name in listed:
-        if name not in names:
-            yield Problem("bad-index", f"expected {name}, found no such file", index, hint=FETCH_IT)
+    """Those of the files that `index` lists that are not there: the first ones, and how many more."""
+    lost = [name for name in listed if name not in names]
+    for name in lost[:SHOWN_LOST]:
+        yield Problem("bad-index", f"expected {name}, found no such file", index, hint=FETCH_IT)
+    if (left := len(lost) - SHOWN_LOST) > 0:
+        yield Problem("bad-index", f"expected {left} more files, found none of them", index, hint=FETCH_IT)
 
 
 def _indexed(folder: Folder, names: Collection[str], name: str | None = None) -> tuple[str, WeightSet] | None:
@@ -312,7 +315,12 @@ def _indexed(folder: Folder, names: Collection[str], name: str | None = None) ->
     if name is None and any(is_weights(n.removeprefix(ORIGINAL_FOLDER)) for n in names):
         return None
     for index in INDEXES:
-        listed = _listed(folder, names, index)
+        try:
+            listed = _listed(folder, names, index)
+        except CkptToolError as error:
+            if name is None or error.kind != "bad-index" or _mentions(folder, index, name):
+                raise
+            continue  # of another model, whatever it should say
         if listed and {*listed} <= {*names} and (name is None or name in listed):
             found = WeightSet(
                 f"the files of {index}", tuple(listed), index, "hf", tuple(adapter_notes(names))
@@ -322,15 +330,22 @@ def _indexed(folder: Folder, names: Collection[str], name: str | None = None) ->
     return None
 
 
+def _mentions(folder: Folder, index: str, name: str) -> bool:
+    """Whether an index that cannot be read has the name of a file in it."""
+    return name.encode() in folder.document(index).read(INDEX_BYTES)
+
+
 def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
     """A folder in which no file holds whole tensors: a checkpoint of torch.distributed, or slices; None for
     another."""
     if (there := find_dcp(folder)) is not None:
         within, notes = there
-        file: TensorFile = open_dcp_folder(folder, within)
+        saved = open_dcp_folder(folder, within)
+        file: TensorFile = saved
+        odd = saved.left_out
     elif slices := slice_files(folder.names()):
         within, notes = "", []
-        file = open_slices(folder.place, slices, limits.safetensors_header)
+        file, odd = open_slices(folder.place, slices, limits.safetensors_header), ()
     else:
         return None
     try:
@@ -350,7 +365,7 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         raise
     notes += file.notes
     return OpenedCheckpoint(
-        path, own.files, documents, notes, tuple(own.readings), tuple(own.left_out), folder=folder
+        path, own.files, documents, notes, tuple(own.readings), (*own.left_out, *odd), folder=folder
     )
 
 

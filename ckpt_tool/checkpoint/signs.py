@@ -463,6 +463,7 @@ _PACKED = (
         "NeMo merges them into the model first: scripts/nlp_language_modeling/merge_lora_weights/merge.py,"
         " or llm.peft.merge_lora of NeMo 2",
     ),
+    (r"(forward|backward)_hadamard_matrix", "weights of four bits (FP-Quant)", UNPACKED),
     (r"qzeros|g_idx|qweight", "GPTQ or AWQ weights of few bits", UNPACKED),
     (r"weight\.(absmax|quant_map|nested_absmax)|scb", "bitsandbytes weights of few bits", UNPACKED),
     (

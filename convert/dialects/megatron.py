@@ -38,9 +38,12 @@ from ckpt_tool.convert.dialects.megatron_names import (
     AGES,
     ENCODER_ONLY,
     VERSIONS,
+    WITHOUT_ENGINE,
     age_of,
     fused_order,
+    has_one_order,
     is_core,
+    is_engine,
     own_names,
     without_model,
 )
@@ -410,7 +413,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
         [f for tell in m.foretold.values() for f in tell(known)],
     )
     output = next((name for name in (COPY, OUTPUT) if run.keeps(name, options)), None)
-    table = _table(m, known, fused_order(run.version, is_core(run.age)), rows.value, output)
+    table = _table(m, known, fused_order(run.version, has_one_order(run.age)), rows.value, output)
     return to_hf(table, run, options, beside)
 
 
@@ -502,7 +505,7 @@ def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan
     )
     copy = COPY if form.stages > 1 else None
     output = copy if known["tie_word_embeddings"] else OUTPUT
-    table = _table(m, known, fused_order(form.version or 0.0, is_core(form.age)), form.rows, output)
+    table = _table(m, known, fused_order(form.version or 0.0, has_one_order(form.age)), form.rows, output)
     return ranks.to_ranks(table, source, options, written, form, own_names(form.age).__getitem__)
 
 
@@ -526,7 +529,9 @@ def _form(known: Known) -> Form:
     asked, once = known.options.family_options, known.once
     version = _version_to_write(known)
     age = once.get("age")
-    as_core = isinstance(age, str) and is_core(age) and asked.get("checkpoint_version") is not None
+    if isinstance(age, str) and is_engine(age) and gelus(known)[0].value != "tanh":
+        age = WITHOUT_ENGINE[age]  # whose layers take another gelu too
+    as_core = isinstance(age, str) and has_one_order(age) and asked.get("checkpoint_version") is not None
     if not isinstance(age, str) or age not in AGES or (as_core and version != 3.0):
         age = "encoder" if version == 3.0 else "transformer"
     tensor_parallel, shared = ranks.ranks_of(known), ranks.stages_of(known)
@@ -571,13 +576,14 @@ def _version_to_write(known: Known) -> float | None:
 def _args(m: Megatron, known: Known, form: Form) -> dict[str, Value]:
     """The pickled args."""
     dtype, core, sharing = known.options.dtype or known.source.dtype, is_core(form.age), "ranks to write"
+    epsilon = "norm_epsilon" if core or form.age in ("norm", "engine-norm") else "layernorm_epsilon"
     shares = {"model_parallel_size": Value(form.ranks, sharing)} if (form.version or 0) < 3 else {}
     if form.version == 3.0 or form.stages > 1:
         shares |= ranks.split_args(form)
     args = {
         **ranks.shared_args(known, form, {}),
         "make_vocab_size_divisible_by": Value(_divisor(known), "the original's, or 128"),
-        "norm_epsilon" if core or form.age == "norm" else "layernorm_epsilon": known.value("layer_norm_eps"),
+        epsilon: known.value("layer_norm_eps"),
         **gelu_flags(known, core),
         "fp16": Value(dtype == "F16", "dtype of the tensors"),
         "bf16": Value(dtype == "BF16", "dtype of the tensors"),

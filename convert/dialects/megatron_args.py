@@ -11,7 +11,7 @@ from typing import Literal
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
-from ckpt_tool.convert.dialects.megatron_names import is_core
+from ckpt_tool.convert.dialects.megatron_names import has_one_order, is_core, is_engine
 from ckpt_tool.convert.dialects.megatron_ranks import Run, args_of
 from ckpt_tool.convert.numbers import Field, Known, anything, one_of
 from ckpt_tool.convert.params import SET
@@ -84,9 +84,12 @@ def feed_forward_gelu(run: Run, of_version_0: Value) -> Value:
     - before 2020-04-14 there was no flag and only the tanh form: args of version 0 without openai_gelu.
     - later erf, tanh with openai_gelu, or with bias_gelu_fusion, which is on by default since January 2021;
       from 2023 on (args with swiglu) onnx_safe comes before the fusion.
+    - Transformer Engine's layers before Core take no flag: their gelu is the tanh form.
     - no args at all: `of_version_0`, erf for versions 1 and 2 (nobody had the fusion by default), tanh for 3.
     """
     fused, openai = run.args.get("bias_gelu_fusion"), run.args.get("openai_gelu")
+    if is_engine(run.age):
+        return Value("tanh", "rule: Transformer Engine's gelu is the tanh form")
     if is_core(run.age):
         if fused is None:
             return Value("tanh", "rule: Megatron-Core fuses bias and gelu by default, in the tanh form")
@@ -142,7 +145,7 @@ def gelu_flags(known: Known, core: bool) -> dict[str, Value]:
 def notes_on(run: Run) -> list[str]:
     """What neither architecture can say, and what was not said by the file."""
     notes = []
-    if run.said_version is None and not is_core(run.age):
+    if run.said_version is None and not has_one_order(run.age):
         notes.append(
             "no checkpoint_version is in the file, which makes it 0: query_key_value holds all queries, then "
             "all keys, then all values (files of two weeks of September 2020 are of 1.0 and do not say so)"

@@ -5,7 +5,7 @@ those of the checkpoints up to v2.0 without the dicts around them. `AGES` says w
 tensors.
 
 Source: NVIDIA/Megatron-LM v1.0, v2.0, v2.5, 23.06 and core_v0.9.0 (model/language_model.py, transformer.py,
-bert_model.py; core/models).
+bert_model.py; core/models), NVIDIA/TransformerEngine (pytorch/transformer.py, module/layernorm_mlp.py).
 """
 
 from __future__ import annotations
@@ -59,6 +59,21 @@ def _nested(
     return {stem: own(stem) for stem in (*LAYER, *FIRST, *LAST)}
 
 
+def _engine(norm: str) -> dict[str, str]:
+    """Layers that are Transformer Engine's TransformerLayer, in a model that is Megatron-LM's otherwise."""
+    layer = "language_model.encoder.layers.{i}."
+    modules = (
+        "self_attention.layernorm_qkv.layer_norm_",
+        "self_attention.layernorm_qkv.",
+        "self_attention.proj.",
+        "layernorm_mlp.layer_norm_",
+        "layernorm_mlp.fc1_",
+        "layernorm_mlp.fc2_",
+    )
+    own = dict(zip(LAYER, (layer + module for module in modules), strict=True))
+    return _nested("encoder", "self_attention", norm) | own
+
+
 def _core(block: str, norm_1: str, norm_2: str) -> dict[str, str]:
     layer = f"{block}.layers.{{i}}."
     modules = (
@@ -90,6 +105,8 @@ AGES: dict[str, dict[str, str]] = {
     "transformer": _nested("transformer", "attention", "layernorm"),  # to v2.0, 2020
     "encoder": _nested("encoder", "self_attention", "layernorm"),  # 2021 to 2023
     "norm": _nested("encoder", "self_attention", "norm"),  # 2023 on
+    "engine": _engine("layernorm"),  # --transformer-impl transformer_engine, 2022 to 2023
+    "engine-norm": _engine("norm"),  # 2023 on
     "flat": _nested("transformer", "attention", "layernorm", embedding=""),  # 2019
     "bare": _nested("transformer", "attention", "layernorm", embedding="", root=""),
     "core": _core("decoder", *_APART),
@@ -112,6 +129,19 @@ def _dicts(age: str) -> tuple[str, ...]:
 
 def is_core(age: str) -> bool:
     return age.startswith("core")
+
+
+def is_engine(age: str) -> bool:
+    return age.startswith("engine")
+
+
+def has_one_order(age: str) -> bool:
+    """Whether rows are in the order of version 2.0 whatever version a file says."""
+    return is_core(age) or is_engine(age)
+
+
+# What the same code calls tensors without Transformer Engine.
+WITHOUT_ENGINE = {"engine": "encoder", "engine-norm": "norm"}
 
 
 # The dicts that an age's tensors stand in; inside the innermost, the rest of a name is one key.
@@ -141,7 +171,9 @@ def age_of(names: Collection[str]) -> str | None:
     bare |= {first.sub("{i}", n) for n in bare}
     wanted = [stem + kind for stem in LAYER for kind in ("weight", "bias")]
     known = [age for age in AGES if all(own_names(age)[n] in bare for n in wanted)]
-    return next((age for age in known if own_names(age)["word_embeddings.weight"] in bare), None)
+    known = [age for age in known if own_names(age)["word_embeddings.weight"] in bare]
+    whole = [age for age in known if own_names(age)["final_layernorm.weight"] in bare]
+    return next(iter(whole or known), None)
 
 
 def without_model(name: str) -> tuple[str, str]:
@@ -150,10 +182,10 @@ def without_model(name: str) -> tuple[str, str]:
     return ("", name) if m is None else (m[1], name[m.end() :])
 
 
-def fused_order(version: float, core: bool) -> str:
+def fused_order(version: float, ordered: bool) -> str:
     """The order of the rows of query_key_value: t is query, key, value; n the head; h the channel. A rank
-    holds all of it for its heads. Version 3.0 renamed arguments only; Megatron-Core always has the order of
+    holds all of it for its heads. Version 3.0 renamed arguments only; `ordered` ages always have the order of
     2.0."""
-    if core or version >= 2:
+    if ordered or version >= 2:
         return "n t h"
     return "n h t" if version == 1 else "t n h"

@@ -42,6 +42,7 @@ CLASS = like_llama(
     "MistralConfig",
     {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
     context=131072,
+    tokenizer="LlamaTokenizer",
 )
 CORE = megatron_core.Core(
     family="mistral",

@@ -109,6 +109,7 @@ CLASS = like_llama(
     },
     context=131072,
     aliases={"num_local_experts": ("num_experts",)},
+    tokenizer="LlamaTokenizer",
 )
 CORE = megatron_core.Core(
     family="mixtral",

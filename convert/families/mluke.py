@@ -147,6 +147,7 @@ CLASS = Class(
         "tie_word_embeddings": True,
     },
     {**IDS, "max_position_embeddings": 512},
+    tokenizer="LukeTokenizer",
     idle={
         "bert_model_name": "where training began",
         "cls_entity_prediction": "of a head that is left out",
