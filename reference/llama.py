@@ -30,9 +30,9 @@ NAMES = Names(
 )
 
 
-# Settings of programs that read such files (llama, llama-models, codellama, mistral-inference, executorch,
-# llama2.c): those that sizes follow from, which the tensors have; those of a run, of training and of
-# sampling; and ids of the tokenizer.
+# Settings of programs that read such files (llama, llama-models, codellama, mistral-inference and -finetune,
+# executorch, llama2.c): those that sizes follow from, which the tensors have; those of a run, of training
+# (`lora`: factors, merged in where weights are whole) and of sampling; and ids of the tokenizer.
 SIZES = (
     "dim",
     "n_layers",
@@ -78,6 +78,7 @@ TRAINING = ("dropout", "attention_dropout", "initializer_range", "init_std", "de
     "output_router_logits",
     "router_aux_loss_coef",
     "router_jitter_noise",
+    "lora",
 )
 WORDS = ("bos_idx", "eos_idx", "bos_count", "eos_count", "bos_id", "eos_id", "pad_id") + (
     "bos_token_id",

@@ -202,6 +202,29 @@ def test_unknown_fields_are_refused_and_the_hint_leads_out(name: str, value: Any
     assert read_by_the_reference(name, other, new_norms=None) == read_by_the_reference(name, download)
 
 
+@pytest.mark.parametrize("name", ["mistral", "mixtral"])
+def test_the_factors_of_a_training_run_are_merged_in_whole_weights(name: str, tmp_path: Path) -> None:
+    """mistral-finetune writes `lora` into every params.json, beside whole weights too."""
+    download = original(ONE[name])
+    lora = {"enable": True, "rank": 64, "dropout": 0.0, "scaling": 2.0}
+    tuned = with_params(download, lora=lora)
+    plan = planned(tuned, tmp_path / "a", name)
+    assert config_of(plan) == config_of(planned(download, tmp_path / "b", name))
+    assert [n for n in plan.notes if "the weights hold no factors, or have them merged in" in n]
+    assert read_by_the_reference(name, tuned) == read_by_the_reference(name, download)
+    held = {
+        f: [*rows, ("layers.0.attention.wq.lora_A.weight", "BF16", (4, 8))]
+        for f, rows in download.headers.items()
+    }
+    apart = Checkpoint(
+        tmp_path, {f: Headers(f, rows) for f, rows in held.items()}, opened(tuned, tmp_path).documents
+    )
+    said = refused(lambda: family(name).plan(apart, Options()))
+    assert any("LoRA factors" in p.message for p in said.problems)
+    more = with_params(download, lora={**lora, "alpha": 4})
+    assert refused(lambda: planned(more, tmp_path / "c", name)).problems[0].where == "lora"
+
+
 @EACH
 def test_a_known_field_of_another_model_cannot_be_left_out(name: str, tmp_path: Path) -> None:
     other = with_params(original(ONE[name]), use_qk_norm=True)
