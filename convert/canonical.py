@@ -41,7 +41,8 @@ from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
 from ckpt_tool.records import dataclass
 
-# How the tensors of a head begin, by the end of the class's name; of several one kind is there.
+# How the tensors of a head begin, by the end of the class's name; of several one kind is there. What a class
+# has beside that of its family is in `Class.heads`.
 HEADS: Mapping[str, tuple[str, ...]] = {
     "LMHeadModel": ("lm_head.",),
     "DoubleHeadsModel": ("multiple_choice_head.", "lm_head."),
@@ -77,6 +78,7 @@ POOLED = re.compile(
     r"PreTraining)"
 )
 POOLING = re.compile(r"(Canine|Luke|MegatronBert|MobileBert)Model")
+POOLERS = re.compile(r"Canine|Luke|Mega|MobileBert")
 UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 # What decoders call themselves below this head, whatever their other classes do.
 IN_ANSWERING = "transformer."
@@ -174,7 +176,9 @@ def _check_class(checkpoint: Checkpoint, chosen: Family) -> None:
     if any(n.startswith(tuple(own)) for n in names):
         return
     stem = chosen.classes[kind].name.removesuffix("Config")
-    fitting = [f"{stem}{end}" for end, starts in HEADS.items() if any(n.startswith(starts) for n in names)]
+    ends = chosen.classes[kind].heads
+    begun = {end: tuple(f"{m}." for m in modules) or HEADS[end] for end, modules in ends.items()}
+    fitting = [f"{stem}{end}" for end, starts in begun.items() if any(n.startswith(starts) for n in names)]
     if fitting:
         told = f"found none, and tensors of the head of {' or '.join(fitting)}"
         hint = f"--set architectures={fitting[0]} says that it is of that class"
@@ -262,7 +266,7 @@ def _spelling(checkpoint: Checkpoint, chosen: Family) -> Spelling:
     found = _found_prefix(own, names)
     found = own.prefix if found is None else found
     base = f"{own.name.removesuffix('Config')}Model"
-    architecture = _architecture(config, chosen, base, found, names)
+    architecture = _architecture(config, chosen, own, found, names)
     renamed = dict(zip(names, names, strict=True))
     if found != own.prefix or not found:
         renamed = {n: own.prefix + n.removeprefix(found) if _is_within(n, found) else n for n in names}
@@ -279,17 +283,17 @@ def _is_within(name: str, found: str) -> bool:
 
 
 def _architecture(
-    config: Mapping[str, Any], chosen: Family, base: str, found: str, names: Iterable[str]
+    config: Mapping[str, Any], chosen: Family, kind: Class, found: str, names: Iterable[str]
 ) -> str:
     """What config.json says; where it says none, the model alone, unless there are tensors of a head."""
-    said, stem = config.get("architectures"), base.removesuffix("Model")
+    said, stem = config.get("architectures"), kind.name.removesuffix("Config")
+    base = f"{stem}Model"
     own = [name for name in chosen.architectures if name.startswith(stem)]
     if isinstance(said, list) and len(said) == 1 and isinstance(said[0], str):
-        others = [] if any(n.endswith(SEEING) for n in own) else [end for end in HEADS if end != SEEING]
-        if said[0] in (base, *own) or (said[0].startswith(stem) and said[0].endswith(tuple(others))):
+        others = [] if any(n.endswith(SEEING) for n in own) else [f"{stem}{end}" for end in kind.heads]
+        if said[0] in (base, *own, *others):
             return said[0]
-        headed = [f"{stem}{end}" for end in others if end.startswith("For")]
-        some = [*dict.fromkeys([base] * bool(others) + own + headed)][:6]
+        some = [*dict.fromkeys([base] * bool(others) + own + others)][:6]
         message = f"expected a class of {chosen.name} such as {', '.join(some)}, found {said[0]!r}"
         fail_all([Problem("unsupported", message, "config.json", "architectures")])
     if said is not None and said != []:
@@ -453,11 +457,17 @@ def _starts(architecture: str) -> tuple[str, ...]:
 
 
 def _is_of_head(name: str, spelling: Spelling) -> bool:
-    """Whether it is a tensor of the class's head, or of the pooler before it. Of one that sees images the
-    rows name all that there is."""
+    """Whether it is a tensor of the class's head that no row names, or of the pooler before it."""
     if name.startswith(spelling.prefix):
-        return ".pooler." in name and _end(spelling.architecture) not in UNPOOLED
-    return _end(spelling.architecture) != SEEING and name.startswith(_starts(spelling.architecture))
+        pooled = POOLERS.match(spelling.architecture) and _end(spelling.architecture) not in UNPOOLED
+        return ".pooler." in name and bool(pooled)
+    module, _, part = name.rpartition(".")
+    return module in _modules(spelling) and part in ("weight", "bias")
+
+
+def _modules(spelling: Spelling) -> tuple[str, ...]:
+    """What the head consists of, beside what rows name."""
+    return spelling.kind.heads.get(_end(spelling.architecture), ())
 
 
 def _module(name: str) -> str:
@@ -482,7 +492,7 @@ def _head_problems(
     spelling: Spelling, held: Held, names: Collection[str], heads: Iterable[TensorInfo]
 ) -> Iterator[Problem]:
     """A head of which nothing is there, unless it is the embedding again; labels that it has no rows for."""
-    starts, own = _starts(spelling.architecture), held.source
+    starts, own = tuple(f"{m}." for m in _modules(spelling)) or _starts(spelling.architecture), held.source
     labelled = LABELLED.search(spelling.architecture)
     classes_alone = labelled or _end(spelling.architecture) in (ANSWERING, "ForMultipleChoice")
     there = [n for n in names if (LAST.fullmatch(n) if classes_alone else n.startswith(starts))]

@@ -15,6 +15,25 @@ from typing import Any, Literal
 from ckpt_tool.convert.facts_parts import Parts
 from ckpt_tool.records import dataclass
 
+# Heads that no family's rows name: by the end of the name of a class that transformers has, the modules that
+# the head is made of, each a matrix and mostly a bias. A head of words has none here: rows name its tensors.
+DECODER_HEADS: Mapping[str, tuple[str, ...]] = {
+    "ForSequenceClassification": ("score",),
+    "ForTokenClassification": ("score",),
+    "ForQuestionAnswering": ("qa_outputs",),
+}
+ENCODER_HEADS: Mapping[str, tuple[str, ...]] = {
+    "ForSequenceClassification": ("classifier",),
+    "ForTokenClassification": ("classifier",),
+    "ForMultipleChoice": ("classifier",),
+    "ForQuestionAnswering": ("qa_outputs",),
+}
+
+
+def without(heads: Mapping[str, tuple[str, ...]], *ends: str) -> dict[str, tuple[str, ...]]:
+    """Of these heads those that a class has."""
+    return {end: modules for end, modules in heads.items() if end not in ends}
+
 
 @dataclass(frozen=True)
 class Class:
@@ -45,6 +64,9 @@ class Class:
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     # Rates of dropout in training, with what an absent key stands for.
     dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
+    heads: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: DECODER_HEADS
+    )  # beside the family's own
     parts: Parts | None = None  # of a model that has others beside that of text
     # The tokenizer's class that loaders take by the type of the model where no file names one, if it makes
     # other tokens of some files than the class that they were written for.

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 from ckpt_tool.convert import layout
 from ckpt_tool.convert.facts_classes import DECODER as DECODER
+from ckpt_tool.convert.facts_classes import DECODER_HEADS as DECODER_HEADS
+from ckpt_tool.convert.facts_classes import ENCODER_HEADS as ENCODER_HEADS
 from ckpt_tool.convert.facts_classes import GPT_IDS as GPT_IDS
 from ckpt_tool.convert.facts_classes import GPT_NAMES as GPT_NAMES
 from ckpt_tool.convert.facts_classes import GPT_SIZES as GPT_SIZES
@@ -27,6 +29,7 @@ from ckpt_tool.convert.facts_classes import ROPE as ROPE
 from ckpt_tool.convert.facts_classes import SUMMARY as SUMMARY
 from ckpt_tool.convert.facts_classes import Class as Class
 from ckpt_tool.convert.facts_classes import like_llama as like_llama
+from ckpt_tool.convert.facts_classes import without as without
 from ckpt_tool.convert.facts_parts import Parts as Parts
 from ckpt_tool.convert.facts_rotary import LLAMA3 as LLAMA3
 from ckpt_tool.convert.params import MAX_COUNT as MAX_COUNT

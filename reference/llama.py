@@ -30,9 +30,9 @@ NAMES = Names(
 )
 
 
-# Settings of programs that read such files (llama, llama-models, codellama, mistral-inference, executorch,
-# llama2.c): those that sizes follow from, which the tensors have; those of a run, of training and of
-# sampling; and ids of the tokenizer.
+# Settings of programs that read such files (llama, llama-models, codellama, mistral-inference and -finetune,
+# executorch, llama2.c): those that sizes follow from, which the tensors have; those of a run, of training
+# (`lora`: factors, merged in where weights are whole) and of sampling; and ids of the tokenizer.
 SIZES = (
     "dim",
     "n_layers",
@@ -78,6 +78,7 @@ TRAINING = ("dropout", "attention_dropout", "initializer_range", "init_std", "de
     "output_router_logits",
     "router_aux_loss_coef",
     "router_jitter_noise",
+    "lora",
 )
 WORDS = ("bos_idx", "eos_idx", "bos_count", "eos_count", "bos_id", "eos_id", "pad_id") + (
     "bos_token_id",
@@ -128,7 +129,8 @@ def check(params: Mapping[str, Any], overrides: Mapping[str, Any], more: frozens
 
 def names_of(params: Mapping[str, Any], overrides: Mapping[str, Any], shapes: Shapes) -> Names:
     """The embedding is the head where that is said and no other is there."""
-    tied = first(overrides.get("tie_word_embeddings"), one_of(params, *TIED))
+    tied = overrides.get("tie_word_embeddings")
+    tied = one_of(params, *TIED) if tied is None else tied
     return replace(NAMES, output=NAMES.word) if tied and NAMES.output not in shapes else NAMES
 
 
@@ -162,7 +164,8 @@ class Config(decoder.Config):
         # only Llama 3 has the 128000 words of its tokenizer, and more, or knows `use_scaled_rope`.
         words = shapes.get("output.weight", shapes.get("tok_embeddings.weight", (0,)))[0] * ranks
         newer = words >= 128000 or params.get("use_scaled_rope") is not None
-        params = {**params, "rope_theta": one_of(params, "rope_theta", "rope_freq_base")}
+        if overrides.get("rope_theta") is None:
+            params = {**params, "rope_theta": one_of(params, "rope_theta", "rope_freq_base")}
         made = numbers(params, overrides, 500000.0 if newer else 10000.0)
         scaling = _rope_scaling(params, overrides, made["dim"], made["n_layers"])
         windows, names = (None,) * made["n_layers"], names_of(params, overrides, shapes)
@@ -174,7 +177,8 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     if "rope_scaling" in overrides:
         return RopeScaling.from_hf(overrides["rope_scaling"] or {}, overrides.get("max_position_embeddings"))
-    told = {part: one_of(params, *names) for part, names in STRETCH.items()}
+    said = {part: first(*map(overrides.get, names)) for part, names in STRETCH.items()}
+    told = {p: one_of(params, *names) if said[p] is None else said[p] for p, names in STRETCH.items()}
     told = {part: float(value) for part, value in told.items() if value is not None}
     switch, block = params.get("use_scaled_rope"), params.get("rope_scaling")
     if block is not None:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from ckpt_tool.reference import transformer
 from ckpt_tool.reference.blocks import GELUS, VERSION_0, VERSION_1, VERSION_2
-from ckpt_tool.reference.facts import Shapes, disagreements, first, only, refuse
+from ckpt_tool.reference.facts import Shapes, disagreements, first, one_of, only, refuse
 
 T = TypeVar("T")
 MASKED = -10000.0  # Megatron's score of a key that is not to be seen; its fused kernels exclude it exactly
@@ -134,12 +134,13 @@ class Config(transformer.Config):
         n_heads = int(first(told("num_attention_heads", "n_head", args=("num_attention_heads",)), known))
         # args have a number of groups even where queries are not grouped
         grouped = params.get("num_query_groups") if params.get("group_query_attention") else None
-        gelu, eps = told("hidden_act", "activation_function"), ("norm_epsilon", "layernorm_epsilon")
+        gelu, eps = told("hidden_act", "activation_function"), told("layer_norm_eps", "layer_norm_epsilon")
+        eps = one_of(params, "norm_epsilon", "layernorm_epsilon") if eps is None else eps
         c = cls(
             n_layers=n_layers,
             n_heads=n_heads,
             n_groups=int(grouped or n_heads),
-            norm_eps=float(first(told("layer_norm_eps", "layer_norm_epsilon", args=eps), 1e-5)),
+            norm_eps=float(first(eps, 1e-5)),
             activation=gelu_named(gelu) if gelu else mlp_gelu(params, core, cls.gelu_of_version_0, engine),
             names=names,
             order=VERSION_2 if core or engine or version >= 2 else VERSION_1 if version == 1 else VERSION_0,

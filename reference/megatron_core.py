@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_tool.reference.decoder import Names
-from ckpt_tool.reference.facts import Shapes, first, only, refuse
+from ckpt_tool.reference.facts import Shapes, first, one_of, only, refuse
 from ckpt_tool.reference.megatron_documents import facts_of
 from ckpt_tool.reference.published import numbers, told
 
-# Facts under their Hugging Face names, and what args call them; the first that is there counts.
+# Facts under their Hugging Face names, and what args call them.
 ARGS = {
     "num_hidden_layers": ("num_layers",),
     "head_dim": ("kv_channels",),
@@ -103,7 +103,7 @@ def made(
     that this pass does not compute."""
     words = words_of(shapes)
     assert words is not None
-    said = _in_hf_names(params)
+    said = _in_hf_names(params, overrides)
     if said.get("use_rope_scaling") and "rope_scaling" not in overrides:
         said["rope_scaling"] = _stretched(said.get("rope_scaling_factor"))
     facts = told(said, overrides, 1)
@@ -137,10 +137,11 @@ def _stretched(factor: Any) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": 8, **turned}
 
 
-def _in_hf_names(params: Mapping[str, Any]) -> dict[str, Any]:
+def _in_hf_names(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     args = params.get("args")
     made = {**facts_of(params), **params, **(args if isinstance(args, Mapping) else {})}
-    made |= {name: first(*(made.get(n) for n in (name, *others))) for name, others in ARGS.items()}
+    unsaid = [n for n in ARGS if made.get(n) is None and overrides.get(n) is None]
+    made |= {name: one_of(made, *ARGS[name]) for name in unsaid}
     marked = made.get("no_rope_freq")  # layers marked 1 are not turned
     if isinstance(marked, list) and not any(marked):
         del made["no_rope_freq"]

@@ -18,9 +18,10 @@ from ckpt_tool.reference.rope import RopeScaling
 from ckpt_tool.reference.unread import unread
 
 ASKED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta")
+PART = "partial_rotary_factor"
 READ = (
     *(*ASKED, "hidden_size", "intermediate_size", "head_dim", "tie_word_embeddings", "hidden_act"),
-    *("rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("rope_scaling", "rope_parameters", PART),
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 )
 AS_PUBLISHED = Names(
@@ -73,6 +74,10 @@ def told(params: Mapping[str, Any], overrides: Mapping[str, Any], ranks: int = 1
         raise ValueError(f"expected one rank (the published files are not model-parallel), found {ranks}")
     facts = {**params, **overrides}
     facts["rope_theta"] = first(theta_of(overrides), theta_of(facts))
+    if "rope_scaling" in overrides and not overrides.get("rope_parameters"):
+        newer = facts.pop("rope_parameters", None) or {}  # it would hide the user's word, a null too
+        part = first(overrides.get(PART), newer.get(PART), facts.get(PART))
+        facts |= {} if part is None else {PART: part}
     if missing := [name for name in ASKED if facts.get(name) is None]:
         raise ValueError(f"expected {', '.join(missing)} in config.json or given by name, found none")
     return facts
@@ -86,7 +91,7 @@ def numbers(facts: Mapping[str, Any], names: Names, shapes: Shapes) -> dict[str,
     """Those of `decoder.Config`, of facts that `told` has."""
     D, n_heads = shapes[names.word][1], int(facts["num_attention_heads"])
     newer, head_dim = facts.get("rope_parameters") or {}, int(facts.get("head_dim") or D // max(1, n_heads))
-    part = first(newer.get("partial_rotary_factor"), facts.get("partial_rotary_factor"), 1)
+    part = first(newer.get(PART), facts.get(PART), 1)
     found = newer or facts.get("rope_scaling") or {}
     return {
         "n_layers": int(facts["num_hidden_layers"]),

@@ -14,6 +14,7 @@ import pytest
 from ckpt_tool import api
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.variants import VARIANTS
 
 Written = Callable[[str], Path]
 # A variant of each family whose config.json has a rotary base, with the direction in which it is read.
@@ -81,6 +82,32 @@ def test_two_rotary_bases_are_refused_with_both(
 def test_the_same_base_twice_converts(variant: str, edited: Callable[..., Path], tmp_path: Path) -> None:
     made = api.convert(edited(variant, twice(1.0)), tmp_path / "out", to=ROTARY[variant])
     assert made.plan.steps
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("said", [{"rope_type": "linear", "factor": 2.0}, None], ids=["another", "none"])
+@pytest.mark.parametrize("variant", [v for v, way in ROTARY.items() if way == "hf"])
+def test_the_user_s_scaling_goes_before_that_of_either_object(
+    variant: str, said: Any, originals: Written
+) -> None:
+    """Both objects in one file, of which the newer one hid the user's word from the original's reading."""
+    pytest.importorskip("torch")
+    from ckpt_tool import reference
+
+    folder = originals(variant)
+    with api.open_checkpoint(folder) as opened:
+        shapes = {t.name: t.shape for t in opened}
+    config = json.loads((folder / "config.json").read_text())
+    base = config.pop(theta_key(config), 1e4)
+    read = reference.original(VARIANTS[variant].family).Config.from_original
+    asked = {"rope_scaling": said}
+    alone = read({**config, theta_key(config): base}, shapes, 1, asked)
+    for newer in ({"rope_type": "default"}, LINEAR):
+        both = {**config, "rope_scaling": LINEAR, "rope_parameters": {**newer, "rope_theta": base}}
+        assert read(both, shapes, 1, asked) == alone
+    assert (alone.rope_scaling is None) == (said is None)
 
 
 def test_layers_that_are_counted_twice_are_refused(edited: Callable[..., Path], tmp_path: Path) -> None:

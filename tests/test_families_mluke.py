@@ -172,6 +172,7 @@ def test_what_metadata_says_is_used_or_refused_by_name(
     folder = with_metadata(copy(bare, tmp_path / "in"), **said)
     error = refused(lambda: plan("mluke", folder))
     assert (kind, where) in {(p.kind, p.where) for p in error.problems}
+    assert "config.json" not in {p.file for p in error.problems}  # there is none
 
 
 def test_without_files_that_say_them_the_rows_to_copy_are_asked_for(bare: Path, tmp_path: Path) -> None:

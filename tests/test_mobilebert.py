@@ -357,9 +357,11 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     slots = ("adam_m", "adam_v", "Adam", "Adam_1", "AdamWeightDecayOptimizer", "AdamWeightDecayOptimizer_1",
              "LAMB", "Momentum", "adafactor_vr", "adafactor_vc", "accum")  # fmt: skip
     state = {f"{name}/{slot}": shape for name, shape in model.items() for slot in slots}
+    of_keras = ("training/Adam/{}/m", "Adam/{}/v", "AdamWeightDecay/{}/v", "SGD/{}/momentum")
+    state |= {slot.format(name): shape for name, shape in model.items() for slot in of_keras}
     scalars: Shapes = dict.fromkeys(
         ("global_step", "beta1_power", "beta2_power", "loss_scale", "good_steps", "bad_steps", "local_step",
-         "batch_finite"), ()
+         "batch_finite", "signal_early_stopping/STOP"), ()
     )  # fmt: skip
     teacher = {f"teacher/{name}": shape for name, shape in model.items()}
     lost: Shapes = {"hidden_distill_0/LayerNorm/beta": (60,), "hidden_distill_0/LayerNorm_1/gamma": (60,)}
@@ -369,6 +371,17 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     assert {d.reason for d in made.dropped if d.tensor.name in state} == {"state of the optimizer"}
     assert f"{len(state) + 2} variables left out: state of the optimizer" in made.notes
     assert values(made)["num_hidden_layers"] == 3
+
+
+def test_a_scope_before_every_name_is_named(tmp_path: Path) -> None:
+    scoped = {f"tower_0/{name}": shape for name, shape in shapes_of(student()).items()}
+    with pytest.raises(CkptToolError) as caught:
+        plan(tmp_path, student(), variables=scoped)
+    (problem,) = caught.value.problems
+    assert problem.kind == "unsupported" and problem.message.endswith(
+        "found no variable bert/embeddings/word_embeddings, but one in the scope tower_0/"
+    )
+    assert "without the scope" in str(problem.hint)
 
 
 def test_an_unknown_variable_is_refused_by_name(tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ def test_epsilon_is_what_args_or_the_user_say(family: str) -> None:
     assert ours(family).c.norm_eps == EPS
     assert ours(family, overrides={"layer_norm_eps": 1e-12}).c.norm_eps == 1e-12
     assert ours(family, overrides={"layer_norm_epsilon": 1e-7}).c.norm_eps == 1e-7
+    both = args() | {"norm_epsilon": 1e-6}
+    with pytest.raises(ValueError, match="expected one value, found norm_epsilon"):
+        ours(family, params=both)
+    assert ours(family, params=both, overrides={"layer_norm_eps": 1e-7}).c.norm_eps == 1e-7
 
 
 def header(layers: int, D: int, F: int, P: int, V: int, ranks: int = 1) -> dict[str, tuple[int, ...]]:

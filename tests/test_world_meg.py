@@ -422,6 +422,21 @@ def test_an_argument_that_nothing_knows_is_refused_with_a_way_out(name: str, val
     assert caught.value.kind == "usage"
 
 
+@pytest.mark.parametrize("name", OF_DIALECT)
+def test_one_epsilon_of_two_may_be_said(name: str) -> None:
+    """Until 2025 `norm_epsilon` went before the other name, since then it is no longer read."""
+    both, key = {"norm_epsilon": 1e-6, "layernorm_epsilon": 3e-4}, "layer_norm_eps"
+    key = "rms_norm_eps" if name == "qwen2" else key
+    with pytest.raises(CkptToolError) as caught:
+        plan_with(name, both)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.hint) == ("bad-config", f"--set {key}=VALUE says which")
+    assert "norm_epsilon = 1e-06 and layernorm_epsilon = 0.0003" in problem.message
+    written = "layer_norm_epsilon" if name == "megatron-gpt2" else key
+    assert plan_with(name, both, **{key: 3e-4}).config[written].value == 3e-4
+    assert plan_with(name, both | {"norm_epsilon": 3e-4}).config[written].value == 3e-4
+
+
 def test_what_is_left_out_is_recorded_and_verified(tmp_path: Path) -> None:
     core, source, out = Core(QWEN), tmp_path / "in", tmp_path / "out"
     told = {**core.args(), "fork_logger": "http"}

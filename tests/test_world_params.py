@@ -202,6 +202,29 @@ def test_unknown_fields_are_refused_and_the_hint_leads_out(name: str, value: Any
     assert read_by_the_reference(name, other, new_norms=None) == read_by_the_reference(name, download)
 
 
+@pytest.mark.parametrize("name", ["mistral", "mixtral"])
+def test_the_factors_of_a_training_run_are_merged_in_whole_weights(name: str, tmp_path: Path) -> None:
+    """mistral-finetune writes `lora` into every params.json, beside whole weights too."""
+    download = original(ONE[name])
+    lora = {"enable": True, "rank": 64, "dropout": 0.0, "scaling": 2.0}
+    tuned = with_params(download, lora=lora)
+    plan = planned(tuned, tmp_path / "a", name)
+    assert config_of(plan) == config_of(planned(download, tmp_path / "b", name))
+    assert [n for n in plan.notes if "the weights hold no factors, or have them merged in" in n]
+    assert read_by_the_reference(name, tuned) == read_by_the_reference(name, download)
+    held = {
+        f: [*rows, ("layers.0.attention.wq.lora_A.weight", "BF16", (4, 8))]
+        for f, rows in download.headers.items()
+    }
+    apart = Checkpoint(
+        tmp_path, {f: Headers(f, rows) for f, rows in held.items()}, opened(tuned, tmp_path).documents
+    )
+    said = refused(lambda: family(name).plan(apart, Options()))
+    assert any("LoRA factors" in p.message for p in said.problems)
+    more = with_params(download, lora={**lora, "alpha": 4})
+    assert refused(lambda: planned(more, tmp_path / "c", name)).problems[0].where == "lora"
+
+
 @EACH
 def test_a_known_field_of_another_model_cannot_be_left_out(name: str, tmp_path: Path) -> None:
     other = with_params(original(ONE[name]), use_qk_norm=True)
@@ -335,6 +358,51 @@ def test_one_theta_of_two_may_be_said(name: str, tmp_path: Path) -> None:
     download = with_params(original(ONE[name]), rope_theta=7.0, rope_parameters={"rope_theta": 9.0})
     assert config_of(planned(download, tmp_path, name, rope_theta=9.0))["rope_theta"] == 9.0
     assert read_by_the_reference(name, download, rope_theta=9.0).rope_theta == 9.0
+
+
+SAID_TWICE = [
+    ("mistral", {"rms_norm_eps": 0.5}, "rms_norm_eps", 0.5, "norm_eps"),
+    ("mistral", {"sliding_window": 8, "_sliding_window": 9}, "sliding_window", 9, "windows"),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok", 1, "n_experts_per_token"),
+    ("llama", {"num_hidden_layers": 9}, "num_hidden_layers", 4, "n_layers"),
+    ("llama", {"rope_freq_base": 7.0}, "rope_theta", 7.0, "rope_theta"),
+    ("llama", {"tied_embeddings": True, "tie_word_embeddings": False}, "tie_word_embeddings", False, "names"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "setting", "value", "read"), SAID_TWICE)
+def test_one_value_of_two_may_be_said(
+    name: str, changes: dict[str, Any], setting: str, value: Any, read: str, tmp_path: Path
+) -> None:
+    """The hint leads out, on both sides: the user's word decides whatever the file says twice."""
+    download = original(ONE[name])
+    value = download.params["n_layers"] if setting == "num_hidden_layers" else value
+    twice = with_params(download, **changes)
+    error = refused(lambda: planned(twice, tmp_path / "a", name))
+    (problem,) = (p for p in error.problems if "expected one value" in p.message)
+    assert (problem.kind, problem.hint) == ("bad-config", f"--set {setting}=VALUE says which")
+    assert planned(twice, tmp_path / "b", name, **{setting: value}).config[setting].value == value
+    once = read_by_the_reference(
+        name, with_params(download, **dict.fromkeys(changes, ...)), **{setting: value}
+    )
+    assert getattr(read_by_the_reference(name, twice, **{setting: value}), read) == getattr(once, read)
+
+
+def test_one_factor_of_two_may_be_said(tmp_path: Path) -> None:
+    twice = with_params(original("llama-3.1-8b"), rope_scaling_factor=8, rope_scale_factor=32)
+    error = refused(lambda: planned(twice, tmp_path / "a", "llama"))
+    assert error.problems[0].hint == "--set rope_scaling_factor=VALUE says which"
+    plan = planned(twice, tmp_path / "b", "llama", rope_scaling_factor=32)
+    assert plan.config["rope_scaling"].value["factor"] == 32
+    assert read_by_the_reference("llama", twice, rope_scaling_factor=32).rope_scaling.factor == 32
+
+
+def test_a_window_that_the_user_takes_away_leaves_the_base_of_its_release(tmp_path: Path) -> None:
+    """Mistral 7B v0.1 says no base: its window tells that it is 10000, whether or not it is used."""
+    download = original("mistral-7b-v0.1")
+    config = config_of(planned(download, tmp_path, "mistral", sliding_window=None))
+    assert (config["sliding_window"], config["rope_theta"]) == (None, 1e4)
+    assert read_by_the_reference("mistral", download, sliding_window=None).rope_theta == 1e4
 
 
 @EACH

@@ -14,19 +14,24 @@ from ckpt_tool.errors import Problem, fail_all, near, printable
 
 
 def read_keys(
-    document: Mapping[str, Any], settings: Mapping[str, Any], own: Class, *, quantised: bool = False
+    document: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    own: Class,
+    *,
+    quantised: bool = False,
+    file: str = "config.json",
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The document and the user's settings without what the user leaves out by setting it to null, and notes
     on that and on code of the download. Fails with `unsupported` for what may change the numbers; what says
-    how tensors are packed may where they were read as that (`quantised`)."""
+    how tensors are packed may where they were read as that (`quantised`). `file`: where the document is."""
     found = read_as(document, own)
     out = {k for k in (*found.unknown, *found.refused) if k in settings and settings[k] is None}
     left = {k: v for k, v in document.items() if k not in out}
     plain = {k: v for k, v in left.items() if k not in PACKED} if quantised else left
-    fail_all(_not_read(read_as(plain, own), plain, own))
-    notes = [left_out("config.json", k, document[k]) for k in sorted(out)]
+    fail_all(_not_read(read_as(plain, own), plain, own, file))
+    notes = [left_out(file, k, document[k]) for k in sorted(out)]
     notes += [
-        f"config.json: {k} asks for code of the download ({shown(left[k])}) and is left out: {own.name} of "
+        f"{file}: {k} asks for code of the download ({shown(left[k])}) and is left out: {own.name} of "
         "transformers reads the output"
         for k in CODE
         if left.get(k) not in (None, False, {})
@@ -34,12 +39,12 @@ def read_keys(
     return left, {k: v for k, v in settings.items() if k not in out}, notes
 
 
-def _not_read(found: Reading, document: Mapping[str, Any], own: Class) -> Iterator[Problem]:
+def _not_read(found: Reading, document: Mapping[str, Any], own: Class, file: str) -> Iterator[Problem]:
     """What no field reads and may change what is computed: packed tensors, a model of the download's own
     code, keys on no list of `convert.facts_classes`."""
 
     def problem(key: str, message: str, hint: str) -> Problem:
-        return Problem("unsupported", message, "config.json", printable(key), hint)
+        return Problem("unsupported", message, file, printable(key), hint)
 
     for key in sorted(found.refused):
         null = f"--set {key}=null"

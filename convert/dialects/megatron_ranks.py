@@ -209,7 +209,8 @@ def epsilon(name: str, **more: Any) -> Field:
     """The norms' epsilon, which args call by either of two names."""
 
     def keys(known: Known) -> tuple[str, ...]:
-        return ("norm_epsilon" if known.facts.given("norm_epsilon") else "layernorm_epsilon",)
+        newer = known.facts.given("norm_epsilon")
+        return ("norm_epsilon", "layernorm_epsilon") if newer else ("layernorm_epsilon",)
 
     return number(name, read=keys, **more)
 

@@ -3,8 +3,8 @@ default, and all others, which are refused by name. A field that nobody here kno
 model computes, and no tensor would show it.
 
 Sources: the arguments that the programs which read such a file have, with their defaults: meta-llama/llama,
-codellama and llama-models (llama3 and llama4 `args.py`), mistralai/mistral-inference (`args.py`),
-pytorch/executorch (`model_args.py`), karpathy/llama2.c; and config.json, of which some files are a copy.
+codellama and llama-models (llama3 and llama4 `args.py`), mistralai/mistral-inference and mistral-finetune
+(`args.py`), pytorch/executorch (`model_args.py`), karpathy/llama2.c; and config.json, copied by some.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ HARMLESS: Mapping[str, str] = {
 }
 
 OFF = (False, 0)
+# mistral-finetune writes with every checkpoint how it was trained, with factors or without, which are merged
+# into weights that it saves whole. Names of factors among the tensors are refused elsewhere.
+FACTORS = ("enable", "rank", "dropout", "scaling")
 LATENT = "queries, keys and values are made of smaller vectors (multi-head latent attention)"
 # By field: what it does, and the values with which it does nothing.
 OTHER_MODELS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
@@ -122,6 +125,9 @@ def check_unread(facts: Facts) -> list[str]:
                 usual = "none" if defaults is OFF else json.dumps(defaults[0])
                 message = f"expected {usual}, found {shown(value)}, with which {effect}"
                 facts.refuse("unsupported", message, key)
+        elif key == "lora" and isinstance(value, dict) and value.keys() <= set(FACTORS):
+            said = "is of the training run; the weights hold no factors, or have them merged in"
+            notes.append(f"{facts.file}: lora = {shown(value)} {said}")
         elif key in unknown_set_to_null(facts):
             notes.append(left_out(facts.file, key, value))
         elif value in OFF:

@@ -308,7 +308,8 @@ def _theta_of_release(known: Known) -> Value | None:
     v0.1. A window in a model of a later vocabulary, which none was published with, is asked about."""
     if known.facts.document is None:
         return None
-    if known["sliding_window"] is None:
+    # The release is told by what the file says, whatever window the user asks for.
+    if known["sliding_window"] is None and not known.facts.given("sliding_window", "_sliding_window"):
         return given(1e6, "rope_theta absent from params.json and no sliding_window: 1e6")
     if known["vocab_size"] >= LATER_WORDS:
         return None

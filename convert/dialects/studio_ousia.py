@@ -234,7 +234,7 @@ def _document(
     if not isinstance(told, dict):
         fail("bad-config", "expected an object model_config, found none", file=METADATA)
     (own,) = e.config.values()
-    return read_keys(told, settings, own)
+    return read_keys(told, settings, own, file=METADATA)
 
 
 def _start(name: str) -> Field:

@@ -62,7 +62,9 @@ RUN = "state of the training run"
 STATE = {
     r".+/((adam|lamb)_[mv]|adafactor_(m|v|vr|vc)|accum)": OPTIMIZER,
     r".+/((Lazy|Weighted)?Adam(W|WeightDecay)?|LAMB|Momentum|RMSProp)(Optimizer)?(_\d+)?": OPTIMIZER,
+    r"(training(_\d+)?/)?(Adam(W|WeightDecay)?|LAMB|SGD|RMSprop)(_\d+)?/.+": OPTIMIZER,  # Keras
     r"(.+/)?beta[12]_power(_\d+)?": OPTIMIZER,
+    r"signal_early_stopping/STOP": RUN,
     r"(.+/)?(global_step|local_step|batch_finite|(good|bad)_steps|(current_)?loss_scale)": RUN,
 }
 
@@ -311,7 +313,12 @@ def original_source(t: Trained, checkpoint: Checkpoint) -> Source:
     is no original of this family."""
     own, why = recognise(t, checkpoint)
     if not own:
-        fail("unsupported", f"expected {t.title} of TensorFlow 1, found {why}", file=checkpoint.path.name)
+        scopes = {n.removesuffix(t.needed[0]) for n in checkpoint.names() if n.endswith(f"/{t.needed[0]}")}
+        message, hint = f"expected {t.title} of TensorFlow 1, found {why}", None
+        if len(scopes) == 1:
+            message += f", but one in the scope {printable(*scopes)}"
+            hint = "save it without the scope: tf.compat.v1.train.Saver takes a dict of names and variables"
+        fail("unsupported", message, file=checkpoint.path.name, hint=hint)
     left_out = re.compile("|".join(f"(?:{pattern})" for pattern in t.left_out) or r"(?!)")
     whole = whole_tensors(checkpoint, t.layer[0])
     tensors = {n: x for n, x in whole.tensors.items() if not left_out.fullmatch(n)}

@@ -26,6 +26,7 @@ from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DEFAULT,
     DTYPE,
+    ENCODER_HEADS,
     Class,
     Field,
     Foretold,
@@ -214,6 +215,7 @@ CLASS = Class(
     key_bias=".attention.self.key.bias",
     tied={},
     dropouts={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    heads=ENCODER_HEADS,
 )
 
 FIELDS = (

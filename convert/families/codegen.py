@@ -18,6 +18,7 @@ from ckpt_tool.convert.dialects.converted import GPT2_NAMES
 from ckpt_tool.convert.dialects.published import Vocabulary, same
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
+    DECODER_HEADS,
     DTYPE,
     GPT_IDS,
     GPT_NAMES,
@@ -40,6 +41,7 @@ from ckpt_tool.convert.numbers import (
     shown,
     splits,
     token_ids,
+    without,
 )
 
 S = "transformer.h.{i}."
@@ -231,14 +233,16 @@ CLASS = Class(
     prefix="transformer.",
     words="wte.weight",
     dropouts={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    heads={},
 )
 OF_GPTJ = {**CLASS.idle, "rotary": "not read: always rotary"}  # that of GPT-J 6B says so
+GPTJ = replace(CLASS, name="GPTJConfig", idle=OF_GPTJ, heads=without(DECODER_HEADS, "ForTokenClassification"))
 
 FAMILY = published.family(
     name="codegen",
     title="CodeGen 1",
     summary="CodeGen 1 350M to 16B (nl, multi, mono): tar.gz or folder of pytorch_model.bin; also to GPT-J",
-    classes={"codegen": CLASS, "gptj": replace(CLASS, name="GPTJConfig", idle=OF_GPTJ)},
+    classes={"codegen": CLASS, "gptj": GPTJ},
     targets={"gptj": "gptj"},
     fields=FIELDS,
     axes=AXES,

@@ -6,7 +6,17 @@ less one; loaders add it, and so conversion leaves it.
 
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.published import GATED, T, Vocabulary, attention, weights
-from ckpt_tool.convert.numbers import DEFAULT, ROPE, Class, by_name, count, number, only
+from ckpt_tool.convert.numbers import (
+    DECODER_HEADS,
+    DEFAULT,
+    ROPE,
+    Class,
+    by_name,
+    count,
+    number,
+    only,
+    without,
+)
 
 ROWS = (
     *weights("model.embed_tokens", pattern="v d"),
@@ -38,6 +48,7 @@ CLASS = Class(
     aliases={"sliding_window": ("sliding_window_size",)},  # both are in the published 9B
     idle={"hidden_act": "not read: hidden_activation is"},
     windows="alternate",
+    heads=without(DECODER_HEADS, "ForQuestionAnswering"),
 )
 
 FAMILY = published.family(

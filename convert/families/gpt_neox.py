@@ -8,7 +8,17 @@ Linear weights are (out, in).
 from ckpt_tool.convert.dialects import published
 from ckpt_tool.convert.dialects.published import Vocabulary, divides, weights
 from ckpt_tool.convert.layout import Rule
-from ckpt_tool.convert.numbers import DECODER, DEFAULT, Class, Known, anything, by_name, count, number
+from ckpt_tool.convert.numbers import (
+    DECODER,
+    DECODER_HEADS,
+    DEFAULT,
+    Class,
+    Known,
+    anything,
+    by_name,
+    count,
+    number,
+)
 
 T = "gpt_neox.layers.{i}."
 
@@ -49,6 +59,7 @@ CLASS = Class(
     fused_by_head=True,
     tied={"embed_out.weight": ""},
     dropouts={"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    heads={**DECODER_HEADS, "ForTokenClassification": ("classifier",)},
 )
 
 FAMILY = published.family(

@@ -16,6 +16,7 @@ from ckpt_tool.convert.dialects import openai
 from ckpt_tool.convert.dialects.openai import Vocabulary
 from ckpt_tool.convert.layout import rule
 from ckpt_tool.convert.numbers import (
+    DECODER_HEADS,
     DEFAULT,
     Class,
     Field,
@@ -29,6 +30,7 @@ from ckpt_tool.convert.numbers import (
     object_or_null,
     only,
     shown,
+    without,
     written,
 )
 
@@ -119,6 +121,7 @@ CLASS = Class(
         "quantization_config": "says how the experts are stored",
     },
     windows="alternate",
+    heads=without(DECODER_HEADS, "ForQuestionAnswering"),
 )
 SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
 PACKING = {

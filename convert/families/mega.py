@@ -18,6 +18,7 @@ from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DEFAULT,
     DTYPE,
+    ENCODER_HEADS,
     UNKNOWN,
     Class,
     Entry,
@@ -178,6 +179,7 @@ CLASS = Class(
         "attention_probs_dropout_prob": 0.1,
         "nffn_activation_dropout_prob": 0.1,
     },
+    heads={**ENCODER_HEADS, "ForSequenceClassification": ("classifier.dense", "classifier.out_proj")},
 )
 
 

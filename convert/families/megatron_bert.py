@@ -11,7 +11,18 @@ from ckpt_tool.convert.dialects.megatron_args import ACTIVATION, activation, gel
 from ckpt_tool.convert.dialects.megatron_ranks import args_of
 from ckpt_tool.convert.dialects.megatron_words import Published, Vocabulary, words
 from ckpt_tool.convert.layout import Rule, rule
-from ckpt_tool.convert.numbers import DTYPE, Class, Foretold, Known, Value, follows, free, given, only
+from ckpt_tool.convert.numbers import (
+    DTYPE,
+    ENCODER_HEADS,
+    Class,
+    Foretold,
+    Known,
+    Value,
+    follows,
+    free,
+    given,
+    only,
+)
 
 ARCHITECTURES = ("MegatronBertForPreTraining", "MegatronBertForMaskedLM")
 S, T = "layers.{i}.", "bert.encoder.layer.{i}."
@@ -79,6 +90,7 @@ CLASS = Class(
     key_bias=".attention.self.key.bias",
     tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     dropouts={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    heads={**ENCODER_HEADS, "ForCausalLM": (), "ForNextSentencePrediction": ()},
 )
 
 

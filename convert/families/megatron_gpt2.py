@@ -17,6 +17,7 @@ from ckpt_tool.convert.dialects.megatron_words import Published, Vocabulary, wor
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DECODER,
+    DECODER_HEADS,
     DTYPE,
     GPT_IDS,
     GPT_NAMES,
@@ -80,6 +81,11 @@ CLASS = Class(
     positions="wpe.weight",
     fused_bias=".attn.c_attn.bias",
     dropouts={"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    heads={
+        **DECODER_HEADS,
+        "ForTokenClassification": ("classifier",),
+        "DoubleHeadsModel": ("multiple_choice_head.summary",),
+    },
 )
 
 

@@ -15,6 +15,7 @@ from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DEFAULT,
     DTYPE,
+    ENCODER_HEADS,
     Class,
     Field,
     Known,
@@ -167,6 +168,12 @@ CLASS = Class(
         "entity_predictions.decoder.weight": f"luke.{ENTITIES}",
     },
     dropouts={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    heads={
+        **ENCODER_HEADS,
+        "ForEntityClassification": ("classifier",),
+        "ForEntityPairClassification": ("classifier",),
+        "ForEntitySpanClassification": ("classifier",),
+    },
 )
 
 FAMILY = studio_ousia.family(

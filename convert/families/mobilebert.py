@@ -28,6 +28,7 @@ from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DEFAULT,
     DTYPE,
+    ENCODER_HEADS,
     UNKNOWN,
     Class,
     Foretold,
@@ -475,6 +476,7 @@ CLASS = Class(
     key_bias=".attention.self.key.bias",
     tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     dropouts={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.1},
+    heads=ENCODER_HEADS,
 )
 
 

@@ -15,6 +15,7 @@ from ckpt_tool.convert.dialects.metaseq import Form, Vocabulary, form_of
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import (
     DECODER,
+    DECODER_HEADS,
     DEFAULT,
     DTYPE,
     Class,
@@ -33,6 +34,7 @@ from ckpt_tool.convert.numbers import (
     only,
     shown,
     special,
+    without,
     written,
 )
 
@@ -230,6 +232,7 @@ CLASS = Class(
     words="decoder.embed_tokens.weight",
     positions="decoder.embed_positions.weight",
     dropouts={"dropout": 0.1, "attention_dropout": 0.0, "layerdrop": 0.0},
+    heads=without(DECODER_HEADS, "ForTokenClassification"),
 )
 
 FAMILY = metaseq.family(
