@@ -4,6 +4,8 @@ by one that is emulated (tests/elsewhere.py); of what a GPU does otherwise nothi
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import quantise
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import Report, verify
+from ckpt_tool.verify import Report, against_transformers, verify
 from ckpt_tool.verify import device as devices
 from ckpt_tool.verify.weights import Weights
 from tests.conftest import Written
@@ -166,6 +168,17 @@ def test_a_device_of_another_kind_is_refused(originals: Written, conversions: Wr
 def test_the_name_of_a_gpu_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", {"cuda:1": "NVIDIA T4"}.__getitem__)
     assert (devices.described("cuda:1"), devices.described("cpu")) == ("cuda:1 (NVIDIA T4)", "cpu")
+
+
+def test_the_room_is_that_of_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two GPUs the first was asked whether the library's model has room on the second."""
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", {"cuda:0": (1 << 40, 1 << 40), "cuda:1": (3, 9)}.__getitem__
+    )
+    subject: Any = SimpleNamespace(hf=[SimpleNamespace(numel=1_000_000_000)])
+    text = "the whole model takes 4.0 GB in float32, 0.0 GB are free"
+    assert against_transformers._unaffordable(subject, "float32", "cuda:1") == text
+    assert against_transformers._unaffordable(subject, "float32", "cuda:0") is None
 
 
 def precisions() -> list[object]:
