@@ -54,7 +54,7 @@ class Opt(Model):
 
 OPT = Case("0.46 B in float16, restored.pt", "opt", Opt(2048, 7, 32, 32, 8192, 50272))
 WANTED = {name: CASES[name] for name in ("B1", "B2", "B3", "B3d", "B4a", "B4b", "B6", "B6c")} | {"OPT": OPT}
-SHOWN = ("B1", "B2", "B3", "B6", "B6c", "OPT")  # by themselves, and by `make bench`
+SHOWN = ("B1", "B2", "B3", "B6c", "OPT")  # by themselves, and by `make bench`
 
 
 def written(folder: Path, case: Case) -> int:
