@@ -74,7 +74,8 @@ check: lint types base test
 table: setup .judges/tf4.37/.ready
 	CKPT_TOOL_TRANSFORMERS=$${CKPT_TOOL_TRANSFORMERS:-.judges/tf4.37} $(BIN)/python -m ckpt_tool table
 
-# Conversions beside cp, levels beside reading, parity beside a forward pass: one table. Some 12 GB of BENCH_FOLDER.
+# Conversions beside cp and transformers 4.37.2's scripts (where `make test` has set it up), levels beside reading, parity
+# beside a forward pass, planted mistakes by mode: one table. Some 12 GB of BENCH_FOLDER.
 BENCH_FOLDER ?= build/bench
 BENCH_ROUNDS ?= 3
 bench: setup

@@ -34,7 +34,7 @@ class Geometry:
 
     def tensors(self, model: Model) -> Shapes:
         if self.family == "opt":
-            return _opt(model)
+            return opt(model)
         if not self.experts:
             return model.tensors()
         found: Shapes = []
@@ -53,7 +53,7 @@ class Geometry:
         return {**model.params(), "n_kv_heads": model.kv_heads, **vocabulary, **self.more}
 
 
-def _opt(model: Model) -> Shapes:
+def opt(model: Model) -> Shapes:
     """A bare dict of metaseq's tensors, with key, value and query apart."""
     d, f = model.dim, model.ffn
     found = [("embed_tokens.weight", (model.vocab, d)), ("embed_positions.weight", (2050, d))]

@@ -1,11 +1,13 @@
-"""What `make bench` measures, in one table: conversions beside `cp`, levels of a verification beside reading
-both sides, and parity beside a forward pass of transformers, with its memory by geometry.
+"""What `make bench` measures, in one table: conversions beside `cp` and beside the scripts of transformers
+4.37.2, levels of a verification beside reading both sides, parity beside a forward pass of transformers, with
+its memory by geometry, and how many of a few planted mistakes each mode catches.
 
     python benchmarks/together.py --work /a/folder/with/12/GB --json result.json
-    python benchmarks/together.py --work /a/folder --rounds 1 --cases B0 --levels B0 --parity mistral-0.25b
+    python benchmarks/together.py --work /a/folder --rounds 1 --cases B0 --upstream OPT --levels B0 --parity
 
-bench.py and parity.py do the measuring (their own options and JSON are those of README.md); what they leave
-is removed by them. A part that fails is named in the table, and the exit code is then 1."""
+bench.py, upstream.py, parity.py and detection.py do the measuring (their own options and JSON are those of
+README.md); what they leave is removed by them. A part that fails is named in the table, and the exit code is
+then 1."""
 
 from __future__ import annotations
 
@@ -23,6 +25,9 @@ from typing import Any
 
 from bench import BLOCK, CASES, TO_HF, Model, prepare, run, show, weights, write_original  # beside this file
 from geometries import GEOMETRIES
+from upstream import SHOWN, WANTED
+
+from ckpt_tool.verify.claims import MODES
 
 HERE = Path(__file__).parent
 LEVELS = {
@@ -31,6 +36,9 @@ LEVELS = {
 }
 # Of each geometry a layer or two, so that what a larger one would take is in the widths alone.
 GEOMETRIES_SHOWN = ("mistral-0.25b", "mistral-7b-v0.1", "llama-3-8b", "llama-3-70b", "mixtral-8x7b")
+# A decoder, one with experts and an encoder; of their kinds of mistakes every 40th.
+PLANTED_IN = ("mistral", "mixtral", "megatron-bert")
+SAMPLE = 40
 HEAD = ("case", "beside", "seconds", "beside, s", "ratio", "CPU, s", "MiB", "remark")
 
 
@@ -61,6 +69,50 @@ def conversions(results: dict[str, dict[str, Any]]) -> Iterable[Line]:
             f"{r['rss_mib']:.0f}",
             f"cp / cp {show(r['cp_control'])}" + " (noisy)" * r["noisy"],
         )
+
+
+def upstream(results: dict[str, dict[str, Any]]) -> Iterable[Line]:
+    """Ours beside theirs, on the same files; or why not."""
+    for name, r in results.items():
+        case, beside = f"{name} {r['what']}", "script of transformers 4.37.2"
+        if "skipped" in r:
+            yield Line(case, beside, "", "", "", "", "", f"skipped: {r['skipped']}")
+            continue
+        cpu, mib = r["cpu_seconds"], r["rss_mib"]
+        more = mib["theirs"] / mib["ours"]
+        yield Line(
+            case,
+            beside,
+            f"{r['seconds']['ours'][1]:.2f}",
+            f"{r['seconds']['theirs'][1]:.2f}",
+            f"{r['ratio'][1]:.2f}",
+            f"{cpu['ours'][1]:.2f}",
+            f"{mib['ours']:.0f}",
+            f"theirs: CPU {cpu['theirs'][1]:.1f} s, {mib['theirs']:.0f} MiB, {more:.0f} times ours",
+        )
+
+
+def detections(work: Path, raw: dict[str, Any]) -> Iterable[Line]:
+    """The same few planted mistakes in each mode: those caught of those that act."""
+    for mode in MODES:
+        file = work / f"planted-{mode}.json"
+        families = [word for family in PLANTED_IN for word in ("--family", family)]
+        asked = ["--sample", str(SAMPLE), "--mode", mode, "--json", str(file), *families]
+        command = [sys.executable, str(HERE / "detection.py"), *asked]
+        cost = run(command, work / "nothing", work / "log", fine=(0, 1))  # 1: some were not caught
+        act = [o for o in map(json.loads, file.read_text().splitlines()) if o["acts"]]
+        raw.setdefault("detection", {})[mode] = act
+        where = [f"{level} {_caught(act, level)}" for level in dict.fromkeys(o["level"] for o in act)]
+        caught = sum(o["caught"] for o in act)
+        yield Line(
+            f"planted mistakes that {mode} catches", "those that act", f"{cost.wall:.1f}", "",
+            f"{caught}/{len(act)}", "", "", ", ".join(where),
+        )  # fmt: skip
+
+
+def _caught(act: list[dict[str, Any]], level: str) -> str:
+    own = [o for o in act if o["level"] == level]
+    return f"{sum(o['caught'] for o in own)}/{len(own)}"
 
 
 def levels(name: str, work: Path, rounds: int) -> Iterable[Line]:
@@ -135,6 +187,10 @@ def measured(options: argparse.Namespace, work: Path, raw: dict[str, Any]) -> It
         more = ("--rounds", str(options.rounds), "--work", str(work), "--cases", *options.cases)
         raw["conversions"] = asked_of("bench.py", work / "bench.json", *more)
         yield from conversions(raw["conversions"])
+    if options.upstream:
+        more = ("--work", str(work), "--cases", *options.upstream)
+        raw["upstream"] = asked_of("upstream.py", work / "upstream.json", *more)
+        yield from upstream(raw["upstream"])
     for name in options.levels:
         home = work / "levels"
         try:
@@ -149,6 +205,8 @@ def measured(options: argparse.Namespace, work: Path, raw: dict[str, Any]) -> It
         rows = asked_of("parity.py", work / "parity.json", *more)
         raw.setdefault("parity", []).extend(rows)
         yield from parities(rows)
+    if options.planted:
+        yield from detections(work, raw)
 
 
 def main() -> int:
@@ -158,8 +216,10 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="of bench.py")
+    parser.add_argument("--upstream", nargs="*", choices=WANTED, default=list(SHOWN), help="of upstream.py")
     parser.add_argument("--levels", nargs="*", choices=CASES, default=["B1"], metavar="CASE")
     parser.add_argument("--parity", nargs="*", choices=GEOMETRIES, default=list(GEOMETRIES_SHOWN))
+    parser.add_argument("--no-planted", dest="planted", action="store_false", help="no mistakes planted")
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     work = options.work / "ckpt-tool-bench-together"

@@ -229,7 +229,7 @@ def _unaffordable(subject: Subject, dtype: str, device: str) -> str | None:
     assert subject.hf is not None
     itemsize = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     need = sum(t.numel for t in subject.hf) * itemsize
-    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_memory()
     if need <= free:
         return None
     return f"the whole model takes {need / 1e9:.1f} GB in {dtype}, {free / 1e9:.1f} GB are free"

@@ -17,6 +17,7 @@ from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
+from ckpt_tool.verify import device as devices
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.buffers import memory_at_hand
 from ckpt_tool.verify.claims import Asked
@@ -105,8 +106,9 @@ def compute(
     facts, seconds = report.facts, report.seconds
     with threads_for(subject.output):
         threads = torch.get_num_threads()
-        facts["computed"] = f"{asked.dtype} on {asked.device}, torch {torch.__version__}, threads: {threads}"
         made = _prepared(subject, asked)
+        where = devices.described(asked.device)
+        facts["computed"] = f"{asked.dtype} on {where}, torch {torch.__version__}, threads: {threads}"
         found: list[Finding] = []
         whole: WholePasses = {}
         if "parity" in asked.levels:
@@ -243,20 +245,21 @@ def _named(subject: Subject) -> str | None:
 
 @contextmanager
 def threads_for(checkpoint: Checkpoint) -> Iterator[None]:
-    """One thread for a tiny model: waking others takes longer than the work, far longer on a busy machine."""
+    """One thread for a tiny model: waking others takes longer than the work, far longer on a busy machine.
+    All numbers are multiplied as they are inside."""
     before = torch.get_num_threads()
     if sum(t.numel for t in checkpoint) < TINY:
         torch.set_num_threads(1)
     try:
-        yield
+        with devices.exact():
+            yield
     finally:
         torch.set_num_threads(before)
 
 
 def _readings(subject: Subject, asked: Asked) -> Readings:
     dtype = getattr(torch, asked.dtype)
-    if asked.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("usage", "expected a CUDA device, found none", where="device")
+    devices.check(asked.device)
     original = converted = None
     reason: tuple[Status, str] | None = None
     if subject.original is None:

@@ -87,6 +87,7 @@ def compute(torch: Any, model: Any, given: dict[str, Any], device: str) -> dict[
     arguments = {name: x.to(device) for name, x in given.items() if name in known}
     if "use_cache" in known:
         arguments["use_cache"] = False
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions would keep 10 bits of float32
     with torch.inference_mode():
         out = model(**arguments, return_dict=True)
     found = {name: x for name, x in out.items() if isinstance(x, torch.Tensor)}

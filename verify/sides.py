@@ -35,6 +35,7 @@ from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
+from ckpt_tool.verify import device as devices
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, Spread, distance, farthest, spread
 from ckpt_tool.verify.packed_weights import PackedWeights, packed_in
@@ -166,7 +167,7 @@ class Side:
     def run(self, phase: Phase, x: Tree, given: Tensors = NOTHING) -> Tree:
         """The output of one phase: x is ids (B, T) for the first, else what the phase before gave. `given`
         are further inputs by name, the batch first. KeyError for a phase that this side does not have."""
-        with torch.inference_mode():
+        with torch.inference_mode(), devices.blameless():
             return self.reading(given)[phase].run(x)
 
     def forward(self, ids: Tensor, given: Tensors = NOTHING) -> Tensor:
@@ -176,13 +177,13 @@ class Side:
 
     def outputs(self, ids: Tensor, given: Tensors = NOTHING) -> dict[str, Tensor]:
         """The logits of every head of one pass that gives any; those of `forward` are "head"."""
-        with torch.inference_mode():
+        with torch.inference_mode(), devices.blameless():
             found = protocol.outputs(list(self.reading(given).values()), ids)
         return {name: y for name, y in found.items() if holds_numbers(y)}
 
     def encode(self, ids: Tensor, given: Tensors = NOTHING) -> Tree:
         """The last layer's output, (B, T, D) in most."""
-        with torch.inference_mode():
+        with torch.inference_mode(), devices.blameless():
             return protocol.trunk(list(self.reading(given).values()), ids)
 
     @contextmanager
@@ -196,7 +197,7 @@ class Side:
     def changed(self, change: Change) -> Side:
         """This side with `change` made to it; only for the converted side, which is one mapping."""
         (own,) = self.ranks
-        with torch.inference_mode():
+        with torch.inference_mode(), devices.blameless():
             made = change.tensors(own)
         config, raw = self.config, self.raw
         if change.config:
@@ -238,8 +239,9 @@ class Sample:
         if not wanted or _skeleton(found) != _skeleton(self.wanted):
             return Distance(math.inf, math.inf, 0, 0.0)
         variances = self.variances or (None,) * len(wanted)
-        pairs = zip(other, wanted, variances, self._spreads, strict=True)
-        return farthest(self._between(*pair) for pair in pairs)
+        with devices.blameless():
+            pairs = zip(other, wanted, variances, self._spreads, strict=True)
+            return farthest(self._between(*pair) for pair in pairs)
 
     def _between(
         self, found: Tensor, wanted: Tensor, variance: float | None, known: Spread | None
@@ -397,7 +399,8 @@ def side_of(
     settings: Mapping[str, Any] | None = None,
 ) -> Side:
     """`module` over the tensors of `checkpoint` in each rank, computed in `dtype`; quantised weights are read
-    by the formula of the layout, the `original` one or the library's."""
+    by the formula of the layout, the `original` one or the library's. `usage` where the device is missing."""
+    devices.check(device)
     make: Callable[..., Weights] = Weights
     if (inventory := packed_in(checkpoint, settings or {})) is not None:
         make = partial(PackedWeights, inventory=inventory, original=original)
