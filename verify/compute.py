@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ckpt_tool.checkpoint.hub import parts
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.buffers import memory_at_hand
