@@ -140,7 +140,7 @@ DEFECTS = {
     "inspect in": "ckpt_tool.inspect.inspect",
     "plan auto --in in": "ckpt_tool.api.plan",
     "convert auto --in in --out new": "ckpt_tool.convert.execute.Run._carry",
-    "verify out --source in --level bits": "ckpt_tool.verify.bits",
+    "verify out --source in --level bits": "ckpt_tool.verify.bits.bits",
     "verify out --source in --level parity": "ckpt_tool.verify.compute.lockstep",
     "families": "ckpt_tool.convert.families.family",
     "fixtures mistral-float32 --out new": "ckpt_tool.convert.places.free_place",
@@ -346,7 +346,7 @@ def test_a_group_that_gets_the_signal_twice_ends_as_with_one(originals: Written,
 
 
 WAITING = {
-    "while comparing with the source": "import ckpt_tool.verify as m\nm.compare_steps = wait\n",
+    "while comparing with the source": "import ckpt_tool.verify.bits as m\nm.compare = wait\n",
     "while computing": "import ckpt_tool.verify.compute as m\nm.lockstep = wait\n",
 }
 
