@@ -55,8 +55,8 @@ from ckpt_tool.records import dataclass
 if TYPE_CHECKING:
     from ckpt_tool.convert.execute import Outcome, Progress
     from ckpt_tool.convert.parts import Part, Settings
-    from ckpt_tool.verify.parts import Seen
     from ckpt_tool.verify.report import Report, Reports
+    from ckpt_tool.verify.seen import Seen
 
 __all__ = ["Conversion", "Options", "choose", "convert", "open_checkpoint", "plan", "recognise", "verify"]
 

@@ -10,13 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ckpt_tool.convert import disk
 from ckpt_tool.convert.manifest import CERTIFICATE
 from ckpt_tool.errors import CkptToolError, fail
 from ckpt_tool.report_files import write_whole
-from ckpt_tool.terminal import paragraph
+from ckpt_tool.terminal import Screen, paragraph
 from ckpt_tool.verify.certificate import Request, as_bytes, certify
 from ckpt_tool.verify.certificate_lists import beside
 from ckpt_tool.verify.signing import payload_of, sign
@@ -28,7 +26,7 @@ def made(
     file: str | None,
     key: str | None,
     asked: Mapping[str, Any],
-    screen: Console,
+    screen: Screen,
     progress: Callable[[str], None],
 ) -> int:
     """Make the certificate of `out` and write it to `file`, or into `out`. The exit code is that of the
@@ -101,7 +99,7 @@ def _earlier(place: Path) -> dict[str, Any] | None:
     return said if isinstance(said, dict) else {}
 
 
-def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Console) -> None:
+def _told(place: Path, statement: Mapping[str, Any], key: str | None, screen: Screen) -> None:
     predicate = statement["predicate"]
     said = predicate["verification"]
     exactness = f" ({said['exactness']})" if said["exactness"] else ""

@@ -7,7 +7,6 @@ Imports stay inside the commands, so that `--help` costs nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -23,15 +22,18 @@ from ckpt_tool.command_parts import (
     exact_dtype,
     facts_option,
     following_at,
+    memory_of,
     mode_of,
     mode_options,
     options_of,
+    print_json,
     ray_options,
     report_files,
     write_report,
 )
 from ckpt_tool.errors import fail, near
 from ckpt_tool.family_command import FamilyCommand
+from ckpt_tool.loading import load_numpy, loading
 from ckpt_tool.onnx_commands import export, verify_onnx
 from ckpt_tool.proof_commands import COMMANDS
 
@@ -218,7 +220,7 @@ def convert(family: str, source: str, out: str, as_json: bool, **asked: Any) -> 
             beside=[asked["config"]] if asked["config"] else [],
         )
     if as_json:
-        print(json.dumps(done.to_json(), indent=2))
+        print_json(done.to_json())
     else:
         from ckpt_tool.progress import conversion_summary
 
@@ -273,6 +275,7 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
 
     if out.lower().endswith(".onnx"):
         return verify_onnx(out, source, levels, asked)
+    _load_verify()
     spread = wanted(asked)
     if asked["worker"]:
         return look(out, source, levels, asked, *consoles())
@@ -306,9 +309,15 @@ def _record(out: str, asked: dict[str, Any]) -> None:
     consoles()[1].print(f"recorded in {asked['record']}", markup=False)
 
 
+def _load_verify() -> None:
+    """What verifying without torch needs, together, which takes less than one by one."""
+    with loading():
+        load_numpy()
+        from ckpt_tool import verify  # noqa: F401
+
+
 def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: dict[str, Any]) -> Report:
     from ckpt_tool import api
-    from ckpt_tool.verify.needs import read_size
 
     _, log = consoles()
     chosen: dict[str, Any] = {"levels": levels} if levels else {}
@@ -326,7 +335,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
         transformers_python=asked.get("transformers_python"),
         expectations=asked.get("expectations"),
         mode=mode_of(asked),
-        memory=None if asked.get("memory") is None else read_size(asked["memory"]),
+        memory=memory_of(asked),
         progress=following_at(log),
         joined=bool(asked.get("finish") or asked.get("ray")),
         **chosen,
@@ -342,6 +351,7 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
 @report_files
 def diagnose(out: str, source: str, **asked: Any) -> int:
     """Find which known mistake explains the difference between DIR and its source."""
+    _load_verify()
     files = checked_files(asked, (out, source))
     report = _run_verify(
         out, source, ("parity",), {**asked, "against": None, "prompts": None, "checkpoint_id": None}
@@ -365,7 +375,7 @@ def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
 
     found = look(path, recognise=recognise, near=near_misses, checksums=checksums)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
     else:
         found.render(consoles()[0], everything=everything)
     return 2 if found.refused else 0
@@ -391,7 +401,7 @@ def _show_plan(
         made = api.plan(checkpoint, family=family, to=to, options=options, checksums=checksums)
         opened = checkpoint.opened()
     if as_json:
-        print(json.dumps({**made.to_json(), "opened": opened, "digest": made.digest()}, indent=2))
+        print_json({**made.to_json(), "opened": opened, "digest": made.digest()})
     else:
         from ckpt_tool.convert.render import plan_table
 
@@ -418,7 +428,6 @@ def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
     from ckpt_tool.gate_processes import last_line, listing
     from ckpt_tool.terminal import paragraph
     from ckpt_tool.verify.gate import chosen, read_gate
-    from ckpt_tool.verify.needs import read_size
 
     checks = chosen(read_gate(Path(file))[1], only, file)
     screen, log = consoles()
@@ -432,7 +441,7 @@ def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
         fail_fast=asked["fail_fast"],
         baseline=asked["baseline"],
         jobs=asked["jobs"],
-        memory=None if asked["memory"] is None else read_size(asked["memory"]),
+        memory=memory_of(asked),
         progress=following_at(log, always="gate: "),
     )
     code = write_report(reports, asked, files)
@@ -449,11 +458,8 @@ def families(as_json: bool) -> int:
 
     known = [family(n) for n in FAMILIES]
     if as_json:
-        print(
-            json.dumps(
-                [{"name": f.name, "summary": f.summary, "architectures": f.architectures} for f in known]
-            )
-        )
+        rows = [{"name": f.name, "summary": f.summary, "architectures": f.architectures} for f in known]
+        print_json(rows, indent=None)
         return 0
     from ckpt_tool.terminal import Column, table
 
@@ -482,7 +488,7 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
     if name is None:
         rows = [{"name": k, "family": v.family, "description": v.description} for k, v in VARIANTS.items()]
         if as_json:
-            print(json.dumps(rows, indent=2))
+            print_json(rows)
         else:
             from ckpt_tool.terminal import Column, table
 

@@ -10,16 +10,15 @@ import click
 from ckpt_tool.errors import fail, fail_all
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ckpt_tool.report_files import ReportFiles
+    from ckpt_tool.terminal import Screen
     from ckpt_tool.verify.claims import Mode
     from ckpt_tool.verify.report import Report, Reports
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def consoles() -> tuple[Console, Console]:
+def consoles() -> tuple[Screen, Screen]:
     """Rich consoles on stdout and stderr."""
     from ckpt_tool import terminal
 
@@ -33,6 +32,13 @@ def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
         return function
 
     return apply
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """On stdout; json is loaded for who asked for it."""
+    import json
+
+    print(json.dumps(value, indent=indent))
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -84,6 +90,15 @@ def mode_of(asked: dict[str, Any]) -> Mode:
     return "quick" if asked.get("quick") else "thorough" if asked.get("thorough") else "default"
 
 
+def memory_of(asked: dict[str, Any]) -> int | None:
+    """The bytes of `--memory`; None without it."""
+    if asked.get("memory") is None:
+        return None
+    from ckpt_tool.verify.needs import read_size
+
+    return read_size(asked["memory"])
+
+
 def checked_files(asked: dict[str, Any], inputs: Iterable[str | None]) -> ReportFiles:
     """The files that reports are to be written to, checked before any work."""
     from ckpt_tool.report_files import ReportFiles
@@ -99,16 +114,15 @@ def write_report(report: Report | Reports, asked: dict[str, Any], files: ReportF
     """Files first: they are wanted also where nobody reads the terminal to its end."""
     from ckpt_tool.verify.report import json_text
 
-    data = json_text(report)
     forms = {
         "--junit": report.junit,
         "--html": report.html,
         "--markdown": report.markdown,
-        "--json": lambda: data,
+        "--json": lambda: json_text(report),
     }
     problems = files.write(forms)
     if asked.get("json_file") == "-":
-        print(data, end="")
+        print(json_text(report), end="")
     else:
         screen, _ = consoles()
         report.render(screen)
@@ -116,7 +130,7 @@ def write_report(report: Report | Reports, asked: dict[str, Any], files: ReportF
     return report.exit_code
 
 
-def following_at(log: Console, always: str = "\0") -> Callable[[str], None]:
+def following_at(log: Screen, always: str = "\0") -> Callable[[str], None]:
     """What tells a person at a terminal how far a verification is; where none is, only what begins with
     `always`."""
 

@@ -16,7 +16,7 @@ from ckpt_tool import api
 from ckpt_tool.errors import fail, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from ckpt_tool.terminal import Screen
 
 VARIANT = "mistral-7b-v0.1"
 FLAW = "q-not-permuted"
@@ -28,14 +28,12 @@ AWAY = "move it away, or choose another --out"
 OWN = re.compile(rf"{re.escape(MARKER)}|{re.escape(REPORT)}|{'|'.join(FOLDERS)}|\.converted\.ckpt-tool.*")
 
 
-def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
+def run(folder: Path, *, overwrite: bool, screen: Screen) -> int:
     """Run the demo in `folder`. 0 when the good model passes and the broken one is caught."""
-    from rich.text import Text
-
     from ckpt_tool.fixtures.flaws import plant
     from ckpt_tool.fixtures.variants import VARIANTS
     from ckpt_tool.progress import conversion_summary
-    from ckpt_tool.terminal import paragraph, say
+    from ckpt_tool.terminal import Styled, paragraph, say
 
     _make_room(folder, overwrite)
     folder.mkdir(parents=True)
@@ -44,7 +42,7 @@ def run(folder: Path, *, overwrite: bool, screen: Console) -> int:
 
     def heading(number: int, text: str) -> None:
         say(screen)
-        paragraph(screen, text, first=Text(f"{number}. ", "bold"), style="bold")
+        paragraph(screen, text, first=Styled(f"{number}. ", "bold"), style="bold")
 
     heading(1, f"A tiny original in the layout of {VARIANTS[VARIANT].description}: {original}")
     original = VARIANTS[VARIANT].write(original)

@@ -7,16 +7,14 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
-from rich.console import Console
-
 from ckpt_tool.errors import fail, near
-from ckpt_tool.terminal import Column, paragraph, table
+from ckpt_tool.terminal import Column, Screen, paragraph, table
 from ckpt_tool.verify.expectations import Expectation, load_all, match
 
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 
 
-def listed(as_json: bool, screen: Console) -> int:
+def listed(as_json: bool, screen: Screen) -> int:
     """Published models with how many entries there are, how many may decide, and how many need no
     tokenizer."""
     by_model: dict[tuple[str, str], list[Expectation]] = defaultdict(list)
@@ -58,7 +56,7 @@ def listed(as_json: bool, screen: Console) -> int:
     return 0
 
 
-def shown(name: str, as_json: bool, screen: Console) -> int:
+def shown(name: str, as_json: bool, screen: Screen) -> int:
     """The entries of one published model, by any of its names."""
     entries = match([name])
     if not entries:

@@ -23,8 +23,7 @@ from ckpt_tool.verify.gate import Carry, Check, could_not_run, run_check
 from ckpt_tool.verify.needs import size_text
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ckpt_tool.terminal import Screen
     from ckpt_tool.verify.report import Report, Reports
 
 Tell = Callable[[str], None]
@@ -288,7 +287,7 @@ def _meet(some: list[Path], others: list[Path]) -> bool:
 # --- what the command says ------------------------------------------------------------------------------
 
 
-def listing(checks: Sequence[Check], screen: Console) -> None:
+def listing(checks: Sequence[Check], screen: Screen) -> None:
     """The checks of a gate, with what each needs of memory as far as its files are there to tell."""
     from ckpt_tool.terminal import Column, table
 

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console
-
 from ckpt_tool.errors import fail, printable
-from ckpt_tool.terminal import Column, paragraph, table
+from ckpt_tool.terminal import Column, Screen, paragraph, table
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False, "num_beams": 1},
@@ -60,7 +58,7 @@ def run(
     source: str | None,
     asked: dict[str, Any],
     as_json: bool,
-    screen: Console,
+    screen: Screen,
     tell: Callable[[str], None],
 ) -> int:
     """0; with a source 1 where it goes on otherwise."""
@@ -147,7 +145,7 @@ def _sides(subject: Any, dtype: Any, device: str, both: bool) -> list[Any]:
     return made
 
 
-def _show(screen: Console, data: dict[str, Any], made: Any, apart: Any, good: bool) -> None:
+def _show(screen: Screen, data: dict[str, Any], made: Any, apart: Any, good: bool) -> None:
     g, o = made.generated, made.options
     how = (
         f"beam search with {o.num_beams} beams" if o.beams else "sampling" if o.do_sample else "greedy search"

@@ -71,7 +71,7 @@ class HubOutput:
 
     def _report(self) -> Report | None:
         from ckpt_tool.verify import verify
-        from ckpt_tool.verify.parts import Joined
+        from ckpt_tool.verify.seen import Joined
 
         if not self.check:
             return None

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,10 @@ from ckpt_tool.checkpoint.torch_legacy import legacy_imports
 from ckpt_tool.checkpoint.torch_zip import zip_imports
 from ckpt_tool.checkpoint.weight_sets import is_weights
 from ckpt_tool.errors import CkptToolError, Problem, printable
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from ckpt_tool.terminal import Screen
 
 KEPT_METADATA = 1000  # entries; a hostile file can hold millions
 SHOWN_METADATA = 20
@@ -163,7 +164,7 @@ class Inspection:
             "refused": [p.to_json() for p in self.refused],
         }
 
-    def render(self, console: Console, *, everything: bool = False) -> None:
+    def render(self, console: Screen, *, everything: bool = False) -> None:
         """Print it; with `everything`, each tensor on a line of its own."""
         from ckpt_tool.terminal import paragraph, say
 
@@ -210,14 +211,14 @@ class Inspection:
             return self.families
         return own or [(name, False, why) for name, why in self.near]
 
-    def _file_table(self, console: Console) -> None:
+    def _file_table(self, console: Screen) -> None:
         from ckpt_tool.terminal import Column, table
 
         rows = [(printable(f.name), f.format, str(f.tensors), f"{f.nbytes:,}") for f in self.files]
         heads = (Column("file"), Column("format", whole=True))
         table(console, (*heads, Column("tensors", right=True), Column("bytes", right=True)), rows, indent=2)
 
-    def _tensor_table(self, console: Console, everything: bool) -> None:
+    def _tensor_table(self, console: Screen, everything: bool) -> None:
         from ckpt_tool.terminal import Column, table
 
         heads = (Column("tensor"), Column("shape", whole=True), Column("dtype", whole=True))
@@ -246,7 +247,7 @@ class Inspection:
             more.append(Column("files", whole=True))
         table(console, (*heads, *more), [row[: 3 + len(more)] for row in rows], indent=2)
 
-    def _config_table(self, console: Console) -> None:
+    def _config_table(self, console: Screen) -> None:
         from ckpt_tool.terminal import Column, table
 
         words = {True: "yes", False: "NO", None: "not stated"}

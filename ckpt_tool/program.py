@@ -1,15 +1,14 @@
 """How the program ends: whatever happens becomes one exit code and one clear text.
 
 0 done and everything asked for holds; 1 verification found a difference, and nothing else; 2 could not run;
-128 + N stopped by signal N, of which 141 is a closed pipe. The standard library only is imported until the
-command runs, so that an interrupt while the rest is loading is told like any other.
+128 + N stopped by signal N, of which 141 is a closed pipe. The standard library and loading.py only are
+imported until the command runs, so that an interrupt while the rest is loading is told like any other.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
-import json
 import os
 import resource
 import select
@@ -17,10 +16,11 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
+
+from ckpt_tool.loading import ONE_THREAD, loading
 
 if TYPE_CHECKING:
     from ckpt_tool.errors import CkptToolError, Problem
@@ -33,10 +33,8 @@ TRACEBACK = "CKPT_TOOL_TRACEBACK"
 REPORTING = ("verify", "diagnose", "gate")
 # Commands whose objects nearly all live until the end: to look for cycles among them after every 700 new ones
 # takes a fifth of the time of a model of thousands of tensors. Not those that compute with a model.
-KEEPING = ("convert", "inspect", "families")
+KEEPING = ("convert", "inspect", "families", "plan", "fixtures", "--help", "-h", "--version")
 SELDOM = (500_000, 20, 20)
-# numpy's library for matrices starts a thread for every core when it is loaded; these commands multiply none.
-ONE_THREAD = "OPENBLAS_NUM_THREADS"
 # Bytes of addresses that numpy 2.4 takes while it is loaded, with one such thread, and a little more.
 NUMPY = 84 << 20
 
@@ -56,14 +54,14 @@ def main(*, whole: bool = True) -> NoReturn:
     keeping = sys.argv[1:2] and sys.argv[1] in KEEPING
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if keeping or limited:
-        os.environ.setdefault(ONE_THREAD, "1")
+        os.environ.setdefault(ONE_THREAD, "1")  # which none of these commands multiplies with
     if limited:
         sys.meta_path.insert(0, RoomForNumpy())
     try:
         code = flush(run(sys.argv[1:]))
-        gc.freeze()  # or the interpreter's end would look for cycles among all there is
-        if whole and keeping and threading.active_count() == 1:
+        if whole and threading.active_count() == 1:
             leave(code)
+        gc.freeze()  # or the interpreter's end would look for cycles among all there is
     except (KeyboardInterrupt, Interrupted) as stop:  # while the end was told, or came
         code = 128 + getattr(stop, "number", signal.SIGINT)
     if _came:
@@ -100,7 +98,8 @@ def run(arguments: list[str]) -> int:
         open_streams()
         if arguments[:1] and arguments[0] in KEEPING:
             gc.set_threshold(*SELDOM)
-        from ckpt_tool.cli import cli
+        with loading():
+            from ckpt_tool.cli import cli
 
         return int(cli.main(arguments, prog_name="ckpt-tool", standalone_mode=False) or 0)
     except BaseException as error:
@@ -243,11 +242,15 @@ def ended(error: BaseException, arguments: list[str]) -> int:
         return 2 if _say(_not_written(error)) else CLOSED_PIPE
     told = error if isinstance(error, CkptToolError) else as_told(error)
     if TRACEBACK in os.environ or (told.kind in ("internal", "system") and _verbose(arguments)):
+        import traceback
+
         _say("".join(traceback.format_exception(error)).rstrip())
     if not wants_json(arguments) and type(error).__name__ == "NoArgsIsHelpError":
         return told.exit_code if _say(str(error).rstrip()) else CLOSED_PIPE  # the help, as it is laid out
     if not wants_json(arguments):
         return told.exit_code if _say(told.text()) else CLOSED_PIPE
+    import json
+
     try:
         print(json.dumps(told.to_json(), indent=2), flush=True)
     except BrokenPipeError:
@@ -290,6 +293,8 @@ def _is_torch_without_memory(error: BaseException) -> bool:
 
 
 def _defect(error: BaseException) -> Problem:
+    import traceback
+
     from ckpt_tool.errors import Problem
 
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from ckpt_tool.api import Conversion
     from ckpt_tool.convert.execute import Progress
+    from ckpt_tool.terminal import Screen
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 STAGES = {"copy": "copying", "check": "checking", "finish": "finishing"}
 
 
 @contextmanager
-def following(make: Callable[[], Console]) -> Iterator[Callable[[Progress], None]]:
+def following(make: Callable[[], Screen]) -> Iterator[Callable[[Progress], None]]:
     """A callback for `convert(progress=...)`: a bar with bytes, speed and time left on a terminal, else a
     plain line now and then. The bar appears with the first report, so errors come out clean, and its console
     is made then: what draws is loaded while the workers copy."""
@@ -31,11 +32,16 @@ def following(make: Callable[[], Console]) -> Iterator[Callable[[Progress], None
 
         def follow(now: Progress) -> None:
             if not begun:
-                log = make()
-                begun.append(_bar(log, now, stack) if log.is_terminal else _plain(log))
+                begun.append(_follower(make(), now, stack))
             begun[0](now)
 
         yield follow
+
+
+def _follower(log: Screen, first: Progress, stack: ExitStack) -> Callable[[Progress], None]:
+    from ckpt_tool.terminal import Plain
+
+    return _plain(log) if isinstance(log, Plain) or not log.is_terminal else _bar(log, first, stack)
 
 
 def _bar(log: Console, first: Progress, stack: ExitStack) -> Callable[[Progress], None]:
@@ -62,7 +68,7 @@ def _bar(log: Console, first: Progress, stack: ExitStack) -> Callable[[Progress]
     return follow
 
 
-def _plain(log: Console) -> Callable[[Progress], None]:
+def _plain(log: Screen) -> Callable[[Progress], None]:
     last = time.monotonic()
 
     def follow(now: Progress) -> None:
@@ -84,12 +90,10 @@ def size(count: float) -> str:
     return f"{count:.0f} {units[0]}" if units[0] == "bytes" or count >= 100 else f"{count:.1f} {units[0]}"
 
 
-def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
+def conversion_summary(done: Conversion, screen: Screen, source: Any) -> None:
     """The lines after a conversion: what was written, what is odd about it, what to do next."""
-    from rich.text import Text
-
     from ckpt_tool.convert.steps import as_steps
-    from ckpt_tool.terminal import paragraph, say
+    from ckpt_tool.terminal import Styled, paragraph, say
 
     plan, outcome = done.plan, done.outcome
     tensors = sum(len(f.tensors) for f in plan.outputs)
@@ -98,7 +102,7 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     moved = sum(steps.templates[k].note != "rename" for k in steps.kinds if not steps.templates[k].compare)
 
     def line(label: str, text: str, style: str = "") -> None:
-        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
+        paragraph(screen, text, first=Styled(f"   {label:<10}", "dim"), style=style)
 
     line(
         "wrote",
@@ -136,7 +140,7 @@ def conversion_summary(done: Conversion, screen: Console, source: Any) -> None:
     if left := _left(done):
         line("left", left, "yellow")
     if plan.direction == "to-hf":  # in one line, to be pasted
-        say(screen, Text.assemble((f"   {'next':<10}", "dim"), printable(_next(done, source), 4096)))
+        say(screen, [Styled(f"   {'next':<10}", "dim"), printable(_next(done, source), 4096)])
 
 
 def _left(done: Conversion) -> str:

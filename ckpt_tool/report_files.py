@@ -6,12 +6,12 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert import aside, disk
 from ckpt_tool.convert.replaceable import is_model_file
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
+from ckpt_tool.records import dataclass
 
 NAME_BYTES = 255
 

@@ -3,23 +3,21 @@ cluster."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.remote_path import scheme_of
-from ckpt_tool.command_parts import mode_of
+from ckpt_tool.command_parts import memory_of, mode_of, print_json
 from ckpt_tool.errors import CkptToolError, fail, printable
 from ckpt_tool.progress import conversion_summary, following, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-
     from ckpt_tool.api import Conversion, PartMade, Shared
     from ckpt_tool.convert.shares import Worker
-    from ckpt_tool.verify.parts import Seen
+    from ckpt_tool.terminal import Screen
+    from ckpt_tool.verify.seen import Seen
 
 TAKEN = ("jobs", "overwrite", "overwrite_foreign", "sha256", "strict", "checksums")
 TAKEN_UP = ("output-busy", "output-exists")  # kinds that say that another worker publishes, or has
@@ -47,7 +45,7 @@ def worker_of(text: str) -> Worker:
     return Worker(int(found[1]), int(found[2]))
 
 
-def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Console, log: Console) -> int:
+def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Screen, log: Screen) -> int:
     """What was asked for of --worker, --finish and --ray; the exit code."""
     from dataclasses import replace
 
@@ -82,24 +80,22 @@ def carry_out(shared: Shared, asked: dict[str, Any], as_json: bool, screen: Cons
     return _whole(done, shared, as_json, screen)
 
 
-def _whole(done: Conversion, shared: Shared, as_json: bool, screen: Console) -> int:
+def _whole(done: Conversion, shared: Shared, as_json: bool, screen: Screen) -> int:
     if as_json:
-        print(json.dumps(done.to_json(), indent=2))
+        print_json(done.to_json())
     else:
         conversion_summary(done, screen, shared.source)
     return done.report.exit_code if done.report is not None else 0
 
 
-def _part(made: PartMade, as_json: bool, screen: Console, *, publishing: bool = False) -> int:
+def _part(made: PartMade, as_json: bool, screen: Screen, *, publishing: bool = False) -> int:
     if as_json:
-        print(json.dumps(made.to_json(), indent=2))
+        print_json(made.to_json())
         return 0
-    from rich.text import Text
-
-    from ckpt_tool.terminal import paragraph
+    from ckpt_tool.terminal import Styled, paragraph
 
     def line(label: str, text: str, style: str = "") -> None:
-        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
+        paragraph(screen, text, first=Styled(f"   {label:<10}", "dim"), style=style)
 
     part = made.part
     total = sum(t.nbytes for f in part.files for t in f.held)
@@ -134,8 +130,8 @@ def look(
     source: str | None,
     levels: Sequence[str],
     asked: dict[str, Any],
-    screen: Console,
-    log: Console,
+    screen: Screen,
+    log: Screen,
 ) -> int:
     """One worker's share of a verification; 1 where it saw a difference."""
     from ckpt_tool import api
@@ -157,14 +153,14 @@ def look(
 
     seen = api.verify_part(out, source, worker_of(asked["worker"]), progress=tell_at, **_asked(levels, asked))
     if asked["json_file"] is not None:
-        print(json.dumps(seen.to_json(), indent=2))
+        print_json(seen.to_json())
     else:
         _say_seen(seen, screen)
     return int(seen.differences > 0)
 
 
 def look_on_ray(
-    out: str, source: str | None, levels: Sequence[str], asked: dict[str, Any], log: Console
+    out: str, source: str | None, levels: Sequence[str], asked: dict[str, Any], log: Screen
 ) -> None:
     """All shares of a verification; the report joins them."""
     from ckpt_tool.on_ray import verify_on_ray
@@ -179,7 +175,6 @@ def look_on_ray(
 def _asked(levels: Sequence[str], asked: dict[str, Any]) -> dict[str, Any]:
     """What a worker is asked."""
     from ckpt_tool import api
-    from ckpt_tool.verify.needs import read_size
 
     return {
         "levels": levels or None,
@@ -189,17 +184,15 @@ def _asked(levels: Sequence[str], asked: dict[str, Any]) -> dict[str, Any]:
         "device": asked["device"],
         "settings": api.settings(asked["pairs"]),
         "mode": mode_of(asked),
-        "memory": None if asked["memory"] is None else read_size(asked["memory"]),
+        "memory": memory_of(asked),
     }
 
 
-def _say_seen(seen: Seen, screen: Console) -> None:
-    from rich.text import Text
-
-    from ckpt_tool.terminal import paragraph
+def _say_seen(seen: Seen, screen: Screen) -> None:
+    from ckpt_tool.terminal import Styled, paragraph
 
     def line(label: str, text: str, style: str = "") -> None:
-        paragraph(screen, text, first=Text(f"   {label:<10}", style="dim"), style=style)
+        paragraph(screen, text, first=Styled(f"   {label:<10}", "dim"), style=style)
 
     read = size(sum(s.tensor.nbytes for s in seen.scans))
     line(

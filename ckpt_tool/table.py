@@ -16,9 +16,8 @@ from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import fail, near, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ckpt_tool.fixtures.families import Variant
+    from ckpt_tool.terminal import Screen
     from ckpt_tool.verify.report import Report
 
 BLOCK = 1 << 20
@@ -40,7 +39,7 @@ class Row:
     why: str = ""
 
 
-def run(*, only: Collection[str], judge: bool, as_json: bool, screen: Console) -> int:
+def run(*, only: Collection[str], judge: bool, as_json: bool, screen: Screen) -> int:
     """Print the table, of the families in `only` where there are any. 0 when every row passes, 1 when a
     difference was found, 2 when a row shows neither."""
     from ckpt_tool.fixtures.variants import VARIANTS
@@ -59,7 +58,7 @@ def run(*, only: Collection[str], judge: bool, as_json: bool, screen: Console) -
     return 0 if verdicts <= {"pass"} else 1 if "FAIL" in verdicts else 2
 
 
-def rows(variants: list[Variant], judge: bool, screen: Console | None = None) -> Iterator[Row]:
+def rows(variants: list[Variant], judge: bool, screen: Screen | None = None) -> Iterator[Row]:
     """One row after the other; a terminal is told which is being made."""
     for k, variant in enumerate(variants, start=1):
         if screen is not None and screen.is_terminal:
@@ -172,11 +171,9 @@ def compare(a: Checkpoint, b: Checkpoint, but: Container[str] = ()) -> list[str]
     return found
 
 
-def draw(made: list[Row], screen: Console) -> None:
+def draw(made: list[Row], screen: Screen) -> None:
     """The rows as a table, and below it why some are no pass, those of one reason together."""
-    from rich.text import Text
-
-    from ckpt_tool.terminal import Column, paragraph, table
+    from ckpt_tool.terminal import Column, Styled, paragraph, table
 
     columns = (
         Column("family", whole=True),
@@ -188,7 +185,7 @@ def draw(made: list[Row], screen: Console) -> None:
         Column("there and back"),
         Column("verdict", whole=True),
     )
-    cells: list[tuple[str | Text, ...]] = [
+    cells: list[tuple[str | Styled, ...]] = [
         (
             r.family,
             r.variant,
@@ -196,7 +193,7 @@ def draw(made: list[Row], screen: Console) -> None:
             r.bits,
             *(f"{x:.1e}" if x is not None else "-" for x in (r.parity_nmse, r.judge_nmse)),
             r.round_trip,
-            Text(r.verdict, "green" if r.verdict == "pass" else "red"),
+            Styled(r.verdict, "green" if r.verdict == "pass" else "red"),
         )
         for r in made
     ]

@@ -3,19 +3,24 @@
 Lines carry no trailing blanks and are never wider than asked, short of a single number or word that is. Long
 names break at dots and slashes; numbers never break. A table that is too wide first loses the columns that
 its caller can spare, then folds its text columns.
+
+On a terminal rich draws. Anywhere else there are lines without colours, and rich, which takes 15 ms to load,
+is asked about what it alone knows: wide letters, and text that is not of letters.
 """
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, TypeAlias
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
+from ckpt_tool.records import dataclass
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DEFAULT_WIDTH = 80
 NARROWEST = 40  # columns; below it nothing can be laid out
@@ -31,41 +36,125 @@ _BREAKS = (
 )
 
 
-def consoles() -> tuple[Console, Console]:
-    """Rich consoles on stdout and stderr. The width is the terminal's, else that of COLUMNS, else 80, so that
-    output redirected to a file is the same everywhere."""
+# Of the environment: with any of them rich may take for a terminal what is none.
+FORCING = ("FORCE_COLOR", "TTY_COMPATIBLE")
+_LEFT_OUT = dict.fromkeys(map(ord, "\a\b\v\f\r"))  # which rich shows of no text
+
+
+@dataclass(frozen=True)
+class Styled:
+    """Text in one of rich's styles."""
+
+    text: str
+    style: str
+
+
+Line = str | Styled | Sequence[str | Styled]
+
+
+class Plain:
+    """A console where no terminal is."""
+
+    is_terminal = False
+
+    def __init__(self, *, stderr: bool, width: int) -> None:
+        self.stderr, self.width = stderr, width
+
+    @property
+    def file(self) -> IO[str]:
+        return sys.stderr if self.stderr else sys.stdout
+
+    def print(self, text: str, *, style: str = "", markup: bool = True, soft_wrap: bool = False) -> None:
+        """As rich's: of text without `markup` it makes two colons an emoji, and folds what is too wide."""
+        rare = text.count(":") > 1 or (markup and "[" in text) or not text.isprintable()
+        if rare or not (soft_wrap or cell_len(text) <= self.width):
+            self.rich().print(text, style=style, markup=markup, soft_wrap=soft_wrap)
+        else:
+            self.write(text)
+
+    def write(self, line: str) -> None:
+        self.file.write(line + "\n")
+        self.file.flush()
+
+    def rich(self) -> Console:
+        """The console that it stands for."""
+        return _rich(stderr=self.stderr, width=self.width)
+
+
+Screen: TypeAlias = "Console | Plain"
+
+
+def consoles() -> tuple[Screen, Screen]:
+    """Consoles on stdout and stderr, of rich where a terminal is. The width is the terminal's, else that of
+    COLUMNS, else 80, so that output redirected to a file is the same everywhere."""
     return _console(stderr=False), _console(stderr=True)
 
 
-def _console(*, stderr: bool) -> Console:
+def _console(*, stderr: bool) -> Screen:
     stream = sys.stderr if stderr else sys.stdout
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if re.fullmatch(r"[1-9][0-9]{0,3}", columns, re.ASCII) else None
-    if width is None and not stream.isatty():
-        width = DEFAULT_WIDTH
+    if stream.isatty():
+        return _rich(stderr=stderr, width=width)
+    width = DEFAULT_WIDTH if width is None else width
+    if any(name in os.environ for name in FORCING) or hasattr(builtins, "get_ipython"):
+        return _rich(stderr=stderr, width=width)
+    return Plain(stderr=stderr, width=width)
+
+
+def _rich(*, stderr: bool, width: int | None) -> Console:
+    from rich.console import Console
+
     if os.environ.get("NO_COLOR"):
         return Console(stderr=stderr, width=width, highlight=False, color_system=None)
     return Console(stderr=stderr, width=width, highlight=False)
 
 
-def say(console: Console, line: str | Text = "", style: str = "") -> None:
+def cell_len(text: str) -> int:
+    """The cells that `text` takes."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _pieces_of(line: Line) -> list[Styled]:
+    pieces = [line] if isinstance(line, str | Styled) else line
+    return [Styled(p, "") if isinstance(p, str) else p for p in pieces]
+
+
+def _plain(line: Line) -> str:
+    text = "".join(p.text for p in _pieces_of(line))
+    return text if text.isprintable() else text.translate(_LEFT_OUT)
+
+
+def say(console: Screen, line: Line = "", style: str = "") -> None:
     """One line as it is: nothing wrapped, padded or read as markup."""
-    text = line if isinstance(line, Text) else Text(line, style)
+    if isinstance(console, Plain):
+        if (plain := _plain(line).rstrip()).isprintable():
+            return console.write(plain)
+        console = console.rich()
+    from rich.text import Text
+
+    text = Text(line, style) if isinstance(line, str) else Text(style=style)
+    if not isinstance(line, str):
+        for piece in _pieces_of(line):
+            text.append(piece.text, piece.style or None)
     text.rstrip()
     console.print(text, soft_wrap=True)
 
 
 def paragraph(
-    console: Console, text: str, *, first: str | Text = "", hang: int | None = None, style: str = ""
+    console: Screen, text: str, *, first: Line = "", hang: int | None = None, style: str = ""
 ) -> None:
     """`text` after `first`, wrapped; the lines that follow start below the text, or at column `hang`."""
-    head = first if isinstance(first, Text) else Text(first)
-    indent = cell_len(head.plain) if hang is None else hang
+    head = _pieces_of(first)
+    start = cell_len(_plain(first))
+    indent = start if hang is None else hang
     width = max(NARROWEST, console.width)
-    start = cell_len(head.plain)
     for k, line in enumerate(wrapped(text, max(FOLDED, width - indent), max(FOLDED, width - start))):
-        before = head if k == 0 else Text(" " * indent)
-        say(console, Text.assemble(before, Text(line, style)))
+        say(console, [*(head if k == 0 else [" " * indent]), Styled(line, style)])
 
 
 def wrapped(text: str, width: int, first: int | None = None) -> list[str]:
@@ -121,18 +210,18 @@ class Column:
 
 
 def table(
-    console: Console,
+    console: Screen,
     columns: Sequence[Column],
-    rows: Iterable[Sequence[str | Text]],
+    rows: Iterable[Sequence[str | Styled]],
     *,
     indent: int = 0,
     title: str | None = None,
 ) -> list[str]:
     """Print a table with its head line; returns the names of the columns that were left out."""
-    cells = [[c if isinstance(c, Text) else Text(c) for c in row] for row in rows]
+    cells = [[Styled(_plain(c), c.style if isinstance(c, Styled) else "") for c in row] for row in rows]
     room = max(NARROWEST, console.width) - indent
     kept = list(range(len(columns)))
-    natural = [_widest([Text(c.name), *(row[k] for row in cells)]) for k, c in enumerate(columns)]
+    natural = [_widest([c.name, *(row[k].text for row in cells)]) for k, c in enumerate(columns)]
     while _total(natural, kept) > room:
         spare = [k for k in kept if columns[k].spare]
         if not spare or _foldable(columns, natural, kept, room):
@@ -142,15 +231,15 @@ def table(
     if title is not None:
         say(console, title, "bold")
     if any(c.name for c in columns):
-        heads = [Text(columns[k].name, "dim") for k in kept]
+        heads = [Styled(columns[k].name, "dim") for k in kept]
         _row(console, [columns[k] for k in kept], heads, widths, indent)
     for row in cells:
         _row(console, [columns[k] for k in kept], [row[k] for k in kept], widths, indent)
     return [columns[k].name for k in range(len(columns)) if k not in kept]
 
 
-def _widest(texts: Iterable[Text]) -> int:
-    return max((cell_len(line) for t in texts for line in t.plain.split("\n")), default=0)
+def _widest(texts: Iterable[str]) -> int:
+    return max((cell_len(line) for t in texts for line in t.split("\n")), default=0)
 
 
 def _total(widths: Sequence[int], kept: Sequence[int]) -> int:
@@ -181,15 +270,19 @@ def _fit(columns: Sequence[Column], natural: Sequence[int], kept: Sequence[int],
 
 
 def _row(
-    console: Console, columns: Sequence[Column], cells: Sequence[Text], widths: Sequence[int], indent: int
+    console: Screen,
+    columns: Sequence[Column],
+    cells: Sequence[Styled],
+    widths: Sequence[int],
+    indent: int,
 ) -> None:
-    split = [wrapped(c.plain, w) if _folds(column) else c.plain.split("\n")
+    split = [wrapped(c.text, w) if _folds(column) else c.text.split("\n")
              for column, c, w in zip(columns, cells, widths, strict=True)]  # fmt: skip
     for k in range(max(map(len, split), default=0)):
-        line = Text(" " * indent)
+        line: list[str | Styled] = [" " * indent]
         for j, (column, lines, width) in enumerate(zip(columns, split, widths, strict=True)):
             piece = lines[k] if k < len(lines) else ""
             blank = " " * max(0, width - cell_len(piece))
             padded = blank + piece if column.right else piece + blank
-            line.append(padded + " " * (GAP if j < len(columns) - 1 else 0), cells[j].style or None)
+            line.append(Styled(padded + " " * (GAP if j < len(columns) - 1 else 0), cells[j].style))
         say(console, line)

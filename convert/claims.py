@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 BEAT = 5.0  # seconds between two signs of life
 PATIENCE = 30.0  # seconds without one, after which an owner on another machine is given up

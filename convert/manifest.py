@@ -4,7 +4,6 @@ the output to the source, so equal inputs in equal places give equal bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,6 +64,8 @@ class Finding:
 def headers_digest(file: TensorFile) -> str:
     """SHA-256 of all that a file's headers say: tensors in order, and what is told of their bytes (as a rule
     records with their checksums)."""
+    import hashlib  # and with it OpenSSL, 2 ms: for who asks for a digest
+
     digest = hashlib.sha256(file.format.encode())
     tensors = ((t.name, t.dtype, t.shape) for t in file.tensors.values())
     texts = map(repr, chain(tensors, file.told()))

@@ -24,13 +24,14 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 from ckpt_tool.checkpoint.base import TensorFile, TensorInfo
 from ckpt_tool.checkpoint.torch_zip_writer import Held
 from ckpt_tool.convert.optimizer_buffers import stepped
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 
 T = TypeVar("T")
 MASTER = "fp32_param"  # what the state of the lists is called elsewhere

@@ -19,7 +19,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +57,7 @@ from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, P
 from ckpt_tool.convert.source import each_once
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.records import dataclass
 
 STATES = ("exp_avg", "exp_avg_sq", "fp32_param")  # the moments, and the weights that the step is made on
 _ALL = "|".join(STATES)

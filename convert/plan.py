@@ -4,7 +4,6 @@ value, the files to write. A plan is made and checked from headers alone; `execu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from bisect import bisect_right
@@ -174,6 +173,8 @@ class OutputDocument:
 
     @cached_property
     def sha256(self) -> str:
+        import hashlib  # and with it OpenSSL, 2 ms
+
         found = hashlib.sha256()
         for piece in self.pieces():
             found.update(piece)
@@ -262,6 +263,8 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 of the plan's JSON: equal plans of equal inputs have equal digests."""
+        import hashlib
+
         from ckpt_tool.convert.plan_text import pieces
 
         found = hashlib.sha256()

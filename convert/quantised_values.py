@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.casting import cast
 from ckpt_tool.convert.quantised_config import NO_NUMBER, RECIPES, TARGETS
+from ckpt_tool.records import dataclass
 
 _TINY = np.float32(2.0**120)  # what e4m3's bits in a float32 lack: the exponents count from 7 and from 127
 _LARGE = np.float32(2.0**7)  # a scale below stays finite times that

@@ -8,8 +8,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.tensor_names import Folded, fold_key, folded_name
 from ckpt_tool.convert.copies import in_words
@@ -20,7 +18,7 @@ from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan import Dropped, Foretold, Plan
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import printable
-from ckpt_tool.terminal import Column, paragraph, say, table
+from ckpt_tool.terminal import Column, Screen, paragraph, say, table
 
 SHOWN_FILES = 20
 MEMORY_BYTES = 250_000_000  # what converting stays below, for any number and size of tensors
@@ -36,7 +34,7 @@ class _Row:
     count: int = 0
 
 
-def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None:
+def plan_table(plan: Plan, console: Screen, opened: Iterable[str] = ()) -> None:
     """Print what the plan does: tensors, config, what is left out, files, what it needs and what to know;
     `opened` are notes on the files that were opened."""
     kept = plan.original.get(LAYOUT) == HUGGING_FACE and plan.direction == "to-hf"
@@ -57,6 +55,8 @@ def plan_table(plan: Plan, console: Console, opened: Iterable[str] = ()) -> None
 
 def as_html(plan: Plan) -> str:
     """What a terminal of 100 columns shows, for a notebook."""
+    from rich.console import Console
+
     screen = Console(file=io.StringIO(), width=100, highlight=False, color_system=None)
     plan_table(plan, screen)
     assert isinstance(screen.file, io.StringIO)
@@ -92,7 +92,7 @@ def _places(foretold: Foretold) -> str:
     return ", ".join([*named, *([f"layers {ranges(layers)}"] if layers else [])])
 
 
-def _steps(plan: Plan, console: Console) -> None:
+def _steps(plan: Plan, console: Screen) -> None:
     """Three lines for each rule: the source, the target, and how the axes move if they do."""
     rows = []
     for row in _rows(plan.steps):
@@ -215,7 +215,7 @@ def _layout(step: Step) -> str:
     return ", ".join(x for x in (words.get(step.compare, ""), change, in_words(step)) if x)
 
 
-def _config(plan: Plan, console: Console) -> None:
+def _config(plan: Plan, console: Screen) -> None:
     original = "params.json" if any(d.name == "params.json" for d in plan.documents) else "args"
     rows = [
         (key, printable(json.dumps(value.value)), printable(value.source, 400))
@@ -225,7 +225,7 @@ def _config(plan: Plan, console: Console) -> None:
     table(console, heads, rows, title="config.json" if plan.direction == "to-hf" else original)
 
 
-def _dropped(plan: Plan, console: Console) -> None:
+def _dropped(plan: Plan, console: Screen) -> None:
     if not plan.dropped:
         return
     groups: dict[tuple[tuple[str, ...], str], list[Dropped]] = {}
@@ -240,7 +240,7 @@ def _dropped(plan: Plan, console: Console) -> None:
     table(console, heads, rows, title="Left out")
 
 
-def _outputs(plan: Plan, console: Console) -> None:
+def _outputs(plan: Plan, console: Screen) -> None:
     rows = [
         (printable(f.name), str(len(f.tensors)), _size(f.nbytes), f.format)
         for f in plan.outputs[:SHOWN_FILES]

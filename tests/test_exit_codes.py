@@ -140,7 +140,7 @@ DEFECTS = {
     "inspect in": "ckpt_tool.inspect.inspect",
     "plan auto --in in": "ckpt_tool.api.plan",
     "convert auto --in in --out new": "ckpt_tool.convert.execute.Run._carry",
-    "verify out --source in --level bits": "ckpt_tool.verify.bits",
+    "verify out --source in --level bits": "ckpt_tool.verify.bits.bits",
     "verify out --source in --level parity": "ckpt_tool.verify.compute.lockstep",
     "families": "ckpt_tool.convert.families.family",
     "fixtures mistral-float32 --out new": "ckpt_tool.convert.places.free_place",
@@ -346,7 +346,7 @@ def test_a_group_that_gets_the_signal_twice_ends_as_with_one(originals: Written,
 
 
 WAITING = {
-    "while comparing with the source": "import ckpt_tool.verify as m\nm.compare_steps = wait\n",
+    "while comparing with the source": "import ckpt_tool.verify.bits as m\nm.compare = wait\n",
     "while computing": "import ckpt_tool.verify.compute as m\nm.lockstep = wait\n",
 }
 
@@ -371,7 +371,10 @@ def test_a_signal_ends_a_verification(place: str, number: signal.Signals, code: 
 
 
 @pytest.mark.parametrize("module", ["click", "ckpt_tool.cli", "rich.console", "numpy"])
-def test_an_interrupt_while_the_program_is_loading(module: str, tiny: Path) -> None:
+def test_an_interrupt_while_the_program_is_loading(
+    module: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # where no terminal is nothing loads rich
     script = (
         "import os, signal, sys\n"
         "class Finder:\n"
@@ -450,7 +453,10 @@ def test_what_was_asked_for_by_name_and_needs_a_missing_package(
         ("huggingface_hub", "convert auto --in hf://a/b --out new"),
     ],
 )
-def test_a_missing_package_is_named_with_the_way_to_get_it(package: str, command: str, tiny: Path) -> None:
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    package: str, command: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # where no terminal is nothing asks for rich
     done = without(package, *command.split(), cwd=tiny)
     assert done.returncode == 2
     first, hint = done.stderr.strip().splitlines()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_tool.fixtures.variants import VARIANTS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "ckpt_tool.checkpoint": ROOT / "ckpt_tool" / "checkpoint",
@@ -17,7 +19,7 @@ PACKAGES = {
     "ckpt_tool.verify": ROOT / "verify",
     "ckpt_tool.fixtures": ROOT / "fixtures",
 }
-# package: the packages of this project it may import, besides itself, ckpt_tool.errors and records
+# package: the packages of this project it may import, besides itself, ckpt_tool.errors, loading and records
 MAY_KNOW = {
     "ckpt_tool.checkpoint": set(),
     "ckpt_tool.reference": set(),
@@ -66,8 +68,8 @@ def test_packages_import_only_whom_they_may_know(package: str) -> None:
             if not module.startswith("ckpt_tool"):
                 continue
             home = ".".join(module.split(".")[:2])
-            allowed = {package, "ckpt_tool.errors", "ckpt_tool.records"} | MAY_KNOW[package]
-            assert home != "ckpt_tool.records" or package != "ckpt_tool.reference"
+            common = set() if package == "ckpt_tool.reference" else {"ckpt_tool.loading", "ckpt_tool.records"}
+            allowed = {package, "ckpt_tool.errors"} | common | MAY_KNOW[package]
             if module == "ckpt_tool":  # the version
                 continue
             if home == "ckpt_tool.terminal" and package in MAY_PRINT:
@@ -101,7 +103,40 @@ def test_help_loads_neither_torch_nor_numpy() -> None:
         "import contextlib, io\n"
         "with contextlib.redirect_stdout(io.StringIO()): cli.main(['--help'], standalone_mode=False)"
     )
-    assert not loaded & {"torch", "numpy", "transformers", "rich"}
+    assert not loaded & {"torch", "numpy", "transformers", "rich", "json", "traceback"}
+
+
+def modules_of(folder: Path, *arguments: str) -> set[str]:
+    """What a command that writes into a pipe has loaded at its end, as a process of its own."""
+    code = (
+        "import sys; from ckpt_tool import program\n"
+        f"code = program.run({list(arguments)!r})\nprint(code, *sys.modules, file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    code_, *loaded = run.stderr.splitlines()[-1].split()
+    assert code_ == "0" and run.stdout, run
+    return set(loaded)
+
+
+def test_a_list_of_the_families_loads_what_describes_them() -> None:
+    loaded = modules_of(ROOT, "families")
+    assert "ckpt_tool.convert.families.mobilebert" in loaded
+    assert not loaded & {"torch", "numpy", "rich", "hashlib", "ckpt_tool.checkpoint.pickle_records"}
+
+
+def test_a_command_loads_what_its_work_needs(tmp_path: Path) -> None:
+    """Where no terminal is nothing draws; a conversion ends with one level of four; versions of libraries are
+    read for the reports that show them."""
+    VARIANTS["mistral-7b-v0.1"].write(tmp_path / "in")
+    made = modules_of(tmp_path, "convert", "mistral", "--in", "in", "--out", "out")
+    seen = modules_of(tmp_path, "verify", "out", "--source", "in", "--level", "bits")
+    never = {"torch", "transformers", "rich", "tokenizers", "huggingface_hub", "importlib.metadata", "socket"}
+    others = {
+        f"ckpt_tool.verify.{name}" for name in ("parts", "expectations", "prompts", "compute", "carried")
+    }
+    assert {"numpy", "ckpt_tool.verify.coverage"} <= made and not made & (never | others)
+    assert not made & {"ckpt_tool.verify.bits", "ckpt_tool.verify.explain", "ckpt_tool.verify.packed_bits"}
+    assert "ckpt_tool.verify.bits" in seen and not seen & (never | others - {"ckpt_tool.verify.carried"})
 
 
 def test_converting_loads_no_torch(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from ckpt_tool.fixtures.flaws import plant
-from ckpt_tool.terminal import Column, consoles, paragraph, table, wrapped
+from ckpt_tool.terminal import Column, Plain, Styled, consoles, paragraph, say, table, wrapped
 from tests.in_process import TERMINAL, program
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -191,3 +191,63 @@ def test_the_lines_of_a_paragraph_hang_below_its_text() -> None:
     first, *others = out.getvalue().splitlines()
     assert first.startswith("  note      words") and others
     assert all(line.startswith(" " * 12 + "words") and len(line) <= 40 for line in others)
+
+
+# --- without rich ---------------------------------------------------------------------------------------
+
+ODD = (
+    "a line of words that is longer than the console is wide, and so is folded",
+    "x" * 50,
+    "two\nlines  ",
+    "a\ttab",
+    "bells\a and returns\r, \x1b[31mred",
+    ":warning: and :fire:",
+    "[bold]styles[/bold] and [0, 1]",
+    "日本語 " * 9,
+    "soft\u00adhyphen, fixed\u00a0blank, joined\u200d",
+    "café … → 10:30",
+    "   blanks   ",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_console_where_no_terminal_is_writes_what_rich_writes(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    out = io.StringIO()
+    columns = [Column("name"), Column("number", right=True)]
+    for screen in (Plain(stderr=False, width=40), Console(file=out, width=40, highlight=False)):
+        for markup in (False, True):
+            for soft in (False, True):
+                screen.print(text, style="dim", markup=markup, soft_wrap=soft)
+        say(screen, text, "bold")
+        say(screen, [Styled(text, "green"), " and ", text])
+        paragraph(screen, text, first=Styled(text[:9], "dim"), hang=4, style="red")
+        table(screen, columns, [(text, "1"), ("b", Styled(text[:5], "red"))], title="Title")
+    assert isinstance(sys.stdout, io.StringIO) and sys.stdout.getvalue() == out.getvalue()
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_rich_decides_where_the_environment_says_what_a_terminal_is(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert [type(c) for c in consoles()] == [Plain, Plain]
+    monkeypatch.setenv(variable, "1")
+    assert [(type(c), c.is_terminal) for c in consoles()] == [(Console, True)] * 2
+
+
+def test_what_only_rich_knows_is_asked_of_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(Plain, "rich", lambda self: asked.append("rich") or Console(file=io.StringIO()))
+    screen = Plain(stderr=False, width=20)
+    say(screen, [Styled("a line of letters", "bold"), ", as wide as it is"])
+    screen.print("short", style="dim", markup=False)
+    assert not asked
+    for text in ("tab\t", "x" * 21, ":a: b"):
+        screen.print(text, markup=False)
+    assert len(asked) == 3

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -39,6 +40,7 @@ from ckpt_tool.convert.outbox import WINDOW, Outbox
 from ckpt_tool.convert.strips import LARGE, TILE, assign, side_by_side, slabs
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.loading import ONE_THREAD, loading
 
 # --- turning in memory ----------------------------------------------------------------------------------
 
@@ -174,17 +176,63 @@ def test_only_the_reader_of_the_container_is_loaded(tmp_path: Path) -> None:
     assert "ckpt_tool.convert.tokenizers.sentencepiece" not in loaded
 
 
-@pytest.mark.parametrize(("command", "code"), [("families", 0), ("inspect", 2)])
-def test_a_command_that_is_not_taken_apart_ends_as_others_do(command: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "code", "threads"),
+    [("families", 0, "1"), ("inspect missing", 2, "1"), ("verify missing", 2, "None"), ("--help", 0, "1")],
+)
+def test_a_command_is_not_taken_apart_and_ends_as_others_do(
+    command: str, code: int, threads: str, tmp_path: Path
+) -> None:
     text = (
         "import atexit, os, sys\nfrom ckpt_tool.program import main\n"
-        "atexit.register(lambda: sys.stdout.write('the end, ' + os.environ['OPENBLAS_NUM_THREADS']))\nmain()"
+        "class Kept:\n    def __del__(self): print('taken apart')\nkept = Kept()\n"
+        "said = lambda: sys.stdout.write(f\"the end, {os.environ.get('OPENBLAS_NUM_THREADS')}\")\n"
+        "atexit.register(said)\nmain()"
     )
-    asked = [sys.executable, "-c", text, command, *(["missing"] if code else [])]
-    own = {k: v for k, v in os.environ.items() if k != program.ONE_THREAD}
+    own = {k: v for k, v in os.environ.items() if k != ONE_THREAD}
+    asked = [sys.executable, "-c", text, *command.split()]
     done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=own, check=False)
-    assert done.returncode == code and done.stdout.endswith("the end, 1"), done
+    assert done.returncode == code and done.stdout.endswith(f"the end, {threads}"), done
     assert ("error[" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(("said", "seen"), [(None, "1"), ("3", "3")])
+def test_numpy_is_loaded_with_one_thread_and_the_environment_stays(said: str | None, seen: str) -> None:
+    code = (
+        "import os, sys\nfrom ckpt_tool.loading import load_numpy\n"
+        "class Look:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'numpy': print(os.environ.get('OPENBLAS_NUM_THREADS'))\n"
+        "sys.meta_path.insert(0, Look())\nload_numpy()\n"
+        "print(os.environ.get('OPENBLAS_NUM_THREADS'), 'numpy' in sys.modules)"
+    )
+    own = {k: v for k, v in os.environ.items() if k != ONE_THREAD} | (
+        {} if said is None else {ONE_THREAD: said}
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own, check=True)
+    assert done.stdout.split() == [seen, str(said), "True"]
+
+
+def test_nobody_looks_for_cycles_while_modules_are_loaded() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ImportError), loading():
+        assert not gc.isenabled()
+        gone = weakref.ref(Cycle())
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
+    gc.collect()
+    assert gone() is None  # what was garbage is found later
+    gc.disable()
+    try:
+        with loading():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_what_lives_until_the_end_is_seldom_searched_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.shares import Worker, restricted, shares, whole_reads
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify.parts import Seen
 from ckpt_tool.verify.report import Report
+from ckpt_tool.verify.seen import Seen
 from tests.in_process import program
 
 ROOT = Path(__file__).parents[1]

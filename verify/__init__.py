@@ -7,7 +7,8 @@
     training    does it learn the same from one step? (where it is asked for by name)
     generation  does it go on from prompts with the same tokens? (where it is asked for by name)
 
-Torch is imported when a level that computes is asked for, not before.
+What only one level needs, torch first of all, is imported when that is asked for: every conversion ends with
+coverage, which is a third of the modules.
 """
 
 from __future__ import annotations
@@ -18,28 +19,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
+from ckpt_tool.loading import loading
 from ckpt_tool.verify.accepting import check_names, unneeded
-from ckpt_tool.verify.bits import bits, recognise_recipe
-from ckpt_tool.verify.bits import compare as compare_steps  # `compare` is a module beside this
-from ckpt_tool.verify.by_bits import by_bits
-from ckpt_tool.verify.carried_bits import carried_bits
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
-from ckpt_tool.verify.confirm import confirm
-from ckpt_tool.verify.coverage import coverage, scan
-from ckpt_tool.verify.documents import documents
-from ckpt_tool.verify.expectations import read_file
-from ckpt_tool.verify.missing import not_computed
-from ckpt_tool.verify.parts import READ, SHARED, Joined, Seen, Walk, join, look
-from ckpt_tool.verify.passing import Passing
-from ckpt_tool.verify.prompts import Prompts, read_prompts
-from ckpt_tool.verify.provenance import provenance
+from ckpt_tool.verify.provenance import origin
 from ckpt_tool.verify.report import Finding, Report, Reports
+from ckpt_tool.verify.seen import READ, SHARED, Joined, Seen, Walk
 from ckpt_tool.verify.subject import Subject, opened
 from ckpt_tool.verify.timing import OTHER, timed
+
+if TYPE_CHECKING:
+    from ckpt_tool.convert.shares import Worker
+    from ckpt_tool.verify.expectations import Expectation
+    from ckpt_tool.verify.prompts import Prompts
 
 __all__ = ["ASKED_FOR", "DTYPES", "LEVELS", "Finding", "Report", "Reports", "Seen", "verify", "verify_part"]
 
@@ -94,10 +89,9 @@ def verify(
     _check_choices(asked, against, compute_dtype, device, mode)
     _check_one(source, no_source)
     check_names(accepted := tuple(accept))
-    recorded = None if expectations is None else read_file(expectations)
+    recorded = None if expectations is None else _recorded(expectations)
     asked = asked if recorded is None or "documented" in asked else (*asked, "documented")
-    if isinstance(prompts, str | os.PathLike):
-        prompts = read_prompts(prompts)  # before anything large is in memory
+    prompts = _prompts(prompts)  # before anything large is in memory
     wanted = Asked(
         asked, against, prompts, compute_dtype, device, checkpoint_id, accepted, transformers_python,
         recorded, mode, memory,
@@ -124,13 +118,35 @@ def _levels(
     if asked.mode != "default":
         report.facts["mode"] = f"{asked.mode}; levels: {', '.join(asked.levels)}"
     subject.accepted = asked.accept
-    recognise_recipe(subject)
+    if subject.packed is not None and subject.packed.dtype is not None:
+        from ckpt_tool.verify.bits import recognise_recipe
+
+        recognise_recipe(subject)
     with timed(report.seconds, next((level for level in ("bits", *SHARED) if level in asked.levels), OTHER)):
         seen = _seen(subject, out, asked.levels, tell, joined)
     _run(subject, asked, seen, report, tell)
     report.facts |= seen.facts
-    report.provenance = provenance(subject)
-    seen.remove()
+    report.origin = origin(subject)
+    if seen.paths:
+        from ckpt_tool.verify.parts import remove
+
+        remove(seen.paths)
+
+
+def _prompts(given: str | os.PathLike[str] | Prompts | None) -> Prompts | None:
+    """What a file of prompts holds."""
+    if not isinstance(given, str | os.PathLike):
+        return given
+    from ckpt_tool.verify.prompts import read_prompts
+
+    return read_prompts(given)
+
+
+def _recorded(file: str | os.PathLike[str]) -> tuple[Expectation, ...]:
+    """The values in a file of them."""
+    from ckpt_tool.verify.expectations import read_file
+
+    return read_file(file)
 
 
 def _took(report: Report, seconds: float) -> None:
@@ -141,16 +157,26 @@ def _took(report: Report, seconds: float) -> None:
 def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Callable[[str], None]) -> None:
     """All levels that were asked for, into `report`."""
     if "coverage" in asked.levels:
+        from ckpt_tool.verify.confirm import confirm
+        from ckpt_tool.verify.coverage import coverage
+        from ckpt_tool.verify.documents import documents
+
         with timed(report.seconds, "coverage"):
             report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
     report.findings += unneeded(subject, asked.accept)
     if "bits" in asked.levels:
+        from ckpt_tool.verify.bits import bits
+        from ckpt_tool.verify.carried_bits import carried_bits
+
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
             report.findings += carried_bits(subject)
     if {"parity", "documented", "training", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report, tell, seen.walks)
-    report.findings += by_bits(subject, report.findings, asked.memory)
+    if subject.plan is not None and subject.source is not None:
+        from ckpt_tool.verify.by_bits import by_bits
+
+        report.findings += by_bits(subject, report.findings, asked.memory)
 
 
 def verify_part(
@@ -175,9 +201,10 @@ def verify_part(
     asked = _shared(SHARED if levels is None else tuple(levels))
     _check_choices(asked, None, compute_dtype, device, mode)
     _check_one(source, no_source)
-    if isinstance(prompts, str | os.PathLike):
-        prompts = read_prompts(prompts)
+    prompts = _prompts(prompts)
     tell = progress or (lambda text: None)
+    from ckpt_tool.verify.parts import look
+
     with opened(out, source, settings, look_for_source=not no_source) as subject:
         wanted = Asked(asked, None, prompts, compute_dtype, device, None, mode=mode, memory=memory)
         return look(subject, out, worker, asked, tell, _walk_of(subject, wanted, worker, tell))
@@ -189,7 +216,8 @@ def _walk_of(subject: Subject, asked: Asked, worker: Worker, tell: Callable[[str
     if "parity" not in asked.levels:
         return None
     try:
-        from ckpt_tool.verify.compute import walk_share
+        with loading():
+            from ckpt_tool.verify.compute import walk_share
     except ImportError:
         return None
     return partial(walk_share, subject, asked, worker, tell)
@@ -217,15 +245,22 @@ def _seen(
     if isinstance(joined, Joined):
         return joined
     if joined:
+        from ckpt_tool.verify.parts import join
+
         tell("joining what the workers saw")
         return join(subject, out, _shared(asked), tell)
     if not READ & set(asked):
         return Joined()
     if "bits" in asked and subject.source is not None and subject.plan is not None:
+        from ckpt_tool.verify.bits import compare as compare_steps  # `compare` is a module beside this
+        from ckpt_tool.verify.passing import Passing
+
         tell("bits: comparing with the source")  # which reads the output, too
         passing = Passing(subject.output)
         compared = compare_steps(subject, subject.plan.steps, passing)
         return Joined(passing.scans(), compared)
+    from ckpt_tool.verify.coverage import scan
+
     tell("reading the output")
     return Joined(list(scan(subject.output)))
 
@@ -239,8 +274,11 @@ def _computed(
 ) -> list[Finding]:
     """The levels that need torch; without it the others still say what they say."""
     try:
-        from ckpt_tool.verify.compute import compute
+        with loading():
+            from ckpt_tool.verify.compute import compute
     except ImportError as error:
+        from ckpt_tool.verify.missing import not_computed
+
         return not_computed(error, asked.levels, asked.against)
     return compute(subject, asked, report, tell, walks)
 

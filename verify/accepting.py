@@ -12,7 +12,6 @@ from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.quantised_config import TARGETS
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.casted import loses
-from ckpt_tool.verify.packed_bits import dequantised_name
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 
@@ -20,6 +19,11 @@ from ckpt_tool.verify.subject import Subject
 def cast_name(dtype: str) -> str:
     """`cast-to-bfloat16` for BF16."""
     return f"cast-to-{DTYPES[dtype].torch}"
+
+
+def dequantised_name(dtype: str) -> str:
+    """`dequantised-to-bfloat16` for BF16."""
+    return f"dequantised-to-{DTYPES[dtype].torch}"
 
 
 def known_names() -> list[str]:
@@ -30,6 +34,8 @@ def known_names() -> list[str]:
 
 def check_names(accept: Collection[str]) -> None:
     """Raises `usage` for a name that nothing is called."""
+    if not accept:
+        return  # known names are those of all families
     known = known_names()
     for name in accept:
         if name not in known:
@@ -56,6 +62,23 @@ def undeclared_cast(subject: Subject) -> Iterator[Finding]:
     else:
         text = f"expected the source's dtypes, found a cast: {text}; --accept {name} accepts it"
         yield Finding("coverage", "dtype", "fail", text, data={**data, "exactness": "differs"})
+
+
+def undeclared(subject: Subject) -> Iterator[Finding]:
+    """That an output has numbers for the source's codes, which nothing records as asked for."""
+    packed = subject.packed
+    if packed is None or packed.declared or packed.dtype is None or packed.inventory is None:
+        return
+    dtype, count = DTYPES[packed.dtype].torch, len(packed.inventory.weights)
+    how = f"by the recipe {packed.recipe}" if packed.known else "by no recipe that is known here"
+    text = f"{count} quantised weights ({', '.join(packed.inventory.words)}) are {dtype} numbers, {how}"
+    name, data = dequantised_name(packed.dtype), {"dequantised": dtype, "recipe": packed.recipe}
+    if name in subject.accepted:
+        yield Finding("coverage", "dtype", "note", f"{text}; accepted as {name}", data=data)
+    else:
+        text = f"expected codes and scales, or a record that numbers were asked for: {text}"
+        more = {**data, "exactness": "differs"}
+        yield Finding("coverage", "dtype", "fail", f"{text}; --accept {name} accepts it", data=more)
 
 
 def _is_cast(step: Step) -> bool:

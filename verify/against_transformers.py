@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.convert.plan import Foretold
 from ckpt_tool.convert.quantised import FP8_BLOCKS, Quantised, found_in
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify import foretold, library, logits
 from ckpt_tool.verify.library import Library, NotLoaded, Unavailable, one_line, release

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from inspect import signature
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool import reference
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference import losses
 from ckpt_tool.reference.hf_blocks import of_last_token
 from ckpt_tool.verify.entity_inputs import NAMES, NoEntities, entity_inputs, titles

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, Document
 from ckpt_tool.convert.manifest import CERTIFICATE, CERTIFICATE_LISTS
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.strangers import listing
 
 LIMIT = 64 << 20  # bytes; the largest tokenizer.json published is near 35 MB

@@ -7,13 +7,13 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.streamed import give_back
 
 LINE = 64  # bytes of a line of the processor's cache, at whose beginning a buffer starts

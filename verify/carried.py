@@ -4,13 +4,14 @@ checks are about; see carried_bits.py."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed
 from ckpt_tool.convert.optimizer_state import attached, is_state, of_states, read_by, with_optimizer
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.convert.kept import Manifest

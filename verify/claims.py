@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
+
+from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
     from ckpt_tool.verify.expectations import Expectation

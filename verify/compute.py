@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ from ckpt_tool.checkpoint.hub import parts
 from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify import device as devices
-from ckpt_tool.verify.against_transformers import Judged, against_transformers
 from ckpt_tool.verify.buffers import memory_at_hand
 from ckpt_tool.verify.claims import Asked
-from ckpt_tool.verify.documented import documented
 from ckpt_tool.verify.effort import Effort, effort_for
 from ckpt_tool.verify.expectations import archived
-from ckpt_tool.verify.generated import generated
 from ckpt_tool.verify.pace import TOLD, duration, is_light, limit, pace
 from ckpt_tool.verify.parity import NoPass, WholePasses, findings, lockstep
 from ckpt_tool.verify.positions import spelled
@@ -45,7 +43,6 @@ from ckpt_tool.verify.sides import BROKEN, Side, converted_side, original_side
 from ckpt_tool.verify.spread import Walked, from_json, joined, key_of, to_json, walk
 from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.timing import timed
-from ckpt_tool.verify.training import training
 from ckpt_tool.verify.weights import reused
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -126,6 +123,8 @@ def compute(
                 found += _generation(subject, made, asked, tell)
         if "documented" in asked.levels:
             recorded = subject.manifest.checkpoint_id if subject.manifest else None
+            from ckpt_tool.verify.documented import documented
+
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
             with timed(seconds, "documented"):
                 found += documented(
@@ -354,6 +353,8 @@ def _training(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> lis
     if made.readings.reason is not None or original is None or converted is None:
         status, text = made.readings.reason or ("skipped", "a side cannot be read")
         return [Finding("training", "gradients", status, text)]
+    from ckpt_tool.verify.training import training  # and all that computes gradients: few ask for them
+
     return training(
         subject, original, converted, made.prompts, memory=asked.memory, against=asked.against, tell=tell
     )
@@ -364,6 +365,8 @@ def _generation(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> l
     original, converted = readings.original, readings.converted
     if readings.reason is not None or original is None or converted is None:
         return [Finding("generation", "tokens", *(readings.reason or ("skipped", "a side cannot be read")))]
+    from ckpt_tool.verify.generated import generated
+
     return generated(
         subject, original, converted, made.rows,
         dtype=asked.dtype, device=asked.device, lengths=made.lengths, table=made.table, tell=tell,
@@ -380,6 +383,8 @@ def _judged(subject: Subject, asked: Asked, made: Prepared, whole: WholePasses, 
         return [Finding("transformers", "logits", *readings.reason)]
     converted = None if judge is readings.converted else readings.converted
     padding = padding_of(subject.config)
+    from ckpt_tool.verify.against_transformers import Judged, against_transformers
+
     judged = Judged(judge, converted, asked.accept, asked.elsewhere, padding, whole)
     wanted = (converted or judge).needed
     prompts = {name: p for name, p in prompts.items() if wanted <= p.given.keys()}

@@ -6,11 +6,12 @@ import math
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.phases import Tree, mapped
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, farthest, wider
 from ckpt_tool.verify.noise import ReversedSums

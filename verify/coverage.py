@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,12 @@ from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
-from ckpt_tool.verify.accepting import undeclared_cast
+from ckpt_tool.records import dataclass
+from ckpt_tool.verify.accepting import undeclared, undeclared_cast
 from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.left_over import explained, is_table, left_over
 from ckpt_tool.verify.listed import leaves_out, listed
 from ckpt_tool.verify.meanings import WITHOUT_EFFECT, config
-from ckpt_tool.verify.packed_bits import undeclared
 from ckpt_tool.verify.prefixed import NOTE
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from ckpt_tool.checkpoint.base import DTYPES
 from ckpt_tool.checkpoint.tensor_names import layer_of, short, stack_of
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify.explain import Evidence, Explanation, explain
 from ckpt_tool.verify.measure import Bar, Distance

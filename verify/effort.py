@@ -16,11 +16,12 @@ noise floor and the free run are made. What is left out is said, and a verdict c
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.tensor_names import short, stack_of
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.claims import Mode
 from ckpt_tool.verify.prompts import Prompt
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import fmean, variance
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.logits import Logits
 from ckpt_tool.verify.report import Finding, Status, Table, number
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import permutations
 from math import prod
 from typing import Any
@@ -22,6 +22,7 @@ from ckpt_tool.checkpoint.tensor_names import layer_of, short, words_of
 from ckpt_tool.convert.casting import common, converted
 from ckpt_tool.convert.copies import joined
 from ckpt_tool.convert.layout import COPIED, Part, Step, apply
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.altered import alteration, place
 from ckpt_tool.verify.explain_packed import of_codes
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, reorders

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from inspect import signature
 
 import torch
 
 from ckpt_tool.convert.plan import Foretold
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.phases import Tree, leaves
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.report import Finding, Status, Table, number

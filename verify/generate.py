@@ -11,12 +11,13 @@ P prompts, B beams of each, R rows of the batch, L tokens so far, V words, K can
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor
 
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.generate_options import Options, refuse
 from ckpt_tool.verify.generate_scores import Place, processed
 from ckpt_tool.verify.generate_session import Session

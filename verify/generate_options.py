@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from ckpt_tool.errors import fail, near
+from ckpt_tool.records import dataclass
 
 RULES = ("4.37", "5")
 OPTIONS = "generation options"

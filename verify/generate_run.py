@@ -8,12 +8,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.generate import Generated, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options
 from ckpt_tool.verify.generate_session import Prompts, Session, prompts_of

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.generate_options import Options
 
 NEVER = -math.inf

@@ -8,7 +8,7 @@ input `past` of a pass), or the whole of every row runs again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ckpt_tool.reference.phases as protocol
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.sides import Side
 
 PROMPTS = "prompts"

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of, stack_of
+from ckpt_tool.records import dataclass
 
 SMALL = 1 << 20  # elements of a matrix that is held whatever room there is, in memory of its own
 COPIES = 2  # of a matrix, which a planted mistake makes of it

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.casting import cast
 from ckpt_tool.convert.facts import Reading, class_of, classes, read
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 

@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from inspect import signature
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ckpt_tool import reference
 from ckpt_tool.convert.facts import class_of
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.other_release import Said
 from ckpt_tool.verify.prompts import Prompt
 from ckpt_tool.verify.report import shown

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.phases import Tree, leaves
 from ckpt_tool.verify.measure import Bar, Distance, LogitDistance, bar_for, cap_of, distance, logit_distance
 from ckpt_tool.verify.positions import Positions, drawn, positions

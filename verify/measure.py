@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from ckpt_tool.records import dataclass
 
 MARGIN = 10.0  # times the noise floor, for |delta|; its square for NMSE
 CAPS = {"float64": 1e-18, "float32": 1e-10, "float16": 1e-4, "bfloat16": 1e-2}  # NMSE, whatever the noise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from ckpt_tool.convert.quantised import INT4, INT8, MXFP4, NVFP4, Quantised, fou
 from ckpt_tool.convert.quantised_config import RECIPES
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference import hf_quantised, quantised
 from ckpt_tool.verify import packed_mistakes as known
 from ckpt_tool.verify.dequantised import middle_code

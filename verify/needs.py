@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.convert.quantised import Inventory, found_in
 from ckpt_tool.errors import CkptToolError, fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify import holding
 from ckpt_tool.verify.effort import SHORT, WIDE, costly
 from ckpt_tool.verify.prompts import named_prompts, positions, prompts_for

@@ -9,11 +9,13 @@ Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); torch 2.13 (optim/adamw.p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
+
+from ckpt_tool.records import dataclass
 
 # Where epsilon stands, v being the second moment and c its bias correction: sqrt(v / c) + eps,
 # sqrt(v) + eps before the root of c is taken off, or sqrt(v / c + eps).

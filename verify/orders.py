@@ -4,7 +4,6 @@ forget, take for others, or cut into other numbers. No family is named here, and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
 
@@ -13,6 +12,7 @@ import numpy as np
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.plan import Plan
+from ckpt_tool.records import dataclass
 
 WRITTEN_AXES = 4  # of a converted tensor whose other orders are tried
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch.nn.functional import linear
@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify import needs
 from ckpt_tool.verify.effort import Effort
 from ckpt_tool.verify.holding import Room

@@ -93,28 +93,6 @@ def recognised(subject: Subject, differs: Callable[[Step, Checkpoint], bool]) ->
             return
 
 
-def undeclared(subject: Subject) -> Iterator[Finding]:
-    """That an output has numbers for the source's codes, which nothing records as asked for."""
-    packed = subject.packed
-    if packed is None or packed.declared or packed.dtype is None or packed.inventory is None:
-        return
-    dtype, count = DTYPES[packed.dtype].torch, len(packed.inventory.weights)
-    how = f"by the recipe {packed.recipe}" if packed.known else "by no recipe that is known here"
-    text = f"{count} quantised weights ({', '.join(packed.inventory.words)}) are {dtype} numbers, {how}"
-    name, data = dequantised_name(packed.dtype), {"dequantised": dtype, "recipe": packed.recipe}
-    if name in subject.accepted:
-        yield Finding("coverage", "dtype", "note", f"{text}; accepted as {name}", data=data)
-    else:
-        text = f"expected codes and scales, or a record that numbers were asked for: {text}"
-        more = {**data, "exactness": "differs"}
-        yield Finding("coverage", "dtype", "fail", f"{text}; --accept {name} accepts it", data=more)
-
-
-def dequantised_name(dtype: str) -> str:
-    """`dequantised-to-bfloat16` for BF16."""
-    return f"dequantised-to-{DTYPES[dtype].torch}"
-
-
 # --- do the codes come back -----------------------------------------------------------------------------
 
 

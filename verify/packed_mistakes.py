@@ -10,7 +10,7 @@ carried, the same of the tensors themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo, View
 from ckpt_tool.convert.quantised import INT4, INT8, MXFP4, NVFP4, Inventory, Quantised
 from ckpt_tool.convert.quantised_config import RECIPES
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.dequantised import Array, Recomputed, e4m3, middle_code, of_bfloat16, to_dtype
 
 DROPPED = "the codes were taken as numbers, without the scales"

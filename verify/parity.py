@@ -12,13 +12,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.phases import Tree, leaves, mapped
 from ckpt_tool.verify import equivalence, foretold, logits
 from ckpt_tool.verify.binomial import interval

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.values import Values
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.coverage import Scan, scan_one
 from ckpt_tool.verify.in_order import in_order
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.measure import at_once
 
 MARKS = 300  # of a prompt's positions; of more the largest of several is kept

@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 from contextlib import suppress
 from functools import cache
-from importlib import metadata
+from typing import TYPE_CHECKING
 
 from ckpt_tool import __version__
-from ckpt_tool.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from ckpt_tool.verify.subject import Subject
 
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 STEPS = 20_000  # of a plan; the text that its digest is made of takes as much memory as that of many more
@@ -18,6 +20,8 @@ FILES = 8  # of a source, before the rest is counted
 @cache  # a process has one of each, and its papers take milliseconds to read
 def versions() -> tuple[tuple[str, str], ...]:
     """Of the libraries that a result depends on, as far as they are installed."""
+    from importlib import metadata
+
     found = []
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
@@ -25,10 +29,15 @@ def versions() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def provenance(subject: Subject) -> dict[str, str]:
-    """In the order in which it is shown."""
-    made = {"ckpt-tool": __version__, "Python": f"{platform.python_version()} on {platform.machine()}"}
-    made |= dict(versions())
+def programs() -> dict[str, str]:
+    """What computed, with its version, in the order in which it is shown."""
+    python = f"{platform.python_version()} on {platform.machine()}"
+    return {"ckpt-tool": __version__, "Python": python, **dict(versions())}
+
+
+def origin(subject: Subject) -> dict[str, str]:
+    """The plan, and the files of the source, in the order in which they are shown."""
+    made = {}
     if subject.plan is not None and len(subject.plan.steps) <= STEPS:
         made["plan"] = f"SHA-256 {subject.plan.digest()}"
     if subject.manifest is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -18,6 +18,7 @@ from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, printable
+from ckpt_tool.records import dataclass
 
 # How the source of a value begins that a rule gave, or the shape of a table that may be padded, and no file
 # of the source says: a user may know better.

@@ -2,7 +2,7 @@
 
 A `Finding` is one question with its measured answer; a `Report` is all of them for one output. Names come
 from files that nobody vouches for, so every form passes each string through `shown` and then through the
-escaping of its own syntax (rich `Text`, JSON, ElementTree, html.escape, Markdown)."""
+escaping of its own syntax (`Styled`, JSON, ElementTree, html.escape, Markdown)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.text import Text
-
 from ckpt_tool.checkpoint.frames import data_frame
 from ckpt_tool.errors import printable
-from ckpt_tool.terminal import Column, paragraph, say
+from ckpt_tool.records import dataclass
+from ckpt_tool.terminal import Column, Screen, Styled, paragraph, say
 from ckpt_tool.terminal import table as terminal_table
 from ckpt_tool.verify.claims import Claim, Judgement, Verdict, exactness, judge
 
@@ -86,7 +84,7 @@ class Finding:
 class Report:
     """Every finding about one output. `facts` are the circumstances, in the order they are shown in; `claim`
     is what was asked to be shown, by which the verdict is judged; `seconds` are those that each level took,
-    and `provenance` says of what bytes, plan and programs the result is."""
+    and `origin` says of what plan and files the result is, where there are any to name."""
 
     title: str
     facts: dict[str, str] = field(default_factory=dict)
@@ -94,7 +92,16 @@ class Report:
     could_not_run: bool = False
     claim: Claim = Claim()
     seconds: dict[str, float] = field(default_factory=dict)
-    provenance: dict[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] | None = None
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Of what programs, plan and bytes the result is."""
+        if self.origin is None:
+            return {}
+        from ckpt_tool.verify.provenance import programs  # whose papers take 15 ms, and few reports show them
+
+        return {**programs(), **self.origin}
 
     @property
     def judgement(self) -> Judgement:
@@ -151,7 +158,7 @@ class Report:
 
         return page([self])
 
-    def render(self, console: Console) -> None:
+    def render(self, console: Screen) -> None:
         render([self], console)
 
     def __repr__(self) -> str:
@@ -230,7 +237,7 @@ class Reports:
 
         return page(self.reports, self.title, self.headline)
 
-    def render(self, console: Console) -> None:
+    def render(self, console: Screen) -> None:
         render(self.reports, console)
 
     def __repr__(self) -> str:
@@ -331,28 +338,28 @@ STATUS_WIDTH = 10
 CHECK_WIDTH = 24  # a longer name of a check pushes only its own sentence to the right
 
 
-def render(reports: Sequence[Report], console: Console) -> None:
+def render(reports: Sequence[Report], console: Screen) -> None:
     """The report as a person reads it in a terminal; the words carry the verdict, colour only repeats it."""
     for report in reports:
-        title = Text(shown(report.title) + ": ", "bold")
+        title = Styled(shown(report.title) + ": ", "bold")
         paragraph(console, verdict(report), first=title, hang=2, style=COLOURS[report.status])
         width = max((len(shown(k)) for k in report.facts), default=0)
         for key, value in report.facts.items():
             paragraph(console, shown(value), first=f"  {shown(key):<{width}}  ")
         for level, findings in levels(report):
             say(console)
-            say(console, Text.assemble((level, "bold"), f"  {counts(findings)}"))
+            say(console, [Styled(level, "bold"), f"  {counts(findings)}"])
             width = min(CHECK_WIDTH, max(len(shown(f.check)) for f in findings))
             for f in findings:
-                head = Text.assemble((f"  {f.status:<{STATUS_WIDTH - 3}} ", COLOURS[f.status]))
-                head.append(f"{shown(f.check):<{width}} ")
+                status = Styled(f"  {f.status:<{STATUS_WIDTH - 3}} ", COLOURS[f.status])
+                head: list[str | Styled] = [status, f"{shown(f.check):<{width}} "]
                 paragraph(console, sentence(f), first=head, hang=STATUS_WIDTH + width + 1)
                 for table in f.tables:
                     _render_table(table, console)
         say(console)
 
 
-def _render_table(shown_table: Table, console: Console) -> None:
+def _render_table(shown_table: Table, console: Screen) -> None:
     if not shown_table.brief:
         return
     columns = []

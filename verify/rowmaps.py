@@ -7,12 +7,13 @@ order that they describe gives every row found (`Rows.fits`)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
 from math import prod
 
 import numpy as np
+
+from ckpt_tool.records import dataclass
 
 BLOCK = 1 << 22  # elements hashed at a time
 WORDS = {"n": "head", "k": "head", "e": "expert", "a": "group", "b": "group", "g": "group", "t": "third"}

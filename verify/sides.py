@@ -10,7 +10,7 @@ import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
@@ -20,13 +20,13 @@ from torch import Tensor
 
 import ckpt_tool.reference as reference
 import ckpt_tool.reference.phases as protocol
-from ckpt_tool.checkpoint.arguments import MODEL_ARGUMENTS, read_arguments
+from ckpt_tool.checkpoint.arguments import read_arguments
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.megatron import arguments, is_of_megatron
 from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.checkpoint.run_documents import RUN_DOCUMENTS
 from ckpt_tool.checkpoint.safe_yaml import read_yaml
-from ckpt_tool.checkpoint.weight_sets import is_settings
+from ckpt_tool.checkpoint.weight_sets import MODEL_ARGUMENTS, is_settings
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.copies import copied_rows
 from ckpt_tool.convert.facts import class_of, shown
@@ -35,6 +35,7 @@ from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.layer_axis import of_megatron
 from ckpt_tool.convert.one_by_one import is_stacked
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify import device as devices
 from ckpt_tool.verify.casted import cast_forward
 from ckpt_tool.verify.measure import Distance, Spread, distance, farthest, spread

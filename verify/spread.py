@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify import foretold, logits, parity
 from ckpt_tool.verify.controls import control
 from ckpt_tool.verify.effort import Effort

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.measure import Bar, Distance
 from ckpt_tool.verify.sides import Phase
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from ckpt_tool.records import dataclass
 
 MAX_FILES = 10_000
 MAX_DEPTH = 6

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.dcp_names import FORMAT as DISTRIBUTED
@@ -23,11 +23,14 @@ from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.convert.recognising import near_misses, with_config
 from ckpt_tool.errors import CkptToolError, Problem, fail
-from ckpt_tool.verify.carried import Carried, apart, planned
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.prefixed import is_bare, whole, with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
+
+if TYPE_CHECKING:
+    from ckpt_tool.verify.carried import Carried
 
 ARCHITECTURES = "architectures"
 
@@ -181,6 +184,8 @@ def _subject(
         src = with_config(src, recorded | {**settings})
     carried = None
     if manifest is not None and manifest.options.get("with_optimizer"):
+        from ckpt_tool.verify.carried import apart  # with readers of all that holds states
+
         out, manifest, carried = apart(out, manifest)
     out = out if back else with_prefix(out)
     hf = next((c for c in ((src, out) if back else (out, src)) if c is not None and is_hf(c)), None)
@@ -276,6 +281,8 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
         if forth:
             _as_planned(subject)
         if subject.carried is not None:
+            from ckpt_tool.verify.carried import planned
+
             subject.plan = planned(subject.carried, subject.plan, source)
         cast = cast_seen(subject.plan, subject.target)
         if cast is not None and options.dtype is None:

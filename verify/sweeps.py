@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.reference.phases import mapped
 from ckpt_tool.verify.measure import Distance
 from ckpt_tool.verify.prompts import ENTITIES

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ckpt_tool.checkpoint.weight_sets import vocabulary_kind
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, sentencepiece, tokenizer_documents
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.beside import Beside, Damaged
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.report import Finding, Status

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.probe import texts
 
 MAX_BYTES = 64 << 20

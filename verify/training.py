@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -24,6 +24,7 @@ from ckpt_tool.convert.copies import apart as copies_apart
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify import optimizer, training_groups, training_library
 from ckpt_tool.verify.gradients import Batches, Carried, Flaw, Key, Rows, Task, Taught, taught
 from ckpt_tool.verify.measure import MARGIN

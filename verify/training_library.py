@@ -4,7 +4,6 @@ freezes, or a path that it cuts off, gives equal logits."""
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify import library
 from ckpt_tool.verify.gradients import Rows, Task
 from ckpt_tool.verify.library import one_line

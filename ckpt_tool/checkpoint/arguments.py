@@ -12,7 +12,6 @@ from ckpt_tool.checkpoint.pickle_records import Inert, children, describe, plain
 from ckpt_tool.errors import CkptToolError, fail, fail_all
 
 LIMIT = 1 << 20  # bytes; arguments are names and numbers
-MODEL_ARGUMENTS = "model_args.pkl"
 MOST = 10_000  # values inside one, each as often as it is reached
 
 

@@ -7,7 +7,6 @@ storage offset or archive the file holds it in. Memory is the caller's buffer an
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
@@ -261,6 +260,8 @@ class Document:
         """Of all its bytes, which are read a few at a time; refuses what `read` refuses for its size."""
         if self.size > limit:
             fail("bad-config", f"expected at most {limit} bytes, found {self.size}", file=self.name)
+        import hashlib  # and with it OpenSSL, 2 ms: for who asks for a digest
+
         digest = hashlib.sha256()
         try:
             with self.open() as f:

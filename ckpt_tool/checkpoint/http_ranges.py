@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 from uuid import uuid4
@@ -20,6 +20,7 @@ from uuid import uuid4
 from ckpt_tool.checkpoint.remote_file import Again
 from ckpt_tool.checkpoint.remote_path import without_secrets
 from ckpt_tool.errors import fail, missing_package, printable
+from ckpt_tool.records import dataclass
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # without a byte

@@ -11,7 +11,6 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.errors import fail, printable
+from ckpt_tool.records import dataclass
 
 SUFFIX = ".onnx"
 LARGEST = (1 << 31) - 1  # bytes that a message of protobuf may have

@@ -7,7 +7,8 @@ that the file holds once and refers to twice is one object with two owners, so w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+
+from ckpt_tool.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ BESIDE = (
     "sentencepiece.bpe.model",
     "entity_vocab.json",
 )
+MODEL_ARGUMENTS = "model_args.pkl"  # see arguments.py
 _DOCUMENTS = frozenset(
     (
         "params.json",
@@ -60,7 +61,7 @@ _DOCUMENTS = frozenset(
         "consolidated.safetensors.index.json",
         TORCH_INDEX,
         "latest_checkpointed_iteration.txt",
-        "model_args.pkl",
+        MODEL_ARGUMENTS,
         "run_config.yaml",
         "model_config.yaml",
         "integrity.json",

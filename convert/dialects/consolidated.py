@@ -59,8 +59,6 @@ from ckpt_tool.convert.tokenizers import (
     MAP,
     TokenizerResult,
     original_tokenizer_documents,
-    sentencepiece,
-    tiktoken,
     tokenizer_documents,
 )
 from ckpt_tool.convert.vocabularies import MISTRAL_AI as MISTRAL_AI
@@ -570,6 +568,8 @@ def tokenizer_files(checkpoint: Checkpoint, options: Options) -> dict[str, bytes
 def tokenizer_kind(known: Known) -> str | None:
     """What the tokenizer.model beside the weights, or the one asked for, is: "sentencepiece", "tiktoken", or
     None for none of these."""
+    from ckpt_tool.convert.tokenizers import sentencepiece, tiktoken
+
     for data in tokenizer_files(known.source.checkpoint, known.options).values():
         if sentencepiece.looks_like(data):
             return "sentencepiece"

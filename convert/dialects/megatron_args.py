@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal
 
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.pickle_records import TensorRecord, children
 from ckpt_tool.convert.dialects.megatron_names import has_one_order, is_core, is_engine
 from ckpt_tool.convert.dialects.megatron_ranks import Run, args_of
 from ckpt_tool.convert.numbers import Field, Known, anything, one_of
@@ -164,6 +163,8 @@ def notes_on(run: Run) -> list[str]:
 
 def _listed_tensors(checkpoint: Checkpoint) -> int:
     """How many tensors the files hold in lists, where no name leads to them."""
+    from ckpt_tool.checkpoint.pickle_records import TensorRecord, children  # loaded with a file that has some
+
     count = 0
     for file in checkpoint.files.values():
         seen: set[int] = set()

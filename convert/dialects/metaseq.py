@@ -16,7 +16,6 @@ from itertools import compress, repeat
 from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.pickle_records import plain
 from ckpt_tool.convert.crosscheck import rank_problems
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.metaseq_settings import unread
@@ -171,6 +170,8 @@ def _of_model(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, Tenso
 def settings_of(checkpoint: Checkpoint, files: Sequence[str]) -> dict[str, Any] | None:
     """What `cfg` or, before it, `args` of the first file say about the model; None where there is neither.
     References to other settings ("${...}") say nothing."""
+    from ckpt_tool.checkpoint.pickle_records import plain  # loaded with a file that has some
+
     metadata = checkpoint.files[files[0]].metadata
     found: dict[str, Any] = {}
     for key in ("args", "cfg"):

@@ -14,9 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ckpt_tool.checkpoint.arguments import MODEL_ARGUMENTS, read_arguments
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace, plain_pickle
+from ckpt_tool.checkpoint.weight_sets import MODEL_ARGUMENTS
 from ckpt_tool.convert.dialects.converted import generation_config, kept_facts, read_config
 from ckpt_tool.convert.dialects.metaseq_settings import unread
 from ckpt_tool.convert.dialects.published import copied, tokenizer_files
@@ -95,6 +95,8 @@ def arguments_of(p: StateDicts, checkpoint: Checkpoint) -> dict[str, Any] | None
     """The arguments in one mapping; None without the pickle."""
     if MODEL_ARGUMENTS not in checkpoint.documents:
         return None
+    from ckpt_tool.checkpoint.arguments import read_arguments
+
     told = read_arguments(checkpoint.documents[MODEL_ARGUMENTS])
     inner = told.pop(p.inner, {})
     return {**(inner if isinstance(inner, Mapping) else {}), **told}
