@@ -174,6 +174,15 @@ def test_tokenizers_saved_again_by_transformers_pass(
         assert any(f.check == "tokenizer" and f.status == "pass" for f in report.findings)
 
 
+def test_a_tokenizer_that_takes_spaces_away_is_told_what_that_does() -> None:
+    """As the scripts of transformers 4.37 write a GPT-2's, whose original decodes what it encodes."""
+    key = "clean_up_tokenization_spaces"
+    (found,) = differences({key: False}, {key: True}, alike=(), begins=False, ends=False)
+    text = "expected false, found true, with which decoding takes spaces before punctuation away"
+    assert (found.where, found.message) == (key, text)
+    assert not [*differences({}, {key: True}, alike=(), begins=False, ends=False)]
+
+
 NORMALIZED = 'added_tokens: 0 "<a>"'
 
 
