@@ -400,6 +400,7 @@ CLASS = like_llama(
     {"attention_bias": False, "mlp_bias": False},
     context=2048,
     idle={**DECODER, "pretraining_tp": "the same sums in parts"},
+    answering="transformer.",
 )
 # Megatron pads the words of the published vocabularies to a multiple of 128 for each rank.
 CORE = megatron_core.Core(
