@@ -273,8 +273,8 @@ def _spelling(checkpoint: Checkpoint, chosen: Family) -> Spelling:
     for name in compress(names, map(str.endswith, names, repeat(OLD_NORMS))):
         if (old := OLD_NORM.fullmatch(renamed[name])) is not None:
             renamed[name] = f"{old['stem']}.{NEW_NORM[old['kind']]}"
-    answering = found == IN_ANSWERING and architecture.endswith(ANSWERING)
-    written = "" if architecture == base else IN_ANSWERING if answering else own.prefix
+    headed = (own.answering if architecture.endswith(ANSWERING) else "") or own.prefix
+    written = "" if architecture == base else headed
     return Spelling(architecture, own.prefix, written, renamed, own)
 
 

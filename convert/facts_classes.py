@@ -52,6 +52,7 @@ class Class:
     windows: Literal["all", "last", "alternate"] = "all"
     causal: bool = True  # a token sees those before it only
     prefix: str = "model."  # base_model_prefix of the classes with a head
+    answering: str = ""  # that of the class that answers questions, where it is another
     words: str = "embed_tokens.weight"  # the embedding, below the prefix
     positions: str = ""  # the learned positions, below the prefix
     # How the bias of a key ends, alone or in one with those of query and value, in this order: of all heads,

@@ -283,6 +283,25 @@ def worded(w: dict[str, torch.Tensor]) -> None:
     w["lm_head.weight"] = torch.ones(89, 24)
 
 
+@pytest.mark.parametrize("before", ["model.", ""])
+def test_what_answers_questions_is_written_as_its_class_loads_it(
+    before: str, model: Made, tmp_path: Path
+) -> None:
+    """Other names than `transformer.` its class would leave out, and draw all weights at random."""
+    source = model("LlamaForQuestionAnswering")
+
+    def moved(w: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in w if n.startswith("transformer.")]:
+            w[before + name.removeprefix("transformer.")] = w.pop(name)
+
+    other = rewritten(source, tmp_path / "in", moved)
+    api.convert(other, tmp_path / "out")
+    theirs, found = (load_file(f / "model.safetensors") for f in (source, tmp_path / "out"))
+    assert found.keys() == theirs.keys() and all(torch.equal(found[n], theirs[n]) for n in found)
+    report = verify(tmp_path / "out", other, levels=("coverage", "bits", "parity"))
+    assert report.status == "pass", report.headline
+
+
 HEADLESS: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, torch.Tensor]], Any], str, str]] = {
     "another head": (
         "LlamaForSequenceClassification", {}, lambda w: w.update({"lm_head.weight": torch.ones(89, 24)}),
@@ -357,6 +376,12 @@ def test_classes_have_the_heads_that_transformers_gives_them() -> None:
             theirs = {e for e in canonical.HEADS if stem + e in there} - {canonical.SEEING}
             here = {a.removeprefix(stem) for a in own.architectures if a.startswith(stem)} - {"Model"}
             assert not theirs or theirs == {*kind.heads} | (here - {canonical.SEEING}), stem
+            if (
+                kind.name in (*built, "MistralConfig", "Qwen2Config")
+                and f"{stem}{canonical.ANSWERING}" in there
+            ):
+                prefix = getattr(transformers, stem + canonical.ANSWERING).base_model_prefix
+                assert f"{prefix}." == (kind.answering or kind.prefix), stem
             for end, modules in kind.heads.items() if kind.name in built else ():
                 with torch.device("meta"):
                     config = getattr(transformers, kind.name)(**{**SIZES, **built[kind.name]})

@@ -316,7 +316,7 @@ def original_source(t: Trained, checkpoint: Checkpoint) -> Source:
         scopes = {n.removesuffix(t.needed[0]) for n in checkpoint.names() if n.endswith(f"/{t.needed[0]}")}
         message, hint = f"expected {t.title} of TensorFlow 1, found {why}", None
         if len(scopes) == 1:
-            message += f", but one in the scope {printable(*scopes)}"
+            message += f", but one in the scope {printable(scopes.pop())}"
             hint = "save it without the scope: tf.compat.v1.train.Saver takes a dict of names and variables"
         fail("unsupported", message, file=checkpoint.path.name, hint=hint)
     left_out = re.compile("|".join(f"(?:{pattern})" for pattern in t.left_out) or r"(?!)")

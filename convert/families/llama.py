@@ -401,6 +401,7 @@ CLASS = like_llama(
     context=2048,
     idle={**DECODER, "pretraining_tp": "the same sums in parts"},
     tokenizer="LlamaTokenizer",
+    answering="transformer.",
 )
 # Megatron pads the words of the published vocabularies to a multiple of 128 for each rank.
 CORE = megatron_core.Core(

@@ -52,6 +52,7 @@ CLASS = Class(
     idle=DECODER,
     idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
     windows="last",
+    answering="transformer.",
 )
 
 

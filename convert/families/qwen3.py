@@ -17,6 +17,7 @@ CLASS = Class(
     idle=DECODER,
     idle_numbers={"use_sliding_window": False, "max_window_layers": 28},
     windows="last",
+    answering="transformer.",
 )
 # 151669 tokens, published with 151936 rows; Megatron pads to a multiple of 128 for each rank.
 END = 151643
