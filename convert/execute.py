@@ -273,11 +273,13 @@ class Run:
             targets = Targets(files, opened, small.begins)
             crcs: dict[Key, IntervalCrc | None] = {}
             bound = self._bound(indices, targets, crcs, small)
-            work: Iterator[Work] = chain(
+            work: list[Iterator[Work]] = [
                 small.together(indices, self.first_readers),
                 batches(b for b in bound if not b.step.compare),
-            )
-            self._each(self.ahead.of(work), partial(self._carry, small), "copy", files[0].name)
+            ]
+            if self.ahead.fetchers:  # what comes from elsewhere is fetched in this order
+                work = [self.ahead.of(chain(*work))]
+            self._each(work, partial(self._carry, small), "copy", files[0].name)
             findings = self._look_at(targets, small)
             findings += self._compare([b for b in bound if b.step.compare])
             for file in files:
@@ -612,23 +614,30 @@ class Run:
 
     # --- the workers ---
 
-    def _each(self, items: Iterator[T], work: Callable[[T, Lane], object], stage: str, file: str) -> None:
-        """`work` on every item, by all workers; the first failure stops them and is raised here."""
-        guard = threading.Lock()
+    def _each(
+        self, items: Iterator[T] | list[Iterator[T]], work: Callable[[T, Lane], object], stage: str, file: str
+    ) -> None:
+        """`work` on every item, by all workers; the first failure stops them and is raised here. Of several
+        kinds of items each worker begins with another: what is Python for the most part and what is the disk
+        do not wait for one another."""
+        guard, kinds = threading.Lock(), items if isinstance(items, list) else [items]
 
-        def loop(lane: Lane) -> None:
-            while not self.stopping.is_set():
-                with guard:
-                    item = next(items, None)
-                if item is None:
-                    return lane.outbox.flush()
-                try:
-                    work(item, lane)
-                except BaseException:
-                    self.stopping.set()
-                    raise
+        def loop(lane: Lane, first: int) -> None:
+            for own in (*kinds[first:], *kinds[:first]):
+                while not self.stopping.is_set():
+                    with guard:
+                        item = next(own, None)
+                    if item is None:
+                        break
+                    try:
+                        work(item, lane)
+                    except BaseException:
+                        self.stopping.set()
+                        raise
+            if not self.stopping.is_set():
+                lane.outbox.flush()
 
-        futures = [self.pool.submit(loop, lane) for lane in self.lanes]
+        futures = [self.pool.submit(loop, lane, k % len(kinds)) for k, lane in enumerate(self.lanes)]
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=REFRESH, return_when=FIRST_EXCEPTION)

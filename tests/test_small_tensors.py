@@ -7,11 +7,13 @@ import errno
 import os
 import random
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.crc32c import crc32c
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.convert import disk, small, values
+from ckpt_tool.convert.carry import Lane
 from ckpt_tool.convert.durable import Staging
+from ckpt_tool.convert.execute import Run
 from ckpt_tool.convert.journal import Entry, line
 from ckpt_tool.convert.layout import SMALL_STEP, Part, Step, parse_dims, with_mean
 from ckpt_tool.convert.outbox import HELD, SMALL, Outbox
@@ -336,3 +340,24 @@ def test_the_checksum_and_inflate_in_use_are_those_of_zlib() -> None:
     assert stream.eof and stream.unused_data == b""
     with pytest.raises(zlibs.InflateError):
         zlibs.decompressobj(zlib.MAX_WBITS).decompress(b"\x78\x9cnothing of the kind")
+
+
+# --- two kinds of work ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_each_worker_begins_with_another_kind_of_work_and_all_is_done_once(jobs: int) -> None:
+    together, done = threading.Barrier(jobs), dict[int, list[str]]()
+
+    def work(item: str, lane: Lane) -> None:
+        if not done.setdefault(id(lane), []):
+            together.wait(10)  # until every worker has its first item
+        done[id(lane)].append(item)
+
+    lanes = [Lane() for _ in range(jobs)]
+    with ThreadPoolExecutor(jobs) as pool:
+        run = SimpleNamespace(stopping=threading.Event(), pool=pool, lanes=lanes, _say=lambda *_: None)
+        Run._each(run, [iter("abcd"), iter("ABCD")], work, "copy", "")  # type: ignore[arg-type]
+    assert sorted(sum(done.values(), [])) == sorted("abcdABCD")
+    assert {items[0] for items in done.values()} == set("aA"[:jobs])
+    assert jobs > 1 or done[id(lanes[0])] == list("abcdABCD")
