@@ -325,7 +325,7 @@ def cap_or_null(name: str) -> Field:
 
 
 def window(name: str) -> Field:
-    """A window without which no release computes anything: each makes its mask, whether or not layers slide."""
+    """A window without which no release computes anything: each makes its mask, whatever layers do."""
 
     def check(known: Known, found: Value) -> Value:
         if type(found.value) is not int or found.value < 1:
