@@ -110,6 +110,17 @@ def test_the_user_s_scaling_goes_before_that_of_either_object(
     assert (alone.rope_scaling is None) == (said is None)
 
 
+def test_a_window_that_every_release_needs_is_no_null(edited: Callable[..., Path], tmp_path: Path) -> None:
+    """Gemma 2's class makes the mask of its window even where no layer slides, and stops at null."""
+    folder = edited("gemma-2-2b", lambda config: config.update(sliding_window=None))
+    with pytest.raises(CkptToolError) as caught:
+        api.convert(folder, tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.hint) == ("bad-config", "--set sliding_window=VALUE")
+    plan = api.plan(folder, options=api.Options(settings={"sliding_window": 16}))
+    assert plan.config["sliding_window"].value == 16
+
+
 def test_layers_that_are_counted_twice_are_refused(edited: Callable[..., Path], tmp_path: Path) -> None:
     folder = edited("qwen3-0.6b", lambda config: config.update(layer_types=["full_attention"] * 3))
     with pytest.raises(CkptToolError) as caught:

@@ -324,6 +324,20 @@ def cap_or_null(name: str) -> Field:
     return anything(name, silent=DEFAULT, check=check)
 
 
+def window(name: str) -> Field:
+    """A window without which no release computes anything: each makes its mask, whatever layers do."""
+
+    def check(known: Known, found: Value) -> Value:
+        if type(found.value) is not int or found.value < 1:
+            message = (
+                f"expected an integer above 0, without which no release runs, found {shown(found.value)}"
+            )
+            known.refuse("bad-config", message, name, f"--set {name}=VALUE")
+        return found
+
+    return anything(name, silent=DEFAULT, check=check)
+
+
 def outspoken(name: str) -> Field:
     """A flag for which null is no answer: the class refuses it, and readers take it either way."""
 
