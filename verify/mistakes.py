@@ -27,7 +27,7 @@ from ckpt_tool.verify.coverage import WITHOUT_EFFECT
 from ckpt_tool.verify.orders import Belief, Fused, Reorder, beliefs, fused, layouts, reorders
 from ckpt_tool.verify.packed import Packed
 from ckpt_tool.verify.sides import Change, Phase, Side, Tensors
-from ckpt_tool.verify.streamed import Streamed, beside, transposed, turned_by_blocks, with_order
+from ckpt_tool.verify.streamed import Streamed, beside, by_rows, transposed, turned_by_blocks, with_order
 
 Sizes = Mapping[str, int]
 
@@ -212,7 +212,7 @@ def perturb(name: str, kind: Class, heads: int) -> Callable[[Tensors], dict[str,
 
 def roll_rows(name: str, by: int) -> Callable[[Tensors], dict[str, Tensor]]:
     """Row k of the result is row k - by of the tensor: a vocabulary shifted up by `by`."""
-    return lambda w: {name: torch.roll(w[name], by, 0)}
+    return lambda w: {name: torch.roll(by_rows(w[name]), by, 0)}
 
 
 # --- what to plant, what to try -------------------------------------------------------------------------

@@ -168,6 +168,14 @@ def held(x: Tensor, like: Streamed) -> Streamed:
     return Streamed(rows)
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """A large matrix in memory as one of rows that are read from there, so that others of these rows need no
+    copy of it; a small one as it is."""
+    if isinstance(x, Streamed) or x.ndim != 2 or x.numel() * x.element_size() <= BLOCK:
+        return x
+    return Streamed(Rows(tuple(x.shape), lambda a, b: x[a:b], x.dtype, x.device, Room(0)))
+
+
 def product(a: Tensor, b: Streamed, multiply: Multiply = torch.matmul, backwards: bool = False) -> Tensor:
     """a (..., K) @ b (K, N); `multiply` is done with each part of b, and where these are terms of one sum the
     last ones may come first."""
