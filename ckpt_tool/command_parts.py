@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def consoles() -> tuple[Screen, Screen]:
-    """Rich consoles on stdout and stderr."""
+    """Consoles on stdout and stderr; see terminal.py, which is loaded with the first."""
     from ckpt_tool import terminal
 
     return terminal.consoles()

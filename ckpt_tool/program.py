@@ -54,7 +54,7 @@ def main(*, whole: bool = True) -> NoReturn:
     keeping = sys.argv[1:2] and sys.argv[1] in KEEPING
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if keeping or limited:
-        os.environ.setdefault(ONE_THREAD, "1")  # which none of these commands multiplies with
+        os.environ.setdefault(ONE_THREAD, "1")  # none of these multiplies much with numpy
     if limited:
         sys.meta_path.insert(0, RoomForNumpy())
     try:

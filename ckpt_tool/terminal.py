@@ -65,7 +65,8 @@ class Plain:
         return sys.stderr if self.stderr else sys.stdout
 
     def print(self, text: str, *, style: str = "", markup: bool = True, soft_wrap: bool = False) -> None:
-        """As rich's: of text without `markup` it makes two colons an emoji, and folds what is too wide."""
+        """What rich prints, which is asked where that may be other text: words between colons become emoji
+        (without `markup` too), brackets are styles, and what is too wide is folded."""
         rare = text.count(":") > 1 or (markup and "[" in text) or not text.isprintable()
         if rare or not (soft_wrap or cell_len(text) <= self.width):
             self.rich().print(text, style=style, markup=markup, soft_wrap=soft_wrap)

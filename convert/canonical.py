@@ -78,7 +78,7 @@ POOLED = re.compile(
     r"PreTraining)"
 )
 POOLING = re.compile(r"(Canine|Luke|MegatronBert|MobileBert)Model")
-POOLERS = re.compile(r"Canine|Luke|Mega|MobileBert")
+POOLERS = re.compile(r"Canine|Luke|Mega(tronBert)?|MobileBert")  # whose classes may have a pooler
 UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
 # What decoders call themselves below this head, whatever their other classes do.
 IN_ANSWERING = "transformer."

@@ -31,7 +31,7 @@ ENCODER_HEADS: Mapping[str, tuple[str, ...]] = {
 
 
 def without(heads: Mapping[str, tuple[str, ...]], *ends: str) -> dict[str, tuple[str, ...]]:
-    """Of these heads those that a class has."""
+    """`heads` but those of classes that transformers lacks, by the ends of their names."""
     return {end: modules for end, modules in heads.items() if end not in ends}
 
 
@@ -65,9 +65,8 @@ class Class:
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     # Rates of dropout in training, with what an absent key stands for.
     dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
-    heads: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: DECODER_HEADS
-    )  # beside the family's own
+    # Those that no row of the family names, as in DECODER_HEADS.
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER_HEADS)
     parts: Parts | None = None  # of a model that has others beside that of text
     # The tokenizer's class that loaders take by the type of the model where no file names one, if it makes
     # other tokens of some files than the class that they were written for.

@@ -193,11 +193,9 @@ class Facts:
         obj, key, file = places[0]
         inside = [(k, o[k]) for o, k, f in places if f == self.file]
         if file != SET and any(value != inside[0][1] for _, value in inside[1:]):
-            both, hint = (
-                " and ".join(f"{k} = {shown(v)}" for k, v in inside),
-                f"--set {name}=VALUE says which",
-            )
-            self._problem("bad-config", f"expected one value, found {both}", self.file, inside[0][0], hint)
+            both = " and ".join(f"{k} = {shown(v)}" for k, v in inside)
+            message, hint = f"expected one value, found {both}", f"--set {name}=VALUE says which"
+            self._problem("bad-config", message, self.file, inside[0][0], hint)
         try:
             return Value(read(obj, key, file), SET if file == SET else self._source(key))
         except CkptToolError as error:

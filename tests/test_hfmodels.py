@@ -340,7 +340,7 @@ HEADLESS: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, torch.Tensor]
         "uncovered-tensors", "embed_out.weight",
     ),
     "a class that is not there": (
-        "LlamaModel", {"architectures": ["LlamaForMaskedLM"]}, lambda w: worded(w),
+        "LlamaModel", {"architectures": ["LlamaForMaskedLM"]}, worded,
         "unsupported", "LlamaForMaskedLM",
     ),
     "no bias": (

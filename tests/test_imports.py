@@ -113,8 +113,8 @@ def modules_of(folder: Path, *arguments: str) -> set[str]:
         f"code = program.run({list(arguments)!r})\nprint(code, *sys.modules, file=sys.stderr)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
-    code_, *loaded = run.stderr.splitlines()[-1].split()
-    assert code_ == "0" and run.stdout, run
+    ended, *loaded = run.stderr.splitlines()[-1].split()
+    assert ended == "0" and run.stdout, run
     return set(loaded)
 
 

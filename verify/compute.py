@@ -122,9 +122,9 @@ def compute(
             with timed(seconds, "generation"):
                 found += _generation(subject, made, asked, tell)
         if "documented" in asked.levels:
-            recorded = subject.manifest.checkpoint_id if subject.manifest else None
             from ckpt_tool.verify.documented import documented
 
+            recorded = subject.manifest.checkpoint_id if subject.manifest else None
             ids = [i for i in (asked.checkpoint_id or recorded or _named(subject),) if i]
             with timed(seconds, "documented"):
                 found += documented(
@@ -374,6 +374,8 @@ def _generation(subject: Subject, made: Prepared, asked: Asked, tell: Tell) -> l
 
 
 def _judged(subject: Subject, asked: Asked, made: Prepared, whole: WholePasses, tell: Tell) -> list[Finding]:
+    from ckpt_tool.verify.against_transformers import Judged, against_transformers
+
     readings, prompts = made.readings, made.prompts
     judge = readings.original or readings.converted
     if judge is None or subject.family is None or not prompts:
@@ -383,8 +385,6 @@ def _judged(subject: Subject, asked: Asked, made: Prepared, whole: WholePasses, 
         return [Finding("transformers", "logits", *readings.reason)]
     converted = None if judge is readings.converted else readings.converted
     padding = padding_of(subject.config)
-    from ckpt_tool.verify.against_transformers import Judged, against_transformers
-
     judged = Judged(judge, converted, asked.accept, asked.elsewhere, padding, whole)
     wanted = (converted or judge).needed
     prompts = {name: p for name, p in prompts.items() if wanted <= p.given.keys()}

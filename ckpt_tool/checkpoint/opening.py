@@ -340,8 +340,7 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
     another."""
     if (there := find_dcp(folder)) is not None:
         within, notes = there
-        saved = open_dcp_folder(folder, within)
-        file: TensorFile = saved
+        file: TensorFile = (saved := open_dcp_folder(folder, within))
         odd = saved.left_out
     elif slices := slice_files(folder.names()):
         within, notes = "", []
@@ -529,12 +528,9 @@ def _open_set(
     problems: list[Problem] = []
     if chosen.index is not None:
         index = read_index(documents[chosen.index].read(INDEX_BYTES), name=chosen.index)
-        listed_files = index.files()
-        for missing in [name for name in listed_files if name not in chosen.files]:
-            problems.append(
-                Problem("bad-index", f"expected {missing}, found no such file", chosen.index, hint=FETCH_IT)
-            )
-        for stray in [name for name in chosen.files if name not in listed_files]:
+        listed = index.files()
+        problems += _lost(chosen.index, listed, chosen.files)
+        for stray in [name for name in chosen.files if name not in listed]:
             problems.append(
                 Problem("bad-index", f"expected only listed files, found {stray} too", chosen.index)
             )
