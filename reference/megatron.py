@@ -4,7 +4,7 @@ Source: NVIDIA/Megatron-LM v1.0 to v2.5, 23.06 and core_v0.9.0 (model/transforme
 arguments.py, checkpointing.py). Numbers and names of BERT and GPT-2 are here; their layer is that of
 `ckpt_tool.reference.transformer`, what else they compute is in megatron_bert and megatron_gpt2.
 
-**Names.** Nested dicts are joined with ".", as in `model.language_model.encoder.layers.0.`. Four ages are
+**Names.** Nested dicts are joined with ".", as in `model.language_model.encoder.layers.0.`. Five ages are
 read: block `transformer` with `attention`; `encoder` with `self_attention`; `norm` for `layernorm` (2023);
 Megatron-Core (`linear_qkv`, `linear_fc1`, norms fused into them or apart); Transformer Engine's layers before
 Core (`layernorm_qkv`, `layernorm_mlp`), with the order of version 2 and the tanh gelu.
