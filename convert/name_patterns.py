@@ -1,6 +1,7 @@
 """Patterns of module names as config.json has them, matched in a time that grows with pattern times name: a
 regular expression of a file that nobody vouches for may never end.
 
+Places in a name are the bits of a number, so that a part leads from all of them on in a few operations.
 What is read is what recipes write: letters and escaped points, `.` and `.*`, `\\d` and `\\d+`, sets of
 characters, `(a|b)` of plain texts, `^` and `$`. As `re.match` has it, a pattern without `$` may end before
 the name does.
@@ -21,6 +22,7 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 LONGEST = 500  # characters of a pattern
+Seen = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,40 @@ class Token:
     some: frozenset[str] | None = None
     count: str = ""
 
-    def after(self, name: str, places: set[int]) -> set[int]:
-        """The places in `name` that it leads to from `places`."""
+    def after(self, name: str, places: int, seen: Seen) -> int:
+        """The places in `name` that it leads to from `places`. `seen`: where what it takes stands there."""
         if self.texts:
-            return {at + len(t) for at in places for t in self.texts if name.startswith(t, at)}
+            made = 0
+            for text in self.texts:
+                made |= (places & _starts(name, text, seen)) << len(text)
+            return made
+        taken = (1 << len(name)) - 1
+        if self.some is not None:
+            taken = 0
+            for character in self.some:
+                taken |= _starts(name, character, seen)
+        first = places & taken
         if not self.count:
-            return {at + 1 for at in places if at < len(name) and self._takes(name[at])}
-        made: set[int] = set()
-        inside = False  # whether a run that began at one of the places goes on to here
-        for at in range(min(places), len(name) + 1):
-            if inside or (at in places and self.count == "*"):
-                made.add(at)
-            inside = (inside or at in places) and at < len(name) and self._takes(name[at])
-        return made
-
-    def _takes(self, character: str) -> bool:
-        return self.some is None or character in self.some
+            return first << 1
+        # A sum carries each first one to the end of its run; those behind it in the run are set again.
+        run = (((first + taken) ^ taken) | first) & taken
+        return run << 1 | (places if self.count == "*" else 0)
 
 
-def parsed(pattern: str) -> tuple[list[Token], bool] | None:
+def _starts(name: str, text: str, seen: Seen) -> int:
+    """The places in `name` where `text` begins."""
+    if (known := seen.get(text)) is None:
+        known, at = 0, name.find(text)
+        while at >= 0:
+            known, at = known | 1 << at, name.find(text, at + 1)
+        seen[text] = known
+    return known
+
+
+Pattern = tuple[list[Token], bool]  # its parts, and whether a name must end with it
+
+
+def parsed(pattern: str) -> Pattern | None:
     """The parts of a pattern, and whether a name must end with it; None for one of another kind."""
     text = pattern.removeprefix("^")
     ends = text.endswith("$")
@@ -82,12 +99,12 @@ def _chosen(text: str) -> Iterator[str]:
         yield from map(chr, range(ord(first), ord(last) + 1))
 
 
-def matches(pattern: tuple[list[Token], bool], name: str) -> bool:
+def matches(pattern: Pattern, name: str) -> bool:
     """Whether `re.match` finds it in `name`: by the places that its parts lead to, one after another."""
     tokens, ends = pattern
-    places = {0}
+    places, seen = 1, dict[str, int]()
     for token in tokens:
-        places = token.after(name, places)
+        places = token.after(name, places, seen)
         if not places:
             return False
-    return len(name) in places or not ends
+    return bool(places >> len(name)) or not ends

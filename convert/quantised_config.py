@@ -7,9 +7,10 @@ Sources: transformers 5.23.0 (utils/quantization_config.py), compressed-tensors 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckpt_tool.convert.name_patterns import matches, parsed
+from ckpt_tool.convert.name_patterns import Pattern, matches, parsed
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.records import dataclass
 
@@ -61,11 +62,19 @@ class Scheme:
         for its group (0.20.1, utils/match.py): by name, pattern and class, each in the order of the texts."""
         if not self.groups:
             return self
-        module = weight.removesuffix(".weight")
-        known = {target: scheme for targets, scheme in self.groups for target in targets}
-        listed = sorted(known, key=lambda t: (t.startswith(PATTERN), t))
-        found = next((t for t in listed if _is_of(module, t)), LINEAR)
-        return known.get(found)
+        module, (named, patterns) = weight.removesuffix(".weight"), self._targets
+        if module in named:
+            return named[module]
+        found = (scheme for pattern, scheme in patterns if matches(pattern, module))
+        return next(found, named.get(LINEAR))
+
+    @cached_property
+    def _targets(self) -> tuple[Mapping[str, Scheme], list[tuple[Pattern, Scheme]]]:
+        """Names and classes with the scheme of their group, and patterns likewise, in their order."""
+        named = {target: scheme for targets, scheme in self.groups for target in targets}
+        listed = sorted(target for target in named if target.startswith(PATTERN))
+        patterns = [(parsed(t.removeprefix(PATTERN)), named.pop(t)) for t in listed]
+        return named, [(pattern, scheme) for pattern, scheme in patterns if pattern is not None]
 
     @property
     def said(self) -> bool:
@@ -101,13 +110,6 @@ class Scheme:
         listed = [(self.raw or {}).get(place) for place in _LEFT]
         names = {n for each in listed if isinstance(each, list) for n in each if isinstance(n, str)}
         return [m for m in modules if not names.isdisjoint(_ends(m))] if names else []
-
-
-def _is_of(module: str, target: str) -> bool:
-    if not target.startswith(PATTERN):
-        return target == module
-    pattern = parsed(target.removeprefix(PATTERN))
-    return pattern is not None and matches(pattern, module)
 
 
 def _ends(module: str) -> Iterator[str]:

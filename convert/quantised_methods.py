@@ -10,7 +10,7 @@ Mxfp4Config), compressed-tensors 0.20.1 (QuantizationConfig, CompressionFormat),
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -67,6 +67,7 @@ _READ = {
 _SAME = {"mxfp8": "fp8", "modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt"}  # read as another method
 _IN_ORDER = ("weight", "static")  # of activations, which calibration alone looked at
 _ROTATING = ("rotation", "quarot", "spinquant")  # algorithms of Quark after which inputs are rotated as well
+ALL_PATTERNS = 10_000  # characters of all patterns of one config.json
 _MIXED = "mixed-precision"  # each group says its own format
 # What codes are by the format of compressed-tensors: bits and type of its weights, and what that is.
 _FORMATS: Mapping[str, Mapping[tuple[Any, Any], str]] = {
@@ -225,7 +226,17 @@ def _compressed(raw: Raw, file: str) -> Scheme:
         if not isinstance(group["weights"], Mapping):
             _refuse("bad-config", "expected an object", group["weights"], f"{where}.weights", file)
         made.append(_of_group(raw, group, f"{where}.weights", file))
-    return replace(_together(made, where, lambda: [_targets(g, where, file) for g in said]), raw=raw)
+    return replace(_together(made, where, lambda: _all_targets(said, where, file)), raw=raw)
+
+
+def _all_targets(groups: Iterable[Raw], where: str, file: str) -> list[tuple[str, ...]]:
+    """Those of each group. Each weight is held against each pattern, so there is a limit to their length."""
+    found = [_targets(group, where, file) for group in groups]
+    size = sum(len(t) for targets in found for t in targets if t.startswith(PATTERN))
+    if size > ALL_PATTERNS:
+        expected = f"expected patterns of at most {ALL_PATTERNS:,} characters in all"
+        _refuse("unsupported", expected, size, f"{where}.targets", file)
+    return found
 
 
 def _targets(group: Raw, where: str, file: str) -> tuple[str, ...]:

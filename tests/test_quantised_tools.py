@@ -408,6 +408,16 @@ SAYINGS: dict[str, tuple[str, Change, str, str]] = {  # field, what is said of i
         "config_groups.targets",
         "a pattern of letters",
     ),
+    "patterns without end": (
+        "fp8-blocks",
+        of_modules(
+            rows,
+            *[("re:" + f".*{k}" * 160, FLOATS) for k in "abcdefghijklmnopqrstu"],
+            ("Linear", {**FLOATS, "block_structure": [16, 24]}),
+        ),
+        "config_groups.targets",
+        "patterns of at most 10,000 characters in all, found 10143",
+    ),
     "two groups": ("int4", two(PACKED, {**PACKED, "group_size": 64}), "config_groups", "one group, width"),
     "floats around another number": (
         "fp8-rows",
