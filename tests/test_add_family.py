@@ -47,7 +47,8 @@ def row(folder: Path, files: dict[str, str]) -> tuple[int, dict[str, Any]]:
         assert not (tree / path).exists()
         (tree / path).write_text(text, encoding="utf-8")
     python = loaded.python(loaded.CURRENT)
-    command = [python, "-W", "ignore", "-m", "ckpt_tool", "table", "--only", "seed-oss", "--json"]
+    program = "from ckpt_tool.program import main; main(whole=False)"  # the process was loaded before
+    command = [python, "-W", "ignore", "-c", program, "table", "--only", "seed-oss", "--json"]
     env = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=folder)
     assert run.returncode in (0, 1), run.stderr[-2000:]

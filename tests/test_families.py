@@ -429,7 +429,7 @@ def with_params(name: str, **changes: Any) -> Original:
         ("mistral-7b-v0.1", {"_sliding_window": 64}, "bad-config", ("_sliding_window", "64", "32")),
         ("mistral-7b-v0.1", {"sliding_window": [32, None]}, "unsupported", ("several",)),
         ("mistral-7b-v0.3", {"model_type": "mamba"}, "unsupported", ("mamba",)),
-        ("mistral-7b-v0.3", {"lora": {"rank": 4}}, "unsupported", ("lora",)),
+        ("mistral-7b-v0.3", {"lora": {"rank": 4, "alpha": 8}}, "unsupported", ("lora",)),
         (
             "mixtral-a",
             {"moe": {"num_experts": 7, "num_experts_per_tok": 2}},

@@ -83,6 +83,18 @@ class TensorInfo:
         return _bytes(self.dtype, self.shape)
 
 
+@dataclass(frozen=True)
+class OtherTensor(TensorInfo):
+    """A tensor of a type that is not moved as numbers; `dtype` is the writing library's name of the type,
+    `stored` the bytes it takes in the files."""
+
+    stored: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored
+
+
 def tensor_infos(
     names: Collection[str], dtypes: Iterable[str], shapes: Iterable[tuple[int, ...]], files: Iterable[str]
 ) -> tuple[TensorInfo, ...]:

@@ -24,7 +24,7 @@ from typing import NoReturn, cast
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import DTYPES, TensorInfo, tensor_infos
+from ckpt_tool.checkpoint.base import DTYPES, OtherTensor, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_listing import BOX, Chunks, Listing
 from ckpt_tool.checkpoint.dcp_places import MOST, Ints, Item, Listed, Table
@@ -74,7 +74,7 @@ class Metadata:
     kinds: list[tuple[Ints, Ints]] = field(default_factory=list)
     firsts: array[int] = field(default_factory=lambda: array("q"))
     objects: dict[str, Item] = field(default_factory=dict)
-    odd: dict[str, TensorInfo] = field(default_factory=dict)
+    odd: dict[str, OtherTensor] = field(default_factory=dict)
     unfit: list[str] = field(default_factory=list)
     ends: dict[str, int] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
@@ -223,7 +223,8 @@ class _Reader:
             return
         starts, sizes, numbers = self.matched(name, chunks)
         if dtype not in _DTYPES:
-            found.odd[name] = TensorInfo(name, dtype, shape, self.file)
+            stored = int(found.table.length[self.places.rows(name)].sum())
+            found.odd[name] = OtherTensor(name, dtype, shape, self.file, stored)
             return
         if numbers is None:
             return  # said by `matched`

@@ -13,7 +13,7 @@ from dataclasses import field
 from functools import cached_property
 from typing import Any, NoReturn
 
-from ckpt_tool.checkpoint.base import LeftOut, Record, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import LeftOut, OtherTensor, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange, Wanted
 from ckpt_tool.checkpoint.crc32c import PIECE, crc32c
 from ckpt_tool.checkpoint.folders import Folder
@@ -39,18 +39,6 @@ _STRINGS = {
     "resource": "a handle of the program that saved it",
     "variant": "a value that only TensorFlow's own code reads",
 }
-
-
-@dataclass(frozen=True)
-class OtherTensor(TensorInfo):
-    """A tensor of a type that is not moved as numbers; `dtype` is TensorFlow's name of it, `stored` its bytes
-    in the file."""
-
-    stored: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored
 
 
 @dataclass
