@@ -24,6 +24,7 @@ from ckpt_tool.api import _rest_seen, convert
 from ckpt_tool.checkpoint import tar as tar_module
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.deepspeed import root_of
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.signs import tar_checksum
 from ckpt_tool.checkpoint.spool import Spool
@@ -467,3 +468,17 @@ def test_struct_of_the_raw_header_is_what_the_library_reads(tmp_path: Path) -> N
     (member,) = read_tar(data)
     assert data.read(member.offset, member.size) == b"xyz"
     data.close()
+
+
+class _Listed(list[str]):
+    """Names that are not looked for one by one, which takes the square of the time."""
+
+    def __contains__(self, _: object) -> bool:
+        raise AssertionError("expected the names to be gone through once")
+
+
+def test_folders_of_deepspeed_in_an_archive_are_told_in_one_pass() -> None:
+    states = "mp_rank_00_model_states.pt"
+    assert root_of(_Listed([f"run/global_step5/{states}", "run/latest"])) == "run/"
+    assert root_of(_Listed([f"run/global_step5/{states}"])) == "run/global_step5/"
+    assert root_of(_Listed([f"{k}/{states}" for k in range(3)])) is None

@@ -49,7 +49,8 @@ def root_of(names: Collection[str]) -> str | None:
         return None
     outer = {home: home.rpartition("/")[0] for home in homes}
     led = {home: f"{outer[home]}/".lstrip("/") for home in homes if home}
-    roots = {led[h] if h and f"{led[h]}{LATEST}" in names else f"{h}/".lstrip("/") for h in homes}
+    there = frozenset(names)  # an archive of a stranger may have a folder for each of 100,000 members
+    roots = {led[h] if h and f"{led[h]}{LATEST}" in there else f"{h}/".lstrip("/") for h in homes}
     return roots.pop() if len(roots) == 1 else None
 
 
