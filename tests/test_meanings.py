@@ -435,6 +435,7 @@ TUPLES = "with which results are tuples, or releases of transformers raise"
         ("attn_pdrop", None, {}, None),  # of another class
         ("prefix", None, {"prefix": "</s>"}, None),
         ("classifier_dropout", None, {"classifier_dropout": None}, None),
+        ("activation_dropout", None, {"activation_dropout": 0.0}, None),  # of OPT: none of the three asks
     ],
 )
 def test_keys_without_effect_on_numbers_fail_with_values_that_releases_raise_at(
@@ -443,3 +444,20 @@ def test_keys_without_effect_on_numbers_fail_with_values_that_releases_raise_at(
     config = {**SIZES, key: value}
     found = [*meanings._raising(config, read(config, "llama"), {**SIZES, **planned})]
     assert [(f.where, f.message) for f in found] == ([(f"config.json: {key}", message)] if message else [])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "planned"),
+    [
+        # loaded and run with a null by 4.37.2, 4.57.6 and 5.23.0, as far as they have the class
+        ("opt", "activation_dropout", 0.0),
+        ("codegen", "scale_attn_weights", True),
+        ("gpt_oss", "experts_per_token", 4),
+        ("gpt_oss", "initial_context_length", 4096),
+        ("mega", "use_feature_dropout", False),
+    ],
+)
+def test_a_null_that_every_release_takes_is_no_difference(model_type: str, key: str, planned: Any) -> None:
+    found = read({key: None}, model_type)
+    assert key in found.idle
+    assert [*meanings._raising({key: None}, found, {key: planned})] == []

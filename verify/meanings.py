@@ -27,6 +27,11 @@ NO_NUMBER = (
 # tuples when they are otherwise.
 NEVER_NULL = ("num_labels", "pruned_heads", "chunk_size_feed_forward")
 NAMED = {"return_dict": True, "torchscript": False}
+# Of single classes, which do not ask for them: the same releases load and run these with a null.
+UNASKED = (
+    *("activation_dropout", "experts_per_token", "initial_context_length"),
+    *("scale_attn_weights", "use_feature_dropout"),
+)
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
@@ -201,7 +206,7 @@ def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, An
         value, want = config[key], planned.get(key)
         if key in planned and same(value, want):
             continue  # the source has it so
-        if value is None and (key in NEVER_NULL or isinstance(want, int | float)):
+        if value is None and key not in UNASKED and (key in NEVER_NULL or isinstance(want, int | float)):
             asked = "a value or no such key" if want is None else shown(want)
             text = f"expected {asked}, found null, with which releases of transformers do not load or run it"
         elif key in NAMED and bool(value) is not NAMED[key]:
