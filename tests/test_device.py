@@ -3,6 +3,9 @@ by one that is emulated (tests/elsewhere.py); of what a GPU does otherwise nothi
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_tool import verify as levels
 from ckpt_tool.api import convert
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import quantise
 from ckpt_tool.fixtures.variants import VARIANTS
-from ckpt_tool.verify import Report, against_transformers, verify
+from ckpt_tool.verify import against_transformers, verify
 from ckpt_tool.verify import device as devices
 from ckpt_tool.verify.weights import Weights
-from tests.conftest import Written
-from tests.elsewhere import DEVICE, Elsewhere
+from tests import loaded
+from tests.conftest import FEW_TOKENS, Written
 
+SCRIPT = Path(__file__).with_name("device_script.py")
 # One of each family; all others, and --thorough, took too long to stay here, and were seen once.
 SEEN = (
     "mistral-7b-v0.3", "mixtral-c", "llama-3.2-1b", "bert-v2-tp2", "gpt2-v2-tp2", "opt-350m",
@@ -31,15 +34,15 @@ SEEN = (
 FORMATS = ("fp8-blocks", "int4-shifted")
 
 
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch, few_prompts: None) -> None:
-    monkeypatch.setattr(levels, "_check_choices", lambda *asked: None)  # which takes no such device
-
-
-def there(out: Path, source: Path, variant: str, **asked: object) -> Report:
-    with Elsewhere():
-        settings = VARIANTS[variant].settings
-        return verify(out, source, settings=settings, device=DEVICE, **asked)  # type: ignore[arg-type]
+def there(out: Path, source: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a quick verification of two short prompts says on the emulated device."""
+    job = {"out": str(out), "source": str(source), "settings": settings, "tokens": FEW_TOKENS}
+    command = [loaded.python(loaded.CURRENT), "-W", "ignore", str(SCRIPT), json.dumps(job)]
+    env = {**os.environ, "PYTHONPATH": str(loaded.ROOT)}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    said: dict[str, Any] = json.loads(run.stdout)
+    return said
 
 
 def test_every_family_is_there() -> None:
@@ -48,38 +51,48 @@ def test_every_family_is_there() -> None:
 
 @pytest.mark.parametrize("variant", SEEN)
 def test_both_readings_and_the_planted_mistakes_stay_on_the_device(
-    variant: str, originals: Written, conversions: Written, elsewhere: None
+    variant: str, originals: Written, conversions: Written
 ) -> None:
-    report = there(conversions(variant), originals(variant), variant, levels=("parity",), mode="quick")
-    assert (report.status, [f.message for f in report.findings if f.status == "fail"]) == ("pass", [])
-    assert report.facts["computed"].startswith(f"float32 on {DEVICE}, torch ")
-    (planted,) = [f for f in report.findings if f.check == "negative control"]
-    assert planted.measured == 1.0
+    said = there(conversions(variant), originals(variant), VARIANTS[variant].settings)
+    assert (said["status"], said["failing"], said["planted"]) == ("pass", [], [1.0])
+    assert said["computed"].startswith("float32 on elsewhere:0, torch ")
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_numbers_of_codes_stay_on_the_device(
-    form: str, conversions: Written, tmp_path: Path, elsewhere: None
-) -> None:
+def test_numbers_of_codes_stay_on_the_device(form: str, conversions: Written, tmp_path: Path) -> None:
     quantise(conversions("qwen3-float32"), tmp_path / "in", form)
     convert(tmp_path / "in", tmp_path / "out", check=False)
-    with Elsewhere():
-        report = verify(tmp_path / "out", tmp_path / "in", device=DEVICE, levels=("parity",), mode="quick")
-    assert report.status == "pass"
+    assert there(tmp_path / "out", tmp_path / "in", {})["status"] == "pass"
+
+
+MIXES = """
+import torch
+from tests.elsewhere import DEVICE, Elsewhere
+
+with Elsewhere():
+    x, here = torch.ones(2, 2, device=DEVICE), torch.ones(2, 2)
+    mixes = lambda: x + here, lambda: here @ x, lambda: torch.cat([x, here]), lambda: here[x.long()]
+    for mix in (*mixes, x.numpy):
+        try:
+            mix()
+        except RuntimeError as error:
+            print(str(error).partition(", found")[0][:50])
+        else:
+            print("nothing was refused")
+    moved = here.to(DEVICE)
+    print(moved.device == x.device, (x + moved).tolist(), x[torch.tensor([1])].device == x.device)
+    print(x.cpu().device.type, float(x.sum()), (x * torch.tensor(3.0)).device == x.device)
+"""
 
 
 def test_the_device_refuses_what_lies_on_the_cpu() -> None:
-    with Elsewhere():
-        x, here = torch.ones(2, 2, device=DEVICE), torch.ones(2, 2)
-        for mix in (lambda: x + here, lambda: here @ x, lambda: torch.cat([x, here]), lambda: here[x.long()]):
-            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
-                mix()
-        with pytest.raises(RuntimeError, match="numpy"):
-            x.numpy()
-        moved = here.to(DEVICE)
-        assert (moved.device, (x + moved).tolist()) == (x.device, [[2, 2], [2, 2]])
-        assert x[torch.tensor([1])].device == x.device
-        assert (x.cpu().device.type, float(x.sum()), (x * torch.tensor(3.0)).device) == ("cpu", 4.0, x.device)
+    command = [loaded.python(loaded.CURRENT), "-c", MIXES]
+    env = {**os.environ, "PYTHONPATH": str(loaded.ROOT)}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    *refused, numpy, first, second = run.stdout.splitlines()
+    assert refused == ["Expected all tensors to be on the same device"] * 4, run.stderr[-2000:]
+    assert "numpy" in numpy
+    assert (first, second) == ("True [[2.0, 2.0], [2.0, 2.0]] True", "cpu 4.0 True")
 
 
 NONE = "expected a CUDA device, found none"
