@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +17,13 @@ def loading() -> Iterator[None]:
     """Where modules are loaded. What they make stays, half a million objects for torch, and to look for
     cycles among it again and again is a tenth of the time: nobody looks meanwhile, and afterwards all is as
     old as if somebody had."""
-    looking, frozen = gc.isenabled(), gc.get_freeze_count()
+    looking, there = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if not frozen:  # by somebody who wants that to last
+        # What somebody froze is to last. To ask for it counts all that is: only where something was loaded.
+        if len(sys.modules) > there and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
         if looking:
