@@ -8,7 +8,7 @@
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cat > "$work/types.py" <<'PY'
+cat > "$work/token_types.py" <<'PY'
 import sys
 
 import transformers
@@ -22,5 +22,5 @@ PY
 for version in 5.23.0 4.57.6; do
     python3 -m venv "$work/$version"
     "$work/$version/bin/pip" install -q "numpy==2.4.6" "transformers==$version"
-    "$work/$version/bin/python" -W ignore "$work/types.py" 2> "$work/log" || { cat "$work/log"; exit 1; }
+    "$work/$version/bin/python" -W ignore "$work/token_types.py" 2> "$work/log" || { cat "$work/log"; exit 1; }
 done

@@ -13,7 +13,7 @@
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cat > "$work/types.py" <<'PY'
+cat > "$work/rope_words.py" <<'PY'
 import json
 import logging
 import sys
@@ -55,5 +55,5 @@ PY
 for version in 5.23.0 4.57.6; do
     python3 -m venv "$work/$version"
     "$work/$version/bin/pip" install -q "torch==2.13.0" "numpy==2.4.6" "transformers==$version"
-    "$work/$version/bin/python" -W ignore "$work/types.py" "$work/folder-$version"
+    "$work/$version/bin/python" -W ignore "$work/rope_words.py" "$work/folder-$version"
 done
