@@ -338,7 +338,7 @@ class Run:
         def read(hole: Hole, lane: Lane) -> None:
             hole[1].add(*hole[2:], self.carrier.crc_of(hole[0], *hole[2:], lane))
 
-        self._each(iter(holes(self.checkpoint, crcs)), read, "check", "")
+        self._each([iter(holes(self.checkpoint, crcs))], read, "check", "")
         known = {}
         for key, crc in crcs.items():
             if crc is None:
@@ -412,7 +412,7 @@ class Run:
                 if place[id(b)] not in different and not self.carrier.same(b, block, lane):
                     different.add(place[id(b)])
 
-        self._each(self.ahead.of(batches(bound, copy_bytes=CHUNK)), compare, "check", "")
+        self._each([self.ahead.of(batches(bound, copy_bytes=CHUNK))], compare, "check", "")
         apart = (bound[k] for k in sorted(different))
         verdicts = [of_copies(self.plan, b.step, measure(self.carrier, b, self.lanes[0])) for b in apart]
         fail_all(v for v in verdicts if isinstance(v, Problem))
@@ -425,7 +425,7 @@ class Run:
                 digest.update(data)
             self.hashes[key] = digest.hexdigest()
 
-        self._each(targets.every(), work, "check", "")
+        self._each([targets.every()], work, "check", "")
 
     # --- going on ---
 
@@ -505,7 +505,7 @@ class Run:
                 if crc != crcs[info.name]:
                     wrong.append(info.name)
 
-            self._each(iter(file.tensors), work, "check", file.name)
+            self._each([iter(file.tensors)], work, "check", file.name)
             return not wrong
 
     # --- the end ---
@@ -528,7 +528,7 @@ class Run:
             except CkptToolError as error:
                 problems.extend(error.problems)
 
-        self._each(iter(found.unread), check, "check", "")
+        self._each([iter(found.unread)], check, "check", "")
         try:
             self.checkpoint.check_whole(self.sources)
         except CkptToolError as error:
@@ -547,7 +547,7 @@ class Run:
                 key, 0, self.checkpoint.files[key[0]].tensors[key[1]].nbytes, lane
             )
 
-        self._each(iter(keys), read, "check", "")
+        self._each([iter(keys)], read, "check", "")
         return found
 
     def _documents(
@@ -609,18 +609,18 @@ class Run:
                     crc = crc32c(data, crc)
                 found[info.name] = crc
 
-            self._each(iter(file.tensors), work, "finish", file.name)
+            self._each([iter(file.tensors)], work, "finish", file.name)
         return found
 
     # --- the workers ---
 
     def _each(
-        self, items: Iterator[T] | list[Iterator[T]], work: Callable[[T, Lane], object], stage: str, file: str
+        self, kinds: Sequence[Iterator[T]], work: Callable[[T, Lane], object], stage: str, file: str
     ) -> None:
         """`work` on every item, by all workers; the first failure stops them and is raised here. Of several
         kinds of items each worker begins with another: what is Python for the most part and what is the disk
         do not wait for one another."""
-        guard, kinds = threading.Lock(), items if isinstance(items, list) else [items]
+        guard = threading.Lock()
 
         def loop(lane: Lane, first: int) -> None:
             for own in (*kinds[first:], *kinds[:first]):

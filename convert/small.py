@@ -160,9 +160,10 @@ class Smalls:
     def _learn_sources(self, run: Together, views: Sequence[memoryview], crcs: Sequence[int]) -> None:
         keys = [(kind.source, name) for kind, name in zip(run.kinds, run.sources, strict=True)]
         self.sources.update(compress(zip(keys, crcs, strict=True), run.summed))
-        for key, view, summed in zip(keys, views, run.summed, strict=True) if self.has_c is not None else ():
-            if summed and self.has_c is not None and self.has_c(*key):
-                self.sources_c[key] = crc32c(view)
+        if (has_c := self.has_c) is not None:
+            for key, view, summed in zip(keys, views, run.summed, strict=True):
+                if summed and has_c(*key):
+                    self.sources_c[key] = crc32c(view)
 
     def _reorder(
         self, run: Together, room: np.ndarray, begins: Sequence[int], crcs: list[int], lane: Lane
