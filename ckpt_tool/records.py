@@ -90,6 +90,7 @@ def _begin(cls: Any, body: Mapping[str, Any], options: Mapping[str, Any], finish
     frozen, eq = options.get("frozen", False), options.get("eq", True)
     hashed = "__hash__" in body and not (body["__hash__"] is None and "__eq__" in body)
     wanted = ["__repr__"] * options.get("repr", True) + ["__eq__"] * eq
+    wanted += ["__replace__"] * (sys.version_info >= (3, 13))
     for name in (n for n in wanted if n not in body):
         setattr(cls, name, _stub(cls, name, finish))
     if eq and not hashed:
@@ -106,9 +107,9 @@ def _begin(cls: Any, body: Mapping[str, Any], options: Mapping[str, Any], finish
 def _stub(cls: Any, name: str, finish: Callable[[], None]) -> Callable[..., Any]:
     """Stands for a method that is not written yet."""
 
-    def stub(self: object, *others: object) -> Any:
+    def stub(self: object, *others: object, **named: object) -> Any:
         finish()
-        return getattr(cls, name)(self, *others)
+        return getattr(cls, name)(self, *others, **named)
 
     return stub
 
