@@ -31,7 +31,6 @@ from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
-from ckpt_tool.convert.beside import beside
 from ckpt_tool.convert.carry import CHUNK, Bound, Carrier, Lane, Source, Target, Targets, batches
 from ckpt_tool.convert.comparing import measure
 from ckpt_tool.convert.containers import layout_of
@@ -40,6 +39,7 @@ from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.layout import Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
+from ckpt_tool.convert.meanwhile import beside
 from ckpt_tool.convert.places import free_place, replaced_by
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.quantised_scales import odd_scales

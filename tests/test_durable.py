@@ -20,9 +20,9 @@ import pytest
 
 from ckpt_tool.api import Options, convert
 from ckpt_tool.convert import disk, durable, execute
-from ckpt_tool.convert.beside import beside
 from ckpt_tool.convert.durable import Identity, Staging, locked
 from ckpt_tool.convert.journal import Entry
+from ckpt_tool.convert.meanwhile import beside
 from ckpt_tool.convert.places import free_place
 from ckpt_tool.errors import CkptToolError, fail
 from tests.conftest import SYNCS
