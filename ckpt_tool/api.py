@@ -240,8 +240,7 @@ def convert(
     on_plan: Callable[[Plan], None] | None = None,
     beside: Iterable[Source] = (),
 ) -> Conversion:
-    """Convert `source` into the folder `out`, or the repository `hf://org/name`, crash-safely and in bounded
-    memory.
+    """Convert `source` into the folder `out`, or the repository `hf://org/name`: crash-safe, bounded memory.
 
     `jobs` worker threads; `strict` refuses non-finite weights; `check` runs the coverage level on the result;
     `checksums` compares large weights too with the publisher's sums. `overwrite` replaces an empty folder or
@@ -250,7 +249,8 @@ def convert(
     Raises `CkptToolError` with all problems of a stage; `out` then does not exist (or is what it was before).
     """
     from ckpt_tool.convert.durable import Staging
-    from ckpt_tool.convert.execute import check_output, execute
+    from ckpt_tool.convert.execute import execute
+    from ckpt_tool.convert.places import check_output
 
     check_name(family)
     asked, check = options or Options(), check and to == "hf"
@@ -415,8 +415,8 @@ class Shared:
     @contextmanager
     def planned(self) -> Iterator[_Begun]:
         """Open the source and plan."""
-        from ckpt_tool.convert.execute import check_output
         from ckpt_tool.convert.parts import Settings
+        from ckpt_tool.convert.places import check_output
 
         check_name(self.family)
         if scheme_of(os.fspath(self.out)) is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,7 +48,7 @@ def folder(parent: str) -> Iterator[Path]:
 @contextmanager
 def _held(parent: str, make: Callable[[str], int]) -> Iterator[tuple[str, int]]:
     while True:
-        path = os.path.join(parent, PREFIX + secrets.token_hex(8))
+        path = os.path.join(parent, PREFIX + os.urandom(8).hex())
         descriptor = make(path)
         locked = _locked(descriptor)
         if locked is None or (locked and _is_at(path, descriptor)):

@@ -177,7 +177,9 @@ class Staging:
                 os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
                 0o666,
             )
-            self._append(self.identity.to_json())  # on the disk with the first entry, as the names are
+            self._append(
+                journal.line(self.identity.to_json())
+            )  # on the disk with the first entry, as the names are
         except OSError as error:
             self.leave(keep=False)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -236,17 +238,25 @@ class Staging:
         except OSError as error:
             raise disk.failure(error, name, doing="forced to the disk") from None
 
-    def record(self, entry: Entry) -> None:
-        """Note in the journal that the files an entry speaks of are finished and on the disk."""
+    def seal_all(self, opened: Mapping[str, int]) -> None:
+        """Force these files to the disk, and all names that a reader of the journal has to find."""
+        for name, descriptor in opened.items():
+            self.seal(descriptor, name)
         try:
             disk.fsync(self._folder)
             if not self._noted:
                 self._sync_parent()  # the names of the folder and of the journal
-            self._append(entry.to_json())
-            disk.fdatasync(self._journal)
         except OSError as error:
             raise disk.failure(error, self._journal_path.name) from None
         self._noted = True
+
+    def record(self, entry: Entry) -> None:
+        """Note in the journal that the files an entry speaks of are finished and sealed."""
+        try:
+            self._append(entry.line)
+            disk.fdatasync(self._journal)
+        except OSError as error:
+            raise disk.failure(error, self._journal_path.name) from None
         self.entries.append(entry)
 
     def discard(self, names: Iterable[str]) -> None:
@@ -441,8 +451,7 @@ class Staging:
 
     # --- small things ---
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        line = journal.line(entry)
+    def _append(self, line: bytes) -> None:
         disk.write_at(self._journal, line, self._journal_size)
         self._journal_size += len(line)
 

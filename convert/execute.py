@@ -28,7 +28,6 @@ from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, Record, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.crc32c import combine_c, crc32c
-from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.checkpoint.tf_names import bundle_of
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import disk
@@ -40,7 +39,8 @@ from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.layout import Block
 from ckpt_tool.convert.manifest import MANIFEST, Finding, as_document, headers_digest, manifest
-from ckpt_tool.convert.places import free_place
+from ckpt_tool.convert.meanwhile import beside
+from ckpt_tool.convert.places import free_place, replaced_by
 from ckpt_tool.convert.plan import OutputDocument, OutputFile, Plan
 from ckpt_tool.convert.quantised_scales import odd_scales
 from ckpt_tool.convert.read_ahead import ReadAhead, Work
@@ -55,6 +55,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 T = TypeVar("T")
+Extra = Callable[[Mapping[str, Any]], Iterable[OutputDocument]]  # more documents, of the manifest
 REFRESH = 0.1  # seconds between two calls of `progress`
 
 
@@ -84,23 +85,13 @@ class Outcome:
     resumed: tuple[str, ...] = ()
 
 
-def replaced_by(overwrite: bool, overwrite_foreign: bool) -> Replace:
-    """What these two flags let an output replace; the second is enough alone."""
-    return "models" if overwrite_foreign else "outputs" if overwrite else "nothing"
+@dataclass(frozen=True)
+class Ending:
+    """What is written last: documents, and the manifest with its text."""
 
-
-def check_output(
-    out: Path,
-    source: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    overwrite_foreign: bool = False,
-    beside: Iterable[str | os.PathLike[str]] = (),
-) -> None:
-    """Fail with `output-conflict`, `output-exists`, `not-replaceable` or `output-failed` before anything is
-    opened. `beside` are other files that are read."""
-    inputs = [Path(p) for p in (source, *beside) if scheme_of(os.fspath(p)) is None]
-    free_place(out, inputs, replace=replaced_by(overwrite, overwrite_foreign))
+    documents: Sequence[OutputDocument]
+    manifest: Mapping[str, Any]
+    written: bytes
 
 
 def execute(
@@ -115,7 +106,7 @@ def execute(
     sha256: bool = False,
     strict: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    extra_documents: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None = None,
+    extra_documents: Extra | None = None,
     address: str | None = None,
     keep: Callable[[Path, Identity, Replace], Staging] = Staging,
 ) -> Outcome:
@@ -210,12 +201,14 @@ class Run:
         self.stopping.set()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def carry_out(self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None) -> Outcome:
-        self.make_files()
-        return self.conclude(extra)
+    def carry_out(self, extra: Extra | None) -> Outcome:
+        made: list[Ending] = []
+        self.make_files(lambda: made.append(self._ending(extra)))
+        return self._ended(made[0] if made else self._ending(extra))
 
-    def make_files(self) -> None:
-        """Write the output files, but for those that an earlier run finished."""
+    def make_files(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Write the output files, but for those that an earlier run finished; `meanwhile` is done while the
+        last of them go to the disk, where any is written."""
         parts = groups(self.plan)
         finished = [self._taken_up(files) for files, _ in parts]
         fail_all(self.refused(self.findings))  # which an earlier run may have been told only to record
@@ -223,21 +216,29 @@ class Run:
         self.staging.check_space(
             sum(self.layouts[f.name].size for f in missing) + sum(d.size for d in self.plan.documents)
         )
-        for (files, steps), there in zip(parts, finished, strict=True):
-            if not there:
-                self._make(files, steps)
+        left = [part for part, there in zip(parts, finished, strict=True) if not there]
+        for k, (files, steps) in enumerate(left, 1):
+            self._make(files, steps, meanwhile if k == len(left) else lambda: None)
 
-    def conclude(
-        self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None = None
-    ) -> Outcome:
+    def conclude(self) -> Outcome:
         """What all files of the plan are needed for: checks of the source, documents, the manifest."""
+        return self._ended(self._ending(None))
+
+    def _ending(self, extra: Extra | None) -> Ending:
+        """The checks of the source, and what is written last; nothing on the disk is changed."""
         self._check_sources()
         self.findings += stale(self.checkpoint, self.plan)
         self.findings += odd_scales(self.plan.quantised, dequantised="dequantize" in self.plan.asked)
         self._say("finish", "")
-        made = self._documents(extra)
+        return self._documents(extra)
+
+    def _ended(self, ending: Ending) -> Outcome:
+        """Write the documents and, last of all files, the manifest."""
+        for document in ending.documents:
+            self.staging.write(document.name, document.pieces())
+        self.staging.write(MANIFEST, ending.written)
         self.checkpoint.check_unchanged()
-        return self.outcome(made)
+        return self.outcome(ending.manifest)
 
     def outcome(self, made: Mapping[str, Any]) -> Outcome:
         """What was done, with the manifest `made` of it."""
@@ -255,8 +256,9 @@ class Run:
 
     # --- one group ---
 
-    def _make(self, files: list[OutputFile], indices: list[int]) -> None:
-        """Write, compare, check, force to the disk and note the files of one group."""
+    def _make(self, files: list[OutputFile], indices: list[int], meanwhile: Callable[[], object]) -> None:
+        """Write, compare, check, force to the disk and note the files of one group. `meanwhile` is done while
+        they go to the disk; should it fail, they are noted all the same."""
         with contextlib.ExitStack() as stack:
             opened: dict[str, int] = {}
             for file in files:
@@ -271,45 +273,65 @@ class Run:
                 self._has_c if self._records_c else None,
             )
             targets = Targets(files, opened, small.begins)
-            crcs: dict[Key, IntervalCrc | None] = {}
-            bound = self._bound(indices, targets, crcs, small)
-            work: list[Iterator[Work]] = [
-                small.together(indices, self.first_readers),
-                batches(b for b in bound if not b.step.compare),
-            ]
-            if self.ahead.fetchers:  # what comes from elsewhere is fetched in this order
-                work = [self.ahead.of(chain(*work))]
-            self._each(work, partial(self._carry, small), "copy", files[0].name)
-            findings = self._look_at(targets, small)
-            findings += self._compare([b for b in bound if b.step.compare])
+            crcs, findings = self._moved(files, indices, targets, small)
             for file in files:
-                self.targets[file.name] = {
-                    t.name: small.targets[key]
-                    if (key := (file.name, t.name)) in small.targets
-                    else _total(targets[key])
-                    for t in file.tensors
-                }
                 tail = self.layouts[file.name].finish(self.targets[file.name])
                 self._write_all(file.name, opened[file.name], tail)
             if self.sha256:
                 self._hash(targets)
-            for file in files:
-                self.staging.seal(opened[file.name], file.name)
+            with beside(partial(self.staging.seal_all, opened)) as sealed:
+                entry = self._learnt(files, crcs, small, findings)
+                try:
+                    entry.line  # noqa: B018 - which makes it
+                    meanwhile()
+                finally:
+                    sealed()
+                    self.staging.record(entry)
+
+    def _moved(
+        self, files: list[OutputFile], indices: list[int], targets: Targets, small: Smalls
+    ) -> tuple[dict[Key, IntervalCrc | None], list[Finding]]:
+        """Carry out the steps of a group; the sources whose checksums were taken, and what is odd."""
+        crcs: dict[Key, IntervalCrc | None] = {}
+        bound = self._bound(indices, targets, crcs, small)
+        work: list[Iterator[Work]] = [
+            small.together(indices, self.first_readers),
+            batches(b for b in bound if not b.step.compare),
+        ]
+        if self.ahead.fetchers:  # what comes from elsewhere is fetched in this order
+            work = [self.ahead.of(chain(*work))]
+        self._each(work, partial(self._carry, small), "copy", files[0].name)
+        findings = self._look_at(targets, small)
+        findings += self._compare([b for b in bound if b.step.compare])
+        for file in files:
+            self.targets[file.name] = {
+                t.name: small.targets[key]
+                if (key := (file.name, t.name)) in small.targets
+                else _total(targets[key])
+                for t in file.tensors
+            }
+        return crcs, findings
+
+    def _learnt(
+        self,
+        files: list[OutputFile],
+        crcs: Mapping[Key, IntervalCrc | None],
+        small: Smalls,
+        findings: Sequence[Finding],
+    ) -> Entry:
+        """What is noted of a group, and known from now on."""
         known = self._known_sources(crcs, small)
         self.known_c |= small.sources_c
         wanted = (k for f in files for k in self.whole.get(f.name, ()))
         known |= self._read_whole([k for k in wanted if k not in known and k not in self.sources])
         self.sources.update(known)
         self.findings += findings
-        self.staging.record(
-            Entry(
-                {f.name: self.targets[f.name] for f in files},
-                known,
-                {key: self.hashes[key] for key in targets.every() if key in self.hashes}
-                if self.sha256
-                else {},
-                tuple(findings),
-            )
+        keys = [(f.name, t.name) for f in files for t in f.tensors] if self.sha256 else []
+        return Entry(
+            {f.name: self.targets[f.name] for f in files},
+            known,
+            {key: self.hashes[key] for key in keys if key in self.hashes},
+            tuple(findings),
         )
 
     def _carry(self, small: Smalls, work: Work, lane: Lane) -> None:
@@ -550,10 +572,8 @@ class Run:
         self._each([iter(keys)], read, "check", "")
         return found
 
-    def _documents(
-        self, extra: Callable[[Mapping[str, Any]], Iterable[OutputDocument]] | None
-    ) -> dict[str, Any]:
-        """Write the documents and, last of all files, the manifest."""
+    def _documents(self, extra: Extra | None) -> Ending:
+        """The documents and the manifest."""
 
         def made(documents: Iterable[OutputDocument]) -> dict[str, Any]:
             return manifest(
@@ -573,11 +593,8 @@ class Run:
         documents = [*self.plan.documents, *self._indexes()]
         if extra is not None:
             documents += extra(made(documents))
-        for document in documents:
-            self.staging.write(document.name, document.pieces())
         content = made(documents)
-        self.staging.write(MANIFEST, as_document(content))
-        return content
+        return Ending(documents, content, as_document(content))
 
     def _indexes(self) -> Iterator[OutputDocument]:
         """The index of each TensorFlow bundle, of the checksums of what was written."""

@@ -15,6 +15,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from ckpt_tool.checkpoint.strict_json import parse_object
@@ -45,6 +46,11 @@ class Entry:
             "sha256": [[*key, digest] for key, digest in self.sha256.items()],
             "findings": [f.to_json() for f in self.findings],
         }
+
+    @cached_property
+    def line(self) -> bytes:
+        """Its line of the journal."""
+        return line(self.to_json())
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Entry:

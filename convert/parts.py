@@ -28,12 +28,11 @@ from ckpt_tool.convert.execute import (
     Progress,
     Run,
     raise_as_told,
-    replaced_by,
 )
 from ckpt_tool.convert.fingerprints import fingerprints, way_to
 from ckpt_tool.convert.journal import Entry
 from ckpt_tool.convert.manifest import Finding, headers_digest
-from ckpt_tool.convert.places import free_place
+from ckpt_tool.convert.places import free_place, replaced_by
 from ckpt_tool.convert.plan import OutputFile, Plan
 from ckpt_tool.convert.replaceable import Replace
 from ckpt_tool.convert.shares import Worker, groups, restricted, shares, whole_reads

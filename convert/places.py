@@ -10,10 +10,30 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt_tool.checkpoint.hub_cache import cache_around
+from ckpt_tool.checkpoint.remote_path import scheme_of
 from ckpt_tool.convert.replaceable import Replace, look, mounts_below, refuse_existing
 from ckpt_tool.errors import Problem, fail
 
 ELSEWHERE = "name a folder of its own that does not exist yet"
+
+
+def replaced_by(overwrite: bool, overwrite_foreign: bool) -> Replace:
+    """What these two flags let an output replace; the second is enough alone."""
+    return "models" if overwrite_foreign else "outputs" if overwrite else "nothing"
+
+
+def check_output(
+    out: Path,
+    source: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    overwrite_foreign: bool = False,
+    beside: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Fail with `output-conflict`, `output-exists`, `not-replaceable` or `output-failed` before anything is
+    opened. `beside` are other files that are read."""
+    inputs = [Path(p) for p in (source, *beside) if scheme_of(os.fspath(p)) is None]
+    free_place(out, inputs, replace=replaced_by(overwrite, overwrite_foreign))
 
 
 def place_for(out: Path, inputs: Iterable[Path], *, make_parents: bool = False) -> Path:

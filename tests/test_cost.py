@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ckpt_tool.api import convert
+from ckpt_tool.api import convert, open_checkpoint
 from ckpt_tool.checkpoint.base import TensorInfo
 from ckpt_tool.cli import cli
 from ckpt_tool.command_parts import mode_of
@@ -654,3 +654,29 @@ def test_bits_by_several_threads_are_told_in_order(
     report = verify(out, source, levels=("coverage", "bits"))
     assert [f.to_json() for f in report.findings] == [f.to_json() for f in alone.findings]
     assert report.status == ("fail" if flaw else "pass") and threading.get_ident() not in threads
+
+
+def test_several_threads_begin_with_what_is_largest_and_tell_a_failure_in_its_place(
+    written: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_order, "WORTH", 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    with open_checkpoint(written("llama-3-70b")[1]) as out:
+        both, failed, begun = threading.Barrier(2), threading.Event(), list[int]()
+
+        def work(size: int) -> int:
+            begun.append(size)
+            if size >= 7:  # each thread has one of these
+                both.wait(60)
+            if size == 7:
+                raise ValueError("told")
+            if size == 8:
+                assert failed.wait(60)
+            return size
+
+        found = in_order.in_order(work, [1, 8, 2, 7, 3], out, size=int)
+        assert next(found) == 1 and sorted(begun[:2]) == [7, 8] and begun[2:] == [3, 2, 1]
+        failed.set()
+        assert [next(found), next(found)] == [8, 2]
+        with pytest.raises(ValueError, match="told"):
+            next(found)

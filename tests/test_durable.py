@@ -10,18 +10,21 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from ckpt_tool.api import Options, convert
-from ckpt_tool.convert import disk, durable
+from ckpt_tool.convert import disk, durable, execute
 from ckpt_tool.convert.durable import Identity, Staging, locked
 from ckpt_tool.convert.journal import Entry
+from ckpt_tool.convert.meanwhile import beside
 from ckpt_tool.convert.places import free_place
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.errors import CkptToolError, fail
 from tests.conftest import SYNCS
 
 CHILD = Path(__file__).with_name("crash_child.py")
@@ -134,7 +137,7 @@ CONTENDER = """
 import os, sys
 from pathlib import Path
 from ckpt_tool.convert.durable import locked
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.errors import CkptToolError, fail
 
 place = Path(sys.argv[1])
 held = 0
@@ -443,6 +446,81 @@ def test_a_disk_that_fills_up_is_resumed_when_there_is_room(
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     done = convert(source, small_disk / "out", options=SHARDS, check=False, resume=True)
     assert done.outcome.resumed and contents(small_disk / "out") == expected
+
+
+# --- the end --------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_is_made_while_the_weights_go_to_the_disk_and_noted_after_that(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, events, real = threading.Event(), list[str](), execute.as_document
+
+    def as_document(content: Any) -> bytes:
+        events.append("manifest made")
+        made.set()
+        return real(content)
+
+    def call(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
+        def calling(descriptor: int, *more: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if name == "fsync" and path.endswith(".safetensors"):
+                assert made.wait(60)
+            result = of(descriptor, *more)
+            if "-partial-" in path and (name == "fdatasync" or not path.endswith(".journal")):
+                events.append(f"{name} {Path(path).suffix.partition('-partial-')[0]}")
+            return result
+
+        return calling
+
+    monkeypatch.setattr(execute, "as_document", as_document)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(disk, name, call(name, getattr(disk, name)))
+    convert(source, tmp_path / "out", check=False)
+    weights, noted = events.index("fsync .safetensors"), events.index("fdatasync .journal")
+    assert events.index("manifest made") < weights < noted < events.index("fsync .json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("read-failed", True), ("checksum", False)], ids=["the disk", "the data"]
+)
+def test_what_is_wrong_with_the_source_is_told_after_the_weights_are_noted(
+    kind: str,
+    kept: bool,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: dict[str, bytes],
+) -> None:
+    check = execute.Run._check_sources
+    monkeypatch.setattr(execute.Run, "_check_sources", lambda self: fail(kind, "told", file="x"))
+    assert kind_of(lambda: convert(source, tmp_path / "out", options=SHARDS, check=False)) == kind
+    assert bool(hidden(tmp_path)) == kept
+    monkeypatch.setattr(execute.Run, "_check_sources", check)
+    done = convert(source, tmp_path / "out", options=SHARDS, check=False, resume=True)
+    assert len(done.outcome.resumed) == kept * len([n for n in expected if n.endswith(".safetensors")])
+    assert contents(tmp_path / "out") == expected
+
+
+def test_work_beside_the_body_is_waited_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, order = threading.Event(), list[str]()
+
+    def work() -> None:
+        assert gate.wait(60)
+        order.append("work")
+        raise OSError("from beside")
+
+    with pytest.raises(OSError, match="from beside"), beside(work) as done:
+        order.append("body")
+        gate.set()
+        done()
+    with pytest.raises(OSError, match="from beside") as told, beside(work):
+        raise KeyError("from the body")
+    assert isinstance(told.value.__context__, KeyError)
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+    with beside(lambda: order.append("work first")):
+        order.append("then the body")
+    assert order == ["body", "work", "work", "work first", "then the body"]
 
 
 # --- kills ----------------------------------------------------------------------------------------------

@@ -198,3 +198,84 @@ def test_threads_that_make_the_first_instance_together_all_get_one() -> None:
             assert got == [1] * 4
     finally:
         sys.setswitchinterval(switch)
+
+
+def bodies() -> dict[str, Any]:
+    """Classes that nothing is derived of, so that an instance gets them no more than an `__init__`."""
+
+    class Plain:
+        a: int
+        b: list[int] = field(default_factory=list)
+        c: str = "c"
+        d: int = field(default=4, init=False)
+        e: dict[str, int] = field(default_factory=dict, init=False)
+        kind: ClassVar[str] = "k"
+
+        def __post_init__(self) -> None:
+            self.f = self.a + 1
+
+    class Frozen:
+        a: int
+        b: tuple[int, ...] = ()
+
+        @cached_property
+        def twice(self) -> int:
+            return 2 * self.a
+
+    class Own:
+        a: int
+
+        def __eq__(self, other: object) -> bool:
+            return False
+
+        def __repr__(self) -> str:
+            return "own"
+
+    return {"Plain": Plain, "Frozen": Frozen, "Own": Own}
+
+
+CALLS: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = (
+    ((1,), {}),
+    ((1, (2,)), {}),
+    ((), {"a": 1}),
+    ((), {}),
+    ((1, 2, 3, 4), {}),
+    ((1,), {"other": 2}),
+    ((1,), {"d": 2}),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [("Plain", False), ("Frozen", False), ("Frozen", True), ("Own", False), ("Own", True)]
+)
+def test_an_instance_of_a_class_that_is_only_begun_is_that_of_the_standard_library(
+    name: str, frozen: bool
+) -> None:
+    seen = []
+    for dataclass in (dataclasses.dataclass, records.dataclass):
+        made = dataclass(bodies()[name], frozen=frozen)
+        found = [tried(lambda c=call, made=made: vars(made(*c[0], **c[1]))) for call in CALLS]
+        found += [made.__match_args__, [(f.name, f.init) for f in dataclasses.fields(made)]]
+        x = made(1)
+        found += [tried(lambda x=x: setattr(x, "a", 5)), tried(lambda x=x: setattr(x, "other", 5)), vars(x)]
+        found += [made.__hash__ is None, vars(dataclasses.replace(x, a=3)), getattr(x, "twice", None)]
+        if dataclass is records.dataclass:
+            assert isinstance(made.__dict__["__dataclass_params__"], records._Pending)
+        found += [repr(x), x == made(1), x != made(1), made(2) == x, tried(lambda x=x: hash(x) == hash(x))]
+        found += [str(inspect.signature(made)), made.__dict__.keys(), vars(made(a=7))]
+        seen.append(found)
+    assert seen[1] == seen[0]
+
+
+@pytest.mark.parametrize("ask", [repr, hash, lambda x: x == x, dataclasses.asdict, inspect.signature])
+def test_a_class_that_was_begun_is_finished_once(ask: Callable[[object], object]) -> None:
+    made = fresh(Sent, frozen=True)
+    one = made(1)
+    begun = made.__dict__["__eq__"]
+    fields = made.__dict__["__dataclass_fields__"]
+    ask(made if ask is inspect.signature else one)
+    finished = made.__dict__["__eq__"]
+    assert (finished is begun) == (ask is dataclasses.asdict)  # which asks for its fields alone
+    assert one == made(1) and made.__dict__["__eq__"] is not begun
+    assert made.__dict__["__dataclass_fields__"] is fields and repr(one) == "Sent(a=1, b='b')"
+    assert ask is dataclasses.asdict or finished is made.__dict__["__eq__"]

@@ -166,17 +166,25 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
     report.findings += unneeded(subject, asked.accept)
     if "bits" in asked.levels:
         from ckpt_tool.verify.bits import bits
-        from ckpt_tool.verify.carried_bits import carried_bits
 
         with timed(report.seconds, "bits"):
             report.findings += bits(subject, seen.scans, seen.compared)
-            report.findings += carried_bits(subject)
+            report.findings += _carried(subject)
     if {"parity", "documented", "training", "generation"} & set(asked.levels) or asked.against is not None:
         report.findings += _computed(subject, asked, report, tell, seen.walks)
     if subject.plan is not None and subject.source is not None:
         from ckpt_tool.verify.by_bits import by_bits
 
         report.findings += by_bits(subject, report.findings, asked.memory)
+
+
+def _carried(subject: Subject) -> list[Finding]:
+    """What there is to say of an optimizer, with its readers, where one was carried."""
+    if subject.carried is None:
+        return []
+    from ckpt_tool.verify.carried_bits import carried_bits
+
+    return carried_bits(subject)
 
 
 def verify_part(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from ckpt_tool.convert.casting import CASTABLE, common, converted, rounds
 from ckpt_tool.convert.comparing import Difference as Drift
 from ckpt_tool.convert.copies import DROPPED
 from ckpt_tool.convert.layout import COPIED, Access, Block, Runs, Step
-from ckpt_tool.convert.optimizer_state import buckets_of
 from ckpt_tool.convert.pooling import mean
 from ckpt_tool.errors import printable
+from ckpt_tool.records import dataclass
 from ckpt_tool.verify.claims import WITHOUT_COPIES
 from ckpt_tool.verify.coverage import SHOWN, Scan, capped
 from ckpt_tool.verify.in_order import in_order
@@ -136,9 +136,13 @@ def compare(subject: Subject, steps: Iterable[Step], passing: Passing | None = N
     """Walk steps of the plan, which is there as is the source. `passing` takes in what is read of the
     output."""
     assert subject.source is not None
-    result = Comparison()
+    result, files = Comparison(), subject.source.files
     work = partial(compare_step, subject, passing=passing)
-    for found in in_order(work, steps, subject.source, subject.output):
+
+    def size(step: Step) -> int:
+        return sum(files[p.file].tensors[p.name].nbytes for p in step.sources)
+
+    for found in in_order(work, steps, subject.source, subject.output, size=size):
         result.add(found)
     return result
 
@@ -398,7 +402,7 @@ def _accounting(subject: Subject, result: Comparison) -> Iterator[Finding]:
     steps = [*subject.plan.steps, *(own.steps if own is not None else ())]
     copies = {(p.file, p.name) for s in steps if s.compare for p in s.sources}
     moved = {(p.file, p.name) for s in steps if not s.compare for p in s.sources}
-    moved |= buckets_of(own) if own is not None else set()
+    moved |= subject.carried.buckets if subject.carried is not None else set()
     size = Counter[str]()
     weights = subject.packed.by_name if subject.packed is not None else {}
     for t in (*subject.source, *(left.tensor for left in subject.source.left_out)):

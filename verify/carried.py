@@ -8,7 +8,14 @@ from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import Checkpoint, Renamed
-from ckpt_tool.convert.optimizer_state import attached, is_state, of_states, read_by, with_optimizer
+from ckpt_tool.convert.optimizer_state import (
+    attached,
+    buckets_of,
+    is_state,
+    of_states,
+    read_by,
+    with_optimizer,
+)
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.records import dataclass
@@ -30,6 +37,11 @@ class Carried:
     plan: Plan | None = None
     problem: str | None = None
     opened: list[Checkpoint] = field(default_factory=list)
+
+    @property
+    def buckets(self) -> set[tuple[str, str]]:
+        """By file and name, the tensors of the source in which states lie together."""
+        return set() if self.plan is None else buckets_of(self.plan)
 
     def close(self) -> None:
         for checkpoint in self.opened:

@@ -47,7 +47,13 @@ class Scan:
 
 def scan(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> Iterator[Scan]:
     """Read every tensor once, block by block."""
-    yield from in_order(lambda tensor: scan_one(checkpoint, tensor, progress), checkpoint, checkpoint)
+    yield from in_order(
+        lambda tensor: scan_one(checkpoint, tensor, progress), checkpoint, checkpoint, size=_nbytes
+    )
+
+
+def _nbytes(tensor: TensorInfo) -> int:
+    return tensor.nbytes
 
 
 def scan_one(

@@ -62,7 +62,7 @@ class Passing:
 
     def scans(self) -> list[Scan]:
         """Those of all tensors, in order; one of which not every element came just once is read for it."""
-        return list(in_order(self._scan, self.output, self.output))
+        return list(in_order(self._scan, self.output, self.output, size=lambda tensor: tensor.nbytes))
 
     def _scan(self, tensor: TensorInfo) -> Scan:
         return self._whole.get((tensor.file, tensor.name)) or scan_one(self.output, tensor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import random
 import threading
 from bisect import bisect_right, insort
 from collections import OrderedDict
@@ -154,6 +153,8 @@ class Fetcher:
         self, label: str, work: Callable[[], None], progress: Callable[[], int] = lambda: 0
     ) -> None:
         """`work`, tried again with pauses for as long as it makes progress, and a few times more."""
+        from random import uniform  # which who reads files of this machine does without
+
         failures, before = 0, progress()
         while True:
             try:
@@ -169,7 +170,7 @@ class Fetcher:
                     file=label,
                     hint="check the network, then run this again",
                 )
-            pause = WAIT * 2 ** (failures - 1) * random.uniform(0.8, 1.2)
+            pause = WAIT * 2 ** (failures - 1) * uniform(0.8, 1.2)
             self.stopped.wait(min(max(pause, after or 0), LONGEST_WAIT))
             self.check_stopped()
 
