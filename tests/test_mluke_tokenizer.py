@@ -6,6 +6,7 @@ Source of the rules: studio-ousia/luke @25165454; arXiv 2110.08151 for the tasks
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -231,3 +232,23 @@ def test_what_the_installed_release_reads_otherwise_is_said(
     notes = json.loads((folder / "ckpt-tool.json").read_text())["notes"]
     (note,) = (n for n in notes if "transformers 5" in n)
     assert "gives what has no piece the id of <s>, 0 and not 3" in note and "before 5" in note
+    assert "but for marks that are characters of their own (decomposed text)" in note
+
+
+@pytest.mark.parametrize(
+    ("text", "joined", "apart"),
+    [("\u304b\u3099", "\u304c", "\u304b\u3099"), ("e\u0301\u0302", "\u00e9\u0302", "\u00e9")],
+)
+def test_tokenizers_does_not_join_marks_by_the_models_table(text: str, joined: str, apart: str) -> None:
+    """Why the note excepts decomposed text: a kana and its voicing mark are one character to the model, and
+    of two accents tokenizers drops the second. The table is sentencepiece's own (nmt_nfkc)."""
+    library, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
+    trained = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a@ b# c d e f"] * 9), model_writer=trained, vocab_size=13, minloglevel=2
+    )
+    data = trained.getvalue()
+    size = entity_spans.size_of(entity_spans.read(data, entity_spans.MODEL))
+    document = entity_spans.documents(data, size, 512)["tokenizer.json"].decode()
+    assert library.SentencePieceProcessor(model_proto=data).normalize(text) == f"▁{joined}"
+    assert tokenizers.Tokenizer.from_str(document).normalizer.normalize_str(text) == apart

@@ -22,7 +22,9 @@ MARKERS = {"<ent>": "@", "<ent2>": "#"}  # and the piece whose embedding each st
 # Its class takes the pieces from tokenizer.json, and no more; nothing in the files changes that.
 OTHERWISE = (
     "MLukeTokenizer of transformers 5 (5.23.0) gives what has no piece the id of <s>, 0 and not 3, replaces "
-    "no characters and keeps every space; releases before 5 and tokenizer.json read texts as the model does"
+    "no characters and keeps every space; releases before 5 read texts as the model does, and so does "
+    "tokenizer.json, but for marks that are characters of their own (decomposed text): tokenizers (0.23.3) "
+    "leaves them apart from their letter or out, where the model's table joins them"
 )
 NAMED = {
     "bos_token": "<s>",
