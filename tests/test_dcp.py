@@ -145,6 +145,10 @@ def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, 
     beside(originals("qwen2-0.5b"), inner.parent)
     plans = [api.plan(p).digest() for p in (inner.parent, inner, inner / ".metadata", inner / "__0_0.distcp")]
     assert len(set(plans)) == 1
+    step = tmp_path / "trainer" / "step-100"
+    shutil.copytree(inner, step)
+    beside(inner.parent, step)
+    assert api.plan(step.parent).digest() == plans[0]  # its documents are found where the weights are
     shutil.copytree(inner, tmp_path / "run" / "pytorch_model_fsdp_1")
     error = refused(lambda: api.plan(inner.parent))
     assert error.kind == "ambiguous-input" and "pytorch_model_fsdp_1/" in str(error)
