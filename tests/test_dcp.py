@@ -557,6 +557,12 @@ def test_slices_are_joined_and_never_taken_for_tensors(tmp_path: Path) -> None:
             found = contents(checkpoint)
             assert "slices of 2 ranks were joined" in " ".join(checkpoint.notes)
         assert found["w"] == ("F32", (7, 10), GRID.numpy().tobytes()) and found["norm"][1] == (3,)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    shutil.copytree(folder, tmp_path / "run" / "sharded")  # what is left where they could not be joined
+    with open_checkpoint(tmp_path / "run") as checkpoint:
+        assert contents(checkpoint) == found and "config.json" in checkpoint.documents
+        assert "the weights were found in sharded/" in checkpoint.notes
     files[1].rename(folder / "model.safetensors")
     error = refused(lambda: open_checkpoint(folder / "model.safetensors"))
     assert error.kind == "wrong-format" and "found a slice" in str(error)

@@ -342,9 +342,9 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         within, notes = there
         file: TensorFile = (saved := open_dcp_folder(folder, within))
         odd = saved.left_out
-    elif slices := slice_files(folder.names()):
-        within, notes = "", []
-        file, odd = open_slices(folder.place, slices, limits.safetensors_header), ()
+    elif (apart := slice_files(folder)) is not None:
+        within, slices, notes = apart
+        file, odd = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header), ()
     else:
         return None
     try:
