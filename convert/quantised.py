@@ -251,8 +251,8 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
             weights[made.name] = made
     problems += [*_not_as_said(weights, scheme), *_shared_blocks(weights, checkpoint)]
     fail_all([*problems, *_plain_twins(weights, checkpoint)])
-    made = Inventory(checkpoint, weights, scheme)
-    return replace(made, beside=_beside_plain(made, tensors))
+    found = Inventory(checkpoint, weights, scheme)
+    return replace(found, beside=_beside_plain(found, tensors))
 
 
 # How names end of what belongs to a weight and is none, as a plain model has it.
