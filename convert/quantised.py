@@ -11,7 +11,7 @@ originals of 2025 (qscale_weight, qscale_act).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
 from typing import Any
@@ -195,11 +195,13 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The quantised weights of a checkpoint by the names of their numbers, and what the documents say."""
+    """The quantised weights of a checkpoint by the names of their numbers, and what the documents say.
+    `beside` are scales of caches that a plain projection fills, by the name of its weight."""
 
     checkpoint: Checkpoint
     weights: Mapping[str, Quantised]
     scheme: Scheme
+    beside: Mapping[str, Sequence[TensorInfo]] = field(default_factory=dict)
 
     @cached_property
     def parts(self) -> frozenset[tuple[str, str]]:
@@ -249,7 +251,8 @@ def found_in(checkpoint: Checkpoint, settings: Mapping[str, Any] | None = None) 
             weights[made.name] = made
     problems += [*_not_as_said(weights, scheme), *_shared_blocks(weights, checkpoint)]
     fail_all([*problems, *_plain_twins(weights, checkpoint)])
-    return Inventory(checkpoint, weights, scheme)
+    found = Inventory(checkpoint, weights, scheme)
+    return replace(found, beside=_beside_plain(found, tensors))
 
 
 # How names end of what belongs to a weight and is none, as a plain model has it.
@@ -407,6 +410,20 @@ def _of_attention(stem: str, what: str, end: str) -> list[str]:
     return [outer + end] if CACHES.get(what, ("", ""))[1] == last else []
 
 
+def _beside_plain(inventory: Inventory, tensors: Mapping[str, TensorInfo]) -> dict[str, list[TensorInfo]]:
+    """Scales of caches that belong to no codes, where the projection itself is there, or the attention's."""
+    found: dict[str, list[TensorInfo]] = {}
+    for t in tensors.values():
+        end, last = next(((e, p) for e, p in CACHES.values() if t.name.endswith(e)), ("", ""))
+        if not end or (t.file, t.name) in inventory.parts or _odd_cache(t):
+            continue
+        stem = t.name.removesuffix(end)
+        of = [f"{stem}.weight", *([f"{stem}.{last}.weight"] if last else ())]
+        if (weight := next((n for n in of if inventory.checkpoint.find(n)), None)) is not None:
+            found.setdefault(weight, []).append(t)
+    return found
+
+
 def _made(unit: Quantised, kind: str, block: tuple[int, int], shape: tuple[int, ...] = ()) -> Quantised:
     return Quantised(
         unit.name, unit.form, kind, shape or unit.shape, block, unit.codes, unit.scales, unit.others
@@ -417,12 +434,15 @@ def _odd_activation(unit: Quantised) -> Problem | None:
     """The scale of the inputs, or of what is cached, is one number; of caches there may be one for each
     head."""
     for what, t in unit.others.items():
-        heads = what in CACHES and t.numel == max(t.shape, default=1)
-        if what in ("activation", *CACHES) and (t.dtype not in NUMBERS or not (t.numel == 1 or heads)):
+        if _odd_cache(t) if what in CACHES else what == "activation" and (_odd_cache(t) or t.numel != 1):
             message = f"expected one number, a scale of inputs or of the cache, found {t.dtype} {t.shape}"
             hint = f"if the numbers of weights have nothing to do with it, --drop {t.name}"
             return Problem("unsupported", message, t.file, t.name, hint)
     return None
+
+
+def _odd_cache(t: TensorInfo) -> bool:
+    return t.dtype not in NUMBERS or t.numel != max(t.shape, default=1)
 
 
 def _odd_dtype(t: TensorInfo, expected: tuple[str, ...]) -> Problem:

@@ -56,7 +56,8 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     dtype = DTYPES[options.dequantize].torch
     made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
     for words, kinds in (("inputs", ("activation",)), ("cached keys and values", tuple(CACHES))):
-        if count := sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values()):
+        count = sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values())
+        if count := count + len(inventory.beside) * (len(kinds) > 1):
             made.append(f"--dequantize: scales of the {words} of {count} weights are left out")
     if options.recipe != RECIPES[0] and not any(w.rounds_scales for w in inventory.weights.values()):
         made.append(f"--recipe {options.recipe}: bfloat16 holds these scales, so {RECIPES[0]} makes the same")

@@ -23,6 +23,7 @@ from ckpt_tool.convert.quantised import (
     QSCALE,
     TRANSFORMERS,
     VLLM,
+    Inventory,
     QuantFormat,
     Quantised,
     scaled_by_rows,
@@ -65,6 +66,8 @@ def of_all_parts(
     inventory = carried_of(checkpoint)
     if inventory is None:
         return steps, []
+    if inventory.beside and (side == "sources" or form is None):
+        steps = _with_caches(steps, inventory, side)
     torn: dict[tuple[type[Torn], str], list[Part]] = {}
     by_rows = scaled_by_rows(inventory)
 
@@ -87,6 +90,34 @@ def of_all_parts(
     made = steps.changed(apart, where=lambda s: any(p.dtype in dtypes for p in here(s)))
     problems = [_refused(*why, parts) for why, parts in torn.items()]
     return made, problems or list(_unlike(made, {*dtypes, *NUMBERS}))
+
+
+def _with_caches(steps: Steps, inventory: Inventory, side: str) -> Steps:
+    """The steps with those of scales of caches that plain projections fill: each goes where its projection
+    goes, under the name that it has, where that is whole on both sides."""
+
+    def here(step: Step) -> Part:
+        return (step.sources if side == "sources" else step.targets)[0]
+
+    def along(step: Step) -> Iterator[Step]:
+        yield step
+        weight = here(step).name
+        (other,) = step.targets if side == "sources" else step.sources
+        for t in inventory.beside.get(weight, ()) if other.name.endswith(".weight") else ():
+            within = t.name.startswith(weight.removesuffix("weight"))
+            outer = 1 if within else 2
+            stem, own = (n.rsplit(".", outer)[0] for n in (other.name, weight))
+            axes = tuple((f"x{k}", n) for k, n in enumerate(t.shape))
+            dims: Dims = tuple((a,) for a, _ in axes)
+            mine = Part(t.file, t.name, t.dtype, dims)
+            theirs = Part(other.file, stem + t.name.removeprefix(own), t.dtype, dims)
+            sources, targets = (mine, theirs) if side == "sources" else (theirs, mine)
+            yield replace(step, axes=axes, sources=(sources,), targets=(targets,))
+
+    def alone(step: Step) -> bool:
+        return len(step.sources) == len(step.targets) == 1 and not step.compare and not step.mean
+
+    return steps.changed(along, where=alone)
 
 
 def _unlike(steps: Steps, dtypes: Collection[str]) -> Iterator[Problem]:

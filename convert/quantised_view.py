@@ -32,7 +32,10 @@ class Quantising(View):
         whole = [w for w in inventory.weights.values() if self.takes(w)]
         self.own = {w.codes.name: w for w in whole if w.codes.file == stored.name}
         self.by_name = {w.name: w for w in self.own.values()}
-        self.tensors = dict(self._seen({(t.file, t.name) for w in whole for t in w.parts}))
+        beside = (t for held in inventory.beside.values() for t in held)
+        self.tensors = dict(
+            self._seen({(t.file, t.name) for t in (*beside, *(p for w in whole for p in w.parts))})
+        )
 
     def _seen(self, hidden: Container[tuple[str, str]]) -> Iterator[tuple[str, TensorInfo]]:
         for t in self.stored.tensors.values():

@@ -28,6 +28,10 @@ NEAR = 0.6  # of the parts of a name that are in a tensor's name too, in order
 SHOWN = 3
 NAMES = 2000  # of a folder that are looked at: it may be any
 ALONE = "save what is below {} alone, with torch.save, if those are the weights that are meant"
+BY_NAME = (
+    "save its variables under their names in TensorFlow 1 with the program that wrote it "
+    "(tf.compat.v1.train.Saver takes a dict of them), or give the release that it was made from"
+)
 COMPARED = 400  # names; those of the first layer tell as much as all
 
 _LATER = re.compile(r"(?:^|\.)(?!0(?:\.|$))\d+(?:\.|$)")  # a part that is a number, and not 0
@@ -208,6 +212,8 @@ def unknown(
         hint = ALONE.format(wrapped.rpartition(" ")[2])
     elif misses:
         hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
+    if any(n.endswith(VARIABLE) for n in names):
+        hint = BY_NAME
     if canonical.named_so(layers_apart(checkpoint)) and "config.json" not in checkpoint.documents:
         message = f"expected config.json beside weights with Hugging Face names, found none; it holds {held}"
         return [Problem("missing-file", message, checkpoint.path.name, hint=NO_CONFIG)]

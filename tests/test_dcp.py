@@ -145,6 +145,10 @@ def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, 
     beside(originals("qwen2-0.5b"), inner.parent)
     plans = [api.plan(p).digest() for p in (inner.parent, inner, inner / ".metadata", inner / "__0_0.distcp")]
     assert len(set(plans)) == 1
+    step = tmp_path / "trainer" / "step-100"
+    shutil.copytree(inner, step)
+    beside(inner.parent, step)
+    assert api.plan(step.parent).digest() == plans[0]  # its documents are found where the weights are
     shutil.copytree(inner, tmp_path / "run" / "pytorch_model_fsdp_1")
     error = refused(lambda: api.plan(inner.parent))
     assert error.kind == "ambiguous-input" and "pytorch_model_fsdp_1/" in str(error)
@@ -553,6 +557,12 @@ def test_slices_are_joined_and_never_taken_for_tensors(tmp_path: Path) -> None:
             found = contents(checkpoint)
             assert "slices of 2 ranks were joined" in " ".join(checkpoint.notes)
         assert found["w"] == ("F32", (7, 10), GRID.numpy().tobytes()) and found["norm"][1] == (3,)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    shutil.copytree(folder, tmp_path / "run" / "sharded")  # what is left where they could not be joined
+    with open_checkpoint(tmp_path / "run") as checkpoint:
+        assert contents(checkpoint) == found and "config.json" in checkpoint.documents
+        assert "the weights were found in sharded/" in checkpoint.notes
     files[1].rename(folder / "model.safetensors")
     error = refused(lambda: open_checkpoint(folder / "model.safetensors"))
     assert error.kind == "wrong-format" and "found a slice" in str(error)

@@ -373,15 +373,16 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     assert values(made)["num_hidden_layers"] == 3
 
 
-def test_a_scope_before_every_name_is_named(tmp_path: Path) -> None:
-    scoped = {f"tower_0/{name}": shape for name, shape in shapes_of(student()).items()}
+def test_scopes_that_are_several_are_named(tmp_path: Path) -> None:
+    model = shapes_of(student())
+    scoped = {f"{scope}/{name}": shape for scope in ("tower_0", "tower_1") for name, shape in model.items()}
     with pytest.raises(CkptToolError) as caught:
         plan(tmp_path, student(), variables=scoped)
     (problem,) = caught.value.problems
     assert problem.kind == "unsupported" and problem.message.endswith(
-        "found no variable bert/embeddings/word_embeddings, but one in the scope tower_0/"
+        "found no variable bert/embeddings/word_embeddings, but one in each of 2 scopes: tower_0/, tower_1/"
     )
-    assert "without the scope" in str(problem.hint)
+    assert "without its scope" in str(problem.hint)
 
 
 def test_an_unknown_variable_is_refused_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,43 @@ def test_scales_of_caches_go_with_their_projections(
     convert(source, tmp_path / "out")
     assert held(tmp_path / "out") == held(source)
     assert verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
+
+
+@pytest.mark.parametrize("of", ["k_proj.k_scale v_proj.v_scale q_proj.output_scale", "k_scale v_scale"])
+def test_scales_of_caches_that_plain_projections_fill_are_carried(
+    of: str, conversions: Written, tmp_path: Path
+) -> None:
+    """Where only the feed-forwards are in codes; as numbers they are left out, and that is told. One that
+    stands beside nothing, or is no scale, is refused by name."""
+    plain: Tensors = {}
+    with open_checkpoint(conversions("qwen3-float32")) as checkpoint:
+        plain = {t.name: (t.dtype, checkpoint.read(t)) for t in checkpoint if t.name.startswith(LAYER)}
+
+    def with_caches(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+        kept = {n: x for n, x in tensors.items() if not n.startswith(LAYER)}
+        scales = {LAYER + e: ("F32", np.float32([0.5 + k]).view("<u4")) for k, e in enumerate(of.split())}
+        return kept | plain | scales
+
+    source = changed(quantise(conversions("qwen3-float32"), tmp_path / "in", "fp8-blocks"), with_caches)
+    convert(source, tmp_path / "out")
+    assert held(tmp_path / "out") == held(source)
+    assert verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
+    convert(tmp_path / "out", tmp_path / "back", to="original")
+    assert held(tmp_path / "back") == held(source)
+    made = plan(source, options=Options(dequantize="BF16"))
+    count = len({e.rpartition(".")[0] or e for e in of.split()})
+    assert f"--dequantize: scales of the cached keys and values of {count} weights are left out" in made.lossy
+    for odd, shape in (("nowhere.k_scale", (1,)), ("o_proj.k_scale", (2, 2))):
+
+        def with_another(tensors: Tensors, _: dict[str, Any], odd: str = odd, shape: Any = shape) -> Tensors:
+            return tensors | {LAYER + odd: ("F32", np.ones(shape, np.float32).view("<u4"))}
+
+        again = tmp_path / odd.partition(".")[0]
+        shutil.copytree(source, again)
+        with pytest.raises(CkptToolError) as caught:
+            plan(changed(again, with_another))
+        (problem,) = caught.value.problems
+        assert (problem.kind, problem.where) == ("uncovered-tensors", LAYER + odd)
 
 
 def test_an_original_without_a_name_for_them_is_refused(conversions: Written, tmp_path: Path) -> None:

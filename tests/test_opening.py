@@ -98,6 +98,8 @@ def test_shards_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         (["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"], ["model-00003-of-00003"]),
         (["consolidated-00002-of-00002.safetensors"], ["consolidated-00001-of-00002.safetensors"]),
         (["pytorch_model-00001-of-00002.bin"], ["pytorch_model-00002-of-00002.bin"]),
+        (["model-00000-of-00003.safetensors", "model-00002-of-00003.safetensors"], ["model-00001-of-00003"]),
+        (["model-00000-of-00002.safetensors", "model-00002-of-00002.safetensors"], ["model-00001-of-00002"]),
     ],
 )
 def test_missing_shards_are_named(tmp_path: Path, names: list[str], missing: list[str]) -> None:
@@ -107,6 +109,22 @@ def test_missing_shards_are_named(tmp_path: Path, names: list[str], missing: lis
         assert problem.kind == "missing-shard"
         assert all(name in problem.message for name in missing)
         assert not any(name in problem.message for name in names)
+
+
+@pytest.mark.parametrize("form", ["model-{:05d}-of-00002.safetensors", "pytorch_model-{:05d}-of-00002.bin"])
+@pytest.mark.parametrize("count", [2, 3], ids=["how many there are", "the last of them"])
+def test_shards_may_be_counted_from_0(count: int, form: str, tmp_path: Path) -> None:
+    """With their last number in the names as of openai/gpt-oss-20b, or with how many there are."""
+    content = safe_bytes if form.startswith("model") else torch_bytes
+    names = [form.format(k) for k in range(count)]
+    fill(tmp_path, **{name: content(f"w{k}") for k, name in enumerate(names)})
+    for path in (tmp_path, tmp_path / names[0]):
+        with open_checkpoint(path) as checkpoint:
+            assert list(checkpoint.files) == names
+            assert checkpoint.names() == [f"w{k}" for k in range(count)]
+    fill(tmp_path, **{form.format(4): content("w4")})
+    (problem,) = (p for p in refused(tmp_path) if p.kind == "ambiguous-input")
+    assert problem.message == f"expected shards up to {count - 1}, found number 4"
 
 
 def test_the_publishers_checklist_tells_the_last_shard(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.folders import Place
+from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Numbers, Piece, tiling_fault
 from ckpt_tool.checkpoint.safetensors import SafetensorsFile, header_of
@@ -26,6 +26,7 @@ from ckpt_tool.records import dataclass
 
 NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 INFO = "DCP_SHARDING_INFO"
+SHARDED = "sharded/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,14 @@ def _shape(pieces: list[Piece[Slice]]) -> Numbers:
     return tuple(max(axis) for axis in zip(*ends, strict=True))
 
 
-def slice_files(names: Collection[str]) -> list[str]:
-    """The files of slices among `names`, in order of rank."""
-    return sorted(n for n in names if NAME.fullmatch(n))
+def slice_files(folder: Folder) -> tuple[str, list[str], list[str]] | None:
+    """The part of `folder` that holds files of slices, these in order of rank, and notes; None without any.
+    Where they are joined they lie in a part of their own, and alone where that failed."""
+    if here := sorted(n for n in folder.names() if NAME.fullmatch(n)):
+        return "", here, []
+    inside = sorted(n.removeprefix(SHARDED) for n in folder.below(lambda n: f"{n}/" == SHARDED, 1))
+    own = [n for n in inside if NAME.fullmatch(n)]
+    return (SHARDED, own, [f"the weights were found in {SHARDED}"]) if own else None
 
 
 def open_slices(place: Callable[[str], Place], names: list[str], header_limit: int) -> SlicedFile:

@@ -23,6 +23,7 @@ _BESIDE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|scaler|training_args|recipe_state|trainer_state|optim_)[\w.-]*",
     re.ASCII,
 )
+_SAVED_MODEL = re.compile(r"(^|/)saved_model\.pb(txt)?$")
 _SHOWN = 4
 
 
@@ -39,13 +40,15 @@ class Around:
     first: str = ""
 
 
-def refuse(paths: Collection[str], around: Around) -> NoReturn:
-    """Say what a folder with the files `paths` (those of folders in it too) is. Kinds: `wrong-format`,
+def refuse(paths: Collection[str], around: Around, newest: str | None = None) -> NoReturn:
+    """Say what a folder with the files `paths` (those of folders in it too) is; `newest` is the prefix that
+    TensorFlow's state file in it names. Kinds: `wrong-format`,
     `ambiguous-input` (weights in several folders), `truncated` (downloads that were not finished)."""
     inner = weight_folders([p for p in paths if signs.unfinished(p) is None])
     here = [p for p in paths if "/" not in p]
-    _refuse_v1(here, around)
+    _refuse_v1(here, around, newest)
     _refuse_sign(here, around, inner)
+    _refuse_sign([p for p in paths if _SAVED_MODEL.search(p)], around, [])
     if len(inner) > 1:
         shown = _list(inner)
         fail(
@@ -107,10 +110,11 @@ def _is_listed(folders: list[str], paths: Collection[str]) -> bool:
     return data and not seen and beside_weights(folders[-1]) is None
 
 
-def _refuse_v1(here: Collection[str], around: Around) -> None:
-    """Fail where a file stands beside a graph of its name: in newer checkpoints no file is called
-    by the prefix alone."""
-    graphs = (p.removesuffix(".meta") for p in here if p.endswith(".meta"))
+def _refuse_v1(here: Collection[str], around: Around, newest: str | None) -> None:
+    """Fail where a file stands beside a graph of its name, or is what the state file names: in newer
+    checkpoints no file is called by the prefix alone."""
+    graphs = [newest] if newest else []
+    graphs += (p.removesuffix(".meta") for p in here if p.endswith(".meta"))
     whole = [n for g in graphs for n in sorted(here) if re.fullmatch(re.escape(g) + r"(-\d{5}-of-\d{5})?", n)]
     if whole:
         message = f"expected weight files, found {signs.V1.what}: {whole[0]}"

@@ -52,7 +52,7 @@ from ckpt_tool.checkpoint.safetensors import (
     read_index,
 )
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
-from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
+from ckpt_tool.checkpoint.tf_names import STATE, bundle_at, newest
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     FETCH_IT,
@@ -142,7 +142,7 @@ def open_checkpoint(
     if scheme_of(text) is not None:
         return _open_address(text, prefer, limits, None if spool_dir is None else Path(spool_dir), hub)
     given = Path(text)
-    if (bundle := _bundle_at(given)) is not None:
+    if (bundle := _bundle_at(given, limits)) is not None:
         return bundle
     status = _status(given, text)
     if stat.S_ISDIR(status.st_mode):
@@ -187,7 +187,7 @@ def _open_address(
     return checkpoint
 
 
-def _bundle_at(given: Path) -> Checkpoint | None:
+def _bundle_at(given: Path, limits: Limits) -> Checkpoint | None:
     """The bundle of TensorFlow that a path means: one of its files, or what their names have in common."""
     if os.path.isdir(given) or not os.path.isdir(given.parent):
         return None
@@ -200,7 +200,7 @@ def _bundle_at(given: Path) -> Checkpoint | None:
     if prefix is None:
         return None
     chosen = bundle_set(prefix, beside, file=directory.label)
-    checkpoint = _open_bundle(directory, chosen, given.with_name(chosen.files[0]))
+    checkpoint = _open_bundle(directory, chosen, given.with_name(chosen.files[0]), limits)
     if given.name != prefix:
         checkpoint.notes.append(
             f"{given.name} is a part of the TensorFlow checkpoint {prefix}; all of it was opened"
@@ -285,7 +285,7 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         if found is None:
             from ckpt_tool.checkpoint.no_weights import refuse
 
-            refuse(folder.survey(), _around(folder, path))
+            refuse(folder.survey(), _around(folder, path), newest(_state(folder)))
         within, chosen = found
         return _open_set(folder, chosen, path, limits, within)
     except BaseException:
@@ -342,9 +342,9 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         within, notes = there
         file: TensorFile = (saved := open_dcp_folder(folder, within))
         odd = saved.left_out
-    elif slices := slice_files(folder.names()):
-        within, notes = "", []
-        file, odd = open_slices(folder.place, slices, limits.safetensors_header), ()
+    elif (apart := slice_files(folder)) is not None:
+        within, slices, notes = apart
+        file, odd = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header), ()
     else:
         return None
     try:
@@ -519,7 +519,7 @@ def _open_set(
     """Open the files of `chosen`, which lie in the part `within` of `folder`, and what belongs to them.
     `seen` is the only file, where that was looked into already."""
     if chosen.files[0].endswith(".index"):
-        return _open_bundle(folder, chosen, path, within)
+        return _open_bundle(folder, chosen, path, limits, within)
     notes = list(chosen.notes)
     if within:
         notes.append(f"the weights were found in {within}")
@@ -565,18 +565,18 @@ def _open_set(
     )
 
 
-def _open_bundle(folder: Folder, chosen: WeightSet, path: Path, within: str = "") -> OpenedCheckpoint:
-    """Open a bundle of TensorFlow. Its names are those of variables: nothing was wrapped around them."""
+def _open_bundle(
+    folder: Folder, chosen: WeightSet, path: Path, limits: Limits, within: str = ""
+) -> OpenedCheckpoint:
+    """Open a bundle of TensorFlow, whose names are those of variables."""
     from ckpt_tool.checkpoint.tf_bundle import open_bundle
 
-    notes = list(chosen.notes)
-    if within:
-        notes.append(f"the weights were found in {within}")
+    notes = [*chosen.notes, *([f"the weights were found in {within}"] if within else ())]
     documents = _documents(folder, within, True, notes)
-    found = open_bundle(folder, chosen.files[0].removesuffix(".index"), within=within)
-    return OpenedCheckpoint(
-        path, found.files, documents, [*notes, *found.notes], (), tuple(found.left_out), folder=folder
-    )
+    prefix = chosen.files[0].removesuffix(".index")
+    found = open_bundle(folder, prefix, within=within, as_it_stands=limits.as_it_stands)
+    own = (tuple(found.readings), tuple(found.left_out))
+    return OpenedCheckpoint(path, found.files, documents, [*notes, *found.notes], *own, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -663,7 +663,8 @@ def _across(
 def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:
     """The documents beside the weights, by their names there; those of an `original/` further in keep that
     prefix. Llama 1 and 2 keep tokenizer.model one level above the weights, so it is looked for there too."""
-    inside = [name for name in folder.names() if name.startswith(within)]
+    listed = [*folder.names(), *folder.below(lambda n: n in within.split("/"))] if within else folder.names()
+    inside = [name for name in listed if name.startswith(within)]
     called = {name.removeprefix(within): name for name in inside}
     found = {short: folder.document(name, short) for short, name in called.items() if belongs(short)}
     outer = folder if within else folder.outer()
@@ -684,12 +685,11 @@ def within_original(folder: Folder) -> bool:
     return isinstance(folder, Directory) and f"{folder.path.resolve().name}/" == ORIGINAL_FOLDER
 
 
-def _state(folder: Folder, within: str) -> str:
+def _state(folder: Folder, within: str = "") -> str:
     """The text of TensorFlow's state file; nothing where there is none of a size for it."""
     name = within + STATE
-    if name not in folder.names() or folder.place(name).size > STATE_BYTES:
-        return ""
-    return folder.document(name).read(STATE_BYTES).decode("utf-8", "replace")
+    there = name in folder.names() and folder.place(name).size <= STATE_BYTES
+    return folder.document(name).read(STATE_BYTES).decode("utf-8", "replace") if there else ""
 
 
 def _checklist(folder: Folder, within: str = "") -> list[str]:

@@ -30,6 +30,7 @@ from ckpt_tool.checkpoint.tf_coding import (
 )
 from ckpt_tool.checkpoint.tf_entries import TYPES, Entry, Index, read_index
 from ckpt_tool.checkpoint.tf_names import data_name
+from ckpt_tool.checkpoint.tf_scopes import without_scopes
 from ckpt_tool.errors import Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
@@ -215,10 +216,12 @@ class Bundle:
     files: dict[str, TensorFile] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    readings: list[str] = field(default_factory=list)
 
 
-def open_bundle(folder: Folder, prefix: str, *, within: str = "") -> Bundle:
-    """The bundle `prefix` in the part `within` of `folder`. Kinds: those of `read_index`, `missing-shard` (no
+def open_bundle(folder: Folder, prefix: str, *, within: str = "", as_it_stands: bool = False) -> Bundle:
+    """The bundle `prefix` in the part `within` of `folder`, without what a program put around the names of
+    variables unless they are wanted `as_it_stands`. Kinds: those of `read_index`, `missing-shard` (no
     data file at all), `bad-bundle`, `truncated`, `bad-name`, `read-failed`."""
     opened: list[ByteRange] = []
 
@@ -245,7 +248,12 @@ def open_bundle(folder: Folder, prefix: str, *, within: str = "") -> Bundle:
             fail("missing-shard", message, file=data.name, hint="download what is missing too")
         places = _Places(names, there)
         fail_all(_data_problems(index, pieces, places))
-        return _bundle(index, data, places, pieces, used)
+        found = _bundle(index, data, places, pieces, used)
+        if not as_it_stands:
+            own = without_scopes(found.files)
+            found.files, found.readings = own.files, own.readings
+            found.left_out += own.left_out
+        return found
     except BaseException:
         for file in opened:
             file.close()

@@ -436,9 +436,11 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
         problems.append(Problem("ambiguous-input", message, file, hint=_APART))
     else:
         last = max([*numbers, *(int(m["number"]) for m in listed)])
-        count = counts.pop() if counts else last - pattern.first + 1
-        wanted = range(pattern.first, pattern.first + count)
-        present = set(numbers)
+        present, first = set(numbers), pattern.first
+        count = counts.pop() if counts else last - first + 1
+        if 0 in present and first:  # counted from 0, where `count` is how many, or as of gpt-oss the last
+            first, count = 0, count + (count in present)
+        wanted = range(first, first + count)
         missing = [n for n in wanted if n not in present]
         stray = sorted(present - set(wanted))
         if missing:
@@ -448,7 +450,7 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
             message = f"expected {count} shards, found {len(present & set(wanted))}: {names}{more} not there"
             problems.append(Problem("missing-shard", message, file, hint=FETCH_IT))
         if stray:
-            message = f"expected shards up to {count}, found number {stray[-1]}"
+            message = f"expected shards up to {wanted[-1]}, found number {stray[-1]}"
             problems.append(Problem("ambiguous-input", message, file, hint=_APART))
     fail_all(problems)
 

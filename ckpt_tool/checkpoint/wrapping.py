@@ -36,9 +36,10 @@ _ANY_INSIDE = re.compile(rf"\.({'|'.join(_INSIDE)})\.").search
 # What stands before every name, or before none.
 _BEFORE = ("module", "state_dict", "model_state_dict", "model_state", "base_model.model", "model")
 
+AVERAGE = "an average of the weights; the weights were taken"
 # What stands beside the weights, by the first word of its names, and what it is.
 _BESIDE = {
-    r"(model_?|module_?|weights_?)?ema(_.+)?|.+_ema": "an average of the weights; the weights were taken",
+    r"(model_?|module_?|weights_?)?ema(_.+)?|.+_ema": AVERAGE,
     r"optim.*|opt(_state.*)?": "state of the optimizer: only training needs it",
     r"(lr_?|opt_param_)?schedulers?(_states?)?(_dict)?": "state of the schedule: only training needs it",
     r"(grad_?|loss_?)?scaler(_.+)?|amp": "state of loss scaling: only training needs it",

@@ -58,14 +58,17 @@ from ckpt_tool.records import dataclass
 OPTIMIZER = "state of the optimizer"
 RUN = "state of the training run"
 # By the names of TensorFlow's optimizers and of those in Google's code (optimization.py, lamb_optimizer.py),
-# of NVIDIA's sums of gradients and of tf.contrib.mixed_precision. An average is a model of its own: `--drop`.
+# of mesh-tensorflow, of NVIDIA's sums of gradients and of tf.contrib.mixed_precision.
+_OTHERS = "LAMB|Momentum|(Proximal)?Adagrad(DA)?|Adadelta|Adafactor|Ftrl"
+_KERAS = "Adam(W|WeightDecay|ax)?|Nadam|SGD|RMSprop"
 STATE = {
     r".+/((adam|lamb)_[mv]|adafactor_(m|v|vr|vc)|accum)": OPTIMIZER,
-    r".+/((Lazy|Weighted)?Adam(W|WeightDecay)?|LAMB|Momentum|RMSProp)(Optimizer)?(_\d+)?": OPTIMIZER,
-    r"(training(_\d+)?/)?(Adam(W|WeightDecay)?|LAMB|SGD|RMSprop)(_\d+)?/.+": OPTIMIZER,  # Keras
+    r".+_slot_(m|v|vr|vc)": OPTIMIZER,
+    rf".+/((Lazy|Weighted)?Adam(W|WeightDecay)?|{_OTHERS}|RMSProp)(Optimizer)?(_\d+)?": OPTIMIZER,
+    rf"(training(_\d+)?/)?({_KERAS}|{_OTHERS})(_\d+)?/.+": OPTIMIZER,
     r"(.+/)?beta[12]_power(_\d+)?": OPTIMIZER,
     r"signal_early_stopping/STOP": RUN,
-    r"(.+/)?(global_step|local_step|batch_finite|(good|bad)_steps|(current_)?loss_scale)": RUN,
+    r"(.+/)?(global_step|local_step|batch_finite|(good|bad)_steps|(current_)?loss_scale)(_\d+)?": RUN,
 }
 
 
@@ -315,9 +318,13 @@ def original_source(t: Trained, checkpoint: Checkpoint) -> Source:
     if not own:
         scopes = {n.removesuffix(t.needed[0]) for n in checkpoint.names() if n.endswith(f"/{t.needed[0]}")}
         message, hint = f"expected {t.title} of TensorFlow 1, found {why}", None
-        if len(scopes) == 1:
-            message += f", but one in the scope {printable(scopes.pop())}"
-            hint = "save it without the scope: tf.compat.v1.train.Saver takes a dict of names and variables"
+        if scopes:
+            shown = ", ".join(printable(s) for s in sorted(scopes)[:4])
+            message += f", but one in each of {len(scopes)} scopes: {shown}"
+            hint = (
+                "save the one that is meant without its scope: tf.compat.v1.train.Saver takes a dict of names"
+                " and variables"
+            )
         fail("unsupported", message, file=checkpoint.path.name, hint=hint)
     left_out = re.compile("|".join(f"(?:{pattern})" for pattern in t.left_out) or r"(?!)")
     whole = whole_tensors(checkpoint, t.layer[0])
