@@ -60,7 +60,7 @@ class Anew(View):
         assert isinstance(file, ZeroFile)
         self._files = Files(file.places)
         try:
-            self._stretches = _stretches(self._files)
+            self._stretches = self._walked()
             for name, told in self.tensors.items():
                 count = sum(s.count for s in self._stretches.get(self._own[name], ()))
                 if count != told.numel:
@@ -69,6 +69,17 @@ class Anew(View):
         except BaseException:
             self._files.close()
             raise
+
+    def _walked(self) -> dict[str, list[Stretch]]:
+        """Those of all files, which were opened as a checkpoint already: what is here of another type than
+        there was read in two ways."""
+        try:
+            return _stretches(self._files)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            message = (
+                f"expected partitions as they were read the first time, found another tree ({error!r:.80})"
+            )
+            fail("shard-conflict", message, file=self.name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         size = DTYPES[self.tensors[name].dtype].itemsize
@@ -99,7 +110,8 @@ class _File:
 
     def stretch(self, tensor: TensorRecord, skip: int, count: int, first: int) -> Stretch:
         """`count` elements of a flat tensor behind the first `skip`, as those of another from `first` on."""
-        assert tensor.storage is not None
+        if tensor.storage is None:
+            raise TypeError("a tensor without a storage")
         size = next(d.itemsize for d in DTYPES.values() if d.torch == tensor.dtype)
         at = self._at[tensor.storage.key] + (tensor.offset + skip) * size
         return Stretch(first, count, self.name, at)

@@ -79,6 +79,19 @@ def root_of(names: Collection[str]) -> str | None:
     return roots.pop() if len(roots) == 1 else None
 
 
+def runs_of(names: Collection[str]) -> list[str]:
+    """The folders, of those among `names`, of runs whose last step has files of the optimizer's ranks and of
+    the model: they hold the file `latest`, or the files themselves where there is none."""
+    kinds: dict[str, set[bool]] = {}
+    for name in names:
+        above, _, last = name.rpartition("/")
+        if is_model_states(last) or is_share(last):
+            kinds.setdefault(above, set()).add(is_masters(last))
+    there = frozenset(names)
+    outer = {home: home.rpartition("/")[0] for home, held in kinds.items() if len(held) == 2}
+    return sorted({run if f"{run}/{LATEST}".lstrip("/") in there else home for home, run in outer.items()})
+
+
 def may_be_step(folder: str) -> bool:
     """Whether to look into a folder of this name, which `latest` does not name."""
     return _STEP.fullmatch(folder) is not None

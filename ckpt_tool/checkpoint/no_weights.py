@@ -11,6 +11,7 @@ from typing import NoReturn
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.dcp_folders import is_part
 from ckpt_tool.checkpoint.dcp_names import METADATA
+from ckpt_tool.checkpoint.deepspeed import runs_of
 from ckpt_tool.checkpoint.folders import Directory, Folder
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
@@ -104,7 +105,8 @@ def tells(paths: Collection[str], around: Around) -> bool:
 
 
 def weight_folders(paths: Collection[str]) -> list[str]:
-    """The folders in which `paths` has weights; of Megatron's ranks, the folder around them."""
+    """The folders in which `paths` has weights; of Megatron's ranks and DeepSpeed's, the folder around
+    them."""
     found: dict[str, None] = {}
     for path in paths:
         *folders, name = path.split("/")
@@ -118,6 +120,7 @@ def weight_folders(paths: Collection[str]) -> list[str]:
             while folders and may_hold_ranks(folders[-1]):
                 folders.pop()
             found["/".join(folders)] = None
+    found |= dict.fromkeys(runs_of(paths))
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)
 
