@@ -265,6 +265,18 @@ def test_more_ranks_than_shared_the_weights(tmp_path: Path) -> None:
     assert message == "expected files of 2 ranks as partition_count says, found one of rank 2"
 
 
+def test_one_file_under_two_numbers(tmp_path: Path) -> None:
+    home = THREE.write(tmp_path / "run")
+    shutil.copy(masters(home), masters(home, 2))
+    kind, message, file = problem(home)
+    assert (kind, file) == ("shard-conflict", masters(home, 2).name)
+    other = masters(home).name
+    assert message == f"expected other weights than in {other}, found the same bytes in all 4 groups"
+    nothing = {n: Weight(w.shape, bytes(len(w.data))) for n, w in WEIGHED.items()}
+    home = Run(3, 3, [nothing]).write(tmp_path / "zeros")  # which tell nothing
+    assert bits(home)["a.weight"][2] == bytes(60)
+
+
 def test_model_states_of_another_step_or_order(tmp_path: Path) -> None:
     name = "zero_pp_rank_1_mp_rank_00_model_states.pt"
     others = {
@@ -367,6 +379,35 @@ def test_model_states_that_say_something_else(
 ) -> None:
     error = refused(replace(THREE, told=told).write(tmp_path / "run"))
     assert error.kind == kind and message in error.text()
+
+
+@pytest.mark.parametrize(
+    ("noted", "kind", "message"),
+    [
+        ({"ds_zero_partition_groups": [{"partition_count": 1}]}, "unsupported", "experts with partitions of"),
+        ({"partition_count": [3, 1]}, "unsupported", "as many ranks for each group, found ZeRO 3 of 3 and 1"),
+        ({"partition_count": None}, "wrong-format", "expected the number of ranks that share the optimizer"),
+        ({"partition_count": 0}, "wrong-format", "expected the number of ranks that share the optimizer"),
+        ({"zero_stage": 2}, "wrong-format", "expected single_partition_of_fp32_groups of that stage"),
+        ({"fp32_flat_groups": []}, "wrong-format", "expected flat partitions of the weights"),
+    ],
+)  # fmt: skip
+def test_files_of_the_optimizer_that_say_something_else(
+    noted: dict[str, Any], kind: str, message: str, tmp_path: Path
+) -> None:
+    error = refused(replace(THREE, noted=noted).write(tmp_path / "run"))
+    assert error.kind == kind and message in error.text()
+
+
+def test_places_that_round_robin_makes_untrue_are_not_compared(tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 notes them in another order than it uses."""
+    turned = {"param_slice_mappings": [], "param_alignment_paddings": [[0] * 3, [0] * 2]}
+    error = refused(masters(replace(TWO, noted=turned).write(tmp_path / "gaps")))
+    assert "expected the padding after each of 3 parameters, found 2" in error.text()
+    home = change(TWO, tmp_path, replace(TWO, groups=[dict(reversed(WEIGHED.items())), OTHERS]), 0, 1)
+    assert problem(masters(home))[0] == "shard-conflict"
+    home = replace(TWO, robin=True).write(tmp_path / "robin")
+    assert bits(masters(home)) == wanted(TWO)
 
 
 def test_rows_that_are_too_long_or_short_are_refused(tmp_path: Path) -> None:

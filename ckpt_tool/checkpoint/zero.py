@@ -38,6 +38,7 @@ from ckpt_tool.records import dataclass
 
 FORMAT = "deepspeed-zero"
 _BLOCK = 4 << 20
+_LOOKED_AT, _FEW = 64 << 10, 8  # bytes of a partition, and different numbers in them
 _ALL = "copy the files of all ranks, which may lie on disks of several machines, into one folder"
 _MIXED = "take away what another run or step left in the folder, or get the files of one step"
 # MiCS, parameters on NVMe and the like.
@@ -213,6 +214,7 @@ def open_zero(place: Callable[[str], Place], shares: Shares) -> ZeroFile:
                 problems += _kept(models, rank, lambda data=data: read_model(data))  # type: ignore[misc]
         fail_all(problems)
         fail_all(_against(shares, partitions, models))
+        fail_all(_twice(files, partitions.values()))
         return ZeroFile(files, shares, _laid_out(list(partitions.values()), list(models.values())))
     except BaseException:
         files.close()
@@ -257,6 +259,28 @@ def _against(
             message = f"expected files of {world} ranks as partition_count says, found one of rank {rank}"
             yield Problem("shard-conflict", message, files[rank], "partition_count", _MIXED)
     yield from _between(list(models.values()))
+
+
+def _twice(files: Files, partitions: Collection[Partition]) -> Iterator[Problem]:
+    """Files with the very bytes of another rank's: one file under two numbers."""
+    first: dict[tuple[tuple[int | None, int], ...], str] = {}
+    for p in partitions:
+        held = tuple((g.record.crc32, g.record.size) for g in p.groups if g.numel)
+        other = first.setdefault(held, p.file)
+        if other != p.file and all(crc is not None for crc, _ in held) and _tells(files, p):
+            message = (
+                f"expected other weights than in {other}, found the same bytes in all {len(held)} groups"
+            )
+            hint = "one file is there under two numbers: get the one that is missing"
+            yield Problem("shard-conflict", message, p.file, hint=hint)
+
+
+def _tells(files: Files, p: Partition) -> bool:
+    """Whether the numbers of a rank can be no other's: the few of fresh norms and biases can."""
+    longest = max(p.groups, key=lambda g: g.numel)
+    with files.use(p.file) as data:
+        raw = data.read(longest.at, min(longest.numel * DTYPES[longest.dtype].itemsize, _LOOKED_AT))
+    return len({raw[k : k + 4] for k in range(0, len(raw), 4)}) > _FEW
 
 
 def _between(models: Sequence[Model]) -> Iterator[Problem]:
