@@ -404,7 +404,7 @@ def test_places_that_round_robin_makes_untrue_are_not_compared(tmp_path: Path) -
     turned = {"param_slice_mappings": [], "param_alignment_paddings": [[0] * 3, [0] * 2]}
     error = refused(masters(replace(TWO, noted=turned).write(tmp_path / "gaps")))
     assert "expected the padding after each of 3 parameters, found 2" in error.text()
-    home = change(TWO, tmp_path, replace(TWO, groups=[dict(reversed(WEIGHED.items())), OTHERS]), 0, 1)
+    home = change(TWO, tmp_path, replace(TWO, groups=[dict(reversed([*WEIGHED.items()])), OTHERS]), 0, 1)
     assert problem(masters(home))[0] == "shard-conflict"
     home = replace(TWO, robin=True).write(tmp_path / "robin")
     assert bits(masters(home)) == wanted(TWO)
