@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -211,7 +212,8 @@ def open_zero(place: Callable[[str], Place], shares: Shares) -> ZeroFile:
                 problems += _kept(partitions, rank, lambda data=data: read_partition(data))  # type: ignore[misc]
         for rank, name in shares.models.items():
             with files.use(name) as data:
-                problems += _kept(models, rank, lambda data=data: read_model(data))  # type: ignore[misc]
+                like = next(iter(models.values()), None)
+                problems += _kept(models, rank, lambda d=data, m=like: _alike(read_model(d), m))  # type: ignore[misc]
         fail_all(problems)
         fail_all(_against(shares, partitions, models))
         fail_all(_twice(files, partitions.values()))
@@ -227,6 +229,20 @@ def _kept(found: dict[int, T], rank: int, read: Callable[[], T]) -> Sequence[Pro
     except CkptToolError as error:
         return error.problems
     return ()
+
+
+def _alike(model: Model, first: Model | None) -> Model:
+    """`model` without what nobody asks of it but of the `first`, whose shapes it shares: there may be
+    hundreds."""
+    if first is None:
+        return model
+    same = _in_order(model) == _in_order(first)
+    shapes, frozen = (first.shapes, first.frozen) if same else (model.shapes, model.frozen)
+    return replace(model, shapes=shapes, frozen=frozen, held={}, metadata={})
+
+
+def _in_order(model: Model) -> object:
+    return [list(group.items()) for group in model.shapes], model.frozen
 
 
 def _against(
@@ -290,9 +306,7 @@ def _between(models: Sequence[Model]) -> Iterator[Problem]:
         if m.step != first.step:
             message = f"expected global_steps {first.step} as in {first.file}, found {m.step}"
             yield Problem("shard-conflict", message, m.file, "global_steps", _MIXED)
-        elif [list(g.items()) for g in m.shapes] != [list(g.items()) for g in first.shapes] or (
-            m.frozen != first.frozen
-        ):
+        elif _in_order(m) != _in_order(first):
             message = f"expected the parameters of {first.file}, in their order, found others"
             yield Problem("shard-conflict", message, m.file, "param_shapes", _MIXED)
 
