@@ -161,6 +161,31 @@ def test_what_a_run_of_zero_1_does_not_train_is_the_models(tmp_path: Path) -> No
         )
 
 
+def test_what_is_beside_the_weights_is_left_out_with_a_reason(tmp_path: Path) -> None:
+    """So that every byte of the files is accounted for."""
+    home = TWO.write(tmp_path / "run")
+    with open_checkpoint(masters(home)) as found:
+        left = {(t.tensor.file, t.tensor.name): t.reason for t in found.left_out}
+    states = {(f, n) for (f, n), reason in left.items() if reason.startswith("state of the optimizer")}
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    assert states == {
+        (masters(home, rank).name, f"optimizer_state_dict.base_optimizer_state.state.{g}.{kind}")
+        for rank in range(2) for g in range(2) for kind in kinds
+    }  # fmt: skip
+    module = {("mp_rank_00_model_states.pt", f"module.{n}") for n in (*SHAPES, *FROZEN)}
+    assert left.keys() - states == module
+
+
+def test_another_name_of_nothing_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    run = replace(TWO, order=[*SHAPES, *FROZEN, *BUFFERS], told={"shared_params": {"g.ids": "nobody"}})
+    home = run.write(tmp_path / "run")
+    assert bits(masters(home)) == wanted(TWO)
+    with open_checkpoint(masters(home)) as found:
+        assert {t.name: t.shape for t in partitions.joined_anew(found)} == {
+            n: shape for n, (_, shape, _) in wanted(TWO).items()
+        }
+
+
 def test_an_old_release_that_does_not_name_shared_parameters(tmp_path: Path) -> None:
     home = replace(THREE, told={"shared_params": None}).write(tmp_path / "run")
     assert "d.weight" not in bits(home)

@@ -197,10 +197,9 @@ def _others(found: dict[str, list[Stretch]], models: Mapping[int, _File], first:
             count = min(left, prod(part.shape))
             own.append(models[rank].stretch(part, 0, count, prod(shape) - left))
             left -= count
-    shared = first.get("shared_params") or {}
+    shared = {n: of for n, of in dict(first.get("shared_params") or {}).items() if of in found}
     for name, tensor in first["module"].items():
         if name not in found and name not in shared and prod(tensor.shape):
             found[name] = [models[0].stretch(tensor, 0, prod(tensor.shape), 0)]
-    for name, of in dict(shared).items():
-        if of in found:
-            found.setdefault(name, found[of])
+    for name, of in shared.items():
+        found.setdefault(name, found[of])

@@ -413,7 +413,7 @@ def _open_shares(folder: Folder, shares: Shares, path: Path, limits: Limits) -> 
     if outer is not None and LATEST not in outer.names():
         outer = None
     file = open_zero(folder.place, shares)
-    return _opened_pieces(folder, shares.within, file, notes, path, limits, outer)
+    return _opened_pieces(folder, shares.within, file, notes, path, limits, outer, file.left_out)
 
 
 def _add_run_documents(documents: dict[str, Document], folder: Folder, within: str) -> None:

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-from ckpt_tool.checkpoint.base import DTYPES, Record, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, LeftOut, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.deepspeed import Shares, check_one_rank
 from ckpt_tool.checkpoint.folders import Place
@@ -99,6 +99,7 @@ class ZeroFile(TensorFile):
             name: TensorInfo(name, made.dtypes[name], made.shapes[name], self.name) for name in made.dealt
         }
         self.imports = made.imports
+        self.left_out = made.left_out
         self.notes = tuple(made.notes)
         flats = {(f.file, f.record.key): f for d in self._dealt.values() for r in d.rows for f in r.flats}
         self._records = {f"{file}:{key}": flat for (file, key), flat in flats.items()}
@@ -195,6 +196,7 @@ class Layout:
     notes: list[str]
     metadata: Mapping[str, object]
     imports: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
 
 
 def open_zero(place: Callable[[str], Place], shares: Shares) -> ZeroFile:
@@ -352,7 +354,21 @@ def _laid_out(partitions: Sequence[Partition], models: Sequence[Model]) -> Layou
         [what, *notes],
         first.metadata,
         tuple(dict.fromkeys(n for own in held for n in own.imports)),
+        (*_of_training(partitions), *_in_half(first, dealt)),
     )
+
+
+def _of_training(partitions: Sequence[Partition]) -> Iterator[LeftOut]:
+    for p in partitions:
+        yield from (LeftOut(t, "state of the optimizer: only training needs it") for t in p.others)
+
+
+def _in_half(model: Model, dealt: Mapping[str, Dealt]) -> Iterator[LeftOut]:
+    """Weights of the model's own file that the optimizer has in float32."""
+    reason = "what the model computes with; the optimizer's float32 weights were taken"
+    for name, (shape, flat) in model.held.items():
+        if flat is not None and flat not in dealt[name].rows[0].flats:
+            yield LeftOut(TensorInfo(f"module.{name}", flat.dtype, shape, model.file), reason)
 
 
 def _cut_each(partitions: Sequence[Partition], model: Model) -> dict[str, Dealt]:
@@ -464,7 +480,7 @@ def _others(
     """Add buffers, and other names of shared parameters; notes, and all names in the model's order."""
     notes: list[str] = []
     shared = model.shared or {}
-    known = dealt.keys() | shared.keys()
+    known = dealt.keys() | {name for name, of in shared.items() if of in dealt}
     buffers = [n for n, (_, flat) in model.held.items() if flat is not None and n not in known]
     for name in buffers:
         shapes[name], flat = model.held[name]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 from math import prod
 
-from ckpt_tool.checkpoint.base import Record, TensorFile
+from ckpt_tool.checkpoint.base import Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange, Part
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.torch_zip import torch_zip
@@ -68,6 +68,7 @@ class Partition:
     steps: frozenset[int]
     gaps: tuple[tuple[int, ...], ...] | None
     slices: tuple[Mapping[str, tuple[int, int]], ...] | None
+    others: tuple[TensorInfo, ...] = ()  # which only training needs
     imports: tuple[str, ...] = ()
 
 
@@ -117,6 +118,7 @@ def read_partition(data: ByteRange) -> Partition:
             frozenset(_steps(file, told)),
             _gaps(told.get("param_alignment_paddings"), data.name),
             None if _round_robin(file.metadata) else _slices(told.get("param_slice_mappings")),
+            tuple(t for n, t in file.tensors.items() if not _GROUP.fullmatch(n)),
             file.imports,
         )
 
