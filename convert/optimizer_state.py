@@ -69,6 +69,7 @@ _PLAIN = (int, float, bool, str)
 
 GATHERED = "dp_zero_gather_scatter"  # of torch_dist
 DEEPSPEED = "_optim_states.pt"
+PARTITIONS = "deepspeed-zero"
 FLAT = "fully_sharded_model_space"
 IN_BUCKETS = {"dp_reshardable", "fully_sharded_bucket_space"}
 PROVED = "where a parameter lies in {} was proved: the float32 weights there, rounded, are the model's"
@@ -297,7 +298,8 @@ def _none(checkpoint: Checkpoint) -> NoReturn:
                 where="optimizer",
                 hint=HINT,
             )
-    for name in sorted(n for n in _inside(checkpoint) if n.endswith(DEEPSPEED)):
+    flat = [n for n, f in checkpoint.files.items() if f.format == PARTITIONS or "ds_version" in f.metadata]
+    for name in (*flat, *sorted(n for n in _inside(checkpoint) if n.endswith(DEEPSPEED))):
         fail("unsupported", f"{text} flat partitions of DeepSpeed's ranks", file=name, where=FLAG, hint=HINT)
     fail("missing-tensor", f"{text} none", file=checkpoint.path.name, where=FLAG, hint=HINT)
 

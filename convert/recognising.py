@@ -167,8 +167,8 @@ def check_whole(checkpoint: Checkpoint) -> None:
         "ZeRO-3 and FSDP hold the places of what other ranks have"
     )
     hint = (
-        "zero_to_fp32.py in DeepSpeed's own folder writes the whole weights; a run saves them with "
-        "stage3_gather_16bit_weights_on_model_save, or FSDP's FULL_STATE_DICT"
+        "DeepSpeed's own folder, global_stepN, has all of it and is read (zero_to_fp32.py joins it, too); "
+        "a run saves whole weights with stage3_gather_16bit_weights_on_model_save, or FSDP's FULL_STATE_DICT"
     )
     fail_all([Problem("unsupported", message, checkpoint.path.name, found[0], hint)])
 

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from ckpt_tool.checkpoint.unpickle import read_pickle
 from ckpt_tool.convert.dialects import entity_vocabulary
 from ckpt_tool.convert.tokenizers import gpt2, sentencepiece, tekken, tiktoken, wordpiece
 from ckpt_tool.fixtures import pickles, tokenizers, vocabularies
+from ckpt_tool.fixtures.zero import Run, Weight
+from ckpt_tool.verify.partitions import joined_anew
 from tests.fuzz_records import RECORDS
 from tests.fuzzing import Change, Files, Read, Target
 
@@ -374,6 +377,32 @@ def _indexed_target() -> Target:
     return _folder("index", files, _with(files, ".json"), words=WORDS["json"])
 
 
+def _zero() -> Files:
+    """Two ranks of ZeRO 3: of a part that is not trained, a buffer, a parameter of two names."""
+    weights = {
+        n: Weight(s, bytes(range(4 * prod(s)))) for n, s in (("a", (3, 2)), ("b", (1,)), ("c", (2, 2)))
+    }
+    frozen = {"d": Weight((5,), bytes(range(10)), "BF16")}
+    run = Run(3, 2, [weights], frozen, {"e": Weight((2,), bytes(16), "I64")}, {"f": "a"}, cut=2)
+    with tempfile.TemporaryDirectory() as folder:
+        return {p.name: p.read_bytes() for p in run.write(Path(folder)).iterdir()}
+
+
+def _zero_target() -> Target:
+    files = _zero()
+
+    def read(folder: Path) -> Read:
+        """As `contents`; whoever verifies reads the same bytes in another way."""
+        found = contents(folder)
+        with open_checkpoint(folder) as first:
+            for tensor in (again := joined_anew(first)):
+                data = again.read(tensor).tobytes()
+                assert found[tensor.name] == _told(DTYPES[tensor.dtype].torch, tensor.shape, data)
+        return found
+
+    return Target("zero", files, tuple(sorted(files)), read, inner=in_zip, words=WORDS["pickle"])
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     "safetensors": lambda: _checkpoint(
         "safetensors",
@@ -397,6 +426,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "tar-gz": lambda: _checkpoint("tar-gz", "model.tar.gz", gzip.compress(_tar(), mtime=0), inner=in_gzip),
     "tf-bundle": _bundle_target,
     "torch-dist": _distributed_target,
+    "zero": _zero_target,
     "index": _indexed_target,
     "pickle": lambda: _document(
         "pickle", "args.pkl", _pickled(), lambda d: read_pickle(d, file="args.pkl"), "pickle"

@@ -27,6 +27,7 @@ from ckpt_tool.convert.execute import Progress
 from ckpt_tool.convert.fingerprints import fingerprints
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.fixtures.zero import Run, Weight
 from tests.conftest import Written
 from tests.range_server import COMMIT, Handler, State, serving
 
@@ -143,6 +144,13 @@ def test_checkpoints_of_torch_distributed_are_read_like_any_other(server: State,
         for one, other in zip(remote, local, strict=True):
             assert np.array_equal(remote.read(one), local.read(other))
         assert remote.documents.keys() == local.documents.keys()
+
+
+def test_ranks_of_zero_are_read_like_any_other(server: State) -> None:
+    weights = {n: Weight((5, 3), bytes(range(k, k + 60))) for k, n in enumerate(("a.weight", "b.weight"))}
+    Run(3, 2, [weights]).write(server.root / "org" / "run")
+    with open_checkpoint("hf://org/run") as remote:
+        assert {t.name: remote.read(t).tobytes() for t in remote} == {n: w.data for n, w in weights.items()}
 
 
 # --- what goes wrong on the way -------------------------------------------------------------------------

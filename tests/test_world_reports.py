@@ -104,14 +104,14 @@ def test_parameters_that_were_not_gathered_are_told_once(
     assert problem.hint is not None and "zero_to_fp32.py" in problem.hint
 
 
-def test_a_script_that_lies_in_an_archive_is_unpacked_first(tmp_path: Path) -> None:
+def test_half_of_a_run_in_an_archive_is_unpacked_first(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "run.zip", "w") as archive:
         archive.writestr("latest", "global_step7")
         archive.writestr("global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt", "weights")
     with pytest.raises(CkptToolError) as raised:
         api.open_checkpoint(tmp_path / "run.zip")
     hint = raised.value.problems[0].hint or ""
-    assert hint.startswith("unpack the archive into DIR; `python DIR/zero_to_fp32.py DIR OUT`")
+    assert hint.startswith("unpack the archive into DIR; files *_model_states.pt and *_optim_states.pt")
 
 
 def test_the_shares_of_one_rank_are_named(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ckpt_tool.convert.manifest import headers_digest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.errors import CkptToolError, printable
 from ckpt_tool.records import dataclass
+from ckpt_tool.verify.partitions import joined_anew
 
 # How the source of a value begins that a rule gave, or the shape of a table that may be padded, and no file
 # of the source says: a user may know better.
@@ -46,7 +47,7 @@ def find_source(
     folder = out.path if out.path.is_dir() else out.path.parent
     prefer: Prefer = "original" if manifest.direction != "to-original" else "hf"
     try:
-        found = codes_apart(open_checkpoint(folder / manifest.source, prefer=prefer))
+        found = codes_apart(joined_anew(open_checkpoint(folder / manifest.source, prefer=prefer)))
         found = as_families_know(seen(found))
     except (CkptToolError, OSError, ValueError):
         return None

@@ -26,6 +26,7 @@ from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.casted import as_found, cast_seen
 from ckpt_tool.verify.packed import Packed
+from ckpt_tool.verify.partitions import joined_anew
 from ckpt_tool.verify.prefixed import is_bare, whole, with_prefix
 from ckpt_tool.verify.recorded import Recorded, find_source, settled
 
@@ -148,7 +149,8 @@ def _open(
         found = open_checkpoint(path, limits=limits, hub="download")
     try:
         as_it_stands = limits is not None and limits.as_it_stands
-        return as_families_know(seen(codes_apart(found)), as_loaders_do=as_it_stands)
+        apart = codes_apart(joined_anew(found))
+        return as_families_know(seen(apart), as_loaders_do=as_it_stands)
     except BaseException:
         found.close()
         raise

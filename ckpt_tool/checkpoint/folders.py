@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,7 +18,7 @@ from ckpt_tool.checkpoint.base import Check, Document
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.hub_cache import blob_of, repository_of
 from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, TEMPLATE_FOLDER, is_weights
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import CkptToolError, fail, near
 from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 64 << 20
 _BUFFER = 1 << 20
 SURVEYED = 20_000  # files; a message needs no more
+NEAR = 2000  # names that are compared with one that is not there
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,27 @@ def status_of(path: Path, name: str) -> os.stat_result:
         if error.errno == errno.ENAMETOOLONG:
             fail("bad-input", "expected a path, found one that is too long", file=name)
         fail("read-failed", f"cannot be read: {error.strerror}", file=name)
+
+
+def status_given(given: Path, text: str) -> os.stat_result:
+    """What the path that a user gave as `text` leads to; where nothing is there, with what may have been
+    meant."""
+    try:
+        return status_of(given, text)
+    except CkptToolError as error:
+        if error.kind != "not-found":
+            raise
+        hint = near(given.name, _beside(given.parent))
+        if hint is None and _HUB_NAME.fullmatch(text):
+            hint = f"hf://{text} is the repository of that name on the Hub"
+        raise CkptToolError(*(replace(p, hint=hint) for p in error.problems)) from None
+
+
+def _beside(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)[:NEAR]
+    except OSError:
+        return []
 
 
 def kind_of(status: os.stat_result) -> str:

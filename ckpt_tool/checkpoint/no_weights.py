@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.dcp_folders import is_part
 from ckpt_tool.checkpoint.dcp_names import METADATA
+from ckpt_tool.checkpoint.deepspeed import runs_of
+from ckpt_tool.checkpoint.folders import Directory, Folder
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
@@ -77,13 +81,35 @@ def refuse(paths: Collection[str], around: Around, newest: str | None = None) ->
     _refuse_unnamed(paths, here, around)
 
 
+def around_of(folder: Folder, path: Path) -> Around:
+    """How to speak of a folder, and of what is in it and around it."""
+    if not isinstance(folder, Directory):
+        from ckpt_tool.checkpoint.archive import around
+
+        return folder.around or around(folder.label)
+    outer = folder.outer()
+    above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
+    own = path.resolve()
+    parent = path.parent if path.name not in ("", "..") else path / ".."
+
+    def at(place: str) -> str:
+        """Of a path that starts with the folder's own name, or with nothing where it ends before it."""
+        return quote(str(path / place.removeprefix(own.name).lstrip("/") if place else parent))
+
+    def give(place: Path) -> str:
+        return f"--in {quote(str(place))}"
+
+    return Around(folder.label, own.name, lambda sub: give(path / sub), at, give(parent) if above else None)
+
+
 def tells(paths: Collection[str], around: Around) -> bool:
     """Whether the names tell what it is."""
     return signs.of_folder([f"{around.own}/{p}" for p in paths]) is not None
 
 
 def weight_folders(paths: Collection[str]) -> list[str]:
-    """The folders in which `paths` has weights; of Megatron's ranks, the folder around them."""
+    """The folders in which `paths` has weights; of Megatron's ranks and DeepSpeed's, the folder around
+    them."""
     found: dict[str, None] = {}
     for path in paths:
         *folders, name = path.split("/")
@@ -97,6 +123,7 @@ def weight_folders(paths: Collection[str]) -> list[str]:
             while folders and may_hold_ranks(folders[-1]):
                 folders.pop()
             found["/".join(folders)] = None
+    found |= dict.fromkeys(runs_of(paths))
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)
 

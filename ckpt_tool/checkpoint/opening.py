@@ -6,15 +6,13 @@ Opening reads headers and nothing else; every problem of the files of one checkp
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import field, replace
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING
 
-from ckpt_tool.checkpoint.base import Checkpoint, Document, TensorFile
+from ckpt_tool.checkpoint.base import Checkpoint, Document, LeftOut, TensorFile
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
@@ -22,13 +20,15 @@ from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
 from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.deepspeed import (
     LATEST,
+    Shares,
     check_one_rank,
-    find_model_states,
+    find_states,
+    is_masters,
     is_model_states,
     is_share,
     may_be_step,
 )
-from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_of
+from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_given
 from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
 from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
@@ -74,18 +74,15 @@ from ckpt_tool.checkpoint.weight_sets import (
     set_of,
     vocabulary_kind,
 )
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
-    from ckpt_tool.checkpoint.no_weights import Around
     from ckpt_tool.checkpoint.wrapping import Unwrapped
     from ckpt_tool.checkpoint.zip_reader import ZipArchive
 
 HUB = "hf://"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 SHOWN_LOST = 10  # files of an index that are not there, before the rest is counted
-NEAR = 2000  # names that are compared with one that is not there
 TOKENIZER, READY = "tokenizer.model", "tokenizer.json"
 # What a repository has around its folder `original`, where that has no tokenizer of its own.
 AROUND = (
@@ -144,7 +141,7 @@ def open_checkpoint(
     given = Path(text)
     if (bundle := _bundle_at(given, limits)) is not None:
         return bundle
-    status = _status(given, text)
+    status = status_given(given, text)
     if stat.S_ISDIR(status.st_mode):
         checkpoint = _open_directory(given, prefer, limits)
     elif stat.S_ISREG(status.st_mode):
@@ -212,8 +209,10 @@ def _open_single(path: Path, prefer: Prefer | None, limits: Limits, spool_dir: P
     directory = Directory(path.parent)
     if is_weights(path.name) and (ranks := _around_rank(directory)) is not None:
         return _open_ranks(*ranks, path, limits)
-    if is_model_states(path.name) and (states := _open_states(directory, path, limits)) is not None:
-        return states
+    if is_model_states(path.name) or is_share(path.name):
+        states = _open_states(directory, path, limits, masters=is_masters(path.name))
+        if states is not None:
+            return states
     beside = [n for n in directory.names() if "/" not in n]
     refuse_flat(path.name, beside)
     part = SLICE.fullmatch(path.name) or path.name == METADATA or path.name.endswith(".distcp")
@@ -283,9 +282,9 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
         if found is None and (states := _open_states(folder, path, limits)) is not None:
             return states
         if found is None:
-            from ckpt_tool.checkpoint.no_weights import refuse
+            from ckpt_tool.checkpoint.no_weights import around_of, refuse
 
-            refuse(folder.survey(), _around(folder, path), newest(_state(folder)))
+            refuse(folder.survey(), around_of(folder, path), newest(_state(folder)))
         within, chosen = found
         return _open_set(folder, chosen, path, limits, within)
     except BaseException:
@@ -347,9 +346,24 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         file, odd = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header), ()
     else:
         return None
+    outer = folder.outer() if not within and is_part(path.resolve().name) else None
+    return _opened_pieces(folder, within, file, notes, path, limits, outer, odd)
+
+
+def _opened_pieces(
+    folder: Folder,
+    within: str,
+    file: TensorFile,
+    notes: list[str],
+    path: Path,
+    limits: Limits,
+    outer: Folder | None,
+    odd: Collection[LeftOut] = (),
+) -> OpenedCheckpoint:
+    """The `file` that the part `within` of `folder` was read as, with what belongs to it, also in the folder
+    `outer` around it."""
     try:
         documents = _documents(folder, within, False, notes)
-        outer = folder.outer() if not within and is_part(path.resolve().name) else None
         above = folder if within else outer
         if above is not None:
             beside = [n for n in above.names() if belongs(n) and n not in documents]
@@ -357,8 +371,7 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         _add_run_documents(documents, folder, within)
         if outer is not None:
             _add_run_documents(documents, outer, "")
-        files = {file.name: file}
-        own = _unwrapped(files, path, limits)
+        own = _unwrapped({file.name: file}, path, limits)
     except BaseException:
         file.close()
         raise
@@ -368,14 +381,19 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
     )
 
 
-def _open_states(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint | None:
-    """The model that DeepSpeed keeps in one file; what belongs to it may lie in the folder above."""
+def _open_states(
+    folder: Folder, path: Path, limits: Limits, *, masters: bool = False
+) -> OpenedCheckpoint | None:
+    """The model that DeepSpeed keeps in one file, or in those of all ranks; with `masters` its weights in
+    float32 where it has both. What belongs to it may lie in the folder above."""
     inside = folder.names()
     latest = folder.document(LATEST).read(1024).decode("utf-8", "replace").strip() if LATEST in inside else ""
     paths = [*inside, *folder.below(lambda n: may_be_step(n) or n == latest, 1)]
-    found = find_model_states(paths, label=folder.label, latest=latest)
+    found = find_states(paths, label=folder.label, latest=latest, masters=masters)
     if found is None:
         return None
+    if isinstance(found, Shares):
+        return _open_shares(folder, found, path, limits)
     within, chosen = found
     checkpoint = _open_set(folder, chosen, path, limits, within)
     for file in checkpoint.files.values():
@@ -387,32 +405,23 @@ def _open_states(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
     return checkpoint
 
 
+def _open_shares(folder: Folder, shares: Shares, path: Path, limits: Limits) -> OpenedCheckpoint:
+    from ckpt_tool.checkpoint.zero import open_zero
+
+    notes = [*shares.notes, *([f"the weights were found in {shares.within}"] if shares.within else [])]
+    outer = None if shares.within else folder.outer()
+    if outer is not None and LATEST not in outer.names():
+        outer = None
+    file = open_zero(folder.place, shares)
+    return _opened_pieces(folder, shares.within, file, notes, path, limits, outer, file.left_out)
+
+
 def _add_run_documents(documents: dict[str, Document], folder: Folder, within: str) -> None:
     """What the program that trained it put around the weights in the part `within` of `folder`."""
     paths = [*folder.names(), *folder.below(lambda n: may_hold_documents(n) or n in within.split("/"))]
     for short, path in run_documents(paths, within).items():
         if short not in documents:
             documents[short] = folder.document(path, short)
-
-
-def _status(given: Path, text: str) -> os.stat_result:
-    """What `given` leads to; where nothing is there, with what may have been meant."""
-    try:
-        return status_of(given, text)
-    except CkptToolError as error:
-        if error.kind != "not-found":
-            raise
-        hint = near(given.name, _names(given.parent))
-        if hint is None and HUB_NAME.fullmatch(text):
-            hint = f"{HUB}{text} is the repository of that name on the Hub"
-        raise CkptToolError(*(replace(p, hint=hint) for p in error.problems)) from None
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return os.listdir(path)[:NEAR]
-    except OSError:
-        return []
 
 
 def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwrapped:
@@ -428,38 +437,15 @@ def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwr
     return own
 
 
-def _around(folder: Folder, path: Path) -> Around:
-    """How to speak of a folder, and of what is in it and around it."""
-    from ckpt_tool.checkpoint.no_weights import Around
-
-    if not isinstance(folder, Directory):
-        from ckpt_tool.checkpoint.archive import around
-
-        return folder.around or around(folder.label)
-    outer = folder.outer()
-    above = outer is not None and any(is_weights(n) for n in outer.names() if "/" not in n)
-    own = path.resolve()
-    parent = path.parent if path.name not in ("", "..") else path / ".."
-
-    def at(place: str) -> str:
-        """Of a path that starts with the folder's own name, or with nothing where it ends before it."""
-        return quote(str(path / place.removeprefix(own.name).lstrip("/") if place else parent))
-
-    def give(place: Path) -> str:
-        return f"--in {quote(str(place))}"
-
-    return Around(folder.label, own.name, lambda sub: give(path / sub), at, give(parent) if above else None)
-
-
 def _rank_folders(folder: Folder, path: Path) -> RankFolders | None:
     """Megatron's rank folders in `folder`, unless there are other weights beside them."""
     names = [*folder.names(), *folder.below(may_hold_ranks)]
     if any(is_weights(n) for n in names if "/" not in n):
         return None
     if not any(is_weights(n.rpartition("/")[2]) for n in names) and any(map(is_of_megatron, names)):
-        from ckpt_tool.checkpoint.no_weights import refuse, tells
+        from ckpt_tool.checkpoint.no_weights import around_of, refuse, tells
 
-        around = _around(folder, path)
+        around = around_of(folder, path)
         if tells(paths := folder.survey(), around):
             refuse(paths, around)
 

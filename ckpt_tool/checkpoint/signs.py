@@ -219,14 +219,14 @@ SIGNS = (
     ),
     _sign(
         "a universal checkpoint of DeepSpeed, each parameter in a folder of its own",
-        "only training reads those: zero_to_fp32.py joins the weights in the folder of which"
-        " ds_to_universal.py made it; put config.json or params.json beside them and give that",
+        "only training reads those: the folder of which ds_to_universal.py made it has the weights; put"
+        " config.json or params.json beside it and give that",
         r"zero/[^/]+/(fp32|exp_avg|exp_avg_sq)\.pt",
     ),
     _sign(
-        "a DeepSpeed checkpoint (ZeRO) whose files hold parts of tensors",
-        "`python {at}/zero_to_fp32.py {at} OUT`, the script that DeepSpeed leaves there, joins them; put"
-        " config.json or params.json into OUT and give that",
+        "a DeepSpeed checkpoint (ZeRO) that is not whole",
+        "files *_model_states.pt and *_optim_states.pt of all ranks are read together: give the folder that"
+        " has all of them, with config.json or params.json in it or around it",
         r"(global_step\d+/)?((bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"
         r"|mp_rank_\d+_model_states\.pt)|zero_to_fp32\.py",
     ),

@@ -44,6 +44,7 @@ _BESIDE = {
     r"(lr_?|opt_param_)?schedulers?(_states?)?(_dict)?": "state of the schedule: only training needs it",
     r"(grad_?|loss_?)?scaler(_.+)?|amp": "state of loss scaling: only training needs it",
     r"((\w+_)?rng|random)(_states?)?|(\w+_)?generator_states?|rng_.+": "random numbers of the training run",
+    r"frozen_param_fragments": "copies that DeepSpeed keeps of what is not trained; the model's were taken",
     r"v_head": "the value head of TRL, which only training needs",
     r"extra_state|(train(er|ing)?_)?state|callbacks|loops|client_state|data_?(loader|module|sampler)s?(_.+)?|"
     "metrics": "state of the training run",
