@@ -25,6 +25,7 @@ from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan_checks import (
+    frequency_problems,
     kept_problems,
     step_problems,
     told_apart,
@@ -82,6 +83,15 @@ class Value:
 
     value: Any
     source: str
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the rotary frequencies of a model are made of: their base, None where they are scaled, and how
+    many there are, None where it is not known."""
+
+    base: Value | None
+    pairs: Value | None
 
 
 @dataclass(frozen=True)
@@ -205,9 +215,8 @@ class Plan:
     foretold: tuple[Foretold, ...] = ()
     # Options beyond dtype and dropped tensors without which the same plan is not made again.
     asked: Mapping[str, Any] = field(default_factory=dict)
-    # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
-    # it. No part of what is done.
-    turns: Value | None = None
+    # What is stored of rotary frequencies and left out is held against it. No part of what is done.
+    turns: Turns | None = None
     # The quantised weights of the source: what their scales hold is looked at. No part of what is done.
     quantised: Inventory | None = None
     # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
@@ -344,7 +353,7 @@ def assemble(
     lossy: Iterable[str] = (),
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
-    turns: Value | None = None,
+    turns: Turns | None = None,
     unread: str = "",
 ) -> Plan:
     """A checked plan from a family's expanded table.
@@ -362,6 +371,7 @@ def assemble(
     kept = set(options.drop) - {d.tensor.name for d in dropped}
     missing = told_apart(expansion.problems, checkpoint)
     problems = [*kept_problems(kept, checkpoint), *missing, *step_problems(steps, checkpoint)]
+    problems += frequency_problems(dropped, turns, options.drop)
     fail_all([*problems, *uncovered_problems(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps, in_files=direction != "to-hf")
     counts = wanted.counts()
