@@ -360,9 +360,8 @@ def assemble(
 
     `expansion` is used up. `ignored` maps regular expressions for source names to the reason for dropping
     them. For "to-hf" the target files are laid out here (size limit, index); for "to-original" each target
-    part already names its file, and `outputs` lists those files in order; `compared` are steps that only
-    compare, as they are to be done. Every problem of the stage is raised together: missing tensors, tensors
-    nothing claims, shapes and dtypes that disagree.
+    part names its file, and `outputs` lists these in order; `compared` are steps that only compare. Problems
+    are raised together: tensors missing or claimed by nothing, shapes, dtypes.
     """
     steps = expansion.steps if direction == "to-hf" else expansion.steps.inverse()
     steps.extend(compared)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -207,6 +207,7 @@ def only_family(checkpoint: Checkpoint) -> str:
     if len(own) == 1:
         return own[0][0]
     _check_readable(checkpoint)
+    fail_all(_misnamed(checkpoint, {family(name).document or "" for name, _ in own}))
     label = checkpoint.path.name
     if own:
         reasons = "; ".join(f"{n}: {why}" for n, why in own)
@@ -224,6 +225,13 @@ def _check_readable(checkpoint: Checkpoint) -> None:
     for name in ("params.json", "config.json"):
         if name in checkpoint.documents:
             checkpoint.json(name)
+
+
+def _misnamed(checkpoint: Checkpoint, wanted: Collection[str]) -> Iterator[Problem]:
+    """The one document that all of several families want, where it is there under another name."""
+    for name in wanted if len(wanted) == 1 else ():
+        if name and name not in checkpoint.documents and _under_another_name(checkpoint, name) is not None:
+            yield _no_document(checkpoint, name)
 
 
 def unknown(

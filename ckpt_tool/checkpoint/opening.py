@@ -56,6 +56,7 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     FETCH_IT,
+    OF_TOKENIZER,
     ORIGINAL_FOLDER,
     TORCH_INDEX,
     Prefer,
@@ -661,16 +662,15 @@ def _across(
 
 
 def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:
-    """The documents beside the weights, by their names there; those of an `original/` further in keep that
-    prefix. Llama 1 and 2 keep tokenizer.model one level above the weights, so it is looked for there too."""
-    inside = [name for name in folder.names() if name.startswith(within)]
-    called = {name.removeprefix(within): name for name in inside}
+    """The documents beside the weights, by their names there, with those of an `original/` further in. Llama
+    1 and 2 keep tokenizer.model and its sum one level above the weights, so they are looked for there too."""
+    called = {name.removeprefix(within): name for name in folder.names() if name.startswith(within)}
     found = {short: folder.document(name, short) for short, name in called.items() if belongs(short)}
     outer = folder if within else folder.outer()
     if not original or any(map(is_tokenizer, found)) or outer is None:
         return found
     if outer.has(TOKENIZER):
-        found[TOKENIZER] = outer.document(TOKENIZER)
+        found |= {n: outer.document(n) for n in (TOKENIZER, OF_TOKENIZER) if outer.has(n)}
         notes.append(f"{TOKENIZER} was taken from the folder above the weights")
     elif (within or within_original(folder)) and outer.has(READY):
         around = [n for n in outer.names() if n in AROUND and n not in found]
