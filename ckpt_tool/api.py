@@ -45,6 +45,7 @@ from ckpt_tool.convert.recognising import (
     no_config,
     only_family,
     recognise,
+    spelled,
     unknown_name,
     with_config,
 )
@@ -210,7 +211,7 @@ def open_for(
     found = open_checkpoint(source, prefer="original" if to == "hf" else "hf", limits=Limits(late=late))
     try:
         check_layout(found)
-        found = codes_apart(found)
+        found = spelled(codes_apart(found))
         return found if options is None else with_config(found, options.settings)
     except BaseException as error:
         try:

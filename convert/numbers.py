@@ -37,7 +37,7 @@ from ckpt_tool.convert.params import UNKNOWN as UNKNOWN
 from ckpt_tool.convert.params import Facts, Silent
 from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
-from ckpt_tool.convert.plan import Options
+from ckpt_tool.convert.plan import Options, Turns
 from ckpt_tool.convert.plan import Value as Value
 from ckpt_tool.convert.source import MAX_LAYERS, Source, dtype_value
 from ckpt_tool.convert.weave import Table
@@ -365,12 +365,36 @@ def head_of(known: Known) -> str:
     return next(iter(known.config.tied))
 
 
-def turns(known: Known) -> Value | None:
-    """The base of the rotary frequencies; None for a model without, and for one that scales them."""
+def turns(known: Known) -> Turns | None:
+    """What the rotary frequencies are made of; None for a model without."""
     own = {} if known.config is None else known.config.aliases
     name = next((n for n in (*own.get("rope_theta", ()), "rope_theta") if n in known.fields), None)
     said = known.made.get("rope_scaling", Value((known.facts.document or {}).get("rope_scaling"), ""))
-    return None if name is None or said.value is not None else known.value(name)
+    if name is None:
+        return None
+    return Turns(None if said.value is not None else known.value(name), _pairs(known))
+
+
+def _pairs(known: Known) -> Value | None:
+    """How many rotary frequencies a head has: half of its channels, or of the part of them that is turned."""
+    share = next((n for n in ("rotary_pct", "partial_rotary_factor") if n in known.fields), None)
+    width, part = _head_width(known), 1 if share is None else known[share]
+    if width is None or not isinstance(width.value, int) or not isinstance(part, int | float):
+        return None
+    told = f" ({width.source})" if width.source else ""
+    told += "" if share is None else f" x {share} {part:g}"
+    return Value((int(width.value * part) + 1) // 2, f"half of head_dim {width.value}{told}")
+
+
+def _head_width(known: Known) -> Value | None:
+    """The channels of a head; None where a class without a field for them may read them of config.json."""
+    if "head_dim" in known.fields:
+        return known.value("head_dim")
+    sizes = [known.value(n) for n in ("hidden_size", "num_attention_heads") if n in known.fields]
+    counted = len(sizes) == 2 and all(isinstance(v.value, int) and v.value > 0 for v in sizes)
+    if not counted or "head_dim" in (known.facts.document or {}):
+        return None
+    return Value(sizes[0].value // sizes[1].value, f"hidden_size / {sizes[1].value} heads")
 
 
 def repeats(known: Known) -> dict[str, str]:

@@ -25,6 +25,7 @@ from ckpt_tool.convert import dtypes
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.layout import Part, Step, dims_text
 from ckpt_tool.convert.plan_checks import (
+    frequency_problems,
     kept_problems,
     step_problems,
     told_apart,
@@ -82,6 +83,15 @@ class Value:
 
     value: Any
     source: str
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the rotary frequencies of a model are made of: their base, None where they are scaled, and how
+    many there are, None where it is not known."""
+
+    base: Value | None
+    pairs: Value | None
 
 
 @dataclass(frozen=True)
@@ -205,9 +215,8 @@ class Plan:
     foretold: tuple[Foretold, ...] = ()
     # Options beyond dtype and dropped tensors without which the same plan is not made again.
     asked: Mapping[str, Any] = field(default_factory=dict)
-    # The base of rotary frequencies that are not scaled: what is stored of them and left out is held against
-    # it. No part of what is done.
-    turns: Value | None = None
+    # What is stored of rotary frequencies and left out is held against it. No part of what is done.
+    turns: Turns | None = None
     # The quantised weights of the source: what their scales hold is looked at. No part of what is done.
     quantised: Inventory | None = None
     # Tensors that no pass reads, by a pattern of their names: what they hold says nothing of the model.
@@ -344,16 +353,15 @@ def assemble(
     lossy: Iterable[str] = (),
     original: Mapping[str, Any] | None = None,
     foretold: Iterable[Foretold] = (),
-    turns: Value | None = None,
+    turns: Turns | None = None,
     unread: str = "",
 ) -> Plan:
     """A checked plan from a family's expanded table.
 
     `expansion` is used up. `ignored` maps regular expressions for source names to the reason for dropping
     them. For "to-hf" the target files are laid out here (size limit, index); for "to-original" each target
-    part already names its file, and `outputs` lists those files in order; `compared` are steps that only
-    compare, as they are to be done. Every problem of the stage is raised together: missing tensors, tensors
-    nothing claims, shapes and dtypes that disagree.
+    part names its file, and `outputs` lists these in order; `compared` are steps that only compare. Problems
+    are raised together: tensors missing or claimed by nothing, shapes, dtypes.
     """
     steps = expansion.steps if direction == "to-hf" else expansion.steps.inverse()
     steps.extend(compared)
@@ -362,6 +370,7 @@ def assemble(
     kept = set(options.drop) - {d.tensor.name for d in dropped}
     missing = told_apart(expansion.problems, checkpoint)
     problems = [*kept_problems(kept, checkpoint), *missing, *step_problems(steps, checkpoint)]
+    problems += frequency_problems(dropped, turns, options.drop)
     fail_all([*problems, *uncovered_problems(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps, in_files=direction != "to-hf")
     counts = wanted.counts()

@@ -4,7 +4,8 @@ steps read, what was asked for, and what the readers of its files take. All prob
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
@@ -16,7 +17,26 @@ from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem, printable
 
 if TYPE_CHECKING:
-    from ckpt_tool.convert.plan import OutputFile
+    from ckpt_tool.convert.plan import Dropped, OutputFile, Turns
+
+
+ROTARY = re.compile(r"(.*\.)?(inv_freq|rope\.freqs)")
+
+
+def frequency_problems(
+    left_out: Iterable[Dropped], turns: Turns | None, asked: Collection[str]
+) -> Iterator[Problem]:
+    """Rotary frequencies that are stored and left out, but not `asked` for, in another number than heads of
+    the width that the config says have: nothing else tells the heads of a model without groups."""
+    if turns is None or turns.pairs is None:
+        return
+    pairs = turns.pairs
+    for tensor in (d.tensor for d in left_out if d.tensor.name not in asked):
+        if ROTARY.fullmatch(tensor.name) and len(tensor.shape) == 1 and tensor.shape != (pairs.value,):
+            message = f"expected {pairs.value} rotary frequencies, {pairs.source}, found {tensor.shape[0]}"
+            hint = "--set num_attention_heads=N says how many heads; --drop leaves the frequencies out"
+            yield Problem("config-mismatch", message, tensor.file, tensor.name, hint)
+            return  # each layer says the same
 
 
 def told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:

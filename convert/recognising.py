@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -119,6 +119,29 @@ def _with_class(checkpoint: Checkpoint, said: Any) -> Checkpoint:
     return replace(checkpoint, documents={**checkpoint.documents, "config.json": made})
 
 
+def spelled(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with the class in config.json spelled as it is, where only capitals differ: the first
+    conversions of Llama, of March 2023, call it LLaMAForCausalLM, and loaders go by model_type."""
+    if "config.json" not in checkpoint.documents:
+        return checkpoint
+    try:
+        named = checkpoint.json("config.json").get("architectures")
+    except CkptToolError:
+        return checkpoint  # whoever needs it says so
+    if not (isinstance(named, list) and len(named) == 1 and isinstance(named[0], str)):
+        return checkpoint
+    known = {a for f in FAMILIES for a in family(f).architectures}
+    called = next((a for a in known if a.lower() == named[0].lower()), None)
+    if called is None or named[0] in known:
+        return checkpoint
+    document = checkpoint.documents["config.json"]
+    content = document.read().replace(json.dumps(named[0]).encode(), json.dumps(called).encode())
+    made = Given("config.json", document.path, len(content), content)
+    note = f"config.json: {printable(named[0])} is {called}, and written as that"
+    documents = {**checkpoint.documents, "config.json": made}
+    return replace(checkpoint, documents=documents, readings=(*checkpoint.readings, note))
+
+
 # --- what to say ----------------------------------------------------------------------------------------
 
 
@@ -187,6 +210,8 @@ def only_family(checkpoint: Checkpoint) -> str:
     own = [(name, why) for name, is_own, why in said if is_own]
     if len(own) == 1:
         return own[0][0]
+    _check_readable(checkpoint)
+    fail_all(_misnamed(checkpoint, {family(name).document or "" for name, _ in own}))
     label = checkpoint.path.name
     if own:
         reasons = "; ".join(f"{n}: {why}" for n, why in own)
@@ -196,6 +221,21 @@ def only_family(checkpoint: Checkpoint) -> str:
     if (name := canonical.whose(as_families_know(checkpoint))) is not None:
         return name
     raise CkptToolError(*unknown(checkpoint, said))
+
+
+def _check_readable(checkpoint: Checkpoint) -> None:
+    """Fail as its reader does where the document that tells families apart cannot be read: what they say
+    without it is of no use."""
+    for name in ("params.json", "config.json"):
+        if name in checkpoint.documents:
+            checkpoint.json(name)
+
+
+def _misnamed(checkpoint: Checkpoint, wanted: Collection[str]) -> Iterator[Problem]:
+    """The one document that all of several families want, where it is there under another name."""
+    for name in wanted if len(wanted) == 1 else ():
+        if name and name not in checkpoint.documents and _under_another_name(checkpoint, name) is not None:
+            yield _no_document(checkpoint, name)
 
 
 def unknown(

@@ -6,7 +6,6 @@ what was stored: where they are of another base, one of the two is not what the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,19 +14,19 @@ from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.casting import CASTABLE, cast
 from ckpt_tool.convert.manifest import Finding
 from ckpt_tool.convert.plan import Plan
+from ckpt_tool.convert.plan_checks import ROTARY
 from ckpt_tool.errors import CkptToolError
 
-NAME = re.compile(r"(.*\.)?(inv_freq|rope\.freqs)")
 LARGEST, MOST = 1024, 256  # elements of one, and tensors looked at
 APART = 0.05  # of the base; bfloat16 moves it by less than 0.02
 
 
 def stale(checkpoint: Checkpoint, plan: Plan) -> Iterator[Finding]:
     """What is stored of another base than the config's, each tensor that is left out."""
-    base = plan.turns
+    base = None if plan.turns is None else plan.turns.base
     if base is None or not isinstance(base.value, int | float):
         return
-    for tensor in [d.tensor for d in plan.dropped if NAME.fullmatch(d.tensor.name)][:MOST]:
+    for tensor in [d.tensor for d in plan.dropped if ROTARY.fullmatch(d.tensor.name)][:MOST]:
         found = base_of(checkpoint, tensor)
         if found is not None and abs(found / base.value - 1) > APART:
             text = (

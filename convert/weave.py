@@ -27,7 +27,16 @@ from ckpt_tool.convert.layout import (
     without_padding,
 )
 from ckpt_tool.convert.params import SET, Facts
-from ckpt_tool.convert.plan import Foretold, Options, OutputDocument, Plan, Value, assemble, config_document
+from ckpt_tool.convert.plan import (
+    Foretold,
+    Options,
+    OutputDocument,
+    Plan,
+    Turns,
+    Value,
+    assemble,
+    config_document,
+)
 from ckpt_tool.convert.quantised import (
     ALONE,
     E4M3,
@@ -58,8 +67,8 @@ class Table:
     """A family's rows and what fills them in. `axes` has the size of every axis, `fields` the config value
     behind some of them, `numbers` these values with their sources. `words` counts the rows of a vocabulary
     that are no padding, None where there is none; `indices` other indices than the layer's. `repeats` are
-    tensors of the converted model, each with that whose values it must have. `turns` is the base of rotary
-    frequencies that are not scaled, with its source. `head` is what the checkpoint
+    tensors of the converted model, each with that whose values it must have. `turns` is what its
+    rotary frequencies are made of. `head` is what the checkpoint
     calls its output layer where the user may say whether it is the embedding. `copies` are the rows of an
     axis that converted tensors repeat after the last; the way back compares them unless `compared` is false,
     and `unlike` says what to do where they differ. `packed` is how names end of tensors that hold bytes of
@@ -73,7 +82,7 @@ class Table:
     words: int | None = None
     indices: Mapping[str, int] = field(default_factory=dict)
     repeats: Mapping[str, str] = field(default_factory=dict)
-    turns: Value | None = None
+    turns: Turns | None = None
     head: str = ""
     copies: Mapping[str, Sequence[int]] = field(default_factory=dict)
     compared: bool = True
@@ -186,7 +195,7 @@ def as_it_is(
     compared: Iterable[Step],
     options: Options,
     written: Written,
-    turns: Value | None,
+    turns: Turns | None,
 ) -> Plan:
     """The plan of a model that keeps its layout: `filled` moves its tensors as they are. The config.json is
     among the documents."""

@@ -533,6 +533,7 @@ ODD_LISTS = {
     "here": ("{md5}  ./{name}\n", 2),
     "BSD": ("MD5 ({name}) = {md5}\n", 2),
     "capitals": ("{md5}  {name}\n", 2),
+    "from above": ("{md5}  source/{name}\n", 2),
     "elsewhere": ("{md5}  ../source/{name}\n", 0),
     "absolute": ("{md5}  /{name}\n", 0),
     "no sums": ("{name} is fine\n", 0),
@@ -548,6 +549,16 @@ def test_lists_as_they_are_found(kind: str, originals: Written, tmp_path: Path) 
     text = text.replace("CONSOLIDATED.00.PTH", "consolidated.00.pth")
     (source / "checklist.chk").write_bytes(text.encode())
     assert told(source) == [f"checklist.chk: {count} of {count} sums agree"] * bool(count)
+
+
+def test_the_sum_of_a_tokenizer_above_the_weights(originals: Written, tmp_path: Path) -> None:
+    """Llama 1 and 2 have tokenizer.model and tokenizer_checklist.chk beside the folders of the weights."""
+    source = Path(shutil.copytree(originals("llama-2-7b").parent, tmp_path / "all"))
+    right = "tokenizer_checklist.chk: 1 of 1 sums agree"
+    assert right in told(source / "llama-2-7b")
+    (source / "tokenizer_checklist.chk").write_text(f"{'0' * 32}  tokenizer.model\n")
+    notes = told(source / "llama-2-7b")
+    assert any(n.startswith("tokenizer.model has md5 ") for n in notes) and right not in notes
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -286,11 +286,12 @@ def test_an_encoding_of_windows_leads_out(
     assert "as UTF-8 without" in (only(source, "llama", tmp_path).hint or "")
 
 
+@pytest.mark.parametrize("family", ["llama", "auto"])
 @pytest.mark.parametrize("name", ["params.json.txt", "orig_params.json", "params (1).json", "config.json"])
-def test_params_under_another_name(name: str, originals: Written, tmp_path: Path) -> None:
+def test_params_under_another_name(name: str, family: str, originals: Written, tmp_path: Path) -> None:
     source = copied(originals(L), tmp_path)
     (source / "params.json").rename(source / name)
-    first = refusal(source, "llama", tmp_path).problems[0]
+    first = refusal(source, family, tmp_path).problems[0]
     assert first.kind == "missing-file" and name in first.message and "params.json" in (first.hint or "")
     (source / name).rename(source / "params.json")
     assert api.convert(source, tmp_path / "out", family="llama").plan.outputs
@@ -341,6 +342,7 @@ def test_what_modelscope_has_not_all_of(originals: Written, tmp_path: Path) -> N
         ("model.transformer.h.0.attn.qkv.weight", "LitGPT", "convert_from_litgpt"),
         ("layers.0.sa_norm.scale", "torchtune", "FullModelHFCheckpointer"),
         ("language_model.encoder.layers.0.self_attention.key_value.weight", "DeepSpeed", "hf2megads"),
+        ("layers.0.attention.wqkv.weight", "gpt-fast", "made from"),
         ("model_state_dict.embedder.weight", "gemma_pytorch", "release for transformers"),
         ("model.layers.0.mlp.up_proj.weight._data", "quanto", "16 or 32 bits"),
         ("model.layers.0.mlp.up_proj.W_q", "HQQ", "16 or 32 bits"),

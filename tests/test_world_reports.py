@@ -242,3 +242,68 @@ def test_what_a_download_lost_leads_out(originals: Written, tmp_path: Path) -> N
     assert [kind for kind, _ in told] == ["bad-tokenizer", "truncated", "missing-shard"]
     assert "download the file again" in told[0][1] and "get the whole file" in told[1][1]
     assert told[2][1] == "download what is missing too"
+
+
+# --- what contradicts what a document says --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "document", "key", "stored", "width"),
+    [
+        ("llama-2-7b", "llama", "params.json", "n_heads", 5, 20),
+        ("llama-1-7b", "llama", "params.json", "n_heads", 4, 16),
+        ("pythia-410m", "gpt-neox", "config.json", "num_attention_heads", 3, 72),
+    ],
+)
+def test_stored_frequencies_tell_another_number_of_heads(
+    name: str,
+    family: str,
+    document: str,
+    key: str,
+    stored: int,
+    width: int,
+    originals: Written,
+    tmp_path: Path,
+) -> None:
+    """A params.json of another repository (jankais3r/LLaMA_MPS#11: "Results gibberish"): without groups every
+    number of heads fits the matrices."""
+    source = Path(shutil.copytree(originals(name), tmp_path / "in"))
+    world.document(document, lambda c: c.update({key: c[key] // 2}))(source)
+    (problem,) = refusal(source, family, tmp_path).problems
+    assert problem.kind == "config-mismatch" and "rotary frequencies" in problem.message
+    assert f"half of head_dim {width} " in problem.message and problem.message.endswith(f"found {stored}")
+    assert "--set num_attention_heads=N" in str(problem.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "text", "found"),
+    [
+        ("llama-2-7b", "params.json", '\ufeff{"dim": 40}', "byte order mark"),
+        ("mistral-7b-v0.1", "params.json", '{"dim": 40,}', "double quotes"),
+        ("llama-3-8b", "params.json", "", "nothing"),
+        ("qwen2-0.5b", "config.json", "hidden_size: 40\n", "a JSON object"),
+    ],
+)
+def test_auto_tells_a_broken_document_and_no_doubt_between_families(
+    name: str, document: str, text: str, found: str, originals: Written, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(originals(name), tmp_path / "in"))
+    (source / document).write_text(text)
+    (problem,) = refusal(source, "auto", tmp_path).problems
+    assert problem.kind == "bad-config" and problem.file == document and found in problem.message
+
+
+def test_the_first_name_of_the_class_of_llama_is_read(originals: Written, tmp_path: Path) -> None:
+    """LLaMAForCausalLM of March 2023 (decapoda-research/llama-7b-hf; huggingface/transformers#22222)."""
+    plain = api.convert(originals("llama-1-7b"), tmp_path / "plain", family="llama").out
+    old = Path(shutil.copytree(plain, tmp_path / "old"))
+    (old / "ckpt-tool.json").unlink()
+    world.document("config.json", lambda c: c.update(architectures=["LLaMAForCausalLM"]))(old)
+    made = api.convert(old, tmp_path / "out")
+    assert "config.json: LLaMAForCausalLM is LlamaForCausalLM, and written as that" in made.plan.notes
+    config = json.loads((made.out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert api.verify(old, originals("llama-1-7b"), levels=("coverage", "bits")).exit_code == 0
+    api.convert(old, tmp_path / "back", family="llama", to="original")
+    kept, back = (world.load(f / "consolidated.00.pth") for f in (originals("llama-1-7b"), tmp_path / "back"))
+    assert world.equal({k: v for k, v in kept.items() if "freqs" not in k}, back)

@@ -405,23 +405,23 @@ def test_the_case_of_two_rotary_bases(family: str, to: str, base: float, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("variant", "to", "name"),
+    ("variant", "to", "name", "pairs"),
     [
-        ("pythia-410m", "hf", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
-        ("llama-2-7b", "original", "model.layers.0.self_attn.rotary_emb.inv_freq"),
-        ("mistral-float32", "original", "model.layers.0.self_attn.rotary_emb.inv_freq"),
-        ("qwen3-float32", "hf", "model.rotary_emb.inv_freq"),
+        ("pythia-410m", "hf", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", 3),
+        ("llama-2-7b", "original", "model.layers.0.self_attn.rotary_emb.inv_freq", 5),
+        ("mistral-float32", "original", "model.layers.0.self_attn.rotary_emb.inv_freq", 5),
+        ("qwen3-float32", "hf", "model.rotary_emb.inv_freq", 8),
     ],
 )
 def test_stored_frequencies_of_another_base_are_said(
-    variant: str, to: str, name: str, edited: Callable[..., Path], tmp_path: Path
+    variant: str, to: str, name: str, pairs: int, edited: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = edited(variant)
     (file,) = folder.glob("*.safetensors")
     tensors, (_, base) = read_tensors(file), base_of(folder)
     for k, stored in enumerate((base, 7 * base)):
-        values = [stored ** (-i / 8) for i in range(8)]
-        write_tensors(file, {**tensors, name: ("F32", [8], struct.pack("<8f", *values))})
+        values = [stored ** (-i / pairs) for i in range(pairs)]
+        write_tensors(file, {**tensors, name: ("F32", [pairs], struct.pack(f"<{pairs}f", *values))})
         made = api.convert(folder, tmp_path / str(k), to=to)
         found = [f for f in made.outcome.findings if f.kind == "stale-frequencies"]
         assert [f.tensor for f in found] == [name][:k]

@@ -21,7 +21,7 @@ from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, codes
 from ckpt_tool.convert.kept import Manifest, read_manifest
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
-from ckpt_tool.convert.recognising import near_misses, with_config
+from ckpt_tool.convert.recognising import near_misses, spelled, with_config
 from ckpt_tool.errors import CkptToolError, Problem, fail
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.casted import as_found, cast_seen
@@ -149,7 +149,7 @@ def _open(
         found = open_checkpoint(path, limits=limits, hub="download")
     try:
         as_it_stands = limits is not None and limits.as_it_stands
-        apart = codes_apart(joined_anew(found))
+        apart = spelled(codes_apart(joined_anew(found)))
         return as_families_know(seen(apart), as_loaders_do=as_it_stands)
     except BaseException:
         found.close()

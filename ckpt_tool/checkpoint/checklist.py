@@ -89,6 +89,8 @@ def compare(
             sums = listed(checkpoint.documents[name].read(LIST_BYTES))
         except CkptToolError:
             continue
+        above = f"{checkpoint.path.name}/"  # of a list made one level above
+        sums = {n.removeprefix(above): s for n, s in sums.items()}
         sums.pop(name, None)  # `md5sum * > LIST` lists the list, as it was before it was written
         if sums:
             made.append(_compare(checkpoint, name, sums, weights, progress or (lambda name, count: None)))

@@ -56,6 +56,7 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at, newest
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     FETCH_IT,
+    OF_TOKENIZER,
     ORIGINAL_FOLDER,
     TORCH_INDEX,
     Prefer,
@@ -648,7 +649,8 @@ def _across(
 
 def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:
     """The documents beside the weights, by their names there; those of an `original/` further in keep that
-    prefix. Llama 1 and 2 keep tokenizer.model one level above the weights, so it is looked for there too."""
+    prefix. Llama 1 and 2 keep tokenizer.model and its sum one level above the weights, so they are looked
+    for there too."""
     listed = [*folder.names(), *folder.below(lambda n: n in within.split("/"))] if within else folder.names()
     inside = [name for name in listed if name.startswith(within)]
     called = {name.removeprefix(within): name for name in inside}
@@ -657,7 +659,7 @@ def _documents(folder: Folder, within: str, original: bool, notes: list[str]) ->
     if not original or any(map(is_tokenizer, found)) or outer is None:
         return found
     if outer.has(TOKENIZER):
-        found[TOKENIZER] = outer.document(TOKENIZER)
+        found |= {n: outer.document(n) for n in (TOKENIZER, OF_TOKENIZER) if outer.has(n)}
         notes.append(f"{TOKENIZER} was taken from the folder above the weights")
     elif (within or within_original(folder)) and outer.has(READY):
         around = [n for n in outer.names() if n in AROUND and n not in found]

@@ -507,6 +507,11 @@ _LAYOUTS = (
         "its tools/hf2megads_weight_converter.py goes between those and Hugging Face's",
     ),
     (
+        r"layers\.\d+\.attention\.wqkv\.weight",
+        "gpt-fast's own names, with queries, keys and values in one matrix",
+        "give the folder that model.pth was made from: gpt-fast leaves it as it was",
+    ),
+    (
         r"(.+\.)?embedder\.weight",
         "Gemma as Google's gemma_pytorch has it, with projections that are joined",
         "get the release for transformers (Kaggle has it as a variation of its own), and give that folder",

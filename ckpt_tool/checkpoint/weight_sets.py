@@ -24,9 +24,10 @@ TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in
 
 TORCH_INDEX = "pytorch_model.bin.index.json"
 # Lists of sums, which name every file that there should be.
+OF_TOKENIZER = "tokenizer_checklist.chk"  # which Llama 1 and 2 have one level above the weights
 CHECKLISTS = (
-    *("checklist.chk", "tokenizer_checklist.chk", "MD5SUMS", "md5sum.txt"),
-    *("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "sha256sum.txt"),
+    *("checklist.chk", OF_TOKENIZER, "MD5SUMS", "md5sum.txt", "md5sums.txt", "checksums.txt"),
+    *("SHA256SUMS", "SHA256SUM", "SHA256SUMS.txt", "sha256sums.txt", "sha256sum.txt"),
 )
 # What a model in the Hugging Face layout has beside config.json and its weights.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of a model that reads images
