@@ -675,3 +675,24 @@ def test_what_joins_images_to_a_text_is_left_out_by_its_name_in_memory(
     assert len(plain) == 2
     for name in plain:
         assert any(re.match(p, f"model.{name.removesuffix('.weight')}") for p in patterns), name
+
+
+@pytest.mark.parametrize("whole", [{}, {KEY: None}])
+def test_the_text_part_says_it_where_the_whole_does_not(
+    whole: dict[str, Any], conversions: Written, tmp_path: Path
+) -> None:
+    """So does transformers 5.23.0 take it (quantizers/auto.py); what the whole says goes before."""
+    source = quantise(conversions("mistral3-images"), tmp_path / "in", "fp8-tensor")
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"][KEY] = config.pop(KEY)
+    (source / "config.json").write_text(json.dumps(config | whole))
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
+    convert(source, tmp_path / "numbers", options=Options(dequantize="bfloat16"))
+    written = json.loads((tmp_path / "numbers" / "config.json").read_text())
+    assert KEY not in written and KEY not in written["text_config"]
+    assert verify(tmp_path / "numbers", source, levels=("coverage", "bits")).status == "pass"
+    (source / "config.json").write_text(json.dumps(config | {KEY: {"quant_method": "awq"}}))
+    with pytest.raises(CkptToolError, match='found "awq"'):
+        plan(source)
