@@ -32,6 +32,8 @@ UNASKED = (
     *("activation_dropout", "experts_per_token", "initial_context_length"),
     *("scale_attn_weights", "use_feature_dropout"),
 )
+# The same of a key that other classes ask for, by the model_type of those that do not.
+UNASKED_OF = {"gemma2": ("attention_dropout",), "llama": ("attention_dropout",), "luke": ("use_cache",)}
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
@@ -202,11 +204,12 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
 def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys that change no number, with which a release does not load the model, or what it computes comes
     without names: nulls for numbers and flags of its class or of every class, tuples for results."""
+    unasked = {*UNASKED, *UNASKED_OF.get(found.model_type, ())}
     for key in (k for k in config if k in found.idle or k in NEVER_NULL):
         value, want = config[key], planned.get(key)
         if key in planned and same(value, want):
             continue  # the source has it so
-        if value is None and key not in UNASKED and (key in NEVER_NULL or isinstance(want, int | float)):
+        if value is None and key not in unasked and (key in NEVER_NULL or isinstance(want, int | float)):
             asked = "a value or no such key" if want is None else shown(want)
             text = f"expected {asked}, found null, with which releases of transformers do not load or run it"
         elif key in NAMED and bool(value) is not NAMED[key]:
