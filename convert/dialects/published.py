@@ -331,10 +331,9 @@ def window(name: str, unread: str | None = None) -> Field:
     def check(known: Known, found: Value) -> Value:
         said = {**(known.facts.document or {}), **known.facts.settings}
         if unread is not None and unread in said and name not in said:
-            message = (
-                f"expected {name}, found {unread} {shown(said[unread])} alone, which no release of transformers "
-                f"reads: each takes {shown(known.config.numbers[name]) if known.config else 'its default'}"
-            )
+            usual = shown(known.config.numbers[name]) if known.config else "its default"
+            message = f"expected {name}, found {unread} {shown(said[unread])} alone, which no release of "
+            message += f"transformers reads: each takes {usual}"
             known.refuse("missing-fact", message, name, f"--set {name}=VALUE says which width is meant")
         if type(found.value) is not int or found.value < 1:
             message = (
