@@ -32,8 +32,6 @@ UNASKED = (
     *("activation_dropout", "experts_per_token", "initial_context_length"),
     *("scale_attn_weights", "use_feature_dropout"),
 )
-# The same of a key that other classes ask for, by the model_type of those that do not.
-UNASKED_OF = {"gemma2": ("attention_dropout",), "llama": ("attention_dropout",), "luke": ("use_cache",)}
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 
@@ -204,7 +202,7 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
 def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys that change no number, with which a release does not load the model, or what it computes comes
     without names: nulls for numbers and flags of its class or of every class, tuples for results."""
-    unasked = {*UNASKED, *UNASKED_OF.get(found.model_type, ())}
+    unasked = {*UNASKED, *classes()[found.model_type].null_too}
     for key in (k for k in config if k in found.idle or k in NEVER_NULL):
         value, want = config[key], planned.get(key)
         if key in planned and same(value, want):

@@ -48,6 +48,7 @@ CLASS = Class(
     aliases={"sliding_window": ("sliding_window_size",)},  # both are in the published 9B
     idle={"hidden_act": "not read: hidden_activation is"},
     windows="alternate",
+    null_too=("attention_dropout",),
     heads=without(DECODER_HEADS, "ForQuestionAnswering"),
 )
 
