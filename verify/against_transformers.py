@@ -108,8 +108,8 @@ def against_transformers(
     loading += _plain_inputs(version, made.info)
     if (odd := _other_blocks(subject, version) or _rounded(subject, version, made.info)) is not None:
         return [*loading, finding("logits", "undecided", odd)]
-    if (text := _made_up(version, made.info, unused)) is not None:
-        return [*loading, finding("logits", "skipped", text)]
+    if (drawn := _made_up(version, made.info, unused)) is not None:
+        return [*loading, finding("logits", "skipped", drawn)]
     try:
         return [*loading, *_logits(subject, made, judged, prompts, progress)]
     except Exception as error:
