@@ -65,7 +65,7 @@ def run(
     import torch
 
     from ckpt_tool import api
-    from ckpt_tool.verify.compute import threads_for
+    from ckpt_tool.verify.compute import computing_for
     from ckpt_tool.verify.generate_run import Request, bar_of, compared, to_json
     from ckpt_tool.verify.generate_run import run as go_on
     from ckpt_tool.verify.prompts import tokenizer_of
@@ -74,7 +74,7 @@ def run(
     with ExitStack() as stack:
         settings = api.settings(asked["pairs"])
         subject = stack.enter_context(opened(out, source, settings, look_for_source=False))
-        stack.enter_context(threads_for(subject.output))
+        stack.enter_context(computing_for(subject.output))
         tokenizer = tokenizer_of(subject.hf)
         rows, mask = _prompts(asked, tokenizer)
         request = Request(rows, mask, arguments(asked["mode"], asked["options"], asked["options_file"]),

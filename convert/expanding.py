@@ -81,6 +81,7 @@ def expand(
                         continue
                     for w in [{**v, last: n} for n in range(indices[last])] if last else [v]:
                         _expand_row(filling, w, axes, original, converted, converteds, out)
+    out.problems[:] = dict.fromkeys(out.problems)  # two rows may ask for one tensor
     return out
 
 

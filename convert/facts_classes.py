@@ -71,6 +71,8 @@ class Class:
     # The tokenizer's class that loaders take by the type of the model where no file names one, if it makes
     # other tokens of some files than the class that they were written for.
     tokenizer: str | None = None
+    # Keys without effect on the numbers for which every release that has the class takes a null.
+    null_too: tuple[str, ...] = ()
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
 
     def in_memory(self, name: str) -> str:

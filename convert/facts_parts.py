@@ -15,6 +15,9 @@ from ckpt_tool.records import dataclass
 # Of a part without a bearing on anything: the whole model says it, or has no such head.
 REPEATED = frozenset(("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"))
 REPEATED |= {"id2label", "label2id", "num_labels", "tie_word_embeddings"}
+# How weights are held, which transformers 5.23.0 (quantizers/auto.py) takes of the text model where the whole
+# says none.
+PACKING = "quantization_config"
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ def in_one_row(config: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
         values = {k: v for k, v in {**usual, **told}.items() if k not in REPEATED and k != "model_type"}
         if name == parts.text:
             made |= {k: v for k, v in values.items() if k not in parts.top}
+            if told.get(PACKING) and not config.get(PACKING):
+                made[PACKING] = told[PACKING]
         else:
             made |= {f"{name}.{k}": v for k, v in _rotary(values).items()}
         made[f"{name}.model_type"] = told.get("model_type")
     for key, value in config.items():
-        if key not in found:
+        if key not in found and not (key == PACKING and not value and key in made):
             made[f"top.{key}" if key in made and made[key] != value else key] = value
     return made
 

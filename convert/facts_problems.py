@@ -38,6 +38,11 @@ def _place(path: str, given: Collection[str]) -> str:
 
 
 def _way_out(c: Contradiction, own: Class) -> str | None:
+    if "max_window_layers" in (c.first[0], c.second[0]):  # a list of the user's would say otherwise still
+        return (
+            "--set layer_types=null takes max_window_layers; --set max_window_layers=VALUE, the first layer "
+            "of layer_types that has the window, takes that where all after it have it"
+        )
     if own.windows != "all" and "layer_types" in (c.first[0], c.second[0]):
         return "--set layer_types=[...] with a kind for each layer says which"
     return f"--set {c.name}=VALUE says which" if c.name in own.numbers else None

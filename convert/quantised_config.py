@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG, PARAMS = "config.json", "params.json"
 KEY = "quantization_config"
+OF_TEXT = "text_config"  # where transformers 5.23.0 (quantizers/auto.py) looks where the whole says none
 OF_MODELOPT = "hf_quant_config.json"  # which its older releases write beside config.json, and vLLM reads
 OTHER_KEYS = ("compression_config",)  # its older name in compressed-tensors
 IN_PARAMS, OF_PARAMS = "quantization", "params"

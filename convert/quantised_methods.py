@@ -28,6 +28,7 @@ from ckpt_tool.convert.quantised_config import (
     NV,
     OF_MODELOPT,
     OF_PARAMS,
+    OF_TEXT,
     OTHER_KEYS,
     PARAMS,
     PATTERN,
@@ -119,6 +120,8 @@ def _raw(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[Any, str]
     except CkptToolError:
         return None, CONFIG  # whoever reads it says why
     found = next((document[k] for k in (KEY, *OTHER_KEYS) if document.get(k)), None)
+    if found is None and isinstance(text := document.get(OF_TEXT), Mapping):
+        found = text.get(KEY) or None
     if found is None and OF_MODELOPT in checkpoint.documents:
         return _modelopt_beside(checkpoint.json(OF_MODELOPT).get("quantization")), OF_MODELOPT
     return found, CONFIG

@@ -18,7 +18,15 @@ from ckpt_tool.checkpoint.signs import UNPACKED, packed
 from ckpt_tool.convert.params import shown
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.quantised import ALONE, E4M3, Inventory, Quantised, found_in
-from ckpt_tool.convert.quantised_config import CONFIG, IN_PARAMS, KEY, OF_MODELOPT, OTHER_KEYS, PARAMS
+from ckpt_tool.convert.quantised_config import (
+    CONFIG,
+    IN_PARAMS,
+    KEY,
+    OF_MODELOPT,
+    OF_TEXT,
+    OTHER_KEYS,
+    PARAMS,
+)
 from ckpt_tool.convert.quantised_methods import METHODS
 from ckpt_tool.errors import fail
 
@@ -158,9 +166,12 @@ def dequantised(checkpoint: Checkpoint, inventory: Inventory, dtype: str, recipe
 
 def _without(checkpoint: Checkpoint, name: str, keys: Iterable[str]) -> Given | None:
     content = checkpoint.json(name)
-    if not any(k in content for k in keys):
+    part = content.get(OF_TEXT)
+    inside = {k: v for k, v in part.items() if k not in keys} if isinstance(part, Mapping) else part
+    if inside == part and not any(k in content for k in keys):
         return None
-    text = (json.dumps({k: v for k, v in content.items() if k not in keys}, indent=2) + "\n").encode()
+    kept = {k: inside if k == OF_TEXT else v for k, v in content.items() if k not in keys}
+    text = (json.dumps(kept, indent=2) + "\n").encode()
     return Given(name, checkpoint.documents[name].path, len(text), text)
 
 

@@ -32,6 +32,7 @@ class Config(Published):
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "sliding_window": 4096,
+        "sliding_window_size": None,  # the same once more in the published 9B; the class does not read it
         "tie_word_embeddings": True,
     }
     computed = {"attention_bias": (False,), "use_bidirectional_attention": (False,)}

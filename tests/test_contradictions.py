@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ckpt_tool import api
-from ckpt_tool.convert.facts import classes
+from ckpt_tool.convert import facts
+from ckpt_tool.convert.facts import classes, ranges
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 
@@ -128,6 +129,28 @@ def test_layers_that_are_counted_twice_are_refused(edited: Callable[..., Path], 
     (problem,) = caught.value.problems
     assert problem.kind == "bad-config" and "num_hidden_layers 4" in problem.message
     assert "layer_types 3 kinds" in problem.message and "--set layer_types=" in str(problem.hint)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [({"layer_types": None}, [1, 2, 3]), ({"max_window_layers": 2}, [2, 3])],
+)
+def test_two_lists_of_windows_lead_out_either_way(
+    settings: dict[str, Any], layers: list[int], edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A list of the user's own would contradict the number as the file's does."""
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": kinds}
+    folder = edited("qwen3-0.6b", lambda config: config.update(window))
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(folder)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("bad-config", "layers with a window")
+    told = ("--set layer_types=null takes max_window_layers", "; --set max_window_layers=VALUE")
+    assert all(text in str(problem.hint) for text in told)
+    made = {k: v.value for k, v in api.plan(folder, options=api.Options(settings=settings)).config.items()}
+    found = facts.read(made, "qwen3").numbers["layers with a window"]
+    assert found.value == ranges(layers)
 
 
 def test_the_dtype_is_the_tensors_own(edited: Callable[..., Path], tmp_path: Path) -> None:

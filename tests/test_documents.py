@@ -237,6 +237,23 @@ def test_the_class_that_loaders_take_where_the_file_names_none_is_told(
     assert (found.status, found.message) == (status, text)
 
 
+def test_another_class_that_brings_a_token_is_one_difference(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """The class that config.json names, where the file names none."""
+    out = copied(conversions("llama-3-8b"), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    for name, change in (
+        ("tokenizer_config.json", {"tokenizer_class": None}),
+        ("config.json", {"tokenizer_class": "CodeGenTokenizer"}),
+    ):
+        document = json.loads((out / name).read_text()) | change
+        (out / name).write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+    report = verify(out, originals("llama-3-8b"), levels="coverage", settings=VARIANTS["llama-3-8b"].settings)
+    (found,) = [f for f in report.findings if f.where == "tokenizer_config.json: tokenizer_class"]
+    assert found.status == "fail" and "CodeGenTokenizer, of which <|endoftext|> gets an id" in found.message
+
+
 LLAMA, OTHER = {"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 

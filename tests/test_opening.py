@@ -465,3 +465,13 @@ def test_each_zip_is_opened_once_and_its_directory_read_once(
         open_checkpoint(path).close()
         assert len(opened) == len(set(opened)) == files, path
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_index_of_which_some_files_are_there_is_refused(named: bool, tmp_path: Path) -> None:
+    """Six digits are no pattern of numbers: the index alone says what belongs together."""
+    one, two = (f"model-00000{i}-of-000002.safetensors" for i in (1, 2))
+    index = index_document({"a": one, "norm": one, "b": two}, 1)
+    fill(tmp_path, **{"model.safetensors.index.json": index, one: SAFE})
+    (problem,) = refused(tmp_path / one if named else tmp_path)
+    assert (problem.kind, problem.message) == ("bad-index", f"expected {two}, found no such file")

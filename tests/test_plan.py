@@ -369,3 +369,9 @@ def test_stacked_experts_and_lossy_casts_are_shown(tmp_path: Path) -> None:
     assert "(e f) d -> d (e f)" in text
     assert "experts.{0..7}.w2.weight" in text
     assert "lossy: --dtype" in text
+
+
+def test_a_tensor_that_two_rows_ask_for_is_missing_once() -> None:
+    rows = [rule("a", "x", "d"), rule("a", "y", "d")]
+    filled = expand(rows, axes={"d": 2}, indices={}, original=lambda _: [], converted=lambda _: ("", "F32"))
+    assert [(p.kind, p.where) for p in filled.problems] == [("missing-tensor", "a")]

@@ -793,3 +793,20 @@ def test_the_family_table_and_the_plan_say_the_same(originals: Written) -> None:
 
     assert [r.name.rsplit(".", 2)[1] for r in reorders(plan, 2)] == ["q_proj", "k_proj"]
     assert reorders(None, 2) == []
+
+
+def test_what_the_library_makes_up_is_nothing_to_compare(originals: Written, broken: Written) -> None:
+    """The head of an output that has none is drawn at random when its class is loaded."""
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    folder = broken(DENSE)
+    file = folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, {"format": "pt"})
+    report = verify(folder, originals(DENSE), levels="coverage", against="transformers")
+    found = {f.check: (f.status, f.message) for f in report.findings if f.level == "transformers"}
+    assert found["load"][0] == "fail" and "missing keys: lm_head.weight" in found["load"][1]
+    status, text = found["logits"]
+    assert status == "skipped"
+    assert text.endswith("made up what the output has not (lm_head.weight): not compared")
+    assert report.exit_code == 1

@@ -29,6 +29,7 @@ from ckpt_tool.fixtures.metaseq import metaseq_vocabulary
 from ckpt_tool.fixtures.tokenizers import sentencepiece_model, tekken_json, tiktoken_model
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.fixtures.vocabularies import gpt2_vocabulary, qwen_tokenizer, wordpiece_vocabulary
+from ckpt_tool.verify import verify
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 Written = Callable[[str], Path]
@@ -182,7 +183,8 @@ def test_what_published_models_have_besides_converts(name: str, originals: Writt
 def test_a_second_name_of_the_window_is_compared(originals: Written, tmp_path: Path) -> None:
     width = config(originals("gemma-2-2b"))["sliding_window"]
     same = copied(originals("gemma-2-2b"), tmp_path / "same", {"sliding_window_size": width})
-    assert api.plan(same).config["sliding_window"].value == width
+    assert api.convert(same, tmp_path / "out").plan.config["sliding_window"].value == width
+    assert verify(tmp_path / "out", same, levels="parity", mode="quick").status == "pass"
     other = copied(originals("gemma-2-2b"), tmp_path / "other", {"sliding_window_size": width + 1})
     error = refused(lambda: api.plan(other))
     assert error.kind == "bad-config" and "sliding_window_size" in str(error)
@@ -701,3 +703,17 @@ def test_more_rows_than_tokens(rows: str, tmp_path: Path) -> None:
     api.convert(tmp_path / "out", tmp_path / "back", family="llama", to="original")
     for name in ("tokenizer.model", "params.json", *(["added_tokens.json"] if rows == "rows_323" else [])):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_window_under_its_second_name_alone_is_asked(originals: Written, tmp_path: Path) -> None:
+    """No release reads it: each would take 4096."""
+    source = copied(originals("gemma-2-2b"), tmp_path / "in", {})
+    document = config(source)
+    document["sliding_window_size"] = document.pop("sliding_window")
+    (source / "config.json").write_text(json.dumps(document))
+    (problem,) = refused(lambda: api.plan(source)).problems
+    assert (problem.kind, problem.where) == ("missing-fact", "sliding_window")
+    assert problem.message.endswith("which no release of transformers reads: each takes 4096")
+    settings = {"sliding_window": document["sliding_window_size"]}
+    api.convert(source, tmp_path / "out", options=api.Options(settings=settings))
+    assert verify(tmp_path / "out", source, levels="parity", mode="quick").status == "pass"

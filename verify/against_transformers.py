@@ -108,6 +108,8 @@ def against_transformers(
     loading += _plain_inputs(version, made.info)
     if (odd := _other_blocks(subject, version) or _rounded(subject, version, made.info)) is not None:
         return [*loading, finding("logits", "undecided", odd)]
+    if (drawn := _made_up(version, made.info, unused)) is not None:
+        return [*loading, finding("logits", "skipped", drawn)]
     try:
         return [*loading, *_logits(subject, made, judged, prompts, progress)]
     except Exception as error:
@@ -261,6 +263,16 @@ def _loading(
         return [finding("load", "pass", text if said else f"{text}, no warning")]
     note = shown(f"transformers {version} warns while it loads: {other[0]}", 400)
     return [finding("load", "pass", text), finding("warnings", "note", note, data={"warnings": other[:20]})]
+
+
+def _made_up(version: str, info: Mapping[str, Any], unused: Collection[str]) -> str | None:
+    """That the library drew weights at random which the output has not, as of a head that it is without: what
+    it computes of them is nothing to compare. None where it made up none that are used."""
+    names = sorted({*map(str, info.get("missing_keys") or ())} - {*unused})
+    if not names:
+        return None
+    shown_names = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+    return f"transformers {version} made up what the output has not ({shown_names}): not compared"
 
 
 def _deviations(subject: Subject, version: str) -> list[Finding]:

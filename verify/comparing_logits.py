@@ -13,7 +13,7 @@ import ckpt_tool.reference as reference
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.verify import logits
 from ckpt_tool.verify.as_hf import Shown
-from ckpt_tool.verify.compute import as_read, lengths_of, threads_for
+from ckpt_tool.verify.compute import as_read, computing_for, lengths_of
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for
 from ckpt_tool.verify.noise import ReversedSums
 from ckpt_tool.verify.prompts import Prompt, positions, prompts_for, tokenizer_of, with_inputs
@@ -46,7 +46,7 @@ def numbers(
         return
     bar = _cap(one, other) if only_cast else None
     try:
-        with threads_for(one.checkpoint):
+        with computing_for(one.checkpoint):
             yield from _run(a, b, prompts, bar, dtype, tell)
     except (*BROKEN, TypeError) as error:  # B's own are told phase by phase
         text = f"A cannot be computed: {type(error).__name__}: {error}"

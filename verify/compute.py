@@ -101,7 +101,7 @@ def compute(
     circumstances and seconds into `report`. `walks` are what workers wrote down of parity, each with the
     place of its inputs."""
     facts, seconds = report.facts, report.seconds
-    with threads_for(subject.output):
+    with computing_for(subject.output):
         threads = torch.get_num_threads()
         made = _prepared(subject, asked)
         where = devices.described(asked.device)
@@ -147,7 +147,7 @@ def walk_share(
 ) -> dict[str, Any] | None:
     """What a worker's prompts show, to be written down; its inputs go to `path`. None where that is what it
     wrote down `before`."""
-    with threads_for(subject.output):
+    with computing_for(subject.output):
         made = _prepared(subject, asked)
         key = _key(subject, made, asked)
         if before is not None and before.get("key") == key and from_json(before, path) is not None:
@@ -243,9 +243,9 @@ def _named(subject: Subject) -> str | None:
 
 
 @contextmanager
-def threads_for(checkpoint: Checkpoint) -> Iterator[None]:
-    """One thread for a tiny model: waking others takes longer than the work, far longer on a busy machine.
-    All numbers are multiplied as they are inside."""
+def computing_for(checkpoint: Checkpoint) -> Iterator[None]:
+    """How it is computed inside: products are exact (`device.exact`), and a tiny model has one thread, since
+    waking others takes longer than the work, far longer on a busy machine."""
     before = torch.get_num_threads()
     if sum(t.numel for t in checkpoint) < TINY:
         torch.set_num_threads(1)

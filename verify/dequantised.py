@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorFile, TensorInfo
-from ckpt_tool.convert.quantised import INT4, INT8, MXFP4, NVFP4, Inventory, Quantised
+from ckpt_tool.convert.quantised import FP8_BLOCKS, INT4, INT8, MXFP4, NVFP4, Inventory, Quantised
 from ckpt_tool.convert.quantised_view import Quantising, dequantised
+from ckpt_tool.verify.packed_groups import codes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -271,7 +272,23 @@ def to_dtype(numbers: Array, dtype: str) -> Array:
 def recomputed(checkpoint: Checkpoint, inventory: Inventory, dtype: str, recipe: str) -> Checkpoint:
     """`checkpoint` with numbers in place of codes, as this module computes them."""
     seen = dequantised(checkpoint, inventory, dtype, recipe)
+    inventory = _with_own_groups(inventory)
     files: Mapping[str, TensorFile] = {
         name: Recomputed(file, inventory, dtype, recipe) for name, file in checkpoint.files.items()
     }
     return replace(seen, files=dict(files))
+
+
+def _with_own_groups(inventory: Inventory) -> Inventory:
+    """Where weights are quantised in several ways, each with the block that its group says."""
+    if not inventory.scheme.groups:
+        return inventory
+    weights = {}
+    for name, w in inventory.weights.items():
+        said, block = codes_of(inventory.scheme, name), w.block
+        if w.kind == FP8_BLOCKS and said.block is not None:
+            block = said.block
+        elif w.kind in (INT4, INT8) and not w.of_all:
+            block = (1, said.group or w.shape[-1])
+        weights[name] = replace(w, block=block)
+    return replace(inventory, weights=weights)

@@ -202,11 +202,12 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
 def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys that change no number, with which a release does not load the model, or what it computes comes
     without names: nulls for numbers and flags of its class or of every class, tuples for results."""
+    unasked = {*UNASKED, *classes()[found.model_type].null_too}
     for key in (k for k in config if k in found.idle or k in NEVER_NULL):
         value, want = config[key], planned.get(key)
         if key in planned and same(value, want):
             continue  # the source has it so
-        if value is None and key not in UNASKED and (key in NEVER_NULL or isinstance(want, int | float)):
+        if value is None and key not in unasked and (key in NEVER_NULL or isinstance(want, int | float)):
             asked = "a value or no such key" if want is None else shown(want)
             text = f"expected {asked}, found null, with which releases of transformers do not load or run it"
         elif key in NAMED and bool(value) is not NAMED[key]:

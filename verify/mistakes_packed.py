@@ -30,6 +30,7 @@ from ckpt_tool.reference import hf_quantised, quantised
 from ckpt_tool.verify import packed_mistakes as known
 from ckpt_tool.verify.dequantised import middle_code
 from ckpt_tool.verify.packed import Packed
+from ckpt_tool.verify.packed_groups import codes_of
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.sides import Change, Side, Tensors
 from ckpt_tool.verify.weights import Weights
@@ -344,7 +345,7 @@ def _candidates(
     scheme = inventory.scheme
     used = [w for w in inventory.weights.values() if w.name in shapes or w.codes.name in shapes]
     for w in sorted(used, key=lambda w: _order(w, w.name, shapes)):
-        said = scheme.of(w.name) or scheme
+        said = codes_of(scheme, w.name)
         yield Coded(own.checkpoint, w, said.block, said.group), w.name, None
 
 
@@ -363,7 +364,7 @@ def _of_the_source(
     ):
         original = w.form.name in ("qscale", "mxfp4-dotted")
         step, rounded = steps[w.name], getattr(torch, DTYPES[packed.dtype].torch)
-        said = scheme.of(w.name) or scheme
+        said = codes_of(scheme, w.name)
         coded = Coded(packed.stored, w, said.block, said.group, original, packed.recipe, rounded)
         yield coded, step.targets[0].name, step
 

@@ -14,7 +14,7 @@ import torch
 from ckpt_tool.checkpoint.onnx_file import SUFFIX
 from ckpt_tool.convert import aside, disk
 from ckpt_tool.errors import fail
-from ckpt_tool.verify.compute import threads_for
+from ckpt_tool.verify.compute import computing_for
 from ckpt_tool.verify.onnx_export import DATA, export, for_task, form_of, heads_left_out
 from ckpt_tool.verify.onnx_judges import Source, source_of
 from ckpt_tool.verify.onnx_names import USUAL, chosen_task, documented_opset
@@ -113,7 +113,7 @@ def _place(out: Path, overwrite: bool) -> Path:
 def _export(
     source: Source, task: str, asked: Asked, folder: Path, name: str, prompts: Prompts | None
 ) -> list[Finding]:
-    with threads_for(source.checkpoint):
+    with computing_for(source.checkpoint):
         side = for_task(source.converted(torch.float32), task)
         rows_of(source, side, prompts)  # that the model does not take them is said before any work
         form = form_of(side, task, with_past=asked.with_past)

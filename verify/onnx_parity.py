@@ -22,7 +22,7 @@ from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.binomial import interval
 from ckpt_tool.verify.claims import Claim
-from ckpt_tool.verify.compute import as_read, lengths_of, threads_for
+from ckpt_tool.verify.compute import as_read, computing_for, lengths_of
 from ckpt_tool.verify.measure import CAPS, Bar, Distance, bar_for, distance
 from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_shapes
 from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
@@ -102,7 +102,7 @@ def verify_onnx(
     began, report = time.monotonic(), Report("ckpt-tool verify", claim=Claim("source"))
     interface = recognised(file)
     task = _task_of(interface, source)
-    with threads_for(source.checkpoint):
+    with computing_for(source.checkpoint):
         single = for_task(source.converted(torch.float32), task)
         sizes = _sizes(single, interface)
         cases, left = _cases(source, single, interface, prompts, task)

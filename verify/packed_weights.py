@@ -3,7 +3,7 @@ layout's own reading."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.convert.quantised import Inventory, found_in
-from ckpt_tool.convert.quantised_config import Scheme
 from ckpt_tool.convert.quantised_view import quantised_of
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import hf_quantised, quantised
 from ckpt_tool.verify.holding import SMALL, exchanged, making
+from ckpt_tool.verify.packed_groups import Codes, codes_of
 from ckpt_tool.verify.weights import Weights
 
 
@@ -43,7 +43,7 @@ class PackedWeights(Weights):
         original: bool,
     ) -> None:
         formulas: dict[str, Formula] = {}
-        for said, shapes in _by_scheme(inventory, tensors):
+        for said, shapes in _by_codes(inventory, tensors).items():
             given = shapes, said.block, said.group, said.bits or 4
             found: Mapping[str, Any] = (quantised if original else hf_quantised).packed(*given)
             formulas |= found
@@ -123,17 +123,19 @@ class PackedWeights(Weights):
         return as_stored(self.checkpoint, info)
 
 
-def _by_scheme(
+def _by_codes(
     inventory: Inventory, tensors: Mapping[str, TensorInfo]
-) -> Iterator[tuple[Scheme, dict[str, tuple[str, tuple[int, ...]]]]]:
-    """Dtypes and shapes of the tensors that are quantised in one way, and the way."""
+) -> dict[Codes, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Dtypes and shapes of the tensors that are quantised in one way, by what is said of it."""
     whole = inventory.scheme
     owner = {t.name: w.name for w in inventory.weights.values() for t in w.parts} if whole.groups else {}
-    apart: dict[int, tuple[Scheme, dict[str, tuple[str, tuple[int, ...]]]]] = {}
+    said = {name: codes_of(whole, name) for name in dict.fromkeys(owner.values())}
+    rest = Codes(whole.block, whole.group, whole.bits)
+    apart: dict[Codes, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, info in tensors.items():
-        said = (whole.of(owner[name]) if name in owner else None) or whole
-        apart.setdefault(id(said), (said, {}))[1][name] = (info.dtype, info.shape)
-    yield from apart.values()
+        codes = said[owner[name]] if name in owner else rest
+        apart.setdefault(codes, {})[name] = (info.dtype, info.shape)
+    return apart
 
 
 def as_stored(checkpoint: Checkpoint, info: TensorInfo, start: int = 0) -> Tensor:

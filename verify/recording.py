@@ -18,7 +18,7 @@ from ckpt_tool.errors import fail
 from ckpt_tool.reference import NotComputed
 from ckpt_tool.reference.hf_heads import kind_of
 from ckpt_tool.verify.answers import RESULTS, Batch, Contradiction, Runner, Skip
-from ckpt_tool.verify.compute import UNREADABLE, as_read, lengths_of, threads_for
+from ckpt_tool.verify.compute import UNREADABLE, as_read, computing_for, lengths_of
 from ckpt_tool.verify.expectations import SCHEMA_VERSION, Expectation, Expected, Tolerance, parse
 from ckpt_tool.verify.generate_run import Request, decodes, run
 from ckpt_tool.verify.prompts import positions, prompts_for, tokenizer_of
@@ -60,7 +60,7 @@ def record(
 ) -> bytes:
     """The file's content for the model in `out`, which is called `name` there. Kind `unsupported` where no
     reading of it can compute."""
-    with opened(out, None, settings, look_for_source=False) as subject, threads_for(subject.output):
+    with opened(out, None, settings, look_for_source=False) as subject, computing_for(subject.output):
         runner = _runner(subject, dtype, device)
         entries = list(_entries(subject, runner, name, dtype, device))
     if not entries:

@@ -311,7 +311,7 @@ def _lost(index: str, listed: Collection[str], names: Collection[str]) -> Iterat
 
 def _indexed(folder: Folder, names: Collection[str], name: str | None = None) -> tuple[str, WeightSet] | None:
     """As `locate`: the files that an index lists, `name` among them, where none is called as weights usually
-    are."""
+    are. Kind `bad-index` where some of them are not there: the rest is no model."""
     if name is None and any(is_weights(n.removeprefix(ORIGINAL_FOLDER)) for n in names):
         return None
     for index in INDEXES:
@@ -321,6 +321,8 @@ def _indexed(folder: Folder, names: Collection[str], name: str | None = None) ->
             if name is None or error.kind != "bad-index" or _mentions(folder, index, name):
                 raise
             continue  # of another model, whatever it should say
+        if name in listed or (name is None and not {*listed}.isdisjoint(names)):
+            fail_all(_lost(index, listed, names))
         if listed and {*listed} <= {*names} and (name is None or name in listed):
             found = WeightSet(
                 f"the files of {index}", tuple(listed), index, "hf", tuple(adapter_notes(names))

@@ -324,10 +324,17 @@ def cap_or_null(name: str) -> Field:
     return anything(name, silent=DEFAULT, check=check)
 
 
-def window(name: str) -> Field:
-    """A window without which no release computes anything: each makes its mask, whatever layers do."""
+def window(name: str, unread: str | None = None) -> Field:
+    """A window without which no release computes anything: each makes its mask, whatever layers do. `unread`
+    is another name of it, which releases do not read: alone it leaves open which width is meant."""
 
     def check(known: Known, found: Value) -> Value:
+        said = {**(known.facts.document or {}), **known.facts.settings}
+        if unread is not None and unread in said and name not in said:
+            usual = shown(known.config.numbers[name]) if known.config else "its default"
+            message = f"expected {name}, found {unread} {shown(said[unread])} alone, which no release of "
+            message += f"transformers reads: each takes {usual}"
+            known.refuse("missing-fact", message, name, f"--set {name}=VALUE says which width is meant")
         if type(found.value) is not int or found.value < 1:
             message = (
                 f"expected an integer above 0, without which no release runs, found {shown(found.value)}"

@@ -17,6 +17,7 @@ from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.one_by_one import InMemory, as_numbers, as_on_disk, one_by_one, with_scales
 from ckpt_tool.convert.options import Option, given
 from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.tied_head import tables_named
 from ckpt_tool.convert.vocabularies import Vocabulary
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.records import dataclass
@@ -79,7 +80,8 @@ def as_family_knows(checkpoint: Checkpoint, chosen: Family) -> Checkpoint:
     """`checkpoint` with the names that `chosen` has on disk, and what it may find stacked one by one."""
     checkpoint = as_on_disk(layers_apart(checkpoint), chosen.held_as, chosen.tensors)
     checkpoint = as_numbers(checkpoint, chosen.numbers)
-    return one_by_one(in_one(checkpoint, chosen.classes), chosen.in_memory)
+    checkpoint = tables_named(in_one(checkpoint, chosen.classes), chosen.classes)
+    return one_by_one(checkpoint, chosen.in_memory)
 
 
 def as_families_know(checkpoint: Checkpoint, *, as_loaders_do: bool = False) -> Checkpoint:
@@ -89,6 +91,7 @@ def as_families_know(checkpoint: Checkpoint, *, as_loaders_do: bool = False) -> 
     for chosen in map(family, FAMILIES):
         checkpoint = checkpoint if as_loaders_do else as_numbers(checkpoint, chosen.numbers)
         checkpoint = in_one(as_on_disk(checkpoint, chosen.held_as, chosen.tensors), chosen.classes)
+        checkpoint = tables_named(checkpoint, chosen.classes)
     meant = _meant(checkpoint) or [family(f) for f in FAMILIES]
     return one_by_one(checkpoint, {n: parts for f in meant for n, parts in f.in_memory.items()})
 

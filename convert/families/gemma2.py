@@ -48,6 +48,7 @@ CLASS = Class(
     aliases={"sliding_window": ("sliding_window_size",)},  # both are in the published 9B
     idle={"hidden_act": "not read: hidden_activation is"},
     windows="alternate",
+    null_too=("attention_dropout",),
     heads=without(DECODER_HEADS, "ForQuestionAnswering"),
 )
 
@@ -63,7 +64,7 @@ FAMILY = published.family(
         only("hidden_activation", "gelu_pytorch_tanh", "the only activation of Gemma 2"),
         only("attention_bias", False, "no published model has biases"),
         count("query_pre_attn_scalar", silent=DEFAULT),
-        published.window("sliding_window"),
+        published.window("sliding_window", unread="sliding_window_size"),
         map(published.cap_or_null, ("attn_logit_softcapping", "final_logit_softcapping")),
     ),
     rows=lambda _: ROWS,

@@ -402,6 +402,7 @@ CLASS = like_llama(
     idle={**DECODER, "pretraining_tp": "the same sums in parts"},
     tokenizer="LlamaTokenizer",
     answering="transformer.",
+    null_too=("attention_dropout",),
 )
 # Megatron pads the words of the published vocabularies to a multiple of 128 for each rank.
 CORE = megatron_core.Core(

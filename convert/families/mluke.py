@@ -158,6 +158,7 @@ CLASS = Class(
         "is_decoder": "not read: always an encoder",
     },
     causal=False,
+    null_too=("use_cache",),
     prefix="luke.",
     words=WORDS,
     positions="embeddings.position_embeddings.weight",
