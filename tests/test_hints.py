@@ -73,54 +73,56 @@ def test_a_value_that_the_source_says_too_is_not_repeated(tmp_path: Path, origin
 
 
 @pytest.fixture(scope="module")
-def averaged(originals: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CANINE with an average of each of its variables beside it, as training with averages saves them."""
-    folder = tmp_path_factory.mktemp("averaged")
+def looking_ahead(originals: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CANINE with the slow weights of each variable beside it, as the Lookahead optimizer saves them."""
+    folder = tmp_path_factory.mktemp("ahead")
     tensors = {}
     with open_checkpoint(originals("canine-s-bare")) as checkpoint:
         for t in [t for t in checkpoint if not t.name.startswith("cls/")]:
             found = np.frombuffer(b"".join(checkpoint.read(t)), "<f4").reshape(t.shape)
-            tensors[t.name] = tensors[f"{t.name}/ExponentialMovingAverage"] = Content.of(found, "F32")
+            tensors[t.name] = tensors[f"{t.name}/Lookahead"] = Content.of(found, "F32")
     write_bundle(folder / "model.ckpt", tensors)
     return folder
 
 
 SIZES = {"num_attention_heads": 4, "local_transformer_stride": 36}
-AVERAGES = "*/ExponentialMovingAverage"
+SLOW = "*/Lookahead"
 
 
-def test_a_pattern_leaves_out_what_it_fits_and_is_recorded_as_that(averaged: Path, tmp_path: Path) -> None:
+def test_a_pattern_leaves_out_what_it_fits_and_is_recorded_as_that(
+    looking_ahead: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CkptToolError) as error:
-        api.plan(averaged, options=Options(settings=SIZES))
+        api.plan(looking_ahead, options=Options(settings=SIZES))
     assert error.value.kind == "uncovered-tensors" and "a pattern" in str(error.value.problems[0].hint)
-    options = Options(settings=SIZES, drop=(AVERAGES,))
-    plan = api.convert(averaged, tmp_path / "out", options=options, check=False).plan
+    options = Options(settings=SIZES, drop=(SLOW,))
+    plan = api.convert(looking_ahead, tmp_path / "out", options=options, check=False).plan
     recorded = json.loads((tmp_path / "out" / "ckpt-tool.json").read_text())["options"]["drop"]
-    with open_checkpoint(averaged) as checkpoint:
-        wanted = [n for n in checkpoint.names() if n.endswith("/ExponentialMovingAverage")]
+    with open_checkpoint(looking_ahead) as checkpoint:
+        wanted = [n for n in checkpoint.names() if n.endswith("/Lookahead")]
     assert len(wanted) > 100 and sorted(recorded) == sorted(wanted)
     assert {d.tensor.name for d in plan.dropped} == set(wanted)
-    assert "pass" in said(f"verify out --source {averaged} --level coverage --level bits", tmp_path)
+    assert "pass" in said(f"verify out --source {looking_ahead} --level coverage --level bits", tmp_path)
 
 
-def test_patterns_that_fit_nothing_or_what_is_needed(averaged: Path) -> None:
+def test_patterns_that_fit_nothing_or_what_is_needed(looking_ahead: Path) -> None:
     for pattern, message in (
         ("*/Momentum", "expected a pattern of the names of tensors, found none that it fits among"),
         ("bert/layer_?/output/dense/kernel", "expected a tensor that the model does not need, found 10 that"),
         ("no/such", "expected a tensor that the model does not need, found none of that name"),
     ):
         with pytest.raises(CkptToolError) as error:
-            api.plan(averaged, options=Options(settings=SIZES, drop=(AVERAGES, pattern)))
+            api.plan(looking_ahead, options=Options(settings=SIZES, drop=(SLOW, pattern)))
         (problem,) = error.value.problems
         assert problem.kind == "usage" and problem.file == "--drop" and message in problem.message
 
 
 def test_what_training_keeps_of_variables_is_one_line_of_each_kind(
-    averaged: Path, originals: Written
+    looking_ahead: Path, originals: Written
 ) -> None:
-    text = program("inspect", str(averaged), cwd=averaged, columns=80).stdout
-    (line,) = [t for t in text.splitlines() if "ExponentialMovingAverage" in t]
-    assert line.split() == ["*/ExponentialMovingAverage", "variable's", "F32", "x230"]
+    text = program("inspect", str(looking_ahead), cwd=looking_ahead, columns=80).stdout
+    (line,) = [t for t in text.splitlines() if "Lookahead" in t]
+    assert line.split() == ["*/Lookahead", "variable's", "F32", "x230"]
     training = originals("mobilebert-training")
     text = program("inspect", str(training), cwd=training, columns=80).stdout
     lines = [t.split()[0] for t in text.splitlines() if "adam" in t]

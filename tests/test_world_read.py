@@ -30,9 +30,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from ckpt_tool.api import Options, Plan, convert, open_checkpoint, plan, recognise, verify
-from ckpt_tool.checkpoint.base import TensorFile
+from ckpt_tool.checkpoint.base import TensorFile, Unwrapped
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
+from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.cli import cli
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS

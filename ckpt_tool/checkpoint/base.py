@@ -385,6 +385,17 @@ class LeftOut:
     reason: str
 
 
+@dataclass
+class Unwrapped:
+    """Files with the model's own names, and what was done to come there."""
+
+    files: dict[str, TensorFile]
+    before: str = ""  # what stood before every name
+    readings: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+AVERAGE = "an average of the weights; the weights were taken"  # of what stands beside a model
 SHOWN_NOTES = 10  # of opening, before the rest is counted
 
 

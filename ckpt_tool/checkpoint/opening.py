@@ -12,7 +12,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_tool.checkpoint.base import Checkpoint, Document, LeftOut, TensorFile
+from ckpt_tool.checkpoint.base import Checkpoint, Document, LeftOut, TensorFile, Unwrapped
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
 from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
@@ -79,7 +79,6 @@ from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
-    from ckpt_tool.checkpoint.wrapping import Unwrapped
     from ckpt_tool.checkpoint.zip_reader import ZipArchive
 
 HUB = "hf://"
@@ -430,7 +429,7 @@ def _add_run_documents(documents: dict[str, Document], folder: Folder, within: s
 def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwrapped:
     """The files without what training programs put around a model, unless they are wanted as they stand."""
     from ckpt_tool.checkpoint.megatron_legacy import named_as_core
-    from ckpt_tool.checkpoint.wrapping import Unwrapped, unwrapped
+    from ckpt_tool.checkpoint.wrapping import unwrapped
 
     if limits.as_it_stands:
         return Unwrapped(files)

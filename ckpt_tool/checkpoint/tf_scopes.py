@@ -13,9 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
+from ckpt_tool.checkpoint.base import AVERAGE, LeftOut, Renamed, TensorFile, Unwrapped
 from ckpt_tool.checkpoint.tf_coding import VARIABLE
-from ckpt_tool.checkpoint.wrapping import AVERAGE, Unwrapped
 from ckpt_tool.errors import printable
 
 MOVING = "/ExponentialMovingAverage"

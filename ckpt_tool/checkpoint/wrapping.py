@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import field
 from functools import lru_cache
 from itertools import chain, repeat
 from math import prod
 from operator import contains
 
-from ckpt_tool.checkpoint.base import LeftOut, Renamed, TensorFile
+from ckpt_tool.checkpoint.base import AVERAGE, LeftOut, Renamed, TensorFile, Unwrapped
 from ckpt_tool.errors import Problem, fail, fail_all, printable
-from ckpt_tool.records import dataclass
 
 # Modules that stand for the one inside them, wherever in a name.
 _INSIDE = (
@@ -36,7 +34,6 @@ _ANY_INSIDE = re.compile(rf"\.({'|'.join(_INSIDE)})\.").search
 # What stands before every name, or before none.
 _BEFORE = ("module", "state_dict", "model_state_dict", "model_state", "base_model.model", "model")
 
-AVERAGE = "an average of the weights; the weights were taken"
 # What stands beside the weights, by the first word of its names, and what it is.
 _BESIDE = {
     r"(model_?|module_?|weights_?)?ema(_.+)?|.+_ema": AVERAGE,
@@ -75,16 +72,6 @@ _WHOLE = re.compile(
     rf"(?!model\d*\.)\w+\.(({'|'.join(map(re.escape, (*_INSIDE, *_BEFORE)))})\.)*({_ROOTS})\.", re.ASCII
 )
 _ADAPTER = re.compile(r"(^|[._])(lora|ia3|hada|lokr|b?oft|vera)_")
-
-
-@dataclass
-class Unwrapped:
-    """The files with the model's own names, and what was done to come there."""
-
-    files: dict[str, TensorFile]
-    before: str = ""  # what stood before every name
-    readings: list[str] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
 
 
 def unwrapped(files: dict[str, TensorFile], *, label: str) -> Unwrapped:
