@@ -729,7 +729,7 @@ def test_a_target_by_name_goes_before_a_pattern_and_a_class() -> None:
     found = [
         packed_groups.codes_of(scheme, f"{n}.weight").group for n in ("a.q_proj", "b.q_proj", "k_proj", "up")
     ]
-    assert found == [64, 32, 256, 128] or found == [64, 32, 128, 128]
+    assert found == [64, 32, 256, 128]
     del each["config_groups"]["group_2"]
     with pytest.raises(
         ValueError, match="^up.weight: expected a group of config_groups that is of it, found none$"
