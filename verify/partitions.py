@@ -125,7 +125,7 @@ def _stretches(files: Files) -> dict[str, list[Stretch]]:
         m = _OF_RANK.search(name)
         with files.use(name) as data:
             side = models if name.endswith("model_states.pt") else optimizers
-            side[int(m[1]) if m and not name.startswith("mp_rank") else 0] = _File(data)
+            side[int(m[1]) if m else 0] = _File(data)
     first = models[0].held
     shapes = first["param_shapes"]
     groups = [shapes] if isinstance(shapes, dict) else list(shapes)
