@@ -104,7 +104,7 @@ def read_partition(data: ByteRange) -> Partition:
         (kind, flat) = groups.popitem()
         if told.get("ds_zero_partition_groups") is not None:
             message = "expected partitions of all ranks alike, found experts with partitions of their own"
-            hint = "ds_to_universal.py of DeepSpeed joins those"
+            hint = "save the whole model with the program that trained it, which knows its experts"
             fail("unsupported", message, file=data.name, where="ds_zero_partition_groups", hint=hint)
         stage = 3 if kind == FLAT3 else 1
         if (_stage(told.get("zero_stage")) == 3) != (stage == 3) and told.get("zero_stage") is not None:
