@@ -377,7 +377,8 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     ("scopes", "beside", "told"),
     [
         (("tower_0", "tower_1"), (), "each of 2 scopes: tower_0/, tower_1/"),
-        (("tower_0",), ("bert/embeddings/position_embeddings",), "the scope tower_0/"),  # one name is there without it
+        # One of the names is there without the scope as well.
+        (("tower_0",), ("bert/embeddings/position_embeddings",), "the scope tower_0/"),
     ],
 )
 def test_scopes_that_are_not_taken_off_are_named(
