@@ -485,6 +485,16 @@ def test_a_run_of_zero_3_converts_and_verifies(model: Path, run: Path, tmp_path:
     assert all((again[n] == ours[n].bfloat16()).all() for n in ours)
 
 
+def test_weights_without_params_json_are_told_whose_they_are(tmp_path: Path) -> None:
+    names = ("tok_embeddings", "layers.0.attention.wq", "norm", "output")
+    home = Run(3, 2, [{(n := f"{k}.weight"): weight(n, (4, 4)) for k in names}]).write(tmp_path / "run")
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(home, family="llama")
+    (found,) = [p for p in caught.value.problems if p.kind == "missing-file"]
+    assert str(found.hint).endswith("by --config")
+    assert "params.json beside the weights of a DeepSpeed checkpoint, found none" in found.message
+
+
 MISTAKES: dict[str, Callable[[zero.Dealt, int], zero.Dealt]] = {
     "ranks swapped": lambda d, k: zero.Dealt([d.rows[r] for r in (1, 0, 2)], d.first, d.share),
     "padding lost": lambda d, k: zero.Dealt(d.rows, d.first - (k == 5), d.share),
