@@ -177,9 +177,8 @@ class Staging:
                 os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
                 0o666,
             )
-            self._append(
-                journal.line(self.identity.to_json())
-            )  # on the disk with the first entry, as the names are
+            # It goes to the disk with the first entry, as the names do.
+            self._append(journal.line(self.identity.to_json()))
         except OSError as error:
             self.leave(keep=False)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Record, Renamed, TensorFile, TensorInfo, View
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Record, TensorFile, TensorInfo, View
 from ckpt_tool.errors import Problem, fail_all
 from ckpt_tool.records import dataclass
 
@@ -134,13 +134,9 @@ def as_on_disk(checkpoint: Checkpoint, held_as: Mapping[str, str], told_by: Coll
     moved = {old: new for old, new in held_as.items() if old in checkpoint and new not in checkpoint}
     if not moved or not any(name in checkpoint for name in told_by):
         return checkpoint
-    files: dict[str, TensorFile] = {}
-    for name, file in checkpoint.files.items():
-        own = {moved.get(n, n): n for n in file.tensors}
-        files[name] = Renamed(file, own) if moved.keys() & file.tensors.keys() else file
     readings = [f"{old} was read as {new}, its name on disk; transformers 5 has the other in memory, and 4"
                 " does not load it" for old, new in moved.items()]  # fmt: skip
-    return replace(checkpoint, files=files, readings=(*checkpoint.readings, *readings))
+    return checkpoint.renamed(moved, *readings)
 
 
 def as_numbers(checkpoint: Checkpoint, matrices: Collection[str]) -> Checkpoint:
@@ -157,16 +153,12 @@ def as_numbers(checkpoint: Checkpoint, matrices: Collection[str]) -> Checkpoint:
             moved[name] = stem
     if not moved:
         return checkpoint
-    files: dict[str, TensorFile] = {}
-    for label, file in checkpoint.files.items():
-        own = {moved.get(n, n): n for n in file.tensors}
-        files[label] = Renamed(file, own) if moved.keys() & file.tensors.keys() else file
     first, more = next(iter(moved)), f" and {len(moved) - 1} more" if len(moved) > 1 else ""
     reading = (
         f"{first}{more}: numbers under the name of codes, as transformers 5 saves them and no release loads "
         f"them; read without `{CODES}`"
     )
-    return replace(checkpoint, files=files, readings=(*checkpoint.readings, reading))
+    return checkpoint.renamed(moved, reading)
 
 
 def is_stacked(checkpoint: Checkpoint) -> bool:

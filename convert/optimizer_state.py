@@ -69,7 +69,7 @@ _PLAIN = (int, float, bool, str)
 
 GATHERED = "dp_zero_gather_scatter"  # of torch_dist
 DEEPSPEED = "_optim_states.pt"
-PARTITIONS = "deepspeed-zero"
+PARTITIONS = "deepspeed-zero"  # the format of files that checkpoint/zero.py joined
 FLAT = "fully_sharded_model_space"
 IN_BUCKETS = {"dp_reshardable", "fully_sharded_bucket_space"}
 PROVED = "where a parameter lies in {} was proved: the float32 weights there, rounded, are the model's"

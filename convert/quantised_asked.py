@@ -55,9 +55,12 @@ def lossy_words(checkpoint: Checkpoint, options: Options) -> list[str]:
     weights, formats = len(inventory.weights), ", ".join(inventory.words)
     dtype = DTYPES[options.dequantize].torch
     made = [f"--dequantize: {weights} weights ({formats}) became {dtype} by the recipe {options.recipe}"]
-    for words, kinds in (("inputs", ("activation",)), ("cached keys and values", tuple(CACHES))):
-        count = sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values())
-        if count := count + len(inventory.beside) * (len(kinds) > 1):
+    for words, kinds, beside in (
+        ("inputs", ("activation",), 0),
+        ("cached keys and values", tuple(CACHES), len(inventory.beside)),
+    ):
+        count = beside + sum(not w.others.keys().isdisjoint(kinds) for w in inventory.weights.values())
+        if count:
             made.append(f"--dequantize: scales of the {words} of {count} weights are left out")
     if options.recipe != RECIPES[0] and not any(w.rounds_scales for w in inventory.weights.values()):
         made.append(f"--recipe {options.recipe}: bfloat16 holds these scales, so {RECIPES[0]} makes the same")

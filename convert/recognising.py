@@ -434,6 +434,8 @@ def _under_another_name(checkpoint: Checkpoint, name: str) -> tuple[str, str] | 
 def _kept_by(checkpoint: Checkpoint) -> tuple[str, str]:
     """Whose files they are where another program keeps a state dict in files of its own, and what else turns
     them into something that is read."""
+    if any(name.endswith("_optim_states.pt") for name in checkpoint.files):
+        return " of a DeepSpeed checkpoint", ""
     if any(name.endswith("_model_states.pt") for name in checkpoint.files):
         return " of a DeepSpeed checkpoint", "; zero_to_fp32.py in its folder writes float32 weights of it"
     if checkpoint.path.suffix == ".nemo":

@@ -9,10 +9,9 @@ only one that save_pretrained() writes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile
+from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.errors import CkptToolError
 
@@ -49,13 +48,9 @@ def tables_named(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkp
             moved[head] = table
     if not moved:
         return checkpoint
-    files: dict[str, TensorFile] = {}
-    for label, file in checkpoint.files.items():
-        names = {moved.get(n, n): n for n in file.tensors}
-        files[label] = Renamed(file, names) if moved.keys() & file.tensors.keys() else file
     readings = [f"{head} stands for {table} too, to which config.json ties it: read as that"
                 for head, table in moved.items()]  # fmt: skip
-    return replace(checkpoint, files=files, readings=(*checkpoint.readings, *readings))
+    return checkpoint.renamed(moved, *readings)
 
 
 def _heads(config: Mapping[str, Any], own: Class) -> list[str]:

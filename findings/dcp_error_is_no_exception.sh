@@ -8,7 +8,7 @@
 # fall back. So is a folder without .metadata, as a run that was stopped while it saved leaves one. Catch
 # CheckpointException by name.
 #
-# Seen: a missing key, another shape, a data file cut short and no .metadata pass `except Exception`; the cause
+# Seen: a missing key, another shape, a data file cut short and no .metadata go past `except Exception`; the cause
 # (RuntimeError, ValueError, AssertionError) is inside, in `failures`.
 set -euo pipefail
 work=$(mktemp -d)

@@ -373,14 +373,25 @@ def test_state_of_the_training_is_left_out_and_counted(tmp_path: Path) -> None:
     assert values(made)["num_hidden_layers"] == 3
 
 
-def test_scopes_that_are_several_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scopes", "beside", "told"),
+    [
+        (("tower_0", "tower_1"), (), "each of 2 scopes: tower_0/, tower_1/"),
+        # One of the names is there without the scope as well.
+        (("tower_0",), ("bert/embeddings/position_embeddings",), "the scope tower_0/"),
+    ],
+)
+def test_scopes_that_are_not_taken_off_are_named(
+    scopes: tuple[str, ...], beside: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
     model = shapes_of(student())
-    scoped = {f"{scope}/{name}": shape for scope in ("tower_0", "tower_1") for name, shape in model.items()}
+    scoped = {f"{scope}/{name}": shape for scope in scopes for name, shape in model.items()}
+    scoped |= {name: model[name] for name in beside}
     with pytest.raises(CkptToolError) as caught:
         plan(tmp_path, student(), variables=scoped)
     (problem,) = caught.value.problems
     assert problem.kind == "unsupported" and problem.message.endswith(
-        "found no variable bert/embeddings/word_embeddings, but one in each of 2 scopes: tower_0/, tower_1/"
+        f"found no variable bert/embeddings/word_embeddings, but one in {told}"
     )
     assert "without its scope" in str(problem.hint)
 

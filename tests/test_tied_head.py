@@ -49,7 +49,7 @@ def saved_so(converted: Path, out: Path, names: dict[str, str], **config: Any) -
 @pytest.mark.parametrize("variant", STORED)
 def test_the_head_is_read_as_the_embedding(variant: str, conversions: Written, tmp_path: Path) -> None:
     source = saved_so(conversions(variant), tmp_path / "in", STORED[variant])
-    done = api.convert(source, tmp_path / "out")
+    done = api.convert(source, tmp_path / "out", check=False)
     head, table = next(iter(STORED[variant].items()))
     assert f"{head} stands for {table} too, to which config.json ties it: read as that" in done.plan.notes
     ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", conversions(variant)))

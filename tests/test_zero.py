@@ -347,7 +347,9 @@ def test_pipelines_and_experts_are_refused_by_name(tmp_path: Path) -> None:
                  "expp_rank_0_mp_rank_00_optim_states.pt"):  # fmt: skip
         home = THREE.write(tmp_path / name.partition("-")[0])
         (home / name).write_bytes(b"x")
-        assert refused(home).kind == "wrong-format"
+        what = "layers of a DeepSpeed pipeline, or experts, each in a file of its own"
+        message = f"expected weight files, found {what}: {name}"
+        assert problem(home) == ("wrong-format", message, "global_step7")
 
 
 def test_files_of_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_parameters_that_no_rank_saved_are_named(tmp_path: Path) -> None:
         ({"param_shapes": None}, "wrong-format", "expected the shapes of the parameters, found none"),
         ({"param_shapes": [{"a": (2, -1)}]}, "wrong-format", "expected a shape of whole numbers"),
         ({"param_shapes": [{"a": (1 << 40, 1 << 40)}]}, "wrong-format", "expected a shape of whole numbers"),
-        ({"param_shapes": [WEIGHED.keys() and {"a.weight": (5, 3)}] * 2}, "duplicate-tensor", "one group"),
+        ({"param_shapes": [{"a.weight": (5, 3)}] * 2}, "duplicate-tensor", "one group"),
         ({"shared_params": 3}, "wrong-format", "expected names of parameters by other names"),
         ({"frozen_param_fragments": {}}, "missing-tensor", "the part of a rank in frozen_param_fragments"),
         ({"frozen_param_shapes": {"f.weight": (3, 50)}}, "size-mismatch", "expected 50 elements of [3, 50]"),
@@ -449,33 +451,48 @@ def test_rows_that_are_too_long_or_short_are_refused(tmp_path: Path) -> None:
 # --- the model ------------------------------------------------------------------------------------------
 
 
-def of_model(model: Path, folder: Path, **more: Any) -> Path:
-    """A run of ZeRO 3 of a converted model, in float32, its documents around the step."""
+@pytest.fixture(scope="module")
+def model(conversions: Written) -> Path:
+    return conversions("qwen2-0.5b")
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ZeRO 3 of the converted model, in float32, its documents around the step."""
+    folder = tmp_path_factory.mktemp("zero") / "run"
     held = {
         n: Weight(tuple(x.shape), x.float().numpy().tobytes())
         for n, x in load_file(model / "model.safetensors").items()
     }
     norms = {n: w for n, w in held.items() if "norm" in n}
-    run = Run(3, 3, [{n: w for n, w in held.items() if n not in norms}, norms], cut=3, **more)
-    run.write(folder)
+    groups = [{n: w for n, w in held.items() if n not in norms}, norms]
+    Run(3, 3, groups, shared={"lm_head.weight": "model.embed_tokens.weight"}, cut=3).write(folder)
     for file in model.glob("*.json"):
         if file.name not in ("ckpt-tool.json", "model.safetensors.index.json"):
             shutil.copy(file, folder)
     return folder
 
 
-def test_a_run_of_zero_3_converts_and_verifies(conversions: Written, tmp_path: Path) -> None:
-    model = conversions("qwen2-0.5b")
-    run = of_model(model, tmp_path / "run", shared={"lm_head.weight": "model.embed_tokens.weight"})
+def test_a_run_of_zero_3_converts_and_verifies(model: Path, run: Path, tmp_path: Path) -> None:
     made = api.convert(run, tmp_path / "out")
     ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(model / "model.safetensors")
     assert ours.keys() == theirs.keys() and all((ours[n] == theirs[n].float()).all() for n in ours)
     assert "the float32 weights of DeepSpeed's optimizer on 3 ranks were joined" in " ".join(made.opened)
-    report = api.verify(tmp_path / "out", run)
+    report = api.verify(tmp_path / "out", run, levels=("coverage", "bits"))
     assert (report.status, report.exactness) == ("pass", "bit-identical")
     cast = api.convert(run, tmp_path / "cast", options=api.Options(dtype="BF16"))
     again = load_file(cast.out / "model.safetensors")
     assert all((again[n] == ours[n].bfloat16()).all() for n in ours)
+
+
+def test_weights_without_params_json_are_told_whose_they_are(tmp_path: Path) -> None:
+    names = ("tok_embeddings", "layers.0.attention.wq", "norm", "output")
+    home = Run(3, 2, [{(n := f"{k}.weight"): weight(n, (4, 4)) for k in names}]).write(tmp_path / "run")
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(home, family="llama")
+    (found,) = [p for p in caught.value.problems if p.kind == "missing-file"]
+    assert str(found.hint).endswith("by --config")
+    assert "params.json beside the weights of a DeepSpeed checkpoint, found none" in found.message
 
 
 MISTAKES: dict[str, Callable[[zero.Dealt, int], zero.Dealt]] = {
@@ -487,17 +504,16 @@ MISTAKES: dict[str, Callable[[zero.Dealt, int], zero.Dealt]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_joining_is_a_difference_of_bits(
-    mistake: str, conversions: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mistake: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever verifies reads the ranks in another way."""
-    run = of_model(conversions("llama-3-8b"), tmp_path / "run")
     right = zero._cut_each
 
     def wrong(*given: Any) -> dict[str, zero.Dealt]:
         return {n: MISTAKES[mistake](d, k) for k, (n, d) in enumerate(right(*given).items())}
 
     monkeypatch.setattr(zero, "_cut_each", wrong)
-    api.convert(run, tmp_path / "out")
+    api.convert(run, tmp_path / "out", check=False)
     report = api.verify(tmp_path / "out", run, levels=("bits",))
     assert report.status == "fail" and "round trip" in json.dumps(report.to_json())
     monkeypatch.undo()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -24,6 +23,7 @@ from ckpt_tool.checkpoint.torch_zip import zip_value
 from ckpt_tool.checkpoint.zero import ZeroFile
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail
+from ckpt_tool.records import dataclass
 
 _OF_RANK = re.compile(r"pp_rank_(\d+)_")
 _TRAINED = ("fp32_flat_groups", "single_partition_of_fp32_groups")
@@ -40,8 +40,8 @@ class Stretch:
 
 
 def joined_anew(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint`, where it is of partitions with their bytes read by this module. Kinds: those of reading a
-    torch zip, `shard-conflict` (the two readings do not find the same tensors)."""
+    """`checkpoint`, with the bytes of partitions, where it has any, read by this module. Kinds: those of
+    reading a torch zip, `shard-conflict` (the two readings do not find the same tensors)."""
     files = {n: Anew(f) if isinstance(stored(f), ZeroFile) else f for n, f in checkpoint.files.items()}
     return checkpoint.with_files(files) if any(isinstance(f, Anew) for f in files.values()) else checkpoint
 
@@ -125,7 +125,7 @@ def _stretches(files: Files) -> dict[str, list[Stretch]]:
         m = _OF_RANK.search(name)
         with files.use(name) as data:
             side = models if name.endswith("model_states.pt") else optimizers
-            side[int(m[1]) if m and not name.startswith("mp_rank") else 0] = _File(data)
+            side[int(m[1]) if m else 0] = _File(data)
     first = models[0].held
     shapes = first["param_shapes"]
     groups = [shapes] if isinstance(shapes, dict) else list(shapes)

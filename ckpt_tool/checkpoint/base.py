@@ -423,6 +423,17 @@ class Checkpoint:
         """The same checkpoint through views of its files."""
         return replace(self, files=files, notes=[*self.notes, *notes])
 
+    def renamed(self, moved: Mapping[str, str], *readings: str) -> Checkpoint:
+        """The same checkpoint through views of the files that hold one of the tensors `moved` has, under the
+        names that it has for them."""
+        files = {
+            label: Renamed(file, {moved.get(n, n): n for n in file.tensors})
+            if moved.keys() & file.tensors.keys()
+            else file
+            for label, file in self.files.items()
+        }
+        return replace(self, files=files, readings=(*self.readings, *readings))
+
     def __iter__(self) -> Iterator[TensorInfo]:
         for file in self.files.values():
             yield from file.tensors.values()

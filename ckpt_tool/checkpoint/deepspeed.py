@@ -103,7 +103,7 @@ def find_states(
     """What holds a model as a whole, of the files among `names`: (the part of the folder, the one file), or
     the files of all ranks: those of ZeRO 3, and with `masters` the weights in float32 of any. `latest` is the
     text of the file of that name. None where there is none, or a part of the model is elsewhere.
-    Kinds: `ambiguous-input` (several steps), `unsupported` (several ranks of a model)."""
+    Kinds: `ambiguous-input` (several steps, files of two runs), `unsupported` (several ranks of a model)."""
     found: dict[str, list[str]] = {}
     for name in names:
         above, slash, last = name.rpartition("/")

@@ -153,7 +153,7 @@ class Fetcher:
         self, label: str, work: Callable[[], None], progress: Callable[[], int] = lambda: 0
     ) -> None:
         """`work`, tried again with pauses for as long as it makes progress, and a few times more."""
-        from random import uniform  # which who reads files of this machine does without
+        from random import uniform  # which files of this machine do without
 
         failures, before = 0, progress()
         while True:

@@ -215,11 +215,12 @@ SIGNS = (
         "layers of a DeepSpeed pipeline, or experts, each in a file of its own",
         "the program that trained it knows which is which: save the whole model with it (GPT-NeoX:"
         " tools/ckpts/convert_neox_to_hf.py)",
-        r"(global_step\d+/)?(layer_\d+-model_\d+-|(layer_\d+_)?expert_\d+_mp_rank_\d+_)model_states\.pt",
+        r"(global_step\d+/)?((layer_\d+-model_\d+-|(layer_\d+_)?expert_\d+_mp_rank_\d+_)model_states"
+        r"|(zero_)?expp_rank_\d+_mp_rank_\d+_optim_states)\.pt",
     ),
     _sign(
         "a universal checkpoint of DeepSpeed, each parameter in a folder of its own",
-        "only training reads those: the folder of which ds_to_universal.py made it has the weights; put"
+        "only training reads those: the folder that ds_to_universal.py made it from has the weights; put"
         " config.json or params.json beside it and give that",
         r"zero/[^/]+/(fp32|exp_avg|exp_avg_sq)\.pt",
     ),

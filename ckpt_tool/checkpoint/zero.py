@@ -13,12 +13,14 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import TypeVar
 
 from ckpt_tool.checkpoint.base import DTYPES, LeftOut, Record, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.deepspeed import Shares, check_one_rank
 from ckpt_tool.checkpoint.folders import Place
@@ -211,11 +213,11 @@ def open_zero(place: Callable[[str], Place], shares: Shares) -> ZeroFile:
         problems: list[Problem] = []
         for rank, name in shares.optimizers.items():
             with files.use(name) as data:
-                problems += _kept(partitions, rank, lambda data=data: read_partition(data))  # type: ignore[misc]
+                problems += _kept(partitions, rank, partial(read_partition, data))
         for rank, name in shares.models.items():
             with files.use(name) as data:
                 like = next(iter(models.values()), None)
-                problems += _kept(models, rank, lambda d=data, m=like: _alike(read_model(d), m))  # type: ignore[misc]
+                problems += _kept(models, rank, partial(_like, like, data))
         fail_all(problems)
         fail_all(_against(shares, partitions, models))
         fail_all(_twice(files, partitions.values()))
@@ -233,9 +235,10 @@ def _kept(found: dict[int, T], rank: int, read: Callable[[], T]) -> Sequence[Pro
     return ()
 
 
-def _alike(model: Model, first: Model | None) -> Model:
-    """`model` without what nobody asks of it but of the `first`, whose shapes it shares: there may be
-    hundreds."""
+def _like(first: Model | None, data: ByteRange) -> Model:
+    """The model states in `data`, without what nobody asks of them but of the `first` rank's, whose shapes
+    they share: there may be hundreds."""
+    model = read_model(data)
     if first is None:
         return model
     same = _in_order(model) == _in_order(first)

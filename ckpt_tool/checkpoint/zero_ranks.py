@@ -34,7 +34,7 @@ FROZEN, MODULE = "frozen_param_fragments.", "module."
 _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
 _STEP = re.compile(rf"{STATE}\.(base_optimizer_state|{STATE})\.(.+\.)?step", re.ASCII)
 _GROUP = re.compile(rf"{STATE}\.({FLAT3}|{FLAT12})\.(\d{{1,6}})", re.ASCII)
-# Beside the tensors, of no use to who reads the model.
+# Beside the tensors, of no use to whoever reads the model.
 _OWN = ("param_shapes", "buffer_names", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
 _ELSEWHERE = "the run kept it elsewhere (compressed, or laid out anew): save the file again with torch.save"
 WHOLE = "a run saves whole weights with stage3_gather_16bit_weights_on_model_save"
@@ -104,7 +104,7 @@ def read_partition(data: ByteRange) -> Partition:
         (kind, flat) = groups.popitem()
         if told.get("ds_zero_partition_groups") is not None:
             message = "expected partitions of all ranks alike, found experts with partitions of their own"
-            hint = "ds_to_universal.py of DeepSpeed joins those"
+            hint = "save the whole model with the program that trained it, which knows its experts"
             fail("unsupported", message, file=data.name, where="ds_zero_partition_groups", hint=hint)
         stage = 3 if kind == FLAT3 else 1
         if (_stage(told.get("zero_stage")) == 3) != (stage == 3) and told.get("zero_stage") is not None:

@@ -320,7 +320,8 @@ def original_source(t: Trained, checkpoint: Checkpoint) -> Source:
         message, hint = f"expected {t.title} of TensorFlow 1, found {why}", None
         if scopes:
             shown = ", ".join(printable(s) for s in sorted(scopes)[:4])
-            message += f", but one in each of {len(scopes)} scopes: {shown}"
+            which = f"each of {len(scopes)} scopes:" if len(scopes) > 1 else "the scope"
+            message += f", but one in {which} {shown}"
             hint = (
                 "save the one that is meant without its scope: tf.compat.v1.train.Saver takes a dict of names"
                 " and variables"
