@@ -48,6 +48,7 @@ BUFFERS = {"g.ids": Weight((3,), np.arange(3, dtype="<i8").tobytes(), "I64")}
 SIXTEEN = {n: weight(n, s, "BF16") for n, s in SHAPES.items()}
 THREE = Run(3, 3, [WEIGHED, OTHERS], FROZEN, BUFFERS, {"d.weight": "a.weight"}, cut=2)
 TWO = Run(2, 2, [WEIGHED, OTHERS], FROZEN, BUFFERS, sixteen=SIXTEEN)
+FLAT = Tensor("I64", (2,), lambda: [bytes(16)], "cpu")
 RUNS = {
     "zero3": THREE,
     "zero3-two-ranks": replace(THREE, ranks=2, cut=1),
@@ -417,7 +418,8 @@ def test_model_states_that_say_something_else(
         ({"partition_count": None}, "wrong-format", "expected the number of ranks that share the optimizer"),
         ({"partition_count": 0}, "wrong-format", "expected the number of ranks that share the optimizer"),
         ({"zero_stage": 2}, "wrong-format", "expected single_partition_of_fp32_groups of that stage"),
-        ({"fp32_flat_groups": []}, "wrong-format", "expected flat partitions of the weights"),
+        ({"fp32_flat_groups": []}, "wrong-format", "weights (fp32_flat_groups or single_partition_"),
+        ({"single_partition_of_fp32_groups": [FLAT]}, "wrong-format", "of_fp32_groups), found both"),
         ({"param_alignment_paddings": 5}, "wrong-format", "expected numbers of elements by group"),
     ],
 )  # fmt: skip
@@ -426,6 +428,16 @@ def test_files_of_the_optimizer_that_say_something_else(
 ) -> None:
     error = refused(replace(THREE, noted=noted).write(tmp_path / "run"))
     assert error.kind == kind and message in error.text()
+
+
+def test_ranks_that_say_other_padding(tmp_path: Path) -> None:
+    home, name = replace(TWO, gaps=1).write(tmp_path / "run"), "param_alignment_paddings"
+    other = replace(TWO, gaps=1, noted={name: [[2, 0, 1], [1, 1, 1]]}).write(tmp_path / "other")
+    shutil.copy(masters(other, 1), home)
+    found = refused(masters(home)).problems
+    first, last = masters(home).name, masters(home, 1).name
+    message = f"expected the padding after each parameter as in {first}, found another"
+    assert [(p.kind, p.message, p.file, p.where) for p in found] == [("shard-conflict", message, last, name)]
 
 
 @pytest.mark.parametrize(
@@ -488,8 +500,7 @@ def test_what_a_file_holds_is_listed_once_however_many_tensors_there_are(
 
 
 def test_partitions_that_are_no_weights(tmp_path: Path) -> None:
-    numbers = [Tensor("I64", (n,), lambda n=n: [bytes(8 * n)], "cpu") for n in (28, 4)]  # type: ignore[misc]
-    home = replace(TWO, noted={"single_partition_of_fp32_groups": numbers}).write(tmp_path / "run")
+    home = replace(TWO, noted={"single_partition_of_fp32_groups": [FLAT] * 2}).write(tmp_path / "run")
     assert problem(masters(home))[:2] == (
         "dtype-mismatch",
         "expected partitions of F32, BF16, F16, found I64",

@@ -270,6 +270,9 @@ def _against(
         if p.steps != first.steps:
             message = f"expected step {_shown(first.steps)} as in {first.file}, found {_shown(p.steps)}"
             yield Problem("shard-conflict", message, p.file, "step", _MIXED)
+        if p.stage != 3 and None not in (p.gaps, first.gaps) and p.gaps != first.gaps:
+            message = f"expected the padding after each parameter as in {first.file}, found another"
+            yield Problem("shard-conflict", message, p.file, "param_alignment_paddings", _MIXED)
     if len(set(first.counts)) > 1:
         message = f"expected as many ranks for each group, found {_shared(first)}"
         yield Problem("unsupported", message, first.file, "partition_count", WHOLE)

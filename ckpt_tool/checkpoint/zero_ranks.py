@@ -100,7 +100,8 @@ def read_partition(data: ByteRange) -> Partition:
             if (m := _GROUP.fullmatch(name)) is not None:
                 groups.setdefault(m[1], {})[int(m[2])] = flats.of(name)
         if len(groups) != 1:
-            message = f"expected flat partitions of the weights ({FLAT3} or {FLAT12}), found none"
+            found = "both" if groups else "none"
+            message = f"expected flat partitions of the weights ({FLAT3} or {FLAT12}), found {found}"
             fail("wrong-format", message, file=data.name, where=STATE, hint=WHOLE)
         (kind, flat) = groups.popitem()
         if told.get("ds_zero_partition_groups") is not None:
