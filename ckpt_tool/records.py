@@ -5,7 +5,7 @@ all methods of one take half a millisecond to write: a third of the time to star
 class an `__init__`, a third of that half; the first that is compared, hashed or printed gets it all others.
 Until then what looks at a class as a dataclass finishes it (a subclass, `inspect.signature`), as does
 unpickling, which makes instances without `__init__`. One with slots becomes another class, and is finished at
-once.
+once. An instance that a subclass makes without this `__init__`, and is no dataclass, is not seen: none may.
 """
 
 from __future__ import annotations
@@ -183,6 +183,14 @@ def _refusals(cls: Any, names: Collection[str]) -> tuple[Callable[..., None], Ca
     return set_, delete
 
 
+def _fits(cls: Any) -> bool:
+    """Whether nobody would notice: an object without fields is unpickled without a look at its class, slots
+    are there once, and bases that are told of subclasses would be told of the twin."""
+    told = any("__init_subclass__" in base.__dict__ for base in cls.__mro__[1:-1])
+    body = cls.__dict__
+    return not (told or "__init__" in body or "__slots__" in body or not body.get("__annotations__"))
+
+
 # mypy knows what it means; release 3.14 keeps annotations in another place, and nobody has tried this there.
 if TYPE_CHECKING or sys.version_info >= (3, 14):
     from dataclasses import dataclass as dataclass
@@ -192,5 +200,5 @@ else:
         """As in dataclasses. Where that would look at the class at once, it does."""
         if cls is None:
             return partial(dataclass, **options)
-        at_once = options.keys() & {"slots", "init", "weakref_slot"} or "__init__" in cls.__dict__
+        at_once = options.keys() & {"slots", "init", "weakref_slot"} or not _fits(cls)
         return dataclasses.dataclass(cls, **options) if at_once else _later(cls, options)

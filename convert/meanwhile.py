@@ -12,26 +12,31 @@ def beside(work: Callable[[], object]) -> Iterator[Callable[[], None]]:
     """`work` beside the body, which is not left before both have ended; what is given waits for `work`, and
     raises what that raised. Where no thread can be started, `work` is done first."""
     failed: list[BaseException] = []
+    claimed, ended = threading.Lock(), threading.Event()
 
     def run() -> None:
+        if not claimed.acquire(blocking=False):
+            return
         try:
             work()
         except BaseException as error:  # told to whoever waits, whatever it is
             failed.append(error)
-
-    thread = threading.Thread(target=run, name="ckpt-tool-beside")
+        finally:
+            ended.set()
 
     def done() -> None:
-        if thread.ident is not None:
-            thread.join()
+        ended.wait()  # not `join`: on Python 3.11 one that is interrupted takes the thread for ended
         if failed:
             raise failed.pop()
 
     try:
-        thread.start()
-    except RuntimeError:  # a limit of threads
-        run()
-    try:
+        try:
+            threading.Thread(target=run, name="ckpt-tool-beside").start()
+        except RuntimeError:  # a limit of threads
+            run()
+            done()
         yield done
     finally:
+        if claimed.acquire(blocking=False):  # interrupted before there was a thread
+            ended.set()
         done()

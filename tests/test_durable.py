@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -467,18 +468,20 @@ def test_the_manifest_is_made_while_the_weights_go_to_the_disk_and_noted_after_t
             if name == "fsync" and path.endswith(".safetensors"):
                 assert made.wait(60)
             result = of(descriptor, *more)
-            if "-partial-" in path and (name == "fdatasync" or not path.endswith(".journal")):
+            if "-partial-" in path and (name != "fsync") == path.endswith(".journal"):
                 events.append(f"{name} {Path(path).suffix.partition('-partial-')[0]}")
             return result
 
         return calling
 
     monkeypatch.setattr(execute, "as_document", as_document)
-    for name in ("fsync", "fdatasync"):
+    for name in ("pwrite", "fsync", "fdatasync"):
         monkeypatch.setattr(disk, name, call(name, getattr(disk, name)))
     convert(source, tmp_path / "out", check=False)
     weights, noted = events.index("fsync .safetensors"), events.index("fdatasync .journal")
     assert events.index("manifest made") < weights < noted < events.index("fsync .json")
+    _whose, line = (k for k, e in enumerate(events) if e == "pwrite .journal")
+    assert weights < line < noted  # the system may write it to the disk before it is asked to
 
 
 @pytest.mark.parametrize(
@@ -521,6 +524,39 @@ def test_work_beside_the_body_is_waited_for_and_told(monkeypatch: pytest.MonkeyP
     with beside(lambda: order.append("work first")):
         order.append("then the body")
     assert order == ["body", "work", "work", "work first", "then the body"]
+    with pytest.raises(OSError, match="alone"), beside(Mock(side_effect=OSError("alone"))):
+        order.append("never")
+    assert order[-1] == "then the body"
+
+
+def test_an_interrupt_does_not_leave_what_is_beside_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Python 3.11 a `join` that is interrupted takes the thread for ended: the files would be closed and
+    removed while they go to the disk."""
+    came, left, seen = threading.Event(), threading.Event(), list[bool]()
+
+    def interrupted(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        assert waits.wait(60)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        assert came.wait(60)
+        seen.append(left.wait(0.05))
+
+    waits, before = threading.Event(), signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), beside(work) as done:
+            waits.set()
+            done()
+        left.set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [False]
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), beside(lambda: seen.append(True)):
+        seen.append(True)
+    assert seen == [False]
 
 
 # --- kills ----------------------------------------------------------------------------------------------

@@ -176,6 +176,41 @@ def test_what_another_process_sent_is_equal_hashed_and_told_as_here(
     assert one == Sent(1) and hash(one) == hash(Sent(1)) and not hasattr(Sent, "__setstate__")
 
 
+class Nothing:
+    pass
+
+
+def test_an_object_without_fields_is_equal_to_one_that_another_process_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is set when it is unpickled, so nobody looks at its class."""
+    monkeypatch.setattr(sys.modules[__name__], "Nothing", fresh(Nothing, frozen=True))
+    sent = pickle.dumps(Nothing())
+    monkeypatch.setattr(sys.modules[__name__], "Nothing", fresh(Nothing, frozen=True))
+    one, other = pickle.loads(sent), pickle.loads(sent)
+    assert one == other and hash(one) == hash(other) and repr(one) == "Nothing()"
+
+
+def test_slots_of_its_own_and_bases_that_are_told_of_subclasses() -> None:
+    told = []
+
+    class Base:
+        def __init_subclass__(cls, key: int) -> None:
+            told.append((cls.__name__, key))
+
+    @records.dataclass
+    class Derived(Base, key=3):
+        a: int
+
+    @records.dataclass
+    class Slotted:
+        __slots__ = ("a",)
+        a: int
+
+    assert Derived(1) == Derived(1) and told == [("Derived", 3)]
+    assert Slotted(1) == Slotted(1) != Slotted(2) and not hasattr(Slotted(1), "__dict__")
+
+
 def test_threads_that_make_the_first_instance_together_all_get_one() -> None:
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -18,7 +18,9 @@ from ckpt_tool import api
 from ckpt_tool.checkpoint import zero
 from ckpt_tool.checkpoint.base import stored
 from ckpt_tool.checkpoint.opening import open_checkpoint
+from ckpt_tool.checkpoint.torch_zip import TorchZipFile
 from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.pickles import Tensor
 from ckpt_tool.fixtures.zero import Run, Weight
 from ckpt_tool.verify import partitions
 
@@ -46,6 +48,7 @@ BUFFERS = {"g.ids": Weight((3,), np.arange(3, dtype="<i8").tobytes(), "I64")}
 SIXTEEN = {n: weight(n, s, "BF16") for n, s in SHAPES.items()}
 THREE = Run(3, 3, [WEIGHED, OTHERS], FROZEN, BUFFERS, {"d.weight": "a.weight"}, cut=2)
 TWO = Run(2, 2, [WEIGHED, OTHERS], FROZEN, BUFFERS, sixteen=SIXTEEN)
+FLAT = Tensor("I64", (2,), lambda: [bytes(16)], "cpu")
 RUNS = {
     "zero3": THREE,
     "zero3-two-ranks": replace(THREE, ranks=2, cut=1),
@@ -399,6 +402,7 @@ def test_parameters_that_no_rank_saved_are_named(tmp_path: Path) -> None:
         ({"shared_params": 3}, "wrong-format", "expected names of parameters by other names"),
         ({"frozen_param_fragments": {}}, "missing-tensor", "the part of a rank in frozen_param_fragments"),
         ({"frozen_param_shapes": {"f.weight": (3, 50)}}, "size-mismatch", "expected 50 elements of [3, 50]"),
+        ({"module": None}, "wrong-format", "expected the state dict of the model, found another value"),
     ],
 )  # fmt: skip
 def test_model_states_that_say_something_else(
@@ -416,7 +420,9 @@ def test_model_states_that_say_something_else(
         ({"partition_count": None}, "wrong-format", "expected the number of ranks that share the optimizer"),
         ({"partition_count": 0}, "wrong-format", "expected the number of ranks that share the optimizer"),
         ({"zero_stage": 2}, "wrong-format", "expected single_partition_of_fp32_groups of that stage"),
-        ({"fp32_flat_groups": []}, "wrong-format", "expected flat partitions of the weights"),
+        ({"fp32_flat_groups": []}, "wrong-format", "weights (fp32_flat_groups or single_partition_"),
+        ({"single_partition_of_fp32_groups": [FLAT]}, "wrong-format", "of_fp32_groups), found both"),
+        ({"param_alignment_paddings": 5}, "wrong-format", "expected numbers of elements by group"),
     ],
 )  # fmt: skip
 def test_files_of_the_optimizer_that_say_something_else(
@@ -424,6 +430,83 @@ def test_files_of_the_optimizer_that_say_something_else(
 ) -> None:
     error = refused(replace(THREE, noted=noted).write(tmp_path / "run"))
     assert error.kind == kind and message in error.text()
+
+
+def test_ranks_that_say_other_padding(tmp_path: Path) -> None:
+    home, name = replace(TWO, gaps=1).write(tmp_path / "run"), "param_alignment_paddings"
+    other = replace(TWO, gaps=1, noted={name: [[2, 0, 1], [1, 1, 1]]}).write(tmp_path / "other")
+    shutil.copy(masters(other, 1), home)
+    found = refused(masters(home)).problems
+    first, last = masters(home).name, masters(home, 1).name
+    message = f"expected the padding after each parameter as in {first}, found another"
+    assert [(p.kind, p.message, p.file, p.where) for p in found] == [("shard-conflict", message, last, name)]
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "where", "message"),
+    [
+        (
+            {"param_shapes": [{n: w.shape[::-1] for n, w in g.items()} for g in (WEIGHED, OTHERS)]},
+            "shape-mismatch", "a.weight", "expected shape [5, 3] as in module, found [3, 5]",
+        ),
+        (
+            {"shared_params": {"g.ids": "a.weight"}},
+            "shape-mismatch", "g.ids", "expected shape [3] as in module, found [5, 3]",
+        ),
+        (
+            {"frozen_param_shapes": {"f.weight": (3, 6)}},
+            "size-mismatch", "f.weight", "expected 18 elements of [3, 6], found 15",
+        ),
+        (
+            {"frozen_param_shapes": {"lost": (2,)}},
+            "size-mismatch", "lost", "expected 2 elements of [2], found 0",
+        ),
+    ],
+)  # fmt: skip
+def test_whole_weights_of_the_model_say_something_else(
+    told: dict[str, Any], kind: str, where: str, message: str, tmp_path: Path
+) -> None:
+    (found, *_) = refused(masters(replace(TWO, told=told).write(tmp_path / "run"))).problems
+    assert (found.kind, found.where, found.message) == (kind, where, message)
+
+
+def test_a_frozen_parameter_may_have_no_elements(tmp_path: Path) -> None:
+    told = {"frozen_param_shapes": {"f.none": (0, 4)}, "frozen_param_fragments": {}}
+    home = replace(TWO, frozen={}, told=told).write(tmp_path / "run")
+    assert bits(masters(home))["f.none"] == ("F32", (0, 4), b"")
+
+
+def test_what_is_no_tensor_in_module_is_passed_over_by_both_readings(tmp_path: Path) -> None:
+    """As the extra state of a layer that scales its own numbers."""
+    home = replace(TWO, told={"module": {"a._extra_state": None, "b._extra_state": "x"}}).write(
+        tmp_path / "r"
+    )
+    with open_checkpoint(masters(home)) as first:
+        other = partitions.joined_anew(first)
+        assert [other.read(t).tobytes() for t in other] == [first.read(t).tobytes() for t in first] != []
+
+
+def test_what_a_file_holds_is_listed_once_however_many_tensors_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list for each tensor took minutes where there were ten thousand."""
+    files, real = list[TorchZipFile](), TorchZipFile.records
+
+    def records(self: TorchZipFile, *more: Any) -> Any:
+        files.append(self)
+        return real(self, *more)
+
+    monkeypatch.setattr(TorchZipFile, "records", records)
+    bits(masters(replace(TWO, groups=[{n: w} for n, w in WEIGHTS.items()]).write(tmp_path / "run")))
+    assert len(files) == 3 == len(set(map(id, files)))
+
+
+def test_partitions_that_are_no_weights(tmp_path: Path) -> None:
+    home = replace(TWO, noted={"single_partition_of_fp32_groups": [FLAT] * 2}).write(tmp_path / "run")
+    assert problem(masters(home))[:2] == (
+        "dtype-mismatch",
+        "expected partitions of F32, BF16, F16, found I64",
+    )
 
 
 def test_places_that_round_robin_makes_untrue_are_not_compared(tmp_path: Path) -> None:

@@ -130,13 +130,13 @@ def _stretches(files: Files) -> dict[str, list[Stretch]]:
     shapes = first["param_shapes"]
     groups = [shapes] if isinstance(shapes, dict) else list(shapes)
     found: dict[str, list[Stretch]] = {}
+    before = [0] * len(groups)  # elements of each group that the ranks so far have
     world = len(optimizers)
     for rank in range(world):
         state = optimizers[rank].held["optimizer_state_dict"]
         if _TRAINED[0] in state:
             told = _of_three(optimizers[rank], state[_TRAINED[0]], groups, rank, world)
         else:
-            before = [_lengths(optimizers[r], k) for r in range(rank) for k in range(len(groups))]
             told = _of_two(optimizers[rank], state, groups, before)
         for name, stretch in told:
             found.setdefault(name, []).append(stretch)
@@ -164,19 +164,12 @@ def _of_three(
             done, used = done + step, used + step
 
 
-def _lengths(file: _File, group: int) -> tuple[int, int]:
-    """(group, elements of it that the rank has)."""
-    return group, prod(file.held["optimizer_state_dict"][_TRAINED[1]][group].shape)
-
-
-def _of_two(
-    file: _File, state: Any, groups: list[Any], before: list[tuple[int, int]]
-) -> Iterator[tuple[str, Stretch]]:
-    """ZeRO 1 and 2: a stretch of the row of a group, of which the ranks `before` have the beginning."""
+def _of_two(file: _File, state: Any, groups: list[Any], before: list[int]) -> Iterator[tuple[str, Stretch]]:
+    """ZeRO 1 and 2: a stretch of the row of a group, behind the elements `before`, which then counts it."""
     paddings = state.get("param_alignment_paddings")
     for k, (group, tensor) in enumerate(zip(groups, state[_TRAINED[1]], strict=True)):
-        start = sum(n for g, n in before if g == k)
-        stop = start + prod(tensor.shape)
+        start = before[k]
+        before[k] = stop = start + prod(tensor.shape)
         at = 0
         for place, (name, shape) in enumerate(group.items()):
             low, high = max(at, start), min(at + prod(shape), stop)
@@ -199,7 +192,8 @@ def _others(found: dict[str, list[Stretch]], models: Mapping[int, _File], first:
             left -= count
     shared = {n: of for n, of in dict(first.get("shared_params") or {}).items() if of in found}
     for name, tensor in first["module"].items():
-        if name not in found and name not in shared and prod(tensor.shape):
+        known = name in found or name in shared
+        if not known and isinstance(tensor, TensorRecord) and 0 not in tensor.shape:
             found[name] = [models[0].stretch(tensor, 0, prod(tensor.shape), 0)]
     for name, of in shared.items():
         found.setdefault(name, found[of])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -41,6 +41,7 @@ from ckpt_tool.records import dataclass
 
 FORMAT = "deepspeed-zero"
 _BLOCK = 4 << 20
+_MASTERS = ("F32", "BF16", "F16")  # 16 bits where a run keeps its master weights in them
 _LOOKED_AT, _FEW = 64 << 10, 8  # bytes of a partition, and different numbers in them
 _ALL = "copy the files of all ranks, which may lie on disks of several machines, into one folder"
 _MIXED = "take away what another run or step left in the folder, or get the files of one step"
@@ -103,8 +104,7 @@ class ZeroFile(TensorFile):
         self.imports = made.imports
         self.left_out = made.left_out
         self.notes = tuple(made.notes)
-        flats = {(f.file, f.record.key): f for d in self._dealt.values() for r in d.rows for f in r.flats}
-        self._records = {f"{file}:{key}": flat for (file, key), flat in flats.items()}
+        self._records = {_key(f): f for f in _flats(self._dealt.values())}
         self._seen = {key: IntervalCrc() for key in self._records}
         self._lock = threading.Lock()
 
@@ -141,7 +141,7 @@ class ZeroFile(TensorFile):
                 data.read_into(flat.at + at * size, part, name)
             if not alias:
                 start = flat.at + at * size - flat.begin
-                self._seen[f"{flat.file}:{flat.record.key}"].add(start, len(part), crc32(part))
+                self._seen[_key(flat)].add(start, len(part), crc32(part))
             done += len(part)
 
     def extent(self, name: str) -> None:
@@ -150,8 +150,7 @@ class ZeroFile(TensorFile):
     def records(self, of: Container[str] | None = None) -> Mapping[str, Record]:
         if of is None:
             return {key: f.record._replace(key=key) for key, f in self._records.items()}
-        wanted = (d for n, d in self._dealt.items() if n in of)
-        keys = {f"{f.file}:{f.record.key}" for d in wanted for r in d.rows for f in r.flats}
+        keys = set(map(_key, _flats(d for n, d in self._dealt.items() if n in of)))
         return {k: f.record._replace(key=k) for k, f in self._records.items() if k in keys}
 
     def told(self) -> Iterator[object]:
@@ -188,6 +187,17 @@ class ZeroFile(TensorFile):
         self._files.close()
 
 
+def _flats(dealt: Iterable[Dealt]) -> Iterator[Flat]:
+    """Those of all rows, which many tensors have in common."""
+    rows = {id(row): row for some in {id(d.rows): d.rows for d in dealt}.values() for row in some}
+    return (flat for row in rows.values() for flat in row.flats)
+
+
+def _key(flat: Flat) -> str:
+    """The name of its record among those of all files."""
+    return f"{flat.file}:{flat.record.key}"
+
+
 @dataclass
 class Layout:
     """Where every tensor lies, of all ranks together."""
@@ -203,8 +213,8 @@ class Layout:
 
 def open_zero(place: Callable[[str], Place], shares: Shares) -> ZeroFile:
     """The files of all ranks as one. Kinds: those of `read_partition` and `read_model`, `missing-shard`,
-    `shard-conflict`, `size-mismatch`, `dtype-mismatch`, `duplicate-tensor`, `missing-tensor`,
-    `unsupported`."""
+    `shard-conflict`, `size-mismatch`, `shape-mismatch`, `dtype-mismatch`, `duplicate-tensor`,
+    `missing-tensor`, `unsupported`."""
     names = [*shares.optimizers.values(), *shares.models.values()]
     files = Files({name: place(shares.within + name) for name in names})
     try:
@@ -263,6 +273,9 @@ def _against(
         if p.steps != first.steps:
             message = f"expected step {_shown(first.steps)} as in {first.file}, found {_shown(p.steps)}"
             yield Problem("shard-conflict", message, p.file, "step", _MIXED)
+        if p.stage != 3 and None not in (p.gaps, first.gaps) and p.gaps != first.gaps:
+            message = f"expected the padding after each parameter as in {first.file}, found another"
+            yield Problem("shard-conflict", message, p.file, "param_alignment_paddings", _MIXED)
     if len(set(first.counts)) > 1:
         message = f"expected as many ranks for each group, found {_shared(first)}"
         yield Problem("unsupported", message, first.file, "partition_count", WHOLE)
@@ -334,6 +347,9 @@ def _laid_out(partitions: Sequence[Partition], models: Sequence[Model]) -> Layou
     if len(dtypes) != 1:
         message = f"expected partitions of one dtype, found {' and '.join(dtypes) or 'none'}"
         fail("dtype-mismatch", message, file=partitions[0].file)
+    if dtypes[0] not in _MASTERS:
+        message = f"expected partitions of {', '.join(_MASTERS)}, found {dtypes[0]}"
+        fail("dtype-mismatch", message, file=partitions[0].file)
     shapes: dict[str, Shape] = {}
     problems = []
     for name, shape in ((n, s) for g in (*first.shapes, first.frozen) for n, s in g.items()):
@@ -346,6 +362,7 @@ def _laid_out(partitions: Sequence[Partition], models: Sequence[Model]) -> Layou
     dealt = _cut_each(partitions, first) if three else _cut_rows(partitions, first)
     dealt |= dict(_frozen(models) if three else _whole_frozen(first))
     notes, order = _others(first, dealt, shapes, three=three)
+    fail_all(_shaped_otherwise(first, shapes))
     fail_all(name_problems(order, file=first.file))
     ranks = f"{len(partitions)} rank{'s' * (len(partitions) > 1)}"
     what = f"the {DTYPES[dtypes[0]].torch} weights of DeepSpeed's optimizer on {ranks} were joined"
@@ -370,7 +387,7 @@ def _in_half(model: Model, dealt: Mapping[str, Dealt]) -> Iterator[LeftOut]:
     """Weights of the model's own file that the optimizer has in float32."""
     reason = "what the model computes with; the optimizer's float32 weights were taken"
     for name, (shape, flat) in model.held.items():
-        if flat is not None and flat not in dealt[name].rows[0].flats:
+        if flat is not None and flat not in dealt[name].rows[0].flats[:1]:
             yield LeftOut(TensorInfo(f"module.{name}", flat.dtype, shape, model.file), reason)
 
 
@@ -473,8 +490,19 @@ def _whole_frozen(model: Model) -> Iterator[tuple[str, Dealt]]:
     """ZeRO 1 and 2: what is not trained is whole."""
     for name, shape in model.frozen.items():
         flat = model.fragments.get(name) or model.held.get(name, ((), None))[1]
-        if flat is not None and flat.numel == prod(shape):
-            yield name, Dealt((Row([flat]),), 0, max(flat.numel, 1))
+        found = 0 if flat is None else flat.numel
+        if found != prod(shape):
+            message = f"expected {prod(shape)} elements of {list(shape)}, found {found}"
+            fail("size-mismatch", message, file=model.file, where=name)
+        yield name, Dealt((Row([flat] if flat else []),), 0, max(found, 1))
+
+
+def _shaped_otherwise(model: Model, shapes: Mapping[str, Shape]) -> Iterator[Problem]:
+    """Weights that the model's own file has in another shape than the one they are read with."""
+    for name, (own, flat) in model.held.items():
+        if flat is not None and name in shapes and shapes[name] != own:
+            message = f"expected shape {list(own)} as in module, found {list(shapes[name])}"
+            yield Problem("shape-mismatch", message, model.file, name)
 
 
 def _others(

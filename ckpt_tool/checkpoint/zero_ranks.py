@@ -95,11 +95,13 @@ def read_partition(data: ByteRange) -> Partition:
         said = file.metadata.get(STATE)
         told = said if isinstance(said, dict) else {}
         groups: dict[str, dict[int, Flat]] = {}
+        flats = _Flats(file, data)
         for name in file.tensors:
             if (m := _GROUP.fullmatch(name)) is not None:
-                groups.setdefault(m[1], {})[int(m[2])] = _flat(file, name, data)
+                groups.setdefault(m[1], {})[int(m[2])] = flats.of(name)
         if len(groups) != 1:
-            message = f"expected flat partitions of the weights ({FLAT3} or {FLAT12}), found none"
+            found = "both" if groups else "none"
+            message = f"expected flat partitions of the weights ({FLAT3} or {FLAT12}), found {found}"
             fail("wrong-format", message, file=data.name, where=STATE, hint=WHOLE)
         (kind, flat) = groups.popitem()
         if told.get("ds_zero_partition_groups") is not None:
@@ -126,15 +128,16 @@ def read_partition(data: ByteRange) -> Partition:
 def read_model(data: ByteRange) -> Model:
     """The model states in `data`, which stays open. Kinds: those of a torch zip, `wrong-format`."""
     with _Opened(data) as file:
-        told = file.metadata
-        fragments = {
-            n.removeprefix(FROZEN): _flat(file, n, data) for n in file.tensors if n.startswith(FROZEN)
-        }
+        told, flats = file.metadata, _Flats(file, data)
+        fragments = {n.removeprefix(FROZEN): flats.of(n) for n in file.tensors if n.startswith(FROZEN)}
         held = {
-            n.removeprefix(MODULE): (t.shape, _flat(file, n, data) if t.numel else None)
+            n.removeprefix(MODULE): (t.shape, flats.of(n) if t.numel else None)
             for n, t in file.tensors.items()
             if n.startswith(MODULE)
         }
+        if not isinstance(told.get("module", {}), dict):
+            message = "expected the state dict of the model, found another value"
+            fail("wrong-format", message, file=data.name, where="module")
         shared = told.get("shared_params")
         step = told.get("global_steps")
         return Model(
@@ -163,14 +166,21 @@ class _Opened:
         self._file.close()
 
 
-def _flat(file: TensorFile, name: str, data: ByteRange) -> Flat:
-    tensor, place = file.tensors[name], file.record_of(name)
-    record = None if place is None else file.records().get(place[0])
-    if place is None or record is None:
-        message = "expected the numbers in one run of the file, found them otherwise"
-        fail("unsupported", message, file=data.name, where=name, hint=_ELSEWHERE)
-    begin = record.offset - data.base
-    return Flat(data.name, begin + place[1], tensor.numel, tensor.dtype, record, begin)
+class _Flats:
+    """Where the tensors of `file` lie in `data`."""
+
+    def __init__(self, file: TensorFile, data: ByteRange) -> None:
+        self._file, self._data, self._records = file, data, file.records()
+
+    def of(self, name: str) -> Flat:
+        """`unsupported` where its numbers are no one run of the file."""
+        tensor, place = self._file.tensors[name], self._file.record_of(name)
+        record = None if place is None else self._records.get(place[0])
+        if place is None or record is None:
+            message = "expected the numbers in one run of the file, found them otherwise"
+            fail("unsupported", message, file=self._data.name, where=name, hint=_ELSEWHERE)
+        begin = record.offset - self._data.base
+        return Flat(self._data.name, begin + place[1], tensor.numel, tensor.dtype, record, begin)
 
 
 def _stage(value: object) -> int | None:
@@ -207,7 +217,9 @@ def _gaps(value: object, file: str) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
     found = tuple(tuple(g) if isinstance(g, list | tuple) else None for g in _list(value))
-    if not all(g is not None and all(type(n) is int and 0 <= n < 1 << 62 for n in g) for g in found):
+    if not isinstance(value, dict | list | tuple) or not all(
+        g is not None and all(type(n) is int and 0 <= n < 1 << 62 for n in g) for g in found
+    ):
         message = "expected numbers of elements by group, found another value"
         fail("wrong-format", message, file=file, where="param_alignment_paddings")
     return tuple(g for g in found if g is not None)
