@@ -260,6 +260,25 @@ def test_other_architectures_are_not_compared_by_chance(conversions: Written) ->
     assert report.status == "fail"
 
 
+def test_a_verdict_names_what_was_compared_only(conversions: Written, tmp_path: Path) -> None:
+    """No tokenizer is on one side; numbers that were asked for and cannot be computed are no pass."""
+    q = "model.layers.0.self_attn.q_proj.weight"
+    same = "the tensors, the values of the configuration and the tokenizer are the same"
+    assert compare(conversions(VARIANT), conversions(VARIANT)).headline == same
+    bare = tuned(conversions(VARIANT), lambda t: t.update({q: t[q].to(torch.int8)}), tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (bare / name).unlink(missing_ok=True)
+    report = compare(bare, bare)
+    assert report.headline == (
+        "the tensors and the values of the configuration are the same; tokenizer not compared: the two have "
+        "no tokenizer file in common"
+    )
+    report = compare(bare, bare, logits=True)
+    assert report.status == "undecided" and report.headline.startswith(
+        "--logits was asked for and did not run: "
+    )
+
+
 # --- of no family: as stored ----------------------------------------------------------------------------
 
 FOREIGN = {

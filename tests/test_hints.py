@@ -74,19 +74,19 @@ def test_a_value_that_the_source_says_too_is_not_repeated(tmp_path: Path, origin
 
 @pytest.fixture(scope="module")
 def averaged(originals: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CANINE with an average of each of its variables beside it, as training with averages saves them."""
+    """CANINE with a copy of each of its variables beside it, under an ending that nothing here knows."""
     folder = tmp_path_factory.mktemp("averaged")
     tensors = {}
     with open_checkpoint(originals("canine-s-bare")) as checkpoint:
         for t in [t for t in checkpoint if not t.name.startswith("cls/")]:
             found = np.frombuffer(b"".join(checkpoint.read(t)), "<f4").reshape(t.shape)
-            tensors[t.name] = tensors[f"{t.name}/ExponentialMovingAverage"] = Content.of(found, "F32")
+            tensors[t.name] = tensors[f"{t.name}/Shadow"] = Content.of(found, "F32")
     write_bundle(folder / "model.ckpt", tensors)
     return folder
 
 
 SIZES = {"num_attention_heads": 4, "local_transformer_stride": 36}
-AVERAGES = "*/ExponentialMovingAverage"
+AVERAGES = "*/Shadow"
 
 
 def test_a_pattern_leaves_out_what_it_fits_and_is_recorded_as_that(averaged: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_pattern_leaves_out_what_it_fits_and_is_recorded_as_that(averaged: Pat
     plan = api.convert(averaged, tmp_path / "out", options=options, check=False).plan
     recorded = json.loads((tmp_path / "out" / "ckpt-tool.json").read_text())["options"]["drop"]
     with open_checkpoint(averaged) as checkpoint:
-        wanted = [n for n in checkpoint.names() if n.endswith("/ExponentialMovingAverage")]
+        wanted = [n for n in checkpoint.names() if n.endswith("/Shadow")]
     assert len(wanted) > 100 and sorted(recorded) == sorted(wanted)
     assert {d.tensor.name for d in plan.dropped} == set(wanted)
     assert "pass" in said(f"verify out --source {averaged} --level coverage --level bits", tmp_path)
@@ -119,8 +119,8 @@ def test_what_training_keeps_of_variables_is_one_line_of_each_kind(
     averaged: Path, originals: Written
 ) -> None:
     text = program("inspect", str(averaged), cwd=averaged, columns=80).stdout
-    (line,) = [t for t in text.splitlines() if "ExponentialMovingAverage" in t]
-    assert line.split() == ["*/ExponentialMovingAverage", "variable's", "F32", "x230"]
+    (line,) = [t for t in text.splitlines() if "Shadow" in t]
+    assert line.split() == ["*/Shadow", "variable's", "F32", "x230"]
     training = originals("mobilebert-training")
     text = program("inspect", str(training), cwd=training, columns=80).stdout
     lines = [t.split()[0] for t in text.splitlines() if "adam" in t]

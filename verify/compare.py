@@ -56,6 +56,7 @@ MODELS = (
     "merges.txt",
     "vocab.txt",
 )
+ALIKE = {"config": "the values of the configuration", "tokenizer": "the tokenizer"}
 WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -66,6 +67,7 @@ class Compared(Report):
 
     same: str | None = None
     as_stored: bool = False  # no family recognised one of the sides
+    asked: bool = False  # for the numbers, by name
 
     @property
     def judgement(self) -> Judgement:
@@ -75,7 +77,11 @@ class Compared(Report):
             first = f"{bad[0].where}: {bad[0].message}" if bad[0].where else bad[0].message
             return Judgement("fail", head or first)
         open_ = [f for f in self.findings if f.status in ("skipped", "undecided") and f.data.get("open")]
-        words = "the tensors, the values of the configuration and the tokenizer are the same"
+        if self.asked and (lacking := next((f for f in open_ if f.level == "numbers"), None)) is not None:
+            return Judgement("undecided", f"--logits was asked for and did not run: {lacking.message}")
+        unseen = {f.level for f in open_}
+        compared = ["the tensors", *(words for level, words in ALIKE.items() if level not in unseen)]
+        words = f"{' and '.join(filter(None, (', '.join(compared[:-1]), compared[-1])))} are the same"
         if self.as_stored:
             words = "the tensors are the same under the names that they are stored by"
         if self.same == "identical after cast":
@@ -110,7 +116,7 @@ def compare(
     opened or planned."""
     tell = progress or (lambda text: None)
     began = time.monotonic()
-    report = Compared("ckpt-tool compare")
+    report = Compared("ckpt-tool compare", asked=bool(logits))
     with ExitStack() as stack:
         try:
             one, other = _both(stack, lambda path: shown_as_hf(path, settings, family), a, b)
