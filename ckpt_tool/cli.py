@@ -268,7 +268,7 @@ def verify(out: str, source: str | None, levels: tuple[str, ...], **asked: Any) 
     """Prove that DIR holds the same model as its source. Exit code 1 when it does not.
 
     \b
-    ckpt-tool verify Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --against transformers
+    ckpt-tool verify mistral-hf --source mistral-7B-v0.1 --against transformers
     ckpt-tool verify mistral.onnx --source mistral-7B-v0.1
     """
     from ckpt_tool.spread_command import look, look_on_ray, wanted
@@ -350,12 +350,13 @@ def _run_verify(out: str, source: str | None, levels: tuple[str, ...], asked: di
 @device_option
 @report_files
 def diagnose(out: str, source: str, **asked: Any) -> int:
-    """Find which known mistake explains the difference between DIR and its source."""
+    """Find which known mistake explains a difference. DIR is held against its source."""
     _load_verify()
     files = checked_files(asked, (out, source))
     report = _run_verify(
         out, source, ("parity",), {**asked, "against": None, "prompts": None, "checkpoint_id": None}
     )
+    report.title = "ckpt-tool diagnose"
     return write_report(report, asked, files)
 
 
@@ -369,7 +370,7 @@ def diagnose(out: str, source: str, **asked: Any) -> int:
 )
 @as_json
 def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
-    """Show what a checkpoint holds without loading it or running anything in it."""
+    """Show what a checkpoint holds. Nothing in it is loaded or run."""
     from ckpt_tool.convert.recognising import near_misses, recognise
     from ckpt_tool.inspect import inspect as look
 
@@ -387,7 +388,7 @@ def inspect(path: str, everything: bool, checksums: bool, as_json: bool) -> int:
 @how
 @as_json
 def plan(family: str, source: str, as_json: bool, **asked: Any) -> int:
-    """Print what converting would do, from headers alone: tensors, config values and their sources."""
+    """Print what converting would do, from headers alone. Tensors, config values and their sources."""
     return _show_plan(source, family, _direction(asked["to"]), _plan_options(asked), as_json)
 
 
@@ -421,7 +422,7 @@ def _show_plan(
 @click.option("--baseline", metavar="FILE", help="JSON report of an earlier run: fail on what got worse.")
 @report_files
 def gate(file: str, only: tuple[str, ...], listed: bool, **asked: Any) -> int:
-    """Run the conversions and verifications listed in a TOML file; for CI."""
+    """Run conversions and verifications from a TOML file. For CI."""
     from pathlib import Path
 
     from ckpt_tool import api
@@ -479,7 +480,7 @@ def _first(names: Sequence[str]) -> str:
 @click.option("--out", metavar="DIR", help="Folder to write the tiny original into.")
 @as_json
 def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
-    """Write a tiny original checkpoint to try things on; without NAME, list them."""
+    """Write a tiny original checkpoint to try things on. Without NAME, list them."""
     from pathlib import Path
 
     from ckpt_tool.convert.places import free_place
@@ -511,7 +512,7 @@ def fixtures(name: str | None, out: str | None, as_json: bool) -> int:
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
 def demo(out: str, overwrite: bool) -> int:
-    """Write a tiny Mistral original, convert it, verify it, break a copy and watch that being caught."""
+    """Convert, verify and break a tiny Mistral. The broken copy must be caught."""
     from pathlib import Path
 
     from ckpt_tool.demo import run
@@ -524,7 +525,7 @@ def demo(out: str, overwrite: bool) -> int:
 @click.option("--no-judge", is_flag=True, help="Leave transformers out.")
 @as_json
 def table(only: tuple[str, ...], no_judge: bool, as_json: bool) -> int:
-    """Convert, verify and round-trip every tiny variant; print family x variant x result."""
+    """Convert, verify and send back every tiny variant. Prints family x variant x result."""
     from ckpt_tool.table import run
 
     return run(only=only, judge=not no_judge, as_json=as_json, screen=consoles()[0])

@@ -78,6 +78,7 @@ def shown(name: str, as_json: bool, screen: Screen) -> int:
         Column("needs"),
     )
     table(screen, heads, [(e.id, e.expected.kind, e.head, e.status, needs(e)) for e in entries])
+    paragraph(screen, "gate: decides; secondary: shown beside what is measured; weak, invalid: not run")
     return 0
 
 

@@ -34,7 +34,7 @@ OF_CHECKPOINTS = {
 
 @click.group()
 def export() -> None:
-    """Write a model in another format, with the proof that it computes the same."""
+    """Write a model in another format. With the proof that it computes the same."""
 
 
 @export.command()
@@ -53,7 +53,7 @@ def export() -> None:
 @facts_option
 @report_files
 def onnx(folder: str, out: str, source: str | None, **asked: Any) -> int:
-    """Export DIR to ONNX and compare what onnxruntime computes with the source.
+    """Export DIR to ONNX. What onnxruntime computes is compared with the source.
 
     \b
     ckpt-tool export onnx Mistral-7B-v0.1-hf --out mistral.onnx --with-past

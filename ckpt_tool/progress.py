@@ -139,7 +139,7 @@ def conversion_summary(done: Conversion, screen: Screen, source: Any) -> None:
             line("coverage", "every source and target tensor accounted for", "green")
     if left := _left(done):
         line("left", left, "yellow")
-    if plan.direction == "to-hf":  # in one line, to be pasted
+    if plan.direction in ("to-hf", "to-original"):  # in one line, to be pasted
         say(screen, [Styled(f"   {'next':<10}", "dim"), printable(_next(done, source), 4096)])
 
 

@@ -39,10 +39,10 @@ from ckpt_tool.command_parts import (
 @device_option
 @facts_option
 def certificate(out: str, source: str, key: str | None, file: str | None, **asked: Any) -> int:
-    """Verify DIR against its source and write down what was shown, as an in-toto Statement.
+    """Verify DIR and write down what was shown. It is an in-toto Statement, signed on request.
 
     \b
-    ckpt-tool certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --sign key.pem
+    ckpt-tool certificate mistral-hf --source mistral-7B-v0.1 --sign key.pem
     """
     from ckpt_tool import api
     from ckpt_tool.certificates import made
@@ -73,11 +73,11 @@ def certificate(out: str, source: str, key: str | None, file: str | None, **aske
 @facts_option
 @report_files
 def check_certificate(out: str, source: str | None, file: str | None, **asked: Any) -> int:
-    """Check that a certificate holds for DIR: exit code 1 when it does not.
+    """Check that a certificate holds for DIR. Exit code 1 when it does not.
 
     \b
-    ckpt-tool check-certificate Mistral-7B-v0.1-hf --key public.pem
-    ckpt-tool check-certificate Mistral-7B-v0.1-hf --source mistral-7B-v0.1 --spot 20
+    ckpt-tool check-certificate mistral-hf --key public.pem
+    ckpt-tool check-certificate mistral-hf --source mistral-7B-v0.1 --spot 20
     """
     from ckpt_tool import api
     from ckpt_tool.verify.certificate_check import check
@@ -108,7 +108,7 @@ def check_certificate(out: str, source: str | None, file: str | None, **asked: A
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A fact that an original lacks.")
 @report_files
 def compare(a: str, b: str, **asked: Any) -> int:
-    """Compare two checkpoints in any layouts, shardings and dtypes. Exit code 1 where they differ.
+    """Compare two checkpoints of any layouts and dtypes. Exit code 1 where they differ.
 
     \b
     ckpt-tool compare mistral-7B-v0.1 Mistral-7B-v0.1-hf
@@ -135,7 +135,7 @@ def compare(a: str, b: str, **asked: Any) -> int:
 
 @click.group()
 def expectations() -> None:
-    """Documented values of published models: what is known, and what a model gives."""
+    """Documented values of published models. What is known, and what a model gives."""
 
 
 @expectations.command("list")
@@ -208,7 +208,7 @@ def run_expectations(out: str, **asked: Any) -> int:
 @facts_option
 @as_json
 def generate(out: str, source: str | None, as_json: bool, **asked: Any) -> int:
-    """Go on from prompts as transformers does, and say with which scores.
+    """Go on from prompts as transformers does, with scores.
 
     \b
     ckpt-tool generate DIR --prompt "Today is" --option max_new_tokens=5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -90,7 +91,8 @@ def _check_parent(out: Path, parent: Path, make_parents: bool) -> None:
     while make_parents and not os.path.lexists(parent):
         parent = parent.parent
     if not parent.exists():
-        fail("output-failed", f"expected an existing folder {parent}, found none", file=out)
+        hint = f"mkdir -p {shlex.quote(str(parent))}"
+        fail("output-failed", f"expected an existing folder {parent}, found none", file=out, hint=hint)
     if not parent.is_dir():
         fail("output-failed", f"expected {parent} to be a folder, found a file", file=out)
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -216,7 +216,7 @@ def only_family(checkpoint: Checkpoint) -> str:
     if own:
         reasons = "; ".join(f"{n}: {why}" for n, why in own)
         message = f"expected one family to recognise it, found {' and '.join(n for n, _ in own)} ({reasons})"
-        hint = f"name the one that is meant instead of auto: {' or '.join(n for n, _ in own)}"
+        hint = f"name the one that is meant, instead of auto or by --family: {' or '.join(n for n, _ in own)}"
         raise CkptToolError(Problem("ambiguous-family", message, label, hint=hint))
     if (name := canonical.whose(as_families_know(checkpoint))) is not None:
         return name

@@ -258,3 +258,126 @@ def test_other_architectures_are_not_compared_by_chance(conversions: Written) ->
     except CkptToolError:
         return
     assert report.status == "fail"
+
+
+def test_a_verdict_names_what_was_compared_only(conversions: Written, tmp_path: Path) -> None:
+    """No tokenizer is on one side; numbers that were asked for and cannot be computed are no pass."""
+    q = "model.layers.0.self_attn.q_proj.weight"
+    same = "the tensors, the values of the configuration and the tokenizer are the same"
+    assert compare(conversions(VARIANT), conversions(VARIANT)).headline == same
+    bare = tuned(conversions(VARIANT), lambda t: t.update({q: t[q].to(torch.int8)}), tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (bare / name).unlink(missing_ok=True)
+    report = compare(bare, bare)
+    assert report.headline == (
+        "the tensors and the values of the configuration are the same; tokenizer not compared: the two have "
+        "no tokenizer file in common"
+    )
+    report = compare(bare, bare, logits=True)
+    assert report.status == "undecided" and report.headline.startswith(
+        "--logits was asked for and did not run: "
+    )
+
+
+# --- of no family: as stored ----------------------------------------------------------------------------
+
+FOREIGN = {
+    "tower.0.w": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "tower.0.code": torch.tensor([3, 200], dtype=torch.uint8),
+    "odd": torch.tensor([float("nan"), -0.0], dtype=torch.bfloat16),
+}
+
+
+def foreign(path: Path, **changed: torch.Tensor) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(FOREIGN | changed, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_tensors_of_no_family_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+    """A torch.distributed folder with the same bits in safetensors; nothing of the layout is claimed."""
+    import torch.distributed.checkpoint as dcp
+
+    state = FOREIGN | {"opt": {"state": {"0": {"exp_avg": torch.ones(2)}}}}
+    dcp.save(state, checkpoint_id=tmp_path / "run", no_dist=True)
+    report = compare(tmp_path / "run", foreign(tmp_path / "b.safetensors"))
+    assert (report.status, report.exactness) == ("pass", "bit-identical")
+    assert report.judgement.headline == (
+        "the tensors are the same under the names that they are stored by; 1 in the files were left out and "
+        "not compared; as no family recognises them, nothing of their layout or of what they compute is "
+        "claimed"
+    )
+    assert [f.level for f in report.findings] == ["tensors", "tensors"]
+
+
+def test_of_no_family_what_differs_is_named(tmp_path: Path) -> None:
+    one = foreign(tmp_path / "a" / "a.safetensors")
+    other = foreign(tmp_path / "b" / "b.safetensors", odd=FOREIGN["odd"].abs())
+    found = differing(compare(one, other))
+    assert list(found) == ["odd"] and found["odd"].data["count"] == 1
+    wide = foreign(tmp_path / "c" / "c.safetensors", **{"tower.0.w": FOREIGN["tower.0.w"].double()})
+    report = compare(one, wide)
+    assert report.exactness == "identical after cast" and "cast; as no family" in report.judgement.headline
+    longer = foreign(tmp_path / "d" / "d.safetensors", more=torch.ones(1))
+    assert differing(compare(one, longer))["more"].message == "expected it on both sides, found it in B alone"
+
+
+def test_of_no_family_config_json_is_compared_by_its_values(tmp_path: Path) -> None:
+    one, other = (foreign(tmp_path / x / "model.safetensors").parent for x in "ab")
+    (one / "config.json").write_text('{"model_type": "towers", "depth": 3}')
+    report = compare(one, other)
+    assert report.status == "pass" and "config not compared: A alone has a config.json" in report.headline
+    (other / "config.json").write_text('{"depth": 3, "model_type": "towers"}')
+    report = compare(one, other)
+    assert report.status == "pass" and "not compared" not in report.headline
+    (other / "config.json").write_text('{"depth": 4, "model_type": "towers", "wide": null}')
+    report = compare(one, other)
+    assert report.status == "fail" and "config.json: other values for depth, wide" in report.headline
+
+
+def test_without_config_json_names_of_the_library_are_compared_as_stored(
+    conversions: Written, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone" / "weights.safetensors"
+    alone.parent.mkdir()
+    shutil.copyfile(conversions(VARIANT) / "model.safetensors", alone)
+    report = compare(conversions(VARIANT), alone)
+    assert report.status == "pass" and report.judgement.headline.endswith("is claimed")
+
+
+def test_what_no_name_tells_apart_stays_an_error(tmp_path: Path) -> None:
+    one = foreign(tmp_path / "a" / "a.safetensors")
+    other = tmp_path / "b" / "b.safetensors"
+    other.parent.mkdir()
+    save_file({"else": torch.ones(1)}, other)
+    with pytest.raises(CkptToolError, match="expected names that are in both") as caught:
+        compare(one, other)
+    assert {p.kind for p in caught.value.problems} == {"unknown-family"}
+    for asked in ({"logits": True}, {"family": "opt"}, {"settings": {"rope_theta": 1e4}}):
+        with pytest.raises(CkptToolError) as caught:
+            compare(one, one, **asked)  # type: ignore[arg-type]
+        assert "as stored" not in str(caught.value)
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    for k in range(2):
+        torch.save(FOREIGN, ranks / f"consolidated.0{k}.pth")
+    with pytest.raises(CkptToolError, match="expected one tensor of each name") as caught:
+        compare(ranks, ranks)
+
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+
+
+@pytest.mark.parametrize("case", ["tf-dtypes", "tf-slices", "torch-dist-dcp-plain"])
+def test_folders_that_their_own_libraries_wrote_are_what_these_gave(case: str, tmp_path: Path) -> None:
+    if not (CASES / case).is_dir():
+        pytest.skip("the folders are not there")
+    tensors = {
+        k: v for k, v in load_file(CASES / case / "expected.safetensors").items() if not v.is_complex()
+    }
+    save_file(tensors, tmp_path / "expected.safetensors")
+    report = compare(CASES / case / "ckpt", tmp_path / "expected.safetensors")
+    assert (report.status, report.exactness) == ("pass", "bit-identical")
+    count = len(tensors) - (case == "torch-dist-dcp-plain")  # the state of an optimizer is left out
+    assert f"all {count} tensors are equal, bit for bit" in [f.message for f in report.findings]

@@ -20,6 +20,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
 from tests import loaded
 from tests.conftest import kind
+from tests.in_process import program
 
 Written = Callable[[str], Path]
 # What the current release of transformers has dropped is judged by the oldest one.
@@ -178,3 +179,16 @@ def test_a_cast_is_marked_lossy_and_verified_as_such(dtype: str, originals: Writ
     assert report.exit_code == 0
     held = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(t.dtype) for t in held.values()} == {"torch.float32" if dtype == "F32" else "torch.float16"}
+
+
+def test_a_conversion_says_what_comes_next(conversions: Written, tmp_path: Path) -> None:
+    """The way back as well; an output in a folder that is not there names the line that makes it."""
+    (tmp_path / "hf").symlink_to(conversions("mistral-float32"))
+    back = ("convert", "mistral", "--to", "original", "--in", "hf", "--out")
+    done = program(*back, "back", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "   next      ckpt-tool verify back --source hf" in (done.stdout + done.stderr).splitlines()
+    done = program(*back, "a b/back", cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"  hint: mkdir -p '{tmp_path}/a b'")
+    done = program("diagnose", "back", "--source", "hf", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("ckpt-tool diagnose: pass"), done.stderr

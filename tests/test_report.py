@@ -7,6 +7,7 @@ import io
 import json
 import math
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -133,6 +134,23 @@ def test_json_is_strict_even_for_numbers_that_are_none() -> None:
     data = json.loads(json_text(one), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert data["findings"][0]["measured"] == "inf"
     json.loads(json.dumps(hostile_report().to_json()).encode("ascii"))
+
+
+def test_the_keys_of_the_json_are_those_that_the_page_names() -> None:
+    """docs/verification.md, Reports; another key is another schema."""
+    made = report(Finding("bits", "c", "pass", "m")).to_json()
+    page = (Path(__file__).parents[1] / "docs" / "verification.md").read_text()
+    said = page[page.index("The number `schema`") : page.index("may change in any release")]
+    assert made["schema"] == 2 and "`schema` in the JSON, now 2" in said
+    assert [*made] == [
+        *("schema", "title", "status", "headline", "exactness", "facts", "seconds", "provenance", "findings")
+    ]
+    assert [*made["findings"][0]] == [
+        *("level", "check", "status", "message", "where", "measured", "bar", "data", "tables", "drawn")
+    ]
+    gate = Reports("all", [report()]).to_json()
+    assert [*gate] == ["schema", "title", "status", "headline", "not_run", "reports"]
+    assert all(f"`{key}`" in said for key in (*made, *made["findings"][0], *gate))
 
 
 def test_junit_counts_and_places_each_finding() -> None:

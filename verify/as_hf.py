@@ -20,7 +20,7 @@ from ckpt_tool.convert.families import as_families_know, as_family_knows, codes_
 from ckpt_tool.convert.layer_axis import layers_apart
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
-from ckpt_tool.convert.recognising import only_family
+from ckpt_tool.convert.recognising import check_whole, only_family
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.leaves import fill, makers
 from ckpt_tool.verify.prefixed import with_prefix
@@ -69,6 +69,18 @@ def shown_as_hf(
         found.check_unchanged()
 
 
+@contextmanager
+def shown_as_stored(path: str | os.PathLike[str]) -> Iterator[Shown]:
+    """Open `path` for who compares tensors under the names that they are stored by, whatever they mean; of
+    its config.json nothing is known. Raises what opening raises, `unsupported` where the weights lie
+    elsewhere, and `input-changed` as above."""
+    with _opened(path, "hf") as found:
+        check_whole(found)
+        own = {n: d.read for n, d in found.documents.items()}
+        yield Shown(found, {}, f"as stored, {_files(found)}", own)
+        found.check_unchanged()
+
+
 def _content(data: bytes) -> Callable[[], bytes]:
     return lambda: data
 
@@ -84,12 +96,16 @@ def _files(checkpoint: Checkpoint) -> str:
 
 
 def _open(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
+    return codes_apart(_opened(path, prefer))
+
+
+def _opened(path: str | os.PathLike[str], prefer: Prefer) -> Checkpoint:
     try:
-        return codes_apart(open_checkpoint(path, prefer=prefer))
+        return open_checkpoint(path, prefer=prefer)
     except CkptToolError as error:
         if error.kind != "wrong-format":
             raise
-        return codes_apart(open_checkpoint(path))
+        return open_checkpoint(path)
 
 
 class Made(View):

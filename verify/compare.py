@@ -12,7 +12,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,9 +27,18 @@ from ckpt_tool.convert.families import family as family_called
 from ckpt_tool.convert.plan import natural
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
-from ckpt_tool.verify.as_hf import Shown, shown_as_hf
+from ckpt_tool.verify.as_hf import Shown, shown_as_hf, shown_as_stored
 from ckpt_tool.verify.claims import Judgement
 from ckpt_tool.verify.comparing_codes import as_numbers
+from ckpt_tool.verify.comparing_stored import (
+    LEFT_OUT,
+    NO_FAMILY,
+    beside,
+    check_matched,
+    documents,
+    unread,
+    unrecognised,
+)
 from ckpt_tool.verify.comparing_tensors import Pair, compared
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.left_over import explained, several
@@ -47,6 +56,7 @@ MODELS = (
     "merges.txt",
     "vocab.txt",
 )
+ALIKE = {"config": "the values of the configuration", "tokenizer": "the tokenizer"}
 WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -56,6 +66,8 @@ class Compared(Report):
     differs."""
 
     same: str | None = None
+    as_stored: bool = False  # no family recognised one of the sides
+    asked: bool = False  # for the numbers, by name
 
     @property
     def judgement(self) -> Judgement:
@@ -65,13 +77,21 @@ class Compared(Report):
             first = f"{bad[0].where}: {bad[0].message}" if bad[0].where else bad[0].message
             return Judgement("fail", head or first)
         open_ = [f for f in self.findings if f.status in ("skipped", "undecided") and f.data.get("open")]
-        words = "the tensors, the values of the configuration and the tokenizer are the same"
+        if self.asked and (lacking := next((f for f in open_ if f.level == "numbers"), None)) is not None:
+            return Judgement("undecided", f"--logits was asked for and did not run: {lacking.message}")
+        unseen = {f.level for f in open_}
+        compared = ["the tensors", *(words for level, words in ALIKE.items() if level not in unseen)]
+        words = f"{' and '.join(filter(None, (', '.join(compared[:-1]), compared[-1])))} are the same"
+        if self.as_stored:
+            words = "the tensors are the same under the names that they are stored by"
         if self.same == "identical after cast":
             codes = next((f.where for f in self.findings if f.check == "quantised"), None)
             words += f" once codes of {codes} are numbers" if codes else " once those of one side are cast"
+        if left := sum(f.data["count"] for f in self.findings if f.check == LEFT_OUT):
+            words += f"; {left} in the files were left out and not compared"
         for f in open_:
             words += f"; {f.level} not compared: {f.message}"
-        return Judgement("pass", words)
+        return Judgement("pass", f"{words}; {NO_FAMILY}" if self.as_stored else words)
 
     @property
     def exactness(self) -> str | None:
@@ -91,33 +111,60 @@ def compare(
 ) -> Compared:
     """Compare two checkpoints. `family` says which that of an original is where it does not tell, `settings`
     are facts that its files lack. `logits`: None makes a pass where something differs, True always, False
-    never. Raises `CkptToolError` for what cannot be opened or planned."""
+    never. Where no family recognises one of them, and nothing was asked that needs one, tensors are compared
+    under the names that they are stored by (`comparing_stored`). Raises `CkptToolError` for what cannot be
+    opened or planned."""
     tell = progress or (lambda text: None)
     began = time.monotonic()
-    report = Compared("ckpt-tool compare")
+    report = Compared("ckpt-tool compare", asked=bool(logits))
     with ExitStack() as stack:
-        sides = []
-        for name, path in (("A", a), ("B", b)):
-            side = stack.enter_context(shown_as_hf(path, settings, family))
+        try:
+            one, other = _both(stack, lambda path: shown_as_hf(path, settings, family), a, b)
+        except CkptToolError as error:
+            if family or settings or logits or not unrecognised(error):
+                raise
+            report.as_stored = True
+            one, other = _both(stack, shown_as_stored, a, b)
+            check_matched(one, other, error)
+        for name, path, side in (("A", a, one), ("B", b, other)):
             size = sum(t.nbytes for t in side.checkpoint)
             count = sum(1 for _ in side.checkpoint)
             report.facts[name] = f"{os.fspath(path)}: {side.layout}, {count} tensors, {size:,} bytes"
-            sides.append(side)
-        one, other = sides
-        here, there, codes = as_numbers(*_named_alike(one, other), settings)
-        report.findings += _tensors(here, there, report, tell)
-        report.findings += [finding("tensors", "quantised", "note", text, side) for side, text in codes]
-        if codes and report.same is not None:
-            report.same = "identical after cast"
-        report.findings += _config(one, other)
-        report.findings += _generation(one, other)
-        report.findings += _tokenizer(one, other)
-        differs = any(f.status == "fail" and f.level in ("tensors", "config") for f in report.findings)
-        cast = report.same == "identical after cast"
-        if logits or (logits is None and (differs or cast)):
-            report.findings += _numbers(one, other, cast and not differs, compute_dtype, device, tell)
+        if report.as_stored:
+            report.findings += _stored(one, other, report, tell)
+        else:
+            here, there, codes = as_numbers(*_named_alike(one, other), settings)
+            report.findings += _tensors(here, there, report, tell)
+            report.findings += [finding("tensors", "quantised", "note", text, side) for side, text in codes]
+            if codes and report.same is not None:
+                report.same = "identical after cast"
+            report.findings += [*_config(one, other), *_generation(one, other), *_tokenizer(one, other)]
+            differs = any(f.status == "fail" and f.level in ("tensors", "config") for f in report.findings)
+            cast = report.same == "identical after cast"
+            if logits or (logits is None and (differs or cast)):
+                report.findings += _numbers(one, other, cast and not differs, compute_dtype, device, tell)
     report.facts["seconds"] = f"{time.monotonic() - began:.1f}"
     return report
+
+
+def _stored(one: Shown, other: Shown, report: Compared, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """What is said of two that are compared as they are stored."""
+    yield from _tensors(one, other, report, tell)
+    yield from beside(one, other)
+    yield from documents(one, other)
+    yield from _generation(one, other)
+    if any(n in side.documents for n in (JSON, *MODELS) for side in (one, other)):
+        yield from _tokenizer(one, other)
+
+
+def _both(
+    stack: ExitStack, shown_as: Callable[[Any], AbstractContextManager[Shown]], a: Any, b: Any
+) -> tuple[Shown, Shown]:
+    """Both sides, open until `stack` ends; none is where one cannot be opened."""
+    with ExitStack() as own:
+        one, other = (own.enter_context(shown_as(path)) for path in (a, b))
+        stack.enter_context(own.pop_all())
+    return one, other
 
 
 def finding(
@@ -143,6 +190,8 @@ def _tensors(one: Shown, other: Shown, report: Compared, tell: Callable[[str], N
                 common[name] = compared(one.checkpoint, other.checkpoint, *rows)
         else:
             alone[name in there].append((here if name in here else there)[name])
+    if report.as_stored:  # what was not read cannot be missing
+        alone = unread(other, alone[0]), unread(one, alone[1])
     differing = [p for p in pairs if not p.equal]
     cast = [p for p in pairs if p.equal and p.cast is not None]
     report.same = "identical after cast" if cast else "bit-identical"

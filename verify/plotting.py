@@ -57,7 +57,9 @@ def plot(report: Report, kind: str | None = None, where: str | None = None) -> D
     if found is None:
         there = ", ".join(dict.fromkeys(f"{d.kind} of {d.where}" if d.where else d.kind for d in made))
         hint = "the level parity, and tensors that differ, have pictures"
-        wanted = f"a picture {kind or 'of any kind'}" + (f" of {where}" if where else "")
+        wanted = f"a picture {f'called {kind}' if kind else 'of any kind'}" + (
+            f" of {where}" if where else ""
+        )
         fail(
             "usage", f"expected {wanted}, found {there or 'none'}", where="plot", hint=None if made else hint
         )
