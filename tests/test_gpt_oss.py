@@ -326,7 +326,7 @@ def test_published_sizes_ask_nothing(tmp_path: Path) -> None:
 def test_scales_stored_as_e8m0_are_the_powers_that_their_bytes_say(
     originals: Written, conversions: Written
 ) -> None:
-    """A file may call the bytes F8_E8M0, and a reading then gets the powers; once either took those for bytes,
+    """A file may call the bytes F8_E8M0, and a reading then gets the powers; once both took those for bytes,
     so that no expert had a part in the logits."""
     ids = torch.arange(1, 9)[None]
     for module, folder, name in (
