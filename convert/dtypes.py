@@ -78,6 +78,14 @@ def mixed(steps: Steps, dtype: str | None) -> Iterator[Problem]:
 CAST, WIDENED = "--dtype: floating tensors cast from ", "--dtype: floating tensors widened from "
 
 
+def words(
+    steps: Steps, dtype: str | None, written: Counter[str], *, loaded: bool
+) -> tuple[list[str], list[str]]:
+    """Notes on the dtypes of a plan, see `kept_words`, and what the asked cast loses."""
+    widened, rounded = cast_words(steps, dtype)
+    return [*widened, *kept_words(written, loaded=loaded)], rounded
+
+
 def cast_words(steps: Steps, dtype: str | None) -> tuple[list[str], list[str]]:
     """What the asked cast does, in words: a note where the dtype holds every value of the others, else what
     it loses; neither where every tensor has that dtype."""
@@ -90,9 +98,9 @@ def cast_words(steps: Steps, dtype: str | None) -> tuple[list[str], list[str]]:
     return [f"{WIDENED}{told}, which loses no value"], []
 
 
-def that_lose(words: Iterable[str]) -> list[str]:
-    """Those of the words that tell of a loss: older manifests call every cast one."""
-    return [text for text in words if not (text.startswith(CAST) and not _loses(text.removeprefix(CAST)))]
+def that_lose(told: Iterable[str]) -> list[str]:
+    """Those that tell of a loss: older manifests call every cast one."""
+    return [text for text in told if not (text.startswith(CAST) and not _loses(text.removeprefix(CAST)))]
 
 
 def _loses(told: str) -> bool:

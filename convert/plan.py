@@ -373,8 +373,7 @@ def assemble(
     problems += frequency_problems(dropped, turns, options.drop)
     fail_all([*problems, *uncovered_problems(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps, in_files=direction != "to-hf")
-    counts = wanted.counts()
-    widened, rounded = dtypes.cast_words(steps, options.dtype)
+    told, rounded = dtypes.words(steps, options.dtype, wanted.counts(), loaded=direction == "to-hf")
     if direction == "to-hf":
         files, index, home = place(wanted, options.max_shard_bytes)
         steps, documents = _set_down(steps, home), [*documents, *index]
@@ -389,12 +388,7 @@ def assemble(
         documents=tuple(documents),
         config=dict(config),
         dropped=tuple(dropped),
-        notes=(
-            *checkpoint.readings,
-            *notes,
-            *widened,
-            *dtypes.kept_words(counts, loaded=direction == "to-hf"),
-        ),
+        notes=(*checkpoint.readings, *notes, *told),
         lossy=(*lossy, *rounded),
         strict_replicas=options.strict_replicas,
         original=original or {},

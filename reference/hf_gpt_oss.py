@@ -220,8 +220,8 @@ def numbers(w: Tensors, stem: str, e: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(*blocks.shape[:-1], 2 * blocks.shape[-1], dtype=table.dtype, device=blocks.device)
     out[..., 0::2] = table[(blocks & 0x0F).long()]
     out[..., 1::2] = table[(blocks >> 4).long()]
-    out = out * scales if scales.is_floating_point() else torch.ldexp(out, scales.to(torch.int32) - 127)
-    return out.reshape(blocks.shape[0], -1).to(dtype).T
+    scaled = out * scales if scales.is_floating_point() else torch.ldexp(out, scales.to(torch.int32) - 127)
+    return scaled.reshape(blocks.shape[0], -1).to(dtype).T
 
 
 # --- what converters get wrong ----------------------------------------------------------------------------
