@@ -68,7 +68,9 @@ how = options_of(
         "--tokenizer", metavar="PATH", help="Tokenizer file or folder, when not beside the weights."
     ),
     click.option(
-        "--dtype", metavar="NAME", help="Cast floating tensors (lossy): float32, float16, bfloat16."
+        "--dtype",
+        metavar="NAME",
+        help="Cast floating tensors: float32, float16, bfloat16 (lossy where it rounds).",
     ),
     click.option(
         "--dequantize", metavar="NAME", help="Make quantised weights numbers (lossy): bfloat16, float32 ..."

@@ -13,7 +13,7 @@ from dataclasses import replace
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.steps import Steps
-from ckpt_tool.convert.widths import CASTABLE, common
+from ckpt_tool.convert.widths import CASTABLE, common, rounds
 from ckpt_tool.errors import Problem
 
 
@@ -75,12 +75,37 @@ def mixed(steps: Steps, dtype: str | None) -> Iterator[Problem]:
         )
 
 
-def cast_words(steps: Steps, dtype: str | None) -> list[str]:
-    """What the asked cast does, in words; nothing where every tensor has that dtype."""
-    cast = {p.dtype for s in steps.templates for p in s.sources} - {dtype}
+CAST, WIDENED = "--dtype: floating tensors cast from ", "--dtype: floating tensors widened from "
+
+
+def words(
+    steps: Steps, dtype: str | None, written: Counter[str], *, loaded: bool
+) -> tuple[list[str], list[str]]:
+    """Notes on the dtypes of a plan, see `kept_words`, and what the asked cast loses."""
+    widened, rounded = cast_words(steps, dtype)
+    return [*widened, *kept_words(written, loaded=loaded)], rounded
+
+
+def cast_words(steps: Steps, dtype: str | None) -> tuple[list[str], list[str]]:
+    """What the asked cast does, in words: a note where the dtype holds every value of the others, else what
+    it loses; neither where every tensor has that dtype."""
+    cast = sorted({p.dtype for s in steps.templates for p in s.sources if p.dtype in FLOATS} - {dtype})
     if dtype is None or not cast:
-        return []
-    return [f"--dtype: floating tensors cast from {', '.join(sorted(cast))} to {dtype}"]
+        return [], []
+    told = f"{', '.join(cast)} to {dtype}"
+    if any(rounds(each, dtype) for each in cast):
+        return [], [CAST + told]
+    return [f"{WIDENED}{told}, which loses no value"], []
+
+
+def that_lose(told: Iterable[str]) -> list[str]:
+    """Those that tell of a loss: older manifests call every cast one."""
+    return [text for text in told if not (text.startswith(CAST) and not _loses(text.removeprefix(CAST)))]
+
+
+def _loses(told: str) -> bool:
+    before, _, after = told.partition(" to ")
+    return any(rounds(each, after) for each in before.split(", "))
 
 
 def kept_words(written: Counter[str], *, loaded: bool) -> list[str]:

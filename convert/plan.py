@@ -48,8 +48,8 @@ SPOOLED = 50_000  # tensors, the index of more is not held in memory
 @dataclass(frozen=True)
 class Options:
     """What the user asked for beyond input and output. `settings` are `--set` / `--config` values in
-    Hugging Face config names; `dtype` a safetensors dtype name to cast floating tensors to (lossy); `gqa` the
-    key/value heads to pool those of a multi-head model to (lossy)."""
+    Hugging Face config names; `dtype` a safetensors dtype name to cast floating tensors to (lossy where it
+    rounds); `gqa` the key/value heads to pool those of a multi-head model to (lossy)."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
@@ -373,7 +373,7 @@ def assemble(
     problems += frequency_problems(dropped, turns, options.drop)
     fail_all([*problems, *uncovered_problems(uncovered, family), *dtypes.mixed(steps, options.dtype)])
     wanted = _written(steps, in_files=direction != "to-hf")
-    counts = wanted.counts()
+    told, rounded = dtypes.words(steps, options.dtype, wanted.counts(), loaded=direction == "to-hf")
     if direction == "to-hf":
         files, index, home = place(wanted, options.max_shard_bytes)
         steps, documents = _set_down(steps, home), [*documents, *index]
@@ -388,8 +388,8 @@ def assemble(
         documents=tuple(documents),
         config=dict(config),
         dropped=tuple(dropped),
-        notes=(*checkpoint.readings, *notes, *dtypes.kept_words(counts, loaded=direction == "to-hf")),
-        lossy=(*lossy, *dtypes.cast_words(steps, options.dtype)),
+        notes=(*checkpoint.readings, *notes, *told),
+        lossy=(*lossy, *rounded),
         strict_replicas=options.strict_replicas,
         original=original or {},
         foretold=tuple(foretold),

@@ -165,6 +165,8 @@ def matrix(w: Tensors, stem: str, e: int, dtype: torch.dtype) -> Tensor:
     large = (1 + 0.5 * fraction) * torch.exp2(exponent - 1.0)
     size = torch.where(exponent == 0, small, large).to(torch.promote_types(dtype, torch.float32))
     signed = torch.where(sign == 1, -size, size)
+    if scales.dtype != torch.uint8:  # E8M0, which is read as the powers themselves
+        return (scales[..., None].to(signed.dtype) * signed).flatten(-2).to(dtype)
     return torch.ldexp(signed, scales.int()[..., None] - 127).flatten(-2).to(dtype)
 
 

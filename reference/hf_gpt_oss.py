@@ -210,16 +210,18 @@ def one_expert(tokens: Tensor, w: Tensors, p: str, e: int, c: Config) -> Tensor:
 
 def numbers(w: Tensors, stem: str, e: int, dtype: torch.dtype) -> Tensor:
     """The matrix of expert e, (in, out): stored so, or looked up for each half of a byte, the lower one
-    first, and scaled by two to the power of its block's byte less 127."""
+    first, and scaled by two to the power of its block's byte less 127, or by scales (E8M0) that came as the
+    numbers they are."""
     if stem in w:
         return w[stem][e]
-    blocks, exponents = w[stem + "_blocks"][e], w[stem + "_scales"][e].to(torch.int32) - 127
+    blocks, scales = w[stem + "_blocks"][e], w[stem + "_scales"][e].unsqueeze(-1)
     table = torch.tensor([*FP4, *(-x for x in FP4)], dtype=torch.promote_types(dtype, torch.float32))
     table = table.to(blocks.device)
     out = torch.empty(*blocks.shape[:-1], 2 * blocks.shape[-1], dtype=table.dtype, device=blocks.device)
     out[..., 0::2] = table[(blocks & 0x0F).long()]
     out[..., 1::2] = table[(blocks >> 4).long()]
-    return torch.ldexp(out, exponents.unsqueeze(-1)).reshape(blocks.shape[0], -1).to(dtype).T
+    scaled = out * scales if scales.is_floating_point() else torch.ldexp(out, scales.to(torch.int32) - 127)
+    return scaled.reshape(blocks.shape[0], -1).to(dtype).T
 
 
 # --- what converters get wrong ----------------------------------------------------------------------------

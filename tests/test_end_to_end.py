@@ -169,12 +169,20 @@ def test_more_ranks_than_key_value_heads_and_back(conversions: Written, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
-def test_a_cast_is_marked_lossy_and_verified_as_such(dtype: str, originals: Written, tmp_path: Path) -> None:
+def test_a_cast_is_marked_lossy_where_it_rounds_and_verified_as_such(
+    dtype: str, originals: Written, tmp_path: Path
+) -> None:
     variant = "mistral-7b-v0.1"
     made = api.convert(originals(variant), tmp_path / "out", options=api.Options(dtype=dtype))
-    assert made.plan.lossy
     manifest = json.loads((tmp_path / "out" / "ckpt-tool.json").read_text())
-    assert manifest["lossy"]
+    assert bool(made.plan.lossy) == bool(manifest["lossy"]) == (dtype == "F16")
+    report = api.verify(tmp_path / "out", originals(variant), levels=("coverage", "bits"))
+    assert report.exit_code == 0
+    told = [f.message for f in report.findings if f.check == "dtype"]
+    assert told == [n for n in (*made.plan.lossy, *made.plan.notes) if n.startswith("--dtype")] and told
+    # older manifests call every cast lossy
+    manifest["lossy"] = [f"--dtype: floating tensors cast from BF16 to {dtype}"]
+    (tmp_path / "out" / "ckpt-tool.json").write_text(json.dumps(manifest))
     report = api.verify(tmp_path / "out", originals(variant), levels=("coverage", "bits"))
     assert report.exit_code == 0
     held = load_file(tmp_path / "out" / "model.safetensors")

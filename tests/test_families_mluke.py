@@ -151,6 +151,7 @@ def test_a_published_model_asks_nothing(bare: Path, tmp_path: Path) -> None:
     made = plan("auto", folder)
     assert made.family == "mluke" and made.config["entity_vocab_size"].value == 44
     assert made.config["vocab_size"].value == 186
+    assert not any("bert_model_name" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,22 @@ def test_without_files_that_say_them_the_rows_to_copy_are_asked_for(bare: Path, 
     for wrong in ({"at_sign_id": 184}, {"entity_mask_id": 43}):
         error = refused(lambda wrong=wrong: plan("mluke", folder, settings=said | wrong))  # type: ignore[misc]
         assert error.problems[0].kind == "config-mismatch"
+
+
+def test_files_of_the_english_model_are_told(bare: Path, tmp_path: Path) -> None:
+    """Its entities are lines of another kind and its words RoBERTa's."""
+    folder = with_metadata(copy(bare, tmp_path / "in"), bert_model_name="roberta-base")
+    (note,) = (n for n in plan("mluke", folder).notes if "bert_model_name" in n)
+    assert "roberta-base, whose words are not XLM-R's" in note and entity_spans.MODEL in note
+    for name in (entity_spans.MODEL, "entity_vocab.jsonl"):
+        (folder / name).unlink()
+    (folder / "entity_vocab.tsv").write_text("[PAD]\t0\n[UNK]\t0\n[MASK]\t0\n")
+    error = refused(lambda: plan("mluke", folder))
+    hints = {p.where: p.hint or "" for p in error.problems}
+    assert hints.keys() == {"at_sign_id", "number_sign_id", "entity_mask_id"}
+    assert all("entity_vocab.tsv is LUKE's, the English model" in hint for hint in hints.values())
+    assert all(f"--set {name}=VALUE" in hint for name, hint in hints.items())
+    assert not any(entity_spans.MODEL in hint or ".jsonl" in hint for hint in hints.values())
 
 
 def test_a_tokenizer_of_another_model_is_refused(bare: Path, tmp_path: Path) -> None:

@@ -323,6 +323,29 @@ def test_published_sizes_ask_nothing(tmp_path: Path) -> None:
     assert made.config["max_position_embeddings"].value == 131072
 
 
+def test_scales_stored_as_e8m0_are_the_powers_that_their_bytes_say(
+    originals: Written, conversions: Written
+) -> None:
+    """A file may call the bytes F8_E8M0, and a reading then gets the powers; once both took those for bytes,
+    so that no expert had a part in the logits."""
+    ids = torch.arange(1, 9)[None]
+    for module, folder, name in (
+        (reference.original("gpt-oss"), originals(SQUARE), None),
+        (reference.converted("GptOssForCausalLM"), conversions(SQUARE), "hf"),
+    ):
+        tensors = world.load(folder / "model.safetensors")
+        config = read(folder / "config.json")
+        shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+        c = module.Config.from_hf(config) if name else module.Config.from_original(config, shapes, 1, {})
+        wide = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+        scales = [n for n in wide if n.endswith("scales")]
+        powers = {n: wide[n].view(torch.float8_e8m0fnu).float() for n in scales}
+        without = {n: torch.zeros_like(wide[n]) for n in scales}
+        bytes_, named, none = (module.forward(ids, [wide | own], c) for own in ({}, powers, without))
+        assert scales and torch.equal(bytes_, named)
+        assert not torch.equal(bytes_, none)
+
+
 # --- proof ------------------------------------------------------------------------------------------------
 
 

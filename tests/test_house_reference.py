@@ -639,12 +639,12 @@ MUTANTS = {
     "MXFP4: the higher half of a byte first": Mutant(
         "gpt-oss-20b",
         ("gpt_oss.matrix", "[codes & 15, codes >> 4]", "[codes >> 4, codes & 15]"),
-        ("hf_gpt_oss.numbers", "    out =", "    blocks = (blocks >> 4) | (blocks << 4)\n    out ="),
+        ("hf_gpt_oss.numbers", "    out[..., 0::2]", "    blocks = (blocks >> 4) | (blocks << 4)\n    out[..., 0::2]"),
     ),
     "MXFP4: exponents of the block before": Mutant(
         "gpt-oss-20b",
         ("gpt_oss.matrix", "scales.int()[..., None]", "scales.roll(1, -1).int()[..., None]"),
-        ("hf_gpt_oss.numbers", "exponents.unsqueeze(-1)", "exponents.roll(1, -1).unsqueeze(-1)"),
+        ("hf_gpt_oss.numbers", "[e].unsqueeze(-1)", "[e].roll(1, -1).unsqueeze(-1)"),
     ),
     "windows in layers 1, 3, ...": Mutant(
         "gpt-oss-120b",

@@ -532,6 +532,28 @@ def test_numbers_that_do_not_fit_are_refused(
     assert {kind for kind, _ in found} == kinds, found
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_layers_of_core_add_is_the_input_whatever_args_say(name: str) -> None:
+    """A layer that would add what its norm gives calls the second norm otherwise, and is no table's."""
+    for age in ("core", "core-fused"):
+        plans = []
+        for flag in (False, True):
+            checkpoint, bits = original(
+                name, age=age, told=args(apply_residual_connection_post_layernorm=flag)
+            )
+            plans.append(family(name).plan(checkpoint, WITH_WORDS))
+        one, other = plans
+        assert (one.config, [*one.steps], one.notes) == (other.config, [*other.steps], other.notes)
+    _, bits = original(name, age="core")
+    early = {
+        file: {n.replace("pre_mlp_layernorm", "post_self_attn_layernorm"): x for n, x in arrays.items()}
+        for file, arrays in shapes_of(bits).items()
+    }
+    assert early != shapes_of(bits)
+    found = refused(lambda: family(name).plan(held(early, beside(None, args())), WITH_WORDS))
+    assert found and {kind for kind, _ in found} <= {"unsupported", "missing-tensor", "uncovered-tensors"}
+
+
 def test_groups_are_only_grouped_where_args_say_so() -> None:
     """num_query_groups is 1 in args that do not group queries."""
     checkpoint, _ = original("megatron-gpt2", told=args(num_query_groups=1, group_query_attention=False))

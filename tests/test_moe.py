@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,39 @@ def test_a_missing_share_of_the_experts_is_named(name: str, place: str, message:
         file.unlink()
     error = refused(lambda: api.plan(source))
     assert error.kind in ("missing-shard", "shard-conflict") and message in error.text()
+
+
+def thinned(core: Core, keep: Collection[str], folder: Path, **args: Any) -> Path:
+    """Of the ranks only those to `keep`, by the folder's numbers, with these args."""
+    source = written(core, folder)
+    for rank in list(source.rglob("mp_rank_*")):
+        if rank.name.removeprefix("mp_rank_") not in keep:
+            shutil.rmtree(rank)
+    changed(source, lambda held, _: vars(held["args"]).update(args))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("core", "keep"),
+    [
+        (Core(MCORE, ranks=2, parallel=2), ("00_000", "01_001")),
+        (
+            Core(MCORE, ranks=2, parallel=2, stages=(2, 1)),
+            ("00_000_000", "01_000_001", "00_001_000", "01_001_001"),
+        ),
+    ],
+)
+def test_experts_shared_out_over_fewer_ranks_than_the_rest_are_named(
+    core: Core, keep: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Of such a run no other files are there; of another these are a part."""
+    source = thinned(core, keep, tmp_path / "in", expert_tensor_parallel_size=1)
+    error = refused(lambda: api.plan(source))
+    assert (error.kind, error.problems[0].where) == ("unsupported", "args: expert_tensor_parallel_size")
+    assert f"the {len(keep)} files of a run that shares each out over 1" in error.text()
+    assert "torch_dist" in (error.problems[0].hint or "")
+    error = refused(lambda: api.plan(thinned(core, keep, tmp_path / "part")))
+    assert error.kind == "missing-shard" and "not there" in error.text()
 
 
 @pytest.mark.skipif(not CASE.is_dir(), reason="the folder of cases is not beside this checkout")

@@ -206,9 +206,13 @@ def test_config_has_the_keys_that_transformers_4_writes(name: str, tmp_path: Pat
     assert generation == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_a_cast_is_lossy_and_shows_in_the_config(tmp_path: Path) -> None:
+def test_a_cast_shows_in_the_config_and_is_lossy_where_it_rounds(tmp_path: Path) -> None:
     plan = planned("mistral-7b-v0.3", tmp_path, dtype="F32")
-    assert plan.lossy and "BF16" in plan.lossy[0] and "F32" in plan.lossy[0]
+    assert "--dtype: floating tensors widened from BF16 to F32, which loses no value" in plan.notes
+    assert not plan.lossy
+    rounded = planned("mistral-7b-v0.3", tmp_path, dtype="F16")
+    assert rounded.lossy == ("--dtype: floating tensors cast from BF16 to F16",)
+    assert not any(note.startswith("--dtype") for note in rounded.notes)
     assert {t.dtype for f in plan.outputs for t in f.tensors} == {"F32"}
     assert plan.config["torch_dtype"] == Value("float32", "--dtype")
     assert not planned("mistral-7b-v0.3", tmp_path, dtype="BF16").lossy

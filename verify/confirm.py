@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckpt_tool.convert.dtypes import that_lose
 from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import MANIFEST, headers_digest
 from ckpt_tool.errors import printable
@@ -65,9 +66,10 @@ def _plan(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
         odd = ", ".join(sorted(dropped ^ manifest.dropped)[:SHOWN])
         text = f"expected the {len(dropped)} tensors that the plan leaves out, found others: {odd}"
         yield _finding("fail", text, "dropped")
-    if subject.undeclared_cast is None and tuple(plan.lossy) != manifest.lossy:
+    held = that_lose(manifest.lossy)
+    if subject.undeclared_cast is None and list(plan.lossy) != held:
         words = "; ".join(plan.lossy) or "nothing lossy"
-        text = f"expected {words}, found {'; '.join(manifest.lossy) or 'nothing lossy'}"
+        text = f"expected {words}, found {'; '.join(held) or 'nothing lossy'}"
         yield _finding("fail", printable(text, 300), "lossy")
 
 

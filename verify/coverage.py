@@ -13,6 +13,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import canonical
+from ckpt_tool.convert.dtypes import WIDENED
 from ckpt_tool.convert.facts import class_of, classes
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.convert.values import Values
@@ -190,7 +191,7 @@ def _planned(subject: Subject) -> Iterator[Finding]:
     yield from _left_out(subject)
     yield from undeclared_cast(subject)
     yield from undeclared(subject)
-    for note in plan.lossy:
+    for note in (*(n for n in plan.notes if n.startswith(WIDENED)), *plan.lossy):
         yield finding("dtype", "note", note)
 
 

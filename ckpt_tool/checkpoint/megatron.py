@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
@@ -165,7 +165,7 @@ def _place(m: re.Match[str], *, experts: bool = False) -> Place:
 
 
 def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
-    """Every stage of every rank once."""
+    """Every stage of every rank once. What may be all that a run saved is told by the files, once opened."""
     places = [_place(m) for m in matches]
     numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
     twice = sorted({m["folder"] for m in matches if places.count(_place(m)) > 1})
@@ -178,7 +178,17 @@ def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
             f"expected ranks numbered from 0 on, found {len(places)} up to {matches[-1]['folder']}",
             file=label,
         )
-    there, (ranks, stages, experts) = set(places), sizes
+    if (
+        _shared_by([(t, e if m["third"] else p) for (t, p, e), m in zip(places, matches, strict=True)])
+        is None
+    ):
+        _check_complete(places, numbered, label)
+
+
+def _check_complete(places: Sequence[Place], numbered: int, label: str) -> None:
+    """`numbered`: how many numbers a folder's name has after the first."""
+    there = set(places)
+    sizes = ranks, stages, experts = [1 + max(p[k] for p in places) for k in range(3)]
     missing = [
         _folder((t, p, e), numbered)
         for t in range(ranks)
@@ -213,6 +223,21 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def _shared_by(places: Collection[tuple[int, int]]) -> int | None:
+    """Over how many tensor-parallel ranks each expert is shared out, where these tensor-parallel and
+    expert-parallel ranks are all that a run with fewer than it has for the rest saves. None for a whole grid,
+    and for one with holes."""
+    there = set(places)
+    ranks, parallel = (1 + max(p[k] for p in there) for k in range(2))
+    if len(there) == ranks * parallel:
+        return None
+    for own in range(1, ranks):
+        run = range(lcm(ranks, own * parallel))
+        if there == {(r % ranks, r // own % parallel) for r in run}:
+            return own
+    return None
+
+
 # --- once they are opened -------------------------------------------------------------------------------
 
 
@@ -230,6 +255,8 @@ def expert_grids(checkpoint: Checkpoint) -> list[list[list[str]]]:
         m = _PATH.fullmatch(name)
         placed[(0, 0, 0) if m is None else _place(m, experts=experts)] = name
     ranks, stages, parallel = (1 + max(p[k] for p in placed) for k in range(3))
+    if len(placed) == len(checkpoint.files) and len(placed) != ranks * stages * parallel:
+        _check_shared_out(checkpoint, [*placed])
     if len(placed) != len(checkpoint.files) or len(placed) != ranks * stages * parallel:
         fail(
             "ambiguous-input",
@@ -237,6 +264,27 @@ def expert_grids(checkpoint: Checkpoint) -> list[list[list[str]]]:
             file=checkpoint.path.name,
         )
     return [[[placed[t, p, e] for p in range(stages)] for t in range(ranks)] for e in range(parallel)]
+
+
+def _check_shared_out(checkpoint: Checkpoint, places: Sequence[Place]) -> None:
+    """Fail with `unsupported` where experts are shared out over fewer tensor-parallel ranks than the rest, so
+    that a file holds what no other of a grid would; with `missing-shard` where files are not there."""
+    label, own = checkpoint.path.name, _shared_by([(t, e) for t, _, e in places])
+    args = arguments(next(iter(checkpoint.files.values()))) or {}
+    if own is not None and args.get("expert_tensor_parallel_size") == own:
+        ranks = 1 + max(t for t, _, _ in places)
+        fail(
+            "unsupported",
+            f"expected experts shared out over {ranks} tensor-parallel ranks as all else is, found the "
+            f"{len(places)} files of a run that shares each out over {own}",
+            file=label,
+            where="args: expert_tensor_parallel_size",
+            hint="save it with --ckpt-format torch_dist, which is read whatever ranks saved it",
+        )
+    matches = [m for name in checkpoint.files if (m := _PATH.fullmatch(name))]
+    if len(matches) == len(checkpoint.files):
+        numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
+        _check_complete([_place(m) for m in matches], numbered, label)
 
 
 def _second_is_expert(checkpoint: Checkpoint) -> bool:

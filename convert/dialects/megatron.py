@@ -29,6 +29,7 @@ from ckpt_tool.convert.dialects.megatron_args import (
 from ckpt_tool.convert.dialects.megatron_arguments import (
     LEARNED,
     RESIDUAL,
+    UNUSED_BY_CORE,
     UNUSED_BY_LEARNED,
     answered_for,
     notes_on_precision,
@@ -380,8 +381,10 @@ def _check_complete(run: Run) -> None:
 def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     run = open_run(checkpoint)
     facts = Facts(run.told, "args", m.settings(options))
-    wanted = LEARNED if is_core(run.age) else {**LEARNED, **RESIDUAL}
-    left_out = refuse_others(facts, run, wanted, UNUSED_BY_LEARNED)
+    wanted, unused = {**LEARNED, **RESIDUAL}, UNUSED_BY_LEARNED
+    if is_core(run.age):
+        wanted, unused = LEARNED, f"{UNUSED_BY_LEARNED} {UNUSED_BY_CORE}"
+    left_out = refuse_others(facts, run, wanted, unused)
     facts.check()
     sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
     tokenizer = read_tokenizer(m.name, run, options, **sizes)

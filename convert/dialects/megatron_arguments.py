@@ -242,11 +242,15 @@ GATED: Mapping[str, Only] = {
     "rotary_interleaved": _off("rotary positions on neighbouring channels"),
     "rotary_seq_len_interpolation_factor": Only("positions that are divided", (None, 1)),
 }
-# Megatron-Core's layers never look at the first, and the second is of learned positions.
-UNUSED_BY_GATED = """apply_residual_connection_post_layernorm add_position_embedding
-    use_rotary_position_embeddings"""
+# It has no effect in Megatron-Core: from 0.4.0 on its layers do not look at it; those of 0.3.0 do, where
+# norms are inside linear_qkv and linear_fc1, so that what is added is the unnormalised input either way.
+# Layers that read it beside norms of their own, in no release, called the second post_self_attn_layernorm,
+# as no table does.
+UNUSED_BY_CORE = "apply_residual_connection_post_layernorm"
+# The others are of learned positions.
+UNUSED_BY_GATED = f"{UNUSED_BY_CORE} add_position_embedding use_rotary_position_embeddings"
 UNUSED_BY_DENSE = "moe_*"
-# As for the first, older code does.
+# Older code adds what the norm gives.
 RESIDUAL = {
     "apply_residual_connection_post_layernorm": _off("branches added to the normalised input"),
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -44,7 +44,7 @@ from ckpt_tool.convert.source import Source, whole_tensors
 from ckpt_tool.convert.tokenizers import entity_spans
 from ckpt_tool.convert.vocabularies import Vocabulary as Tokens
 from ckpt_tool.convert.weave import Held, Table, Written, to_hf, to_original
-from ckpt_tool.errors import Problem, fail, fail_all
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 from ckpt_tool.records import dataclass
 
 METADATA = "metadata.json"
@@ -257,10 +257,9 @@ def _copied(e: Encoder, known: Known) -> dict[str, list[int]]:
     for name, value in zip(STARTS, said, strict=True):
         if isinstance(value.value, list):
             known.refuse("usage", f"expected one id, found {value.value}", name)
-    tokens = f"{entity_spans.MODEL}, beside the weights or with --tokenizer,"
-    files = dict(zip(STARTS, (tokens, tokens, LINES), strict=True))
+    files = _files_that_say(known.source.checkpoint)
     facts.problems[:] = [
-        replace(p, hint=f"{files[p.where]} says it; so does {p.hint}")
+        replace(p, hint=f"{files[p.where]}; so does {p.hint}")
         if p.kind == "missing-fact" and p.where in files
         else p
         for p in facts.problems
@@ -269,6 +268,20 @@ def _copied(e: Encoder, known: Known) -> dict[str, list[int]]:
     facts.check()
     words, entities = e.copies
     return {words: [v.value for v in said[:2]], entities: [said[2].value]}
+
+
+def _files_that_say(checkpoint: Checkpoint) -> dict[str, str]:
+    """By row to start from, the file that says it."""
+    tokens = f"{entity_spans.MODEL}, beside the weights or with --tokenizer, says it"
+    if LINES_OF_ENGLISH in checkpoint.documents and LINES not in checkpoint.documents:
+        whose = f"{LINES_OF_ENGLISH} is LUKE's, the English model"
+        tokens = f"{whose}: RoBERTa's vocab.json, which is not read, says it"
+        return dict(
+            zip(
+                STARTS, (tokens, tokens, f"{whose}: its line of {MASK}, counted from 0, says it"), strict=True
+            )
+        )
+    return dict(zip(STARTS, (tokens, tokens, f"{LINES} says it"), strict=True))
 
 
 def _starts(tokens: Mapping[str, bytes], entities: Vocabulary | Mapping[str, int] | None) -> dict[str, Value]:
@@ -366,7 +379,7 @@ def _documents(
         length = known["max_position_embeddings"] - 2
         said = "the tokenizer given or beside the weights"
         made = [OutputDocument(n, b, said) for n, b in entity_spans.documents(data, words, length).items()]
-        notes.append(entity_spans.OTHERWISE)
+        notes += [*_of_another(known), entity_spans.OTHERWISE]
     else:
         notes.append(f"no {entity_spans.MODEL} was given or is beside the weights; no tokenizer was written")
     if vocabulary is not None:
@@ -379,6 +392,17 @@ def _documents(
     else:
         notes.append(f"no {LINES} is beside the weights; no {OBJECT} was written")
     return made, notes
+
+
+def _of_another(known: Known) -> Iterator[str]:
+    """A note where metadata.json names a model whose words are not XLM-R's."""
+    around = known.source.checkpoint.json(METADATA) if METADATA in known.source.checkpoint.documents else {}
+    began = around.get("model_config", {}).get("bert_model_name")
+    if isinstance(began, str) and "xlm-r" not in began.lower():
+        yield (
+            f"{METADATA}: bert_model_name is {printable(began, 60)}, whose words are not XLM-R's; "
+            f"{entity_spans.MODEL} is taken as theirs because it has an id for each row of the embedding"
+        )
 
 
 def _documents_back(
