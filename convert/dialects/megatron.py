@@ -381,9 +381,9 @@ def _check_complete(run: Run) -> None:
 def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     run = open_run(checkpoint)
     facts = Facts(run.told, "args", m.settings(options))
-    wanted, unused = {**LEARNED, **RESIDUAL}, UNUSED_BY_LEARNED
-    if is_core(run.age):
-        wanted, unused = LEARNED, f"{UNUSED_BY_LEARNED} {UNUSED_BY_CORE}"
+    core = is_core(run.age)
+    wanted = LEARNED if core else {**LEARNED, **RESIDUAL}
+    unused = f"{UNUSED_BY_LEARNED} {UNUSED_BY_CORE}" if core else UNUSED_BY_LEARNED
     left_out = refuse_others(facts, run, wanted, unused)
     facts.check()
     sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
