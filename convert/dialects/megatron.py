@@ -383,7 +383,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     facts = Facts(run.told, "args", m.settings(options))
     wanted, unused = {**LEARNED, **RESIDUAL}, UNUSED_BY_LEARNED
     if is_core(run.age):
-        wanted, unused = LEARNED, f"{UNUSED_BY_LEARNED} {UNUSED_BY_CORE}"
+        wanted, unused = {**LEARNED}, f"{UNUSED_BY_LEARNED} {UNUSED_BY_CORE}"
     left_out = refuse_others(facts, run, wanted, unused)
     facts.check()
     sizes = {"rows": _rows(run).value, "positions": _positions(run).value}
