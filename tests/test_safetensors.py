@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,21 @@ def test_names_that_differ_in_composition_only_are_refused(tmp_path: Path) -> No
 
 
 def test_other_element_types_are_unsupported(tmp_path: Path) -> None:
-    assert refused(tmp_path, pack({"a": entry(0, 8, [1], "C64")}, bytes(8))).kind == "unsupported-dtype"
+    assert refused(tmp_path, pack({"a": entry(0, 8, [16], "F4")}, bytes(8))).kind == "unsupported-dtype"
+
+
+def test_complex_numbers_are_left_out_and_take_their_place(tmp_path: Path) -> None:
+    header = {"b": entry(16, 20, [4]), "a": entry(0, 16, [2], "C64")}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pack(header, bytes(16) + b"true"))
+    with closing(open_safetensors(path, "model.safetensors")) as file:
+        assert {*file.tensors} == {"b"} and file.others["a"].nbytes == 16
+        buffer = bytearray(4)
+        file.read_into("b", 0, memoryview(buffer))
+        assert buffer == b"true"
+    wrong = {"b": entry(16, 20, [4]), "a": entry(0, 16, [4], "C64")}
+    problem = refused(tmp_path, pack(wrong, bytes(20)))
+    assert problem.kind == "bad-safetensors" and "expected 32 bytes for C64 (4,)" in problem.message
 
 
 def test_a_header_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:

@@ -81,6 +81,21 @@ def test_an_average_is_left_out_beside_its_variable_and_read_where_it_is_alone(t
         assert set(checkpoint.names()) == {*some}
 
 
+@pytest.mark.parametrize("scope", ["", "student/"])
+def test_averages_may_have_a_scope_of_their_own(scope: str, tmp_path: Path) -> None:
+    """TensorFlow makes them below the scope that is open where ExponentialMovingAverage.apply() is called."""
+    own = tuple(scope + n for n in MODEL)
+    averages = tuple(f"ema/{n}{MOVING}" for n in own)
+    with open_checkpoint(bundle(tmp_path / "both", *own, *averages)) as checkpoint:
+        assert held(checkpoint) == {n: k for k, n in enumerate(MODEL)}
+        assert {x.tensor.name for x in checkpoint.left_out} == {*averages}
+    with open_checkpoint(bundle(tmp_path / "alone", *averages)) as checkpoint:
+        assert held(checkpoint) == {n: k for k, n in enumerate(MODEL)}
+    odd = (*averages[:2], f"other/{own[2]}{MOVING}")  # two scopes: nothing is sure
+    with open_checkpoint(bundle(tmp_path / "odd", *own, *odd)) as checkpoint:
+        assert not checkpoint.left_out and len(checkpoint.names()) == 6
+
+
 def test_a_model_in_a_scope_converts_to_the_same_bytes(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.safetensors import COMPLEX
 from ckpt_tool.checkpoint.wrapping import unwrapped
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import canonical
@@ -82,7 +83,7 @@ def coverage(subject: Subject, scans: list[Scan]) -> list[Finding]:
     findings = [*_planned(subject), *_way_back(subject)] if subject.source else [*_replanned(subject)]
     told = (text for text in subject.output.readings if not leaves_out(subject, text))
     findings += [finding("target tensors", "note", text) for text in told]
-    findings += _wrapped(subject.output)
+    findings += [*_wrapped(subject.output), *_complex(subject.output)]
     return [*findings, *listed(subject), *_values(subject, scans), *config(subject)]
 
 
@@ -96,6 +97,17 @@ def _wrapped(output: Checkpoint) -> Iterator[Finding]:
     if words:
         text = f"expected names that loaders know, found `{words}` before every one of them"
         yield finding("target tensors", "fail", text)
+
+
+def _complex(output: Checkpoint) -> Iterator[Finding]:
+    """Tensors of numbers that no model here has; reading leaves them out, and no plan hears of them."""
+    odd = [t.tensor for t in output.left_out if t.tensor.dtype in COMPLEX]
+    yield from capped(
+        [
+            finding("target tensors", "fail", f"expected no tensor of type {t.dtype}, found one", t.name)
+            for t in odd
+        ]
+    )
 
 
 def finding(check: str, status: Status, message: str, where: str | None = None, **more: Any) -> Finding:

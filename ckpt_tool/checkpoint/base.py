@@ -171,6 +171,7 @@ class TensorFile(ABC):
     imports: tuple[str, ...] = ()  # globals that a pickle named, "module.name"; none was imported
     notes: tuple[str, ...] = ()
     check: Check | None = None  # what opening left for later
+    others: Mapping[str, OtherTensor] = {}  # of types that are not moved: no tensors of a model
     may_lack = False  # whether files that are not there may hold some of its tensors, see `absent`
 
     @property

@@ -125,6 +125,10 @@ def open_slices(place: Callable[[str], Place], names: list[str], header_limit: i
 
 def _slices(file: SafetensorsFile) -> Iterator[tuple[TensorInfo, Numbers, int]]:
     """The slices in a file: where each begins in its tensor, and in the file."""
+    for t in file.others.values():
+        fail(
+            "unsupported-dtype", f"expected a dtype known here, found {t.dtype}", file=file.name, where=t.name
+        )
     offsets = _offsets(file)
     for name, told in file.tensors.items():
         start = offsets.get(name)

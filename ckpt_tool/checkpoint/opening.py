@@ -548,9 +548,13 @@ def _open_set(
     for file in files.values():
         notes.extend(f"{file.name}: {note}" for note in file.notes)
     readings += own.readings
-    return OpenedCheckpoint(
-        path, own.files, documents, notes, tuple(readings), tuple(own.left_out), folder=folder
-    )
+    odd = [
+        LeftOut(t, f"of type {t.dtype}, which is not converted")
+        for f in files.values()
+        for t in f.others.values()
+    ]
+    left_out = (*own.left_out, *odd)
+    return OpenedCheckpoint(path, own.files, documents, notes, tuple(readings), left_out, folder=folder)
 
 
 def _open_bundle(

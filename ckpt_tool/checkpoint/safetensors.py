@@ -18,7 +18,7 @@ from operator import sub
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo, tensor_infos
+from ckpt_tool.checkpoint.base import DTYPES, OtherTensor, TensorFile, TensorInfo, tensor_infos
 from ckpt_tool.checkpoint.byte_range import ByteRange, Window
 from ckpt_tool.checkpoint.signs import UNPACKED
 from ckpt_tool.checkpoint.strict_json import closes, members, parse_object
@@ -33,7 +33,8 @@ DIMENSION_LIMIT = 64
 ELEMENT_LIMIT = 1 << 56  # elements of the non-empty dimensions; no file holds as many bytes
 
 # Element types that the format has and this project does not move.
-_OTHER_DTYPES = frozenset(("C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "U4", "I4"))
+_OTHER_DTYPES = frozenset(("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "U4", "I4"))
+COMPLEX = {"C64": 8}  # bytes of an element: no weights, such as tables of rotations, which are left out
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 
 
@@ -51,7 +52,9 @@ class SafetensorsFile(TensorFile):
         metadata: dict[str, str],
     ) -> None:
         self.path, self.name = data.path, data.name
-        self.tensors, self.metadata = tensors, metadata
+        self.others = {n: t for n, t in tensors.items() if isinstance(t, OtherTensor)}
+        self.tensors = {n: t for n, t in tensors.items() if n not in self.others} if self.others else tensors
+        self.metadata = metadata
         self.fingerprint = data.fingerprint
         self._bytes, self._data_start, self._begins = data, data_start, begins
 
@@ -236,7 +239,10 @@ def _strict_header(held: list[bytes], limit: int, file: str) -> _Header:
         if name in tensors:
             fail("bad-safetensors", "expected each tensor once, found it twice", file=file, where=name)
         dtype, shape, begin = _entry(entry, file, name)
-        tensors[name] = TensorInfo(name, dtype, shapes.setdefault(shape, shape), file)
+        if dtype in COMPLEX:
+            tensors[name] = OtherTensor(name, dtype, shape, file, prod(shape) * COMPLEX[dtype])
+        else:
+            tensors[name] = TensorInfo(name, dtype, shapes.setdefault(shape, shape), file)
         begins[name] = begin
     return tensors, begins, metadata or {}
 
@@ -266,7 +272,7 @@ def _entry(entry: Any, file: str, name: str) -> tuple[str, tuple[int, ...], int]
         odd = sorted(entry.keys() ^ _FIELDS)[0]
         bad(f"expected the fields dtype, shape, data_offsets, found {printable(odd)} missing or extra")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in {*DTYPES, *COMPLEX}:
         if isinstance(dtype, str) and dtype in _OTHER_DTYPES:
             message = f"expected a dtype known here, found {dtype}"
             fail("unsupported-dtype", message, file=file, where=name, hint=UNPACKED)
@@ -280,7 +286,7 @@ def _entry(entry: Any, file: str, name: str) -> tuple[str, tuple[int, ...], int]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         bad(f"expected data_offsets of two integers from 0, found {printable(offsets, 80)}")
     begin, end = offsets
-    nbytes = prod(shape) * DTYPES[dtype].itemsize
+    nbytes = prod(shape) * (COMPLEX.get(dtype) or DTYPES[dtype].itemsize)
     if end - begin != nbytes:
         bad(f"expected {nbytes} bytes for {dtype} {tuple(shape)}, found data_offsets {begin} to {end}")
     return dtype, tuple(shape), begin
@@ -440,7 +446,8 @@ class WeightIndex:
             if tensors:
                 more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
                 yield f"{self.name} {what.format(printable(tensors[0], 80) + more)}: read where it is"
-        total = sum(t.nbytes for opened in files.values() for t in opened.tensors.values())
+        held = [t for opened in files.values() for t in (opened.tensors, opened.others)]
+        total = sum(t.nbytes for tensors in held for t in tensors.values())
         safetensors_only = all(opened.format == self.name.split(".")[1] for opened in files.values())
         size = self.total_size
         known = type(size) in (int, float)
@@ -456,10 +463,11 @@ def _homes(files: Mapping[str, TensorFile]) -> tuple[dict[str, str], dict[str, l
     homes: dict[str, str] = {}
     several: dict[str, list[str]] = {}
     for file, opened in files.items():
-        if homes.keys().isdisjoint(opened.tensors):
-            homes.update(dict.fromkeys(opened.tensors, file))
+        names = [*opened.tensors, *opened.others] if opened.others else opened.tensors
+        if homes.keys().isdisjoint(names):
+            homes.update(dict.fromkeys(names, file))
             continue
-        for tensor in opened.tensors:
+        for tensor in names:
             if (first := homes.setdefault(tensor, file)) != file:
                 several.setdefault(tensor, [first]).append(file)
     return homes, {t: several[t] for t in homes if t in several} if several else {}

@@ -48,10 +48,22 @@ def _averages(averages: Collection[str], names: Collection[str]) -> tuple[dict[s
     """New names of averages that stand alone, and why others are left out; neither where only some variables
     have no other value than their average."""
     own = {n: n.removesuffix(MOVING) for n in averages}
-    there = {n for n, variable in own.items() if variable in names}
+    before = _before_averages(own.values(), names)
+    there = {n for n, variable in own.items() if variable.removeprefix(before) in names}
     if there and len(there) < len(own):
         return {}, {}
     return ({}, dict.fromkeys(there, AVERAGE)) if there else (own, {})
+
+
+def _before_averages(stems: Collection[str], names: Collection[str]) -> str:
+    """The scope before the names that averages have of their variables, where all have one: they are made
+    below what is open there. Empty where a variable is there without."""
+    first, stems = min(stems), list(stems)
+    ends = [0] if first in names else [at.end() for at in re.finditer("/", first)]
+    for before in (first[:end] for end in ends):
+        if all(s.startswith(before) and s.removeprefix(before) in names for s in stems):
+            return before
+    return ""
 
 
 def _scope(names: Collection[str]) -> str:

@@ -74,6 +74,7 @@ IGNORED = {
         "state of the training run"
     ),
     r".*\._extra_state(\..*)?": "scales for 8-bit training",
+    r"(.*\.)?rotary_pos_emb\.inv_freq": "recomputed from rope_theta",  # of Core 0.2, a buffer that is saved
 }
 
 EXPORT = "NVIDIA's Megatron-Bridge exports models of this kind to Hugging Face"

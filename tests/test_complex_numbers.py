@@ -1,0 +1,64 @@
+"""Tensors of complex numbers in safetensors files: no weights, and in no converted model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckpt_tool import api
+from ckpt_tool.errors import CkptToolError
+from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify import verify
+from tests.conftest import Written
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_complex_numbers_are_left_out_of_a_source_and_wrong_in_an_output(
+    shards: int, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """A table of rotations that somebody stored: as a source it is dropped, no loader has a place for it."""
+    stored = tmp_path / "in"
+    shutil.copytree(conversions("llama-3.2-1b"), stored)
+    (stored / "ckpt-tool.json").unlink()
+    tensors = load_file(stored / "model.safetensors")
+    parts = [tensors, {}][:shards]
+    parts[-1]["freqs_cis"] = torch.ones(5, 3, dtype=torch.complex64)
+    (stored / "model.safetensors").unlink()
+    names = ["model.safetensors"]
+    if shards > 1:
+        names = [f"model-{k:05}-of-{shards:05}.safetensors" for k in range(1, shards + 1)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, stored / name, {"format": "pt"})
+    places = {n: name for name, part in zip(names, parts, strict=True) for n in part}
+    size = sum(t.nbytes for part in parts for t in part.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    if shards > 1:
+        (stored / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    done = api.convert(stored, tmp_path / "out", check=False)
+    dropped = [(d.tensor.name, d.reason) for d in done.plan.dropped]
+    assert dropped == [("freqs_cis", "of type C64, which is not converted")]
+    assert not [n for n in done.plan.notes if "index.json" in n]
+    assert verify(tmp_path / "out", stored, levels=("coverage", "bits")).status == "pass"
+    settings = VARIANTS["llama-3.2-1b"].settings
+    report = verify(stored, originals("llama-3.2-1b"), settings=settings, levels=("coverage", "bits"))
+    wrong = [(f.message, f.where) for f in report.findings if f.status == "fail"]
+    assert wrong == [("expected no tensor of type C64, found one", "freqs_cis")]
+
+
+def test_a_weight_of_complex_numbers_is_refused(conversions: Written, tmp_path: Path) -> None:
+    shutil.copytree(conversions("llama-3.2-1b"), tmp_path / "in")
+    file, name = tmp_path / "in" / "model.safetensors", "model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name].to(torch.complex64)
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "in" / "ckpt-tool.json").unlink()
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(tmp_path / "in")
+    assert (caught.value.kind, caught.value.problems[0].where) == ("unsupported-dtype", name)
+    assert caught.value.problems[0].message == "expected a dtype known here, found C64"
