@@ -41,16 +41,25 @@ def in_its_parts(
     return {**kept, **{k: v for k, v in row.items() if k in keys}}
 
 
-def in_one(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkpoint:
-    """`checkpoint`, or a view of it where its config.json is of one of `classes` that has parts."""
-    if CONFIG not in checkpoint.documents or all(own.parts is None for own in classes.values()):
-        return checkpoint
+def described(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> tuple[dict[str, Any], Class] | None:
+    """The config.json of `checkpoint`, with the one of `classes` that its model_type names; None without
+    either, and where it cannot be read, which whoever needs it says."""
+    if CONFIG not in checkpoint.documents:
+        return None
     try:
         config = checkpoint.json(CONFIG)
     except CkptToolError:
-        return checkpoint  # whoever reads it says why
+        return None
     own = classes.get(str(config.get("model_type")))
-    if own is None or own.parts is None:
+    return None if own is None else (config, own)
+
+
+def in_one(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkpoint:
+    """`checkpoint`, or a view of it where its config.json is of one of `classes` that has parts."""
+    if all(own.parts is None for own in classes.values()) or not (found := described(checkpoint, classes)):
+        return checkpoint
+    config, own = found
+    if own.parts is None:
         return checkpoint
     made = _renamed(checkpoint, own.parts.names)
     if (row := in_one_row(config, own.parts)) == config:

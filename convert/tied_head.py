@@ -13,9 +13,8 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.convert.facts_classes import Class
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.convert.in_parts import described
 
-CONFIG = "config.json"
 TIE = "tie_word_embeddings"
 MASKED = "mlm_head.weight"  # beside which the class that goes on with a text has lm_head.weight
 # Ends of the names of classes whose logits are over the vocabulary: nothing of others shares the embedding.
@@ -32,14 +31,10 @@ OVER_WORDS = (
 def tables_named(checkpoint: Checkpoint, classes: Mapping[str, Class]) -> Checkpoint:
     """`checkpoint`, or, where its config.json is of one of `classes` and ties tables that are stored under
     the name of the head alone, a view of it in which they have the names that the class writes."""
-    if CONFIG not in checkpoint.documents or not classes:
+    if (found := described(checkpoint, classes)) is None:
         return checkpoint
-    try:
-        config = checkpoint.json(CONFIG)
-    except CkptToolError:
-        return checkpoint  # whoever reads it says why
-    own = classes.get(str(config.get("model_type")))
-    if own is None or not _ties(config, own) or not any(n.startswith(own.prefix) for n in checkpoint.names()):
+    config, own = found
+    if not _ties(config, own) or not any(n.startswith(own.prefix) for n in checkpoint.names()):
         return checkpoint
     moved: dict[str, str] = {}
     for head in _heads(config, own):
