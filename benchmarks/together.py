@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -200,8 +201,10 @@ def measured(options: argparse.Namespace, work: Path, raw: dict[str, Any]) -> It
         raw.setdefault("levels", []).extend(map(asdict, found))
         yield from found
     for name in options.parity:
-        forward = ["--forward"] if name == "mistral-0.25b" else []
-        more = ("--work", str(work / "parity"), "--threads", "1", "--cases", name, *forward)
+        beside = name == "mistral-0.25b"  # a forward pass, in CPU seconds of one thread
+        threads = "1" if beside else str(os.cpu_count() or 1)
+        forward = ["--forward"] if beside else []
+        more = ("--work", str(work / "parity"), "--threads", threads, "--cases", name, *forward)
         rows = asked_of("parity.py", work / "parity.json", *more)
         raw.setdefault("parity", []).extend(rows)
         yield from parities(rows)
