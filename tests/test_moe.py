@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ckpt_tool import api
+from ckpt_tool.checkpoint import megatron
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.families.llama import MCORE as LLAMA
 from ckpt_tool.fixtures.families.mixtral import MCORE, mcore
@@ -157,6 +158,21 @@ def test_experts_shared_out_over_fewer_ranks_than_the_rest_are_named(
     assert "torch_dist" in (error.problems[0].hint or "")
     error = refused(lambda: api.plan(thinned(core, keep, tmp_path / "part")))
     assert error.kind == "missing-shard" and "not there" in error.text()
+
+
+def test_a_grid_with_a_hole_is_not_compared_with_runs_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a run are counted through only where it would have as many files as there are."""
+    counted = []
+
+    def counting(*bounds: int) -> range:
+        counted.append(range(*bounds))
+        return counted[-1]
+
+    monkeypatch.setattr(megatron, "range", counting, raising=False)
+    grid = [(t, e) for t in range(30) for e in range(30)]
+    assert megatron._shared_by(grid[:-1]) is None
+    assert sum(map(len, counted)) < len(grid)
+    assert megatron._shared_by([(r % 4, r // 2 % 2) for r in range(8)]) == 2
 
 
 @pytest.mark.skipif(not CASE.is_dir(), reason="the folder of cases is not beside this checkout")

@@ -229,11 +229,13 @@ def _shared_by(places: Collection[tuple[int, int]]) -> int | None:
     and for one with holes."""
     there = set(places)
     ranks, parallel = (1 + max(p[k] for p in there) for k in range(2))
-    if len(there) == ranks * parallel:
+    if len(there) == ranks * parallel or max(ranks, parallel) > len(there):  # each number is some file's
         return None
     for own in range(1, ranks):
-        run = range(lcm(ranks, own * parallel))
-        if there == {(r % ranks, r // own % parallel) for r in run}:
+        run = lcm(ranks, own * parallel)
+        if not len(there) <= run <= own * len(there):  # of one pair are between one process and `own`
+            continue
+        if there == {(r % ranks, r // own % parallel) for r in range(run)}:
             return own
     return None
 
