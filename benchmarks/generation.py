@@ -1,6 +1,6 @@
 """Table family x mode x rules: both readings of tiny decoders against `generate` of transformers, the
-installed release (rules 5) and 4.37.2 in its own process (rules 4.37; .judges/tf4.37, which `make test` sets
-up).
+installed release (rules 5, or 5.24 from that on) and 4.37.2 in its own process (rules 4.37; .judges/tf4.37,
+which `make test` sets up).
 
     python benchmarks/generation.py [--settings 6] [--seed 1] [--rules 5|4.37|both] [VARIANT ...]
 
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from ckpt_tool.api import Options, convert
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.generate_options import rules_for
 from ckpt_tool.verify.generate_run import Request, run
 from ckpt_tool.verify.sides import converted_side, original_side
 from ckpt_tool.verify.subject import opened
@@ -165,7 +167,8 @@ def compared(
                     [make(subject, torch.float32, "cpu") for make in (original_side, converted_side)],
                 )
             subject, sides = known[folder]
-            request = Request(job["input_ids"], job["attention_mask"], job["arguments"], rules, job["seed"])
+            own = rules_for(version("transformers")) if rules == "5" else rules
+            request = Request(job["input_ids"], job["attention_mask"], job["arguments"], own, job["seed"])
             for side in sides:
                 try:
                     made = run(subject, side, request).generated

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from ckpt_tool.reference import blocks, hf_blocks
 from ckpt_tool.verify import documented_generation, verify
 from ckpt_tool.verify.answers import Skip
 from ckpt_tool.verify.expectations import parse
-from ckpt_tool.verify.generate import Generated, generate
-from ckpt_tool.verify.generate_options import Options, of_model, options
+from ckpt_tool.verify.generate import Generated, best_of, generate
+from ckpt_tool.verify.generate_options import Options, of_model, options, rules_for
 from ckpt_tool.verify.generate_run import Made, Request, compared, run
 from ckpt_tool.verify.generate_scores import Place, processed
 from ckpt_tool.verify.generate_session import Session, prompts_of
@@ -139,6 +140,7 @@ def test_which_release_an_entry_is_of() -> None:
     for source, rules in (
         ({"document": "d", "path": "p", "version": "transformers v4.37.2 docs"}, "4.37"),
         ({"document": "d", "path": "p", "version": "transformers v5.23.0 docs"}, "5"),
+        ({"document": "d", "path": "p", "version": "transformers 5.24.0"}, "5.24"),
         ({"document": "d", "path": "p"}, "4.37"),
     ):
         (e,) = parse(
@@ -147,7 +149,7 @@ def test_which_release_an_entry_is_of() -> None:
         assert documented_generation.rules_of(e) == rules
     made["generate"]["rules"] = "3"
     (e,) = parse({"schema_version": 1, "family": "gpt2", "entries": [made]}, file="x")
-    with pytest.raises(Skip, match="none of 4.37, 5"):
+    with pytest.raises(Skip, match="none of 4.37, 5, 5.24"):
         documented_generation.rules_of(e)
 
 
@@ -183,6 +185,7 @@ def test_both_sides_go_on_as_transformers_does(
 
     from transformers import AutoModelForCausalLM
 
+    rules = rules_for(version("transformers"))
     model = AutoModelForCausalLM.from_pretrained(
         conversions(variant), dtype=torch.float32, attn_implementation="eager"
     )
@@ -199,12 +202,23 @@ def test_both_sides_go_on_as_transformers_does(
             beams = getattr(out, "beam_indices", None)
             wanted = model.compute_transition_scores(out.sequences, out.scores, beams)
             for side in both:
-                found = run(subject, side, Request(ROWS, MASK, asked, seed=seed)).generated
+                found = run(subject, side, Request(ROWS, MASK, asked, rules, seed)).generated
                 assert found.sequences == out.sequences.tolist(), asked
                 assert near(found.transition_scores, wanted.tolist()), asked
                 if beams is not None:
                     assert found.beam_indices == beams.tolist()
                     assert near(found.sequences_scores, out.sequences_scores.tolist())
+
+
+def test_what_beams_draw_is_put_in_order_but_by_releases_5_0_to_5_23() -> None:
+    sums = torch.linspace(-3, 0, 12).reshape(1, -1)
+    found = {}
+    for rules in ("4.37", "5", "5.24"):
+        asked = Options(rules=rules, do_sample=True, num_beams=4)
+        values, places = best_of(sums, asked, torch.Generator().manual_seed(1), 0)
+        assert values.equal(sums.gather(1, places))
+        found[rules] = values[0].tolist()
+    assert found["4.37"] == found["5.24"] == sorted(found["5"], reverse=True) != found["5"]
 
 
 # Engines and traits: ranks, heads that share keys, windows, fused tensors, learned positions.

@@ -12,13 +12,14 @@ import torch
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.answers import Runner, Skip
 from ckpt_tool.verify.expectations import Expectation
-from ckpt_tool.verify.generate_options import RULES
+from ckpt_tool.verify.generate_options import RULES, rules_for
 from ckpt_tool.verify.generate_run import Made, Request, run
 from ckpt_tool.verify.report import Finding, number
 
 FIRST_IDS = 10  # generated ids that must agree where the documented dtype is another one
 # Of an entry, beside options of the library.
 OURS = ("seed", "note", "rules")
+NEWER = re.compile(r"transformers v?(5\.\d+)")
 OLDER = re.compile(r"\bv?4\.(\d+)")
 
 Verdict = Callable[..., Finding]
@@ -34,7 +35,8 @@ def rules_of(entry: Expectation) -> str:
             raise Skip(f"documented under rules {said}, which are none of {', '.join(RULES)}")
         return str(said)
     text = " ".join(str(v) for v in entry.source.values())
-    return "5" if re.search(r"transformers v?5\.", text) and not OLDER.search(text) else "4.37"
+    named = NEWER.search(text)
+    return "4.37" if named is None or OLDER.search(text) else rules_for(named[1])
 
 
 def asked_of(entry: Expectation) -> tuple[dict[str, Any], int | None]:

@@ -2,8 +2,9 @@
 one of its releases, with the values of every choice that was made. The rules are of the search and not of a
 reading, so both sides are searched by the same ones; transformers itself is their judge.
 
-Source: transformers 4.37.2 (generation/utils.py, beam_search.py) and 5.23.0 (generation/utils.py); Wu et al.
-2016 (arXiv 1609.08144, section 7) and Vijayakumar et al. 2018 (arXiv 1610.02424, groups) for the search.
+Source: transformers 4.37.2 (generation/utils.py, beam_search.py), 5.23.0 and 5.24.0 (generation/utils.py);
+Wu et al. 2016 (arXiv 1609.08144, section 7) and Vijayakumar et al. 2018 (arXiv 1610.02424, groups) for
+the search.
 
 P prompts, B beams of each, R rows of the batch, L tokens so far, V words, K candidates.
 """
@@ -198,9 +199,9 @@ def _unscored(logits: Tensor) -> Step:
     return Step(logs, torch.empty_like(logs))
 
 
-def _best(sums: Tensor, o: Options, draws: torch.Generator | None, step: int) -> tuple[Tensor, Tensor]:
+def best_of(sums: Tensor, o: Options, draws: torch.Generator | None, step: int) -> tuple[Tensor, Tensor]:
     """The K candidates of each prompt, sums and places in (B * V): the best, or drawn by their sums. 5 leaves
-    those in the order of the draw."""
+    those in the order of the draw, up to 5.23."""
     if not o.do_sample:
         best = sums.topk(candidates(o), dim=1)
         return best.values, best.indices
@@ -229,7 +230,7 @@ def _beams_5(
         step.score(torch.arange(P * B, device=ids.device), session, ids, total, o)
         kept += [(ids, logits)] if keep else []
         sums = step.scores.cpu().view(P, B, V) + running[:, :, None]
-        best, places = _best(sums.view(P, -1), o, draws, t - 1)
+        best, places = best_of(sums.view(P, -1), o, draws, t - 1)
         rows, tokens = places // V + torch.arange(P)[:, None] * B, places % V
         hit = torch.isin(tokens, torch.tensor(o.eos, dtype=torch.long)) | (W + t >= total)
         new = [
@@ -356,7 +357,7 @@ def _beams_4(
             sums = (
                 step.scores[rows].cpu() + torch.tensor(found.sums).view(P, B)[:, g * size :][:, :size, None]
             )
-            best, places = _best(sums.view(P, -1), o, draws, t - 1)
+            best, places = best_of(sums.view(P, -1), o, draws, t - 1)
             for p in range(P):
                 found.advance(step, p, g, best[p], places[p], t)
                 for chosen in found.last[p * B + g * size :][:size]:

@@ -1,7 +1,7 @@
 """What a run of `generate` is asked for: arguments by the names of the library, in its order of precedence
 (the caller's, then generation_config.json, then its defaults), under the rules of one of its releases.
 
-Source: transformers 4.37.2 and 5.23.0, generation/configuration_utils.py and utils.py.
+Source: transformers 4.37.2, 5.23.0 and 5.24.0, generation/configuration_utils.py and utils.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from typing import Any, NoReturn
 from ckpt_tool.errors import fail, near
 from ckpt_tool.records import dataclass
 
-RULES = ("4.37", "5")
+RULES = ("4.37", "5", "5.24")  # 5: those of 5.0 to 5.23; 5.24 puts in order what beams draw
 OPTIONS = "generation options"
 MOST = 1 << 63  # no id is as large
+
+
+def rules_for(release: str) -> str:
+    """The rules of a release of transformers, by its version."""
+    major, minor = map(int, release.split(".")[:2])
+    return "4.37" if major < 5 else "5" if minor < 24 else "5.24"
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Options:
             total = self.max_length
         else:
             total = 20 if self.rules == "4.37" else prompt + 20
-            if self.rules == "5" and type(positions) is int:
+            if self.rules != "4.37" and type(positions) is int:
                 total = min(total, positions)
         if total > prompt:
             return total
@@ -99,7 +105,7 @@ class Options:
         new = None if self.min_new_tokens is None else prompt + self.min_new_tokens
         if new is None or (self.rules == "4.37" and new == prompt):
             return self.min_length
-        return new if self.rules == "5" else max(self.min_length, new)
+        return new if self.rules != "4.37" else max(self.min_length, new)
 
 
 def refuse(message: str, name: str, *, kind: str = "usage", hint: str | None = None) -> NoReturn:
@@ -277,7 +283,7 @@ def _check(o: Options) -> None:
         ids = set(_ids(name, value))
         if any(i < 0 for i in ids):
             refuse(f"expected a token id from 0, found {value}", name)
-        if o.rules == "5" and ids and ids <= set(o.suppress_tokens):
+        if o.rules != "4.37" and ids and ids <= set(o.suppress_tokens):
             refuse(f"expected an id that suppress_tokens leaves, found {value}", name)
     _check_groups(o)
 
@@ -287,7 +293,7 @@ def _check_groups(o: Options) -> None:
         refuse(f"expected 0 without groups of beams, found {o.diversity_penalty}", "diversity_penalty")
     if o.num_beam_groups in (0, 1) or (o.rules == "4.37" and not o.beams):
         return
-    if o.rules == "5":
+    if o.rules != "4.37":
         text = f"expected 1, as release 5 searches without groups, found {o.num_beam_groups}"
         refuse(text, "num_beam_groups", hint="--rules 4.37 has them")
     if o.num_beams % o.num_beam_groups:

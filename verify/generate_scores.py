@@ -67,7 +67,7 @@ def processed(scores: Tensor, at: Place, o: Options, taken: Tensor | None = None
 def penalised(scores: Tensor, at: Place, o: Options) -> Tensor:
     """Each id seen so far once. 4.37 counts the padding as seen, 5 does not."""
     ids = at.ids
-    if o.rules == "5":  # the first real id stands in the places before it
+    if o.rules != "4.37":  # the first real id stands in the places before it
         places = torch.arange(ids.shape[1], device=ids.device)
         ids = ids.gather(1, torch.maximum(places[None, :], at.pads[:, None]))
     found, r = scores.gather(1, ids), o.repetition_penalty
@@ -122,7 +122,7 @@ def lured(scores: Tensor, new: int, o: Options) -> Tensor:
     )
     found = scores[:, ends]
     more = found.abs() * (factor ** (new - start) - 1)
-    if o.rules == "5":
+    if o.rules != "4.37":
         more = more.masked_fill(~torch.isfinite(found), 0.0)
     return scores.index_copy(1, ends, found + more)
 
