@@ -113,6 +113,14 @@ def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     return checkpoint.files[part.file].tensors if part.file in checkpoint.files else {}
 
 
+DROP = "--drop NAME leaves a tensor out (a pattern: several), and records it"
+OF_CACHES = (
+    "it scales keys or values that a server caches in 8 bits, and beside weights that are numbers no loader "
+    "of the model takes it: --drop '*.[kvq]_scale' leaves all of them out, and records it"
+)
+_CACHE = re.compile(r".*(attn|attention|_proj)\.[kvq]_scale", re.ASCII).fullmatch
+
+
 def uncovered_problems(tensors: list[TensorInfo], family: str) -> list[Problem]:
     """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
     folded: dict[tuple[tuple[str, ...], tuple[int, ...], str], list[TensorInfo]] = {}
@@ -125,7 +133,7 @@ def uncovered_problems(tensors: list[TensorInfo], family: str) -> list[Problem]:
             f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
             file=group[0].file,
             where=folded_name([t.name for t in group]),
-            hint="--drop NAME leaves a tensor out (a pattern: several), and records it",
+            hint=OF_CACHES if _CACHE(group[0].name) else DROP,
         )
         for (_, shape, dtype), group in folded.items()
     ]
