@@ -39,6 +39,9 @@ def frequency_problems(
             return  # each layer says the same
 
 
+_OTHERWISE = "the model needs its numbers: get a release that has them in a dtype of torch's for weights"
+
+
 def told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:
     """`problems`, where a tensor is not missing but left out for its type."""
     others = {t.tensor.name: t.tensor for t in checkpoint.left_out if t.tensor.dtype not in DTYPES}
@@ -46,7 +49,7 @@ def told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[
         tensor = others.get(problem.where or "")
         if problem.kind == "missing-tensor" and tensor is not None:
             message = f"expected a dtype known here, found {tensor.dtype}"
-            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name)
+            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name, _OTHERWISE)
         yield problem
 
 

@@ -56,6 +56,8 @@ _HEAD = 4096
 BLOCK = 4 << 20
 # What every `.metadata` names.
 _USUAL = ("torch.distributed.checkpoint.", "torch.", "pathlib.")
+_ALL = "every process saves its own files: copy those of all machines into the folder of .metadata"
+_MIXED = "files of two steps are in one folder: get those of one"
 _RANK = re.compile(r"__(\d+)_\d+\.distcp", re.ASCII)
 
 
@@ -349,13 +351,13 @@ def _joined(told: Metadata) -> Callable[[Mapping[str, TensorInfo]], Iterator[Pro
     def lacking(found: Mapping[str, TensorInfo]) -> Iterator[Problem]:
         for name in found.keys() - told.tensors.keys():
             message = "expected tensors that .metadata lists, found another"
-            yield Problem("shard-conflict", message, found[name].file, name)
+            yield Problem("shard-conflict", message, found[name].file, name, _MIXED)
         for name, tensor in told.tensors.items():
             shape = None if name not in found else found[name].shape
             if shape != tensor.shape:
                 here = "none" if shape is None else f"{list(shape)}"
                 message = f"expected slices of {list(tensor.shape)} as .metadata says, found {here}"
-                yield Problem("missing-shard", message, METADATA, name)
+                yield Problem("missing-shard", message, METADATA, name, _ALL)
 
     return lacking
 
@@ -370,7 +372,7 @@ def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Pla
                 raise
             rank = _RANK.fullmatch(path)
             whose = "" if rank is None else f", which rank {rank[1]} wrote"
-            yield Problem("missing-shard", f"expected {path}{whose}, found no such file", METADATA)
+            yield Problem("missing-shard", f"expected {path}{whose}, found no such file", METADATA, hint=_ALL)
             continue
         if there.size < end:
             with closing(ByteRange(there.path, path, there.window)) as data:

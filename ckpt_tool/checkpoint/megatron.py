@@ -34,6 +34,8 @@ _PATH = re.compile(
     rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/(model(_optim)?_rng\.pt|model_weights\.ckpt)", re.ASCII
 )
 _SHOWN = 8
+ALL_RANKS = "each rank is saved on the machine that ran it: copy the others into the same folder"
+_TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
 _WORDS = "embedding.word_embeddings.weight"  # of which a stage after the first has none
 _EXPERTS = ".mlp.experts."
 Place = tuple[int, int, int]  # tensor-parallel rank, pipeline stage, expert-parallel rank
@@ -109,7 +111,8 @@ def find_ranks(
             found.setdefault(m["above"] or "", {})[name] = m
     if not found:
         if any(map(is_of_megatron, names)):
-            fail("missing-shard", f"expected mp_rank_00/{FILE}, found no file of that name", file=label)
+            message = f"expected mp_rank_00/{FILE}, found no file of that name"
+            fail("missing-shard", message, file=label, hint=ALL_RANKS)
         return None
     within, notes = current(found, label, tracker)
     matches = list(found[within].values())
@@ -170,7 +173,8 @@ def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
     numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
     twice = sorted({m["folder"] for m in matches if places.count(_place(m)) > 1})
     if twice:
-        fail("ambiguous-input", f"expected each rank once, found {' and '.join(twice)}", file=label)
+        message = f"expected each rank once, found {' and '.join(twice)}"
+        fail("ambiguous-input", message, file=label, hint=_TOGETHER)
     pairs = [(t, e if m["third"] else p) for (t, p, e), m in zip(places, matches, strict=True)]
     if _shared_by(pairs) is not None:
         return
@@ -180,6 +184,7 @@ def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
             "missing-shard",
             f"expected ranks numbered from 0 on, found {len(places)} up to {matches[-1]['folder']}",
             file=label,
+            hint=ALL_RANKS,
         )
     _check_complete(places, numbered, label)
 
@@ -203,7 +208,7 @@ def _check_complete(places: Sequence[Place], numbered: int, label: str) -> None:
             "missing-shard",
             f"expected {said}, found {len(places)} of {prod(sizes)}: {_list(missing)} not there",
             file=label,
-            hint="each rank is saved on the machine that ran it: copy the others into the same folder",
+            hint=ALL_RANKS,
         )
 
 
@@ -293,6 +298,7 @@ def placed(checkpoint: Checkpoint) -> Placed:
             "ambiguous-input",
             f"expected the ranks of one Megatron checkpoint, found {_list(list(checkpoint.files))}",
             file=checkpoint.path.name,
+            hint="give the folder of the iteration that is meant, with its ranks alone in it",
         )
     return Placed(files, ranks, stages, parallel, ranks)
 
@@ -336,7 +342,7 @@ def _check_shared_out(run: Placed, label: str) -> None:
         f"Megatron-Core before 0.18 saves of such a run the files of the first {first} ranks only: load it "
         "with Megatron and save it with --ckpt-format torch_dist"
         if unsaved
-        else "each rank is saved on the machine that ran it: copy the others into the same folder"
+        else ALL_RANKS
     )
     fail(
         "missing-shard",
@@ -450,9 +456,6 @@ def check_same_run(checkpoint: Checkpoint) -> None:
     fail_all(problems)
 
 
-_TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
-
-
 def check_complete(
     checkpoint: Checkpoint, *, ranks: int = 1, stages: int = 1, experts: int = 1, why: str
 ) -> None:
@@ -480,4 +483,5 @@ def check_complete(
             f"expected {counts} ({why}), found {' x '.join(map(str, found[:shown]))}: "
             f"{_list(missing)} not there",
             file=checkpoint.path.name,
+            hint=ALL_RANKS,
         )

@@ -48,6 +48,7 @@ from ckpt_tool.checkpoint.safetensors import (
     INDEX_BYTES,
     INDEX_NAME,
     STRAY,
+    TWICE,
     WeightIndex,
     open_safetensors,
     read_index,
@@ -651,7 +652,7 @@ def _across(
                 first = owner.setdefault(tensor, name)
                 if first != name:
                     message = f"expected the tensor in one file, found it in {first} as well"
-                    yield Problem("shard-conflict", message, name, tensor)
+                    yield Problem("shard-conflict", message, name, tensor, TWICE)
 
 
 def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:

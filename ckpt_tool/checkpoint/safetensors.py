@@ -390,7 +390,7 @@ def index_pieces(weight_map: Mapping[str, str], total_size: int) -> Iterator[byt
 
 UNLISTED = "does not list"  # in a note of an index, of tensors that it leaves out
 STRAY = "a file of another release, or an index of one: move the one aside, or get the other again"
-_TWICE = "files of two releases are in one folder: take away those of the other, or get the files again"
+TWICE = "files of two releases are in one folder: take away those of the other, or get the files again"
 _AGAIN = "get the index again from where the weights are from, into the folder with its files"
 _ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"
 
@@ -433,7 +433,7 @@ class WeightIndex:
                 yield bad(f"expected the tensor in {file}, found it in no file", tensor, _ASIDE)
         for tensor, found in several.items():
             there = " and ".join(printable(f, 80) for f in found[:4])
-            yield bad(f"expected the tensor in one file, found it in {there}", tensor, _TWICE)
+            yield bad(f"expected the tensor in one file, found it in {there}", tensor, TWICE)
 
     def notes(self, files: Mapping[str, TensorFile], *, agreed: bool = False) -> Iterator[str]:
         """What the index says otherwise than the opened `files`, in words: nothing that is read depends on
