@@ -41,6 +41,10 @@ _ELEMENT_LIMIT = 1 << 62
 _SHARES = ("DTensor", "ShardedTensor")
 # Saved as a buffer by code after Meta's, in a dtype that no weights have: pytorch/torchtitan#634.
 _COMPLEX_TURNS = re.compile(r"(.*\.)?freqs_cis", re.ASCII).fullmatch
+_ONE = (
+    "torch.save({'NAME': torch.load(FILE)}, OUT) gives a tensor its name; of parameters that have a file "
+    "each, as in universal checkpoints of DeepSpeed, give the folder that they were made from"
+)
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
 
 
@@ -82,6 +86,8 @@ def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
         root = dict(enumerate(root))
     if type(root) is not dict:
         kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
+        if type(root) is TensorRecord:
+            hint = _ONE
         if type(root) in (list, tuple):
             hint = "torch.save(torch.load(FILE)[0], OUT) keeps the first of it, where that is the dict"
         fail(kind, f"expected a dict of tensors, found {describe(root)}", file=file, hint=hint)
