@@ -118,8 +118,8 @@ def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
 
 DROP = "--drop NAME leaves a tensor out (a pattern: several), and records it"
 OF_CACHES = (
-    "it scales keys or values that a server caches in 8 bits, and beside weights that are numbers no loader "
-    "of the model takes it: --drop '*.[kvq]_scale' leaves all of them out, and records it"
+    "it scales keys or values for servers that cache them in 8 bits, and is carried with quantised weights "
+    "alone: --drop '*.[kvq]_scale' leaves all of them out, and records it"
 )
 _CACHE = re.compile(r".*(attn|attention|_proj)\.[kvq]_scale", re.ASCII).fullmatch
 

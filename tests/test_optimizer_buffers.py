@@ -435,6 +435,7 @@ def test_forms_of_torch_dist_that_are_not_there_are_named(
     form: str, kind: str, words: str, originals: Written, tmp_path: Path
 ) -> None:
     source = joined(originals("llama-mcore"), tmp_path / "in")
+    plain = api.plan(source, family="llama").digest()  # the weights alone
     (path,) = source.rglob("common.pt")
     said: dict[Any, Any] = {"param_state_sharding_type": form}
     for held in (said, {0: said, 1: {"param_state_sharding_type": []}}):
@@ -443,6 +444,7 @@ def test_forms_of_torch_dist_that_are_not_there_are_named(
         (problem,) = error.problems
         assert problem.kind == kind and words in problem.message, error
         assert "without --with-optimizer" in str(problem.hint)
+    assert api.plan(source, family="llama").digest() == plain
 
 
 def test_flattened_states_are_named(originals: Written, tmp_path: Path) -> None:
@@ -459,6 +461,8 @@ def test_flattened_states_are_named(originals: Written, tmp_path: Path) -> None:
     (problem,) = refused(lambda: api.plan(source, family="llama", options=WITH)).problems
     assert problem.kind == "unsupported" and problem.where == "optimizer.state.exp_avg.output_layer.weight"
     assert "found [9240], flattened (fully_sharded_model_space)" in problem.message
+    api.convert(source, tmp_path / "out", family="llama")  # the weights alone
+    assert api.verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
 
 
 def test_partitions_of_deepspeed_are_named(conversions: Written, tmp_path: Path) -> None:

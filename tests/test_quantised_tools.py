@@ -551,7 +551,7 @@ def test_scales_of_a_cache_beside_numbers_say_what_they_are(conversions: Written
         plan(source)
     assert {p.kind for p in caught.value.problems} == {"uncovered-tensors"}
     assert all(
-        "caches in 8 bits" in str(p.hint) and "--drop '*.[kvq]_scale'" in str(p.hint)
+        "cache them in 8 bits" in str(p.hint) and "--drop '*.[kvq]_scale'" in str(p.hint)
         for p in caught.value.problems
     )
     made = convert(source, tmp_path / "out", options=Options(drop=("*.[kvq]_scale",)))
