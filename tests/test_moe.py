@@ -205,6 +205,14 @@ def test_tensor_parallel_ranks_that_nobody_saved_are_told_as_that(tmp_path: Path
     assert problem.hint is not None and "the files of the first 2 ranks only" in problem.hint
 
 
+def test_absurd_numbers_of_ranks_are_refused_before_they_are_counted(tmp_path: Path) -> None:
+    source = written(Core(MCORE, ranks=2, parallel=2, own=1), tmp_path / "in")
+    huge = {"tensor_model_parallel_size": 1 << 19, "expert_model_parallel_size": 1 << 19}
+    changed(source, lambda held, _: vars(held["args"]).update(huge))
+    (problem,) = refused(lambda: api.plan(source)).problems
+    assert problem.kind == "bad-config" and "524288 x 524288 x 1" in problem.message
+
+
 def test_a_part_of_a_grid_is_no_run_of_whole_experts(tmp_path: Path) -> None:
     """The same files of a run whose args say that experts are shared out as all else."""
     error = refused(

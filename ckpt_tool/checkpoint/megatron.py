@@ -34,6 +34,7 @@ _PATH = re.compile(
     rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/(model(_optim)?_rng\.pt|model_weights\.ckpt)", re.ASCII
 )
 _SHOWN = 8
+MOST = 1 << 20  # ranks of a run
 ALL_RANKS = "each rank is saved on the machine that ran it: copy the others into the same folder"
 _TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
 _WORDS = "embedding.word_embeddings.weight"  # of which a stage after the first has none
@@ -286,6 +287,9 @@ def placed(checkpoint: Checkpoint) -> Placed:
     whole = len(files) == ranks * stages * parallel
     if own < wanted and wanted % own == 0 and len(files) == len(checkpoint.files) and _routed(checkpoint):
         parallel = max(parallel, _number(args, "expert_model_parallel_size"))
+        if wanted * parallel * stages > MOST:
+            message = f"expected a number of ranks, found {wanted} x {parallel} x {stages}"
+            fail("bad-config", message, file=first.name, where="args: expert_tensor_parallel_size")
         made = Placed(files, wanted, stages, parallel, own)
         _check_shared_out(made, checkpoint.path.name)
         return made
@@ -464,7 +468,7 @@ def check_complete(
     run = placed(checkpoint)
     found = run.ranks, run.stages, run.experts
     wanted = tuple(map(max, (ranks, stages, experts), found))
-    if prod(wanted) > 1 << 20:
+    if prod(wanted) > MOST:
         fail("bad-config", f"expected a number of ranks, found {' x '.join(map(str, wanted))}", where=why)
     several = wanted[2] > 1
     missing = [
