@@ -122,7 +122,13 @@ def _by_layers(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int]]:
 HINTS = {
     "truncated": "a download, a copy or a save stopped before its end: get the whole file",
     "trailing-data": "a download, a copy or a save went wrong: get the file again",
-    "bad-zip": "a download, a copy or a save went wrong: get the file again",
+    **dict.fromkeys(
+        ("bad-zip", "bad-tar", "bad-safetensors", "bad-bundle", "bad-pickle", "missing-record", "checksum"),
+        "a download, a copy or a save went wrong: get the file again",
+    ),
+    "read-failed": "look at the rights of the file, the disk and the network, then run this again",
+    "unsupported-byteorder": "load it and save it again on a machine with little-endian numbers",
+    "input-changed": "nothing else may write to the input while it is read",
 }
 
 

@@ -240,7 +240,7 @@ def ended(error: BaseException, arguments: list[str]) -> int:
         return 0
     if isinstance(error, OSError) and error.filename is None and not _came and _stdout_is_stuck():
         return 2 if _say(_not_written(error)) else CLOSED_PIPE
-    told = error if isinstance(error, CkptToolError) else as_told(error)
+    told = in_words_of(arguments, error if isinstance(error, CkptToolError) else as_told(error))
     if TRACEBACK in os.environ or (told.kind in ("internal", "system") and _verbose(arguments)):
         import traceback
 
@@ -260,6 +260,49 @@ def ended(error: BaseException, arguments: list[str]) -> int:
         _nowhere(1)
         _say(told.text())
     return told.exit_code
+
+
+# The commands whose input is --in; of others it is an argument, --source or a line of a file.
+GIVEN_BY_IN = ("convert", "plan")
+
+
+def in_words_of(arguments: list[str], told: CkptToolError) -> CkptToolError:
+    """`told` with hints that name the option of this command where they have that of `convert` for a path."""
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    if command in GIVEN_BY_IN or not any("--in " in (p.hint or "") for p in told.problems):
+        return told
+    import re
+    from dataclasses import replace
+
+    from ckpt_tool.errors import CkptToolError
+
+    def said(found: re.Match[str]) -> str:
+        option = "--source " if _is_of_source(found["path"], arguments) else ""
+        verb = "" if option or found["before"].endswith(": ") else "give "
+        return f"{found['before']}{verb}{option}{found['path']}"
+
+    path = re.compile(r"(?P<before>(?:^|.*?[ (]))--in (?P<path>'[^']*'|[^\s)]+)")
+    problems = (p if p.hint is None else replace(p, hint=path.sub(said, p.hint)) for p in told.problems)
+    return CkptToolError(*problems, exit_code=told.exit_code)
+
+
+def _is_of_source(quoted: str, arguments: list[str]) -> bool:
+    """Whether a path is the value of --source, or lies in or around it, and not in another argument's."""
+    from shlex import split
+
+    def alike(given: str) -> bool:
+        one, other = (os.path.abspath(p) + os.sep for p in (given, path))
+        return one.startswith(other) or other.startswith(one)
+
+    path = (split(quoted) or [""])[0]
+    pairs = list(zip(["", *arguments], arguments, strict=False))
+    of_source = [
+        b.removeprefix("--source=") for a, b in pairs if a == "--source" or b.startswith("--source=")
+    ]
+    others = [
+        b for a, b in pairs[1:] if not b.startswith("-") and not a.startswith("-") and b not in of_source
+    ]
+    return any(map(alike, of_source)) and not any(map(alike, others))
 
 
 def as_told(error: BaseException) -> CkptToolError:

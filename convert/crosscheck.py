@@ -131,6 +131,9 @@ def _held(parts: Iterable[Part], checkpoint: Checkpoint) -> _Held:
     return [(p, files[p.file].tensors if p.file in files else {}) for p in parts]
 
 
+_OTHER = "the files of one download belong together; was one taken from another model?"
+
+
 def rank_problems(files: list[str], tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[Problem]:
     """Where model-parallel ranks differ in names, shapes or dtypes from rank 0: every rank holds an equal
     share, so they must not."""
@@ -148,6 +151,7 @@ def rank_problems(files: list[str], tensors: Mapping[str, Mapping[str, TensorInf
                     f"in {holder} and not in {other}{_and_more(len(odd) - 1)}",
                     file=file,
                     where=odd[0],
+                    hint=_OTHER,
                 )
             )
         differing = [
@@ -164,7 +168,7 @@ def rank_problems(files: list[str], tensors: Mapping[str, Mapping[str, TensorInf
                     f"found {two.shape} {two.dtype}{_and_more(len(differing) - 1)}",
                     file=file,
                     where=name,
-                    hint="the files of one download belong together; was one taken from another model?",
+                    hint=_OTHER,
                 )
             )
     return problems

@@ -23,7 +23,7 @@ from dataclasses import replace
 from math import prod
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.megatron import expert_grids
+from ckpt_tool.checkpoint.megatron import placed
 from ckpt_tool.convert.one_by_one import Share, Shares
 from ckpt_tool.errors import Problem, fail_all
 
@@ -110,7 +110,7 @@ def _experts_apart(file: TensorFile, checkpoint: Checkpoint, problems: list[Prob
     """A rank's grouped experts, of which it has as many as the router has rows for each expert-parallel
     rank."""
     shares: dict[str, Share] = {}
-    parallel = len(expert_grids(checkpoint))
+    parallel = placed(checkpoint).experts
     for tensor in file.tensors.values():
         found = _JOINED.fullmatch(tensor.name)
         if found is None:

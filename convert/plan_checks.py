@@ -39,6 +39,9 @@ def frequency_problems(
             return  # each layer says the same
 
 
+_OTHERWISE = "the model needs its numbers: get a release that has them in a dtype of torch's for weights"
+
+
 def told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Problem]:
     """`problems`, where a tensor is not missing but left out for its type."""
     others = {t.tensor.name: t.tensor for t in checkpoint.left_out if t.tensor.dtype not in DTYPES}
@@ -46,7 +49,7 @@ def told_apart(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[
         tensor = others.get(problem.where or "")
         if problem.kind == "missing-tensor" and tensor is not None:
             message = f"expected a dtype known here, found {tensor.dtype}"
-            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name)
+            problem = Problem("unsupported-dtype", message, tensor.file, tensor.name, _OTHERWISE)
         yield problem
 
 
@@ -113,6 +116,14 @@ def _tensors(part: Part, checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     return checkpoint.files[part.file].tensors if part.file in checkpoint.files else {}
 
 
+DROP = "--drop NAME leaves a tensor out (a pattern: several), and records it"
+OF_CACHES = (
+    "it scales keys or values for servers that cache them in 8 bits, and is carried with quantised weights "
+    "alone: --drop '*.[kvq]_scale' leaves all of them out, and records it"
+)
+_CACHE = re.compile(r".*(attn|attention|_proj)\.[kvq]_scale", re.ASCII).fullmatch
+
+
 def uncovered_problems(tensors: list[TensorInfo], family: str) -> list[Problem]:
     """One problem for each folded name, so that 64 adapter tensors are one line and not 64."""
     folded: dict[tuple[tuple[str, ...], tuple[int, ...], str], list[TensorInfo]] = {}
@@ -125,7 +136,7 @@ def uncovered_problems(tensors: list[TensorInfo], family: str) -> list[Problem]:
             f"{len(group)} tensor{'s' * (len(group) > 1)} of shape {shape} {dtype}",
             file=group[0].file,
             where=folded_name([t.name for t in group]),
-            hint="--drop NAME leaves a tensor out (a pattern: several), and records it",
+            hint=OF_CACHES if _CACHE(group[0].name) else DROP,
         )
         for (_, shape, dtype), group in folded.items()
     ]

@@ -389,10 +389,13 @@ def _quantised(
 
 
 def _of_no_group(codes: TensorInfo, scheme: Scheme) -> Problem:
-    message = (
-        "expected a group of config_groups that is of this weight, to say what its codes are, found none"
+    groups = (
+        "an entry of quantized_layers"
+        if "quantized_layers" in (scheme.raw or {})
+        else "a group of config_groups"
     )
-    hint = f"--set {KEY}='{{...}}' says it, with a target for it"
+    message = f"expected {groups} that is of this weight, to say what its codes are, found none"
+    hint = f"--set {KEY}='{{...}}' says it, with one for it"
     return Problem("missing-fact", message, codes.file, codes.name, hint)
 
 

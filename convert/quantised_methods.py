@@ -312,14 +312,19 @@ def _modelopt(raw: Raw, file: str) -> Scheme:
     if raw.get("quant_algo") != "MIXED_PRECISION":
         return _of_algorithm(raw, raw, where, file)
     layers = raw.get("quantized_layers")
-    each = [*layers.values()] if isinstance(layers, Mapping) else []
-    if not each or not all(isinstance(e, Mapping) for e in each):
+    if (
+        not isinstance(layers, Mapping)
+        or not layers
+        or not all(isinstance(e, Mapping) for e in layers.values())
+    ):
         _refuse("bad-config", "expected an object of layers", layers, f"{KEY}.quantized_layers", file)
-    pairs = [(e.get("quant_algo"), e.get("group_size")) for e in each]
-    known = {repr(pair): pair for pair in pairs}.values()
     where = f"{KEY}.quantized_layers"
-    said = [_of_algorithm({"quant_algo": a, "group_size": n}, raw, where, file) for a, n in known]
-    return _together(said, where)
+    known: dict[str, tuple[Raw, list[str]]] = {}  # what is said, and the layers of which it is
+    for layer, e in layers.items():
+        said = {"quant_algo": e.get("quant_algo"), "group_size": e.get("group_size")}
+        known.setdefault(repr(said), (said, []))[1].append(layer)
+    made = [_of_algorithm(said, raw, where, file) for said, _ in known.values()]
+    return _together(made, where, lambda: [tuple(own) for _, own in known.values()])
 
 
 def _of_algorithm(said: Raw, raw: Raw, where: str, file: str) -> Scheme:

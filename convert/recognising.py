@@ -32,6 +32,10 @@ BY_NAME = (
     "save its variables under their names in TensorFlow 1 with the program that wrote it "
     "(tf.compat.v1.train.Saver takes a dict of them), or give the release that it was made from"
 )
+ONE_OF = (
+    "several models are in it, in the scopes {}: save the variables of the one that is meant alone, under "
+    "their names without its scope (tf.compat.v1.train.Saver takes a dict of them)"
+)
 COMPARED = 400  # names; those of the first layer tell as much as all
 
 _LATER = re.compile(r"(?:^|\.)(?!0(?:\.|$))\d+(?:\.|$)")  # a part that is a number, and not 0
@@ -254,6 +258,8 @@ def unknown(
         hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
     if any(n.endswith(VARIABLE) for n in names):
         hint = BY_NAME
+    if len(several := _models(checkpoint)) > 1:
+        hint = ONE_OF.format(" and ".join(printable(s, 40) or "none" for s in several[:4]))
     if canonical.named_so(layers_apart(checkpoint)) and "config.json" not in checkpoint.documents:
         message = f"expected config.json beside weights with Hugging Face names, found none; it holds {held}"
         return [Problem("missing-file", message, checkpoint.path.name, hint=NO_CONFIG)]
@@ -270,6 +276,15 @@ def unknown(
         hint=hint,
     )
     return [first, *(Problem("unknown-family", why, where=name) for name, why in misses)]
+
+
+def _models(checkpoint: Checkpoint) -> list[str]:
+    """The scopes of the models in a checkpoint of TensorFlow."""
+    if all(f.format != "tf-bundle" for f in checkpoint.files.values()):
+        return []
+    from ckpt_tool.checkpoint.tf_scopes import scopes
+
+    return scopes(checkpoint.names())
 
 
 def _held(checkpoint: Checkpoint) -> str:

@@ -48,10 +48,10 @@ class Single(Mapping[str, tuple[TensorInfo, ...]]):
 
 @dataclass(frozen=True)
 class Source:
-    """`tensors` holds each name of the table once for every model-parallel rank, in their order; `ranks` is 1
-    where files hold whole tensors. `told` are the hyper-parameters that a file of weights carries beside its
-    tensors, None without any; `prefix` stood before every name. `copies` are further tensors that must equal
-    one of `tensors`, by the file and the name of that."""
+    """`tensors` holds each name of the table once for every model-parallel rank, in their order, or for those
+    that have a share of it; `ranks` is 1 where files hold whole tensors. `told` are the hyper-parameters that
+    a file of weights carries beside its tensors, None without any; `prefix` stood before every name. `copies`
+    are further tensors that must equal one of `tensors`, by the file and the name of that."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, tuple[TensorInfo, ...]]
@@ -100,8 +100,9 @@ class Source:
             return None
         each, _ = Counter(t.shape[dimension] for t in found).most_common(1)[0]
         what = ("rows", "columns")[dimension] if len(found[0].shape) == 2 else "length"
-        over = f" over {self.ranks} ranks" if shared and self.ranks > 1 else ""
-        return Value(each * (self.ranks if shared else 1), f"{what} of {found[0].name}{over}")
+        ranks = max(len(self.tensors[n]) for n in names if n in self.tensors) if shared else 1
+        over = f" over {ranks} ranks" if ranks > 1 else ""
+        return Value(each * ranks, f"{what} of {found[0].name}{over}")
 
     @property
     def counted_layers(self) -> Value | None:

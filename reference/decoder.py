@@ -92,6 +92,7 @@ class Config:
     n_words: int | None = None  # rows of the vocabulary that count; those after are padding
     n_experts: int = 0
     n_experts_per_token: int = 0
+    expert_ranks: int | None = None  # the first so many ranks have shares of the experts; else all
     stacked: bool = False  # all experts of a layer in one tensor
     activation: str = "silu"
     gated: bool = True  # two sets of units, of which one opens and closes the other
@@ -135,7 +136,7 @@ def layer(
     )
     attended = x + (norm(y, ranks[0], p + n.after[0], c) if n.after[0] else y)
     x, branch = x if c.parallel else attended, experts if c.n_experts else feed_forward
-    y = all_reduce(branch(norm(x, w, p + n.norm_2, c), w, p, c) for w in ranks)
+    y = all_reduce(branch(norm(x, w, p + n.norm_2, c), w, p, c) for w in ranks[: c.expert_ranks])
     return attended + (norm(y, ranks[0], p + n.after[1], c) if n.after[1] else y)
 
 

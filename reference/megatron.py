@@ -305,19 +305,33 @@ def join_stages(stages: Sequence[Mapping[str, T]]) -> dict[str, T]:
     return joined
 
 
-def join_experts(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
-    """One tensor-parallel rank of every expert-parallel rank, in order, as one mapping: each numbers its
-    experts from 0, and has a copy of all other tensors, of which the first's is taken. ValueError where one
-    has another number of experts."""
+def join_ranks(parts: Mapping[tuple[int, int], Mapping[str, T]], own: int) -> list[dict[str, T]]:
+    """One mapping for each tensor-parallel rank. `parts` are by (expert-parallel rank, tensor-parallel rank):
+    each numbers its experts from 0, and has a copy of all other tensors, of which the first's is taken. Each
+    expert is shared out over `own` ranks, whose shares those after them repeat: so the first `own` mappings
+    have the experts, the others none, and a pair that only repeats need not be there. ValueError where one
+    has another number of experts, or where a share is in none."""
     pattern = re.compile(r"(.*\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)((?:\..+)?)")
-    joined: dict[str, T] = {}
-    counts = [len({m[2] for name in part if (m := pattern.fullmatch(name))}) for part in parts]
-    if len(set(counts)) > 1:
-        raise ValueError(f"expected as many experts on every expert-parallel rank, found {counts}")
-    for k, part in enumerate(parts):
-        for name, tensor in part.items():
-            if (m := pattern.fullmatch(name)) is not None:
-                joined[f"{m[1]}{k * counts[0] + int(m[2])}{m[3]}"] = tensor
-            else:
-                joined.setdefault(name, tensor)
-    return joined
+    counts = {len({m[2] for name in part if (m := pattern.fullmatch(name))}) for part in parts.values()}
+    if len(counts) != 1:
+        raise ValueError(f"expected as many experts on every expert-parallel rank, found {sorted(counts)}")
+    (count,) = counts
+    parallel, size = (1 + max(at[k] for at in parts) for k in range(2))
+    ranks: list[dict[str, T]] = []
+    for rank in range(size):
+        joined: dict[str, T] = {}
+        for part in [part for (_, t), part in sorted(parts.items()) if t == rank]:
+            for name, tensor in part.items():
+                if pattern.fullmatch(name) is None:
+                    joined.setdefault(name, tensor)
+        for e in range(parallel if count and rank < own else 0):
+            holder = next((t for k, t in sorted(parts) if k == e and t % own == rank), None)
+            if holder is None:
+                raise ValueError(
+                    f"expected share {rank} of the experts of expert-parallel rank {e}, found none"
+                )
+            for name, tensor in parts[e, holder].items():
+                if (m := pattern.fullmatch(name)) is not None:
+                    joined[f"{m[1]}{e * count + int(m[2])}{m[3]}"] = tensor
+        ranks.append(joined)
+    return ranks

@@ -1,6 +1,6 @@
 """A gated decoder with rotary positions as Megatron-Core trains it, whatever it is called when it is
 published: `decoder.layers.{i}.self_attention.linear_qkv`, in tensor-parallel ranks or joined. Pipeline stages
-and expert-parallel ranks are joined before (`megatron.join_stages`, `join_experts`). A token goes to the
+and expert-parallel ranks are joined before (`megatron.join_stages`, `join_ranks`). A token goes to the
 experts of its highest logits, whose shares are a softmax over those alone.
 
 Source: NVIDIA/Megatron-LM core_v0.9.0 to core_v0.19.2 (core/models/gpt, core/transformer),
@@ -123,9 +123,20 @@ def made(
         if top is None:
             raise ValueError("expected `moe_router_topk` or num_experts_per_tok given by name, found neither")
         found |= {"n_experts": router[0], "n_experts_per_token": int(top)}
+        found["expert_ranks"] = _sharing(facts.get("expert_tensor_parallel_size"), ranks)
     if normed:
         found["head_norms"] = ("self_attention.q_layernorm.", "self_attention.k_layernorm.")
     return found
+
+
+def _sharing(said: Any, ranks: int) -> int | None:
+    """How many ranks have shares of experts, where these are not all. ValueError for a number that the ranks
+    are no multiple of."""
+    if said is None or ranks == 1 or said == ranks:
+        return None
+    if type(said) is not int or said < 1 or ranks % said:
+        raise ValueError(f"expected `expert_tensor_parallel_size` that {ranks} ranks divide by, found {said}")
+    return said
 
 
 def _stretched(factor: Any) -> dict[str, Any]:

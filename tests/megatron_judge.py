@@ -1,9 +1,10 @@
 """Runs under megatron-core, on the CPU: loads torch_dist folders and the files of ranks, writes the logits,
 and saves the first model again in FOLDER.again where it came of a torch_dist folder.
 
-    PYTHONPATH=JUDGE python megatron_judge.py TP[xPP[xEP]] SHARED OUT.npz FOLDER [FOLDER ...]
+    PYTHONPATH=JUDGE python megatron_judge.py TP[xPP[xEP[xETP]]] SHARED OUT.npz FOLDER [FOLDER ...]
 
-One process for each rank of tensor, pipeline and expert parallelism, which meet in the file SHARED; all are
+One process for each rank of tensor, pipeline and expert parallelism, or as many as the tensor parallelism of
+all else and of experts (ETP) need where these differ, which meet in the file SHARED; all are
 forks of one that has loaded megatron-core, which takes longer than the rest. A FOLDER holds `.metadata`, or
 `mp_rank_TT[_PPP][_EEE]` of as many ranks. Not a test module; tests/test_dist_write.py and
 benchmarks/sweep.py start it.
@@ -13,6 +14,7 @@ import sys
 import warnings
 from argparse import Namespace
 from contextlib import nullcontext
+from math import lcm
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -209,18 +211,25 @@ def save(model: Any, args: Namespace, content: dict[str, Any], folder: Path) -> 
     dist_checkpointing.save(held, str(folder), way, content_metadata=content)
 
 
-def run(rank: int, grid: tuple[int, int, int], shared: str, out: str, folders: list[str]) -> None:
+def processes(grid: tuple[int, ...]) -> int:
+    tensors, stages, experts, own = grid
+    return lcm(tensors, own * experts) * stages
+
+
+def run(rank: int, grid: tuple[int, ...], shared: str, out: str, folders: list[str]) -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # which it asks for a device
     torch.cuda.synchronize = lambda *_: None
     torch.Tensor.cuda = lambda x, *_, **__: x  # where the first and last stage agree on tied words
-    ranks = grid[0] * grid[1] * grid[2]
+    ranks = processes(grid)
     torch.distributed.init_process_group("gloo", init_method=f"file://{shared}", rank=rank, world_size=ranks)
     from megatron.core import parallel_state, tensor_parallel
 
     # Dropout, which is off, would take numbers of the GPU's.
     tensor_parallel.get_cuda_rng_tracker = lambda: Namespace(fork=nullcontext)
-    tensors, stages, experts = grid
-    parallel_state.initialize_model_parallel(tensors, stages, expert_model_parallel_size=experts)
+    tensors, stages, experts, own = grid
+    parallel_state.initialize_model_parallel(
+        tensors, stages, expert_model_parallel_size=experts, expert_tensor_parallel_size=own
+    )
     made = {folder: logits_of(Path(folder), again=folder == folders[0]) for folder in folders}
     if rank == ranks - 1:
         np.savez(out, **made)
@@ -234,9 +243,9 @@ def main(asked: str, *where: Any) -> None:
     from megatron.core import dist_checkpointing  # noqa: F401
     from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401
 
-    grid = [int(n) for n in asked.split("x")] + [1, 1]
-    ranks = grid[0] * grid[1] * grid[2]
-    start_processes(run, (tuple(grid[:3]), *where), ranks, start_method="fork")
+    asked_for = [int(n) for n in asked.split("x")]
+    grid = [*asked_for, *(1, 1, asked_for[0])[len(asked_for) - 1 :]]
+    start_processes(run, (tuple(grid), *where), processes(tuple(grid)), start_method="fork")
 
 
 if __name__ == "__main__":

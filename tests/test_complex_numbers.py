@@ -1,4 +1,4 @@
-"""Tensors of complex numbers in safetensors files: no weights, and in no converted model."""
+"""Tensors of complex numbers: no weights, and in no converted model."""
 
 from __future__ import annotations
 
@@ -62,3 +62,37 @@ def test_a_weight_of_complex_numbers_is_refused(conversions: Written, tmp_path: 
         api.plan(tmp_path / "in")
     assert (caught.value.kind, caught.value.problems[0].where) == ("unsupported-dtype", name)
     assert caught.value.problems[0].message == "expected a dtype known here, found C64"
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_in_a_torch_file_are_left_out(
+    form: str, dtype: torch.dtype, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Whatever they are called, and with the weights in a dict of their own."""
+    stored = tmp_path / "in"
+    shutil.copytree(originals("llama-3-8b"), stored)
+    (file,) = stored.glob("*.pth")
+    weights = {f"module.{n}": t for n, t in torch.load(file).items()}
+    weights["module.turns"] = torch.ones(5, 3, dtype=dtype)
+    torch.save(weights, file, _use_new_zipfile_serialization=form == "zip")
+    done = api.convert(stored, tmp_path / "out", family="llama", check=False)
+    called = "C64" if dtype == torch.complex64 else "C128"
+    dropped = [(d.tensor.name, d.reason) for d in done.plan.dropped]
+    assert ("turns", f"of type {called}, which is not converted") in dropped
+    same = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "out", conversions("llama-3-8b"))]
+    assert same[0] == same[1]
+    assert verify(tmp_path / "out", stored, levels=("coverage", "bits")).status == "pass"
+
+
+def test_a_weight_of_complex_numbers_in_a_torch_file_is_refused(originals: Written, tmp_path: Path) -> None:
+    shutil.copytree(originals("llama-3-8b"), tmp_path / "in")
+    (file,) = (tmp_path / "in").glob("*.pth")
+    weights, name = torch.load(file), "layers.0.attention.wo.weight"
+    weights[name] = weights[name].to(torch.complex64)
+    torch.save({f"module.{n}": t for n, t in weights.items()}, file)
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(tmp_path / "in", family="llama")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("unsupported-dtype", name)
+    assert problem.message == "expected a dtype known here, found C64"

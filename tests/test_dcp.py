@@ -138,6 +138,64 @@ def test_state_dicts_convert_as_what_they_are(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+SAFETENSORS = filesystem.SerializationFormat.SAFETENSORS
+
+
+@pytest.mark.parametrize("beside_them", [{}, {"step": 7, "sampler": {"seed": 3}}])
+def test_files_of_safetensors_are_read_though_torch_cannot(
+    beside_them: Tree, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """All tensors of a file are said to begin where it is one of safetensors, behind what is no tensor."""
+    folder = tmp_path / "step-100"
+    writer = filesystem.FileSystemWriter(folder, serialization_format=SAFETENSORS)
+    held = {**weights(originals("qwen2-0.5b")), **beside_them}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(held, storage_writer=writer, no_dist=True)
+    beside(originals("qwen2-0.5b"), folder)
+    done = api.convert(folder, tmp_path / "out")
+    ours, theirs = (f / "model.safetensors" for f in (tmp_path / "out", conversions("qwen2-0.5b")))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert any("entries are no tensors and were left out" in n for n in done.opened) == bool(beside_them)
+    report = api.verify(tmp_path / "out", folder, levels=("coverage", "bits"))
+    assert (report.status, report.exactness) == ("pass", "bit-identical")
+
+
+def of_ranks(folder: Path, rows: Sequence[tuple[int, int]] = ((0, 3), (3, 2))) -> torch.Tensor:
+    """A matrix of 5 rows, those from `start` on in a file of each rank, as torch writes them with many."""
+    whole, places, chunks = torch.arange(20.0).reshape(5, 4), {}, []
+    folder.mkdir()
+    for rank, (start, count) in enumerate(rows):
+        part, path = whole[start : start + count].clone(), f"__{rank}_0.distcp"
+        said = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [start, 0]}})}
+        save_file({"w": part}, folder / path, said)
+        at = classes.MetadataIndex("w", torch.Size([start, 0]))
+        places[at] = filesystem._StorageInfo(path, 0, part.nbytes)
+        chunks.append(classes.ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([count, 4])))
+    told = classes.TensorStorageMetadata(classes.TensorProperties(torch.float32), torch.Size([5, 4]), chunks)
+    made = classes.Metadata({"w": told}, None, places)
+    (folder / ".metadata").write_bytes(pickle.dumps(made))
+    return whole
+
+
+def test_slices_in_safetensors_are_held_against_what_metadata_lists(tmp_path: Path) -> None:
+    whole = of_ranks(tmp_path / "two")
+    with open_checkpoint(tmp_path / "two") as checkpoint:
+        assert contents(checkpoint) == {"w": ("F32", (5, 4), whole.numpy().tobytes())}
+        assert not checkpoint.notes
+    (tmp_path / "two" / "__1_0.distcp").rename(tmp_path / "last")
+    error = refused(lambda: open_checkpoint(tmp_path / "two"))
+    assert error.kind == "missing-shard" and "__1_0.distcp, which rank 1 wrote" in error.text()
+    save_file(
+        {"w": torch.ones(1, 4)},
+        tmp_path / "two" / "__1_0.distcp",
+        {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [3, 0]}}), "more": "x" * 100},
+    )
+    (problem,) = refused(lambda: open_checkpoint(tmp_path / "two")).problems
+    assert (problem.kind, problem.where) == ("missing-shard", "w")
+    assert problem.message == "expected slices of [5, 4] as .metadata says, found [4, 4]"
+
+
 def test_the_folder_around_and_a_file_inside_are_the_folder(originals: Written, tmp_path: Path) -> None:
     """accelerate puts weights into a folder of their own, and people give any of its files."""
     inner = tmp_path / "run" / "pytorch_model_fsdp_0"

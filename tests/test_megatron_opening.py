@@ -16,7 +16,7 @@ import pytest
 
 from ckpt_tool import cli
 from ckpt_tool.checkpoint.base import Checkpoint
-from ckpt_tool.checkpoint.megatron import arguments, find_ranks, folder_name, grid
+from ckpt_tool.checkpoint.megatron import arguments, find_ranks, folder_name, placed
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace, TorchZipLayout
 from ckpt_tool.errors import CkptToolError
@@ -28,6 +28,12 @@ from tests.conftest import Written
 VARIANTS: dict[str, Any] = {k: v for k, v in variants.VARIANTS.items() if isinstance(v.original, Megatron)}
 FILE = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def grid(checkpoint: Checkpoint) -> list[list[str]]:
+    """The files as [tensor-parallel rank][pipeline stage]."""
+    run = placed(checkpoint)
+    return [run.rows()[0, t] for t in range(run.ranks)]
 
 
 @pytest.fixture

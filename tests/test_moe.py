@@ -137,27 +137,88 @@ def thinned(core: Core, keep: Collection[str], folder: Path, **args: Any) -> Pat
     return source
 
 
-@pytest.mark.parametrize(
-    ("core", "keep"),
-    [
-        (Core(MCORE, ranks=2, parallel=2), ("00_000", "01_001")),
-        (
-            Core(MCORE, ranks=2, parallel=2, stages=(2, 1)),
-            ("00_000_000", "01_000_001", "00_001_000", "01_001_001"),
-        ),
-    ],
-)
-def test_experts_shared_out_over_fewer_ranks_than_the_rest_are_named(
-    core: Core, keep: tuple[str, ...], tmp_path: Path
+WHOLE = {
+    "as many expert ranks": Core(MCORE, ranks=2, parallel=2, own=1),
+    "more expert ranks, by stages": Core(MCORE, ranks=2, parallel=4, stages=(2, 1), own=1, engine=False),
+    "no expert ranks": Core(MCORE, ranks=2, own=1, kept="grouped"),
+    "joined": Core(MCORE, ranks=2, parallel=2, own=1, kept="joined"),
+}
+SAVED = {
+    "as many expert ranks": ["mp_rank_00_000", "mp_rank_01_001"],
+    "no expert ranks": ["mp_rank_00", "mp_rank_01"],
+}
+
+
+@pytest.mark.parametrize("kept", WHOLE)
+def test_experts_that_are_whole_on_a_rank_are_the_same_model(
+    kept: str, conversions: Written, tmp_path: Path
 ) -> None:
-    """Of such a run no other files are there; of another these are a part."""
-    source = thinned(core, keep, tmp_path / "in", expert_tensor_parallel_size=1)
+    """Of each tensor-parallel rank only some expert-parallel ranks are there."""
+    source = written(WHOLE[kept], tmp_path / "in")
+    assert folders(source) == SAVED.get(kept, folders(source))
+    api.convert(source, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(conversions("mixtral-mcore"))
+    levels = ("coverage", "bits", "parity") if "stages" in kept else ("coverage", "bits")
+    report = api.verify(tmp_path / "out", source, levels=levels)
+    assert (report.status, report.exactness) == ("pass", "bit-identical")
+
+
+WIDE = mcore(1, 64, 8, 4, 8, 48, 320, 2)  # whose heads and units four ranks share out
+
+
+def test_experts_on_two_of_four_ranks_have_copies_that_are_compared(tmp_path: Path) -> None:
+    """Two processes hold the same share of an expert, and which they are is told by their numbers."""
+    whole = written(Core(WIDE), tmp_path / "whole")
+    api.convert(whole, tmp_path / "one")
+    source = written(Core(WIDE, ranks=4, own=2), tmp_path / "in")
+    assert folders(source) == [f"mp_rank_0{t}" for t in range(4)]
+    api.convert(source, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "one")
+    assert api.verify(tmp_path / "out", source).status == "pass"
+
+    def other_copy(held: dict[str, Any], folder: str) -> None:
+        if folder == "mp_rank_02":
+            held["model"]["decoder.layers.0.mlp.experts.local_experts.1.linear_fc2.weight"][3, 5] += 1
+
+    changed(source, other_copy)
+    error = refused(lambda: api.convert(source, tmp_path / "again"))
+    assert "mp_rank_02" in error.text() and "local_experts.1.linear_fc2" in error.text()
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_share_of_whole_experts_that_is_not_there_is_named(tmp_path: Path) -> None:
+    source = written(Core(MCORE, ranks=2, parallel=4, own=1), tmp_path / "in")
+    shutil.rmtree(next(source.rglob("mp_rank_01_003")))
     error = refused(lambda: api.plan(source))
-    assert (error.kind, error.problems[0].where) == ("unsupported", "args: expert_tensor_parallel_size")
-    assert f"the {len(keep)} files of a run that shares each out over 1" in error.text()
-    assert "torch_dist" in (error.problems[0].hint or "")
-    error = refused(lambda: api.plan(thinned(core, keep, tmp_path / "part")))
-    assert error.kind == "missing-shard" and "not there" in error.text()
+    assert error.kind == "missing-shard" and "mp_rank_01_003" in error.text()
+
+
+def test_tensor_parallel_ranks_that_nobody_saved_are_told_as_that(tmp_path: Path) -> None:
+    """Before core_v0.18.0 the first process of each expert data parallelism saves, and no other."""
+    source = written(Core(WIDE, ranks=4, parallel=2, own=1), tmp_path / "in")
+    assert api.plan(source).family == "mixtral"
+    for name in ("mp_rank_02_000", "mp_rank_03_001"):
+        shutil.rmtree(next(source.rglob(name)))
+    (problem,) = refused(lambda: api.plan(source)).problems
+    assert problem.kind == "missing-shard" and "each expert shared out over 1" in problem.message
+    assert "found 2 files: mp_rank_02_000, mp_rank_03_001 not there" in problem.message
+    assert problem.hint is not None and "the files of the first 2 ranks only" in problem.hint
+
+
+def test_absurd_numbers_of_ranks_are_refused_before_they_are_counted(tmp_path: Path) -> None:
+    source = written(Core(MCORE, ranks=2, parallel=2, own=1), tmp_path / "in")
+    huge = {"tensor_model_parallel_size": 1 << 19, "expert_model_parallel_size": 1 << 19}
+    changed(source, lambda held, _: vars(held["args"]).update(huge))
+    (problem,) = refused(lambda: api.plan(source)).problems
+    assert problem.kind == "bad-config" and "524288 x 524288 x 1" in problem.message
+
+
+def test_a_part_of_a_grid_is_no_run_of_whole_experts(tmp_path: Path) -> None:
+    """The same files of a run whose args say that experts are shared out as all else."""
+    error = refused(
+        lambda: api.plan(thinned(Core(MCORE, ranks=2, parallel=2), ("00_000", "01_001"), tmp_path / "part"))
+    )
+    assert error.kind == "missing-shard" and "mp_rank_00_001, mp_rank_01_000 not there" in error.text()
 
 
 def test_a_grid_with_a_hole_is_not_compared_with_runs_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +234,7 @@ def test_a_grid_with_a_hole_is_not_compared_with_runs_of_other_sizes(monkeypatch
     assert megatron._shared_by(grid[:-1]) is None
     assert sum(map(len, counted)) < len(grid)
     assert megatron._shared_by([(r % 4, r // 2 % 2) for r in range(8)]) == 2
+    assert megatron._shared_by([(0, 0), (1, 1), (0, 2)]) == 1  # three processes of six have other ranks
 
 
 @pytest.mark.skipif(not CASE.is_dir(), reason="the folder of cases is not beside this checkout")

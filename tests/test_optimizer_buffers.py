@@ -24,6 +24,8 @@ from ckpt_tool import api
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.cli import cli
 from ckpt_tool.convert.optimizer_state import STATES
+from ckpt_tool.fixtures.families.mixtral import MCORE
+from ckpt_tool.fixtures.megatron_core import Core
 from ckpt_tool.fixtures.variants import VARIANTS
 from tests import megatron_judge, megatron_optimizer
 from tests.conftest import Written
@@ -113,7 +115,8 @@ def apart(model: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def distributed(source: Path, out: Path, release: Release, *, chained: bool = False) -> Path:
     """The run with the state of a distributed optimizer, of `DATA_RANKS` data-parallel ranks."""
     shutil.copytree(source, out)
-    for number, path in enumerate(sorted(out.rglob("model_optim_rng.pt"))):
+    seen = set()
+    for path in sorted(out.rglob("model_optim_rng.pt")):
         file = torch.load(path, map_location="cpu", weights_only=False)
         file["args"].data_parallel_size = DATA_RANKS
         model = parameters(file)
@@ -121,8 +124,10 @@ def distributed(source: Path, out: Path, release: Release, *, chained: bool = Fa
         file["model"] |= {n.removeprefix("model."): w for n, w in model.items()}
         parts = apart(model) if chained else [model]
         said, held = [groups(own) for own in parts], [buffers(own, release) for own in parts]
-        if chained and number % 2:  # of the second expert-parallel rank only experts are its own
+        rank = path.parent.name.split("_")[2]
+        if chained and rank in seen:  # of another expert-parallel rank only experts are its own
             held[0] = None  # type: ignore[call-overload]
+        seen.add(rank)
         file["optimizer"] = said if chained else said[0]
         torch.save(file, path)
         torch.save(held if chained else held[0], path.with_name("distrib_optim.pt"))
@@ -236,6 +241,21 @@ def test_experts_have_an_optimizer_of_their_own(kind: str, originals: Written, t
         first = min(source.rglob("*.pt")), min((tmp_path / "back2").rglob("*.pt"))
         before, after = (torch.load(p, weights_only=False)["optimizer"] for p in first)
         assert same(before, after)
+
+
+@pytest.mark.parametrize("kind", ["list", "buffers"])
+def test_states_of_experts_that_are_whole_on_a_rank(kind: str, tmp_path: Path) -> None:
+    """Of such a run no whole grid is saved, and each file has an optimizer of its own experts."""
+    source, out = tmp_path / "run", tmp_path / "out"
+    source.mkdir()
+    Core(MCORE, ranks=2, parallel=2, own=1).write(source, "mixtral-mcore")
+    if kind == "list":
+        source = listed(source, tmp_path / "in")
+    else:
+        source = distributed(source, tmp_path / "in", RELEASES["core_v0.16"], chained=True)
+    api.convert(source, out, family="mixtral", options=WITH)
+    checked(out)
+    assert api.verify(out, source, levels=("coverage", "bits")).status == "pass"
 
 
 def test_experts_of_other_numbers_stay_apart(originals: Written, tmp_path: Path) -> None:
@@ -435,6 +455,7 @@ def test_forms_of_torch_dist_that_are_not_there_are_named(
     form: str, kind: str, words: str, originals: Written, tmp_path: Path
 ) -> None:
     source = joined(originals("llama-mcore"), tmp_path / "in")
+    plain = api.plan(source, family="llama").digest()  # the weights alone
     (path,) = source.rglob("common.pt")
     said: dict[Any, Any] = {"param_state_sharding_type": form}
     for held in (said, {0: said, 1: {"param_state_sharding_type": []}}):
@@ -443,6 +464,7 @@ def test_forms_of_torch_dist_that_are_not_there_are_named(
         (problem,) = error.problems
         assert problem.kind == kind and words in problem.message, error
         assert "without --with-optimizer" in str(problem.hint)
+    assert api.plan(source, family="llama").digest() == plain
 
 
 def test_flattened_states_are_named(originals: Written, tmp_path: Path) -> None:
@@ -459,6 +481,8 @@ def test_flattened_states_are_named(originals: Written, tmp_path: Path) -> None:
     (problem,) = refused(lambda: api.plan(source, family="llama", options=WITH)).problems
     assert problem.kind == "unsupported" and problem.where == "optimizer.state.exp_avg.output_layer.weight"
     assert "found [9240], flattened (fully_sharded_model_space)" in problem.message
+    api.convert(source, tmp_path / "out", family="llama")  # the weights alone
+    assert api.verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "pass"
 
 
 def test_partitions_of_deepspeed_are_named(conversions: Written, tmp_path: Path) -> None:

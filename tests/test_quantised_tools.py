@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,15 @@ def of_layers(tensors: Tensors, config: dict[str, Any]) -> None:
     config[KEY] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": each}
 
 
+def of_layers_with_blocks(tensors: Tensors, config: dict[str, Any]) -> None:
+    """Scales of rows of the attention, and of 32 neighbours of the rest: its layers alone tell them apart."""
+    bytes_for_exponents(tensors, config)
+    mixed(rows)(tensors, config)
+    layers = [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]
+    each = {n: {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN" if "attn" in n else "MXFP8"} for n in layers}
+    config[KEY] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": each}
+
+
 def shifted_inputs(tensors: Tensors, config: dict[str, Any]) -> None:
     """int8 with zero points, of the inputs too."""
     for stem in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
@@ -231,6 +241,11 @@ TOOLS: dict[str, tuple[str | Format, Change, list[str]]] = {
     "modelopt by channel": ("fp8-rows", by_channel, ["fp8, a scale for each row"]),
     "modelopt by block": (in_blocks((128, 128), "F32"), spread_blocks, ["fp8 in blocks of 128 x 128"]),
     "modelopt mixed": ("nvfp4", of_layers, ["fp8, a scale for each row", "NVFP4"]),
+    "modelopt in blocks": (
+        in_blocks((1, 32), "F8_E8M0"),
+        of_layers_with_blocks,
+        ["fp8 in blocks of 1 x 32", "fp8, a scale for each row"],
+    ),
     "heads": ("fp8-rows", with_heads, ["fp8, a scale for each row"]),
     "MXFP8": (in_blocks((1, 32), "F8_E8M0"), bytes_for_exponents, ["fp8 in blocks of 1 x 32"]),
     "mxfp8 of SGLang": (
@@ -283,7 +298,7 @@ def test_what_a_tool_writes_is_carried_and_proved(
     assert not any("scale" in n or "zero" in n for n in held(tmp_path / "numbers"))
 
 
-@pytest.mark.parametrize("name", ["Quark MXFP4", "modelopt by block", "int8", "blocks beside rows"])
+@pytest.mark.parametrize("name", ["Quark MXFP4", "modelopt in blocks", "int8", "blocks beside rows"])
 def test_both_readings_take_them(
     name: str, made: Callable[..., Path], tmp_path: Path, one_thread: None
 ) -> None:
@@ -509,6 +524,40 @@ def test_groups_that_another_method_carries_are_not_read(made: Callable[..., Pat
         plan(source)
     assert {p.kind for p in caught.value.problems} == {"missing-fact"}
     assert "how many neighbours share a scale" in caught.value.problems[0].message
+
+
+def test_a_layer_that_modelopt_does_not_list_is_asked(made: Callable[..., Path]) -> None:
+    form, change, _ = TOOLS["modelopt in blocks"]
+    source = made(form, change)
+    config = json.loads((source / "config.json").read_text())
+    del config[KEY]["quantized_layers"]["model.layers.1.mlp.up_proj"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("missing-fact", "model.layers.1.mlp.up_proj.weight")
+    assert problem.message.startswith("expected an entry of quantized_layers that is of this weight")
+
+
+def test_scales_of_a_cache_beside_numbers_say_what_they_are(conversions: Written, tmp_path: Path) -> None:
+    """No codes are beside them: what a calibration of the cache alone leaves."""
+    source = quantise(conversions(MODEL), tmp_path / "in", "fp8-tensor")
+    tensors = held(conversions(MODEL))
+    for name in ("k_proj.k_scale", "v_proj.v_scale"):
+        tensors[f"{ATTENTION}{name}"] = number(0.5)
+    write(source / "model.safetensors", tensors)
+    shutil.copy(conversions(MODEL) / "config.json", source)
+    with pytest.raises(CkptToolError) as caught:
+        plan(source)
+    assert {p.kind for p in caught.value.problems} == {"uncovered-tensors"}
+    assert all(
+        "cache them in 8 bits" in str(p.hint) and "--drop '*.[kvq]_scale'" in str(p.hint)
+        for p in caught.value.problems
+    )
+    made = convert(source, tmp_path / "out", options=Options(drop=("*.[kvq]_scale",)))
+    assert sorted(d.tensor.name for d in made.plan.dropped) == sorted(
+        n for n in tensors if n.endswith("_scale")
+    )
 
 
 def test_layers_that_each_say_another_size_are_read_once(made: Callable[..., Path]) -> None:

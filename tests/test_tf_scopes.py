@@ -65,6 +65,19 @@ def test_scopes_that_are_not_sure_stay(names: tuple[str, ...], tmp_path: Path) -
         assert set(checkpoint.names()) == {*names} and not checkpoint.readings
 
 
+@pytest.mark.parametrize(
+    ("other", "words"), [("student/", "student/ and teacher/"), ("", "none and teacher/")]
+)
+def test_two_models_are_told_apart_by_their_scopes(other: str, words: str, tmp_path: Path) -> None:
+    names = (*(f"teacher/{n}" for n in MODEL), *(other + n for n in MODEL), f"adam/teacher/{MODEL[0]}/m")
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(bundle(tmp_path / "in", *names))
+    problem = caught.value.problems[0]
+    assert problem.kind == "unknown-family" and str(problem.hint).startswith(
+        f"several models are in it, in the scopes {words}: save the variables of the one that is meant alone"
+    )
+
+
 def test_an_average_is_left_out_beside_its_variable_and_read_where_it_is_alone(tmp_path: Path) -> None:
     averages = tuple(n + MOVING for n in MODEL)
     with open_checkpoint(bundle(tmp_path / "both", *MODEL, *averages)) as checkpoint:

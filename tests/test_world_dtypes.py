@@ -533,6 +533,7 @@ ODD_LISTS = {
     "binary mode": ("{md5} *{name}\n", 2),
     "here": ("{md5}  ./{name}\n", 2),
     "BSD": ("MD5 ({name}) = {md5}\n", 2),
+    "openssl": ("MD5({name})= {md5}\n", 2),
     "capitals": ("{md5}  {name}\n", 2),
     "from above": ("{md5}  source/{name}\n", 2),
     "elsewhere": ("{md5}  ../source/{name}\n", 0),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ckpt_tool import api
@@ -374,6 +375,41 @@ def test_half_of_a_folder_says_what_is_missing(tmp_path: Path) -> None:
         kind, message, _ = problem(home)
         assert kind == "wrong-format" and "a DeepSpeed checkpoint (ZeRO) that is not whole" in message
         assert "*_optim_states.pt" in (refused(home).problems[0].hint or "")
+
+
+def test_ranks_on_the_disks_of_several_machines(tmp_path: Path) -> None:
+    home = THREE.write(tmp_path / "all")
+    for node, ranks in (("node0", (0, 1)), ("node1", (2,))):
+        own = tmp_path / "nodes" / node / home.name
+        own.mkdir(parents=True)
+        for file in [f for r in ranks for f in home.glob(f"*zero_pp_rank_{r}_*")]:
+            shutil.copy(file, own)
+    kind, message, _ = problem(tmp_path / "nodes")
+    assert kind == "missing-shard" and message.endswith(
+        "in one folder, found some in each of node0/global_step7 and node1/global_step7"
+    )
+    assert "into one folder" in str(refused(tmp_path / "nodes").problems[0].hint)
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "nodes")
+    assert problem(Path(archive))[:2] == (kind, message)
+    shutil.copytree(home, tmp_path / "nodes" / "node1", dirs_exist_ok=True)  # two whole runs
+    shutil.copytree(home, tmp_path / "nodes" / "node0", dirs_exist_ok=True)
+    assert problem(tmp_path / "nodes")[0] == "ambiguous-input"
+
+
+def test_a_universal_checkpoint_is_told_wherever_one_stands(tmp_path: Path) -> None:
+    """Those of ZeRO 3 have copies of the states of all ranks beside them, and no shapes."""
+    home = tmp_path / "run" / "global_step7_universal"
+    (home / "zero" / "a.weight").mkdir(parents=True)
+    torch.save(torch.zeros(15), home / "zero" / "a.weight" / "fp32.pt")
+    for file in THREE.write(tmp_path / "all").glob("*model_states.pt"):
+        shutil.copy(file, home)
+    for given in (home.parent, home):
+        kind, message, _ = problem(given)
+        assert kind == "wrong-format" and "found a universal checkpoint of DeepSpeed" in message
+    kind, message, _ = problem(home / "zero" / "a.weight" / "fp32.pt")
+    assert (kind, message) == ("wrong-format", "expected a dict of tensors, found a tensor")
+    error = refused(home / "zero" / "a.weight" / "fp32.pt")
+    assert "as in universal checkpoints of DeepSpeed" in str(error.problems[0].hint)
 
 
 def test_a_cut_file_is_told_with_its_rank(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 reads it: apart from convert, whose plans are what is being shown.
 
 Source: compressed-tensors 0.20.1 (utils/match.py): targets that are the module's name come first, patterns
-(`re:`) that its name begins with next, classes last, each kind in the order of the texts.
+(`re:`) that its name begins with next, classes last, each kind in the order of the texts. modelopt names each
+layer with its algorithm (0.47.0, export/quant_utils.py), some of which say a block.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ckpt_tool.records import dataclass
 # One piece of a pattern, and how often it may stand there. Each piece is a regular expression without
 # repetition of its own, so that no pattern takes longer than its length times that of the name.
 PIECE = re.compile(r"(\((?:\?:)?(?P<of>[^()]*)\)|\[[^\]]*\]|\\.|[^\\])([*+]?)")
+BY_ALGORITHM = {"MXFP8": (1, 32), "FP8_PB": (128, 128), "FP8_PB_WO": (128, 128)}  # of modelopt
 OF_32 = "mxfp8-quantized"  # the format whose name says the block: 32 neighbours in a row
 
 
@@ -37,6 +39,10 @@ def codes_of(scheme: Scheme, weight: str) -> Codes:
         return Codes(scheme.block, scheme.group, scheme.bits)
     module = weight.removesuffix(".weight")
     raw = scheme.raw or {}
+    if "quantized_layers" in raw:
+        if module not in raw["quantized_layers"]:
+            raise ValueError(f"{weight}: expected an entry of quantized_layers that is of it, found none")
+        return Codes(BY_ALGORITHM.get(raw["quantized_layers"][module]["quant_algo"]), None, None)
     ranked = []
     for group in raw["config_groups"].values():
         for target in group["targets"] if group.get("weights") else ():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from ckpt_tool.checkpoint.megatron import expert_grids
+from ckpt_tool.checkpoint.megatron import placed
 from ckpt_tool.verify.buffers import Buffers
 from ckpt_tool.verify.holding import SMALL, Room, fits, is_small, of_layers
 from ckpt_tool.verify.streamed import Rows, Streamed, give_back
@@ -224,12 +224,12 @@ def ranks_of(checkpoint: Checkpoint, *, stages: bool = False) -> list[Mapping[st
     they are Megatron's, whose pipeline stages and expert-parallel ranks are joined: names number layers and
     experts through the model then."""
     if stages:
-        from ckpt_tool.reference.megatron import join_experts, join_stages
+        from ckpt_tool.reference.megatron import join_ranks, join_stages
 
-        return [
-            join_experts([join_stages([checkpoint.files[f].tensors for f in row]) for row in rows])
-            for rows in zip(*expert_grids(checkpoint), strict=True)
-        ]
+        run = placed(checkpoint)
+        rows = run.rows().items()
+        joined = {at: join_stages([checkpoint.files[f].tensors for f in row]) for at, row in rows}
+        return [*join_ranks(joined, run.own)]
     files: list[Mapping[str, TensorInfo]] = [f.tensors for f in checkpoint.files.values() if f.tensors]
     if len({name for f in files for name in f}) == sum(map(len, files)):
         return [{name: info for f in files for name, info in f.items()}]

@@ -1,5 +1,5 @@
 """The sums that a publisher lists beside the files: checklist.chk, SHA256SUMS and their like, in the format
-of `md5sum -c` or `sha256sum -c`, with or without the algorithm's name before each.
+of `md5sum -c` or `sha256sum -c`, with or without the algorithm's name before each, or of `openssl dgst`.
 
 A sum that differs is told and never refused: published lists were wrong themselves, and people change
 params.json on purpose. Small files are always compared, weights where they are small or it is asked for.
@@ -29,7 +29,7 @@ SPEED = 600e6  # bytes per second and core, as measured of MD5 and of SHA-256
 SHOWN = 8  # files in notes, before the rest is counted
 _CHUNK = 1 << 20
 _SUM = r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64})"
-_LINE = re.compile(rf"\\?{_SUM}[ \t]+\*?(.+)|(?:MD5|SHA256) \((.+)\) = {_SUM}", re.ASCII)
+_LINE = re.compile(rf"\\?{_SUM}[ \t]+\*?(.+)|(?:MD5|SHA256|SHA2-256) ?\((.+)\) ?= {_SUM}", re.ASCII)
 
 
 def listed(data: bytes) -> dict[str, str]:

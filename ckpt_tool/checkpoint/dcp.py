@@ -6,6 +6,9 @@ such item is a whole torch zip of one bare tensor, with strides of its own, whic
 are found by the names that the metadata gives, never by their own: how many there are differs from writer to
 writer.
 
+With `SerializationFormat.SAFETENSORS` torch writes the tensors of a file as one of safetensors, behind what
+is no tensor, and lists each as if it began there; it cannot load that itself. They are slices (hf_slices.py).
+
 Source: torch 2.13.0 (distributed/checkpoint/filesystem.py).
 """
 
@@ -18,6 +21,8 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from ckpt_tool.checkpoint.base import DTYPES, LeftOut, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange, Part
@@ -32,9 +37,11 @@ from ckpt_tool.checkpoint.dcp_metadata import (
 from ckpt_tool.checkpoint.dcp_names import FORMAT, METADATA
 from ckpt_tool.checkpoint.dcp_places import Item
 from ckpt_tool.checkpoint.folders import Place
+from ckpt_tool.checkpoint.hf_slices import SlicedFile, open_slices
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.pieces import Bits, Boxes, Joined
+from ckpt_tool.checkpoint.safetensors import HEADER_LIMIT
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile, torch_zip, zip_value
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
@@ -49,6 +56,8 @@ _HEAD = 4096
 BLOCK = 4 << 20
 # What every `.metadata` names.
 _USUAL = ("torch.distributed.checkpoint.", "torch.", "pathlib.")
+_ALL = "every process saves its own files: copy those of all machines into the folder of .metadata"
+_MIXED = "files of two steps are in one folder: get those of one"
 _RANK = re.compile(r"__(\d+)_\d+\.distcp", re.ASCII)
 
 
@@ -81,7 +90,7 @@ class DcpFile(TensorFile):
         self._seen: dict[int, IntervalCrc] = {}
         self._lock = threading.Lock()
         self._joined: Joined[int] = Joined(self._collected)
-        self.notes = tuple(self._counts())
+        self.notes = tuple(counts(told))
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -92,25 +101,6 @@ class DcpFile(TensorFile):
         """Tensors of a dtype that is not read."""
         reason = "of a dtype that no weights have"
         return tuple(LeftOut(tensor, reason) for tensor in self._told.odd.values())
-
-    def _counts(self) -> list[str]:
-        """What the folder holds besides tensors that are read."""
-        states = sum(EXTRA_STATE.fullmatch(n) is not None for n in self._told.objects)
-        others = sorted(
-            n
-            for n in self._told.objects
-            if not EXTRA_STATE.fullmatch(n) and not COMMON_STATE.fullmatch(n) and n not in RUN
-        )
-        made = [f"{states} entries of extra state (of fp8 scaling, or empty) were left out"] if states else []
-        if others:
-            shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
-            are = "entry is no tensor and was" if len(others) == 1 else "entries are no tensors and were"
-            made.append(f"{len(others)} {are} left out: {shown}")
-        if unfit := len(self._told.unfit):
-            made.append(f"{unfit} tensors of the optimizer were left out: not every element of them is there")
-        for name, tensor in sorted(self._told.odd.items()):
-            made.append(f"{name} is of dtype {tensor.dtype}, which no weights have: left out")
-        return made
 
     # --- items ---
 
@@ -288,9 +278,30 @@ def _of(error: CkptToolError, item: Item, told: Told) -> CkptToolError:
     return CkptToolError(*(replace(p, file=item.path, where=told.name) for p in error.problems))
 
 
-def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
+def counts(told: Metadata) -> list[str]:
+    """What the folder holds besides tensors that are read."""
+    states = sum(EXTRA_STATE.fullmatch(n) is not None for n in told.objects)
+    others = sorted(
+        n
+        for n in told.objects
+        if not EXTRA_STATE.fullmatch(n) and not COMMON_STATE.fullmatch(n) and n not in RUN
+    )
+    made = [f"{states} entries of extra state (of fp8 scaling, or empty) were left out"] if states else []
+    if others:
+        shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+        are = "entry is no tensor and was" if len(others) == 1 else "entries are no tensors and were"
+        made.append(f"{len(others)} {are} left out: {shown}")
+    if unfit := len(told.unfit):
+        made.append(f"{unfit} tensors of the optimizer were left out: not every element of them is there")
+    for name, tensor in sorted(told.odd.items()):
+        made.append(f"{name} is of dtype {tensor.dtype}, which no weights have: left out")
+    return made
+
+
+def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile | SlicedFile:
     """The folder whose files `place` finds, opened: `.metadata` is read, and the files that it names must be
-    there and long enough. Kinds: those of `read_metadata`, `missing-shard`, `truncated`."""
+    there and long enough. Kinds: those of `read_metadata`, `missing-shard`, `shard-conflict`, `truncated`,
+    and those of `open_slices` where the files hold safetensors."""
     there = place(name)
     own = ByteRange(there.path, name, there.window)
     try:
@@ -302,11 +313,53 @@ def open_dcp(place: Callable[[str], Place], name: str = METADATA) -> DcpFile:
             fail("truncated", "expected a list of tensors, found an empty file", file=name)
         told = read_metadata(own, file=name)
         places: dict[str, Place] = {}
-        fail_all(_missing(told, place, places))
+        problems = list(_missing(told, place, places))
+        if not problems and (parts := _in_safetensors(told, places)):
+            file = open_slices(parts.__getitem__, list(parts), HEADER_LIMIT, _joined(told))
+            file.notes = (*file.notes, *counts(told))
+            own.close()
+            return file
+        fail_all([*told.shared, *problems])
         return DcpFile(own, told, places)
     except BaseException:
         own.close()
         raise
+
+
+def _in_safetensors(told: Metadata, places: Mapping[str, Place]) -> dict[str, Place]:
+    """The files of tensors, each from where it is one of safetensors to its end: all of its pieces are said
+    to begin there. Empty where the first one is no such file."""
+    table, found = told.table, dict[str, Place]()
+    for k in np.unique(table.path).tolist():
+        path, begins = table.paths[k], np.unique(table.offset[table.path == k]).tolist()
+        there = places[path]
+        base, at = (there.window or (0, 0))[0], begins[0]
+        if not found:
+            with closing(ByteRange(there.path, path, there.window)) as data:
+                head = data.read(at, min(9, data.size - at))
+            if head[8:] != b"{" or int.from_bytes(head[:8], "little") > there.size - at:
+                return {}
+        if len(begins) > 1:
+            return {}
+        found[path] = Place(there.path, there.size - at, (base + at, there.size - at))
+    return found
+
+
+def _joined(told: Metadata) -> Callable[[Mapping[str, TensorInfo]], Iterator[Problem]]:
+    """What slices lack of being all that `.metadata` lists."""
+
+    def lacking(found: Mapping[str, TensorInfo]) -> Iterator[Problem]:
+        for name in found.keys() - told.tensors.keys():
+            message = "expected tensors that .metadata lists, found another"
+            yield Problem("shard-conflict", message, found[name].file, name, _MIXED)
+        for name, tensor in told.tensors.items():
+            shape = None if name not in found else found[name].shape
+            if shape != tensor.shape:
+                here = "none" if shape is None else f"{list(shape)}"
+                message = f"expected slices of {list(tensor.shape)} as .metadata says, found {here}"
+                yield Problem("missing-shard", message, METADATA, name, _ALL)
+
+    return lacking
 
 
 def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Place]) -> Iterable[Problem]:
@@ -319,7 +372,7 @@ def _missing(told: Metadata, place: Callable[[str], Place], found: dict[str, Pla
                 raise
             rank = _RANK.fullmatch(path)
             whose = "" if rank is None else f", which rank {rank[1]} wrote"
-            yield Problem("missing-shard", f"expected {path}{whose}, found no such file", METADATA)
+            yield Problem("missing-shard", f"expected {path}{whose}, found no such file", METADATA, hint=_ALL)
             continue
         if there.size < end:
             with closing(ByteRange(there.path, path, there.window)) as data:

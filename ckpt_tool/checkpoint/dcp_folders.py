@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
 from ckpt_tool.checkpoint.folders import Folder, Place
+from ckpt_tool.checkpoint.hf_slices import SlicedFile
 from ckpt_tool.checkpoint.megatron import TRACKER, current, is_iteration_folder
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.errors import fail
@@ -81,14 +82,15 @@ def _is_another(place: Place) -> bool:
     return bool(head) and FIRST not in head and pointer(head) is None
 
 
-def open_folder(folder: Folder, prefix: str) -> DcpFile:
+def open_folder(folder: Folder, prefix: str) -> DcpFile | SlicedFile:
     """The checkpoint in the part `prefix` of `folder`, with what Megatron keeps of the run as its metadata:
     of common.pt, or of an entry among the tensors. Kinds: those of `open_dcp`, and of a torch file."""
     from ckpt_tool.checkpoint.dcp import open_dcp
 
     file = open_dcp(lambda name: folder.place(prefix + name))
     try:
-        file.metadata = _common(folder, prefix) or file.common_state()
+        common = _common(folder, prefix)
+        file.metadata = common if common or isinstance(file, SlicedFile) else file.common_state()
     except BaseException:
         file.close()
         raise

@@ -79,6 +79,7 @@ class Metadata:
     ends: dict[str, int] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     version: str | None = None
+    shared: list[Problem] = field(default_factory=list)  # pieces that have bytes together
 
     def add(self, tensor: TensorInfo, boxes: tuple[Ints, Ints], first: int) -> None:
         self.tensors[tensor.name] = tensor
@@ -104,9 +105,9 @@ class Metadata:
 
 def read_metadata(source: ByteRange, *, file: str) -> Metadata:
     """What a `.metadata` says, checked: every tensor is made up of its pieces, each element once, and every
-    piece has its bytes, in a file of the folder. Fails with every problem found: kinds of `read_pickle`,
-    `wrong-format`, `unsafe-pickle`, `bad-name`, `size-mismatch`, `shard-conflict`, `missing-shard`,
-    `missing-record`, `unsupported`."""
+    piece has its bytes, in a file of the folder; those that share them are `shared`. Fails with every problem
+    found: kinds of `read_pickle`, `wrong-format`, `unsafe-pickle`, `bad-name`, `size-mismatch`,
+    `shard-conflict`, `missing-shard`, `missing-record`, `unsupported`."""
     size = source.size
     held = source.read(0, size) if size <= HELD else b""
 
@@ -157,12 +158,12 @@ class _Reader:
             self.fault(f"expected the places of pieces in storage_data alone, found {what}")
         found = Metadata(self.listed.table(), imports=imports)
         found.version = version if type(version) is str else None
-        self.problems += self.listed.conflicts()
+        found.shared = list(self.listed.conflicts())
         self.places = self.listed.by_name()
         for _, alike in groupby(zip(state, map(id, state.values()), strict=True), key=itemgetter(1)):
             self.column([name for name, _ in alike], state, found)
         state.clear()
-        fail_all(self.problems)
+        fail_all([*found.shared, *self.problems] if self.problems else [])
         found.table = found.table.taken(np.array(self.numbers, np.int64))
         found.ends = found.table.ends()
         for item in found.objects.values():

@@ -27,6 +27,8 @@ _OPTIMIZER = re.compile(
 )
 _SHARE = re.compile(r"zero_pp_rank_(?P<dp>\d{1,7})_mp_rank_(?P<mp>\d{1,7})_model_states\.pt", re.ASCII)
 _APART = re.compile(r"(layer|expert|(zero_)?expp_rank)_.*(model|optim)_states\.pt", re.ASCII)
+_UNIVERSAL = re.compile(r"(^|/)zero/[^/]+/(fp32|exp_avg|exp_avg_sq)\.pt$", re.ASCII)
+ALL = "copy the files of all ranks, which may lie on disks of several machines, into one folder"
 _RANK = re.compile(r"(?<=pp_rank_)\d+", re.ASCII)
 _STEP = re.compile(r"global_step\d+(_universal)?", re.ASCII)
 JOINED = (
@@ -90,6 +92,21 @@ def runs_of(names: Collection[str]) -> list[str]:
     there = frozenset(names)
     outer = {home: home.rpartition("/")[0] for home, held in kinds.items() if len(held) == 2}
     return sorted({run if f"{run}/{LATEST}".lstrip("/") in there else home for home, run in outer.items()})
+
+
+def are_parts(folders: Collection[str], names: Collection[str]) -> bool:
+    """Whether each of the `folders` has files of ranks, of those among `names`, that no other has: as several
+    machines save them, each on its own disk."""
+    held: list[set[str]] = []
+    for folder in folders:
+        below = (n.rpartition("/")[2] for n in names if n.startswith(f"{folder}/"))
+        held.append({n for n in below if is_share(n)})
+    return all(held) and len(set().union(*held)) == sum(map(len, held))
+
+
+def is_universal(name: str) -> bool:
+    """Whether a file of this name, in its folders, holds one parameter of a universal checkpoint."""
+    return _UNIVERSAL.search(name) is not None
 
 
 def may_be_step(folder: str) -> bool:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ckpt_tool.checkpoint.base import DTYPES, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, LeftOut, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Numbers, Piece, tiling_fault
@@ -42,8 +42,12 @@ class SlicedFile(TensorFile):
     """Whole tensors of slices in several files."""
 
     format = "safetensors"
+    left_out: tuple[LeftOut, ...] = ()
 
-    def __init__(self, files: Files, pieces: Mapping[str, list[Piece[Slice]]]) -> None:
+    def __init__(
+        self, files: Files, pieces: Mapping[str, list[Piece[Slice]]], *, listed: bool = False
+    ) -> None:
+        """`listed`: something else says which files there are."""
         self._files, self._pieces = files, pieces
         first = next(iter(files.places))
         self.path, self.name = files.places[first].path, first
@@ -53,9 +57,8 @@ class SlicedFile(TensorFile):
         }
         self._joined: Joined[Slice] = Joined(self._read)
         ranks = len({m["rank"] for f in files.places if (m := NAME.fullmatch(f))})
-        self.notes = (
-            f"slices of {ranks} ranks were joined; their files do not say how many ranks there were",
-        )
+        unsaid = f"slices of {ranks} ranks were joined; their files do not say how many ranks there were"
+        self.notes = () if listed else (unsaid,)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -103,9 +106,15 @@ def slice_files(folder: Folder) -> tuple[str, list[str], list[str]] | None:
     return (SHARDED, own, [f"the weights were found in {SHARDED}"]) if own else None
 
 
-def open_slices(place: Callable[[str], Place], names: list[str], header_limit: int) -> SlicedFile:
-    """The files `names` as one. Kinds: those of `open_safetensors`, `bad-safetensors` (no place of a slice),
-    `dtype-mismatch`, `shard-conflict`, `missing-shard`."""
+def open_slices(
+    place: Callable[[str], Place],
+    names: list[str],
+    header_limit: int,
+    lacking: Callable[[Mapping[str, TensorInfo]], Iterable[Problem]] | None = None,
+) -> SlicedFile:
+    """The files `names` as one; `lacking` says what their tensors lack of all that there are. Kinds: those of
+    `open_safetensors`, `bad-safetensors` (no place of a slice), `dtype-mismatch`, `shard-conflict`,
+    `missing-shard`."""
     files = Files({name: place(name) for name in names})
     try:
         pieces: dict[str, list[Piece[Slice]]] = {}
@@ -117,7 +126,9 @@ def open_slices(place: Callable[[str], Place], names: list[str], header_limit: i
         for slices in pieces.values():
             slices.sort(key=lambda p: p.start)
         fail_all(_faults(pieces))
-        return SlicedFile(files, pieces)
+        made = SlicedFile(files, pieces, listed=lacking is not None)
+        fail_all(lacking(made.tensors) if lacking is not None else ())
+        return made
     except BaseException:
         files.close()
         raise

@@ -34,6 +34,9 @@ _PATH = re.compile(
     rf"(?P<above>.*/)?(?P<folder>{_RANK.pattern})/(model(_optim)?_rng\.pt|model_weights\.ckpt)", re.ASCII
 )
 _SHOWN = 8
+MOST = 1 << 20  # ranks of a run
+ALL_RANKS = "each rank is saved on the machine that ran it: copy the others into the same folder"
+_TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
 _WORDS = "embedding.word_embeddings.weight"  # of which a stage after the first has none
 _EXPERTS = ".mlp.experts."
 Place = tuple[int, int, int]  # tensor-parallel rank, pipeline stage, expert-parallel rank
@@ -109,7 +112,8 @@ def find_ranks(
             found.setdefault(m["above"] or "", {})[name] = m
     if not found:
         if any(map(is_of_megatron, names)):
-            fail("missing-shard", f"expected mp_rank_00/{FILE}, found no file of that name", file=label)
+            message = f"expected mp_rank_00/{FILE}, found no file of that name"
+            fail("missing-shard", message, file=label, hint=ALL_RANKS)
         return None
     within, notes = current(found, label, tracker)
     matches = list(found[within].values())
@@ -170,19 +174,20 @@ def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
     numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
     twice = sorted({m["folder"] for m in matches if places.count(_place(m)) > 1})
     if twice:
-        fail("ambiguous-input", f"expected each rank once, found {' and '.join(twice)}", file=label)
+        message = f"expected each rank once, found {' and '.join(twice)}"
+        fail("ambiguous-input", message, file=label, hint=_TOGETHER)
+    pairs = [(t, e if m["third"] else p) for (t, p, e), m in zip(places, matches, strict=True)]
+    if _shared_by(pairs) is not None:
+        return
     sizes = [1 + max(p[k] for p in places) for k in range(3)]
     if prod(sizes) > 16 * len(places) + 64:
         fail(
             "missing-shard",
             f"expected ranks numbered from 0 on, found {len(places)} up to {matches[-1]['folder']}",
             file=label,
+            hint=ALL_RANKS,
         )
-    if (
-        _shared_by([(t, e if m["third"] else p) for (t, p, e), m in zip(places, matches, strict=True)])
-        is None
-    ):
-        _check_complete(places, numbered, label)
+    _check_complete(places, numbered, label)
 
 
 def _check_complete(places: Sequence[Place], numbered: int, label: str) -> None:
@@ -204,7 +209,7 @@ def _check_complete(places: Sequence[Place], numbered: int, label: str) -> None:
             "missing-shard",
             f"expected {said}, found {len(places)} of {prod(sizes)}: {_list(missing)} not there",
             file=label,
-            hint="each rank is saved on the machine that ran it: copy the others into the same folder",
+            hint=ALL_RANKS,
         )
 
 
@@ -226,16 +231,19 @@ def _list(names: Sequence[str]) -> str:
 def _shared_by(places: Collection[tuple[int, int]]) -> int | None:
     """Over how many tensor-parallel ranks each expert is shared out, where these tensor-parallel and
     expert-parallel ranks are all that a run with fewer than it has for the rest saves. None for a whole grid,
-    and for one with holes."""
+    and for one with holes.
+
+    Process r of a stage has tensor-parallel rank r % ranks and expert-parallel rank r // own % parallel. No
+    two before the least common multiple have the same ranks where `own` divides `ranks`, so as many processes
+    saved as there are files."""
     there = set(places)
     ranks, parallel = (1 + max(p[k] for p in there) for k in range(2))
     if len(there) == ranks * parallel or max(ranks, parallel) > len(there):  # each number is some file's
         return None
     for own in range(1, ranks):
-        run = lcm(ranks, own * parallel)
-        if not len(there) <= run <= own * len(there):  # of one pair are between one process and `own`
+        if ranks % own or not own * parallel <= len(there) <= lcm(ranks, own * parallel):
             continue
-        if there == {(r % ranks, r // own % parallel) for r in range(run)}:
+        if there == {(r % ranks, r // own % parallel) for r in range(len(there))}:
             return own
     return None
 
@@ -243,50 +251,110 @@ def _shared_by(places: Collection[tuple[int, int]]) -> int | None:
 # --- once they are opened -------------------------------------------------------------------------------
 
 
-def grid(checkpoint: Checkpoint) -> list[list[str]]:
-    """The files as [tensor-parallel rank][pipeline stage], of the first expert-parallel rank."""
-    return expert_grids(checkpoint)[0]
+@dataclass(frozen=True)
+class Placed:
+    """The files by their place, of `ranks` tensor-parallel ranks, `stages` and `experts` expert-parallel
+    ranks. Each expert is shared out over `own` tensor-parallel ranks: where these are fewer than the rest is
+    shared out over, a tensor-parallel rank has files of some expert-parallel ranks only."""
+
+    files: Mapping[Place, str]
+    ranks: int
+    stages: int
+    experts: int
+    own: int
+
+    def rows(self) -> dict[tuple[int, int], list[str]]:
+        """The files of all stages by (expert-parallel rank, tensor-parallel rank), in this order."""
+        found: dict[tuple[int, int], list[str]] = {}
+        for t, p, e in sorted(self.files, key=lambda place: (place[2], place[0], place[1])):
+            found.setdefault((e, t), []).append(self.files[t, p, e])
+        return found
 
 
-def expert_grids(checkpoint: Checkpoint) -> list[list[list[str]]]:
-    """The files as [expert-parallel rank][tensor-parallel rank][pipeline stage]. A file that no rank folder
-    names is alone."""
-    placed: dict[Place, str] = {}
-    experts = _second_is_expert(checkpoint)
+def placed(checkpoint: Checkpoint) -> Placed:
+    """The ranks of a checkpoint. A file that no rank folder names is alone. Kinds: `missing-shard`,
+    `ambiguous-input`."""
+    files: dict[Place, str] = {}
+    as_experts = _second_is_expert(checkpoint)
     for name in checkpoint.files:
         m = _PATH.fullmatch(name)
-        placed[(0, 0, 0) if m is None else _place(m, experts=experts)] = name
-    ranks, stages, parallel = (1 + max(p[k] for p in placed) for k in range(3))
-    if len(placed) == len(checkpoint.files) and len(placed) != ranks * stages * parallel:
-        _check_shared_out(checkpoint, [*placed])
-    if len(placed) != len(checkpoint.files) or len(placed) != ranks * stages * parallel:
+        files[(0, 0, 0) if m is None else _place(m, experts=as_experts)] = name
+    ranks, stages, parallel = (1 + max(p[k] for p in files) for k in range(3))
+    first = next(iter(checkpoint.files.values()))
+    args = {} if first.format == "dcp" else arguments(first) or {}  # ranks are joined there
+    wanted = max(ranks, _number(args, "tensor_model_parallel_size"))
+    own = _number(args, "expert_tensor_parallel_size", wanted)
+    whole = len(files) == ranks * stages * parallel
+    if own < wanted and wanted % own == 0 and len(files) == len(checkpoint.files) and _routed(checkpoint):
+        parallel = max(parallel, _number(args, "expert_model_parallel_size"))
+        if wanted * parallel * stages > MOST:
+            message = f"expected a number of ranks, found {wanted} x {parallel} x {stages}"
+            fail("bad-config", message, file=first.name, where="args: expert_tensor_parallel_size")
+        made = Placed(files, wanted, stages, parallel, own)
+        _check_shared_out(made, checkpoint.path.name)
+        return made
+    matches = [m for name in checkpoint.files if (m := _PATH.fullmatch(name))]
+    if not whole and len(matches) == len(checkpoint.files):
+        numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
+        _check_complete([_place(m) for m in matches], numbered, checkpoint.path.name)
+    if len(files) != len(checkpoint.files) or not whole:
         fail(
             "ambiguous-input",
             f"expected the ranks of one Megatron checkpoint, found {_list(list(checkpoint.files))}",
             file=checkpoint.path.name,
+            hint="give the folder of the iteration that is meant, with its ranks alone in it",
         )
-    return [[[placed[t, p, e] for p in range(stages)] for t in range(ranks)] for e in range(parallel)]
+    return Placed(files, ranks, stages, parallel, ranks)
 
 
-def _check_shared_out(checkpoint: Checkpoint, places: Sequence[Place]) -> None:
-    """Fail with `unsupported` where experts are shared out over fewer tensor-parallel ranks than the rest, so
-    that a file holds what no other of a grid would; with `missing-shard` where files are not there."""
-    label, own = checkpoint.path.name, _shared_by([(t, e) for t, _, e in places])
-    args = arguments(next(iter(checkpoint.files.values()))) or {}
-    if own is not None and args.get("expert_tensor_parallel_size") == own:
-        ranks = 1 + max(t for t, _, _ in places)
-        fail(
-            "unsupported",
-            f"expected experts shared out over {ranks} tensor-parallel ranks as all else is, found the "
-            f"{len(places)} files of a run that shares each out over {own}",
-            file=label,
-            where="args: expert_tensor_parallel_size",
-            hint="save it with --ckpt-format torch_dist, which is read whatever ranks saved it",
-        )
-    matches = [m for name in checkpoint.files if (m := _PATH.fullmatch(name))]
-    if len(matches) == len(checkpoint.files):
-        numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
-        _check_complete([_place(m) for m in matches], numbered, label)
+def _number(args: Mapping[str, Any], name: str, otherwise: int = 1) -> int:
+    """A count among args."""
+    found = args.get(name)
+    return found if type(found) is int and 0 < found < 1 << 20 else otherwise
+
+
+def _routed(checkpoint: Checkpoint) -> bool:
+    return any(_EXPERTS in n for f in checkpoint.files.values() for n in f.tensors)
+
+
+def _check_shared_out(run: Placed, label: str) -> None:
+    """Fail with `missing-shard` unless every stage has a file of each tensor-parallel rank, and of each share
+    of each expert-parallel rank's experts."""
+    several = run.experts > 1
+
+    def called(r: int, p: int) -> str:
+        return folder_name(r % run.ranks, p, run.stages > 1, r // run.own % run.experts if several else None)
+
+    # More processes may have saved, whose files repeat what those of these ranks hold.
+    dense = {(t, p) for t, p, _ in run.files}
+    shares = {(e, t % run.own, p) for t, p, e in run.files}
+    first = run.own * run.experts
+    gone = [
+        called(r, p)
+        for r in range(first)
+        for p in range(run.stages)
+        if (r // run.own, r % run.own, p) not in shares
+    ]
+    left = [
+        called(r, p) for r in range(run.ranks) for p in range(run.stages) if (r % run.ranks, p) not in dense
+    ]
+    if not gone and not left:
+        return
+    said = f"{run.ranks} tensor-parallel ranks x {run.experts} expert-parallel ranks"
+    unsaved = not gone and first < run.ranks and {t for t, _, _ in run.files} == set(range(first))
+    way = (
+        f"Megatron-Core before 0.18 saves of such a run the files of the first {first} ranks only: load it "
+        "with Megatron and save it with --ckpt-format torch_dist"
+        if unsaved
+        else ALL_RANKS
+    )
+    fail(
+        "missing-shard",
+        f"expected {said}, each expert shared out over {run.own} (args: expert_tensor_parallel_size), found "
+        f"{len(run.files)} files: {_list(list(dict.fromkeys([*gone, *left])))} not there",
+        file=label,
+        hint=way,
+    )
 
 
 def _second_is_expert(checkpoint: Checkpoint) -> bool:
@@ -350,9 +418,8 @@ def _is_plain(value: object) -> bool:
 def check_same_run(checkpoint: Checkpoint) -> None:
     """Fail with `shard-conflict` where the files are of different iterations or versions, or of runs that
     were shared out otherwise; with `missing-shard` where args speak of more ranks than there are."""
-    grids = expert_grids(checkpoint)
-    rows = grids[0]
-    names = [name for one in grids for row in one for name in row]
+    run = placed(checkpoint)
+    names = [name for row in run.rows().values() for name in row]
     first = checkpoint.files[names[0]]
     if first.format == "dcp":
         return  # the ranks are joined there, whatever args say of them
@@ -381,7 +448,7 @@ def check_same_run(checkpoint: Checkpoint) -> None:
         "pipeline_model_parallel_size": args.get("pipeline_model_parallel_size"),
         "expert_model_parallel_size": args.get("expert_model_parallel_size"),
     }
-    sizes = zip(told, ("ranks", "stages", "experts"), (len(rows), len(rows[0]), len(grids)), strict=True)
+    sizes = zip(told, ("ranks", "stages", "experts"), (run.ranks, run.stages, run.experts), strict=True)
     for key, which, found in sizes:
         wanted = told[key]
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted == found:
@@ -393,18 +460,15 @@ def check_same_run(checkpoint: Checkpoint) -> None:
     fail_all(problems)
 
 
-_TOGETHER = "the files of one checkpoint belong together; was one taken from another run?"
-
-
 def check_complete(
     checkpoint: Checkpoint, *, ranks: int = 1, stages: int = 1, experts: int = 1, why: str
 ) -> None:
     """Fail with `missing-shard`, naming the folders that are not there, unless there are as many; `why` says
     what the numbers are known from."""
-    grids = expert_grids(checkpoint)
-    found = len(grids[0]), len(grids[0][0]), len(grids)
+    run = placed(checkpoint)
+    found = run.ranks, run.stages, run.experts
     wanted = tuple(map(max, (ranks, stages, experts), found))
-    if prod(wanted) > 1 << 20:
+    if prod(wanted) > MOST:
         fail("bad-config", f"expected a number of ranks, found {' x '.join(map(str, wanted))}", where=why)
     several = wanted[2] > 1
     missing = [
@@ -423,4 +487,5 @@ def check_complete(
             f"expected {counts} ({why}), found {' x '.join(map(str, found[:shown]))}: "
             f"{_list(missing)} not there",
             file=checkpoint.path.name,
+            hint=ALL_RANKS,
         )

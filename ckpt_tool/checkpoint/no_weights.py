@@ -11,7 +11,7 @@ from typing import NoReturn
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.dcp_folders import is_part
 from ckpt_tool.checkpoint.dcp_names import METADATA
-from ckpt_tool.checkpoint.deepspeed import runs_of
+from ckpt_tool.checkpoint.deepspeed import ALL, are_parts, is_universal, runs_of
 from ckpt_tool.checkpoint.folders import Directory, Folder
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
@@ -51,10 +51,16 @@ def refuse(paths: Collection[str], around: Around, newest: str | None = None) ->
     inner = weight_folders([p for p in paths if signs.unfinished(p) is None])
     here = [p for p in paths if "/" not in p]
     _refuse_v1(here, around, newest)
+    _refuse_sign([p for p in paths if is_universal(p)], around, [])
     _refuse_sign(here, around, inner)
     _refuse_sign([p for p in paths if _SAVED_MODEL.search(p)], around, [])
     if len(inner) > 1:
         shown = _list(inner)
+        if are_parts(inner, paths):
+            message = (
+                f"expected the files of all ranks of DeepSpeed in one folder, found some in each of {shown}"
+            )
+            fail("missing-shard", message, file=around.label, hint=ALL)
         fail(
             "ambiguous-input",
             f"expected weight files in the folder itself, found some in {shown}",

@@ -47,6 +47,8 @@ from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_BYTES,
     INDEX_NAME,
+    STRAY,
+    TWICE,
     WeightIndex,
     open_safetensors,
     read_index,
@@ -519,9 +521,8 @@ def _open_set(
         listed = index.files()
         problems += _lost(chosen.index, listed, chosen.files)
         for stray in [name for name in chosen.files if name not in listed]:
-            problems.append(
-                Problem("bad-index", f"expected only listed files, found {stray} too", chosen.index)
-            )
+            message = f"expected only listed files, found {stray} too"
+            problems.append(Problem("bad-index", message, chosen.index, hint=STRAY))
     files: dict[str, TensorFile] = {}
     try:
         for name in chosen.files:
@@ -549,7 +550,9 @@ def _open_set(
         notes.extend(f"{file.name}: {note}" for note in file.notes)
     readings += own.readings
     odd = [
-        LeftOut(t, f"of type {t.dtype}, which is not converted")
+        LeftOut(
+            replace(t, name=t.name.removeprefix(own.before)), f"of type {t.dtype}, which is not converted"
+        )
         for f in files.values()
         for t in f.others.values()
     ]
@@ -649,7 +652,7 @@ def _across(
                 first = owner.setdefault(tensor, name)
                 if first != name:
                     message = f"expected the tensor in one file, found it in {first} as well"
-                    yield Problem("shard-conflict", message, name, tensor)
+                    yield Problem("shard-conflict", message, name, tensor, TWICE)
 
 
 def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:

@@ -389,6 +389,9 @@ def index_pieces(weight_map: Mapping[str, str], total_size: int) -> Iterator[byt
 
 
 UNLISTED = "does not list"  # in a note of an index, of tensors that it leaves out
+STRAY = "a file of another release, or an index of one: move the one aside, or get the other again"
+TWICE = "files of two releases are in one folder: take away those of the other, or get the files again"
+_AGAIN = "get the index again from where the weights are from, into the folder with its files"
 _ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"
 
 
@@ -430,7 +433,7 @@ class WeightIndex:
                 yield bad(f"expected the tensor in {file}, found it in no file", tensor, _ASIDE)
         for tensor, found in several.items():
             there = " and ".join(printable(f, 80) for f in found[:4])
-            yield bad(f"expected the tensor in one file, found it in {there}", tensor)
+            yield bad(f"expected the tensor in one file, found it in {there}", tensor, TWICE)
 
     def notes(self, files: Mapping[str, TensorFile], *, agreed: bool = False) -> Iterator[str]:
         """What the index says otherwise than the opened `files`, in words: nothing that is read depends on
@@ -479,7 +482,8 @@ def read_index(data: bytes, *, name: str) -> WeightIndex:
     del data
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        fail("bad-index", "expected an object of tensor names", file=name, where="weight_map")
+        message = "expected an object of tensor names"
+        fail("bad-index", message, file=name, where="weight_map", hint=_AGAIN)
     problems: list[Problem] = []
     texts = {*map(type, weight_map.values())} <= {str}
     odd = not texts or any(
@@ -488,7 +492,7 @@ def read_index(data: bytes, *, name: str) -> WeightIndex:
     for tensor, file in weight_map.items() if odd else ():
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
             message = f"expected the plain name of a file in the same folder, found {printable(file)}"
-            problems.append(Problem("bad-index", message, name, tensor))
+            problems.append(Problem("bad-index", message, name, tensor, _AGAIN))
     fail_all(problems)
     details = index.get("metadata")
     once = {file: file for file in weight_map.values()}

@@ -76,6 +76,12 @@ def _scope(names: Collection[str]) -> str:
     return scope if sure else ""
 
 
+def scopes(names: Collection[str]) -> list[str]:
+    """The scopes, or none (""), that models lie in; what an optimizer keeps of one is none of its own."""
+    starts = {n[: found.end()] for n in names if (found := _ROOT.search(n)) and not n.endswith(VARIABLE)}
+    return sorted(s for s in starts if not any(o and o != s and s.endswith(f"/{o}") for o in starts))
+
+
 def _rename(found: Unwrapped, own: Mapping[str, str], beside: Mapping[str, str]) -> None:
     """Give the files the names `own` has for some tensors, and set others aside."""
     if not own and not beside:

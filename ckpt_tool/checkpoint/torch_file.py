@@ -45,6 +45,7 @@ class TorchFile(TensorFile):
         self.metadata = state.metadata
         self.imports = state.imports
         self.notes = state.notes
+        self.others = state.others
         held = state.tensors.values()
         fields = map(dtype_of, held), (t.shape for t in held), repeat(data.name)
         self.tensors: Mapping[str, TensorInfo] = dict(

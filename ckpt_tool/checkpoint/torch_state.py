@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import prod
 from typing import TypeGuard
 
-from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.base import DTYPES, OtherTensor
 from ckpt_tool.checkpoint.pickle_records import (
     LIMITS,
     Global,
@@ -34,10 +34,17 @@ from ckpt_tool.records import dataclass
 _LISTED = "optimizer"
 _IN_GROUPS = re.compile(rf"{_LISTED}(\.\d+)?\.fp32_from_fp16(_params)?", re.ASCII).fullmatch
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
+# Of no weights, such as tables of rotations: the name in safetensors, and bytes of an element.
+COMPLEX = {"complex64": ("C64", 8), "complex128": ("C128", 16)}
+_ITEMSIZES = {d.torch: d.itemsize for d in DTYPES.values()} | {n: size for n, (_, size) in COMPLEX.items()}
 _ELEMENT_LIMIT = 1 << 62
 _SHARES = ("DTensor", "ShardedTensor")
 # Saved as a buffer by code after Meta's, in a dtype that no weights have: pytorch/torchtitan#634.
 _COMPLEX_TURNS = re.compile(r"(.*\.)?freqs_cis", re.ASCII).fullmatch
+_ONE = (
+    "torch.save({'NAME': torch.load(FILE)}, OUT) gives a tensor its name; of parameters that have a file "
+    "each, as in universal checkpoints of DeepSpeed, give the folder that they were made from"
+)
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
 
 
@@ -52,9 +59,10 @@ _LAID_OUT = "in torch, `.contiguous()` lays its elements out; save that"
 
 @dataclass
 class State:
-    """A checkpoint's tensors by name, and everything else as it stands."""
+    """A checkpoint's tensors by name, those of complex numbers (`others`), and all else as it stands."""
 
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    others: dict[str, OtherTensor] = field(default_factory=dict)
     metadata: dict[str, object] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -78,6 +86,8 @@ def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
         root = dict(enumerate(root))
     if type(root) is not dict:
         kind, hint = ("unsafe-pickle", _HINT) if type(root) is Inert else ("wrong-format", None)
+        if type(root) is TensorRecord:
+            hint = _ONE
         if type(root) in (list, tuple):
             hint = "torch.save(torch.load(FILE)[0], OUT) keeps the first of it, where that is the dict"
         fail(kind, f"expected a dict of tensors, found {describe(root)}", file=file, hint=hint)
@@ -97,14 +107,21 @@ def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
         del state.tensors[name]
         state.notes = (*state.notes, f"{name} is left out: complex rotary factors, which models make anew")
     odd = {n: p for n, t in state.tensors.items() if (p := _tensor_problem(n, t, file))}
-    fail_all(p for n, p in odd.items() if beside_weights(n.partition(".")[0]) is None)
     if len(odd) == len(state.tensors):
         fail_all(odd.values())
-    for name in odd:  # of training, where nobody needs it
+    needed = [n for n in odd if beside_weights(n.partition(".")[0]) is None]
+    state.others = {n: _other(n, t, file) for n in needed if (t := state.tensors[n]).dtype in COMPLEX}
+    fail_all(odd[n] for n in needed if n not in state.others or odd[n].kind != "unsupported-dtype")
+    for name in odd:  # of training, where nobody needs it, or of complex numbers
         del state.tensors[name]
-    if odd:
-        state.notes = (*state.notes, f"{len(odd)} tensors of training are no dense ones: not read")
+    if count := len(odd) - len(needed):
+        state.notes = (*state.notes, f"{count} tensors of training are no dense ones: not read")
     return state
+
+
+def _other(name: str, t: TensorRecord, file: str) -> OtherTensor:
+    dtype, itemsize = COMPLEX[t.dtype]
+    return OtherTensor(name, dtype, t.shape, file, prod(t.shape) * itemsize)
 
 
 def _refuse_shares(pickled: Pickled, file: str) -> None:
@@ -336,6 +353,8 @@ def _tensor_problem(name: str, t: TensorRecord, file: str) -> Problem | None:
             return Problem("unsupported-device", message, file, name, _ELSEWHERE)
         message, way = f"expected a dense tensor, found one that is {t.odd}", _DENSE.get(t.odd or "")
         return Problem("unsupported-dtype", message, file, name, way)
+    if t.dtype in COMPLEX and (fault := view_fault(t)) is not None:
+        return Problem("bad-view", fault, file, name, _LAID_OUT)
     if t.dtype not in _DTYPE_NAMES:
         known = ", ".join(_DTYPE_NAMES)
         message = f"expected one of the dtypes {known}, found {printable(t.dtype, 40)}"
@@ -352,7 +371,7 @@ def view_fault(t: TensorRecord) -> str | None:
     """What is wrong with a tensor's place in its storage, or None. All arithmetic is exact."""
     if t.storage is None:
         return "expected a storage, found none"
-    itemsize = DTYPES[_DTYPE_NAMES[t.dtype]].itemsize
+    itemsize = _ITEMSIZES[t.dtype]
     numel = t.storage.numel
     if t.storage.dtype is None:
         numel //= itemsize  # an untyped storage counts bytes

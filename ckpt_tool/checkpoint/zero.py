@@ -22,7 +22,7 @@ from typing import TypeVar
 from ckpt_tool.checkpoint.base import DTYPES, LeftOut, Record, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
-from ckpt_tool.checkpoint.deepspeed import Shares, check_one_rank
+from ckpt_tool.checkpoint.deepspeed import ALL, Shares, check_one_rank
 from ckpt_tool.checkpoint.folders import Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.tensor_names import name_problems
@@ -43,7 +43,6 @@ FORMAT = "deepspeed-zero"
 _BLOCK = 4 << 20
 _MASTERS = ("F32", "BF16", "F16")  # 16 bits where a run keeps its master weights in them
 _LOOKED_AT, _FEW = 64 << 10, 8  # bytes of a partition, and different numbers in them
-_ALL = "copy the files of all ranks, which may lie on disks of several machines, into one folder"
 _MIXED = "take away what another run or step left in the folder, or get the files of one step"
 # MiCS, parameters on NVMe and the like.
 _OTHERWISE = f"the run kept the weights in another way than this release of DeepSpeed does; {WHOLE}"
@@ -288,7 +287,7 @@ def _against(
         for rank in [r for r in range(world) if r not in files][:8]:
             wanted = shares.called(like, rank)
             message = f"expected {wanted}, of the {world} ranks that shared the weights, found no such file"
-            yield Problem("missing-shard", message, first.file, hint=_ALL)
+            yield Problem("missing-shard", message, first.file, hint=ALL)
         for rank in [r for r in files if r >= world][:8]:
             message = f"expected files of {world} ranks as partition_count says, found one of rank {rank}"
             yield Problem("shard-conflict", message, files[rank], "partition_count", _MIXED)

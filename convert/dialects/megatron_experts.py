@@ -18,11 +18,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckpt_tool.convert.dialects.megatron_arguments import Only
+from ckpt_tool.convert.dialects.megatron_ranks import Run
 from ckpt_tool.convert.layout import Rule, rule
 from ckpt_tool.convert.numbers import Field, Known, count, measured
 from ckpt_tool.convert.options import Option
 from ckpt_tool.convert.plan import Value
-from ckpt_tool.convert.source import Source
 from ckpt_tool.records import dataclass
 
 S = "decoder.layers.{i}."
@@ -186,10 +186,10 @@ UNUSED_BY_ROUTED = """moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update
     moe_dispatch_fwd_dtype"""
 
 
-def arguments(run: Source) -> dict[str, Only]:
-    """`ROUTED` for a run; the ranks' own files have experts shared out as all else."""
+def arguments(run: Run) -> dict[str, Only]:
+    """`ROUTED` for a run; the ranks' own files have experts shared out over all ranks or some of them."""
     joined = any(f.format == "dcp" for f in run.checkpoint.files.values())
-    shares = Only("experts shared out as all else", (run.ranks, None))
+    shares = Only("experts shared out over ranks of which all else has a multiple", (run.own, None))
     return {**ROUTED, **({} if joined else {"expert_tensor_parallel_size": shares})}
 
 

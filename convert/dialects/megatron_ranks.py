@@ -8,7 +8,7 @@ and hold all other tensors once more, and the pickled args beside the tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ from ckpt_tool.checkpoint.base import Checkpoint, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.megatron import (
     FILE,
     TRACKER,
+    Placed,
     arguments,
     check_same_run,
-    expert_grids,
     folder_name,
+    placed,
 )
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.crosscheck import rank_problems
@@ -67,16 +68,18 @@ IGNORED = {
 class Run(Source):
     """What the files say of the run beside the tensors. `told` are the pickled args, None where the file has
     none; `said_version` is None where it says no checkpoint_version, which stands for 0. `files` are
-    [rank][stage] of the first of `experts` expert-parallel ranks, `chunks` counts the virtual stages, `split`
-    the layers of each part: the first chunks of all stages, then the second. Where documents beside the files
-    say some of `told`, `places` has the file and the name there of each, and `elsewhere` for each document
-    its name, what it says, and what it calls that."""
+    [rank][stage], of the first of `experts` expert-parallel ranks that has some, `own` is over how many ranks
+    each expert is shared out, `chunks` counts the virtual stages, `split` the layers of each part: the first
+    chunks of all stages, then the second. Where documents beside the files say some of `told`, `places` has
+    the file and the name there of each, and `elsewhere` for each document its name, what it says, and what it
+    calls that."""
 
     age: str
     files: list[list[str]]
     chunks: int = 1
     split: tuple[int, ...] = ()
     experts: int = 1
+    own: int = 1
     said_version: float | None = None
     iteration: int | None = None
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -111,52 +114,63 @@ def open_ranks(checkpoint: Checkpoint, age: str, own: Callable[[Iterable[str]], 
     """Sort out the files; `own` finds the tensors of the model among the names in one. Kinds:
     `missing-shard`, `missing-tensor`, `shard-conflict`."""
     check_same_run(checkpoint)
-    grids = expert_grids(checkpoint)
-    files = grids[0]
-    found = {f: list(own(checkpoint.files[f].tensors)) for one in grids for row in one for f in row}
+    run = placed(checkpoint)
+    rows = run.rows()
+    found = {f: list(own(checkpoint.files[f].tensors)) for row in rows.values() for f in row}
     chunks = 1 + max((t.chunk for own in found.values() for t in own), default=0)
-    joined = [[_joined(checkpoint, {f: found[f] for f in row}, chunks) for row in one] for one in grids]
+    joined = {at: _joined(checkpoint, {f: found[f] for f in row}, chunks) for at, row in rows.items()}
     held = {f: {t.name: checkpoint.files[f].tensors[t.name] for t in own} for f, own in found.items()}
-    columns = [[row[stage] for one in grids for row in one] for stage in range(len(files[0]))]
+    columns = [[row[stage] for row in rows.values()] for stage in range(run.stages)]
     fail_all(p for column in columns for p in rank_problems(column, held))
-    tensors, copies = _experts_joined([[tensors for tensors, _ in one] for one in joined])
-    told, split = arguments(checkpoint.files[files[0][0]]), joined[0][0][1]
+    tensors, copies = _experts_joined({at: tensors for at, (tensors, _) in joined.items()}, run)
+    first: dict[int, list[str]] = {}
+    for (_, t), row in rows.items():
+        first.setdefault(t, row)
+    files, split = [first[t] for t in range(run.ranks)], joined[0, 0][1]
     return Run(
         checkpoint,
         tensors,
-        len(files),
+        run.ranks,
         sum(split),
-        told,
-        stages=len(files[0]),
+        arguments(checkpoint.files[files[0][0]]),
+        stages=run.stages,
         copies=copies,
         age=age,
         files=files,
         chunks=chunks,
         split=split,
-        experts=len(grids),
+        experts=run.experts,
+        own=run.own,
     )
 
 
 def _experts_joined(
-    grids: Sequence[Sequence[Mapping[str, TensorInfo]]],
+    held: Mapping[tuple[int, int], Mapping[str, TensorInfo]], run: Placed
 ) -> tuple[dict[str, tuple[TensorInfo, ...]], dict[tuple[str, str], tuple[Home, ...]]]:
-    """`grids` are the tensors of [expert-parallel rank][tensor-parallel rank] by their names. Experts are
-    numbered through the ranks; all other tensors are copies of the first rank's."""
-    first, *others = grids
-    tensors = {n: tuple(rank[n] for rank in first) for n in first[0]}
-    numbers = [int(m["e"]) for n in first[0] if (m := EXPERT.fullmatch(n))]
-    own = 1 + max(numbers, default=-1)
+    """`held` are tensors by their names, of each (expert-parallel rank, tensor-parallel rank). Experts are
+    numbered through the expert-parallel ranks, and have a share on each of `run.own` tensor-parallel ones;
+    of all else there is one on each of these. What is there again is a copy of the first."""
+    first = held[0, 0]
+    count = 1 + max((int(m["e"]) for n in first if (m := EXPERT.fullmatch(n))), default=-1)
+    found: dict[str, dict[int, TensorInfo]] = {}
     copies: dict[tuple[str, str], tuple[Home, ...]] = {}
-    for k, ranks in enumerate(others, 1):
-        for name in ranks[0]:
-            there = tuple(rank[name] for rank in ranks)
-            if (m := EXPERT.fullmatch(name)) is not None:
-                tensors[f"{m['before']}{k * own + int(m['e'])}{m['after']}"] = there
-                continue
-            for one, copy in zip(tensors[name], there, strict=True):
-                place = one.file, one.name
-                copies[place] = (*copies.get(place, ()), (copy.file, copy.dtype, copy.name))
-    return tensors, copies
+    for e in range(run.experts):
+        called = {n: _numbered_through(n, e * count) for n in first}
+        for t, tensors in ((t, tensors) for (of, t), tensors in held.items() if of == e):
+            for name, tensor in tensors.items():
+                through = called[name]
+                share = t if through is None else t % run.own
+                one = found.setdefault(through or name, {}).setdefault(share, tensor)
+                if one is not tensor:
+                    place, home = (one.file, one.name), (tensor.file, tensor.dtype, tensor.name)
+                    copies[place] = (*copies.get(place, ()), home)
+    return {n: tuple(own[k] for k in sorted(own)) for n, own in found.items()}, copies
+
+
+def _numbered_through(name: str, before: int) -> str | None:
+    """The name of an expert's tensor with `before` added to its number; None for another."""
+    m = EXPERT.fullmatch(name)
+    return None if m is None else f"{m['before']}{before + int(m['e'])}{m['after']}"
 
 
 def _joined(
