@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 from ckpt_tool.convert.carry import Bound, batches, pieces
 from ckpt_tool.convert.layout import Block
@@ -26,7 +26,9 @@ def _parted(steps: Sequence[Bound], size: int) -> tuple[Iterator[Batch], Iterato
     """The batches of the plain copies in front, as far as `size` bytes need, and those of the rest. Others
     than copies take much room of each worker that has some."""
     count = 0
-    while count < len(steps) and size > 0 and next(pieces(steps[count].step)).is_copy:
+    while count < len(steps) and size > 0:
+        if not all(block.is_copy for block in islice(pieces(steps[count].step), 1)):  # an empty one has none
+            break
         size -= sum(t.info.nbytes for t in steps[count].targets)
         count += 1
     return batches(steps[:count]), batches(steps[count:])
