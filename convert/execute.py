@@ -50,6 +50,7 @@ from ckpt_tool.convert.small import Smalls, Together
 from ckpt_tool.convert.source_checks import Hole, Key, check_records, holes, repeated_shares
 from ckpt_tool.convert.stale import stale
 from ckpt_tool.convert.steps import as_steps
+from ckpt_tool.convert.turns import turns
 from ckpt_tool.convert.verdicts import of_copies, of_values, refused
 from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all
 from ckpt_tool.records import dataclass
@@ -294,12 +295,10 @@ class Run:
         """Carry out the steps of a group; the sources whose checksums were taken, and what is odd."""
         crcs: dict[Key, IntervalCrc | None] = {}
         bound = self._bound(indices, targets, crcs, small)
-        work: list[Iterator[Work]] = [
-            small.together(indices, self.first_readers),
-            batches(b for b in bound if not b.step.compare),
-        ]
+        few, moved = small.together(indices, self.first_readers), [b for b in bound if not b.step.compare]
+        work = turns(few, moved, self.jobs)
         if self.ahead.fetchers:  # what comes from elsewhere is fetched in this order
-            work = [self.ahead.of(chain(*work))]
+            work = [self.ahead.of(chain(few, batches(moved)))]
         self._each(work, partial(self._carry, small), "copy", files[0].name)
         findings = self._look_at(targets, small)
         findings += self._compare([b for b in bound if b.step.compare])

@@ -21,12 +21,12 @@ import pytest
 from ckpt_tool.api import convert
 from ckpt_tool.checkpoint import crc32c as castagnoli
 from ckpt_tool.checkpoint import zlibs
-from ckpt_tool.checkpoint.base import DTYPES
+from ckpt_tool.checkpoint.base import DTYPES, TensorInfo
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.crc32c import crc32c
 from ckpt_tool.checkpoint.opening import open_checkpoint
-from ckpt_tool.convert import disk, small, values
-from ckpt_tool.convert.carry import Lane
+from ckpt_tool.convert import carry, disk, small, turns, values
+from ckpt_tool.convert.carry import Bound, Lane, Source, Target
 from ckpt_tool.convert.durable import Staging
 from ckpt_tool.convert.execute import Run
 from ckpt_tool.convert.journal import Entry, line
@@ -361,3 +361,41 @@ def test_each_worker_begins_with_another_kind_of_work_and_all_is_done_once(jobs:
     assert sorted(sum(done.values(), [])) == sorted("abcdABCD")
     assert {items[0] for items in done.values()} == set("aA"[:jobs])
     assert jobs > 1 or done[id(lanes[0])] == list("abcdABCD")
+
+
+def bound(name: str, rows: int, to: str) -> Bound:
+    """A step that moves a matrix of `rows` x 8 numbers of 16 bits, its axes in the order `to`."""
+    sizes, dims = (("n", rows), ("d", 8)), {"n d": (rows, 8), "d n": (8, rows)}
+    source, target = Part("a", name, "F16", parse_dims("n d")), Part("b", name, "F16", parse_dims(to))
+    ends = TensorInfo(name, "F16", (rows, 8), "a"), TensorInfo(name, "F16", dims[to], "b")
+    return Bound(Step(sizes, (source,), (target,)), [Source(ends[0], None)], [Target(ends[1], -1, 0)])
+
+
+@pytest.mark.parametrize(
+    ("order", "lead", "begun"),
+    [
+        ("n d", 1, ["copy"]),  # of one worker, and as many of every other
+        ("n d", 1024, ["copy", "copy"]),
+        ("n d", 1 << 20, ["copy", "copy", "copy", "second"]),  # all copies up to what is none
+        ("d n", 1 << 20, []),
+    ],
+)
+def test_all_workers_begin_with_copies_until_the_disk_has_enough(
+    order: str, lead: int, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pieces of the first matrix, a small copy, one that exchanges axes, another copy."""
+    monkeypatch.setattr(turns, "LEAD", lead)
+    monkeypatch.setattr(carry, "BATCH", 1)
+    monkeypatch.setattr(carry.pieces, "__kwdefaults__", {"copy_bytes": 512})
+    monkeypatch.setattr(carry.batches, "__kwdefaults__", {"copy_bytes": 512})
+    steps = [bound("copy", 96, order), bound("second", 16, "n d"), bound("turned", 24, "d n")]
+    steps.append(bound("last", 16, "n d"))
+    few = iter([small.Together(targets=["few"])])
+    one, other = turns.turns(few, steps, 2)
+    names = [
+        work.targets[0] if isinstance(work, small.Together) else work[0][0].targets[0].info.name
+        for work in one
+    ]
+    assert names == [*begun, "few"]
+    rest = [work[0][0].targets[0].info.name for work in other]  # type: ignore[index]
+    assert begun + rest == [*["copy"] * (3 if order == "n d" else 1), "second", "turned", "last"]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.flaws import Folder, plant
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import answers, documented, verify
+from ckpt_tool.verify import bits as bits_module
 from ckpt_tool.verify import passing as passing_module
 from ckpt_tool.verify.against_transformers import _deviations
 from ckpt_tool.verify.as_hf import shown_as_hf
@@ -108,6 +110,30 @@ def test_what_passes_in_a_comparison_is_not_read_again(
         assert all(getattr(a.values, x) == getattr(b.values, x) for x in type(a.values).__slots__), a.tensor
     assert next(s.values.non_finite for s in found if s.tensor.name == odd) == 2
     assert again == []
+
+
+def test_a_long_run_is_compared_piece_by_piece(
+    originals: Written, broken: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each difference has its place, and values and checksums are those of a whole reading."""
+    monkeypatch.setattr(bits_module, "PIECE", 200)  # bytes: a hundred numbers, and not all of a row
+    folder, name = broken(DENSE), "model.embed_tokens.weight"
+    tampered = Folder(folder)
+    rows = tampered.get(name)
+    places = [150, 950, rows.size - 1]
+    rows.reshape(-1)[places] ^= 1
+    rows.reshape(-1)[951] = 0x7FFF
+    tampered.set(name, rows)
+    tampered.checkpoint.close()
+    with opened(folder, originals(DENSE)) as subject:
+        assert subject.plan is not None
+        passing = Passing(subject.output)
+        (found,) = compare(subject, subject.plan.steps, passing).differences
+        assert (found.count, found.first, found.against.name) == (4, 150, name)
+        assert found.strip is not None and rows.size > 1000
+        seen = next(s for s in passing.scans() if s.tensor.name == name)
+        assert (seen.values.seen, seen.values.non_finite, seen.values.first) == (rows.size, 1, 951)
+        assert seen.crc32 == zlib.crc32(rows.tobytes())
 
 
 @pytest.mark.parametrize("side", [0, 1])

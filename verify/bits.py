@@ -5,8 +5,11 @@ source."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from functools import partial
 from typing import Any
@@ -37,8 +40,10 @@ LEVEL = "bits"
 DOCUMENT_LIMIT = 1 << 30  # bytes of a file beside the weights: a list of entities has a hundred million
 ROWS = 1 << 22  # of a tensor, which are told apart
 SMALLEST = 5e-324
-PIECE = 1 << 20  # bytes of a long run that are moved or compared at a time
-KEPT = 1 << 20  # bytes of an array that is used again for the next block
+PIECE = 2 << 20  # bytes of a long run that are moved or compared at a time
+KEPT = 2 << 20  # bytes of an array that is used again for the next block
+# Of each thread, arrays that it uses for one step after another: of new ones every page is given and zeroed.
+_kept = threading.local()
 
 
 @dataclass
@@ -144,6 +149,7 @@ def compare(subject: Subject, steps: Iterable[Step], passing: Passing | None = N
 
     for found in in_order(work, steps, subject.source, subject.output, size=size):
         result.add(found)
+    _kept.__dict__.clear()  # of other threads, they end with them
     return result
 
 
@@ -215,8 +221,15 @@ def _compare_step(
     dtype = cast_to or wanted[0].dtype
     moved = common(t.dtype for t in inputs)
     differences = [Difference(w, inputs[0], dtype) for w in wanted]
-    reading, holding = _Reader(made_from, passing), _Reader(held_by, passing)
-    for block in pieces(step, copy_bytes=PIECE):
+    rooms = _kept.__dict__.setdefault("rooms", ({}, {}))
+    reading, holding = _Reader(made_from, passing, rooms[0]), _Reader(held_by, passing, rooms[1])
+    as_it_is = cast_to is None and not is_copy and {t.dtype for t in (*inputs, *wanted)} == {dtype}
+    for block in pieces(step, copy_bytes=sys.maxsize if as_it_is else PIECE):
+        if as_it_is and block.is_copy:
+            read, write = block.reads[0], block.writes[0]
+            ends = (inputs[read.part], read.runs.base), (wanted[write.part], write.runs.base)
+            _compare_run(reading, holding, *ends, read.numel, differences[write.part])
+            continue
         made = _apply(block, reading, inputs, cast_to)
         for whole, all_values in zip(block.writes, made, strict=True):
             difference = differences[whole.part]
@@ -225,7 +238,7 @@ def _compare_step(
                 held = holding.read(wanted[access.part], access, dtype)
                 if is_copy:
                     difference.drift.add(values, held, dtype)
-                if not _equal(values, held):
+                if not reading.equal(values, held):
                     if cast_to is not None and not block.mean:
                         k = block.writes.index(whole)
                         before = _apply(block, _Reader(made_from), inputs, None)[k]
@@ -233,6 +246,26 @@ def _compare_step(
                     right, left = (held, values) if cast_to is None else (values, held)
                     difference.add_runs(access, right, left)  # the source is right
     return [d.compared() for d in differences if d.count]
+
+
+def _compare_run(
+    reading: _Reader,
+    holding: _Reader,
+    made: tuple[TensorInfo, int],
+    wanted: tuple[TensorInfo, int],
+    numel: int,
+    difference: Difference,
+) -> None:
+    """Compare `numel` neighbouring elements of two tensors of one dtype, each given with the first of them.
+    Nearly all of a model is that, so little is done beside the reading, and in few calls: threads wait for
+    one another between them."""
+    longest = PIECE // DTYPES[made[0].dtype].itemsize
+    with reading.following(*made) as read, holding.following(*wanted) as held:
+        for start in range(0, numel, longest):
+            n = min(longest, numel - start)
+            values, right = read(n), held(n)
+            if not reading.equal(values, right):
+                difference.add(wanted[1] + start, right, values)
 
 
 def _parts(access: Access, itemsize: int) -> Iterator[tuple[int, Access]]:
@@ -246,21 +279,19 @@ def _parts(access: Access, itemsize: int) -> Iterator[tuple[int, Access]]:
         yield start, Access(access.part, Runs(access.runs.base + start, (), (), n), (n,))
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether all bits are the same."""
-    if a.dtype != b.dtype or a.nbytes != b.nbytes or a.nbytes % 8:
-        return np.array_equal(a, b)
-    return bool((a.view(np.uint64) == b.view(np.uint64)).all())
-
-
 class _Reader:
     """Reads of one checkpoint for one thread, into small arrays that are used again: what was read is good
     until the next is read for the same purpose. `passing` takes in what is read of its output."""
 
-    def __init__(self, checkpoint: Checkpoint, passing: Passing | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        passing: Passing | None = None,
+        rooms: dict[str, np.ndarray] | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self._passing = passing if passing is not None and passing.output is checkpoint else None
-        self._rooms: dict[str, np.ndarray] = {}
+        self._rooms: dict[str, np.ndarray] = {} if rooms is None else rooms
 
     def room(self, purpose: str, count: int, dtype: str) -> np.ndarray:
         """`count` elements, unset."""
@@ -272,6 +303,33 @@ class _Reader:
         if found is None or found.size < size:
             found = self._rooms[purpose] = np.empty(KEPT, np.uint8)
         return found[:size].view(bits)
+
+    def equal(self, a: np.ndarray, b: np.ndarray) -> bool:
+        """Whether all bits are the same."""
+        if a.dtype != b.dtype or a.nbytes != b.nbytes or a.nbytes % 8:
+            return np.array_equal(a, b)
+        same = self.room("equal", a.nbytes // 8, "BOOL").view(np.bool_)
+        np.equal(a.view(np.uint64), b.view(np.uint64), out=same)
+        return bool(same.all())
+
+    @contextmanager
+    def following(self, tensor: TensorInfo, start: int) -> Iterator[Callable[[int], np.ndarray]]:
+        """What reads so many elements of `tensor` at a time, one after another from element `start` on."""
+        itemsize, at = DTYPES[tensor.dtype].itemsize, start
+        look = None if self._passing is None else self._passing.following(tensor, start)
+
+        def read(count: int) -> np.ndarray:
+            nonlocal at
+            bits = self.room("following", count, tensor.dtype)
+            self.checkpoint.read_into(tensor, at * itemsize, bits.data.cast("B"))
+            at += count
+            if look is not None:
+                look.take(bits)
+            return bits
+
+        yield read
+        if look is not None:
+            look.end()
 
     def read(self, tensor: TensorInfo, access: Access, dtype: str, purpose: str = "read") -> np.ndarray:
         """In `dtype`, which is the tensor's or a wider one."""

@@ -4,12 +4,13 @@ once more to take its checksum and to look at its values."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
+from functools import partial
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.crc32 import IntervalCrc
 from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert.values import Values
@@ -17,6 +18,7 @@ from ckpt_tool.records import dataclass
 from ckpt_tool.verify.coverage import Scan, scan_one
 from ckpt_tool.verify.in_order import in_order
 
+Run = tuple[int, int, int]  # first byte, bytes, CRC32
 CHUNK = 256 << 10  # bytes that are looked at while the cache has them
 
 
@@ -42,7 +44,13 @@ class Passing:
         `offsets` of the tensor."""
         if not bits.size:
             return
-        values, runs = _looked_at(tensor.dtype, offsets, bits)
+        self._learn(tensor, *_looked_at(tensor.dtype, offsets, bits))
+
+    def following(self, tensor: TensorInfo, start: int) -> Following:
+        """For what is read of a tensor from element `start` on."""
+        return Following(partial(self._learn, tensor), tensor, start)
+
+    def _learn(self, tensor: TensorInfo, values: Values, runs: Sequence[Run]) -> None:
         key = (tensor.file, tensor.name)
         with self._lock:
             if key in self._whole:
@@ -68,9 +76,33 @@ class Passing:
         return self._whole.get((tensor.file, tensor.name)) or scan_one(self.output, tensor)
 
 
-def _looked_at(
-    dtype: str, offsets: Sequence[int], bits: np.ndarray
-) -> tuple[Values, list[tuple[int, int, int]]]:
+class Following:
+    """Elements of one tensor that come one after another, in pieces of any size: what they tell is learnt at
+    their end."""
+
+    def __init__(
+        self, learn: Callable[[Values, Sequence[Run]], None], tensor: TensorInfo, start: int
+    ) -> None:
+        self._learn, self._itemsize = learn, DTYPES[tensor.dtype].itemsize
+        self._start = self._at = start
+        self._values, self._crc = Values(tensor.dtype), 0
+
+    def take(self, bits: np.ndarray) -> None:
+        """The next, flat."""
+        place = self._values.look(bits)
+        if place is not None:
+            self._values.found_at(self._at + place)
+        self._crc = crc32(bits.data.cast("B"), self._crc)
+        self._at += bits.size
+
+    def end(self) -> None:
+        """No more come."""
+        first, stop = self._start * self._itemsize, self._at * self._itemsize
+        if stop > first:
+            self._learn(self._values, [(first, stop - first, self._crc)])
+
+
+def _looked_at(dtype: str, offsets: Sequence[int], bits: np.ndarray) -> tuple[Values, list[Run]]:
     """The values of equal runs, and of each run its first byte, its bytes and their CRC32."""
     values, length, itemsize = Values(dtype), bits.size // len(offsets), bits.itemsize
     step, runs = CHUNK // itemsize, []
