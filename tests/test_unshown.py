@@ -106,6 +106,25 @@ def test_what_acts_beside_the_numbers_fails(originals: Written, conversions: Wri
     }
 
 
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"dequantize": False, "weight_block_size": None}, 0),
+        ({"dequantize": True}, 1),
+        ({"modules_to_not_convert": None}, 1),
+    ],
+)
+def test_nulls_and_a_flag_that_is_off_say_nothing_of_codes(
+    more: dict[str, Any], code: int, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    out = copied(conversions("gpt-oss-20b"), tmp_path / "out")
+    packing = json.loads((out / "config.json").read_text())["quantization_config"]
+    edit(out / "config.json", quantization_config=packing | more)
+    report = verify(out, originals("gpt-oss-20b"), levels=CHEAP)
+    assert report.exit_code == code
+    assert failed(report) == ["config.json: quantization_config"] * code
+
+
 def test_tokens_of_names_of_their_own_are_special() -> None:
     document = {"bos_token": "<s>", "image_token": {"content": "<i>"}, "add_bos_token": True, "x_token": None}
     assert listed(document) == {"<i>"}

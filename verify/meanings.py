@@ -258,13 +258,20 @@ def acts(key: str, value: Any, want: Any) -> str | None:
     return None
 
 
+def _spoken(packing: Any) -> Any:
+    """What a quantization_config says: transformers 5 writes nulls and `dequantize` of its own accord."""
+    if not isinstance(packing, Mapping):
+        return packing
+    return {k: v for k, v in packing.items() if v is not None and not (k == "dequantize" and v is False)}
+
+
 def _packing(subject: Subject, planned: Mapping[str, Any]) -> Iterator[Finding]:
     """What says how quantised weights that were carried are to be read."""
     if subject.packed is None or not subject.packed.carried:
         return
     for key in PACKED:
         want, have = planned.get(key), subject.config.get(key)
-        if not same(want, have):
+        if not same(_spoken(want), _spoken(have)):
             text = f"expected {shown(want)}, how the codes are to be read, found {shown(have)}"
             data = {"expected": want, "found": have, "name": key}
             yield finding("fail", text, f"config.json: {key}", data=data)
