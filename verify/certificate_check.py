@@ -204,8 +204,8 @@ def _verdict(said: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether what a verification claims follows from its findings."""
     findings = [_as_finding(f) for f in said["findings"]]
     asked = said["asked"]
-    words = words_for(asked.get("levels") or (), asked.get("against"), asked.get("checkpoint_id"))
-    judgement = judge(findings, Claim(asked=tuple(dict(words).items())))
+    named = words_for(asked.get("levels") or (), asked.get("against"), asked.get("checkpoint_id"))
+    judgement = judge(findings, Claim(asked=tuple(dict(named).items())))
     verdict = judgement.verdict
     words = f"the verdict follows from its {len(findings)} findings"
     yield _equal("verdict", verdict, said["verdict"], words)

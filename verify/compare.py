@@ -26,7 +26,6 @@ from ckpt_tool.convert.facts import Reading, class_of, differences, read, shown
 from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.families import family as family_called
-from ckpt_tool.convert.manifest import CERTIFICATE
 from ckpt_tool.convert.plan import natural
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify import generation
@@ -477,14 +476,18 @@ def _jinja(side: Shown) -> dict[str, str]:
     return {n: read().decode("utf-8", "replace") for n, read in side.documents.items() if is_template(n)}
 
 
+def _taken(side: Shown) -> set[str]:
+    """The files of a folder in the Hugging Face layout that loaders take and that are none of its own."""
+    if not side.layout.startswith("Hugging Face"):
+        return set()
+    known = {*side.documents, *(p.name for f in side.checkpoint.files.values() for p in f.paths)}
+    return {n for n in listing(side.checkpoint.path).names if n not in known and taken_for(n)}
+
+
 def _beside(one: Shown, other: Shown) -> Iterator[Finding]:
     """Files of one folder alone that loaders take with the model: adapters, code, other weights."""
-    names = []
-    for side in (one, other):
-        known = {*side.documents, *(p.name for f in side.checkpoint.files.values() for p in f.paths)}
-        inside = listing(side.checkpoint.path).names if side.layout.startswith("Hugging Face") else ()
-        names.append({n for n in inside if n not in known and taken_for(n) and n != CERTIFICATE})
-    for label, own, others in (("A", *names), ("B", *reversed(names))):
+    a, b = (_taken(side) for side in (one, other))
+    for label, own, others in (("A", a, b), ("B", b, a)):
         for name in sorted(own - others):
             text = f"{label} alone has {name}: {taken_for(name)}"
             data = {"said": f"{label} alone has files that loaders take, which are noted"}

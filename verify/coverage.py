@@ -326,7 +326,7 @@ def _odd(subject: Subject, tensor: TensorInfo, text: str, data: dict[str, Any], 
 
 
 def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
-    wrong, notes = [], []
+    wrong, notes = list[Finding](), list[Finding]()
     for s in scans:
         name, values = s.tensor.name, s.values
         if is_table(name):
